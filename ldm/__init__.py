@@ -1,0 +1,1 @@
+"""Text-to-image latent diffusion: an experiment framework."""

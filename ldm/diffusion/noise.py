@@ -1,0 +1,73 @@
+"""Random numbers that belong to an image, not to a batch, a rank or a process.
+
+A draw is a pure function of (seed, stream, position), where `position` counts the images of a run
+from its beginning. Nothing has to be saved: a run that is resumed, or that goes on with another
+number of GPUs, draws for each image what it would have drawn.
+"""
+
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def generators(
+    seed: int, positions: Iterable[int], *, stream: str, device: torch.device | str = "cpu"
+) -> list[torch.Generator]:
+    """One generator an image; `stream` names the use, so that uses do not share their numbers."""
+
+    def mixed(position: int) -> int:
+        digest = blake2b(f"{seed}/{stream}/{position}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") >> 1
+
+    return [torch.Generator(device).manual_seed(mixed(position)) for position in positions]
+
+
+def randn(
+    shape: Sequence[int],
+    generator: Generators,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal numbers from one generator, or from a list of one an image.
+
+    They are always laid out contiguously: a channels_last draw would give other numbers.
+    Raises ValueError where the list is not as long as the batch.
+    """
+    return _draw(torch.randn, shape, generator).to(device=device, dtype=dtype)
+
+
+def rand(n: int, generator: Generators, *, device: torch.device | str = "cpu") -> Tensor:
+    """Uniform numbers in [0, 1), shape (n,), in float64; otherwise as `randn`."""
+
+    def uniform(shape, *, generator=None, device=None):
+        return torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
+
+    return _draw(uniform, (n,), generator).to(device)
+
+
+def _draw(fn, shape: Sequence[int], generator: Generators) -> Tensor:
+    if generator is None:
+        return fn(tuple(shape))
+    if isinstance(generator, torch.Generator):
+        return fn(tuple(shape), generator=generator, device=generator.device)
+    if len(generator) != shape[0]:
+        raise ValueError(f"{len(generator)} generators for a batch of {shape[0]} images")
+    return torch.stack([fn(tuple(shape[1:]), generator=g, device=g.device) for g in generator])
+
+
+class ImageNoise:
+    """Fresh noise at every call, one seed an image, so an image does not depend on its batch.
+
+    Called with a tensor (B, ...), it returns standard normal noise of its shape, type and device.
+    """
+
+    def __init__(self, seeds: Sequence[int], *, device: torch.device | str = "cpu") -> None:
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return randn(x.shape, self.generators, device=x.device, dtype=x.dtype)

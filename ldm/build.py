@@ -1,0 +1,257 @@
+"""Configuration to objects: the one place that knows both.
+
+What a part must know of another (widths, channels) is read off the built object and handed over
+here; no YAML repeats it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch import nn
+from torch.utils.data import default_collate
+
+from ldm import checkpoint
+from ldm.cli import UsageError
+from ldm.data.datamodule import TextImageData
+from ldm.diffusion.objective import Objective
+from ldm.images import tile
+from ldm.models.clip import Clip, train_tokenizer
+from ldm.pipeline import Pipeline
+from ldm.training.autoencoder import AutoencoderTraining
+from ldm.training.callbacks import Meter, Pictures, ProgressBar
+from ldm.training.checkpoint import Checkpoints, SafeCheckpointIO
+from ldm.training.clip import ClipTraining, SaveClip
+from ldm.training.csv_log import CsvLog
+from ldm.training.diffusion import LatentDiffusion
+
+FROZEN = ("autoencoder", "text_encoder")
+
+
+@dataclass
+class Job:
+    """All that a run needs."""
+
+    data: TextImageData
+    module: L.LightningModule
+    trainer: L.Trainer
+
+    def describe(self) -> str:
+        """One line: what is trained, on what, how long."""
+        trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+        return (
+            f"{type(self.module).__name__}, {trained / 1e6:.1f} M parameters, on "
+            f"{len(self.data.train_set)} images ({len(self.data.val_set)} for validation): "
+            f"{self.trainer.max_steps} steps of {self.data.batch_size} images on "
+            f"{self.trainer.world_size} x {self.trainer.strategy.root_device.type}"
+        )
+
+
+def job(cfg: DictConfig, run_dir: Path) -> Job:
+    """Everything for `cfg.stage`, one of diffusion, autoencoder and clip."""
+    stages = {"diffusion": diffusion, "autoencoder": autoencoder_training, "clip": clip_training}
+    if cfg.stage not in stages:
+        raise UsageError(f"stage={cfg.stage} is none of {', '.join(stages)}")
+    L.seed_everything(cfg.seed, verbose=False)
+    data = instantiate(cfg.data, seed=cfg.seed)
+    module, callbacks, frozen = stages[cfg.stage](cfg, data, run_dir)
+    facts = {
+        "stage": cfg.stage,
+        "config": OmegaConf.to_yaml(cfg, resolve=True),
+        "frozen": {name: checkpoint.digest(part) for name, part in frozen.items()},
+    }
+    return Job(data, module, trainer(cfg, run_dir, callbacks, facts))
+
+
+def trainer(cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback], facts: dict) -> L.Trainer:
+    """Lightning's Trainer with our checkpoints, meters and loggers."""
+    meter = Meter(every=cfg.trainer.log_every_n_steps)
+    keeper = Checkpoints(run_dir / "checkpoints", **cfg.checkpoint, facts=facts)
+    loggers = [CsvLog(run_dir / "metrics.csv")]
+    if cfg.logger:
+        loggers.append(instantiate(cfg.logger, run_dir=run_dir, name=cfg.name))
+    accumulate = cfg.trainer.accumulate_grad_batches
+    return instantiate(
+        cfg.trainer,
+        strategy=instantiate(cfg.strategy),
+        # Lightning counts this in batches, we in optimizer steps.
+        val_check_interval=cfg.trainer.val_check_interval * accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # the data knows its rank
+        plugins=[SafeCheckpointIO()],
+        callbacks=[meter, ProgressBar(meter), *callbacks, keeper],
+        logger=loggers,
+        default_root_dir=run_dir,
+        enable_checkpointing=False,  # Lightning's own
+        enable_model_summary=False,
+        _convert_="all",
+    )
+
+
+def diffusion(cfg: DictConfig, data: TextImageData, run_dir: Path):
+    """LatentDiffusion with its sample pictures, and the frozen parts it rests on."""
+    autoencoder, text = frozen_parts(cfg)
+    task, objective = instantiate(cfg.task), build_objective(cfg)
+    module = LatentDiffusion(
+        denoiser(cfg, autoencoder, text, task),
+        autoencoder,
+        text,
+        objective,
+        task,
+        optimizer=instantiate(cfg.optimizer),
+        ema_decay=cfg.ema_decay,
+        caption_dropout=cfg.caption_dropout,
+        validate_raw=cfg.validate_raw,
+        seed=cfg.seed,
+    )
+    pipeline = Pipeline(
+        module.ema.module,
+        autoencoder=autoencoder,
+        text=text,
+        objective=objective,
+        task=task,
+        sampler=instantiate(cfg.sampler),
+        guidance=instantiate(cfg.guidance),
+    )
+    prompts = list(cfg.samples.prompts or data.val_captions(cfg.samples.n))
+    seeds = list(range(len(prompts)))
+
+    def draw() -> tuple[Image.Image, dict]:
+        images = pipeline(prompts, seeds=seeds, size=data.size, steps=cfg.samples.steps)
+        return tile(images), {"prompts": prompts, "seeds": seeds}
+
+    frozen = {"autoencoder": autoencoder, "text_encoder": text}
+    return module, [Pictures(run_dir / "samples", draw)], frozen
+
+
+def autoencoder_training(cfg: DictConfig, data: TextImageData, run_dir: Path):
+    """AutoencoderTraining with pictures of originals above their reconstructions."""
+    autoencoder = instantiate(cfg.autoencoder)
+    module = AutoencoderTraining(
+        autoencoder, optimizer=instantiate(cfg.optimizer), kl_weight=cfg.kl_weight, seed=cfg.seed
+    )
+    shown = [data.val_set[i, i] for i in range(min(cfg.samples.n, len(data.val_set)))]
+    originals = default_collate([item["images"] for item in shown]).float() / 127.5 - 1
+
+    def draw() -> tuple[Image.Image, dict]:
+        with torch.no_grad():
+            restored = autoencoder.decode(autoencoder.encode(originals.to(module.device)))
+        both = torch.cat([originals, restored.cpu().clamp(-1, 1)])
+        return tile(both, columns=len(originals)), {"keys": [item["key"] for item in shown]}
+
+    return module, [Pictures(run_dir / "samples", draw)], {}
+
+
+def clip_training(cfg: DictConfig, data: TextImageData, run_dir: Path):
+    """ClipTraining with a vocabulary learnt from the training captions."""
+    tokenizer = train_tokenizer(data.train_captions(), vocab_size=cfg.vocab_size)
+    clip: Clip = instantiate(cfg.clip, tokenizer=tokenizer, image_size=data.size)
+    module = ClipTraining(clip, optimizer=instantiate(cfg.optimizer))
+    return module, [SaveClip(run_dir / "clip")], {}
+
+
+def frozen_parts(cfg: DictConfig) -> tuple[nn.Module, nn.Module]:
+    """The autoencoder and text encoder that a denoiser is trained on."""
+    for name in FROZEN:
+        if cfg[name].get("path", "none needed") is None:
+            stage = {"autoencoder": "autoencoder", "text_encoder": "clip"}[name]
+            raise UsageError(
+                f"{name}.path is needed: a trained {name.replace('_', ' ')} for the denoiser to "
+                f"rest on. Train one with `python train.py experiment={stage}_coco`, then give "
+                f"{name}.path=runs/{stage}_coco, or the folder or hub name of a published one"
+            )
+    return instantiate(cfg.autoencoder).eval(), instantiate(cfg.text_encoder)
+
+
+def denoiser(cfg: DictConfig, autoencoder: nn.Module, text: nn.Module, task) -> nn.Module:
+    """The network of `cfg.model`, with the sizes of the parts around it."""
+    return instantiate(
+        cfg.model,
+        in_channels=autoencoder.channels + task.extra_channels,
+        out_channels=autoencoder.channels,
+        context_dim=text.width,
+        pooled_dim=text.pooled_width,
+        _convert_="all",
+    )
+
+
+def build_objective(cfg: DictConfig) -> Objective:
+    """Schedule, prediction, weighting and time sampler."""
+    return instantiate(cfg.objective, schedule=instantiate(cfg.scheduler))
+
+
+@dataclass
+class Restored:
+    """A pipeline out of a checkpoint, and what the checkpoint says of itself."""
+
+    pipeline: Pipeline
+    size: int
+    path: Path
+    step: int
+
+
+def restore(cfg: DictConfig, ckpt: str, moved: dict[str, str | None]) -> Restored:
+    """The pipeline of a diffusion run: networks from the checkpoint, sampling from `cfg`.
+
+    `moved` says where frozen parts are now, if not where the training configuration says.
+    Raises CheckpointError where files are damaged, or a frozen part is not the one trained with.
+    """
+    path = checkpoint.find(ckpt)
+    payload = checkpoint.read(path)
+    facts = payload.get("ldm", {})
+    if facts.get("stage") != "diffusion":
+        raise UsageError(
+            f"{path} comes from stage={facts.get('stage', '?')}: pictures are sampled from a "
+            "diffusion run, which `python train.py` makes"
+        )
+    trained = OmegaConf.create(facts["config"])
+    for name, place in moved.items():
+        if place is not None:
+            trained[name].path = place
+    for group in (*FROZEN, "model", "scheduler", "objective", "task"):
+        check_targets(trained[group], path)
+    autoencoder, text = frozen_parts(trained)
+    for name, part in zip(FROZEN, (autoencoder, text), strict=True):
+        if checkpoint.digest(part) != facts["frozen"][name]:
+            raise checkpoint.CheckpointError(
+                f"{trained[name].get('path')} is not the {name} that {path} was trained with "
+                f"(its weights differ): give the right one with {name}=..."
+            )
+    task = instantiate(cfg.task)
+    network = denoiser(trained, autoencoder, text, task)
+    weights = "denoiser." if cfg.raw else "ema.module."
+    checkpoint.load_into(network, checkpoint.part(payload, weights), what=str(path))
+    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipeline = Pipeline(
+        network.eval().to(device),
+        autoencoder=autoencoder.to(device),
+        text=text.to(device),
+        objective=build_objective(trained).to(device),
+        task=task,
+        sampler=instantiate(cfg.sampler),
+        guidance=instantiate(cfg.guidance),
+    )
+    return Restored(pipeline, trained.data.size, path.resolve(), payload["global_step"])
+
+
+def check_targets(cfg: DictConfig, path: Path) -> None:
+    """Refuse a configuration from a file that names anything but parts of a model of ours.
+
+    Raises CheckpointError: a `_target_` is a call, and the file may come from anyone.
+    """
+    rooms = ("ldm.diffusion.", "ldm.models.", "ldm.tasks")
+    target = cfg.get("_target_")
+    if target is not None and not (
+        str(target).startswith(rooms) and get_object(target).__module__.startswith(rooms)
+    ):
+        raise checkpoint.CheckpointError(
+            f"{path} asks to call {target}, which is no part of a model: it was not run"
+        )
+    for node in cfg.values():
+        if isinstance(node, DictConfig):
+            check_targets(node, path)

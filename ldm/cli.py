@@ -1,0 +1,128 @@
+"""The command line's manners: free text before Hydra's grammar sees it, and refusals that help."""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ldm.runs import RESOLVERS
+
+CONF = str(Path(__file__).resolve().parent.parent / "conf")
+
+for _name, _resolver in RESOLVERS.items():
+    OmegaConf.register_new_resolver(_name, _resolver, replace=True)
+
+
+class UsageError(ValueError):
+    """Something the user can mend: printed without a trace."""
+
+
+def take_text(names: Iterable[str]) -> dict[str, str]:
+    """Remove `name=value` of these names from the command line, and return the values as typed.
+
+    Prompts and paths may hold any character, and Hydra's grammar would refuse many of them.
+    """
+    taken, names = {}, set(names)
+    for argument in sys.argv[1:]:
+        name, equals, value = argument.partition("=")
+        if equals and name in names:
+            # Bytes that are no UTF-8 arrive as lone surrogates, which nothing can encode.
+            taken[name] = value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    sys.argv[1:] = [a for a in sys.argv[1:] if a.partition("=")[0] not in taken]
+    return taken
+
+
+def run(main: Callable[[], None], config_name: str) -> None:
+    """Call a `hydra.main` function; what the user did wrong is told in one message, with a remedy.
+
+    Exit code 2 for such a mistake; anything else keeps its full trace.
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, not to Hydra's printer
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException, UsageError) as error:
+        text = str(error) if isinstance(error, UsageError) else explain(error, config_name)
+        print(f"\n{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextmanager
+def told_plainly() -> Iterator[None]:
+    """While a run is put together, errors are about what was asked for: tell them without a trace.
+
+    LDM_TRACE=1 shows it all the same.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError, InstantiationException) as error:
+        if isinstance(error, UsageError) or os.environ.get("LDM_TRACE"):
+            raise
+        while isinstance(error, InstantiationException) and error.__cause__ is not None:
+            error = error.__cause__
+        raise UsageError(f"{error} [{type(error).__name__}; LDM_TRACE=1 shows where]") from error
+
+
+def needed(given: Mapping[str, str | None], name: str) -> str:
+    """A text that must have been given; UsageError where it was not."""
+    if not given.get(name):
+        raise UsageError(f"{name} is needed: give {name}=...")
+    return given[name]
+
+
+def explain(error: Exception, config_name: str) -> str:
+    """Hydra's refusal in plain words, with the nearest thing that exists."""
+    message = str(error)
+    if isinstance(error, MissingConfigException) and (
+        found := re.search(r"Could not find '([^']+)'", message)
+    ):
+        group, _, option = found[1].rpartition("/")
+        options = sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
+        near = nearest(option, options)
+        return f"{group}={option} does not exist{near}. There are: {', '.join(options)}"
+    if found := re.search(r"Could not (?:override|append to config\.?) '?([\w@/.:-]+)'?", message):
+        key = found[1].rstrip(".")
+        return f"there is no setting '{key}'{nearest(key, known_keys(config_name))}"
+    if found := re.search(r"Missing mandatory value: (\S+)", message):
+        return f"{found[1]} is needed: give {found[1]}=..."
+    if "Error parsing override" in message or "mismatched input" in message:
+        argument = re.search(r"'(.*?)'", message)
+        quoted = argument[1] if argument else "the value"
+        return f"cannot read {quoted}: put values with special characters in quotes, key='\"a, b\"'"
+    return message
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """' - did you mean ...?' for a mistyped key, or nothing."""
+    known = list(known)
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not close:  # the right name at the wrong place
+        leaf = key.rpartition(".")[2]
+        by_leaf = {k.rpartition(".")[2]: k for k in known}
+        close = [by_leaf[m] for m in difflib.get_close_matches(leaf, list(by_leaf), n=1)]
+    return f" - did you mean {close[0]}?" if close else ""
+
+
+def known_keys(config_name: str) -> list[str]:
+    """Every key and group of the default configuration."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(CONF, version_base="1.3"):
+        cfg = compose(config_name)
+    groups = [path.name for path in Path(CONF).iterdir() if path.is_dir()]
+    return [*groups, *_keys(cfg)]
+
+
+def _keys(cfg: DictConfig, prefix: str = "") -> Iterable[str]:
+    for key in cfg:
+        yield f"{prefix}{key}"
+        node = cfg._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none():
+            yield from _keys(node, f"{prefix}{key}.")

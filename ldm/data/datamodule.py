@@ -1,0 +1,124 @@
+"""Shards of image-text pairs as Lightning's data.
+
+Shapes: B batch of one rank and micro-step, S the side of the square picture.
+"""
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from ldm.data.dataset import Batch, TextImages, collate
+from ldm.data.order import Order, PositionBatches, strided_batches
+from ldm.data.shards import Shards
+
+
+class TextImageData(L.LightningDataModule):
+    """Square pictures with one caption each, in an order that is a function of (seed, position).
+
+    `batch_size` is the global one: images of an optimizer step over all ranks and micro-steps, so
+    that the same run may go on with another number of devices. `position` counts the images seen;
+    whoever trains advances it, and the loader starts there.
+    Raises FileNotFoundError or ShardError where there are no intact shards, ValueError for sizes
+    that do not divide.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: str,
+        val: str,
+        size: int,
+        batch_size: int,
+        crop: str = "random",
+        flip: float = 0.5,
+        window: int = 4,
+        workers: int = 2,
+        val_batch_size: int = 64,
+        val_limit: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.batch_size = batch_size
+        self.workers = workers
+        self.val_batch_size = val_batch_size
+        self.val_limit = val_limit
+        self.position = 0
+        train_shards, val_shards = Shards(train), Shards(val)
+        self.train_set = TextImages(
+            train_shards, size=size, crop=crop, flip=flip, seed=seed, train=True
+        )
+        self.val_set = TextImages(val_shards, size=size, seed=seed, train=False)
+        self.order = Order(train_shards.index.shard_sizes(), seed=seed, window=window)
+
+    def train_captions(self) -> list[str]:
+        """Every caption of the training set."""
+        shards = self.train_set.shards
+        return [text for i in range(len(shards)) for text in shards.read(i).captions]
+
+    def val_captions(self, n: int) -> list[str]:
+        """The first captions of the first `n` validation samples."""
+        shards = self.val_set.shards
+        return [shards.read(i).captions[0] for i in range(min(n, len(shards)))]
+
+    def train_dataloader(self) -> "Run":
+        """The rest of the run, from `position` on."""
+        trainer = self.trainer
+        micro_steps = trainer.world_size * trainer.accumulate_grad_batches
+        if self.batch_size % micro_steps:
+            raise ValueError(
+                f"data.batch_size={self.batch_size} is the batch of an optimizer step: it must be "
+                f"a multiple of {micro_steps} ({trainer.world_size} devices x "
+                f"{trainer.accumulate_grad_batches} accumulated)"
+            )
+        batches = PositionBatches(
+            self.order,
+            batch=self.batch_size // micro_steps,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+            start=lambda: self.position,
+        )
+        length = trainer.max_steps * trainer.accumulate_grad_batches
+        return Run(self._loader(self.train_set, batches), length if length > 0 else 2**40)
+
+    def val_dataloader(self) -> DataLoader:
+        """Every validation sample once over all ranks; the last batch may be smaller."""
+        count = min(len(self.val_set), self.val_limit or len(self.val_set))
+        share = strided_batches(
+            count,
+            batch=self.val_batch_size,
+            rank=self.trainer.global_rank,
+            world=self.trainer.world_size,
+        )
+        return self._loader(self.val_set, share)
+
+    def _loader(self, dataset: TextImages, batches) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Bytes travel to the device; there they become images (B, 3, S, S) in [-1, 1]."""
+        return {**batch, "images": batch["images"].float() / 127.5 - 1}
+
+
+class Run:
+    """An endless loader with the length of the run, in batches: one Lightning epoch.
+
+    Having a length also keeps Lightning from fetching a batch ahead that it would not train on.
+    """
+
+    def __init__(self, loader: DataLoader, length: int) -> None:
+        self.loader = loader
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self):
+        return iter(self.loader)

@@ -1,0 +1,200 @@
+"""Images to latents and back.
+
+Shapes: B batch, C latent channels, H W pixels, h w latent grid (H / factor, W / factor).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.diffusion.noise import Generators, randn
+from ldm.models.layers import Downsample, ResBlock, SpatialAttention, Stage, Upsample
+
+EPS = 1e-6
+
+
+class AutoencoderKL(nn.Module):
+    """A convolutional variational autoencoder whose latents have unit variance a channel.
+
+    The defaults are the autoencoder of Stable Diffusion 1.x ("High-Resolution Image Synthesis with
+    Latent Diffusion Models", Rombach et al., section 3.1), without its weights or latent scale.
+
+    latent_channels: C, read back as the attribute `channels`; `factor` is H / h.
+    channels, multipliers: level i has channels * multipliers[i] features on half the grid of i - 1.
+    blocks: residual blocks a level in the encoder, one more in the decoder.
+    attention: self-attention at the lowest resolution.
+    """
+
+    def __init__(
+        self,
+        *,
+        latent_channels: int = 4,
+        channels: int = 128,
+        multipliers: Sequence[int] = (1, 2, 4, 4),
+        blocks: int = 2,
+        groups: int = 32,
+        attention: bool = True,
+    ) -> None:
+        super().__init__()
+        self.channels = latent_channels
+        self.factor = 2 ** (len(multipliers) - 1)
+        self.widths = [channels * m for m in multipliers]
+        self.blocks, self.groups, self.attention = blocks, groups, attention
+        sizes = {"widths": self.widths, "groups": groups, "attention": attention}
+        self.encoder = Encoder(out_channels=2 * latent_channels, blocks=blocks, **sizes)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        self.decoder = Decoder(in_channels=latent_channels, blocks=blocks + 1, **sizes)
+        self.register_buffer("shift", torch.zeros(latent_channels))
+        self.register_buffer("scale", torch.ones(latent_channels))
+
+    def set_scale(self, shift: Tensor | float, scale: Tensor | float) -> None:
+        """Lets `encode` return (z - shift) * scale; () or (C,) each.
+
+        For unit variance, shift is the mean and scale 1 / the standard deviation of the posterior's
+        samples a channel. Raises ValueError where a scale is not positive and finite.
+        """
+        scale = torch.as_tensor(scale, dtype=self.scale.dtype)
+        if not (scale.isfinite() & (scale > 0)).all():
+            raise ValueError(f"a latent scale must be positive and finite, got {scale.tolist()}")
+        self.shift.copy_(torch.as_tensor(shift, dtype=self.shift.dtype))
+        self.scale.copy_(scale)
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance (B, C, h, w) of the unscaled latents of images (B, 3, H, W).
+
+        The log-variance is clamped to [-30, 20]. Raises ValueError where the images do not have
+        three channels, or sides that are multiples of `factor`.
+        """
+        _, colours, height, width = images.shape
+        if colours != 3 or height % self.factor or width % self.factor:
+            raise ValueError(
+                f"images must be (B, 3, H, W) with H and W multiples of {self.factor}, "
+                f"got {tuple(images.shape)}: crop or resize them"
+            )
+        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)  # (B, C, h, w)
+        return mean, logvar.clamp(-30, 20)
+
+    def encode(
+        self,
+        images: Tensor,
+        *,
+        generator: Generators = None,
+    ) -> Tensor:
+        """Unit-variance latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1].
+
+        A sample of the posterior drawn from `generator` (or a generator an image); its mean where
+        there is none. Raises ValueError as `posterior` does.
+        """
+        mean, logvar = self.posterior(images)
+        z = self.draw(mean, logvar, generator=generator)
+        return (z - self.shift[:, None, None]) * self.scale[:, None, None]
+
+    def draw(self, mean: Tensor, logvar: Tensor, *, generator: Generators) -> Tensor:
+        """Unscaled latents z (B, C, h, w) from their posterior; its mean without a generator."""
+        if generator is None:
+            return mean
+        noise = randn(mean.shape, generator, device=mean.device, dtype=mean.dtype)
+        return mean + (0.5 * logvar).exp() * noise
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W), about [-1, 1] but not clamped, of the latents (B, C, h, w).
+
+        Raises ValueError where the latents do not have C channels.
+        """
+        if latents.shape[1] != self.channels:
+            raise ValueError(
+                f"the autoencoder decodes {self.channels} latent channels, got {latents.shape[1]}: "
+                "use the autoencoder that the latents were made with"
+            )
+        return self.decode_unscaled(latents / self.scale[:, None, None] + self.shift[:, None, None])
+
+    def decode_unscaled(self, z: Tensor) -> Tensor:
+        """As `decode`, of unscaled latents z (B, C, h, w)."""
+        return self.decoder(self.post_quant_conv(z))
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) to features (B, out_channels, h, w)."""
+
+    def __init__(
+        self, *, out_channels: int, widths: Sequence[int], blocks: int, groups: int, attention: bool
+    ) -> None:
+        super().__init__()
+        block = partial(ResBlock, time_dim=None, groups=groups, eps=EPS)
+        width = widths[0]
+        self.conv_in = nn.Conv2d(3, width, 3, padding=1)
+        self.down = nn.ModuleList()
+        for level, out in enumerate(widths):
+            last = level == len(widths) - 1
+            ins = [width] + [out] * (blocks - 1)
+            resample = None if last else Downsample(out, asymmetric=True)
+            self.down.append(Stage([block(n, out) for n in ins], resample=resample))
+            width = out
+        self.mid = middle(width, groups=groups, attention=attention)
+        self.norm_out = nn.GroupNorm(groups, width, EPS)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) -> (B, out_channels, h, w)."""
+        x = self.conv_in(images)  # (B, widths[0], H, W)
+        for stage in [*self.down, self.mid]:
+            x = stage(x)[-1]
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """Features (B, in_channels, h, w) to images (B, 3, H, W)."""
+
+    def __init__(
+        self, *, in_channels: int, widths: Sequence[int], blocks: int, groups: int, attention: bool
+    ) -> None:
+        super().__init__()
+        block = partial(ResBlock, time_dim=None, groups=groups, eps=EPS)
+        width = widths[-1]
+        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.mid = middle(width, groups=groups, attention=attention)
+        self.up = nn.ModuleList()
+        for level, out in reversed(list(enumerate(widths))):
+            ins = [width] + [out] * (blocks - 1)
+            resample = Upsample(out) if level else None
+            self.up.append(Stage([block(n, out) for n in ins], resample=resample))
+            width = out
+        self.norm_out = nn.GroupNorm(groups, width, EPS)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z (B, in_channels, h, w) -> (B, 3, H, W)."""
+        x = self.conv_in(z)  # (B, widths[-1], h, w)
+        for stage in [self.mid, *self.up]:
+            x = stage(x)[-1]
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def middle(width: int, *, groups: int, attention: bool) -> Stage:
+    """Block, attention (if wanted), block."""
+    blocks = [ResBlock(width, width, time_dim=None, groups=groups, eps=EPS) for _ in range(2)]
+    return Stage(blocks, [SpatialAttention(width, groups=groups, eps=EPS)] if attention else [])
+
+
+class Identity(nn.Module):
+    """The autoencoder of pixel-space diffusion: latents are the images."""
+
+    channels = 3
+    factor = 1
+
+    def encode(
+        self,
+        images: Tensor,
+        *,
+        generator: Generators = None,
+    ) -> Tensor:
+        """images (B, 3, H, W), unchanged; there is nothing to draw from `generator`."""
+        return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents (B, 3, H, W), unchanged."""
+        return latents

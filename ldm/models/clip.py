@@ -1,0 +1,194 @@
+"""CLIP: images and captions to one space, to be trained here or loaded as published.
+
+Shapes: B pairs, H W pixels, S the model's image size, L tokens, P projection width.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from ldm.models.text import CaptionTokenizer, load_clip
+
+# The pixel statistics in [0, 1] that every published CLIP was trained with (openai/CLIP, clip.py).
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Clip(nn.Module):
+    """An image and a text transformer of the same width, depth and heads, trained as a pair.
+
+    `image_size` and `patch_size` are pixels, `projection` is P, `max_length` is L.
+    Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
+    Raises ValueError where patches do not tile the image, or heads do not divide the width.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: CLIPTokenizer,
+        image_size: int = 64,
+        patch_size: int = 8,
+        width: int = 256,
+        layers: int = 4,
+        heads: int = 4,
+        projection: int = 256,
+        max_length: int = 77,
+    ) -> None:
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(f"patch_size {patch_size} does not divide image_size {image_size}")
+        tower = {
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "projection_dim": projection,
+        }
+        text = {
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": max_length,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        config = CLIPConfig(
+            text_config=tower | text,
+            vision_config=tower | {"image_size": image_size, "patch_size": patch_size},
+            projection_dim=projection,
+        )
+        self._hold(CLIPModel(config), tokenizer)
+
+    @classmethod
+    def load(cls, path: str) -> "Clip":
+        """A published or saved CLIP, frozen, from a folder or by its name on the hub.
+
+        Raises what `load_clip` raises.
+        """
+        clip = cls.__new__(cls)
+        nn.Module.__init__(clip)
+        clip._hold(*load_clip(CLIPModel, path))
+        return clip.requires_grad_(False).eval()
+
+    def _hold(self, model: CLIPModel, tokenizer: CLIPTokenizer) -> None:
+        self.model = model
+        self.image_size = model.config.vision_config.image_size
+        self.max_length = model.config.text_config.max_position_embeddings
+        self.tokenize = CaptionTokenizer(tokenizer, self.max_length)
+        for name, values in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
+            self.register_buffer(name, torch.tensor(values).reshape(3, 1, 1), persistent=False)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The learned inverse temperature (), at most 100 (Radford et al. 2021, section 2.5)."""
+        return self.model.logit_scale.clamp(max=math.log(100)).exp()
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Unit vectors (B, P) of images (B, 3, H, W) in [-1, 1].
+
+        Another size than the model's is resized to it, and another shape than a square squashed.
+        """
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            size = (self.image_size, self.image_size)
+            images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
+            images = images.clamp(-1, 1)  # bicubic overshoots at edges
+        pixels = ((images + 1) / 2 - self.pixel_mean) / self.pixel_std  # (B, 3, S, S)
+        features = self.model.get_image_features(pixel_values=pixels).pooler_output  # (B, P)
+        return F.normalize(features, dim=-1)
+
+    def encode_texts(self, captions: Sequence[str]) -> Tensor:
+        """Unit vectors (B, P) of captions, read off each caption's end token."""
+        ids = self.tokenize(captions)  # (B, L)
+        # Attention is causal: what follows the last end token changes nothing, and is left out.
+        ends = (ids == self.tokenize.tokenizer.eos_token_id).int().argmax(dim=1)  # (B,)
+        ids = ids[:, : ends.max() + 1].to(self.model.device)
+        features = self.model.get_text_features(input_ids=ids).pooler_output  # (B, P)
+        return F.normalize(features, dim=-1)
+
+    def save(self, folder: str | Path) -> None:
+        """Write or replace `folder`: config.json, model.safetensors and the tokenizer.
+
+        The files are complete before the folder takes its name. `Clip.load`, `ClipText` and
+        transformers' own `from_pretrained` read it.
+        """
+        folder = Path(folder)
+        new, old = (folder.with_name(f".{folder.name}.{age}") for age in ("new", "old"))
+        shutil.rmtree(new, ignore_errors=True)
+        self.model.save_pretrained(new)
+        self.tokenize.tokenizer.save_pretrained(new)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    """Symmetric InfoNCE () over unit vectors (B, P) whose rows are pairs.
+
+    The mean of picking each image's caption and each caption's image out of the batch
+    (Radford et al. 2021, figure 3). Computed in float32: in bfloat16 a logit near 100 has steps of
+    a half.
+    """
+    with torch.autocast(image_features.device.type, enabled=False):
+        logits = logit_scale.float() * image_features.float() @ text_features.float().T  # (B, B)
+        pairs = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+
+
+def retrieval_accuracy(
+    image_features: Tensor, text_features: Tensor, captions: Sequence[str]
+) -> Tensor:
+    """The fraction () of images whose nearest caption of the batch says what their own says.
+
+    Recall at 1 from image to text, over unit vectors (B, P); equal captions are equally right.
+    """
+    number = {caption: i for i, caption in enumerate(captions)}
+    says = torch.tensor([number[caption] for caption in captions], device=image_features.device)
+    nearest = (image_features @ text_features.T).argmax(dim=1)  # (B,)
+    return (says[nearest] == says).float().mean()
+
+
+def train_tokenizer(captions: Iterable[str], *, vocab_size: int = 2048) -> CLIPTokenizer:
+    """A byte-level BPE tokenizer in CLIP's own format, learned from `captions`.
+
+    The vocabulary is laid out as CLIP's: 256 bytes, the same bytes ending a word, the merges, then
+    the begin and end token; so every string has ids, and the end token has the highest. It is
+    smaller than `vocab_size` where the captions have no more to merge, and depends on nothing but
+    the captions. Raises ValueError where `vocab_size` has no room for the bytes.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(alphabet + [byte + "</w>" for byte in alphabet])}
+    room = vocab_size - 2  # begin and end
+    if room < len(vocab):
+        raise ValueError(f"vocab_size is {vocab_size}; the bytes alone need {len(vocab) + 2}")
+    merges = []
+    for left, right in _learn_merges(captions, list(vocab), room):
+        vocab.setdefault(left + right, len(vocab))
+        merges.append((left, right))
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocab[special] = len(vocab)
+    return CLIPTokenizer(vocab=vocab, merges=merges)
+
+
+def _learn_merges(captions: Iterable[str], base: list[str], size: int) -> list[tuple[str, str]]:
+    clip = CLIPTokenizer().backend_tokenizer  # empty, but it splits and lower-cases as CLIP does
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer, learner.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        # Named in advance, the base tokens have fixed ids. Otherwise those that end a word are
+        # numbered in the random order of a hash table, and ties between merges go by number.
+        special_tokens=base,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    learner.train_from_iterator(captions, trainer)
+    return [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]

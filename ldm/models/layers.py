@@ -1,0 +1,249 @@
+"""The blocks that the denoiser and the autoencoder are built from.
+
+Shapes: B batch, C channels, h w grid, N = h * w positions, L text tokens, D text width,
+T time width.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Cosines, then sines, of t (B,) at `dim / 2` frequencies from 1 towards 1/10000: (B, dim).
+
+    Always float32: half precision cannot tell neighbouring timesteps apart.
+    Source: "Attention is all you need", section 3.5, in the order of Stable Diffusion.
+    """
+    half = dim // 2
+    steps = torch.arange(half, device=t.device, dtype=torch.float32)
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) / half * steps)  # (B, dim / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, with the time embedding added between them.
+
+    Source: "Denoising Diffusion Probabilistic Models" (Ho et al., 2020), appendix B.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        time_dim: int | None,
+        groups: int,
+        eps: float,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_proj = nn.Linear(time_dim, out_channels) if time_dim else None
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        """x (B, in, h, w), emb (B, T) after its activation -> (B, out, h, w)."""
+        y = self.conv1(F.silu(self.norm1(x)))  # (B, out, h, w)
+        if self.time_proj is not None:
+            y = y + self.time_proj(emb)[:, :, None, None]
+        y = self.conv2(self.dropout(F.silu(self.norm2(y))))
+        return self.shortcut(x) + y
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x to `context`, or to x itself where `context_dim` is None.
+
+    Raises ValueError where `dim` cannot be divided into `heads`.
+    """
+
+    def __init__(
+        self, dim: int, *, context_dim: int | None = None, heads: int, bias: bool = False
+    ) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(
+                f"attention over {dim} channels cannot have {heads} heads: "
+                f"choose a number of heads that divides {dim}"
+            )
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
+        self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
+        self.to_out = nn.Linear(dim, dim)
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """x (B, N, dim), context (B, L, context_dim), mask (B, L) True where attended -> as x."""
+        context = x if context is None else context
+        q, k, v = (
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N or L, dim / heads)
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        mask = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, L)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.to_out(y.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """GEGLU: one linear map gated by the GELU of another ("GLU variants", Shazeer 2020, eq. 6)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(dim, 2 * 4 * dim)
+        self.proj_out = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, dim) -> (B, N, dim)."""
+        value, gate = self.proj_in(x).chunk(2, dim=-1)  # (B, N, 4 dim) each
+        return self.proj_out(value * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text (if `context_dim`), feed-forward; pre-norm."""
+
+    def __init__(self, dim: int, *, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.self_attn = Attention(dim, heads=heads)
+        self.norm2 = nn.LayerNorm(dim) if context_dim else None
+        self.cross_attn = (
+            Attention(dim, context_dim=context_dim, heads=heads) if context_dim else None
+        )
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
+        """x (B, N, dim), tokens (B, L, D), mask (B, L) -> (B, N, dim)."""
+        x = x + self.self_attn(self.norm1(x))
+        if self.cross_attn is not None:
+            x = x + self.cross_attn(self.norm2(x), tokens, mask)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """`depth` transformer blocks over the positions of a feature map, beside a shortcut.
+
+    Source: "High-Resolution Image Synthesis with Latent Diffusion Models", section 3.3.
+    """
+
+    def __init__(
+        self, channels: int, *, context_dim: int, heads: int, depth: int, groups: int
+    ) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.layers = nn.ModuleList(
+            TransformerBlock(channels, context_dim=context_dim, heads=heads) for _ in range(depth)
+        )
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
+        """x (B, C, h, w), tokens (B, L, D), mask (B, L) -> (B, C, h, w)."""
+        y = to_sequence(self.proj_in(self.norm(x)))  # (B, N, C)
+        for layer in self.layers:
+            y = layer(y, tokens, mask)
+        return x + self.proj_out(to_grid(y, like=x))
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over the positions of a feature map, beside a shortcut."""
+
+    def __init__(self, channels: int, *, groups: int, eps: float) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps)
+        self.attn = Attention(channels, heads=1, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, h, w) -> (B, C, h, w)."""
+        return x + to_grid(self.attn(to_sequence(self.group_norm(x))), like=x)
+
+
+def to_sequence(x: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, N, C); a view where x is channels_last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def to_grid(x: Tensor, *, like: Tensor) -> Tensor:
+    """(B, N, C) -> (B, C, h, w) on the grid of `like`."""
+    return x.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+
+
+class Downsample(nn.Module):
+    """Halves the grid by a strided 3x3 convolution.
+
+    `asymmetric` pads below and on the right only, as Stable Diffusion's autoencoder does.
+    """
+
+    def __init__(self, channels: int, *, asymmetric: bool = False) -> None:
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, h, w) -> (B, C, h / 2, w / 2), h and w even."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Upsample(nn.Module):
+    """Doubles the grid by repetition, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, h, w) -> (B, C, 2h, 2w)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Stage(nn.Module):
+    """All that happens at one resolution: residual blocks, each followed by its attention, if any.
+
+    `attentions` may be shorter than `blocks` (the middle of a network has block, attention, block);
+    `resample` leads to the next resolution.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[ResBlock],
+        attentions: Sequence[SpatialTransformer | SpatialAttention] = (),
+        resample: Downsample | Upsample | None = None,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.attentions = nn.ModuleList(attentions)
+        self.resample = resample
+
+    def forward(
+        self,
+        x: Tensor,
+        emb: Tensor | None = None,
+        context: tuple[Tensor | None, ...] = (),
+        skips: Sequence[Tensor] = (),
+    ) -> list[Tensor]:
+        """x (B, C, h, w) -> the features after each block and after resampling, the result last.
+
+        emb (B, T): the time embedding. context: what the attentions take beside x: (tokens, mask)
+        or nothing. skips: features to be concatenated before each block, taken from the end.
+        """
+        features = []
+        for i, block in enumerate(self.blocks):
+            if skips:
+                x = torch.cat([x, skips[-1 - i]], dim=1)  # (B, C + C_skip, h, w)
+            x = block(x, emb)
+            if i < len(self.attentions):
+                x = self.attentions[i](x, *context)
+            features.append(x)
+        if self.resample is not None:
+            features.append(self.resample(x))
+        return features

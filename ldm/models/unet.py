@@ -1,0 +1,192 @@
+"""The denoising network.
+
+Shapes: B batch, C latent channels, E extra channels, h w latent grid, L text tokens, D text width,
+P pooled width, T time width.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.diffusion.condition import Condition
+from ldm.models.layers import (
+    Downsample,
+    ResBlock,
+    SpatialTransformer,
+    Stage,
+    Upsample,
+    timestep_embedding,
+)
+
+
+class UNet(nn.Module):
+    """A convolutional encoder and decoder with skip connections, attention and text conditioning.
+
+    With in_channels=4, out_channels=4, context_dim=768 the defaults are the network of Stable
+    Diffusion 1.x ("High-Resolution Image Synthesis with Latent Diffusion Models", Rombach et al.).
+
+    in_channels: latents and extra channels together (C + E).
+    context_dim: width D of the text states; 0 builds no cross-attention.
+    pooled_dim: width P of the pooled vector that is added to the time embedding; 0 adds none.
+    channels, multipliers: level i has channels * multipliers[i] features on half the grid of i - 1.
+    blocks: residual blocks a level on the way down, one more on the way up.
+    attention: which levels have transformers; the middle always has one.
+    depth: transformer blocks in each transformer. groups: of every group normalisation.
+
+    Raises ValueError where `attention` and `multipliers` differ in length, or a level's features
+    cannot be divided into `heads` or `groups`.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        out_channels: int,
+        context_dim: int,
+        pooled_dim: int = 0,
+        channels: int = 320,
+        multipliers: Sequence[int] = (1, 2, 4, 4),
+        blocks: int = 2,
+        attention: Sequence[bool] = (True, True, True, False),
+        heads: int = 8,
+        depth: int = 1,
+        groups: int = 32,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if len(attention) != len(multipliers):
+            raise ValueError(
+                f"multipliers {tuple(multipliers)} make {len(multipliers)} levels, but attention "
+                f"{tuple(attention)} is for {len(attention)}: give one value a level"
+            )
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.context_dim, self.pooled_dim = context_dim, pooled_dim
+        self.widths = [channels * m for m in multipliers]
+        self.blocks, self.attention = blocks, tuple(attention)
+        self.heads, self.depth, self.groups = heads, depth, groups
+
+        width = self.widths[0]
+        time_dim = 4 * width
+        self.time_mlp = mlp(width, time_dim)
+        self.pooled_mlp = mlp(pooled_dim, time_dim) if pooled_dim else None
+        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
+        self._build_stages(
+            partial(ResBlock, time_dim=time_dim, groups=groups, eps=1e-5, dropout=dropout),
+            partial(
+                SpatialTransformer, context_dim=context_dim, heads=heads, depth=depth, groups=groups
+            ),
+        )
+        self.norm_out = nn.GroupNorm(groups, width, eps=1e-5)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        self._zero_residuals()
+
+    def _build_stages(
+        self, block: partial[ResBlock], transformer: partial[SpatialTransformer]
+    ) -> None:
+        levels = list(zip(self.widths, self.attention, strict=True))
+        width, skips = self.widths[0], [self.widths[0]]
+        self.down = nn.ModuleList()
+        for level, (out, attend) in enumerate(levels):
+            last = level == len(levels) - 1
+            ins = [width] + [out] * (self.blocks - 1)
+            self.down.append(
+                Stage(
+                    [block(n, out) for n in ins],
+                    [transformer(out) for _ in ins if attend],
+                    None if last else Downsample(out),
+                )
+            )
+            skips += [out] * (self.blocks if last else self.blocks + 1)
+            width = out
+
+        self.mid = Stage([block(width, width), block(width, width)], [transformer(width)])
+
+        self.up = nn.ModuleList()
+        for level, (out, attend) in reversed(list(enumerate(levels))):
+            ins = [n + skips.pop() for n in [width] + [out] * self.blocks]
+            self.up.append(
+                Stage(
+                    [block(n, out) for n in ins],
+                    [transformer(out) for _ in ins if attend],
+                    Upsample(out) if level else None,
+                )
+            )
+            width = out
+
+    def _zero_residuals(self) -> None:
+        """Every residual branch starts as the identity, and the output as zero.
+
+        Source: "Diffusion Models Beat GANs on Image Synthesis" (Dhariwal and Nichol), its code.
+        """
+        last = [self.conv_out]
+        last += [m.conv2 for m in self.modules() if isinstance(m, ResBlock)]
+        last += [m.proj_out for m in self.modules() if isinstance(m, SpatialTransformer)]
+        for conv in last:
+            nn.init.zeros_(conv.weight)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """The network's raw output (B, out_channels, h, w) for noisy latents x (B, C, h, w).
+
+        t, () or (B,): the timestep on the scale 0..999, possibly fractional. cond.concat is
+        appended to x; parts of `cond` that the network was not built for are not looked at.
+        Raises ValueError where sizes do not fit the network.
+        """
+        self._check(x, cond)
+        if cond.concat is not None:
+            x = torch.cat([x, cond.concat], dim=1)  # (B, C + E, h, w)
+        emb = self.time_mlp(timestep_embedding(t.expand(len(x)), self.widths[0]).to(x.dtype))
+        if self.pooled_mlp is not None:
+            emb = emb + self.pooled_mlp(cond.pooled)  # (B, T)
+        emb = F.silu(emb)
+        context = (cond.tokens, cond.mask)
+
+        x = self.conv_in(x)  # (B, widths[0], h, w)
+        skips = [x]
+        for stage in self.down:
+            skips += stage(x, emb, context)
+            x = skips[-1]
+        x = self.mid(x, emb, context)[-1]
+        for stage in self.up:
+            x = stage(x, emb, context, skips)[-1]
+            del skips[-len(stage.blocks) :]
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, out_channels, h, w)
+
+    def _check(self, x: Tensor, cond: Condition) -> None:
+        batch, channels, *size = x.shape
+        extra = 0 if cond.concat is None else cond.concat.shape[1]
+        if channels + extra != self.in_channels:
+            raise ValueError(
+                f"the network takes {self.in_channels} channels, got {channels} + {extra} "
+                "(x + cond.concat): its in_channels must count the task's extra channels"
+            )
+        multiple = 2 ** (len(self.widths) - 1)
+        if any(n % multiple for n in size):
+            raise ValueError(
+                f"latents of {size[0]}x{size[1]} do not fit {len(self.widths)} levels: "
+                f"height and width must be multiples of {multiple}"
+            )
+        if self.context_dim:
+            check_part("tokens", cond.tokens, batch=batch, width=self.context_dim)
+        if self.pooled_dim:
+            check_part("pooled", cond.pooled, batch=batch, width=self.pooled_dim)
+
+
+def check_part(name: str, part: Tensor | None, *, batch: int, width: int) -> None:
+    """Raises ValueError unless the condition's part is there, for `batch` images, `width` wide."""
+    shape = None if part is None else tuple(part.shape)
+    if shape is None or (shape[0], shape[-1]) != (batch, width):
+        raise ValueError(
+            f"the network needs cond.{name} for {batch} images, {width} wide, got shape {shape}: "
+            "build it with the sizes of the text encoder in use"
+        )
+
+
+def mlp(in_features: int, out_features: int) -> nn.Sequential:
+    """Linear, SiLU, linear."""
+    return nn.Sequential(
+        nn.Linear(in_features, out_features), nn.SiLU(), nn.Linear(out_features, out_features)
+    )

@@ -1,0 +1,68 @@
+"""Run directories: their names, their notes, and who of several processes may write them.
+
+runs/<name>/  config.yaml  .hydra/  checkpoints/  samples/  metrics.csv  wandb/  result.json
+"""
+
+import json
+import os
+import secrets
+import time
+from pathlib import Path
+
+from ldm.files import write_text
+
+
+def stamp() -> str:
+    """The name of a run that was given none: the same in all its ranks and restarts.
+
+    A launcher's own run id comes first; else date and time, left in the environment for the
+    processes that this one starts.
+    """
+    if "LDM_RUN_STAMP" not in os.environ:
+        launched = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+        if launched == "none" and "SLURM_JOB_ID" in os.environ:
+            launched = f"slurm-{os.environ['SLURM_JOB_ID']}"
+        now = time.strftime("%Y-%m-%d_%H-%M-%S")
+        os.environ["LDM_RUN_STAMP"] = now if launched == "none" else launched
+    return os.environ["LDM_RUN_STAMP"]
+
+
+def rank() -> int:
+    """The rank of this process before torch.distributed knows it; 0 without a launcher."""
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0
+
+
+def if_first(text: str) -> str | None:
+    """`text` in the first process of a run, None in the others."""
+    return text if rank() == 0 else None
+
+
+def rank_suffix() -> str:
+    """Keeps the log files of several processes apart; empty for the first."""
+    return f".rank{rank()}" if rank() else ""
+
+
+RESOLVERS = {"run_stamp": stamp, "if_first": if_first, "rank_suffix": rank_suffix}
+
+
+def write_result(run_dir: Path, result: dict) -> None:
+    """Replace result.json; keys of section 7 of docs/design.md."""
+    write_text(run_dir / "result.json", json.dumps(result, indent=2) + "\n")
+
+
+def read_result(run_dir: Path) -> dict:
+    """What result.json says; empty where there is none."""
+    path = run_dir / "result.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def wandb_id(run_dir: Path) -> str:
+    """The W&B id of this run directory, made at the first call and kept in it."""
+    path = run_dir / "wandb_id"
+    if not path.is_file():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_text(path, secrets.token_hex(4) + "\n")
+    return path.read_text().strip()

@@ -1,0 +1,111 @@
+"""What is seen of a run while it trains: numbers, a progress bar and sample pictures."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+from PIL import Image
+
+from ldm.images import save_png
+
+
+class Meter(L.Callback):
+    """Counts images, and logs loss and speed as means over the steps between two logging steps.
+
+    Nothing is read from the device in between. Metrics: train/loss, images_seen,
+    perf/images_per_s, perf/data_wait (share of time spent waiting for data), perf/memory_gib
+    (peak of the accelerator; absent without one).
+    """
+
+    def __init__(self, *, every: int) -> None:
+        self.every = every
+        self.latest: dict[str, float] = {}
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.logged = trainer.global_step
+        self._restart()
+
+    def _restart(self) -> None:
+        self.loss, self.batches, self.images, self.waited = 0.0, 0, 0, 0.0
+        self.began = self.ended = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: L.Trainer, module, batch: dict, batch_idx: int) -> None:
+        self.waited += time.perf_counter() - self.ended
+        if trainer.global_step + 1 >= trainer.max_steps > 0:
+            trainer.val_check_batch = 1  # the last step is always validated
+
+    def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx) -> None:
+        self.ended = time.perf_counter()
+        self.loss = self.loss + outputs["loss"].detach()
+        self.batches += 1
+        self.images += len(batch["captions"]) * trainer.world_size
+        trainer.datamodule.position += len(batch["captions"]) * trainer.world_size
+        if trainer.global_step >= self.logged + self.every:
+            self._log(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit" and self.batches:
+            self._log(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._restart()  # the time of a validation is no training time
+
+    def _log(self, trainer: L.Trainer) -> None:
+        loss = trainer.strategy.reduce(self.loss / self.batches, reduce_op="mean")
+        seconds = time.perf_counter() - self.began
+        self.latest = {
+            "train/loss": float(loss),
+            "images_seen": trainer.datamodule.position,
+            "perf/images_per_s": self.images / seconds,
+            "perf/data_wait": self.waited / seconds,
+        }
+        if torch.cuda.is_available():
+            self.latest["perf/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        for logger in trainer.loggers:
+            logger.log_metrics(self.latest, step=trainer.global_step)
+        self.logged = trainer.global_step
+        self._restart()
+
+
+class ProgressBar(TQDMProgressBar):
+    """One bar for the run: optimizer steps' batches out of all, with loss and speed."""
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self.meter = meter
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *args) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description("Training")
+
+    def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict:
+        shown = super().get_metrics(trainer, module)
+        shown.pop("v_num", None)
+        if self.meter.latest:
+            shown["loss"] = f"{self.meter.latest['train/loss']:.3f}"
+            shown["images/s"] = f"{self.meter.latest['perf/images_per_s']:.0f}"
+        return shown
+
+
+class Pictures(L.Callback):
+    """After each validation, one picture of the same things: <folder>/step=*.png, and the loggers.
+
+    `draw` returns the picture and the facts that the file carries.
+    """
+
+    def __init__(self, folder: Path, draw: Callable[[], tuple[Image.Image, dict]]) -> None:
+        self.folder = folder
+        self.draw = draw
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.state.fn != "fit" or not trainer.is_global_zero:
+            return
+        picture, facts = self.draw()
+        path = self.folder / f"step={trainer.global_step:08d}.png"
+        save_png(picture, path, {**facts, "step": trainer.global_step})
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("samples", [picture], step=trainer.global_step)

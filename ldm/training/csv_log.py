@@ -1,0 +1,96 @@
+"""metrics.csv: one row a step, kept when a run is resumed."""
+
+import csv
+import io
+from pathlib import Path
+
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+
+from ldm.files import replacing
+
+
+class CsvLog(Logger):
+    """Appends rows to `path`; a new metric adds a column.
+
+    A resumed run first drops the rows of steps that it will go through again, so that each step
+    stands there once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.columns: list[str] = []
+        self.open_row: dict[str, str] = {}
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> "CsvLog":
+        return self
+
+    @rank_zero_only
+    def log_hyperparams(self, *args, **kwargs) -> None:
+        """Nothing: config.yaml has them."""
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after `step`."""
+        rows = [row for row in self._rows() if int(row["step"]) <= step]
+        self._rewrite(rows)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Values of one step; calls for the same step share a row."""
+        row = {name: f"{float(value):.8g}" for name, value in metrics.items() if name != "epoch"}
+        if not row:
+            return
+        if self.open_row.get("step") != str(step):
+            self._close_row()
+            self.open_row = {"step": str(step)}
+        self.open_row |= row
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Put the open row on the disk."""
+        self._close_row()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self._close_row()
+
+    def _close_row(self) -> None:
+        row, self.open_row = self.open_row, {}
+        if not row:
+            return
+        if not set(row) <= set(self.columns):
+            rows = self._rows()
+            self.columns += [name for name in row if name not in self.columns]
+            self._rewrite(rows)
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+
+    def _rows(self) -> list[dict[str, str]]:
+        if not self.path.is_file():
+            return []
+        with self.path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            rows = [row for row in reader if (row.get("step") or "").isdigit()]
+            self.columns = list(reader.fieldnames or [])
+        return rows
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as file, io.TextIOWrapper(file, newline="") as text:
+            writer = csv.DictWriter(text, self.columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+            text.flush()
+            text.detach()

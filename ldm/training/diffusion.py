@@ -1,0 +1,120 @@
+"""Training of the denoiser on latents.
+
+Shapes: B batch, C latent channels, H W pixels, h w latent grid.
+"""
+
+from dataclasses import replace
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from ldm.diffusion.condition import Condition
+from ldm.diffusion.noise import generators, rand, randn
+from ldm.diffusion.objective import Objective
+from ldm.training.ema import EMA
+
+BANDS = 8  # val/loss_t0 .. t7: equal parts of t
+
+
+class LatentDiffusion(L.LightningModule):
+    """The denoiser and its average are trained; autoencoder and text encoder are frozen parts.
+
+    Frozen parts are used but not stored: `frozen` is a tuple, which Lightning neither saves nor
+    wraps. What is drawn for an image depends on (seed, position of the image in the run) alone.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        autoencoder: nn.Module,
+        text: nn.Module,
+        objective: Objective,
+        task,
+        *,
+        optimizer,
+        ema_decay: float = 0.9999,
+        caption_dropout: float = 0.1,
+        validate_raw: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.ema = EMA(denoiser, decay=ema_decay)
+        self.objective = objective
+        self.task = task
+        self.frozen = (autoencoder.eval().requires_grad_(False), text)
+        self.make_optimizer = optimizer
+        self.caption_dropout = caption_dropout
+        self.seed = seed
+        suffixes = ("", "_raw") if validate_raw else ("",)
+        self.val_losses = nn.ModuleDict(
+            {
+                f"{name}{suffix}": MeanMetric()
+                for suffix in suffixes
+                for name in ("loss", *(f"loss_t{band}" for band in range(BANDS)))
+            }
+        )
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        x0, cond = self.encode(batch)
+        noise = self.draws(batch, "noise")
+        return self.objective.loss(self.denoiser, x0, cond, generator=noise).mean()
+
+    @torch.no_grad()
+    def encode(self, batch: dict, *, caption_dropout: float | None = None):
+        """Latents (B, C, h, w) and Condition of a batch, captions dropped out for guidance."""
+        autoencoder, text = self.frozen
+        images, captions = batch["images"], batch["captions"]
+        x0 = autoencoder.encode(images, generator=self.draws(batch, "posterior"))
+        cond = text(captions)
+        rate = self.caption_dropout if caption_dropout is None else caption_dropout
+        if rate > 0:
+            keep = rand(len(x0), self.draws(batch, "caption", device="cpu")) >= rate
+            cond = cond.where(keep.to(x0.device, non_blocking=True), text.null(len(x0)))
+        concat = self.task.train_concat(
+            x0, images, autoencoder.encode, generator=self.draws(batch, "task")
+        )
+        return x0, replace(cond, concat=concat)
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        x0, cond = self.encode(batch, caption_dropout=0.0)
+        eps = randn(x0.shape, self.draws(batch, "val noise"), device=x0.device, dtype=x0.dtype)
+        within = rand(len(x0), self.draws(batch, "val time"), device=x0.device)
+        for band in range(BANDS):
+            t = (band + within) / BANDS
+            self._validate(self.ema.module, "", band, x0, cond, t, eps)
+            if "loss_raw" in self.val_losses:
+                self._validate(self.denoiser, "_raw", band, x0, cond, t, eps)
+
+    def _validate(
+        self, net: nn.Module, suffix: str, band: int, x0: Tensor, cond: Condition, t, eps
+    ) -> None:
+        loss = self.objective.loss_at(net, x0, cond, t=t, eps=eps)
+        for name in (f"loss{suffix}", f"loss_t{band}{suffix}"):
+            self.val_losses[name].update(loss)
+
+    def on_validation_epoch_end(self) -> None:
+        for name, metric in self.val_losses.items():
+            self.log(f"val/{name}", metric, prog_bar=name == "loss")
+
+    def draws(self, batch: dict, stream: str, *, device=None) -> list[torch.Generator]:
+        """One generator an image, for one use."""
+        device = self.device if device is None else device
+        return generators(self.seed, batch["position"], stream=stream, device=device)
+
+    def on_train_batch_end(self, outputs, batch: dict, batch_idx: int) -> None:
+        if self.trainer.global_step > self.averaged:  # not after each micro-batch
+            self.averaged = self.trainer.global_step
+            self.ema.update(self.denoiser, step=self.averaged)
+
+    def on_fit_start(self) -> None:
+        for part in self.frozen:
+            part.to(self.device)
+
+    def on_train_start(self) -> None:
+        self.averaged = self.trainer.global_step
+
+    def configure_optimizers(self) -> dict:
+        return self.make_optimizer(self.denoiser.parameters(), steps=self.trainer.max_steps)

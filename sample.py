@@ -1,0 +1,87 @@
+"""Paint prompts with a trained run: python sample.py ckpt=runs/my-run prompt="..."; see --help."""
+
+import re
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from ldm import cli
+
+TEXTS = ("ckpt", "prompt", "prompts", "negative", "out", "autoencoder", "text_encoder")
+texts = cli.take_text(TEXTS)
+
+
+@hydra.main(config_path=cli.CONF, config_name="sample", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Compose, restore, sample, save."""
+    asked = {**{name: cfg[name] for name in TEXTS if not OmegaConf.is_missing(cfg, name)}, **texts}
+    with cli.told_plainly():
+        from tqdm import tqdm
+
+        from ldm import build
+        from ldm.images import save_png, tile, to_pil
+
+        prompts = read_prompts(asked)
+        moved = {name: asked[name] for name in build.FROZEN}
+        restored = build.restore(cfg, cli.needed(asked, "ckpt"), moved)
+        size = cfg.size or restored.size
+        jobs = [(p, cfg.seed + i) for p in prompts for i in range(cfg.n)]
+        images = []
+        with tqdm(total=len(jobs) * cfg.steps, desc="Sampling", unit="step") as bar:
+            for first in range(0, len(jobs), cfg.batch):
+                part = jobs[first : first + cfg.batch]
+                images += restored.pipeline(
+                    [prompt for prompt, _ in part],
+                    seeds=[seed for _, seed in part],
+                    size=size,
+                    steps=cfg.steps,
+                    negative=asked["negative"],
+                    on_step=lambda i, x0_hat, n=len(part): bar.update(n),
+                ).cpu()
+    out = out_path(asked["out"], prompts, restored.path)
+    settings = {
+        "negative": asked["negative"],
+        "steps": cfg.steps,
+        "size": size,
+        "sampler": OmegaConf.to_container(cfg.sampler),
+        "guidance": OmegaConf.to_container(cfg.guidance),
+        "weights": "raw" if cfg.raw else "ema",
+        "ckpt": str(restored.path),
+        "step": restored.step,
+    }
+    for i, (image, (prompt, seed)) in enumerate(zip(images, jobs, strict=True)):
+        single = out.with_name(f"{out.stem}_{i:03d}.png")
+        save_png(to_pil(image), single, {"prompt": prompt, "seed": seed, **settings})
+    facts = {"prompt": [p for p, _ in jobs], "seed": [s for _, s in jobs], **settings}
+    columns = cfg.n if len(prompts) > 1 else None
+    save_png(tile(images, columns=columns), out, facts)
+    print(f"{len(images)} pictures beside {out}")
+    print(out)
+
+
+def read_prompts(asked: dict) -> list[str]:
+    """The one prompt, or those of the file."""
+    if asked["prompts"] is None:
+        return [asked["prompt"]]
+    lines = Path(asked["prompts"]).read_text(encoding="utf-8").splitlines()
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise cli.UsageError(f"prompts={asked['prompts']} has no line with text")
+    return prompts
+
+
+def out_path(out: str | None, prompts: list[str], ckpt: Path) -> Path:
+    """Where the grid goes: as asked, or a new name made of the first prompt in the run."""
+    if out is not None:
+        return Path(out).with_suffix(".png")
+    words = re.sub(r"[^a-z0-9]+", "-", prompts[0].lower()).strip("-")[:60].strip("-") or "empty"
+    run_dir = ckpt.parent.parent if ckpt.parent.name == "checkpoints" else Path()
+    path, number = run_dir / "samples" / f"{words}.png", 2
+    while path.exists():
+        path, number = path.with_name(f"{words}-{number}.png"), number + 1
+    return path
+
+
+if __name__ == "__main__":
+    cli.run(main, "sample")

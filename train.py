@@ -1,0 +1,68 @@
+"""Train one stage: python train.py [group=option ...] [key=value ...]; --help tells more."""
+
+import os
+import time
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from ldm import cli, runs
+
+
+@hydra.main(config_path=cli.CONF, config_name="train", version_base="1.3")
+def main(cfg: DictConfig) -> float | None:
+    """Compose, build, fit; the value of `cfg.metric` is returned, for sweepers."""
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    done = runs.read_result(run_dir)
+    if done.get("status") == "finished" and done["steps"] >= cfg.trainer.max_steps:
+        print(
+            f"{run_dir} is finished: {done['metric']} = {done['value']} after {done['steps']} "
+            "steps. Raise trainer.max_steps to go on, or choose another name"
+        )
+        return done["value"]
+    with cli.told_plainly():
+        from ldm import build  # torch and Lightning: seconds that a typo need not wait for
+
+        job = build.job(cfg, run_dir)
+    return fit(cfg, job, run_dir)
+
+
+def fit(cfg: DictConfig, job, run_dir: Path) -> float | None:
+    """Train from the last checkpoint if there is one, and leave result.json, come what may."""
+    last = run_dir / "checkpoints" / "last.ckpt"
+    first = runs.rank() == 0
+    if first:
+        OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+        doing = "resumes" if last.exists() else "begins"
+        print(f"{run_dir} {doing}: {job.describe()}", flush=True)
+    began, status = time.time(), "failed"
+    try:
+        job.trainer.fit(
+            job.module,
+            datamodule=job.data,
+            ckpt_path=last if last.exists() else None,
+            weights_only=True,
+        )
+        status = "preempted" if job.trainer.interrupted else "finished"
+    finally:
+        value = job.trainer.callback_metrics.get(cfg.metric)
+        result = {
+            "status": status,
+            "metric": cfg.metric,
+            "value": None if value is None else float(value),
+            "steps": job.trainer.global_step,
+            "images_seen": job.data.position,
+            "seconds": round(time.time() - began, 1),
+            "checkpoint": os.path.relpath(last.resolve(), run_dir) if last.exists() else None,
+        }
+        if first:
+            runs.write_result(run_dir, result)
+    if first:
+        print(f"{status}: {cfg.metric} = {result['value']}; see {run_dir}/samples and metrics.csv")
+    return result["value"]
+
+
+if __name__ == "__main__":
+    cli.run(main, "train")

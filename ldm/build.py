@@ -4,6 +4,8 @@ What a part must know of another (widths, channels) is read off the built object
 here; no YAML repeats it.
 """
 
+import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +58,8 @@ def job(cfg: DictConfig, run_dir: Path) -> Job:
     stages = {"diffusion": diffusion, "autoencoder": autoencoder_training, "clip": clip_training}
     if cfg.stage not in stages:
         raise UsageError(f"stage={cfg.stage} is none of {', '.join(stages)}")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own affair
     L.seed_everything(cfg.seed, verbose=False)
     data = instantiate(cfg.data, seed=cfg.seed)
     module, callbacks, frozen = stages[cfg.stage](cfg, data, run_dir)
@@ -64,6 +68,7 @@ def job(cfg: DictConfig, run_dir: Path) -> Job:
         "config": OmegaConf.to_yaml(cfg, resolve=True),
         "frozen": {name: checkpoint.digest(part) for name, part in frozen.items()},
     }
+    module.to(memory_format=torch.channels_last)  # what convolutions like best, on any device
     return Job(data, module, trainer(cfg, run_dir, callbacks, facts))
 
 

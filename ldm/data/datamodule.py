@@ -122,3 +122,10 @@ class Run:
 
     def __iter__(self):
         return iter(self.loader)
+
+    def state_dict(self) -> dict:
+        """Nothing: the position is all there is, and the checkpoint has it."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing, likewise."""

@@ -1,5 +1,6 @@
 """What is seen of a run while it trains: numbers, a progress bar and sample pictures."""
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from PIL import Image
 
 from ldm.images import save_png
+from ldm.training.csv_log import CsvLog
 
 
 class Meter(L.Callback):
@@ -26,6 +28,9 @@ class Meter(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.logged = trainer.global_step
+        for logger in trainer.loggers:
+            if isinstance(logger, CsvLog):
+                logger.rewind(trainer.global_step)
         self._restart()
 
     def _restart(self) -> None:
@@ -49,6 +54,10 @@ class Meter(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and self.batches:
             self._log(trainer)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # Lightning would log a validation under the number of batches, which lags behind.
+        module.log("step", float(trainer.global_step))
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._restart()  # the time of a validation is no training time
@@ -74,7 +83,8 @@ class ProgressBar(TQDMProgressBar):
     """One bar for the run: optimizer steps' batches out of all, with loss and speed."""
 
     def __init__(self, meter: Meter) -> None:
-        super().__init__()
+        # In a file, where a bar cannot be drawn over, a line now and then.
+        super().__init__(refresh_rate=1 if sys.stdout.isatty() else meter.every)
         self.meter = meter
 
     def on_train_epoch_start(self, trainer: L.Trainer, *args) -> None:
@@ -84,6 +94,7 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict:
         shown = super().get_metrics(trainer, module)
         shown.pop("v_num", None)
+        shown.pop("step", None)
         if self.meter.latest:
             shown["loss"] = f"{self.meter.latest['train/loss']:.3f}"
             shown["images/s"] = f"{self.meter.latest['perf/images_per_s']:.0f}"

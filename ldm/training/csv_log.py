@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from ldm.files import replacing
+from ldm.files import write_text
 
 
 class CsvLog(Logger):
@@ -88,9 +88,8 @@ class CsvLog(Logger):
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as file, io.TextIOWrapper(file, newline="") as text:
-            writer = csv.DictWriter(text, self.columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-            text.flush()
-            text.detach()
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.path, text.getvalue())

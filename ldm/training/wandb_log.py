@@ -4,9 +4,10 @@ import netrc
 import os
 from pathlib import Path
 
+import wandb
 from lightning.pytorch.loggers import WandbLogger
 
-from ldm.runs import wandb_id
+from ldm.runs import rank, wandb_id
 
 
 def wandb_logger(
@@ -19,7 +20,8 @@ def wandb_logger(
     """
     if offline is None and "WANDB_MODE" not in os.environ:
         offline = not has_key()
-    os.environ.setdefault("WANDB_SILENT", "true")
+    if offline and rank() == 0:
+        print(f"W&B is offline; `wandb sync {run_dir}/wandb/offline-run-*` sends the run later")
     return WandbLogger(
         project=project,
         name=name,
@@ -27,6 +29,7 @@ def wandb_logger(
         save_dir=run_dir,
         offline=bool(offline),
         resume="allow",
+        settings=wandb.Settings(silent=True),
     )
 
 

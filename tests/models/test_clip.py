@@ -52,18 +52,29 @@ def test_features_and_loss_are_those_of_transformers(tmp_path):
     torch.testing.assert_close(loss, expected.loss)
 
 
+def pixels_seen(clip: Clip, images: torch.Tensor) -> torch.Tensor:
+    """What reaches the vision transformer, back in [0, 1]."""
+    seen = []
+    clip.model.vision_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True
+    )
+    assert clip.encode_images(images).shape == (len(images), 8)
+    return seen[0] * clip.pixel_std + clip.pixel_mean
+
+
 def test_other_sizes_are_resized_as_published_clip_does():
-    pixels = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
-    resized = Image.fromarray(pixels).resize((16, 16), Image.Resampling.BICUBIC)
-    large, small = (
-        torch.tensor(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
-        for image in (pixels, resized)
-    )
-    clip = small_clip().eval()
-    torch.testing.assert_close(
-        clip.encode_images(large), clip.encode_images(small), rtol=0, atol=0.02
-    )
-    assert clip.encode_images(torch.zeros(2, 3, 24, 40)).shape == (2, 8)
+    pixels = np.random.default_rng(0).integers(64, 192, (48, 48, 3), dtype=np.uint8)
+    expected = np.array(Image.fromarray(pixels).resize((16, 16), Image.Resampling.BICUBIC)) / 255
+    got = pixels_seen(small_clip(), torch.tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1)
+    assert np.abs(got[0].permute(1, 2, 0).numpy() - expected).max() < 1 / 255
+
+
+def test_resizing_squashes_and_stays_in_range():
+    images = torch.zeros(2, 3, 24, 40).bernoulli_() * 2 - 1
+    pixels = pixels_seen(small_clip(), images)
+    assert pixels.shape == (2, 3, 16, 16)
+    assert pixels.min() >= -1e-6
+    assert pixels.max() <= 1 + 1e-6
 
 
 def test_a_caption_alone_and_beside_a_longer_one_are_the_same():

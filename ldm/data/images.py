@@ -1,0 +1,137 @@
+"""Encoded pictures to upright RGB, and from there to squares of pixels.
+
+Shapes: H W height and width in pixels. A Pillow image's `size` is (W, H).
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_PIXELS = 64_000_000
+MAX_BYTES = 32 * 2**20
+
+_ORIENTATION = 0x0112  # EXIF 2.32, table 4
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """A picture that is damaged, too large, or in no format of `FORMATS`."""
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The encoded picture in a file.
+
+    Raises ImageError above `MAX_BYTES`, before anything is read.
+    """
+    _check_bytes(Path(path).stat().st_size)
+    return Path(path).read_bytes()
+
+
+def read_image(source: bytes | str | Path) -> Image.Image:
+    """The first frame of an encoded picture, upright, RGB, transparency laid on white.
+
+    `source` holds the encoded bytes or is the path of a file. Size and format are checked on the
+    header, before any pixel is decoded.
+    Raises ImageError with the reason where the picture cannot be had in full.
+    """
+    data = source if isinstance(source, bytes) else read_bytes(source)
+    with _open(data) as image:
+        try:
+            image.load()
+            rgb = _to_rgb(image)
+        except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
+            raise ImageError(f"damaged {image.format}: {error}") from error
+        turn = _UPRIGHT.get(_orientation(image))
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+    rgb.info = {}  # a CMYK profile or a spent orientation must not be written with RGB pixels
+    return rgb
+
+
+def is_plain(data: bytes, format: str) -> bool:
+    """Whether the header says: one upright, opaque RGB picture in this Pillow format already.
+
+    Raises ImageError as `read_image` does for what a header shows.
+    """
+    with _open(data) as image:
+        return (
+            image.format == format
+            and image.mode == "RGB"
+            and not image.has_transparency_data
+            and getattr(image, "n_frames", 1) == 1
+            and _orientation(image) not in _UPRIGHT
+        )
+
+
+def resize_short(image: Image.Image, size: int) -> Image.Image:
+    """The picture with its short side at `size` pixels, in proportion (bicubic, antialiased)."""
+    short = min(image.size)
+    width, height = (max(size, round(side * size / short)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def crop(image: Image.Image, size: int, *, x: float, y: float) -> Image.Image:
+    """A square of `size` pixels; x, y in [0, 1] run from left and top to right and bottom.
+
+    (0.5, 0.5) is the centre. Raises ValueError where the picture is smaller than the square.
+    """
+    width, height = image.size
+    if size > min(width, height):
+        raise ValueError(f"cannot crop {size} x {size} pixels from {width} x {height}")
+    left, top = round(x * (width - size)), round(y * (height - size))
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """The pixels of an RGB picture, uint8 (3, H, W), in 0..255."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _open(data: bytes) -> Image.Image:
+    _check_bytes(len(data))
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(f"no {', '.join(FORMATS)} file ({len(data)} bytes)") from error
+    except Exception as error:  # as in read_image; Pillow's own bomb limit among them
+        raise ImageError(f"unreadable header: {error}") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{width} x {height} pixels are over the limit of {MAX_PIXELS:,}")
+    return image
+
+
+def _check_bytes(size: int) -> None:
+    if size > MAX_BYTES:
+        raise ImageError(f"{size} encoded bytes are over the limit of {MAX_BYTES:,}")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF says nothing about the pixels: take them as they lie
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255
+        grey = np.asarray(image).astype(np.int64) >> 8
+        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.new("RGBA", rgba.size, "white")
+        image.alpha_composite(rgba)
+    return image.convert("RGB")

@@ -1,0 +1,106 @@
+"""The order in which samples are seen: a pure function of (seed, position).
+
+Position p counts samples over all ranks and epochs; with N samples it lies in epoch p // N. There
+is no other state: to resume is to start at a position, on any number of ranks and workers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+# First key of each stream of random numbers that this package draws.
+ORDER, CROP, CAPTION = 1, 2, 3
+
+_CACHED_EPOCHS = 2  # around an epoch's end positions of both are asked for
+
+
+def draws(count: int, *key: int) -> np.ndarray:
+    """`count` independent uint64 that depend on the key alone (Philox, Salmon et al. 2011).
+
+    Raw bits, because numpy keeps those the same from version to version, unlike its shuffles.
+    """
+    return np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
+
+
+class Order:
+    """The endless concatenation of shuffled epochs over shards of the given sizes.
+
+    In each epoch the shards are shuffled, then the samples inside each run of `window` shards, so
+    that reads stay near one another. Without `shuffle` each epoch is 0, 1, .. N-1.
+    Raises ValueError where there is no sample or the window is empty.
+    """
+
+    def __init__(
+        self, shard_sizes: Sequence[int], *, seed: int, window: int = 4, shuffle: bool = True
+    ) -> None:
+        if sum(shard_sizes) == 0:
+            raise ValueError("cannot order 0 samples")
+        if window < 1:
+            raise ValueError(f"the shuffle window must be 1 shard or more, got {window}")
+        self._ends = np.cumsum(shard_sizes)
+        self._seed, self._window, self._shuffle = seed, window, shuffle
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        """N, the samples of an epoch."""
+        return int(self._ends[-1])
+
+    def at(self, position: int) -> tuple[int, int]:
+        """(epoch, sample index in 0..N-1) of a position >= 0."""
+        epoch, offset = divmod(position, len(self))
+        return epoch, int(self._permutation(epoch)[offset])
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch not in self._epochs:
+            if len(self._epochs) == _CACHED_EPOCHS:
+                self._epochs.pop(next(iter(self._epochs)))
+            self._epochs[epoch] = self._shuffled(epoch) if self._shuffle else np.arange(len(self))
+        return self._epochs[epoch]
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        count = len(self._ends)
+        bits = draws(count + len(self), ORDER, self._seed, epoch)
+        shards = np.argsort(bits[:count], kind="stable")
+        starts = np.concatenate([[0], self._ends])
+        windows = []
+        used = count
+        for first in range(0, count, self._window):
+            window = shards[first : first + self._window]
+            samples = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in window])
+            ranks = bits[used : used + len(samples)]
+            windows.append(samples[np.argsort(ranks, kind="stable")])
+            used += len(samples)
+        return np.concatenate(windows)
+
+
+class PositionBatches:
+    """This rank's endless share of the order, as a batch sampler of (sample index, position).
+
+    A micro-step takes the next batch * world positions, rank r the r-th slice of `batch` of them.
+    Each pass begins at the position that `start()` gives at that moment.
+    """
+
+    def __init__(
+        self, order: Order, *, batch: int, rank: int, world: int, start: Callable[[], int]
+    ) -> None:
+        if batch < 1 or not 0 <= rank < world:
+            raise ValueError(f"need batch >= 1 and 0 <= rank < world, got {batch}, {rank}, {world}")
+        self._order, self._start = order, start
+        self._batch, self._rank, self._world = batch, rank, world
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        first = self._start() + self._rank * self._batch
+        while True:
+            yield [(self._order.at(q)[1], q) for q in range(first, first + self._batch)]
+            first += self._batch * self._world
+
+
+def strided_batches(
+    count: int, *, batch: int, rank: int, world: int
+) -> list[list[tuple[int, int]]]:
+    """Rank's share of samples 0..count-1 for validation: each sample once over all ranks.
+
+    Position is the index. Nothing is padded: the last batch, and a rank's total, may be smaller.
+    """
+    indices = range(rank, count, world)
+    return [[(i, i) for i in indices[b : b + batch]] for b in range(0, len(indices), batch)]

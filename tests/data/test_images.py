@@ -1,0 +1,214 @@
+import io
+import struct
+import time
+import zlib
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from material import encoded, picture
+from PIL import Image, ImageOps
+
+from ldm.data.images import (
+    MAX_BYTES,
+    ImageError,
+    crop,
+    is_plain,
+    read_bytes,
+    read_image,
+    resize_short,
+    to_tensor,
+)
+
+
+def gradient(width: int = 32, height: int = 24) -> Image.Image:
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([x * 255 // width, y * 255 // height, (x + y) * 2], axis=-1)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def difference(a: Image.Image, b: Image.Image) -> float:
+    return float(np.abs(np.asarray(a, float) - np.asarray(b, float)).mean())
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    body = kind + data
+    return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def png_header(width: int, height: int) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
+def test_every_format_reads_as_rgb(format):
+    image = read_image(encoded(gradient(), format))
+    assert (image.mode, image.size) == ("RGB", (32, 24))
+    assert difference(image, gradient()) < 12
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P"])
+@pytest.mark.parametrize("format", ["PNG", "GIF"])
+def test_grey_and_palette_pixels_keep_their_colours(mode, format):
+    source = gradient().convert(mode)
+    assert difference(read_image(encoded(source, format)), source.convert("RGB")) == 0
+
+
+def test_cmyk_jpeg_is_not_inverted():
+    source = gradient()
+    data = encoded(source.convert("CMYK"), "JPEG", quality=95)
+    assert b"Adobe" in data  # Adobe stores the inks inverted
+    assert difference(read_image(data), source) < 6
+
+
+def test_cmyk_jpeg_drops_a_profile_that_does_not_fit_rgb():
+    data = encoded(gradient().convert("CMYK"), "JPEG", icc_profile=b"cmyk")
+    assert read_image(data).info == {}
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_transparency_lies_on_white(mode):
+    source = Image.new(mode, (4, 4), (0,) * len(mode))
+    opaque = (0,) * (len(mode) - 1) + (255,)
+    source.putpixel((1, 2), opaque)
+    image = read_image(encoded(source))
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+    assert image.getpixel((1, 2)) == (0, 0, 0)
+
+
+def test_transparent_palette_entry_is_white():
+    source = Image.new("P", (2, 1))
+    source.putpalette([10, 20, 30, 40, 50, 60])
+    source.putpixel((1, 0), 1)
+    image = read_image(encoded(source, "PNG", transparency=1))
+    assert [image.getpixel((x, 0)) for x in (0, 1)] == [(10, 20, 30), (255, 255, 255)]
+
+
+def test_16_bit_grey_is_scaled_and_not_clipped():
+    source = Image.fromarray(np.array([[0, 128 << 8, 255 << 8, 65535]], np.uint16))
+    image = read_image(encoded(source))
+    assert [image.getpixel((x, 0))[0] for x in range(4)] == [0, 128, 255, 255]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(gradient(), "PNG", exif=exif)
+    with Image.open(io.BytesIO(data)) as stored:
+        expected = ImageOps.exif_transpose(stored)
+    assert difference(read_image(data), expected) == 0
+    assert is_plain(data, "PNG") == (orientation == 1)
+
+
+def test_damaged_exif_does_not_cost_the_picture():
+    data = encoded(gradient(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\xff\xff\xff\xff")
+    assert read_image(data).size == (32, 24)
+
+
+def test_only_the_first_frame_of_an_animation_counts():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    for format in ("GIF", "WEBP", "PNG"):
+        options = {"lossless": True} if format == "WEBP" else {}
+        data = encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
+        assert read_image(data).getpixel((0, 0)) == (255, 0, 0), format
+        assert not is_plain(data, format), format
+
+
+@pytest.mark.parametrize("cut", [0, 1, 10, 100, 400])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_truncated_files_are_errors(format, cut):
+    data = encoded(gradient(200, 100), format)
+    with pytest.raises(ImageError):
+        read_image(data[: min(cut, len(data) // 2)])
+
+
+def test_other_formats_are_named_as_such():
+    for data in (
+        b"<html>not found</html>",
+        encoded(gradient(), "TIFF"),
+        encoded(gradient(), "PPM"),
+    ):
+        with pytest.raises(ImageError, match="no JPEG, PNG, WEBP, GIF, BMP file"):
+            read_image(data)
+
+
+@pytest.mark.parametrize("size", [(12_000, 12_000), (60_000, 60_000), (2**31 - 1, 1), (8001, 8000)])
+def test_pixel_bombs_are_refused_by_their_header(size):
+    begun = time.perf_counter()
+    with pytest.raises(ImageError, match="limit"):
+        read_image(png_header(*size) + png_chunk(b"IDAT", zlib.compress(bytes(10))))
+    assert time.perf_counter() - begun < 0.5
+
+
+def test_compressed_text_bomb_is_refused():
+    text = png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(100 * 2**20)))
+    data = png_header(8, 8) + text + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
+    with pytest.raises(ImageError):
+        read_image(data)
+
+
+def test_too_many_encoded_bytes_are_refused(tmp_path):
+    with pytest.raises(ImageError, match="encoded bytes"):
+        read_image(picture() + bytes(MAX_BYTES))
+    path = tmp_path / "huge.png"
+    with open(path, "wb") as file:
+        file.truncate(2**40)  # a hole: nothing is on the disk
+    with pytest.raises(ImageError, match="encoded bytes"):
+        read_bytes(path)
+
+
+def test_path_and_bytes_give_the_same(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(3))
+    assert read_image(tmp_path / "a.png") == read_image(str(tmp_path / "a.png"))
+    assert read_image(tmp_path / "a.png") == read_image(picture(3))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_damage_is_an_image_error_or_a_picture(data):
+    format = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP"]))
+    damaged = bytearray(encoded(gradient(), format))
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    with suppress(ImageError):
+        assert read_image(bytes(damaged)).mode == "RGB"
+
+
+def test_is_plain_wants_the_format_and_rgb():
+    assert is_plain(encoded(gradient(), "JPEG"), "JPEG")
+    assert not is_plain(encoded(gradient(), "JPEG"), "PNG")
+    assert not is_plain(encoded(gradient().convert("L"), "JPEG"), "JPEG")
+    assert not is_plain(encoded(gradient(), "PNG", transparency=(0, 0, 0)), "PNG")
+
+
+def test_resize_short_keeps_the_proportions():
+    assert resize_short(gradient(64, 48), 24).size == (32, 24)
+    assert resize_short(gradient(48, 64), 24).size == (24, 32)
+    assert resize_short(gradient(10, 7), 14).size == (20, 14)
+    assert resize_short(Image.new("RGB", (1000, 999)), 10).size == (10, 10)
+
+
+def test_resize_short_is_antialiased():
+    checks = np.indices((64, 64)).sum(0) % 2 * 255
+    image = resize_short(Image.fromarray(checks.astype(np.uint8)).convert("RGB"), 8)
+    assert abs(np.asarray(image, float) - 127.5).max() < 3
+
+
+def test_crop_runs_from_edge_to_edge():
+    image = gradient(10, 4)
+    for x, left in ((0, 0), (0.5, 3), (1, 6)):
+        assert crop(image, 4, x=x, y=0.5) == image.crop((left, 0, left + 4, 4))
+    assert crop(image, 2, x=0, y=1) == image.crop((0, 2, 2, 4))
+    with pytest.raises(ValueError, match="10 x 4"):
+        crop(image, 5, x=0, y=0)
+
+
+def test_to_tensor_has_channels_first():
+    pixels = to_tensor(gradient(5, 3))
+    assert (pixels.shape, pixels.dtype) == ((3, 3, 5), torch.uint8)
+    assert tuple(pixels[:, 1, 4].tolist()) == gradient(5, 3).getpixel((4, 1))

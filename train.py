@@ -39,6 +39,8 @@ def fit(cfg: DictConfig, job, run_dir: Path) -> float | None:
         print(f"{run_dir} {doing}: {job.describe()}", flush=True)
     began, status = time.time(), "failed"
     try:
+        if cfg.validate_first and not last.exists():
+            job.trainer.validate(job.module, datamodule=job.data, verbose=False)
         job.trainer.fit(
             job.module,
             datamodule=job.data,

@@ -5,6 +5,7 @@ here; no YAML repeats it.
 """
 
 import logging
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,7 @@ def job(cfg: DictConfig, run_dir: Path) -> Job:
     if cfg.stage not in stages:
         raise UsageError(f"stage={cfg.stage} is none of {', '.join(stages)}")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own affair
     L.seed_everything(cfg.seed, verbose=False)
     data = instantiate(cfg.data, seed=cfg.seed)
@@ -88,6 +90,7 @@ def trainer(cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback], facts: 
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # the data knows its rank
+        inference_mode=False,  # metrics of a validation before training must live on in training
         plugins=[SafeCheckpointIO()],
         callbacks=[meter, ProgressBar(meter), *callbacks, keeper],
         logger=loggers,

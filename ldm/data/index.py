@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ldm.files import replacing
 from ldm.data.images import MAX_BYTES as MAX_IMAGE
+from ldm.files import replacing
 
 MAX_TEXT = 2**20
 MAX_HEADER = 2**20

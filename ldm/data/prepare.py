@@ -22,11 +22,11 @@ from typing import Any, Literal
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.files import TEMPORARY, replacing
 from ldm.data.images import ImageError, is_plain, read_bytes, read_image, resize_short
 from ldm.data.index import open_index, scan_shard
 from ldm.data.shards import write_shard
 from ldm.data.sources import Record, Records, coco_records, folder_records
+from ldm.files import TEMPORARY, replacing
 
 Format = Literal["jpg", "png", "webp"]
 

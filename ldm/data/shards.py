@@ -14,8 +14,8 @@ from typing import Any
 from webdataset import TarWriter
 
 from ldm.data.captions import sample_captions
-from ldm.files import replacing
 from ldm.data.index import ShardError, open_index
+from ldm.files import replacing
 
 _MAX_OPEN = 64
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from ldm.models.text import CaptionTokenizer, load_clip
+from ldm.models.text import CaptionTokenizer, load_clip, quiet
 
 # The pixel statistics in [0, 1] that every published CLIP was trained with (openai/CLIP, clip.py).
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -121,8 +121,9 @@ class Clip(nn.Module):
         folder = Path(folder)
         new, old = (folder.with_name(f".{folder.name}.{age}") for age in ("new", "old"))
         shutil.rmtree(new, ignore_errors=True)
-        self.model.save_pretrained(new)
-        self.tokenize.tokenizer.save_pretrained(new)
+        with quiet():
+            self.model.save_pretrained(new)
+            self.tokenize.tokenizer.save_pretrained(new)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)

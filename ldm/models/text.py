@@ -152,7 +152,7 @@ def load_clip(kind: type[Model], path: str) -> tuple[Model, CLIPTokenizer]:
 
 
 def _load_model(kind: type[Model], place: Path | str, *, local: bool) -> Model:
-    with _quiet():
+    with quiet():
         model, report = kind.from_pretrained(
             place,
             local_files_only=local,
@@ -181,11 +181,13 @@ def _places(folder: Path) -> tuple[Path, Path]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' table of every weight that one half of a CLIP does not use."""
+def quiet() -> Iterator[None]:
+    """Without transformers' bars, and its table of weights that one half of a CLIP does not use."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()

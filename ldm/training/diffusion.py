@@ -113,6 +113,10 @@ class LatentDiffusion(L.LightningModule):
         for part in self.frozen:
             part.to(self.device)
 
+    def on_validation_start(self) -> None:
+        for part in self.frozen:
+            part.to(self.device)
+
     def on_train_start(self) -> None:
         self.averaged = self.trainer.global_step
 

@@ -1,12 +1,11 @@
 """Paint prompts with a trained run: python sample.py ckpt=runs/my-run prompt="..."; see --help."""
 
-import re
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from ldm import cli
+from ldm import cli, runs
 
 TEXTS = ("ckpt", "prompt", "prompts", "negative", "out", "autoencoder", "text_encoder")
 texts = cli.take_text(TEXTS)
@@ -15,6 +14,7 @@ texts = cli.take_text(TEXTS)
 @hydra.main(config_path=cli.CONF, config_name="sample", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     """Compose, restore, sample, save."""
+    cli.check(cfg, "sample")
     asked = {**{name: cfg[name] for name in TEXTS if not OmegaConf.is_missing(cfg, name)}, **texts}
     with cli.told_plainly():
         from tqdm import tqdm
@@ -37,9 +37,9 @@ def main(cfg: DictConfig) -> None:
                     size=size,
                     steps=cfg.steps,
                     negative=asked["negative"],
-                    on_step=lambda i, x0_hat, n=len(part): bar.update(n),
+                    on_step=lambda i, x0_hat: bar.update(len(part)),  # noqa: B023 (called at once)
                 ).cpu()
-    out = out_path(asked["out"], prompts, restored.path)
+    out = Path(asked["out"] or runs.picture_path(restored.path, prompts[0])).with_suffix(".png")
     settings = {
         "negative": asked["negative"],
         "steps": cfg.steps,
@@ -69,18 +69,6 @@ def read_prompts(asked: dict) -> list[str]:
     if not prompts:
         raise cli.UsageError(f"prompts={asked['prompts']} has no line with text")
     return prompts
-
-
-def out_path(out: str | None, prompts: list[str], ckpt: Path) -> Path:
-    """Where the grid goes: as asked, or a new name made of the first prompt in the run."""
-    if out is not None:
-        return Path(out).with_suffix(".png")
-    words = re.sub(r"[^a-z0-9]+", "-", prompts[0].lower()).strip("-")[:60].strip("-") or "empty"
-    run_dir = ckpt.parent.parent if ckpt.parent.name == "checkpoints" else Path()
-    path, number = run_dir / "samples" / f"{words}.png", 2
-    while path.exists():
-        path, number = path.with_name(f"{words}-{number}.png"), number + 1
-    return path
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from ldm import cli, runs
 @hydra.main(config_path=cli.CONF, config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> float | None:
     """Compose, build, fit; the value of `cfg.metric` is returned, for sweepers."""
+    cli.check(cfg, "train")
     run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     done = runs.read_result(run_dir)
     if done.get("status") == "finished" and done["steps"] >= cfg.trainer.max_steps:

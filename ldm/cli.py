@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -78,6 +79,36 @@ def needed(given: Mapping[str, str | None], name: str) -> str:
     return given[name]
 
 
+def check(cfg: DictConfig, config_name: str) -> None:
+    """Refuse, before anything heavy is imported, keys that nobody reads and values of a wrong type.
+
+    Raises UsageError. Keys added inside a node with a `_target_` are that call's own affair.
+    """
+    groups = [o for o in HydraConfig.get().overrides.task if _is_group(o.partition("=")[0])]
+    default = OmegaConf.to_container(compose(config_name, overrides=groups))
+    _compare(OmegaConf.to_container(cfg), default, "", config_name)
+
+
+def _is_group(key: str) -> bool:
+    return Path(CONF, key.lstrip("+~").partition("@")[0]).is_dir()
+
+
+def _compare(given: dict, default: dict, prefix: str, config_name: str) -> None:
+    for key, value in given.items():
+        name = f"{prefix}{key}"
+        if key not in default:
+            if "_target_" not in default:
+                near = nearest(name, known_keys(config_name))
+                raise UsageError(f"there is no setting '{name}'{near}")
+        elif isinstance(value, dict) and isinstance(default[key], dict):
+            _compare(value, default[key], f"{name}.", config_name)
+        elif isinstance(value, str) and "${" not in value:
+            if isinstance(default[key], bool):
+                raise UsageError(f"{name}={value} is neither true nor false")
+            if isinstance(default[key], int | float):
+                raise UsageError(f"{name}={value} is no number (its default is {default[key]})")
+
+
 def explain(error: Exception, config_name: str) -> str:
     """Hydra's refusal in plain words, with the nearest thing that exists."""
     message = str(error)
@@ -96,6 +127,8 @@ def explain(error: Exception, config_name: str) -> str:
     if "Error parsing override" in message or "mismatched input" in message:
         argument = re.search(r"'(.*?)'", message)
         quoted = argument[1] if argument else "the value"
+        if "=" not in quoted:
+            return f"'{quoted}' is no setting: they are written key=value; --help lists them"
         return f"cannot read {quoted}: put values with special characters in quotes, key='\"a, b\"'"
     return message
 

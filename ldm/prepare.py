@@ -19,6 +19,7 @@ def main(argv: Sequence[str]) -> None:
 
     @hydra.main(config_path=cli.CONF, config_name="prepare", version_base="1.3")
     def prepare(cfg: DictConfig) -> None:
+        cli.check(cfg, "prepare")
         from ldm.data.prepare import prepare_coco, prepare_folder
 
         options = {

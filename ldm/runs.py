@@ -5,6 +5,7 @@ runs/<name>/  config.yaml  .hydra/  checkpoints/  samples/  metrics.csv  wandb/ 
 
 import json
 import os
+import re
 import secrets
 import time
 from pathlib import Path
@@ -57,6 +58,19 @@ def read_result(run_dir: Path) -> dict:
     """What result.json says; empty where there is none."""
     path = run_dir / "result.json"
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def picture_path(ckpt: Path, prompt: str) -> Path:
+    """A new name for pictures of a prompt, in the run that the checkpoint belongs to.
+
+    Made of the prompt's letters and digits alone, so that no prompt leads out of the directory.
+    """
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "picture"
+    run_dir = ckpt.parent.parent if ckpt.parent.name == "checkpoints" else Path()
+    path, number = run_dir / "samples" / f"{words}.png", 2
+    while path.exists():
+        path, number = path.with_name(f"{words}-{number}.png"), number + 1
+    return Path(os.path.relpath(path))
 
 
 def wandb_id(run_dir: Path) -> str:

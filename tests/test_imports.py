@@ -1,0 +1,85 @@
+"""Imports go one way only, and the core knows neither Lightning nor Hydra (docs/design.md)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# A room may import from rooms before it in this list, and from itself.
+ROOMS = [
+    {"ldm.files", "ldm.checkpoint", "ldm.runs", "ldm.images", "ldm.cli"},
+    {"ldm.diffusion"},
+    {"ldm.models"},
+    {"ldm.data"},
+    {"ldm.tasks", "ldm.pipeline"},
+    {"ldm.training"},
+    {"ldm.build"},
+    {"ldm.prepare", "train", "sample"},
+]
+SHELL = {"lightning": {"ldm.data.datamodule", "ldm.training", "ldm.build"}}
+HYDRA = {"ldm.build", "ldm.cli", "ldm.prepare", "train", "sample"}
+
+
+def modules():
+    for path in sorted([*ROOT.glob("ldm/**/*.py"), ROOT / "train.py", ROOT / "sample.py"]):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        yield name, ast.parse(path.read_text())
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def inside(name, rooms):
+    return any(name == room or name.startswith(f"{room}.") for room in rooms)
+
+
+def rank(name):
+    return next((i for i, rooms in enumerate(ROOMS) if inside(name, rooms)), None)
+
+
+@pytest.mark.parametrize(("name", "tree"), modules(), ids=lambda x: x if isinstance(x, str) else "")
+def test_imports_go_down(name, tree):
+    own = 0 if name == "ldm" else rank(name)
+    if name in ("ldm", "ldm.diffusion", "ldm.models", "ldm.data", "ldm.training"):
+        assert not list(imports(tree)), "an __init__ re-exports nothing"
+    assert own is not None, f"{name} has no place in the plan"
+    for imported in imports(tree):
+        if imported.startswith("ldm.") and rank(imported) is not None:
+            assert rank(imported) <= own, f"{name} imports {imported} from above"
+        if imported.split(".")[0] == "lightning":
+            assert inside(name, SHELL["lightning"]), f"{name} is no part of the Lightning shell"
+        if imported.split(".")[0] in ("hydra", "omegaconf"):
+            assert inside(name, HYDRA), f"{name} must not know Hydra"
+        if imported.startswith("hydra.utils"):
+            assert name == "ldm.build", "only build.py instantiates"
+        assert imported.split(".")[0] != "diffusers", "diffusers is for tests"
+
+
+@pytest.mark.parametrize(("name", "tree"), modules(), ids=lambda x: x if isinstance(x, str) else "")
+def test_nothing_unsafe_is_called(name, tree):
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        call = ast.unparse(node.func)
+        assert call not in ("eval", "exec", "os.system", "pickle.load", "pickle.loads", "yaml.load")
+        for keyword in node.keywords:
+            value = ast.unparse(keyword.value)
+            assert (keyword.arg, value) not in (("shell", "True"), ("weights_only", "False"))
+            assert (keyword.arg, value) != ("allow_pickle", "True")
+        if call == "torch.load":
+            assert "weights_only=True" in ast.unparse(node)
+
+
+def test_files_are_of_a_size_to_be_read():
+    for path in [*ROOT.glob("ldm/**/*.py"), ROOT / "train.py", ROOT / "sample.py"]:
+        lines = len(path.read_text().splitlines())
+        assert lines <= (80 if path.parent == ROOT else 320), f"{path} has {lines} lines"

@@ -31,26 +31,23 @@ def main(cfg: DictConfig) -> float | None:
 
 
 def fit(cfg: DictConfig, job, run_dir: Path) -> float | None:
-    """Train from the last checkpoint if there is one, and leave result.json, come what may."""
-    last = run_dir / "checkpoints" / "last.ckpt"
+    """Train, from the newest checkpoint if there is one, and leave result.json, come what may."""
     first = runs.rank() == 0
     if first:
         OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
-        doing = "resumes" if last.exists() else "begins"
-        print(f"{run_dir} {doing}: {job.describe()}", flush=True)
+        print(f"{run_dir} {'resumes' if job.resume else 'begins'}: {job.describe()}", flush=True)
     began, status = time.time(), "failed"
     try:
-        if cfg.validate_first and not last.exists():
+        if cfg.validate_first and job.resume is None:
             job.trainer.validate(job.module, datamodule=job.data, verbose=False)
-        job.trainer.fit(
-            job.module,
-            datamodule=job.data,
-            ckpt_path=last if last.exists() else None,
-            weights_only=True,
-        )
-        status = "preempted" if job.trainer.interrupted else "finished"
+        job.trainer.fit(job.module, datamodule=job.data, ckpt_path=job.resume, weights_only=True)
+        status = "finished"
+    except (KeyboardInterrupt, SystemExit):
+        status = "preempted"
+        raise
     finally:
         value = job.trainer.callback_metrics.get(cfg.metric)
+        last = run_dir / "checkpoints" / "last.ckpt"
         result = {
             "status": status,
             "metric": cfg.metric,

@@ -42,6 +42,7 @@ class Job:
     data: TextImageData
     module: L.LightningModule
     trainer: L.Trainer
+    resume: Path | None  # the checkpoint to go on from
 
     def describe(self) -> str:
         """One line: what is trained, on what, how long."""
@@ -59,9 +60,11 @@ def job(cfg: DictConfig, run_dir: Path) -> Job:
     stages = {"diffusion": diffusion, "autoencoder": autoencoder_training, "clip": clip_training}
     if cfg.stage not in stages:
         raise UsageError(f"stage={cfg.stage} is none of {', '.join(stages)}")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own affair
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # EMA and text are
     L.seed_everything(cfg.seed, verbose=False)
     data = instantiate(cfg.data, seed=cfg.seed)
     module, callbacks, frozen = stages[cfg.stage](cfg, data, run_dir)
@@ -71,7 +74,8 @@ def job(cfg: DictConfig, run_dir: Path) -> Job:
         "frozen": {name: checkpoint.digest(part) for name, part in frozen.items()},
     }
     module.to(memory_format=torch.channels_last)  # what convolutions like best, on any device
-    return Job(data, module, trainer(cfg, run_dir, callbacks, facts))
+    resume = checkpoint.newest(run_dir / "checkpoints")
+    return Job(data, module, trainer(cfg, run_dir, callbacks, facts), resume)
 
 
 def trainer(cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback], facts: dict) -> L.Trainer:
@@ -84,7 +88,7 @@ def trainer(cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback], facts: 
     accumulate = cfg.trainer.accumulate_grad_batches
     return instantiate(
         cfg.trainer,
-        strategy=instantiate(cfg.strategy),
+        strategy=instantiate(cfg.strategy) if cfg.strategy else "auto",
         # Lightning counts this in batches, we in optimizer steps.
         val_check_interval=cfg.trainer.val_check_interval * accumulate,
         check_val_every_n_epoch=None,

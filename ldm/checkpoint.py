@@ -9,6 +9,7 @@ valid manifest does not exist. `last.ckpt` is a link to the newest.
 import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -75,20 +76,48 @@ def flaw(path: Path) -> str | None:
     return None
 
 
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a folder; None where there is no checkpoint at all.
+
+    Those that are damaged are passed over with a warning. Raises CheckpointError where all are: to
+    begin anew in silence would lose the run.
+    """
+    found = sorted(folder.glob("step=*.ckpt"), reverse=True)
+    for path in found:
+        problem = flaw(path)
+        if problem is None:
+            return path
+        warnings.warn(f"checkpoint {path} is passed over: {problem}", stacklevel=2)
+    if found:
+        raise CheckpointError(
+            f"none of the {len(found)} checkpoints in {folder} is whole; move the folder away to "
+            "begin anew"
+        )
+    return None
+
+
+def keep_newest(folder: Path, count: int) -> None:
+    """Delete all checkpoints of a folder but the `count` newest that have a manifest."""
+    kept = sorted(path for path in folder.glob("step=*.ckpt") if manifest_path(path).is_file())
+    for path in folder.glob("step=*.ckpt"):
+        if path not in kept[-count:]:
+            remove(path)
+
+
 def find(ckpt: str) -> Path:
-    """The file that `ckpt`, a file or a run directory (its last checkpoint), stands for.
+    """The file that `ckpt`, a file or a run directory (its newest checkpoint), stands for.
 
     Raises CheckpointError where there is none.
     """
     path = Path(ckpt)
     if path.is_dir():
-        last = path / "checkpoints" / "last.ckpt"
-        if not last.exists():
+        last = newest(path / "checkpoints")
+        if last is None:
             raise CheckpointError(
-                f"'{ckpt}' has no checkpoint (yet): looked for {last}. A run directory is what "
-                "train.py made, such as runs/my-run"
+                f"'{ckpt}' has no checkpoint (yet) in {path / 'checkpoints'}. A run directory is "
+                "what train.py made, such as runs/my-run"
             )
-        return last.resolve()
+        return last
     if not path.is_file():
         known = sorted(str(found.parent.parent) for found in Path("runs").glob("**/last.ckpt"))
         hint = f"; runs here: {', '.join(known[:5])}" if known else ""

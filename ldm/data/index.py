@@ -129,7 +129,9 @@ def _shard_paths(source: str | Path | Sequence[str | Path]) -> list[Path]:
         raise FileNotFoundError(f"no .tar shards in {source}; `python -m ldm.prepare` writes them")
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"shard not found: {path}")
+            raise FileNotFoundError(
+                f"no shards at {path}: `python -m ldm.prepare` writes them there (out={path})"
+            )
     return paths
 
 

@@ -57,7 +57,7 @@ class Meter(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         # Lightning would log a validation under the number of batches, which lags behind.
-        module.log("step", float(trainer.global_step))
+        module.log("step", float(trainer.global_step), sync_dist=True)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._restart()  # the time of a validation is no training time

@@ -46,17 +46,18 @@ class Checkpoints(L.Callback):
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.save(trainer)  # once more even at a saved step: a last validation came after it
+        # Even at a step that is saved: a last validation came after it. The name is another one,
+        # because a file that is being replaced is for a moment no checkpoint.
+        self.save(trainer, suffix="_end")
 
-    def save(self, trainer: L.Trainer) -> None:
+    def save(self, trainer: L.Trainer, *, suffix: str = "") -> None:
         """Write the checkpoint of this step; all ranks take part."""
         self.saved = trainer.global_step
-        path = self.folder / f"step={trainer.global_step:08d}.ckpt"
+        path = self.folder / f"step={trainer.global_step:08d}{suffix}.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             files.link_last(path)
-            for old in sorted(self.folder.glob("step=*.ckpt"))[: -self.keep]:
-                files.remove(old)
+            files.keep_newest(self.folder, self.keep)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module, checkpoint: dict) -> None:
         checkpoint["ldm"] = {**self.facts, "images_seen": trainer.datamodule.position}

@@ -104,10 +104,10 @@ class LatentDiffusion(L.LightningModule):
         device = self.device if device is None else device
         return generators(self.seed, batch["position"], stream=stream, device=device)
 
-    def on_train_batch_end(self, outputs, batch: dict, batch_idx: int) -> None:
-        if self.trainer.global_step > self.averaged:  # not after each micro-batch
-            self.averaged = self.trainer.global_step
-            self.ema.update(self.denoiser, step=self.averaged)
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
+        # Here and not in a hook after the batch: checkpoints are saved before those.
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.ema.update(self.denoiser, step=self.trainer.global_step + 1)
 
     def on_fit_start(self) -> None:
         for part in self.frozen:
@@ -116,9 +116,6 @@ class LatentDiffusion(L.LightningModule):
     def on_validation_start(self) -> None:
         for part in self.frozen:
             part.to(self.device)
-
-    def on_train_start(self) -> None:
-        self.averaged = self.trainer.global_step
 
     def configure_optimizers(self) -> dict:
         return self.make_optimizer(self.denoiser.parameters(), steps=self.trainer.max_steps)

@@ -1,0 +1,39 @@
+"""What is costly to make and the same for all: shards, and a text encoder."""
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from world import CAPTIONS, SIZE, write_shapes
+
+from ldm.models.clip import Clip, train_tokenizer
+from ldm.models.text import ClipText
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
+torch.set_num_threads(1)  # the networks are too small to share
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """Ten shapes in two shards, so that batches of four end in the middle of an epoch."""
+    return write_shapes(tmp_path_factory.mktemp("shapes") / "shards", range(7), range(7, 10))
+
+
+@pytest.fixture(scope="session")
+def tiny_clip() -> Clip:
+    """An untrained CLIP."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(CAPTIONS, vocab_size=560)
+    sizes = {"width": 16, "layers": 1, "heads": 2, "projection": 8, "max_length": 12}
+    return Clip(tokenizer=tokenizer, image_size=SIZE, patch_size=8, **sizes)
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tiny_clip, tmp_path_factory) -> ClipText:
+    """Its text encoder."""
+    folder = tmp_path_factory.mktemp("clip") / "clip"
+    tiny_clip.save(folder)
+    return ClipText(str(folder))

@@ -1,0 +1,259 @@
+"""The command line as a user types it: whole processes, real files, nothing replaced."""
+
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+from ldm import cli
+
+ROOT = Path(__file__).parent.parent
+BRIEF = [
+    "trainer=cpu",
+    "trainer.log_every_n_steps=1",
+    "data=coco",
+    "data.train=shards",
+    "data.val=shards",
+    "data.size=16",
+    "data.batch_size=4",
+    "data.workers=0",
+    "samples.n=2",
+    "samples.steps=2",
+]
+FROZEN = ["autoencoder.path=runs/ae", "text_encoder.path=runs/clip"]
+NASTY = 'a {dog\'s} "café", 50% = ${oops}\\ [x] (y): 🌊 --h\n$(touch pwned)'
+
+
+def run(*command, cwd, expect=0):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "LDM", "HYDRA"))}
+    env |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "HOME": str(cwd), "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stderr + done.stdout
+
+
+def train(*overrides, cwd, expect=0):
+    return run(str(ROOT / "train.py"), *BRIEF, *overrides, cwd=cwd, expect=expect)
+
+
+def sample(*arguments, cwd, expect=0):
+    return run(str(ROOT / "sample.py"), "steps=2", *arguments, cwd=cwd, expect=expect)
+
+
+def tensors(run_dir):
+    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def rows(run_dir):
+    with (run_dir / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder in which pictures were prepared and all three stages trained, as in the README."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "pictures").mkdir()
+    for i, colour in enumerate(
+        ["red", "green", "blue", "yellow", "black", "white", "pink", "gold"]
+    ):
+        picture = Image.new("RGB", (40, 32), "grey")
+        ImageDraw.Draw(picture).ellipse((4 + i, 4, 24 + i, 24), fill=colour)
+        picture.save(home / "pictures" / f"{i}.png")
+        (home / "pictures" / f"{i}.txt").write_text(f"a {colour} ball\nthe ball is {colour}\n")
+    run("-m", "ldm.prepare", "folder", "images=pictures", "out=shards", "size=16", cwd=home)
+    train("stage=autoencoder", "name=ae", "trainer.max_steps=3", "logger=csv", cwd=home)
+    train("stage=clip", "name=clip", "trainer.max_steps=2", "vocab_size=600", cwd=home)
+    train("name=first", "trainer.max_steps=4", "trainer.val_check_interval=2", *FROZEN, cwd=home)
+    return home
+
+
+def test_a_run_leaves_what_the_plan_says(home):
+    first = home / "runs" / "first"
+    for name in ("config.yaml", ".hydra/config.yaml", "checkpoints/last.ckpt", "train.log"):
+        assert (first / name).is_file(), name
+    assert sorted(path.name for path in (first / "samples").iterdir()) == [
+        "step=00000002.png",
+        "step=00000004.png",
+    ]
+    result = json.loads((first / "result.json").read_text())
+    assert result["status"] == "finished"
+    assert (result["metric"], result["steps"], result["images_seen"]) == ("val/loss", 4, 16)
+    assert (first / result["checkpoint"]).is_file()
+    table = rows(first)
+    assert [row["step"] for row in table] == ["0", "1", "2", "3", "4"]
+    bands = [f"val/loss_t{i}" for i in range(8)]
+    for step in (0, 2, 4):
+        assert all(table[step][key] for key in ["val/loss", *bands])
+        mean = sum(float(table[step][key]) for key in bands) / 8
+        assert float(table[step]["val/loss"]) == pytest.approx(mean, rel=1e-5)
+    for key in ("train/loss", "images_seen", "perf/images_per_s", "perf/data_wait"):
+        assert table[3][key]
+    assert table[4]["images_seen"] == "16"
+
+
+def test_wandb_is_offline_without_a_key(home):
+    first = home / "runs" / "first"
+    offline = list((first / "wandb").glob("offline-run-*"))
+    assert len(offline) == 1
+    assert offline[0].name.endswith((first / "wandb_id").read_text().strip())
+    assert list(offline[0].glob("files/media/images/*.png"))
+    assert not (home / "runs" / "ae" / "wandb").exists(), "logger=csv is csv alone"
+
+
+def test_checkpoints_hold_what_was_trained_and_no_more(home):
+    payload = tensors(home / "runs" / "first")
+    assert {name.split(".")[0] for name in payload["state_dict"]} == {"denoiser", "ema"}
+    assert payload["ldm"]["images_seen"] == 16
+    assert set(payload["ldm"]["frozen"]) == {"autoencoder", "text_encoder"}
+    assert "_target_: ldm.models.unet.UNet" in payload["ldm"]["config"]
+
+
+def test_the_same_command_again_resumes(home):
+    again = ["name=first", "trainer.val_check_interval=2", *FROZEN]
+    said = train(*again, "trainer.max_steps=4", cwd=home)
+    assert "is finished" in said
+    said = train(*again, "trainer.max_steps=6", cwd=home)
+    assert "resumes" in said
+    first = home / "runs" / "first"
+    assert [row["step"] for row in rows(first)] == list("0123456")
+    assert tensors(first)["ldm"]["images_seen"] == 24
+    whole = ["name=whole", "trainer.val_check_interval=2", "trainer.max_steps=6", "logger=csv"]
+    train(*whole, *FROZEN, cwd=home)
+    straight = tensors(home / "runs" / "whole")["state_dict"]
+    for name, tensor in tensors(first)["state_dict"].items():
+        assert torch.equal(tensor, straight[name]), name
+
+
+@pytest.mark.parametrize("stage", ["diffusion", "clip"])
+def test_two_processes_learn_what_one_does(home, stage):
+    """Same number of steps, each rank with its own samples and noise: else the weights differ."""
+    options = [f"stage={stage}", "trainer.max_steps=3", "logger=csv", "vocab_size=600", *FROZEN]
+    options += ["validate_first=false", "optimizer.warmup=1", "trainer.val_check_interval=3"]
+    train(*options, f"name={stage}-one", cwd=home)
+    ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    train(*options, *ddp, f"name={stage}-two", cwd=home)
+    one, two = (tensors(home / "runs" / f"{stage}-{n}") for n in ("one", "two"))
+    assert one["global_step"] == two["global_step"] == 3
+    assert one["ldm"]["images_seen"] == two["ldm"]["images_seen"] == 12
+    for name, tensor in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], tensor, rtol=1e-4, atol=1e-5)
+    losses = [
+        [float(row["train/loss"]) for row in rows(home / "runs" / f"{stage}-{n}")]
+        for n in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    result = json.loads((home / "runs" / f"{stage}-two" / "result.json").read_text())
+    assert result["status"] == "finished"
+
+
+def test_sample_takes_any_text(home):
+    said = sample("ckpt=runs/whole", f"prompt={NASTY}", "negative=a, b", "n=3", cwd=home)
+    grid = home / said.strip().splitlines()[-1]
+    singles = sorted(grid.parent.glob(f"{grid.stem}_*.png"))
+    assert len(singles) == 3
+    assert Image.open(grid).size == (16 * 2 + 2, 16 * 2 + 2)
+    facts = Image.open(singles[1]).text
+    assert facts["prompt"] == NASTY
+    assert facts["negative"] == "a, b"
+    assert facts["seed"] == "1"
+    assert facts["steps"] == "2"
+    assert not (home / "pwned").exists()
+
+
+def test_sample_long_empty_and_many_prompts(home):
+    long = "wave " * 2000
+    sample("ckpt=runs/whole/checkpoints/last.ckpt", f"prompt={long}", "n=1", "out=long", cwd=home)
+    assert Image.open(home / "long.png").text["prompt"] == json.dumps([long])
+    (home / "prompts.txt").write_text("a red ball\n\na blue ball\n")
+    sample("ckpt=runs/whole", "prompts=prompts.txt", "n=2", "out=many.png", cwd=home)
+    assert Image.open(home / "many_003.png").text["prompt"] == "a blue ball"
+    sample("ckpt=runs/whole", "prompt=a blue ball", "seed=1", "n=1", "out=alone", cwd=home)
+    same = [Image.open(home / name).tobytes() for name in ("many_003.png", "alone_000.png")]
+    assert same[0] == same[1], "a picture depends on its own prompt and seed alone"
+
+
+def test_sampling_mistakes_are_told_plainly(home):
+    assert "ckpt is needed" in sample("n=1", cwd=home, expect=2)
+    said = sample("ckpt=runs/nowhere", cwd=home, expect=2)
+    assert "runs/first" in said
+    assert "Traceback" not in said
+    assert "stage=autoencoder" in sample("ckpt=runs/ae", cwd=home, expect=2)
+    said = sample("ckpt=runs/whole", "autoencoder=runs/other", cwd=home, expect=2)
+    assert "runs/other" in said
+    train("stage=autoencoder", "name=ae2", "trainer.max_steps=1", "logger=csv", cwd=home)
+    said = sample("ckpt=runs/whole", "autoencoder=runs/ae2", cwd=home, expect=2)
+    assert "is not the autoencoder that" in said
+    assert "Traceback" not in said
+
+
+def test_training_mistakes_are_told_plainly(home):
+    said = train("name=x", cwd=home, expect=2)
+    assert "experiment=autoencoder_coco" in said
+    said = train("name=x", "data.train=nowhere", *FROZEN, cwd=home, expect=2)
+    assert "nowhere" in said
+    assert "ldm.prepare" in said
+    said = train("name=x", "scheduler=flow", "objective=eps", *FROZEN, cwd=home, expect=2)
+    assert "objective=v" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [
+        ("trainer.max_step=5", "did you mean trainer.max_steps?"),
+        ("max_steps=5", "did you mean trainer.max_steps?"),
+        ("modle=nano", "did you mean model?"),
+        ("model=nanoo", "did you mean nano?"),
+        ("optimizer.lr=1e-4x", "is no number"),
+        ("+sed=3", "did you mean seed?"),
+        ("nonsense", "key=value"),
+        ("--help", "the same command again resumes"),
+    ],
+)
+def test_answers_come_before_torch_is_imported(argument, hint, tmp_path):
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['train.py', {argument!r}]\n"
+        "try: runpy.run_path(sys.argv[0] and "
+        f"{str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print('torch' in sys.modules)\n"
+    )
+    said = run("-c", code, cwd=tmp_path)
+    assert hint in said
+    assert said.splitlines()[-1] == "False", "torch was imported"
+    assert "Traceback" not in said
+
+
+def test_one_edit_away_is_found():
+    keys, luck = cli.known_keys("train"), random.Random(0)
+    leaves = [key for key in keys if len(key.rpartition(".")[2]) > 3 and "_target_" not in key]
+    found = 0
+    for key in luck.sample(leaves, 40):
+        at = luck.randrange(key.rfind(".") + 1, len(key))
+        wrong = key[:at] + luck.choice(["", "x", key[at] * 2]) + key[at + 1 :]
+        found += wrong in keys or f"did you mean {key}?" in cli.nearest(wrong, keys)
+    assert found >= 36
+
+
+@given(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0")))
+def test_text_is_taken_as_typed(text):
+    before = sys.argv
+    try:
+        sys.argv = ["sample.py", f"prompt={text}", "n=2", "sampler=ddim"]
+        assert cli.take_text(["prompt", "negative"]) == {"prompt": text}
+        assert sys.argv == ["sample.py", "n=2", "sampler=ddim"]
+    finally:
+        sys.argv = before

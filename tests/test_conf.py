@@ -1,0 +1,133 @@
+"""Every YAML file names a real thing, gives it arguments that it has, and builds."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_object, instantiate
+from omegaconf import OmegaConf
+from torch.nn.parallel import DistributedDataParallel
+
+from ldm import build
+from ldm.cli import CONF
+
+LEAVES = sorted(path for path in Path(CONF).glob("*/*.yaml") if path.parent.name != "experiment")
+EXPERIMENTS = sorted(Path(CONF, "experiment").glob("*.yaml"))
+GROUPS = sorted({path.parent.name for path in LEAVES})
+# What build.py hands over beside the YAML.
+HANDED = {
+    "model": {"in_channels", "out_channels", "context_dim"},
+    "objective": {"schedule"},
+    "clip": {"tokenizer"},
+    "logger": {"run_dir", "name"},
+    "data": set(),
+}
+
+
+@pytest.fixture(autouse=True)
+def hydra_home():
+    with initialize_config_dir(CONF, version_base="1.3"):
+        yield
+
+
+def train(*overrides):
+    return compose("train", overrides=["name=x", *overrides])
+
+
+def nodes(cfg):
+    if OmegaConf.is_dict(cfg):
+        if "_target_" in cfg:
+            yield cfg
+        for key in cfg:
+            yield from nodes(cfg._get_node(key))
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_leaf_binds(path):
+    group, option = path.parent.name, path.stem
+    root = "sample" if group in ("sampler", "guidance", "task") else "train"
+    cfg = compose(root, overrides=[*(["name=x"] if root == "train" else []), f"{group}={option}"])
+    assert path.read_text().startswith("# "), "a leaf begins with what it is for"
+    for node in nodes(cfg.get(group)):
+        signature = inspect.signature(get_object(node._target_))
+        given = {key for key in node if key != "_target_"}
+        takes = {p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD}
+        if group == "strategy":  # passed on to torch
+            takes |= set(inspect.signature(DistributedDataParallel).parameters)
+        assert given <= takes, f"{node._target_} has no {given - takes}"
+        needed = {
+            p.name
+            for p in signature.parameters.values()
+            if p.default is p.empty and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+        }
+        assert needed <= given | HANDED.get(group, set()), f"{node._target_} needs {needed}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(CONF, "experiment").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_experiment_composes_and_names_only_known_keys(path):
+    cfg, plain = compose("train", overrides=[f"experiment={path.stem}"]), train()
+    assert cfg.name == path.stem
+    for key in cfg:
+        assert key in plain
+    assert set(cfg.trainer) == set(plain.trainer)
+    assert set(cfg.data) == set(plain.data)
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "scaled_linear", "cosine", "flow"])
+@pytest.mark.parametrize("objective", ["eps", "v", "x0", "flow"])
+def test_schedules_and_objectives_combine(scheduler, objective):
+    cfg = train(f"scheduler={scheduler}", f"objective={objective}")
+    if (scheduler, objective) == ("flow", "eps"):
+        with pytest.raises(Exception, match="objective=v"):
+            build.build_objective(cfg)
+        return
+    built = build.build_objective(cfg)
+    x = torch.randn(2, 4, 8, 8)
+    loss = built.loss(lambda x, t, c: x, x, None, generator=torch.Generator().manual_seed(0))
+    assert loss.shape == (2,)
+    assert loss.isfinite().all()
+
+
+class Text:
+    width, pooled_width = 48, 0
+
+
+@pytest.mark.parametrize("model", [p.stem for p in LEAVES if p.parent.name == "model"])
+@pytest.mark.parametrize("autoencoder", ["tiny", "identity", "sd"])
+def test_any_model_fits_any_autoencoder(model, autoencoder):
+    cfg = train(f"model={model}", f"autoencoder={autoencoder}")
+    if autoencoder == "sd":
+        cfg.autoencoder.path = None
+    with torch.device("meta"):
+        encoder, task = instantiate(cfg.autoencoder), instantiate(cfg.task)
+        net = build.denoiser(cfg, encoder, Text(), task)
+    assert net.conv_in.in_channels == encoder.channels
+    assert net.conv_out.out_channels == encoder.channels
+
+
+def test_base_is_stable_diffusions_shape():
+    cfg = train("model=base", "autoencoder=sd", "autoencoder.path=null")
+    text = Text()
+    text.width = 768
+    with torch.device("meta"):
+        encoder = instantiate(cfg.autoencoder)
+        net = build.denoiser(cfg, encoder, text, instantiate(cfg.task))
+    assert sum(p.numel() for p in net.parameters()) == 859_520_964
+    assert sum(p.numel() for p in encoder.parameters()) == 83_653_863
+
+
+@pytest.mark.parametrize("option", ["auto", "cpu", "gpu", "ddp"])
+def test_trainers_choose_their_strategy(option):
+    cfg = train(f"trainer={option}")
+    assert bool(cfg.strategy) == (option == "ddp")
+    assert not train("trainer=ddp", "strategy=auto").strategy
+
+
+def test_every_group_has_a_default_or_is_documented():
+    cfg = train()
+    for group in GROUPS:
+        assert group in cfg, f"train.yaml does not know the group {group}"

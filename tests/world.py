@@ -1,0 +1,114 @@
+"""A world small enough to train in: shapes in shards, small networks, and a Trainer like build's."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+import torch
+from PIL import Image, ImageDraw
+
+from ldm.data.datamodule import TextImageData
+from ldm.data.shards import write_shard
+from ldm.diffusion.objective import Objective, Prediction, UniformTimes, UniformWeighting
+from ldm.diffusion.schedule import scaled_linear
+from ldm.models.autoencoder import Identity
+from ldm.models.text import ClipText
+from ldm.models.unet import UNet
+from ldm.tasks import TextToImage
+from ldm.training.callbacks import Meter
+from ldm.training.checkpoint import SafeCheckpointIO
+from ldm.training.diffusion import LatentDiffusion
+from ldm.training.optimizer import AdamW
+
+SIZE = 16
+COLOURS = ("red", "lime", "blue", "white", "magenta")
+SHAPES = ("circle", "square")
+CAPTIONS = [f"a {colour} {shape}" for shape in SHAPES for colour in COLOURS]
+
+
+def shape(number: int) -> bytes:
+    """A PNG that shows what CAPTIONS[number] says."""
+    colour, kind = CAPTIONS[number].split()[1:]
+    image = Image.new("RGB", (SIZE, SIZE), "black")
+    draw = ImageDraw.Draw(image)
+    (draw.ellipse if kind == "circle" else draw.rectangle)((3, 3, 12, 12), fill=colour)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def write_shapes(folder: Path, *shards: Sequence[int]) -> Path:
+    """Shards of the shapes with the given numbers."""
+    folder.mkdir(parents=True)
+    for i, numbers in enumerate(shards):
+        members = ({"png": shape(n), "txt": CAPTIONS[n].encode()} for n in numbers)
+        keys = (f"{n:04}" for n in numbers)
+        write_shard(folder / f"{i:05}.tar", zip(keys, members, strict=True))
+    return folder
+
+
+def shapes_data(folder: Path, *, batch_size: int = 4, workers: int = 0) -> TextImageData:
+    """`folder` as training set (in random order, flipped) and as validation set (as it is)."""
+    places = {"train": str(folder), "val": str(folder)}
+    return TextImageData(**places, size=SIZE, batch_size=batch_size, workers=workers)
+
+
+def objective() -> Objective:
+    weighting, times = UniformWeighting(), UniformTimes()
+    return Objective(scaled_linear(), Prediction("v"), weighting=weighting, time_sampler=times)
+
+
+def unet(text: ClipText, *, dropout: float = 0.0) -> UNet:
+    """Always the same weights."""
+    torch.manual_seed(0)
+    sizes = {"channels": 16, "multipliers": (1,), "blocks": 1, "heads": 2, "groups": 8}
+    channels = {"in_channels": 3, "out_channels": 3, "context_dim": text.width}
+    return UNet(**channels, **sizes, attention=(True,), dropout=dropout)
+
+
+def latent_diffusion(
+    text: ClipText, *, autoencoder=None, lr: float = 1e-3, ema_decay: float = 0.9, **changes
+) -> LatentDiffusion:
+    """In pixel space, unless there is an autoencoder (of three channels)."""
+    return LatentDiffusion(
+        unet(text),
+        autoencoder or Identity(),
+        text,
+        objective(),
+        TextToImage(),
+        optimizer=AdamW(lr=lr, warmup=2),
+        ema_decay=ema_decay,
+        **changes,
+    )
+
+
+def make_trainer(
+    *,
+    steps: int,
+    callbacks: Sequence[L.Callback] = (),
+    accumulate: int = 1,
+    validate_every: int = 10**6,
+    precision: str = "32-true",
+    clip: float = 1.0,
+) -> L.Trainer:
+    """As ldm/build.py sets it up, on the processor and without a word."""
+    return L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=steps,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip,
+        precision=precision,
+        val_check_interval=validate_every * accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        inference_mode=False,
+        plugins=[SafeCheckpointIO()],
+        callbacks=[Meter(every=1), *callbacks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )

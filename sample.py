@@ -19,12 +19,12 @@ def main(cfg: DictConfig) -> None:
     with cli.told_plainly():
         from tqdm import tqdm
 
-        from ldm import build
+        from ldm.build import parts
         from ldm.images import save_png, tile, to_pil
 
         prompts = read_prompts(asked)
-        moved = {name: asked[name] for name in build.FROZEN}
-        restored = build.restore(cfg, cli.needed(asked, "ckpt"), moved)
+        moved = {name: asked[name] for name in parts.FROZEN}
+        restored = parts.restore(cfg, cli.needed(asked, "ckpt"), moved)
         size = cfg.size or restored.size
         jobs = [(p, cfg.seed + i) for p in prompts for i in range(cfg.n)]
         images = []

@@ -24,9 +24,9 @@ def main(cfg: DictConfig) -> float | None:
         )
         return done["value"]
     with cli.told_plainly():
-        from ldm import build  # torch and Lightning: seconds that a typo need not wait for
+        from ldm.build.job import build  # torch and Lightning: a typo need not wait for them
 
-        job = build.job(cfg, run_dir)
+        job = build(cfg, run_dir)
     return fit(cfg, job, run_dir)
 
 

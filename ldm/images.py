@@ -51,7 +51,7 @@ def save_png(image: Image.Image, path: Path, facts: dict) -> None:
     info = PngInfo()
     for key, value in facts.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        info.add_itxt(key, text)
+        info.add_itxt(key, text.encode("utf-8", "replace"))  # half an emoji becomes "?"
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         image.save(file, format="PNG", pnginfo=info)

@@ -159,7 +159,7 @@ def test_two_processes_learn_what_one_does(home, stage):
 
 
 def test_sample_takes_any_text(home):
-    said = sample("ckpt=runs/whole", f"prompt={NASTY}", "negative=a, b", "n=3", cwd=home)
+    said = sample("ckpt=runs/first", f"prompt={NASTY}", "negative=a, b", "n=3", cwd=home)
     grid = home / said.strip().splitlines()[-1]
     singles = sorted(grid.parent.glob(f"{grid.stem}_*.png"))
     assert len(singles) == 3
@@ -174,12 +174,12 @@ def test_sample_takes_any_text(home):
 
 def test_sample_long_empty_and_many_prompts(home):
     long = "wave " * 2000
-    sample("ckpt=runs/whole/checkpoints/last.ckpt", f"prompt={long}", "n=1", "out=long", cwd=home)
+    sample("ckpt=runs/first/checkpoints/last.ckpt", f"prompt={long}", "n=1", "out=long", cwd=home)
     assert Image.open(home / "long.png").text["prompt"] == json.dumps([long])
     (home / "prompts.txt").write_text("a red ball\n\na blue ball\n")
-    sample("ckpt=runs/whole", "prompts=prompts.txt", "n=2", "out=many.png", cwd=home)
+    sample("ckpt=runs/first", "prompts=prompts.txt", "n=2", "out=many.png", cwd=home)
     assert Image.open(home / "many_003.png").text["prompt"] == "a blue ball"
-    sample("ckpt=runs/whole", "prompt=a blue ball", "seed=1", "n=1", "out=alone", cwd=home)
+    sample("ckpt=runs/first", "prompt=a blue ball", "seed=1", "n=1", "out=alone", cwd=home)
     same = [Image.open(home / name).tobytes() for name in ("many_003.png", "alone_000.png")]
     assert same[0] == same[1], "a picture depends on its own prompt and seed alone"
 
@@ -190,10 +190,10 @@ def test_sampling_mistakes_are_told_plainly(home):
     assert "runs/first" in said
     assert "Traceback" not in said
     assert "stage=autoencoder" in sample("ckpt=runs/ae", cwd=home, expect=2)
-    said = sample("ckpt=runs/whole", "autoencoder=runs/other", cwd=home, expect=2)
+    said = sample("ckpt=runs/first", "autoencoder=runs/other", cwd=home, expect=2)
     assert "runs/other" in said
     train("stage=autoencoder", "name=ae2", "trainer.max_steps=1", "logger=csv", cwd=home)
-    said = sample("ckpt=runs/whole", "autoencoder=runs/ae2", cwd=home, expect=2)
+    said = sample("ckpt=runs/first", "autoencoder=runs/ae2", cwd=home, expect=2)
     assert "is not the autoencoder that" in said
     assert "Traceback" not in said
 

@@ -10,7 +10,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 from torch.nn.parallel import DistributedDataParallel
 
-from ldm import build
+from ldm.build import parts
 from ldm.cli import CONF
 
 LEAVES = sorted(path for path in Path(CONF).glob("*/*.yaml") if path.parent.name != "experiment")
@@ -83,9 +83,9 @@ def test_schedules_and_objectives_combine(scheduler, objective):
     cfg = train(f"scheduler={scheduler}", f"objective={objective}")
     if (scheduler, objective) == ("flow", "eps"):
         with pytest.raises(Exception, match="objective=v"):
-            build.build_objective(cfg)
+            parts.objective(cfg)
         return
-    built = build.build_objective(cfg)
+    built = parts.objective(cfg)
     x = torch.randn(2, 4, 8, 8)
     loss = built.loss(lambda x, t, c: x, x, None, generator=torch.Generator().manual_seed(0))
     assert loss.shape == (2,)
@@ -104,7 +104,7 @@ def test_any_model_fits_any_autoencoder(model, autoencoder):
         cfg.autoencoder.path = None
     with torch.device("meta"):
         encoder, task = instantiate(cfg.autoencoder), instantiate(cfg.task)
-        net = build.denoiser(cfg, encoder, Text(), task)
+        net = parts.denoiser(cfg, encoder, Text(), task)
     assert net.conv_in.in_channels == encoder.channels
     assert net.conv_out.out_channels == encoder.channels
 
@@ -115,7 +115,7 @@ def test_base_is_stable_diffusions_shape():
     text.width = 768
     with torch.device("meta"):
         encoder = instantiate(cfg.autoencoder)
-        net = build.denoiser(cfg, encoder, text, instantiate(cfg.task))
+        net = parts.denoiser(cfg, encoder, text, instantiate(cfg.task))
     assert sum(p.numel() for p in net.parameters()) == 859_520_964
     assert sum(p.numel() for p in encoder.parameters()) == 83_653_863
 

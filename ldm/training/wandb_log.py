@@ -40,6 +40,7 @@ def has_key() -> bool:
     server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     try:
         host = server.partition("://")[2].partition("/")[0] or server
-        return netrc.netrc().authenticators(host) is not None
+        file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()  # as wandb looks it up
+        return netrc.netrc(file).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False

@@ -48,6 +48,8 @@ def run(main: Callable[[], None], config_name: str) -> None:
     Exit code 2 for such a mistake; anything else keeps its full trace.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, not to Hydra's printer
+    # On busy cores, threads that spin for work make a step ten times slower; libgomp reads this.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         main()
     except (HydraException, OmegaConfBaseException, UsageError) as error:

@@ -16,6 +16,11 @@ torch.set_num_threads(1)  # the networks are too small to share
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # The average and the frozen parts are in eval mode, as they should be.
+    config.addinivalue_line("filterwarnings", "ignore:.*in eval mode at the start")
+
+
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory) -> Path:
     """Ten shapes in two shards, so that batches of four end in the middle of an epoch."""

@@ -1,4 +1,4 @@
-"""A world small enough to train in: shapes in shards, small networks, and a Trainer like build's."""
+"""A world small enough to train in: shapes in shards, small networks, a Trainer like build's."""
 
 import io
 from collections.abc import Sequence
@@ -9,10 +9,11 @@ import torch
 from PIL import Image, ImageDraw
 
 from ldm.data.datamodule import TextImageData
+from ldm.data.dataset import Batch, collate
 from ldm.data.shards import write_shard
 from ldm.diffusion.objective import Objective, Prediction, UniformTimes, UniformWeighting
 from ldm.diffusion.schedule import scaled_linear
-from ldm.models.autoencoder import Identity
+from ldm.models.autoencoder import AutoencoderKL, Identity
 from ldm.models.text import ClipText
 from ldm.models.unet import UNet
 from ldm.tasks import TextToImage
@@ -48,10 +49,23 @@ def write_shapes(folder: Path, *shards: Sequence[int]) -> Path:
     return folder
 
 
-def shapes_data(folder: Path, *, batch_size: int = 4, workers: int = 0) -> TextImageData:
+def shapes_data(
+    folder: Path, *, batch_size: int = 4, workers: int = 0, val_batch_size: int = 64
+) -> TextImageData:
     """`folder` as training set (in random order, flipped) and as validation set (as it is)."""
-    places = {"train": str(folder), "val": str(folder)}
-    return TextImageData(**places, size=SIZE, batch_size=batch_size, workers=workers)
+    return TextImageData(
+        train=str(folder),
+        val=str(folder),
+        size=SIZE,
+        batch_size=batch_size,
+        workers=workers,
+        val_batch_size=val_batch_size,
+    )
+
+
+def val_batch(data: TextImageData, indices: Sequence[int]) -> Batch:
+    """Validation samples as a module gets them."""
+    return data.on_after_batch_transfer(collate([data.val_set[i, i] for i in indices]), 0)
 
 
 def objective() -> Objective:
@@ -59,17 +73,26 @@ def objective() -> Objective:
     return Objective(scaled_linear(), Prediction("v"), weighting=weighting, time_sampler=times)
 
 
-def unet(text: ClipText, *, dropout: float = 0.0) -> UNet:
-    """Always the same weights."""
+def unet(text: ClipText) -> UNet:
+    """Always the same weights, and none at an initial zero that would hide a mistake."""
     torch.manual_seed(0)
     sizes = {"channels": 16, "multipliers": (1,), "blocks": 1, "heads": 2, "groups": 8}
     channels = {"in_channels": 3, "out_channels": 3, "context_dim": text.width}
-    return UNet(**channels, **sizes, attention=(True,), dropout=dropout)
+    net = UNet(**channels, **sizes, attention=(True,))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.03 * torch.randn(parameter.shape)
+    return net
 
 
-def latent_diffusion(
-    text: ClipText, *, autoencoder=None, lr: float = 1e-3, ema_decay: float = 0.9, **changes
-) -> LatentDiffusion:
+def small_autoencoder() -> AutoencoderKL:
+    """Always the same weights; three latent channels on half the grid."""
+    torch.manual_seed(0)
+    sizes = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "groups": 4}
+    return AutoencoderKL(latent_channels=3, **sizes, attention=False)
+
+
+def latent_diffusion(text: ClipText, *, autoencoder=None, lr=1e-3, **changes) -> LatentDiffusion:
     """In pixel space, unless there is an autoencoder (of three channels)."""
     return LatentDiffusion(
         unet(text),
@@ -78,8 +101,7 @@ def latent_diffusion(
         objective(),
         TextToImage(),
         optimizer=AdamW(lr=lr, warmup=2),
-        ema_decay=ema_decay,
-        **changes,
+        **{"ema_decay": 0.9} | changes,
     )
 
 

@@ -121,7 +121,10 @@ class Run:
         return self.length
 
     def __iter__(self):
-        return iter(self.loader)
+        # The name under which Lightning looks for workers to end. Left to the garbage collector,
+        # each of them is waited for in vain for five seconds.
+        self._iterator = iter(self.loader)
+        return self._iterator
 
     def state_dict(self) -> dict:
         """Nothing: the position is all there is, and the checkpoint has it."""

@@ -28,6 +28,7 @@ class Meter(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.logged = trainer.global_step
+        self.micro_steps = 0  # a run begins, and resumes, at a whole optimizer step
         for logger in trainer.loggers:
             if isinstance(logger, CsvLog):
                 logger.rewind(trainer.global_step)
@@ -39,11 +40,13 @@ class Meter(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module, batch: dict, batch_idx: int) -> None:
         self.waited += time.perf_counter() - self.ended
-        if trainer.global_step + 1 >= trainer.max_steps > 0:
+        completes = (self.micro_steps + 1) % trainer.accumulate_grad_batches == 0
+        if completes and trainer.global_step + 1 >= trainer.max_steps > 0:
             trainer.val_check_batch = 1  # the last step is always validated
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx) -> None:
         self.ended = time.perf_counter()
+        self.micro_steps += 1
         self.loss = self.loss + outputs["loss"].detach()
         self.batches += 1
         self.images += len(batch["captions"]) * trainer.world_size

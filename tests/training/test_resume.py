@@ -1,5 +1,6 @@
 """A run that was broken off and resumed is the run that was not: bit for bit."""
 
+import multiprocessing
 from pathlib import Path
 
 import lightning as L
@@ -9,6 +10,16 @@ from world import latent_diffusion, make_trainer, shapes_data
 
 from ldm import checkpoint
 from ldm.training.checkpoint import Checkpoints
+
+
+class Validations(L.Callback):
+    """The steps after which there was a validation."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.steps.append(trainer.global_step)
 
 
 def train(
@@ -21,10 +32,13 @@ def train(
     accumulate: int = 1,
     every: int = 10**6,
     keep: int = 2,
-) -> L.Trainer:
-    """Everything anew, from last.ckpt where there is one, to `steps`."""
+) -> list[int]:
+    """Everything anew, from last.ckpt where there is one, to `steps`; the steps validated."""
     keeper = Checkpoints(folder, every=every, keep=keep, facts={"stage": "diffusion"})
-    trainer = make_trainer(steps=steps, callbacks=[keeper], accumulate=accumulate, validate_every=3)
+    seen = Validations()
+    trainer = make_trainer(
+        steps=steps, callbacks=[keeper, seen], accumulate=accumulate, validate_every=3
+    )
     last = folder / "last.ckpt"
     trainer.fit(
         latent_diffusion(text),
@@ -32,7 +46,7 @@ def train(
         ckpt_path=last if last.exists() else None,
         weights_only=True,
     )
-    return trainer
+    return seen.steps
 
 
 def assert_same(a, b, where: str = "") -> None:
@@ -58,36 +72,80 @@ def assert_same_training(a: Path, b: Path) -> None:
         assert_same(a[part], b[part], part)
 
 
+@pytest.fixture(scope="module", params=[1, 2])
+def accumulate(request) -> int:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, shapes, tiny_text, accumulate) -> Path:
+    """Eight steps without a break, with a checkpoint of each."""
+    folder = tmp_path_factory.mktemp("whole")
+    seen = train(folder, shapes, tiny_text, steps=8, accumulate=accumulate, every=1, keep=99)
+    assert seen == [3, 6, 8]
+    return folder
+
+
 @pytest.mark.parametrize(
-    ("workers", "accumulate", "broken_at"),
+    ("broken_at", "workers"),
     [
-        (0, 1, 4),  # 16 images, in the middle of the second epoch
-        (0, 1, 5),  # 20 images, its end
-        (0, 2, 4),
-        pytest.param(2, 1, 4, marks=pytest.mark.slow),
+        (4, 0),  # after 16 images, in the middle of the second epoch
+        (5, 0),  # after 20 images, at its end
+        (4, 2),
     ],
 )
-def test_resumed_is_as_if_never_broken(tmp_path, shapes, tiny_text, workers, accumulate, broken_at):
-    how = {"workers": workers, "accumulate": accumulate}
-    train(tmp_path / "whole", shapes, tiny_text, steps=8, **how)
-    train(tmp_path / "broken", shapes, tiny_text, steps=broken_at, **how)
-    train(tmp_path / "broken", shapes, tiny_text, steps=8, **how)
-    assert_same_training(tmp_path / "whole" / "last.ckpt", tmp_path / "broken" / "last.ckpt")
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_checkpoint_on_the_way_is_as_good_as_one_at_the_end(
-    tmp_path, shapes, tiny_text, accumulate
+def test_a_run_that_ended_goes_on(
+    tmp_path, shapes, tiny_text, whole, accumulate, broken_at, workers
 ):
-    """As after a kill: the file of step 4 was written inside a run of 8 steps."""
-    how = {"accumulate": accumulate, "every": 4, "keep": 9}
-    train(tmp_path / "whole", shapes, tiny_text, steps=8, **how)
-    train(tmp_path / "short", shapes, tiny_text, steps=4, **how)
-    middle = tmp_path / "whole" / "step=00000004.ckpt"
-    assert_same_training(middle, tmp_path / "short" / "last.ckpt")
+    how = {"workers": workers, "accumulate": accumulate}
+    train(tmp_path, shapes, tiny_text, steps=broken_at, **how)
+    assert_same_training(whole / f"step={broken_at:08d}.ckpt", tmp_path / "last.ckpt")
+    assert train(tmp_path, shapes, tiny_text, steps=8, **how) == [6, 8]
+    assert_same_training(whole / "last.ckpt", tmp_path / "last.ckpt")
 
-    killed = tmp_path / "killed" / "step=00000004.ckpt"
-    checkpoint.write(checkpoint.read(middle), killed)
-    checkpoint.link_last(killed)
-    train(killed.parent, shapes, tiny_text, steps=8, **how)
-    assert_same_training(tmp_path / "whole" / "last.ckpt", killed.parent / "last.ckpt")
+
+@pytest.mark.parametrize("killed_at", [3, 4])
+def test_a_run_that_was_killed_goes_on(tmp_path, shapes, tiny_text, whole, accumulate, killed_at):
+    """From a checkpoint that was written on the way; that of step 3 just before its validation."""
+    left = tmp_path / f"step={killed_at:08d}.ckpt"
+    checkpoint.write(checkpoint.read(whole / left.name), left)
+    checkpoint.link_last(left)
+    assert train(tmp_path, shapes, tiny_text, steps=8, accumulate=accumulate) == [6, 8]
+    assert_same_training(whole / "last.ckpt", tmp_path / "last.ckpt")
+
+
+def test_data_workers_end_with_the_run(tmp_path, shapes, tiny_text):
+    train(tmp_path, shapes, tiny_text, steps=1, workers=2)
+    assert multiprocessing.active_children() == []
+
+
+def test_the_newest_are_kept_and_last_is_a_link_to_the_end(tmp_path, shapes, tiny_text):
+    train(tmp_path, shapes, tiny_text, steps=5, every=2, keep=2)
+    files = ["step=00000004.ckpt", "step=00000005_end.ckpt"]
+    manifests = [f"{name}.json" for name in files]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [*files, *manifests, "last.ckpt"]
+    )
+    assert (tmp_path / "last.ckpt").resolve().name == files[1]
+    train(tmp_path, shapes, tiny_text, steps=6, every=2, keep=1)
+    assert [path.name for path in tmp_path.glob("step=*.ckpt")] == ["step=00000006_end.ckpt"]
+
+
+def test_torch_opens_a_checkpoint_without_running_anything(tmp_path, shapes, tiny_text):
+    train(tmp_path, shapes, tiny_text, steps=1)
+    payload = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert payload["ldm"] == {"stage": "diffusion", "images_seen": 4}
+    assert payload["global_step"] == 1
+
+
+def test_a_batch_that_does_not_divide_is_told(shapes, tiny_text):
+    trainer = make_trainer(steps=1, accumulate=2)
+    data = shapes_data(shapes, batch_size=5)
+    with pytest.raises(ValueError, match=r"data.batch_size=5 .* must be a multiple of 2 \(1 dev"):
+        trainer.fit(latent_diffusion(tiny_text), datamodule=data)
+
+
+@pytest.mark.parametrize("wrong", [{"every": 0, "keep": 1}, {"every": 1, "keep": 0}])
+def test_saving_never_or_keeping_nothing_is_refused(tmp_path, wrong):
+    with pytest.raises(ValueError, match="must be 1 or more"):
+        Checkpoints(tmp_path, **wrong, facts={})

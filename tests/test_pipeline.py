@@ -1,0 +1,108 @@
+"""From prompts to pictures: what an image depends on, and what is refused."""
+
+import pytest
+import torch
+from world import SIZE, objective, small_autoencoder, unet
+
+from ldm.diffusion.guidance import ClassifierFree
+from ldm.diffusion.samplers import DDIM
+from ldm.pipeline import Pipeline
+from ldm.tasks import TextToImage
+
+PROMPTS = ["a red circle", "a blue square", "a white circle"]
+
+
+def pipeline(text, *, scale: float = 3.0) -> Pipeline:
+    """With noise in each step, so that it counts as well."""
+    return Pipeline(
+        unet(text).eval(),
+        autoencoder=small_autoencoder().eval(),
+        text=text,
+        objective=objective(),
+        task=TextToImage(),
+        sampler=DDIM(eta=1.0),
+        guidance=ClassifierFree(scale=scale),
+    )
+
+
+def sample(text, prompts=PROMPTS[:1], seeds=(0,), *, scale: float = 3.0, **changes):
+    call = {"seeds": list(seeds), "size": SIZE, "steps": 3} | changes
+    return pipeline(text, scale=scale)(prompts, **call)
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+@pytest.mark.parametrize("negative", ["", "a green square"])
+def test_an_image_depends_on_its_own_prompt_and_seed_alone(tiny_text, negative):
+    seeds = [3, 1, 4]
+    together = sample(tiny_text, PROMPTS, seeds, negative=negative)
+    assert together.shape == (3, 3, SIZE, SIZE)
+    assert together.abs().max() <= 1
+    for i, (prompt, seed) in enumerate(zip(PROMPTS, seeds, strict=True)):
+        alone = sample(tiny_text, [prompt], [seed], negative=negative)
+        assert distance(alone[0], together[i]) < 1e-5
+
+
+def test_prompt_seed_and_negative_prompt_change_it(tiny_text):
+    first = sample(tiny_text)
+    assert distance(first, sample(tiny_text)) == 0
+    others = [
+        sample(tiny_text, PROMPTS[1:2]),
+        sample(tiny_text, seeds=[1]),
+        sample(tiny_text, negative="a blue square"),
+        sample(tiny_text, scale=4.0),
+    ]
+    assert min(distance(first, other) for other in others) > 1e-3
+
+
+def test_an_empty_negative_prompt_is_the_empty_caption(tiny_text):
+    """What the denoiser was trained with where captions were dropped."""
+    away_from_prompt = sample(tiny_text, [""], scale=3.0, negative="")
+    assert distance(away_from_prompt, sample(tiny_text, [""], scale=1.0)) < 1e-5
+
+
+def test_scale_one_is_the_conditional_model_alone(tiny_text):
+    """The negative prompt is not looked at, and the network sees each image once a step."""
+    pipe, batches = pipeline(tiny_text, scale=1.0), []
+    pipe.denoiser.register_forward_hook(lambda _, args, out: batches.append(len(out)))
+    images = pipe(PROMPTS[:2], seeds=[0, 1], size=SIZE, steps=3, negative="a green square")
+    assert batches == [2, 2, 2]
+    limit = sample(tiny_text, PROMPTS[:2], [0, 1], scale=1 + 1e-7)
+    assert distance(images, limit) < 1e-4
+    assert distance(images, sample(tiny_text, PROMPTS[:2], [0, 1])) > 1e-3
+
+
+def test_each_step_is_shown(tiny_text):
+    seen = []
+    sample(tiny_text, on_step=lambda i, x0: seen.append((i, tuple(x0.shape))))
+    assert seen == [(i, (1, 3, SIZE // 2, SIZE // 2)) for i in range(3)]
+
+
+def test_gradients_are_not_recorded(tiny_text):
+    assert not sample(tiny_text).requires_grad
+
+
+def test_a_size_that_does_not_fit_is_refused(tiny_text):
+    with pytest.raises(ValueError, match="size=15 is not a multiple of 2, the autoencoder's fact"):
+        sample(tiny_text, size=15)
+
+
+def test_prompts_and_seeds_are_pairs(tiny_text):
+    with pytest.raises(ValueError, match="1 prompts but 2 seeds"):
+        sample(tiny_text, seeds=[0, 1])
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"image": torch.zeros(1, 3, SIZE, SIZE)},
+        {"mask": torch.zeros(1, 1, SIZE, SIZE)},
+        {"strength": 0.5},
+    ],
+    ids=["image", "mask", "strength"],
+)
+def test_text_to_image_takes_nothing_else(tiny_text, extra):
+    with pytest.raises(ValueError, match="task=text2img takes no image, mask or strength"):
+        sample(tiny_text, **extra)

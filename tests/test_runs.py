@@ -1,0 +1,89 @@
+"""Names of runs, ranks of processes, and the notes in a run directory."""
+
+import os
+import re
+
+import pytest
+
+from ldm import runs
+
+LAUNCHERS = (
+    "LDM_RUN_STAMP",
+    "TORCHELASTIC_RUN_ID",
+    "SLURM_JOB_ID",
+    "SLURM_PROCID",
+    "RANK",
+    "LOCAL_RANK",
+)
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in LAUNCHERS:
+        monkeypatch.setenv(name, "")  # so that what the test leaves is taken back
+        monkeypatch.delenv(name)
+
+
+def test_a_stamp_is_a_time_and_stays(monkeypatch):
+    stamp = runs.stamp()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", stamp)
+    assert os.environ["LDM_RUN_STAMP"] == stamp  # for the processes that this one starts
+    monkeypatch.setattr("time.strftime", lambda *_: "later")
+    assert runs.stamp() == stamp
+
+
+def test_a_stamp_is_taken_from_the_process_that_started_this_one(monkeypatch):
+    monkeypatch.setenv("LDM_RUN_STAMP", "2026-01-01_00-00-00")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
+    assert runs.stamp() == "2026-01-01_00-00-00"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "expected"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "abc"}, "abc"),
+        ({"SLURM_JOB_ID": "17"}, "slurm-17"),
+        ({"TORCHELASTIC_RUN_ID": "abc", "SLURM_JOB_ID": "17"}, "abc"),
+        ({"TORCHELASTIC_RUN_ID": "none", "SLURM_JOB_ID": "17"}, "slurm-17"),
+        ({"TORCHELASTIC_RUN_ID": "none"}, "now"),
+    ],
+)
+def test_a_launcher_gives_all_its_processes_one_stamp(monkeypatch, launcher, expected):
+    monkeypatch.setattr("time.strftime", lambda *_: "now")
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    assert runs.stamp() == expected
+
+
+@pytest.mark.parametrize(
+    ("launcher", "rank"),
+    [
+        ({}, 0),
+        ({"LOCAL_RANK": "1"}, 1),
+        ({"SLURM_PROCID": "3", "LOCAL_RANK": "1"}, 3),
+        ({"RANK": "5", "SLURM_PROCID": "0", "LOCAL_RANK": "1"}, 5),
+        ({"RANK": "0", "SLURM_PROCID": "3"}, 0),
+    ],
+)
+def test_the_rank_is_the_one_among_all_processes(monkeypatch, launcher, rank):
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    assert runs.rank() == rank
+    assert runs.if_first(".hydra") == (None if rank else ".hydra")
+    assert runs.rank_suffix() == (f".rank{rank}" if rank else "")
+
+
+def test_the_wandb_id_is_kept(tmp_path):
+    run = tmp_path / "runs" / "first"
+    made = runs.wandb_id(run)
+    assert re.fullmatch(r"[0-9a-f]{8}", made)
+    assert runs.wandb_id(run) == made
+    assert runs.wandb_id(tmp_path / "runs" / "second") != made
+
+
+def test_a_result_is_read_back_and_replaced(tmp_path):
+    assert runs.read_result(tmp_path) == {}
+    runs.write_result(tmp_path, {"status": "failed", "value": None})
+    runs.write_result(tmp_path, {"status": "finished", "value": 0.1 + 0.2, "steps": 3})
+    assert runs.read_result(tmp_path) == {"status": "finished", "value": 0.1 + 0.2, "steps": 3}
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]

@@ -1,0 +1,97 @@
+"""metrics.csv as a reader sees it."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from ldm.training.csv_log import CsvLog
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def log(tmp_path) -> CsvLog:
+    return CsvLog(tmp_path / "run" / "metrics.csv")
+
+
+def test_a_step_is_a_row_and_a_new_metric_a_column(log):
+    log.log_metrics({"loss": 0.5, "epoch": 0}, step=1)
+    log.log_metrics({"loss": 0.25}, step=2)
+    log.log_metrics({"val/loss": 1 / 3}, step=2)  # the same step: the same row
+    log.log_metrics({"loss": 1e-30}, step=3)
+    log.finalize("success")
+    assert rows(log.path) == [
+        {"step": "1", "loss": "0.5", "val/loss": ""},
+        {"step": "2", "loss": "0.25", "val/loss": "0.33333333"},
+        {"step": "3", "loss": "1e-30", "val/loss": ""},
+    ]
+
+
+def test_a_row_is_on_the_disk_when_saved_or_when_the_next_begins(log):
+    log.log_metrics({"loss": 1}, step=1)
+    assert not log.path.exists()
+    log.log_metrics({"loss": 2}, step=2)
+    assert [row["step"] for row in rows(log.path)] == ["1"]
+    log.save()
+    log.save()
+    assert [row["step"] for row in rows(log.path)] == ["1", "2"]
+
+
+def test_the_epoch_alone_is_no_row(log):
+    log.log_metrics({"epoch": 3}, step=1)
+    log.save()
+    assert not log.path.exists()
+
+
+def test_a_reopened_file_goes_on(log):
+    log.log_metrics({"loss": 1, "speed": 7}, step=1)
+    log.save()
+    again = CsvLog(log.path)
+    again.log_metrics({"speed": 8, "fid": 9}, step=2)
+    again.save()
+    assert rows(log.path) == [
+        {"step": "1", "loss": "1", "speed": "7", "fid": ""},
+        {"step": "2", "loss": "", "speed": "8", "fid": "9"},
+    ]
+
+
+def test_rewind_drops_what_will_be_gone_through_again(log):
+    for step in (2, 10, 4):
+        log.log_metrics({"loss": step}, step=step)
+    log.save()
+    again = CsvLog(log.path)
+    again.rewind(4)
+    assert [row["step"] for row in rows(log.path)] == ["2", "4"]
+    again.log_metrics({"loss": 1}, step=5)
+    again.save()
+    assert [row["loss"] for row in rows(log.path)] == ["2", "4", "1"]
+
+
+def test_rewind_before_the_first_row(log):
+    log.rewind(0)
+    log.log_metrics({"loss": 1}, step=1)
+    log.save()
+    assert rows(log.path) == [{"step": "1", "loss": "1"}]
+
+
+def test_rewind_mends_a_line_that_was_cut_short(log):
+    for step in (1, 2):
+        log.log_metrics({"loss": step / 8}, step=step)
+    log.save()
+    text = log.path.read_text()
+    log.path.write_text(text[: text.rindex("2,") + 3])  # "2,0" and no end of line
+    again = CsvLog(log.path)
+    again.rewind(1)
+    again.log_metrics({"loss": 0.5}, step=2)
+    again.save()
+    assert rows(log.path) == [{"step": "1", "loss": "0.125"}, {"step": "2", "loss": "0.5"}]
+
+
+def test_not_a_number_is_told(log):
+    log.log_metrics({"loss": float("nan"), "fid": float("inf")}, step=1)
+    log.save()
+    assert rows(log.path) == [{"step": "1", "loss": "nan", "fid": "inf"}]

@@ -35,7 +35,9 @@ def main(argv: Sequence[str]) -> None:
                 report = prepare_folder(**places, **options)
             else:
                 raise cli.UsageError(f"source={cfg.source} is none of {', '.join(SOURCES)}")
-        print(report)
+        skipped = ", ".join(f"{len(names)} {reason}" for reason, names in report.skipped.items())
+        told = f"; skipped: {skipped}, listed in {paths['out']}/report.json" if skipped else ""
+        print(f"{report.written} samples in {paths['out']}{told}")
 
     cli.run(prepare, "prepare")
 

@@ -43,6 +43,13 @@ def test_what_is_written_is_read(file):
     assert sorted(p.name for p in file.parent.iterdir()) == [file.name, file.name + ".json"]
 
 
+def test_a_save_that_fails_leaves_nothing(file):
+    checkpoint.remove(file)
+    with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+        checkpoint.write({"state_dict": {"a": torch.ones(9)}, "bad": lambda: None}, file)
+    assert list(file.parent.iterdir()) == []
+
+
 def cut(share: float) -> Callable[[Path], None]:
     return lambda path: path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
 

@@ -117,5 +117,10 @@ class LatentDiffusion(L.LightningModule):
         for part in self.frozen:
             part.to(self.device)
 
+    def on_train_end(self) -> None:
+        text = self.frozen[1]
+        if text.truncated and self.trainer.is_global_zero:
+            print(f"{text.truncated} of {text.seen} captions were cut to {text.max_length} tokens")
+
     def configure_optimizers(self) -> dict:
         return self.make_optimizer(self.denoiser.parameters(), steps=self.trainer.max_steps)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from world import CAPTIONS, make_trainer, shapes_data, val_batch
 
-from ldm.models.clip import Clip
+from ldm.models.clip import Clip, contrastive_loss
 from ldm.models.text import ClipText
 from ldm.training.clip import ClipTraining, SaveClip
 from ldm.training.optimizer import AdamW
@@ -34,6 +34,18 @@ def test_it_learns_to_tell_the_shapes_apart(shapes, module, tmp_path):
         saved = Clip.load(str(folder)).encode_texts(CAPTIONS)
         torch.testing.assert_close(saved, module.clip.eval().encode_texts(CAPTIONS))
     assert [path.name for path in folder.parent.iterdir()] == ["clip"]
+
+
+def test_a_small_last_batch_counts_for_less(shapes, module):
+    data = shapes_data(shapes, val_batch_size=4)  # 4, 4 and 2 of 10
+    (values,) = make_trainer(steps=1).validate(module, datamodule=data, verbose=False)
+    total = 0.0
+    for indices in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9]):
+        with torch.no_grad():
+            pairs = module.features(val_batch(data, indices))
+            loss = contrastive_loss(*pairs, module.clip.logit_scale)
+        total += len(indices) * float(loss)
+    assert values["val/loss"] == pytest.approx(total / 10, rel=1e-5)
 
 
 @torch.no_grad()

@@ -1,0 +1,55 @@
+import pytest
+import torch
+from diffusers import AutoencoderKL as Oracle
+
+from ldm import checkpoint
+from ldm.models.pretrained import autoencoder_config
+from ldm.models.weights import autoencoder
+
+SIZES = {
+    "latent_channels": 3,
+    "channels": 8,
+    "multipliers": (1, 2),
+    "blocks": 1,
+    "groups": 4,
+    "attention": True,
+}
+
+
+def trained():
+    torch.manual_seed(3)
+    built = autoencoder(path=None, **SIZES)
+    built.set_scale(torch.tensor([0.1, 0.2, 0.3]), 2.0)
+    return built
+
+
+def test_from_a_run(tmp_path):
+    built = trained()
+    state = {f"autoencoder.{name}": tensor for name, tensor in built.state_dict().items()}
+    file = tmp_path / "run" / "checkpoints" / "step=00000001.ckpt"
+    checkpoint.write({"state_dict": state | {"other": torch.zeros(1)}}, file)
+    for path in (tmp_path / "run", file):
+        read = autoencoder(path=str(path), **SIZES)
+        assert checkpoint.digest(read) == checkpoint.digest(built)
+    with pytest.raises(checkpoint.CheckpointError, match=r"\(16, .*in the file and \(32, .*here"):
+        autoencoder(path=str(file), **{**SIZES, "multipliers": (1, 4)})
+
+
+def test_from_a_diffusers_folder(tmp_path):
+    built = trained()
+    oracle = Oracle(**autoencoder_config(built), scaling_factor=0.5)
+    oracle.save_pretrained(tmp_path / "vae")
+    read = autoencoder(path=str(tmp_path / "vae"), **SIZES)
+    images = torch.rand(1, 3, 8, 8) * 2 - 1
+    with torch.no_grad():
+        expected = oracle.encode(images).latent_dist.mean * 0.5
+        torch.testing.assert_close(read.encode(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_nowhere_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"'nobody/nothing' is neither here nor"):
+        autoencoder(path="nobody/nothing", **SIZES)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(checkpoint.CheckpointError, match="has no checkpoint"):
+        autoencoder(path=str(tmp_path), **SIZES)

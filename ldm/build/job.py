@@ -1,0 +1,162 @@
+"""Configuration to a run: data, module, trainer, callbacks and loggers."""
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch.utils.data import default_collate
+
+from ldm import checkpoint
+from ldm.build import parts
+from ldm.cli import UsageError
+from ldm.data.datamodule import TextImageData
+from ldm.images import tile
+from ldm.models.clip import Clip, train_tokenizer
+from ldm.pipeline import Pipeline
+from ldm.training.autoencoder import AutoencoderTraining
+from ldm.training.callbacks import Meter, Pictures, ProgressBar
+from ldm.training.checkpoint import Checkpoints, SafeCheckpointIO
+from ldm.training.clip import ClipTraining, SaveClip
+from ldm.training.csv_log import CsvLog
+from ldm.training.diffusion import LatentDiffusion
+
+@dataclass
+class Job:
+    """All that a run needs."""
+
+    data: TextImageData
+    module: L.LightningModule
+    trainer: L.Trainer
+    resume: Path | None  # the checkpoint to go on from
+
+    def describe(self) -> str:
+        """One line: what is trained, on what, how long."""
+        trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+        return (
+            f"{type(self.module).__name__}, {trained / 1e6:.1f} M parameters, on "
+            f"{len(self.data.train_set)} images ({len(self.data.val_set)} for validation): "
+            f"{self.trainer.max_steps} steps of {self.data.batch_size} images on "
+            f"{self.trainer.world_size} x {self.trainer.strategy.root_device.type}"
+        )
+
+
+def build(cfg: DictConfig, run_dir: Path) -> Job:
+    """Everything for `cfg.stage`, one of diffusion, autoencoder and clip."""
+    stages = {"diffusion": diffusion, "autoencoder": autoencoder_training, "clip": clip_training}
+    if cfg.stage not in stages:
+        raise UsageError(f"stage={cfg.stage} is none of {', '.join(stages)}")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own affair
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # EMA and text are
+    L.seed_everything(cfg.seed, verbose=False)
+    data = instantiate(cfg.data, seed=cfg.seed)
+    module, callbacks, frozen = stages[cfg.stage](cfg, data, run_dir)
+    facts = {
+        "stage": cfg.stage,
+        "config": OmegaConf.to_yaml(cfg, resolve=True),
+        "frozen": {name: checkpoint.digest(part) for name, part in frozen.items()},
+    }
+    module.to(memory_format=torch.channels_last)  # what convolutions like best, on any device
+    resume = checkpoint.newest(run_dir / "checkpoints")
+    built = trainer(cfg, run_dir, callbacks, facts)
+    for logger in built.loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    return Job(data, module, built, resume)
+
+
+def trainer(cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback], facts: dict) -> L.Trainer:
+    """Lightning's Trainer with our checkpoints, meters and loggers."""
+    meter = Meter(every=cfg.trainer.log_every_n_steps)
+    keeper = Checkpoints(run_dir / "checkpoints", **cfg.checkpoint, facts=facts)
+    loggers = [CsvLog(run_dir / "metrics.csv")]
+    if cfg.logger:
+        loggers.append(instantiate(cfg.logger, run_dir=run_dir, name=cfg.name))
+    accumulate = cfg.trainer.accumulate_grad_batches
+    return instantiate(
+        cfg.trainer,
+        strategy=instantiate(cfg.strategy) if cfg.strategy else "auto",
+        # Lightning counts this in batches, we in optimizer steps.
+        val_check_interval=cfg.trainer.val_check_interval * accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # the data knows its rank
+        inference_mode=False,  # metrics of a validation before training must live on in training
+        plugins=[SafeCheckpointIO()],
+        callbacks=[meter, ProgressBar(meter), *callbacks, keeper],
+        logger=loggers,
+        default_root_dir=run_dir,
+        enable_checkpointing=False,  # Lightning's own
+        enable_model_summary=False,
+        _convert_="all",
+    )
+
+
+def diffusion(cfg: DictConfig, data: TextImageData, run_dir: Path):
+    """LatentDiffusion with its sample pictures, and the frozen parts it rests on."""
+    autoencoder, text = parts.frozen(cfg)
+    task, objective = instantiate(cfg.task), parts.objective(cfg)
+    module = LatentDiffusion(
+        parts.denoiser(cfg, autoencoder, text, task),
+        autoencoder,
+        text,
+        objective,
+        task,
+        optimizer=instantiate(cfg.optimizer),
+        ema_decay=cfg.ema_decay,
+        caption_dropout=cfg.caption_dropout,
+        validate_raw=cfg.validate_raw,
+        seed=cfg.seed,
+    )
+    pipeline = Pipeline(
+        module.ema.module,
+        autoencoder=autoencoder,
+        text=text,
+        objective=objective,
+        task=task,
+        sampler=instantiate(cfg.sampler),
+        guidance=instantiate(cfg.guidance),
+    )
+    prompts = list(cfg.samples.prompts or data.val_captions(cfg.samples.n))
+    seeds = list(range(len(prompts)))
+
+    def draw() -> tuple[Image.Image, dict]:
+        images = pipeline(prompts, seeds=seeds, size=data.size, steps=cfg.samples.steps)
+        return tile(images), {"prompts": prompts, "seeds": seeds}
+
+    frozen = {"autoencoder": autoencoder, "text_encoder": text}
+    return module, [Pictures(run_dir / "samples", draw)], frozen
+
+
+def autoencoder_training(cfg: DictConfig, data: TextImageData, run_dir: Path):
+    """AutoencoderTraining with pictures of originals above their reconstructions."""
+    autoencoder = instantiate(cfg.autoencoder)
+    module = AutoencoderTraining(
+        autoencoder, optimizer=instantiate(cfg.optimizer), kl_weight=cfg.kl_weight, seed=cfg.seed
+    )
+    shown = [data.val_set[i, i] for i in range(min(cfg.samples.n, len(data.val_set)))]
+    originals = default_collate([item["images"] for item in shown]).float() / 127.5 - 1
+
+    def draw() -> tuple[Image.Image, dict]:
+        with torch.no_grad():
+            restored = autoencoder.decode(autoencoder.encode(originals.to(module.device)))
+        both = torch.cat([originals, restored.cpu().clamp(-1, 1)])
+        return tile(both, columns=len(originals)), {"keys": [item["key"] for item in shown]}
+
+    return module, [Pictures(run_dir / "samples", draw)], {}
+
+
+def clip_training(cfg: DictConfig, data: TextImageData, run_dir: Path):
+    """ClipTraining with a vocabulary learnt from the training captions."""
+    tokenizer = train_tokenizer(data.train_captions(), vocab_size=cfg.vocab_size)
+    clip: Clip = instantiate(cfg.clip, tokenizer=tokenizer, image_size=data.size)
+    module = ClipTraining(clip, optimizer=instantiate(cfg.optimizer))
+    return module, [SaveClip(run_dir / "clip")], {}

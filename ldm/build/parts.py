@@ -1,0 +1,122 @@
+"""Configuration to the parts of a model, and a checkpoint back to a pipeline.
+
+What a part must know of another (widths, channels) is read off the built object and handed over
+here; no YAML repeats it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ldm import checkpoint
+from ldm.cli import UsageError
+from ldm.diffusion.objective import Objective
+from ldm.pipeline import Pipeline
+
+FROZEN = ("autoencoder", "text_encoder")
+
+
+def frozen(cfg: DictConfig) -> tuple[nn.Module, nn.Module]:
+    """The autoencoder and text encoder that a denoiser is trained on."""
+    for name in FROZEN:
+        if cfg[name].get("path", "none needed") is None:
+            stage = {"autoencoder": "autoencoder", "text_encoder": "clip"}[name]
+            raise UsageError(
+                f"{name}.path is needed: a trained {name.replace('_', ' ')} for the denoiser to "
+                f"rest on. Train one with `python train.py experiment={stage}_coco`, then give "
+                f"{name}.path=runs/{stage}_coco, or the folder or hub name of a published one"
+            )
+    return instantiate(cfg.autoencoder).eval(), instantiate(cfg.text_encoder)
+
+
+def denoiser(cfg: DictConfig, autoencoder: nn.Module, text: nn.Module, task) -> nn.Module:
+    """The network of `cfg.model`, with the sizes of the parts around it."""
+    return instantiate(
+        cfg.model,
+        in_channels=autoencoder.channels + task.extra_channels,
+        out_channels=autoencoder.channels,
+        context_dim=text.width,
+        pooled_dim=text.pooled_width,
+        _convert_="all",
+    )
+
+
+def objective(cfg: DictConfig) -> Objective:
+    """Schedule, prediction, weighting and time sampler."""
+    return instantiate(cfg.objective, schedule=instantiate(cfg.scheduler))
+
+
+@dataclass
+class Restored:
+    """A pipeline out of a checkpoint, and what the checkpoint says of itself."""
+
+    pipeline: Pipeline
+    size: int
+    path: Path
+    step: int
+
+
+def restore(cfg: DictConfig, ckpt: str, moved: dict[str, str | None]) -> Restored:
+    """The pipeline of a diffusion run: networks from the checkpoint, sampling from `cfg`.
+
+    `moved` says where frozen parts are now, if not where the training configuration says.
+    Raises CheckpointError where files are damaged, or a frozen part is not the one trained with.
+    """
+    path = checkpoint.find(ckpt)
+    payload = checkpoint.read(path)
+    facts = payload.get("ldm", {})
+    if facts.get("stage") != "diffusion":
+        raise UsageError(
+            f"{path} comes from stage={facts.get('stage', '?')}: pictures are sampled from a "
+            "diffusion run, which `python train.py` makes"
+        )
+    trained = OmegaConf.create(facts["config"])
+    for name, place in moved.items():
+        if place is not None:
+            trained[name].path = place
+    for group in (*FROZEN, "model", "scheduler", "objective", "task"):
+        check_targets(trained[group], path)
+    autoencoder, text = frozen(trained)
+    for name, part in zip(FROZEN, (autoencoder, text), strict=True):
+        if checkpoint.digest(part) != facts["frozen"][name]:
+            raise checkpoint.CheckpointError(
+                f"{trained[name].get('path')} is not the {name} that {path} was trained with "
+                f"(its weights differ): give the right one with {name}=..."
+            )
+    task = instantiate(cfg.task)
+    network = denoiser(trained, autoencoder, text, task)
+    weights = "denoiser." if cfg.raw else "ema.module."
+    checkpoint.load_into(network, checkpoint.part(payload, weights), what=str(path))
+    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipeline = Pipeline(
+        network.eval().to(device),
+        autoencoder=autoencoder.to(device),
+        text=text.to(device),
+        objective=objective(trained).to(device),
+        task=task,
+        sampler=instantiate(cfg.sampler),
+        guidance=instantiate(cfg.guidance),
+    )
+    return Restored(pipeline, trained.data.size, path.resolve(), payload["global_step"])
+
+
+def check_targets(cfg: DictConfig, path: Path) -> None:
+    """Refuse a configuration from a file that names anything but parts of a model of ours.
+
+    Raises CheckpointError: a `_target_` is a call, and the file may come from anyone.
+    """
+    rooms = ("ldm.diffusion.", "ldm.models.", "ldm.tasks")
+    target = cfg.get("_target_")
+    if target is not None and not (
+        str(target).startswith(rooms) and get_object(target).__module__.startswith(rooms)
+    ):
+        raise checkpoint.CheckpointError(
+            f"{path} asks to call {target}, which is no part of a model: it was not run"
+        )
+    for node in cfg.values():
+        if isinstance(node, DictConfig):
+            check_targets(node, path)

@@ -27,6 +27,7 @@ from ldm.training.clip import ClipTraining, SaveClip
 from ldm.training.csv_log import CsvLog
 from ldm.training.diffusion import LatentDiffusion
 
+
 @dataclass
 class Job:
     """All that a run needs."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ldm.files import replacing, write_text
+from ldm.files import TEMPORARY, replacing, write_text
 
 
 class CheckpointError(ValueError):
@@ -97,7 +97,12 @@ def newest(folder: Path) -> Path | None:
 
 
 def keep_newest(folder: Path, count: int) -> None:
-    """Delete all checkpoints of a folder but the `count` newest that have a manifest."""
+    """Delete all checkpoints of a folder but the `count` newest that have a manifest.
+
+    What a killed save has left under a temporary name goes, too.
+    """
+    for left in folder.glob(f"*{TEMPORARY}"):
+        left.unlink(missing_ok=True)
     kept = sorted(path for path in folder.glob("step=*.ckpt") if manifest_path(path).is_file())
     for path in folder.glob("step=*.ckpt"):
         if path not in kept[-count:]:

@@ -136,7 +136,7 @@ def test_the_same_command_again_resumes(home):
         assert torch.equal(tensor, straight[name]), name
 
 
-@pytest.mark.parametrize("stage", ["diffusion", "clip"])
+@pytest.mark.parametrize("stage", ["diffusion", pytest.param("clip", marks=pytest.mark.slow)])
 def test_two_processes_learn_what_one_does(home, stage):
     """Same number of steps, each rank with its own samples and noise: else the weights differ."""
     options = [f"stage={stage}", "trainer.max_steps=3", "logger=csv", "vocab_size=600", *FROZEN]

@@ -26,11 +26,11 @@ KEYS = {"val/loss", *(f"val/loss_t{band}" for band in range(8))}
 def test_it_learns_a_batch_by_heart(tmp_path, tiny_text):
     data = shapes_data(write_shapes(tmp_path / "shards", range(4)))
     module = latent_diffusion(tiny_text, lr=3e-3)
-    trainer = make_trainer(steps=80)
+    trainer = make_trainer(steps=50)
     (before,) = trainer.validate(module, datamodule=data, verbose=False)
     trainer.fit(module, datamodule=data)
     assert before["val/loss"] > 1
-    assert trainer.callback_metrics["val/loss"] < 0.5
+    assert trainer.callback_metrics["val/loss"] < 0.6
     assert {key for key in trainer.callback_metrics if key.startswith("val/")} == KEYS
 
 

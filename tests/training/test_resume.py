@@ -89,9 +89,8 @@ def whole(tmp_path_factory, shapes, tiny_text, accumulate) -> Path:
 @pytest.mark.parametrize(
     ("broken_at", "workers"),
     [
-        (4, 0),  # after 16 images, in the middle of the second epoch
+        (4, 2),  # after 16 images, in the middle of the second epoch
         (5, 0),  # after 20 images, at its end
-        (4, 2),
     ],
 )
 def test_a_run_that_ended_goes_on(
@@ -104,10 +103,9 @@ def test_a_run_that_ended_goes_on(
     assert_same_training(whole / "last.ckpt", tmp_path / "last.ckpt")
 
 
-@pytest.mark.parametrize("killed_at", [3, 4])
-def test_a_run_that_was_killed_goes_on(tmp_path, shapes, tiny_text, whole, accumulate, killed_at):
-    """From a checkpoint that was written on the way; that of step 3 just before its validation."""
-    left = tmp_path / f"step={killed_at:08d}.ckpt"
+def test_a_run_that_was_killed_goes_on(tmp_path, shapes, tiny_text, whole, accumulate):
+    """From a checkpoint that was written on the way, just before a validation."""
+    left = tmp_path / "step=00000003.ckpt"
     checkpoint.write(checkpoint.read(whole / left.name), left)
     checkpoint.link_last(left)
     assert train(tmp_path, shapes, tiny_text, steps=8, accumulate=accumulate) == [6, 8]

@@ -35,5 +35,5 @@ demo: .venv          ## COCO files to a sampled picture in ten minutes; COCO=DIR
 	$(BIN)/python train.py experiment=clip_coco
 	$(BIN)/python train.py data=coco model=nano name=coco-first \
 	  autoencoder.path=runs/autoencoder_coco text_encoder.path=runs/clip_coco \
-	  trainer.max_steps=300 trainer.val_check_interval=100 optimizer.lr=1e-3
+	  trainer.max_steps=200 trainer.val_check_interval=100 optimizer.lr=1e-3
 	$(BIN)/python sample.py ckpt=runs/coco-first prompt="a man riding a wave" n=4

@@ -20,6 +20,7 @@ from ldm.data.datamodule import TextImageData
 from ldm.images import tile
 from ldm.models.clip import Clip, train_tokenizer
 from ldm.pipeline import Pipeline
+from ldm.runs import rank
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.callbacks import Meter, Pictures, ProgressBar
 from ldm.training.checkpoint import Checkpoints, SafeCheckpointIO
@@ -68,6 +69,8 @@ def build(cfg: DictConfig, run_dir: Path) -> Job:
     }
     module.to(memory_format=torch.channels_last)  # what convolutions like best, on any device
     resume = checkpoint.newest(run_dir / "checkpoints")
+    if resume is None and rank() == 0:
+        (run_dir / "metrics.csv").unlink(missing_ok=True)  # of a try without a checkpoint
     built = trainer(cfg, run_dir, callbacks, facts)
     for logger in built.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))

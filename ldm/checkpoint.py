@@ -6,6 +6,7 @@ same directory, flushed to the disk and renamed; the manifest comes last. A chec
 valid manifest does not exist. `last.ckpt` is a link to the newest.
 """
 
+import difflib
 import hashlib
 import json
 import os
@@ -125,7 +126,8 @@ def find(ckpt: str) -> Path:
         return last
     if not path.is_file():
         known = sorted(str(found.parent.parent) for found in Path("runs").glob("**/last.ckpt"))
-        hint = f"; runs here: {', '.join(known[:5])}" if known else ""
+        near = difflib.get_close_matches(ckpt, known, n=3, cutoff=0)
+        hint = f"; the nearest here: {', '.join(near)}" if near else ""
         raise CheckpointError(f"ckpt='{ckpt}' is neither a run directory nor a file{hint}")
     return path
 

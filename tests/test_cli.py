@@ -186,7 +186,7 @@ def test_sample_long_empty_and_many_prompts(home):
 
 def test_sampling_mistakes_are_told_plainly(home):
     assert "ckpt is needed" in sample("n=1", cwd=home, expect=2)
-    said = sample("ckpt=runs/nowhere", cwd=home, expect=2)
+    said = sample("ckpt=runs/frist", cwd=home, expect=2)
     assert "runs/first" in said
     assert "Traceback" not in said
     assert "stage=autoencoder" in sample("ckpt=runs/ae", cwd=home, expect=2)

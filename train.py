@@ -15,6 +15,8 @@ from ldm import cli, runs
 def main(cfg: DictConfig) -> float | None:
     """Compose, build, fit; the value of `cfg.metric` is returned, for sweepers."""
     cli.check(cfg, "train")
+    if not str(cfg.name).strip("./ "):
+        raise cli.UsageError(f"name='{cfg.name}' names no run: leave it out, or give name=my-run")
     run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     done = runs.read_result(run_dir)
     if done.get("status") == "finished" and done["steps"] >= cfg.trainer.max_steps:

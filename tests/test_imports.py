@@ -13,6 +13,7 @@ ROOMS = [
     {"ldm.diffusion"},
     {"ldm.models"},
     {"ldm.data"},
+    {"ldm.metrics"},
     {"ldm.tasks", "ldm.pipeline"},
     {"ldm.training"},
     {"ldm.build"},
@@ -49,8 +50,8 @@ def rank(name):
 @pytest.mark.parametrize(("name", "tree"), modules(), ids=lambda x: x if isinstance(x, str) else "")
 def test_imports_go_down(name, tree):
     own = 0 if name == "ldm" else rank(name)
-    if name in ("ldm", "ldm.diffusion", "ldm.models", "ldm.data", "ldm.training", "ldm.build"):
-        assert not list(imports(tree)), "an __init__ re-exports nothing"
+    if (ROOT / name.replace(".", "/")).is_dir():
+        assert not tree.body or name == "ldm", "an __init__ re-exports nothing"
     assert own is not None, f"{name} has no place in the plan"
     for imported in imports(tree):
         if imported.startswith("ldm.") and rank(imported) is not None:

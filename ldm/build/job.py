@@ -59,6 +59,7 @@ def build(cfg: DictConfig, run_dir: Path) -> Job:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own affair
     warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # EMA and text are
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     L.seed_everything(cfg.seed, verbose=False)
     data = instantiate(cfg.data, seed=cfg.seed)
     module, callbacks, frozen = stages[cfg.stage](cfg, data, run_dir)

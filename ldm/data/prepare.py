@@ -121,7 +121,7 @@ def _prepare(
     if workers < 1:
         raise ValueError(f"workers must be 1 or more, got {workers}")
     found = records.found[: options.limit]
-    _claim(out, {**places, **asdict(options), "records": _digest(found)})
+    claim(out, {**places, **asdict(options), "records": _digest(found)})
     step = options.samples_per_shard
     stats = []
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(found), unit="image") as bar:
@@ -132,14 +132,14 @@ def _prepare(
     broken = [name for stat in stats for name in stat["broken"]]
     skipped = {**records.skipped, **({"broken": broken} if broken else {})}
     report = Report(sum(stat["successes"] for stat in stats), skipped)
-    _write_json(out / "report.json", asdict(report))
+    write_json(out / "report.json", asdict(report))
     if report.written == 0:
         raise ValueError(f"none of the {len(found)} images could be read, see {out}/report.json")
     open_index(out)
     return report
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
+def claim(out: Path, settings: dict[str, Any]) -> None:
     """Make `out` ours for these settings, or say what stands against it."""
     path = out / "prepare.json"
     if path.is_file():
@@ -153,7 +153,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     elif any(out.glob("*.tar")):
         raise FileExistsError(f"{out} holds shards that came from elsewhere: use another out")
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(path, settings)
+    write_json(path, settings)
 
 
 def _digest(records: list[Record]) -> str:
@@ -212,7 +212,7 @@ class _Shard:
             "failed_to_resize": len(broken),
             "broken": broken,
         }
-        _write_json(self.stats, stats)
+        write_json(self.stats, stats)
         return stats
 
 
@@ -265,6 +265,6 @@ def _encode(image: Image.Image, options: _Options) -> bytes:
     return file.getvalue()
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     with replacing(path) as file:
         file.write(json.dumps(value, indent=1).encode())

@@ -3,12 +3,14 @@ import io
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from material import encoded, picture
 from PIL import Image
+from tqdm import tqdm
 
 from ldm.data.images import read_image
 from ldm.data.prepare import prepare_coco, prepare_folder
@@ -106,6 +108,9 @@ def test_kills_at_any_moment_change_nothing(folder, tmp_path):
         pid = os.fork()
         if pid == 0:
             try:
+                # tqdm's own lock is shared with forked children: killed with it, one would leave
+                # its parent waiting for good.
+                tqdm.set_lock(threading.RLock())
                 prepare(folder, out)
             finally:
                 os._exit(0)

@@ -1,0 +1,136 @@
+"""Scenes to pixels, anti-aliased at any size by signed distances.
+
+Lengths are in widths of the picture, y runs down, and an object lies in the square of its radius.
+Shapes: S side of the picture in pixels, h w a window of it, E edges of a polygon.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ldm.data.scenes.world import BACKGROUNDS, COLOURS, RADIUS, Scene
+
+WHITE = (250, 248, 244)
+SHADE = 0.12  # the background runs from so much lighter at the top to so much darker
+
+_MARGIN = 0.035
+_GAP = (0.04, 0.2)
+_OUTER, _INNER = 0.024, 0.014  # an outline's parts outside and inside the edge
+_STRIPE, _STRIPE_WIDTH = 0.115, 0.048
+_DOT, _DOT_RADIUS = 0.108, 0.033
+
+Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def draw(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
+    """The picture, uint8 (S, S, 3), with objects placed at random where the relation allows."""
+    shade = np.linspace(1 + SHADE, 1 - SHADE, size)[:, None, None]
+    picture = np.tile(shade * BACKGROUNDS[scene.background], (1, size, 1))  # (S, S, 3)
+    for one, (x, y, radius) in zip(scene.objects, _place(scene, rng), strict=True):
+        reach = radius + _OUTER
+        rows = slice(max(int((y - reach) * size), 0), int((y + reach) * size) + 2)
+        columns = slice(max(int((x - reach) * size), 0), int((x + reach) * size) + 2)
+        window = picture[rows, columns]  # (h, w, 3)
+        dy = (np.arange(size)[rows, None] + 0.5) / size - y
+        dx = (np.arange(size)[None, columns] + 0.5) / size - x
+        body, white = layers(one.shape, scene.style, dx, dy, radius=radius, size=size)
+        window += body[..., None] * (COLOURS[one.colour] - window)
+        window += white[..., None] * (WHITE - window)
+    return (picture + 0.5).astype(np.uint8)
+
+
+def layers(
+    shape: str, style: str, dx: np.ndarray, dy: np.ndarray, *, radius: float, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What an object covers, and what of that is white: coverages (h, w) in [0, 1].
+
+    dx (1, w), dy (h, 1): where the pixels' centres lie from the object's own.
+    """
+
+    def cover(distance: np.ndarray) -> np.ndarray:
+        return np.clip(0.5 - distance * size, 0, 1)
+
+    edge = radius * _DISTANCE[shape](dx / radius, dy / radius)
+    if style == "outlined":
+        body = cover(edge - _OUTER)
+        return body, body * (1 - cover(edge + _INNER))
+    body = cover(edge)
+    if style == "striped":
+        return body, body * cover(_to_grid((dx + dy) / 2**0.5, _STRIPE) - _STRIPE_WIDTH / 2)
+    if style == "dotted":
+        return body, body * cover(np.hypot(_to_grid(dx, _DOT), _to_grid(dy, _DOT)) - _DOT_RADIUS)
+    return body, np.zeros_like(body)
+
+
+def _place(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, float]]:
+    """Centre and radius of both objects, inside the picture and clear of one another."""
+    radii = [RADIUS[one.size] * rng.uniform(0.96, 1.04) for one in scene.objects]
+    reach = sum(radii) + 2 * _OUTER
+    room = 1 - 2 * _MARGIN - 2 * reach
+    along = reach + rng.uniform(_GAP[0], min(_GAP[1], room))
+    across = 0.4 * along * rng.uniform(-1, 1)
+    step = np.array([across, along] if scene.relation in ("above", "below") else [along, across])
+    if scene.relation in ("right of", "below"):
+        step = -step
+    # The box around both, put anywhere inside the margins.
+    points = np.array([np.zeros(2), step])
+    extents = np.array(radii)[:, None] + _OUTER
+    low, high = (points - extents).min(0), (points + extents).max(0)
+    free = 1 - 2 * _MARGIN - (high - low)
+    points += _MARGIN - low + free * rng.uniform(0.15, 0.85, size=2)
+    return [(x, y, radius) for (x, y), radius in zip(points.tolist(), radii, strict=True)]
+
+
+def _to_grid(u: np.ndarray, period: float) -> np.ndarray:
+    """The distance to the nearest multiple of a period."""
+    return np.abs((u + period / 2) % period - period / 2)
+
+
+def _polygon(corners: list[tuple[float, float]]) -> Distance:
+    """The signed distance to a closed polygon, negative inside."""
+    start = np.array(corners)
+    end = np.roll(start, -1, axis=0)
+    ax, ay, ex, ey = (part[:, None, None] for part in (*start.T, *(end - start).T))  # (E, 1, 1)
+
+    def distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        px, py = x - ax, y - ay  # (E, 1, w), (E, h, 1)
+        along = np.clip((px * ex + py * ey) / (ex**2 + ey**2), 0, 1)  # (E, h, w)
+        squared = ((px - along * ex) ** 2 + (py - along * ey) ** 2).min(0)
+        # A ray to the left crosses the outline an odd number of times: inside.
+        crossed = ((py >= 0) != (py >= ey)) & ((px * ey > py * ex) == (ey > 0))
+        return np.sqrt(squared) * np.where(crossed.sum(0) % 2, -1, 1)
+
+    return distance
+
+
+def _circle(radius: float, cx: float = 0, cy: float = 0) -> Distance:
+    return lambda x, y: np.hypot(x - cx, y - cy) - radius
+
+
+def _union(*parts: Distance) -> Distance:
+    return lambda x, y: np.minimum.reduce([part(x, y) for part in parts])
+
+
+def _star_corners(points: int, outer: float, inner: float) -> list[tuple[float, float]]:
+    turns = np.arange(2 * points) * np.pi / points
+    reach = np.where(np.arange(2 * points) % 2, inner, outer)
+    return list(zip(reach * np.sin(turns), 0.06 - reach * np.cos(turns), strict=True))
+
+
+_ARM = 0.36  # half the width of the cross's arms
+_DISTANCE: dict[str, Distance] = {
+    "circle": _circle(0.97),
+    "square": _polygon([(-0.87, -0.87), (0.87, -0.87), (0.87, 0.87), (-0.87, 0.87)]),
+    "triangle": _polygon([(0, -0.92), (1, 0.82), (-1, 0.82)]),
+    "star": _polygon(_star_corners(5, outer=1.05, inner=0.52)),
+    "cross": _union(
+        _polygon([(-1, -_ARM), (1, -_ARM), (1, _ARM), (-1, _ARM)]),
+        _polygon([(-_ARM, -1), (_ARM, -1), (_ARM, 1), (-_ARM, 1)]),
+    ),
+    "heart": _union(
+        _circle(0.5, -0.5, -0.36),
+        _circle(0.5, 0.5, -0.36),
+        # Below the lobes, along the tangents to them.
+        _polygon([(0, 0.99), (0.879, -0.035), (0.5, -0.36), (-0.5, -0.36), (-0.879, -0.035)]),
+    ),
+}

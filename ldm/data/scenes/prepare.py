@@ -1,0 +1,109 @@
+"""Scenes to shards, laid out as `ldm/data/prepare.py` lays out pictures that come from files.
+
+    out/00000.tar          000000000.png 000000000.json 000000000.txt 000000001.png ...
+    out/prepare.json       the settings; report.json and index.npz are written last
+
+The same settings give the same bytes, with any number of workers and however often the work was
+interrupted.
+"""
+
+import fcntl
+import io
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from ldm.data.index import open_index
+from ldm.data.prepare import Report, claim, write_json
+from ldm.data.scenes.draw import draw
+from ldm.data.scenes.world import Split, caption, sample
+from ldm.data.shards import write_shard
+
+_PER_SHARD = 500
+_PHRASINGS = 3
+
+
+def prepare_scenes(
+    *,
+    out: str,
+    count: int,
+    size: int = 64,
+    split: Split = "train",
+    seed: int = 0,
+    workers: int = 2,
+) -> Report:
+    """Write the first `count` scenes of a split as shards of `size` pixels square.
+
+    A second call with the same settings writes nothing, and a call at the same time waits for the
+    first. Raises ValueError before anything is written for settings that make no sense or where
+    `out` was begun with others, FileExistsError where it holds shards from elsewhere.
+    """
+    for name, value, least in (("count", count, 1), ("size", size, 16), ("workers", workers, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be {least} or more, got {value}")
+    sample(0, split=split, seed=seed)  # says what is wrong with these two
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    report = folder / "report.json"
+    with _alone(folder):
+        claim(folder, {"scenes": count, "size": size, "split": split, "seed": seed})
+        firsts = range(0, count, _PER_SHARD)
+        missing = [first for first in firsts if not _shard(folder, first).is_file()]
+        if missing or not report.is_file():
+            write = partial(_write, folder=folder, count=count, size=size, split=split, seed=seed)
+            with ProcessPoolExecutor(workers) as pool, tqdm(total=count, unit="image") as bar:
+                bar.update(count - sum(min(_PER_SHARD, count - first) for first in missing))
+                for written in pool.map(write, missing):
+                    bar.update(written)
+            open_index(folder)
+            write_json(report, {"written": count, "skipped": {}})
+    return Report(written=count, skipped={})
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Only one process at a time gets past this, so that many may ask for the same scenes."""
+    with open(folder / "prepare.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # let go of when the file is closed, also by a kill
+        yield
+
+
+def _shard(folder: Path, first: int) -> Path:
+    return folder / f"{first // _PER_SHARD:05d}.tar"
+
+
+def _write(first: int, *, folder: Path, count: int, size: int, split: Split, seed: int) -> int:
+    """Write the shard that begins with scene `first`; the number of its scenes."""
+    indices = range(first, min(first + _PER_SHARD, count))
+    samples = (_members(index, size=size, split=split, seed=seed) for index in indices)
+    return write_shard(_shard(folder, first), samples)
+
+
+def _members(index: int, *, size: int, split: Split, seed: int) -> tuple[str, dict[str, bytes]]:
+    """Key and tar members of one scene."""
+    scene, rng = sample(index, split=split, seed=seed)
+    file = io.BytesIO()
+    Image.fromarray(draw(scene, size, rng)).save(file, "PNG")
+    captions = [caption(scene, rng) for _ in range(_PHRASINGS)]
+    number, place = divmod(index, _PER_SHARD)
+    key = f"{number:05d}{place:04d}"
+    fields = {
+        "key": key,
+        "split": split,
+        "seed": seed,
+        "index": index,
+        **asdict(scene),
+        "caption": captions[0],
+        "captions": captions,
+        "width": size,
+        "height": size,
+    }
+    text = json.dumps(fields).encode()
+    return key, {"png": file.getvalue(), "txt": captions[0].encode(), "json": text}

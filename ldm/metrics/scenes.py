@@ -1,0 +1,179 @@
+"""What a picture of the scene world shows, read off its pixels without any learned network.
+
+Analysis by synthesis: every object the world can draw (shape, size, style, colour, place) is
+compared with the picture, and the one that explains most of it is taken, until none is left.
+Shapes: n pictures, S side (48 pixels), K kinds of object, C colours, P places.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+import numpy as np
+from PIL import Image
+
+from ldm.data.scenes.draw import SHADE, WHITE, layers
+from ldm.data.scenes.world import (
+    BACKGROUNDS,
+    COLOURS,
+    OPPOSITE,
+    RADIUS,
+    SHAPES,
+    STYLES,
+    Object,
+    Scene,
+)
+
+ATTRIBUTES = ("color", "shape", "size", "relation", "background", "style")
+
+_SIDE = 48  # enough to tell the kinds apart, and half the work of 64
+_EDGE = 6  # no object is centred so near the border, in pixels
+_GRID = _SIDE - 2 * _EDGE
+_BLUR = 1 / 64  # standard deviation, in widths of the picture
+_LIKENESS = 0.45  # the least share of an object's own square that it must explain
+_LEAST = 1e5  # and the least square: the faintest object has ten times that, a shadow less
+_APART = 1.1  # times the sum of two radii, between centres; the world keeps them further apart
+_MAX_OBJECTS = 4
+_FAR = 60.0  # from the nearest background's tone, Euclidean in RGB
+_KINDS = tuple(product(SHAPES, RADIUS, STYLES))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is seen: objects from left (or top) on, and None for what cannot be said.
+
+    `relation` is the first object's to the second, "left of" or "above", where there are two.
+    """
+
+    objects: tuple[Object, ...]
+    relation: str | None
+    background: str | None
+    style: str | None
+
+
+def read(images: np.ndarray) -> list[Reading]:
+    """Readings of pictures, uint8 (n, H, W, 3) of any size; they are looked at in 48 x 48.
+
+    Raises ValueError for another shape or type.
+    """
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        raise ValueError(f"images must be uint8 (n, H, W, 3), got {images.dtype} {images.shape}")
+    return [_read_one(image) for image in images]
+
+
+def accuracy(readings: Sequence[Reading], scenes: Sequence[Scene]) -> dict[str, float]:
+    """The share of scenes, in [0, 1], read right as a whole and in each attribute.
+
+    An attribute of the objects counts where both are right; which of them is named first makes no
+    difference, as the relation is turned with them.
+    Raises ValueError where the numbers differ or are 0.
+    """
+    if len(readings) != len(scenes) or not scenes:
+        raise ValueError(f"{len(readings)} readings for {len(scenes)} scenes")
+    rows = [_right(reading, scene) for reading, scene in zip(readings, scenes, strict=True)]
+    right = np.array(rows).mean(0).tolist()
+    whole = float(np.mean([all(row) for row in rows]))
+    return {"scene": whole, **dict(zip(ATTRIBUTES, right, strict=True))}
+
+
+def _right(reading: Reading, scene: Scene) -> tuple[bool, ...]:
+    """Which of ATTRIBUTES are right, in the better of the two ways to pair the objects."""
+    scene = scene.ordered()
+    shared = (reading.background == scene.background, reading.style == scene.style)
+    if len(reading.objects) != 2:
+        return (False,) * 4 + shared
+
+    def compare(objects: tuple[Object, ...], relation: str | None) -> tuple[bool, ...]:
+        pairs = list(zip(objects, scene.objects, strict=True))
+        return (
+            all(a.colour == b.colour for a, b in pairs),
+            all(a.shape == b.shape for a, b in pairs),
+            all(a.size == b.size for a, b in pairs),
+            relation == scene.relation,
+        )
+
+    told = compare(reading.objects, reading.relation)
+    turned = compare(reading.objects[::-1], OPPOSITE[reading.relation])
+    return max(told, turned, key=sum) + shared
+
+
+def _read_one(image: np.ndarray) -> Reading:
+    small = Image.fromarray(image).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+    pixels = np.asarray(small, np.float32)  # (S, S, 3)
+    tone = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
+    shade = np.linspace(1 + SHADE, 1 - SHADE, _SIDE, dtype=np.float32)[:, None, None]
+    found = _find(pixels - shade * tone, tone)
+    apart = np.ptp([place for _, _, place in found], axis=0) if found else np.zeros(2)
+    axis = int(apart.argmax())  # 0 down, 1 across
+    found.sort(key=lambda one: one[2][axis])
+    styles = {style for _, style, _ in found}
+    distances = {name: np.linalg.norm(tone - rgb) for name, rgb in BACKGROUNDS.items()}
+    background = min(distances, key=distances.get)
+    return Reading(
+        objects=tuple(one for one, _, _ in found),
+        relation=("above", "left of")[axis] if len(found) == 2 else None,
+        background=background if distances[background] < _FAR else None,
+        style=styles.pop() if len(styles) == 1 else None,
+    )
+
+
+def _find(residual: np.ndarray, tone: np.ndarray) -> list[tuple[Object, str, tuple[int, int]]]:
+    """Objects that explain what the background leaves (S, S, 3), with style and (row, column)."""
+    gains, energies = _gains(residual, tone)  # (K, C, P), (K, C)
+    rows, columns = np.divmod(np.arange(_GRID**2), _GRID)
+    reach = np.array([RADIUS[size] for _, size, _ in _KINDS]) * _SIDE  # (K,)
+    found = []
+    while len(found) < _MAX_OBJECTS:
+        kind, colour, place = np.unravel_index(gains.argmax(), gains.shape)
+        if gains[kind, colour, place] < max(_LIKENESS * energies[kind, colour], _LEAST):
+            break
+        shape, size, style = _KINDS[kind]
+        at = int(rows[place]), int(columns[place])
+        found.append((Object(shape, tuple(COLOURS)[colour], size), style, at))
+        distance = np.hypot(rows - at[0], columns - at[1])  # (P,)
+        taken = distance < _APART * (reach + reach[kind])[:, None]  # (K, P)
+        gains.transpose(0, 2, 1)[taken] = -np.inf
+    return found
+
+
+def _gains(residual: np.ndarray, tone: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What each object would explain at each place (K, C, P), and its own square (K, C).
+
+    Of a residual r, an object t explains |r|^2 - |r - t|^2 = 2 <r, t> - |t|^2.
+    """
+    spectra, kinds, gram = _bank()
+    seen = np.fft.rfft2(residual.transpose(2, 0, 1))
+    products = np.fft.irfft2(seen * spectra[:, None], s=(_SIDE, _SIDE))  # (masks, 3, S, S)
+    inside = products[..., _EDGE:-_EDGE, _EDGE:-_EDGE].reshape(len(spectra), 3, -1)
+    colours = np.array(list(COLOURS.values()), np.float32)
+    # A body changes the tone into its colour, white changes that colour into white.
+    paint = np.stack([colours - tone, np.array(WHITE, np.float32) - colours], axis=1)  # (C, 2, 3)
+    energies = np.einsum("cai,kab,cbi->kc", paint, gram, paint, optimize=True)
+    gains = 2 * paint.reshape(-1, 6) @ inside[kinds].reshape(len(kinds), 6, -1)  # (K, C, P)
+    gains -= energies[..., None]
+    return gains, energies
+
+
+@cache
+def _bank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The masks of all kinds of object, smoothed so that a little blur makes no difference.
+
+    Returns their spectra for correlation (masks, S, S // 2 + 1), each kind's masks for body and
+    white (K, 2), and the inner products of those two (K, 2, 2).
+    """
+    offsets = np.fft.fftfreq(_SIDE)  # from the corner that stands for the centre, both ways
+    stacks = [
+        layers(shape, style, offsets[None], offsets[:, None], radius=RADIUS[size], size=_SIDE)
+        for shape, size, style in _KINDS
+    ]
+    flat = np.array(stacks, np.float32).reshape(2 * len(_KINDS), -1)
+    masks, kinds = np.unique(flat, axis=0, return_inverse=True)  # three styles share their body
+    frequency = np.hypot(np.fft.fftfreq(_SIDE)[:, None], np.fft.rfftfreq(_SIDE))
+    smooth = np.exp(-2 * (np.pi * _BLUR * _SIDE * frequency) ** 2).astype(np.float32)
+    spectra = smooth * np.fft.rfft2(masks.reshape(-1, _SIDE, _SIDE))
+    masks = np.fft.irfft2(spectra, s=(_SIDE, _SIDE))
+    kinds = kinds.reshape(-1, 2)
+    pairs = masks[kinds]  # (K, 2, S, S)
+    gram = np.einsum("kars,kbrs->kab", pairs, pairs)
+    return smooth * spectra.conj(), kinds, gram

@@ -15,6 +15,8 @@ texts = cli.take_text(TEXTS)
 def main(cfg: DictConfig) -> None:
     """Compose, restore, sample, save."""
     cli.check(cfg, "sample")
+    if cfg.n < 1:
+        raise cli.UsageError(f"n={cfg.n}: it takes one picture or more")
     asked = {**{name: cfg[name] for name in TEXTS if not OmegaConf.is_missing(cfg, name)}, **texts}
     with cli.told_plainly():
         from tqdm import tqdm

@@ -15,9 +15,10 @@ from ldm import cli, runs
 def main(cfg: DictConfig) -> float | None:
     """Compose, build, fit; the value of `cfg.metric` is returned, for sweepers."""
     cli.check(cfg, "train")
-    if not str(cfg.name).strip("./ "):
+    if not str(cfg.name).strip("./ ") or {"..", ""} & set(str(cfg.name).split("/")):
         raise cli.UsageError(f"name='{cfg.name}' names no run: leave it out, or give name=my-run")
     run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+    cli.check_unchanged(cfg, run_dir)
     done = runs.read_result(run_dir)
     if done.get("status") == "finished" and done["steps"] >= cfg.trainer.max_steps:
         print(
@@ -61,8 +62,12 @@ def fit(cfg: DictConfig, job, run_dir: Path) -> float | None:
         }
         if first:
             runs.write_result(run_dir, result)
-    if first:
-        print(f"{status}: {cfg.metric} = {result['value']}; see {run_dir}/samples and metrics.csv")
+            at = result["checkpoint"] or "none: the same command begins anew"
+            print(
+                f"{status} at step {result['steps']}; {cfg.metric} = {result['value']}; newest "
+                f"checkpoint: {at}; more in {run_dir}",
+                flush=True,
+            )
     return result["value"]
 
 

@@ -15,7 +15,7 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.runs import RESOLVERS
+from ldm.runs import RESOLVERS, changes, rank
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 
@@ -91,6 +91,19 @@ def check(cfg: DictConfig, config_name: str) -> None:
     _compare(OmegaConf.to_container(cfg), default, "", config_name)
 
 
+def check_unchanged(cfg: DictConfig, run_dir: Path) -> None:
+    """Refuse to go on with a run under another configuration; UsageError names what differs."""
+    before = run_dir / "config.yaml"
+    if not before.is_file() or rank() != 0:
+        return
+    old, new = (OmegaConf.to_container(c, resolve=True) for c in (OmegaConf.load(before), cfg))
+    if changed := changes(old, new):
+        raise UsageError(
+            f"{run_dir} was begun with other settings: {'; '.join(changed[:5])}. Give those again "
+            "to go on with it, or another name=... to begin anew"
+        )
+
+
 def _is_group(key: str) -> bool:
     return Path(CONF, key.lstrip("+~").partition("@")[0]).is_dir()
 
@@ -120,7 +133,8 @@ def explain(error: Exception, config_name: str) -> str:
         group, _, option = found[1].rpartition("/")
         options = sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
         near = nearest(option, options)
-        return f"{group}={option} does not exist{near}. There are: {', '.join(options)}"
+        near = near or "."
+        return f"{group}={option} does not exist{near} There are: {', '.join(options)}"
     if found := re.search(r"Could not (?:override|append to config\.?) '?([\w@/.:-]+)'?", message):
         key = found[1].rstrip(".")
         return f"there is no setting '{key}'{nearest(key, known_keys(config_name))}"
@@ -137,7 +151,7 @@ def explain(error: Exception, config_name: str) -> str:
 
 def nearest(key: str, known: Iterable[str]) -> str:
     """' - did you mean ...?' for a mistyped key, or nothing."""
-    known = list(known)
+    known = [other for other in known if other != key]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not close:  # the right name at the wrong place
         leaf = key.rpartition(".")[2]
@@ -151,8 +165,7 @@ def known_keys(config_name: str) -> list[str]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(CONF, version_base="1.3"):
         cfg = compose(config_name)
-    groups = [path.name for path in Path(CONF).iterdir() if path.is_dir()]
-    return [*groups, *_keys(cfg)]
+    return list(_keys(cfg))
 
 
 def _keys(cfg: DictConfig, prefix: str = "") -> Iterable[str]:

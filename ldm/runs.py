@@ -60,6 +60,34 @@ def read_result(run_dir: Path) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+# What may differ between two calls of one run: how it is carried out and shown, not what it is.
+FREE = (
+    "trainer",
+    "strategy",
+    "logger",
+    "checkpoint",
+    "samples",
+    "metric",
+    "validate_first",
+    "data.workers",
+    "data.val_batch_size",
+)
+
+
+def changes(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """The settings that two configurations of one run must share and do not, with both values."""
+    found = []
+    for key in old | new:
+        name, a, b = f"{prefix}{key}", old.get(key), new.get(key)
+        if name in FREE or a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += changes(a, b, f"{name}.")
+        else:
+            found.append(f"{name} was {a}, is {b}")
+    return found
+
+
 def picture_path(ckpt: Path, prompt: str) -> Path:
     """A new name for pictures of a prompt, in the run that the checkpoint belongs to.
 

@@ -204,6 +204,14 @@ def test_training_mistakes_are_told_plainly(home):
     said = train("name=x", "data.train=nowhere", *FROZEN, cwd=home, expect=2)
     assert "nowhere" in said
     assert "ldm.prepare" in said
+    said = train("name=x", "data.size=18", *FROZEN, cwd=home, expect=2)
+    assert "data.size=18 must be a multiple of 16" in said
+    said = train("name=x", "trainer.accumulate_grad_batches=3", *FROZEN, cwd=home, expect=2)
+    assert "data.batch_size=4" in said
+    again = ["name=first", "trainer.max_steps=99", "scheduler=cosine", *FROZEN]
+    said = train(*again, cwd=home, expect=2)
+    assert "begun with other settings: scheduler" in said
+    assert "names no run" in train("name=../x", cwd=home, expect=2)
     said = train("name=x", "scheduler=flow", "objective=eps", *FROZEN, cwd=home, expect=2)
     assert "objective=v" in said
     assert "Traceback" not in said

@@ -73,6 +73,7 @@ def build(cfg: DictConfig, run_dir: Path) -> Job:
     if resume is None and rank() == 0:
         (run_dir / "metrics.csv").unlink(missing_ok=True)  # of a try without a checkpoint
     built = trainer(cfg, run_dir, callbacks, facts)
+    data.micro_batch(built.world_size, built.accumulate_grad_batches)  # says now what is wrong
     for logger in built.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     return Job(data, module, built, resume)
@@ -130,7 +131,9 @@ def diffusion(cfg: DictConfig, data: TextImageData, run_dir: Path):
         sampler=instantiate(cfg.sampler),
         guidance=instantiate(cfg.guidance),
     )
-    prompts = list(cfg.samples.prompts or data.val_captions(cfg.samples.n))
+    fits(data.size, autoencoder.factor * 2 ** (len(cfg.model.multipliers) - 1))
+    asked = cfg.samples.prompts or data.val_captions(cfg.samples.n)
+    prompts = [asked] if isinstance(asked, str) else list(asked)
     seeds = list(range(len(prompts)))
 
     def draw() -> tuple[Image.Image, dict]:
@@ -141,12 +144,21 @@ def diffusion(cfg: DictConfig, data: TextImageData, run_dir: Path):
     return module, [Pictures(run_dir / "samples", draw)], frozen
 
 
+def fits(size: int, multiple: int) -> None:
+    """UsageError where pictures of `size` do not go through the networks."""
+    if size % multiple:
+        raise UsageError(
+            f"data.size={size} must be a multiple of {multiple}, which the networks halve it to"
+        )
+
+
 def autoencoder_training(cfg: DictConfig, data: TextImageData, run_dir: Path):
     """AutoencoderTraining with pictures of originals above their reconstructions."""
     autoencoder = instantiate(cfg.autoencoder)
     module = AutoencoderTraining(
         autoencoder, optimizer=instantiate(cfg.optimizer), kl_weight=cfg.kl_weight, seed=cfg.seed
     )
+    fits(data.size, autoencoder.factor)
     shown = [data.val_set[i, i] for i in range(min(cfg.samples.n, len(data.val_set)))]
     originals = default_collate([item["images"] for item in shown]).float() / 127.5 - 1
 

@@ -61,19 +61,21 @@ class TextImageData(L.LightningDataModule):
         shards = self.val_set.shards
         return [shards.read(i).captions[0] for i in range(min(n, len(shards)))]
 
+    def micro_batch(self, world: int, accumulate: int) -> int:
+        """Images of one rank and micro-step; ValueError where the global batch does not divide."""
+        if self.batch_size < 1 or self.batch_size % (world * accumulate):
+            raise ValueError(
+                f"data.batch_size={self.batch_size} is the batch of an optimizer step: it must be "
+                f"a multiple of {world * accumulate} ({world} devices x {accumulate} accumulated)"
+            )
+        return self.batch_size // (world * accumulate)
+
     def train_dataloader(self) -> "Run":
         """The rest of the run, from `position` on."""
         trainer = self.trainer
-        micro_steps = trainer.world_size * trainer.accumulate_grad_batches
-        if self.batch_size % micro_steps:
-            raise ValueError(
-                f"data.batch_size={self.batch_size} is the batch of an optimizer step: it must be "
-                f"a multiple of {micro_steps} ({trainer.world_size} devices x "
-                f"{trainer.accumulate_grad_batches} accumulated)"
-            )
         batches = PositionBatches(
             self.order,
-            batch=self.batch_size // micro_steps,
+            batch=self.micro_batch(trainer.world_size, trainer.accumulate_grad_batches),
             rank=trainer.global_rank,
             world=trainer.world_size,
             start=lambda: self.position,

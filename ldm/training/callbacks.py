@@ -47,7 +47,8 @@ class Meter(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx) -> None:
         self.ended = time.perf_counter()
         self.micro_steps += 1
-        self.loss = self.loss + outputs["loss"].detach()
+        # Lightning hands over the loss divided by the number of accumulated batches.
+        self.loss = self.loss + outputs["loss"].detach() * trainer.accumulate_grad_batches
         self.batches += 1
         self.images += len(batch["captions"]) * trainer.world_size
         trainer.datamodule.position += len(batch["captions"]) * trainer.world_size

@@ -175,3 +175,12 @@ def test_pictures_of_a_wrong_size_are_told(module):
     batch = {"images": torch.zeros(1, 3, SIZE + 1, SIZE), "captions": ["a"], "position": [0]}
     with pytest.raises(ValueError, match="H and W multiples of 2"):
         module.training_step(batch, 0)
+
+
+def test_the_logged_loss_does_not_depend_on_accumulation(shapes, tiny_text):
+    logged = []
+    for accumulate in (1, 2):
+        trainer = make_trainer(steps=2, accumulate=accumulate)
+        trainer.fit(latent_diffusion(tiny_text), datamodule=shapes_data(shapes))
+        logged.append(trainer.callbacks[0].latest["train/loss"])
+    assert logged[0] == pytest.approx(logged[1], rel=1e-5)

@@ -1,10 +1,9 @@
 # Each target works as the first command on a fresh machine: the environment is made when missing.
 PYTHON ?= python3
 BIN := .venv/bin
-COCO ?= ../shared/data/coco_mini
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all lint format
+.PHONY: demo assets test test-all lint format
 
 .venv: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -25,15 +24,21 @@ format: .venv        ## mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: .venv          ## COCO files to a sampled picture in ten minutes; COCO=DIR has COCO's layout
-	@test -d $(COCO)/train2017 || { echo "make demo COCO=DIR: DIR holds train2017/, val2017/ and annotations/ as COCO has them"; exit 2; }
+demo: .venv          ## a model trained on a drawn world in minutes, its accuracy, and a picture of it
+	$(BIN)/python train.py name=demo
+	$(BIN)/python -m ldm.evaluate ckpt=runs/demo guidance.scale=2
+	$(BIN)/python sample.py ckpt=runs/demo prompts=docs/demo.txt n=1 guidance.scale=2 out=runs/demo/samples/demo.png
+
+SHARED ?= ../shared/data
+assets: .venv        ## the packaged autoencoder and CLIP again from nothing, in an hour on two cores
+	$(BIN)/python -m ldm.prepare scenes out=data/scenes/64px/train-20000 part=train limit=20000 size=64
+	$(BIN)/python -m ldm.prepare scenes out=data/scenes/64px/val-500 part=val limit=500 size=64
 	for part in train val; do \
-	  $(BIN)/python -m ldm.prepare coco images=$(COCO)/$${part}2017 \
-	    annotations=$(COCO)/annotations/captions_$${part}2017.json out=data/coco/$$part size=64 || exit; \
+	  $(BIN)/python -m ldm.prepare folder images=$(SHARED)/emoji64 out=data/emoji/$$part \
+	    part=$$part size=64 format=png || exit; \
 	done
-	$(BIN)/python train.py experiment=autoencoder_coco
-	$(BIN)/python train.py experiment=clip_coco
-	$(BIN)/python train.py data=coco model=nano name=coco-first \
-	  autoencoder.path=runs/autoencoder_coco text_encoder.path=runs/clip_coco \
-	  trainer.max_steps=200 trainer.val_check_interval=100 optimizer.lr=1e-3
-	$(BIN)/python sample.py ckpt=runs/coco-first prompt="a man riding a wave" n=4
+	$(BIN)/python -m ldm.prepare coco images=$(SHARED)/coco_mini/train2017 \
+	  annotations=$(SHARED)/coco_mini/annotations/captions_train2017.json out=data/coco/train size=64
+	$(BIN)/python train.py experiment=autoencoder_tiny
+	$(BIN)/python train.py experiment=clip_tiny
+	$(BIN)/python -m ldm.package autoencoder=runs/autoencoder_tiny clip=runs/clip_tiny

@@ -22,9 +22,9 @@ def main(cfg: DictConfig) -> None:
         from tqdm import tqdm
 
         from ldm.build import parts
-        from ldm.images import save_png, tile, to_pil
+        from ldm.images import captioned, save_png, tile, to_pil
 
-        prompts = read_prompts(asked)
+        prompts = cli.read_prompts(asked)
         moved = {name: asked[name] for name in parts.FROZEN}
         restored = parts.restore(cfg, cli.needed(asked, "ckpt"), moved)
         size = cfg.size or restored.size
@@ -46,9 +46,7 @@ def main(cfg: DictConfig) -> None:
         "negative": asked["negative"],
         "steps": cfg.steps,
         "size": size,
-        "sampler": OmegaConf.to_container(cfg.sampler),
-        "guidance": OmegaConf.to_container(cfg.guidance),
-        "weights": "raw" if cfg.raw else "ema",
+        **restored.settings,
         "ckpt": str(restored.path),
         "step": restored.step,
     }
@@ -56,21 +54,12 @@ def main(cfg: DictConfig) -> None:
         single = out.with_name(f"{out.stem}_{i:03d}.png")
         save_png(to_pil(image), single, {"prompt": prompt, "seed": seed, **settings})
     facts = {"prompt": [p for p, _ in jobs], "seed": [s for _, s in jobs], **settings}
-    columns = cfg.n if len(prompts) > 1 else None
-    save_png(tile(images, columns=columns), out, facts)
+    grid = tile(images)
+    if len(prompts) > 1:
+        grid = captioned(images, facts["prompt"], columns=None if cfg.n == 1 else cfg.n)
+    save_png(grid, out, facts)
     print(f"{len(images)} pictures beside {out}")
     print(out)
-
-
-def read_prompts(asked: dict) -> list[str]:
-    """The one prompt, or those of the file."""
-    if asked["prompts"] is None:
-        return [asked["prompt"]]
-    lines = Path(asked["prompts"]).read_text(encoding="utf-8").splitlines()
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise cli.UsageError(f"prompts={asked['prompts']} has no line with text")
-    return prompts
 
 
 if __name__ == "__main__":

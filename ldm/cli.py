@@ -81,6 +81,20 @@ def needed(given: Mapping[str, str | None], name: str) -> str:
     return given[name]
 
 
+def read_prompts(given: Mapping[str, str | None]) -> list[str]:
+    """The lines with text of the file `prompts`, else the one `prompt`, else none.
+
+    Raises UsageError where the file has no such line, OSError where there is no file.
+    """
+    if given["prompts"] is None:
+        return [] if given["prompt"] is None else [given["prompt"]]
+    lines = Path(given["prompts"]).read_text(encoding="utf-8").splitlines()
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UsageError(f"prompts={given['prompts']} has no line with text")
+    return prompts
+
+
 def check(cfg: DictConfig, config_name: str) -> None:
     """Refuse, before anything heavy is imported, keys that nobody reads and values of a wrong type.
 

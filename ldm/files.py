@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY = ".tmp"
+PACKAGED = "packaged:"
 
 
 @contextmanager
@@ -33,3 +34,17 @@ def write_text(path: Path, text: str) -> None:
     """Replace a small text file."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def located(path: str) -> Path:
+    """The place that a path names; `packaged:NAME` is what comes with ldm under that name.
+
+    Raises FileNotFoundError where nothing does.
+    """
+    if path.startswith(PACKAGED):
+        assets = Path(__file__).parent / "assets"
+        if not (place := assets / path.removeprefix(PACKAGED)).is_dir():
+            names = ", ".join(PACKAGED + part.name for part in sorted(assets.iterdir()))
+            raise FileNotFoundError(f"'{path}' does not come with ldm, which has {names}")
+        return place
+    return Path(path).expanduser()

@@ -1,4 +1,4 @@
-"""python -m ldm.prepare coco|folder images=DIR [annotations=FILE] out=DIR [size=..]"""
+"""python -m ldm.prepare coco|folder|scenes [images=DIR] [annotations=FILE] out=DIR [size=..]"""
 
 import sys
 from collections.abc import Sequence
@@ -7,8 +7,10 @@ import hydra
 from omegaconf import DictConfig
 
 from ldm import cli
+from ldm.data.prepare import Report, prepare_coco, prepare_folder
+from ldm.data.scenes.prepare import prepare_scenes
 
-SOURCES = ("coco", "folder")
+SOURCES = ("coco", "folder", "scenes")
 PATHS = ("images", "annotations", "out")
 
 
@@ -20,26 +22,33 @@ def main(argv: Sequence[str]) -> None:
     @hydra.main(config_path=cli.CONF, config_name="prepare", version_base="1.3")
     def prepare(cfg: DictConfig) -> None:
         cli.check(cfg, "prepare")
-        from ldm.data.prepare import prepare_coco, prepare_folder
-
-        options = {
-            name: cfg[name]
-            for name in ("size", "format", "quality", "samples_per_shard", "workers", "limit")
-        }
-        places = {name: cli.needed(paths, name) for name in ("images", "out")}
+        if cfg.source not in SOURCES:
+            raise cli.UsageError(f"source={cfg.source} is none of {', '.join(SOURCES)}")
+        out = cli.needed(paths, "out")
         with cli.told_plainly():
-            if cfg.source == "coco":
-                annotations = cli.needed(paths, "annotations")
-                report = prepare_coco(**places, annotations=annotations, **options)
-            elif cfg.source == "folder":
-                report = prepare_folder(**places, **options)
-            else:
-                raise cli.UsageError(f"source={cfg.source} is none of {', '.join(SOURCES)}")
+            report = drawn(cfg, out) if cfg.source == "scenes" else converted(cfg, paths, out)
         skipped = ", ".join(f"{len(names)} {reason}" for reason, names in report.skipped.items())
         told = f"; skipped: {skipped}, listed in {paths['out']}/report.json" if skipped else ""
         print(f"{report.written} samples in {paths['out']}{told}")
 
     cli.run(prepare, "prepare")
+
+
+def converted(cfg: DictConfig, paths: dict[str, str], out: str) -> Report:
+    """Shards of pictures that are there."""
+    names = ("size", "format", "quality", "samples_per_shard", "workers", "limit")
+    options = {"images": cli.needed(paths, "images"), "out": out} | {n: cfg[n] for n in names}
+    if cfg.source == "coco":
+        return prepare_coco(annotations=cli.needed(paths, "annotations"), **options)
+    return prepare_folder(**options, part=cfg.part)
+
+
+def drawn(cfg: DictConfig, out: str) -> Report:
+    """Shards of the scene world."""
+    split = "train" if cfg.part == "all" else cfg.part
+    return prepare_scenes(
+        out=out, count=cfg.limit or 20000, size=cfg.size, split=split, workers=cfg.workers
+    )
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ def read_result(run_dir: Path) -> dict:
 
 # What may differ between two calls of one run: how it is carried out and shown, not what it is.
 FREE = (
+    "eval",
     "trainer",
     "strategy",
     "logger",

@@ -29,7 +29,8 @@ BRIEF = [
     "samples.n=2",
     "samples.steps=2",
 ]
-FROZEN = ["autoencoder.path=runs/ae", "text_encoder.path=runs/clip"]
+FROZEN = ["autoencoder.path=runs/ae", "text_encoder=clip", "text_encoder.path=runs/clip"]
+ANEW = ["stage=autoencoder", "autoencoder.path=null", "logger=csv"]
 NASTY = 'a {dog\'s} "café", 50% = ${oops}\\ [x] (y): 🌊 --h\n$(touch pwned)'
 
 
@@ -73,7 +74,7 @@ def home(tmp_path_factory):
         picture.save(home / "pictures" / f"{i}.png")
         (home / "pictures" / f"{i}.txt").write_text(f"a {colour} ball\nthe ball is {colour}\n")
     run("-m", "ldm.prepare", "folder", "images=pictures", "out=shards", "size=16", cwd=home)
-    train("stage=autoencoder", "name=ae", "trainer.max_steps=3", "logger=csv", cwd=home)
+    train(*ANEW, "name=ae", "trainer.max_steps=3", cwd=home)
     train("stage=clip", "name=clip", "trainer.max_steps=2", "vocab_size=600", cwd=home)
     train("name=first", "trainer.max_steps=4", "trainer.val_check_interval=2", *FROZEN, cwd=home)
     return home
@@ -124,8 +125,11 @@ def test_the_same_command_again_resumes(home):
     again = ["name=first", "trainer.val_check_interval=2", *FROZEN]
     said = train(*again, "trainer.max_steps=4", cwd=home)
     assert "is finished" in said
-    said = train(*again, "trainer.max_steps=6", cwd=home)
+    long = f"samples.prompts=[{'red ' * 60}ball]"
+    said = train(*again, "trainer.max_steps=6", long, cwd=home)
     assert "resumes" in said
+    assert "tokens is cut to" in said
+    assert "captions were cut" not in said, "a prompt is no caption"
     first = home / "runs" / "first"
     assert [row["step"] for row in rows(first)] == list("0123456")
     assert tensors(first)["ldm"]["images_seen"] == 24
@@ -148,7 +152,10 @@ def test_two_processes_learn_what_one_does(home, stage):
     assert one["global_step"] == two["global_step"] == 3
     assert one["ldm"]["images_seen"] == two["ldm"]["images_seen"] == 12
     for name, tensor in one["state_dict"].items():
-        torch.testing.assert_close(two["state_dict"][name], tensor, rtol=1e-4, atol=1e-5)
+        if name.endswith("k_proj.bias"):
+            continue  # softmax cancels it: its gradient is rounding, which Adam makes whole steps
+        # The mean: where another gradient is near nought, single weights differ by that as well.
+        assert (two["state_dict"][name] - tensor).abs().double().mean() < 1e-6, name
     losses = [
         [float(row["train/loss"]) for row in rows(home / "runs" / f"{stage}-{n}")[1:]]
         for n in ("one", "two")
@@ -163,7 +170,7 @@ def test_sample_takes_any_text(home):
     grid = home / said.strip().splitlines()[-1]
     singles = sorted(grid.parent.glob(f"{grid.stem}_*.png"))
     assert len(singles) == 3
-    assert Image.open(grid).size == (16 * 2 + 2, 16 * 2 + 2)
+    assert Image.open(grid).size == (3 * 16 + 2 * 2, 16)  # three in a row
     facts = Image.open(singles[1]).text
     assert facts["prompt"] == NASTY
     assert facts["negative"] == "a, b"
@@ -192,14 +199,14 @@ def test_sampling_mistakes_are_told_plainly(home):
     assert "stage=autoencoder" in sample("ckpt=runs/ae", cwd=home, expect=2)
     said = sample("ckpt=runs/first", "autoencoder=runs/other", cwd=home, expect=2)
     assert "runs/other" in said
-    train("stage=autoencoder", "name=ae2", "trainer.max_steps=1", "logger=csv", cwd=home)
+    train(*ANEW, "name=ae2", "trainer.max_steps=1", cwd=home)
     said = sample("ckpt=runs/first", "autoencoder=runs/ae2", cwd=home, expect=2)
     assert "is not the autoencoder that" in said
     assert "Traceback" not in said
 
 
 def test_training_mistakes_are_told_plainly(home):
-    said = train("name=x", cwd=home, expect=2)
+    said = train("name=x", "autoencoder.path=null", cwd=home, expect=2)
     assert "experiment=autoencoder_coco" in said
     said = train("name=x", "data.train=nowhere", *FROZEN, cwd=home, expect=2)
     assert "nowhere" in said
@@ -208,7 +215,7 @@ def test_training_mistakes_are_told_plainly(home):
     assert "data.size=18 must be a multiple of 16" in said
     said = train("name=x", "trainer.accumulate_grad_batches=3", *FROZEN, cwd=home, expect=2)
     assert "data.batch_size=4" in said
-    again = ["name=first", "trainer.max_steps=99", "scheduler=cosine", *FROZEN]
+    again = ["name=first", "trainer.max_steps=99", "scheduler=linear", *FROZEN]
     said = train(*again, cwd=home, expect=2)
     assert "begun with other settings: scheduler" in said
     assert "names no run" in train("name=../x", cwd=home, expect=2)

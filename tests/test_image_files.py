@@ -1,11 +1,13 @@
 """Pictures out of tensors, and PNG files that carry what made them."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ldm.images import save_png, tile, to_pil, to_uint8
+from ldm.images import captioned, font, save_png, tile, to_pil, to_uint8, wrap
 
 WHITE = (255, 255, 255)
 
@@ -59,6 +61,55 @@ def test_a_tile_takes_columns_and_gap():
     assert tile([grey(0)] * 4, columns=1, gap=3).size == (6, 25)
 
 
+@pytest.mark.parametrize(("side", "enlarged"), [(64, 192), (100, 200), (256, 256)])
+def test_captioned_pictures_are_large_enough_to_be_seen(side, enlarged):
+    images = [grey(value, height=side, width=side) for value in (10, 90, 170)]
+    captions = ["short", "a caption of two lines or more, as it says many things", ""]
+    picture = captioned(images, captions, columns=2)
+    assert picture.width == 2 * enlarged + 12
+    pixels = np.array(picture)[..., 0]
+    assert (pixels[:enlarged, :enlarged] == 10).all()
+    assert (pixels[:enlarged, -enlarged:] == 90).all()
+    assert pixels[enlarged : enlarged + 20, :enlarged].min() < 60, "text beneath the first"
+    assert (pixels[enlarged + 24 : enlarged + 40, :enlarged] == 255).all(), "of one line"
+    assert pixels[enlarged + 24 : enlarged + 40, -enlarged:].min() < 60, "the second has two"
+
+
+def test_captions_take_as_many_rows_as_the_longest_needs():
+    images = [grey(10, height=64, width=64)] * 2
+    one = captioned(images, ["short", ""], columns=2)
+    two = captioned(images, ["short", "one two three four five six"], columns=2)
+    most = captioned(images, ["short", "word " * 100], columns=2)
+    assert one.height < two.height < most.height < 2 * 192
+
+
+def test_lines_fit_and_lose_no_word():
+    letters, text = font(15), "a big\nred circle  left of a\tsmall star, both striped"
+    lines = wrap(text, 90, letters, most=9)
+    assert " ".join(lines) == " ".join(text.split())
+    assert max(map(letters.getlength, lines)) <= 90
+    for line, following in pairwise(lines):
+        assert letters.getlength(f"{line} {following.split()[0]}") > 90, "lines are full"
+
+
+def test_too_long_a_text_or_word_is_cut():
+    letters = font(15)
+    lines = wrap("word " * 1000, 100, letters, most=3)
+    assert len(lines) == 3
+    assert lines[2].endswith("d ...")
+    lines = wrap("ab" * 40, 100, letters, most=9)
+    assert "".join(lines) == "ab" * 40
+    assert max(map(letters.getlength, lines)) <= 100
+    assert len(wrap("x" * 9999, 100, letters, most=2)) == 2
+    assert wrap("one", 1, letters, most=3) == ["o", "n", "e"]
+
+
+@pytest.mark.parametrize("text", ["", "  ", "half an emoji \ud83d", "Привет, 雪 🦊"])
+def test_any_text_is_wrapped_and_drawn(text):
+    assert len(wrap(text, 300, font(15), most=2)) == 1
+    captioned([grey(1)], [text])
+
+
 TEXTS = {
     "long": "x" * 10_000,
     "emoji": "a 🦊 on 雪, שלום",
@@ -99,3 +150,9 @@ def test_a_png_replaces_another_as_a_whole(tmp_path):
     with Image.open(path) as image:
         assert (image.size, image.text) == ((30, 20), {"prompt": "second"})
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("n", "shape"), [(4, (2, 2)), (5, (3, 2)), (8, (4, 2)), (9, (3, 3))])
+def test_a_grid_is_square_or_one_wider_where_that_leaves_fewer_holes(n, shape):
+    columns, rows = shape
+    assert tile(torch.zeros(n, 3, 10, 10), gap=0).size == (10 * columns, 10 * rows)

@@ -7,20 +7,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+VERBS = {"ldm.prepare", "ldm.evaluate", "ldm.explain", "ldm.package"}  # python -m ldm.<verb>
+
 # A room may import from rooms before it in this list, and from itself.
 ROOMS = [
-    {"ldm.files", "ldm.checkpoint", "ldm.runs", "ldm.images", "ldm.cli"},
+    {"ldm.files", "ldm.checkpoint", "ldm.runs", "ldm.images", "ldm.figures", "ldm.cli"},
     {"ldm.diffusion"},
     {"ldm.models"},
     {"ldm.data"},
     {"ldm.metrics"},
-    {"ldm.tasks", "ldm.pipeline"},
+    {"ldm.tasks", "ldm.pipeline", "ldm.lessons"},
     {"ldm.training"},
     {"ldm.build"},
-    {"ldm.prepare", "train", "sample"},
+    {*VERBS, "train", "sample"},
 ]
 SHELL = {"lightning": {"ldm.data.datamodule", "ldm.training", "ldm.build"}}
-HYDRA = {"ldm.build", "ldm.cli", "ldm.prepare", "train", "sample"}
+HYDRA = {"ldm.build", "ldm.cli", *VERBS, "train", "sample"}
 
 
 def modules():

@@ -2,32 +2,14 @@
 
 import pytest
 import torch
-from world import SIZE, objective, small_autoencoder, unet
-
-from ldm.diffusion.guidance import ClassifierFree
-from ldm.diffusion.samplers import DDIM
-from ldm.pipeline import Pipeline
-from ldm.tasks import TextToImage
+from world import SIZE, pipeline
 
 PROMPTS = ["a red circle", "a blue square", "a white circle"]
 
 
-def pipeline(text, *, scale: float = 3.0) -> Pipeline:
-    """With noise in each step, so that it counts as well."""
-    return Pipeline(
-        unet(text).eval(),
-        autoencoder=small_autoencoder().eval(),
-        text=text,
-        objective=objective(),
-        task=TextToImage(),
-        sampler=DDIM(eta=1.0),
-        guidance=ClassifierFree(scale=scale),
-    )
-
-
 def sample(text, prompts=PROMPTS[:1], seeds=(0,), *, scale: float = 3.0, **changes):
     call = {"seeds": list(seeds), "size": SIZE, "steps": 3} | changes
-    return pipeline(text, scale=scale)(prompts, **call)
+    return pipeline(text, scale=scale, eta=1.0)(prompts, **call)
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -65,7 +47,7 @@ def test_an_empty_negative_prompt_is_the_empty_caption(tiny_text):
 
 def test_scale_one_is_the_conditional_model_alone(tiny_text):
     """The negative prompt is not looked at, and the network sees each image once a step."""
-    pipe, batches = pipeline(tiny_text, scale=1.0), []
+    pipe, batches = pipeline(tiny_text, scale=1.0, eta=1.0), []
     pipe.denoiser.register_forward_hook(lambda _, args, out: batches.append(len(out)))
     images = pipe(PROMPTS[:2], seeds=[0, 1], size=SIZE, steps=3, negative="a green square")
     assert batches == [2, 2, 2]

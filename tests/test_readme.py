@@ -1,4 +1,4 @@
-"""The README's commands are what a newcomer types: they compose, and the first block runs."""
+"""The commands of README and docs are what a newcomer types: they compose, and some run."""
 
 import os
 import re
@@ -15,25 +15,26 @@ from ldm.cli import CONF
 
 ROOT = Path(__file__).parent.parent
 COCO = ROOT.parent / "shared" / "data" / "coco_mini"
-TEXTS = ("ckpt", "prompt", "prompts", "negative", "out", "images", "annotations")
+TEXTS = ("ckpt", "prompt", "prompts", "negative", "out", "images", "annotations", "image")
 
 
-def blocks():
-    return re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+def blocks(page="README.md"):
+    return re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
 
 
 def commands():
-    lines = [line for block in blocks() for line in block.splitlines()]
+    pages = [*blocks(), *blocks("docs/explained.md")]
+    lines = [line for block in pages for line in block.splitlines()]
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("python ")]
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_command_composes(command):
-    if command[:2] == ["-m", "ldm.prepare"]:
-        root, arguments = "prepare", [f"source={command[2]}", *command[3:]]
-    else:
-        root, arguments = Path(command[0]).stem, command[1:]
-    assert root in ("train", "sample", "prepare")
+    called, *arguments = command[1:] if command[0] == "-m" else command
+    root = called.removeprefix("ldm.").removesuffix(".py")
+    assert Path(CONF, f"{root}.yaml").is_file()
+    if root == "prepare":
+        arguments[0] = f"source={arguments[0]}"
     overrides = [a for a in arguments if a != "..." and a.partition("=")[0] not in TEXTS]
     assert all("=" in a for a in overrides)
     with initialize_config_dir(CONF, version_base="1.3"):
@@ -43,8 +44,8 @@ def test_command_composes(command):
 
 def test_every_option_is_told():
     table = re.search(r"\| group \| options \|\n(.*?)\n\n", (ROOT / "README.md").read_text(), re.S)
-    told = "data scheduler objective sampler guidance model autoencoder text_encoder trainer logger"
-    for group in told.split():
+    told = "data scheduler objective sampler guidance model autoencoder text_encoder eval trainer"
+    for group in [*told.split(), "strategy", "logger"]:
         row = re.search(rf"\| .*`{group}`.*\|", table[1])[0]
         for path in Path(CONF, group).glob("*.yaml"):
             assert f"`{path.stem}`" in row, f"the README does not tell of {group}={path.stem}"
@@ -52,12 +53,13 @@ def test_every_option_is_told():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not COCO.is_dir(), reason=f"{COCO} is not here")
-def test_the_first_block_runs(tmp_path):
+def test_the_block_on_coco_runs(tmp_path):
     """From COCO's files to a picture, as typed, but for the number of steps."""
     short = "trainer.max_steps=2 trainer.val_check_interval=2 samples.n=2 samples.steps=2"
     env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     script = ["set -e", f'python() {{ {shlex.quote(sys.executable)} "$@"; }}']
-    for line in blocks()[1].splitlines():
+    [block] = [block for block in blocks() if "ldm.prepare coco" in block]
+    for line in block.splitlines():
         line = line.partition("  #")[0].replace("../shared/data/coco_mini", str(COCO))
         for name in ("train.py", "sample.py"):
             line = line.replace(f"python {name}", f"python {ROOT / name}")

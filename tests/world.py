@@ -11,11 +11,14 @@ from PIL import Image, ImageDraw
 from ldm.data.datamodule import TextImageData
 from ldm.data.dataset import Batch, collate
 from ldm.data.shards import write_shard
+from ldm.diffusion.guidance import ClassifierFree
 from ldm.diffusion.objective import Objective, Prediction, UniformTimes, UniformWeighting
+from ldm.diffusion.samplers import DDIM
 from ldm.diffusion.schedule import scaled_linear
 from ldm.models.autoencoder import AutoencoderKL, Identity
 from ldm.models.text import ClipText
 from ldm.models.unet import UNet
+from ldm.pipeline import Pipeline
 from ldm.tasks import TextToImage
 from ldm.training.callbacks import Meter
 from ldm.training.checkpoint import SafeCheckpointIO
@@ -90,6 +93,19 @@ def small_autoencoder() -> AutoencoderKL:
     torch.manual_seed(0)
     sizes = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "groups": 4}
     return AutoencoderKL(latent_channels=3, **sizes, attention=False)
+
+
+def pipeline(text: ClipText, *, scale: float = 3.0, eta: float = 0.0) -> Pipeline:
+    """Of untrained parts; with eta=1 there is noise in each step, so that it counts as well."""
+    return Pipeline(
+        unet(text).eval(),
+        autoencoder=small_autoencoder().eval(),
+        text=text,
+        objective=objective(),
+        task=TextToImage(),
+        sampler=DDIM(eta=eta),
+        guidance=ClassifierFree(scale=scale),
+    )
 
 
 def latent_diffusion(text: ClipText, *, autoencoder=None, lr=1e-3, **changes) -> LatentDiffusion:

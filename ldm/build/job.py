@@ -54,7 +54,7 @@ def build(cfg: DictConfig, run_dir: Path) -> Job:
     stages = {"diffusion": diffusion, "autoencoder": autoencoder_training, "clip": clip_training}
     if cfg.stage not in stages:
         raise UsageError(f"stage={cfg.stage} is none of {', '.join(stages)}")
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own affair
@@ -141,7 +141,10 @@ def diffusion(cfg: DictConfig, data: TextImageData, run_dir: Path):
         return tile(images), {"prompts": prompts, "seeds": seeds}
 
     frozen = {"autoencoder": autoencoder, "text_encoder": text}
-    return module, [Pictures(run_dir / "samples", draw)], frozen
+    callbacks = [Pictures(run_dir / "samples", draw)]
+    if cfg.eval:
+        callbacks.append(instantiate(cfg.eval, pipeline, size=data.size))
+    return module, callbacks, frozen
 
 
 def fits(size: int, multiple: int) -> None:

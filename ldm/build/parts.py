@@ -13,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ldm import checkpoint
-from ldm.cli import UsageError
+from ldm.cli import CONF, UsageError
 from ldm.diffusion.objective import Objective
+from ldm.diffusion.schedule import Schedule
 from ldm.pipeline import Pipeline
 
 FROZEN = ("autoencoder", "text_encoder")
@@ -58,6 +59,14 @@ class Restored:
     size: int
     path: Path
     step: int
+    text_path: str | None  # where its text encoder was read from
+    settings: dict  # how it samples: sampler, guidance and which weights, as plain values
+
+
+def schedules() -> dict[str, Schedule]:
+    """Every noise schedule of conf/scheduler, by name."""
+    files = sorted(Path(CONF, "scheduler").glob("*.yaml"))
+    return {path.stem: instantiate(OmegaConf.load(path)) for path in files}
 
 
 def restore(cfg: DictConfig, ckpt: str, moved: dict[str, str | None]) -> Restored:
@@ -101,7 +110,18 @@ def restore(cfg: DictConfig, ckpt: str, moved: dict[str, str | None]) -> Restore
         sampler=instantiate(cfg.sampler),
         guidance=instantiate(cfg.guidance),
     )
-    return Restored(pipeline, trained.data.size, path.resolve(), payload["global_step"])
+    return Restored(
+        pipeline,
+        trained.data.size,
+        path.resolve(),
+        payload["global_step"],
+        trained.text_encoder.get("path"),
+        {
+            "sampler": OmegaConf.to_container(cfg.sampler),
+            "guidance": OmegaConf.to_container(cfg.guidance),
+            "weights": "raw" if cfg.raw else "ema",
+        },
+    )
 
 
 def check_targets(cfg: DictConfig, path: Path) -> None:

@@ -72,7 +72,9 @@ class Index:
 
 
 def open_index(source: str | Path | Sequence[str | Path]) -> Index:
-    """The index of a folder's .tar files, of one .tar file, or of a list of them.
+    """The index of a folder's .tar files, of one .tar file, or of a list of both.
+
+    What a list names twice has twice the weight.
 
     A folder's index is kept in `index.npz` beside the shards and made anew when a shard was added,
     removed or changed; where it cannot be written it lives in memory only, as a list's does.
@@ -121,10 +123,10 @@ def _is_folder(source: str | Path | Sequence[str | Path]) -> bool:
 
 
 def _shard_paths(source: str | Path | Sequence[str | Path]) -> list[Path]:
-    if _is_folder(source):
-        paths = sorted(Path(source).glob("*.tar"))
-    else:
-        paths = [Path(p) for p in ([source] if isinstance(source, (str, Path)) else source)]
+    sources = [source] if isinstance(source, (str, Path)) else source
+    paths = []
+    for path in map(Path, sources):
+        paths += sorted(path.glob("*.tar")) if path.is_dir() else [path]
     if not paths:
         raise FileNotFoundError(f"no .tar shards in {source}; `python -m ldm.prepare` writes them")
     for path in paths:

@@ -7,10 +7,11 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ldm.data.captions import clean_all, decode
 
+Part = Literal["all", "train", "val"]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 
@@ -74,26 +75,36 @@ def coco_records(images: Path, annotations: Path) -> Records:
     return _some(records, f"named by {annotations} with a caption")
 
 
-def folder_records(images: Path) -> Records:
+def folder_records(images: Path, *, part: Part = "all") -> Records:
     """The pictures of a folder: those its metadata.jsonl names, else all, in order of name.
 
     A line of metadata.jsonl has file_name and text (a caption or a list of them). Without that
     file the captions of a.jpg are the lines of a.txt beside it.
+    part: "val" is one in ten, by a checksum of the name, so that a picture that is added or taken
+    away moves no other; "train" is the rest.
     Raises FileNotFoundError where there is no folder or no picture with a caption, ValueError for
     a line that is not as described.
     """
+    if part not in get_args(Part):
+        raise ValueError(f"part must be {', '.join(get_args(Part))}, got '{part}'")
     records = _records_in(images)
     metadata = images / "metadata.jsonl"
     if metadata.is_file():
         for file_name, text in _metadata_rows(metadata):
-            records.add(file_name, text if isinstance(text, list) else [text], {})
+            if part in ("all", _part(file_name)):
+                records.add(file_name, text if isinstance(text, list) else [text], {})
         return _some(records, f"named by {metadata} with a 'text'")
     for path in sorted(images.rglob("*")):
-        if path.suffix.lower() in SUFFIXES:
+        file_name = path.relative_to(images).as_posix()
+        if path.suffix.lower() in SUFFIXES and part in ("all", _part(file_name)):
             text = path.with_suffix(".txt")
             lines = decode(text.read_bytes()).splitlines() if text.is_file() else []
-            records.add(path.relative_to(images).as_posix(), lines, {})
+            records.add(file_name, lines, {})
     return _some(records, "with a .txt of its name (or a line in metadata.jsonl)")
+
+
+def _part(file_name: str) -> Part:
+    return "train" if zlib.crc32(file_name.encode("utf-8", "replace")) % 10 else "val"
 
 
 def _records_in(images: Path) -> Records:

@@ -63,26 +63,26 @@ def read(images: np.ndarray) -> list[Reading]:
 
 
 def accuracy(readings: Sequence[Reading], scenes: Sequence[Scene]) -> dict[str, float]:
-    """The share of scenes, in [0, 1], read right as a whole and in each attribute.
+    """The share of scenes, in [0, 1], read right as a whole and in each attribute; see `right`.
 
-    An attribute of the objects counts where both are right; which of them is named first makes no
-    difference, as the relation is turned with them.
     Raises ValueError where the numbers differ or are 0.
     """
     if len(readings) != len(scenes) or not scenes:
         raise ValueError(f"{len(readings)} readings for {len(scenes)} scenes")
-    rows = [_right(reading, scene) for reading, scene in zip(readings, scenes, strict=True)]
-    right = np.array(rows).mean(0).tolist()
-    whole = float(np.mean([all(row) for row in rows]))
-    return {"scene": whole, **dict(zip(ATTRIBUTES, right, strict=True))}
+    rows = [right(reading, scene) for reading, scene in zip(readings, scenes, strict=True)]
+    return dict(zip(("scene", *ATTRIBUTES), np.mean(rows, axis=0).tolist(), strict=True))
 
 
-def _right(reading: Reading, scene: Scene) -> tuple[bool, ...]:
-    """Which of ATTRIBUTES are right, in the better of the two ways to pair the objects."""
+def right(reading: Reading, scene: Scene) -> tuple[bool, ...]:
+    """Whether the whole scene is read right, then each of ATTRIBUTES.
+
+    An attribute of the objects counts where both are right; which of them is named first makes no
+    difference, as the relation is turned with them.
+    """
     scene = scene.ordered()
     shared = (reading.background == scene.background, reading.style == scene.style)
     if len(reading.objects) != 2:
-        return (False,) * 4 + shared
+        return (False,) * 5 + shared
 
     def compare(objects: tuple[Object, ...], relation: str | None) -> tuple[bool, ...]:
         pairs = list(zip(objects, scene.objects, strict=True))
@@ -95,7 +95,8 @@ def _right(reading: Reading, scene: Scene) -> tuple[bool, ...]:
 
     told = compare(reading.objects, reading.relation)
     turned = compare(reading.objects[::-1], OPPOSITE[reading.relation])
-    return max(told, turned, key=sum) + shared
+    each = max(told, turned, key=sum) + shared
+    return (all(each), *each)
 
 
 def _read_one(image: np.ndarray) -> Reading:

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.diffusion.noise import Generators, randn
-from ldm.models.layers import Downsample, ResBlock, SpatialAttention, Stage, Upsample
+from ldm.models.layers import (
+    Downsample,
+    ResBlock,
+    SpatialAttention,
+    Stage,
+    Upsample,
+    group_norm,
+)
 
 EPS = 1e-6
 
@@ -25,7 +32,10 @@ class AutoencoderKL(nn.Module):
     latent_channels: C, read back as the attribute `channels`; `factor` is H / h.
     channels, multipliers: level i has channels * multipliers[i] features on half the grid of i - 1.
     blocks: residual blocks a level in the encoder, one more in the decoder.
+    groups: of every group normalisation; 0 normalises nothing, which small networks learn faster.
     attention: self-attention at the lowest resolution.
+    patch: pixels a side that are folded into channels first and unfolded last, so that no feature
+    map has the size of the picture; it multiplies `factor`.
     """
 
     def __init__(
@@ -37,13 +47,15 @@ class AutoencoderKL(nn.Module):
         blocks: int = 2,
         groups: int = 32,
         attention: bool = True,
+        patch: int = 1,
     ) -> None:
         super().__init__()
         self.channels = latent_channels
-        self.factor = 2 ** (len(multipliers) - 1)
+        self.factor = patch * 2 ** (len(multipliers) - 1)
         self.widths = [channels * m for m in multipliers]
         self.blocks, self.groups, self.attention = blocks, groups, attention
-        sizes = {"widths": self.widths, "groups": groups, "attention": attention}
+        self.patch = patch
+        sizes = {"widths": self.widths, "groups": groups, "attention": attention, "patch": patch}
         self.encoder = Encoder(out_channels=2 * latent_channels, blocks=blocks, **sizes)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
@@ -121,12 +133,20 @@ class Encoder(nn.Module):
     """Images (B, 3, H, W) to features (B, out_channels, h, w)."""
 
     def __init__(
-        self, *, out_channels: int, widths: Sequence[int], blocks: int, groups: int, attention: bool
+        self,
+        *,
+        out_channels: int,
+        widths: Sequence[int],
+        blocks: int,
+        groups: int,
+        attention: bool,
+        patch: int,
     ) -> None:
         super().__init__()
+        self.patch = patch
         block = partial(ResBlock, time_dim=None, groups=groups, eps=EPS)
         width = widths[0]
-        self.conv_in = nn.Conv2d(3, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(3 * patch**2, width, 3, padding=1)
         self.down = nn.ModuleList()
         for level, out in enumerate(widths):
             last = level == len(widths) - 1
@@ -135,12 +155,12 @@ class Encoder(nn.Module):
             self.down.append(Stage([block(n, out) for n in ins], resample=resample))
             width = out
         self.mid = middle(width, groups=groups, attention=attention)
-        self.norm_out = nn.GroupNorm(groups, width, EPS)
+        self.norm_out = group_norm(groups, width, EPS)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> (B, out_channels, h, w)."""
-        x = self.conv_in(images)  # (B, widths[0], H, W)
+        x = self.conv_in(F.pixel_unshuffle(images, self.patch))  # (B, widths[0], H / p, W / p)
         for stage in [*self.down, self.mid]:
             x = stage(x)[-1]
         return self.conv_out(F.silu(self.norm_out(x)))
@@ -150,9 +170,17 @@ class Decoder(nn.Module):
     """Features (B, in_channels, h, w) to images (B, 3, H, W)."""
 
     def __init__(
-        self, *, in_channels: int, widths: Sequence[int], blocks: int, groups: int, attention: bool
+        self,
+        *,
+        in_channels: int,
+        widths: Sequence[int],
+        blocks: int,
+        groups: int,
+        attention: bool,
+        patch: int,
     ) -> None:
         super().__init__()
+        self.patch = patch
         block = partial(ResBlock, time_dim=None, groups=groups, eps=EPS)
         width = widths[-1]
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
@@ -163,15 +191,15 @@ class Decoder(nn.Module):
             resample = Upsample(out) if level else None
             self.up.append(Stage([block(n, out) for n in ins], resample=resample))
             width = out
-        self.norm_out = nn.GroupNorm(groups, width, EPS)
-        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+        self.norm_out = group_norm(groups, width, EPS)
+        self.conv_out = nn.Conv2d(width, 3 * patch**2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         """z (B, in_channels, h, w) -> (B, 3, H, W)."""
         x = self.conv_in(z)  # (B, widths[-1], h, w)
         for stage in [self.mid, *self.up]:
             x = stage(x)[-1]
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)
 
 
 def middle(width: int, *, groups: int, attention: bool) -> Stage:

@@ -24,9 +24,16 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def group_norm(groups: int, channels: int, eps: float) -> nn.Module:
+    """Group normalisation, or nothing where there are 0 groups."""
+    return nn.GroupNorm(groups, channels, eps) if groups else nn.Identity()
+
+
 class ResBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut, with the time embedding added between them.
 
+    With groups=0 nothing is normalised, and the block begins as its shortcut: what holds deep
+    networks together without normalisation ("Fixup Initialization", Zhang et al. 2019).
     Source: "Denoising Diffusion Probabilistic Models" (Ho et al., 2020), appendix B.
     """
 
@@ -41,14 +48,17 @@ class ResBlock(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.norm1 = group_norm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_proj = nn.Linear(time_dim, out_channels) if time_dim else None
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.norm2 = group_norm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        if not groups:
+            nn.init.zeros_(self.conv2.weight)
+            nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """x (B, in, h, w), emb (B, T) after its activation -> (B, out, h, w)."""
@@ -160,7 +170,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels: int, *, groups: int, eps: float) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps)
+        self.group_norm = group_norm(groups, channels, eps)
         self.attn = Attention(channels, heads=1, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from ldm.files import replacing, write_text
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.unet import UNet
 
@@ -117,7 +118,20 @@ def unet_config(unet: UNet) -> dict[str, object]:
 
 
 def autoencoder_config(autoencoder: AutoencoderKL) -> dict[str, object]:
-    """The arguments of diffusers' AutoencoderKL that build the same network, but for its scale."""
+    """The arguments of diffusers' AutoencoderKL that build the same network, but for its scale.
+
+    Raises ValueError where there is none: it always normalises, and folds no pixels.
+    """
+    if autoencoder.patch != 1 or not autoencoder.groups:
+        raise ValueError(
+            f"diffusers has no such autoencoder: patch={autoencoder.patch} must be 1, "
+            f"groups={autoencoder.groups} more than 0"
+        )
+    return _autoencoder_config(autoencoder)
+
+
+def _autoencoder_config(autoencoder: AutoencoderKL) -> dict[str, object]:
+    """The same for any autoencoder of ours."""
     levels = len(autoencoder.widths)
     return {
         "in_channels": 3,
@@ -130,7 +144,7 @@ def autoencoder_config(autoencoder: AutoencoderKL) -> dict[str, object]:
         "norm_num_groups": autoencoder.groups,
         "act_fn": "silu",
         "mid_block_add_attention": autoencoder.attention,
-    }
+    } | ({"patch_size": autoencoder.patch} if autoencoder.patch != 1 else {})
 
 
 def load_unet(unet: UNet, path: Path | str) -> None:
@@ -150,13 +164,29 @@ def load_autoencoder(autoencoder: AutoencoderKL, path: Path | str) -> None:
     Raises as `load_unet` does.
     """
     file, config = _open(path)
-    _compare(config, autoencoder_config(autoencoder), file)
+    _compare(config, _autoencoder_config(autoencoder), file)
     scale = {"shift": autoencoder.shift, "scale": autoencoder.scale}
     _load(autoencoder, from_diffusers(_read(file)) | scale, file)
     # Old files of Stable Diffusion 1.x do not say their factor; diffusers assumes the same one.
     factor = config.get("scaling_factor", 0.18215)
     shift = torch.tensor(config.get("latents_mean") or config.get("shift_factor") or 0.0)
     autoencoder.set_scale(shift, factor / torch.tensor(config.get("latents_std") or 1.0))
+
+
+def save_autoencoder(autoencoder: AutoencoderKL, folder: Path, *, dtype: torch.dtype) -> None:
+    """Writes a folder that `load_autoencoder` reads, its weights in `dtype`."""
+    scale = {
+        "scaling_factor": 1.0,
+        "latents_mean": autoencoder.shift.tolist(),
+        "latents_std": (1 / autoencoder.scale).tolist(),
+    }
+    config = {**_autoencoder_config(autoencoder), **scale}
+    folder.mkdir(parents=True, exist_ok=True)
+    state = to_diffusers(autoencoder.state_dict())
+    tensors = {name: value.to(dtype).contiguous() for name, value in state.items()}
+    write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    with replacing(folder / FILES[0]) as file:
+        file.write(save(tensors))
 
 
 def _open(path: Path | str) -> tuple[Path, dict[str, object]]:

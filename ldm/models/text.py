@@ -17,6 +17,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ldm.diffusion.condition import Condition
+from ldm.files import located
 
 Model = TypeVar("Model", CLIPTextModel, CLIPModel)
 
@@ -69,7 +70,8 @@ class ClipText(nn.Module):
     """A frozen CLIP text encoder with its own tokenizer, as Stable Diffusion 1.x uses it.
 
     `path` is a folder with a CLIPTextModel or a whole CLIPModel and its tokenizer, a diffusers
-    pipeline folder, a run directory with `clip/`, or the name of a CLIP model on the hub.
+    pipeline folder, a run directory with `clip/`, `packaged:clip` (comes with ldm), or the name of
+    a CLIP model on the hub.
     `width` is D and `max_length` is L; `pooled_width` is P, 0 unless `pooled`.
     Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", 3.3.
     Raises what `load_clip` raises.
@@ -127,7 +129,7 @@ def load_clip(kind: type[Model], path: str) -> tuple[Model, CLIPTokenizer]:
     Raises OSError where there is no such model or its files cannot be read, and ValueError where
     the weights or the tokenizer do not belong to the model.
     """
-    folder = Path(path).expanduser()
+    folder = located(path)
     local = folder.is_dir()
     model_at, tokenizer_at = _places(folder) if local else (path, path)
     # The model first: without a network a hub name fails here within seconds, while the tokenizer

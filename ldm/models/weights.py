@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from ldm import checkpoint
+from ldm.files import located
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.pretrained import load_autoencoder
 
@@ -19,10 +20,12 @@ def autoencoder(
     blocks: int,
     groups: int,
     attention: bool,
+    patch: int = 1,
 ) -> AutoencoderKL:
     """An AutoencoderKL of these sizes, untrained where `path` is None.
 
-    path: a run directory or checkpoint of stage=autoencoder, a diffusers folder, or a hub name.
+    path: `packaged:autoencoder` (comes with ldm), a run directory or checkpoint of
+    stage=autoencoder, a diffusers folder, or a hub name.
     Raises CheckpointError, FileNotFoundError or ValueError where there are no such weights, or
     they are of other sizes.
     """
@@ -33,10 +36,11 @@ def autoencoder(
         blocks=blocks,
         groups=groups,
         attention=attention,
+        patch=patch,
     )
     if path is None:
         return built
-    place = Path(path)
+    place = located(path)
     if place.suffix == ".ckpt" or (place / "checkpoints").is_dir():
         state = checkpoint.part(checkpoint.read(checkpoint.find(path)), "autoencoder.")
         checkpoint.load_into(built, state, what=f"autoencoder.path={path}")

@@ -48,6 +48,7 @@ class LatentDiffusion(L.LightningModule):
         self.make_optimizer = optimizer
         self.caption_dropout = caption_dropout
         self.seed = seed
+        self.captions = self.cut = 0  # of the data so far, and those cut; prompts do not count
         suffixes = ("", "_raw") if validate_raw else ("",)
         self.val_losses = nn.ModuleDict(
             {
@@ -68,7 +69,10 @@ class LatentDiffusion(L.LightningModule):
         autoencoder, text = self.frozen
         images, captions = batch["images"], batch["captions"]
         x0 = autoencoder.encode(images, generator=self.draws(batch, "posterior"))
+        before = text.truncated
         cond = text(captions)
+        self.captions += len(captions)
+        self.cut += text.truncated - before
         rate = self.caption_dropout if caption_dropout is None else caption_dropout
         if rate > 0:
             keep = rand(len(x0), self.draws(batch, "caption", device="cpu")) >= rate
@@ -118,9 +122,9 @@ class LatentDiffusion(L.LightningModule):
             part.to(self.device)
 
     def on_train_end(self) -> None:
-        text = self.frozen[1]
-        if text.truncated and self.trainer.is_global_zero:
-            print(f"{text.truncated} of {text.seen} captions were cut to {text.max_length} tokens")
+        if self.cut and self.trainer.is_global_zero:
+            length = self.frozen[1].max_length
+            print(f"{self.cut} of {self.captions} captions were cut to {length} tokens")
 
     def configure_optimizers(self) -> dict:
         return self.make_optimizer(self.denoiser.parameters(), steps=self.trainer.max_steps)

@@ -247,3 +247,12 @@ def test_a_list_of_shards_keeps_its_order_and_writes_nothing(shard_folder):
     index = open_index([folder / "00001.tar", str(folder / "00000.tar")])
     assert [index.key(i) for i in range(5)] == ["0003", "0004", "0000", "0001", "0002"]
     assert not (folder / "index.npz").exists()
+
+
+def test_a_list_may_name_folders_and_name_them_twice(shard_folder):
+    folder = shard_folder(2, 1)
+    once = open_index(folder)
+    index = open_index([folder, once.paths[0], folder])
+    assert index.paths == [*once.paths, once.paths[0], *once.paths]
+    assert index.shard_sizes() == once.shard_sizes() + once.shard_sizes()[:1] + once.shard_sizes()
+    assert index.key(len(index) - 1) == once.key(len(once) - 1)

@@ -133,3 +133,21 @@ def test_a_folder_without_captioned_pictures_is_named(images, tmp_path):
         folder_records(images)
     with pytest.raises(FileNotFoundError, match="image folder not found"):
         folder_records(tmp_path / "absent")
+
+
+def test_parts_of_a_folder(tmp_path):
+    rows = [{"file_name": f"{n}.png", "text": "x"} for n in range(200)]
+    for row in rows:
+        (tmp_path / row["file_name"]).write_bytes(b"")
+
+    def names(part: str) -> list[str]:
+        return [record.file_name for record in folder_records(tmp_path, part=part).found]
+
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train, val = names("train"), names("val")
+    assert sorted(train + val) == sorted(names("all"))
+    assert 10 <= len(val) <= 30
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows[::-1][:150])))
+    assert set(names("val")) <= set(val)  # a picture's part does not depend on the others
+    with pytest.raises(ValueError, match="part must be all, train, val, got 'test'"):
+        names("test")

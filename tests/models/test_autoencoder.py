@@ -162,3 +162,36 @@ def test_identity_returns_pixels():
     assert net.encode(images, generator=torch.Generator()) is images
     assert net.decode(images) is images
     assert (net.channels, net.factor) == (3, 1)
+
+
+@pytest.mark.parametrize("groups", [0, 4])
+def test_pixels_folded_into_channels(groups):
+    sizes = SMALL | {"multipliers": (1, 2), "groups": groups}
+    net = randomise(AutoencoderKL(**sizes, patch=4), std=0.05)
+    assert net.factor == 8
+    images = pictures(2, 3, 16, 24)
+    latents = net.encode(images)
+    assert latents.shape == (2, 5, 2, 3)
+    assert net.decode(latents).shape == images.shape
+    with pytest.raises(ValueError, match="multiples of 8"):
+        net.encode(images[..., :20])
+    # A patch is its pixels and no others: the first convolution reaches one patch further.
+    near = net.encoder.conv_in(torch.nn.functional.pixel_unshuffle(images, 4))
+    images[..., 12:] = 0
+    far = net.encoder.conv_in(torch.nn.functional.pixel_unshuffle(images, 4))
+    assert torch.equal(near[..., :2], far[..., :2])
+    assert not torch.equal(near[..., 2], far[..., 2])
+
+
+def test_without_normalisation_blocks_begin_as_their_shortcut():
+    """What keeps the signal's size in a deep network that normalises nothing."""
+    net = AutoencoderKL(**SMALL | {"groups": 0})
+    x = pictures(2, 24, 4, 4)
+    assert torch.equal(net.decoder.mid.blocks[0](x), x)
+    assert not torch.equal(randomise(net, std=0.05).decoder.mid.blocks[0](x), x)
+
+
+def test_what_diffusers_cannot_build_is_refused():
+    for changed in ({"patch": 2}, {"groups": 0}):
+        with pytest.raises(ValueError, match="diffusers has no such autoencoder"):
+            autoencoder_config(AutoencoderKL(**SMALL | changed))

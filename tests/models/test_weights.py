@@ -3,7 +3,7 @@ import torch
 from diffusers import AutoencoderKL as Oracle
 
 from ldm import checkpoint
-from ldm.models.pretrained import autoencoder_config
+from ldm.models.pretrained import autoencoder_config, save_autoencoder
 from ldm.models.weights import autoencoder
 
 SIZES = {
@@ -46,6 +46,11 @@ def test_from_a_diffusers_folder(tmp_path):
         torch.testing.assert_close(read.encode(images), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_what_does_not_come_with_ldm_is_told_what_does():
+    with pytest.raises(FileNotFoundError, match=r"which has packaged:autoencoder, packaged:clip"):
+        autoencoder(path="packaged:autoencodr", **SIZES)
+
+
 def test_what_is_nowhere_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"'nobody/nothing' is neither here nor"):
@@ -53,3 +58,17 @@ def test_what_is_nowhere_is_named(tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(checkpoint.CheckpointError, match="has no checkpoint"):
         autoencoder(path=str(tmp_path), **SIZES)
+
+
+def test_a_saved_folder_in_half_precision(tmp_path):
+    sizes = SIZES | {"groups": 0, "attention": False, "patch": 2}
+    torch.manual_seed(3)
+    built = autoencoder(path=None, **sizes)
+    built.set_scale(torch.tensor([0.1, 0.2, 0.3]), torch.tensor([1.0, 2.0, 3.0]))
+    save_autoencoder(built, tmp_path, dtype=torch.float16)
+    read = autoencoder(path=str(tmp_path), **sizes)
+    images = torch.rand(1, 3, 8, 8) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(read.encode(images), built.encode(images), rtol=0, atol=5e-3)
+    with pytest.raises(ValueError, match="patch_size is 2 there, 4 here"):
+        autoencoder(path=str(tmp_path), **sizes | {"patch": 4})

@@ -14,7 +14,9 @@ WHITE = (250, 248, 244)
 SHADE = 0.12  # the background runs from so much lighter at the top to so much darker
 
 _MARGIN = 0.035
-_GAP = (0.04, 0.2)
+_GAP = (0.035, 0.09)
+_ACROSS = 0.1  # how far out of line two objects may be, as a share of their distance
+_WANDER = 0.1  # how much of the free room the pair wanders about in, around the middle
 _OUTER, _INNER = 0.024, 0.014  # an outline's parts outside and inside the edge
 _STRIPE, _STRIPE_WIDTH = 0.115, 0.048
 _DOT, _DOT_RADIUS = 0.108, 0.033
@@ -68,16 +70,17 @@ def _place(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, f
     reach = sum(radii) + 2 * _OUTER
     room = 1 - 2 * _MARGIN - 2 * reach
     along = reach + rng.uniform(_GAP[0], min(_GAP[1], room))
-    across = 0.4 * along * rng.uniform(-1, 1)
+    across = _ACROSS * along * rng.uniform(-1, 1)
     step = np.array([across, along] if scene.relation in ("above", "below") else [along, across])
     if scene.relation in ("right of", "below"):
         step = -step
-    # The box around both, put anywhere inside the margins.
+    # The box around both, put near the middle: where things lie is not what captions tell, and the
+    # more of it is left to chance, the longer a model takes to learn what they do tell.
     points = np.array([np.zeros(2), step])
     extents = np.array(radii)[:, None] + _OUTER
     low, high = (points - extents).min(0), (points + extents).max(0)
     free = 1 - 2 * _MARGIN - (high - low)
-    points += _MARGIN - low + free * rng.uniform(0.15, 0.85, size=2)
+    points += _MARGIN - low + free * (0.5 + _WANDER * rng.uniform(-1, 1, size=2))
     return [(x, y, radius) for (x, y), radius in zip(points.tolist(), radii, strict=True)]
 
 

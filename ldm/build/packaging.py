@@ -1,0 +1,100 @@
+"""Trained runs to folders of safetensors, and what those are worth.
+
+Shapes: n pictures, H W pixels.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import ListConfig, OmegaConf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio
+from tqdm import tqdm
+
+from ldm.data.dataset import TextImages
+from ldm.data.scenes.draw import draw
+from ldm.data.scenes.world import caption, sample
+from ldm.data.shards import Shards
+from ldm.images import from_uint8, to_uint8
+from ldm.metrics.scenes import accuracy, read
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.clip import Clip, retrieval_accuracy
+from ldm.models.pretrained import load_autoencoder, save_autoencoder
+
+BATCH = 50
+RETRIEVED = 250  # scenes to choose a caption among
+
+
+def autoencoder(run: Path, out: Path, *, scenes: int) -> dict[str, float]:
+    """Write the autoencoder of a run to `out`; figures of the stored one on pictures held out.
+
+    Those of `scene_figures`, and psnr_<name>_db for the folders of data.val after the first, which
+    is the drawn world's.
+    """
+    config = OmegaConf.load(run / "config.yaml")
+    config.autoencoder.path = str(run)
+    trained: AutoencoderKL = instantiate(config.autoencoder)
+    save_autoencoder(trained, out, dtype=torch.float16)
+    config.autoencoder.path = None
+    stored: AutoencoderKL = instantiate(config.autoencoder).eval()
+    load_autoencoder(stored, out)
+    figures = scene_figures(stored, range(scenes), size=config.data.size)
+    val = config.data.get("val")
+    for place in val[1:] if isinstance(val, ListConfig) else ():
+        others = TextImages(Shards(place), size=config.data.size, seed=0, train=False)
+        images = torch.stack([others[i, i]["images"] for i in range(len(others))])
+        images = images.float() / 127.5 - 1
+        figures[f"psnr_{Path(place).parent.name}_db"] = psnr(round_trip(stored, images), images)
+    return figures
+
+
+def scene_figures(
+    autoencoder: AutoencoderKL, indices: Sequence[int], *, size: int
+) -> dict[str, float]:
+    """What a round trip leaves of held-out scenes.
+
+    psnr_scenes_db is the mean over pictures, in dB; reader_whole_scene is the share, in [0, 1],
+    that is read right afterwards.
+    """
+    world = [sample(i, split="val") for i in indices]
+    drawn = torch.stack([from_uint8(draw(scene, size, rng)) for scene, rng in world])
+    restored = round_trip(autoencoder, drawn)
+    right = accuracy(read(to_uint8(restored)), [scene for scene, _ in world])
+    return {"psnr_scenes_db": psnr(restored, drawn), "reader_whole_scene": right["scene"]}
+
+
+@torch.no_grad()
+def round_trip(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
+    """Images (n, 3, H, W) in [-1, 1] to latents and back."""
+    parts = tqdm(images.split(BATCH), desc="Encoding and decoding", unit="batch", leave=False)
+    return torch.cat([autoencoder.decode(autoencoder.encode(part)).clamp(-1, 1) for part in parts])
+
+
+def psnr(restored: Tensor, images: Tensor) -> float:
+    """The mean over pictures, in dB."""
+    each = {"data_range": 2.0, "reduction": "none", "dim": (1, 2, 3)}
+    return float(peak_signal_noise_ratio(restored, images, **each).mean())
+
+
+def clip(run: Path, out: Path, *, scenes: int) -> dict[str, float]:
+    """Write the CLIP of a run to `out`; its recall at 1 on groups of 250 held-out scenes."""
+    Clip.load(str(run)).save(out)
+    file = out / "model.safetensors"
+    save_file({name: value.half() for name, value in load_file(file).items()}, file)
+    stored = Clip.load(str(out))
+    firsts = range(0, max(scenes - RETRIEVED, 0) + 1, RETRIEVED)
+    recalls = [recall(stored, range(first, first + RETRIEVED)) for first in firsts]
+    return {f"image_to_text_recall_at_1_of_{RETRIEVED}": sum(recalls) / len(recalls)}
+
+
+@torch.no_grad()
+def recall(clip: Clip, indices: Sequence[int]) -> float:
+    """The share in [0, 1] of held-out scenes whose nearest caption among theirs is their own."""
+    world = [sample(i, split="val") for i in indices]
+    images = torch.stack([from_uint8(draw(scene, clip.image_size, rng)) for scene, rng in world])
+    captions = [caption(scene, rng) for scene, rng in world]
+    features = clip.encode_images(images), clip.encode_texts(captions)
+    return float(retrieval_accuracy(*features, captions))

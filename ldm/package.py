@@ -1,0 +1,80 @@
+"""python -m ldm.package autoencoder=RUN clip=RUN: trained runs to the parts in ldm/assets"""
+
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from ldm import cli
+from ldm.files import located, write_text
+
+PATHS = ("autoencoder", "clip", "out")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Write each part with its card, and say where."""
+    paths = cli.take_text(PATHS)
+
+    @hydra.main(config_path=cli.CONF, config_name="package", version_base="1.3")
+    def package(cfg: DictConfig) -> None:
+        cli.check(cfg, "package")
+        out = Path(paths.get("out") or located("packaged:"))
+        given = [name for name in ("autoencoder", "clip") if paths.get(name)]
+        if not given:
+            raise cli.UsageError("nothing to package: give autoencoder=runs/.. or clip=runs/..")
+        with cli.told_plainly():
+            from ldm.build import packaging
+
+            for name in given:
+                write = {"autoencoder": packaging.autoencoder, "clip": packaging.clip}[name]
+                figures = write(Path(paths[name]), out / name, scenes=cfg.scenes)
+                told = card(name, Path(paths[name]), out / name, figures)
+                write_text(out / name / "README.md", told)
+                print(f"{out / name}: {figures}")
+
+    cli.run(package, "package")
+
+
+def card(name: str, run: Path, folder: Path, figures: dict[str, float]) -> str:
+    """What the part in `folder` is, what made it and what was measured, as Markdown."""
+    result = json.loads((run / "result.json").read_text())
+    seed = OmegaConf.load(run / "config.yaml").seed
+    typed = shlex.join(OmegaConf.load(run / ".hydra" / "overrides.yaml"))
+    digests = {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.glob("*.safetensors"))
+    }
+    lines = [
+        f"# {name}, packaged with ldm",
+        "",
+        f"Trained with `python train.py {typed}` (seed {seed}), written with "
+        f"`python -m ldm.package {name}={run}`; `make assets` does both. The training took "
+        f"{result['steps']} steps, {result['images_seen']} images and "
+        f"{result['seconds'] / 60:.0f} minutes.",
+        "Weights are stored as float16 and used as float32. Figures of the stored weights:",
+        "",
+        *(f"- {key}: {value:.4g}" for key, value in figures.items()),
+        "",
+        *(f"sha256 of {file}: {digest}" for file, digest in digests.items()),
+        "",
+        SOURCES[name],
+        "",
+    ]
+    return "\n".join(lines)
+
+
+SOURCES = {
+    "autoencoder": "Trained on drawn scenes (ldm/data/scenes), on Google's Noto emoji (Apache-2.0, "
+    "npm package emoji-datasource-google; nine tenths of `emoji64`, the rest is held out) and on "
+    "39 COCO pictures (CC BY 2.0 and CC BY-SA 2.0, `coco_mini/train2017`). Apache-2.0, as ldm.",
+    "clip": "Trained on drawn scenes (ldm/data/scenes) alone. Apache-2.0, as ldm.",
+}
+
+
+if __name__ == "__main__":
+    main(sys.argv)

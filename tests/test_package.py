@@ -1,0 +1,94 @@
+"""The packaged parts are what their cards say and serve their purpose; `ldm.package` makes such."""
+
+import hashlib
+import re
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from test_cli import ROOT, run
+
+from ldm.build import packaging, parts
+from ldm.cli import CONF
+from ldm.files import located
+from ldm.models.clip import Clip
+
+ASSETS = {"autoencoder": "diffusion_pytorch_model.safetensors", "clip": "model.safetensors"}
+FIGURES = {
+    "autoencoder": ["psnr_scenes_db", "reader_whole_scene"],
+    "clip": ["image_to_text_recall_at_1_of_250"],
+}
+HELD_OUT = range(3000, 3250)  # after those that training was watched on, and the cards' own
+
+
+def check_card(folder, name):
+    """The card of a part agrees with the files beside it; returns its text."""
+    text = (folder / name / "README.md").read_text()
+    told = dict(re.findall(r"^sha256 of (\S+): ([0-9a-f]{64})$", text, re.M))
+    files = {file.name: file for file in (folder / name).glob("*.safetensors")}
+    assert told.keys() == files.keys() == {ASSETS[name]}
+    for file, digest in told.items():
+        assert hashlib.sha256(files[file].read_bytes()).hexdigest() == digest, file
+    assert re.search(r"`python train\.py [^`]+` \(seed \d+\)", text)
+    assert re.search(rf"`python -m ldm\.package {name}=[^`]+`", text)
+    assert re.search(r"took \d+ steps, \d+ images and \d+ minutes", text)
+    for figure in FIGURES[name]:
+        assert re.search(rf"^- {figure}: [\d.]+$", text, re.M), f"the card of {name} lacks {figure}"
+    return text
+
+
+@pytest.mark.parametrize("name", ASSETS)
+def test_the_card_file_and_digest_agree(name):
+    text = check_card(located("packaged:"), name)
+    assert f"experiment={name}_tiny" in text, "`make assets` makes it"
+
+
+def test_the_parts_are_small():
+    folder = located("packaged:")
+    assert {path.name for path in folder.iterdir()} == set(ASSETS)
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 8e6
+
+
+def test_the_packaged_clip_finds_the_captions():
+    assert packaging.recall(Clip.load("packaged:clip"), HELD_OUT) >= 0.9
+
+
+def test_the_packaged_autoencoder_keeps_what_pictures_show():
+    autoencoder, _ = frozen(located("packaged:"))
+    figures = packaging.scene_figures(autoencoder, HELD_OUT, size=64)
+    assert figures["psnr_scenes_db"] >= 28
+    assert figures["reader_whole_scene"] >= 0.97
+
+
+@pytest.mark.slow
+def test_runs_become_parts(tmp_path):
+    brief = ["trainer=cpu", "trainer.max_steps=1", "logger=csv", "data=scenes", "data.count=8"]
+    brief += ["data.val_count=4", "data.size=16", "data.batch_size=4", "data.workers=0", "seed=3"]
+    for stage in ASSETS:
+        more = [f"stage={stage}", f"name={stage}", "autoencoder.path=null", "vocab_size=600"]
+        run(str(ROOT / "train.py"), *brief, *more, cwd=tmp_path)
+    asked = ["autoencoder=runs/autoencoder", "clip=runs/clip", "out=parts", "scenes=4"]
+    said = run("-m", "ldm.package", *asked, cwd=tmp_path)
+    for name in ASSETS:
+        text = check_card(tmp_path / "parts", name)
+        assert f"`python train.py {' '.join(brief)} stage={name}" in text
+        assert "(seed 3)" in text
+        assert f"parts/{name}: {{" in said
+    for stored, trained in zip(frozen(tmp_path / "parts"), frozen(tmp_path / "runs"), strict=True):
+        weights = stored.state_dict()
+        assert len(weights) > 10
+        for name, weight in trained.state_dict().items():
+            torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-6)
+
+
+def frozen(folder):
+    """The autoencoder and text encoder that a run takes from `folder`."""
+    places = [f"autoencoder.path={folder}/autoencoder", f"text_encoder.path={folder}/clip"]
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return parts.frozen(compose("train", overrides=["name=x", *places]))
+
+
+def test_nothing_to_package_is_told(tmp_path):
+    said = run("-m", "ldm.package", cwd=tmp_path, expect=2)
+    assert "autoencoder=runs/.." in said
+    assert "Traceback" not in said

@@ -17,7 +17,7 @@ class TextImageData(L.LightningDataModule):
 
     `batch_size` is the global one: images of an optimizer step over all ranks and micro-steps, so
     that the same run may go on with another number of devices. `position` counts the images seen;
-    whoever trains advances it, and the loader starts there.
+    whoever trains advances it, and the loader starts there. `window` and `group`: see `Order`.
     Raises FileNotFoundError or ShardError where there are no intact shards, ValueError for sizes
     that do not divide.
     """
@@ -32,6 +32,7 @@ class TextImageData(L.LightningDataModule):
         crop: str = "random",
         flip: float = 0.5,
         window: int = 4,
+        group: int = 1,
         workers: int = 2,
         val_batch_size: int = 64,
         val_limit: int | None = None,
@@ -49,7 +50,8 @@ class TextImageData(L.LightningDataModule):
             train_shards, size=size, crop=crop, flip=flip, seed=seed, train=True
         )
         self.val_set = TextImages(val_shards, size=size, seed=seed, train=False)
-        self.order = Order(train_shards.index.shard_sizes(), seed=seed, window=window)
+        sizes = train_shards.index.shard_sizes()
+        self.order = Order(sizes, seed=seed, window=window, group=group)
 
     def train_captions(self) -> list[str]:
         """Every caption of the training set."""

@@ -27,18 +27,27 @@ class Order:
 
     In each epoch the shards are shuffled, then the samples inside each run of `window` shards, so
     that reads stay near one another. Without `shuffle` each epoch is 0, 1, .. N-1.
-    Raises ValueError where there is no sample or the window is empty.
+    Samples that lie side by side in groups of `group`, counted from a shard's first, stay so.
+    Raises ValueError where there is no sample, or the window or group is empty.
     """
 
     def __init__(
-        self, shard_sizes: Sequence[int], *, seed: int, window: int = 4, shuffle: bool = True
+        self,
+        shard_sizes: Sequence[int],
+        *,
+        seed: int,
+        window: int = 4,
+        group: int = 1,
+        shuffle: bool = True,
     ) -> None:
         if sum(shard_sizes) == 0:
             raise ValueError("cannot order 0 samples")
         if window < 1:
             raise ValueError(f"the shuffle window must be 1 shard or more, got {window}")
+        if group < 1:
+            raise ValueError(f"a group must be 1 sample or more, got {group}")
         self._ends = np.cumsum(shard_sizes)
-        self._seed, self._window, self._shuffle = seed, window, shuffle
+        self._seed, self._window, self._group, self._shuffle = seed, window, group, shuffle
         self._epochs: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -67,7 +76,9 @@ class Order:
         for first in range(0, count, self._window):
             window = shards[first : first + self._window]
             samples = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in window])
-            ranks = bits[used : used + len(samples)]
+            within = np.concatenate([np.arange(starts[s + 1] - starts[s]) for s in window])
+            leaders = np.arange(len(samples)) - within % self._group
+            ranks = bits[used + leaders]
             windows.append(samples[np.argsort(ranks, kind="stable")])
             used += len(samples)
         return np.concatenate(windows)

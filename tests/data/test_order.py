@@ -1,4 +1,4 @@
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -34,6 +34,24 @@ def test_a_window_of_shards_is_finished_before_the_next(sizes, seed, window):
     for p, shard in enumerate(shards):
         open_shards = {s for s in shards[:p] if last[s] >= p} | {shard}
         assert len(open_shards) <= window
+
+
+@given(sizes, seeds, st.integers(1, 9), st.integers(1, 5))
+def test_groups_stay_together(sizes, seed, window, group):
+    indices = epoch_of(Order(sizes, seed=seed, window=window, group=group), 3)
+    assert sorted(indices) == list(range(sum(sizes)))
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    for start, size in zip(starts, sizes, strict=False):
+        for first in range(start, start + size, group):
+            members = list(range(first, min(first + group, start + size)))
+            place = indices.index(first)
+            assert indices[place : place + len(members)] == members
+
+
+def test_groups_are_shuffled():
+    leaders = epoch_of(Order([40, 40], seed=1, group=4), 0)[::4]
+    assert leaders != sorted(leaders)
+    assert max(abs(a - b) for a, b in pairwise(leaders)) > 40
 
 
 @given(sizes, seeds, st.lists(st.integers(0, 500), max_size=20))
@@ -106,6 +124,8 @@ def test_arguments_that_make_no_order_are_refused():
         Order([0, 0], seed=0)
     with pytest.raises(ValueError, match="window"):
         Order([1], seed=0, window=0)
+    with pytest.raises(ValueError, match="group"):
+        Order([1], seed=0, group=0)
     for batch, rank, world in [(0, 0, 1), (1, 1, 1), (1, -1, 2)]:
         with pytest.raises(ValueError, match="rank"):
             PositionBatches(Order([1], seed=0), batch=batch, rank=rank, world=world, start=int)

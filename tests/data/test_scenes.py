@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
@@ -35,6 +35,12 @@ def pairs(scene):
     return {(one.colour, one.shape) for one in scene.objects}
 
 
+def words(scene):
+    """All names but the relation's, in no order."""
+    names = [name for one in scene.objects for name in astuple(one)]
+    return *sorted(names), scene.background, scene.style
+
+
 def contents(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "index.npz"}
 
@@ -66,6 +72,26 @@ def test_a_scene_is_a_function_of_split_seed_and_index():
     assert len(set(scenes("val", 9) + scenes("val", 9, seed=1) + scenes("train", 9))) == 27
     with pytest.raises(ValueError, match="train, val or unseen"):
         sample(0, split="test")
+
+
+def test_a_family_is_the_same_words_otherwise_arranged():
+    drawn = [sample(i, split="train", family=10)[0] for i in range(400)]
+    families = [drawn[i : i + 10] for i in range(0, len(drawn), 10)]
+    assert [family[0] for family in families] == scenes("train", 40)
+    same_words = 0
+    for family in families:
+        assert len({scene.ordered() for scene in family}) == len(family)
+        assert {scene.split() for scene in family} == {"train"}
+        assert len({words(replace(scene, background="")) for scene in family}) == 1
+        same_words += sum(words(scene) == words(family[0]) for scene in family)
+    assert same_words > 0.7 * len(drawn)
+    assert {scene.relation for scene in drawn} == set(RELATIONS)
+    again, rng = sample(13, split="train", family=10)
+    assert again == drawn[13]
+    assert rng.integers(2**60) == sample(13, split="train", family=10)[1].integers(2**60)
+    for wrong in ({"split": "val", "family": 2}, {"split": "train", "family": 0}):
+        with pytest.raises(ValueError, match="families of 1"):
+            sample(0, **wrong)
 
 
 def test_ordered_tells_the_same_picture():

@@ -14,29 +14,32 @@ def scenes_data(
     size: int,
     batch_size: int,
     window: int = 4,
+    family: int = 1,
     workers: int = 2,
     val_batch_size: int = 64,
     seed: int = 0,
 ) -> TextImageData:
     """TextImageData on `count` scenes for training and `val_count` others, `size` pixels square.
 
+    Training scenes come in families of `family` (see `world.sample`) that stay together in a batch.
     The shards are made once, in a place under `folder` that their settings name, and are the same
     for every `seed`, which is the training's. Pictures are neither cropped nor flipped: left and
     right are what the captions are about.
     """
     place = Path(folder) / f"{size}px"
-    counts = {"train": count, "val": val_count}
-    shards = {split: str(place / f"{split}-{n}") for split, n in counts.items()}
-    for split, out in shards.items():
-        prepare_scenes(out=out, count=counts[split], size=size, split=split)
+    train = str(place / f"train-{count}" if family == 1 else place / f"train-{count}-by-{family}")
+    val = str(place / f"val-{val_count}")
+    prepare_scenes(out=train, count=count, size=size, split="train", family=family)
+    prepare_scenes(out=val, count=val_count, size=size, split="val")
     return TextImageData(
-        train=shards["train"],
-        val=shards["val"],
+        train=train,
+        val=val,
         size=size,
         batch_size=batch_size,
         crop="center",
         flip=0.0,
         window=window,
+        group=family,
         workers=workers,
         val_batch_size=val_batch_size,
         seed=seed,

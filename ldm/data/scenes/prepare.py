@@ -23,11 +23,13 @@ from tqdm import tqdm
 from ldm.data.index import open_index
 from ldm.data.prepare import Report, claim, write_json
 from ldm.data.scenes.draw import draw
-from ldm.data.scenes.world import Split, caption, sample
+from ldm.data.scenes.world import VERSION, Split, caption, sample
 from ldm.data.shards import write_shard
 
 _PER_SHARD = 500
 _PHRASINGS = 3
+
+World = partial  # of `sample`: a scene and its generator by number
 
 
 def prepare_scenes(
@@ -37,9 +39,12 @@ def prepare_scenes(
     size: int = 64,
     split: Split = "train",
     seed: int = 0,
+    family: int = 1,
     workers: int = 2,
 ) -> Report:
     """Write the first `count` scenes of a split as shards of `size` pixels square.
+
+    `family`: so many scenes of the same words follow one another, see `world.sample`.
 
     A second call with the same settings writes nothing, and a call at the same time waits for the
     first. Raises ValueError before anything is written for settings that make no sense or where
@@ -48,16 +53,20 @@ def prepare_scenes(
     for name, value, least in (("count", count, 1), ("size", size, 16), ("workers", workers, 1)):
         if value < least:
             raise ValueError(f"{name} must be {least} or more, got {value}")
-    sample(0, split=split, seed=seed)  # says what is wrong with these two
+    if _PER_SHARD % family:
+        raise ValueError(f"a family must divide a shard's {_PER_SHARD} scenes, got {family}")
+    world = partial(sample, split=split, seed=seed, family=family)
+    world(0)  # says what is wrong with these
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     report = folder / "report.json"
     with _alone(folder):
-        claim(folder, {"scenes": count, "size": size, "split": split, "seed": seed})
+        settings = {"scenes": count, "size": size, "split": split, "seed": seed, "family": family}
+        claim(folder, settings | {"world": VERSION})
         firsts = range(0, count, _PER_SHARD)
         missing = [first for first in firsts if not _shard(folder, first).is_file()]
         if missing or not report.is_file():
-            write = partial(_write, folder=folder, count=count, size=size, split=split, seed=seed)
+            write = partial(_write, folder=folder, count=count, size=size, world=world)
             with ProcessPoolExecutor(workers) as pool, tqdm(total=count, unit="image") as bar:
                 bar.update(count - sum(min(_PER_SHARD, count - first) for first in missing))
                 for written in pool.map(write, missing):
@@ -79,16 +88,16 @@ def _shard(folder: Path, first: int) -> Path:
     return folder / f"{first // _PER_SHARD:05d}.tar"
 
 
-def _write(first: int, *, folder: Path, count: int, size: int, split: Split, seed: int) -> int:
+def _write(first: int, *, folder: Path, count: int, size: int, world: World) -> int:
     """Write the shard that begins with scene `first`; the number of its scenes."""
     indices = range(first, min(first + _PER_SHARD, count))
-    samples = (_members(index, size=size, split=split, seed=seed) for index in indices)
+    samples = (_members(index, size=size, world=world) for index in indices)
     return write_shard(_shard(folder, first), samples)
 
 
-def _members(index: int, *, size: int, split: Split, seed: int) -> tuple[str, dict[str, bytes]]:
+def _members(index: int, *, size: int, world: World) -> tuple[str, dict[str, bytes]]:
     """Key and tar members of one scene."""
-    scene, rng = sample(index, split=split, seed=seed)
+    scene, rng = world(index)
     file = io.BytesIO()
     Image.fromarray(draw(scene, size, rng)).save(file, "PNG")
     captions = [caption(scene, rng) for _ in range(_PHRASINGS)]
@@ -96,8 +105,7 @@ def _members(index: int, *, size: int, split: Split, seed: int) -> tuple[str, di
     key = f"{number:05d}{place:04d}"
     fields = {
         "key": key,
-        "split": split,
-        "seed": seed,
+        **world.keywords,
         "index": index,
         **asdict(scene),
         "caption": captions[0],

@@ -4,10 +4,14 @@ A scene is two objects, one relation, a background and a style of drawing; `draw
 """
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass
+from itertools import islice, product
 from typing import Literal
 
 import numpy as np
+
+VERSION = 2  # raised with every change of what is drawn or said: shards of another are not reused
 
 RGB = tuple[int, int, int]
 Split = Literal["train", "val", "unseen"]
@@ -102,12 +106,25 @@ class Scene:
         return "train" if zlib.crc32(text.encode()) % _VAL_SHARE else "val"
 
 
-def sample(index: int, *, split: Split, seed: int = 0) -> tuple[Scene, np.random.Generator]:
+def sample(
+    index: int, *, split: Split, seed: int = 0, family: int = 1
+) -> tuple[Scene, np.random.Generator]:
     """Scene `index` (0 and up) of a split, and the generator that places and words it.
 
     A pure function. Scenes are uniform over those of the split; "val" has combinations that
-    "train" has, in scenes that it has not. Raises ValueError for another name.
+    "train" has, in scenes that it has not. With `family` above 1, which is for "train", each
+    uniform scene is followed by family - 1 that the same words describe, otherwise arranged: who
+    tells them apart has understood the sentence, not the words alone ("When and why
+    vision-language models behave like bags-of-words", Yuksekgonul et al. 2023).
+    Raises ValueError for another split's name, and a family that there is not.
     """
+    if family < 1 or (family > 1 and split != "train"):
+        raise ValueError(f"families of 1, and of more in 'train' alone, not {family} in '{split}'")
+    if family > 1:
+        number, member = divmod(index, family)
+        first, rng = sample(number, split=split, seed=seed)
+        scene = next(islice(_relatives(first, rng), member, None))
+        return scene, np.random.default_rng([seed, zlib.crc32(b"family"), index])
     if split not in ("train", "val", "unseen"):
         raise ValueError(f"split must be train, val or unseen, got '{split}'")
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
@@ -115,6 +132,25 @@ def sample(index: int, *, split: Split, seed: int = 0) -> tuple[Scene, np.random
         scene = _any_scene(rng)
         if scene.split() == split:
             return scene, rng
+
+
+def _relatives(scene: Scene, rng: np.random.Generator) -> Iterator[Scene]:
+    """The scene, then others of its split: first those of the same words, each told at random."""
+    yield scene
+    told = {scene.ordered()}
+    start = list(BACKGROUNDS).index(scene.background)
+    for background in np.roll(list(BACKGROUNDS), -start).tolist():
+        # Two objects of one shape, one of them the only one of its size: few ways to arrange them.
+        ways = list(product((1, -1), (1, -1), (1, -1), RELATIONS))
+        for i in rng.permutation(len(ways)):
+            *turns, relation = ways[i]
+            names = zip(*(astuple(one) for one in scene.objects), strict=True)
+            shapes, colours, sizes = (n[::turn] for n, turn in zip(names, turns, strict=True))
+            objects = tuple(map(Object, shapes, colours, sizes))
+            other = Scene(objects, relation, background, scene.style)
+            if other.split() == "train" and other.ordered() not in told:
+                told.add(other.ordered())
+                yield other
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:

@@ -25,7 +25,9 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 class Clip(nn.Module):
     """An image and a text transformer of the same width, depth and heads, trained as a pair.
 
-    `image_size` and `patch_size` are pixels, `projection` is P, `max_length` is L.
+    `image_size` and `patch_size` are pixels, `projection` is P, `max_length` is L. `max_scale`
+    bounds the inverse temperature: the lower it is, the further apart captions must lie that differ
+    in one word, and the plainer the states say what it was.
     Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
     Raises ValueError where patches do not tile the image, or heads do not divide the width.
     """
@@ -41,6 +43,7 @@ class Clip(nn.Module):
         heads: int = 4,
         projection: int = 256,
         max_length: int = 77,
+        max_scale: float = 100.0,
     ) -> None:
         super().__init__()
         if image_size % patch_size:
@@ -64,7 +67,7 @@ class Clip(nn.Module):
             vision_config=tower | {"image_size": image_size, "patch_size": patch_size},
             projection_dim=projection,
         )
-        self._hold(CLIPModel(config), tokenizer)
+        self._hold(CLIPModel(config), tokenizer, max_scale)
 
     @classmethod
     def load(cls, path: str) -> "Clip":
@@ -77,8 +80,9 @@ class Clip(nn.Module):
         clip._hold(*load_clip(CLIPModel, path))
         return clip.requires_grad_(False).eval()
 
-    def _hold(self, model: CLIPModel, tokenizer: CLIPTokenizer) -> None:
+    def _hold(self, model: CLIPModel, tokenizer: CLIPTokenizer, max_scale: float = 100.0) -> None:
         self.model = model
+        self.max_scale = max_scale
         self.image_size = model.config.vision_config.image_size
         self.max_length = model.config.text_config.max_position_embeddings
         self.tokenize = CaptionTokenizer(tokenizer, self.max_length)
@@ -87,8 +91,11 @@ class Clip(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """The learned inverse temperature (), at most 100 (Radford et al. 2021, section 2.5)."""
-        return self.model.logit_scale.clamp(max=math.log(100)).exp()
+        """The learned inverse temperature (), at most `max_scale`.
+
+        Published models have a bound of 100 (Radford et al. 2021, section 2.5).
+        """
+        return self.model.logit_scale.clamp(max=math.log(self.max_scale)).exp()
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Unit vectors (B, P) of images (B, 3, H, W) in [-1, 1].

@@ -29,9 +29,38 @@ def group_norm(groups: int, channels: int, eps: float) -> nn.Module:
     return nn.GroupNorm(groups, channels, eps) if groups else nn.Identity()
 
 
+class PlaceMap(nn.Module):
+    """A map over the grid, drawn by the embedding alone: weights for its lowest `waves`^2 cosines.
+
+    A caption's summary that is added everywhere cannot say "red, on the left": convolutions do not
+    know where they are. The cosines are those of the discrete cosine transform, at any grid size.
+    """
+
+    def __init__(self, time_dim: int, channels: int, waves: int) -> None:
+        super().__init__()
+        self.waves = waves
+        self.proj = nn.Linear(time_dim, waves**2 * channels)
+
+    def forward(self, emb: Tensor, size: Sequence[int]) -> Tensor:
+        """emb (B, T), size (h, w) -> (B, N, C)."""
+        weights = self.proj(emb).unflatten(1, (self.waves**2, -1))  # (B, waves^2, C)
+        down, across = (self._cosines(n, emb.device) for n in size)
+        basis = torch.einsum("hi,wj->hwij", down, across).reshape(-1, self.waves**2)
+        return basis.to(weights.dtype) @ weights
+
+    def _cosines(self, n: int, device: torch.device) -> Tensor:
+        places = (torch.arange(n, device=device) + 0.5) / n
+        cosines = torch.cos(math.pi * places[:, None] * torch.arange(self.waves, device=device))
+        cosines[:, 1:] *= math.sqrt(2)  # a mean square of one, as the constant has
+        return cosines  # (n, waves)
+
+
 class ResBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut, with the time embedding added between them.
 
+    scale_shift: the embedding also scales what it is added to, after the normalisation ("Diffusion
+    Models Beat GANs on Image Synthesis", Dhariwal and Nichol 2021, section 3.1: AdaGN).
+    waves: above 0, the result gets a PlaceMap.
     With groups=0 nothing is normalised, and the block begins as its shortcut: what holds deep
     networks together without normalisation ("Fixup Initialization", Zhang et al. 2019).
     Source: "Denoising Diffusion Probabilistic Models" (Ho et al., 2020), appendix B.
@@ -46,11 +75,16 @@ class ResBlock(nn.Module):
         groups: int,
         eps: float,
         dropout: float = 0.0,
+        scale_shift: bool = False,
+        waves: int = 0,
     ) -> None:
         super().__init__()
+        self.scale_shift = scale_shift
         self.norm1 = group_norm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_proj = nn.Linear(time_dim, out_channels) if time_dim else None
+        width = 2 * out_channels if scale_shift else out_channels
+        self.time_proj = nn.Linear(time_dim, width) if time_dim else None
+        self.place = PlaceMap(time_dim, out_channels, waves) if time_dim and waves else None
         self.norm2 = group_norm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
@@ -63,10 +97,16 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """x (B, in, h, w), emb (B, T) after its activation -> (B, out, h, w)."""
         y = self.conv1(F.silu(self.norm1(x)))  # (B, out, h, w)
-        if self.time_proj is not None:
-            y = y + self.time_proj(emb)[:, :, None, None]
-        y = self.conv2(self.dropout(F.silu(self.norm2(y))))
-        return self.shortcut(x) + y
+        told = None if self.time_proj is None else self.time_proj(emb)[:, :, None, None]
+        if told is None:
+            y = self.norm2(y)
+        elif self.scale_shift:
+            scale, shift = told.chunk(2, dim=1)  # (B, out, 1, 1) each
+            y = torch.addcmul(shift, self.norm2(y), 1 + scale)
+        else:
+            y = self.norm2(y + told)
+        y = self.shortcut(x) + self.conv2(self.dropout(F.silu(y)))
+        return y if self.place is None else y + to_grid(self.place(emb, y.shape[2:]), like=y)
 
 
 class Attention(nn.Module):

@@ -88,10 +88,12 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def unet_config(unet: UNet) -> dict[str, object]:
     """The arguments of diffusers' UNet2DConditionModel that build the same network.
 
-    Raises ValueError where there is none: it cannot do without cross-attention.
+    Raises ValueError where there is none: without cross-attention, or with place maps.
     """
     if not unet.context_dim:
         raise ValueError("diffusers has no such network without text: context_dim must not be 0")
+    if unet.waves:
+        raise ValueError("diffusers' network has no place maps: waves must be 0")
     down = ["CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in unet.attention]
     up = ["CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in unet.attention[::-1]]
     config = {
@@ -110,6 +112,8 @@ def unet_config(unet: UNet) -> dict[str, object]:
         "flip_sin_to_cos": True,
         "freq_shift": 0,
         "use_linear_projection": False,
+        "time_embedding_dim": None if unet.embedding == 4 * unet.widths[0] else unet.embedding,
+        "resnet_time_scale_shift": "scale_shift" if unet.scale_shift else "default",
     }
     if unet.pooled_dim:
         config["class_embed_type"] = "projection"

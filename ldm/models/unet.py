@@ -35,6 +35,8 @@ class UNet(nn.Module):
     blocks: residual blocks a level on the way down, one more on the way up.
     attention: which levels have transformers; the middle always has one.
     depth: transformer blocks in each transformer. groups: of every group normalisation.
+    embedding: width T of what residual blocks are told, 4 * channels where None.
+    scale_shift, waves: how they are told, see ResBlock; small networks learn faster with both.
 
     Raises ValueError where `attention` and `multipliers` differ in length, or a level's features
     cannot be divided into `heads` or `groups`.
@@ -55,6 +57,9 @@ class UNet(nn.Module):
         depth: int = 1,
         groups: int = 32,
         dropout: float = 0.0,
+        embedding: int | None = None,
+        scale_shift: bool = False,
+        waves: int = 0,
     ) -> None:
         super().__init__()
         if len(attention) != len(multipliers):
@@ -69,12 +74,21 @@ class UNet(nn.Module):
         self.heads, self.depth, self.groups = heads, depth, groups
 
         width = self.widths[0]
-        time_dim = 4 * width
+        self.embedding = time_dim = embedding or 4 * width
+        self.scale_shift, self.waves = scale_shift, waves
         self.time_mlp = mlp(width, time_dim)
         self.pooled_mlp = mlp(pooled_dim, time_dim) if pooled_dim else None
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
         self._build_stages(
-            partial(ResBlock, time_dim=time_dim, groups=groups, eps=1e-5, dropout=dropout),
+            partial(
+                ResBlock,
+                time_dim=time_dim,
+                groups=groups,
+                eps=1e-5,
+                dropout=dropout,
+                scale_shift=scale_shift,
+                waves=waves,
+            ),
             partial(
                 SpatialTransformer, context_dim=context_dim, heads=heads, depth=depth, groups=groups
             ),

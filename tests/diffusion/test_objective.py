@@ -3,12 +3,14 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import kstest
 
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.noise import generators
 from ldm.diffusion.objective import (
     PREDICTIONS,
     Objective,
+    PowerTimes,
     Prediction,
     UniformTimes,
     UniformWeighting,
@@ -127,3 +129,12 @@ def test_eps_needs_signal_at_the_end():
 
 def _betas(schedule):
     return -torch.expm1(schedule.log_alpha_bar.diff())
+
+
+def test_power_times_have_their_density():
+    times = PowerTimes(3.0)(20_000, torch.Generator().manual_seed(0))
+    assert kstest(times.numpy(), lambda t: t**3).pvalue > 0.01
+    one = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    assert torch.equal(PowerTimes(1.0)(5, one[0]), UniformTimes()(5, one[1]))
+    with pytest.raises(ValueError, match="above 0"):
+        PowerTimes(0.0)

@@ -106,6 +106,8 @@ def test_logit_scale_starts_at_the_papers_and_stops_at_100():
     torch.testing.assert_close(clip.logit_scale, torch.tensor(1 / 0.07), rtol=1e-4, atol=0)
     clip.model.logit_scale.data.fill_(7.0)
     torch.testing.assert_close(clip.logit_scale, torch.tensor(100.0))
+    clip.max_scale = 10.0
+    torch.testing.assert_close(clip.logit_scale, torch.tensor(10.0))
 
 
 def test_a_saved_clip_loads_here_and_as_a_text_encoder(tmp_path):

@@ -1,13 +1,16 @@
 """UNet against diffusers' UNet2DConditionModel on random weights, and its own promises."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.fft import idctn
 from torch import Tensor, nn
 
 from ldm.diffusion.condition import Condition
+from ldm.models.layers import PlaceMap
 from ldm.models.pretrained import to_diffusers, unet_config
 from ldm.models.unet import UNet
 
@@ -76,8 +79,9 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
             (8, 12),
         ),
         ({"pooled_dim": 5}, (6, 4)),
+        ({"pooled_dim": 5, "scale_shift": True, "embedding": 24}, (4, 6)),
     ],
-    ids=["square", "deep-not-square", "pooled"],
+    ids=["square", "deep-not-square", "pooled", "scale-shift"],
 )
 def test_same_as_diffusers(changes, size):
     net = small(**changes)
@@ -174,6 +178,31 @@ def test_pooled_and_tokens_each_matter():
 
 
 @torch.no_grad()
+def test_a_place_map_is_a_cosine_transform():
+    place = randomise(PlaceMap(5, 2, waves=3))
+    emb = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    weights = place.proj(emb).reshape(4, 3, 3, 2)
+    low = weights.permute(0, 3, 1, 2).double().numpy()  # (B, C, waves, waves)
+    spectrum = np.zeros((4, 2, 6, 8))
+    spectrum[:, :, :3, :3] = low
+    expected = idctn(spectrum, axes=(2, 3), norm="ortho") * np.sqrt(6 * 8)
+    got = place(emb, (6, 8)).reshape(4, 6, 8, 2).permute(0, 3, 1, 2)
+    np.testing.assert_allclose(got.numpy(), expected, atol=1e-5)
+    assert place(emb, (1, 1)).shape == (4, 1, 2)
+
+
+@torch.no_grad()
+def test_only_place_maps_know_where_they_are():
+    """In the middle, away from the border that convolutions feel."""
+    for waves, moved in ((0, False), (2, True)):
+        net = small(waves=waves, multipliers=(1,), attention=(False,), pooled_dim=5)
+        net.mid.attentions = nn.ModuleList()
+        cond = inputs(net)[2].map(lambda part: part[:1])
+        out = net(torch.zeros(1, 4, 40, 40), torch.tensor([9.0]), cond)[0, :, 18:22, 18:22]
+        assert bool((out - out[:, :1, :1]).abs().max() > 1e-3) == moved
+
+
+@torch.no_grad()
 def test_concat_is_appended_to_the_input():
     net = small(in_channels=6)
     x, t, cond = inputs(net)
@@ -203,13 +232,13 @@ def test_channels_last_is_kept_and_changes_nothing():
 
 
 def test_every_parameter_gets_a_gradient():
-    net = small(pooled_dim=5)
+    net = small(pooled_dim=5, scale_shift=True, waves=2)
     net(*inputs(net)).square().mean().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 def test_compiles_without_graph_breaks():
-    net = small(pooled_dim=5)
+    net = small(pooled_dim=5, scale_shift=True, waves=2)
     x, t, cond = inputs(net)
     compiled = torch.compile(net, backend="eager", fullgraph=True)
     with torch.no_grad():

@@ -14,9 +14,9 @@ WHITE = (250, 248, 244)
 SHADE = 0.12  # the background runs from so much lighter at the top to so much darker
 
 _MARGIN = 0.035
-_GAP = (0.035, 0.09)
-_ACROSS = 0.1  # how far out of line two objects may be, as a share of their distance
-_WANDER = 0.1  # how much of the free room the pair wanders about in, around the middle
+_GAP = (0.035, 0.06)
+_ACROSS = 0.05  # how far out of line two objects may be, as a share of their distance
+_WANDER = 0.04  # how much of the free room the pair wanders about in, around the middle
 _OUTER, _INNER = 0.024, 0.014  # an outline's parts outside and inside the edge
 _STRIPE, _STRIPE_WIDTH = 0.115, 0.048
 _DOT, _DOT_RADIUS = 0.108, 0.033

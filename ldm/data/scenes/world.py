@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-VERSION = 2  # raised with every change of what is drawn or said: shards of another are not reused
+VERSION = 3  # raised with every change of what is drawn or said: shards of another are not reused
 
 RGB = tuple[int, int, int]
 Split = Literal["train", "val", "unseen"]

@@ -10,13 +10,17 @@ from test_cli import ROOT, run
 
 from ldm.build import packaging, parts
 from ldm.cli import CONF
+from ldm.data.scenes.world import sample
 from ldm.files import located
 from ldm.models.clip import Clip
 
 ASSETS = {"autoencoder": "diffusion_pytorch_model.safetensors", "clip": "model.safetensors"}
 FIGURES = {
     "autoencoder": ["psnr_scenes_db", "reader_whole_scene"],
-    "clip": ["image_to_text_recall_at_1_of_250"],
+    "clip": [
+        "image_to_text_recall_at_1_of_250",
+        "image_to_text_recall_at_1_of_10_of_the_same_words",
+    ],
 }
 HELD_OUT = range(3000, 3250)  # after those that training was watched on, and the cards' own
 
@@ -50,7 +54,16 @@ def test_the_parts_are_small():
 
 
 def test_the_packaged_clip_finds_the_captions():
-    assert packaging.recall(Clip.load("packaged:clip"), HELD_OUT) >= 0.9
+    clip = Clip.load("packaged:clip")
+    assert packaging.recall(clip, [[sample(i, split="val") for i in HELD_OUT]]) >= 0.9
+
+
+def test_the_packaged_clip_reads_the_sentence_and_not_the_words_alone():
+    families = [
+        [sample(i, split="train", seed=2, family=10) for i in range(first, first + 10)]
+        for first in range(0, 200, 10)
+    ]
+    assert packaging.recall(Clip.load("packaged:clip"), families) >= 0.8
 
 
 def test_the_packaged_autoencoder_keeps_what_pictures_show():

@@ -12,7 +12,7 @@ from ldm.data.datamodule import TextImageData
 from ldm.data.dataset import Batch, collate
 from ldm.data.shards import write_shard
 from ldm.diffusion.guidance import ClassifierFree
-from ldm.diffusion.objective import Objective, Prediction, UniformTimes, UniformWeighting
+from ldm.diffusion.objective import Objective, PowerTimes, Prediction, UniformWeighting
 from ldm.diffusion.samplers import DDIM
 from ldm.diffusion.schedule import scaled_linear
 from ldm.models.autoencoder import AutoencoderKL, Identity
@@ -72,7 +72,7 @@ def val_batch(data: TextImageData, indices: Sequence[int]) -> Batch:
 
 
 def objective() -> Objective:
-    weighting, times = UniformWeighting(), UniformTimes()
+    weighting, times = UniformWeighting(), PowerTimes()
     return Objective(scaled_linear(), Prediction("v"), weighting=weighting, time_sampler=times)
 
 

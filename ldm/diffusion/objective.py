@@ -51,21 +51,15 @@ class UniformWeighting:
         return torch.ones_like(log_snr)
 
 
-class UniformTimes:
-    """t uniform in [0, 1), one independent draw an image."""
-
-    def __call__(self, n: int, generator: Generators) -> Tensor:
-        return rand(n, generator)
-
-
 class PowerTimes:
-    """t = u^(1 / power), with the density power t^(power - 1): above 1, more of the noisy times.
+    """t in [0, 1) with the density power t^(power - 1), one independent draw an image.
 
-    There it is decided what is where in a picture; little of a text's meaning is left to the rest.
-    Raises ValueError where the power is not positive.
+    1 is uniform (Ho et al. 2020, algorithm 1). Above 1 the noisy times come more often, where it is
+    decided what is where in a picture: most of what a text says. Raises ValueError where the power
+    is not positive.
     """
 
-    def __init__(self, power: float) -> None:
+    def __init__(self, power: float = 1.0) -> None:
         if power <= 0:
             raise ValueError(f"times need a power above 0, got {power}")
         self.power = power

@@ -14,7 +14,10 @@ from ldm.data.scenes.world import sample
 from ldm.files import located
 from ldm.models.clip import Clip
 
-ASSETS = {"autoencoder": "diffusion_pytorch_model.safetensors", "clip": "model.safetensors"}
+ASSETS = {
+    "autoencoder": {"diffusion_pytorch_model.safetensors"},
+    "clip": {"model.safetensors", "whitening.safetensors"},
+}
 FIGURES = {
     "autoencoder": ["psnr_scenes_db", "reader_whole_scene"],
     "clip": [
@@ -30,7 +33,7 @@ def check_card(folder, name):
     text = (folder / name / "README.md").read_text()
     told = dict(re.findall(r"^sha256 of (\S+): ([0-9a-f]{64})$", text, re.M))
     files = {file.name: file for file in (folder / name).glob("*.safetensors")}
-    assert told.keys() == files.keys() == {ASSETS[name]}
+    assert told.keys() == files.keys() == ASSETS[name]
     for file, digest in told.items():
         assert hashlib.sha256(files[file].read_bytes()).hexdigest() == digest, file
     assert re.search(r"`python train\.py [^`]+` \(seed \d+\)", text)

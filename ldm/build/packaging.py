@@ -24,6 +24,7 @@ from ldm.metrics.scenes import accuracy, read
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.clip import Clip, retrieval_accuracy
 from ldm.models.pretrained import load_autoencoder, save_autoencoder
+from ldm.models.whitening import Whitening
 
 BATCH = 50
 RETRIEVED = 250  # scenes to choose a caption among
@@ -88,7 +89,8 @@ def clip(run: Path, out: Path, *, scenes: int) -> dict[str, float]:
 
     Also among 10 scenes that the same words describe, with another seed than the training's.
     """
-    Clip.load(str(run)).save(out)
+    width = (trained := Clip.load(str(run))).model.config.text_config.hidden_size
+    trained.save(out, Whitening.load(run / "clip", width=width))
     file = out / "model.safetensors"
     save_file({name: value.half() for name, value in load_file(file).items()}, file)
     stored = Clip.load(str(out))

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from ldm.models.text import CaptionTokenizer, load_clip, quiet
+from ldm.models.whitening import Whitening
 
 # The pixel statistics in [0, 1] that every published CLIP was trained with (openai/CLIP, clip.py).
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -119,8 +120,18 @@ class Clip(nn.Module):
         features = self.model.get_text_features(input_ids=ids).pooler_output  # (B, P)
         return F.normalize(features, dim=-1)
 
-    def save(self, folder: str | Path) -> None:
-        """Write or replace `folder`: config.json, model.safetensors and the tokenizer.
+    @torch.no_grad()
+    def whitening(self, captions: Sequence[str]) -> Whitening:
+        """The whitening of the pooled states of a sample of the captions it was trained on."""
+        parts = [captions[first : first + 256] for first in range(0, len(captions), 256)]
+        states = [
+            self.model.text_model(self.tokenize(part).to(self.model.device)).pooler_output.cpu()
+            for part in parts
+        ]
+        return Whitening.measured(torch.cat(states).float())
+
+    def save(self, folder: str | Path, whitening: Whitening | None = None) -> None:
+        """Write or replace `folder`: config.json, model.safetensors, tokenizer and whitening.
 
         The files are complete before the folder takes its name. `Clip.load`, `ClipText` and
         transformers' own `from_pretrained` read it.
@@ -131,6 +142,8 @@ class Clip(nn.Module):
         with quiet():
             self.model.save_pretrained(new)
             self.tokenize.tokenizer.save_pretrained(new)
+        if whitening is not None:
+            whitening.save(new)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from ldm.diffusion.condition import Condition
 from ldm.files import located
+from ldm.models.whitening import FILE, Whitening
 
 Model = TypeVar("Model", CLIPTextModel, CLIPModel)
 
@@ -72,9 +73,10 @@ class ClipText(nn.Module):
     `path` is a folder with a CLIPTextModel or a whole CLIPModel and its tokenizer, a diffusers
     pipeline folder, a run directory with `clip/`, `packaged:clip` (comes with ldm), or the name of
     a CLIP model on the hub.
-    `width` is D and `max_length` is L; `pooled_width` is P, 0 unless `pooled`.
+    `width` is D and `max_length` is L; `pooled_width` is P, 0 unless `pooled`. Pooled states are
+    whitened where the folder says how, as those that `train.py` writes do.
     Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", 3.3.
-    Raises what `load_clip` raises.
+    Raises what `load_clip` and `Whitening.load` raise.
     """
 
     def __init__(self, path: str, *, pooled: bool = False) -> None:
@@ -83,6 +85,9 @@ class ClipText(nn.Module):
         self.model.requires_grad_(False).eval()
         self.width = self.model.config.hidden_size
         self.pooled_width = self.width if pooled else 0
+        folder = _places(located(path))[0]
+        whitened = pooled and (folder / FILE).is_file()
+        self.whiten = Whitening.load(folder, width=self.width) if whitened else nn.Identity()
         self.max_length = self.model.config.max_position_embeddings
         self.tokenize = CaptionTokenizer(tokenizer, self.max_length)
         self._null: dict[tuple[torch.device, torch.dtype], Condition] = {}
@@ -99,13 +104,13 @@ class ClipText(nn.Module):
 
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> Condition:
-        """The states after the last LayerNorm; if asked, the one at the end token is `pooled`.
+        """The states after the last LayerNorm; if asked, that at the end token is `pooled`.
 
         `mask` is None: published denoisers were trained to attend to the padding as well.
         """
         ids = self.tokenize(captions).to(self.model.device)  # (B, L)
         out = self.model(input_ids=ids)
-        pooled = out.pooler_output if self.pooled_width else None  # (B, P)
+        pooled = self.whiten(out.pooler_output) if self.pooled_width else None  # (B, P)
         return Condition(tokens=out.last_hidden_state, pooled=pooled)  # (B, L, D)
 
     def null(self, n: int) -> Condition:

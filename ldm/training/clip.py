@@ -3,6 +3,9 @@
 Shapes: B batch of this rank, G batch of all ranks, P width of the shared space.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import lightning as L
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -50,11 +53,15 @@ class ClipTraining(L.LightningModule):
 
 
 class SaveClip(L.Callback):
-    """Writes the model as a transformers folder after each validation, for `text_encoder=clip`."""
+    """Writes the model as a transformers folder after each validation, for `text_encoder=clip`.
 
-    def __init__(self, folder) -> None:
+    captions: some thousands of the training's, on which the whitening of its states is measured.
+    """
+
+    def __init__(self, folder: Path, captions: Sequence[str]) -> None:
         self.folder = folder
+        self.captions = captions
 
     def on_validation_end(self, trainer: L.Trainer, module: ClipTraining) -> None:
         if trainer.is_global_zero:
-            module.clip.save(self.folder)
+            module.clip.save(self.folder, module.clip.whitening(self.captions))

@@ -141,6 +141,17 @@ def test_one_string_is_refused(text):
         text("a cat")
 
 
+def test_pooled_states_are_whitened_where_the_folder_says_how(text, clip_folder, tmp_path):
+    folder = tmp_path / "run" / "clip"
+    clip = Clip.load(str(clip_folder))
+    whiten = clip.whitening([*SHORT, "a dog", "a red dog"])
+    clip.save(folder, whiten)
+    got = ClipText(str(tmp_path / "run"), pooled=True)(SHORT)
+    assert torch.equal(got.tokens, text(SHORT).tokens)
+    torch.testing.assert_close(got.pooled, whiten(text(SHORT).pooled), rtol=0, atol=1e-5)
+    assert ClipText(str(folder))(SHORT).pooled is None
+
+
 def test_text_model_pipeline_and_run_directories_load(text, clip_folder, tmp_path):
     tower = tmp_path / "pipeline" / "text_encoder"
     CLIPTextModel.from_pretrained(clip_folder).save_pretrained(tower)

@@ -1,0 +1,46 @@
+"""Whitening against SciPy's covariance, and its file."""
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.models.whitening import FILE, FLOOR, Whitening
+
+
+def states(scales=(3.0, 1.0, 0.5)):
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.linalg.qr(torch.randn(3, 3, generator=generator)).Q
+    return torch.randn(4000, 3, generator=generator) * torch.tensor(scales) @ mixed + 7
+
+
+def covariance(x):
+    return np.cov(x.numpy(), rowvar=False)
+
+
+def test_every_direction_has_unit_variance():
+    white = Whitening.measured(states())(states())
+    assert white.mean(0).abs().max() < 1e-4
+    got = covariance(white)
+    assert np.abs(got - np.diag(np.diag(got))).max() < 1e-3
+    mean = np.trace(covariance(states())) / 3
+    expected = [v / (v + FLOOR * mean) for v in np.linalg.eigvalsh(covariance(states()))]
+    np.testing.assert_allclose(np.sort(np.diag(got)), np.sort(expected), rtol=1e-3)
+
+
+def test_what_does_not_vary_is_not_blown_up():
+    whiten = Whitening.measured(states(scales=(1.0, 1.0, 0.0)))
+    assert whiten(states() * 100).isfinite().all()
+    assert whiten.matrix.abs().max() < 1.5 / FLOOR**0.5
+    one = Whitening.measured(torch.ones(1, 3))
+    assert one(torch.ones(2, 3)).abs().max() == 0
+
+
+def test_the_file_is_read_back_or_refused(tmp_path):
+    whiten = Whitening.measured(states())
+    whiten.save(tmp_path)
+    assert torch.equal(Whitening.load(tmp_path, width=3)(states()), whiten(states()))
+    with pytest.raises(ValueError, match="not for states 4 wide"):
+        Whitening.load(tmp_path, width=4)
+    (tmp_path / FILE).write_bytes(b"not a tensor")
+    with pytest.raises(OSError, match=FILE):
+        Whitening.load(tmp_path, width=3)

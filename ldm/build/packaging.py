@@ -91,8 +91,8 @@ def clip(run: Path, out: Path, *, scenes: int) -> dict[str, float]:
     """
     width = (trained := Clip.load(str(run))).model.config.text_config.hidden_size
     trained.save(out, Whitening.load(run / "clip", width=width))
-    file = out / "model.safetensors"
-    save_file({name: value.half() for name, value in load_file(file).items()}, file)
+    for file in out.glob("*.safetensors"):
+        save_file({name: value.half() for name, value in load_file(file).items()}, file)
     stored = Clip.load(str(out))
     firsts = range(0, max(scenes - RETRIEVED, 0) + 1, RETRIEVED)
     groups = [[sample(i, split="val") for i in range(n, n + RETRIEVED)] for n in firsts]

@@ -26,8 +26,8 @@ format: .venv        ## mend what can be mended
 
 demo: .venv          ## a model trained on a drawn world in minutes, its accuracy, and a picture of it
 	$(BIN)/python train.py name=demo
-	$(BIN)/python -m ldm.evaluate ckpt=runs/demo guidance.scale=2
-	$(BIN)/python sample.py ckpt=runs/demo prompts=docs/demo.txt n=1 guidance.scale=2 out=runs/demo/samples/demo.png
+	$(BIN)/python -m ldm.evaluate ckpt=runs/demo
+	$(BIN)/python sample.py ckpt=runs/demo prompts=docs/demo.txt n=1 out=runs/demo/samples/demo.png
 
 SHARED ?= ../shared/data
 assets: .venv        ## the packaged autoencoder and CLIP again from nothing, in an hour on two cores

@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 from test_cli import ROOT, run
 
-from ldm.build.packaging import pixels
 from ldm.evaluate import scene_table
-from ldm.images import captioned
+from ldm.images import captioned, from_uint8
 
 SHORT = {
     "train.py": "logger=csv data.count=200 data.val_count=16 trainer.max_steps=4 "
@@ -50,6 +49,6 @@ def test_the_demo_ends_in_a_picture(tmp_path):
     assert json.loads(facts["prompt"]) == prompts
     singles = sorted(picture.parent.glob(f"{picture.stem}_*.png"))
     assert [Image.open(single).text["prompt"] for single in singles] == prompts
-    images = [pixels(np.array(Image.open(single))) for single in singles]
+    images = [from_uint8(np.array(Image.open(single))) for single in singles]
     expected = captioned(images, prompts)
     assert np.array_equal(np.asarray(Image.open(picture)), np.asarray(expected))

@@ -117,7 +117,7 @@ def test_the_verb_leaves_numbers_and_says_them(home, measured):
     assert list(facts["metrics"]) == KEYS
     assert facts["step"] == 3
     assert facts["ckpt"].endswith("step=00000003_end.ckpt")
-    assert facts["settings"]["guidance"]["scale"] == 5
+    assert facts["settings"]["guidance"]["scale"] == 2
     assert {k: facts["settings"][k] for k in ("count", "seed", "steps", "size", "weights")} == {
         "count": 3, "seed": 0, "steps": 2, "size": 16, "weights": "ema",
     }  # fmt: skip

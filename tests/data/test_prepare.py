@@ -122,6 +122,15 @@ def test_kills_at_any_moment_change_nothing(folder, tmp_path):
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def test_a_kill_before_the_first_file_leaves_nothing_for_good(folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "prepare.json.0a1b2c3d.tmp").write_text("{")
+    (out / "mine.tmp").write_text("kept")
+    prepare(folder, out)
+    assert {path.name for path in out.glob("*.tmp")} == {"mine.tmp"}
+
+
 def test_other_settings_are_refused_by_name(folder, tmp_path):
     out = tmp_path / "out"
     prepare(folder, out)

@@ -20,7 +20,7 @@ def module(tiny_clip) -> ClipTraining:
 
 def test_it_learns_to_tell_the_shapes_apart(shapes, module, tmp_path):
     data, folder = shapes_data(shapes, batch_size=10), tmp_path / "run" / "clip"
-    trainer = make_trainer(steps=60, callbacks=[SaveClip(folder)])
+    trainer = make_trainer(steps=60, callbacks=[SaveClip(folder, CAPTIONS)])
     (before,) = trainer.validate(module, datamodule=data, verbose=False)
     untrained = ClipText(str(folder))(CAPTIONS).tokens
     trainer.fit(module, datamodule=data)

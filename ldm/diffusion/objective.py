@@ -61,7 +61,7 @@ class PowerTimes:
 
     def __init__(self, power: float = 1.0) -> None:
         if power <= 0:
-            raise ValueError(f"times need a power above 0, got {power}")
+            raise ValueError(f"time_power must be above 0, got {power}")
         self.power = power
 
     def __call__(self, n: int, generator: Generators) -> Tensor:

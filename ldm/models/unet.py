@@ -38,8 +38,8 @@ class UNet(nn.Module):
     embedding: width T of what residual blocks are told, 4 * channels where None.
     scale_shift, waves: how they are told, see ResBlock; small networks learn faster with both.
 
-    Raises ValueError where `attention` and `multipliers` differ in length, or a level's features
-    cannot be divided into `heads` or `groups`.
+    Raises ValueError where `attention` and `multipliers` differ in length, a level's features
+    cannot be divided into `heads` or `groups`, or `waves` is negative.
     """
 
     def __init__(
@@ -67,6 +67,8 @@ class UNet(nn.Module):
                 f"multipliers {tuple(multipliers)} make {len(multipliers)} levels, but attention "
                 f"{tuple(attention)} is for {len(attention)}: give one value a level"
             )
+        if waves < 0:
+            raise ValueError(f"waves must be 0 (no place maps) or more, got {waves}")
         self.in_channels, self.out_channels = in_channels, out_channels
         self.context_dim, self.pooled_dim = context_dim, pooled_dim
         self.widths = [channels * m for m in multipliers]

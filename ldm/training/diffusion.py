@@ -23,6 +23,7 @@ class LatentDiffusion(L.LightningModule):
 
     Frozen parts are used but not stored: `frozen` is a tuple, which Lightning neither saves nor
     wraps. What is drawn for an image depends on (seed, position of the image in the run) alone.
+    Raises ValueError where `caption_dropout` is no share.
     """
 
     def __init__(
@@ -40,6 +41,8 @@ class LatentDiffusion(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if not 0 <= caption_dropout <= 1:
+            raise ValueError(f"caption_dropout is a share from 0 to 1, got {caption_dropout}")
         self.denoiser = denoiser
         self.ema = EMA(denoiser, decay=ema_decay)
         self.objective = objective

@@ -174,7 +174,10 @@ def test_settings_do_not_mix(tmp_path):
         prepare_scenes(**settings | {"out": str(tmp_path / "other")})
 
 
-@pytest.mark.parametrize("wrong", [{"count": 0}, {"size": 8}, {"workers": 0}, {"split": "test"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"count": 0}, {"size": 8}, {"workers": 0}, {"split": "test"}, {"family": 0}, {"family": 7}],
+)
 def test_settings_that_make_no_sense_write_nothing(tmp_path, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         prepare_scenes(**{"out": str(tmp_path / "out"), "count": 5} | wrong)

@@ -273,6 +273,7 @@ def test_bad_input_is_named(x, cond, message):
     [
         ({"attention": (True,)}, "2 levels, but attention .* is for 1"),
         ({"heads": 3}, "cannot have 3 heads"),
+        ({"waves": -1}, "waves must be 0"),
     ],
 )
 def test_bad_construction_is_named(changes, message):

@@ -53,8 +53,8 @@ def prepare_scenes(
     for name, value, least in (("count", count, 1), ("size", size, 16), ("workers", workers, 1)):
         if value < least:
             raise ValueError(f"{name} must be {least} or more, got {value}")
-    if _PER_SHARD % family:
-        raise ValueError(f"a family must divide a shard's {_PER_SHARD} scenes, got {family}")
+    if family < 1 or _PER_SHARD % family:
+        raise ValueError(f"family must divide a shard's {_PER_SHARD} scenes (5, 10), got {family}")
     world = partial(sample, split=split, seed=seed, family=family)
     world(0)  # says what is wrong with these
     folder = Path(out)

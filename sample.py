@@ -25,8 +25,7 @@ def main(cfg: DictConfig) -> None:
         from ldm.images import captioned, save_png, tile, to_pil
 
         prompts = cli.read_prompts(asked)
-        moved = {name: asked[name] for name in parts.FROZEN}
-        restored = parts.restore(cfg, cli.needed(asked, "ckpt"), moved)
+        restored = parts.restore(cfg, cli.needed(asked, "ckpt"), asked)
         size = cfg.size or restored.size
         jobs = [(p, cfg.seed + i) for p in prompts for i in range(cfg.n)]
         images = []

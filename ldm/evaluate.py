@@ -8,7 +8,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from ldm import cli
+from ldm import cli, runs
 from ldm.files import write_text
 
 TEXTS = ("ckpt", "out", "autoencoder", "text_encoder")
@@ -39,8 +39,7 @@ def evaluate(cfg: DictConfig, asked: dict[str, str | None]) -> None:
     from ldm.metrics.scene_accuracy import SceneAccuracy
 
     scenes = SceneAccuracy(count=cfg.count, batch=cfg.batch, seed=cfg.seed)
-    moved = {name: asked[name] for name in parts.FROZEN}
-    restored = parts.restore(cfg, ckpt, moved)
+    restored = parts.restore(cfg, ckpt, asked)
     size = cfg.size or restored.size
     with tqdm(total=len(scenes) * cfg.steps, desc="Painting", unit="step") as bar:
         paint = partial(
@@ -63,16 +62,11 @@ def evaluate(cfg: DictConfig, asked: dict[str, str | None]) -> None:
         "step": restored.step,
         "versions": {name: version(name) for name in LIBRARIES},
     }
-    out = Path(asked["out"] or run_dir(restored.path) / "metrics.json")
+    out = Path(asked["out"] or runs.of_checkpoint(restored.path) / "metrics.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, json.dumps(facts, indent=2) + "\n")
     print(scene_table(metrics))
     print(out)
-
-
-def run_dir(ckpt: Path) -> Path:
-    """The run that a checkpoint belongs to; for one from elsewhere, the current directory."""
-    return ckpt.parent.parent if ckpt.parent.name == "checkpoints" else Path()
 
 
 def scene_table(metrics: dict[str, float]) -> str:

@@ -44,7 +44,7 @@ def draw_all(cfg: DictConfig, asked: dict[str, str | None]) -> None:
     from ldm.images import save_png
     from ldm.models.clip import Clip
 
-    restored = parts.restore(cfg, asked["ckpt"], {name: asked[name] for name in parts.FROZEN})
+    restored = parts.restore(cfg, asked["ckpt"], asked)
     pipeline, size = restored.pipeline, cfg.size or restored.size
     prompts = prompts or [lessons.scene(i, 16)[1] for i in lessons.EXAMPLES]
     image = lessons.scene(lessons.EXAMPLES[0], size)[0]

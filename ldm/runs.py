@@ -89,14 +89,18 @@ def changes(old: dict, new: dict, prefix: str = "") -> list[str]:
     return found
 
 
+def of_checkpoint(ckpt: Path) -> Path:
+    """The run that a checkpoint belongs to; for one from elsewhere, the current directory."""
+    return ckpt.parent.parent if ckpt.parent.name == "checkpoints" else Path()
+
+
 def picture_path(ckpt: Path, prompt: str) -> Path:
     """A new name for pictures of a prompt, in the run that the checkpoint belongs to.
 
     Made of the prompt's letters and digits alone, so that no prompt leads out of the directory.
     """
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "picture"
-    run_dir = ckpt.parent.parent if ckpt.parent.name == "checkpoints" else Path()
-    path, number = run_dir / "samples" / f"{words}.png", 2
+    path, number = of_checkpoint(ckpt) / "samples" / f"{words}.png", 2
     while path.exists():
         path, number = path.with_name(f"{words}-{number}.png"), number + 1
     return Path(os.path.relpath(path))

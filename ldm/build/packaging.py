@@ -89,7 +89,8 @@ def clip(run: Path, out: Path, *, scenes: int) -> dict[str, float]:
 
     Also among 10 scenes that the same words describe, with another seed than the training's.
     """
-    width = (trained := Clip.load(str(run))).model.config.text_config.hidden_size
+    trained = Clip.load(str(run))
+    width = trained.model.config.text_config.hidden_size
     trained.save(out, Whitening.load(run / "clip", width=width))
     for file in out.glob("*.safetensors"):
         save_file({name: value.half() for name, value in load_file(file).items()}, file)

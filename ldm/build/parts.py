@@ -69,10 +69,11 @@ def schedules() -> dict[str, Schedule]:
     return {path.stem: instantiate(OmegaConf.load(path)) for path in files}
 
 
-def restore(cfg: DictConfig, ckpt: str, moved: dict[str, str | None]) -> Restored:
+def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restored:
     """The pipeline of a diffusion run: networks from the checkpoint, sampling from `cfg`.
 
-    `moved` says where frozen parts are now, if not where the training configuration says.
+    `asked` says, under their names, where frozen parts are now if not where the training
+    configuration says; what else it holds is not looked at.
     Raises CheckpointError where files are damaged, or a frozen part is not the one trained with.
     """
     path = checkpoint.find(ckpt)
@@ -84,9 +85,9 @@ def restore(cfg: DictConfig, ckpt: str, moved: dict[str, str | None]) -> Restore
             "diffusion run, which `python train.py` makes"
         )
     trained = OmegaConf.create(facts["config"])
-    for name, place in moved.items():
-        if place is not None:
-            trained[name].path = place
+    for name in FROZEN:
+        if asked[name] is not None:
+            trained[name].path = asked[name]
     for group in (*FROZEN, "model", "scheduler", "objective", "task"):
         check_targets(trained[group], path)
     autoencoder, text = frozen(trained)

@@ -138,13 +138,13 @@ def _relatives(scene: Scene, rng: np.random.Generator) -> Iterator[Scene]:
     """The scene, then others of its split: first those of the same words, each told at random."""
     yield scene
     told = {scene.ordered()}
+    names = tuple(zip(*(astuple(one) for one in scene.objects), strict=True))
+    ways = list(product((1, -1), (1, -1), (1, -1), RELATIONS))
+    # Objects that are alike have few arrangements; the rest of a family has other backgrounds.
     start = list(BACKGROUNDS).index(scene.background)
     for background in np.roll(list(BACKGROUNDS), -start).tolist():
-        # Two objects of one shape, one of them the only one of its size: few ways to arrange them.
-        ways = list(product((1, -1), (1, -1), (1, -1), RELATIONS))
         for i in rng.permutation(len(ways)):
             *turns, relation = ways[i]
-            names = zip(*(astuple(one) for one in scene.objects), strict=True)
             shapes, colours, sizes = (n[::turn] for n, turn in zip(names, turns, strict=True))
             objects = tuple(map(Object, shapes, colours, sizes))
             other = Scene(objects, relation, background, scene.style)

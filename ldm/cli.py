@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -15,6 +16,7 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.locks import InUseError
 from ldm.runs import RESOLVERS, changes, rank
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
@@ -50,6 +52,8 @@ def run(main: Callable[[], None], config_name: str) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, not to Hydra's printer
     # On busy cores, threads that spin for work make a step ten times slower; libgomp reads this.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # argparse, which Hydra uses, wants overrides in one piece: -m may stand anywhere.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     try:
         main()
     except (HydraException, OmegaConfBaseException, UsageError) as error:
@@ -66,6 +70,8 @@ def told_plainly() -> Iterator[None]:
     """
     try:
         yield
+    except InUseError as error:
+        raise UsageError(str(error)) from error
     except (ValueError, TypeError, OSError, InstantiationException) as error:
         if isinstance(error, UsageError) or os.environ.get("LDM_TRACE"):
             raise
@@ -95,20 +101,44 @@ def read_prompts(given: Mapping[str, str | None]) -> list[str]:
     return prompts
 
 
-def check(cfg: DictConfig, config_name: str) -> None:
+def check(cfg: DictConfig, config_name: str, overrides: Iterable[str] | None = None) -> None:
     """Refuse, before anything heavy is imported, keys that nobody reads and values of a wrong type.
 
+    overrides: the command line that `cfg` was composed of; None: this process's own.
     Raises UsageError. Keys added inside a node with a `_target_` are that call's own affair.
     """
-    groups = [o for o in HydraConfig.get().overrides.task if _is_group(o.partition("=")[0])]
-    default = OmegaConf.to_container(compose(config_name, overrides=groups))
-    _compare(OmegaConf.to_container(cfg), default, "", config_name)
+    overrides = HydraConfig.get().overrides.task if overrides is None else overrides
+    groups = tuple(o for o in overrides if _is_group(o.partition("=")[0]))
+    _compare(OmegaConf.to_container(cfg), _default(config_name, groups), "", config_name)
+
+
+@cache
+def _default(config_name: str, groups: tuple[str, ...]) -> dict:
+    return OmegaConf.to_container(compose(config_name, overrides=list(groups)))
+
+
+def check_name(name: str) -> None:
+    """Refuse names that are no place below runs/; raises UsageError."""
+    if not name.strip("./ ") or {"..", ""} & set(name.split("/")):
+        raise UsageError(f"name='{name}' names no run: leave it out, or give name=my-run")
+
+
+def check_metric(metric: str, logged: Iterable[str]) -> None:
+    """Refuse a metric that the first validation did not measure; raises UsageError."""
+    if metric not in logged and not metric.startswith(("train/", "perf/")):
+        known = sorted(name for name in logged if "/" in name)
+        raise UsageError(
+            f"metric={metric} is not measured by this run{nearest(metric, known)} There are: "
+            f"{', '.join(known)}"
+        )
 
 
 def check_unchanged(cfg: DictConfig, run_dir: Path) -> None:
     """Refuse to go on with a run under another configuration; UsageError names what differs."""
     before = run_dir / "config.yaml"
-    if not before.is_file() or rank() != 0:
+    # Where nothing was saved, there is nothing to go on with.
+    saved = any((run_dir / "checkpoints").glob("step=*.ckpt"))
+    if not before.is_file() or not saved or rank() != 0:
         return
     old, new = (OmegaConf.to_container(c, resolve=True) for c in (OmegaConf.load(before), cfg))
     if changed := changes(old, new):

@@ -41,6 +41,17 @@ def tile(
     return _arrange([to_pil(image) for image in images], columns, gap)
 
 
+def untile(
+    picture: Image.Image, n: int, *, columns: int | None = None, gap: int = 2
+) -> list[Image.Image]:
+    """The n pictures that `tile` has put together."""
+    columns = columns or _columns(n)
+    width = (picture.width + gap) // columns - gap
+    height = (picture.height + gap) // math.ceil(n / columns) - gap
+    corners = [(i % columns * (width + gap), i // columns * (height + gap)) for i in range(n)]
+    return [picture.crop((x, y, x + width, y + height)) for x, y in corners]
+
+
 def captioned(
     images: Sequence[Tensor] | Tensor, captions: Sequence[str], *, columns: int | None = None
 ) -> Image.Image:
@@ -131,6 +142,20 @@ def save_png(image: Image.Image, path: Path, facts: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         image.save(file, format="PNG", pnginfo=info)
+
+
+def load_png(path: Path) -> tuple[Image.Image, dict]:
+    """What `save_png` has stored: the picture and its facts."""
+    with Image.open(path) as image:
+        facts = {key: _fact(text) for key, text in image.text.items()}
+        return image.convert("RGB"), facts
+
+
+def _fact(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _columns(n: int) -> int:

@@ -3,6 +3,8 @@
 runs/<name>/  config.yaml  .hydra/  checkpoints/  samples/  metrics.csv  wandb/  result.json
 """
 
+import csv
+import io
 import json
 import os
 import re
@@ -41,12 +43,41 @@ def if_first(text: str) -> str | None:
     return text if rank() == 0 else None
 
 
-def rank_suffix() -> str:
-    """Keeps the log files of several processes apart; empty for the first."""
-    return f".rank{rank()}" if rank() else ""
+def log_file(run_dir: str) -> str:
+    """The run's log, of its first process; the others' lines would stand there twice."""
+    return str(Path(run_dir, "train.log")) if rank() == 0 else os.devnull
 
 
-RESOLVERS = {"run_stamp": stamp, "if_first": if_first, "rank_suffix": rank_suffix}
+SWEEP = "sweep.json"  # what the jobs of a sweep share; makes a directory one
+LOWER_IS_BETTER = ("loss", "fid", "kid", "cmmd", "fd_")
+
+
+def direction(metric: str) -> str:
+    """Whether less or more of a metric is better: minimize or maximize."""
+    leaf = metric.rpartition("/")[2]
+    return "minimize" if leaf.startswith(LOWER_IS_BETTER) else "maximize"
+
+
+RESOLVERS = {
+    "run_stamp": stamp,
+    "if_first": if_first,
+    "log_file": log_file,
+    "direction": direction,
+}
+
+
+def launched() -> tuple[int, int] | None:
+    """(processes of this machine, machines) where torchrun or srun has started several processes.
+
+    None where they are still to be started, or there is one.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        here, all_of_them = (int(os.environ[f"{name}WORLD_SIZE"]) for name in ("LOCAL_", ""))
+        return here, all_of_them // here
+    if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+        return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
+    return None
 
 
 def write_result(run_dir: Path, result: dict) -> None:
@@ -60,8 +91,57 @@ def read_result(run_dir: Path) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def is_finished(run_dir: Path, steps: int) -> bool:
+    """Whether a run has come to its end, `steps` optimizer steps or an early stop."""
+    done = read_result(run_dir)
+    return done.get("status") == "finished" and (
+        done["steps"] >= steps or done.get("stopped_early", False)
+    )
+
+
+def read_metrics(run_dir: Path, *, tail: int | None = None) -> list[dict[str, float]]:
+    """The rows of metrics.csv, without empty cells; none where there is no such file.
+
+    tail: only those among its last so many bytes, whatever its length.
+    """
+    path = run_dir / "metrics.csv"
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        names = file.readline().decode().rstrip().split(",")
+        size = os.fstat(file.fileno()).st_size
+        if tail is not None and size - tail > file.tell():
+            file.seek(size - tail)
+            file.readline()  # cut in two
+        rows = csv.reader(io.StringIO(file.read().decode()))
+        cells = [{k: number(v) for k, v in zip(names, row, strict=False)} for row in rows]
+    found = [{k: v for k, v in row.items() if v is not None} for row in cells]
+    return [row for row in found if "step" in row]
+
+
+def is_job(run_dir: Path) -> bool:
+    """Whether a run is one of a sweep."""
+    return (run_dir.parent / SWEEP).is_file()
+
+
+def number(text: object) -> float | None:
+    """A cell's number, None where it holds none."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
+
+
+def value(run_dir: Path, metric: str) -> float | None:
+    """A run's last value of any logged metric."""
+    return next((row[metric] for row in reversed(read_metrics(run_dir)) if metric in row), None)
+
+
 # What may differ between two calls of one run: how it is carried out and shown, not what it is.
 FREE = (
+    "name",
+    "direction",
+    "early_stop",
     "eval",
     "trainer",
     "strategy",

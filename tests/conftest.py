@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import shell
 import torch
 from world import CAPTIONS, SIZE, write_shapes
 
@@ -42,3 +43,9 @@ def tiny_text(tiny_clip, tmp_path_factory) -> ClipText:
     folder = tmp_path_factory.mktemp("clip") / "clip"
     tiny_clip.save(folder)
     return ClipText(str(folder))
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    """A folder with shards, and an autoencoder and a CLIP trained on them; to be copied."""
+    return shell.prepare(tmp_path_factory.mktemp("prepared"))

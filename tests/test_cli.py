@@ -1,81 +1,31 @@
 """The command line as a user types it: whole processes, real files, nothing replaced."""
 
-import csv
 import json
-import os
 import random
-import subprocess
+import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image
+from shell import ANEW, FROZEN, ROOT, rows, run, tensors, train
 
 from ldm import cli
 
-ROOT = Path(__file__).parent.parent
-BRIEF = [
-    "trainer=cpu",
-    "trainer.log_every_n_steps=1",
-    "data=coco",
-    "data.train=shards",
-    "data.val=shards",
-    "data.size=16",
-    "data.batch_size=4",
-    "data.workers=0",
-    "samples.n=2",
-    "samples.steps=2",
-]
-FROZEN = ["autoencoder.path=runs/ae", "text_encoder=clip", "text_encoder.path=runs/clip"]
-ANEW = ["stage=autoencoder", "autoencoder.path=null", "logger=csv"]
 NASTY = 'a {dog\'s} "café", 50% = ${oops}\\ [x] (y): 🌊 --h\n$(touch pwned)'
-
-
-def run(*command, cwd, expect=0):
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "LDM", "HYDRA"))}
-    env |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "HOME": str(cwd), "COLUMNS": "200"}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done.stderr + done.stdout
-
-
-def train(*overrides, cwd, expect=0):
-    return run(str(ROOT / "train.py"), *BRIEF, *overrides, cwd=cwd, expect=expect)
 
 
 def sample(*arguments, cwd, expect=0):
     return run(str(ROOT / "sample.py"), "steps=2", *arguments, cwd=cwd, expect=expect)
 
 
-def tensors(run_dir):
-    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
-
-
-def rows(run_dir):
-    with (run_dir / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder in which pictures were prepared and all three stages trained, as in the README."""
-    home = tmp_path_factory.mktemp("home")
-    (home / "pictures").mkdir()
-    for i, colour in enumerate(
-        ["red", "green", "blue", "yellow", "black", "white", "pink", "gold"]
-    ):
-        picture = Image.new("RGB", (40, 32), "grey")
-        ImageDraw.Draw(picture).ellipse((4 + i, 4, 24 + i, 24), fill=colour)
-        picture.save(home / "pictures" / f"{i}.png")
-        (home / "pictures" / f"{i}.txt").write_text(f"a {colour} ball\nthe ball is {colour}\n")
-    run("-m", "ldm.prepare", "folder", "images=pictures", "out=shards", "size=16", cwd=home)
-    train(*ANEW, "name=ae", "trainer.max_steps=3", cwd=home)
-    train("stage=clip", "name=clip", "trainer.max_steps=2", "vocab_size=600", cwd=home)
+def home(prepared, tmp_path_factory):
+    """A folder in which all three stages were trained, as in the README."""
+    home = tmp_path_factory.mktemp("home") / "home"
+    shutil.copytree(prepared, home, symlinks=True)
     train("name=first", "trainer.max_steps=4", "trainer.val_check_interval=2", *FROZEN, cwd=home)
     return home
 

@@ -21,7 +21,7 @@ HANDED = {
     "model": {"in_channels", "out_channels", "context_dim"},
     "objective": {"schedule"},
     "clip": {"tokenizer"},
-    "logger": {"run_dir", "name"},
+    "logger": {"run_dir", "name", "overrides"},
     "data": set(),
     "eval": {"pipeline", "size"},
 }

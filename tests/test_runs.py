@@ -70,7 +70,7 @@ def test_the_rank_is_the_one_among_all_processes(monkeypatch, launcher, rank):
         monkeypatch.setenv(name, value)
     assert runs.rank() == rank
     assert runs.if_first(".hydra") == (None if rank else ".hydra")
-    assert runs.rank_suffix() == (f".rank{rank}" if rank else "")
+    assert runs.log_file("runs/x") == (os.devnull if rank else "runs/x/train.log")
 
 
 def test_the_wandb_id_is_kept(tmp_path):

@@ -8,25 +8,28 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch.utils.data import default_collate
 
-from ldm import checkpoint
+from ldm import checkpoint, ranking
 from ldm.build import parts
 from ldm.cli import UsageError
 from ldm.data.datamodule import TextImageData
 from ldm.images import tile
 from ldm.models.clip import Clip, train_tokenizer
 from ldm.pipeline import Pipeline
-from ldm.runs import rank
+from ldm.runs import is_job, launched, rank
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.callbacks import Meter, Pictures, ProgressBar
 from ldm.training.checkpoint import Checkpoints, SafeCheckpointIO
 from ldm.training.clip import ClipTraining, SaveClip
 from ldm.training.csv_log import CsvLog
 from ldm.training.diffusion import LatentDiffusion
+from ldm.training.fsdp import Sharded
+from ldm.training.preemption import StopOnSignal
 
 
 @dataclass
@@ -36,7 +39,38 @@ class Job:
     data: TextImageData
     module: L.LightningModule
     trainer: L.Trainer
+    meter: Meter
     resume: Path | None  # the checkpoint to go on from
+
+    def metrics(self) -> dict[str, float]:
+        """The newest value of each logged metric."""
+        logged = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        return {**self.meter.latest, **logged}
+
+    def outcome(self, run_dir: Path, metric: str) -> dict:
+        """What has come of the run so far, for result.json."""
+        last = run_dir / "checkpoints" / "last.ckpt"
+        step = self.trainer.global_step
+        return {
+            "metric": metric,
+            "value": self.metrics().get(metric),
+            "steps": step,
+            "stopped_early": self.trainer.should_stop and step < self.trainer.max_steps,
+            "images_seen": self.data.position,
+            "checkpoint": os.path.relpath(last.resolve(), run_dir) if last.exists() else None,
+        }
+
+    def finish(self, run_dir: Path, metric: str, direction: str, *, failed: bool) -> None:
+        """Close the loggers; a sweep's job first shows there how it compares to those before it."""
+        if is_job(run_dir):
+            beside = [ranking.read(found) for found in ranking.find([run_dir.parent])]
+            order = ranking.ranked(beside, metric, direction=direction)
+            columns, rows = ranking.table(order, metric)
+        for logger in self.trainer.loggers:
+            if is_job(run_dir) and hasattr(logger, "log_table"):
+                logger.log_table("ranking", columns=columns, data=rows)
+            if hasattr(logger, "finish"):
+                logger.finish(failed=failed)
 
     def describe(self) -> str:
         """One line: what is trained, on what, how long."""
@@ -72,23 +106,32 @@ def build(cfg: DictConfig, run_dir: Path) -> Job:
     resume = checkpoint.newest(run_dir / "checkpoints")
     if resume is None and rank() == 0:
         (run_dir / "metrics.csv").unlink(missing_ok=True)  # of a try without a checkpoint
-    built = trainer(cfg, run_dir, callbacks, facts)
+    meter = Meter(every=cfg.trainer.log_every_n_steps)
+    built = trainer(cfg, run_dir, callbacks, meter, facts)
     data.micro_batch(built.world_size, built.accumulate_grad_batches)  # says now what is wrong
+    if isinstance(built.strategy, Sharded):
+        built.strategy.check(module)
     for logger in built.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
-    return Job(data, module, built, resume)
+    return Job(data, module, built, meter, resume)
 
 
-def trainer(cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback], facts: dict) -> L.Trainer:
+def trainer(
+    cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback], meter: Meter, facts: dict
+) -> L.Trainer:
     """Lightning's Trainer with our checkpoints, meters and loggers."""
-    meter = Meter(every=cfg.trainer.log_every_n_steps)
     keeper = Checkpoints(run_dir / "checkpoints", **cfg.checkpoint, facts=facts)
+    stops = [StopOnSignal(keeper.save, every=meter.every)]
+    if cfg.early_stop:
+        stops.append(instantiate(cfg.early_stop))
     loggers = [CsvLog(run_dir / "metrics.csv")]
     if cfg.logger:
-        loggers.append(instantiate(cfg.logger, run_dir=run_dir, name=cfg.name))
+        handed = {"run_dir": run_dir, "name": cfg.name, "overrides": given()}
+        loggers.append(instantiate(cfg.logger, **handed))
     accumulate = cfg.trainer.accumulate_grad_batches
     return instantiate(
         cfg.trainer,
+        **world(cfg),
         strategy=instantiate(cfg.strategy) if cfg.strategy else "auto",
         # Lightning counts this in batches, we in optimizer steps.
         val_check_interval=cfg.trainer.val_check_interval * accumulate,
@@ -97,13 +140,36 @@ def trainer(cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback], facts: 
         use_distributed_sampler=False,  # the data knows its rank
         inference_mode=False,  # metrics of a validation before training must live on in training
         plugins=[SafeCheckpointIO()],
-        callbacks=[meter, ProgressBar(meter), *callbacks, keeper],
+        callbacks=[meter, ProgressBar(meter), *callbacks, keeper, *stops],
         logger=loggers,
         default_root_dir=run_dir,
         enable_checkpointing=False,  # Lightning's own
         enable_model_summary=False,
         _convert_="all",
     )
+
+
+def given() -> list[str]:
+    """The settings that this run was given on the command line, without its name."""
+    task = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return [text for text in task if not text.startswith("name=")]
+
+
+def world(cfg: DictConfig) -> dict[str, int]:
+    """Devices and machines where torchrun or srun has started the processes; else nothing.
+
+    Raises UsageError where the configuration asks for others.
+    """
+    if (started := launched()) is None:
+        return {}
+    asked = cfg.trainer.devices, cfg.trainer.num_nodes
+    if asked[0] != "auto" and asked not in ((1, 1), started):
+        raise UsageError(
+            f"{started[0]} processes on each of {started[1]} machines were started, and "
+            f"trainer.devices={asked[0]}, trainer.num_nodes={asked[1]} ask for others: leave them "
+            "out, the launcher's numbers are taken"
+        )
+    return {"devices": started[0], "num_nodes": started[1]}
 
 
 def diffusion(cfg: DictConfig, data: TextImageData, run_dir: Path):

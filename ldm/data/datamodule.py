@@ -65,12 +65,15 @@ class TextImageData(L.LightningDataModule):
 
     def micro_batch(self, world: int, accumulate: int) -> int:
         """Images of one rank and micro-step; ValueError where the global batch does not divide."""
-        if self.batch_size < 1 or self.batch_size % (world * accumulate):
+        parts = world * accumulate
+        if self.batch_size < 1 or self.batch_size % parts:
+            below = self.batch_size // parts * parts
+            near = " or ".join(str(n) for n in (below, below + parts) if n > 0)
             raise ValueError(
                 f"data.batch_size={self.batch_size} is the batch of an optimizer step: it must be "
-                f"a multiple of {world * accumulate} ({world} devices x {accumulate} accumulated)"
+                f"a multiple of {parts} ({world} devices x {accumulate} accumulated), as is {near}"
             )
-        return self.batch_size // (world * accumulate)
+        return self.batch_size // parts
 
     def train_dataloader(self) -> "Run":
         """The rest of the run, from `position` on."""

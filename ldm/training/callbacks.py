@@ -58,6 +58,10 @@ class Meter(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and self.batches:
             self._log(trainer)
+        elif trainer.state.fn == "validate":  # results are shown against it, the first ones too
+            for logger in trainer.loggers:
+                seen = {"images_seen": trainer.datamodule.position}
+                logger.log_metrics(seen, step=trainer.global_step)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         # Lightning would log a validation under the number of batches, which lags behind.

@@ -1,0 +1,40 @@
+"""hydra/launcher=local: the jobs of a sweep on this machine, `n_jobs` at once.
+
+Hydra imports this file whenever it starts: what takes time is imported when there is a sweep.
+"""
+
+from collections.abc import Sequence
+
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class LocalLauncher(Launcher):
+    """One process a job, with GPUs or cores that no other job has meanwhile.
+
+    devices: GPUs of a job where its trainer.devices is no number; None: a fair share.
+    """
+
+    def __init__(self, *, n_jobs: int = 1, devices: int | None = None) -> None:
+        self.n_jobs = n_jobs
+        self.devices = devices
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Claim the sweep's directory, before the sweeper writes into it."""
+        from hydra_plugins.ldm_launchers._plan import Plan
+        from ldm.cli import told_plainly
+        from ldm.machine import Machine
+
+        with told_plainly():
+            self.machine = Machine(n_jobs=self.n_jobs, devices=self.devices)
+        self.plan = Plan(config, hydra_context)
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Carry out a batch of jobs."""
+        return self.plan.carry_out(job_overrides, self.machine, most=self.n_jobs)

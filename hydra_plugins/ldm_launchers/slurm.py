@@ -1,0 +1,40 @@
+"""hydra/launcher=slurm: each job of a sweep as a SLURM job with one task a rank.
+
+Hydra imports this file whenever it starts: what takes time is imported when there is a sweep.
+"""
+
+from collections.abc import Sequence
+
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class SlurmLauncher(Launcher):
+    """SLURM jobs, `array_parallelism` at once.
+
+    The settings are those of hydra-submitit-launcher, and may depend on the job. Its own launcher
+    runs the sweep's process image in each task; here a task is the ordinary command.
+    """
+
+    def __init__(self, *, array_parallelism: int, **settings) -> None:
+        self.most = array_parallelism  # the others are read for each job
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Claim the sweep's directory, before the sweeper writes into it."""
+        from hydra_plugins.ldm_launchers._plan import Plan
+        from ldm.cli import told_plainly
+        from ldm.slurm import Queue
+
+        self.plan = Plan(config, hydra_context)
+        with told_plainly():
+            self.queue = Queue(self.plan.directory / ".submitit")
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Carry out a batch of jobs."""
+        return self.plan.carry_out(job_overrides, self.queue, most=self.most)

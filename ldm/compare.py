@@ -1,0 +1,132 @@
+"""python -m ldm.compare RUN_OR_SWEEP_DIR ... [metric=val/loss out=DIR]; --help tells more."""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm import cli, ranking, runs
+from ldm.files import write_text
+
+HELP = """Ranks runs: a table of what differs between them and what came of them, a picture of their
+validation curves, and one of what they paint for the same prompts and seeds.
+
+  python -m ldm.compare runs/my-sweep              # all jobs of a sweep, while it lasts or later
+  python -m ldm.compare runs/a runs/b runs/c       # any runs
+  python -m ldm.compare runs/my-sweep metric=val/scene_accuracy out=compared
+
+It reads metrics.csv, result.json and samples/; nothing is painted anew. It writes ranking.md,
+ranking.csv, curves.png and samples.png.
+
+  metric=KEY       what ranks; default: what the runs themselves went by
+  direction=minimize|maximize      default: by the metric's name
+  out=DIR          default: the directory where one is named, else `compared`"""
+
+
+def main() -> None:
+    """Parse, compare, print."""
+    texts = cli.take_text(["metric", "direction", "out"])
+    parser = argparse.ArgumentParser(
+        prog="python -m ldm.compare",
+        usage="python -m ldm.compare RUN_OR_SWEEP_DIR ... [metric=KEY out=DIR]",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", nargs="+", type=Path, help="a run, or a folder with runs")
+    places = parser.parse_args().directory
+    out = Path(texts.pop("out", None) or (places[0] if len(places) == 1 else "compared"))
+    try:
+        print(compare(ranking.find(places), out=out, **texts))
+    except (ValueError, OSError) as error:
+        print(f"\npython -m ldm.compare: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def compare(
+    directories: Sequence[Path],
+    *,
+    out: Path,
+    metric: str | None = None,
+    direction: str | None = None,
+) -> str:
+    """Write the ranking of these runs into `out`; the table, and where the rest lies.
+
+    Raises ValueError where runs have logged something, but not the metric.
+    """
+    compared = [ranking.read(directory) for directory in directories]
+    asked = Counter(run.config["metric"] for run in compared if "metric" in run.config)
+    metric = metric or (asked.most_common(1)[0][0] if asked else "val/loss")
+    logged = {name for run in compared for row in run.rows for name in row}
+    if logged and metric not in logged:
+        near = cli.nearest(metric, logged)
+        raise ValueError(f"metric={metric} was not logged by any of {len(compared)} runs{near}")
+    if (direction := direction or runs.direction(metric)) not in ("minimize", "maximize"):
+        raise ValueError(f"direction={direction} is neither minimize nor maximize")
+    order = ranking.ranked(compared, metric, direction=direction)
+    columns, rows = ranking.table(order, metric)
+    table = ranking.markdown(columns, rows)
+    failed = [f"{run.directory}: {run.result['error']}" for run in order if "error" in run.result]
+    out.mkdir(parents=True, exist_ok=True)
+    title = f"# {len(order)} runs by {metric} ({direction})"
+    blocks = [title, table, *(f"```\n{words}\n```" for words in failed)]
+    write_text(out / "ranking.md", "\n\n".join(blocks) + "\n")
+    write_text(out / "ranking.csv", ranking.as_csv(columns, rows))
+    written = ["ranking.md", "ranking.csv", *_pictures(order, metric, direction, out)]
+    return f"\n{title[2:]}\n\n{table}\n\n" + "  ".join(str(out / name) for name in written)
+
+
+def _pictures(order: Sequence[ranking.Run], metric: str, direction: str, out: Path) -> list[str]:
+    """Draw what there is to draw; the names of the files."""
+    from ldm import ranking_figures as figures  # matplotlib and torch: a mistake need not wait
+    from ldm.images import save_png
+
+    written, names = [], ranking.names(order)
+    drawn = {
+        key: [(n, run.curve(key)) for n, run in zip(names, order, strict=True) if run.curve(key)]
+        for key in dict.fromkeys([metric, *ranking.beside(order)])
+    }
+    drawn = {key: lines for key, lines in drawn.items() if lines}
+    if drawn:
+        save_png(figures.curves(drawn), out / "curves.png", {"runs": names})
+        written.append("curves.png")
+    painted = [_painted(run) for run in order]
+    # The pictures of a column must show the same: most runs say what, the others are left out.
+    heads = Counter(heads for heads, _ in painted if heads)
+    if heads:
+        shared = heads.most_common(1)[0][0][:8]
+        rows = [
+            (f"{i + 1}. {name}: {_told(run, metric)}", pictures)
+            for i, (run, name) in enumerate(zip(order, names, strict=True))
+            if (pictures := painted[i][1]) and painted[i][0][:8] == shared
+        ]
+        others = len(order) - len(rows)
+        told = f"The same prompts and seeds for each run, best first by {metric} ({direction})."
+        told += f" {others} runs have no such pictures." if others else ""
+        page = figures.samples("Samples of each run", told, shared, rows)
+        save_png(page, out / "samples.png", {"runs": names})
+        written.append("samples.png")
+    return written
+
+
+def _told(run: ranking.Run, metric: str) -> str:
+    value = run.last(metric)
+    return f"{'unknown' if value is None else f'{value:.4g}'} after {run.step} steps, {run.state}"
+
+
+def _painted(run: ranking.Run) -> tuple[tuple[str, ...], list]:
+    """What the newest sample picture of a run shows, and its single pictures; both may be none."""
+    from ldm.images import load_png, untile
+
+    if not (files := sorted((run.directory / "samples").glob("step=*.png"))):
+        return (), []
+    picture, facts = load_png(files[-1])
+    if prompts := facts.get("prompts"):
+        return tuple(prompts), untile(picture, len(prompts))[:8]
+    if keys := facts.get("keys"):  # an autoencoder's: originals, and below them what it made
+        return tuple(keys), untile(picture, 2 * len(keys), columns=len(keys))[len(keys) :][:8]
+    return (), []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""What a number of runs are worth beside one another: read from their directories, also mid-run."""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import yaml
+
+from ldm import locks, runs
+
+# What is shown of each run beside the metric that ranks, as far as it was measured.
+SHOWN = (
+    "val/fid",
+    "val/fd_",
+    "val/clip_score",
+    "val/scene_accuracy",
+    "val/recall_at_1",
+    "val/psnr",
+    "val/loss",
+)
+# Not settings of an experiment, but where and how it was carried out.
+INCIDENTAL = ("name", "direction")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its directory tells of it."""
+
+    directory: Path
+    state: str  # running, finished, preempted, failed, interrupted or waiting
+    config: dict
+    choices: dict[str, str]  # the option of each group
+    result: dict
+    rows: list[dict[str, float]]  # of metrics.csv
+
+    def last(self, metric: str) -> float | None:
+        """The last value of a metric."""
+        return next((row[metric] for row in reversed(self.rows) if metric in row), None)
+
+    def curve(self, metric: str) -> list[tuple[float, float]]:
+        """(images seen, value) at each time that a metric was logged."""
+        batch = self.config.get("data", {}).get("batch_size", 1)
+        points = [row for row in self.rows if metric in row]
+        return [(row.get("images_seen", row["step"] * batch), row[metric]) for row in points]
+
+    @property
+    def step(self) -> int:
+        """The last step of which something is known."""
+        return int(self.rows[-1]["step"]) if self.rows else 0
+
+
+def read(directory: Path) -> Run:
+    """The run in a directory, whatever state it is in."""
+    result = runs.read_result(directory)
+    hydra = _yaml(directory / ".hydra" / "hydra.yaml").get("hydra", {})
+    choices = hydra.get("runtime", {}).get("choices", {})
+    begun = any((directory / name).exists() for name in ("config.yaml", "output.log"))
+    if locks.claimed(directory):
+        state = "running"
+    else:
+        state = result.get("status") or ("interrupted" if begun else "waiting")
+    return Run(
+        directory=directory,
+        state=state,
+        config=_yaml(directory / "config.yaml"),
+        choices={k: str(v) for k, v in choices.items() if not k.startswith("hydra/")},
+        result=result,
+        rows=runs.read_metrics(directory),
+    )
+
+
+def _yaml(path: Path) -> dict:
+    return yaml.safe_load(path.read_text()) or {} if path.is_file() else {}
+
+
+def find(places: Iterable[Path]) -> list[Path]:
+    """The runs that are meant: each place itself, or those below it where it is a sweep.
+
+    Raises FileNotFoundError where there is none.
+    """
+    found: dict[Path, None] = {}
+    for place in places:
+        if (place / "config.yaml").is_file() or (place / "result.json").is_file():
+            found[place] = None
+            continue
+        below = {p.parent for n in ("config.yaml", "result.json") for p in place.glob(f"**/{n}")}
+        below = {p for p in below if p.name != ".hydra"}
+        if not below:
+            raise FileNotFoundError(
+                f"'{place}' is neither a run nor a folder with runs: give directories that "
+                "train.py made, such as runs/my-sweep"
+            )
+        found |= dict.fromkeys(sorted(below))
+    return list(found)
+
+
+def differences(compared: Sequence[Run]) -> dict[str, list[str]]:
+    """What differs between runs: a group's option, or a single setting; a value for each run.
+
+    Settings that come with a group's option are not told again.
+    """
+    table: dict[str, list[str]] = {}
+    for group in sorted({group for run in compared for group in run.choices}):
+        values = [run.choices.get(group, "") for run in compared]
+        if len(set(values)) > 1:
+            table[group] = values
+    flat = [dict(_leaves(run.config)) for run in compared]
+    for key in dict.fromkeys(key for settings in flat for key in settings):
+        values = [str(settings.get(key, "")) for settings in flat]
+        told = any(key == group or key.startswith(f"{group}.") for group in table)
+        if len(set(values)) > 1 and not told and key not in INCIDENTAL:
+            table[key] = values
+    return table
+
+
+def _leaves(node: dict, prefix: str = "") -> Iterable[tuple[str, object]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def ranked(compared: Sequence[Run], metric: str, *, direction: str) -> list[Run]:
+    """Best first; failed runs and those without a value come last."""
+    sign = 1 if direction == "minimize" else -1
+
+    def place(run: Run) -> tuple:
+        value = run.last(metric)
+        known = value is not None and math.isfinite(value)
+        return (run.state == "failed", not known, sign * value if known else 0.0, run.directory)
+
+    return sorted(compared, key=place)
+
+
+def names(compared: Sequence[Run]) -> list[str]:
+    """A short name for each run: its directory below the one that all share."""
+    parts = [run.directory.absolute().parts for run in compared]
+    shared = 0
+    while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    return ["/".join(p[shared:]) for p in parts]
+
+
+def beside(order: Sequence[Run]) -> list[str]:
+    """Those of SHOWN that any of the runs has measured."""
+    logged = {name for run in order for row in run.rows for name in row}
+    names = [n for start in SHOWN for n in sorted(logged) if n.startswith(start)]
+    return [n for n in names if not n.startswith("val/loss_t")]
+
+
+def table(order: Sequence[Run], metric: str) -> tuple[list[str], list[list]]:
+    """Columns and rows, in the given order: what differs between the runs and what came of them.
+
+    Cells are text, numbers, or None for what is not known.
+    """
+    differ = differences(order)
+    metrics = list(dict.fromkeys([metric, *beside(order)]))
+    columns = ["rank", "run", *differ, "state", *metrics, "images_seen", "images/s"]
+    columns += ["seconds", "step"]
+    rows = []
+    for i, (run, name) in enumerate(zip(order, names(order), strict=True)):
+        speeds = [row["perf/images_per_s"] for row in run.rows if "perf/images_per_s" in row]
+        seen, seconds = run.last("images_seen"), run.result.get("seconds")
+        rows.append(
+            [
+                i + 1,
+                name,
+                *(values[i] for values in differ.values()),
+                run.state,
+                *map(run.last, metrics),
+                None if seen is None else int(seen),
+                median(speeds) if speeds else None,
+                seconds,
+                run.step,
+            ]
+        )
+    return columns, rows
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """The table as Markdown, numbers to four digits."""
+    cells = [list(columns), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+    return "" if value is None else str(value).replace("|", "\\|")
+
+
+def as_csv(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """The table for a program, numbers in full."""
+    text = io.StringIO()
+    csv.writer(text).writerows([columns, *rows])
+    return text.getvalue()

@@ -1,0 +1,238 @@
+"""Sweeps: many runs, each an ordinary `python train.py` in a process of its own.
+
+A job is a run named <sweep>/<its settings>, so its directory is runs/<sweep>/<its settings> and a
+user may go on with it by hand. Where it runs (this machine, SLURM) is a `Host`'s affair.
+"""
+
+import hashlib
+import json
+import re
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from ldm import runs
+from ldm.cli import UsageError
+from ldm.files import write_text
+from ldm.progress import Lines, told
+
+OUTPUT = "output.log"  # what a job prints
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    name: str
+    label: str  # what sets it apart in the sweep, such as scheduler=cosine
+    overrides: tuple[str, ...]  # its command line, without the name
+    metric: str
+    steps: int  # optimizer steps it is asked to take
+    devices: int | None  # processes of one machine; None: as many as there are devices
+    nodes: int
+    accelerator: str
+    settings: Mapping = field(default_factory=dict, compare=False)  # how a cluster carries it out
+
+    @property
+    def directory(self) -> Path:
+        return Path("runs", self.name)
+
+    @property
+    def arguments(self) -> list[str]:
+        """What stands after `python train.py`."""
+        quoted = self.name.replace("\\", "\\\\").replace("'", "\\'")
+        return [*self.overrides, f"name='{quoted}'"]
+
+
+class Running(Protocol):
+    """A job that was started."""
+
+    def poll(self) -> int | None:
+        """Its exit code, None while it runs."""
+
+    def stop(self, number: int) -> None:
+        """Pass a signal on to it."""
+
+    def end(self) -> None:
+        """Kill it, and what it has left."""
+
+
+class Host(Protocol):
+    """Where jobs are carried out."""
+
+    def check(self, job: Job) -> None:
+        """Raise ValueError for a job that could never run here."""
+
+    def start(self, job: Job) -> Running | None:
+        """Start a job; None where others must leave first."""
+
+
+def label(settings: Mapping[str, str]) -> str:
+    """The directory name of a job: its settings in the order of their names.
+
+    Where that holds what a path should not, or is too long, a digest keeps names apart.
+    """
+    text = ",".join(f"{key}={settings[key]}" for key in sorted(settings)) or "defaults"
+    plain = re.sub(r"[^\w.=,+@-]", "-", text, flags=re.ASCII)[:120]
+    return plain if plain == text else f"{plain}~{digest([text])}"
+
+
+def digest(texts: Sequence[str]) -> str:
+    """Six letters that texts in any order always get."""
+    return hashlib.sha256(json.dumps(sorted(texts)).encode()).hexdigest()[:6]
+
+
+def begin(directory: Path, base: dict, *, swept: Sequence[str]) -> None:
+    """Write down what all jobs of a sweep share; called by the process that claimed it.
+
+    Raises UsageError, which names what differs, where the sweep was begun with another base.
+    """
+    path = directory / runs.SWEEP
+    if path.is_file():
+        old = json.loads(path.read_text())
+        # What is swept now or was swept before is not shared.
+        groups = {*swept, *old["swept"]}
+        own = [c for c in runs.changes(old["base"], base) if not _concerns(c, groups)]
+        if own:
+            raise UsageError(
+                f"the sweep {directory} was begun with other settings: {'; '.join(own[:5])}. Give "
+                "those again to go on with it, or another name=... to begin anew"
+            )
+        swept = sorted(groups)
+    write_text(path, json.dumps({"swept": sorted(swept), "base": base}, indent=1) + "\n")
+
+
+def _concerns(change: str, keys: set[str]) -> bool:
+    key = change.partition(" was ")[0]
+    return any(key == k or key.startswith(f"{k}.") for k in keys)
+
+
+def carry_out(jobs: Sequence[Job], host: Host, *, most: int) -> None:
+    """Run the jobs that are not finished, `most` at once; each leaves its result.json.
+
+    A job that fails is recorded, and the others go on. SIGINT, SIGTERM and SIGUSR1 are passed on to
+    the running jobs, no other is begun, and once all have left, Stopped is raised; the second
+    signal ends them at once. Raises ValueError, before any is begun, for a job that would not fit.
+    """
+    unfinished = [job for job in jobs if not runs.is_finished(job.directory, job.steps)]
+    for job in unfinished:
+        host.check(job)
+    _carried_out.update(dict.fromkeys(jobs))
+    told(f"{len(jobs)} jobs, {len(jobs) - len(unfinished)} of them finished")
+    waiting, running = list(unfinished), {}
+    with _signals() as received, Lines() as lines:
+        while running or (waiting and not received):
+            while waiting and not received and len(running) < most:
+                job = waiting[0]
+                if (started := host.start(job)) is None:
+                    break
+                waiting.pop(0)
+                running[job] = started
+                lines.begin(job)
+            time.sleep(0.1)
+            for job, process in list(running.items()):
+                if (code := process.poll()) is not None:
+                    process.end()  # ranks that are left
+                    del running[job]
+                    lines.end(job)
+                    told(f"{job.label}: {_outcome(job, code, stopped=bool(received))}")
+            if received and running:
+                _pass_on(received, running)
+            lines.refresh()
+        if received:
+            raise Stopped(received[0])
+
+
+_carried_out: dict[Job, None] = {}  # by this process, in one batch or in several
+
+
+def farewell() -> int:
+    """Rank the jobs that this process has carried out, if any; 1 where one is not finished."""
+    if not _carried_out:
+        return 0
+    from ldm.compare import compare  # draws: none of its libraries is needed before
+
+    jobs = list(_carried_out)
+    sweep = jobs[0].directory.parent
+    print(compare([job.directory for job in jobs], out=sweep, metric=jobs[0].metric))
+    left = [job for job in jobs if not runs.is_finished(job.directory, job.steps)]
+    if left:
+        print(
+            f"\n{len(left)} of {len(jobs)} jobs did not finish; the same command goes on with them"
+        )
+    return 1 if left else 0
+
+
+class Stopped(SystemExit):
+    """A sweep that was asked to stop; the exit code is a shell's, or 75 for "try again"."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number if number == signal.SIGINT else 75)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The signals that arrive while the block lasts."""
+    received: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {n: signal.signal(n, lambda n, frame: received.append(n)) for n in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _pass_on(received: list[int], running: Mapping[Job, Running]) -> None:
+    """The first signal once to each job; the second ends them."""
+    if len(received) == 1:
+        told(f"stopping {len(running)} running jobs; once more ends them without saving")
+        received.append(0)  # passed on
+        for process in running.values():
+            process.stop(received[0])
+    elif len(received) > 2:
+        for process in running.values():
+            process.end()
+
+
+def _outcome(job: Job, code: int, *, stopped: bool) -> str:
+    """What came of a job, in words; a failure that the job could not record is recorded here."""
+    result = runs.read_result(job.directory)
+    status = result.get("status")
+    if code == 0 and status == "finished":
+        return f"finished, {result['metric']} = {result['value']} after {result['steps']} steps"
+    if status == "preempted":
+        return f"stopped at step {result['steps']}; the same command goes on with it"
+    if stopped and status != "failed":
+        return "stopped before its first step; the same command begins it anew"
+    if status != "failed":
+        words = error_text(job.directory / OUTPUT) or f"it ended with exit code {code}"
+        job.directory.mkdir(parents=True, exist_ok=True)
+        runs.write_result(
+            job.directory,
+            {
+                "status": "failed",
+                "metric": job.metric,
+                "value": None,
+                "steps": int(
+                    (runs.read_metrics(job.directory, tail=20_000) or [{"step": 0}])[-1]["step"]
+                ),
+                "error": words,
+            },
+        )
+    words = runs.read_result(job.directory)["error"]
+    return f"failed: {words}\n    all it printed: {job.directory / OUTPUT}"
+
+
+def error_text(output: Path, *, lines: int = 6) -> str:
+    """The last lines that a job printed."""
+    if not output.is_file():
+        return ""
+    text = output.read_bytes()[-20_000:].decode("utf-8", "replace")
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
+    said = [line.rpartition("\r")[2].rstrip() for line in text.split("\n")]
+    return "\n".join([line for line in said if line][-lines:])

@@ -1,0 +1,60 @@
+"""Leaving in good order when asked to: save at the next optimizer step, then go."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+
+import lightning as L
+
+AGAIN = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+class StopOnSignal(L.Callback):
+    """SIGTERM, SIGUSR1, SIGUSR2 or SIGINT ends the training after the step, with a checkpoint.
+
+    The second signal, a second later or more, ends it at once. One process may be told or all:
+    several agree every `every` steps, because to agree is to wait for the device. It raises
+    SystemExit, with code 75 ("the same command goes on"), or 130 after SIGINT. Lightning's own
+    handlers, which save in the middle of whatever happens and wait for ranks that may wait for
+    something else, are replaced.
+    Under SLURM the user signals say that the time limit is near: the job is requeued.
+    """
+
+    def __init__(self, save: Callable[[L.Trainer], None], *, every: int) -> None:
+        self.save = save
+        self.every = every
+        self.received: int | None = None
+        self.received_at = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.asked_at = trainer.global_step
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame) -> None:
+        if self.received is not None:
+            if time.monotonic() > self.received_at + 1:  # SLURM sends some in pairs
+                raise SystemExit(128 + number)
+            return
+        self.received, self.received_at = number, time.monotonic()
+        print(f"{signal.Signals(number).name}: saving after this step, then leaving", flush=True)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx) -> None:
+        step = trainer.global_step
+        if step == self.asked_at or (trainer.world_size > 1 and step % self.every):
+            return
+        self.asked_at = step
+        if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
+            self.save(trainer)
+            trainer.strategy.barrier()
+            if trainer.is_global_zero and self.received in (signal.SIGUSR1, signal.SIGUSR2):
+                requeue()
+            raise SystemExit(130 if self.received == signal.SIGINT else AGAIN)
+
+
+def requeue() -> None:
+    """Ask SLURM to run this job again, where it is one."""
+    if number := os.environ.get("SLURM_JOB_ID"):
+        subprocess.run(["scontrol", "requeue", number], check=False, timeout=60)

@@ -1,0 +1,93 @@
+"""The command line as a user types it: whole processes, real files, nothing replaced."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).parent.parent
+TRAIN = str(ROOT / "train.py")
+BRIEF = [
+    "trainer=cpu",
+    "trainer.log_every_n_steps=1",
+    "data=coco",
+    "data.train=shards",
+    "data.val=shards",
+    "data.size=16",
+    "data.batch_size=4",
+    "data.workers=0",
+    "samples.n=2",
+    "samples.steps=2",
+]
+FROZEN = ["autoencoder.path=runs/ae", "text_encoder=clip", "text_encoder.path=runs/clip"]
+ANEW = ["stage=autoencoder", "autoencoder.path=null", "logger=csv"]
+
+
+def environment(cwd: Path, **more: str) -> dict[str, str]:
+    """A user's, without what this session has set."""
+    mine = ("WANDB", "LDM", "HYDRA", "SLURM")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(mine)}
+    env |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "HOME": str(cwd), "COLUMNS": "200"}
+    return env | more
+
+
+def run(*command: str, cwd: Path, expect: int = 0, **more: str) -> str:
+    """What a Python command prints, errors first."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=environment(cwd, **more),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stderr + done.stdout
+
+
+def start(*command: str, cwd: Path, **more: str) -> subprocess.Popen:
+    """A Python command that goes on by itself."""
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=environment(cwd, **more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def train(*overrides: str, cwd: Path, expect: int = 0, **more: str) -> str:
+    """A brief training."""
+    return run(TRAIN, *BRIEF, *overrides, cwd=cwd, expect=expect, **more)
+
+
+def tensors(run_dir: Path) -> dict:
+    """A run's last checkpoint."""
+    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    """A run's metrics.csv."""
+    with (run_dir / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def prepare(home: Path) -> Path:
+    """Pictures in shards, and the parts that a denoiser rests on, as in the README."""
+    (home / "pictures").mkdir()
+    for i, colour in enumerate(
+        ["red", "green", "blue", "yellow", "black", "white", "pink", "gold"]
+    ):
+        picture = Image.new("RGB", (40, 32), "grey")
+        ImageDraw.Draw(picture).ellipse((4 + i, 4, 24 + i, 24), fill=colour)
+        picture.save(home / "pictures" / f"{i}.png")
+        (home / "pictures" / f"{i}.txt").write_text(f"a {colour} ball\nthe ball is {colour}\n")
+    run("-m", "ldm.prepare", "folder", "images=pictures", "out=shards", "size=16", cwd=home)
+    train(*ANEW, "name=ae", "trainer.max_steps=3", cwd=home)
+    train("stage=clip", "name=clip", "trainer.max_steps=2", "vocab_size=600", cwd=home)
+    return home

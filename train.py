@@ -73,5 +73,6 @@ def fit(cfg: DictConfig, job, run_dir: Path) -> None:
 
 if __name__ == "__main__":
     follow_parent()
+    cli.prepare_search()
     cli.run(main, "train")
     sys.exit(sweep.farewell())

@@ -10,8 +10,10 @@ from functools import cache
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -60,6 +62,33 @@ def run(main: Callable[[], None], config_name: str) -> None:
         text = str(error) if isinstance(error, UsageError) else explain(error, config_name)
         print(f"\n{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
         sys.exit(2)
+
+
+# What hydra-optuna-sweeper leaves to the user, and the rest of a configuration knows.
+SEARCH = {
+    "optuna": {
+        "direction": "${direction}",
+        "n_jobs": "${oc.select:hydra.launcher.n_jobs,1}",  # trials at once
+        "max_failure_rate": 1.0,  # a failed trial is recorded, and the search goes on
+        "study_name": "${name}",
+    },
+    "sampler/tpe": {"seed": "${seed}", "n_startup_trials": 5},
+}
+
+
+def prepare_search() -> None:
+    """Give hydra/sweeper=optuna, where it is installed, defaults that follow from the run's.
+
+    Hydra refuses a YAML file that bears the name of a plugin's settings, so they are put there.
+    """
+    Plugins.instance()  # finds the plugins, which then store their settings
+    store = ConfigStore.instance()
+    for path, settings in SEARCH.items():
+        group, _, name = f"hydra/sweeper/{path}".rpartition("/")
+        if f"{name}.yaml" in store.list(group):
+            node = store.load(f"{group}/{name}.yaml").node
+            node.update(settings)
+            store.store(group=group, name=name, node=node, provider="ldm")
 
 
 @contextmanager

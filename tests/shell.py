@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -91,3 +92,23 @@ def prepare(home: Path) -> Path:
     train(*ANEW, "name=ae", "trainer.max_steps=3", cwd=home)
     train("stage=clip", "name=clip", "trainer.max_steps=2", "vocab_size=600", cwd=home)
     return home
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    """Until something has come to pass."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.05)
+
+
+def processes(word: str) -> list[int]:
+    """The processes whose command line holds a word."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if word in path.read_bytes().decode("utf-8", "replace"):
+                found.append(int(path.parent.name))
+        except OSError:
+            pass
+    return found

@@ -1,8 +1,10 @@
 """The command line as a user types it: whole processes, real files, nothing replaced."""
 
 import json
+import os
 import random
 import shutil
+import signal
 import sys
 
 import pytest
@@ -10,7 +12,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from shell import ANEW, FROZEN, ROOT, rows, run, tensors, train
+from shell import (
+    ANEW,
+    BRIEF,
+    FROZEN,
+    ROOT,
+    TRAIN,
+    processes,
+    rows,
+    run,
+    start,
+    tensors,
+    train,
+    wait_for,
+)
 
 from ldm import cli
 
@@ -88,6 +103,42 @@ def test_the_same_command_again_resumes(home):
     straight = tensors(home / "runs" / "whole")["state_dict"]
     for name, tensor in tensors(first)["state_dict"].items():
         assert torch.equal(tensor, straight[name]), name
+
+
+def test_a_run_that_does_not_get_better_ends_early(home):
+    early = ["early_stop=patience", "early_stop.validations=2", "early_stop.least=1e3"]
+    options = [*ANEW, *early, "name=early", "trainer.max_steps=99", "trainer.val_check_interval=1"]
+    train(*options, cwd=home)
+    result = json.loads((home / "runs" / "early" / "result.json").read_text())
+    assert (result["status"], result["stopped_early"], result["steps"]) == ("finished", True, 3)
+    assert "is finished" in train(*options, cwd=home)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", ["the first", "all"])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_run_that_is_told_to_leave_saves_first(home, told, devices):
+    """SIGTERM to one of its processes or to all: code 75, and nothing is lost."""
+    name = f"left-{devices}-{told[:3]}"
+    ddp = ["trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={devices}"]
+    options = [*BRIEF, *ANEW, *ddp, f"name={name}", "trainer.val_check_interval=10"]
+    process = start(TRAIN, *options, "trainer.max_steps=100000", "checkpoint.every=20", cwd=home)
+    run_dir = home / "runs" / name
+    wait_for(lambda: any(run_dir.glob("checkpoints/step=*.ckpt.json")))
+    asked = [process.pid] if told == "the first" else processes(f"name={name}")
+    assert len(asked) == (1 if told == "the first" else devices)
+    for number in asked:
+        os.kill(number, signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    left = json.loads((run_dir / "result.json").read_text())
+    assert left["status"] == "preempted"
+    assert left["checkpoint"] == f"checkpoints/step={left['steps']:08d}.ckpt"
+    assert not processes(f"name={name}")
+    said = train(*options, f"trainer.max_steps={left['steps'] + 2}", cwd=home)
+    assert "resumes" in said
+    steps = [int(row["step"]) for row in rows(run_dir)]
+    assert steps == list(range(left["steps"] + 3)), "each step once"
 
 
 @pytest.mark.parametrize("stage", ["diffusion", pytest.param("clip", marks=pytest.mark.slow)])

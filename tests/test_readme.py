@@ -1,5 +1,6 @@
 """The commands of README and docs are what a newcomer types: they compose, and some run."""
 
+import itertools
 import os
 import re
 import shlex
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
 from ldm.cli import CONF
@@ -23,29 +26,51 @@ def blocks(page="README.md"):
 
 
 def commands():
-    pages = [*blocks(), *blocks("docs/explained.md")]
+    pages = [*blocks(), *blocks("docs/explained.md"), *blocks("docs/sweeps.md")]
     lines = [line for block in pages for line in block.splitlines()]
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("python ")]
+
+
+def jobs(overrides):
+    """The jobs of a sweep; where a search draws its own values, one with both ends."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    own = [o for o in parsed if not o.is_hydra_override()]
+    hydra = [o.input_line for o in parsed if o.is_hydra_override()]
+    values = []
+    for override in own:
+        if override.is_interval_sweep():
+            ends = override.value().start, override.value().end
+            values.append([f"{override.key_or_group}={end}" for end in ends])
+        else:
+            ((first, *rest),) = [BasicSweeper.split_arguments([override], None)[0]]
+            values.append([text for (text,) in (first, *rest)])
+    return [[*hydra, *job] for job in itertools.product(*values)]
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_command_composes(command):
     called, *arguments = command[1:] if command[0] == "-m" else command
     root = called.removeprefix("ldm.").removesuffix(".py")
+    if root == "compare":
+        assert all(a.startswith(("runs/", "metric=", "out=")) for a in arguments)
+        return
     assert Path(CONF, f"{root}.yaml").is_file()
     if root == "prepare":
         arguments[0] = f"source={arguments[0]}"
-    overrides = [a for a in arguments if a != "..." and a.partition("=")[0] not in TEXTS]
+    overrides = [
+        a for a in arguments if a not in ("...", "-m") and a.partition("=")[0] not in TEXTS
+    ]
     assert all("=" in a for a in overrides)
     with initialize_config_dir(CONF, version_base="1.3"):
-        cfg = compose(root, overrides=overrides)
-    assert cfg
+        for job in jobs(overrides) if "-m" in arguments else [overrides]:
+            assert compose(root, overrides=job)
 
 
 def test_every_option_is_told():
     table = re.search(r"\| group \| options \|\n(.*?)\n\n", (ROOT / "README.md").read_text(), re.S)
     told = "data scheduler objective sampler guidance model autoencoder text_encoder eval trainer"
-    for group in [*told.split(), "strategy", "logger"]:
+    more = ["strategy", "logger", "early_stop", "hydra/launcher"]
+    for group in [*told.split(), *more]:
         row = re.search(rf"\| .*`{group}`.*\|", table[1])[0]
         for path in Path(CONF, group).glob("*.yaml"):
             assert f"`{path.stem}`" in row, f"the README does not tell of {group}={path.stem}"

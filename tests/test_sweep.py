@@ -8,14 +8,27 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import wandb_files
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from shell import ANEW, BRIEF, FROZEN, ROOT, TRAIN, environment, rows, run, start, tensors, train
+from shell import (
+    ANEW,
+    BRIEF,
+    FROZEN,
+    ROOT,
+    TRAIN,
+    environment,
+    processes,
+    rows,
+    run,
+    start,
+    tensors,
+    train,
+    wait_for,
+)
 
 from ldm import locks, sweep
 from ldm.machine import Machine
@@ -38,25 +51,6 @@ def result(run_dir):
 def measured(run_dir):
     """metrics.csv without what a clock says."""
     return [{k: v for k, v in row.items() if k not in TIMED} for row in rows(run_dir)]
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.02)
-
-
-def processes(word):
-    """The processes whose command line holds a word."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if word in path.read_bytes().decode("utf-8", "replace"):
-                found.append(int(path.parent.name))
-        except OSError:
-            pass
-    return found
 
 
 def test_the_headline(home):

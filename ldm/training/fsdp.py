@@ -94,10 +94,7 @@ class Sharded(DDPStrategy):
         full = value.full_tensor()
         if not self.is_global_zero:
             return None
-        # Fused AdamW goes through memory and heeds no strides: without shards weights are
-        # channels_last (ldm.build.job), and with other moments their training goes wrong unseen.
-        layout = torch.channels_last if full.ndim == 4 else torch.contiguous_format
-        return full.cpu().contiguous(memory_format=layout)
+        return full.cpu()
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
         """From the state of an optimizer without shards."""

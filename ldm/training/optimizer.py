@@ -43,6 +43,7 @@ class AdamW:
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
         # Lightning refuses to clip gradients of an optimizer that could unscale them by itself.
         optimizer._step_supports_amp_scaling = False
+        optimizer.register_load_state_dict_post_hook(same_layout)
         curve = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step, steps))
         return {
             "optimizer": optimizer,
@@ -56,3 +57,15 @@ class AdamW:
             return warm
         progress = min(1.0, max(0, step - self.warmup) / max(1, steps - self.warmup))
         return warm * (0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+def same_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Lay loaded moments out in memory as their weights are.
+
+    The fused AdamW walks through memory and heeds no strides: moments from a file that was written
+    with another layout would go to other weights, without an error (seen with torch 2.13).
+    """
+    for weight, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == weight.shape and value.stride() != weight.stride():
+                state[name] = torch.empty_like(weight).copy_(value)

@@ -3,21 +3,13 @@
 import json
 import shutil
 import subprocess
-import time
 
 import pytest
-from shell import ANEW, BRIEF, TRAIN, rows, start, tensors, train
+from shell import ANEW, BRIEF, TRAIN, rows, start, tensors, train, wait_for
 
 LONG = [*ANEW, "trainer=ddp", "trainer.accelerator=cpu", "trainer.max_steps=150"]
 LONG += ["trainer.val_check_interval=50", "checkpoint.every=10"]
 SWEEP = ["-m", "optimizer.lr=1e-3,2e-3", "name=queued", "hydra/launcher=slurm", *LONG]
-
-
-def wait_for(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.2)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The learning-rate curve, what is decayed, and a step under Lightning."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -96,3 +97,26 @@ def test_gradients_are_clipped_under_lightning(shapes, tiny_text, precision):
 
     assert moved(1.0) > 5e-4
     assert moved(1e-12) < 1e-4
+
+
+def test_moments_of_another_memory_layout_are_loaded_as_the_weights_lie():
+    """Fused AdamW goes through memory: other strides would mix up the weights, unseen."""
+
+    def trained(state=None, steps=3):
+        torch.manual_seed(0)
+        weight = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
+        weight = nn.Parameter(weight)
+        optimizer = AdamW(lr=0.1, warmup=1)([weight], steps=-1)["optimizer"]
+        if state is not None:
+            optimizer.load_state_dict(copy.deepcopy(state))
+        for _ in range(steps):
+            weight.grad = torch.sin(weight.detach() * 3)
+            optimizer.step()
+        return weight, optimizer.state_dict()
+
+    _, state = trained()
+    expected, _ = trained(state)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        state["state"][0][moment] = state["state"][0][moment].contiguous()
+    found, _ = trained(state)
+    assert torch.equal(found, expected)

@@ -41,7 +41,10 @@ def claim(directory: Path) -> BinaryIO:
 
 
 def claimed(directory: Path) -> bool:
-    """Whether another process works in a run's or a sweep's directory."""
+    """Whether another process works in a run's or a sweep's directory.
+
+    To ask for a directory that this process has claimed is to give it up.
+    """
     try:
         with (directory / ".lock").open("rb") as file:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

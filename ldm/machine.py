@@ -133,3 +133,5 @@ def follow_parent() -> None:
     if PARENT in os.environ and sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if "LOCAL_RANK" not in os.environ and os.getppid() != int(os.environ[PARENT]):
+            sys.exit("the sweep ended while this job began")

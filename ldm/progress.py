@@ -40,7 +40,8 @@ class Lines:
             bar.close()
 
     def begin(self, job: Watched) -> None:
-        told(f"{job.label}: begins in {job.directory}")
+        again = any(job.directory.glob("checkpoints/*.ckpt"))
+        told(f"{job.label}: {'goes on' if again else 'begins'} in {job.directory}")
         taken = {-bar.pos for bar in self.bars.values()}
         place = next(i for i in range(len(taken) + 1) if i not in taken)
         self.bars[job] = tqdm(

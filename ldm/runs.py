@@ -49,7 +49,7 @@ def log_file(run_dir: str) -> str:
 
 
 SWEEP = "sweep.json"  # what the jobs of a sweep share; makes a directory one
-LOWER_IS_BETTER = ("loss", "fid", "kid", "cmmd", "fd_")
+LOWER_IS_BETTER = ("loss", "fid", "kid", "cmmd", "fd_", "data_wait", "memory")
 
 
 def direction(metric: str) -> str:
@@ -74,9 +74,10 @@ def launched() -> tuple[int, int] | None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         here, all_of_them = (int(os.environ[f"{name}WORLD_SIZE"]) for name in ("LOCAL_", ""))
         return here, all_of_them // here
-    if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-        nodes = int(os.environ.get("SLURM_NNODES", 1))
-        return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
+    # Not SLURM_NTASKS, which a batch script has, too.
+    if (tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))) > 1:
+        nodes = int(os.environ["SLURM_STEP_NUM_NODES"])
+        return tasks // nodes, nodes
     return None
 
 
@@ -113,7 +114,8 @@ def read_metrics(run_dir: Path, *, tail: int | None = None) -> list[dict[str, fl
         if tail is not None and size - tail > file.tell():
             file.seek(size - tail)
             file.readline()  # cut in two
-        rows = csv.reader(io.StringIO(file.read().decode()))
+        whole = file.read().rpartition(b"\n")[0]  # without a line that is being written
+        rows = csv.reader(io.StringIO(whole.decode()))
         cells = [{k: number(v) for k, v in zip(names, row, strict=False)} for row in rows]
     found = [{k: v for k, v in row.items() if v is not None} for row in cells]
     return [row for row in found if "step" in row]

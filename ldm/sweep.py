@@ -114,9 +114,9 @@ def _concerns(change: str, keys: set[str]) -> bool:
 def carry_out(jobs: Sequence[Job], host: Host, *, most: int) -> None:
     """Run the jobs that are not finished, `most` at once; each leaves its result.json.
 
-    A job that fails is recorded, and the others go on. SIGINT, SIGTERM and SIGUSR1 are passed on to
-    the running jobs, no other is begun, and once all have left, Stopped is raised; the second
-    signal ends them at once. Raises ValueError, before any is begun, for a job that would not fit.
+    A job that fails is recorded, and the others go on. Signals that ask to stop are passed on
+    to the running jobs, no other is begun, and once all have left, Stopped is raised; the second
+    one ends them at once. Raises ValueError, before any is begun, for a job that would not fit.
     """
     unfinished = [job for job in jobs if not runs.is_finished(job.directory, job.steps)]
     for job in unfinished:
@@ -154,11 +154,15 @@ def farewell() -> int:
     """Rank the jobs that this process has carried out, if any; 1 where one is not finished."""
     if not _carried_out:
         return 0
+    from ldm import ranking
     from ldm.compare import compare  # draws: none of its libraries is needed before
 
     jobs = list(_carried_out)
     sweep = jobs[0].directory.parent
-    print(compare([job.directory for job in jobs], out=sweep, metric=jobs[0].metric))
+    try:
+        print(compare(ranking.find([sweep]), out=sweep, metric=jobs[0].metric))
+    except ValueError as error:  # no job came so far as to measure it
+        print(f"no ranking: {error}")
     left = [job for job in jobs if not runs.is_finished(job.directory, job.steps)]
     if left:
         print(
@@ -178,7 +182,9 @@ class Stopped(SystemExit):
 def _signals() -> Iterator[list[int]]:
     """The signals that arrive while the block lasts."""
     received: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
     before = {n: signal.signal(n, lambda n, frame: received.append(n)) for n in numbers}
     try:
         yield received
@@ -192,8 +198,9 @@ def _pass_on(received: list[int], running: Mapping[Job, Running]) -> None:
     if len(received) == 1:
         told(f"stopping {len(running)} running jobs; once more ends them without saving")
         received.append(0)  # passed on
+        number = signal.SIGTERM if received[0] == signal.SIGHUP else received[0]
         for process in running.values():
-            process.stop(received[0])
+            process.stop(number)
     elif len(received) > 2:
         for process in running.values():
             process.end()

@@ -94,3 +94,56 @@ def test_changes_name_what_a_run_must_not_change():
     new = {"seed": 0, "trainer": {"max_steps": 9}, "data": {"workers": 2, "size": 16}, "new": None}
     assert runs.changes(old, new) == ["data.size was 8, is 16", "gone was 1, is None"]
     assert runs.changes(old, old) == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"LOCAL_RANK": "1"}, None),  # Lightning has started it, and knows the numbers
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, None),  # a batch script
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}, (4, 2)),
+        ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "6"}, (2, 3)),
+    ],
+)
+def test_who_has_started_the_processes(monkeypatch, environment, expected):
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert runs.launched() == expected
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("val/loss", "minimize"),
+        ("val/loss_t3", "minimize"),
+        ("val/fid", "minimize"),
+        ("val/fd_dinov2", "minimize"),
+        ("val/kid", "minimize"),
+        ("train/loss", "minimize"),
+        ("perf/data_wait", "minimize"),
+        ("perf/memory_gib", "minimize"),
+        ("val/clip_score", "maximize"),
+        ("val/scene_accuracy", "maximize"),
+        ("val/psnr", "maximize"),
+        ("perf/images_per_s", "maximize"),
+    ],
+)
+def test_which_way_is_better(metric, expected):
+    assert runs.direction(metric) == expected
+
+
+def test_metrics_are_read_from_the_end_and_through_tears(tmp_path):
+    lines = [f"{i},{i / 8}," for i in range(5000)]
+    torn = "5000,0."
+    (tmp_path / "metrics.csv").write_text("\n".join(["step,val/loss,b", *lines, torn]))
+    assert len(runs.read_metrics(tmp_path)) == 5000
+    last = runs.read_metrics(tmp_path, tail=100)
+    assert 2 < len(last) < 12
+    assert last[-1] == {"step": 4999.0, "val/loss": 4999 / 8}
+    assert runs.value(tmp_path, "val/loss") == 4999 / 8
+    assert runs.value(tmp_path, "b") is None
+    assert runs.read_metrics(tmp_path / "none") == []

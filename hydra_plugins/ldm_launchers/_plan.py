@@ -37,6 +37,8 @@ class Plan:
                 "a sweep starts its own processes: give `python train.py -m ...` without torchrun "
                 "or srun; each job takes trainer.devices and trainer.num_nodes of its own"
             )
+        if moved := [o for o in config.hydra.overrides.hydra if o.startswith("hydra.sweep.")]:
+            raise cli.UsageError(f"{moved[0]}: a sweep lies in runs/<name>, give name=my-sweep")
         self.config, self.loader = config, context.config_loader
         typed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         last = {override.get_key_element(): override for override in typed}  # the last one counts

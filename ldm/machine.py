@@ -17,7 +17,7 @@ PARENT = "LDM_PARENT"
 class Machine:
     """Starts jobs as processes while there is room.
 
-    devices: GPUs of a job that does not say how many; None: a fair share.
+    devices: GPUs of each job; None: its trainer.devices, or a fair share where that is no number.
     Raises ValueError for `n_jobs` below 1.
     """
 
@@ -42,6 +42,11 @@ class Machine:
             )
         if (count := self._count(job)) > len(self.gpus) > 0:
             raise ValueError(f"{job.label} wants {count} GPUs, and there are {len(self.gpus)}")
+        if count < (job.devices or 0) and self.gpus and job.accelerator != "cpu":
+            raise ValueError(
+                f"{job.label} has trainer.devices={job.devices}, and hydra.launcher.devices={count} "
+                "gives it fewer GPUs"
+            )
 
     def start(self, job: Job) -> "Process | None":
         """Start a job; None where others must leave first."""
@@ -66,7 +71,7 @@ class Machine:
         """GPUs of a job."""
         if not self.gpus or job.accelerator == "cpu":
             return 0
-        return job.devices or self.devices or max(len(self.gpus) // self.n_jobs, 1)
+        return self.devices or job.devices or max(len(self.gpus) // self.n_jobs, 1)
 
 
 class Process:

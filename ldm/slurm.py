@@ -10,9 +10,12 @@ from ldm import runs
 from ldm.files import write_text
 from ldm.sweep import OUTPUT, Job
 
-NOT_SBATCH = ("_target_", "submitit_folder", "array_parallelism", "max_num_timeout")
-COMMON = ("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes")
-COMMON = (*COMMON, "stderr_to_stdout")  # submitit's names for any cluster; others are SLURM's
+NOT_SBATCH = {"_target_", "submitit_folder", "array_parallelism", "max_num_timeout"}
+# submitit's names for any cluster; the others are SLURM's own.
+COMMON = {
+    *("name", "timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node"),
+    *("mem_gb", "nodes", "stderr_to_stdout"),
+}
 
 
 class Task:
@@ -70,7 +73,7 @@ class Queue:
         settings |= {"tasks_per_node": job.devices, "nodes": job.nodes, "name": job.label[:60]}
         if job.accelerator == "gpu" and settings.get("gpus_per_node") is None:
             settings["gpus_per_node"] = job.devices
-        named = {k if k in (*COMMON, "name") else f"slurm_{k}": v for k, v in settings.items()}
+        named = {k if k in COMMON else f"slurm_{k}": v for k, v in settings.items()}
         executor.update_parameters(**{k: v for k, v in named.items() if v is not None})
         # A rank that fails takes the others along: they would wait for it.
         executor.update_parameters(slurm_srun_args=["--kill-on-bad-exit=1"])
@@ -97,6 +100,8 @@ class Queue:
             said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
         except FileNotFoundError as error:
             raise OSError("there is no SLURM on this machine: squeue is not found") from error
+        except subprocess.TimeoutExpired as error:
+            return str(error)
         self.looked = time.monotonic()
         if said.returncode:
             return said.stderr.strip()

@@ -131,6 +131,7 @@ def test_a_sweep_that_is_killed_goes_on_as_if_nothing_had_been(home):
     command = ["-m", "optimizer.lr=1e-3,2e-3", *QUICK, "trainer.max_steps=30", "checkpoint.every=3"]
     train(*command, "name=whole", cwd=home)
     second = home / "runs" / "killed" / "optimizer.lr=0.002"
+    command.append("logger=wandb")
     process = start(TRAIN, *BRIEF, *command, "name=killed", cwd=home)
     wait_for(lambda: any(second.glob("checkpoints/step=*06.ckpt")))
     process.kill()
@@ -144,7 +145,11 @@ def test_a_sweep_that_is_killed_goes_on_as_if_nothing_had_been(home):
     assert "2 jobs, 1 of them finished" in said
     assert "resumes" in (second / "output.log").read_text()
     assert (first / "output.log").stat().st_mtime == kept
-    for job in (first, second):
+    for job, starts in ((first, 1), (second, 2)):
+        found = wandb_files.of_run(job)
+        assert [file.id for file in found] == [(job / "wandb_id").read_text().strip()] * starts
+        assert {file.group for file in found} == {"killed"}
+        assert max(found[-1].series("val/loss")) == 30
         whole = home / "runs" / "whole" / job.name
         assert measured(job) == measured(whole)
         for name, tensor in tensors(whole)["state_dict"].items():
@@ -299,6 +304,8 @@ def test_jobs_get_gpus_of_their_own(monkeypatch, tmp_path):
         machine.check(job(devices=4))
     with pytest.raises(ValueError, match="hydra/launcher=slurm"):
         machine.check(job(nodes=2))
+    with pytest.raises(ValueError, match=r"trainer.devices=2, and hydra.launcher.devices=1"):
+        Machine(n_jobs=2, devices=1).check(job(devices=2))
     first = machine.start(job("first", devices=2))
     assert machine.start(job("third", devices=2)) is None, "one GPU is free"
     second = machine.start(job("second"))

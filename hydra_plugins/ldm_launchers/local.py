@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 class LocalLauncher(Launcher):
     """One process a job, with GPUs or cores that no other job has meanwhile.
 
-    devices: GPUs of a job where its trainer.devices is no number; None: a fair share.
+    devices: GPUs of each job; None: its trainer.devices, or a fair share where that is no number.
     """
 
     def __init__(self, *, n_jobs: int = 1, devices: int | None = None) -> None:

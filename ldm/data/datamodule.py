@@ -71,7 +71,7 @@ class TextImageData(L.LightningDataModule):
             near = " or ".join(str(n) for n in (below, below + parts) if n > 0)
             raise ValueError(
                 f"data.batch_size={self.batch_size} is the batch of an optimizer step: it must be "
-                f"a multiple of {parts} ({world} devices x {accumulate} accumulated), as is {near}"
+                f"a multiple of {parts} ({world} devices x {accumulate} accumulated), so {near}"
             )
         return self.batch_size // parts
 

@@ -77,7 +77,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
 SlurmdParameters=config_overrides
 ReturnToService=2
-JobRequeue=1
+JobRequeue=0
 KillWait=30
 MinJobAge=86400
 CONF

@@ -44,8 +44,8 @@ class Machine:
             raise ValueError(f"{job.label} wants {count} GPUs, and there are {len(self.gpus)}")
         if count < (job.devices or 0) and self.gpus and job.accelerator != "cpu":
             raise ValueError(
-                f"{job.label} has trainer.devices={job.devices}, and hydra.launcher.devices={count} "
-                "gives it fewer GPUs"
+                f"{job.label} has trainer.devices={job.devices}, and fewer GPUs by "
+                f"hydra.launcher.devices={count}"
             )
 
     def start(self, job: Job) -> "Process | None":

@@ -304,7 +304,7 @@ def test_jobs_get_gpus_of_their_own(monkeypatch, tmp_path):
         machine.check(job(devices=4))
     with pytest.raises(ValueError, match="hydra/launcher=slurm"):
         machine.check(job(nodes=2))
-    with pytest.raises(ValueError, match=r"trainer.devices=2, and fewer GPUs by hydra.launcher.devices=1"):
+    with pytest.raises(ValueError, match=r"devices=2, and fewer GPUs by hydra.launcher.dev"):
         Machine(n_jobs=2, devices=1).check(job(devices=2))
     first = machine.start(job("first", devices=2))
     assert machine.start(job("third", devices=2)) is None, "one GPU is free"

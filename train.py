@@ -22,12 +22,14 @@ def main(cfg: DictConfig) -> None:
     with cli.told_plainly():
         lock = locks.claim(run_dir) if runs.rank() == 0 else None  # until this process ends
         cli.check_unchanged(cfg, run_dir)
-        if runs.is_finished(run_dir, cfg.trainer.max_steps):
+        if runs.is_finished(run_dir, cfg.trainer.max_steps, stops=bool(cfg.early_stop)):
             print(
                 f"{run_dir} is finished: {cfg.metric} = {runs.value(run_dir, cfg.metric)}. Raise "
                 "trainer.max_steps to go on, or choose another name"
             )
             return
+        if runs.rank() == 0:
+            OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
         from ldm.build.job import build  # torch and Lightning: a typo need not wait for them
 
         job = build(cfg, run_dir)
@@ -41,7 +43,6 @@ def fit(cfg: DictConfig, job, run_dir: Path) -> None:
     spent = runs.read_result(run_dir).get("seconds", 0.0)
     if first:
         (run_dir / "result.json").unlink(missing_ok=True)  # of an earlier, shorter call
-        OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
         print(f"{run_dir} {'resumes' if job.resume else 'begins'}: {job.describe()}", flush=True)
     began, ended = time.time(), {"status": "failed"}
     try:

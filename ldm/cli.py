@@ -1,6 +1,7 @@
 """The command line's manners: free text before Hydra's grammar sees it, and refusals that help."""
 
 import difflib
+import logging
 import os
 import re
 import sys
@@ -14,12 +15,17 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.errors import (
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.locks import InUseError
-from ldm.runs import RESOLVERS, changes, rank
+from ldm.runs import RESOLVERS, SWEEP, changes, rank
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 
@@ -62,6 +68,9 @@ def run(main: Callable[[], None], config_name: str) -> None:
         text = str(error) if isinstance(error, UsageError) else explain(error, config_name)
         print(f"\n{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
         sys.exit(2)
+    except ValueError as error:
+        if "No trials are completed" not in str(error):  # so optuna says that every job failed
+            raise
 
 
 # What hydra-optuna-sweeper leaves to the user, and the rest of a configuration knows.
@@ -82,6 +91,7 @@ def prepare_search() -> None:
     Hydra refuses a YAML file that bears the name of a plugin's settings, so they are put there.
     """
     Plugins.instance()  # finds the plugins, which then store their settings
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # of optuna, about itself
     store = ConfigStore.instance()
     for path, settings in SEARCH.items():
         group, _, name = f"hydra/sweeper/{path}".rpartition("/")
@@ -139,6 +149,8 @@ def check(cfg: DictConfig, config_name: str, overrides: Iterable[str] | None = N
     overrides = HydraConfig.get().overrides.task if overrides is None else overrides
     groups = tuple(o for o in overrides if _is_group(o.partition("=")[0]))
     _compare(OmegaConf.to_container(cfg), _default(config_name, groups), "", config_name)
+    if cfg.get("direction") not in (None, "minimize", "maximize"):
+        raise UsageError(f"direction={cfg.direction} is neither minimize nor maximize")
 
 
 @cache
@@ -164,6 +176,8 @@ def check_metric(metric: str, logged: Iterable[str]) -> None:
 
 def check_unchanged(cfg: DictConfig, run_dir: Path) -> None:
     """Refuse to go on with a run under another configuration; UsageError names what differs."""
+    if (run_dir / SWEEP).is_file():
+        raise UsageError(f"{run_dir} is a sweep, and no run: give another name=...")
     before = run_dir / "config.yaml"
     # Where nothing was saved, there is nothing to go on with.
     saved = any((run_dir / "checkpoints").glob("step=*.ckpt"))
@@ -195,6 +209,8 @@ def _compare(given: dict, default: dict, prefix: str, config_name: str) -> None:
                 raise UsageError(f"{name}={value} is neither true nor false")
             if isinstance(default[key], int | float):
                 raise UsageError(f"{name}={value} is no number (its default is {default[key]})")
+        elif isinstance(value, list | dict) and isinstance(default[key], bool | int | float):
+            raise UsageError(f"{name}={value} is no single value (its default is {default[key]})")
 
 
 def explain(error: Exception, config_name: str) -> str:
@@ -204,21 +220,25 @@ def explain(error: Exception, config_name: str) -> str:
         found := re.search(r"Could not find '([^']+)'", message)
     ):
         group, _, option = found[1].rpartition("/")
-        options = sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
-        near = nearest(option, options)
-        near = near or "."
+        with initialize_config_dir(CONF, version_base="1.3"):
+            options = GlobalHydra.instance().config_loader().get_group_options(group)
+        near = nearest(option, options) or "."
         return f"{group}={option} does not exist{near} There are: {', '.join(options)}"
     if found := re.search(r"Could not (?:override|append to config\.?) '?([\w@/.:-]+)'?", message):
         key = found[1].rstrip(".")
-        return f"there is no setting '{key}'{nearest(key, known_keys(config_name))}"
+        return f"there is no setting '{key}'{nearest(key, known_keys(config_name, key))}"
     if found := re.search(r"Missing mandatory value: (\S+)", message):
         return f"{found[1]} is needed: give {found[1]}=..."
-    if "Error parsing override" in message or "mismatched input" in message:
-        argument = re.search(r"'(.*?)'", message)
-        quoted = argument[1] if argument else "the value"
-        if "=" not in quoted:
-            return f"'{quoted}' is no setting: they are written key=value; --help lists them"
-        return f"cannot read {quoted}: put values with special characters in quotes, key='\"a, b\"'"
+    if isinstance(error, OverrideParseException):
+        if "=" not in error.override:
+            return (
+                f"'{error.override}' is no setting: they are written key=value; --help lists them"
+            )
+        key, _, value = error.override.partition("=")
+        return (
+            f"cannot read {key}={value}: what has blanks or special characters stands in quotes "
+            f"twice, for the shell and for Hydra, as in \"{key}='a, b=c'\""
+        )
     return message
 
 
@@ -233,12 +253,14 @@ def nearest(key: str, known: Iterable[str]) -> str:
     return f" - did you mean {close[0]}?" if close else ""
 
 
-def known_keys(config_name: str) -> list[str]:
-    """Every key and group of the default configuration."""
+def known_keys(config_name: str, wanted: str = "") -> list[str]:
+    """Every key and group of the default configuration; those of Hydra where one is wanted."""
     GlobalHydra.instance().clear()
+    ours = not wanted.startswith("hydra.")
+    chosen = [] if ours else [a for a in sys.argv[1:] if a.startswith("hydra/")]
     with initialize_config_dir(CONF, version_base="1.3"):
-        cfg = compose(config_name)
-    return list(_keys(cfg))
+        cfg = compose(config_name, overrides=chosen, return_hydra_config=not ours)
+    return list(_keys(cfg) if ours else _keys(cfg.hydra, "hydra."))
 
 
 def _keys(cfg: DictConfig, prefix: str = "") -> Iterable[str]:

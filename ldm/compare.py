@@ -68,12 +68,17 @@ def compare(
     table = ranking.markdown(columns, rows)
     failed = [f"{run.directory}: {run.result['error']}" for run in order if "error" in run.result]
     out.mkdir(parents=True, exist_ok=True)
-    title = f"# {len(order)} runs by {metric} ({direction})"
-    blocks = [title, table, *(f"```\n{words}\n```" for words in failed)]
+    title = f"# {len(order)} run{'s' * (len(order) > 1)} by {metric} ({direction})"
+    notes = ranking.doubts(order, metric)
+    blocks = [title, table, *notes, *(f"```\n{words}\n```" for words in failed)]
     write_text(out / "ranking.md", "\n\n".join(blocks) + "\n")
-    write_text(out / "ranking.csv", ranking.as_csv(columns, rows))
+    more = [[str(run.directory), run.result.get("error")] for run in order]
+    in_full = [[*row, *rest] for row, rest in zip(rows, more, strict=True)]
+    text = ranking.as_csv([*columns, "directory", "error"], in_full)
+    write_text(out / "ranking.csv", text)
     written = ["ranking.md", "ranking.csv", *_pictures(order, metric, direction, out)]
-    return f"\n{title[2:]}\n\n{table}\n\n" + "  ".join(str(out / name) for name in written)
+    lines = [f"\n{title[2:]}\n\n{table}\n", *(f"{note}\n" for note in notes)]
+    return "\n".join([*lines, "  ".join(str(out / name) for name in written)])
 
 
 def _pictures(order: Sequence[ranking.Run], metric: str, direction: str, out: Path) -> list[str]:
@@ -96,7 +101,7 @@ def _pictures(order: Sequence[ranking.Run], metric: str, direction: str, out: Pa
     if heads:
         shared = heads.most_common(1)[0][0][:8]
         rows = [
-            (f"{i + 1}. {name}: {_told(run, metric)}", pictures)
+            (f"{i + 1}. {_told(run, metric)}: {name}", pictures)
             for i, (run, name) in enumerate(zip(order, names, strict=True))
             if (pictures := painted[i][1]) and painted[i][0][:8] == shared
         ]
@@ -111,7 +116,7 @@ def _pictures(order: Sequence[ranking.Run], metric: str, direction: str, out: Pa
 
 def _told(run: ranking.Run, metric: str) -> str:
     value = run.last(metric)
-    return f"{'unknown' if value is None else f'{value:.4g}'} after {run.step} steps, {run.state}"
+    return f"{'unknown' if value is None else f'{value:.4g}'}, {run.state} after {run.step} steps"
 
 
 def _painted(run: ranking.Run) -> tuple[tuple[str, ...], list]:

@@ -22,8 +22,8 @@ class Machine:
     """
 
     def __init__(self, *, n_jobs: int, devices: int | None = None) -> None:
-        if n_jobs < 1:
-            raise ValueError(f"hydra.launcher.n_jobs={n_jobs} must be 1 or more")
+        if not isinstance(n_jobs, int) or n_jobs < 1:
+            raise ValueError(f"hydra.launcher.n_jobs={n_jobs} must be a number of jobs, 1 or more")
         self.n_jobs = n_jobs
         self.devices = devices
         self.gpus = gpus()

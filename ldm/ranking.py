@@ -23,7 +23,7 @@ SHOWN = (
     "val/loss",
 )
 # Not settings of an experiment, but where and how it was carried out.
-INCIDENTAL = ("name", "direction")
+INCIDENTAL = ("name", "direction", "early_stop.run_dir")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Run:
     """A run as its directory tells of it."""
 
     directory: Path
-    state: str  # running, finished, preempted, failed, interrupted or waiting
+    state: str  # running, finished, stopped early, preempted, failed, interrupted or waiting
     config: dict
     choices: dict[str, str]  # the option of each group
     result: dict
@@ -61,6 +61,8 @@ def read(directory: Path) -> Run:
     begun = any((directory / name).exists() for name in ("config.yaml", "output.log"))
     if locks.claimed(directory):
         state = "running"
+    elif result.get("stopped_early"):
+        state = "stopped early"
     else:
         state = result.get("status") or ("interrupted" if begun else "waiting")
     return Run(
@@ -84,7 +86,8 @@ def find(places: Iterable[Path]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for place in places:
-        if (place / "config.yaml").is_file() or (place / "result.json").is_file():
+        is_run = (place / "config.yaml").is_file() or (place / "result.json").is_file()
+        if is_run and not (place / runs.SWEEP).is_file():
             found[place] = None
             continue
         below = {p.parent for n in ("config.yaml", "result.json") for p in place.glob(f"**/{n}")}
@@ -101,18 +104,24 @@ def find(places: Iterable[Path]) -> list[Path]:
 def differences(compared: Sequence[Run]) -> dict[str, list[str]]:
     """What differs between runs: a group's option, or a single setting; a value for each run.
 
-    Settings that come with a group's option are not told again.
+    Settings that come with a group's option are not told again, and a run without configuration,
+    which did not come so far, differs in nothing.
     """
+    begun = [bool(run.config) for run in compared]
+
+    def differ(values: list[str]) -> bool:
+        return len({value for value, known in zip(values, begun, strict=True) if known}) > 1
+
     table: dict[str, list[str]] = {}
     for group in sorted({group for run in compared for group in run.choices}):
         values = [run.choices.get(group, "") for run in compared]
-        if len(set(values)) > 1:
+        if differ(values):
             table[group] = values
     flat = [dict(_leaves(run.config)) for run in compared]
     for key in dict.fromkeys(key for settings in flat for key in settings):
         values = [str(settings.get(key, "")) for settings in flat]
         told = any(key == group or key.startswith(f"{group}.") for group in table)
-        if len(set(values)) > 1 and not told and key not in INCIDENTAL:
+        if differ(values) and not told and key not in INCIDENTAL:
             table[key] = values
     return table
 
@@ -137,6 +146,22 @@ def ranked(compared: Sequence[Run], metric: str, *, direction: str) -> list[Run]
     return sorted(compared, key=place)
 
 
+def doubts(compared: Sequence[Run], metric: str) -> list[str]:
+    """Why the order might say less than it seems to."""
+    weighing = {"scheduler", "objective", "autoencoder", "data", "time_power"}
+    differ = weighing & {key.partition(".")[0] for key in differences(compared)}
+    stages = {run.config.get("stage") for run in compared if run.config}
+    if len(stages) > 1:
+        return [f"These are runs of several stages ({', '.join(sorted(map(str, stages)))})."]
+    if differ and metric.startswith(("val/loss", "train/loss")):
+        what = ", ".join(sorted(differ))
+        return [
+            f"A loss weighs the same errors otherwise where {what} differs: look at samples.png, "
+            "or rank by what is painted, as metric=val/scene_accuracy does."
+        ]
+    return []
+
+
 def names(compared: Sequence[Run]) -> list[str]:
     """A short name for each run: its directory below the one that all share."""
     parts = [run.directory.absolute().parts for run in compared]
@@ -150,7 +175,7 @@ def beside(order: Sequence[Run]) -> list[str]:
     """Those of SHOWN that any of the runs has measured."""
     logged = {name for run in order for row in run.rows for name in row}
     names = [n for start in SHOWN for n in sorted(logged) if n.startswith(start)]
-    return [n for n in names if not n.startswith("val/loss_t")]
+    return [n for n in names if not n.startswith("val/loss_t") and not n.endswith("_chance")]
 
 
 def table(order: Sequence[Run], metric: str) -> tuple[list[str], list[list]]:

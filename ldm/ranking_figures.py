@@ -1,6 +1,7 @@
 """Pictures of several runs side by side: their curves, and what they paint for the same prompts."""
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -21,7 +22,9 @@ def curves(panels: Mapping[str, Sequence[tuple[str, Curve]]]) -> Image.Image:
     columns = min(count, 2)
     rows = -(-count // columns)
     labels = list(dict.fromkeys(name for lines in panels.values() for name, _ in lines))
-    figure = Figure(figsize=(6.4 * columns, 3.8 * rows + 0.28 * len(labels)), layout="constrained")
+    wrapped = {label: textwrap.fill(label, 65 * columns) for label in labels}
+    height = 3.8 * rows + 0.24 * sum(text.count("\n") + 1 for text in wrapped.values())
+    figure = Figure(figsize=(6.4 * columns, height), layout="constrained")
     drawn = {}
     for i, (metric, lines) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, i + 1)
@@ -35,7 +38,8 @@ def curves(panels: Mapping[str, Sequence[tuple[str, Curve]]]) -> Image.Image:
             x, y = np.array(points, dtype=float).reshape(-1, 2).T
             drawn[name] = axes.plot(x, y, marker=".", linewidth=1.4, label=name, **style)[0]
     shown = [label for label in labels if label in drawn]
-    figure.legend([drawn[n] for n in shown], shown, loc="outside lower left", frameon=False)
+    lines = [drawn[label] for label in shown]
+    figure.legend(lines, [wrapped[n] for n in shown], loc="outside lower left", frameon=False)
     file = io.BytesIO()
     FigureCanvasAgg(figure).print_png(file)
     return Image.open(file).convert("RGB")

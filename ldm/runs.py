@@ -92,12 +92,14 @@ def read_result(run_dir: Path) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def is_finished(run_dir: Path, steps: int) -> bool:
-    """Whether a run has come to its end, `steps` optimizer steps or an early stop."""
+def is_finished(run_dir: Path, steps: int, *, stops: bool) -> bool:
+    """Whether a run has come to its end: `steps` optimizer steps, or an early stop, if it `stops`.
+
+    A run that stopped early goes on where it is no longer asked to.
+    """
     done = read_result(run_dir)
-    return done.get("status") == "finished" and (
-        done["steps"] >= steps or done.get("stopped_early", False)
-    )
+    early = stops and done.get("stopped_early", False)
+    return done.get("status") == "finished" and (done["steps"] >= steps or early)
 
 
 def read_metrics(run_dir: Path, *, tail: int | None = None) -> list[dict[str, float]]:
@@ -149,6 +151,7 @@ FREE = (
     "strategy",
     "logger",
     "checkpoint",
+    "stop_after_skips",
     "samples",
     "metric",
     "validate_first",

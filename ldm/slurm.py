@@ -6,7 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-from ldm import runs
 from ldm.files import write_text
 from ldm.sweep import OUTPUT, Job
 
@@ -120,7 +119,7 @@ class Queued:
         self.queue.look()
         if self.number in self.queue.present:
             return None
-        return 0 if runs.is_finished(self.job.directory, self.job.steps) else 1
+        return 0 if self.job.is_finished else 1
 
     def stop(self, number: int) -> None:
         """Out of the queue where it waits; where it runs, it saves and leaves."""

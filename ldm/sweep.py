@@ -32,6 +32,7 @@ class Job:
     overrides: tuple[str, ...]  # its command line, without the name
     metric: str
     steps: int  # optimizer steps it is asked to take
+    stops: bool  # or fewer, where it may stop early
     devices: int | None  # processes of one machine; None: as many as there are devices
     nodes: int
     accelerator: str
@@ -40,6 +41,11 @@ class Job:
     @property
     def directory(self) -> Path:
         return Path("runs", self.name)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return runs.is_finished(self.directory, self.steps, stops=self.stops)
 
     @property
     def arguments(self) -> list[str]:
@@ -86,12 +92,15 @@ def digest(texts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(sorted(texts)).encode()).hexdigest()[:6]
 
 
-def begin(directory: Path, base: dict, *, swept: Sequence[str]) -> None:
-    """Write down what all jobs of a sweep share; called by the process that claimed it.
+def begin(directory: Path, base: dict, *, swept: Sequence[str]) -> dict:
+    """What all jobs of a sweep share, to be written down once the first of them can begin.
 
-    Raises UsageError, which names what differs, where the sweep was begun with another base.
+    Raises UsageError where the sweep was begun with another base, naming what differs, or where
+    the directory is a run's.
     """
     path = directory / runs.SWEEP
+    if not path.is_file() and (directory / "config.yaml").is_file():
+        raise UsageError(f"{directory} is a run, and no sweep: give another name=...")
     if path.is_file():
         old = json.loads(path.read_text())
         # What is swept now or was swept before is not shared.
@@ -103,7 +112,7 @@ def begin(directory: Path, base: dict, *, swept: Sequence[str]) -> None:
                 "those again to go on with it, or another name=... to begin anew"
             )
         swept = sorted(groups)
-    write_text(path, json.dumps({"swept": sorted(swept), "base": base}, indent=1) + "\n")
+    return {"swept": sorted(swept), "base": base}
 
 
 def _concerns(change: str, keys: set[str]) -> bool:
@@ -111,18 +120,21 @@ def _concerns(change: str, keys: set[str]) -> bool:
     return any(key == k or key.startswith(f"{k}.") for k in keys)
 
 
-def carry_out(jobs: Sequence[Job], host: Host, *, most: int) -> None:
+def carry_out(jobs: Sequence[Job], host: Host, *, most: int, shared: dict) -> None:
     """Run the jobs that are not finished, `most` at once; each leaves its result.json.
 
     A job that fails is recorded, and the others go on. Signals that ask to stop are passed on
     to the running jobs, no other is begun, and once all have left, Stopped is raised; the second
     one ends them at once. Raises ValueError, before any is begun, for a job that would not fit.
     """
-    unfinished = [job for job in jobs if not runs.is_finished(job.directory, job.steps)]
+    unfinished = [job for job in jobs if not job.is_finished]
     for job in unfinished:
         host.check(job)
+    shared_path = jobs[0].directory.parent / runs.SWEEP
+    write_text(shared_path, json.dumps(shared, indent=1) + "\n")
     _carried_out.update(dict.fromkeys(jobs))
-    told(f"{len(jobs)} jobs, {len(jobs) - len(unfinished)} of them finished")
+    if len(jobs) > 1:
+        told(f"{len(jobs)} jobs, {len(jobs) - len(unfinished)} of them finished")
     waiting, running = list(unfinished), {}
     with _signals() as received, Lines() as lines:
         while running or (waiting and not received):
@@ -163,11 +175,10 @@ def farewell() -> int:
         print(compare(ranking.find([sweep]), out=sweep, metric=jobs[0].metric))
     except ValueError as error:  # no job came so far as to measure it
         print(f"no ranking: {error}")
-    left = [job for job in jobs if not runs.is_finished(job.directory, job.steps)]
+    left = [job for job in jobs if not job.is_finished]
     if left:
-        print(
-            f"\n{len(left)} of {len(jobs)} jobs did not finish; the same command goes on with them"
-        )
+        said = f"{len(left)} of {len(jobs)} jobs did not finish"
+        print(f"\n{said}; the same command takes them up again")
     return 1 if left else 0
 
 
@@ -211,13 +222,15 @@ def _outcome(job: Job, code: int, *, stopped: bool) -> str:
     result = runs.read_result(job.directory)
     status = result.get("status")
     if code == 0 and status == "finished":
-        return f"finished, {result['metric']} = {result['value']} after {result['steps']} steps"
+        how = "stopped early" if result.get("stopped_early") else "finished"
+        return f"{how}, {result['metric']} = {result['value']} after {result['steps']} steps"
     if status == "preempted":
         return f"stopped at step {result['steps']}; the same command goes on with it"
     if stopped and status != "failed":
         return "stopped before its first step; the same command begins it anew"
     if status != "failed":
-        words = error_text(job.directory / OUTPUT) or f"it ended with exit code {code}"
+        words = error_text(job.directory / OUTPUT) if code >= 0 else ""
+        words = words or _ending(code)
         job.directory.mkdir(parents=True, exist_ok=True)
         runs.write_result(
             job.directory,
@@ -235,11 +248,23 @@ def _outcome(job: Job, code: int, *, stopped: bool) -> str:
     return f"failed: {words}\n    all it printed: {job.directory / OUTPUT}"
 
 
+def _ending(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "it was killed (SIGKILL; out of memory?)"
+    return f"it ended by {signal.Signals(-code).name}" if code < 0 else f"its exit code was {code}"
+
+
 def error_text(output: Path, *, lines: int = 6) -> str:
-    """The last lines that a job printed."""
+    """What a job said last: the message that it ended with, or its last lines.
+
+    Progress bars are left out.
+    """
     if not output.is_file():
         return ""
     text = output.read_bytes()[-20_000:].decode("utf-8", "replace")
-    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
-    said = [line.rpartition("\r")[2].rstrip() for line in text.split("\n")]
-    return "\n".join([line for line in said if line][-lines:])
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).replace("\r", "\n")
+    bar = re.compile(r"\d+/[\d?]+ \[|Error executing job with overrides")
+    said = [line.rstrip() for line in text.split("\n") if line.strip() and not bar.search(line)]
+    told_at = max((i for i, line in enumerate(said) if line.startswith("train.py: ")), default=None)
+    told = said[-lines:] if told_at is None else said[told_at:][:lines]
+    return "\n".join(told).removeprefix("train.py: ")

@@ -61,6 +61,8 @@ def test_the_best_stands_first_and_what_failed_last(sweep):
     runs = ["scheduler=cosine", "scheduler=linear", "scheduler=new", "scheduler=none"]
     assert [row["run"] for row in table] == runs
     assert [row["state"] for row in table] == ["finished", "finished", "interrupted", "failed"]
+    assert table[0]["directory"].endswith("runs/mine/scheduler=cosine")
+    assert table[3]["error"] == "ValueError: no | good"
     assert [row["scheduler"] for row in table] == ["cosine", "linear", "cosine", "cosine"]
     assert [row["seed"] for row in table] == ["3", "", "", ""]
     assert "direction" not in table[0], "it follows from the metric"

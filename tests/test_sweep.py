@@ -192,6 +192,40 @@ def test_what_all_jobs_share_may_not_change(home):
     assert "did you mean data.size" in said
 
 
+def test_a_job_that_never_began_and_one_that_was_killed_are_told(home):
+    command = [*BRIEF, "-m", "name=hard", *QUICK, "trainer.max_steps=100000"]
+    said = train("-m", "name=hard", "data.sise=1", *QUICK, cwd=home, expect=2)
+    assert "did you mean data.size" in said
+    hard = home / "runs" / "hard"
+    assert not (hard / "sweep.json").exists(), "what was refused binds nobody"
+    sweep = start(TRAIN, *command, "optimizer.lr=-1,1e-3", cwd=home)
+    killed = hard / "optimizer.lr=0.001"
+    wait_for(lambda: any(killed.glob("checkpoints/last.ckpt")))
+    (number,) = processes("name='hard/optimizer.lr=0.001'")
+    os.kill(number, signal.SIGKILL)
+    said, _ = sweep.communicate(timeout=60)
+    assert sweep.returncode == 1
+    assert "optimizer.lr=0.001: failed: it was killed (SIGKILL; out of memory?)" in said
+    assert "optimizer.lr=-1: failed: ValueError: Invalid learning rate: -1" in said
+    with (hard / "ranking.csv").open() as file:
+        table = {row["run"]: row for row in csv.DictReader(file)}
+    assert sorted(row["optimizer.lr"] for row in table.values()) == ["-1", "0.001"]
+    assert "out of memory" in table["optimizer.lr=0.001"]["error"]
+    assert len(table["optimizer.lr=-1"]) < 14, "only what differs has a column"
+
+
+def test_a_run_is_no_sweep_and_a_sweep_no_run(home):
+    brief = [*QUICK, "trainer.max_steps=1", "trainer.val_check_interval=1"]
+    train("name=plain", *brief, cwd=home)
+    said = train("-m", "name=plain", "seed=1,2", *brief, cwd=home, expect=2)
+    assert "runs/plain is a run, and no sweep" in said
+    run(TRAIN, "-m", "seed=1", "name=many", *BRIEF, *brief, cwd=home)
+    said = train("name=many", *brief, cwd=home, expect=2)
+    assert "runs/many is a sweep, and no run" in said
+    said = train(*brief, "name='many/seed=1'", cwd=home)
+    assert "is finished" in said, "a job is a run like any other"
+
+
 def test_no_sweep_under_a_launcher(home):
     said = train("-m", "seed=1,2", *QUICK, cwd=home, expect=2, RANK="0", LOCAL_RANK="0")
     assert "without torchrun or srun" in said
@@ -282,6 +316,7 @@ def job(label="a", *, devices=1, accelerator="gpu", nodes=1):
         overrides=(),
         metric="val/loss",
         steps=1,
+        stops=False,
         devices=devices,
         nodes=nodes,
         accelerator=accelerator,

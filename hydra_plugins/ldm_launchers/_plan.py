@@ -61,7 +61,7 @@ class Plan:
             self._lock = locks.claim(self.directory)
             base = self._compose(same)
             plain = OmegaConf.to_container(self._plain(base), resolve=True, throw_on_missing=False)
-            sweep.begin(self.directory, plain, swept=self.swept)
+            self.shared = sweep.begin(self.directory, plain, swept=self.swept)
 
     def _own_name(self, same: Sequence[str]) -> str:
         """The name of a sweep that was given none: the same for the same command."""
@@ -94,7 +94,8 @@ class Plan:
                 for override in parser.parse_overrides(list(overrides))
                 if override.get_key_element() != "name"
             ]
-            own = [o for o in parsed if o.get_key_element() not in self.same] or parsed
+            # Where nothing is swept there is one job: what was typed first names it.
+            own = [o for o in parsed if o.get_key_element() not in self.same] or parsed[:1]
             label = sweep.label({o.get_key_element(): o.get_value_element_as_str() for o in own})
             if label not in found:
                 found[label] = self._job(label, [o.input_line for o in parsed])
@@ -111,6 +112,7 @@ class Plan:
             overrides=(*self.flags, *overrides),
             metric=cfg.metric,
             steps=cfg.trainer.max_steps,
+            stops=bool(cfg.early_stop),
             devices=devices if isinstance(devices, int) and devices > 0 else None,
             nodes=cfg.trainer.num_nodes,
             accelerator=cfg.trainer.accelerator,
@@ -123,7 +125,7 @@ class Plan:
         """Run the sweeper's jobs; the value of a job that did not finish is None."""
         jobs = self.jobs(job_overrides)
         with cli.told_plainly():
-            sweep.carry_out(list(dict.fromkeys(jobs)), host, most=most)
+            sweep.carry_out(list(dict.fromkeys(jobs)), host, most=most, shared=self.shared)
         return [
             # Completed in Hydra's eyes even where it failed: a sweeper must go on with the others.
             JobReturn(
@@ -137,6 +139,4 @@ class Plan:
 
     @staticmethod
     def _value(job: sweep.Job) -> float | None:
-        if not runs.is_finished(job.directory, job.steps):
-            return None
-        return runs.value(job.directory, job.metric)
+        return runs.value(job.directory, job.metric) if job.is_finished else None

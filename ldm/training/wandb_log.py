@@ -31,7 +31,7 @@ def wandb_logger(
     project: str = "ldm",
     offline: bool | None = None,
 ) -> "WandbRun":
-    """The run's W&B logger; the run `a/b` is `b` in the group `a`, its overrides are its tags.
+    """The run's W&B logger; the run `a/b` is `b` in the group `a`, tagged with what `b` names.
 
     offline: None means where there is neither an API key nor WANDB_MODE. What is logged offline
     lies in <run_dir>/wandb and is sent by `wandb sync`. With a key and no server that takes it,
@@ -40,7 +40,10 @@ def wandb_logger(
     if offline is None and "WANDB_MODE" not in os.environ:
         offline = not has_key()
     group, _, own = str(name).rpartition("/")
-    tags = dict.fromkeys(text if len(text) <= 64 else f"{text[:61]}..." for text in overrides)
+    differing = [text for text in overrides if text in own]  # in a sweep, all of them name a job
+    tags = dict.fromkeys(
+        text if len(text) <= 64 else f"{text[:61]}..." for text in differing or overrides
+    )
     run = {"project": project, "group": group[:128] or None, "name": own[:128], "tags": list(tags)}
     return WandbRun(run_dir, run=run, overrides=overrides, offline=bool(offline))
 

@@ -64,6 +64,13 @@ def log_steps(run_dir: Path, steps: range, *, failed: bool = False, **settings) 
         wandb.teardown()
 
 
+def test_a_run_of_its_own_is_tagged_with_all_it_was_given(tmp_path):
+    given = [*OVERRIDES, OVERRIDES[0]]
+    logger = wandb_logger(run_dir=tmp_path, name="alone", overrides=given, offline=True)
+    assert logger.run["group"] is None
+    assert logger.run["tags"] == [*OVERRIDES[:2], f"{OVERRIDES[2][:61]}..."]
+
+
 def test_a_job_of_a_sweep(tmp_path, capsys):
     """Group, name, tags, configuration, metrics and pictures of a run without a key."""
     run_dir = tmp_path / "my runs" / "scheduler=cosine"
@@ -73,7 +80,7 @@ def test_a_job_of_a_sweep(tmp_path, capsys):
     (run,) = wandb_files.of_run(run_dir)
     assert run.id == (run_dir / "wandb_id").read_text().strip()
     assert (run.project, run.group, run.name) == ("ldm", "demo", "scheduler=cosine")
-    assert run.tags == [*OVERRIDES[:2], f"{OVERRIDES[2][:61]}..."]
+    assert run.tags == ["scheduler=cosine"], "what sets it apart in the sweep"
     assert run.config["overrides"] == dict(text.split("=") for text in OVERRIDES)
     assert run.config["optimizer"] == {"lr": 1e-3}
     assert run.series("train/loss") == {step: 1 / (step + 3) for step in range(3)}

@@ -3,18 +3,24 @@
 A checkpoint is `<name>.ckpt`, tensors and plain values that `torch.load(weights_only=True)` opens,
 and `<name>.ckpt.json`, its manifest with size and digest. It is written to a temporary name in the
 same directory, flushed to the disk and renamed; the manifest comes last. A checkpoint without a
-valid manifest does not exist. `last.ckpt` is a link to the newest.
+valid manifest does not exist. `last.ckpt` is a link to the newest, `best.ckpt` to the one that
+validated best.
 """
 
 import difflib
 import hashlib
 import json
 import os
+import shutil
 import warnings
+from collections.abc import Collection
+from errno import ENOSPC
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from torch import nn
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
 
 from ldm.files import TEMPORARY, replacing, write_text
 
@@ -23,23 +29,102 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, torn, changed, or does not fit."""
 
 
+class _Hashed:
+    """A file to write to that knows the digest of what it was given, and the error it met."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            self.sha256.update(data)
+            return self.file.write(data)
+        except OSError as error:  # torch.save has a RuntimeError of its own take its place
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        """Left to `replacing`."""
+
+
 def write(payload: dict, path: Path) -> None:
-    """Store `payload` at `path`, with its manifest; both replace what was there."""
+    """Store `payload` at `path`, with its manifest; both replace what was there.
+
+    The file counts from the moment that it was read back and found to be what was written.
+    Raises OSError where that fails; then nothing is left at `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # A file that is about to be replaced has no valid manifest until its own is there.
     manifest_path(path).unlink(missing_ok=True)
+    if (free := shutil.disk_usage(path.parent).free) < size(payload):
+        raise OSError(ENOSPC, f"{os.strerror(ENOSPC)} ({free} bytes are free)")
+    try:
+        with replacing(path) as file:
+            hashed = _Hashed(file)
+            try:
+                torch.save(payload, hashed)
+            except RuntimeError as error:
+                raise hashed.error or error from None
+        manifest = {"size": path.stat().st_size, "sha256": hashed.sha256.hexdigest()}
+        if file_digest(path) != manifest["sha256"]:
+            raise OSError(f"{path} is not what was written when it is read back")
+        write_text(manifest_path(path), json.dumps(manifest) + "\n")
+    except OSError:
+        remove(path)
+        raise
+
+
+def size(payload: object) -> int:
+    """Bytes of all tensors in dicts and lists within one another."""
+    if isinstance(payload, Tensor):
+        return payload.nbytes
+    parts = payload.values() if isinstance(payload, dict) else payload
+    return sum(map(size, parts)) if isinstance(payload, dict | list | tuple) else 0
+
+
+def export(payload: dict, path: Path) -> None:
+    """The weights of a checkpoint alone, averaged where there is an average, as safetensors.
+
+    Beside it, under `.json`, what the checkpoint says of itself: step, stage, configuration.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = part(payload, "ema.module.") or payload["state_dict"]
+    facts = {"step": payload["global_step"], **payload["ldm"]}
+    write_text(path.with_suffix(".json"), json.dumps(facts, indent=2) + "\n")
     with replacing(path) as file:
-        torch.save(payload, file)
-    manifest = {"size": path.stat().st_size, "sha256": file_digest(path)}
-    write_text(manifest_path(path), json.dumps(manifest) + "\n")
+        file.write(to_safetensors({name: t.contiguous() for name, t in weights.items()}))
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError, with the remedy, where a folder takes no files or no links."""
+    probe = folder / f"probe{TEMPORARY}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.unlink(missing_ok=True)
+        probe.symlink_to("last.ckpt")
+        probe.unlink()
+        write_text(probe, "0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"checkpoints cannot be written to {folder} ({error.strerror or error}): make room "
+            "there, or take a name whose directory lies elsewhere"
+        ) from error
 
 
 def link_last(path: Path) -> None:
     """Point `last.ckpt` beside `path` to it."""
-    temporary = path.with_name(f".last.{os.getpid()}.tmp")
+    link(path, "last.ckpt")
+
+
+def link(path: Path, name: str) -> None:
+    """Point the link `name` beside `path` to it."""
+    temporary = path.with_name(f".{name}.{os.getpid()}{TEMPORARY}")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(path.name)
-    os.replace(temporary, path.with_name("last.ckpt"))
+    os.replace(temporary, path.with_name(name))
 
 
 def read(path: Path) -> dict:
@@ -68,45 +153,77 @@ def flaw(path: Path) -> str | None:
     try:
         manifest = json.loads(manifest_path(path).read_text())
         size, digest = manifest["size"], manifest["sha256"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"its manifest {manifest_path(path).name} is damaged"
-    if path.stat().st_size != size:
-        return f"it has {path.stat().st_size} bytes where its manifest says {size}"
-    if file_digest(path) != digest:
-        return "its content does not have the digest of its manifest"
+    try:
+        if path.stat().st_size != size:
+            return f"it has {path.stat().st_size} bytes where its manifest says {size}"
+        if file_digest(path) != digest:
+            return "its content does not have the digest of its manifest"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
     return None
 
 
-def newest(folder: Path) -> Path | None:
+def newest(folder: Path, *, last_step: int | None = None) -> Path | None:
     """The newest whole checkpoint of a folder; None where there is no checkpoint at all.
 
-    Those that are damaged are passed over with a warning. Raises CheckpointError where all are: to
-    begin anew in silence would lose the run.
+    last_step: of a run that is to go on. One that was saved there, but was not validated ("_end"),
+    is passed over where there is another: after it no step is left from which to validate.
+    Those that are damaged are passed over with a warning that says what is lost with them. Raises
+    CheckpointError where all are: to begin anew in silence would lose the run.
     """
     found = sorted(folder.glob("step=*.ckpt"), reverse=True)
+    at_last = [path for path in found[:1] if path.name == f"step={last_step or 0:08d}.ckpt"]
+    if at_last and any(map(is_whole, found[1:])):
+        del found[0]
+    flaws: dict[Path, str] = {}
     for path in found:
-        problem = flaw(path)
-        if problem is None:
-            return path
-        warnings.warn(f"checkpoint {path} is passed over: {problem}", stacklevel=2)
+        if problem := flaw(path):
+            flaws[path] = problem
+            continue
+        for damaged, problem in flaws.items():
+            lost = f"what was trained from step {step(path)} to {step(damaged)} is lost"
+            if step(path) == step(damaged):
+                lost = "no step is lost"
+            warnings.warn(
+                f"checkpoint {damaged} is passed over: {problem}. {path.name} is taken in its "
+                f"place: {lost}",
+                stacklevel=2,
+            )
+        return path
     if found:
+        told = "".join(f"\n  {path.name}: {problem}" for path, problem in flaws.items())
         raise CheckpointError(
             f"none of the {len(found)} checkpoints in {folder} is whole; move the folder away to "
-            "begin anew"
+            f"begin anew{told}"
         )
     return None
 
 
-def keep_newest(folder: Path, count: int) -> None:
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint can be trusted."""
+    return flaw(path) is None
+
+
+def step(path: Path) -> int:
+    """The optimizer step in the name of a checkpoint, step=00000250_end.ckpt; 0 without one."""
+    digits = path.name.removeprefix("step=")[:8]
+    return int(digits) if digits.isdecimal() else 0
+
+
+def keep_newest(folder: Path, count: int, *, spare: Collection[str] = ()) -> None:
     """Delete all checkpoints of a folder but the `count` newest that have a manifest.
 
-    What a killed save has left under a temporary name goes, too.
+    Those named in `spare` stay as well. What a killed save has left under a temporary name goes,
+    too.
     """
     for left in folder.glob(f"*{TEMPORARY}"):
         left.unlink(missing_ok=True)
-    kept = sorted(path for path in folder.glob("step=*.ckpt") if manifest_path(path).is_file())
-    for path in folder.glob("step=*.ckpt"):
-        if path not in kept[-count:]:
+    files = [path for path in folder.glob("step=*.ckpt") if not path.is_dir()]
+    kept = sorted(path for path in files if manifest_path(path).is_file())[-count:]
+    for path in files:
+        if path not in kept and path.name not in spare:
             remove(path)
 
 

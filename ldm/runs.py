@@ -156,6 +156,10 @@ FREE = (
     "metric",
     "validate_first",
     "data.workers",
+    "data.on_error",
+    "data.max_skipped",
+    "data.cache",
+    "data.cache_gb",
     "data.val_batch_size",
 )
 

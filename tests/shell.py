@@ -36,7 +36,7 @@ def environment(cwd: Path, **more: str) -> dict[str, str]:
     return env | more
 
 
-def run(*command: str, cwd: Path, expect: int = 0, **more: str) -> str:
+def run(*command: str, cwd: Path, expect: int = 0, seconds: float = 300, **more: str) -> str:
     """What a Python command prints, errors first."""
     done = subprocess.run(
         [sys.executable, *command],
@@ -44,7 +44,7 @@ def run(*command: str, cwd: Path, expect: int = 0, **more: str) -> str:
         env=environment(cwd, **more),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=seconds,
     )
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stderr + done.stdout

@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from ldm import checkpoint
@@ -96,6 +99,64 @@ def test_a_damaged_file_is_named_with_the_reason(file, damage, reason):
         checkpoint.read(file)
 
 
+def forge(path: Path) -> None:
+    """A manifest that fits what is there."""
+    facts = {"size": path.stat().st_size, "sha256": checkpoint.file_digest(path)}
+    checkpoint.manifest_path(path).write_text(json.dumps(facts))
+
+
+def flipped(data: bytes, rng: random.Random) -> bytes:
+    """With one bit changed."""
+    bit = rng.randrange(8 * len(data))
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+@pytest.mark.filterwarnings("ignore:checkpoint .* is passed over")
+@pytest.mark.parametrize("what", ["cut", "flipped", "manifest flipped"])
+def test_200_damages_are_found_and_the_one_before_is_taken(tmp_path, what):
+    rng = random.Random(0)
+    for step in (1, 2):
+        save(tmp_path, step)
+    before, path = (tmp_path / f"step={step:08d}.ckpt" for step in (1, 2))
+    victim = checkpoint.manifest_path(path) if what == "manifest flipped" else path
+    good = victim.read_bytes()
+    for _ in range(200):
+        bad = good[: rng.randrange(len(good))] if what == "cut" else flipped(good, rng)
+        victim.write_bytes(bad)
+        assert checkpoint.newest(tmp_path) == before
+        with pytest.raises(CheckpointError, match=rf"{path} cannot be used: it"):
+            checkpoint.read(path)
+    victim.write_bytes(good)
+    assert checkpoint.newest(tmp_path) == path
+
+
+@pytest.mark.parametrize("what", ["cut", "flipped"])
+def test_200_damages_under_a_forged_manifest_do_no_harm(tmp_path, what):
+    """Whoever changes both is told so, or gets other values; nothing runs, nothing crashes."""
+    rng = random.Random(0)
+    save(tmp_path, 1)
+    path = tmp_path / "step=00000001.ckpt"
+    good = path.read_bytes()
+    refused = []
+    for _ in range(200):
+        path.write_bytes(good[: rng.randrange(len(good))] if what == "cut" else flipped(good, rng))
+        forge(path)
+        try:
+            assert isinstance(checkpoint.read(path), dict)
+        except CheckpointError as error:
+            refused.append(str(error))
+    assert len(refused) == 200 if what == "cut" else len(refused) > 20
+    assert all(f"{path} is no checkpoint of ours" in said for said in refused)
+
+
+def test_a_manifest_that_nests_without_end_is_damaged(file):
+    checkpoint.manifest_path(file).write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"its manifest .* is damaged"):
+        checkpoint.read(file)
+
+
 class Touch:
     """An object whose unpickling makes a file."""
 
@@ -123,8 +184,7 @@ def plain_pickle(bad: Touch, path: Path) -> None:
 def test_code_in_place_of_data_is_not_run(tmp_path, save, read):
     path = tmp_path / "evil.ckpt"
     save(Touch(tmp_path / "executed"), path)
-    facts = {"size": path.stat().st_size, "sha256": checkpoint.file_digest(path)}
-    checkpoint.manifest_path(path).write_text(json.dumps(facts))
+    forge(path)
     with pytest.raises(CheckpointError, match=rf"{path} is no checkpoint of ours, or holds code"):
         read(path)
     assert not (tmp_path / "executed").exists()
@@ -215,7 +275,11 @@ def test_a_damaged_newest_is_passed_over_aloud(tmp_path):
     for step in (1, 2):
         save(tmp_path, step)
     flip_a_bit(tmp_path / "step=00000002.ckpt")
-    with pytest.warns(UserWarning, match=r"step=00000002.ckpt is passed over: its content does"):
+    with pytest.warns(
+        UserWarning,
+        match=r"step=00000002.ckpt is passed over: its content does.* step=00000001.ckpt is taken "
+        "in its place: what was trained from step 1 to 2 is lost",
+    ):
         assert whole(checkpoint.newest(tmp_path)) == 1
 
 
@@ -227,6 +291,18 @@ def test_where_all_are_damaged_nothing_begins_in_silence(tmp_path):
     with pytest.raises(CheckpointError, match=rf"none of the 2 checkpoints in {tmp_path} is whole"):
         checkpoint.newest(tmp_path)
     assert len(list(tmp_path.glob("step=*.ckpt"))) == 2
+
+
+def test_the_last_step_is_taken_again_where_it_was_not_validated(tmp_path):
+    for name in ("step=00000004", "step=00000006"):
+        checkpoint.write({"step": torch.ones(1)}, tmp_path / f"{name}.ckpt")
+    assert checkpoint.newest(tmp_path).stem == "step=00000006"
+    assert checkpoint.newest(tmp_path, last_step=8).stem == "step=00000006"
+    assert checkpoint.newest(tmp_path, last_step=6).stem == "step=00000004"
+    checkpoint.remove(tmp_path / "step=00000004.ckpt")
+    assert checkpoint.newest(tmp_path, last_step=6).stem == "step=00000006", "there is no other"
+    checkpoint.write({"step": torch.ones(1)}, tmp_path / "step=00000006_end.ckpt")
+    assert checkpoint.newest(tmp_path, last_step=6).stem == "step=00000006_end"
 
 
 def test_where_there_is_none_there_is_none(tmp_path):
@@ -248,10 +324,66 @@ def test_last_is_a_link_that_survives_a_move(file, tmp_path):
     assert checkpoint.read(tmp_path / "moved" / "last.ckpt")["global_step"] == 2
 
 
+def test_what_is_spared_stays_beside_the_newest(tmp_path):
+    for step in range(1, 6):
+        checkpoint.write(payload(step), tmp_path / f"step={step:08d}.ckpt")
+    (tmp_path / "step=00000000.ckpt").mkdir()  # nothing of ours
+    checkpoint.keep_newest(tmp_path, 2, spare=["step=00000002.ckpt"])
+    left = sorted(path.name for path in tmp_path.glob("step=*.ckpt"))
+    assert [int(name[5:13]) for name in left] == [0, 2, 4, 5]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting takes rights")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_keeps_what_it_has(small_disk):
+    first, second = (small_disk / f"step={step:08d}.ckpt" for step in (1, 2))
+    checkpoint.write(payload(1, numbers=150_000), first)
+    with pytest.raises(OSError, match=r"No space left on device \(\d+ bytes are free\)"):
+        checkpoint.write(payload(2, numbers=150_000), second)
+    assert sorted(path.name for path in small_disk.iterdir()) == [first.name, f"{first.name}.json"]
+    assert whole(checkpoint.newest(small_disk)) == 1
+
+
+def test_a_folder_that_takes_no_files_is_told_at_once(tmp_path, small_disk):
+    checkpoint.check_writable(tmp_path / "new" / "checkpoints")
+    assert list((tmp_path / "new" / "checkpoints").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        OSError, match=r"cannot be written to .*/file/checkpoints \(Not a directory"
+    ):
+        checkpoint.check_writable(tmp_path / "file" / "checkpoints")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(OSError, match=r"cannot be written to .* \(Read-only file system\): make "):
+        checkpoint.check_writable(small_disk / "checkpoints")
+
+
+def test_weights_alone_are_exported(tmp_path):
+    average = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    full = payload() | {"state_dict": {"denoiser.a": torch.ones(1), "ema.module.a": average}}
+    checkpoint.export(full, tmp_path / "weights" / "x.safetensors")
+    weights = load_file(tmp_path / "weights" / "x.safetensors")
+    assert weights.keys() == {"a"}
+    assert torch.equal(weights["a"], average)
+    facts = json.loads((tmp_path / "weights" / "x.json").read_text())
+    assert facts == {"step": 1, "stage": "diffusion", "config": "x: 1\n"}
+
+
 def test_find_takes_a_file_or_a_run(file, tmp_path):
     checkpoint.link_last(file)
     assert checkpoint.find(str(tmp_path)) == file
     assert checkpoint.find(str(file)) == file
+    checkpoint.link(file, "best.ckpt")
+    assert checkpoint.find(f"{file.parent}/best.ckpt").resolve() == file
 
 
 def test_find_says_what_is_there_instead(file, tmp_path, monkeypatch):

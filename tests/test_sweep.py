@@ -222,7 +222,7 @@ def test_a_run_is_no_sweep_and_a_sweep_no_run(home):
     run(TRAIN, "-m", "seed=1", "name=many", *BRIEF, *brief, cwd=home)
     said = train("name=many", *brief, cwd=home, expect=2)
     assert "runs/many is a sweep, and no run" in said
-    said = train(*brief, "name='many/seed=1'", cwd=home)
+    said = train(*brief, "seed=1", "name='many/seed=1'", cwd=home)
     assert "is finished" in said, "a job is a run like any other"
 
 

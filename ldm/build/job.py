@@ -23,13 +23,14 @@ from ldm.models.clip import Clip, train_tokenizer
 from ldm.pipeline import Pipeline
 from ldm.runs import is_job, launched, rank
 from ldm.training.autoencoder import AutoencoderTraining
-from ldm.training.callbacks import Meter, Pictures, ProgressBar
+from ldm.training.callbacks import Meter, ModuleNoise, Pictures, ProgressBar
 from ldm.training.checkpoint import Checkpoints, SafeCheckpointIO
 from ldm.training.clip import ClipTraining, SaveClip
 from ldm.training.csv_log import CsvLog
 from ldm.training.diffusion import LatentDiffusion
 from ldm.training.fsdp import Sharded
 from ldm.training.preemption import StopOnSignal
+from ldm.training.stability import SkipNonFinite
 
 
 @dataclass
@@ -103,7 +104,9 @@ def build(cfg: DictConfig, run_dir: Path) -> Job:
         "frozen": {name: checkpoint.digest(part) for name, part in frozen.items()},
     }
     module.to(memory_format=torch.channels_last)  # what convolutions like best, on any device
-    resume = checkpoint.newest(run_dir / "checkpoints")
+    resume = checkpoint.newest(run_dir / "checkpoints", last_step=cfg.trainer.max_steps)
+    if rank() == 0:
+        checkpoint.check_writable(run_dir / "checkpoints")
     if resume is None and rank() == 0:
         (run_dir / "metrics.csv").unlink(missing_ok=True)  # of a try without a checkpoint
     meter = Meter(every=cfg.trainer.log_every_n_steps)
@@ -120,8 +123,11 @@ def trainer(
     cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback], meter: Meter, facts: dict
 ) -> L.Trainer:
     """Lightning's Trainer with our checkpoints, meters and loggers."""
-    keeper = Checkpoints(run_dir / "checkpoints", **cfg.checkpoint, facts=facts)
-    stops = [StopOnSignal(keeper.save, every=meter.every)]
+    best = {"metric": cfg.metric, "direction": cfg.direction}
+    keeper = Checkpoints(run_dir / "checkpoints", **cfg.checkpoint, **best, facts=facts)
+    report = run_dir / "bad_batches.json"
+    skip = SkipNonFinite(report, meter=meter, stop_after=cfg.stop_after_skips)
+    stops = [StopOnSignal(keeper.save_now, every=meter.every)]
     if cfg.early_stop:
         stops.append(instantiate(cfg.early_stop))
     loggers = [CsvLog(run_dir / "metrics.csv")]
@@ -140,7 +146,15 @@ def trainer(
         use_distributed_sampler=False,  # the data knows its rank
         inference_mode=False,  # metrics of a validation before training must live on in training
         plugins=[SafeCheckpointIO()],
-        callbacks=[meter, ProgressBar(meter), *callbacks, keeper, *stops],
+        callbacks=[
+            meter,
+            ModuleNoise(cfg.seed),
+            ProgressBar(meter),
+            skip,
+            *callbacks,
+            keeper,
+            *stops,
+        ],
         logger=loggers,
         default_root_dir=run_dir,
         enable_checkpointing=False,  # Lightning's own

@@ -3,13 +3,20 @@
 Shapes: B batch of one rank and micro-step, S the side of the square picture.
 """
 
+from typing import Literal
+
 import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
+from ldm.data.ahead import Ahead
+from ldm.data.cache import Cache
 from ldm.data.dataset import Batch, TextImages, collate
 from ldm.data.order import Order, PositionBatches, strided_batches
+from ldm.data.places import Source
+from ldm.data.remote import Remote
 from ldm.data.shards import Shards
+from ldm.data.skips import Skips
 
 
 class TextImageData(L.LightningDataModule):
@@ -18,15 +25,20 @@ class TextImageData(L.LightningDataModule):
     `batch_size` is the global one: images of an optimizer step over all ranks and micro-steps, so
     that the same run may go on with another number of devices. `position` counts the images seen;
     whoever trains advances it, and the loader starts there. `window` and `group`: see `Order`.
-    Raises FileNotFoundError or ShardError where there are no intact shards, ValueError for sizes
-    that do not divide.
+    `on_error`: "stop" at a damaged picture, or "skip" it, see `TextImages`; `train_skips` and
+    `val_skips` then count, and stop the run above `max_skipped` of the samples seen.
+    `train`, `val`: see `locate`. `min_size`: pictures with a shorter side, in pixels, are left out
+    when the index is loaded. `cache`: the folder where shards of servers are kept, at most
+    `cache_gb` of 10^9 bytes; the next of a run are fetched ahead.
+    Raises FileNotFoundError or ShardError where there are no intact shards, RemoteError where a
+    server fails, ValueError for sizes that do not divide.
     """
 
     def __init__(
         self,
         *,
-        train: str,
-        val: str,
+        train: Source,
+        val: Source,
         size: int,
         batch_size: int,
         crop: str = "random",
@@ -36,6 +48,11 @@ class TextImageData(L.LightningDataModule):
         workers: int = 2,
         val_batch_size: int = 64,
         val_limit: int | None = None,
+        on_error: Literal["stop", "skip"] = "stop",
+        max_skipped: float = 0.01,
+        min_size: int | None = None,
+        cache: str | None = None,
+        cache_gb: float = 50.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -45,12 +62,27 @@ class TextImageData(L.LightningDataModule):
         self.val_batch_size = val_batch_size
         self.val_limit = val_limit
         self.position = 0
-        train_shards, val_shards = Shards(train), Shards(val)
+        self._ahead: Ahead | None = None
+        self._ahead_at = 0
+        self.cache = Cache(cache, gigabytes=cache_gb) if cache else None
+        train_shards = Shards(train, min_size=min_size, cache=self.cache)
+        val_shards = Shards(val, min_size=min_size, cache=self.cache)
         self.train_set = TextImages(
-            train_shards, size=size, crop=crop, flip=flip, seed=seed, train=True
+            train_shards,
+            size=size,
+            crop=crop,
+            flip=flip,
+            on_error=on_error,
+            seed=seed,
+            train=True,
         )
-        self.val_set = TextImages(val_shards, size=size, seed=seed, train=False)
-        sizes = train_shards.index.shard_sizes()
+        self.val_set = TextImages(val_shards, size=size, on_error=on_error, seed=seed, train=False)
+        self.train_skips = Skips("training", limit=max_skipped)
+        self.val_skips = Skips("validation", limit=max_skipped)
+        sizes, paths = train_shards.index.shard_sizes(), train_shards.index.paths
+        self._remote = {
+            i: path for i, path in enumerate(paths) if sizes[i] and isinstance(path, Remote)
+        }
         self.order = Order(sizes, seed=seed, window=window, group=group)
 
     def train_captions(self) -> list[str]:
@@ -84,9 +116,27 @@ class TextImageData(L.LightningDataModule):
             rank=trainer.global_rank,
             world=trainer.world_size,
             start=lambda: self.position,
+            reached=self._fetch_ahead,
         )
         length = trainer.max_steps * trainer.accumulate_grad_batches
         return Run(self._loader(self.train_set, batches), length if length > 0 else 2**40)
+
+    def _fetch_ahead(self, position: int) -> None:
+        if not self._remote:
+            return
+        if self._ahead is None or position < self._ahead_at:
+            self.teardown("fit")
+            shards = self.order.shards_from(position)
+            remotes = ((end, self._remote[i]) for end, i in shards if i in self._remote)
+            self._ahead = Ahead(self.cache, remotes, window=self.order.window)
+        self._ahead.reached(position)
+        self._ahead_at = position
+
+    def teardown(self, stage: str) -> None:
+        """End what runs beside the training."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def val_dataloader(self) -> DataLoader:
         """Every validation sample once over all ranks; the last batch may be smaller."""
@@ -110,7 +160,13 @@ class TextImageData(L.LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Bytes travel to the device; there they become images (B, 3, S, S) in [-1, 1]."""
+        """Bytes travel to the device; there they become images (B, 3, S, S) in [-1, 1].
+
+        Raises TooManySkippedError, see `Skips`.
+        """
+        training = self.trainer is not None and self.trainer.training
+        skips = self.train_skips if training else self.val_skips
+        skips.add(len(batch["key"]), batch["skipped"])
         return {**batch, "images": batch["images"].float() / 127.5 - 1}
 
 

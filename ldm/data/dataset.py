@@ -3,6 +3,7 @@
 Shapes: B batch, S the side of the square picture.
 """
 
+from collections import Counter
 from typing import Literal, TypedDict
 
 import torch
@@ -12,20 +13,28 @@ from torch.utils.data import Dataset
 from ldm.data.images import ImageError, crop, read_image, resize_short, to_tensor
 from ldm.data.order import CAPTION, CROP, draws
 from ldm.data.shards import Shards
+from ldm.data.skips import Skip, TooManySkippedError
+
+_TRIES = 10_000  # undecodable samples in a row: nobody wants to wait for more
 
 
 class Item(TypedDict):
-    """One sample: images (3, S, S) uint8, and what else a Batch has, in the singular."""
+    """One sample: images (3, S, S) uint8, and what else a Batch has, in the singular.
+
+    skipped: none, or the sample that should have been here.
+    """
 
     images: Tensor
     captions: str
     position: int
     key: str
+    skipped: list[Skip]
 
 
 class Batch(TypedDict):
     """images (B, 3, S, S) uint8 in 0..255; captions and key, B texts; position, B plain numbers.
 
+    skipped: one for each sample of the batch that stands in for another, so mostly none.
     Positions seed random numbers, which the host does: they must not travel to the device.
     """
 
@@ -33,6 +42,7 @@ class Batch(TypedDict):
     captions: list[str]
     position: list[int]
     key: list[str]
+    skipped: list[Skip]
 
 
 class TextImages(Dataset):
@@ -41,8 +51,10 @@ class TextImages(Dataset):
     In training the caption is drawn from (seed, epoch, index), crop and flip from
     (seed, position); otherwise each sample has its centre and its first caption.
     A picture is cut to its shorter side first, then scaled to `size`, up or down.
-    Raises ValueError for arguments out of range, ImageError naming shard and key where a picture
-    is damaged.
+    on_error: where a picture is damaged, "stop" raises ImageError naming shard and key; "skip" puts
+    the next sample (index + 1, + 2, .. modulo N) that can be decoded in its place, which depends on
+    the data alone: all other positions, other ranks and resumed runs see what they would have seen.
+    Raises ValueError for arguments out of range, TooManySkippedError where nothing can be decoded.
     """
 
     def __init__(
@@ -52,6 +64,7 @@ class TextImages(Dataset):
         size: int,
         crop: Literal["center", "random"] = "center",
         flip: float = 0.0,
+        on_error: Literal["stop", "skip"] = "stop",
         seed: int,
         train: bool,
     ) -> None:
@@ -61,7 +74,11 @@ class TextImages(Dataset):
             raise ValueError(f"crop must be 'center' or 'random', got '{crop}'")
         if not 0 <= flip <= 1:
             raise ValueError(f"flip is a probability, got {flip}")
+        if on_error not in ("stop", "skip"):
+            raise ValueError(f"on_error must be 'stop' or 'skip', got '{on_error}'")
         self.shards = shards
+        self._skip = on_error == "skip"
+        self._damaged: dict[int, Skip] = {}  # found by this process; not decoded in vain again
         self._size, self._seed, self._train = size, seed, train
         self._random_crop, self._flip = train and crop == "random", flip if train else 0.0
 
@@ -70,13 +87,33 @@ class TextImages(Dataset):
 
     def __getitem__(self, at: tuple[int, int]) -> Item:
         index, position = at
+        reasons = Counter()
+        first: Skip | None = None
+        for used in range(index, index + min(len(self), _TRIES)):
+            made = self._made(used % len(self), position)
+            if not isinstance(made, Skip):
+                return {**made, "skipped": [first] if first else []}
+            first = first or made
+            reasons[made.reason] += 1
+        counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+        raise TooManySkippedError(
+            f"{first.message}; none of the {reasons.total()} samples from there on can be decoded "
+            f"({counts})"
+        )
+
+    def _made(self, index: int, position: int) -> Item | Skip:
+        if index in self._damaged:
+            return self._damaged[index]
         sample = self.shards.read(index)
         try:
             images = self._pixels(sample.image, position)
         except ImageError as error:
-            raise ImageError(f"{self.shards.name(index)}: {error}") from error
+            message = f"{self.shards.name(index)}: {error}"
+            if not self._skip:
+                raise ImageError(message) from error
+            return self._damaged.setdefault(index, Skip(error.reason, message))
         captions = self._choose(sample.captions, index, epoch=position // len(self))
-        return Item(images=images, captions=captions, position=position, key=sample.key)
+        return Item(images=images, captions=captions, position=position, key=sample.key, skipped=[])
 
     def _pixels(self, data: bytes, position: int) -> Tensor:
         x, y, flip = draws(3, CROP, self._seed, position) / 2.0**64
@@ -100,4 +137,5 @@ def collate(items: list[Item]) -> Batch:
         captions=[item["captions"] for item in items],
         position=[item["position"] for item in items],
         key=[item["key"] for item in items],
+        skipped=[skip for item in items for skip in item["skipped"]],
     )

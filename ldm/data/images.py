@@ -28,7 +28,14 @@ _UPRIGHT = {
 
 
 class ImageError(ValueError):
-    """A picture that is damaged, too large, or in no format of `FORMATS`."""
+    """A picture that is damaged, too large, or in no format of `FORMATS`.
+
+    `reason` has no numbers in it, so that pictures may be counted by it.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -53,7 +60,7 @@ def read_image(source: bytes | str | Path) -> Image.Image:
             image.load()
             rgb = _to_rgb(image)
         except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
-            raise ImageError(f"damaged {image.format}: {error}") from error
+            raise ImageError(f"damaged {image.format}", str(error)) from error
         turn = _UPRIGHT.get(_orientation(image))
     if turn is not None:
         rgb = rgb.transpose(turn)
@@ -74,6 +81,15 @@ def is_plain(data: bytes, format: str) -> bool:
             and getattr(image, "n_frames", 1) == 1
             and _orientation(image) not in _UPRIGHT
         )
+
+
+def short_side(data: bytes) -> int:
+    """Pixels of the short side, by the header; `data` may end after it.
+
+    Raises ImageError as `read_image` does for what a header shows.
+    """
+    with _open(data) as image:
+        return min(image.size)
 
 
 def resize_short(image: Image.Image, size: int) -> Image.Image:
@@ -105,18 +121,20 @@ def _open(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f"no {', '.join(FORMATS)} file ({len(data)} bytes)") from error
+        raise ImageError(f"no {', '.join(FORMATS)} file", f"{len(data)} bytes") from error
     except Exception as error:  # as in read_image; Pillow's own bomb limit among them
-        raise ImageError(f"unreadable header: {error}") from error
+        raise ImageError("unreadable header", str(error)) from error
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ImageError(f"{width} x {height} pixels are over the limit of {MAX_PIXELS:,}")
+        raise ImageError(
+            "too many pixels", f"{width} x {height} are over the limit of {MAX_PIXELS:,}"
+        )
     return image
 
 
 def _check_bytes(size: int) -> None:
     if size > MAX_BYTES:
-        raise ImageError(f"{size} encoded bytes are over the limit of {MAX_BYTES:,}")
+        raise ImageError("too many bytes", f"{size} encoded bytes, the limit is {MAX_BYTES:,}")
 
 
 def _orientation(image: Image.Image) -> int:

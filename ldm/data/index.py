@@ -1,62 +1,60 @@
-"""Where each sample lies inside tar shards, learnt from the tar headers alone.
+"""Where each sample lies inside tar shards: an index of their headers, and the filters on it.
 
-Shapes: N samples, 3 members a sample (image, txt, json), 2 numbers a member (offset, size).
+Shapes: N samples, 3 members a sample (image, txt, json), 2 numbers a member.
 """
 
-import itertools
+import hashlib
 import json
 import logging
-import os
-import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from io import BufferedReader, FileIO
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from ldm.data.images import MAX_BYTES as MAX_IMAGE
+from ldm.data.cache import Cache, locked
+from ldm.data.places import Source, locate, shown
+from ldm.data.remote import Remote
+from ldm.data.scan import MAX_IMAGE, MAX_TEXT, ShardError, scan_shard
+from ldm.data.scan_all import BLOCK, measure_all, scan_all
 from ldm.files import replacing
 
-MAX_TEXT = 2**20
-MAX_HEADER = 2**20
+__all__ = ["MAX_IMAGE", "MAX_TEXT", "Index", "ShardError", "open_index", "scan_shard"]
+
 INDEX_NAME = "index.npz"
 
-_MEMBERS = ("image", "txt", "json")
-_COLUMN = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2}
-_LIMITS = (MAX_IMAGE, MAX_TEXT, MAX_TEXT)
-_END = bytes(2 * tarfile.BLOCKSIZE)
-_VERSION = 1
+_ARRAYS = ("shard", "members", "key_bytes", "key_ends")
+_VERSION = 2
 _log = logging.getLogger(__name__)
-
-Group = list[tuple[str, int, int]]  # suffix, offset, size of each member of one key
-
-
-class ShardError(ValueError):
-    """A shard that is no intact tar archive, or shards without a single usable sample."""
 
 
 @dataclass(frozen=True)
 class Index:
     """The samples of a list of shards, in shard order.
 
-    paths: the S shards; stamps: (size in bytes, mtime in ns) of each when it was scanned.
-    shard (N,): number of the sample's shard.
-    members (N, 3, 2): (offset, size) of image, txt and json in bytes; (0, 0) where absent.
+    paths: the S shards, local or on servers; stamps: (size in bytes, mtime in ns, or the server's
+    mark) of each when it was scanned.
+    shard (N,) int32: number of the sample's shard.
+    members (N, 3, 2) uint32: (offset in blocks of 512 bytes, size in bytes) of image, txt and json;
+    (0, 0) where absent.
     key_bytes, key_ends (N,): all keys in UTF-8 one after another, and where each ends.
     skipped: how many samples were left out, by reason.
+    short (N,) int32: short side of each picture in pixels, 0 where its header cannot be read; None
+    where nobody has asked for it yet.
     """
 
-    paths: list[Path]
-    stamps: list[list[int]]
+    paths: list[Path | Remote]
+    stamps: list[list[Any]]
     shard: np.ndarray
     members: np.ndarray
     key_bytes: np.ndarray
     key_ends: np.ndarray
     skipped: dict[str, int]
+    short: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -66,201 +64,166 @@ class Index:
         start = self.key_ends[i - 1] if i > 0 else 0
         return self.key_bytes[start : self.key_ends[i]].tobytes().decode("utf-8", "replace")
 
+    def places(self, i: int) -> list[tuple[int, int]]:
+        """(offset, size) in bytes of sample i's image, txt and json; (0, 0) where absent."""
+        return [(block * BLOCK, size) for block, size in self.members[i].tolist()]
+
     def shard_sizes(self) -> list[int]:
         """The number of samples in each of the S shards."""
         return np.bincount(self.shard, minlength=len(self.paths)).tolist()
 
+    def where(self, keep: np.ndarray, *, skipped: dict[str, int]) -> "Index":
+        """Only the samples for which keep (N,) bool is true; `skipped` says why not the others."""
+        lengths = np.diff(self.key_ends, prepend=0)
+        return replace(
+            self,
+            shard=self.shard[keep],
+            members=self.members[keep],
+            key_bytes=self.key_bytes[np.repeat(keep, lengths)],
+            key_ends=np.cumsum(lengths[keep]),
+            short=None if self.short is None else self.short[keep],
+            skipped={**self.skipped, **skipped},
+        )
 
-def open_index(source: str | Path | Sequence[str | Path]) -> Index:
-    """The index of a folder's .tar files, of one .tar file, or of a list of both.
 
-    What a list names twice has twice the weight.
+def open_index(source: Source, *, min_size: int | None = None, cache: Cache | None = None) -> Index:
+    """The index of what `locate` finds: of a folder's .tar files, of one file, URL or list.
 
-    A folder's index is kept in `index.npz` beside the shards and made anew when a shard was added,
-    removed or changed; where it cannot be written it lives in memory only, as a list's does.
+    What a list names twice has twice the weight. Samples without a caption are left out; with
+    `min_size` also pictures whose short side has fewer pixels or whose header cannot be read.
+
+    A folder's index is kept in `index.npz` beside the shards, any other's in the `cache`, and made
+    anew when a shard was added, removed or changed; without a place for it, it lives in memory.
     Raises FileNotFoundError where there is no shard, ShardError where one is damaged or where no
-    sample has both image and caption.
+    sample is left, ValueError where a URL has no cache, and what `locate` raises.
     """
-    paths = _shard_paths(source)
-    stamps = [[stat.st_size, stat.st_mtime_ns] for stat in map(os.stat, paths)]
-    cache = Path(source) / INDEX_NAME if _is_folder(source) else None
-    index = _load(cache, paths, stamps) if cache else None
-    if index is None:
-        index = _build(paths, stamps)
-        if cache:
-            _save(index, cache)
+    if min_size is not None and min_size < 1:
+        raise ValueError(f"min_size must be 1 pixel or more, or null, got {min_size}")
+    paths = locate(source)
+    if cache is None and any(isinstance(path, Remote) for path in paths):
+        raise ValueError(f"{shown(source)}: shards on servers need data.cache=FOLDER to be kept in")
+    index = _opened(paths, _home(source, paths, cache), cache, measured=min_size is not None)
+    if min_size is not None:
+        keep = index.short >= min_size
+        unread = int((index.short == 0).sum())
+        reasons = {f"short side under {min_size} px": int((~keep).sum()) - unread}
+        reasons["unreadable header"] = unread
+        index = index.where(keep, skipped={why: n for why, n in reasons.items() if n})
     if index.skipped:
-        _log.warning("%s: samples left out: %s", paths[0].parent, index.skipped)
+        _log.warning("%s: samples left out: %s", shown(source), index.skipped)
     if len(index) == 0:
         raise ShardError(
-            f"{paths[0].parent}: no sample has both image and caption (left out: {index.skipped}); "
+            f"{shown(source)}: no sample has both image and caption (left out: {index.skipped}); "
             "the members of a sample share their name up to the first dot and follow one another"
         )
     return index
 
 
-def scan_shard(path: Path) -> tuple[list[str], list[list[tuple[int, int]]], Counter[str]]:
-    """Keys and members (offset, size) x (image, txt, json) of a shard, and what was left out.
-
-    Grouped as webdataset does: neighbours with the same name up to the first dot of the base name.
-    Links and devices are no members. Raises ShardError where the archive is damaged.
-    """
-    keys, rows, skipped = {}, [], Counter()
-    for key, group in itertools.groupby(_members(path), key=lambda member: member[0]):
-        row, reason = _place([member[1:] for member in group])
-        if not reason and key in keys:
-            reason = "key seen before in its shard"
-        if reason:
-            skipped[reason] += 1
-        else:
-            keys[key] = None
-            rows.append(row)
-    return list(keys), rows, skipped
+def _home(source: Source, paths: list[Path | Remote], cache: Cache | None) -> Path | None:
+    """Where the index is kept."""
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        return Path(source) / INDEX_NAME
+    if cache is None:
+        return None
+    digest = hashlib.sha256("\n".join(_names(paths)).encode("utf-8", "surrogateescape"))
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    return cache.folder / f"index-{digest.hexdigest()[:16]}.npz"
 
 
-def _is_folder(source: str | Path | Sequence[str | Path]) -> bool:
-    return isinstance(source, (str, Path)) and Path(source).is_dir()
+def _names(paths: Sequence[Path | Remote]) -> list[str]:
+    return [str(path if isinstance(path, Remote) else path.absolute()) for path in paths]
 
 
-def _shard_paths(source: str | Path | Sequence[str | Path]) -> list[Path]:
-    sources = [source] if isinstance(source, (str, Path)) else source
-    paths = []
-    for path in map(Path, sources):
-        paths += sorted(path.glob("*.tar")) if path.is_dir() else [path]
-    if not paths:
-        raise FileNotFoundError(f"no .tar shards in {source}; `python -m ldm.prepare` writes them")
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no shards at {path}: `python -m ldm.prepare` writes them there (out={path})"
+def _opened(
+    paths: list[Path | Remote], home: Path | None, cache: Cache | None, *, measured: bool
+) -> Index:
+    stamps = [_stamp(path) for path in paths]
+    if home and (index := _load(home, paths, stamps)) and (not measured or index.short is not None):
+        return index
+    with _alone(home):
+        index = _load(home, paths, stamps) if home else None
+        if index is None:
+            index = _build(paths, stamps, cache)
+        elif not measured or index.short is not None:
+            return index
+        if measured:
+            index = replace(
+                index, short=measure_all(index.paths, index.shard, index.members, cache)
             )
-    return paths
+        if home:
+            _save(index, home)
+    return index
 
 
-def _build(paths: list[Path], stamps: list[list[int]]) -> Index:
-    shard, members, keys, skipped = [], [], [], Counter()
-    for number, path in enumerate(tqdm(paths, desc="indexing shards", unit="shard", delay=2)):
-        shard_keys, rows, shard_skipped = scan_shard(path)
-        keys.extend(key.encode("utf-8", "surrogateescape") for key in shard_keys)
-        members.append(np.array(rows, np.int64).reshape(-1, 3, 2))
-        shard.append(np.full(len(rows), number, np.int32))
-        skipped += shard_skipped
+@contextmanager
+def _alone(home: Path | None) -> Iterator[None]:
+    """One process of the machine makes an index, the others wait for it and load it."""
+    with ExitStack() as stack:
+        if home:
+            with suppress(OSError):  # a file system without locks
+                stack.enter_context(locked(home.parent))
+        yield
+
+
+def _stamp(path: Path | Remote) -> list[Any]:
+    if isinstance(path, Remote):
+        return [path.size, path.etag]
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _build(paths: list[Path | Remote], stamps: list[list[Any]], cache: Cache | None) -> Index:
+    shard, members, keys, lengths, skipped = [], [], [], [], Counter()
+    for number, scanned in enumerate(scan_all(paths, cache)):
+        keys.append(scanned.key_bytes)
+        lengths.append(scanned.key_lengths)
+        members.append(scanned.members)
+        shard.append(np.full(len(scanned.members), number, np.int32))
+        skipped.update(scanned.skipped)
     return Index(
         paths=paths,
         stamps=stamps,
         shard=np.concatenate(shard),
         members=np.concatenate(members),
         key_bytes=np.frombuffer(b"".join(keys), np.uint8),
-        key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),
+        key_ends=np.cumsum(np.concatenate(lengths), dtype=np.int64),
         skipped=dict(skipped),
     )
 
 
-def _save(index: Index, cache: Path) -> None:
+def _save(index: Index, home: Path) -> None:
     meta = {
         "version": _VERSION,
-        "shards": [path.name for path in index.paths],
+        "shards": _meta_names(index.paths, home),
         "stamps": index.stamps,
         "skipped": index.skipped,
     }
+    arrays = {name: getattr(index, name) for name in _ARRAYS}
+    if index.short is not None:
+        arrays["short"] = index.short
     try:
-        with replacing(cache) as file:
-            np.savez(
-                file,
-                meta=np.array(json.dumps(meta)),
-                shard=index.shard,
-                members=index.members,
-                key_bytes=index.key_bytes,
-                key_ends=index.key_ends,
-            )
+        with replacing(home) as file:
+            np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
     except OSError as error:
-        _log.info("%s: index kept in memory only: %s", cache, error)
+        _log.info("%s: index kept in memory only: %s", home, error)
 
 
-def _load(cache: Path, paths: list[Path], stamps: list[list[int]]) -> Index | None:
+def _meta_names(paths: list[Path | Remote], home: Path) -> list[str]:
+    """A folder may move with its index, so its shards go by their names there."""
+    beside = home.name == INDEX_NAME
+    return [path.name for path in paths] if beside else _names(paths)
+
+
+def _load(home: Path, paths: list[Path | Remote], stamps: list[list[Any]]) -> Index | None:
     """The saved index where it is readable and speaks of exactly these shards."""
     try:
-        with np.load(cache, allow_pickle=False) as arrays:
+        with np.load(home, allow_pickle=False) as arrays:
             meta = json.loads(str(arrays["meta"]))
-            current = [_VERSION, [path.name for path in paths], stamps]
+            current = [_VERSION, _meta_names(paths, home), stamps]
             if [meta["version"], meta["shards"], meta["stamps"]] != current:
                 return None
-            rest = {name: arrays[name] for name in ("shard", "members", "key_bytes", "key_ends")}
-            return Index(paths=paths, stamps=stamps, skipped=meta["skipped"], **rest)
+            rest = {name: arrays[name] for name in _ARRAYS}
+            short = arrays.get("short")
+            return Index(paths=paths, stamps=stamps, skipped=meta["skipped"], short=short, **rest)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
-
-
-def _place(group: Group) -> tuple[list[tuple[int, int]], str | None]:
-    """The members of one sample by column, and the reason where it cannot be used."""
-    row = [(0, 0)] * 3
-    for suffix, offset, size in group:
-        column = _COLUMN.get(suffix)
-        if column is None:
-            continue
-        if row[column] != (0, 0):
-            return row, f"more than one {_MEMBERS[column]}"
-        if size > _LIMITS[column]:
-            return row, f"{_MEMBERS[column]} over {_LIMITS[column] >> 20} MB"
-        row[column] = (offset, size)
-    image, txt, record = row
-    if image == (0, 0):
-        return row, "no image"
-    return row, "no caption" if txt == record == (0, 0) else None
-
-
-def _members(path: Path) -> Iterator[tuple[str, str, int, int]]:
-    """(key, suffix, offset, size) of the regular files of an archive that is whole."""
-    try:
-        with (
-            _HeaderReader(FileIO(path)) as file,
-            tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape") as tar,
-        ):
-            length = os.fstat(file.fileno()).st_size
-            for member in _walk(tar):
-                if not 0 <= member.size <= length - member.offset_data:
-                    raise ShardError(f"member '{member.name}' ends outside the file")
-                folder, slash, base = member.name.rpartition("/")
-                stem, dot, suffix = base.partition(".")
-                if stem and dot and member.isreg():
-                    yield folder + slash + stem, suffix.lower(), member.offset_data, member.size
-            _check_end(file, tar.offset)
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        raise ShardError(
-            f"{path} is no intact tar archive ({_what(path) or error}); "
-            "fetch or write it again, or move it out of the folder"
-        ) from error
-
-
-def _walk(tar: tarfile.TarFile) -> Iterable[tarfile.TarInfo]:
-    while (member := tar.next()) is not None:
-        tar.members.clear()  # a million headers need not stay in memory
-        yield member
-
-
-def _check_end(file: BufferedReader, offset: int) -> None:
-    """tarfile stops without a word at whatever is no header: see that it is the true end."""
-    file.seek(offset)
-    if file.read(len(_END)) != _END:
-        raise ShardError(f"no end mark after the last member, at byte {offset}")
-    while chunk := file.read(MAX_HEADER):
-        if chunk.count(0) != len(chunk):
-            raise ShardError(f"data after the end mark at byte {offset}; are two archives joined?")
-
-
-def _what(path: Path) -> str | None:
-    """What a file that is no tar archive plainly is instead."""
-    with open(path, "rb") as file:
-        head = file.read(2)
-    if head == b"\x1f\x8b":
-        return "it is gzip-compressed: unpack it with gunzip, shards are read at offsets"
-    return None if head else "it is empty"
-
-
-class _HeaderReader(BufferedReader):
-    """A file for tarfile that refuses a header which claims to be gigabytes long."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= MAX_HEADER:
-            raise tarfile.ReadError(f"a header claims {size} bytes")
-        return super().read(size)

@@ -47,7 +47,8 @@ class Order:
         if group < 1:
             raise ValueError(f"a group must be 1 sample or more, got {group}")
         self._ends = np.cumsum(shard_sizes)
-        self._seed, self._window, self._group, self._shuffle = seed, window, group, shuffle
+        self.window = window
+        self._seed, self._group, self._shuffle = seed, group, shuffle
         self._epochs: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -59,6 +60,29 @@ class Order:
         epoch, offset = divmod(position, len(self))
         return epoch, int(self._permutation(epoch)[offset])
 
+    def shards_from(self, position: int) -> Iterator[tuple[int, int]]:
+        """(position from which on it is no longer needed, shard), in the order of use, endless.
+
+        It begins with the shards of the window in use at `position`.
+        """
+        sizes = np.diff(self._ends, prepend=0)
+        epoch = position // len(self)
+        while True:
+            end = epoch * len(self)
+            shards = self._shard_order(epoch)
+            for first in range(0, len(shards), self.window):
+                window = shards[first : first + self.window]
+                end += int(sizes[window].sum())
+                if end > position:
+                    yield from ((end, int(shard)) for shard in window if sizes[shard])
+            epoch += 1
+
+    def _shard_order(self, epoch: int) -> np.ndarray:
+        if not self._shuffle:
+            return np.arange(len(self._ends))
+        bits = draws(len(self._ends), ORDER, self._seed, epoch)  # the first of `_shuffled`'s
+        return np.argsort(bits, kind="stable")
+
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._epochs:
             if len(self._epochs) == _CACHED_EPOCHS:
@@ -69,12 +93,12 @@ class Order:
     def _shuffled(self, epoch: int) -> np.ndarray:
         count = len(self._ends)
         bits = draws(count + len(self), ORDER, self._seed, epoch)
-        shards = np.argsort(bits[:count], kind="stable")
+        shards = self._shard_order(epoch)
         starts = np.concatenate([[0], self._ends])
         windows = []
         used = count
-        for first in range(0, count, self._window):
-            window = shards[first : first + self._window]
+        for first in range(0, count, self.window):
+            window = shards[first : first + self.window]
             samples = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in window])
             within = np.concatenate([np.arange(starts[s + 1] - starts[s]) for s in window])
             leaders = np.arange(len(samples)) - within % self._group
@@ -88,20 +112,29 @@ class PositionBatches:
     """This rank's endless share of the order, as a batch sampler of (sample index, position).
 
     A micro-step takes the next batch * world positions, rank r the r-th slice of `batch` of them.
-    Each pass begins at the position that `start()` gives at that moment.
+    Each pass begins at the position that `start()` gives at that moment; `reached` is told the
+    first position of every batch before it is given out.
     """
 
     def __init__(
-        self, order: Order, *, batch: int, rank: int, world: int, start: Callable[[], int]
+        self,
+        order: Order,
+        *,
+        batch: int,
+        rank: int,
+        world: int,
+        start: Callable[[], int],
+        reached: Callable[[int], None] = lambda position: None,
     ) -> None:
         if batch < 1 or not 0 <= rank < world:
             raise ValueError(f"need batch >= 1 and 0 <= rank < world, got {batch}, {rank}, {world}")
-        self._order, self._start = order, start
+        self._order, self._start, self._reached = order, start, reached
         self._batch, self._rank, self._world = batch, rank, world
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         first = self._start() + self._rank * self._batch
         while True:
+            self._reached(first)
             yield [(self._order.at(q)[1], q) for q in range(first, first + self._batch)]
             first += self._batch * self._world
 

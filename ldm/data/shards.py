@@ -5,7 +5,7 @@ names tell them to, are not used.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -13,11 +13,15 @@ from typing import Any
 
 from webdataset import TarWriter
 
+from ldm.data.cache import Cache
 from ldm.data.captions import sample_captions
 from ldm.data.index import ShardError, open_index
+from ldm.data.places import Source
+from ldm.data.remote import Remote
 from ldm.files import replacing
 
 _MAX_OPEN = 64
+_MAX_OPEN_REMOTE = 8  # an open one cannot leave the cache
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,20 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
 
 
 class Shards:
-    """Random access to the samples of a folder (or list) of .tar shards.
+    """Random access to the samples of a folder, URL or list of .tar shards.
 
-    Raises FileNotFoundError and ShardError as `open_index` does.
+    What lies on servers is read from whole copies in the `cache`. `min_size` and errors: see
+    `open_index`.
     """
 
-    def __init__(self, source: str | Path | Sequence[str | Path]) -> None:
-        self.index = open_index(source)
+    def __init__(
+        self, source: Source, *, min_size: int | None = None, cache: Cache | None = None
+    ) -> None:
+        self.index = open_index(source, min_size=min_size, cache=cache)
+        self._cache = cache
         self._files: dict[int, FileIO] = {}
+        remote = any(isinstance(path, Remote) for path in self.index.paths)
+        self._most = _MAX_OPEN_REMOTE if remote else _MAX_OPEN
 
     def __len__(self) -> int:
         return len(self.index)
@@ -58,11 +68,11 @@ class Shards:
     def read(self, i: int) -> Sample:
         """Sample i in 0..N-1, in shard order.
 
-        Raises ShardError where the shard is no longer what was indexed.
+        Raises ShardError where the shard is no longer what was indexed or cannot be read.
         """
         shard = int(self.index.shard[i])
         image, txt, record = (
-            self._member(shard, offset, size) for offset, size in self.index.members[i].tolist()
+            self._member(shard, offset, size) for offset, size in self.index.places(i)
         )
         return Sample(self.index.key(i), image or b"", sample_captions(txt, record))
 
@@ -76,18 +86,34 @@ class Shards:
     def _member(self, shard: int, offset: int, size: int) -> bytes | None:
         if offset == 0:
             return None
-        data = os.pread(self._file(shard).fileno(), size, offset)
+        path = self.index.paths[shard]
+        try:
+            data = os.pread(self._file(shard).fileno(), size, offset)
+        except OSError as error:
+            if isinstance(path, Remote):
+                raise
+            raise ShardError(f"{path} cannot be read: {error.strerror}") from error
         if len(data) != size:
-            raise ShardError(f"{self.index.paths[shard]} was cut short while in use")
+            raise ShardError(f"{path} was cut short while in use")
         return data
 
     def _file(self, shard: int) -> FileIO:
+        path = self.index.paths[shard]
         if shard not in self._files:
-            file = FileIO(self.index.paths[shard])
-            if os.fstat(file.fileno()).st_size != self.index.stamps[shard][0]:
-                file.close()
-                raise ShardError(f"{self.index.paths[shard]} changed since it was indexed; restart")
-            if len(self._files) >= _MAX_OPEN:
-                self._files.pop(next(iter(self._files))).close()
+            file = self._cache.open(path) if isinstance(path, Remote) else FileIO(path)
+            if len(self._files) >= self._most:
+                self._close(next(iter(self._files)))
             self._files[shard] = file
+        if not isinstance(path, Remote):
+            stat = os.fstat(self._files[shard].fileno())
+            if [stat.st_size, stat.st_mtime_ns] != self.index.stamps[shard]:
+                self._close(shard)
+                raise ShardError(f"{path} changed since it was indexed; restart")
         return self._files[shard]
+
+    def _close(self, shard: int) -> None:
+        file = self._files.pop(shard)
+        if isinstance(self.index.paths[shard], Remote):
+            self._cache.close(file)
+        else:
+            file.close()

@@ -18,12 +18,14 @@ def generators(
     seed: int, positions: Iterable[int], *, stream: str, device: torch.device | str = "cpu"
 ) -> list[torch.Generator]:
     """One generator an image; `stream` names the use, so that uses do not share their numbers."""
+    seeds = [mixed(seed, position, stream=stream) for position in positions]
+    return [torch.Generator(device).manual_seed(each) for each in seeds]
 
-    def mixed(position: int) -> int:
-        digest = blake2b(f"{seed}/{stream}/{position}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") >> 1
 
-    return [torch.Generator(device).manual_seed(mixed(position)) for position in positions]
+def mixed(seed: int, position: int, *, stream: str) -> int:
+    """A seed below 2^63 that depends on all three alone."""
+    digest = blake2b(f"{seed}/{stream}/{position}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def randn(

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from PIL import Image
 
+from ldm.diffusion.noise import mixed
 from ldm.images import save_png
 from ldm.training.csv_log import CsvLog
 
@@ -17,8 +18,9 @@ from ldm.training.csv_log import CsvLog
 class Meter(L.Callback):
     """Counts images, and logs loss and speed as means over the steps between two logging steps.
 
-    Nothing is read from the device in between. Metrics: train/loss, images_seen,
-    perf/images_per_s, perf/data_wait (share of time spent waiting for data), perf/memory_gib
+    Nothing is read from the device in between. Metrics: train/loss, images_seen, data/skipped
+    (samples that could not be read, since this process began, over all ranks), perf/images_per_s,
+    perf/data_wait (share of time spent waiting for data), perf/memory_gib
     (peak of the accelerator; absent without one).
     """
 
@@ -73,9 +75,11 @@ class Meter(L.Callback):
     def _log(self, trainer: L.Trainer) -> None:
         loss = trainer.strategy.reduce(self.loss / self.batches, reduce_op="mean")
         seconds = time.perf_counter() - self.began
+        skipped = torch.tensor(float(trainer.datamodule.train_skips.total), device=loss.device)
         self.latest = {
             "train/loss": float(loss),
             "images_seen": trainer.datamodule.position,
+            "data/skipped": float(trainer.strategy.reduce(skipped, reduce_op="sum")),
             "perf/images_per_s": self.images / seconds,
             "perf/data_wait": self.waited / seconds,
         }
@@ -85,6 +89,19 @@ class Meter(L.Callback):
             logger.log_metrics(self.latest, step=trainer.global_step)
         self.logged = trainer.global_step
         self._restart()
+
+
+class ModuleNoise(L.Callback):
+    """What networks draw for themselves (dropout) depends on the seed and the position alone.
+
+    They take it from the global random state, which no checkpoint keeps.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: L.Trainer, module, batch: dict, batch_idx: int) -> None:
+        torch.manual_seed(mixed(self.seed, batch["position"][0], stream="modules"))
 
 
 class ProgressBar(TQDMProgressBar):

@@ -1,18 +1,43 @@
 """Saving and resuming inside Lightning, on the files of `ldm.checkpoint`."""
 
+import json
+import math
+import shutil
+import signal
+import threading
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from copy import copy
 from pathlib import Path
 
 import lightning as L
+import torch
 from lightning.fabric.plugins import CheckpointIO
+from torch import Tensor
 
 from ldm import checkpoint as files
+from ldm.files import write_text
+
+BEST = "best.json"  # which files validated best, and their values
+AT_ONCE = {
+    128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+}
 
 
 class SafeCheckpointIO(CheckpointIO):
-    """Lightning's door to `ldm.checkpoint`: verified files, and no pickled objects."""
+    """Lightning's door to `ldm.checkpoint`: verified files, and no pickled objects.
 
-    def save_checkpoint(self, checkpoint: dict, path, storage_options=None) -> None:
-        files.write(checkpoint, Path(path))
+    `storage_options` is a function of payload and path that stores them in place of `files.write`.
+    """
+
+    def save_checkpoint(
+        self,
+        checkpoint: dict,
+        path,
+        storage_options: Callable[[dict, Path], None] | None = None,
+    ) -> None:
+        (storage_options or files.write)(checkpoint, Path(path))
 
     def load_checkpoint(self, path, map_location=None, weights_only: bool | None = None) -> dict:
         return files.read(Path(path))
@@ -22,45 +47,230 @@ class SafeCheckpointIO(CheckpointIO):
 
 
 class Checkpoints(L.Callback):
-    """Saves every `every` optimizer steps and at the end, and keeps the `keep` newest.
+    """Saves every `every` optimizer steps and at the end; keeps the `keep` newest and the best.
 
     A save is a new file; `last.ckpt` is turned to it once it is complete, and only then is the
-    oldest one deleted: at no moment is there less than one good checkpoint.
+    oldest one deleted: at no moment is there less than one good checkpoint. `keep_best` more stay
+    that had the best `metric` in their validation; `best.ckpt` is a link to the first of them.
+    A save that fails for want of room or rights is told, and training goes on; only where the last
+    one of the run does, CheckpointError is raised.
+    background: the training waits for a copy in memory alone, a thread writes it. The copy's
+    memory, as much as the checkpoint, stays taken.
+    weights: each save also writes weights/step=*.safetensors beside `folder`, and none is deleted.
     `facts` are plain values stored with each: the configuration, the digests of frozen parts.
     """
 
-    def __init__(self, folder: Path, *, every: int, keep: int, facts: dict) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every: int,
+        keep: int,
+        facts: dict,
+        keep_best: int = 0,
+        metric: str = "val/loss",
+        direction: str = "minimize",
+        background: bool = False,
+        weights: bool = False,
+    ) -> None:
         if every < 1 or keep < 1:
             raise ValueError("checkpoint.every and checkpoint.keep must be 1 or more")
+        if keep_best < 0:
+            raise ValueError(f"checkpoint.keep_best={keep_best} must be 0 or more")
+        if direction not in ("minimize", "maximize"):
+            raise ValueError(f"direction={direction} is neither minimize nor maximize")
         self.folder = folder
         self.every = every
         self.keep = keep
         self.facts = facts
+        self.keep_best = keep_best
+        self.metric = metric
+        self.sign = 1 if direction == "minimize" else -1
+        self.background = background
+        self.weights = weights
         self.saved = -1
+        self.validated = -1  # the step of the last validation
+        self.owes_validation = False  # where a run was ended between a save and what it preceded
+        self.best: dict[str, float] = {}  # file name -> value, the best first
+        self.best_next = self.best  # as it will be once what is being saved is whole
+        self.writing: threading.Thread | None = None
+        self.error: BaseException | None = None  # of the save that came last, until it is told
+        self.problem: str | None = None  # the same in words
+        self.pool: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.saved = trainer.global_step
+        ranking = self.folder / BEST
+        if trainer.is_global_zero and ranking.is_file():
+            with suppress(ValueError):
+                self._take_best(json.loads(ranking.read_text()))
+        if self.owes_validation:
+            self.owes_validation = False
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx) -> None:
+        if self.writing is None or not self.writing.is_alive():
+            self.wait()
         if trainer.global_step % self.every == 0 and trainer.global_step != self.saved:
             self.save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        self.validated = trainer.global_step
+        if not self.keep_best:
+            return
+        value = float(trainer.callback_metrics.get(self.metric, math.nan))
+        bars = list(self.best_next.values())
+        better = len(bars) < self.keep_best or self.sign * value < self.sign * bars[-1]
+        if not trainer.strategy.broadcast(better and math.isfinite(value)):
+            return
+        self.wait()
+        at_end = trainer.global_step >= trainer.max_steps > 0
+        name = self.path(trainer.global_step, "_end" if at_end else "").name
+        best = sorted({**self.best, name: value}.items(), key=lambda item: self.sign * item[1])
+        self.best_next = dict(best[: self.keep_best])
+        if at_end:
+            return  # on_train_end saves it
+        if self.saved != trainer.global_step:
+            self.save(trainer)
+        elif trainer.is_global_zero and files.manifest_path(self.folder / name).is_file():
+            self._start(None, self.folder / name)
+        else:  # it could not be saved
+            self.best_next = self.best
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         # Even at a step that is saved: a last validation came after it. The name is another one,
         # because a file that is being replaced is for a moment no checkpoint.
         self.save(trainer, suffix="_end")
+        self.wait()
+        if problem := trainer.strategy.broadcast(self.problem):
+            raise files.CheckpointError(f"the run's last checkpoint is missing: {problem}")
 
-    def save(self, trainer: L.Trainer, *, suffix: str = "") -> None:
-        """Write the checkpoint of this step; all ranks take part."""
-        self.saved = trainer.global_step
-        path = self.folder / f"step={trainer.global_step:08d}{suffix}.ckpt"
-        trainer.save_checkpoint(path)
-        if trainer.is_global_zero:
-            files.link_last(path)
-            files.keep_newest(self.folder, self.keep)
+    def on_exception(self, trainer: L.Trainer, module, exception: BaseException) -> None:
+        # A second signal ends the run at once (see preemption.py): its exit code is 128 or more.
+        if not (isinstance(exception, SystemExit) and exception.code in AT_ONCE):
+            self.wait()
 
     def on_save_checkpoint(self, trainer: L.Trainer, module, checkpoint: dict) -> None:
-        checkpoint["ldm"] = {**self.facts, "images_seen": trainer.datamodule.position}
+        facts = {"images_seen": trainer.datamodule.position, "validated": not self._is_due(trainer)}
+        checkpoint["ldm"] = {**self.facts, **facts}
+        if self.keep_best:
+            best = {"metric": self.metric, "values": dict(self.best_next)}
+            checkpoint["ldm"]["best"] = best
 
     def on_load_checkpoint(self, trainer: L.Trainer, module, checkpoint: dict) -> None:
         trainer.datamodule.position = int(checkpoint["ldm"]["images_seen"])
+        self.owes_validation = not checkpoint["ldm"].get("validated", True)
+        self._take_best(checkpoint["ldm"].get("best", {}))
+
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        """Whether the batch that has ended is to be followed by a validation."""
+        batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        return self.validated < trainer.global_step and batches % trainer.val_check_batch == 0
+
+    def _take_best(self, found: dict) -> None:
+        """Go on with the best of before that are there, where they are so by the same metric."""
+        if found.get("metric") == self.metric and self.keep_best:
+            there = {n: v for n, v in found["values"].items() if (self.folder / n).is_file()}
+            self.best = self.best_next = there
+
+    def save_now(self, trainer: L.Trainer) -> None:
+        """Have this step saved when it returns; all ranks take part."""
+        if self.saved != trainer.global_step:
+            self.save(trainer)
+        self.wait()
+
+    def save(self, trainer: L.Trainer, *, suffix: str = "") -> None:
+        """Write the checkpoint of this step, or begin to; all ranks take part."""
+        self.saved = trainer.global_step
+        for logger in trainer.loggers:
+            logger.save()  # what belongs to this step must not be younger than its checkpoint
+        path = self.path(trainer.global_step, suffix)
+        trainer.save_checkpoint(path, storage_options=self._store)
+
+    def path(self, step: int, suffix: str = "") -> Path:
+        """Where a step is saved."""
+        return self.folder / f"step={step:08d}{suffix}.ckpt"
+
+    def wait(self) -> None:
+        """Wait for the save that is under way, and tell if it failed."""
+        if self.writing is not None:
+            self.writing.join()
+            self.writing = None
+        error, self.error = self.error, None
+        if error is None:
+            return
+        if not isinstance(error, OSError):
+            raise error
+        self.best_next = self.best
+        last = self.folder / "last.ckpt"
+        good = last.resolve() if last.exists() else "none yet"
+        free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
+        self.problem = (
+            f"saving {self.target} failed ({error.strerror or error}): it takes "
+            f"{self.needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free. The last good "
+            f"checkpoint is {good}"
+        )
+        warnings.warn(f"{self.problem}; the training goes on", stacklevel=2)
+
+    def _store(self, payload: dict, path: Path) -> None:
+        """What Lightning calls on rank 0 with the state of all ranks."""
+        self.wait()
+        if self.background:
+            payload = on_host(payload, self.pool)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        self._start(payload, path)
+
+    def _start(self, payload: dict | None, path: Path) -> None:
+        self.wait()
+        self.problem, self.target = None, path
+        self.needed = files.size(payload or {})
+        if self.background:
+            self.writing = threading.Thread(target=self._write, args=(payload, path), daemon=True)
+            self.writing.start()
+        else:
+            self._write(payload, path)
+            self.wait()
+
+    def _write(self, payload: dict | None, path: Path) -> None:
+        """All of a save that is slow; without a payload `path` is there. `wait` tells of errors."""
+        try:
+            if payload is not None:
+                files.write(payload, path)
+                files.link_last(path)
+            if self.best_next is not self.best:
+                content = {"metric": self.metric, "values": self.best_next}
+                write_text(self.folder / BEST, json.dumps(content) + "\n")
+                files.link(self.folder / next(iter(self.best_next)), "best.ckpt")
+                self.best = self.best_next
+            files.keep_newest(self.folder, self.keep, spare=self.best)
+            if self.weights and payload is not None:
+                name = f"{path.stem}.safetensors"
+                files.export(payload, self.folder.parent / "weights" / name)
+        except BaseException as error:
+            self.error = error
+
+
+def on_host(value: object, pool: dict[str, Tensor], at: str = "") -> object:
+    """A copy of a checkpoint's state in memory of the host.
+
+    The tensors of `pool`, by place in the state, are used again: fresh memory costs the kernel
+    five times what copying costs. Copies from a device may not be complete on return.
+    """
+    if isinstance(value, Tensor):
+        to = pool.get(at)
+        like = (value.shape, value.dtype, value.stride())
+        if to is None or (to.shape, to.dtype, to.stride()) != like:
+            to = pool[at] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return to.copy_(value.detach(), non_blocking=True)
+    if isinstance(value, dict):
+        same = copy(value)  # an OrderedDict remains one
+        same.update({key: on_host(part, pool, f"{at}/{key}") for key, part in value.items()})
+        return same
+    if isinstance(value, list | tuple):
+        return type(value)(on_host(part, pool, f"{at}/{i}") for i, part in enumerate(value))
+    return value

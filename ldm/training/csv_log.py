@@ -14,7 +14,7 @@ class CsvLog(Logger):
     """Appends rows to `path`; a new metric adds a column.
 
     A resumed run first drops the rows of steps that it will go through again, so that each step
-    stands there once.
+    stands there once. What belongs to the last step is added to its row.
     """
 
     def __init__(self, path: Path) -> None:
@@ -22,6 +22,7 @@ class CsvLog(Logger):
         self.path = path
         self.columns: list[str] = []
         self.open_row: dict[str, str] = {}
+        self.begins = 0  # where the open row begins in the file, in bytes
 
     @property
     def name(self) -> str:
@@ -44,38 +45,40 @@ class CsvLog(Logger):
     def rewind(self, step: int) -> None:
         """Drop what was logged after `step`."""
         rows = [row for row in self._rows() if int(row["step"]) <= step]
+        last = rows.pop() if rows and int(rows[-1]["step"]) == step else {}
         self._rewrite(rows)
+        self.open_row = {name: value for name, value in last.items() if value}
+        self.save()
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Values of one step; calls for the same step share a row."""
-        row = {name: f"{float(value):.8g}" for name, value in metrics.items() if name != "epoch"}
+        row = {name: f"{float(value):.9g}" for name, value in metrics.items() if name != "epoch"}
         if not row:
             return
         if self.open_row.get("step") != str(step):
-            self._close_row()
+            self.save()
+            self.begins = self.path.stat().st_size if self.path.is_file() else 0
             self.open_row = {"step": str(step)}
         self.open_row |= row
 
     @rank_zero_only
     def save(self) -> None:
-        """Put the open row on the disk."""
-        self._close_row()
+        """Put the open row on the disk, in place of what was there of it."""
+        if not self.open_row:
+            return
+        if not set(self.open_row) <= set(self.columns):
+            rows = [row for row in self._rows() if row["step"] != self.open_row["step"]]
+            self.columns += [name for name in self.open_row if name not in self.columns]
+            self._rewrite(rows)
+        with self.path.open("r+", newline="") as file:
+            file.seek(self.begins)
+            csv.DictWriter(file, self.columns).writerow(self.open_row)
+            file.truncate()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self._close_row()
-
-    def _close_row(self) -> None:
-        row, self.open_row = self.open_row, {}
-        if not row:
-            return
-        if not set(row) <= set(self.columns):
-            rows = self._rows()
-            self.columns += [name for name in row if name not in self.columns]
-            self._rewrite(rows)
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
+        self.save()
 
     def _rows(self) -> list[dict[str, str]]:
         if not self.path.is_file():
@@ -93,3 +96,4 @@ class CsvLog(Logger):
         writer.writeheader()
         writer.writerows(rows)
         write_text(self.path, text.getvalue())
+        self.begins = self.path.stat().st_size

@@ -26,6 +26,8 @@ class LatentDiffusion(L.LightningModule):
     Raises ValueError where `caption_dropout` is no share.
     """
 
+    skipped: Tensor | None = None  # set by SkipNonFinite: 1.0 where this step is left out
+
     def __init__(
         self,
         denoiser: nn.Module,
@@ -114,7 +116,7 @@ class LatentDiffusion(L.LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
         # Here and not in a hook after the batch: checkpoints are saved before those.
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.ema.update(self.denoiser, step=self.trainer.global_step + 1)
+        self.ema.update(self.denoiser, step=self.trainer.global_step + 1, skipped=self.skipped)
 
     def on_fit_start(self) -> None:
         for part in self.frozen:

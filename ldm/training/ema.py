@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMA(nn.Module):
@@ -22,14 +22,33 @@ class EMA(nn.Module):
         self.module = copy.deepcopy(denoiser).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, denoiser: nn.Module, *, step: int) -> None:
-        """Move towards `denoiser`, after optimizer step number `step`, counted from 1."""
+    def update(self, denoiser: nn.Module, *, step: int, skipped: Tensor | None = None) -> None:
+        """Move towards `denoiser`, after optimizer step number `step`, counted from 1.
+
+        skipped: () on the device, 1.0 where that step was left out and the average stays, else 0.0.
+        """
         decay = min(self.decay, (1 + step) / (10 + step))
         averages, weights = list(self.module.parameters()), list(denoiser.parameters())
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        if skipped is None:
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+        elif skipped.device.type != "cpu":
+            move(averages, weights, (1 - decay) * (1 - skipped))
+        elif skipped == 0:  # which costs nothing to ask there, as waiting for a device would
+            torch._foreach_lerp_(averages, weights, 1 - decay)
         for average, value in zip(self.module.buffers(), denoiser.buffers(), strict=True):
             average.copy_(value)
 
     def train(self, mode: bool = True) -> "EMA":
         """The average is never in training mode."""
         return super().train(False)
+
+
+def move(averages: list[Tensor], weights: list[Tensor], share: Tensor) -> None:
+    """Lerp in place by a share () that only the device knows; 0 moves nothing.
+
+    torch has no fused lerp for that. Some tensors at a time: the changes take memory.
+    """
+    for i in range(0, len(weights), 16):
+        change = torch._foreach_sub(weights[i : i + 16], averages[i : i + 16])
+        torch._foreach_mul_(change, share)
+        torch._foreach_add_(averages[i : i + 16], change)

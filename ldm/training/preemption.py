@@ -45,6 +45,8 @@ class StopOnSignal(L.Callback):
         step = trainer.global_step
         if step == self.asked_at or (trainer.world_size > 1 and step % self.every):
             return
+        if step >= trainer.max_steps > 0:
+            return  # it ends by itself, with a last validation and a checkpoint
         self.asked_at = step
         if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
             self.save(trainer)

@@ -1,11 +1,12 @@
 """Shards made for a test, and the real data where this machine has it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from material import samples, tar_bytes
+from web import Web, serve
 
 REAL_DATA = Path(os.environ.get("LDM_TEST_DATA", "/work/shared/data"))
 
@@ -36,3 +37,13 @@ def real_data() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture
+def web(monkeypatch) -> Iterator[Web]:
+    """A server without files yet."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = serve()
+    yield server
+    server.shutdown()
+    server.server_close()

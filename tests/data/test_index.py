@@ -256,3 +256,13 @@ def test_a_list_may_name_folders_and_name_them_twice(shard_folder):
     assert index.paths == [*once.paths, once.paths[0], *once.paths]
     assert index.shard_sizes() == once.shard_sizes() + once.shard_sizes()[:1] + once.shard_sizes()
     assert index.key(len(index) - 1) == once.key(len(once) - 1)
+
+
+def test_many_shards_are_scanned_side_by_side(shard_folder):
+    folder = shard_folder(*[n % 3 for n in range(40)])
+    index = open_index(folder)
+    assert index.shard_sizes() == [n % 3 for n in range(40)]
+    assert [index.key(i) for i in range(len(index))] == [f"{i:04}" for i in range(39)]
+    (folder / "00017.tar").write_bytes(GOOD[:1000])
+    with pytest.raises(ShardError, match=r"00017\.tar is no intact tar archive"):
+        open_index(folder)

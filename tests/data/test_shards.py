@@ -110,7 +110,7 @@ def test_a_shard_that_changes_in_use_is_an_error(shard_folder):
     shards.read(0)
     with open(folder / "00000.tar", "r+b") as file:
         file.truncate(600)
-    with pytest.raises(ShardError, match=r"00000\.tar was cut short"):
+    with pytest.raises(ShardError, match=r"00000\.tar changed since"):
         shards.read(1)
     (folder / "00001.tar").write_bytes(tar_bytes(samples(30)))
     with pytest.raises(ShardError, match=r"00001\.tar changed since"):

@@ -26,7 +26,7 @@ def test_a_step_is_a_row_and_a_new_metric_a_column(log):
     log.finalize("success")
     assert rows(log.path) == [
         {"step": "1", "loss": "0.5", "val/loss": ""},
-        {"step": "2", "loss": "0.25", "val/loss": "0.33333333"},
+        {"step": "2", "loss": "0.25", "val/loss": "0.333333333"},
         {"step": "3", "loss": "1e-30", "val/loss": ""},
     ]
 
@@ -39,6 +39,33 @@ def test_a_row_is_on_the_disk_when_saved_or_when_the_next_begins(log):
     log.save()
     log.save()
     assert [row["step"] for row in rows(log.path)] == ["1", "2"]
+
+
+def test_what_comes_later_of_a_saved_step_joins_its_row(log):
+    log.log_metrics({"loss": 1}, step=1)
+    log.log_metrics({"loss": 2}, step=2)
+    log.save()
+    log.log_metrics({"loss": 3}, step=2)
+    log.log_metrics({"fid": 4}, step=2)
+    log.log_metrics({"loss": 5}, step=3)
+    log.save()
+    expected = [
+        {"step": "1", "loss": "1", "fid": ""},
+        {"step": "2", "loss": "3", "fid": "4"},
+        {"step": "3", "loss": "5", "fid": ""},
+    ]
+    assert rows(log.path) == expected
+    again = CsvLog(log.path)  # after a kill between a save and its validation
+    again.rewind(2)
+    assert rows(log.path) == expected[:2]
+    again.log_metrics({"fid": 6}, step=2)
+    again.log_metrics({"loss": 7}, step=3)
+    again.save()
+    assert rows(log.path) == [
+        expected[0],
+        {"step": "2", "loss": "3", "fid": "6"},
+        {"step": "3", "loss": "7", "fid": ""},
+    ]
 
 
 def test_the_epoch_alone_is_no_row(log):

@@ -104,11 +104,11 @@ def test_a_run_that_ended_goes_on(
 
 
 def test_a_run_that_was_killed_goes_on(tmp_path, shapes, tiny_text, whole, accumulate):
-    """From a checkpoint that was written on the way, just before a validation."""
+    """From a checkpoint that was written on the way, just before a validation: it comes first."""
     left = tmp_path / "step=00000003.ckpt"
     checkpoint.write(checkpoint.read(whole / left.name), left)
     checkpoint.link_last(left)
-    assert train(tmp_path, shapes, tiny_text, steps=8, accumulate=accumulate) == [6, 8]
+    assert train(tmp_path, shapes, tiny_text, steps=8, accumulate=accumulate) == [3, 6, 8]
     assert_same_training(whole / "last.ckpt", tmp_path / "last.ckpt")
 
 
@@ -132,7 +132,7 @@ def test_the_newest_are_kept_and_last_is_a_link_to_the_end(tmp_path, shapes, tin
 def test_torch_opens_a_checkpoint_without_running_anything(tmp_path, shapes, tiny_text):
     train(tmp_path, shapes, tiny_text, steps=1)
     payload = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert payload["ldm"] == {"stage": "diffusion", "images_seen": 4}
+    assert payload["ldm"] == {"stage": "diffusion", "images_seen": 4, "validated": True}
     assert payload["global_step"] == 1
 
 

@@ -1,0 +1,145 @@
+"""A folder of whole shards that came from elsewhere, of a bounded size.
+
+Several processes and runs of one machine may share it. A shard is there in full or not at all
+(`.part` until then); whoever reads one holds a shared lock on it, and one that nobody reads leaves
+when room is needed, the least recently opened first. Kernel locks: a killed process leaves none.
+
+    cache/<digest>-<bytes>-<name>.tar    cache/index-<digest>.npz    cache/locks/
+"""
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+
+from ldm.data.remote import Remote, download
+
+PART = ".part"
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a file's or folder's lock; BlockingIOError where another does and `wait` is off."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        # Not left to close: a child forked meanwhile has a copy, and the lock would live on in it.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+class Cache:
+    """Shards of servers, as local files.
+
+    Raises ValueError where the bound is not above 0.
+    """
+
+    def __init__(self, folder: str | Path, *, gigabytes: float) -> None:
+        if not gigabytes > 0:
+            raise ValueError(f"cache_gb must be above 0, got {gigabytes}")
+        self.folder = Path(folder)
+        self.bytes = int(gigabytes * 1e9)
+        self._told = False
+
+    def open(self, remote: Remote) -> FileIO:
+        """The shard, downloaded first where it is not there; to be closed by `Cache.close`.
+
+        Raises RemoteError, FileNotFoundError as `download`, ValueError where it is larger than the
+        whole cache.
+        """
+        path = self.folder / remote.name
+        while True:
+            if file := self._reading(path, remote.size):
+                return file
+            (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+            with locked(self._lock(path.name)):
+                if path.exists():
+                    continue  # somebody else has just fetched it
+                part = path.with_name(path.name + PART)
+                self._make_room(remote, part)
+                try:
+                    download(remote, part)
+                except OSError as error:
+                    if error.errno is not None and error.filename is None:
+                        raise OSError(error.errno, error.strerror, str(part)) from None
+                    raise
+                os.replace(part, path)
+
+    @staticmethod
+    def close(file: FileIO) -> None:
+        """Give a shard up: from now on it may leave."""
+        fcntl.flock(file.fileno(), fcntl.LOCK_UN)  # see `locked`
+        file.close()
+
+    def _reading(self, path: Path, size: int) -> FileIO | None:
+        try:
+            file = FileIO(path)
+        except FileNotFoundError:
+            return None
+        fcntl.flock(file.fileno(), fcntl.LOCK_SH)
+        stat = os.fstat(file.fileno())
+        if stat.st_nlink == 0:  # it left between open and lock
+            self.close(file)
+            return None
+        if stat.st_size != size:
+            self.close(file)
+            path.unlink(missing_ok=True)
+            _log.warning("%s was damaged; fetching it again", path)
+            return None
+        os.utime(path)  # the newest time is the last one to leave
+        return file
+
+    def _lock(self, name: str) -> Path:
+        return self.folder / "locks" / name
+
+    def _make_room(self, remote: Remote, part: Path) -> None:
+        """Let others leave until this one fits, and create `part`, which keeps its room."""
+        if remote.size > self.bytes:
+            raise ValueError(
+                f"{remote} has {remote.size / 1e9:.2f} GB and does not fit into a cache of "
+                f"{self.bytes / 1e9:.2f} GB: raise data.cache_gb"
+            )
+        with locked(self.folder / "locks" / "room"):
+            part.touch()
+            present = self._present()
+            total = sum(size for _, size, _ in present)
+            for _, size, path in sorted(present):
+                if total <= self.bytes:
+                    break
+                if path != part and self._leave(path):
+                    total -= size
+            if total > self.bytes and not self._told:
+                self._told = True
+                _log.warning(
+                    "%s holds %.2f GB that are all in use, more than data.cache_gb allows; fewer "
+                    "workers or a smaller data.window need less",
+                    self.folder,
+                    total / 1e9,
+                )
+
+    def _present(self) -> list[tuple[int, int, Path]]:
+        """(time of last use, bytes once it is whole, path) of all shards and parts."""
+        found = []
+        for entry in os.scandir(self.folder):
+            size = entry.name.split("-")[1:2]
+            if size and size[0].isdigit() and entry.is_file(follow_symlinks=False):
+                with suppress(FileNotFoundError):
+                    found.append((entry.stat().st_mtime_ns, int(size[0]), Path(entry.path)))
+        return found
+
+    def _leave(self, path: Path) -> bool:
+        """Remove a shard that nobody reads, or a part that nobody writes."""
+        held = self._lock(path.name.removesuffix(PART)) if path.name.endswith(PART) else path
+        try:
+            with locked(held, wait=False):
+                path.unlink(missing_ok=True)
+        except BlockingIOError:
+            return False
+        return True

@@ -1,0 +1,69 @@
+"""A run that is killed a hundred times gives what one gives that never was."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from shell import BRIEF, FROZEN, ROOT, rows, run
+
+KILLS = str(ROOT / "tests" / "kills.py")
+TIMED = ("perf/images_per_s", "perf/data_wait")
+RUN = [
+    *BRIEF,
+    *FROZEN,
+    "logger=csv",
+    "data.workers=2",
+    "data.batch_size=8",
+    "trainer.accumulate_grad_batches=2",
+    "trainer.val_check_interval=7",
+    "checkpoint.every=1",
+    "+model.dropout=0.1",
+    "model.channels=16",
+    "optimizer.warmup=5",
+]
+
+
+def same(a, b) -> bool:
+    """Whether two payloads hold the same plain values, and the same tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def measured(run_dir):
+    """metrics.csv without what a clock says."""
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in rows(run_dir)]
+
+
+@pytest.mark.parametrize(
+    ("kills", "steps"), [(10, 100), pytest.param(100, 800, marks=pytest.mark.slow)]
+)
+def test_no_kill_changes_anything(prepared, tmp_path, kills, steps):
+    home = tmp_path / "home"
+    shutil.copytree(prepared, home, symlinks=True)
+    command = [*RUN, f"trainer.max_steps={steps}"]
+    for count, name in ((0, "whole"), (kills, "killed")):
+        said = run(
+            *(KILLS, str(count), "7", f"name={name}", *command),
+            cwd=home,
+            seconds=1500,
+            OMP_NUM_THREADS="1",
+        )
+        told = json.loads(said.splitlines()[-1])
+        log = (home / "kills-7.log").read_text()
+        assert told == {"killed": count, "exit_code": 0}, log[-5000:]
+    assert log.count(" resumes: ") > kills / 2, "most had begun to train"
+    whole, killed = (home / "runs" / name for name in ("whole", "killed"))
+    assert measured(killed) == measured(whole)
+    payloads = [
+        torch.load(found / "checkpoints" / "last.ckpt", weights_only=True)
+        for found in (whole, killed)
+    ]
+    assert payloads[0]["global_step"] == payloads[1]["global_step"] == steps
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert same(payloads[0][part], payloads[1][part]), part

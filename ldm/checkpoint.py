@@ -277,6 +277,12 @@ def digest(module: nn.Module) -> str:
 
 def load_into(module: nn.Module, state: dict, *, what: str) -> None:
     """Load a state dict; CheckpointError names the first differences with both shapes."""
+    check_fits(module, state, what=what)
+    module.load_state_dict(state)
+
+
+def check_fits(module: nn.Module, state: dict, *, what: str) -> None:
+    """Raise CheckpointError where a state dict has other names or shapes than the module."""
     own = module.state_dict()
     wrong = [f"{name} is missing" for name in own if name not in state]
     wrong += [f"{name} is unknown" for name in state if name not in own]
@@ -288,7 +294,6 @@ def load_into(module: nn.Module, state: dict, *, what: str) -> None:
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(f"{what} does not fit: {'; '.join(wrong[:3])}{more}")
-    module.load_state_dict(state)
 
 
 def part(payload: dict, prefix: str) -> dict:

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.locks import InUseError
-from ldm.runs import RESOLVERS, SWEEP, changes, rank
+from ldm.runs import RESOLVERS, SWEEP, changes, concerns, rank
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 
@@ -184,10 +184,13 @@ def check_unchanged(cfg: DictConfig, run_dir: Path) -> None:
     if not before.is_file() or not saved or rank() != 0:
         return
     old, new = (OmegaConf.to_container(c, resolve=True) for c in (OmegaConf.load(before), cfg))
-    if changed := changes(old, new):
+    changed = [change for change in changes(old, new) if not concerns(change, cfg.resume.allow)]
+    if changed:
+        keys = ",".join(change.partition(" was ")[0] for change in changed)
         raise UsageError(
             f"{run_dir} was begun with other settings: {'; '.join(changed[:5])}. Give those again "
-            "to go on with it, or another name=... to begin anew"
+            f"to go on with it, another name=... to begin anew, or resume.allow=[{keys}] to change "
+            "it midway"
         )
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from ldm.files import write_text
@@ -153,6 +154,7 @@ FREE = (
     "checkpoint",
     "stop_after_skips",
     "samples",
+    "resume",
     "metric",
     "validate_first",
     "data.workers",
@@ -176,6 +178,12 @@ def changes(old: dict, new: dict, prefix: str = "") -> list[str]:
         else:
             found.append(f"{name} was {a}, is {b}")
     return found
+
+
+def concerns(change: str, keys: Iterable[str]) -> bool:
+    """Whether one of `changes` is about one of these settings, or what belongs to it."""
+    key = change.partition(" was ")[0]
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in keys)
 
 
 def of_checkpoint(ckpt: Path) -> Path:

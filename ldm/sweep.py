@@ -105,7 +105,8 @@ def begin(directory: Path, base: dict, *, swept: Sequence[str]) -> dict:
         old = json.loads(path.read_text())
         # What is swept now or was swept before is not shared.
         groups = {*swept, *old["swept"]}
-        own = [c for c in runs.changes(old["base"], base) if not _concerns(c, groups)]
+        free = {*groups, *base["resume"]["allow"]}
+        own = [c for c in runs.changes(old["base"], base) if not runs.concerns(c, free)]
         if own:
             raise UsageError(
                 f"the sweep {directory} was begun with other settings: {'; '.join(own[:5])}. Give "
@@ -113,11 +114,6 @@ def begin(directory: Path, base: dict, *, swept: Sequence[str]) -> dict:
             )
         swept = sorted(groups)
     return {"swept": sorted(swept), "base": base}
-
-
-def _concerns(change: str, keys: set[str]) -> bool:
-    key = change.partition(" was ")[0]
-    return any(key == k or key.startswith(f"{k}.") for k in keys)
 
 
 def carry_out(jobs: Sequence[Job], host: Host, *, most: int, shared: dict) -> None:

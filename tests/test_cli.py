@@ -114,6 +114,52 @@ def test_a_run_that_does_not_get_better_ends_early(home):
     assert "is finished" in train(*options, cwd=home)
 
 
+def test_a_run_leaves_when_its_time_is_over(home):
+    options = [*ANEW, "name=hours", "trainer.max_steps=100000", "trainer.val_check_interval=10"]
+    said = train(*options, "trainer.max_hours=0.0005", cwd=home, expect=75)
+    assert "its time is over: saving, then leaving" in said
+    result = json.loads((home / "runs" / "hours" / "result.json").read_text())
+    assert result["status"] == "preempted"
+    assert result["checkpoint"] == f"checkpoints/step={result['steps']:08d}.ckpt"
+    said = train(*options, "trainer.max_hours=-1", cwd=home, expect=2)
+    assert "trainer.max_hours=-1 must be above 0" in said
+
+
+def test_settings_may_change_midway_where_that_is_allowed(home):
+    brief = ["name=midway", "trainer.val_check_interval=2", "logger=csv", *FROZEN]
+    train(*brief, "trainer.max_steps=2", cwd=home)
+    more = [*brief, "trainer.max_steps=4"]
+    said = train(*more, "optimizer.lr=1e-4", cwd=home, expect=2)
+    assert "optimizer.lr was 0.003, is 0.0001" in said
+    assert "resume.allow=[optimizer.lr]" in said
+    said = train(*more, "optimizer.lr=1e-4", "resume.allow=[optimizer.lr]", cwd=home)
+    assert "resumes" in said
+    rate = tensors(home / "runs" / "midway")["optimizer_states"][0]["param_groups"][0]["initial_lr"]
+    assert rate == 1e-4
+    wider = [*brief, "trainer.max_steps=6", "optimizer.lr=1e-4", "model.channels=64"]
+    said = train(*wider, "resume.allow=[model]", cwd=home, expect=1)
+    assert "does not fit: denoiser." in said
+    assert "in the file and (64, 4, 3, 3) here" in said
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_takes_the_others_along(home):
+    ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    options = [*BRIEF, *ANEW, *ddp, "name=dies", "trainer.max_steps=100000", "checkpoint.every=20"]
+    first = start(TRAIN, *options, cwd=home)
+    run_dir = home / "runs" / "dies"
+    wait_for(lambda: any(run_dir.glob("checkpoints/step=*.ckpt.json")))
+    (second,) = set(processes("name=dies")) - {first.pid}
+    os.kill(second, signal.SIGKILL)
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode not in (0, 75), said
+    assert json.loads((run_dir / "result.json").read_text())["status"] == "failed"
+    wait_for(lambda: not processes("name=dies"), seconds=30)
+    saved = max(run_dir.glob("checkpoints/step=*.ckpt"))
+    steps = int(saved.stem.partition("=")[2])
+    assert "resumes" in train(*options[len(BRIEF) :], f"trainer.max_steps={steps + 2}", cwd=home)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("told", ["the first", "all"])
 @pytest.mark.parametrize("devices", [1, 2])

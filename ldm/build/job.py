@@ -127,7 +127,8 @@ def trainer(
     keeper = Checkpoints(run_dir / "checkpoints", **cfg.checkpoint, **best, facts=facts)
     report = run_dir / "bad_batches.json"
     skip = SkipNonFinite(report, meter=meter, stop_after=cfg.stop_after_skips)
-    stops = [StopOnSignal(keeper.save_now, every=meter.every)]
+    ours = cfg.trainer.max_hours
+    stops = [StopOnSignal(keeper.save_now, every=meter.every, max_hours=ours)]
     if cfg.early_stop:
         stops.append(instantiate(cfg.early_stop))
     loggers = [CsvLog(run_dir / "metrics.csv")]
@@ -136,7 +137,7 @@ def trainer(
         loggers.append(instantiate(cfg.logger, **handed))
     accumulate = cfg.trainer.accumulate_grad_batches
     return instantiate(
-        cfg.trainer,
+        OmegaConf.masked_copy(cfg.trainer, [key for key in cfg.trainer if key != "max_hours"]),
         **world(cfg),
         strategy=instantiate(cfg.strategy) if cfg.strategy else "auto",
         # Lightning counts this in batches, we in optimizer steps.

@@ -17,8 +17,13 @@ from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
 from ldm import checkpoint as files
+from ldm.data.images import ImageError
+from ldm.data.index import ShardError
+from ldm.data.remote import RemoteError
+from ldm.data.skips import TooManySkippedError
 from ldm.files import write_text
 
+LOST_DATA = (RemoteError, ShardError, ImageError, TooManySkippedError)
 BEST = "best.json"  # which files validated best, and their values
 AT_ONCE = {
     128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
@@ -151,8 +156,15 @@ class Checkpoints(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, module, exception: BaseException) -> None:
         # A second signal ends the run at once (see preemption.py): its exit code is 128 or more.
-        if not (isinstance(exception, SystemExit) and exception.code in AT_ONCE):
-            self.wait()
+        if isinstance(exception, SystemExit) and exception.code in AT_ONCE:
+            return
+        self.wait()
+        steps = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        whole = trainer.state.fn == "fit" and steps % trainer.accumulate_grad_batches == 0
+        # Data that is lost says nothing against what was trained. Several ranks are not of one
+        # mind here: those that have data would wait.
+        if isinstance(exception, LOST_DATA) and whole and trainer.world_size == 1:
+            self.save_now(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module, checkpoint: dict) -> None:
         facts = {"images_seen": trainer.datamodule.position, "validated": not self._is_due(trainer)}
@@ -162,6 +174,8 @@ class Checkpoints(L.Callback):
             checkpoint["ldm"]["best"] = best
 
     def on_load_checkpoint(self, trainer: L.Trainer, module, checkpoint: dict) -> None:
+        what = f"the checkpoint of step {checkpoint['global_step']} in {self.folder}"
+        files.check_fits(module, checkpoint["state_dict"], what=what)
         trainer.datamodule.position = int(checkpoint["ldm"]["images_seen"])
         self.owes_validation = not checkpoint["ldm"].get("validated", True)
         self._take_best(checkpoint["ldm"].get("best", {}))

@@ -1,5 +1,6 @@
 """Weights, averages and optimizer state in shards, one a device (torch's fully_shard, FSDP2)."""
 
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
@@ -27,8 +28,8 @@ class Sharded(DDPStrategy):
     # Lightning's ModelParallelStrategy shards before it loads and has a checkpoint format of its
     # own. Here a whole network is loaded, then sharded, and Lightning's usual path serves.
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, timeout: timedelta = timedelta(minutes=30)) -> None:
+        super().__init__(timeout=timeout)
         self.stored: list[tuple[nn.Module, str, nn.Parameter]] = []  # shards during a validation
 
     @staticmethod

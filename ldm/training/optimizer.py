@@ -43,8 +43,15 @@ class AdamW:
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
         # Lightning refuses to clip gradients of an optimizer that could unscale them by itself.
         optimizer._step_supports_amp_scaling = False
-        optimizer.register_load_state_dict_post_hook(same_layout)
-        curve = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step, steps))
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+
+        def adapt(optimizer: torch.optim.Optimizer) -> None:
+            same_layout(optimizer)
+            for group, own in zip(optimizer.param_groups, settings, strict=True):
+                group.update(own, initial_lr=own["lr"])
+
+        optimizer.register_load_state_dict_post_hook(adapt)
+        curve = Curve(optimizer, lambda step: self.factor(step, steps))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": curve, "interval": "step"},
@@ -57,6 +64,18 @@ class AdamW:
             return warm
         progress = min(1.0, max(0, step - self.warmup) / max(1, steps - self.warmup))
         return warm * (0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+class Curve(torch.optim.lr_scheduler.LambdaLR):
+    """A learning-rate curve that goes on with the learning rate it was made with.
+
+    A state dict has the step alone to say: the rest is the configuration's, which may have changed.
+    """
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict({**state_dict, "base_lrs": self.base_lrs})
+        for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = lr
 
 
 def same_layout(optimizer: torch.optim.Optimizer) -> None:

@@ -1,5 +1,6 @@
 """Leaving in good order when asked to: save at the next optimizer step, then go."""
 
+import math
 import os
 import signal
 import subprocess
@@ -20,11 +21,18 @@ class StopOnSignal(L.Callback):
     handlers, which save in the middle of whatever happens and wait for ranks that may wait for
     something else, are replaced.
     Under SLURM the user signals say that the time limit is near: the job is requeued.
+    max_hours: of this process; after them it leaves as after SIGTERM. ValueError where they are
+    not above 0.
     """
 
-    def __init__(self, save: Callable[[L.Trainer], None], *, every: int) -> None:
+    def __init__(
+        self, save: Callable[[L.Trainer], None], *, every: int, max_hours: float | None = None
+    ) -> None:
+        if max_hours is not None and not max_hours > 0:
+            raise ValueError(f"trainer.max_hours={max_hours} must be above 0")
         self.save = save
         self.every = every
+        self.ends_at = math.inf if max_hours is None else time.monotonic() + max_hours * 3600
         self.received: int | None = None
         self.received_at = 0.0
 
@@ -48,7 +56,10 @@ class StopOnSignal(L.Callback):
         if step >= trainer.max_steps > 0:
             return  # it ends by itself, with a last validation and a checkpoint
         self.asked_at = step
-        if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
+        told = self.received is not None or time.monotonic() >= self.ends_at
+        if trainer.strategy.reduce_boolean_decision(told, all=False):
+            if self.received is None and trainer.is_global_zero:
+                print("its time is over: saving, then leaving", flush=True)
             self.save(trainer)
             trainer.strategy.barrier()
             if trainer.is_global_zero and self.received in (signal.SIGUSR1, signal.SIGUSR2):

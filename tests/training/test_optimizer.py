@@ -99,6 +99,30 @@ def test_gradients_are_clipped_under_lightning(shapes, tiny_text, precision):
     assert moved(1e-12) < 1e-4
 
 
+def test_a_run_goes_on_with_the_settings_it_is_given_now():
+    def made(**settings):
+        weight = nn.Parameter(torch.ones(2, 2))
+        built = AdamW(warmup=4, **settings)([weight, nn.Parameter(torch.ones(2))], steps=-1)
+        return built["optimizer"], built["lr_scheduler"]["scheduler"]
+
+    optimizer, scheduler = made(lr=2.0)
+    for _ in range(2):
+        optimizer.step()
+        scheduler.step()
+    states = optimizer.state_dict(), scheduler.state_dict()
+    for settings in ({"lr": 2.0}, {"lr": 1.0, "weight_decay": 0.5, "betas": (0.8, 0.9)}):
+        optimizer, scheduler = made(**settings)
+        fresh = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        optimizer.load_state_dict(copy.deepcopy(states[0]))
+        scheduler.load_state_dict(copy.deepcopy(states[1]))
+        for group, own in zip(optimizer.param_groups, fresh, strict=True):
+            assert group["lr"] == settings["lr"] * 0.75, "the third step of the warm-up"
+            assert {**own, "lr": group["lr"], "params": group["params"]} == group
+        optimizer.step()
+        scheduler.step()
+        assert [g["lr"] for g in optimizer.param_groups] == [settings["lr"]] * 2
+
+
 def test_moments_of_another_memory_layout_are_loaded_as_the_weights_lie():
     """Fused AdamW goes through memory: other strides would mix up the weights, unseen."""
 

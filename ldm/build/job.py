@@ -107,6 +107,9 @@ def build(cfg: DictConfig, run_dir: Path) -> Job:
     resume = checkpoint.newest(run_dir / "checkpoints", last_step=cfg.trainer.max_steps)
     if rank() == 0:
         checkpoint.check_writable(run_dir / "checkpoints")
+    if resume is not None:
+        state = checkpoint.unverified(resume)["state_dict"]
+        checkpoint.check_fits(module, state, what=str(resume))
     if resume is None and rank() == 0:
         (run_dir / "metrics.csv").unlink(missing_ok=True)  # of a try without a checkpoint
     meter = Meter(every=cfg.trainer.log_every_n_steps)

@@ -174,8 +174,6 @@ class Checkpoints(L.Callback):
             checkpoint["ldm"]["best"] = best
 
     def on_load_checkpoint(self, trainer: L.Trainer, module, checkpoint: dict) -> None:
-        what = f"the checkpoint of step {checkpoint['global_step']} in {self.folder}"
-        files.check_fits(module, checkpoint["state_dict"], what=what)
         trainer.datamodule.position = int(checkpoint["ldm"]["images_seen"])
         self.owes_validation = not checkpoint["ldm"].get("validated", True)
         self._take_best(checkpoint["ldm"].get("best", {}))

@@ -63,7 +63,7 @@ def main(count: int, seed: int, overrides: list[str]) -> None:
                 watch(child, lambda seen=begun: starts(log) > seen, 120)
             elif kind == "trains":
                 watch(child, lambda seen=newest: last(saved) != seen, 120)
-            moment = time.monotonic() + rng.uniform(0.0, 0.8)
+            moment = time.monotonic() + rng.uniform(0.0, 0.4)
             watch(child, lambda at=moment: time.monotonic() >= at, 1)
         if killed < count and not has_ended(child):
             os.killpg(child, signal.SIGKILL)

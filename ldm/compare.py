@@ -57,7 +57,7 @@ def compare(
     compared = [ranking.read(directory) for directory in directories]
     asked = Counter(run.config["metric"] for run in compared if "metric" in run.config)
     metric = metric or (asked.most_common(1)[0][0] if asked else "val/loss")
-    logged = {name for run in compared for row in run.rows for name in row}
+    logged = ranking.logged(compared)
     if logged and metric not in logged:
         near = cli.nearest(metric, logged)
         raise ValueError(f"metric={metric} was not logged by any of {len(compared)} runs{near}")

@@ -76,7 +76,7 @@ class Lines:
                     job.metric: job.metric,
                     "images/s": "perf/images_per_s",
                 }.items()
-                if (found := next((r[key] for r in reversed(rows) if key in r), None)) is not None
+                if (found := runs.last(rows, key)) is not None
             }
             if step < bar.n or not bar.n:  # a resumed job is timed from where it resumed
                 bar.initial = bar.n = step

@@ -39,7 +39,7 @@ class Run:
 
     def last(self, metric: str) -> float | None:
         """The last value of a metric."""
-        return next((row[metric] for row in reversed(self.rows) if metric in row), None)
+        return runs.last(self.rows, metric)
 
     def curve(self, metric: str) -> list[tuple[float, float]]:
         """(images seen, value) at each time that a metric was logged."""
@@ -171,10 +171,15 @@ def names(compared: Sequence[Run]) -> list[str]:
     return ["/".join(p[shared:]) for p in parts]
 
 
+def logged(compared: Sequence[Run]) -> set[str]:
+    """Every metric that any of the runs has logged."""
+    return {name for run in compared for row in run.rows for name in row}
+
+
 def beside(order: Sequence[Run]) -> list[str]:
     """Those of SHOWN that any of the runs has measured."""
-    logged = {name for run in order for row in run.rows for name in row}
-    names = [n for start in SHOWN for n in sorted(logged) if n.startswith(start)]
+    measured = sorted(logged(order))
+    names = [n for start in SHOWN for n in measured if n.startswith(start)]
     return [n for n in names if not n.startswith("val/loss_t") and not n.endswith("_chance")]
 
 

@@ -139,7 +139,12 @@ def number(text: object) -> float | None:
 
 def value(run_dir: Path, metric: str) -> float | None:
     """A run's last value of any logged metric."""
-    return next((row[metric] for row in reversed(read_metrics(run_dir)) if metric in row), None)
+    return last(read_metrics(run_dir), metric)
+
+
+def last(rows: list[dict[str, float]], metric: str) -> float | None:
+    """The last value of a metric in these rows."""
+    return next((row[metric] for row in reversed(rows) if metric in row), None)
 
 
 # What may differ between two calls of one run: how it is carried out and shown, not what it is.

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from ldm.data.images import ImageError, crop, read_image, resize_short, to_tensor
 from ldm.data.order import CAPTION, CROP, draws
 from ldm.data.shards import Shards
-from ldm.data.skips import Skip, TooManySkippedError
+from ldm.data.skips import Skip, TooManySkippedError, described
 
 _TRIES = 10_000  # undecodable samples in a row: nobody wants to wait for more
 
@@ -95,10 +95,9 @@ class TextImages(Dataset):
                 return {**made, "skipped": [first] if first else []}
             first = first or made
             reasons[made.reason] += 1
-        counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
         raise TooManySkippedError(
             f"{first.message}; none of the {reasons.total()} samples from there on can be decoded "
-            f"({counts})"
+            f"({described(reasons)})"
         )
 
     def _made(self, index: int, position: int) -> Item | Skip:

@@ -61,4 +61,9 @@ class Skips:
 
     def describe(self) -> str:
         """The counts by reason, most frequent first, in words."""
-        return ", ".join(f"{reason}: {count}" for reason, count in self.counts.most_common())
+        return described(self.counts)
+
+
+def described(counts: Counter[str]) -> str:
+    """Counts by reason, most frequent first, in words."""
+    return ", ".join(f"{reason}: {count}" for reason, count in counts.most_common())

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
@@ -21,7 +22,8 @@ def locate(source: Source) -> list[Path | Remote]:
     Folders and globs are in order of name; what is named twice is there twice. Servers are asked
     for the size of each shard.
     Raises FileNotFoundError where there is no shard, ValueError for `pipe:`, for braces that do not
-    close, and for a URL of an unknown kind; RemoteError where a server does not answer.
+    close, for a URL of an unknown kind and for one with a password; RemoteError where a server does
+    not answer.
     """
     sources = [source] if isinstance(source, (str, Path)) else source
     found = [shard for text in map(str, sources) for one in _braces(text) for shard in _shards(one)]
@@ -67,6 +69,11 @@ def _shards(text: str) -> list[Path | str]:
         )
     if not is_url(text):
         return _local(text)
+    if urlsplit(text).password:
+        raise ValueError(
+            f"{shown(text)}: a password in an address would be written into the run's files; "
+            "~/.netrc (for a web server) or the environment (for s3, gs) is the place for it"
+        )
     if "::" in text:
         raise ValueError(f"{shown(text)}: '::' joins addresses; give a list of them")
     if text.startswith(("file://", "local://")):

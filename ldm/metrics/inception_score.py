@@ -1,0 +1,44 @@
+"""The inception score: confident about each picture, undecided about all of them together."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class InceptionScore(NamedTuple):
+    """Mean and standard deviation over splits."""
+
+    mean: float
+    std: float
+
+
+def inception_score(probabilities: Tensor, *, seed: int, splits: int = 10) -> InceptionScore:
+    """exp of the mean KL divergence of p(class | picture) (n, classes) from its mean; 1 to classes.
+
+    Rows are shuffled by `seed`, cut into `splits` parts as torchmetrics cuts them, and the
+    deviation between parts is the sample's, as there; it is 0 for one part.
+    Raises ValueError where rows are no distributions, or fewer than two a part.
+    """
+    n = len(probabilities)
+    if probabilities.ndim != 2 or not torch.is_floating_point(probabilities):
+        shape = tuple(probabilities.shape)
+        raise ValueError(f"probabilities must be floating (n, classes), got {shape}")
+    if splits < 1 or n < 2 * splits:
+        raise ValueError(
+            f"{n} pictures are too few for {splits} splits: evaluate {2 * splits} or lower splits"
+        )
+    rows = probabilities.detach().double()
+    sums = rows.sum(dim=1)
+    if not (rows >= 0).all() or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+        raise ValueError(
+            "rows must be probabilities: none below 0 and a sum of 1; take softmax of logits first"
+        )
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    scores = []
+    for part in rows[order.to(rows.device)].chunk(splits):
+        mean = part.mean(dim=0)
+        divergence = torch.xlogy(part, part).sum(dim=1) - torch.xlogy(part, mean).sum(dim=1)
+        scores.append(divergence.mean().exp())
+    each = torch.stack(scores)
+    return InceptionScore(float(each.mean()), float(each.std()) if splits > 1 else 0.0)

@@ -1,0 +1,138 @@
+"""Mean and covariance of feature rows, gathered in float64 as the rows come.
+
+Sums of x and of x x^T lose all digits of the covariance where features lie far from zero; centred
+second moments, joined by Chan's formula, lose none, whatever the batches and the ranks were.
+
+Shapes: n rows (pictures), D features, r rank.
+"""
+
+import torch
+from torch import Tensor
+
+
+def matrix(features: Tensor) -> Tensor:
+    """Feature rows (n, D) in float64, on the device they are on.
+
+    Raises ValueError for another shape, for half precision and for numbers that are not finite.
+    """
+    if features.ndim != 2 or not features.is_floating_point():
+        shape = tuple(features.shape)
+        raise ValueError(f"features must be floating (n, D), got {features.dtype} {shape}")
+    if features.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"features are {features.dtype}, which holds two or three digits: "
+            "run the feature network in float32, outside autocast"
+        )
+    if not features.isfinite().all():
+        bad = int((~features.isfinite()).any(dim=1).sum())
+        raise ValueError(
+            f"{bad} of {len(features)} feature rows hold NaN or infinity: "
+            "look at the pictures they came from"
+        )
+    return features.detach().double()
+
+
+class Moments:
+    """Count, mean (D,) and centred second moments (D, D) of feature rows, in float64.
+
+    `scatter` is the sum of (x - mean)(x - mean)^T. Moments of parts of a set add up to the moments
+    of the set, and `tensors()` is all there is to save or to gather.
+    """
+
+    def __init__(self, width: int, *, device: torch.device | str | None = None) -> None:
+        self.count = 0
+        self.mean = torch.zeros(width, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self._root: Tensor | None = None
+
+    @classmethod
+    def of(cls, features: Tensor) -> "Moments":
+        """The moments of rows (n, D) that are all at hand. Raises ValueError as `matrix` does."""
+        rows = matrix(features)
+        moments = cls(rows.shape[1], device=rows.device)
+        moments.add(rows)
+        return moments
+
+    def add(self, features: Tensor) -> None:
+        """Takes in rows (n, D), on any device. Raises ValueError for bad rows or another D."""
+        rows = matrix(features).to(self.mean.device)
+        self._check(rows.shape[1])
+        if len(rows):
+            mean = rows.mean(dim=0)
+            centred = rows - mean
+            self._join(len(rows), mean)
+            self.scatter.addmm_(centred.T, centred)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """The moments of both sets of rows together. Raises ValueError where D differs."""
+        self._check(len(other.mean))
+        both = Moments(len(self.mean), device=self.mean.device)
+        for one in (self, other):
+            if one.count:
+                both._join(one.count, one.mean.to(self.mean.device))
+                both.scatter += one.scatter.to(self.mean.device)
+        return both
+
+    def covariance(self) -> Tensor:
+        """The unbiased covariance (D, D). Raises ValueError for fewer than two rows."""
+        if self.count < 2:
+            raise ValueError(
+                f"a covariance takes two rows or more, got {self.count}: evaluate more pictures"
+            )
+        return self.scatter / (self.count - 1)
+
+    def root(self) -> Tensor:
+        """A matrix (D, r) whose product with its transpose is the covariance; r < count, r <= D.
+
+        It costs an eigendecomposition, and is kept until rows are added.
+        Raises ValueError for fewer than two rows.
+        """
+        if self._root is None:
+            values, vectors = torch.linalg.eigh(self.covariance())
+            # n centred rows span n - 1 directions at most: what is beyond is rounding.
+            rank = min(self.count - 1, len(values))
+            self._root = vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()
+        return self._root
+
+    def tensors(self) -> dict[str, Tensor]:
+        """count (), int64, mean (D,) and scatter (D, D), float64."""
+        count = torch.tensor(self.count, device=self.mean.device)
+        return {"count": count, "mean": self.mean, "scatter": self.scatter}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "Moments":
+        """What `tensors()` gave. Raises ValueError where names, shapes or types differ from it."""
+        told = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        width = told.get("mean", (None, (0,)))[1][0]
+        real = torch.float64
+        meant = {
+            "count": (torch.int64, ()),
+            "mean": (real, (width,)),
+            "scatter": (real, (width, width)),
+        }
+        if told != meant:
+            raise ValueError(
+                f"these are no moments: {told}; they take count () int64, mean (D,) and "
+                "scatter (D, D) float64. Compute the statistics anew"
+            )
+        moments = cls(width, device=tensors["mean"].device)
+        moments.count = int(tensors["count"])
+        moments.mean.copy_(tensors["mean"])
+        moments.scatter.copy_(tensors["scatter"])
+        return moments
+
+    def _join(self, count: int, mean: Tensor) -> None:
+        """Takes in `count` rows but for their own scatter, which the caller adds."""
+        total = self.count + count
+        apart = mean - self.mean
+        self.scatter.addr_(apart, apart, alpha=self.count * count / total)
+        self.mean.add_(apart, alpha=count / total)
+        self.count = total
+        self._root = None
+
+    def _check(self, width: int) -> None:
+        if width != len(self.mean):
+            raise ValueError(
+                f"{width} features do not go with {len(self.mean)}: "
+                "they come from different feature networks"
+            )

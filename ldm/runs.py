@@ -20,12 +20,19 @@ def stamp() -> str:
     """The name of a run that was given none: the same in all its ranks and restarts.
 
     A launcher's own run id comes first; else date and time, left in the environment for the
-    processes that this one starts.
+    processes that this one starts. ValueError where torchrun has ranks or restarts, and no id.
     """
     if "LDM_RUN_STAMP" not in os.environ:
         launched = os.environ.get("TORCHELASTIC_RUN_ID", "none")
         if launched == "none" and "SLURM_JOB_ID" in os.environ:
             launched = f"slurm-{os.environ['SLURM_JOB_ID']}"
+        several = {"WORLD_SIZE": "1", "TORCHELASTIC_MAX_RESTARTS": "0"}.items()
+        shared = any(os.environ.get(name, alone) != alone for name, alone in several)
+        if launched == "none" and "TORCHELASTIC_RUN_ID" in os.environ and shared:
+            raise ValueError(
+                "the processes that torchrun starts have no name in common, and each would begin "
+                "a run of its own: give name=my-run, or torchrun --rdzv-id=my-run"
+            )
         now = time.strftime("%Y-%m-%d_%H-%M-%S")
         os.environ["LDM_RUN_STAMP"] = now if launched == "none" else launched
     return os.environ["LDM_RUN_STAMP"]
@@ -50,7 +57,7 @@ def log_file(run_dir: str) -> str:
 
 
 SWEEP = "sweep.json"  # what the jobs of a sweep share; makes a directory one
-LOWER_IS_BETTER = ("loss", "fid", "kid", "cmmd", "fd_", "data_wait", "memory")
+LOWER_IS_BETTER = ("loss", "fid", "kid", "cmmd", "fd_", "data_wait", "eval_share", "memory")
 
 
 def direction(metric: str) -> str:
@@ -153,6 +160,7 @@ FREE = (
     "direction",
     "early_stop",
     "eval",
+    "features",
     "trainer",
     "strategy",
     "logger",

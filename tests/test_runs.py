@@ -55,6 +55,15 @@ def test_a_launcher_gives_all_its_processes_one_stamp(monkeypatch, launcher, exp
     assert runs.stamp() == expected
 
 
+@pytest.mark.parametrize("more", [{"WORLD_SIZE": "2"}, {"TORCHELASTIC_MAX_RESTARTS": "3"}])
+def test_torchrun_without_an_id_gives_ranks_and_restarts_no_common_name(monkeypatch, more):
+    """By the clock each would find a name of its own, and begin a run of its own."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "1", **more}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="give name=my-run, or torchrun --rdzv-id=my-run"):
+        runs.stamp()
+
+
 @pytest.mark.parametrize(
     ("launcher", "rank"),
     [

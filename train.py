@@ -55,15 +55,14 @@ def fit(cfg: DictConfig, job, run_dir: Path) -> None:
         ended = {"status": "preempted"}
         raise
     except BaseException as error:
-        ended["error"] = f"{type(error).__name__}: {error}"
+        ended["error"], told_here = job.failed(run_dir, error)
+        first = first or told_here
         raise
     finally:
         seconds = round(spent + time.time() - began, 1)
         if first:
             result = ended | job.outcome(run_dir, cfg.metric) | {"seconds": seconds}
-            runs.write_result(run_dir, result)
-            failed = result["status"] == "failed"
-            job.finish(run_dir, cfg.metric, cfg.direction, failed=failed)
+            job.finish(run_dir, cfg.metric, cfg.direction, result)
             at = result["checkpoint"] or "none: the same command begins anew"
             print(
                 f"{result['status']} at step {result['steps']}; {cfg.metric} = {result['value']}; "

@@ -170,18 +170,13 @@ def flaw(path: Path) -> str | None:
     return None
 
 
-def newest(folder: Path, *, last_step: int | None = None) -> Path | None:
+def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint of a folder; None where there is no checkpoint at all.
 
-    last_step: of a run that is to go on. One that was saved there, but was not validated ("_end"),
-    is passed over where there is another: after it no step is left from which to validate.
     Those that are damaged are passed over with a warning that says what is lost with them. Raises
     CheckpointError where all are: to begin anew in silence would lose the run.
     """
     found = sorted(folder.glob("step=*.ckpt"), reverse=True)
-    at_last = [path for path in found[:1] if path.name == f"step={last_step or 0:08d}.ckpt"]
-    if at_last and any(map(is_whole, found[1:])):
-        del found[0]
     flaws: dict[Path, str] = {}
     for path in found:
         if problem := flaw(path):

@@ -293,18 +293,6 @@ def test_where_all_are_damaged_nothing_begins_in_silence(tmp_path):
     assert len(list(tmp_path.glob("step=*.ckpt"))) == 2
 
 
-def test_the_last_step_is_taken_again_where_it_was_not_validated(tmp_path):
-    for name in ("step=00000004", "step=00000006"):
-        checkpoint.write({"step": torch.ones(1)}, tmp_path / f"{name}.ckpt")
-    assert checkpoint.newest(tmp_path).stem == "step=00000006"
-    assert checkpoint.newest(tmp_path, last_step=8).stem == "step=00000006"
-    assert checkpoint.newest(tmp_path, last_step=6).stem == "step=00000004"
-    checkpoint.remove(tmp_path / "step=00000004.ckpt")
-    assert checkpoint.newest(tmp_path, last_step=6).stem == "step=00000006", "there is no other"
-    checkpoint.write({"step": torch.ones(1)}, tmp_path / "step=00000006_end.ckpt")
-    assert checkpoint.newest(tmp_path, last_step=6).stem == "step=00000006_end"
-
-
 def test_where_there_is_none_there_is_none(tmp_path):
     assert checkpoint.newest(tmp_path / "nothing") is None
 

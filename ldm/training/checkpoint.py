@@ -7,9 +7,9 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
-from copy import copy
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from subprocess import Popen
 
 import lightning as L
 import torch
@@ -22,6 +22,8 @@ from ldm.data.index import ShardError
 from ldm.data.remote import RemoteError
 from ldm.data.skips import TooManySkippedError
 from ldm.files import write_text
+from ldm.training import ranks
+from ldm.training.payload import on_host, recount
 
 LOST_DATA = (RemoteError, ShardError, ImageError, TooManySkippedError)
 BEST = "best.json"  # which files validated best, and their values
@@ -93,7 +95,10 @@ class Checkpoints(L.Callback):
         self.sign = 1 if direction == "minimize" else -1
         self.background = background
         self.weights = weights
-        self.saved = -1
+        self.saved = self.loaded = -1
+        self.seen = 0  # images, up to the last whole step
+        self.several = False  # ranks, any of which may come to write
+        self.started: list[Popen] = []  # the other ranks, once this one has failed
         self.validated = -1  # the step of the last validation
         self.owes_validation = False  # where a run was ended between a save and what it preceded
         self.best: dict[str, float] = {}  # file name -> value, the best first
@@ -103,12 +108,19 @@ class Checkpoints(L.Callback):
         self.problem: str | None = None  # the same in words
         self.pool: dict[str, Tensor] = {}
 
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.max_steps, at = trainer.max_steps, Path(trainer.ckpt_path or "").resolve().stem
+        if self.loaded >= self.max_steps > 0 and not at.endswith("_end"):
+            # Lightning begins no training without a step left: until on_train_start there is one.
+            self.owes_validation, trainer.fit_loop.epoch_loop.max_steps = True, self.loaded + 1
+
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.saved = trainer.global_step
-        ranking = self.folder / BEST
-        if trainer.is_global_zero and ranking.is_file():
-            with suppress(ValueError):
-                self._take_best(json.loads(ranking.read_text()))
+        self.begun = self.saved = trainer.global_step
+        self.seen = trainer.datamodule.position
+        self.several = trainer.world_size > 1
+        if trainer.is_global_zero:
+            self._read_best()
+        trainer.fit_loop.epoch_loop.max_steps = self.max_steps
         if self.owes_validation:
             self.owes_validation = False
             trainer.validating = True
@@ -116,6 +128,8 @@ class Checkpoints(L.Callback):
             trainer.training = True
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx) -> None:
+        if self._batches(trainer) % trainer.accumulate_grad_batches == 0:
+            self.seen = trainer.datamodule.position
         if self.writing is None or not self.writing.is_alive():
             self.wait()
         if trainer.global_step % self.every == 0 and trainer.global_step != self.saved:
@@ -158,16 +172,14 @@ class Checkpoints(L.Callback):
         # A second signal ends the run at once (see preemption.py): its exit code is 128 or more.
         if isinstance(exception, SystemExit) and exception.code in AT_ONCE:
             return
+        self.started = ranks.release(trainer)
         self.wait()
-        steps = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        whole = trainer.state.fn == "fit" and steps % trainer.accumulate_grad_batches == 0
-        # Data that is lost says nothing against what was trained. Several ranks are not of one
-        # mind here: those that have data would wait.
-        if isinstance(exception, LOST_DATA) and whole and trainer.world_size == 1:
-            self.save_now(trainer)
+        # Data that is lost says nothing against what was trained.
+        if isinstance(exception, LOST_DATA) and trainer.state.fn == "fit" and self.saved >= 0:
+            self.save_alone(trainer, module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module, checkpoint: dict) -> None:
-        facts = {"images_seen": trainer.datamodule.position, "validated": not self._is_due(trainer)}
+        facts = {"images_seen": self.seen, "validated": not self._is_due(trainer)}
         checkpoint["ldm"] = {**self.facts, **facts}
         if self.keep_best:
             best = {"metric": self.metric, "values": dict(self.best_next)}
@@ -176,12 +188,24 @@ class Checkpoints(L.Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, module, checkpoint: dict) -> None:
         trainer.datamodule.position = int(checkpoint["ldm"]["images_seen"])
         self.owes_validation = not checkpoint["ldm"].get("validated", True)
+        self.loaded = checkpoint["global_step"]
         self._take_best(checkpoint["ldm"].get("best", {}))
+        loops = checkpoint["loops"]["fit_loop"]
+        recount(loops, checkpoint["global_step"] * trainer.accumulate_grad_batches)
+
+    def _batches(self, trainer: L.Trainer) -> int:
+        """Micro-steps of the run so far."""
+        return trainer.fit_loop.epoch_loop.total_batch_idx + 1
 
     def _is_due(self, trainer: L.Trainer) -> bool:
         """Whether the batch that has ended is to be followed by a validation."""
-        batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        return self.validated < trainer.global_step and batches % trainer.val_check_batch == 0
+        at_validation = self._batches(trainer) % trainer.val_check_batch == 0
+        return self.validated < trainer.global_step and at_validation
+
+    def _read_best(self) -> None:
+        """Go on with the best that are written down."""
+        with suppress(OSError, ValueError):
+            self._take_best(json.loads((self.folder / BEST).read_text()))
 
     def _take_best(self, found: dict) -> None:
         """Go on with the best of before that are there, where they are so by the same metric."""
@@ -202,6 +226,31 @@ class Checkpoints(L.Callback):
             logger.save()  # what belongs to this step must not be younger than its checkpoint
         path = self.path(trainer.global_step, suffix)
         trainer.save_checkpoint(path, storage_options=self._store)
+
+    def save_alone(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Have the last whole step saved by this rank, which has all of it; no other takes part.
+
+        The others need not know: they wait for this one, until it has failed.
+        """
+        step = trainer.global_step
+        if self.saved == step:  # the first rank has done so, or is about it
+            if step > self.begun and not trainer.is_global_zero:
+                ranks.wait_for(files.manifest_path(self.path(step)))
+            return
+        if self.several and ranks.is_divided(module):
+            print(f"what was trained after step {self.saved} is not saved: no rank has all weights")
+            return
+        for logger in trainer.loggers:
+            logger.save()
+        with ranks.one_writer(self.folder) if self.several else nullcontext():
+            if files.is_whole(self.path(step)):
+                return  # another rank has failed as well, and was faster
+            self._read_best()
+            # What trainer.save_checkpoint stores, without its waiting for all ranks.
+            payload = trainer._checkpoint_connector.dump_checkpoint()
+            self.problem, self.target, self.needed = None, self.path(step), files.size(payload)
+            self._write(payload, self.target)
+        self.wait()
 
     def path(self, step: int, suffix: str = "") -> Path:
         """Where a step is saved."""
@@ -242,11 +291,15 @@ class Checkpoints(L.Callback):
         self.problem, self.target = None, path
         self.needed = files.size(payload or {})
         if self.background:
-            self.writing = threading.Thread(target=self._write, args=(payload, path), daemon=True)
+            self.writing = threading.Thread(target=self._turn, args=(payload, path), daemon=True)
             self.writing.start()
         else:
-            self._write(payload, path)
+            self._turn(payload, path)
             self.wait()
+
+    def _turn(self, payload: dict | None, path: Path) -> None:
+        with ranks.one_writer(self.folder) if self.several else nullcontext():
+            self._write(payload, path)
 
     def _write(self, payload: dict | None, path: Path) -> None:
         """All of a save that is slow; without a payload `path` is there. `wait` tells of errors."""
@@ -265,24 +318,3 @@ class Checkpoints(L.Callback):
                 files.export(payload, self.folder.parent / "weights" / name)
         except BaseException as error:
             self.error = error
-
-
-def on_host(value: object, pool: dict[str, Tensor], at: str = "") -> object:
-    """A copy of a checkpoint's state in memory of the host.
-
-    The tensors of `pool`, by place in the state, are used again: fresh memory costs the kernel
-    five times what copying costs. Copies from a device may not be complete on return.
-    """
-    if isinstance(value, Tensor):
-        to = pool.get(at)
-        like = (value.shape, value.dtype, value.stride())
-        if to is None or (to.shape, to.dtype, to.stride()) != like:
-            to = pool[at] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        return to.copy_(value.detach(), non_blocking=True)
-    if isinstance(value, dict):
-        same = copy(value)  # an OrderedDict remains one
-        same.update({key: on_host(part, pool, f"{at}/{key}") for key, part in value.items()})
-        return same
-    if isinstance(value, list | tuple):
-        return type(value)(on_host(part, pool, f"{at}/{i}") for i, part in enumerate(value))
-    return value

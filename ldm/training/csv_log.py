@@ -2,6 +2,9 @@
 
 import csv
 import io
+import os
+import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
@@ -15,14 +18,17 @@ class CsvLog(Logger):
 
     A resumed run first drops the rows of steps that it will go through again, so that each step
     stands there once. What belongs to the last step is added to its row.
+    A disk that takes no more is told once; rows then wait in memory, and are written when it does.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
         self.columns: list[str] = []
-        self.open_row: dict[str, str] = {}
-        self.begins = 0  # where the open row begins in the file, in bytes
+        # Not on the disk for good: the row that is open, and those before it that found no room.
+        self.open_rows: list[dict[str, str]] = []
+        self.begins = 0  # where they begin in the file, in bytes
+        self.full = False
 
     @property
     def name(self) -> str:
@@ -47,7 +53,7 @@ class CsvLog(Logger):
         rows = [row for row in self._rows() if int(row["step"]) <= step]
         last = rows.pop() if rows and int(rows[-1]["step"]) == step else {}
         self._rewrite(rows)
-        self.open_row = {name: value for name, value in last.items() if value}
+        self.open_rows = [{name: value for name, value in last.items() if value}] if last else []
         self.save()
 
     @rank_zero_only
@@ -56,29 +62,49 @@ class CsvLog(Logger):
         row = {name: f"{float(value):.9g}" for name, value in metrics.items() if name != "epoch"}
         if not row:
             return
-        if self.open_row.get("step") != str(step):
+        if not self.open_rows or self.open_rows[-1]["step"] != str(step):
             self.save()
-            self.begins = self.path.stat().st_size if self.path.is_file() else 0
-            self.open_row = {"step": str(step)}
-        self.open_row |= row
+            if not self.full:
+                self.open_rows = []
+                self.begins = self.path.stat().st_size if self.path.is_file() else 0
+            self.open_rows.append({"step": str(step)})
+        self.open_rows[-1] |= row
 
     @rank_zero_only
     def save(self) -> None:
-        """Put the open row on the disk, in place of what was there of it."""
-        if not self.open_row:
-            return
-        if not set(self.open_row) <= set(self.columns):
-            rows = [row for row in self._rows() if row["step"] != self.open_row["step"]]
-            self.columns += [name for name in self.open_row if name not in self.columns]
-            self._rewrite(rows)
-        with self.path.open("r+", newline="") as file:
-            file.seek(self.begins)
-            csv.DictWriter(file, self.columns).writerow(self.open_row)
-            file.truncate()
+        """Put the open rows on the disk, in place of what was there of them."""
+        try:
+            self._write()
+            self.full = False
+        except OSError as error:
+            if not self.full:
+                said = f"{self.path} cannot be written ({error.strerror or error})"
+                warnings.warn(f"{said}; the training goes on, and its rows wait", stacklevel=2)
+            self.full = True
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()
+        if self.full:
+            steps = ", ".join(row["step"] for row in self.open_rows)
+            warnings.warn(f"{self.path} lacks step {steps}", stacklevel=2)
+
+    def _write(self) -> None:
+        if not self.open_rows:
+            return
+        names = dict.fromkeys(name for row in self.open_rows for name in row)
+        if not names.keys() <= set(self.columns):
+            waiting = {row["step"] for row in self.open_rows}
+            self._rewrite([r for r in self._rows() if r["step"] not in waiting], *names)
+        try:
+            with self.path.open("r+", newline="") as file:
+                file.seek(self.begins)
+                csv.DictWriter(file, self.columns).writerows(self.open_rows)
+                file.truncate()
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.path, self.begins)  # no half a row
+            raise
 
     def _rows(self) -> list[dict[str, str]]:
         if not self.path.is_file():
@@ -89,11 +115,14 @@ class CsvLog(Logger):
             self.columns = list(reader.fieldnames or [])
         return rows
 
-    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+    def _rewrite(self, rows: list[dict[str, str]], *names: str) -> None:
+        """The file with these rows, and columns of these names besides those that it has."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        columns = list(dict.fromkeys([*self.columns, *names]))
         text = io.StringIO()
-        writer = csv.DictWriter(text, self.columns, extrasaction="ignore")
+        writer = csv.DictWriter(text, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
         write_text(self.path, text.getvalue())
+        self.columns = columns
         self.begins = self.path.stat().st_size

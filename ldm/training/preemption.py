@@ -38,6 +38,12 @@ class StopOnSignal(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.asked_at = trainer.global_step
+        self._listen()
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._listen()  # the one before the first step, and one that is made up for, may be long
+
+    def _listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
             signal.signal(number, self._receive)
 
@@ -56,11 +62,16 @@ class StopOnSignal(L.Callback):
         if step >= trainer.max_steps > 0:
             return  # it ends by itself, with a last validation and a checkpoint
         self.asked_at = step
+        self.leave_if_told(trainer)
+
+    def leave_if_told(self, trainer: L.Trainer) -> None:
+        """Save and leave where any rank was told to; for long work, where all ranks come alike."""
         told = self.received is not None or time.monotonic() >= self.ends_at
         if trainer.strategy.reduce_boolean_decision(told, all=False):
             if self.received is None and trainer.is_global_zero:
                 print("its time is over: saving, then leaving", flush=True)
-            self.save(trainer)
+            if trainer.state.fn == "fit":  # before the first step there is nothing to save
+                self.save(trainer)
             trainer.strategy.barrier()
             if trainer.is_global_zero and self.received in (signal.SIGUSR1, signal.SIGUSR2):
                 requeue()

@@ -1,6 +1,7 @@
 """metrics.csv as a reader sees it."""
 
 import csv
+import resource
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,40 @@ def test_not_a_number_is_told(log):
     log.log_metrics({"loss": float("nan"), "fid": float("inf")}, step=1)
     log.save()
     assert rows(log.path) == [{"step": "1", "loss": "nan", "fid": "inf"}]
+
+
+@pytest.fixture
+def limit():
+    """Sets the size in bytes above which the kernel lets no file of this process grow."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+
+    def set_limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+    yield set_limit
+    set_limit(resource.RLIM_INFINITY)
+
+
+@pytest.mark.parametrize("room", [0, 14, 20, 30], ids="{} bytes".format)
+def test_a_full_disk_is_told_once_and_rows_wait(log, limit, recwarn, room):
+    """Of the header, of a row, of a row with a new column: whatever does not fit any more."""
+    expected = []
+    limit(room)  # the header takes 11 bytes, a row 5, and 7 once there is a third column
+    for step in range(1, 6):
+        later = str(step) if step > 3 else ""
+        log.log_metrics({"loss": step} | ({"val/loss": step} if later else {}), step=step)
+        log.save()
+        expected.append({"step": str(step), "loss": str(step), "val/loss": later})
+    log.finalize("success")
+    told = [str(warning.message) for warning in recwarn]
+    assert len(told) == 2
+    assert told[0].startswith(f"{log.path} cannot be written (File too large); the training goes")
+    left = log.path.read_text() if log.path.exists() else ""
+    assert left == "" or left.endswith("\n"), "half a row"
+    found = [row["step"] for row in rows(log.path)] if left else []
+    assert told[1] == f"{log.path} lacks step {', '.join('12345'[len(found) :])}"
+    assert found == list("12345")[: len(found)]
+    limit(resource.RLIM_INFINITY)
+    log.log_metrics({"loss": 6}, step=6)
+    log.save()
+    assert rows(log.path) == [*expected, {"step": "6", "loss": "6", "val/loss": ""}]

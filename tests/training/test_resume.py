@@ -1,25 +1,32 @@
 """A run that was broken off and resumed is the run that was not: bit for bit."""
 
 import multiprocessing
+import os
+import shutil
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from world import latent_diffusion, make_trainer, shapes_data
+from world import SIZE, latent_diffusion, make_trainer, shape, shapes_data, write_shapes
 
 from ldm import checkpoint
+from ldm.data.datamodule import TextImageData
+from ldm.data.index import ShardError
+from ldm.data.shards import write_shard
 from ldm.training.checkpoint import Checkpoints
 
 
 class Validations(L.Callback):
-    """The steps after which there was a validation."""
+    """The steps after which there was a validation, and what it found."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
+        self.losses: dict[int, float] = {}
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.steps.append(trainer.global_step)
+        self.losses[trainer.global_step] = float(trainer.callback_metrics["val/loss"])
 
 
 def train(
@@ -32,17 +39,19 @@ def train(
     accumulate: int = 1,
     every: int = 10**6,
     keep: int = 2,
+    val_batch_size: int = 64,
+    seen: Validations | None = None,
 ) -> list[int]:
     """Everything anew, from last.ckpt where there is one, to `steps`; the steps validated."""
     keeper = Checkpoints(folder, every=every, keep=keep, facts={"stage": "diffusion"})
-    seen = Validations()
+    seen = seen or Validations()
     trainer = make_trainer(
         steps=steps, callbacks=[keeper, seen], accumulate=accumulate, validate_every=3
     )
     last = folder / "last.ckpt"
     trainer.fit(
         latent_diffusion(text),
-        datamodule=shapes_data(shapes, workers=workers),
+        datamodule=shapes_data(shapes, workers=workers, val_batch_size=val_batch_size),
         ckpt_path=last if last.exists() else None,
         weights_only=True,
     )
@@ -110,6 +119,87 @@ def test_a_run_that_was_killed_goes_on(tmp_path, shapes, tiny_text, whole, accum
     checkpoint.link_last(left)
     assert train(tmp_path, shapes, tiny_text, steps=8, accumulate=accumulate) == [3, 6, 8]
     assert_same_training(whole / "last.ckpt", tmp_path / "last.ckpt")
+
+
+def test_a_validation_that_was_owed_is_of_all_its_batches(tmp_path, shapes, tiny_text):
+    how = {"steps": 7, "every": 1, "keep": 9, "val_batch_size": 3}
+    whole, late = Validations(), Validations()
+    train(tmp_path / "whole", shapes, tiny_text, **how, seen=whole)
+    left = tmp_path / "killed" / "step=00000006.ckpt"  # the second validation comes after it
+    checkpoint.write(checkpoint.read(tmp_path / "whole" / left.name), left)
+    checkpoint.link_last(left)
+    train(tmp_path / "killed", shapes, tiny_text, **how, seen=late)
+    assert whole.losses.keys() == {3, 6, 7}
+    assert late.losses == {step: whole.losses[step] for step in (6, 7)}
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (4, 1)])
+def test_a_run_may_go_on_with_other_micro_steps(tmp_path, shapes, tiny_text, before, after):
+    """No step is cut short, none is left out, and validations stay where they were."""
+    assert train(tmp_path, shapes, tiny_text, steps=5, accumulate=before) == [3, 5]
+    assert train(tmp_path, shapes, tiny_text, steps=8, accumulate=after) == [6, 8]
+    payload = checkpoint.read(tmp_path / "last.ckpt")
+    assert (payload["global_step"], payload["ldm"]["images_seen"]) == (8, 32)
+
+
+@pytest.mark.filterwarnings("ignore:.*skipped, the next sample")
+def test_the_count_of_skipped_samples_goes_on(tmp_path, tiny_text):
+    members = [{"png": shape(n) if n % 3 else b"none", "txt": b"a red circle"} for n in range(10)]
+    write_shard(tmp_path / "0.tar", ((f"{n}", sample) for n, sample in enumerate(members)))
+    folder, counts = str(tmp_path / "0.tar"), {}
+    for name, ends in (("whole", [9]), ("broken", [4, 9])):
+        for end in ends:
+            keeper = Checkpoints(tmp_path / name, every=99, keep=1, facts={})
+            trainer = make_trainer(steps=end, callbacks=[keeper])
+            trainer.callbacks[0].every = 3  # so that the break is between two logging steps
+            how = {"on_error": "skip", "max_skipped": 1.0, "workers": 0, "size": SIZE}
+            data = TextImageData(train=folder, val=folder, batch_size=4, **how)
+            last = tmp_path / name / "last.ckpt"
+            resume = {"ckpt_path": last if last.exists() else None, "weights_only": True}
+            trainer.fit(latent_diffusion(tiny_text), datamodule=data, **resume)
+            counts[name, end] = trainer.callbacks[0].latest["data/skipped"]
+    assert counts["whole", 9] == counts["broken", 9] > counts["broken", 4] > 0
+
+
+class Cut(L.Callback):
+    """Cuts a file off after a step."""
+
+    def __init__(self, path: Path, *, after: int) -> None:
+        self.path = path
+        self.after = after
+
+    def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self.after:
+            os.truncate(self.path, 600)
+
+
+def test_data_that_is_lost_in_a_validation_loses_no_step(tmp_path, shapes, tiny_text):
+    """It is saved what was trained, and the validation that could not end is made anew."""
+    hurt = write_shapes(tmp_path / "val", range(4), range(4, 10))
+    good = tmp_path / "good.tar"
+    shutil.copy2(hurt / "00001.tar", good)
+
+    def fit(folder: Path, *callbacks: L.Callback) -> dict[int, float]:
+        seen, keeper = Validations(), Checkpoints(folder, every=99, keep=2, facts={})
+        how = {"size": SIZE, "batch_size": 4, "val_batch_size": 3, "workers": 0}
+        last = folder / "last.ckpt"
+        make_trainer(
+            steps=8, callbacks=[keeper, seen, *callbacks], accumulate=2, validate_every=3
+        ).fit(
+            latent_diffusion(tiny_text),
+            datamodule=TextImageData(train=str(shapes), val=str(hurt), **how),
+            ckpt_path=last if last.exists() else None,
+            weights_only=True,
+        )
+        return seen.losses
+
+    whole = fit(tmp_path / "whole")
+    with pytest.raises(ShardError, match=r"00001.tar changed since it was indexed; restart"):
+        fit(tmp_path / "broken", Cut(hurt / "00001.tar", after=5))
+    assert checkpoint.read(tmp_path / "broken" / "last.ckpt")["global_step"] == 6
+    shutil.copy2(good, hurt / "00001.tar")
+    assert fit(tmp_path / "broken") == {step: whole[step] for step in (6, 8)}
+    assert_same_training(tmp_path / "whole" / "last.ckpt", tmp_path / "broken" / "last.ckpt")
 
 
 def test_data_workers_end_with_the_run(tmp_path, shapes, tiny_text):

@@ -8,13 +8,16 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from test_resume import Validations, assert_same, assert_same_training
 from world import latent_diffusion, make_trainer, shapes_data
 
 from ldm import checkpoint
 from ldm.checkpoint import CheckpointError
-from ldm.training.checkpoint import Checkpoints, on_host
+from ldm.training.callbacks import Pictures
+from ldm.training.checkpoint import Checkpoints
+from ldm.training.payload import on_host
 
 WAYS = pytest.mark.parametrize("background", [False, True], ids=["at once", "in background"])
 
@@ -104,6 +107,19 @@ def test_the_last_save_must_not_fail(tmp_path, shapes, tiny_text, unlimited, bac
     assert names(tmp_path) == ["last.ckpt", "step=00000001.ckpt", "step=00000002.ckpt"]
     train(tmp_path, shapes, tiny_text, steps=3)
     assert checkpoint.newest(tmp_path).name == "step=00000003_end.ckpt"
+
+
+def test_pictures_without_room_are_told_once_and_the_training_goes_on(
+    tmp_path, shapes, tiny_text, unlimited, recwarn
+):
+    pictures = Pictures(tmp_path / "samples", lambda: (Image.effect_noise((16, 16), 9), {}))
+    room = At({3: lambda: limit_files(50), 7: unlimited}, wait=False)
+    how = {"steps": 8, "every": 99}
+    train(tmp_path / "checkpoints", shapes, tiny_text, room, pictures, **how)
+    told = [str(w.message) for w in recwarn if "cannot be written" in str(w.message)]
+    path = tmp_path / "samples" / "step=00000003.png"
+    assert told == [f"{path} cannot be written (File too large); the training goes on"]
+    assert names(path.parent) == ["step=00000008.png"]
 
 
 def test_in_the_background_the_same_checkpoints_come_about(tmp_path, shapes, tiny_text):

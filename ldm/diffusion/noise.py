@@ -16,10 +16,37 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 def generators(
     seed: int, positions: Iterable[int], *, stream: str, device: torch.device | str = "cpu"
-) -> list[torch.Generator]:
+) -> "Draws":
     """One generator an image; `stream` names the use, so that uses do not share their numbers."""
-    seeds = [mixed(seed, position, stream=stream) for position in positions]
-    return [torch.Generator(device).manual_seed(each) for each in seeds]
+    return Draws(seed, positions, stream=stream, device=device)
+
+
+class Draws(list[torch.Generator]):
+    """One generator an image, for one use, which knows the images that it is for."""
+
+    def __init__(
+        self,
+        seed: int,
+        positions: Iterable[int],
+        *,
+        stream: str,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.seed, self.positions, self.stream = seed, tuple(positions), stream
+        self.device = device
+        seeds = [mixed(seed, position, stream=stream) for position in self.positions]
+        super().__init__(torch.Generator(device).manual_seed(each) for each in seeds)
+
+
+def other(generator: Generators, stream: str) -> Generators:
+    """The same images' numbers for another use.
+
+    Generators that know no images are returned as they are: theirs simply go on.
+    """
+    if not isinstance(generator, Draws):
+        return generator
+    name = f"{generator.stream}/{stream}"
+    return generators(generator.seed, generator.positions, stream=name, device=generator.device)
 
 
 def mixed(seed: int, position: int, *, stream: str) -> int:

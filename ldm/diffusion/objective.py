@@ -3,14 +3,18 @@
 Shapes: B batch, C latent channels, h w latent grid.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.condition import Condition
-from ldm.diffusion.noise import Generators, rand, randn
+from ldm.diffusion.noise import Generators, other, randn
+from ldm.diffusion.penalty import Penalty, Squared
 from ldm.diffusion.schedule import Schedule, expand
+from ldm.diffusion.times import PowerTimes, TimeSampler  # noqa: F401, checkpoints name it here
+from ldm.diffusion.weighting import UniformWeighting, Weighting  # noqa: F401, as above
 
 Network = Callable[[Tensor, Tensor, Condition], Tensor]  # x_t, timestep, cond -> out
 
@@ -21,6 +25,10 @@ PREDICTIONS = {
     "v": lambda alpha, sigma: (-sigma, alpha),  # Salimans and Ho 2022, appendix D
     "flow": lambda alpha, sigma: (-1.0, 1.0),  # Lipman et al. 2023: dx_t/dt on the Flow schedule
 }
+
+
+TRACE = 1e-12  # a share of signal or noise that is as good as none
+HEAVIEST = 1e6  # a weight; the laws themselves are near 1 at middling noise
 
 
 class Prediction:
@@ -43,70 +51,105 @@ class Prediction:
         a, b = self.row(alpha, sigma)
         return (b * x_t - sigma * out) / (b * alpha - a * sigma)
 
+    def gain(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """The squared error of `out` per squared error of x0_hat, at the same x_t.
 
-class UniformWeighting:
-    """Every noise level counts alike: Ho et al. 2020, equation 14, in the predicted quantity."""
-
-    def __call__(self, log_snr: Tensor, prediction: Prediction) -> Tensor:
-        return torch.ones_like(log_snr)
-
-
-class PowerTimes:
-    """t in [0, 1) with the density power t^(power - 1), one independent draw an image.
-
-    1 is uniform (Ho et al. 2020, algorithm 1). Above 1 the noisy times come more often, where it is
-    decided what is where in a picture: most of what a text says. Raises ValueError where the power
-    is not positive.
-    """
-
-    def __init__(self, power: float = 1.0) -> None:
-        if power <= 0:
-            raise ValueError(f"time_power must be above 0, got {power}")
-        self.power = power
-
-    def __call__(self, n: int, generator: Generators) -> Tensor:
-        return rand(n, generator) ** (1 / self.power)
+        With eps = (x_t - alpha x0) / sigma, out = (a - b alpha / sigma) x0 + (b / sigma) x_t.
+        """
+        a, b = self.row(alpha, sigma)
+        return ((b * alpha - a * sigma) / sigma).square()
 
 
 class Objective(nn.Module):
-    """A schedule, a prediction, a loss weighting and a law for t: all of the training target."""
+    """A schedule, a prediction, and how much what counts at which times: the training target.
+
+    `penalty` is what an element's error costs, its square where there is none. `offset_noise` adds
+    to eps that many times a normal number that all places of a channel share, so that a picture's
+    mean is trained as well (Guttenberg 2023, crosslabs.org). `input_perturbation` shows the network
+    a noise that many times a normal number off the one that it is to predict (Ning et al. 2023,
+    arXiv:2301.11706, algorithm 1). Validation (`loss_at`) has neither.
+    Raises ValueError for `eps` where there is no signal at t = 1, and for a weight without bound.
+    """
 
     def __init__(
         self,
         schedule: Schedule,
         prediction: Prediction,
         *,
-        weighting: Callable[[Tensor, Prediction], Tensor],
-        time_sampler: Callable[[int, Generators], Tensor],
+        weighting: Weighting,
+        time_sampler: TimeSampler,
+        penalty: Penalty | None = None,
+        offset_noise: float = 0.0,
+        input_perturbation: float = 0.0,
     ) -> None:
         super().__init__()
         alpha, _ = schedule(torch.ones((), dtype=torch.float64))
         if prediction.kind == "eps" and alpha < 1e-6:
             raise ValueError(
-                "objective=eps cannot be sampled on a schedule that ends in pure noise (alpha = 0 "
-                "at t = 1), where eps says nothing of x0: take objective=v, x0 or flow"
+                f"objective=eps cannot be sampled on a schedule that ends in pure noise (alpha = "
+                f"{alpha:.1g} at t = 1), where eps says nothing of x0: take objective=v, x0 or "
+                "flow, or a scheduler without zero terminal SNR"
             )
+        shares = {"offset_noise": offset_noise, "input_perturbation": input_perturbation}
+        for name, share in shares.items():
+            if not 0 <= share < math.inf:
+                raise ValueError(f"objective.{name} must be 0 (none) or more, got {share}")
         self.schedule = schedule
         self.prediction = prediction
         self.weighting = weighting
         self.time_sampler = time_sampler
+        self.penalty = penalty or Squared()
+        self.offset_noise = offset_noise
+        self.input_perturbation = input_perturbation
+        self._check_weights()
 
     def loss(self, net: Network, x0: Tensor, cond: Condition, *, generator: Generators) -> Tensor:
-        """The weighted squared error of each image (B,), at random times and noise."""
+        """The weighted error of each image (B,), at random times and noise."""
+        like = {"device": x0.device, "dtype": x0.dtype}
         t = self.time_sampler(len(x0), generator).to(x0.device)
-        eps = randn(x0.shape, generator, device=x0.device, dtype=x0.dtype)
-        return self.loss_at(net, x0, cond, t=t, eps=eps)
+        eps = randn(x0.shape, generator, **like)
+        if self.offset_noise:
+            shape = (*x0.shape[:2], *[1] * (x0.ndim - 2))
+            eps = eps + self.offset_noise * randn(shape, other(generator, "offset"), **like)
+        shown = eps
+        if self.input_perturbation:
+            off = randn(x0.shape, other(generator, "perturbation"), **like)
+            shown = eps + self.input_perturbation * off
+        return self._loss(net, x0, cond, t, eps, shown)
 
     def loss_at(
         self, net: Network, x0: Tensor, cond: Condition, *, t: Tensor, eps: Tensor
     ) -> Tensor:
         """As `loss`, at given times (B,), snapped to the schedule, and noise (B, C, h, w)."""
+        return self._loss(net, x0, cond, t, eps, eps)
+
+    def weight(self, t: Tensor) -> Tensor:
+        """How much an image at t (B,) counts, (B,), in the squared error of the output."""
+        # Where there is no signal or no noise the laws' limits are those of a trace of them.
+        alpha, sigma = (part.double().clamp(min=TRACE) for part in self.schedule(t))
+        weight = self.weighting((alpha / sigma).square(), self.prediction.gain(alpha, sigma))
+        return weight.to(torch.promote_types(t.dtype, torch.float32))
+
+    def _loss(
+        self, net: Network, x0: Tensor, cond: Condition, t: Tensor, eps: Tensor, shown: Tensor
+    ) -> Tensor:
         t = self.schedule.snap(t)
         alpha, sigma = (part.to(x0.dtype) for part in self.schedule(t))
-        x_t = expand(alpha, x0) * x0 + expand(sigma, x0) * eps  # (B, C, h, w)
+        x_t = expand(alpha, x0) * x0 + expand(sigma, x0) * shown  # (B, C, h, w)
         out = net(x_t, self.schedule.timestep(t).to(x0.dtype), cond)  # (B, C, h, w)
-        error = (out - self.prediction.target(x0, eps, alpha, sigma)).square()
-        return error.flatten(1).mean(1) * self.weighting(self.schedule.log_snr(t), self.prediction)
+        error = out - self.prediction.target(x0, eps, alpha, sigma)
+        cost = self.penalty(error, t, self.schedule.log_snr(t))
+        return cost.flatten(1).mean(1) * self.weight(t)
+
+    def _check_weights(self) -> None:
+        ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        ends[0] = self.schedule.snap(ends[:1])[0]
+        for t, weight in zip(ends.tolist(), self.weight(ends).tolist(), strict=True):
+            if not weight < HEAVIEST:
+                raise ValueError(
+                    f"with objective={self.prediction.kind} this weighting gives t = {t:.3g} a "
+                    f"weight of {weight:.1g}, and nothing else would be trained: take objective=v"
+                )
 
     def denoised(self, net: Network, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """x0_hat (B, C, h, w) of x_t at t, () or (B,)."""

@@ -4,6 +4,7 @@ Everything else in this folder is written in terms of alpha and sigma.
 """
 
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -67,16 +68,33 @@ class Tabled(Schedule):
     """A variance-preserving schedule from DDPM's table of betas (Ho et al. 2020, section 2).
 
     Index k of the table sits at t = (k + 1) / steps, and the network is told k, so that published
-    weights fit. Between its points log(alpha^2) is linear in t.
+    weights fit. Between its points log(alpha^2) is linear in t. `zero_terminal_snr` shifts and
+    scales alpha so that it is 0 at t = 1 and what it was at 1 / steps (Lin et al. 2024,
+    arXiv:2305.08891, algorithm 1): nothing of the data is left where sampling starts.
+    Raises ValueError where the betas make no schedule; warns of one that ends before the noise.
     """
 
-    def __init__(self, betas: Tensor) -> None:
+    def __init__(self, betas: Tensor, *, zero_terminal_snr: bool = False) -> None:
         super().__init__()
-        if betas.ndim != 1 or not bool(((betas > 0) & (betas < 1)).all()):
+        if betas.ndim != 1 or len(betas) < 1 or not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError("betas must be one row of numbers between 0 and 1")
         self.steps = len(betas)
         log_alpha_bar = torch.log1p(-betas.double()).cumsum(0)
+        if zero_terminal_snr:
+            log_alpha_bar = ending_in_nothing(log_alpha_bar)
         table = torch.cat([torch.zeros(1, dtype=torch.float64), log_alpha_bar])
+        if not bool((table.diff() < 0).all()):
+            raise ValueError(
+                "each step of a noise schedule must lower alpha: these betas are too small, or too "
+                "many and too large, for floating point"
+            )
+        if (left := (table[-1] / 2).exp()) > 0.1:
+            warnings.warn(
+                f"at t = 1 this noise schedule still holds {left:.0%} of the picture, and sampling "
+                "starts from pure noise: take scheduler.zero_terminal_snr=true, or a larger "
+                "scheduler.end (betas of 1000 steps, times 1000 / steps)",
+                stacklevel=3,
+            )
         self.register_buffer("log_alpha_bar", table, persistent=False)
 
     def _apply(self, fn, recurse: bool = True):
@@ -91,6 +109,12 @@ class Tabled(Schedule):
         dtype = torch.promote_types(t.dtype, torch.float32)
         alpha, sigma = (log_alpha_bar / 2).exp(), (-torch.expm1(log_alpha_bar)).sqrt()
         return alpha.to(dtype), sigma.to(dtype)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        # Not from alpha, which is 0 in floating point long before its logarithm ends.
+        log_alpha_bar = self._at(t)
+        log_snr = log_alpha_bar - (-torch.expm1(log_alpha_bar)).log()
+        return log_snr.to(torch.promote_types(t.dtype, torch.float32))
 
     def snap(self, t: Tensor) -> Tensor:
         # The small shift keeps a point of the table, rounded up in floating point, where it is.
@@ -107,36 +131,160 @@ class Tabled(Schedule):
         below = position.floor().clamp(0, self.steps - 1).long()
         table = self.log_alpha_bar.to(t.device)
         low, high = table[below], table[below + 1]
-        return low + (position - below) * (high - low)
+        along = position - below
+        # log(alpha) has no line to zero: in the last step there alpha itself falls on one.
+        to_zero = low + 2 * torch.log1p(-along)
+        return torch.where(high.isinf(), to_zero, low + along * (high - low))
 
 
 class Flow(Schedule):
-    """The straight line alpha = 1 - t, sigma = t (Lipman et al. 2023; Liu et al. 2023)."""
+    """The straight line alpha = 1 - t, sigma = t (Lipman et al. 2023; Liu et al. 2023).
+
+    `shift` s puts s t / (1 + (s - 1) t) in the place of t, which divides alpha / sigma by s
+    everywhere (Esser et al. 2024, arXiv:2403.03206, section 5.3.2): pictures of n times as many
+    pixels take sqrt(n) to be as noisy. The network is told the shifted time, as SD3's is.
+    Raises ValueError where the shift is not positive.
+    """
+
+    def __init__(self, *, shift: float = 1.0) -> None:
+        super().__init__()
+        if not 0 < shift < math.inf:
+            raise ValueError(f"scheduler.shift must be above 0 (1 is none), got {shift}")
+        self.shift = shift
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = t.to(torch.promote_types(t.dtype, torch.float32))
-        return 1 - t, t
+        if self.shift == 1:
+            return 1 - t, t
+        whole = (1 - t) + self.shift * t  # so written, alpha is 0 at t = 1 and not just below
+        return (1 - t) / whole, self.shift * t / whole
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return self(t)[1] * self.steps
 
 
-def linear(*, steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> Tabled:
+class Laplace(Schedule):
+    """Variance-preserving, with a Laplace law of log SNR where t is uniform.
+
+    log SNR = location - scale sign(1/2 - t) log(1 - 2 |t - 1/2|) (Hang et al. 2024,
+    arXiv:2407.03297, table 1), about `location`, of standard deviation sqrt(2) scale: most of
+    training is at middling noise. It ends in pure noise. (diffusers' "laplace" takes
+    sqrt(SNR / (1 + SNR)) for alpha^2, which is alpha: see its pull request 11320.)
+    Raises ValueError where the scale is not positive.
+    """
+
+    def __init__(self, *, location: float = 0.0, scale: float = 0.5) -> None:
+        super().__init__()
+        if not (0 < scale < math.inf and math.isfinite(location)):
+            raise ValueError(
+                f"scheduler.scale must be above 0 and scheduler.location finite, got {scale} and "
+                f"{location}"
+            )
+        self.location, self.scale = location, scale
+
+    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_snr = self.log_snr(t)
+        return log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        t = t.to(torch.promote_types(t.dtype, torch.float32))
+        tail = 2 * torch.minimum(t, 1 - t)  # 1 - 2 |t - 1/2|, exact near both ends
+        return self.location - self.scale * (0.5 - t).sign() * tail.log()
+
+
+def linear(
+    *,
+    steps: int = 1000,
+    start: float = 1e-4,
+    end: float = 0.02,
+    zero_terminal_snr: bool = False,
+) -> Tabled:
     """DDPM's betas: evenly spaced from `start` to `end` (Ho et al. 2020, section 4)."""
-    return Tabled(torch.linspace(start, end, steps, dtype=torch.float64))
+    return Tabled(ramp(start, end, steps), zero_terminal_snr=zero_terminal_snr)
 
 
-def scaled_linear(*, steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Tabled:
+def scaled_linear(
+    *,
+    steps: int = 1000,
+    start: float = 0.00085,
+    end: float = 0.012,
+    zero_terminal_snr: bool = False,
+) -> Tabled:
     """Stable Diffusion's betas: square roots evenly spaced (Rombach et al. 2022, their code)."""
-    roots = torch.linspace(math.sqrt(start), math.sqrt(end), steps, dtype=torch.float64)
-    return Tabled(roots.square())
+    roots = ramp(math.sqrt(max(start, 0)), math.sqrt(max(end, 0)), steps)
+    return Tabled(roots.square(), zero_terminal_snr=zero_terminal_snr)
 
 
-def cosine(*, steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> Tabled:
+def sigmoid(
+    *,
+    steps: int = 1000,
+    start: float = 1e-4,
+    end: float = 0.02,
+    zero_terminal_snr: bool = False,
+) -> Tabled:
+    """Betas rise from `start` to `end` as a sigmoid from -6 to 6 (Xu et al. 2022, GeoDiff).
+
+    It is what diffusers calls sigmoid; that of Jabri et al. is `sigmoid_alpha`.
+    """
+    rise = ramp(-6, 6, steps).sigmoid()
+    return Tabled(start + (end - start) * rise, zero_terminal_snr=zero_terminal_snr)
+
+
+def cosine(
+    *,
+    steps: int = 1000,
+    offset: float = 0.008,
+    max_beta: float = 0.999,
+    zero_terminal_snr: bool = False,
+) -> Tabled:
     """alpha^2 falls as a squared cosine (Nichol and Dhariwal 2021, equation 17).
 
     `max_beta` caps the last beta, which would be 1: no noise level is without any signal.
     """
-    t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    t = ramp(0, 1, steps, more=1)
     alpha_bar = ((t + offset) / (1 + offset) * math.pi / 2).cos().square()
-    return Tabled((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))
+    return Tabled(falling(alpha_bar, max_beta), zero_terminal_snr=zero_terminal_snr)
+
+
+def sigmoid_alpha(
+    *,
+    steps: int = 1000,
+    start: float = -3.0,
+    end: float = 3.0,
+    tau: float = 1.0,
+    max_beta: float = 0.999,
+    zero_terminal_snr: bool = False,
+) -> Tabled:
+    """alpha^2 falls as a sigmoid (Jabri et al. 2022, arXiv:2212.11972; Chen 2023, algorithm 1).
+
+    alpha^2 runs from 1 to 0 with sigmoid(-x / tau), x from `start` to `end`; `max_beta` as above.
+    """
+    if not (tau > 0 and start < end):
+        raise ValueError(f"needs tau > 0 and start < end, not {tau}, {start} and {end}")
+    curve = (-ramp(start, end, steps, more=1) / tau).sigmoid()
+    alpha_bar = (curve - curve[-1]) / (curve[0] - curve[-1])
+    return Tabled(falling(alpha_bar, max_beta), zero_terminal_snr=zero_terminal_snr)
+
+
+def ramp(first: float, last: float, steps: int, *, more: int = 0) -> Tensor:
+    """steps + more evenly spaced numbers in float64; ValueError for what is no number of steps."""
+    if steps < 1 or steps != int(steps):
+        raise ValueError(f"scheduler.steps must be a whole number above 0, got {steps}")
+    return torch.linspace(first, last, int(steps) + more, dtype=torch.float64)
+
+
+def falling(alpha_bar: Tensor, max_beta: float) -> Tensor:
+    """The betas (steps,) that lead through alpha^2 (steps + 1,), capped at `max_beta`."""
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta)
+
+
+def ending_in_nothing(log_alpha_bar: Tensor) -> Tensor:
+    """Lin et al. 2024, algorithm 1: a table of log(alpha^2), its alpha shifted and scaled."""
+    if len(log_alpha_bar) < 2:
+        raise ValueError("zero_terminal_snr needs at least two steps: one is all signal or none")
+    alpha = (log_alpha_bar / 2).exp()
+    first, last = alpha[0], alpha[-1]
+    return 2 * ((alpha - last) / (first - last) * first).log()
 
 
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """A Gaussian mixture with its ideal denoiser in closed form: the truth samplers must reach."""
 
 import torch
+from scipy.stats import ks_2samp
 from torch import Tensor
 
 MEANS = torch.tensor([[1.5, 0.0], [-1.0, 1.2], [-0.5, -1.4]], dtype=torch.float64)
@@ -29,3 +30,14 @@ def ideal_denoiser(schedule):
         return (posterior[:, :, None] * means).sum(1)[:, :, None, None]
 
     return denoise
+
+
+def agreement(samples: Tensor, n: int = 4000) -> float:
+    """The smallest p value of two-sample tests along eight directions."""
+    truth = draw(n, torch.Generator().manual_seed(11))
+    p_values = []
+    for angle in torch.arange(8) * torch.pi / 8:
+        axis = torch.stack([angle.cos(), angle.sin()]).double()
+        project = [(part[:, :, 0, 0] @ axis).numpy() for part in (samples, truth)]
+        p_values.append(ks_2samp(*project).pvalue)
+    return min(p_values)

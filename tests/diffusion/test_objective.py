@@ -1,12 +1,11 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import kstest
 
 from ldm.diffusion.condition import Condition
-from ldm.diffusion.noise import generators
+from ldm.diffusion.noise import generators, other, randn
 from ldm.diffusion.objective import (
     PREDICTIONS,
     Objective,
@@ -14,18 +13,29 @@ from ldm.diffusion.objective import (
     Prediction,
     UniformWeighting,
 )
-from ldm.diffusion.schedule import Flow, cosine, linear, scaled_linear
+from ldm.diffusion.penalty import PseudoHuber
+from ldm.diffusion.schedule import Flow, Laplace, cosine, linear, scaled_linear, sigmoid
+from ldm.diffusion.weighting import MinSnr
+
+SCHEDULES = [linear(), scaled_linear(), cosine(), sigmoid(), Flow(), Flow(shift=3.0), Laplace()]
+ENDING_IN_NOISE = [
+    Flow(),
+    Laplace(),
+    linear(zero_terminal_snr=True),
+    cosine(zero_terminal_snr=True),
+]
 
 
-def objective(schedule, kind):
-    return Objective(
-        schedule, Prediction(kind), weighting=UniformWeighting(), time_sampler=PowerTimes()
-    )
+def objective(schedule, kind, *, weighting=None, **options):
+    weighting = weighting or UniformWeighting()
+    times = PowerTimes()
+    return Objective(schedule, Prediction(kind), weighting=weighting, time_sampler=times, **options)
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(sorted(PREDICTIONS)),
-    st.sampled_from([linear(), scaled_linear(), cosine(), Flow()]),
+    st.sampled_from(SCHEDULES),
     st.floats(0.001, 0.999),
 )
 def test_predictions_round_trip(kind, schedule, t):
@@ -36,6 +46,17 @@ def test_predictions_round_trip(kind, schedule, t):
     x_t = alpha[:, None, None, None] * x0 + sigma[:, None, None, None] * eps
     x0_hat = prediction.to_x0(prediction.target(x0, eps, alpha, sigma), x_t, alpha, sigma)
     assert (x0_hat - x0).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["v", "x0", "flow"])
+@pytest.mark.parametrize("schedule", ENDING_IN_NOISE)
+def test_x0_hat_is_exact_without_any_signal(kind, schedule):
+    x0, eps = torch.randn(2, 3, 4, 2, 2, dtype=torch.float64)
+    alpha, sigma = schedule(torch.ones(3, dtype=torch.float64))
+    assert (alpha == 0).all()
+    prediction = Prediction(kind)
+    out = prediction.target(x0, eps, alpha, sigma)
+    torch.testing.assert_close(prediction.to_x0(out, eps, alpha, sigma), x0)
 
 
 @pytest.mark.parametrize("make", [linear, scaled_linear, cosine])
@@ -119,8 +140,9 @@ def test_the_network_is_told_the_index_of_the_table():
 
 
 def test_eps_needs_signal_at_the_end():
-    with pytest.raises(ValueError, match="objective=v"):
-        objective(Flow(), "eps")
+    for schedule in ENDING_IN_NOISE:
+        with pytest.raises(ValueError, match="take objective=v"):
+            objective(schedule, "eps")
     objective(cosine(), "eps")  # the cap on its last beta leaves a trace of the data
     with pytest.raises(ValueError, match="none of eps"):
         Prediction("epsilon")
@@ -130,10 +152,109 @@ def _betas(schedule):
     return -torch.expm1(schedule.log_alpha_bar.diff())
 
 
-def test_power_times_have_their_density():
-    times = PowerTimes(3.0)(20_000, torch.Generator().manual_seed(0))
-    assert kstest(times.numpy(), lambda t: t**3).pvalue > 0.01
-    uniform = PowerTimes()(20_000, torch.Generator().manual_seed(0))
-    assert kstest(uniform.numpy(), "uniform").pvalue > 0.01
-    with pytest.raises(ValueError, match="above 0"):
-        PowerTimes(0.0)
+class Watched:
+    """A network that says nothing, and remembers what it was shown."""
+
+    def __init__(self):
+        self.shown = []
+
+    def __call__(self, x_t, timestep, cond):
+        self.shown.append((x_t, timestep))
+        return torch.zeros_like(x_t)
+
+
+def watch(task, x0, draws):
+    net = Watched()
+    loss = task.loss(net, x0, Condition(), generator=draws)
+    return loss, *net.shown[0]
+
+
+def test_offset_noise_is_one_number_a_channel():
+    x0 = torch.zeros(512, 3, 8, 8)
+    draws = [generators(7, range(512), stream="noise") for _ in range(2)]
+    _, plain, _ = watch(objective(linear(), "eps"), x0, draws[0])
+    loss, shifted, told = watch(objective(linear(), "eps", offset_noise=0.5), x0, draws[1])
+    _, sigma = linear()((told + 1) / 1000)
+    offset = (shifted - plain) / sigma[:, None, None, None]
+    assert (offset - offset.mean((2, 3), keepdim=True)).abs().max() < 1e-3, "the same everywhere"
+    level = offset.mean((2, 3)) / 0.5  # (B, C)
+    assert abs(level.mean()) < 0.1
+    assert abs(level.std() - 1) < 0.1
+    assert abs(torch.corrcoef(level.T)[0, 1]) < 0.15
+    eps = shifted / sigma[:, None, None, None]
+    torch.testing.assert_close(loss.float(), eps.square().flatten(1).mean(1), rtol=1e-3, atol=1e-3)
+
+
+def test_input_perturbation_is_shown_and_not_predicted():
+    x0 = torch.zeros(512, 3, 8, 8)
+    draws = [generators(7, range(512), stream="noise") for _ in range(2)]
+    plain_loss, plain, told = watch(objective(linear(), "eps"), x0, draws[0])
+    task = objective(linear(), "eps", input_perturbation=0.2)
+    loss, shown, _ = watch(task, x0, draws[1])
+    assert torch.equal(loss, plain_loss), "the target is the noise without it"
+    _, sigma = linear()((told + 1) / 1000)
+    off = (shown - plain) / sigma[:, None, None, None]
+    assert abs(off.std() - 0.2) < 0.005
+    assert abs((off * plain).mean()) < 0.005
+
+
+def test_options_are_drawn_by_image():
+    x0 = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    huber = PseudoHuber(schedule="snr")
+    options = {"offset_noise": 0.1, "input_perturbation": 0.1, "penalty": huber}
+    task = objective(cosine(), "v", weighting=MinSnr(), **options)
+
+    def loss(part):
+        draws = generators(7, range(*part.indices(6)), stream="noise")
+        return task.loss(lambda x_t, t, c: x_t.sin(), x0[part], Condition(), generator=draws)
+
+    whole = loss(slice(0, 6))
+    assert torch.equal(whole, torch.cat([loss(slice(0, 1)), loss(slice(1, 6))]))
+    plain = generators(7, range(6), stream="noise")
+    without = objective(cosine(), "v").loss(lambda x, t, c: x.sin(), x0, None, generator=plain)
+    assert not torch.isclose(whole, without).any()
+
+
+def test_validation_has_no_options():
+    x0, eps = torch.randn(2, 5, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    t = torch.rand(5, generator=torch.Generator().manual_seed(1))
+    losses = [
+        task.loss_at(lambda x_t, t, c: x_t.sin(), x0, Condition(), t=t, eps=eps)
+        for task in (
+            objective(cosine(), "v"),
+            objective(cosine(), "v", offset_noise=0.3, input_perturbation=0.3),
+        )
+    ]
+    assert torch.equal(*losses)
+
+
+def test_the_loss_is_the_penalty_times_the_weight():
+    x0, eps = torch.randn(2, 5, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    t = torch.rand(5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    penalty = PseudoHuber(0.2, schedule="exponential")
+    task = objective(Flow(), "flow", weighting=MinSnr(2.0), penalty=penalty)
+    loss = task.loss_at(lambda x_t, t, c: torch.zeros_like(x_t), x0, Condition(), t=t, eps=eps)
+    c = 0.2 ** t[:, None, None, None]
+    cost = 2 * c * (((eps - x0).double() ** 2 + c**2).sqrt() - c)
+    weight = ((1 - t) / t).square().clamp(max=2) * t**2
+    torch.testing.assert_close(loss, cost.mean((1, 2, 3)) * weight, rtol=1e-4, atol=0)
+
+
+def test_streams_of_an_image_do_not_share_their_numbers():
+    draws = generators(3, [5, 6], stream="noise")
+    again = generators(3, [5, 6], stream="noise")
+    offset = randn((2, 50), other(draws, "offset"))
+    assert torch.equal(randn((2, 50), draws), randn((2, 50), again)), "nothing was taken of these"
+    same = other(generators(3, [6], stream="noise"), "offset")
+    assert torch.equal(offset[1:], randn((1, 50), same))
+    perturbation = randn((2, 50), other(again, "perturbation"))
+    assert not torch.isclose(offset, perturbation).any()
+    plain = torch.Generator()
+    assert other(plain, "offset") is plain
+
+
+@pytest.mark.parametrize("name", ["offset_noise", "input_perturbation"])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_options_without_sense_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"objective.{name} must be 0"):
+        objective(cosine(), "v", **{name: value})

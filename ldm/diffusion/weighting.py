@@ -1,0 +1,99 @@
+"""How much each noise level counts in the loss.
+
+A weight w(SNR) is defined on the squared error of x0_hat. What is trained is the squared error of
+the network's output, which is `gain` times that of x0_hat (`Prediction.gain`), hence w / gain: one
+law for every prediction and schedule, with nothing to be looked up. Both are finite and above 0,
+also where a schedule has no noise or no signal (`Objective.weight` sees to it).
+
+Shapes: B batch.
+"""
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+Weighting = Callable[[Tensor, Tensor], Tensor]  # SNR (B,), gain (B,) -> factor (B,)
+
+
+class UniformWeighting:
+    """Every noise level counts alike in the predicted quantity (Ho et al. 2020, equation 14)."""
+
+    def __call__(self, snr: Tensor, gain: Tensor) -> Tensor:
+        return snr.new_ones(snr.shape)
+
+
+class MinSnr:
+    """w = min(SNR, gamma) (Hang et al. 2023, arXiv:2303.09556).
+
+    min(1, gamma / SNR) for eps, min(SNR, gamma) / (SNR + 1) for v on a variance-preserving
+    schedule, where published code had it as min(SNR + 1, gamma) / (SNR + 1) (diffusers' issue
+    5654). It is 0 where there is no signal: the end of a zero terminal SNR is not trained at all.
+    Raises ValueError where gamma is not positive.
+    """
+
+    def __init__(self, gamma: float = 5.0) -> None:
+        self.gamma = above_zero("gamma", gamma)
+
+    def __call__(self, snr: Tensor, gain: Tensor) -> Tensor:
+        return snr.clamp(max=self.gamma) / gain
+
+
+class SoftMinSnr:
+    """w = 1 / (1 / SNR + 1 / gamma): `MinSnr` without its corner (Crowson et al. 2024, HDiT).
+
+    arXiv:2401.11605. Raises ValueError where gamma is not positive.
+    """
+
+    def __init__(self, gamma: float = 5.0) -> None:
+        self.gamma = above_zero("gamma", gamma)
+
+    def __call__(self, snr: Tensor, gain: Tensor) -> Tensor:
+        return 1 / (1 / snr + 1 / self.gamma) / gain
+
+
+class P2:
+    """w = SNR / (k + SNR)^gamma: 1 / (k + SNR)^gamma for eps (Choi et al. 2022).
+
+    arXiv:2204.00227. gamma 0 is uniform in eps. Raises ValueError for a negative gamma or a k that
+    is not positive.
+    """
+
+    def __init__(self, gamma: float = 1.0, k: float = 1.0) -> None:
+        if not 0 <= gamma < math.inf:
+            raise ValueError(f"weighting.gamma must be 0 or more, got {gamma}")
+        self.gamma, self.k = gamma, above_zero("k", k)
+
+    def __call__(self, snr: Tensor, gain: Tensor) -> Tensor:
+        return snr / (self.k + snr) ** self.gamma / gain
+
+
+class Edm:
+    """w = SNR + 1 / sigma_data^2 (Karras et al. 2022, arXiv:2206.00364, table 1: lambda).
+
+    Their sigma is sigma / alpha here. With sigma_data = 1, the deviation of our latents, it is what
+    objective=v has by itself. Raises ValueError where sigma_data is not positive.
+    """
+
+    def __init__(self, sigma_data: float = 0.5) -> None:
+        self.sigma_data = above_zero("sigma_data", sigma_data)
+
+    def __call__(self, snr: Tensor, gain: Tensor) -> Tensor:
+        return (snr + self.sigma_data**-2) / gain
+
+
+class Debiased:
+    """w = sqrt(SNR): 1 / sqrt(SNR) for eps (Yu et al. 2023, arXiv:2310.08442).
+
+    (kohya's sd-scripts give v 1 / (SNR + 1), which is another law.)
+    """
+
+    def __call__(self, snr: Tensor, gain: Tensor) -> Tensor:
+        return snr.sqrt() / gain
+
+
+def above_zero(name: str, value: float) -> float:
+    """`value`; ValueError where it is not a number above 0."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"weighting.{name} must be above 0, got {value}")
+    return value

@@ -5,15 +5,17 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import (
     HydraException,
@@ -50,6 +52,47 @@ def take_text(names: Iterable[str]) -> dict[str, str]:
             taken[name] = value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     sys.argv[1:] = [a for a in sys.argv[1:] if a.partition("=")[0] not in taken]
     return taken
+
+
+def take_choices() -> dict[str, list[str]]:
+    """Remove `name=a,b,c` from the command line, and --multirun, which it needs not.
+
+    Names with the values, as typed, each once.
+    """
+    parser, taken, left = OverridesParser.create(), {}, []
+    for argument in sys.argv[1:]:
+        left.append(argument)
+        with suppress(HydraException):  # of options; what is wrong is told by Hydra itself
+            override = parser.parse_override(argument)
+            if override.is_discrete_sweep():
+                taken[override.get_key_element()] = list(
+                    dict.fromkeys(override.sweep_string_iterator())
+                )
+                left.pop()
+    sys.argv[1:] = [argument for argument in left if argument not in ("-m", "--multirun")]
+    return taken
+
+
+def points(
+    config_name: str, choices: Mapping[str, list[str]], *, may_vary: Sequence[str]
+) -> list[tuple[dict[str, str], DictConfig]]:
+    """Every combination of the choices, and the configuration with it; called inside hydra.main.
+
+    Raises UsageError for a choice of anything but `may_vary`, and what `check` raises.
+    """
+    for name, values in choices.items():
+        if name.partition(".")[0] not in may_vary:
+            raise UsageError(
+                f"{name}={','.join(values)}: it takes one value here, and several are for "
+                f"{', '.join(may_vary) or 'nothing'} (a list stands in brackets: '{name}=[a,b]')"
+            )
+    task, found = list(HydraConfig.get().overrides.task), []
+    for values in product(*choices.values()):
+        chosen = dict(zip(choices, values, strict=True))
+        overrides = [*task, *(f"{name}={value}" for name, value in chosen.items())]
+        found.append((chosen, compose(config_name, overrides)))
+        check(found[-1][1], config_name, overrides)
+    return found
 
 
 def run(main: Callable[[], None], config_name: str) -> None:

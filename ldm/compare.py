@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm import cli, ranking, runs
+from ldm import cli, curves, ranking, runs
 from ldm.files import write_text
 
 HELP = """Ranks runs: a table of what differs between them and what came of them, a picture of their
@@ -17,7 +17,8 @@ validation curves, and one of what they paint for the same prompts and seeds.
   python -m ldm.compare runs/my-sweep metric=val/scene_accuracy out=compared
 
 It reads metrics.csv, result.json and samples/; nothing is painted anew. It writes ranking.md,
-ranking.csv, curves.png and samples.png.
+ranking.csv, curves.png and samples.png. Where ldm.evaluate has left curve_*.json in two runs or
+more, of the same settings and pictures, quality_*.png shows them in one picture.
 
   metric=KEY       what ranks; default: what the runs themselves went by
   direction=minimize|maximize      default: by the metric's name
@@ -76,9 +77,36 @@ def compare(
     in_full = [[*row, *rest] for row, rest in zip(rows, more, strict=True)]
     text = ranking.as_csv([*columns, "directory", "error"], in_full)
     write_text(out / "ranking.csv", text)
-    written = ["ranking.md", "ranking.csv", *_pictures(order, metric, direction, out)]
-    lines = [f"\n{title[2:]}\n\n{table}\n", *(f"{note}\n" for note in notes)]
+    overlaid, said = _overlay(order, out)
+    written = ["ranking.md", "ranking.csv", *_pictures(order, metric, direction, out), *overlaid]
+    lines = [f"\n{title[2:]}\n\n{table}\n", *(f"{note}\n" for note in [*notes, *said])]
     return "\n".join([*lines, "  ".join(str(out / name) for name in written)])
+
+
+def _overlay(order: Sequence[ranking.Run], out: Path) -> tuple[list[str], list[str]]:
+    """Draw the curves that ldm.evaluate has left, those of a name in one picture; files, and words.
+
+    Of runs that were measured in different ways, the largest number that agree are drawn.
+    """
+    from ldm import curve_figures
+    from ldm.images import save_png
+
+    names, files, said = ranking.names(order), [], []
+    found = [curves.read(run.directory) for run in order]
+    for stem in sorted({stem for one in found for stem in one}):
+        having = {n: one[stem] for n, one in zip(names, found, strict=True) if stem in one}
+        most, _ = Counter(map(curves.comparable, having.values())).most_common(1)[0]
+        lines = {n: points for n, points in having.items() if curves.comparable(points) == most}
+        told = f"{stem} of {', '.join(lines)}"
+        if others := [name for name in having if name not in lines]:
+            told += f"; {', '.join(others)}: of other pictures, networks or settings"
+        if len(lines) > 1:
+            files.append(f"{stem.replace('curve', 'quality', 1)}.png")
+            save_png(curve_figures.curve(lines), out / files[-1], {"runs": list(lines)})
+            said.append(f"{files[-1]}: {told}")
+        elif others:
+            said.append(f"not in one picture: {told}")
+    return files, said
 
 
 def _pictures(order: Sequence[ranking.Run], metric: str, direction: str, out: Path) -> list[str]:

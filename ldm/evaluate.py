@@ -1,72 +1,250 @@
-"""python -m ldm.evaluate ckpt=runs/my-run [count=500 steps=30 out=metrics.json]; see --help."""
+"""python -m ldm.evaluate ckpt=runs/my-run [guidance.scale=1,2,4,8 features=[clip]]; see --help."""
 
+import hashlib
 import json
+import shutil
+import sys
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from ldm import cli, runs
+from ldm import cli, curves
 from ldm.files import write_text
 
-TEXTS = ("ckpt", "out", "autoencoder", "text_encoder")
-LIBRARIES = ("ldm", "torch", "transformers", "numpy", "pillow")
+TEXTS = ("ckpt", "images", "data", "others", "subset", "out", "keep", "autoencoder", "text_encoder")
+VARIED = {  # what several values may be given for
+    "run": ("guidance", "sampler", "steps"),
+    "peer": ("guidance", "steps"),
+    "images": (),
+}
+LIBRARIES = ("ldm", "torch", "torchmetrics", "transformers", "numpy", "pillow")
 
 
 def main() -> None:
-    """Compose, then evaluate."""
+    """Compose, once for each point of a curve, then evaluate."""
     texts = cli.take_text(TEXTS)
+    choices = cli.take_choices()
 
     @hydra.main(config_path=cli.CONF, config_name="evaluate", version_base="1.3")
     def composed(cfg: DictConfig) -> None:
-        cli.check(cfg, "evaluate")
-        known = {name: cfg[name] for name in TEXTS if not OmegaConf.is_missing(cfg, name)}
+        asked = {**{name: cfg[name] for name in TEXTS}, **texts}
+        points = cli.points("evaluate", choices, may_vary=VARIED[kind(asked)])
         with cli.told_plainly():
-            evaluate(cfg, {**known, **texts})
+            evaluate(points, asked)
 
-    cli.run(composed, "evaluate")
+    try:
+        cli.run(composed, "evaluate")
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
 
 
-def evaluate(cfg: DictConfig, asked: dict[str, str | None]) -> None:
-    """Restore, paint and measure; leaves metrics.json, prints a table."""
-    ckpt = cli.needed(asked, "ckpt")
+def kind(asked: dict[str, str | None]) -> str:
+    """What is to be measured: "run" or "peer" (`ckpt`), or "images".
 
+    Raises UsageError where neither or both are given, or there is no such folder.
+    """
+    if (asked["ckpt"] is None) == (asked["images"] is None):
+        raise cli.UsageError(
+            "give ckpt=... (a run, a checkpoint, a folder of a diffusers pipeline) or images=... "
+            "(a folder of pictures)"
+        )
+    if asked["images"] is None:
+        is_peer = Path(asked["ckpt"]).expanduser().joinpath("model_index.json").is_file()
+        return "peer" if is_peer else "run"
+    if asked["keep"] is not None:
+        raise cli.UsageError("keep=... is for pictures that are painted; those of images=... exist")
+    return "images"
+
+
+def evaluate(points: list[tuple[dict[str, str], DictConfig]], asked: dict[str, str | None]) -> None:
+    """Measure each point: what differs from the others, and its configuration.
+
+    One leaves metrics.json and prints a table; several leave curve_*.csv, .json and .png. What is
+    painted waits as features beside the results until all is done.
+    """
+    from ldm.build import evaluation
+    from ldm.metrics.ranks import Ranks
+
+    source = evaluation.source(points[0][1], asked, kind=kind(asked))
+    out = Path(asked["out"] or source.home)
+    single = out.suffix == ".json"
+    if single and len(points) > 1:
+        raise cli.UsageError(f"out={out} is a file, and a curve leaves three: give a folder")
+    if asked["keep"] is not None and source.quality is None:
+        raise cli.UsageError(
+            "keep=... keeps what is painted for `features`, of which there is none"
+        )
+    (out.parent if single else out).mkdir(parents=True, exist_ok=True)
+    first, found, waiting = Ranks().rank == 0, [], []
+    for varied, cfg in points:
+        if varied and first:
+            print(told(varied), flush=True)
+        facts, pieces = measured(source, cfg, varied, asked)
+        found.append(facts)
+        waiting.append(pieces)
+    if not first:
+        return
+    if len(points) == 1:
+        path = out if single else out / "metrics.json"
+        write_text(path, json.dumps(found[0], indent=2) + "\n")
+        print(f"{table(found[0])}\n{path}")
+    else:
+        written = curves.write(found, out)
+        print(f"{curves.table(found)}\n{'  '.join(map(str, written))}")
+    for pieces in waiting:
+        shutil.rmtree(pieces, ignore_errors=True)
+
+
+def measured(
+    source, cfg: DictConfig, varied: dict[str, str], asked: dict[str, str | None]
+) -> tuple[dict, Path]:
+    """All that is known of one point, as plain values, and where its pieces wait."""
     from tqdm import tqdm
 
-    from ldm.build import parts
-    from ldm.metrics.scene_accuracy import SceneAccuracy
+    from ldm.metrics.ranks import Ranks
 
-    scenes = SceneAccuracy(count=cfg.count, batch=cfg.batch, seed=cfg.seed)
-    restored = parts.restore(cfg, ckpt, asked)
-    size = cfg.size or restored.size
-    with tqdm(total=len(scenes) * cfg.steps, desc="Painting", unit="step") as bar:
-        paint = partial(
-            restored.pipeline,
-            size=size,
-            steps=cfg.steps,
-            on_step=lambda i, x0_hat: bar.update(len(x0_hat)),
-        )
-        metrics = scenes.metrics(scenes.tally(paint, range(len(scenes))))
-    facts = {
-        "metrics": metrics,
-        "settings": {
-            "count": cfg.count,  # prompts seen, and as many unseen
-            "seed": cfg.seed,
-            "steps": cfg.steps,
-            "size": size,
-            **restored.settings,
-        },
-        "ckpt": str(restored.path),
-        "step": restored.step,
-        "versions": {name: version(name) for name in LIBRARIES},
-    }
-    out = Path(asked["out"] or runs.of_checkpoint(restored.path) / "metrics.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, json.dumps(facts, indent=2) + "\n")
-    print(scene_table(metrics))
-    print(out)
+    quality, ranks, home = source.quality, Ranks(), source.home / "eval"
+    bar = partial(tqdm, unit="image", disable=None if ranks.rank == 0 else True)
+    known = {**source.facts(cfg), "device": device_name(source.device)}
+    known["versions"] = {name: version(name) for name in LIBRARIES}
+    if quality is not None:
+        known["protocol"] = quality.facts()
+    # Other settings, weights or pictures make other pieces.
+    which = json.dumps([known, asked["keep"]], sort_keys=True)
+    pieces = home / f"pieces-{hashlib.sha256(which.encode()).hexdigest()[:16]}"
+    found = {"varied": varied} if varied else {}
+    found["metrics"] = {}
+    if source.scenes is not None:
+        with bar(total=share(len(source.scenes), ranks.world), desc="Scenes") as shown:
+            paint = source.paint(cfg)
+            found["metrics"] |= scene_metrics(source.scenes, paint, pieces, shown.update)
+    if quality is not None:
+        if ranks.rank == 0 and any(quality.subset.captions):
+            quality.subset.save(home / f"subset-{quality.subset.digest}.json")
+        with bar(desc="Reference") as shown:
+            quality.prepare(source.device, done=lambda items: shown.update(len(items)))
+        folder = asked["keep"] and Path(asked["keep"], told(varied))
+        with bar(total=share(len(quality.subset), ranks.world), desc="Pictures") as shown:
+            seen = quality.see(
+                source.paint(cfg),
+                folder=pieces / "features",
+                done=lambda items: shown.update(len(items)),
+                keep=partial(keep, folder, quality.subset)
+                if folder
+                else lambda items, images: None,
+            )
+        found["metrics"] |= quality.measure(seen)
+        if ranks.rank == 0:
+            found["intervals"] = quality.scores.intervals(seen)
+            found["floor"] = source.floor
+    return {**found, **known}, pieces
+
+
+def scene_metrics(
+    scenes, paint: Callable, pieces: Path, done: Callable[[int], object]
+) -> dict[str, float]:
+    """SceneAccuracy's metrics; every process paints a share, and what is counted waits in `pieces`.
+
+    `done(n)` is told how many pictures more are counted.
+    """
+    from torch import from_numpy
+
+    from ldm.metrics.scene_accuracy import NAMES, SUFFIXES
+    from ldm.metrics.table import tabulate
+
+    batches = [*range(0, len(scenes), scenes.batch)]
+    items = [range(first, min(first + scenes.batch, len(scenes))) for first in batches]
+    found = tabulate(
+        len(batches),
+        lambda row: {"tally": from_numpy(scenes.tally(paint, items[row.start])).reshape(1, -1)},
+        columns={"tally": len(SUFFIXES) * len(NAMES)},
+        batch=1,
+        folder=pieces / f"scenes-{scenes.batch}",
+        done=lambda row: done(sum(len(items[i]) for i in row)),
+    )
+    counts = found["tally"].sum(dim=0).long().reshape(len(SUFFIXES), len(NAMES))
+    return scenes.metrics(counts.numpy())
+
+
+def share(count: int, world: int) -> int:
+    """Pictures of one process, about."""
+    return -(-count // world)
+
+
+def told(varied: dict[str, str]) -> str:
+    """What sets a point apart: guidance.scale=3, steps=10."""
+    return ", ".join(f"{key}={value}" for key, value in varied.items())
+
+
+def device_name(device) -> str:
+    """The accelerator, or cpu."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def keep(folder: Path, subset, items: range, images) -> None:
+    """Each picture as a PNG named by its number in the subset, its caption beside it."""
+    from PIL import Image
+
+    from ldm.images import save_png
+
+    for i, image in zip(items, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+        facts = {"prompt": subset.captions[i], "seed": subset.seeds[i], "key": subset.keys[i]}
+        path = folder / f"{i:07d}.png"
+        save_png(Image.fromarray(image), path, facts)
+        write_text(path.with_suffix(".txt"), subset.captions[i] + "\n")
+
+
+def table(facts: dict) -> str:
+    """How it was painted, then the metrics: scene accuracy, distances and scores."""
+    blocks = [settings(facts["settings"])]
+    if "scene_accuracy" in facts["metrics"]:
+        blocks.append(scene_table(facts["metrics"]))
+    if "protocol" in facts:
+        blocks.append(image_table(facts))
+    return "\n\n".join(blocks)
+
+
+def settings(values: dict) -> str:
+    """In one line: count 500, steps 30, sampler DDIM eta 0.0, .."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            parts = {k: v for k, v in value.items() if k != "_target_" and v is not None}
+            called = value.get("_target_", "").rpartition(".")[2]
+            value = " ".join([called, *(f"{k} {v}" for k, v in parts.items())]).strip()
+        words.append(f"{name} {value}")
+    return ", ".join(words)
+
+
+def image_table(facts: dict) -> str:
+    """A row a metric: its value, the interval, what real pictures get, and what chance gets."""
+    metrics, protocol = facts["metrics"], facts["protocol"]
+    lines = [f"{'':<18}{'value':>10}{'95 % interval':>24}{'real':>10}{'chance':>10}"]
+    for name, value in metrics.items():
+        if name.startswith("scene_") or name.endswith(("_floor", "_real", "_chance")):
+            continue
+        low, high = facts["intervals"].get(name, (None, None))
+        between = "" if low is None else f"{_short(low)} .. {_short(high)}"
+        real = facts["floor"].get(name, metrics.get(f"{name}_real"))
+        chance = metrics.get(f"{name}_chance")
+        cells = ["" if number is None else _short(number) for number in (real, chance)]
+        lines.append(f"{name:<18}{_short(value):>10}{between:>24}{cells[0]:>10}{cells[1]:>10}")
+    lines.append(
+        f"{protocol['painted']} pictures against {protocol['real']} real ones; the column real is "
+        f"of {protocol['floor']} other real ones"
+    )
+    return "\n".join(lines)
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
 
 
 def scene_table(metrics: dict[str, float]) -> str:

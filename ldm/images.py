@@ -18,10 +18,14 @@ from torch import Tensor
 from ldm.files import replacing
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """Images (n, 3, H, W) in [-1, 1] to uint8, rounded, on their device."""
+    return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Images (n, 3, H, W) in [-1, 1] to bytes (n, H, W, 3), rounded."""
-    pixels = (images.detach().float().clamp(-1, 1) + 1) * 127.5
-    return pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    """Images (n, 3, H, W) in [-1, 1] to bytes (n, H, W, 3) on the host, rounded."""
+    return to_bytes(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def from_uint8(picture: np.ndarray) -> Tensor:

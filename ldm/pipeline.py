@@ -19,7 +19,8 @@ from ldm.tasks import Request
 class Pipeline:
     """Text encoder, task, guidance, sampler and decoder, in that order.
 
-    Its parts are used where they are: the networks on one device, in eval mode.
+    Its parts are used where they are: the networks on one device, in eval mode. `dtype`: what they
+    compute in, under autocast; None is float32.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Pipeline:
         task,
         sampler,
         guidance,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.denoiser = denoiser
         self.autoencoder = autoencoder
@@ -40,6 +42,7 @@ class Pipeline:
         self.task = task
         self.sampler = sampler
         self.guidance = guidance
+        self.dtype = dtype
 
     @torch.no_grad()
     def __call__(
@@ -62,21 +65,24 @@ class Pipeline:
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
-        noise = ImageNoise(seeds, device=self.device)
-        schedule, encode = self.objective.schedule, self.autoencoder.encode
-        request = Request(self._room(len(seeds), size), image, mask, strength)
-        start = self.task.start(request, encode, schedule, noise=noise)
-        cond = replace(self.text(list(prompts)), concat=start.concat)
-        uncond = self._repeated(negative, len(seeds)) if negative else self.text.null(len(seeds))
-        x0 = self.sampler(
-            self.guidance(self._denoise, cond, replace(uncond, concat=start.concat)),
-            start.x,
-            schedule,
-            schedule.times(steps, start=start.t),
-            noise=noise,
-            on_step=on_step,
-        )
-        return self.autoencoder.decode(x0).clamp(-1, 1)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            noise = ImageNoise(seeds, device=self.device)
+            schedule, encode = self.objective.schedule, self.autoencoder.encode
+            request = Request(self._room(len(seeds), size), image, mask, strength)
+            start = self.task.start(request, encode, schedule, noise=noise)
+            cond = replace(self.text(list(prompts)), concat=start.concat)
+            uncond = (
+                self._repeated(negative, len(seeds)) if negative else self.text.null(len(seeds))
+            )
+            x0 = self.sampler(
+                self.guidance(self._denoise, cond, replace(uncond, concat=start.concat)),
+                start.x,
+                schedule,
+                self.sampler.times(schedule, steps, start=start.t),
+                noise=noise,
+                on_step=on_step,
+            )
+            return self.autoencoder.decode(x0).clamp(-1, 1)
 
     @property
     def device(self) -> torch.device:

@@ -148,7 +148,7 @@ def ranked(compared: Sequence[Run], metric: str, *, direction: str) -> list[Run]
 
 def doubts(compared: Sequence[Run], metric: str) -> list[str]:
     """Why the order might say less than it seems to."""
-    weighing = {"scheduler", "objective", "autoencoder", "data", "time_power"}
+    weighing = {"scheduler", "objective", "autoencoder", "data", "time_power", "weighting", "loss"}
     differ = weighing & {key.partition(".")[0] for key in differences(compared)}
     stages = {run.config.get("stage") for run in compared if run.config}
     if len(stages) > 1:

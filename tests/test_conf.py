@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ldm.build import parts
 from ldm.cli import CONF
+from ldm.diffusion.noise import generators
 
 LEAVES = sorted(path for path in Path(CONF).glob("*/*.yaml") if path.parent.name != "experiment")
 EXPERIMENTS = sorted(Path(CONF, "experiment").glob("*.yaml"))
@@ -20,11 +21,11 @@ GROUPS = sorted({path.parent.name for path in LEAVES})
 OURS = {"trainer": {"max_hours"}}  # what build.py takes for itself
 HANDED = {
     "model": {"in_channels", "out_channels", "context_dim"},
-    "objective": {"schedule"},
+    "objective": {"schedule", "weighting", "time_sampler"},
     "clip": {"tokenizer"},
     "logger": {"run_dir", "name", "overrides"},
     "data": set(),
-    "eval": {"pipeline", "size"},
+    "eval": {"pipeline", "networks", "pictures", "others", "size", "folder", "settings"},
 }
 
 
@@ -82,19 +83,75 @@ def test_experiment_composes_and_names_only_known_keys(path):
     assert any(set(cfg.data) == set(source) - {"defaults"} for source in sources)
 
 
-@pytest.mark.parametrize("scheduler", ["linear", "scaled_linear", "cosine", "flow"])
-@pytest.mark.parametrize("objective", ["eps", "v", "x0", "flow"])
+def options(group):
+    return [path.stem for path in LEAVES if path.parent.name == group]
+
+
+ZERO = [f"{name} scheduler.zero_terminal_snr=true" for name in ("linear", "cosine", "sigmoid")]
+
+
+def loss(cfg):
+    """Of sixteen images somewhere in a run."""
+    x = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    draws = generators(cfg.seed, range(50, 66), stream="noise")
+    return parts.objective(cfg).loss(lambda x, t, c: x, x, None, generator=draws)
+
+
+@pytest.mark.parametrize("scheduler", [*options("scheduler"), *ZERO])
+@pytest.mark.parametrize("objective", options("objective"))
 def test_schedules_and_objectives_combine(scheduler, objective):
-    cfg = train(f"scheduler={scheduler}", f"objective={objective}")
-    if (scheduler, objective) == ("flow", "eps"):
-        with pytest.raises(Exception, match="objective=v"):
+    cfg = train(*f"scheduler={scheduler}".split(), f"objective={objective}")
+    if objective == "eps" and scheduler in ("flow", "laplace", *ZERO):
+        with pytest.raises(Exception, match="take objective=v"):
             parts.objective(cfg)
         return
-    built = parts.objective(cfg)
-    x = torch.randn(2, 4, 8, 8)
-    loss = built.loss(lambda x, t, c: x, x, None, generator=torch.Generator().manual_seed(0))
-    assert loss.shape == (2,)
-    assert loss.isfinite().all()
+    found = loss(cfg)
+    assert found.shape == (16,)
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("objective", ["eps", "v"])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        f"{group}={name}"
+        for group in ("weighting", "loss", "time_sampler")
+        for name in options(group)
+    ],
+)
+def test_training_options_combine(choice, objective):
+    cfg, default = (
+        train("scheduler=linear", f"objective={objective}", "time_power=1", *more)
+        for more in ([choice], ["time_sampler=power"])
+    )
+    assert loss(cfg).isfinite().all()
+    defaults = ("weighting=uniform", "loss=squared", "time_sampler=power", "time_sampler=uniform")
+    assert torch.equal(loss(cfg), loss(default)) == (choice in defaults)
+
+
+def test_time_power_is_that_of_every_spread():
+    for sampler in ("power", "stratified", "sobol"):
+        cfg = train(f"time_sampler={sampler}", "time_power=2", "data.batch_size=12")
+        built = parts.objective(cfg).time_sampler
+        assert (built.power, built.uniforms.spread) == (2, sampler.replace("power", "independent"))
+        assert built.uniforms.batch == 12
+    built = parts.objective(train("time_sampler=logit_normal", "time_sampler.spread=sobol"))
+    assert built.time_sampler.uniforms.spread == "sobol"
+
+
+def test_a_configuration_of_before_these_were_groups_means_what_it_did():
+    cfg = train("objective=eps", "time_power=2")
+    old = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    for group in ("weighting", "loss", "time_sampler"):
+        del old[group]
+    for key in ("offset_noise", "input_perturbation"):
+        del old.objective[key]
+    del old.scheduler.zero_terminal_snr
+    name = "ldm.diffusion.objective"
+    old.objective.weighting = {"_target_": f"{name}.UniformWeighting"}
+    old.objective.time_sampler = {"_target_": f"{name}.PowerTimes", "power": 2}
+    parts.check_targets(old.objective, Path("old.ckpt"))
+    assert torch.equal(loss(old), loss(cfg))
 
 
 class Text:
@@ -132,12 +189,22 @@ def test_trainers_choose_their_strategy(option):
     assert not train("trainer=ddp", "strategy=auto").strategy
 
 
+@pytest.mark.parametrize("option", [p.stem for p in LEAVES if p.parent.name == "sampler"])
+def test_all_samplers_take_the_same_bounds_and_grids(option):
+    asked = ["spacing=karras", "clip=1.5", "quantile=0.99"]
+    cfg = compose("sample", [f"sampler={option}", *(f"sampler.{each}" for each in asked)])
+    built = instantiate(cfg.sampler)
+    assert (built.spacing, built.clip, built.quantile) == ("karras", 1.5, 0.99)
+    plain = instantiate(compose("sample", [f"sampler={option}"]).sampler)
+    assert (plain.spacing, plain.clip, plain.quantile) == ("trailing", None, None)
+
+
 def test_data_chooses_what_is_measured_unless_the_user_does():
-    assert train("data=scenes").eval.count == 32
+    assert train("data=scenes").eval.scenes.count == 32
     assert not train("data=scenes", "eval=none").eval
     assert not train("eval=none", "data=scenes").eval
     assert not train("data=coco").eval
-    assert train("data=coco", "eval=scenes").eval.count == 32
+    assert train("data=coco", "eval=scenes").eval.scenes.count == 32
 
 
 def test_every_group_has_a_default_or_is_documented():

@@ -15,7 +15,7 @@ from ldm.images import captioned, from_uint8
 
 SHORT = {
     "train.py": "logger=csv data.count=200 data.val_count=16 trainer.max_steps=4 "
-    "samples.n=2 samples.steps=2 eval.count=2 eval.steps=2",
+    "samples.n=2 samples.steps=2 eval.scenes.count=2 eval.scenes.steps=2",
     "ldm.evaluate": "count=2 steps=2",
     "sample.py": "steps=2",
 }

@@ -8,7 +8,7 @@ import torch
 from shell import BRIEF, FROZEN, ROOT, rows, run
 
 KILLS = str(ROOT / "tests" / "kills.py")
-TIMED = ("perf/images_per_s", "perf/data_wait")
+TIMED = ("perf/images_per_s", "perf/data_wait", "perf/eval_share")
 RUN = [
     *BRIEF,
     *FROZEN,

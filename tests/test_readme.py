@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
 from ldm.cli import CONF
+from ldm.evaluate import TEXTS as EVALUATE
 
 ROOT = Path(__file__).parent.parent
 COCO = ROOT.parent / "shared" / "data" / "coco_mini"
@@ -27,6 +28,7 @@ def blocks(page="README.md"):
 
 def commands():
     pages = [*blocks(), *blocks("docs/explained.md"), *blocks("docs/sweeps.md")]
+    pages += blocks("docs/evaluation.md")
     lines = [line for block in pages for line in block.splitlines()]
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("python ")]
 
@@ -57,19 +59,22 @@ def test_command_composes(command):
     assert Path(CONF, f"{root}.yaml").is_file()
     if root == "prepare":
         arguments[0] = f"source={arguments[0]}"
+    texts = EVALUATE if root == "evaluate" else TEXTS
     overrides = [
-        a for a in arguments if a not in ("...", "-m") and a.partition("=")[0] not in TEXTS
+        a for a in arguments if a not in ("...", "-m") and a.partition("=")[0] not in texts
     ]
     assert all("=" in a for a in overrides)
     with initialize_config_dir(CONF, version_base="1.3"):
-        for job in jobs(overrides) if "-m" in arguments else [overrides]:
+        many = "-m" in arguments or root == "evaluate"
+        for job in jobs(overrides) if many else [overrides]:
             assert compose(root, overrides=job)
 
 
 def test_every_option_is_told():
     table = re.search(r"\| group \| options \|\n(.*?)\n\n", (ROOT / "README.md").read_text(), re.S)
     told = "data scheduler objective sampler guidance model autoencoder text_encoder eval trainer"
-    more = ["strategy", "logger", "early_stop", "hydra/launcher"]
+    more = ["strategy", "logger", "early_stop", "hydra/launcher", "features"]
+    more += ["weighting", "loss", "time_sampler"]
     for group in [*told.split(), *more]:
         row = re.search(rf"\| .*`{group}`.*\|", table[1])[0]
         for path in Path(CONF, group).glob("*.yaml"):

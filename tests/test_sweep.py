@@ -34,7 +34,7 @@ from ldm import locks, sweep
 from ldm.machine import Machine
 
 QUICK = [*ANEW, "trainer.max_steps=4", "trainer.val_check_interval=2", "checkpoint.every=1"]
-TIMED = ("perf/images_per_s", "perf/data_wait")
+TIMED = ("perf/images_per_s", "perf/data_wait", "perf/eval_share")
 
 
 @pytest.fixture

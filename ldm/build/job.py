@@ -1,5 +1,6 @@
 """Configuration to a run: data, module, trainer, callbacks and loggers."""
 
+import json
 import logging
 import os
 import warnings
@@ -21,7 +22,8 @@ from ldm.data.datamodule import TextImageData
 from ldm.images import tile
 from ldm.models.clip import Clip, train_tokenizer
 from ldm.pipeline import Pipeline
-from ldm.runs import is_job, launched, rank
+from ldm.runs import is_job, launched, rank, write_result
+from ldm.training import ranks
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.callbacks import Meter, ModuleNoise, Pictures, ProgressBar
 from ldm.training.checkpoint import Checkpoints, SafeCheckpointIO
@@ -31,6 +33,9 @@ from ldm.training.diffusion import LatentDiffusion
 from ldm.training.fsdp import Sharded
 from ldm.training.preemption import StopOnSignal
 from ldm.training.stability import SkipNonFinite
+
+# Groups that decide what a picture looks like.
+PAINT = [*parts.FROZEN, "model", "scheduler", "objective", "task", "sampler", "guidance"]
 
 
 @dataclass
@@ -61,8 +66,25 @@ class Job:
             "checkpoint": os.path.relpath(last.resolve(), run_dir) if last.exists() else None,
         }
 
-    def finish(self, run_dir: Path, metric: str, direction: str, *, failed: bool) -> None:
-        """Close the loggers; a sweep's job first shows there how it compares to those before it."""
+    def failed(self, run_dir: Path, error: BaseException) -> tuple[str, bool]:
+        """What has ended the run, in words, and whether it is this rank that must tell it."""
+        if self.trainer.world_size == 1:
+            return ranks.in_words(error), True
+        said, own = ranks.first_error(run_dir, error, rank=self.trainer.global_rank)
+        if not own:
+            print(f"the first error was {said}", flush=True)
+        return said, own
+
+    def finish(self, run_dir: Path, metric: str, direction: str, result: dict) -> None:
+        """Leave result.json, and close the loggers.
+
+        A sweep's job first shows there how it compares to those before it. A disk without room for
+        result.json is told, and changes nothing else: the same command writes it another time.
+        """
+        try:
+            write_result(run_dir, result)
+        except OSError as error:
+            print(f"{run_dir}/result.json cannot be written: {error.strerror or error}", flush=True)
         if is_job(run_dir):
             beside = [ranking.read(found) for found in ranking.find([run_dir.parent])]
             order = ranking.ranked(beside, metric, direction=direction)
@@ -71,7 +93,10 @@ class Job:
             if is_job(run_dir) and hasattr(logger, "log_table"):
                 logger.log_table("ranking", columns=columns, data=rows)
             if hasattr(logger, "finish"):
-                logger.finish(failed=failed)
+                logger.finish(failed=result["status"] == "failed")
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, Checkpoints):
+                ranks.end(callback.started)
 
     def describe(self) -> str:
         """One line: what is trained, on what, how long."""
@@ -104,9 +129,10 @@ def build(cfg: DictConfig, run_dir: Path) -> Job:
         "frozen": {name: checkpoint.digest(part) for name, part in frozen.items()},
     }
     module.to(memory_format=torch.channels_last)  # what convolutions like best, on any device
-    resume = checkpoint.newest(run_dir / "checkpoints", last_step=cfg.trainer.max_steps)
+    resume = checkpoint.newest(run_dir / "checkpoints")
     if rank() == 0:
         checkpoint.check_writable(run_dir / "checkpoints")
+        ranks.forget_error(run_dir)
     if resume is not None:
         state = checkpoint.unverified(resume)["state_dict"]
         checkpoint.check_fits(module, state, what=str(resume))
@@ -206,6 +232,7 @@ def diffusion(cfg: DictConfig, data: TextImageData, run_dir: Path):
         validate_raw=cfg.validate_raw,
         seed=cfg.seed,
     )
+    gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
     pipeline = Pipeline(
         module.ema.module,
         autoencoder=autoencoder,
@@ -214,6 +241,7 @@ def diffusion(cfg: DictConfig, data: TextImageData, run_dir: Path):
         task=task,
         sampler=instantiate(cfg.sampler),
         guidance=instantiate(cfg.guidance),
+        dtype=parts.autocast(cfg.trainer.get("precision")) if gpu else None,  # as parts.restore
     )
     fits(data.size, autoencoder.factor * 2 ** (len(cfg.model.multipliers) - 1))
     asked = cfg.samples.prompts or data.val_captions(cfg.samples.n)
@@ -226,8 +254,16 @@ def diffusion(cfg: DictConfig, data: TextImageData, run_dir: Path):
 
     frozen = {"autoencoder": autoencoder, "text_encoder": text}
     callbacks = [Pictures(run_dir / "samples", draw)]
-    if cfg.eval:
-        callbacks.append(instantiate(cfg.eval, pipeline, size=data.size))
+    if "scenes" in cfg.eval:
+        callbacks.append(instantiate(cfg.eval.scenes, pipeline, size=data.size))
+    if "images" in cfg.eval:
+        networks = [instantiate(network) for network in cfg.features.values()]
+        seen = {"pictures": data.val_set, "others": data.train_set.plain(), "size": data.size}
+        place = {"folder": run_dir / "eval", "raw_denoiser": module.denoiser}
+        whole = OmegaConf.to_container(cfg, resolve=True)
+        painted = {"dtype": str(pipeline.dtype), **{name: whole[name] for name in PAINT}}
+        place["settings"] = json.dumps(painted, sort_keys=True)
+        callbacks.append(instantiate(cfg.eval.images, pipeline, networks, **seen, **place))
     return module, callbacks, frozen
 
 

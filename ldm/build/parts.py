@@ -16,9 +16,11 @@ from ldm import checkpoint
 from ldm.cli import CONF, UsageError
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedule import Schedule
+from ldm.metrics.features import Features
 from ldm.pipeline import Pipeline
 
 FROZEN = ("autoencoder", "text_encoder")
+TRAINING = ("weighting", "loss", "time_sampler")  # of the objective; not in older checkpoints
 
 
 def frozen(cfg: DictConfig) -> tuple[nn.Module, nn.Module]:
@@ -47,8 +49,13 @@ def denoiser(cfg: DictConfig, autoencoder: nn.Module, text: nn.Module, task) -> 
 
 
 def objective(cfg: DictConfig) -> Objective:
-    """Schedule, prediction, weighting and time sampler."""
-    return instantiate(cfg.objective, schedule=instantiate(cfg.scheduler))
+    """Schedule, prediction, weighting, loss and time sampler."""
+    groups = {"schedule": "scheduler", "weighting": "weighting", "penalty": "loss"}
+    # Checkpoints of before these were groups have them in `objective`, or not at all.
+    built = {name: instantiate(cfg[group]) for name, group in groups.items() if group in cfg}
+    if "time_sampler" in cfg:
+        built["time_sampler"] = instantiate(cfg.time_sampler, batch=cfg.data.batch_size)
+    return instantiate(cfg.objective, **built)
 
 
 @dataclass
@@ -60,6 +67,8 @@ class Restored:
     path: Path
     step: int
     text_path: str | None  # where its text encoder was read from
+    data: DictConfig  # what it was trained on
+    precision: str  # of its networks while they sample
     settings: dict  # how it samples: sampler, guidance and which weights, as plain values
 
 
@@ -88,8 +97,8 @@ def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restore
     for name in FROZEN:
         if asked[name] is not None:
             trained[name].path = asked[name]
-    for group in (*FROZEN, "model", "scheduler", "objective", "task"):
-        check_targets(trained[group], path)
+    for group in (*FROZEN, "model", "scheduler", "objective", "task", *TRAINING):
+        check_targets(trained.get(group, OmegaConf.create()), path)
     autoencoder, text = frozen(trained)
     for name, part in zip(FROZEN, (autoencoder, text), strict=True):
         if checkpoint.digest(part) != facts["frozen"][name]:
@@ -102,6 +111,8 @@ def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restore
     weights = "denoiser." if cfg.raw else "ema.module."
     checkpoint.load_into(network, checkpoint.part(payload, weights), what=str(path))
     device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # What was trained on a GPU with less precision is as good as it was there; a CPU gains nothing.
+    dtype = autocast(trained.trainer.get("precision")) if device.type == "cuda" else None
     pipeline = Pipeline(
         network.eval().to(device),
         autoencoder=autoencoder.to(device),
@@ -110,6 +121,7 @@ def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restore
         task=task,
         sampler=instantiate(cfg.sampler),
         guidance=instantiate(cfg.guidance),
+        dtype=dtype,
     )
     return Restored(
         pipeline,
@@ -117,27 +129,52 @@ def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restore
         path.resolve(),
         payload["global_step"],
         trained.text_encoder.get("path"),
-        {
-            "sampler": OmegaConf.to_container(cfg.sampler),
-            "guidance": OmegaConf.to_container(cfg.guidance),
-            "weights": "raw" if cfg.raw else "ema",
-        },
+        trained.data,
+        "float32" if dtype is None else str(dtype).removeprefix("torch."),
+        sampling_facts(cfg),
     )
 
 
-def check_targets(cfg: DictConfig, path: Path) -> None:
-    """Refuse a configuration from a file that names anything but parts of a model of ours.
+def sampling(pipeline: Pipeline, cfg: DictConfig) -> Pipeline:
+    """The same networks with the sampler and guidance of `cfg`."""
+    chosen = {"sampler": instantiate(cfg.sampler), "guidance": instantiate(cfg.guidance)}
+    return Pipeline(**{**vars(pipeline), **chosen})
+
+
+def sampling_facts(cfg: DictConfig) -> dict:
+    """How it is sampled, as plain values."""
+    return {
+        "sampler": OmegaConf.to_container(cfg.sampler),
+        "guidance": OmegaConf.to_container(cfg.guidance),
+        "weights": "raw" if cfg.raw else "ema",
+    }
+
+
+def features(cfg: DictConfig) -> list[Features]:
+    """The networks that pictures are measured by."""
+    return [instantiate(network) for network in cfg.features.values()]
+
+
+def autocast(precision: str | int | None) -> torch.dtype | None:
+    """What a trainer of this precision lets its networks compute in; None for float32."""
+    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(precision))
+
+
+ROOMS = ("ldm.diffusion.", "ldm.models.", "ldm.tasks")  # where parts of a model are
+
+
+def check_targets(cfg: DictConfig, path: Path, rooms: tuple[str, ...] = ROOMS) -> None:
+    """Refuse a configuration from a file that names anything but what is in these rooms.
 
     Raises CheckpointError: a `_target_` is a call, and the file may come from anyone.
     """
-    rooms = ("ldm.diffusion.", "ldm.models.", "ldm.tasks")
     target = cfg.get("_target_")
     if target is not None and not (
         str(target).startswith(rooms) and get_object(target).__module__.startswith(rooms)
     ):
         raise checkpoint.CheckpointError(
-            f"{path} asks to call {target}, which is no part of a model: it was not run"
+            f"{path} asks to call {target}, which is nothing of ours: it was not run"
         )
     for node in cfg.values():
         if isinstance(node, DictConfig):
-            check_targets(node, path)
+            check_targets(node, path, rooms)

@@ -82,6 +82,12 @@ class TextImages(Dataset):
         self._size, self._seed, self._train = size, seed, train
         self._random_crop, self._flip = train and crop == "random", flip if train else 0.0
 
+    def plain(self) -> "TextImages":
+        """The same samples as a validation has them: centre and first caption."""
+        on_error = "skip" if self._skip else "stop"
+        size, seed = self._size, self._seed
+        return TextImages(self.shards, size=size, on_error=on_error, seed=seed, train=False)
+
     def __len__(self) -> int:
         return len(self.shards)
 

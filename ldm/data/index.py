@@ -72,6 +72,14 @@ class Index:
         """The number of samples in each of the S shards."""
         return np.bincount(self.shard, minlength=len(self.paths)).tolist()
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the samples' keys, order and sizes in bytes, wherever their shards lie."""
+        digest = hashlib.sha256(self.key_bytes.tobytes())
+        digest.update(self.key_ends.astype("<i8").tobytes())
+        digest.update(self.members[:, :, 1].astype("<u4").tobytes())
+        return digest.hexdigest()[:16]
+
     def where(self, keep: np.ndarray, *, skipped: dict[str, int]) -> "Index":
         """Only the samples for which keep (N,) bool is true; `skipped` says why not the others."""
         lengths = np.diff(self.key_ends, prepend=0)

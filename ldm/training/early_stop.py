@@ -10,8 +10,12 @@ from ldm import runs
 
 
 def patience(*, metric: str, direction: str, validations: int, least: float = 0.0) -> EarlyStopping:
-    """Stops after so many validations without a gain of more than `least`."""
-    return EarlyStopping(monitor=metric, mode=direction[:3], patience=validations, min_delta=least)
+    """Stops after so many validations without a gain of more than `least`.
+
+    Those without the metric, which may be measured more rarely, do not count.
+    """
+    how = {"patience": validations, "min_delta": least, "strict": False}
+    return EarlyStopping(monitor=metric, mode=direction[:3], **how)
 
 
 class Median(L.Callback):

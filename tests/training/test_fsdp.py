@@ -34,9 +34,9 @@ TINY = [
     "checkpoint.keep=9",
     "samples.n=1",
     "samples.steps=2",
-    "eval.count=3",
-    "eval.steps=2",
-    "eval.batch=2",
+    "eval.scenes.count=3",
+    "eval.scenes.steps=2",
+    "eval.scenes.batch=2",
 ]
 ALONE = ["trainer.devices=1"]
 SHARDS = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "strategy=fsdp"]

@@ -1,0 +1,166 @@
+"""How well painted pictures match real ones and their captions: one protocol, in a run and after.
+
+Shapes: N painted pictures, M real ones, D features.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.data.dataset import TextImages
+from ldm.images import to_bytes
+from ldm.metrics.features import Features
+from ldm.metrics.ranks import Ranks
+from ldm.metrics.reference import real_features
+from ldm.metrics.scores import Scores, first
+from ldm.metrics.subset import Subset, shuffled
+from ldm.metrics.table import tabulate
+
+Paint = Callable[..., Tensor]  # (prompts, seeds=...) -> images (n, 3, H, W) in [-1, 1]
+Done = Callable[[range], None]
+FEWEST = 8  # pictures of a kind
+PROTOCOL = 1  # goes up when the same pictures get other numbers
+
+
+class TooFewError(ValueError):
+    """Not enough pictures to say anything of them."""
+
+
+class Quality:
+    """Painted pictures of `subset`'s captions against real ones, by what `networks` see in them.
+
+    real: the pictures to compare with, `at_most` of them. others: further real pictures of the same
+    kind, as many as are painted, which take their place for the floors; without them, or where they
+    are the same, a half of `real` does. `size`: of all pictures, in pixels. What real pictures look
+    like to the networks is kept in `cache`. captioned: whether the captions are what the pictures
+    are to show.
+    Raises ValueError where a subset is of other pictures, TooFewError where there are too few.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[Features],
+        *,
+        real: TextImages,
+        others: TextImages | None,
+        subset: Subset,
+        size: int,
+        cache: Path,
+        at_most: int = 10_000,
+        batch: int = 32,
+        captioned: bool = True,
+    ) -> None:
+        if not networks:
+            raise ValueError("there is no network to measure by: give features=[clip]")
+        if subset.data != real.shards.index.fingerprint:
+            raise ValueError("the captions to paint are not of the pictures to compare with")
+        if others is not None and others.shards.index.fingerprint == subset.data:
+            others = None  # no others: compared with themselves, they would promise a floor of 0
+        self.networks = networks
+        self.real, self.others = real, others
+        self.subset = subset
+        self.size = size
+        self.cache = cache
+        self.batch = batch
+        self.captioned = captioned
+        wanted = min(len(subset), len(real) // 2 if others is None else len(others))
+        self.real_places = range(min(at_most, len(real) - (wanted if others is None else 0)))
+        start = self.real_places.stop if others is None else 0
+        self.floor_places = range(start, start + wanted)
+        for what, n in {
+            "pictures to measure": len(subset),
+            "real pictures to compare with": len(self.real_places),
+            "other real pictures, for the floor": wanted,
+        }.items():
+            if n < FEWEST:
+                raise TooFewError(f"{n} {what}: it takes {FEWEST} or more")
+        self.prepared = False
+        self.scores: Scores | None = None  # the first rank's, once prepared
+
+    def prepare(self, device: torch.device, done: Done = lambda items: None) -> None:
+        """Real pictures and captions through the networks, at the first call; all ranks take part.
+
+        done: see `tabulate`.
+        """
+        if self.prepared:
+            return
+        same = {"batch": self.batch, "cache": self.cache, "device": device, "done": done}
+        same["size"] = self.size
+        real = real_features(self.networks, self.real, self.real_places, **same)
+        others = self.real if self.others is None else self.others
+        floor = real_features(self.networks, others, self.floor_places, **same)
+        if Ranks().rank == 0:
+            texts, real_texts = self._captions(device) if self.captioned else ({}, {})
+            self.scores = Scores(self.networks, real, floor, texts, real_texts)
+        self.prepared = True
+
+    def see(
+        self,
+        paint: Paint,
+        *,
+        folder: Path | None = None,
+        done: Done = lambda items: None,
+        keep: Callable[[range, Tensor], None] = lambda items, images: None,
+    ) -> dict[str, Tensor]:
+        """float32 tables (N, D) by network, of the subset's captions painted; all ranks take part.
+
+        folder, done: see `tabulate`. keep(items, images): what else is to be done with pictures
+        (n, 3, H, W), uint8.
+        """
+
+        def make(items: range) -> Mapping[str, Tensor]:
+            part = slice(items.start, items.stop)
+            images = paint(self.subset.captions[part], seeds=self.subset.seeds[part])
+            pixels = to_bytes(images)
+            keep(items, pixels)
+            return {network.name: network(pixels) for network in self.networks}
+
+        columns = {network.name: network.width for network in self.networks}
+        return tabulate(
+            len(self.subset), make, columns=columns, batch=self.batch, folder=folder, done=done
+        )
+
+    def measure(self, seen: Mapping[str, Tensor]) -> dict[str, float]:
+        """The metrics of such tables, computed by the first rank, known to all."""
+        ranks = Ranks()
+        return ranks.share(self.scores.metrics(seen) if ranks.rank == 0 else None)
+
+    def facts(self) -> dict:
+        """What another must do alike to get the same numbers, as plain values."""
+        return {
+            "protocol": PROTOCOL,
+            "painted": len(self.subset),
+            "subset": self.subset.digest,
+            "real": len(self.real_places),
+            "floor": len(self.floor_places),
+            "floor_of": "real" if self.others is None else "others",
+            "data": self.subset.data,
+            "size": self.size,
+            "crop": "center",
+            "first": first(self.networks),
+            "networks": {network.name: network.digest for network in self.networks},
+        }
+
+    def _captions(self, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Tables by network that knows captions: of those painted, and of the real pictures' own.
+
+        Of real pictures there are as many as are painted. A caption that comes again is read once.
+        """
+        places = self.real_places[: len(self.subset)]
+        own = [
+            self.real.shards.read(i).captions[0]
+            for i in shuffled(len(self.real))[places.start : places.stop]
+        ]
+        captions = list(dict.fromkeys([*self.subset.captions, *own]))
+        row = {caption: i for i, caption in enumerate(captions)}
+        texts, real_texts = {}, {}
+        for network in self.networks:
+            if not hasattr(network, "texts"):
+                continue
+            parts = [captions[i : i + self.batch] for i in range(0, len(captions), self.batch)]
+            table = torch.cat([network.texts(part, device=device).cpu() for part in parts])
+            texts[network.name] = table[[row[caption] for caption in self.subset.captions]]
+            real_texts[network.name] = table[[row[caption] for caption in own]]
+        return texts, real_texts

@@ -1,0 +1,224 @@
+"""The protocol as a whole, on pictures that an untrained pipeline paints, by an untrained CLIP."""
+
+import dataclasses
+import shutil
+
+import balls
+import pytest
+import torch
+from several import several
+from torch import Tensor
+from world import SIZE, pipeline
+
+from ldm.images import to_bytes
+from ldm.metrics.clip_features import ClipFeatures, clip_score
+from ldm.metrics.frechet import frechet_distance
+from ldm.metrics.manifold import Manifold
+from ldm.metrics.moments import Moments
+from ldm.metrics.quality import Quality, TooFewError
+from ldm.metrics.subset import Subset, shuffled
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:a caption of .* is cut")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """40 real pictures, 25 others, and 12 of no use for halves."""
+    home = tmp_path_factory.mktemp("balls")
+    balls.write(home / "real", range(40))
+    balls.write(home / "others", range(100, 125))
+    balls.write(home / "few", range(200, 212))
+    return home
+
+
+@pytest.fixture
+def clip(tiny_clip, tmp_path) -> ClipFeatures:
+    tiny_clip.save(tmp_path / "clip")
+    return ClipFeatures(str(tmp_path / "clip"))
+
+
+def quality(folders, clip, cache, *, real="real", others="others", count=22, **more) -> Quality:
+    pictures = balls.images(folders / real)
+    how = {"subset": Subset.drawn(pictures.shards, count), "size": SIZE, "batch": 4, **more}
+    beside = balls.images(folders / others) if others else None
+    return Quality([clip], real=pictures, others=beside, cache=cache, **how)
+
+
+class Painter:
+    """A pipeline of untrained parts, and how many pictures it has painted."""
+
+    def __init__(self, text) -> None:
+        self.pipeline = pipeline(text)
+        self.painted = 0
+
+    def __call__(self, prompts, *, seeds) -> Tensor:
+        self.painted += len(prompts)
+        return self.pipeline(prompts, seeds=seeds, size=SIZE, steps=1)
+
+
+def test_the_numbers_are_those_of_the_formulas(folders, clip, tiny_text, tmp_path):
+    """Everything by hand: the captions, the order, the pictures, their features."""
+    one, paint = quality(folders, clip, tmp_path), Painter(tiny_text)
+    one.prepare(CPU)
+    found = one.measure(one.see(paint))
+    order = shuffled(40)[:22]
+    prompts = [balls.captions(i)[0] for i in order]
+    painted = clip(to_bytes(paint(prompts, seeds=range(22))))
+    pictures, others = (balls.images(folders / name) for name in ("real", "others"))
+    real = clip(torch.stack([pictures[i, 0]["images"] for i in shuffled(40)]))
+    floor = clip(torch.stack([others[i, 0]["images"] for i in shuffled(25)[:22]]))
+    texts = clip.texts(prompts)
+    expected = {
+        "fd_clip": frechet_distance(Moments.of(real), Moments.of(painted)),
+        "fd_clip_floor": frechet_distance(Moments.of(real), Moments.of(floor)),
+        **Manifold(real).compare(painted),
+        "clip_score": float(clip_score(painted, texts).mean()),
+        "clip_score_real": float(clip_score(real[:22], texts).mean()),
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert one.facts()["painted"] == 22
+    assert (one.facts()["real"], one.facts()["floor"]) == (40, 22)
+
+
+@pytest.mark.parametrize("count", [22, 8])  # six pieces, and two: fewer than processes
+def test_one_two_and_three_processes_measure_the_same(folders, clip, tiny_text, tmp_path, count):
+    def work():
+        one, paint = quality(folders, clip, tmp_path / "cache", count=count), Painter(tiny_text)
+        one.prepare(CPU)
+        return one.measure(one.see(paint)), paint.painted
+
+    alone, painted = work()
+    assert painted == count
+    for world in (2, 3):
+        shutil.rmtree(tmp_path / "cache")  # so that they share the real ones, too
+        found = several(world, work, tmp_path)
+        assert sum(painted for _, painted in found) == count
+        for metrics, _ in found:
+            assert metrics == pytest.approx(alone, rel=1e-6)
+
+
+def test_what_was_painted_is_not_painted_again(folders, clip, tiny_text, tmp_path):
+    one, whole = quality(folders, clip, tmp_path / "cache"), Painter(tiny_text)
+    one.prepare(CPU)
+    expected = one.measure(one.see(whole))
+
+    def stop(items: range) -> None:
+        if items.stop == 12:
+            raise SystemExit(75)
+
+    first, second = Painter(tiny_text), Painter(tiny_text)
+    with pytest.raises(SystemExit):
+        one.see(first, folder=tmp_path / "pieces", done=stop)
+    again = quality(folders, clip, tmp_path / "cache")
+    again.prepare(CPU)
+    assert again.measure(again.see(second, folder=tmp_path / "pieces")) == expected
+    assert (first.painted, second.painted) == (12, 10)
+
+
+def test_pictures_are_kept_as_they_are_seen(folders, clip, tiny_text, tmp_path):
+    one, kept = quality(folders, clip, tmp_path, count=9), {}
+
+    def keep(items: range, images: Tensor) -> None:
+        kept.update(zip(items, images, strict=True))
+
+    one.see(Painter(tiny_text), keep=keep)
+    assert sorted(kept) == list(range(9))
+    alone = Painter(tiny_text)([one.subset.captions[7]], seeds=[7])
+    assert (kept[7].int() - to_bytes(alone)[0].int()).abs().max() <= 1
+
+
+def test_real_pictures_are_scored_with_their_own_captions(folders, clip, tmp_path):
+    """Whatever is painted: here captions of other pictures, in another order."""
+    usual = quality(folders, clip, tmp_path)
+    usual.prepare(CPU)
+    told = {"captions": balls.captions(7) * 4 + ["x", "y"], "keys": ["k"] * 22}
+    subset = dataclasses.replace(usual.subset, **told)
+    other = quality(folders, clip, tmp_path, subset=subset)
+    other.prepare(CPU)
+    assert other.scores.constant == usual.scores.constant
+    assert len(other.scores.texts["clip"]) == 22
+    assert len(other.scores.texts["clip"].unique(dim=0)) == 7
+
+
+def test_without_captions_of_theirs_pictures_have_no_score(folders, clip, tiny_text, tmp_path):
+    one = quality(folders, clip, tmp_path, captioned=False)
+    one.prepare(CPU)
+    found = one.measure(one.see(Painter(tiny_text)))
+    assert "fd_clip" in found
+    assert not any("score" in name for name in found)
+
+
+def test_without_others_the_floor_is_of_pictures_that_are_not_compared_with(
+    folders, clip, tmp_path
+):
+    one = quality(folders, clip, tmp_path, others=None, count=30)
+    assert (one.real_places, one.floor_places) == (range(20), range(20, 40))
+    assert one.facts()["floor_of"] == "real"
+    fewer = quality(folders, clip, tmp_path, others=None, count=30, at_most=15)
+    assert (fewer.real_places, fewer.floor_places) == (range(15), range(15, 35))
+    few = quality(folders, clip, tmp_path, others=None, count=10)
+    assert (few.real_places, few.floor_places) == (range(30), range(30, 40))
+    assert one.facts()["floor"] == 20
+
+
+def test_others_that_are_the_same_are_no_others(folders, clip, tmp_path):
+    """A floor of 0 would be no floor: where training and validation set are one, say."""
+    one = quality(folders, clip, tmp_path, others="real", count=10)
+    assert (one.real_places, one.floor_places) == (range(30), range(30, 40))
+    one.prepare(CPU)
+    assert one.scores.constant["fd_clip_floor"] > 0
+    assert one.facts()["floor_of"] == "real"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"count": 7}, "7 pictures to measure"),
+        ({"at_most": 7}, "7 real pictures to compare with"),
+        ({"at_most": 0}, "0 real pictures"),
+        ({"real": "few", "others": None}, "6 real pictures"),
+    ],
+)
+def test_too_few_are_refused(folders, clip, tmp_path, change, told):
+    with pytest.raises(TooFewError, match=f"{told}.*: it takes 8 or more"):
+        quality(folders, clip, tmp_path, **change)
+
+
+def test_captions_of_other_pictures_are_refused(folders, clip, tmp_path):
+    subset = Subset.drawn(balls.images(folders / "others").shards, 10)
+    with pytest.raises(ValueError, match="captions to paint are not of the pictures to compare"):
+        quality(folders, clip, tmp_path, subset=subset)
+
+
+def test_no_network_is_refused(folders, tmp_path):
+    pictures = balls.images(folders / "real")
+    subset = Subset.drawn(pictures.shards, 10)
+    with pytest.raises(ValueError, match="there is no network to measure by"):
+        Quality([], real=pictures, others=None, subset=subset, size=SIZE, cache=tmp_path)
+
+
+def test_facts_tell_apart_what_gives_other_numbers(folders, clip, tmp_path, tiny_clip):
+    def facts(**change) -> dict:
+        return quality(folders, change.pop("clip", clip), tmp_path, **change).facts()
+
+    with torch.no_grad():
+        tiny_clip.save(tmp_path / "other")
+    other = ClipFeatures(str(tmp_path / "other"), name="other")
+    pictures = balls.images(folders / "real")
+    changes = [
+        {},
+        {"count": 23},
+        {"at_most": 30},
+        {"others": None},
+        {"others": "few"},
+        {"real": "others", "others": "real"},
+        {"clip": other},
+        {"size": 32},
+        {"subset": Subset.drawn(pictures.shards, 22, seed=1)},
+    ]
+    found = [facts(**change) for change in changes]
+    for i, one in enumerate(found):
+        assert one not in found[:i], changes[i]
+    assert facts() == found[0]
+    assert facts(batch=7) == found[0], "changes no number"

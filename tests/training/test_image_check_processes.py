@@ -1,0 +1,118 @@
+"""The metrics of painted pictures through the command line: processes, signals, and afterwards."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from shell import TRAIN, rows, run, start, wait_for
+
+STEPS = 2
+PICTURES = ["eval=fast", "eval.images.count=21", "eval.images.batch=4", "eval.images.steps=2"]
+RUN = [
+    "trainer=cpu",
+    f"trainer.max_steps={STEPS}",
+    "trainer.val_check_interval=1",
+    "trainer.log_every_n_steps=1",
+    "logger=csv",
+    "data=scenes",
+    "data.count=30",
+    "data.val_count=20",
+    "data.size=16",
+    "data.batch_size=6",
+    "data.workers=0",
+    "model.channels=16",
+    "model.groups=8",
+    "model.multipliers=[1,2]",
+    "model.attention=[false,true]",
+    "autoencoder=identity",
+    "optimizer.warmup=1",
+    "samples.n=1",
+    "samples.steps=1",
+    *PICTURES,
+]
+# As the run has painted. In other batches a pixel may be rounded to another of 256 values.
+SAME = ["count=21", "steps=2", "batch=4", "scenes=false"]
+
+
+def measured(run_dir: Path, step: int) -> dict[str, float]:
+    """What a run has measured on pictures at a step."""
+    (row,) = (row for row in rows(run_dir) if row["step"] == str(step))
+    found = {k.removeprefix("val/"): v for k, v in row.items() if k.startswith("val/")}
+    return {k: float(v) for k, v in found.items() if not k.startswith("loss")}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with a run that nothing has disturbed, on one process."""
+    path = tmp_path_factory.mktemp("home")
+    run(TRAIN, *RUN, "name=whole", cwd=path)
+    assert {"fd_clip", "kid", "precision", "clip_score", "cmmd"} < measured(
+        path / "runs" / "whole", 0
+    ).keys()
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "batch"), [(2, 4), (3, 12)])  # in six pieces, and in two
+def test_two_and_three_processes_measure_what_one_does(home, world, batch):
+    """Before the first step, where the weights are the same: 21 pictures divide by neither."""
+    name, cache = f"world-{world}-{batch}", f"cache-{world}-{batch}"
+    options = ["trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={world}"]
+    more = [f"eval.images.batch={batch}", f"eval.images.cache={cache}", "trainer.max_steps=1"]
+    run(TRAIN, *RUN, *options, *more, f"name={name}", cwd=home, OMP_NUM_THREADS="1")
+    expected = measured(home / "runs" / "whole", 0)
+    assert measured(home / "runs" / name, 0) == pytest.approx(expected, rel=1e-6)
+    assert len(list((home / cache).glob("real-clip-*.safetensors"))) == 2
+    assert not list((home / cache).glob("pieces-*"))
+    assert not list((home / "runs" / name / "eval").glob("step=*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, STEPS])
+def test_a_signal_while_it_paints_changes_nothing(home, step):
+    """In the middle of a run, and at its last validation, after which there is no step."""
+    name = f"ended-{step}"
+    process = start(TRAIN, *RUN, f"name={name}", cwd=home)
+    run_dir = home / "runs" / name
+    wait_for(lambda: list(run_dir.glob(f"eval/step={step:08d}-*/*.safetensors")))
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, said
+    painted = list(run_dir.glob(f"eval/step={step:08d}-*/*.safetensors"))
+    assert 0 < len(painted) < 6, "it did not paint the rest first"
+    assert json.loads((run_dir / "result.json").read_text())["status"] == "preempted"
+    said = run(TRAIN, *RUN, f"name={name}", cwd=home)
+    assert f"finished at step {STEPS}" in said
+    for number in range(STEPS + 1):
+        assert measured(run_dir, number) == measured(home / "runs" / "whole", number)
+    one, other = (
+        json.loads((home / "runs" / name / "result.json").read_text()) for name in (name, "whole")
+    )
+    assert (one["status"], one["value"]) == (other["status"], other["value"])
+    assert one["checkpoint"] == other["checkpoint"] == "checkpoints/step=00000002_end.ckpt"
+    assert "is finished" in run(TRAIN, *RUN, f"name={name}", cwd=home)
+
+
+@pytest.mark.slow
+def test_a_run_measures_what_is_measured_afterwards(home):
+    """The same captions, seeds, steps, weights and real pictures."""
+    run("-m", "ldm.evaluate", "ckpt=runs/whole", *SAME, cwd=home)
+    offline = json.loads((home / "runs" / "whole" / "metrics.json").read_text())
+    online = measured(home / "runs" / "whole", STEPS)
+    assert online == pytest.approx({k: offline["metrics"][k] for k in online}, rel=1e-5)
+    (subset,) = home.glob("runs/whole/eval/subset-*.json")
+    assert offline["protocol"]["subset"] in subset.name, "one file, for both"
+
+
+@pytest.mark.slow
+def test_the_raw_weights_too(home):
+    shutil.rmtree(home / "runs" / "raw", ignore_errors=True)
+    run(TRAIN, *RUN, "eval.images.raw=true", "name=raw", cwd=home)
+    run("-m", "ldm.evaluate", "ckpt=runs/raw", *SAME, "raw=true", "out=raw.json", cwd=home)
+    offline = json.loads((home / "raw.json").read_text())["metrics"]
+    online = measured(home / "runs" / "raw", STEPS)
+    raw = {k.removesuffix("_raw"): v for k, v in online.items() if k.endswith("_raw")}
+    assert raw == pytest.approx({k: offline[k] for k in raw}, rel=1e-5)
+    assert raw["fd_clip"] != online["fd_clip"]

@@ -1,0 +1,74 @@
+"""What of a run's time is training, waiting for data, and looking at what came of it."""
+
+import time
+
+import lightning as L
+import pytest
+from PIL import Image
+from world import latent_diffusion, make_trainer, shapes_data
+
+from ldm.training.callbacks import Meter, Pictures
+from ldm.training.csv_log import CsvLog
+
+SLOW = 0.5  # seconds that pictures take
+STEPS = 5  # with a validation after the second, the fourth and the last
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*srun", "ignore:The number of training batches")
+
+
+class Seconds(L.Callback):
+    """How long a call has trained."""
+
+    def on_train_start(self, *args) -> None:
+        self.began = time.perf_counter()
+
+    def on_train_end(self, *args) -> None:
+        self.all = time.perf_counter() - self.began
+
+
+def draw() -> tuple[Image.Image, dict]:
+    time.sleep(SLOW)
+    return Image.new("RGB", (8, 8)), {}
+
+
+@pytest.fixture(scope="module")
+def told(shapes, tiny_text, tmp_path_factory) -> tuple[list[dict], float, Meter]:
+    """What was logged, how many seconds it took in all, and the meter."""
+    folder, seconds, said = tmp_path_factory.mktemp("run"), Seconds(), []
+    trainer = make_trainer(
+        steps=STEPS, callbacks=[Pictures(folder, draw), seconds], validate_every=2
+    )
+    log = CsvLog(folder / "metrics.csv")
+    trainer.loggers = [log]
+    log.log_metrics = lambda metrics, step=None: said.append({"at": step, **metrics})
+    trainer.fit(latent_diffusion(tiny_text), datamodule=shapes_data(shapes))
+    return said, seconds.all, trainer.callbacks[0]
+
+
+def test_time_for_pictures_is_no_waiting_for_data(told):
+    trained = [row for row in told[0] if "perf/data_wait" in row]
+    assert [row["at"] for row in trained] == [1, 2, 3, 4, 5]
+    for row in trained:
+        assert row["perf/data_wait"] < 0.5, row
+
+
+def test_the_share_of_looking_at_what_came_of_it(told):
+    said, seconds, meter = told
+    evaluated = [row["perf/eval_share"] for row in said if "perf/data_wait" in row]
+    assert evaluated[:2] == [0, 0], "nothing was validated yet"
+    assert 0 < evaluated[3] < evaluated[2] < 1, "training lowers it again"
+    *_, last = said
+    assert last.keys() == {"at", "perf/eval_share"}
+    assert last["at"] == STEPS
+    # The last validation counts, too, and its pictures.
+    assert 3 * SLOW / seconds <= last["perf/eval_share"] + 0.02
+    assert last["perf/eval_share"] < 1
+    assert meter.latest["perf/eval_share"] == last["perf/eval_share"]
+    assert meter.latest["train/loss"] > 0
+
+
+def test_speed_is_of_the_training(told):
+    """Images a second, times the seconds that were trained, are the images."""
+    said, seconds, meter = told
+    spent = sum(4 / row["perf/images_per_s"] for row in said if "perf/images_per_s" in row)
+    assert spent == pytest.approx(seconds * (1 - meter.latest["perf/eval_share"]), rel=0.35)

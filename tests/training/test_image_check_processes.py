@@ -9,7 +9,8 @@ import pytest
 from shell import TRAIN, rows, run, start, wait_for
 
 STEPS = 2
-PICTURES = ["eval=fast", "eval.images.count=21", "eval.images.batch=4", "eval.images.steps=2"]
+# So many steps that a signal comes before all is painted.
+PICTURES = ["eval=fast", "eval.images.count=21", "eval.images.batch=4", "eval.images.steps=20"]
 RUN = [
     "trainer=cpu",
     f"trainer.max_steps={STEPS}",
@@ -33,7 +34,7 @@ RUN = [
     *PICTURES,
 ]
 # As the run has painted. In other batches a pixel may be rounded to another of 256 values.
-SAME = ["count=21", "steps=2", "batch=4", "scenes=false"]
+SAME = ["count=21", "steps=20", "batch=4", "scenes=false"]
 
 
 def measured(run_dir: Path, step: int) -> dict[str, float]:
@@ -93,6 +94,25 @@ def test_a_signal_while_it_paints_changes_nothing(home, step):
     assert (one["status"], one["value"]) == (other["status"], other["value"])
     assert one["checkpoint"] == other["checkpoint"] == "checkpoints/step=00000002_end.ckpt"
     assert "is finished" in run(TRAIN, *RUN, f"name={name}", cwd=home)
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_with_what_two_have_painted(home):
+    """A signal to one of them, before the first step, ends both."""
+    options = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    run_dir = home / "runs" / "two"
+    first = start(TRAIN, *RUN, *options, "name=two", cwd=home, OMP_NUM_THREADS="1")
+    wait_for(lambda: list(run_dir.glob("eval/step=00000000-*/*.safetensors")))
+    first.send_signal(signal.SIGTERM)
+    said = first.communicate(timeout=120)[0]
+    assert first.returncode == 75, said
+    assert not list(run_dir.glob("checkpoints/*.ckpt")), "there was nothing to save"
+    (pieces,) = run_dir.glob("eval/step=00000000-*")
+    assert 2 <= len(list(pieces.iterdir())) < 6
+    run(TRAIN, *RUN, "name=two", cwd=home)
+    for number in range(STEPS + 1):
+        expected = measured(home / "runs" / "whole", number)
+        assert measured(run_dir, number) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.slow

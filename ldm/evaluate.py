@@ -238,7 +238,7 @@ def image_table(facts: dict) -> str:
         lines.append(f"{name:<18}{_short(value):>10}{between:>24}{cells[0]:>10}{cells[1]:>10}")
     lines.append(
         f"{protocol['painted']} pictures against {protocol['real']} real ones; the column real is "
-        f"of {protocol['floor']} other real ones"
+        f"of the real pictures of {protocol['floor']} of these captions"
     )
     return "\n".join(lines)
 

@@ -231,7 +231,7 @@ def test_a_run_is_compared_with_its_own_pictures(shards_run, real):
     facts = measure(ckpt=shards_run)
     protocol, metrics = facts["protocol"], facts["metrics"]
     assert (protocol["painted"], protocol["real"], protocol["floor"]) == (8, 20, 8)
-    assert protocol["floor_of"] == "others"
+    assert protocol["compared"] != protocol["data"]
     names = {"fd_colours", "fd_colours_floor", "kid", "precision", "clip_score_colours"}
     assert names < set(metrics)
     assert "scene_accuracy" not in metrics
@@ -268,7 +268,7 @@ def test_a_checkpoint_from_elsewhere_needs_pictures(shards_run, real, tmp_path):
     ckpt = tmp_path / "mine.ckpt"
     assert measure(ckpt=ckpt)["metrics"] == measure(ckpt=shards_run)["metrics"]
     facts = measure(ckpt=ckpt, data=real / "val")
-    assert facts["protocol"]["floor_of"] == "real"  # no other pictures were given
+    assert facts["protocol"]["compared"] == facts["protocol"]["data"]  # a half of what was given
     evaluate([({}, composed("count=8", *COLOURS))], asked(ckpt=ckpt, data=real / "val"))
     assert (tmp_path / "evaluated" / "mine" / "metrics.json").is_file()
     payload = checkpoint.read(ckpt)
@@ -366,7 +366,7 @@ def test_a_curve_looks_at_real_pictures_and_captions_once(shards_run):
         evaluate(points, asked(ckpt=shards_run, out="curve"))
     finally:
         hook.remove()
-    assert len(Colours.pictures) == 20 + 8 + 4 * 8  # real, others, and four points
+    assert len(Colours.pictures) == 20 + 8 + 4 * 8  # others, real, and four points
     [(name, found)] = curves.read(Path("curve")).items()
     assert name == "curve_guidance_sampler"
     assert [point["varied"] for point in found] == [varied for varied, _ in points]
@@ -400,7 +400,7 @@ def test_points_of_a_curve_are_kept_apart(shards_run):
         ({"ckpt": "RUN"}, ["count=4"], "it takes 8 or more"),
         ({"ckpt": "RUN", "data": "gone"}, [], "gone"),
         ({"ckpt": "RUN", "subset": "gone.json"}, [], "gone.json"),
-        ({"ckpt": "RUN", "subset": "OTHER"}, [], "not of the pictures to compare with"),
+        ({"ckpt": "RUN", "subset": "OTHER"}, [], "of other pictures than data"),
         (
             {"ckpt": "RUN"},
             ["features=[inception]", "features.inception.path=gone"],

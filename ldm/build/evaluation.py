@@ -22,7 +22,7 @@ from ldm.data.dataset import TextImages
 from ldm.data.shards import Shards
 from ldm.files import PACKAGED
 from ldm.metrics.features import Features
-from ldm.metrics.quality import Quality, TooFewError
+from ldm.metrics.quality import Quality, TooFewError, captions_to_paint
 from ldm.metrics.ranks import Ranks
 from ldm.metrics.scene_accuracy import SceneAccuracy
 from ldm.metrics.subset import Subset
@@ -244,9 +244,9 @@ def quality(
         subset = Subset.load(Path(asked["subset"]))
     return Quality(
         networks,
-        real=real,
+        pictures=real,
         others=others,
-        subset=subset or Subset.drawn(real.shards, cfg.count, seed=cfg.seed),
+        subset=subset or captions_to_paint(real, others, cfg.count, seed=cfg.seed),
         size=size,
         cache=Path(cfg.cache, "real"),
         at_most=cfg.real,

@@ -28,22 +28,39 @@ class TooFewError(ValueError):
     """Not enough pictures to say anything of them."""
 
 
+def captions_to_paint(
+    pictures: TextImages, others: TextImages | None, count: int, *, seed: int = 0
+) -> Subset:
+    """`Subset.drawn` of these pictures, or where there are no others to compare with, of a half."""
+    within = len(pictures) // 2 if lacking(pictures, others) else None
+    return Subset.drawn(pictures.shards, count, seed=seed, within=within)
+
+
+def lacking(pictures: TextImages, others: TextImages | None) -> bool:
+    """Whether the others are none, or the very same pictures."""
+    own = pictures.shards.index.fingerprint
+    return others is None or others.shards.index.fingerprint == own
+
+
 class Quality:
     """Painted pictures of `subset`'s captions against real ones, by what `networks` see in them.
 
-    real: the pictures to compare with, `at_most` of them. others: further real pictures of the same
-    kind, as many as are painted, which take their place for the floors; without them, or where they
-    are the same, a half of `real` does. `size`: of all pictures, in pixels. What real pictures look
-    like to the networks is kept in `cache`. captioned: whether the captions are what the pictures
-    are to show.
-    Raises ValueError where a subset is of other pictures, TooFewError where there are too few.
+    pictures: the real ones whose captions are painted. They show what a perfect model would, and
+    give the floors. others: real pictures of the same kind to compare with, `at_most` of them;
+    without them the captions must be of one half of `pictures` (`captions_to_paint`), and the
+    other half is compared with. Pictures to compare with must not be those of the captions: that
+    would bring every distance down, the unbiased ones below 0, and the more so the fewer they are.
+    `size`: of all pictures, in pixels. What real pictures look like to the networks is kept in
+    `cache`. captioned: whether the captions are what the painted pictures are to show.
+    Raises ValueError where a subset is of other pictures, or of those to compare with;
+    TooFewError where there are too few.
     """
 
     def __init__(
         self,
         networks: Sequence[Features],
         *,
-        real: TextImages,
+        pictures: TextImages,
         others: TextImages | None,
         subset: Subset,
         size: int,
@@ -54,25 +71,35 @@ class Quality:
     ) -> None:
         if not networks:
             raise ValueError("there is no network to measure by: give features=[clip]")
-        if subset.data != real.shards.index.fingerprint:
-            raise ValueError("the captions to paint are not of the pictures to compare with")
-        if others is not None and others.shards.index.fingerprint == subset.data:
-            others = None  # no others: compared with themselves, they would promise a floor of 0
+        if subset.data != pictures.shards.index.fingerprint:
+            raise ValueError("the captions to paint are of other pictures than data")
         self.networks = networks
-        self.real, self.others = real, others
+        self.pictures = pictures
         self.subset = subset
         self.size = size
         self.cache = cache
         self.batch = batch
         self.captioned = captioned
-        wanted = min(len(subset), len(real) // 2 if others is None else len(others))
-        self.real_places = range(min(at_most, len(real) - (wanted if others is None else 0)))
-        start = self.real_places.stop if others is None else 0
-        self.floor_places = range(start, start + wanted)
+        if lacking(pictures, others):
+            half = len(pictures) // 2
+            self.compared = pictures
+            self.real_places = range(half, min(len(pictures), half + at_most))
+            self.floor_places = range(min(len(subset), half))
+            order = shuffled(len(pictures))
+            known = {pictures.shards.index.key(order[place]) for place in self.real_places}
+            if both := known & set(subset.keys):
+                raise ValueError(
+                    f"the captions to paint are of {len(both)} pictures that they would be "
+                    "compared with: give others=DIR, or a subset that was drawn without them"
+                )
+        else:
+            self.compared = others
+            self.real_places = range(min(at_most, len(others)))
+            self.floor_places = range(min(len(subset), len(pictures)))
         for what, n in {
             "pictures to measure": len(subset),
             "real pictures to compare with": len(self.real_places),
-            "other real pictures, for the floor": wanted,
+            "real pictures for the floor": len(self.floor_places),
         }.items():
             if n < FEWEST:
                 raise TooFewError(f"{n} {what}: it takes {FEWEST} or more")
@@ -88,12 +115,11 @@ class Quality:
             return
         same = {"batch": self.batch, "cache": self.cache, "device": device, "done": done}
         same["size"] = self.size
-        real = real_features(self.networks, self.real, self.real_places, **same)
-        others = self.real if self.others is None else self.others
-        floor = real_features(self.networks, others, self.floor_places, **same)
+        real = real_features(self.networks, self.compared, self.real_places, **same)
+        floor = real_features(self.networks, self.pictures, self.floor_places, **same)
         if Ranks().rank == 0:
-            texts, real_texts = self._captions(device) if self.captioned else ({}, {})
-            self.scores = Scores(self.networks, real, floor, texts, real_texts)
+            texts, floor_texts = self._captions(device) if self.captioned else ({}, {})
+            self.scores = Scores(self.networks, real, floor, texts, floor_texts)
         self.prepared = True
 
     def see(
@@ -135,8 +161,8 @@ class Quality:
             "subset": self.subset.digest,
             "real": len(self.real_places),
             "floor": len(self.floor_places),
-            "floor_of": "real" if self.others is None else "others",
             "data": self.subset.data,
+            "compared": self.compared.shards.index.fingerprint,
             "size": self.size,
             "crop": "center",
             "first": first(self.networks),
@@ -144,23 +170,22 @@ class Quality:
         }
 
     def _captions(self, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Tables by network that knows captions: of those painted, and of the real pictures' own.
+        """Tables by network that knows captions: of those painted, and of the floor's own.
 
-        Of real pictures there are as many as are painted. A caption that comes again is read once.
+        A caption that comes again is read once.
         """
-        places = self.real_places[: len(self.subset)]
         own = [
-            self.real.shards.read(i).captions[0]
-            for i in shuffled(len(self.real))[places.start : places.stop]
+            self.pictures.shards.read(i).captions[0]
+            for i in shuffled(len(self.pictures))[: len(self.floor_places)]
         ]
         captions = list(dict.fromkeys([*self.subset.captions, *own]))
         row = {caption: i for i, caption in enumerate(captions)}
-        texts, real_texts = {}, {}
+        texts, floor_texts = {}, {}
         for network in self.networks:
             if not hasattr(network, "texts"):
                 continue
             parts = [captions[i : i + self.batch] for i in range(0, len(captions), self.batch)]
             table = torch.cat([network.texts(part, device=device).cpu() for part in parts])
             texts[network.name] = table[[row[caption] for caption in self.subset.captions]]
-            real_texts[network.name] = table[[row[caption] for caption in own]]
-        return texts, real_texts
+            floor_texts[network.name] = table[[row[caption] for caption in own]]
+        return texts, floor_texts

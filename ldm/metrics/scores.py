@@ -24,10 +24,10 @@ SUBSET = 1000  # KID's, or half of the smaller side
 class Scores:
     """What pictures are compared with, through each network, and how.
 
-    real (M, D) and floor (N', D) by network: real pictures, and others that stand in for perfect
-    painted ones. texts (N, D) by network, where it knows captions, and real_texts (<= M, D) of the
-    first real pictures' own. The nearest-neighbour metrics and KID are of the `first` network: of
-    Inception, where it is there.
+    real (M, D) and floor (N', D) by network: real pictures, and those of the painted captions,
+    which a perfect model would paint. texts (N, D) by network, where it knows captions, and
+    floor_texts (N', D) of the floor's own. The nearest-neighbour metrics and KID are of the
+    `first` network: of Inception, where it is there.
     """
 
     def __init__(
@@ -36,9 +36,9 @@ class Scores:
         real: Mapping[str, Tensor],
         floor: Mapping[str, Tensor],
         texts: Mapping[str, Tensor],
-        real_texts: Mapping[str, Tensor],
+        floor_texts: Mapping[str, Tensor],
     ) -> None:
-        self.real, self.floor, self.texts, self.real_texts = real, floor, texts, real_texts
+        self.real, self.floor, self.texts, self.floor_texts = real, floor, texts, floor_texts
         self.first = first(networks)
         self.moments = {name: Moments.of(table) for name, table in real.items()}
         self.manifold = Manifold(real[self.first])
@@ -109,8 +109,8 @@ class Scores:
         for name, moments in self.moments.items():
             floor = frechet_distance(moments, Moments.of(self.floor[name]))
             found[f"{distance_key(name)}_floor"] = floor
-        for name, texts in self.real_texts.items():
-            own = clip_score(self.real[name][: len(texts)], texts)
+        for name, texts in self.floor_texts.items():
+            own = clip_score(self.floor[name], texts)
             found[f"{score_key(name)}_real"] = float(own.mean())
         return found
 

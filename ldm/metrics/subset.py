@@ -40,17 +40,19 @@ class Subset:
         return hashlib.sha256(self._text().encode()).hexdigest()[:16]
 
     @classmethod
-    def drawn(cls, shards: Shards, count: int, *, seed: int = 0) -> "Subset":
+    def drawn(
+        cls, shards: Shards, count: int, *, seed: int = 0, within: int | None = None
+    ) -> "Subset":
         """`count` captions of a set, always the same ones: of its samples in `shuffled` order.
 
         Each sample is taken once before any twice, and round k takes its k-th caption, so that a
         set with five captions a picture has five rounds before one is painted again, with another
-        seed. Item i has seed + i.
+        seed. Item i has seed + i. within: the first so many of that order only; None: all.
         Raises ValueError where count is below 2.
         """
         if count < 2:
             raise ValueError(f"it takes count=2 pictures or more to compare with others: {count}")
-        order = shuffled(len(shards))
+        order = shuffled(len(shards))[:within]
         read = [shards.read(order[i % len(order)]) for i in range(count)]
         return cls(
             data=shards.index.fingerprint,

@@ -16,10 +16,9 @@ from tqdm import tqdm
 from ldm.checkpoint import digest
 from ldm.data.dataset import TextImages
 from ldm.metrics.features import Features
-from ldm.metrics.quality import Quality
+from ldm.metrics.quality import Quality, captions_to_paint
 from ldm.metrics.ranks import Ranks
 from ldm.metrics.scene_accuracy import SceneAccuracy
-from ldm.metrics.subset import Subset
 from ldm.models.remembered import Remembered
 from ldm.pipeline import Pipeline
 from ldm.training.fsdp import Sharded
@@ -82,8 +81,8 @@ class ImageCheck(L.Callback):
 
     It does so at the first validation and at the last, and at each that comes after a multiple of
     `every` images seen (0: at each). `count` captions of `pictures` are painted in `steps` steps,
-    each rank a share, and compared with at most `real` of the pictures; `others`, `cache`: see
-    `Quality`. What is painted lies in `folder` as features until all of it is measured, so that a
+    each rank a share, and compared with at most `real` of the `others`; `cache`: see `Quality`.
+    What is painted lies in `folder` as features until all of it is measured, so that a
     run that is ended in between goes on there, where its weights and `settings` (all else that a
     picture depends on, as text) are still the same; folder/subset-*.json says what captions they
     are of.
@@ -121,9 +120,9 @@ class ImageCheck(L.Callback):
         self.logged: set[str] = set()
         self.quality = Quality(
             networks,
-            real=pictures,
+            pictures=pictures,
             others=others,
-            subset=Subset.drawn(pictures.shards, count),
+            subset=captions_to_paint(pictures, others, count),
             size=size,
             cache=Path(cache),
             at_most=real,

@@ -211,7 +211,7 @@ def scenes(tmp_path_factory) -> TextImages:
 def test_with_others_captions_the_clip_score_is_that_of_chance(scenes, tmp_path):
     subset, order = Subset.drawn(scenes.shards, 100), shuffled(200)
     one = Quality(
-        [ClipFeatures()], real=scenes, others=None, subset=subset, size=64, cache=tmp_path
+        [ClipFeatures()], pictures=scenes, others=None, subset=subset, size=64, cache=tmp_path
     )
     one.prepare(torch.device("cpu"))
 

@@ -15,7 +15,7 @@ from ldm.metrics.clip_features import ClipFeatures, clip_score
 from ldm.metrics.frechet import frechet_distance
 from ldm.metrics.manifold import Manifold
 from ldm.metrics.moments import Moments
-from ldm.metrics.quality import Quality, TooFewError
+from ldm.metrics.quality import Quality, TooFewError, captions_to_paint
 from ldm.metrics.subset import Subset, shuffled
 
 CPU = torch.device("cpu")
@@ -40,9 +40,10 @@ def clip(tiny_clip, tmp_path) -> ClipFeatures:
 
 def quality(folders, clip, cache, *, real="real", others="others", count=22, **more) -> Quality:
     pictures = balls.images(folders / real)
-    how = {"subset": Subset.drawn(pictures.shards, count), "size": SIZE, "batch": 4, **more}
     beside = balls.images(folders / others) if others else None
-    return Quality([clip], real=pictures, others=beside, cache=cache, **how)
+    subset = captions_to_paint(pictures, beside, count)
+    how = {"subset": subset, "size": SIZE, "batch": 4, **more}
+    return Quality([clip], pictures=pictures, others=beside, cache=cache, **how)
 
 
 class Painter:
@@ -66,19 +67,19 @@ def test_the_numbers_are_those_of_the_formulas(folders, clip, tiny_text, tmp_pat
     prompts = [balls.captions(i)[0] for i in order]
     painted = clip(to_bytes(paint(prompts, seeds=range(22))))
     pictures, others = (balls.images(folders / name) for name in ("real", "others"))
-    real = clip(torch.stack([pictures[i, 0]["images"] for i in shuffled(40)]))
-    floor = clip(torch.stack([others[i, 0]["images"] for i in shuffled(25)[:22]]))
+    real = clip(torch.stack([others[i, 0]["images"] for i in shuffled(25)]))
+    floor = clip(torch.stack([pictures[i, 0]["images"] for i in order]))
     texts = clip.texts(prompts)
     expected = {
         "fd_clip": frechet_distance(Moments.of(real), Moments.of(painted)),
         "fd_clip_floor": frechet_distance(Moments.of(real), Moments.of(floor)),
         **Manifold(real).compare(painted),
         "clip_score": float(clip_score(painted, texts).mean()),
-        "clip_score_real": float(clip_score(real[:22], texts).mean()),
+        "clip_score_real": float(clip_score(floor, texts).mean()),
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert one.facts()["painted"] == 22
-    assert (one.facts()["real"], one.facts()["floor"]) == (40, 22)
+    assert (one.facts()["real"], one.facts()["floor"]) == (25, 22)
 
 
 @pytest.mark.parametrize("count", [22, 8])  # six pieces, and two: fewer than processes
@@ -149,26 +150,39 @@ def test_without_captions_of_theirs_pictures_have_no_score(folders, clip, tiny_t
     assert not any("score" in name for name in found)
 
 
-def test_without_others_the_floor_is_of_pictures_that_are_not_compared_with(
-    folders, clip, tmp_path
-):
+def test_without_others_half_is_painted_and_half_compared_with(folders, clip, tmp_path):
     one = quality(folders, clip, tmp_path, others=None, count=30)
-    assert (one.real_places, one.floor_places) == (range(20), range(20, 40))
-    assert one.facts()["floor_of"] == "real"
-    fewer = quality(folders, clip, tmp_path, others=None, count=30, at_most=15)
-    assert (fewer.real_places, fewer.floor_places) == (range(15), range(15, 35))
-    few = quality(folders, clip, tmp_path, others=None, count=10)
-    assert (few.real_places, few.floor_places) == (range(30), range(30, 40))
-    assert one.facts()["floor"] == 20
+    assert (one.real_places, one.floor_places) == (range(20, 40), range(20))
+    order, index = shuffled(40), one.pictures.shards.index
+    assert set(one.subset.keys) == {index.key(i) for i in order[:20]}
+    fewer = quality(folders, clip, tmp_path, others=None, count=10, at_most=15)
+    assert (fewer.real_places, fewer.floor_places) == (range(20, 35), range(10))
 
 
 def test_others_that_are_the_same_are_no_others(folders, clip, tmp_path):
-    """A floor of 0 would be no floor: where training and validation set are one, say."""
+    """As where training and validation set are one: compared with themselves, all are perfect."""
     one = quality(folders, clip, tmp_path, others="real", count=10)
-    assert (one.real_places, one.floor_places) == (range(30), range(30, 40))
+    assert (one.real_places, one.floor_places) == (range(20, 40), range(10))
     one.prepare(CPU)
     assert one.scores.constant["fd_clip_floor"] > 0
-    assert one.facts()["floor_of"] == "real"
+    whole = Subset.drawn(one.pictures.shards, 30)
+    with pytest.raises(ValueError, match="10 pictures that they would be compared with"):
+        quality(folders, clip, tmp_path, others=None, subset=whole)
+
+
+def test_real_pictures_of_the_captions_get_the_floor(folders, clip, tmp_path):
+    """A model that paints what is there: whatever the size of what it is compared with."""
+    one = quality(folders, clip, tmp_path, count=25)
+    one.prepare(CPU)
+    number = dict(zip(one.subset.seeds, shuffled(40), strict=False))
+
+    def perfect(prompts, *, seeds) -> Tensor:
+        images = [one.pictures[number[seed], 0]["images"] for seed in seeds]
+        return torch.stack(images) / 127.5 - 1
+
+    found = one.measure(one.see(perfect))
+    assert found["fd_clip"] == pytest.approx(found["fd_clip_floor"], rel=1e-6)
+    assert found["clip_score"] == pytest.approx(found["clip_score_real"], rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +191,7 @@ def test_others_that_are_the_same_are_no_others(folders, clip, tmp_path):
         ({"count": 7}, "7 pictures to measure"),
         ({"at_most": 7}, "7 real pictures to compare with"),
         ({"at_most": 0}, "0 real pictures"),
-        ({"real": "few", "others": None}, "6 real pictures"),
+        ({"real": "few", "others": None}, "6 real pictures to compare with"),
     ],
 )
 def test_too_few_are_refused(folders, clip, tmp_path, change, told):
@@ -187,7 +201,7 @@ def test_too_few_are_refused(folders, clip, tmp_path, change, told):
 
 def test_captions_of_other_pictures_are_refused(folders, clip, tmp_path):
     subset = Subset.drawn(balls.images(folders / "others").shards, 10)
-    with pytest.raises(ValueError, match="captions to paint are not of the pictures to compare"):
+    with pytest.raises(ValueError, match="captions to paint are of other pictures than data"):
         quality(folders, clip, tmp_path, subset=subset)
 
 
@@ -195,7 +209,7 @@ def test_no_network_is_refused(folders, tmp_path):
     pictures = balls.images(folders / "real")
     subset = Subset.drawn(pictures.shards, 10)
     with pytest.raises(ValueError, match="there is no network to measure by"):
-        Quality([], real=pictures, others=None, subset=subset, size=SIZE, cache=tmp_path)
+        Quality([], pictures=pictures, others=None, subset=subset, size=SIZE, cache=tmp_path)
 
 
 def test_facts_tell_apart_what_gives_other_numbers(folders, clip, tmp_path, tiny_clip):
@@ -209,7 +223,7 @@ def test_facts_tell_apart_what_gives_other_numbers(folders, clip, tmp_path, tiny
     changes = [
         {},
         {"count": 23},
-        {"at_most": 30},
+        {"at_most": 20},
         {"others": None},
         {"others": "few"},
         {"real": "others", "others": "real"},

@@ -26,7 +26,7 @@ format: .venv        ## mend what can be mended
 
 demo: .venv          ## a model trained on a drawn world in minutes, its accuracy, and a picture of it
 	$(BIN)/python train.py name=demo
-	$(BIN)/python -m ldm.evaluate ckpt=runs/demo
+	$(BIN)/python -m ldm.evaluate ckpt=runs/demo features=none
 	$(BIN)/python sample.py ckpt=runs/demo prompts=docs/demo.txt n=1 out=runs/demo/samples/demo.png
 
 SHARED ?= ../shared/data

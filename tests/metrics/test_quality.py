@@ -10,6 +10,7 @@ from several import several
 from torch import Tensor
 from world import SIZE, pipeline
 
+from ldm.data.shards import write_shard
 from ldm.images import to_bytes
 from ldm.metrics.clip_features import ClipFeatures, clip_score
 from ldm.metrics.frechet import frechet_distance
@@ -168,6 +169,18 @@ def test_others_that_are_the_same_are_no_others(folders, clip, tmp_path):
     whole = Subset.drawn(one.pictures.shards, 30)
     with pytest.raises(ValueError, match="10 pictures that they would be compared with"):
         quality(folders, clip, tmp_path, others=None, subset=whole)
+
+
+def test_keys_may_come_again_in_each_shard(clip, tmp_path):
+    """As others number their samples: the halves are of pictures, not of names."""
+    (tmp_path / "all").mkdir()
+    for shard in range(4):
+        samples = (
+            (f"{n:04}", {"png": balls.picture(10 * shard + n), "txt": b"a ball"}) for n in range(10)
+        )
+        write_shard(tmp_path / "all" / f"{shard}.tar", samples)
+    one = quality(tmp_path, clip, tmp_path / "cache", real="all", others=None, count=20)
+    assert (one.real_places, one.floor_places) == (range(20, 40), range(20))
 
 
 def test_real_pictures_of_the_captions_get_the_floor(folders, clip, tmp_path):

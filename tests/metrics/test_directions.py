@@ -1,8 +1,8 @@
 """Real pictures made worse, little by little: which numbers say so, and which do not.
 
-What holds for EfficientNet's features on emoji, in the halves that are tested here: the Frechet
-distance and KID rise with each step of blur, noise, loss of colour, JPEG, lost kinds and repetition;
-coverage falls with them. (Over eight divisions lost kinds slipped once in the distance and twice in
+What holds for EfficientNet's features on emoji, in the halves tested here: the Frechet distance and
+KID rise with each step of blur, noise, loss of colour, JPEG, lost kinds and repetition; coverage
+falls with them. (Over eight divisions lost kinds slipped once in the distance and twice in
 coverage, from two kinds to one; the rest held.) Precision falls under blur, noise and JPEG while
 they are moderate; where all pictures are blobs (a blur of 4 pixels, noise of 64, JPEG quality 3)
 they lie inside the balls of a few odd real ones, and precision and density rise again. Recall falls

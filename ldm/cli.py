@@ -263,7 +263,7 @@ def explain(error: Exception, config_name: str) -> str:
     """Hydra's refusal in plain words, with the nearest thing that exists."""
     message = str(error)
     if isinstance(error, MissingConfigException) and (
-        found := re.search(r"Could not find '([^']+)'", message)
+        found := re.search(r"Could not (?:find|load) '([^']+)'", message)
     ):
         group, _, option = found[1].rpartition("/")
         with initialize_config_dir(CONF, version_base="1.3"):

@@ -109,7 +109,9 @@ def measured(
     from ldm.metrics.ranks import Ranks
 
     quality, ranks, home = source.quality, Ranks(), source.home / "eval"
-    bar = partial(tqdm, unit="image", disable=None if ranks.rank == 0 else True)
+    # In a file, where a bar cannot be drawn over, a line now and then.
+    often = 0.1 if sys.stderr.isatty() else 15.0
+    bar = partial(tqdm, unit="image", disable=ranks.rank != 0, mininterval=often)
     known = {**source.facts(cfg), "device": device_name(source.device)}
     known["versions"] = {name: version(name) for name in LIBRARIES}
     if quality is not None:
@@ -117,6 +119,8 @@ def measured(
     # Other settings, weights or pictures make other pieces.
     which = json.dumps([known, asked["keep"]], sort_keys=True)
     pieces = home / f"pieces-{hashlib.sha256(which.encode()).hexdigest()[:16]}"
+    if ranks.rank == 0 and pieces.is_dir():
+        print(f"going on with what was painted before the last call ended ({pieces})", flush=True)
     found = {"varied": varied} if varied else {}
     found["metrics"] = {}
     if source.scenes is not None:

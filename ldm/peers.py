@@ -42,7 +42,9 @@ class Folder:
 
     def __init__(self, folder: Path, *, size: int | None = None) -> None:
         self.folder = folder
-        found = sorted(folder.iterdir()) if folder.is_dir() else []
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder '{folder}'")
+        found = sorted(folder.iterdir())
         self.paths = [path for path in found if path.suffix.lower() in SUFFIXES]
         if not self.paths:
             raise FileNotFoundError(f"no pictures in '{folder}' ({', '.join(SUFFIXES)})")

@@ -70,7 +70,7 @@ def test_another_folder_has_another_digest(tmp_path):
 def test_what_is_no_picture_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no pictures in"):
         Folder(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no pictures in"):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
         Folder(tmp_path / "nowhere")
     whole = picture(tmp_path / "whole.png", (64, 64)).read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])

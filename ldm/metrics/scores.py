@@ -94,7 +94,9 @@ class Scores:
         groups = jackknife(
             self.manifold.compare, first, seed=SEED, groups=max(2, min(20, len(first) // 8))
         )
-        found |= {name: estimate.interval() for name, estimate in groups.items()}
+        for name, estimate in groups.items():  # shares, but for the density
+            low, high = estimate.interval()
+            found[name] = Interval(max(low, 0.0), high if name == "density" else min(high, 1.0))
         if "clip" in seen:
             found["cmmd"] = cmmd(self.real["clip"], seen["clip"]).interval()
         for name, texts in self.texts.items():

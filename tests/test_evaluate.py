@@ -394,7 +394,7 @@ def test_points_of_a_curve_are_kept_apart(shards_run):
     ("given", "overrides", "message"),
     [
         ({}, [], r"give ckpt=\.\.\. .* or images="),
-        ({"images": "x"}, [], "no pictures in 'x'"),
+        ({"images": "x"}, [], "there is no folder .x."),
         ({"ckpt": "x"}, [], "neither a run directory nor a file"),
         ({"ckpt": "RUN"}, ["features=none"], "features=none leaves scene accuracy alone"),
         ({"ckpt": "RUN"}, ["count=4"], "it takes 8 or more"),

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ldm.data.scenes import world
 from ldm.data.scenes.draw import draw
 from ldm.diffusion.condition import Condition
-from ldm.diffusion.guidance import ClassifierFree, Denoise, DenoiseWith
+from ldm.diffusion.guidance import ClassifierFree, Denoise, DenoiseWith, Words
 from ldm.diffusion.noise import randn
 from ldm.diffusion.samplers import DDIM, Noise, OnStep
 from ldm.diffusion.schedule import Schedule, expand
@@ -167,9 +167,11 @@ class Watched:
         self.guidance = guidance
         self.moments: list[Moment] = []
 
-    def __call__(self, denoise: DenoiseWith, cond: Condition, uncond: Condition) -> Denoise:
+    def __call__(
+        self, denoise: DenoiseWith, cond: Condition, uncond: Condition, words: Words | None = None
+    ) -> Denoise:
         """As the guidance."""
-        guided = self.guidance(denoise, cond, uncond)
+        guided = self.guidance(denoise, cond, uncond, words)
 
         def seen(x_t: Tensor, t: Tensor) -> Tensor:
             x0_hat = guided(x_t, t)
@@ -210,10 +212,9 @@ def spread(moments: Sequence[Moment]) -> list[Moment]:
     return [moments[i] for i in sorted({round(i * last / (MOMENTS - 1)) for i in range(MOMENTS)})]
 
 
-@torch.no_grad()
 def decode(pipeline: Pipeline, latents: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] on the CPU."""
-    return pipeline.autoencoder.decode(latents.to(pipeline.device)).clamp(-1, 1).cpu()
+    return pipeline.decode(latents.to(pipeline.device)).cpu()
 
 
 def _sample(pipeline: Pipeline, prompts, seeds, at: Settings, *, on_step: OnStep) -> Tensor:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.condition import Condition
+from ldm.diffusion.guidance import Denoise, Words
+from ldm.diffusion.inversion import invert
 from ldm.diffusion.noise import ImageNoise
 from ldm.diffusion.objective import Objective
-from ldm.diffusion.samplers import OnStep
+from ldm.diffusion.samplers import DDIM, OnStep
 from ldm.tasks import Request
 
 
@@ -65,32 +67,95 @@ class Pipeline:
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+        with self._autocast():
             noise = ImageNoise(seeds, device=self.device)
             schedule, encode = self.objective.schedule, self.autoencoder.encode
             request = Request(self._room(len(seeds), size), image, mask, strength)
             start = self.task.start(request, encode, schedule, noise=noise)
-            cond = replace(self.text(list(prompts)), concat=start.concat)
-            uncond = (
-                self._repeated(negative, len(seeds)) if negative else self.text.null(len(seeds))
-            )
             x0 = self.sampler(
-                self.guidance(self._denoise, cond, replace(uncond, concat=start.concat)),
+                self._guided(prompts, negative, start.concat),
                 start.x,
                 schedule,
                 self.sampler.times(schedule, steps, start=start.t),
                 noise=noise,
                 on_step=on_step,
             )
-            return self.autoencoder.decode(x0).clamp(-1, 1)
+            return self.decode(x0)
+
+    @torch.no_grad()
+    def invert(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        *,
+        steps: int,
+        negative: str = "",
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """The noise (B, C, h, w) from which DDIM paints `images` (B, 3, H, W), prompted so.
+
+        On the sampler's own grid, with the pipeline's guidance; ldm.diffusion.inversion says how.
+        `repaint` is the way back.
+        """
+        with self._autocast():
+            x0 = self.autoencoder.encode(images.to(self.device))
+            schedule = self.objective.schedule
+            times = self.sampler.times(schedule, steps)
+            guided = self._guided(prompts, negative)
+            return invert(guided, x0, schedule, times, on_step=on_step)
+
+    @torch.no_grad()
+    def repaint(
+        self,
+        noise: Tensor,
+        prompts: Sequence[str],
+        *,
+        steps: int,
+        negative: str = "",
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Images (B, 3, H, W) by DDIM from the noise of `invert`: those that it came of.
+
+        With other prompts, what they say of them.
+        """
+        with self._autocast():
+            schedule = self.objective.schedule
+            x0 = DDIM()(
+                self._guided(prompts, negative),
+                noise,
+                schedule,
+                self.sampler.times(schedule, steps),
+                noise=torch.randn_like,  # of which DDIM draws none
+                on_step=on_step,
+            )
+            return self.decode(x0)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of latents (B, C, h, w), such as a step's x0_hat."""
+        return self.autoencoder.decode(latents).clamp(-1, 1)
 
     @property
     def device(self) -> torch.device:
         """Where the denoiser is."""
         return next(self.denoiser.parameters()).device
 
-    def _denoise(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        return self.objective.denoised(self.denoiser, x_t, t, cond)
+    def denoise(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """x0_hat (B, C, h, w) of x_t at t, () or (B,) on any device, without guidance."""
+        return self.objective.denoised(self.denoiser, x_t, t.to(x_t.device), cond)
+
+    def _guided(
+        self, prompts: Sequence[str], negative: str, concat: Tensor | None = None
+    ) -> Denoise:
+        prompts = list(prompts)
+        n = len(prompts)
+        cond = replace(self.text(prompts), concat=concat)
+        uncond = self._repeated(negative, n) if negative else self.text.null(n)
+        uncond = replace(uncond, concat=concat)
+        return self.guidance(self.denoise, cond, uncond, Words(prompts, self.text))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def _room(self, n: int, size: int) -> Tensor:
         factor = self.autoencoder.factor

@@ -4,6 +4,9 @@ import pytest
 import torch
 from world import SIZE, pipeline
 
+from ldm.diffusion.steering import Judged
+from ldm.models.autoencoder import Identity
+
 PROMPTS = ["a red circle", "a blue square", "a white circle"]
 
 
@@ -88,3 +91,44 @@ def test_prompts_and_seeds_are_pairs(tiny_text):
 def test_text_to_image_takes_nothing_else(tiny_text, extra):
     with pytest.raises(ValueError, match="task=text2img takes no image, mask or strength"):
         sample(tiny_text, **extra)
+
+
+def test_a_picture_goes_to_its_noise_and_back(tiny_text):
+    """What is painted of the noise that was found is the picture; with other words, another."""
+    pipe = pipeline(tiny_text, scale=1.5)
+    pipe.autoencoder = Identity()
+    images = 0.8 * torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) - 0.4
+    noise = pipe.invert(images, PROMPTS[:1], steps=20)
+    assert distance(noise, images) > 0.1
+    assert distance(pipe.repaint(noise, PROMPTS[:1], steps=20), images) < 1e-3
+    assert distance(pipe.repaint(noise, PROMPTS[1:2], steps=20), images) > 1e-2
+
+
+def test_guidance_is_told_the_prompts(tiny_text):
+    pipe, heard = pipeline(tiny_text, scale=1.0), []
+
+    def listening(denoise, cond, uncond, words):
+        heard.append((words.prompts, words.encode(["a red circle"]).tokens))
+        return lambda x_t, t: denoise(x_t, t, cond)
+
+    pipe.guidance = listening
+    pipe(PROMPTS[:2], seeds=[0, 1], size=SIZE, steps=2)
+    ((prompts, states),) = heard
+    assert prompts == PROMPTS[:2]
+    assert torch.equal(states, tiny_text(PROMPTS[:1]).tokens)
+
+
+def test_a_judge_steers_towards_what_it_likes(tiny_text):
+    """Bright pictures, asked for through the denoiser."""
+
+    def brightness(prompts):
+        return lambda x0_hat: 300 * x0_hat.flatten(1).mean(1)
+
+    plain = pipeline(tiny_text, scale=1.0)
+    plain.autoencoder = Identity()
+    inner, schedule = plain.guidance, plain.objective.schedule
+    images = plain(PROMPTS[:2], seeds=[0, 1], size=SIZE, steps=8)
+    plain.guidance = Judged(judge=brightness, schedule=schedule, inner=inner)
+    steered = plain(PROMPTS[:2], seeds=[0, 1], size=SIZE, steps=8)
+    assert (steered.flatten(1).mean(1) > images.flatten(1).mean(1) + 0.05).all()
+    assert not steered.requires_grad

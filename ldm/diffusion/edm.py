@@ -84,7 +84,7 @@ class EDM(Sampler):
         churned = r.isfinite() & (r >= self.churn_min) & (r <= most)
         up = grids.time_at(path.schedule, r * (1 + gamma))
         starts = zip(churned.tolist(), levels(path.schedule, up), path.levels, strict=False)
-        times = torch.where(churned.to(path.times.device), up.to(path.times), path.times[:-1])
+        times = torch.where(churned, up.to(path.times), path.times[:-1])
         return times, [high if yes else low for yes, high, low in starts]
 
 

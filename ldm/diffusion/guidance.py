@@ -1,37 +1,200 @@
 """Guidance: a denoiser out of a conditional denoiser; it knows no network and guides all channels.
 
+Each guidance is called as guidance(denoise, cond, uncond, words). Those that wrap another have it
+as `inner`; gradients are in steering.py, prompts of several parts in composition.py.
 Shapes: B batch, C latent channels, h w latent grid.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.condition import Condition
+from ldm.diffusion.schedule import expand
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, h, w), t () or (B,) -> x0_hat
 DenoiseWith = Callable[[Tensor, Tensor, Condition], Tensor]
+Difference = Callable[[Tensor, Tensor], Tensor]  # x0_hat with and without cond -> where to go
 
 
+@dataclass(frozen=True)
+class Words:
+    """What was asked for in words, for guidance that reads it for itself.
+
+    prompts: one an image. encode: the text encoder's, captions to a Condition.
+    """
+
+    prompts: Sequence[str]
+    encode: Callable[[Sequence[str]], Condition]
+
+
+class Guidance(Protocol):
+    """What all guidance is: `uncond` may be of a negative prompt."""
+
+    def __call__(
+        self, denoise: DenoiseWith, cond: Condition, uncond: Condition, words: Words | None = None
+    ) -> Denoise: ...
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClassifierFree:
     """Away from the unconditional answer, towards the conditional one (Ho and Salimans 2022).
 
     x0_hat = uncond + scale (cond - uncond); scale 1 is the plain conditional model and costs half.
     x0_hat is an affine function of whatever the network predicts, so that this equals guiding eps.
+    interval: the times, from 0 (data) to 1, that are guided; elsewhere the conditional answer is
+    taken as it is, at half the cost (Kynkaanniemi et al. 2024, arXiv:2404.07724, in t).
+    rescale: how far from 0 to 1 the deviation of x0_hat is brought back to that of the conditional
+    answer, which large scales exceed (Lin et al. 2024, arXiv:2305.08891, section 3.4).
+    Raises ValueError for an interval or a rescale that is none.
     """
 
-    def __init__(self, *, scale: float = 5.0) -> None:
-        self.scale = scale
+    scale: float = 5.0
+    interval: Sequence[float] = (0.0, 1.0)
+    rescale: float = 0.0
 
-    def __call__(self, denoise: DenoiseWith, cond: Condition, uncond: Condition) -> Denoise:
+    def __post_init__(self) -> None:
+        check_interval(self.interval)
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"guidance.rescale goes from 0 (none) to 1, not {self.rescale}")
+
+    def __call__(
+        self, denoise: DenoiseWith, cond: Condition, uncond: Condition, words: Words | None = None
+    ) -> Denoise:
+        def plain(x_t: Tensor, t: Tensor) -> Tensor:
+            return denoise(x_t, t, cond)
+
         if self.scale == 1:
-            return lambda x_t, t: denoise(x_t, t, cond)
-        both = uncond.cat(cond)
+            return plain
+        both, difference = uncond.cat(cond), self.difference()
 
         def guided(x_t: Tensor, t: Tensor) -> Tensor:
             t = t if t.ndim == 0 else torch.cat([t, t])
             x0_uncond, x0_cond = denoise(torch.cat([x_t, x_t]), t, both).chunk(2)
-            return torch.lerp(x0_uncond, x0_cond, self.scale)
+            x0_hat = x0_cond + (self.scale - 1) * difference(x0_cond, x0_uncond)
+            return rescaled(x0_hat, like=x0_cond, share=self.rescale)
 
+        return within(self.interval, guided, plain)
+
+    def difference(self) -> Difference:
+        """Where to go from the conditional answer, for one way from noise to data."""
+        return torch.sub
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projected(ClassifierFree):
+    """Adaptive projected guidance, APG: large scales without burnt colours.
+
+    The difference of the two answers is added to what it was before times `momentum`; then cut to
+    `bound`; then its part along the conditional answer, which is what saturates, counts `parallel`
+    times. `bound` is of the root mean square of an image's elements, so that it fits any size; the
+    paper's threshold is that times the root of their number.
+    Sadat et al. 2024, arXiv:2410.02416, algorithm 1; with momentum 0, no bound and parallel 1 it is
+    classifier-free guidance.
+    Raises ValueError for a bound of 0 or less, or a momentum that does not fade.
+    """
+
+    parallel: float = 0.0
+    momentum: float = -0.5
+    bound: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not -1 < self.momentum < 1:
+            raise ValueError(
+                f"guidance.momentum={self.momentum} must lie between -1 and 1: it would never fade"
+            )
+        if self.bound is not None and self.bound <= 0:
+            raise ValueError(f"guidance.bound={self.bound} must be above 0, or null for none")
+
+    def difference(self) -> Difference:
+        """As the paper's; the momentum is that of one way from noise to data."""
+        before: Tensor | None = None
+
+        def projected(x0_cond: Tensor, x0_uncond: Tensor) -> Tensor:
+            nonlocal before
+            difference = x0_cond - x0_uncond
+            if before is not None:
+                difference = difference + self.momentum * before
+            before = difference
+            if self.bound is not None:
+                size = expand(difference.square().flatten(1).mean(1).sqrt(), difference)
+                difference = difference * (self.bound / size).clamp(max=1)
+            share = (difference * x0_cond).flatten(1).sum(1) / square(x0_cond)  # (B,)
+            return difference - (1 - self.parallel) * expand(share, x0_cond) * x0_cond
+
+        return projected
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto:
+    """Away from what a worse model of the same kind says, where both have the same condition.
+
+    x0_hat = guide + scale (inner - guide): what the two share in faults is taken away, and variety
+    is kept, which classifier-free guidance costs (Karras et al. 2024, arXiv:2406.02507).
+    guide: the worse one, an earlier or a smaller model on the same latents and schedule; scale 1
+    does not ask it. inner: the guidance of the better one. interval: as ClassifierFree's.
+    Raises ValueError for an interval that is none.
+    """
+
+    guide: DenoiseWith
+    inner: Guidance
+    scale: float = 2.0
+    interval: Sequence[float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        check_interval(self.interval)
+
+    def __call__(
+        self, denoise: DenoiseWith, cond: Condition, uncond: Condition, words: Words | None = None
+    ) -> Denoise:
+        inner = self.inner(denoise, cond, uncond, words)
+        if self.scale == 1:
+            return inner
+
+        def guided(x_t: Tensor, t: Tensor) -> Tensor:
+            return torch.lerp(self.guide(x_t, t, cond), inner(x_t, t), self.scale)
+
+        return within(self.interval, guided, inner)
+
+
+def within(interval: Sequence[float], guided: Denoise, plain: Denoise) -> Denoise:
+    """`guided` at times in the interval, ends included, `plain` elsewhere; each where needed."""
+    low, high = interval
+    if low <= 0 and high >= 1:
         return guided
+
+    def chosen(x_t: Tensor, t: Tensor) -> Tensor:
+        inside = (low <= t) & (t <= high)
+        if bool(inside.all()):
+            return guided(x_t, t)
+        if not bool(inside.any()):
+            return plain(x_t, t)
+        return torch.where(expand(inside, x_t), guided(x_t, t), plain(x_t, t))
+
+    return chosen
+
+
+def check_interval(interval: Sequence[float]) -> None:
+    """ValueError unless two rising times from 0 to 1."""
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(
+            f"guidance.interval={list(interval)} must be two rising times from 0 (data) to 1 "
+            "(noise), such as [0.2,0.8]"
+        )
+
+
+def rescaled(x0_hat: Tensor, *, like: Tensor, share: float) -> Tensor:
+    """x0_hat (B, ...) with its deviation brought, by `share`, to that of `like`, image by image."""
+    if share == 0:
+        return x0_hat
+    ratio = like.flatten(1).std(1) / x0_hat.flatten(1).std(1)  # (B,)
+    return x0_hat * expand(1 + share * (ratio - 1), x0_hat)
+
+
+def square(x: Tensor) -> Tensor:
+    """The squared length (B,) of each image, never 0."""
+    return x.flatten(1).square().sum(1).clamp(min=torch.finfo(x.dtype).tiny)

@@ -36,7 +36,7 @@ def invert(
     if rounds < 1:
         raise ValueError(f"inversion takes one round or more, not {rounds}")
     ascending = times.flip(0)
-    places, ascending = levels(schedule, ascending), ascending.to(x0.device)
+    places = levels(schedule, ascending)
     x = x0
     for i, (clean, noisy) in enumerate(pairwise(places)):
         end, last = x, None

@@ -69,7 +69,7 @@ class Path:
 
     estimate: Denoise  # x_t, t -> x0_hat, within its bounds
     schedule: Schedule
-    times: Tensor  # (steps + 1,) on the device of the latents
+    times: Tensor  # (steps + 1,) on the host, where guidance may look at them without waiting
     levels: list[Level]  # the same places, as plain numbers
     noise: Noise
 
@@ -126,7 +126,7 @@ class Sampler(ABC):
         path = Path(
             lambda x_t, t: bounded(denoise(x_t, t), self.clip, self.quantile),
             schedule,
-            times.to(x.device),
+            times,
             levels(schedule, times),
             noise,
         )

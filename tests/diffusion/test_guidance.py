@@ -1,9 +1,12 @@
 import pytest
 import torch
+from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from ldm.diffusion.condition import Condition
-from ldm.diffusion.guidance import ClassifierFree
+from ldm.diffusion.guidance import Auto, ClassifierFree, Projected, rescaled
 from ldm.diffusion.objective import Prediction
+from ldm.diffusion.samplers import DDIM
 from ldm.diffusion.schedule import linear
 
 
@@ -54,3 +57,124 @@ def test_conditions_merge_and_refuse():
     assert mixed.concat is picture
     with pytest.raises(ValueError, match="pooled"):
         cond(1.0).cat(Condition(tokens=cond(1.0).tokens, pooled=torch.zeros(2, 4)))
+
+
+TIMES = [torch.tensor(0.5), torch.tensor([0.25, 0.75])]
+
+
+@pytest.mark.parametrize("guidance", [ClassifierFree, Projected])
+def test_scale_one_is_conditional_sampling_bit_for_bit(guidance):
+    """Through a whole sampling, whatever else is set."""
+    schedule, x = linear(), torch.randn(2, 3, 4, 4)
+
+    def sampled(denoise):
+        grid = DDIM().times(schedule, 7)
+        return DDIM()(denoise, x, schedule, grid, noise=torch.zeros_like)
+
+    def network(x_t, t, c):
+        return torch.tanh(x_t * 0.7 + c.tokens.mean((1, 2))[:, None, None, None] * t)
+
+    guided = guidance(scale=1.0, rescale=0.7, interval=[0.1, 0.6])(network, cond(2.0), cond(0.5))
+    assert torch.equal(sampled(guided), sampled(lambda x_t, t: network(x_t, t, cond(2.0))))
+
+
+def test_outside_of_the_interval_it_is_the_conditional_model_at_half_the_cost():
+    x_t, batches = torch.randn(2, 3, 4, 4), []
+
+    def counted(x_t, t, c):
+        batches.append(len(x_t))
+        return denoise(x_t, t, c)
+
+    some = ClassifierFree(scale=3.0, interval=[0.3, 0.7])(counted, cond(2.0), cond(0.5))
+    always = ClassifierFree(scale=3.0)(denoise, cond(2.0), cond(0.5))
+    for t, inside in ((0.0, False), (0.29, False), (0.3, True), (0.7, True), (1.0, False)):
+        t = torch.tensor(t)
+        expected = always(x_t, t) if inside else denoise(x_t, t, cond(2.0))
+        assert torch.equal(some(x_t, t), expected)
+    assert batches == [2, 2, 4, 4, 2]
+    t = torch.tensor([0.5, 0.9])
+    mixed = torch.stack([always(x_t, t)[0], denoise(x_t, t, cond(2.0))[1]])
+    assert torch.equal(some(x_t, t), mixed)
+
+
+def test_rescaling_is_that_of_the_paper():
+    """diffusers' own function, on x0_hat; at share 1 the deviation is the conditional one's."""
+    x0_hat, like = 3 * torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    for share in (0.0, 0.4, 1.0):
+        theirs = rescale_noise_cfg(x0_hat, like, share)
+        torch.testing.assert_close(rescaled(x0_hat, like=like, share=share), theirs)
+    whole = rescaled(x0_hat, like=like, share=1.0)
+    torch.testing.assert_close(whole.flatten(1).std(1), like.flatten(1).std(1))
+
+
+def test_projected_guidance_is_diffusers_own_over_several_steps():
+    n = 4 * 8 * 8
+    settings = {"scale": 6.0, "parallel": 0.3, "momentum": -0.5, "bound": 0.4}
+    answers = torch.randn(5, 2, 2, 4, 8, 8, dtype=torch.float64)  # step, (uncond, cond), batch ..
+    step = iter(range(5))
+    ours = Projected(**settings)(
+        lambda x_t, t, c: answers[next(step)].flatten(0, 1), cond(2.0), cond(0.5)
+    )
+    buffer = MomentumBuffer(settings["momentum"])
+    for uncond, conditional in answers:
+        theirs = normalized_guidance(
+            conditional,
+            uncond,
+            settings["scale"] - 1,
+            buffer,
+            eta=settings["parallel"],
+            norm_threshold=settings["bound"] * n**0.5,
+            use_original_formulation=True,
+        )
+        found = ours(torch.zeros(2, 4, 8, 8), torch.tensor(0.5))
+        torch.testing.assert_close(found, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_projected_guidance_holds_classifier_free_guidance():
+    x_t, t = torch.randn(2, 7, 4, 4, dtype=torch.float64), torch.tensor(0.5)
+    same = Projected(scale=3.5, parallel=1.0, momentum=0.0)(denoise, cond(2.0), cond(0.5))
+    for _ in range(2):
+        torch.testing.assert_close(
+            same(x_t, t), ClassifierFree(scale=3.5)(denoise, cond(2.0), cond(0.5))(x_t, t)
+        )
+
+
+def test_a_new_picture_knows_nothing_of_the_momentum_of_the_last():
+    guidance, x_t, t = Projected(scale=3.0), torch.randn(2, 3, 4, 4), torch.tensor(0.5)
+    first, again = (guidance(denoise, cond(2.0), cond(0.5)) for _ in range(2))
+    before = first(x_t, t)
+    assert not torch.equal(first(x_t, t), before)
+    assert torch.equal(again(x_t, t), before)
+
+
+@pytest.mark.parametrize("t", TIMES)
+def test_autoguidance_leads_away_from_the_worse_model(t):
+    x_t = torch.randn(2, 3, 4, 4)
+
+    def worse(x_t, t, c):
+        return denoise(x_t, t, c) + 0.1 * x_t
+
+    inner = ClassifierFree(scale=2.0)
+    auto = Auto(guide=worse, inner=inner, scale=3.0)(denoise, cond(2.0), cond(0.5))
+    better = inner(denoise, cond(2.0), cond(0.5))(x_t, t)
+    bad = worse(x_t, t, cond(2.0))
+    torch.testing.assert_close(auto(x_t, t), bad + 3 * (better - bad))
+    off = Auto(guide=None, inner=inner, scale=1.0)(denoise, cond(2.0), cond(0.5))
+    assert torch.equal(off(x_t, t), better)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ClassifierFree(interval=[0.5, 0.5]), "two rising times"),
+        (lambda: ClassifierFree(interval=[0.5]), "two rising times"),
+        (lambda: ClassifierFree(interval=[0, 2]), "two rising times"),
+        (lambda: ClassifierFree(rescale=1.5), "rescale goes from 0"),
+        (lambda: Projected(momentum=-1.0), "never fade"),
+        (lambda: Projected(bound=0.0), "above 0"),
+        (lambda: Auto(guide=None, inner=None, interval=[1, 0]), "two rising times"),
+    ],
+)
+def test_what_means_nothing_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,110 @@
+"""Guidance by a gradient: towards what something else than the denoiser says of the picture.
+
+By Bayes' rule x0_hat given y is x0_hat + sigma^2 / alpha times the gradient of log p(y | x_t) with
+respect to x_t (Dhariwal and Nichol 2021, arXiv:2105.05233, section 4, with Tweedie's formula), on
+any schedule. Shapes: B batch, C latent channels, h w latent grid.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.condition import Condition
+from ldm.diffusion.guidance import Denoise, DenoiseWith, Guidance, Words, check_interval, within
+from ldm.diffusion.schedule import Schedule, expand
+
+# Below this alpha a gradient is next to 0, and what it would be multiplied with next to infinity.
+LEAST_SIGNAL = 1e-3
+
+# Prompts, one an image, to a function of x_t (B, C, h, w) and t: log p(prompt | x_t), (B,)
+Classify = Callable[[Sequence[str]], Callable[[Tensor, Tensor], Tensor]]
+# Prompts, one an image, to a function of x0_hat (B, C, h, w): how well it fits, (B,), as log p
+Judge = Callable[[Sequence[str]], Callable[[Tensor], Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steered:
+    """What both kinds of steering share. A scale of 1 is Bayes' rule, 0 leaves `inner` as it is.
+
+    inner: the guidance of the denoiser itself. interval: the times that are steered, from 0 (data)
+    to 1. Raises ValueError for an interval that is none.
+    """
+
+    schedule: Schedule
+    inner: Guidance
+    scale: float = 1.0
+    interval: Sequence[float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        check_interval(self.interval)
+
+    def lean(self, t: Tensor, x: Tensor) -> Tensor:
+        """scale sigma^2 / alpha at t, shaped to multiply x."""
+        alpha, sigma = self.schedule(t.to(x.device))
+        lean = self.scale * sigma.square() / alpha.clamp(min=LEAST_SIGNAL)
+        return expand(lean, x).to(x.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier(Steered):
+    """Classifier guidance: the gradient of a classifier that was trained on noisy latents.
+
+    Where the classifier is exact and the scale 1, pictures are of the conditional distribution,
+    whether or not the denoiser was ever told of a condition.
+    """
+
+    classifier: Classify
+
+    def __call__(
+        self, denoise: DenoiseWith, cond: Condition, uncond: Condition, words: Words | None = None
+    ) -> Denoise:
+        inner = self.inner(denoise, cond, uncond, words)
+        if self.scale == 0:
+            return inner
+        log_p = self.classifier(asked(words))
+
+        def steered(x_t: Tensor, t: Tensor) -> Tensor:
+            with torch.enable_grad():
+                x = x_t.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(log_p(x, t).sum(), x)
+            return inner(x_t, t) + self.lean(t, x_t) * gradient
+
+        return within(self.interval, steered, inner)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged(Steered):
+    """CLIP guidance: the gradient, through x0_hat, of something that knows clean pictures alone.
+
+    A judge such as CLIP needs no training on noise: what it is shown is the denoiser's own answer,
+    and its gradient goes back through the denoiser to x_t (Bansal et al. 2023, Universal Guidance,
+    arXiv:2302.07121, section 3.1). A step costs about three calls of the network.
+    """
+
+    judge: Judge
+
+    def __call__(
+        self, denoise: DenoiseWith, cond: Condition, uncond: Condition, words: Words | None = None
+    ) -> Denoise:
+        inner = self.inner(denoise, cond, uncond, words)
+        if self.scale == 0:
+            return inner
+        log_p = self.judge(asked(words))
+
+        def steered(x_t: Tensor, t: Tensor) -> Tensor:
+            with torch.enable_grad():
+                x = x_t.detach().requires_grad_()
+                x0_hat = inner(x, t)
+                (gradient,) = torch.autograd.grad(log_p(x0_hat).sum(), x)
+            return x0_hat.detach() + self.lean(t, x_t) * gradient
+
+        return within(self.interval, steered, inner)
+
+
+def asked(words: Words | None) -> Sequence[str]:
+    """The prompts to be steered to; ValueError where there are none to be read."""
+    if words is None:
+        raise ValueError("guidance by a gradient reads the prompts: call it with words=Words(...)")
+    return words.prompts

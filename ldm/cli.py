@@ -1,9 +1,9 @@
 """The command line's manners: free text before Hydra's grammar sees it, and refusals that help."""
 
-import difflib
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -11,25 +11,22 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
-from hydra.errors import (
-    HydraException,
-    InstantiationException,
-    MissingConfigException,
-    OverrideParseException,
-)
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm import settings
 from ldm.locks import InUseError
 from ldm.runs import RESOLVERS, SWEEP, changes, concerns, rank
+from ldm.settings import explain, is_group, missing, nearest
 
-CONF = str(Path(__file__).resolve().parent.parent / "conf")
+HELP = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
+CONF = settings.CONF  # for hydra.main
 
 for _name, _resolver in RESOLVERS.items():
     OmegaConf.register_new_resolver(_name, _resolver, replace=True)
@@ -52,6 +49,13 @@ def take_text(names: Iterable[str]) -> dict[str, str]:
             taken[name] = value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     sys.argv[1:] = [a for a in sys.argv[1:] if a.partition("=")[0] not in taken]
     return taken
+
+
+def quoted(word: str) -> str:
+    """`key=a/step=250.ckpt` with the quotes that Hydra's grammar wants around a second `=`."""
+    key, _, value = word.partition("=")
+    is_plain = re.fullmatch(r"[\w@/.+~-]+=[\w@/.:+-]*=[\w@/.:=+-]*", word)
+    return f"{key}='{value}'" if is_plain else word
 
 
 def take_choices() -> dict[str, list[str]]:
@@ -103,8 +107,11 @@ def run(main: Callable[[], None], config_name: str) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, not to Hydra's printer
     # On busy cores, threads that spin for work make a step ten times slower; libgomp reads this.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if HELP & set(sys.argv):  # its reader may leave early, as `head` does
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     # argparse, which Hydra uses, wants overrides in one piece: -m may stand anywhere.
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
+    words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
+    sys.argv[1:] = map(quoted, words)
     try:
         main()
     except (HydraException, OmegaConfBaseException, UsageError) as error:
@@ -136,11 +143,11 @@ def prepare_search() -> None:
     Plugins.instance()  # finds the plugins, which then store their settings
     logging.getLogger("alembic").setLevel(logging.WARNING)  # of optuna, about itself
     store = ConfigStore.instance()
-    for path, settings in SEARCH.items():
+    for path, ours in SEARCH.items():
         group, _, name = f"hydra/sweeper/{path}".rpartition("/")
         if f"{name}.yaml" in store.list(group):
             node = store.load(f"{group}/{name}.yaml").node
-            node.update(settings)
+            node.update(ours)
             store.store(group=group, name=name, node=node, provider="ldm")
 
 
@@ -190,7 +197,7 @@ def check(cfg: DictConfig, config_name: str, overrides: Iterable[str] | None = N
     Raises UsageError. Keys added inside a node with a `_target_` are that call's own affair.
     """
     overrides = HydraConfig.get().overrides.task if overrides is None else overrides
-    groups = tuple(o for o in overrides if _is_group(o.partition("=")[0]))
+    groups = tuple(o for o in overrides if is_group(o.partition("=")[0]))
     _compare(OmegaConf.to_container(cfg), _default(config_name, groups), "", config_name)
     if cfg.get("direction") not in (None, "minimize", "maximize"):
         raise UsageError(f"direction={cfg.direction} is neither minimize nor maximize")
@@ -237,17 +244,12 @@ def check_unchanged(cfg: DictConfig, run_dir: Path) -> None:
         )
 
 
-def _is_group(key: str) -> bool:
-    return Path(CONF, key.lstrip("+~").partition("@")[0]).is_dir()
-
-
 def _compare(given: dict, default: dict, prefix: str, config_name: str) -> None:
     for key, value in given.items():
         name = f"{prefix}{key}"
         if key not in default:
             if "_target_" not in default:
-                near = nearest(name, known_keys(config_name))
-                raise UsageError(f"there is no setting '{name}'{near}")
+                raise UsageError(missing(name, config_name))
         elif isinstance(value, dict) and isinstance(default[key], dict):
             _compare(value, default[key], f"{name}.", config_name)
         elif isinstance(value, str) and "${" not in value:
@@ -257,61 +259,3 @@ def _compare(given: dict, default: dict, prefix: str, config_name: str) -> None:
                 raise UsageError(f"{name}={value} is no number (its default is {default[key]})")
         elif isinstance(value, list | dict) and isinstance(default[key], bool | int | float):
             raise UsageError(f"{name}={value} is no single value (its default is {default[key]})")
-
-
-def explain(error: Exception, config_name: str) -> str:
-    """Hydra's refusal in plain words, with the nearest thing that exists."""
-    message = str(error)
-    if isinstance(error, MissingConfigException) and (
-        found := re.search(r"Could not (?:find|load) '([^']+)'", message)
-    ):
-        group, _, option = found[1].rpartition("/")
-        with initialize_config_dir(CONF, version_base="1.3"):
-            options = GlobalHydra.instance().config_loader().get_group_options(group)
-        near = nearest(option, options) or "."
-        return f"{group}={option} does not exist{near} There are: {', '.join(options)}"
-    if found := re.search(r"Could not (?:override|append to config\.?) '?([\w@/.:-]+)'?", message):
-        key = found[1].rstrip(".")
-        return f"there is no setting '{key}'{nearest(key, known_keys(config_name, key))}"
-    if found := re.search(r"Missing mandatory value: (\S+)", message):
-        return f"{found[1]} is needed: give {found[1]}=..."
-    if isinstance(error, OverrideParseException):
-        if "=" not in error.override:
-            return (
-                f"'{error.override}' is no setting: they are written key=value; --help lists them"
-            )
-        key, _, value = error.override.partition("=")
-        return (
-            f"cannot read {key}={value}: what has blanks or special characters stands in quotes "
-            f"twice, for the shell and for Hydra, as in \"{key}='a, b=c'\""
-        )
-    return message
-
-
-def nearest(key: str, known: Iterable[str]) -> str:
-    """' - did you mean ...?' for a mistyped key, or nothing."""
-    known = [other for other in known if other != key]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not close:  # the right name at the wrong place
-        leaf = key.rpartition(".")[2]
-        by_leaf = {k.rpartition(".")[2]: k for k in known}
-        close = [by_leaf[m] for m in difflib.get_close_matches(leaf, list(by_leaf), n=1)]
-    return f" - did you mean {close[0]}?" if close else ""
-
-
-def known_keys(config_name: str, wanted: str = "") -> list[str]:
-    """Every key and group of the default configuration; those of Hydra where one is wanted."""
-    GlobalHydra.instance().clear()
-    ours = not wanted.startswith("hydra.")
-    chosen = [] if ours else [a for a in sys.argv[1:] if a.startswith("hydra/")]
-    with initialize_config_dir(CONF, version_base="1.3"):
-        cfg = compose(config_name, overrides=chosen, return_hydra_config=not ours)
-    return list(_keys(cfg) if ours else _keys(cfg.hydra, "hydra."))
-
-
-def _keys(cfg: DictConfig, prefix: str = "") -> Iterable[str]:
-    for key in cfg:
-        yield f"{prefix}{key}"
-        node = cfg._get_node(key)
-        if isinstance(node, DictConfig) and not node._is_none():
-            yield from _keys(node, f"{prefix}{key}.")

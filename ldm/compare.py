@@ -65,8 +65,8 @@ def compare(
     if (direction := direction or runs.direction(metric)) not in ("minimize", "maximize"):
         raise ValueError(f"direction={direction} is neither minimize nor maximize")
     order = ranking.ranked(compared, metric, direction=direction)
-    columns, rows = ranking.table(order, metric)
-    table = ranking.markdown(columns, rows)
+    table = ranking.markdown(*ranking.table(order, metric))
+    columns, rows = ranking.table(order, metric, constant=True)
     failed = [f"{run.directory}: {run.result['error']}" for run in order if "error" in run.result]
     out.mkdir(parents=True, exist_ok=True)
     title = f"# {len(order)} run{'s' * (len(order) > 1)} by {metric} ({direction})"

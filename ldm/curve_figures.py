@@ -6,37 +6,45 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 
 from ldm.curves import Points, distance
 from ldm.runs import direction, number
 
 NAMES = {"clip_score": "CLIP score", "scene_accuracy": "scene accuracy", "fid": "FID"}
+AXES = ("steps", "length")  # settings that have a direction of their own, from little to much
+BESIDE = 4.0  # points between two lines, so that one's intervals do not hide the other's
 BETTER = {"minimize": "lower is better", "maximize": "higher is better"}
 
 
-def curve(runs: Mapping[str, Points]) -> Image.Image:
+def curve(runs: Mapping[str, Points], *, metric: str | None = None) -> Image.Image:
     """`figure` as a picture."""
     file = io.BytesIO()
-    FigureCanvasAgg(figure(runs)).print_png(file)
+    FigureCanvasAgg(figure(runs, metric=metric)).print_png(file)
     return Image.open(file).convert("RGB")
 
 
-def figure(runs: Mapping[str, Points]) -> Figure:
+def figure(runs: Mapping[str, Points], *, metric: str | None = None) -> Figure:
     """Points of one or several runs, by name.
 
-    Where steps were varied they are the axis. Else distance is drawn against CLIP score and against
-    scene accuracy, with the points labelled, or each of them alone against what was varied. All
-    other settings name lines. Bars are 95 % intervals, a dotted line is what real pictures get.
+    Where steps or EMA lengths were varied they are the axis, and `metric` comes first. Else
+    distance is drawn against CLIP score and against scene accuracy, with the points labelled, or
+    each of them alone against what was varied. All other settings name lines, which stand a little
+    beside one another. Bars are 95 % intervals, a dotted line is what real pictures get, a dashed
+    one what a run's own average gets. What is 0 at all points is left out beside others.
     """
     first = next(iter(runs.values()))[0]
     key, measured = _axis(runs), first["metrics"]
     far = distance(measured)
     good = [name for name in ("clip_score", "scene_accuracy") if name in measured]
-    if far and good and key != "steps":
+    every = [point["metrics"] for points in runs.values() for point in points]
+    if far or metric or good[1:]:  # a flat line, as of a model that paints no scenes, says nothing
+        good = [name for name in good if any(one[name] for one in every)]
+    if far and good and key not in AXES:
         panels = [(name, far) for name in good]
     else:
-        panels = [(None, name) for name in (far, *good) if name]
+        panels = [(None, name) for name in dict.fromkeys([metric, far, *good]) if name]
     drawn = Figure(figsize=(max(6.4, 5.2 * len(panels)), 4.6), layout="constrained")
     for i, (x, y) in enumerate(panels):
         axes = drawn.add_subplot(1, len(panels), i + 1)
@@ -64,18 +72,34 @@ def _panel(axes: Axes, lines: Mapping[str, Points], key: str, x: str | None, y: 
         up = [point["metrics"][y] for point in points]
         bars = {"xerr": _bars(points, x), "yerr": _bars(points, y)}
         colour = f"C{i % 10}"
-        axes.errorbar(across, up, **bars, fmt="none", ecolor=colour, alpha=0.3, elinewidth=1)
-        axes.plot(across, up, marker="o", markersize=4, linewidth=1.4, color=colour, label=label)
+        thin = {"ecolor": colour, "alpha": 0.5, "elinewidth": 1, "capsize": 2.5}
+        _, *ends = axes.errorbar(across, up, **bars, **thin, fmt="none")
+        line = {"color": colour, "linewidth": 1.4, "marker": "o", "markersize": 4}
+        drawn = [
+            *axes.plot(across, up, **line, label=label),
+            *(part for one in ends for part in one),
+        ]
+        if x is None:
+            inches = (i - (len(lines) - 1) / 2) * BESIDE / 72
+            aside = ScaledTranslation(inches, 0, axes.figure.dpi_scale_trans)
+            for part in drawn:  # only now: what has limits of its own is left out of the axes'
+                part.set_transform(axes.transData + aside)
+        level = points[0].get("own", {}).get(y)
+        if x is None and level is not None:
+            axes.axhline(level, color=colour, linestyle="--", linewidth=1)
+            axes.text(0.01, level, f"{label} as trained".strip(), color=colour, fontsize=8,
+                      va="bottom", transform=axes.get_yaxis_transform())  # fmt: skip
         if x is not None:
             for at, height, point in zip(across, up, points, strict=True):
                 axes.annotate(point["varied"][key], (at, height), fontsize=8,
                               textcoords="offset points", xytext=(5, 4))  # fmt: skip
-    if x is None and key == "steps":
+    if x is None and key in AXES:
         axes.set_xscale("log")
         axes.minorticks_off()
     if x is None:
         ticks = {float(place) if numeric else order[place]: place for place in places}
-        axes.set_xticks(list(ticks), labels=list(ticks.values()))
+        tilt = 60 if len(ticks) > 8 else 0  # of several runs, with lengths of their own
+        axes.set_xticks(list(ticks), labels=list(ticks.values()), rotation=tilt)
     real = {_real(point["metrics"], y) for points in lines.values() for point in points}
     if len(real) == 1 and (level := real.pop()) is not None:
         axes.axhline(level, color="grey", linestyle=":", linewidth=1)
@@ -87,7 +111,7 @@ def _axis(runs: Mapping[str, Points]) -> str:
     """The setting that points of one line differ in: steps, or the first that is a number."""
     varied = [point["varied"] for points in runs.values() for point in points]
     numeric = [key for key in varied[0] if all(number(one[key]) is not None for one in varied)]
-    return "steps" if "steps" in numeric else next(iter([*numeric, *varied[0]]))
+    return next(iter([*(key for key in AXES if key in numeric), *numeric, *varied[0]]))
 
 
 def _lines(runs: Mapping[str, Points], key: str) -> dict[str, list[dict]]:

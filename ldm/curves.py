@@ -16,8 +16,11 @@ SHOWN = ("scene_accuracy", "clip_score", "precision", "recall", "cmmd", "kid")
 Points = Sequence[dict]
 
 
-def write(points: Points, out: Path) -> list[Path]:
-    """curve_<what varies>.json with all that is known, .csv with the metrics, .png."""
+def write(points: Points, out: Path, *, metric: str | None = None) -> list[Path]:
+    """curve_<what varies>.json with all that is known, .csv with the metrics, .png.
+
+    metric: what is drawn first against a length; None: as `curve_figures` chooses.
+    """
     from ldm import curve_figures
     from ldm.images import save_png
 
@@ -26,7 +29,7 @@ def write(points: Points, out: Path) -> list[Path]:
     text = StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(rows(points))
     write_text(csv_file, text.getvalue())
-    save_png(curve_figures.curve({"": points}), png_file, {"points": len(points)})
+    save_png(curve_figures.curve({"": points}, metric=metric), png_file, {"points": len(points)})
     return [json_file, csv_file, png_file]
 
 
@@ -83,10 +86,10 @@ def distance(metrics: Mapping[str, float]) -> str | None:
     return "fid" if "fid" in names else next(iter(names), None)
 
 
-def table(points: Points) -> str:
-    """A row a point: what was varied, then the metrics that are looked at first."""
-    shown = [distance(points[0]["metrics"]), *SHOWN]
-    names = [name for name in shown if name in points[0]["metrics"]]
+def table(points: Points, *, metric: str | None = None) -> str:
+    """A row a point: what was varied, then `metric` and those that are looked at first."""
+    shown = [metric, distance(points[0]["metrics"]), *SHOWN]
+    names = [name for name in dict.fromkeys(shown) if name in points[0]["metrics"]]
     lines = [[*points[0]["varied"], *names]]
     for point in points:
         lines.append([*point["varied"].values(), *(f"{point['metrics'][n]:.4g}" for n in names)])

@@ -1,8 +1,8 @@
 """python -m ldm.evaluate ckpt=runs/my-run [guidance.scale=1,2,4,8 features=[clip]]; see --help."""
 
-import hashlib
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +12,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from ldm import cli, curves
+from ldm import cli, curves, runs
 from ldm.files import write_text
 
 TEXTS = ("ckpt", "images", "data", "others", "subset", "out", "keep", "autoencoder", "text_encoder")
@@ -21,6 +21,7 @@ VARIED = {  # what several values may be given for
     "peer": ("guidance", "steps"),
     "images": (),
 }
+RESULTS = ("varied", "metrics", "intervals", "floor")  # what else is known says how
 LIBRARIES = ("ldm", "torch", "torchmetrics", "transformers", "numpy", "pillow")
 
 
@@ -36,11 +37,19 @@ def main() -> None:
         with cli.told_plainly():
             evaluate(points, asked)
 
+    if runs.launched() is None:  # torchrun ends its processes, also those that wait for another
+        signal.signal(signal.SIGTERM, leave)
     try:
         cli.run(composed, "evaluate")
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        how, code = error.args or ("interrupted", 130)
+        print(f"\n{how}; the same command goes on from here", file=sys.stderr)
+        sys.exit(code)
+
+
+def leave(number: int, frame: object) -> None:
+    """End as for Ctrl-C, with the exit code of a shell."""
+    raise KeyboardInterrupt("stopped", 128 + number)
 
 
 def kind(asked: dict[str, str | None]) -> str:
@@ -91,13 +100,35 @@ def evaluate(points: list[tuple[dict[str, str], DictConfig]], asked: dict[str, s
         return
     if len(points) == 1:
         path = out if single else out / "metrics.json"
+        said = "" if single else keep_former(path, found[0])
         write_text(path, json.dumps(found[0], indent=2) + "\n")
-        print(f"{table(found[0])}\n{path}")
+        print(f"{table(found[0])}\n{said}{path}")
     else:
         written = curves.write(found, out)
         print(f"{curves.table(found)}\n{'  '.join(map(str, written))}")
     for pieces in waiting:
         shutil.rmtree(pieces, ignore_errors=True)
+
+
+def keep_former(path: Path, facts: dict) -> str:
+    """Give numbers that were not measured as these a name of their own; a line that says so."""
+    from ldm.metrics import kept
+
+    try:
+        former = json.loads(path.read_text())
+        own, other = (
+            {name: value for name, value in one.items() if name not in RESULTS}
+            for one in (json.loads(json.dumps(facts)), former)
+        )
+    except (OSError, ValueError, AttributeError):  # none, or none that can be read
+        return ""
+    if own == other:
+        return ""
+    place = path.with_name(f"{path.stem}-{kept.digest(other)}.json")
+    path.replace(place)
+    differing = [change for change in runs.changes(other, own) if len(change) < 80]
+    told = f" ({', '.join(differing[:3])})" if differing else ""
+    return f"the former {path.name}{told} is kept as {place.name}\n"
 
 
 def measured(
@@ -106,6 +137,7 @@ def measured(
     """All that is known of one point, as plain values, and where its pieces wait."""
     from tqdm import tqdm
 
+    from ldm.metrics import kept
     from ldm.metrics.ranks import Ranks
 
     quality, ranks, home = source.quality, Ranks(), source.home / "eval"
@@ -117,8 +149,7 @@ def measured(
     if quality is not None:
         known["protocol"] = quality.facts()
     # Other settings, weights or pictures make other pieces.
-    which = json.dumps([known, asked["keep"]], sort_keys=True)
-    pieces = home / f"pieces-{hashlib.sha256(which.encode()).hexdigest()[:16]}"
+    pieces = home / f"pieces-{kept.digest([known, asked['keep']])}"
     if ranks.rank == 0 and pieces.is_dir():
         print(f"going on with what was painted before the last call ended ({pieces})", flush=True)
     found = {"varied": varied} if varied else {}
@@ -142,10 +173,8 @@ def measured(
                 if folder
                 else lambda items, images: None,
             )
-        found["metrics"] |= quality.measure(seen)
-        if ranks.rank == 0:
-            found["intervals"] = quality.scores.intervals(seen)
-            found["floor"] = source.floor
+        metrics, found["intervals"], found["floor"] = quality.estimate(seen)
+        found["metrics"] |= metrics
     return {**found, **known}, pieces
 
 
@@ -217,14 +246,17 @@ def table(facts: dict) -> str:
 
 def settings(values: dict) -> str:
     """In one line: count 500, steps 30, sampler DDIM eta 0.0, .."""
-    words = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            parts = {k: v for k, v in value.items() if k != "_target_" and v is not None}
-            called = value.get("_target_", "").rpartition(".")[2]
-            value = " ".join([called, *(f"{k} {v}" for k, v in parts.items())]).strip()
-        words.append(f"{name} {value}")
-    return ", ".join(words)
+    return ", ".join(f"{name} {spoken(value)}" for name, value in values.items())
+
+
+def spoken(value: object) -> object:
+    """A part's settings as its name and what they are; in brackets those of a part of it."""
+    if not isinstance(value, dict):
+        return value
+    parts = {k: v for k, v in value.items() if k != "_target_" and v is not None}
+    called = value.get("_target_", "").rpartition(".")[2]
+    said = [f"{k} ({spoken(v)})" if isinstance(v, dict) else f"{k} {v}" for k, v in parts.items()]
+    return " ".join([called, *said]).strip()
 
 
 def image_table(facts: dict) -> str:

@@ -15,15 +15,7 @@ from torch import Tensor
 
 from ldm.checkpoint import file_digest
 from ldm.data.captions import clean, decode
-from ldm.data.images import (
-    ImageError,
-    crop,
-    read_bytes,
-    read_image,
-    resize_short,
-    short_side,
-    to_tensor,
-)
+from ldm.data.images import ImageError, read_bytes, read_image, short_side, square, to_tensor
 from ldm.data.sources import SUFFIXES
 from ldm.models.text import quiet
 
@@ -82,7 +74,7 @@ class Folder:
         except ImageError as error:
             raise ImageError(f"'{path}': {error}") from error
         if image.size != (self.size, self.size):
-            image = resize_short(crop(image, min(image.size), x=0.5, y=0.5), self.size)
+            image = square(image, self.size)
         return to_tensor(image).float()
 
     def _captions(self) -> list[str] | None:

@@ -22,6 +22,8 @@ SHOWN = (
     "val/psnr",
     "val/loss",
 )
+PAINTED = ("val/scene_accuracy", "val/fid", "val/fd_", "val/clip_score")  # by their pictures
+CONSTANT = ("_floor", "_real")  # what real pictures get: no weights change it
 # Not settings of an experiment, but where and how it was carried out.
 INCIDENTAL = ("name", "direction", "early_stop.run_dir")
 
@@ -155,9 +157,12 @@ def doubts(compared: Sequence[Run], metric: str) -> list[str]:
         return [f"These are runs of several stages ({', '.join(sorted(map(str, stages)))})."]
     if differ and metric.startswith(("val/loss", "train/loss")):
         what = ", ".join(sorted(differ))
+        each = [logged([run]) for run in compared if run.rows]
+        by = _first(PAINTED, set.intersection(*each) if each else set())
+        instead = f", or rank by what is painted, as metric={by[0]} does" if by else ""
         return [
-            f"A loss weighs the same errors otherwise where {what} differs: look at samples.png, "
-            "or rank by what is painted, as metric=val/scene_accuracy does."
+            f"A loss weighs the same errors otherwise where {what} differs: look at samples.png"
+            f"{instead}."
         ]
     return []
 
@@ -176,20 +181,27 @@ def logged(compared: Sequence[Run]) -> set[str]:
     return {name for run in compared for row in run.rows for name in row}
 
 
-def beside(order: Sequence[Run]) -> list[str]:
-    """Those of SHOWN that any of the runs has measured."""
-    measured = sorted(logged(order))
-    names = [n for start in SHOWN for n in measured if n.startswith(start)]
+def beside(order: Sequence[Run], *, constant: bool = False) -> list[str]:
+    """Those of SHOWN that any of the runs has measured; with what real pictures get, if asked."""
+    names = _first(SHOWN, logged(order), constant=constant)
     return [n for n in names if not n.startswith("val/loss_t") and not n.endswith("_chance")]
 
 
-def table(order: Sequence[Run], metric: str) -> tuple[list[str], list[list]]:
+def _first(starts: Iterable[str], measured: set[str], *, constant: bool = False) -> list[str]:
+    """The metrics that begin in one of these ways, in this order."""
+    found = [name for start in starts for name in sorted(measured) if name.startswith(start)]
+    return [name for name in found if constant or not name.endswith(CONSTANT)]
+
+
+def table(
+    order: Sequence[Run], metric: str, *, constant: bool = False
+) -> tuple[list[str], list[list]]:
     """Columns and rows, in the given order: what differs between the runs and what came of them.
 
-    Cells are text, numbers, or None for what is not known.
+    Cells are text, numbers, or None for what is not known. constant: see `beside`.
     """
     differ = differences(order)
-    metrics = list(dict.fromkeys([metric, *beside(order)]))
+    metrics = list(dict.fromkeys([metric, *beside(order, constant=constant)]))
     columns = ["rank", "run", *differ, "state", *metrics, "images_seen", "images/s"]
     columns += ["seconds", "step"]
     rows = []

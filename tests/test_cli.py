@@ -27,7 +27,7 @@ from shell import (
     wait_for,
 )
 
-from ldm import cli
+from ldm import cli, settings
 
 NASTY = 'a {dog\'s} "café", 50% = ${oops}\\ [x] (y): 🌊 --h\n$(touch pwned)'
 
@@ -91,8 +91,13 @@ def test_the_same_command_again_resumes(home):
     said = train(*again, "trainer.max_steps=4", cwd=home)
     assert "is finished" in said
     long = f"samples.prompts=[{'red ' * 60}ball]"
-    said = train(*again, "trainer.max_steps=6", long, cwd=home)
+    (home / "bin").mkdir()
+    (home / "bin" / "srun").touch(mode=0o755)
+    path = f"{home / 'bin'}:{os.environ['PATH']}"
+    said = train(*again, "trainer.max_steps=6", long, cwd=home, PATH=path)
     assert "resumes" in said
+    assert "srun" not in said
+    assert "get_last_lr" not in said
     assert "tokens is cut to" in said
     assert "captions were cut" not in said, "a prompt is no caption"
     first = home / "runs" / "first"
@@ -215,6 +220,7 @@ def test_two_processes_learn_what_one_does(home, stage):
 def test_sample_takes_any_text(home):
     said = sample("ckpt=runs/first", f"prompt={NASTY}", "negative=a, b", "n=3", cwd=home)
     grid = home / said.strip().splitlines()[-1]
+    assert f"3 pictures beside {grid.relative_to(home)}\n" in said
     singles = sorted(grid.parent.glob(f"{grid.stem}_*.png"))
     assert len(singles) == 3
     assert Image.open(grid).size == (3 * 16 + 2 * 2, 16)  # three in a row
@@ -233,7 +239,8 @@ def test_sample_long_empty_and_many_prompts(home):
     (home / "prompts.txt").write_text("a red ball\n\na blue ball\n")
     sample("ckpt=runs/first", "prompts=prompts.txt", "n=2", "out=many.png", cwd=home)
     assert Image.open(home / "many_003.png").text["prompt"] == "a blue ball"
-    sample("ckpt=runs/first", "prompt=a blue ball", "seed=1", "n=1", "out=alone", cwd=home)
+    said = sample("ckpt=runs/first", "prompt=a blue ball", "seed=1", "n=1", "out=alone", cwd=home)
+    assert "beside" not in said
     same = [Image.open(home / name).tobytes() for name in ("many_003.png", "alone_000.png")]
     assert same[0] == same[1], "a picture depends on its own prompt and seed alone"
 
@@ -280,6 +287,16 @@ def test_training_mistakes_are_told_plainly(home):
         ("model=nanoo", "did you mean nano?"),
         ("optimizer.lr=1e-4x", "is no number"),
         ("+sed=3", "did you mean seed?"),
+        ("weighting=p2 weighting.gama=3", "did you mean weighting.gamma?"),
+        (
+            "weighting.gama=3",
+            "'weighting.gama' here, but there is weighting.gamma of min_snr, p2, soft_min_snr",
+        ),
+        ("-m weighting=p2,edm weighting.gama=3", "there is weighting.gamma of min_snr"),
+        ("scheduler.shift=3", "'scheduler.shift' here, but there is scheduler.shift of flow"),
+        ("data.max_steps=5", "did you mean trainer.max_steps?"),
+        ("data=some/where", "data=some/where does not exist. There are: coco, scenes, shards"),
+        ("data=/x", "for shards in a folder, give data=shards data.train=DIR data.val=DIR"),
         ("nonsense", "key=value"),
         ("--help", "the same command again resumes"),
     ],
@@ -287,7 +304,7 @@ def test_training_mistakes_are_told_plainly(home):
 def test_answers_come_before_torch_is_imported(argument, hint, tmp_path):
     code = (
         "import sys, runpy\n"
-        f"sys.argv = ['train.py', {argument!r}]\n"
+        f"sys.argv = ['train.py', *{argument!r}.split()]\n"
         "try: runpy.run_path(sys.argv[0] and "
         f"{str(ROOT / 'train.py')!r}, run_name='__main__')\n"
         "except SystemExit: pass\n"
@@ -299,14 +316,37 @@ def test_answers_come_before_torch_is_imported(argument, hint, tmp_path):
     assert "Traceback" not in said
 
 
+def test_help_may_be_cut_short(tmp_path):
+    """As by `train.py --help | head`: the reader leaves before all is written."""
+    helped = start(TRAIN, "--help", cwd=tmp_path)
+    helped.stdout.close()
+    assert helped.wait(timeout=60) == -signal.SIGPIPE, "it ends as other programs do"
+
+
+@pytest.mark.parametrize(
+    ("word", "read"),
+    [
+        ("guidance.guide=runs/a/step=00000250.ckpt", "guidance.guide='runs/a/step=00000250.ckpt'"),
+        ("name=b", "name=b"),
+        ("-m", "-m"),
+        ("scheduler=cosine,linear", "scheduler=cosine,linear"),
+        ("x='a=b'", "x='a=b'"),
+        ("x=[a=b]", "x=[a=b]"),
+        ("x=a=b,c=d", "x=a=b,c=d"),
+    ],
+)
+def test_a_file_of_ours_needs_no_quotes(word, read):
+    assert cli.quoted(word) == read
+
+
 def test_one_edit_away_is_found():
-    keys, luck = cli.known_keys("train"), random.Random(0)
+    keys, luck = settings.known_keys("train"), random.Random(0)
     leaves = [key for key in keys if len(key.rpartition(".")[2]) > 3 and "_target_" not in key]
     found = 0
     for key in luck.sample(leaves, 40):
         at = luck.randrange(key.rfind(".") + 1, len(key))
         wrong = key[:at] + luck.choice(["", "x", key[at] * 2]) + key[at + 1 :]
-        found += wrong in keys or f"did you mean {key}?" in cli.nearest(wrong, keys)
+        found += wrong in keys or f"did you mean {key}?" in settings.nearest(wrong, keys)
     assert found >= 36
 
 

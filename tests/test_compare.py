@@ -10,14 +10,27 @@ from PIL import Image
 from shell import run
 
 from ldm import ranking
+from ldm import ranking_figures as figures
 from ldm.compare import compare
 from ldm.images import load_png, save_png, tile, untile
 
 PROMPTS = ["a red circle", "a blue square", "a green star"]
 
 
-def write_run(directory, *, losses, config=None, choices=None, status="finished", prompts=PROMPTS):
-    """A run directory as train.py leaves it, with pictures of one colour a prompt."""
+def write_run(
+    directory,
+    *,
+    losses,
+    config=None,
+    choices=None,
+    status="finished",
+    prompts=PROMPTS,
+    measured=None,
+):
+    """A run directory as train.py leaves it, with pictures of one colour a prompt.
+
+    measured: a value of other metrics, the same at each validation.
+    """
     (directory / ".hydra").mkdir(parents=True)
     settings = {"metric": "val/loss", "data": {"batch_size": 8}, **(config or {})}
     (directory / "config.yaml").write_text(yaml.safe_dump(settings))
@@ -25,9 +38,10 @@ def write_run(directory, *, losses, config=None, choices=None, status="finished"
     (directory / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(about))
     with (directory / "metrics.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["step", "val/loss", "images_seen", "perf/images_per_s"])
+        more = measured or {}
+        writer.writerow(["step", "val/loss", "images_seen", "perf/images_per_s", *more])
         for i, loss in enumerate(losses):
-            writer.writerow([i * 10, loss, i * 80, 100 + i])
+            writer.writerow([i * 10, loss, i * 80, 100 + i, *more.values()])
     if status:
         result = {"status": status, "metric": "val/loss", "steps": 10, "seconds": 3.5}
         if status == "failed":
@@ -80,6 +94,48 @@ def test_the_best_stands_first_and_what_failed_last(sweep):
 
     compare(ranking.find([sweep]), out=sweep, direction="maximize")
     assert read(sweep / "ranking.csv")[0]["run"] == "scheduler=linear"
+
+
+def test_what_is_the_same_for_all_weights_is_left_to_the_csv_file(tmp_path):
+    values = {"val/fd_clip": 9, "val/clip_score": 30}
+    constant = {"val/fd_clip_floor": 4, "val/clip_score_real": 33, "val/clip_score_chance": 20}
+    for name in "ab":
+        write_run(tmp_path / name, losses=[1, 2], measured=values | constant)
+    said = compare(ranking.find([tmp_path]), out=tmp_path / "out")
+    [header] = [line for line in said.splitlines() if line.startswith("| rank")]
+    words = header.replace("|", " ").split()
+    assert [word for word in words if word.startswith("val/")] == [
+        "val/loss", "val/fd_clip", "val/clip_score",
+    ]  # fmt: skip
+    with (tmp_path / "out" / "ranking.csv").open() as file:
+        [row, _] = csv.DictReader(file)
+    assert [row[name] for name in ("val/fd_clip_floor", "val/clip_score_real")] == ["4.0", "33.0"]
+    with Image.open(tmp_path / "out" / "curves.png") as picture:
+        size = picture.size
+    two = [(name, [(0, 1.0), (1, 2.0)]) for name in "ab"]
+    assert figures.curves(dict.fromkeys(("val/loss", *values), two)).size == size, "three"
+
+
+@pytest.mark.parametrize(
+    ("measured", "told"),
+    [
+        (None, "look at samples.png."),
+        ({}, "look at samples.png."),
+        ({"val/loss_t0": 1}, "look at samples.png."),
+        ({"val/scene_accuracy": 0.5, "val/fid": 3}, "as metric=val/scene_accuracy does."),
+        ({"val/fid_floor": 2, "val/fid": 3, "val/clip_score": 20}, "as metric=val/fid does."),
+        ({"val/fd_clip_floor": 2, "val/fd_clip": 3}, "as metric=val/fd_clip does."),
+    ],
+)
+def test_only_what_was_measured_is_advised(tmp_path, measured, told):
+    for name in ("linear", "cosine"):
+        losses = [] if measured is None else [1]  # none: it has not come so far
+        write_run(tmp_path / name, losses=losses, choices={"scheduler": name}, measured=measured)
+    found = [ranking.read(place) for place in ranking.find([tmp_path])]
+    [doubt] = ranking.doubts(found, "val/loss")
+    assert "where scheduler differs" in doubt
+    assert doubt.endswith(told)
+    assert not ranking.doubts(found, "val/scene_accuracy")
 
 
 def test_each_column_of_the_page_shows_one_prompt(sweep, tmp_path):

@@ -91,6 +91,59 @@ def test_other_curves_find_their_axes(varied, kept, panels):
     assert [(x.partition(" (")[0], y.partition(" (")[0]) for x, y in words] == panels
 
 
+def test_metrics_are_drawn_against_lengths_beside_what_was_trained():
+    points = [point(i, length=length) for i, length in enumerate(["0.2", "0.05"])]
+    points = [{**one, "own": {"fd_clip": 9.5, "kid": 0.1}} for one in points]
+    kid, far, score = figure({"": points}, metric="kid").axes
+    assert [axes.get_xlabel() for axes in (kid, far, score)] == ["length"] * 3
+    assert [axes.get_ylabel().split()[0] for axes in (kid, far, score)] == [
+        "kid",
+        "Frechet",
+        "CLIP",
+    ]
+    drawn = next(line for line in far.lines if line.get_marker() == "o")
+    assert [*drawn.get_xdata()] == [0.05, 0.2]
+    assert [*drawn.get_ydata()] == [11.0, 10.0]
+    assert any([*line.get_ydata()] == [9.5, 9.5] for line in far.lines)
+    assert "as trained" in [text.get_text() for text in far.texts]
+    assert "as trained" not in [text.get_text() for text in score.texts], "it was not measured"
+    assert curves.table(points, metric="precision") == curves.table(points)
+    assert curves.table(points, metric="kid").split()[1] == "kid"
+
+
+def test_lines_and_their_intervals_stand_beside_one_another():
+    far, _ = figure({"": STEPS}).axes
+    low, high = far.get_ylim()
+    assert low < 9, "all intervals are in the picture"
+    assert 15 < high < 18
+    places = []  # of the bars at 20 steps, in pixels
+    for container in far.containers:
+        [bars] = container[2]
+        [bar] = [ends for ends in bars.get_segments() if ends[0][0] == 20]
+        places.append(bars.get_transform().transform(bar)[0][0])
+    assert 3 < places[1] - places[0] < 12
+    drawn = [line for line in far.lines if line.get_label() in ("ddim", "ddpm")]
+    points = [line.get_transform().transform((20, 10))[0] for line in drawn]
+    assert points == pytest.approx(places), "a bar goes through its point"
+
+
+def test_what_is_nought_everywhere_is_left_out():
+    points = [
+        {**one, "metrics": {**one["metrics"], "scene_accuracy": 0.0}} for one in guided(["1", "3"])
+    ]
+    assert [axes.get_xlabel() for axes in figure({"": points}).axes] == [
+        "CLIP score (higher is better)"
+    ]
+    for kept, shown in {
+        ("fd_clip", "scene_accuracy"): "Frechet",
+        ("scene_accuracy",): "scene",
+    }.items():
+        some = [{**one, "metrics": {k: one["metrics"][k] for k in kept}} for one in points]
+        [axes] = figure({"": some}).axes
+        assert axes.get_xlabel() == "guidance.scale"
+        assert axes.get_ylabel().startswith(shown), "there is nothing else"
+
+
 def test_files_hold_all_that_is_known(tmp_path):
     files = curves.write(STEPS, tmp_path)
     assert [path.name for path in files] == [

@@ -221,7 +221,7 @@ def test_the_verb_takes_settings(home, measured, tmp_path, capsys):
     assert (settings["weights"], settings["guidance"]["scale"], settings["seed"]) == ("raw", 1, 5)
     said = capsys.readouterr().out
     assert "count 3, seed 5, steps 2, size 16, sampler DDIM eta 0.0" in said
-    assert "guidance ClassifierFree scale 1, weights raw" in said
+    assert "guidance ClassifierFree scale 1 interval [0.0, 1.0] rescale 0.0, weights raw" in said
     assert said.endswith(f"{out}\n")
     with pytest.raises(ValueError, match="count=2"):
         evaluate([({}, composed("count=1"))], asked(ckpt=ckpt))
@@ -246,6 +246,38 @@ def test_a_run_is_compared_with_its_own_pictures(shards_run, real):
     assert again["protocol"] == protocol
     assert again["metrics"] == metrics
     assert measure("seed=7", ckpt=shards_run)["metrics"] != metrics
+
+
+def test_more_pictures_than_captions_are_told(shards_run, real, capsys):
+    facts = measure("count=25", ckpt=shards_run)
+    assert facts["protocol"]["painted"] == 25
+    told = "count=25: there are 20 captions, so that some are painted again with other seeds\n"
+    assert told in capsys.readouterr().out
+    measure("count=12", ckpt=shards_run, data=real / "val")  # a half of it
+    assert "count=12: there are 10 captions" in capsys.readouterr().out
+    measure("count=10", ckpt=shards_run, data=real / "val")
+    assert "captions, so that" not in capsys.readouterr().out
+
+
+def test_numbers_of_other_settings_are_kept(shards_run, capsys):
+    def again(*overrides: str) -> dict:
+        evaluate([({}, composed("count=8", *COLOURS, *overrides))], asked(ckpt=shards_run, out="x"))
+        return json.loads(Path("x/metrics.json").read_text())
+
+    first = again()
+    assert again() == first
+    assert [path.name for path in Path("x").iterdir()] == ["metrics.json"], "the same once more"
+    capsys.readouterr()
+    second = again("steps=1")
+    [former] = Path("x").glob("metrics-*.json")
+    said = capsys.readouterr().out
+    assert f"metrics.json (settings.steps was 2, is 1) is kept as {former.name}" in said
+    assert json.loads(former.read_text()) == first
+    assert second["settings"]["steps"] == 1
+    assert again() == first
+    assert len([*Path("x").glob("metrics-*.json")]) == 2
+    Path("x/metrics.json").write_text("{torn")
+    assert again() == first
 
 
 def test_scenes_are_both_read_and_compared(home, measured):
@@ -397,8 +429,11 @@ def test_points_of_a_curve_are_kept_apart(shards_run):
         ({"images": "x"}, [], "there is no folder .x."),
         ({"ckpt": "x"}, [], "neither a run directory nor a file"),
         ({"ckpt": "RUN"}, ["features=none"], "features=none leaves scene accuracy alone"),
-        ({"ckpt": "RUN"}, ["count=4"], "it takes 8 or more"),
+        ({"ckpt": "RUN"}, ["count=4"], "4 pictures to measure: it takes 8 or more"),
+        ({"ckpt": "RUN"}, ["count=1"], "1 picture to measure: it takes 8 or more"),
+        ({"ckpt": "RUN"}, ["count=1", "scenes=true"], "another caption: give count=2 or more"),
         ({"ckpt": "RUN", "data": "gone"}, [], "gone"),
+        ({"ckpt": "RUN", "data": "coco"}, [], "data=coco: .* a folder with shards .*data/coco/val"),
         ({"ckpt": "RUN", "subset": "gone.json"}, [], "gone.json"),
         ({"ckpt": "RUN", "subset": "OTHER"}, [], "of other pictures than data"),
         (
@@ -490,6 +525,20 @@ def test_a_killed_evaluation_goes_on_where_it_was(home, shards_run):
     run(*command, "out=b", cwd=home.path)
     a, b = (json.loads((home.path / x / "metrics.json").read_text()) for x in "ab")
     assert a == b
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_is_told_to_leave_says_how_to_go_on(home, shards_run):
+    command = [f"ckpt={shards_run}", "count=24", "batch=8", "steps=60", "out=told"]
+    process = start("-m", "ldm.evaluate", *command, cwd=home.path)
+    wait_for(lambda: pieces(shards_run) or process.poll() is not None)
+    process.terminate()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert said.endswith("\nstopped; the same command goes on from here\n")
+    assert "Traceback" not in said
+    for left in (shards_run / "eval").glob("pieces-*"):
+        shutil.rmtree(left)
 
 
 @pytest.mark.slow

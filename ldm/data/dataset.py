@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.images import ImageError, crop, read_image, resize_short, to_tensor
+from ldm.data.images import ImageError, read_image, square, to_tensor
 from ldm.data.order import CAPTION, CROP, draws
 from ldm.data.shards import Shards
 from ldm.data.skips import Skip, TooManySkippedError, described
@@ -82,10 +82,13 @@ class TextImages(Dataset):
         self._size, self._seed, self._train = size, seed, train
         self._random_crop, self._flip = train and crop == "random", flip if train else 0.0
 
-    def plain(self) -> "TextImages":
-        """The same samples as a validation has them: centre and first caption."""
+    def plain(self, *, size: int | None = None) -> "TextImages":
+        """The same samples as a validation has them: centre and first caption.
+
+        size: another side than here, in pixels.
+        """
         on_error = "skip" if self._skip else "stop"
-        size, seed = self._size, self._seed
+        size, seed = size or self._size, self._seed
         return TextImages(self.shards, size=size, on_error=on_error, seed=seed, train=False)
 
     def __len__(self) -> int:
@@ -124,9 +127,7 @@ class TextImages(Dataset):
         x, y, flip = draws(3, CROP, self._seed, position) / 2.0**64
         if not self._random_crop:
             x = y = 0.5
-        image = read_image(data)
-        # Cut before scaling: scaling up a picture of 1 x 20000 pixels would take gigabytes.
-        pixels = to_tensor(resize_short(crop(image, min(image.size), x=x, y=y), self._size))
+        pixels = to_tensor(square(read_image(data), self._size, x=x, y=y))
         return pixels.flip(-1) if flip < self._flip else pixels  # (3, S, S)
 
     def _choose(self, captions: list[str], index: int, *, epoch: int) -> str:

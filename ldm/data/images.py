@@ -111,6 +111,45 @@ def crop(image: Image.Image, size: int, *, x: float, y: float) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def square(image: Image.Image, size: int, *, x: float = 0.5, y: float = 0.5) -> Image.Image:
+    """A square of the picture's shorter side, at x, y as in `crop`, scaled to `size` pixels.
+
+    It is cut first, because scaling up a picture of 1 x 20000 pixels would take gigabytes.
+    """
+    return resize_short(crop(image, min(image.size), x=x, y=y), size)
+
+
+def read_square(path: str | Path, size: int) -> Tensor:
+    """The picture in a file as an image (3, size, size) in [-1, 1], the middle of its long side.
+
+    Raises what `read_image` raises.
+    """
+    return to_tensor(square(read_image(path), size)).float() / 127.5 - 1
+
+
+def read_mask(path: str | Path, size: int, *, of: str | Path | None = None) -> Tensor:
+    """A mask (1, size, size) of 0 and 1 from a picture of any mode, cut as `read_square` cuts.
+
+    1 is where it is bright; what is transparent is not. of: the picture that it is of.
+    Raises ImageError as `read_image` does, where nothing is bright, and where it is of another size
+    than its picture.
+    """
+    with _open(read_bytes(path)) as image:
+        try:
+            light = _on(image, "black") if image.has_transparency_data else _to_rgb(image)
+        except Exception as error:  # as in read_image
+            raise ImageError(f"damaged {image.format}", str(error)) from error
+    if of is not None and (sides := read_image(of).size) != light.size:
+        both = "{} x {} where its picture {} is {} x {}".format(*light.size, of, *sides)
+        raise ImageError("a mask of another size", f"{path} is {both}")
+    mask = (to_tensor(square(light, size)).float().mean(0, keepdim=True) > 127.5).float()
+    if not mask.any():
+        raise ImageError(
+            "an empty mask", f"{path} is dark everywhere; white is what is painted anew"
+        )
+    return mask
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """The pixels of an RGB picture, uint8 (3, H, W), in 0..255."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
@@ -148,8 +187,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255
         grey = np.asarray(image).astype(np.int64) >> 8
         image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.new("RGBA", rgba.size, "white")
-        image.alpha_composite(rgba)
-    return image.convert("RGB")
+    return _on(image, "white") if image.has_transparency_data else image.convert("RGB")
+
+
+def _on(image: Image.Image, color: str) -> Image.Image:
+    """A picture with transparency, laid on a color."""
+    below = Image.new("RGBA", image.size, color)
+    below.alpha_composite(image.convert("RGBA"))
+    return below.convert("RGB")

@@ -28,6 +28,12 @@ def locate(source: Source) -> list[Path | Remote]:
     sources = [source] if isinstance(source, (str, Path)) else source
     found = [shard for text in map(str, sources) for one in _braces(text) for shard in _shards(one)]
     if not found:
+        places = (text for text in map(str, sources) if not is_url(text))
+        below = sorted({tar.parent for place in places for tar in Path(place).glob("*/*.tar")})
+        if below:
+            raise FileNotFoundError(
+                f"no .tar shards in {shown(source)} itself, but in {', '.join(map(str, below[:8]))}"
+            )
         raise FileNotFoundError(
             f"no .tar shards in {shown(source)}; `python -m ldm.prepare` writes them"
         )

@@ -17,6 +17,11 @@ class DamagedError(ValueError):
     """A file that does not hold what was written to it."""
 
 
+def digest(facts: object) -> str:
+    """Sixteen letters of plain values, which tell them from others in names of files."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def write(path: Path, tables: Mapping[str, Tensor], *, facts: dict) -> None:
     """Replace a file by these tables, with plain values that say what they are of."""
     tables = {name: table.contiguous() for name, table in tables.items()}

@@ -36,7 +36,7 @@ class Moments:
     """Count, mean (D,) and centred second moments (D, D) of feature rows, in float64.
 
     `scatter` is the sum of (x - mean)(x - mean)^T. Moments of parts of a set add up to the moments
-    of the set, and `tensors()` is all there is to save or to gather.
+    of the set.
     """
 
     def __init__(self, width: int, *, device: torch.device | str | None = None) -> None:
@@ -93,33 +93,6 @@ class Moments:
             rank = min(self.count - 1, len(values))
             self._root = vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()
         return self._root
-
-    def tensors(self) -> dict[str, Tensor]:
-        """count (), int64, mean (D,) and scatter (D, D), float64."""
-        count = torch.tensor(self.count, device=self.mean.device)
-        return {"count": count, "mean": self.mean, "scatter": self.scatter}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> "Moments":
-        """What `tensors()` gave. Raises ValueError where names, shapes or types differ from it."""
-        told = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        width = told.get("mean", (None, (0,)))[1][0]
-        real = torch.float64
-        meant = {
-            "count": (torch.int64, ()),
-            "mean": (real, (width,)),
-            "scatter": (real, (width, width)),
-        }
-        if told != meant:
-            raise ValueError(
-                f"these are no moments: {told}; they take count () int64, mean (D,) and "
-                "scatter (D, D) float64. Compute the statistics anew"
-            )
-        moments = cls(width, device=tensors["mean"].device)
-        moments.count = int(tensors["count"])
-        moments.mean.copy_(tensors["mean"])
-        moments.scatter.copy_(tensors["scatter"])
-        return moments
 
     def _join(self, count: int, mean: Tensor) -> None:
         """Takes in `count` rows but for their own scatter, which the caller adds."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm.data.dataset import TextImages
 from ldm.images import to_bytes
 from ldm.metrics.features import Features
+from ldm.metrics.intervals import Interval
 from ldm.metrics.ranks import Ranks
 from ldm.metrics.reference import real_features
 from ldm.metrics.scores import Scores, first
@@ -31,9 +32,20 @@ class TooFewError(ValueError):
 def captions_to_paint(
     pictures: TextImages, others: TextImages | None, count: int, *, seed: int = 0
 ) -> Subset:
-    """`Subset.drawn` of these pictures, or where there are no others to compare with, of a half."""
+    """`Subset.drawn` of these pictures, or where there are no others to compare with, of a half.
+
+    Raises TooFewError for a count that is too low.
+    """
+    enough("pictures to measure", count)
     within = len(pictures) // 2 if lacking(pictures, others) else None
     return Subset.drawn(pictures.shards, count, seed=seed, within=within)
+
+
+def enough(what: str, count: int) -> None:
+    """Raise TooFewError where these are too few pictures to measure."""
+    if count < FEWEST:
+        what = what.replace("pictures", "picture", 1) if count == 1 else what
+        raise TooFewError(f"{count} {what}: it takes {FEWEST} or more")
 
 
 def lacking(pictures: TextImages, others: TextImages | None) -> bool:
@@ -103,8 +115,7 @@ class Quality:
             "real pictures to compare with": len(self.real_places),
             "real pictures for the floor": len(self.floor_places),
         }.items():
-            if n < FEWEST:
-                raise TooFewError(f"{n} {what}: it takes {FEWEST} or more")
+            enough(what, n)
         self.prepared = False
         self.scores: Scores | None = None  # the first rank's, once prepared
 
@@ -154,6 +165,14 @@ class Quality:
         """The metrics of such tables, computed by the first rank, known to all."""
         ranks = Ranks()
         return ranks.share(self.scores.metrics(seen) if ranks.rank == 0 else None)
+
+    def estimate(
+        self, seen: Mapping[str, Tensor]
+    ) -> tuple[dict[str, float], dict[str, Interval], dict[str, float]]:
+        """The metrics likewise, their 95 % intervals, and the distances of the floor."""
+        ranks, scores = Ranks(), self.scores
+        found = (*scores.estimated(seen), scores.floor_distances) if ranks.rank == 0 else None
+        return ranks.share(found)
 
     def facts(self) -> dict:
         """What another must do alike to get the same numbers, as plain values."""

@@ -3,8 +3,6 @@
 Shapes: M real pictures, D features.
 """
 
-import hashlib
-import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +44,7 @@ def real_features(
     tables, missing, files = {}, [], {}
     for network in networks:
         facts = facts_of(network, pictures, places, size=size)
-        path = cache / f"real-{network.name}-{_digest(facts)}.safetensors"
+        path = cache / f"real-{network.name}-{kept.digest(facts)}.safetensors"
         files[network.name] = path, facts
         table = find(path, facts, width=network.width)
         # One process may see the file that another is about to write: they must go the same way.
@@ -68,7 +66,7 @@ def real_features(
             return {network.name: network(images) for network in missing}
 
         columns = {network.name: network.width for network in missing}
-        pieces = cache / f"pieces-{_digest([files[name][0].name for name in columns])}"
+        pieces = cache / f"pieces-{kept.digest([files[name][0].name for name in columns])}"
         made = tabulate(len(order), make, columns=columns, batch=batch, folder=pieces, done=done)
         if Ranks().rank == 0:
             for name, table in made.items():
@@ -115,7 +113,3 @@ def find(path: Path, facts: dict, *, width: int) -> Tensor | None:
     if told:
         raise ValueError(f"{path} is of something else ({', '.join(told)}): delete it")
     return tables["features"]
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -31,8 +31,13 @@ class SceneAccuracy:
     """
 
     def __init__(self, *, count: int, batch: int = 32, seed: int = 0) -> None:
-        if count < 2 or batch < 1:
-            raise ValueError(f"it takes count=2 and batch=1 or more, got {count} and {batch}")
+        if count < 2:
+            raise ValueError(
+                f"count={count}: for chance, each picture is read against the words of another "
+                "caption: give count=2 or more"
+            )
+        if batch < 1:
+            raise ValueError(f"batch={batch}: it takes batch=1 or more")
         self.count = count
         self.batch = batch
         drawn = [sample(i, split=split) for split in SPLITS for i in range(count)]

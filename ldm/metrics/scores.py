@@ -3,7 +3,9 @@
 Shapes: N painted pictures, M real ones, D features.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -12,13 +14,14 @@ from ldm.metrics.clip_features import clip_score
 from ldm.metrics.features import Features
 from ldm.metrics.frechet import frechet_distance, frechet_estimate
 from ldm.metrics.inception_score import inception_score
-from ldm.metrics.intervals import Interval, bootstrap_mean, jackknife
+from ldm.metrics.intervals import Estimate, Interval, bootstrap_mean, jackknife
 from ldm.metrics.kernels import cmmd, kid
 from ldm.metrics.manifold import Manifold
 from ldm.metrics.moments import Moments
 
 SEED = 0  # of KID's subsets, the score's splits, and what intervals draw
 SUBSET = 1000  # KID's, or half of the smaller side
+SHARES = ("precision", "recall", "density", "coverage")  # in [0, 1], but for the density
 
 
 class Scores:
@@ -46,6 +49,7 @@ class Scores:
         for network in networks:
             if network.name == "inception":
                 self.logits = network.logits
+        self._floor_frechet = self._frechet(floor, errors=False)
         self.constant = self._constant()
 
     def metrics(self, seen: Mapping[str, Tensor]) -> dict[str, float]:
@@ -55,66 +59,83 @@ class Scores:
         pictures with their own captions) and, of these pictures, clip_score_chance (with all the
         captions but their own).
         """
-        found = self.distances(seen)
+        return self.distances(seen) | self._agreement(seen) | self.constant
+
+    def estimated(self, seen: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, Interval]]:
+        """`metrics`, and 95 % intervals for painting as many other pictures, by metric."""
+        estimates = self._frechet(seen, errors=True) | self._others(seen, errors=True)
+        intervals = {name: estimate.interval() for name, estimate in estimates.items()}
+        for name in SHARES:
+            low, high = intervals[name]
+            intervals[name] = Interval(max(low, 0.0), high if name == "density" else min(high, 1.0))
         for name, texts in self.texts.items():
-            scores = clip_score(seen[name], texts)
-            found[score_key(name)] = float(scores.mean())
-            found[f"{score_key(name)}_chance"] = _chance(seen[name], texts)
-        return found | self.constant
+            intervals[score_key(name)] = bootstrap_mean(clip_score(seen[name], texts), seed=SEED)
+        found = _values(estimates) | self._inception_score(seen)
+        return found | self._agreement(seen) | self.constant, intervals
 
     def distances(self, seen: Mapping[str, Tensor]) -> dict[str, float]:
         """fid (Inception) or fd_<network>, kid, precision, recall, density, coverage, cmmd."""
-        found = {
-            distance_key(name): frechet_distance(moments, Moments.of(seen[name]))
+        estimates = self._frechet(seen, errors=False) | self._others(seen, errors=False)
+        return _values(estimates) | self._inception_score(seen)
+
+    @cached_property
+    def floor_distances(self) -> dict[str, float]:
+        """`distances` of the real pictures of the painted captions: what a perfect model gets."""
+        estimates = self._floor_frechet | self._others(self.floor, errors=False)
+        return _values(estimates) | self._inception_score(self.floor)
+
+    def _frechet(self, seen: Mapping[str, Tensor], *, errors: bool) -> dict[str, Estimate]:
+        """Errors cost more, and are NaN where they are not wanted."""
+        return {
+            distance_key(name): frechet_estimate(moments, seen[name])
+            if errors
+            else Estimate(frechet_distance(moments, Moments.of(seen[name])), math.nan)
             for name, moments in self.moments.items()
         }
-        first = seen[self.first]
-        found["kid"] = kid(
-            self.real[self.first], first, seed=SEED, subset_size=self._subset(first)
-        )[0]
-        found |= self.manifold.compare(first)
+
+    def _others(self, seen: Mapping[str, Tensor], *, errors: bool) -> dict[str, Estimate]:
+        """All other distances; errors as above."""
+        first, real = seen[self.first], self.real[self.first]
+        of_subsets = kid(real, first, seed=SEED, subset_size=self._subset(first))
+        found = {"kid": Estimate(of_subsets.mean, of_subsets.error)}
+        if errors:
+            groups = max(2, min(20, len(first) // 8))
+            found |= jackknife(self.manifold.compare, first, seed=SEED, groups=groups)
+        else:
+            shares = self.manifold.compare(first)
+            found |= {name: Estimate(value, math.nan) for name, value in shares.items()}
         if "clip" in seen:
-            found["cmmd"] = cmmd(self.real["clip"], seen["clip"]).value
-        if self.logits is not None:
-            chances = self.logits(seen["inception"]).softmax(dim=1)
-            splits = min(10, len(chances) // 2)
-            found["inception_score"] = inception_score(chances, seed=SEED, splits=splits).mean
+            found["cmmd"] = cmmd(self.real["clip"], seen["clip"])
         return found
 
-    def intervals(self, seen: Mapping[str, Tensor]) -> dict[str, Interval]:
-        """95 % intervals for painting as many other pictures, by metric."""
-        found = {
-            distance_key(name): frechet_estimate(moments, seen[name]).interval()
-            for name, moments in self.moments.items()
-        }
-        first = seen[self.first]
-        real = self.real[self.first]
-        value, _, error = kid(real, first, seed=SEED, subset_size=self._subset(first))
-        found["kid"] = Interval(value - 1.96 * error, value + 1.96 * error)
-        groups = jackknife(
-            self.manifold.compare, first, seed=SEED, groups=max(2, min(20, len(first) // 8))
-        )
-        for name, estimate in groups.items():  # shares, but for the density
-            low, high = estimate.interval()
-            found[name] = Interval(max(low, 0.0), high if name == "density" else min(high, 1.0))
-        if "clip" in seen:
-            found["cmmd"] = cmmd(self.real["clip"], seen["clip"]).interval()
+    def _inception_score(self, seen: Mapping[str, Tensor]) -> dict[str, float]:
+        if self.logits is None:
+            return {}
+        chances = self.logits(seen["inception"]).softmax(dim=1)
+        splits = min(10, len(chances) // 2)
+        return {"inception_score": inception_score(chances, seed=SEED, splits=splits).mean}
+
+    def _agreement(self, seen: Mapping[str, Tensor]) -> dict[str, float]:
+        """With the captions, and with those of others."""
+        found = {}
         for name, texts in self.texts.items():
-            found[score_key(name)] = bootstrap_mean(clip_score(seen[name], texts), seed=SEED)
+            found[score_key(name)] = float(clip_score(seen[name], texts).mean())
+            found[f"{score_key(name)}_chance"] = _chance(seen[name], texts)
         return found
 
     def _subset(self, painted: Tensor) -> int:
         return min(SUBSET, len(painted) // 2, len(self.real[self.first]) // 2)
 
     def _constant(self) -> dict[str, float]:
-        found = {}
-        for name, moments in self.moments.items():
-            floor = frechet_distance(moments, Moments.of(self.floor[name]))
-            found[f"{distance_key(name)}_floor"] = floor
+        found = {f"{name}_floor": value for name, value in _values(self._floor_frechet).items()}
         for name, texts in self.floor_texts.items():
             own = clip_score(self.floor[name], texts)
             found[f"{score_key(name)}_real"] = float(own.mean())
         return found
+
+
+def _values(estimates: Mapping[str, Estimate]) -> dict[str, float]:
+    return {name: estimate.value for name, estimate in estimates.items()}
 
 
 def first(networks: Sequence[Features]) -> str:

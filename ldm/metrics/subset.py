@@ -1,6 +1,5 @@
 """What is painted to be measured: captions and seeds, frozen in a file."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 from ldm.data.order import SUBSET, draws
 from ldm.data.shards import Shards
 from ldm.files import write_text
+from ldm.metrics import kept
 
 VERSION = 1
 
@@ -37,7 +37,7 @@ class Subset:
     @property
     def digest(self) -> str:
         """Of all that it says."""
-        return hashlib.sha256(self._text().encode()).hexdigest()[:16]
+        return kept.digest({"version": VERSION, **asdict(self)})
 
     @classmethod
     def drawn(
@@ -81,6 +81,3 @@ class Subset:
         """Freeze it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({**asdict(self), "digest": self.digest}, indent=1) + "\n")
-
-    def _text(self) -> str:
-        return json.dumps({"version": VERSION, **asdict(self)}, sort_keys=True)

@@ -1,7 +1,5 @@
 """What is measured on pictures that a run paints while it trains."""
 
-import hashlib
-import json
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,6 +13,7 @@ from tqdm import tqdm
 
 from ldm.checkpoint import digest
 from ldm.data.dataset import TextImages
+from ldm.metrics import kept
 from ldm.metrics.features import Features
 from ldm.metrics.quality import Quality, captions_to_paint
 from ldm.metrics.ranks import Ranks
@@ -163,9 +162,7 @@ class ImageCheck(L.Callback):
         """
         facts = [self.quality.facts(), self.settings, self.size, self.steps]
         weights = Ranks().share(digest(denoiser) if Ranks().rank == 0 else None)
-        text = json.dumps([*facts, weights], sort_keys=True)
-        which = hashlib.sha256(text.encode()).hexdigest()[:16]
-        return self.folder / f"step={step:08d}-{which}"
+        return self.folder / f"step={step:08d}-{kept.digest([*facts, weights])}"
 
     def is_due(self, trainer: L.Trainer) -> bool:
         """A function of the step alone, so that a resumed run measures when it would have."""

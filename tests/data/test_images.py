@@ -19,7 +19,9 @@ from ldm.data.images import (
     is_plain,
     read_bytes,
     read_image,
+    read_mask,
     resize_short,
+    square,
     to_tensor,
 )
 
@@ -208,7 +210,53 @@ def test_crop_runs_from_edge_to_edge():
         crop(image, 5, x=0, y=0)
 
 
+def test_a_square_is_cut_then_scaled():
+    image = gradient(10, 4)
+    for x, left in ((0, 0), (0.5, 3), (1, 6)):
+        assert square(image, 8, x=x) == image.crop((left, 0, left + 4, 4)).resize(
+            (8, 8), Image.Resampling.BICUBIC
+        )
+    assert square(image, 8) == square(image, 8, x=0.5, y=0.5)
+    assert square(gradient(1, 20000), 512).size == (512, 512), "in no time"
+
+
 def test_to_tensor_has_channels_first():
     pixels = to_tensor(gradient(5, 3))
     assert (pixels.shape, pixels.dtype) == ((3, 3, 5), torch.uint8)
     assert tuple(pixels[:, 1, 4].tolist()) == gradient(5, 3).getpixel((4, 1))
+
+
+def masks():
+    """The left half of 8 x 4 pixels, in modes that masks come in."""
+    left = np.zeros((4, 8), np.uint8)
+    left[:, :4] = 255
+    grey = Image.fromarray(left)
+    stroke = Image.new("RGBA", (8, 4), (255, 255, 255, 0))  # white, and transparent on the right
+    stroke.putalpha(grey)
+    return {
+        "L": grey,
+        "1": grey.convert("1"),
+        "RGB": grey.convert("RGB"),
+        "P": grey.convert("P"),
+        "LA": Image.merge("LA", (Image.new("L", (8, 4), 255), grey)),
+        "I;16": Image.fromarray(left.astype(np.uint16) * 257),
+        "RGBA": stroke,
+    }
+
+
+@pytest.mark.parametrize("mode", masks())
+def test_a_mask_is_one_where_it_is_bright(mode, tmp_path):
+    masks()[mode].save(tmp_path / "mask.png")
+    mask = read_mask(tmp_path / "mask.png", 4)  # the middle four columns
+    assert mask.shape == (1, 4, 4)
+    assert mask[0].tolist() == [[1.0, 1.0, 0.0, 0.0]] * 4
+
+
+def test_a_mask_that_is_none_is_refused(tmp_path):
+    Image.new("L", (8, 4)).save(tmp_path / "dark.png")
+    with pytest.raises(ImageError, match="dark everywhere"):
+        read_mask(tmp_path / "dark.png", 4)
+    masks()["L"].save(tmp_path / "mask.png")
+    Image.new("RGB", (9, 4)).save(tmp_path / "picture.png")
+    with pytest.raises(ImageError, match=r"8 x 4 where its picture .*picture.png is 9 x 4"):
+        read_mask(tmp_path / "mask.png", 4, of=tmp_path / "picture.png")

@@ -50,6 +50,7 @@ def test_a_name_is_taken_as_it_is_where_it_exists(here):
         ("data/a/train-{0000..0004}.tar", r"no shards at data/a/train-0003\.tar"),
         ("data/a/*.txt", "no .tar shards match"),
         ("data/absent", "no shards at data/absent"),
+        ("data", "no .tar shards in data itself, but in data/a, data/b"),
     ],
 )
 def test_what_is_not_there_is_named(here, source, told):

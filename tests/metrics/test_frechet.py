@@ -89,9 +89,10 @@ def test_it_is_what_others_compute_at_full_width_of_few_pictures():
 
 
 def known(mean, covariance, count=1000):
-    tensors = {"count": torch.tensor(count), "mean": torch.tensor(mean, dtype=torch.float64)}
-    scatter = torch.tensor(covariance, dtype=torch.float64) * (count - 1)
-    return Moments.from_tensors(tensors | {"scatter": scatter})
+    moments = Moments(len(mean))
+    moments.count, moments.mean = count, torch.tensor(mean, dtype=torch.float64)
+    moments.scatter = torch.tensor(covariance, dtype=torch.float64) * (count - 1)
+    return moments
 
 
 def test_it_is_the_closed_form_of_two_gaussians():

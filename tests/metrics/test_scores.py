@@ -10,6 +10,7 @@ import torch
 from gaussians import gaussian_rows
 from torch import Tensor
 
+from ldm.metrics import scores as module
 from ldm.metrics.clip_features import clip_score
 from ldm.metrics.frechet import frechet_distance
 from ldm.metrics.inception_score import inception_score
@@ -104,7 +105,7 @@ def test_without_captions_there_is_no_clip_score():
     found = one.metrics(seen("efficientnet", "clip"))
     assert not any("clip_score" in name for name in found)
     assert {"fd_efficientnet", "fd_clip", "cmmd"} < found.keys()
-    assert found.keys() >= one.intervals(seen("efficientnet", "clip")).keys()
+    assert found.keys() >= one.estimated(seen("efficientnet", "clip"))[1].keys()
 
 
 def test_another_clip_has_a_score_of_its_own():
@@ -132,15 +133,40 @@ def test_real_pictures_in_place_of_painted_ones_get_the_floor():
 def test_what_is_measured_twice_is_the_same():
     one, painted = scores("clip", captioned=("clip",)), seen("clip")
     torch.manual_seed(1)
-    first = one.metrics(painted), one.intervals(painted)
+    first = one.metrics(painted), one.estimated(painted)
     torch.manual_seed(2)
-    assert (one.metrics(painted), one.intervals(painted)) == first
+    assert (one.metrics(painted), one.estimated(painted)) == first
+
+
+def test_what_takes_long_is_computed_once(monkeypatch):
+    """KID, and the Frechet distances of the painted pictures and of the floor."""
+    calls = []
+    for name in ("kid", "frechet_distance", "frechet_estimate", "cmmd"):
+        own = getattr(module, name)
+
+        def counted(*given, own=own, name=name, **more):
+            calls.append(name)
+            return own(*given, **more)
+
+        monkeypatch.setattr(module, name, counted)
+    one = scores("clip", captioned=("clip",))
+    one.estimated(seen("clip"))
+    assert sorted(calls) == ["cmmd", "frechet_distance", "frechet_estimate", "kid"]
+    calls.clear()
+    floor = one.floor_distances
+    assert one.floor_distances is floor
+    assert sorted(calls) == ["cmmd", "kid"]
+    assert floor == one.distances(one.floor)
+    assert floor["fd_clip"] == one.constant["fd_clip_floor"]
 
 
 def test_intervals_hold_what_is_measured():
     names = ("clip", "inception")
     one, painted = scores(*names, captioned=("clip",)), seen(*names)
-    found, intervals = one.metrics(painted), one.intervals(painted)
+    found, intervals = one.estimated(painted)
+    metrics = one.metrics(painted)  # the same by another way, in a run
+    assert found == pytest.approx(metrics, rel=1e-9)
+    assert list(found) == list(metrics)
     assert intervals.keys() == {
         *("fd_clip", "fid", "kid", "precision", "recall", "density", "coverage"),
         *("cmmd", "clip_score"),
@@ -157,5 +183,5 @@ def test_few_pictures_are_enough(painted, real):
         tables = {"clip": table, "inception": table}
         found = one.metrics(tables)
         assert all(value == value for value in found.values()), found
-        for name, (low, high) in one.intervals(tables).items():
+        for name, (low, high) in one.estimated(tables)[1].items():
             assert low <= high, name

@@ -1,0 +1,105 @@
+"""Which settings and options there are, and plain words for those that there are not."""
+
+import difflib
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+
+CONF = str(Path(__file__).resolve().parent.parent / "conf")
+OWN_DATA = " (for shards in a folder, give data=shards data.train=DIR data.val=DIR)"
+
+
+def is_group(key: str) -> bool:
+    """Whether a key of the command line chooses an option of a group."""
+    return Path(CONF, key.lstrip("+~").partition("@")[0]).is_dir()
+
+
+def explain(error: Exception, config_name: str) -> str:
+    """Hydra's refusal in plain words, with the nearest thing that exists."""
+    message = str(error)
+    if isinstance(error, MissingConfigException) and (
+        found := re.search(r"Could not (?:find|load) '([^']+)'", message)
+    ):
+        group, _, option = found[1].partition("/")
+        if group == "hydra":  # whose groups are hydra/launcher and the like
+            group, _, option = found[1].rpartition("/")
+        with initialize_config_dir(CONF, version_base="1.3"):
+            options = GlobalHydra.instance().config_loader().get_group_options(group)
+        near = nearest(option, options) or "."
+        own = OWN_DATA if group == "data" and near == "." else ""
+        return f"{group}={option} does not exist{near} There are: {', '.join(options)}{own}"
+    if found := re.search(r"Could not (?:override|append to config\.?) '?([\w@/.:-]+)'?", message):
+        key = found[1].rstrip(".")
+        return missing(key, config_name)
+    if found := re.search(r"Missing mandatory value: (\S+)", message):
+        return f"{found[1]} is needed: give {found[1]}=..."
+    if isinstance(error, OverrideParseException):
+        if "=" not in error.override:
+            return (
+                f"'{error.override}' is no setting: they are written key=value; --help lists them"
+            )
+        key, _, value = error.override.partition("=")
+        return (
+            f"cannot read {key}={value}: what has blanks or special characters stands in quotes "
+            f"twice, for the shell and for Hydra, as in \"{key}='a, b=c'\""
+        )
+    return message
+
+
+def missing(key: str, config_name: str) -> str:
+    """That there is no such setting, and the nearest that there is, under whatever option."""
+    near = nearest(key, known_keys(config_name, key))
+    group, _, leaf = key.partition(".")
+    others: dict[str, list[str]] = {}  # of the options that were not chosen
+    for path in sorted(Path(CONF, group).glob("*.yaml")) if leaf else ():
+        for name in difflib.get_close_matches(leaf, OmegaConf.load(path), n=1):
+            others.setdefault(f"{group}.{name}", []).append(path.stem)
+    if key in others:
+        others = {key: others[key]}
+    elif f" {group}." in near or near.endswith(f".{leaf}?"):
+        others = {}
+    told = "; ".join(f"{name} of {', '.join(options)}" for name, options in others.items())
+    return f"there is no setting '{key}'{f' here, but there is {told}' if told else near}"
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """' - did you mean ...?' for a mistyped key, or nothing."""
+    # What is above a key, and what calls a function, is not what was meant.
+    known = [k for k in known if not f"{key}.".startswith(f"{k}.") and not k.endswith("._target_")]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not close:  # the right name at the wrong place
+        leaf = key.rpartition(".")[2]
+        by_leaf = {k.rpartition(".")[2]: k for k in known}
+        close = [by_leaf[m] for m in difflib.get_close_matches(leaf, list(by_leaf), n=1)]
+    return f" - did you mean {close[0]}?" if close else ""
+
+
+def known_keys(config_name: str, wanted: str = "") -> list[str]:
+    """Every key and group with the options of the command line; Hydra's where one is wanted."""
+    GlobalHydra.instance().clear()
+    ours = not wanted.startswith("hydra.")
+    chosen = [
+        word
+        for word in sys.argv[1:]
+        if (is_group(word.partition("=")[0]) if ours else word.startswith("hydra/"))
+    ]
+    with initialize_config_dir(CONF, version_base="1.3"):
+        try:
+            cfg = compose(config_name, overrides=chosen, return_hydra_config=not ours)
+        except HydraException:  # several values, of a sweep
+            cfg = compose(config_name, return_hydra_config=not ours)
+    return list(_keys(cfg) if ours else _keys(cfg.hydra, "hydra."))
+
+
+def _keys(cfg: DictConfig, prefix: str = "") -> Iterable[str]:
+    for key in cfg:
+        yield f"{prefix}{key}"
+        node = cfg._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none():
+            yield from _keys(node, f"{prefix}{key}.")

@@ -1,5 +1,6 @@
 """Paint prompts with a trained run: python sample.py ckpt=runs/my-run prompt="..."; see --help."""
 
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -8,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm import cli, runs
 
 TEXTS = ("ckpt", "prompt", "prompts", "negative", "out", "autoencoder", "text_encoder")
+TEXTS += ("image", "mask", "source")
 texts = cli.take_text(TEXTS)
 
 
@@ -19,30 +21,27 @@ def main(cfg: DictConfig) -> None:
         raise cli.UsageError(f"n={cfg.n}: it takes one picture or more")
     asked = {**{name: cfg[name] for name in TEXTS if not OmegaConf.is_missing(cfg, name)}, **texts}
     with cli.told_plainly():
-        from tqdm import tqdm
-
-        from ldm.build import parts
+        from ldm.build import pipelines
+        from ldm.data.images import read_mask, read_square
         from ldm.images import captioned, save_png, tile, to_pil
+        from ldm.painting import paint
 
         prompts = cli.read_prompts(asked)
-        restored = parts.restore(cfg, cli.needed(asked, "ckpt"), asked)
+        restored = pipelines.restore(cfg, cli.needed(asked, "ckpt"), asked)
         size = cfg.size or restored.size
+        given = {"image": read_square, "mask": partial(read_mask, of=asked["image"])}
+        given = {k: read(asked[k], size)[None] for k, read in given.items() if asked[k]}
+        given |= {k: asked[k] for k in ("negative", "source")}
+        given |= {k: cfg[k] for k in ("strength", "paste")}
         jobs = [(p, cfg.seed + i) for p in prompts for i in range(cfg.n)]
-        images = []
-        with tqdm(total=len(jobs) * cfg.steps, desc="Sampling", unit="step") as bar:
-            for first in range(0, len(jobs), cfg.batch):
-                part = jobs[first : first + cfg.batch]
-                images += restored.pipeline(
-                    [prompt for prompt, _ in part],
-                    seeds=[seed for _, seed in part],
-                    size=size,
-                    steps=cfg.steps,
-                    negative=asked["negative"],
-                    on_step=lambda i, x0_hat: bar.update(len(part)),  # noqa: B023 (called at once)
-                ).cpu()
+        how = {"steps": cfg.steps, "batch": cfg.batch, "previews": cfg.previews}
+        pipeline = partial(restored.pipeline, size=size, **given)
+        images, guesses = paint(pipeline, jobs, decode=restored.pipeline.decode, **how)
     out = Path(asked["out"] or runs.picture_path(restored.path, prompts[0])).with_suffix(".png")
     settings = {
         "negative": asked["negative"],
+        **{k: asked[k] for k in ("image", "mask", "source") if asked[k]},
+        "strength": cfg.strength,
         "steps": cfg.steps,
         "size": size,
         **restored.settings,
@@ -57,7 +56,13 @@ def main(cfg: DictConfig) -> None:
     if len(prompts) > 1:
         grid = captioned(images, facts["prompt"], columns=None if cfg.n == 1 else cfg.n)
     save_png(grid, out, facts)
-    print(f"{len(images)} pictures beside {out}")
+    if guesses:
+        on_the_way = out.with_name(f"{out.stem}_previews.png")
+        rows = [guess for row in guesses for guess in row]
+        save_png(tile(rows, columns=len(guesses[0])), on_the_way, facts)
+        print(f"the model's guesses on the way: {on_the_way}")
+    if len(images) > 1:
+        print(f"{len(images)} pictures beside {out}")
     print(out)
 
 

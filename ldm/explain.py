@@ -39,18 +39,17 @@ def draw_all(cfg: DictConfig, asked: dict[str, str | None]) -> None:
     from tqdm import tqdm
 
     from ldm import lessons
-    from ldm.build import parts
+    from ldm.build import parts, pipelines
     from ldm.data import images
     from ldm.images import save_png
     from ldm.models.clip import Clip
 
-    restored = parts.restore(cfg, asked["ckpt"], asked)
+    restored = pipelines.restore(cfg, asked["ckpt"], asked)
     pipeline, size = restored.pipeline, cfg.size or restored.size
     prompts = prompts or [lessons.scene(i, 16)[1] for i in lessons.EXAMPLES]
     image = lessons.scene(lessons.EXAMPLES[0], size)[0]
     if asked["image"]:
-        picture = images.resize_short(images.read_image(asked["image"]), size)
-        image = images.to_tensor(images.crop(picture, size, x=0.5, y=0.5)).float() / 127.5 - 1
+        image = images.read_square(asked["image"], size)
     at = lessons.Settings(cfg.seed, size, cfg.steps)
     facts = {
         "ckpt": str(restored.path),
@@ -81,13 +80,16 @@ def draw_all(cfg: DictConfig, asked: dict[str, str | None]) -> None:
         }
         for name, picture in pictures.items():
             save_png(picture(), out / f"{name}.png", facts | own.get(name, {}))
+    if restored.text_path is None:
+        print("no clip.png: the run was trained without a CLIP")
+        return
     try:
-        clip = Clip.load(str(restored.text_path))
+        clip = Clip.load(restored.text_path)
     except (OSError, ValueError) as error:
         why = str(error).splitlines()[0]
         print(f"no clip.png: the text encoder is no CLIP with an image half ({why})")
     else:
-        ours = {"ckpt": facts["ckpt"], "clip": str(restored.text_path)}
+        ours = {"ckpt": facts["ckpt"], "clip": restored.text_path}
         save_png(lessons.space(clip), out / "clip.png", ours)
 
 

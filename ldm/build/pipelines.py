@@ -1,0 +1,102 @@
+"""A checkpoint to a pipeline: networks from the file, sampling from the configuration."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from ldm import checkpoint
+from ldm.build import parts
+from ldm.build.guidance import guidance
+from ldm.build.parts import Beside
+from ldm.pipeline import Pipeline
+
+
+@dataclass
+class Restored:
+    """A pipeline out of a checkpoint, and what the checkpoint says of itself."""
+
+    pipeline: Pipeline
+    size: int
+    path: Path
+    step: int
+    text_path: str | None  # where its text encoder was read from
+    data: DictConfig  # what it was trained on
+    precision: str  # of its networks while they sample
+    settings: dict  # how it samples: sampler, guidance and which weights, as plain values
+
+
+def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restored:
+    """The pipeline of a diffusion run: networks from the checkpoint, sampling from `cfg`.
+
+    `asked` says, under their names, where frozen parts are now if not where the training
+    configuration says; what else it holds is not looked at.
+    Raises what `parts.opened` raises, and CheckpointError where a frozen part is not the one
+    trained with.
+    """
+    opened = parts.opened(ckpt)
+    trained = opened.config
+    for name in parts.FROZEN:
+        if asked[name] is not None:
+            parts.move(trained, name, asked[name])
+    autoencoder, text = parts.frozen(trained)
+    for name, part in zip(parts.FROZEN, (autoencoder, text), strict=True):
+        if checkpoint.digest(part) != opened.digests[name]:
+            raise checkpoint.CheckpointError(
+                f"{trained[name].get('path', trained[name]._target_)} is not the {name} that "
+                f"{opened.path} was trained with (its weights, or names, differ): give the right "
+                f"one with {name}=..."
+            )
+    task = instantiate(cfg.task)
+    network = opened.network("denoiser." if cfg.raw else "ema.module.", autoencoder, text, task)
+    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # What was trained on a GPU with less precision is as good as it was there; a CPU gains nothing.
+    dtype = parts.autocast(trained.trainer.get("precision")) if device.type == "cuda" else None
+    beside = Beside(
+        autoencoder.to(device),
+        text.to(device),
+        parts.objective(trained).to(device),
+        task,
+        device,
+    )
+    pipeline = Pipeline(
+        network.to(device),
+        autoencoder=beside.autoencoder,
+        text=beside.text,
+        objective=beside.objective,
+        task=task,
+        sampler=instantiate(cfg.sampler),
+        guidance=guidance(cfg.guidance, beside),
+        dtype=dtype,
+    )
+    return Restored(
+        pipeline,
+        trained.data.size,
+        opened.path.resolve(),
+        opened.payload["global_step"],
+        trained.text_encoder.get("path"),
+        trained.data,
+        "float32" if dtype is None else str(dtype).removeprefix("torch."),
+        sampling_facts(cfg),
+    )
+
+
+def sampling(pipeline: Pipeline, cfg: DictConfig) -> Pipeline:
+    """The same networks with the sampler and guidance of `cfg`."""
+    held = vars(pipeline)
+    beside = Beside(
+        *(held[name] for name in ("autoencoder", "text", "objective", "task")), pipeline.device
+    )
+    chosen = {"sampler": instantiate(cfg.sampler), "guidance": guidance(cfg.guidance, beside)}
+    return Pipeline(**{**held, **chosen})
+
+
+def sampling_facts(cfg: DictConfig) -> dict:
+    """How it is sampled, as plain values."""
+    return {
+        "sampler": OmegaConf.to_container(cfg.sampler),
+        "guidance": OmegaConf.to_container(cfg.guidance),
+        "weights": "raw" if cfg.raw else "ema",
+    }

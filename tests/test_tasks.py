@@ -1,0 +1,122 @@
+"""Where sampling starts and what is kept."""
+
+import math
+
+import pytest
+import torch
+from world import SIZE, pipeline
+
+from ldm.diffusion.schedule import linear
+from ldm.models.autoencoder import Identity
+from ldm.tasks import ImageToImage, ProjectedInpaint, Request, TextToImage
+
+PROMPTS = ["a red circle", "a blue square"]
+
+
+def seeded(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+
+def pixels(text, task, *, scale=1.5):
+    """A pipeline without an autoencoder's error."""
+    pipe = pipeline(text, scale=scale)
+    pipe.autoencoder, pipe.task = Identity(), task
+    return pipe
+
+
+def picture(n=1):
+    return 0.6 * torch.rand(n, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) - 0.3
+
+
+def left_half():
+    mask = torch.zeros(1, 1, SIZE, SIZE)
+    mask[..., : SIZE // 2] = 1
+    return mask
+
+
+def paint(pipe, **given):
+    return pipe(PROMPTS, seeds=[0, 1], size=SIZE, **{"steps": 6} | given)
+
+
+def test_strength_is_the_time_it_starts_from():
+    schedule, x0 = linear(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    request = Request(torch.empty(2, 3, 4, 4).double(), image=x0, strength=0.4)
+    start = ImageToImage().start(request, lambda x: x, schedule, noise=seeded())
+    alpha, sigma = schedule(torch.tensor(0.4).double())
+    torch.testing.assert_close(start.x, alpha * x0 + sigma * seeded()(x0))
+    assert start.t == 0.4
+
+
+def test_little_strength_changes_little_and_all_of_it_forgets_the_picture(tiny_text):
+    pipe = pixels(tiny_text, ImageToImage())
+    far = [
+        float((paint(pipe, image=picture(), strength=s) - picture()).abs().mean())
+        for s in (0.02, 0.3, 0.9)
+    ]
+    assert far[0] < far[1] < far[2]
+
+
+def test_inverted_with_its_own_words_a_picture_stays_what_it_is(tiny_text):
+    pipe = pixels(tiny_text, ImageToImage(invert=True), scale=1.0)
+    same = {"image": picture(), "strength": 0.8, "steps": 20}
+    prompts = {"seeds": [0], "size": SIZE}
+    back = pipe(PROMPTS[:1], source=PROMPTS[0], **prompts, **same)
+    assert (back - picture()).abs().max() < 1e-3
+    other = pipe(PROMPTS[1:], source=PROMPTS[0], **prompts, **same)
+    assert (other - picture()).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_what_the_mask_keeps_is_kept(tiny_text, rounds):
+    pipe = pixels(tiny_text, ProjectedInpaint(rounds=rounds))
+    images = paint(pipe, image=picture(), mask=left_half())
+    kept = left_half().expand_as(images) == 0
+    assert torch.equal(images[kept], picture().expand_as(images)[kept])
+    assert (images - picture()).abs()[~kept].mean() > 0.05
+
+
+def test_paste_is_to_the_last_bit_whatever_the_autoencoder_does(tiny_text):
+    pipe = pipeline(tiny_text)
+    pipe.task = ProjectedInpaint()
+    given = {"image": picture(), "mask": left_half()}
+    kept = left_half().expand(2, 3, SIZE, SIZE) == 0
+    assert not torch.equal(paint(pipe, **given)[kept], picture().expand(2, -1, -1, -1)[kept])
+    pasted = paint(pipe, **given, paste=True)
+    assert torch.equal(pasted[kept], picture().expand(2, -1, -1, -1)[kept])
+
+
+def test_an_image_depends_on_its_own_seed_alone(tiny_text):
+    pipe = pixels(tiny_text, ProjectedInpaint(rounds=2))
+    given = {"image": picture(), "mask": left_half(), "size": SIZE, "steps": 4}
+    together = pipe(PROMPTS, seeds=[3, 4], **given)
+    alone = pipe(PROMPTS[1:], seeds=[4], **given)
+    assert (together[1:] - alone).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "message"),
+    [
+        (TextToImage(), {"image": picture()}, "text2img takes no image"),
+        (ImageToImage(), {}, "img2img takes an image and no mask"),
+        (ImageToImage(), {"image": picture(), "mask": left_half()}, "and no mask"),
+        (ImageToImage(), {"image": picture(), "strength": 0.0}, "strength=0.0 must be above 0"),
+        (ImageToImage(), {"image": picture(), "strength": math.inf}, "strength=inf"),
+        (ProjectedInpaint(), {"image": picture()}, "takes a picture and a mask"),
+        (ProjectedInpaint(), {"mask": left_half()}, "takes a picture and a mask"),
+        (
+            ProjectedInpaint(),
+            {"image": picture(), "mask": left_half(), "strength": 2.0},
+            "strength=2",
+        ),
+        (ImageToImage(), {"image": picture()[..., 1:]}, "where size=16"),
+    ],
+)
+def test_what_a_task_lacks_is_told(tiny_text, task, given, message):
+    with pytest.raises(ValueError, match=message):
+        paint(pixels(tiny_text, task), **given)
+
+
+def test_rounds_below_one_are_refused():
+    with pytest.raises(ValueError, match="once or more"):
+        ProjectedInpaint(rounds=0)

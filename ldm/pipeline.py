@@ -14,6 +14,7 @@ from ldm.diffusion.guidance import Denoise, Words
 from ldm.diffusion.inversion import invert
 from ldm.diffusion.noise import ImageNoise
 from ldm.diffusion.objective import Objective
+from ldm.diffusion.resampling import Resampled
 from ldm.diffusion.samplers import DDIM, OnStep
 from ldm.tasks import Request
 
@@ -58,29 +59,43 @@ class Pipeline:
         image: Tensor | None = None,
         mask: Tensor | None = None,
         strength: float = 1.0,
+        source: str = "",
+        paste: bool = False,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Images (B, 3, size, size) in [-1, 1], one for each prompt and seed.
 
         An image depends on its own prompt and seed, not on the others of the batch.
-        Raises ValueError where prompts and seeds differ in number, or the size does not fit.
+        image: (1 or B, 3, size, size) in [-1, 1], mask: (1 or B, 1, size, size), 1 where something
+        new shall be, strength in (0, 1]: for tasks that take them. source: what `image` shows, for
+        tasks that invert it. paste: what the mask keeps is the image's own pixels.
+        Raises ValueError where prompts and seeds differ in number, a size does not fit, or the task
+        lacks something.
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
         with self._autocast():
             noise = ImageNoise(seeds, device=self.device)
             schedule, encode = self.objective.schedule, self.autoencoder.encode
-            request = Request(self._room(len(seeds), size), image, mask, strength)
+            room = self._room(len(seeds), size)
+            image, mask = (self._fitted(part, len(seeds), size) for part in (image, mask))
+
+            def inverted(x0: Tensor, t: float) -> Tensor:
+                cond = self.text([source] * len(x0))
+                times = self.sampler.times(schedule, steps, start=t)
+                return invert(lambda x, t: self.denoise(x, t, cond), x0, schedule, times)
+
+            request = Request(room, image, mask, strength, inverted)
             start = self.task.start(request, encode, schedule, noise=noise)
-            x0 = self.sampler(
-                self._guided(prompts, negative, start.concat),
-                start.x,
-                schedule,
-                self.sampler.times(schedule, steps, start=start.t),
-                noise=noise,
-                on_step=on_step,
-            )
-            return self.decode(x0)
+            guided = self._guided(prompts, negative, start.concat)
+            denoise = guided
+            if start.project is not None:
+                denoise = lambda x_t, t: start.project(guided(x_t, t))  # noqa: E731
+            sampler = self.sampler if start.rounds == 1 else Resampled(self.sampler, start.rounds)
+            times = sampler.times(schedule, steps, start=start.t)
+            x0 = sampler(denoise, start.x, schedule, times, noise=noise, on_step=on_step)
+            images = self.decode(x0)
+            return torch.where(mask > 0, images, image) if paste and mask is not None else images
 
     @torch.no_grad()
     def invert(
@@ -153,6 +168,14 @@ class Pipeline:
         uncond = self._repeated(negative, n) if negative else self.text.null(n)
         uncond = replace(uncond, concat=concat)
         return self.guidance(self.denoise, cond, uncond, Words(prompts, self.text))
+
+    def _fitted(self, part: Tensor | None, n: int, size: int) -> Tensor | None:
+        """A picture or a mask (1 or n, ...) on the device, once for each of n images."""
+        if part is None:
+            return None
+        if tuple(part.shape[-2:]) != (size, size):
+            raise ValueError(f"a picture or mask of {tuple(part.shape[-2:])} where size={size}")
+        return part.to(self.device).expand(n, *part.shape[1:])
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)

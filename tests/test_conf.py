@@ -23,7 +23,9 @@ HANDED = {
     "model": {"in_channels", "out_channels", "context_dim"},
     "objective": {"schedule", "weighting", "time_sampler"},
     "clip": {"tokenizer"},
+    "classifier": {"schedule", "in_channels"},
     "logger": {"run_dir", "name", "overrides"},
+    "guidance": {"schedule"},
     "data": set(),
     "eval": {"pipeline", "networks", "pictures", "others", "size", "folder", "settings"},
 }

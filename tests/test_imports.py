@@ -8,20 +8,21 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # python -m ldm.<verb>
-VERBS = {"ldm.prepare", "ldm.evaluate", "ldm.explain", "ldm.package", "ldm.compare"}
+VERBS = {"ldm.prepare", "ldm.evaluate", "ldm.explain", "ldm.package", "ldm.compare", "ldm.phema"}
 
 # A room may import from rooms before it in this list, and from itself.
 ROOMS = [
     {
         *("ldm.files", "ldm.checkpoint", "ldm.runs", "ldm.locks", "ldm.images", "ldm.cli"),
+        "ldm.settings",
         *("ldm.figures", "ldm.ranking", "ldm.ranking_figures"),
-        *("ldm.curves", "ldm.curve_figures"),
+        *("ldm.curves", "ldm.curve_figures", "ldm.snapshots"),
     },
     {"ldm.diffusion"},
     {"ldm.models"},
     {"ldm.data"},
     {"ldm.metrics"},
-    {"ldm.tasks", "ldm.pipeline", "ldm.lessons", "ldm.peers"},
+    {"ldm.tasks", "ldm.pipeline", "ldm.painting", "ldm.lessons", "ldm.peers"},
     {"ldm.training"},
     {"ldm.build"},
     VERBS,
@@ -31,7 +32,7 @@ ROOMS = [
 FILES = [*ROOT.glob("ldm/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]
 FILES = [*sorted(FILES), ROOT / "train.py", ROOT / "sample.py"]
 SHELL = {"lightning": {"ldm.data.datamodule", "ldm.training", "ldm.build"}}
-HYDRA = {"ldm.build", "ldm.cli", *VERBS, "hydra_plugins", "train", "sample"}
+HYDRA = {"ldm.build", "ldm.cli", "ldm.settings", *VERBS, "hydra_plugins", "train", "sample"}
 
 
 def modules():

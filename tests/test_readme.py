@@ -16,6 +16,7 @@ from PIL import Image
 
 from ldm.cli import CONF
 from ldm.evaluate import TEXTS as EVALUATE
+from ldm.phema import TEXTS as PHEMA
 
 ROOT = Path(__file__).parent.parent
 COCO = ROOT.parent / "shared" / "data" / "coco_mini"
@@ -28,7 +29,7 @@ def blocks(page="README.md"):
 
 def commands():
     pages = [*blocks(), *blocks("docs/explained.md"), *blocks("docs/sweeps.md")]
-    pages += blocks("docs/evaluation.md")
+    pages += [*blocks("docs/evaluation.md"), *blocks("docs/phema.md")]
     lines = [line for block in pages for line in block.splitlines()]
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("python ")]
 
@@ -59,7 +60,7 @@ def test_command_composes(command):
     assert Path(CONF, f"{root}.yaml").is_file()
     if root == "prepare":
         arguments[0] = f"source={arguments[0]}"
-    texts = EVALUATE if root == "evaluate" else TEXTS
+    texts = {"evaluate": EVALUATE, "phema": PHEMA}.get(root, TEXTS)
     overrides = [
         a for a in arguments if a not in ("...", "-m") and a.partition("=")[0] not in texts
     ]

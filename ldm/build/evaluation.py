@@ -5,18 +5,18 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm import checkpoint, runs
-from ldm.build import parts
-from ldm.cli import UsageError
+from ldm.build import parts, pipelines
+from ldm.cli import CONF, UsageError
 from ldm.data.cache import Cache
 from ldm.data.dataset import TextImages
 from ldm.data.shards import Shards
@@ -41,7 +41,8 @@ class Source:
     """What paints, what it is measured by, and where its results belong.
 
     `paint(cfg)` paints as a configuration says; `facts(cfg)` are the plain values that decide what
-    it paints. foreign: its pictures may be of anything but the drawn world.
+    it paints. foreign: its pictures may be of anything but the drawn world. network: the denoiser
+    that a run of ours paints with; other weights may be loaded into it.
     """
 
     home: Path
@@ -51,11 +52,7 @@ class Source:
     paint: Callable[[DictConfig], Paint]
     facts: Callable[[DictConfig], dict]
     foreign: bool = True
-
-    @cached_property
-    def floor(self) -> dict[str, float]:
-        """The distances that other real pictures have, once `quality` is prepared."""
-        return self.quality.scores.distances(self.quality.scores.floor)
+    network: nn.Module | None = None
 
 
 def source(cfg: DictConfig, asked: Asked, *, kind: str) -> Source:
@@ -108,7 +105,7 @@ def run(
 ) -> Source:
     """A training run of ours."""
     cfg = OmegaConf.merge(cfg, {"device": str(device)})
-    restored = parts.restore(cfg, asked["ckpt"], asked)
+    restored = pipelines.restore(cfg, asked["ckpt"], asked)
     size = cfg.size or restored.size
     drawn = restored.data.get("_target_") == SCENES
     scenes = scene_accuracy(cfg) if cfg.scenes or (cfg.scenes is None and drawn) else None
@@ -131,11 +128,11 @@ def run(
     text = Remembered(restored.pipeline.text)
 
     def paint(cfg: DictConfig) -> Paint:
-        pipeline = Pipeline(**{**vars(parts.sampling(restored.pipeline, cfg)), "text": text})
+        pipeline = Pipeline(**{**vars(pipelines.sampling(restored.pipeline, cfg)), "text": text})
         return partial(pipeline, size=size, steps=cfg.steps)
 
     def facts(cfg: DictConfig) -> dict:
-        settings = {**common(cfg, size), **parts.sampling_facts(cfg)}
+        settings = {**common(cfg, size), **pipelines.sampling_facts(cfg)}
         manifest = json.loads(checkpoint.manifest_path(restored.path).read_text())
         which = {"ckpt": str(restored.path), "digest": manifest["sha256"], "step": restored.step}
         return {**which, "settings": {**settings, "precision": restored.precision}}
@@ -143,7 +140,8 @@ def run(
     inside = restored.path.parent.name == "checkpoints"
     home = runs.of_checkpoint(restored.path) if inside else Path("evaluated", restored.path.stem)
     foreign = not drawn or asked["data"] is not None
-    return Source(home, device, scenes, measured_by, paint, facts, foreign)
+    network = restored.pipeline.denoiser
+    return Source(home, device, scenes, measured_by, paint, facts, foreign, network)
 
 
 def peer(
@@ -242,11 +240,19 @@ def quality(
         others = opened(cfg, asked, "others", size)
     if subset is None and asked["subset"] is not None:
         subset = Subset.load(Path(asked["subset"]))
+    elif subset is None:
+        subset = captions_to_paint(real, others, cfg.count, seed=cfg.seed)
+        known = len({*zip(subset.keys, subset.captions, strict=True)})
+        if known < len(subset):
+            tell(
+                f"count={cfg.count}: there are {known} captions, so that some are painted again "
+                "with other seeds"
+            )
     return Quality(
         networks,
         pictures=real,
         others=others,
-        subset=subset or captions_to_paint(real, others, cfg.count, seed=cfg.seed),
+        subset=subset,
         size=size,
         cache=Path(cfg.cache, "real"),
         at_most=cfg.real,
@@ -255,7 +261,7 @@ def quality(
     )
 
 
-def own_pictures(restored: parts.Restored, size: int) -> tuple[TextImages, TextImages]:
+def own_pictures(restored: pipelines.Restored, size: int) -> tuple[TextImages, TextImages]:
     """A run's validation pictures and its training pictures, as a validation sees them.
 
     Raises CheckpointError where the checkpoint names other code than ours, UsageError where the
@@ -272,11 +278,7 @@ def own_pictures(restored: parts.Restored, size: int) -> tuple[TextImages, TextI
             f"the pictures of the run are not here ({error.__cause__ or error}): give data=DIR, "
             "real pictures to compare with"
         ) from error
-    how = {"on_error": restored.data.get("on_error", "stop"), "seed": 0, "train": False}
-    val, train = (
-        TextImages(part.shards, size=size, **how) for part in (data.val_set, data.train_set)
-    )
-    return val, train
+    return data.val_set.plain(size=size), data.train_set.plain(size=size)
 
 
 def opened(cfg: DictConfig, asked: Asked, name: str, size: int) -> TextImages:
@@ -285,6 +287,11 @@ def opened(cfg: DictConfig, asked: Asked, name: str, size: int) -> TextImages:
         raise UsageError(
             f"{name} is needed: give {name}=DIR, shards of real pictures with captions, as "
             "`python -m ldm.prepare` writes them"
+        )
+    if not Path(asked[name]).exists() and Path(CONF, "data", f"{asked[name]}.yaml").is_file():
+        raise UsageError(
+            f"{name}={asked[name]}: that is an option of train.py; here {name} is a folder with "
+            f"shards of real pictures, such as {name}=data/coco/val"
         )
     return TextImages(
         Shards(asked[name], cache=Cache(cfg.cache, gigabytes=50.0)), size=size, seed=0, train=False

@@ -13,25 +13,23 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from torch.utils.data import default_collate
 
 from ldm import checkpoint, ranking
-from ldm.build import parts
+from ldm.build import parts, stages
+from ldm.build.guidance import guidance
 from ldm.cli import UsageError
 from ldm.data.datamodule import TextImageData
 from ldm.images import tile
-from ldm.models.clip import Clip, train_tokenizer
 from ldm.pipeline import Pipeline
 from ldm.runs import is_job, launched, rank, write_result
 from ldm.training import ranks
-from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.callbacks import Meter, ModuleNoise, Pictures, ProgressBar
 from ldm.training.checkpoint import Checkpoints, SafeCheckpointIO
-from ldm.training.clip import ClipTraining, SaveClip
 from ldm.training.csv_log import CsvLog
 from ldm.training.diffusion import LatentDiffusion
 from ldm.training.fsdp import Sharded
 from ldm.training.preemption import StopOnSignal
+from ldm.training.snapshots import Snapshots
 from ldm.training.stability import SkipNonFinite
 
 # Groups that decide what a picture looks like.
@@ -110,19 +108,26 @@ class Job:
 
 
 def build(cfg: DictConfig, run_dir: Path) -> Job:
-    """Everything for `cfg.stage`, one of diffusion, autoencoder and clip."""
-    stages = {"diffusion": diffusion, "autoencoder": autoencoder_training, "clip": clip_training}
-    if cfg.stage not in stages:
-        raise UsageError(f"stage={cfg.stage} is none of {', '.join(stages)}")
+    """Everything for `cfg.stage`, one of diffusion, autoencoder, clip and classifier."""
+    makers = {
+        "diffusion": diffusion,
+        "autoencoder": stages.autoencoder,
+        "clip": stages.clip,
+        "classifier": stages.classifier,
+    }
+    if cfg.stage not in makers:
+        raise UsageError(f"stage={cfg.stage} is none of {', '.join(makers)}")
     for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own affair
     warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # EMA and text are
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # no need of it
+    warnings.filterwarnings("ignore", message=".*get_last_lr.*")  # a resumed run's, of torch
     L.seed_everything(cfg.seed, verbose=False)
     data = instantiate(cfg.data, seed=cfg.seed)
-    module, callbacks, frozen = stages[cfg.stage](cfg, data, run_dir)
+    module, callbacks, frozen = makers[cfg.stage](cfg, data, run_dir)
     facts = {
         "stage": cfg.stage,
         "config": OmegaConf.to_yaml(cfg, resolve=True),
@@ -219,6 +224,7 @@ def world(cfg: DictConfig) -> dict[str, int]:
 def diffusion(cfg: DictConfig, data: TextImageData, run_dir: Path):
     """LatentDiffusion with its sample pictures, and the frozen parts it rests on."""
     autoencoder, text = parts.frozen(cfg)
+    stages.readable(text, data)
     task, objective = instantiate(cfg.task), parts.objective(cfg)
     module = LatentDiffusion(
         parts.denoiser(cfg, autoencoder, text, task),
@@ -228,11 +234,13 @@ def diffusion(cfg: DictConfig, data: TextImageData, run_dir: Path):
         task,
         optimizer=instantiate(cfg.optimizer),
         ema_decay=cfg.ema_decay,
+        phema_lengths=cfg.phema.lengths,
         caption_dropout=cfg.caption_dropout,
         validate_raw=cfg.validate_raw,
         seed=cfg.seed,
     )
     gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu")
     pipeline = Pipeline(
         module.ema.module,
         autoencoder=autoencoder,
@@ -240,10 +248,10 @@ def diffusion(cfg: DictConfig, data: TextImageData, run_dir: Path):
         objective=objective,
         task=task,
         sampler=instantiate(cfg.sampler),
-        guidance=instantiate(cfg.guidance),
-        dtype=parts.autocast(cfg.trainer.get("precision")) if gpu else None,  # as parts.restore
+        guidance=guidance(cfg.guidance, parts.Beside(autoencoder, text, objective, task, device)),
+        dtype=parts.autocast(cfg.trainer.get("precision")) if gpu else None,  # as pipelines.restore
     )
-    fits(data.size, autoencoder.factor * 2 ** (len(cfg.model.multipliers) - 1))
+    stages.fits(data.size, autoencoder.factor * 2 ** (len(cfg.model.multipliers) - 1))
     asked = cfg.samples.prompts or data.val_captions(cfg.samples.n)
     prompts = [asked] if isinstance(asked, str) else list(asked)
     seeds = list(range(len(prompts)))
@@ -254,6 +262,8 @@ def diffusion(cfg: DictConfig, data: TextImageData, run_dir: Path):
 
     frozen = {"autoencoder": autoencoder, "text_encoder": text}
     callbacks = [Pictures(run_dir / "samples", draw)]
+    if module.phema is not None:
+        callbacks.append(Snapshots(run_dir / "phema", every=cfg.phema.every))
     if "scenes" in cfg.eval:
         callbacks.append(instantiate(cfg.eval.scenes, pipeline, size=data.size))
     if "images" in cfg.eval:
@@ -265,40 +275,3 @@ def diffusion(cfg: DictConfig, data: TextImageData, run_dir: Path):
         place["settings"] = json.dumps(painted, sort_keys=True)
         callbacks.append(instantiate(cfg.eval.images, pipeline, networks, **seen, **place))
     return module, callbacks, frozen
-
-
-def fits(size: int, multiple: int) -> None:
-    """UsageError where pictures of `size` do not go through the networks."""
-    if size % multiple:
-        raise UsageError(
-            f"data.size={size} must be a multiple of {multiple}, which the networks halve it to"
-        )
-
-
-def autoencoder_training(cfg: DictConfig, data: TextImageData, run_dir: Path):
-    """AutoencoderTraining with pictures of originals above their reconstructions."""
-    autoencoder = instantiate(cfg.autoencoder)
-    module = AutoencoderTraining(
-        autoencoder, optimizer=instantiate(cfg.optimizer), kl_weight=cfg.kl_weight, seed=cfg.seed
-    )
-    fits(data.size, autoencoder.factor)
-    shown = [data.val_set[i, i] for i in range(min(cfg.samples.n, len(data.val_set)))]
-    originals = default_collate([item["images"] for item in shown]).float() / 127.5 - 1
-
-    def draw() -> tuple[Image.Image, dict]:
-        with torch.no_grad():
-            restored = autoencoder.decode(autoencoder.encode(originals.to(module.device)))
-        both = torch.cat([originals, restored.cpu().clamp(-1, 1)])
-        return tile(both, columns=len(originals)), {"keys": [item["key"] for item in shown]}
-
-    return module, [Pictures(run_dir / "samples", draw)], {}
-
-
-def clip_training(cfg: DictConfig, data: TextImageData, run_dir: Path):
-    """ClipTraining with a vocabulary learnt from the training captions."""
-    captions = data.train_captions()
-    tokenizer = train_tokenizer(captions, vocab_size=cfg.vocab_size)
-    clip: Clip = instantiate(cfg.clip, tokenizer=tokenizer, image_size=data.size)
-    module = ClipTraining(clip, optimizer=instantiate(cfg.optimizer))
-    some = captions[:: 1 + len(captions) // 8192]
-    return module, [SaveClip(run_dir / "clip", some)], {}

@@ -1,4 +1,4 @@
-"""Configuration to the parts of a model, and a checkpoint back to a pipeline.
+"""Configuration, or a checkpoint's, to the parts of a model.
 
 What a part must know of another (widths, channels) is read off the built object and handed over
 here; no YAML repeats it.
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from ldm import checkpoint
@@ -17,7 +17,6 @@ from ldm.cli import CONF, UsageError
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedule import Schedule
 from ldm.metrics.features import Features
-from ldm.pipeline import Pipeline
 
 FROZEN = ("autoencoder", "text_encoder")
 TRAINING = ("weighting", "loss", "time_sampler")  # of the objective; not in older checkpoints
@@ -34,6 +33,17 @@ def frozen(cfg: DictConfig) -> tuple[nn.Module, nn.Module]:
                 f"{name}.path=runs/{stage}_coco, or the folder or hub name of a published one"
             )
     return instantiate(cfg.autoencoder).eval(), instantiate(cfg.text_encoder)
+
+
+def move(cfg: DictConfig, name: str, place: str) -> None:
+    """Have a frozen part read from `place`; UsageError where it is read from nowhere."""
+    key = next((key for key in ("path", "names") if key in cfg[name]), None)
+    if key is None:
+        raise UsageError(
+            f"{name}={place}: the run was trained with {cfg[name]._target_}, which is read from "
+            "nowhere: leave it out"
+        )
+    cfg[name][key] = place
 
 
 def denoiser(cfg: DictConfig, autoencoder: nn.Module, text: nn.Module, task) -> nn.Module:
@@ -58,32 +68,42 @@ def objective(cfg: DictConfig) -> Objective:
     return instantiate(cfg.objective, **built)
 
 
-@dataclass
-class Restored:
-    """A pipeline out of a checkpoint, and what the checkpoint says of itself."""
+@dataclass(frozen=True)
+class Beside:
+    """What is there already where guidance and its models are built."""
 
-    pipeline: Pipeline
-    size: int
+    autoencoder: nn.Module
+    text: nn.Module
+    objective: Objective
+    task: object
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint of a diffusion run, read and found harmless; nothing is built yet."""
+
     path: Path
-    step: int
-    text_path: str | None  # where its text encoder was read from
-    data: DictConfig  # what it was trained on
-    precision: str  # of its networks while they sample
-    settings: dict  # how it samples: sampler, guidance and which weights, as plain values
+    payload: dict
+    config: DictConfig  # it was trained with
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of the frozen parts that it was trained with."""
+        return self.payload["ldm"]["frozen"]
+
+    def network(self, weights: str, autoencoder: nn.Module, text: nn.Module, task) -> nn.Module:
+        """Its denoiser in eval mode, on the CPU; weights: the prefix in the state dict."""
+        built = denoiser(self.config, autoencoder, text, task)
+        checkpoint.load_into(built, checkpoint.part(self.payload, weights), what=str(self.path))
+        return built.eval()
 
 
-def schedules() -> dict[str, Schedule]:
-    """Every noise schedule of conf/scheduler, by name."""
-    files = sorted(Path(CONF, "scheduler").glob("*.yaml"))
-    return {path.stem: instantiate(OmegaConf.load(path)) for path in files}
+def opened(ckpt: str) -> Opened:
+    """The newest checkpoint of a run directory, or a file.
 
-
-def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restored:
-    """The pipeline of a diffusion run: networks from the checkpoint, sampling from `cfg`.
-
-    `asked` says, under their names, where frozen parts are now if not where the training
-    configuration says; what else it holds is not looked at.
-    Raises CheckpointError where files are damaged, or a frozen part is not the one trained with.
+    Raises UsageError for one of another stage, CheckpointError where it is damaged or asks for what
+    is not ours.
     """
     path = checkpoint.find(ckpt)
     payload = checkpoint.read(path)
@@ -93,61 +113,22 @@ def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restore
             f"{path} comes from stage={facts.get('stage', '?')}: pictures are sampled from a "
             "diffusion run, which `python train.py` makes"
         )
-    trained = OmegaConf.create(facts["config"])
-    for name in FROZEN:
-        if asked[name] is not None:
-            trained[name].path = asked[name]
+    config = OmegaConf.create(facts["config"])
     for group in (*FROZEN, "model", "scheduler", "objective", "task", *TRAINING):
-        check_targets(trained.get(group, OmegaConf.create()), path)
-    autoencoder, text = frozen(trained)
-    for name, part in zip(FROZEN, (autoencoder, text), strict=True):
-        if checkpoint.digest(part) != facts["frozen"][name]:
-            raise checkpoint.CheckpointError(
-                f"{trained[name].get('path')} is not the {name} that {path} was trained with "
-                f"(its weights differ): give the right one with {name}=..."
-            )
-    task = instantiate(cfg.task)
-    network = denoiser(trained, autoencoder, text, task)
-    weights = "denoiser." if cfg.raw else "ema.module."
-    checkpoint.load_into(network, checkpoint.part(payload, weights), what=str(path))
-    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    # What was trained on a GPU with less precision is as good as it was there; a CPU gains nothing.
-    dtype = autocast(trained.trainer.get("precision")) if device.type == "cuda" else None
-    pipeline = Pipeline(
-        network.eval().to(device),
-        autoencoder=autoencoder.to(device),
-        text=text.to(device),
-        objective=objective(trained).to(device),
-        task=task,
-        sampler=instantiate(cfg.sampler),
-        guidance=instantiate(cfg.guidance),
-        dtype=dtype,
-    )
-    return Restored(
-        pipeline,
-        trained.data.size,
-        path.resolve(),
-        payload["global_step"],
-        trained.text_encoder.get("path"),
-        trained.data,
-        "float32" if dtype is None else str(dtype).removeprefix("torch."),
-        sampling_facts(cfg),
-    )
+        check_targets(config.get(group, OmegaConf.create()), path)
+    return Opened(path, payload, config)
 
 
-def sampling(pipeline: Pipeline, cfg: DictConfig) -> Pipeline:
-    """The same networks with the sampler and guidance of `cfg`."""
-    chosen = {"sampler": instantiate(cfg.sampler), "guidance": instantiate(cfg.guidance)}
-    return Pipeline(**{**vars(pipeline), **chosen})
+def same(a: Schedule, b: Schedule) -> bool:
+    """Whether two schedules have the same noise at the same times."""
+    t = torch.linspace(0, 1, 65, dtype=torch.float64)
+    return all(torch.equal(one.cpu(), two.cpu()) for one, two in zip(a(t), b(t), strict=True))
 
 
-def sampling_facts(cfg: DictConfig) -> dict:
-    """How it is sampled, as plain values."""
-    return {
-        "sampler": OmegaConf.to_container(cfg.sampler),
-        "guidance": OmegaConf.to_container(cfg.guidance),
-        "weights": "raw" if cfg.raw else "ema",
-    }
+def schedules() -> dict[str, Schedule]:
+    """Every noise schedule of conf/scheduler, by name."""
+    files = sorted(Path(CONF, "scheduler").glob("*.yaml"))
+    return {path.stem: instantiate(OmegaConf.load(path)) for path in files}
 
 
 def features(cfg: DictConfig) -> list[Features]:
@@ -175,6 +156,9 @@ def check_targets(cfg: DictConfig, path: Path, rooms: tuple[str, ...] = ROOMS) -
         raise checkpoint.CheckpointError(
             f"{path} asks to call {target}, which is nothing of ours: it was not run"
         )
-    for node in cfg.values():
+    below = list(cfg.values())
+    for node in below:
         if isinstance(node, DictConfig):
             check_targets(node, path, rooms)
+        elif isinstance(node, ListConfig):  # of which instantiate makes calls as well
+            below.extend(node)

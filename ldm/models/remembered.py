@@ -29,7 +29,9 @@ class Remembered:
             for i, caption in enumerate(new):
                 rows[caption] = cond.map(lambda part, i=i: part[i : i + 1])
                 self._keep(caption, rows[caption])
-        device = next(part.device for part in self.null(1).parts() if part is not None)
+        # Where there are no parts at all, there is nothing to be moved.
+        places = (part.device for part in self.null(1).parts() if part is not None)
+        device = next(places, "cpu")
         parts = zip(*(rows[caption].to(device).parts() for caption in captions), strict=True)
         return Condition(*(None if part[0] is None else torch.cat(part) for part in parts))
 

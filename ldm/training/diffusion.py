@@ -3,6 +3,7 @@
 Shapes: B batch, C latent channels, H W pixels, h w latent grid.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import lightning as L
@@ -14,6 +15,7 @@ from ldm.diffusion.condition import Condition
 from ldm.diffusion.noise import generators, rand, randn
 from ldm.diffusion.objective import Objective
 from ldm.training.ema import EMA
+from ldm.training.power_ema import PowerEMA
 
 BANDS = 8  # val/loss_t0 .. t7: equal parts of t
 
@@ -38,6 +40,7 @@ class LatentDiffusion(L.LightningModule):
         *,
         optimizer,
         ema_decay: float = 0.9999,
+        phema_lengths: Sequence[float] = (),
         caption_dropout: float = 0.1,
         validate_raw: bool = False,
         seed: int = 0,
@@ -47,6 +50,7 @@ class LatentDiffusion(L.LightningModule):
             raise ValueError(f"caption_dropout is a share from 0 to 1, got {caption_dropout}")
         self.denoiser = denoiser
         self.ema = EMA(denoiser, decay=ema_decay)
+        self.phema = PowerEMA(denoiser, lengths=phema_lengths) if phema_lengths else None
         self.objective = objective
         self.task = task
         self.frozen = (autoencoder.eval().requires_grad_(False), text)
@@ -116,7 +120,10 @@ class LatentDiffusion(L.LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
         # Here and not in a hook after the batch: checkpoints are saved before those.
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.ema.update(self.denoiser, step=self.trainer.global_step + 1, skipped=self.skipped)
+        step = self.trainer.global_step + 1
+        self.ema.update(self.denoiser, step=step, skipped=self.skipped)
+        if self.phema is not None:
+            self.phema.update(self.denoiser, step=step)
 
     def on_fit_start(self) -> None:
         for part in self.frozen:

@@ -39,6 +39,11 @@ class Sharded(DDPStrategy):
             raise ValueError("strategy=fsdp is for stage=diffusion alone: take strategy=ddp")
         if "loss_raw" in module.val_losses:
             raise ValueError("strategy=fsdp validates the average alone: take validate_raw=false")
+        if module.phema is not None:
+            raise ValueError(
+                "strategy=fsdp keeps no averages for ldm.phema: take phema.lengths=[] or "
+                "strategy=ddp"
+            )
 
     def configure_ddp(self) -> None:
         """Shard, in place of wrapping for DDP."""

@@ -1,0 +1,77 @@
+"""Configuration to what is trained beside the denoiser: autoencoder, CLIP and classifier.
+
+Each returns a module, its callbacks, and the frozen parts that it rests on.
+"""
+
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from PIL import Image
+from torch import nn
+from torch.utils.data import default_collate
+
+from ldm.build import parts
+from ldm.build.classifier import network
+from ldm.cli import UsageError
+from ldm.data.datamodule import TextImageData
+from ldm.images import tile
+from ldm.models.clip import Clip, train_tokenizer
+from ldm.training.autoencoder import AutoencoderTraining
+from ldm.training.callbacks import Pictures
+from ldm.training.classifier import ClassifierTraining
+from ldm.training.clip import ClipTraining, SaveClip
+
+
+def fits(size: int, multiple: int) -> None:
+    """UsageError where pictures of `size` do not go through the networks."""
+    if size % multiple:
+        raise UsageError(
+            f"data.size={size} must be a multiple of {multiple}, which the networks halve it to"
+        )
+
+
+def readable(text: nn.Module, data: TextImageData) -> None:
+    """ValueError now, and not after the first batches, where captions have none of its names."""
+    if hasattr(text, "names"):
+        text(data.val_captions(64))
+
+
+def autoencoder(cfg: DictConfig, data: TextImageData, run_dir: Path):
+    """AutoencoderTraining with pictures of originals above their reconstructions."""
+    trained = instantiate(cfg.autoencoder)
+    module = AutoencoderTraining(
+        trained, optimizer=instantiate(cfg.optimizer), kl_weight=cfg.kl_weight, seed=cfg.seed
+    )
+    fits(data.size, trained.factor)
+    shown = [data.val_set[i, i] for i in range(min(cfg.samples.n, len(data.val_set)))]
+    originals = default_collate([item["images"] for item in shown]).float() / 127.5 - 1
+
+    def draw() -> tuple[Image.Image, dict]:
+        with torch.no_grad():
+            restored = trained.decode(trained.encode(originals.to(module.device)))
+        both = torch.cat([originals, restored.cpu().clamp(-1, 1)])
+        return tile(both, columns=len(originals)), {"keys": [item["key"] for item in shown]}
+
+    return module, [Pictures(run_dir / "samples", draw)], {}
+
+
+def clip(cfg: DictConfig, data: TextImageData, run_dir: Path):
+    """ClipTraining with a vocabulary learnt from the training captions."""
+    captions = data.train_captions()
+    tokenizer = train_tokenizer(captions, vocab_size=cfg.vocab_size)
+    trained: Clip = instantiate(cfg.clip, tokenizer=tokenizer, image_size=data.size)
+    module = ClipTraining(trained, optimizer=instantiate(cfg.optimizer))
+    some = captions[:: 1 + len(captions) // 8192]
+    return module, [SaveClip(run_dir / "clip", some)], {}
+
+
+def classifier(cfg: DictConfig, data: TextImageData, run_dir: Path):
+    """ClassifierTraining, and the frozen parts it rests on."""
+    encoder, text = parts.frozen(cfg)
+    readable(text, data)
+    net = network(cfg, encoder, text, instantiate(cfg.scheduler))
+    fits(data.size, encoder.factor * net.tower.multiple)
+    module = ClassifierTraining(net, encoder, optimizer=instantiate(cfg.optimizer), seed=cfg.seed)
+    return module, [], {"autoencoder": encoder, "text_encoder": text}

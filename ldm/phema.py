@@ -1,0 +1,251 @@
+"""python -m ldm.phema ckpt=runs/my-run [lengths=0.05,0.1,0.2 | length=0.13]; see --help."""
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from ldm import cli, curves, evaluate, runs
+
+TEXTS = (
+    *("ckpt", "lengths", "metric", "data", "others", "subset", "out"),
+    *("autoencoder", "text_encoder"),
+)
+ROUGH = 0.1  # misfit from which on a length is said to be approximate
+FIRST = ("scene_accuracy", "clip_score")  # what decides where no metric is asked for
+
+
+def main() -> None:
+    """Compose, then make averages."""
+    texts = cli.take_text(TEXTS)
+
+    @hydra.main(config_path=cli.CONF, config_name="phema", version_base="1.3")
+    def composed(cfg: DictConfig) -> None:
+        cli.check(cfg, "phema")
+        asked = {name: cfg[name] for name in TEXTS} | texts
+        with cli.told_plainly():
+            choose(cfg, asked)
+
+    try:
+        cli.run(composed, "phema")
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def choose(cfg: DictConfig, asked: dict[str, str | None]) -> None:
+    """Store the average of `length`; without one that of `lengths` which measures best."""
+    run = opened(cli.needed(asked, "ckpt"))
+    out = target(asked["out"], run)
+    if cfg.length is not None:
+        average = run.average(cfg.length)
+        run.save(average, out, {})
+        if runs.rank() == 0:
+            print(out)
+        return
+    scan(cfg, asked, run, lengths(asked["lengths"]), out)
+
+
+def lengths(text: str) -> list[float]:
+    """0.05,0.1 or [0.05,0.1] as numbers, the shortest first; UsageError where they are none."""
+    try:
+        found = {float(word) for word in text.strip("[] ").split(",")}
+    except ValueError:
+        raise cli.UsageError(
+            f"lengths={text} are no numbers: they are written lengths=0.05,0.1,0.15"
+        ) from None
+    return sorted(found)
+
+
+def target(out: str | None, run: "Run") -> Path:
+    """Where the average goes; UsageError for a name that is a training checkpoint's."""
+    path = Path(out or os.path.relpath(run.path.with_name("phema.ckpt")))
+    if path.suffix != ".ckpt" or path.name.startswith("step=") or path.stem in ("last", "best"):
+        raise cli.UsageError(
+            f"out={path}: give a name of its own that ends in .ckpt; step=*, last and best are "
+            "what train.py goes on from"
+        )
+    return path
+
+
+@dataclass
+class Average:
+    """An average that nobody kept: its weights by name, and how they came about."""
+
+    state: dict
+    facts: dict
+
+
+@dataclass
+class Run:
+    """A checkpoint of a run, and the snapshots of its averages up to that step."""
+
+    path: Path
+    payload: dict
+    snapshots: list
+
+    @property
+    def step(self) -> int:
+        """The step that averages are made for: that of the last snapshot."""
+        return self.snapshots[-1].step
+
+    def average(self, length: float) -> Average:
+        """The average of this length at the last snapshot.
+
+        Raises ValueError for a length out of range, CheckpointError where the snapshots are of
+        another network than the checkpoint.
+        """
+        from tqdm import tqdm
+
+        from ldm import checkpoint, snapshots
+        from ldm.training.power_ema import Profile, mixture
+
+        kept = [Profile(one.length, one.step) for one in self.snapshots]
+        made = mixture(kept, Profile(length, self.step))
+        if made.misfit > ROUGH and runs.rank() == 0:
+            print(
+                f"length={length:g} is approximate: the nearest sum of snapshots is off its "
+                f"profile by {made.misfit:.0%}. More of them (a smaller phema.every) come nearer, "
+                "and so does a kept length that is nearer to it (phema.lengths)"
+            )
+        often = 0.1 if sys.stderr.isatty() else 15.0
+        quiet = runs.rank() != 0
+        with tqdm(total=len(kept), desc="Averaging", disable=quiet, mininterval=often) as bar:
+            state = snapshots.mixed(self.snapshots, made.shares, done=bar.update)
+        own = checkpoint.part(self.payload, "ema.module.")
+        if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in own.items()}:
+            folder = self.snapshots[-1].path.parent
+            raise checkpoint.CheckpointError(
+                f"the snapshots in {folder} are of another network than {self.path}"
+            )
+        facts = {"length": length, "step": self.step}
+        return Average(state, {**facts, "snapshots": len(kept), "misfit": made.misfit})
+
+    def save(self, average: Average, out: Path, measured: dict) -> None:
+        """A checkpoint that is sampled and evaluated like any other, and that no run goes on from.
+
+        Raises OSError where it cannot be written.
+        """
+        from ldm import checkpoint
+
+        if runs.rank() != 0:
+            return
+        places = ("denoiser.", "ema.module.")
+        both = {f"{place}{name}": t for place in places for name, t in average.state.items()}
+        facts = {**self.payload["ldm"], "phema": {**average.facts, **measured}}
+        checkpoint.write({"state_dict": both, "global_step": self.step, "ldm": facts}, out)
+
+
+def opened(ckpt: str) -> Run:
+    """The run that `ckpt`, its directory or a checkpoint in it, stands for.
+
+    Raises CheckpointError where there is no checkpoint, UsageError where there are no snapshots.
+    """
+    from ldm import checkpoint, snapshots
+
+    path = checkpoint.find(ckpt).resolve()
+    payload = checkpoint.read(path)
+    if "phema" in payload.get("ldm", {}):
+        raise cli.UsageError(f"{path} is such an average already: give its run, ckpt=RUN")
+    folder = path.parent.parent / "phema"
+    keeps = checkpoint.part(payload, "phema.")  # else the folder is of another run by this name
+    found = snapshots.find(folder, until=payload["global_step"]) if keeps else []
+    if not found:
+        raise cli.UsageError(
+            f"there are no snapshots of averages up to step {payload['global_step']} in {folder}: "
+            "they are kept by a run that is begun with, say, phema.lengths='[0.05,0.10]'"
+        )
+    return Run(path, payload, found)
+
+
+def scan(
+    cfg: DictConfig, asked: dict[str, str | None], run: Run, tried: list[float], out: Path
+) -> None:
+    """Measure each length, draw the curve, store the best average.
+
+    Raises UsageError for a metric that is not measured.
+    """
+    from ldm import checkpoint
+    from ldm.build import evaluation
+    from ldm.training.power_ema import exponent_of
+
+    for length in tried:
+        exponent_of(length)  # what is out of range is told before anything is painted
+    cfg = OmegaConf.merge({"raw": False}, cfg)
+    asked = {**asked, "ckpt": str(run.path), "images": None, "keep": None}
+    source, first = evaluation.source(cfg, asked, kind="run"), runs.rank() == 0
+    points, waiting, own, metric = [], [], {}, asked["metric"]
+    whole = [None, *tried] if run.step == run.payload["global_step"] else tried
+    for length in whole:
+        label = "as trained" if length is None else f"{length:g}"
+        if first:
+            print(f"length={label}", flush=True)
+        measuring = source
+        if length is not None:
+            average = run.average(length)
+            checkpoint.load_into(source.network, average.state, what=str(run.path))
+            facts = {**average.facts, "digest": checkpoint.digest(source.network)}
+            measuring = replace(source, facts=lambda cfg, facts=facts: of(source.facts(cfg), facts))
+        found, pieces = evaluate.measured(measuring, cfg, {"length": label}, asked)
+        waiting.append(pieces)
+        metric = chosen(metric, found["metrics"])
+        if length is None:
+            own = found["metrics"]
+        else:
+            points.append({**found, "own": own})
+    if not first:
+        return
+    best = pick(points, metric)
+    value = best["metrics"][metric]
+    average = run.average(best["phema"]["length"])
+    run.save(average, out, {"metric": metric, "value": value})
+    written = curves.write(points, Path(os.path.relpath(run.path.parent.parent)), metric=metric)
+    print(f"{curves.table(points, metric=metric)}\n{verdict(points, best, metric)}")
+    print("  ".join(map(str, [*written, out])))
+    for pieces in waiting:
+        shutil.rmtree(pieces, ignore_errors=True)
+
+
+def of(known: dict, facts: dict) -> dict:
+    """What is known of a run's own weights, turned to an average's."""
+    settings = {**known["settings"], "weights": "phema"}
+    return {**known, "step": facts["step"], "settings": settings, "phema": facts}
+
+
+def chosen(metric: str | None, measured: dict[str, float]) -> str:
+    """The metric to go by; UsageError where it is not measured."""
+    if metric is None:
+        there = [FIRST[0], curves.distance(measured), *FIRST[1:], *measured]
+        return next(name for name in there if name in measured)
+    if (name := metric.removeprefix("val/")) not in measured:
+        near = cli.nearest(name, measured)
+        raise cli.UsageError(
+            f"metric={metric} is not measured{near} There are: {', '.join(measured)}"
+        )
+    return name
+
+
+def pick(points: list[dict], metric: str) -> dict:
+    """The point with the best value; of equal ones the shortest length."""
+    sign = 1 if runs.direction(metric) == "minimize" else -1
+    return min(points, key=lambda point: sign * point["metrics"][metric])
+
+
+def verdict(points: list[dict], best: dict, metric: str) -> str:
+    """What was found, in words."""
+    said = f"best: length={best['varied']['length']}, {metric} {best['metrics'][metric]:.4g}"
+    if own := best["own"]:
+        said += f" (the average as trained: {own[metric]:.4g})"
+    if len({point["metrics"][metric] for point in points}) == 1 < len(points):
+        said += "; all are alike"
+    elif len(points) > 1 and best in (points[0], points[-1]):
+        said += "; it is the last of those tried, and others beyond it may be better"
+    return said
+
+
+if __name__ == "__main__":
+    main()

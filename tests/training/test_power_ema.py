@@ -1,0 +1,160 @@
+"""Averages by a power of time against their definition, and those that are put together later."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad
+from test_ema import Net, steps
+
+from ldm.training import power_ema
+from ldm.training.power_ema import PowerEMA, Profile, exponent_of, length_of, mixture, overlaps
+
+STEPS, EVERY, TRACKS = 800, 40, (0.05, 0.10)
+SOME = [Profile(0.05, 30), Profile(0.25, 70), Profile(0.1, 70), Profile(0.02, 500)]
+
+
+def walk(size: int = 500) -> np.ndarray:
+    """Weights (STEPS, size) after each step, as a random walk leaves them."""
+    drawn = np.random.default_rng(0).standard_normal((STEPS, size))
+    return np.cumsum(drawn, axis=0)
+
+
+def average(weights: np.ndarray, length: float) -> np.ndarray:
+    """The average after each step, all steps at once: bins of the profile, from its integral."""
+    power = exponent_of(length) + 1
+    ends = np.arange(len(weights) + 1) ** power
+    return np.cumsum(np.diff(ends)[:, None] * weights, axis=0) / ends[1:, None]
+
+
+@pytest.mark.parametrize("length", [0.001, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.28])
+def test_length_and_exponent_are_each_others_inverse(length):
+    assert length_of(exponent_of(length)) == pytest.approx(length, rel=1e-9)
+
+
+def test_lengths_are_those_of_the_paper():
+    """Its table of sigma_rel 0.05, 0.10: gamma 16.97, 6.94; and the deviation of the profile."""
+    assert exponent_of(0.05) == pytest.approx(16.97, abs=0.005)
+    assert exponent_of(0.10) == pytest.approx(6.94, abs=0.005)
+    assert exponent_of(power_ema.LONGEST) == pytest.approx(0, abs=1e-6)
+    gamma = 3.5
+    mean, square = (quad(lambda s, n=n: (gamma + 1) * s ** (gamma + n), 0, 1)[0] for n in (1, 2))
+    assert length_of(gamma) == pytest.approx((square - mean**2) ** 0.5)
+
+
+@pytest.mark.parametrize("length", [0, -0.1, 0.29, 1, float("nan")])
+def test_a_length_out_of_range_is_refused(length):
+    with pytest.raises(ValueError, match=r"above 0 and at most 0.2887 .*, not"):
+        exponent_of(length)
+
+
+def test_overlaps_are_integrals():
+    def profile(one: Profile, s: float) -> float:
+        gamma = exponent_of(one.length)
+        return (gamma + 1) * s**gamma / one.step ** (gamma + 1) * (s <= one.step)
+
+    found = overlaps(SOME, SOME)
+    assert np.array_equal(found, found.T)
+    for i, a in enumerate(SOME):
+        for j, b in enumerate(SOME):
+            end = min(a.step, b.step)
+            expected = quad(lambda s, a=a, b=b: profile(a, s) * profile(b, s), 0, end)[0]
+            assert found[i, j] == pytest.approx(expected, rel=1e-6)
+
+
+def test_long_runs_do_not_overflow():
+    kept = [Profile(each, 10**7 + step) for step in (0, 10**5) for each in (0.001, 0.1)]
+    assert np.isfinite(overlaps(kept, kept)).all()
+    assert mixture(kept, kept[2]).misfit < 1e-6
+
+
+def test_what_is_kept_is_had_as_it_is():
+    for i, wanted in enumerate(SOME):
+        made = mixture(SOME, wanted)
+        np.testing.assert_allclose(made.shares, np.eye(len(SOME))[i], atol=1e-9)
+        assert made.misfit < 1e-6
+
+
+@pytest.mark.parametrize("length", [0.01, 0.07, 0.2, 0.28])
+def test_shares_add_up_to_one(length):
+    assert mixture(SOME, Profile(length, 500)).shares.sum() == pytest.approx(1, abs=1e-9)
+
+
+def test_no_shares_that_add_up_to_one_fit_better():
+    wanted = Profile(0.07, 500)
+    shares, misfit = mixture(SOME, wanted)
+    gram, target = overlaps(SOME, SOME), overlaps(SOME, [wanted])[:, 0]
+    own = overlaps([wanted], [wanted])[0, 0]
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        change = rng.standard_normal(len(SOME)) * 1e-3
+        other = shares + change - change.mean()
+        square = 1 - 2 * other @ target / own + other @ gram @ other / own
+        assert square > misfit**2
+
+
+def test_kept_averages_make_any_other():
+    """On a random walk, within a few percent of what the average itself differs from others."""
+    weights = walk()
+    tracks = {each: average(weights, each) for each in TRACKS}
+    at = [Profile(each, step) for step in range(EVERY, STEPS + 1, EVERY) for each in TRACKS]
+    kept = np.stack([tracks[length][step - 1] for length, step in at])
+    last = tracks[0.05][-1]
+    for length in (0.03, 0.07, 0.13, 0.15, 0.2):
+        shares, misfit = mixture(at, Profile(length, STEPS))
+        expected = average(weights, length)[-1]
+        error = np.linalg.norm(shares @ kept - expected)
+        assert error < 0.03 * np.linalg.norm(expected - last), length
+        assert misfit < 0.1
+    shares, misfit = mixture(at, Profile(0.005, STEPS))
+    assert misfit > 0.3, "what is out of reach says so"
+    alone = mixture([one for one in at if one.length == 0.05], Profile(0.15, STEPS))
+    assert alone.misfit > 3 * mixture(at, Profile(0.15, STEPS)).misfit
+
+
+def test_nothing_makes_nothing():
+    with pytest.raises(ValueError, match="different profiles"):
+        mixture([], SOME[0])
+    with pytest.raises(ValueError, match="different profiles"):
+        mixture([SOME[0], SOME[0]], SOME[1])
+
+
+def test_tracks_are_the_closed_form():
+    net = Net()
+    kept = PowerEMA(net, lengths=[0.05, 0.2])
+    weights = []
+    for step, weight in steps(net, 60):
+        kept.update(net, step=step)
+        weights.append(weight.flatten().numpy())
+    for length, track in zip(kept.lengths, kept.tracks, strict=True):
+        expected = average(np.stack(weights), length)[-1].reshape(3, 2)
+        torch.testing.assert_close(track.weight.double(), torch.from_numpy(expected))
+        assert track.count == 60
+
+
+def test_the_average_of_what_does_not_change_is_that():
+    net, other = Net(), Net()
+    kept = PowerEMA(other, lengths=[0.1])
+    torch.nn.init.normal_(net.weight)
+    for step in range(1, 9):
+        kept.update(net, step=step)
+        assert torch.equal(kept.tracks[0].weight, net.weight), "from the first step on"
+
+
+def test_tracks_are_neither_in_training_nor_trained():
+    kept = PowerEMA(Net(), lengths=[0.05, 0.1]).train()
+    assert not any(module.training for module in kept.modules())
+    assert not any(parameter.requires_grad for parameter in kept.parameters())
+    assert kept.state_dict().keys() == {
+        f"tracks.{i}.{name}" for i in range(2) for name in Net().state_dict()
+    }
+
+
+@pytest.mark.parametrize("wrong", [0.05, "often", [0.05, "x"]])
+def test_what_is_no_list_of_numbers_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"is no list of numbers: give phema.lengths=\[0.05"):
+        PowerEMA(Net(), lengths=wrong)
+
+
+def test_a_length_given_twice_is_refused():
+    with pytest.raises(ValueError, match=r"phema.lengths=\[0.1, 0.1\] names a length twice"):
+        PowerEMA(Net(), lengths=[0.1, 0.1])

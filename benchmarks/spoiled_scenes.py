@@ -1,0 +1,83 @@
+"""Real pictures of the drawn world in which one thing is wrong, and what metrics say of them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+
+from ldm.data.dataset import TextImages
+from ldm.data.scenes.draw import draw
+from ldm.data.scenes.world import OPPOSITE, Scene, caption, sample
+from ldm.data.shards import Shards
+from ldm.images import from_uint8, to_uint8
+from ldm.metrics.clip_features import ClipFeatures
+from ldm.metrics.efficientnet import EfficientNetFeatures
+from ldm.metrics.quality import Quality, captions_to_paint
+from ldm.metrics.scenes import accuracy, read
+from ldm.models.weights import autoencoder
+
+
+def spoiled(*, count: int, at_most: int, size: int) -> dict[str, dict[str, float]]:
+    """What the metrics say of real pictures in which one thing is wrong, by what that is."""
+    train, val = (
+        TextImages(Shards(f"data/scenes/{size}px/{part}"), size=size, seed=0, train=False)
+        for part in ("train-20000", "val-250")
+    )
+    quality = Quality(
+        [ClipFeatures(), EfficientNetFeatures()],
+        pictures=val,
+        others=train,
+        subset=captions_to_paint(val, train, count),
+        size=size,
+        cache=Path("data/cache/real"),
+        at_most=at_most,
+    )
+    quality.prepare(torch.device("cpu"))
+    captions = quality.subset.captions
+    known = {}  # as ldm.prepare drew and worded them
+    for i in range(len(val)):
+        scene, rng = sample(i, split="val")
+        picture = draw(scene, size, rng)
+        known[caption(scene, rng)] = (scene, picture)
+    scenes, pictures = zip(*(known[text] for text in captions), strict=True)
+
+    def exchanged(scene: Scene) -> Scene:
+        one, two = scene.objects
+        return replace(
+            scene, objects=(replace(one, colour=two.colour), replace(two, colour=one.colour))
+        )
+
+    def redrawn(change: Callable[[Scene], Scene]) -> list[np.ndarray]:
+        rng = np.random.default_rng(0)
+        return [draw(change(scene), size, rng) for scene in scenes]
+
+    rng = np.random.default_rng(0)
+    blurred = [Image.fromarray(p).filter(ImageFilter.GaussianBlur(1)) for p in pictures]
+    noisy = [np.clip(p + rng.normal(0, 16, p.shape), 0, 255).astype(np.uint8) for p in pictures]
+    with torch.no_grad():
+        sizes = {"latent_channels": 12, "channels": 64, "multipliers": [1, 2], "blocks": 1}
+        sizes |= {"groups": 0, "attention": False, "patch": 4}  # conf/autoencoder/tiny.yaml
+        coder = autoencoder(path="packaged:autoencoder", **sizes)
+        coded = coder.decode(coder.encode(torch.stack([from_uint8(p) for p in pictures])))
+    sets = {
+        "nothing": pictures,
+        "other captions' pictures": [*pictures[1:], pictures[0]],
+        "colours exchanged": redrawn(exchanged),
+        "relation turned": redrawn(lambda s: replace(s, relation=OPPOSITE[s.relation])),
+        "all flat": redrawn(lambda s: replace(s, style="flat")),
+        "25 pictures, ten times each": [pictures[i % 25] for i in range(count)],
+        "blurred (1 pixel)": [np.array(picture) for picture in blurred],
+        "noise (16 of 255)": noisy,
+        "through the autoencoder": [*to_uint8(coded)],
+    }
+    found = {}
+    for what, shown in sets.items():
+        images = torch.stack([from_uint8(picture) for picture in shown])
+        start = quality.subset.seeds[0]
+        seen = quality.see(lambda prompts, seeds: images[[seed - start for seed in seeds]])  # noqa: B023
+        right = accuracy(read(to_uint8(images)), scenes)["scene"]
+        found[what] = {"truth": right, **quality.measure(seen)}
+    return found

@@ -5,6 +5,7 @@ respect to x_t (Dhariwal and Nichol 2021, arXiv:2105.05233, section 4, with Twee
 any schedule. Shapes: B batch, C latent channels, h w latent grid.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,10 +23,11 @@ LEAST_SIGNAL = 1e-3
 Classify = Callable[[Sequence[str]], Callable[[Tensor, Tensor], Tensor]]
 # Prompts, one an image, to a function of x0_hat (B, C, h, w): how well it fits, (B,), as log p
 Judge = Callable[[Sequence[str]], Callable[[Tensor], Tensor]]
+Look = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # x_t, t -> x0_hat, log p (B,)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steered:
+class Steered(ABC):
     """What both kinds of steering share. A scale of 1 is Bayes' rule, 0 leaves `inner` as it is.
 
     inner: the guidance of the denoiser itself. interval: the times that are steered, from 0 (data)
@@ -40,11 +42,28 @@ class Steered:
     def __post_init__(self) -> None:
         check_interval(self.interval)
 
-    def lean(self, t: Tensor, x: Tensor) -> Tensor:
-        """scale sigma^2 / alpha at t, shaped to multiply x."""
-        alpha, sigma = self.schedule(t.to(x.device))
-        lean = self.scale * sigma.square() / alpha.clamp(min=LEAST_SIGNAL)
-        return expand(lean, x).to(x.dtype)
+    def __call__(
+        self, denoise: DenoiseWith, cond: Condition, uncond: Condition, words: Words | None = None
+    ) -> Denoise:
+        inner = self.inner(denoise, cond, uncond, words)
+        if self.scale == 0:
+            return inner
+        look = self.look(inner, asked(words))
+
+        def steered(x_t: Tensor, t: Tensor) -> Tensor:
+            with torch.enable_grad():
+                x = x_t.detach().requires_grad_()
+                x0_hat, log_p = look(x, t)
+                (gradient,) = torch.autograd.grad(log_p.sum(), x)
+            alpha, sigma = self.schedule(t.to(x_t.device))
+            lean = self.scale * sigma.square() / alpha.clamp(min=LEAST_SIGNAL)
+            return x0_hat.detach() + expand(lean, x_t).to(x_t.dtype) * gradient
+
+        return within(self.interval, steered, inner)
+
+    @abstractmethod
+    def look(self, inner: Denoise, prompts: Sequence[str]) -> Look:
+        """From x_t and t to the inner x0_hat and log p (B,), whose gradient reaches x_t."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,21 +76,16 @@ class Classifier(Steered):
 
     classifier: Classify
 
-    def __call__(
-        self, denoise: DenoiseWith, cond: Condition, uncond: Condition, words: Words | None = None
-    ) -> Denoise:
-        inner = self.inner(denoise, cond, uncond, words)
-        if self.scale == 0:
-            return inner
-        log_p = self.classifier(asked(words))
+    def look(self, inner: Denoise, prompts: Sequence[str]) -> Look:
+        """The classifier sees x_t itself."""
+        opinion = self.classifier(prompts)
 
-        def steered(x_t: Tensor, t: Tensor) -> Tensor:
-            with torch.enable_grad():
-                x = x_t.detach().requires_grad_()
-                (gradient,) = torch.autograd.grad(log_p(x, t).sum(), x)
-            return inner(x_t, t) + self.lean(t, x_t) * gradient
+        def beside(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():  # the denoiser keeps nothing for a gradient that it has not
+                x0_hat = inner(x, t)
+            return x0_hat, opinion(x, t)
 
-        return within(self.interval, steered, inner)
+        return beside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,22 +99,15 @@ class Judged(Steered):
 
     judge: Judge
 
-    def __call__(
-        self, denoise: DenoiseWith, cond: Condition, uncond: Condition, words: Words | None = None
-    ) -> Denoise:
-        inner = self.inner(denoise, cond, uncond, words)
-        if self.scale == 0:
-            return inner
-        log_p = self.judge(asked(words))
+    def look(self, inner: Denoise, prompts: Sequence[str]) -> Look:
+        """The judge sees what the denoiser makes of x_t."""
+        opinion = self.judge(prompts)
 
-        def steered(x_t: Tensor, t: Tensor) -> Tensor:
-            with torch.enable_grad():
-                x = x_t.detach().requires_grad_()
-                x0_hat = inner(x, t)
-                (gradient,) = torch.autograd.grad(log_p(x0_hat).sum(), x)
-            return x0_hat.detach() + self.lean(t, x_t) * gradient
+        def through(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            x0_hat = inner(x, t)
+            return x0_hat, opinion(x0_hat)
 
-        return within(self.interval, steered, inner)
+        return through
 
 
 def asked(words: Words | None) -> Sequence[str]:

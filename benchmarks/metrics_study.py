@@ -131,6 +131,8 @@ def main() -> None:
         "spoiled": json.loads(path.read_text()),
     }
     found["spearman"] = {n: agreement(n, list(points.values())) for n in METRICS}
+    trained = [points[name] for name in ends]  # each with weights of its own
+    found["spearman_of_trainings"] = {n: agreement(n, trained) for n in METRICS}
     given.docs.joinpath("metrics_study.json").write_text(json.dumps(found, indent=1) + "\n")
     pictures = given.docs / "pictures"
     coded = found["spoiled"]["through the autoencoder"]

@@ -234,7 +234,10 @@ def check_unchanged(cfg: DictConfig, run_dir: Path) -> None:
     if not before.is_file() or not saved or rank() != 0:
         return
     old, new = (OmegaConf.to_container(c, resolve=True) for c in (OmegaConf.load(before), cfg))
-    changed = [change for change in changes(old, new) if not concerns(change, cfg.resume.allow)]
+    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    default = _default("train", tuple(o for o in words if is_group(o.partition("=")[0])))
+    found = changes(old, new, default)
+    changed = [change for change in found if not concerns(change, cfg.resume.allow)]
     if changed:
         keys = ",".join(change.partition(" was ")[0] for change in changed)
         raise UsageError(

@@ -179,15 +179,20 @@ FREE = (
 )
 
 
-def changes(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """The settings that two configurations of one run must share and do not, with both values."""
-    found = []
+def changes(old: dict, new: dict, default: dict | None = None, prefix: str = "") -> list[str]:
+    """The settings that two configurations of one run must share and do not, with both values.
+
+    A setting that the old one did not know yet may have its default.
+    """
+    found, default = [], default or {}
     for key in old | new:
         name, a, b = f"{prefix}{key}", old.get(key), new.get(key)
-        if name in FREE or a == b:
+        is_new = key not in old and key in default and default[key] == b
+        if name in FREE or a == b or is_new:
             continue
         if isinstance(a, dict) and isinstance(b, dict):
-            found += changes(a, b, f"{name}.")
+            inner = default.get(key)
+            found += changes(a, b, inner if isinstance(inner, dict) else None, f"{name}.")
         else:
             found.append(f"{name} was {a}, is {b}")
     return found

@@ -105,6 +105,19 @@ def test_changes_name_what_a_run_must_not_change():
     assert runs.changes(old, old) == []
 
 
+def test_a_setting_that_came_later_may_have_its_default():
+    old = {"guidance": {"scale": 2}, "steps": 3}
+    new = {"guidance": {"scale": 2, "interval": [0, 1]}, "steps": 3, "kept": {"lengths": []}}
+    assert runs.changes(old, new, new) == []
+    assert len(runs.changes(old, new)) == 2
+    other = {"guidance": {"scale": 2, "interval": [0.2, 1]}, "steps": 3, "kept": {"lengths": [1]}}
+    assert runs.changes(old, other, new) == [
+        "guidance.interval was None, is [0.2, 1]",
+        "kept was None, is {'lengths': [1]}",
+    ]
+    assert runs.changes(old, {**old, "steps": 4}, {**new, "steps": 4}) == ["steps was 3, is 4"]
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [

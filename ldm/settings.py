@@ -54,11 +54,12 @@ def explain(error: Exception, config_name: str) -> str:
 
 def missing(key: str, config_name: str) -> str:
     """That there is no such setting, and the nearest that there is, under whatever option."""
+    key = key.rpartition("@")[2]  # group@place, an option somewhere else
     near = nearest(key, known_keys(config_name, key))
     group, _, leaf = key.partition(".")
     others: dict[str, list[str]] = {}  # of the options that were not chosen
     for path in sorted(Path(CONF, group).glob("*.yaml")) if leaf else ():
-        for name in difflib.get_close_matches(leaf, OmegaConf.load(path), n=1):
+        for name in difflib.get_close_matches(leaf, _names(OmegaConf.load(path)), n=1):
             others.setdefault(f"{group}.{name}", []).append(path.stem)
     if key in others:
         others = {key: others[key]}
@@ -66,6 +67,12 @@ def missing(key: str, config_name: str) -> str:
         others = {}
     told = "; ".join(f"{name} of {', '.join(options)}" for name, options in others.items())
     return f"there is no setting '{key}'{f' here, but there is {told}' if told else near}"
+
+
+def _names(option: DictConfig) -> list[str]:
+    """The settings of an option, those that are options themselves among them."""
+    chosen = [place for entry in option.get("defaults", ()) if entry != "_self_" for place in entry]
+    return [*option, *(place.rpartition("@")[2] for place in chosen if "@" in place)]
 
 
 def nearest(key: str, known: Iterable[str]) -> str:

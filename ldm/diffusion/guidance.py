@@ -180,10 +180,11 @@ def within(interval: Sequence[float], guided: Denoise, plain: Denoise) -> Denois
 
 def check_interval(interval: Sequence[float]) -> None:
     """ValueError unless two rising times from 0 to 1."""
-    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+    low, high = interval if isinstance(interval, Sequence) and len(interval) == 2 else (0, 0)
+    if not 0 <= low < high <= 1:
         raise ValueError(
-            f"guidance.interval={list(interval)} must be two rising times from 0 (data) to 1 "
-            "(noise), such as [0.2,0.8]"
+            f"guidance.interval={interval} must be two rising times from 0 (data) to 1 (noise), "
+            "such as [0.2,0.8]"
         )
 
 

@@ -168,6 +168,7 @@ def test_autoguidance_leads_away_from_the_worse_model(t):
     [
         (lambda: ClassifierFree(interval=[0.5, 0.5]), "two rising times"),
         (lambda: ClassifierFree(interval=[0.5]), "two rising times"),
+        (lambda: ClassifierFree(interval=0.5), "interval=0.5 must be two rising times"),
         (lambda: ClassifierFree(interval=[0, 2]), "two rising times"),
         (lambda: ClassifierFree(rescale=1.5), "rescale goes from 0"),
         (lambda: Projected(momentum=-1.0), "never fade"),

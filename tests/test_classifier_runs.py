@@ -19,6 +19,7 @@ from ldm.cli import UsageError
 from ldm.models.labels import Labels, NoText
 from ldm.tasks import TextToImage
 
+pytestmark = pytest.mark.slow  # each test is processes
 NAMES = ["red", "green", "blue", "yellow", "black", "white", "pink", "gold"]
 FEW = ["trainer.max_steps=2", "trainer.val_check_interval=2", "logger=csv"]
 FEW += ["autoencoder.path=runs/ae"]

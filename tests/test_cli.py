@@ -110,6 +110,7 @@ def test_the_same_command_again_resumes(home):
         assert torch.equal(tensor, straight[name]), name
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_get_better_ends_early(home):
     early = ["early_stop=patience", "early_stop.validations=2", "early_stop.least=1e3"]
     options = [*ANEW, *early, "name=early", "trainer.max_steps=99", "trainer.val_check_interval=1"]
@@ -119,6 +120,7 @@ def test_a_run_that_does_not_get_better_ends_early(home):
     assert "is finished" in train(*options, cwd=home)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_when_its_time_is_over(home):
     options = [*ANEW, "name=hours", "trainer.max_steps=100000", "trainer.val_check_interval=10"]
     said = train(*options, "trainer.max_hours=0.0005", cwd=home, expect=75)
@@ -130,6 +132,7 @@ def test_a_run_leaves_when_its_time_is_over(home):
     assert "trainer.max_hours=-1 must be above 0" in said
 
 
+@pytest.mark.slow
 def test_settings_may_change_midway_where_that_is_allowed(home):
     brief = ["name=midway", "trainer.val_check_interval=2", "logger=csv", *FROZEN]
     train(*brief, "trainer.max_steps=2", cwd=home)
@@ -232,6 +235,7 @@ def test_sample_takes_any_text(home):
     assert not (home / "pwned").exists()
 
 
+@pytest.mark.slow
 def test_sample_long_empty_and_many_prompts(home):
     long = "wave " * 2000
     sample("ckpt=runs/first/checkpoints/last.ckpt", f"prompt={long}", "n=1", "out=long", cwd=home)
@@ -245,6 +249,7 @@ def test_sample_long_empty_and_many_prompts(home):
     assert same[0] == same[1], "a picture depends on its own prompt and seed alone"
 
 
+@pytest.mark.slow
 def test_sampling_mistakes_are_told_plainly(home):
     assert "ckpt is needed" in sample("n=1", cwd=home, expect=2)
     said = sample("ckpt=runs/frist", cwd=home, expect=2)
@@ -259,6 +264,7 @@ def test_sampling_mistakes_are_told_plainly(home):
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_training_mistakes_are_told_plainly(home):
     said = train("name=x", "autoencoder.path=null", cwd=home, expect=2)
     assert "experiment=autoencoder_coco" in said

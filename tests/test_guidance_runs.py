@@ -13,6 +13,7 @@ from ldm import cli
 from ldm.build import pipelines
 from ldm.cli import CONF, UsageError
 
+pytestmark = pytest.mark.slow  # each test is processes
 FEW = ["trainer.max_steps=2", "trainer.val_check_interval=2", "logger=csv"]
 FEW += ["autoencoder.path=runs/ae", "text_encoder=clip", "text_encoder.path=runs/clip"]
 PROMPTS = ["a red ball", "a blue ball"]

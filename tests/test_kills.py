@@ -41,7 +41,7 @@ def measured(run_dir):
 
 
 @pytest.mark.parametrize(
-    ("kills", "steps"), [(10, 60), pytest.param(100, 500, marks=pytest.mark.slow)]
+    ("kills", "steps"), [(4, 60), pytest.param(100, 500, marks=pytest.mark.slow)]
 )
 def test_no_kill_changes_anything(prepared, tmp_path, kills, steps):
     home = tmp_path / "home"

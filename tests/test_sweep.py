@@ -105,6 +105,7 @@ def test_the_headline(home):
     assert len(list(both.glob("*/wandb/offline-run-*"))) == 2, "nothing ran again"
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_stops_no_other_and_runs_again(home):
     command = ["-m", "name=three", "data.train=shards,elsewhere,shards/.", *QUICK]
     said = train(*command, cwd=home, expect=1)
@@ -156,6 +157,7 @@ def test_a_sweep_that_is_killed_goes_on_as_if_nothing_had_been(home):
             assert tensor.equal(tensors(job)["state_dict"][name])
 
 
+@pytest.mark.slow
 def test_a_sweep_is_one_process_at_a_time_and_stops_when_told(home):
     command = [*BRIEF, "-m", "optimizer.lr=1e-3,2e-3", *QUICK, "trainer.max_steps=100000"]
     first = home / "runs" / "told" / "optimizer.lr=0.001"
@@ -179,6 +181,7 @@ def test_a_sweep_is_one_process_at_a_time_and_stops_when_told(home):
     assert not processes("name='told/")
 
 
+@pytest.mark.slow
 def test_what_all_jobs_share_may_not_change(home):
     command = ["-m", "name=base", *QUICK, "trainer.max_steps=1", "trainer.val_check_interval=1"]
     train(*command, "seed=1,3", cwd=home)
@@ -192,6 +195,7 @@ def test_what_all_jobs_share_may_not_change(home):
     assert "did you mean data.size" in said
 
 
+@pytest.mark.slow
 def test_a_job_that_never_began_and_one_that_was_killed_are_told(home):
     command = [*BRIEF, "-m", "name=hard", *QUICK, "trainer.max_steps=100000"]
     said = train("-m", "name=hard", "data.sise=1", *QUICK, cwd=home, expect=2)
@@ -214,6 +218,7 @@ def test_a_job_that_never_began_and_one_that_was_killed_are_told(home):
     assert len(table["optimizer.lr=-1"]) < 14, "only what differs has a column"
 
 
+@pytest.mark.slow
 def test_a_run_is_no_sweep_and_a_sweep_no_run(home):
     brief = [*QUICK, "trainer.max_steps=1", "trainer.val_check_interval=1"]
     train("name=plain", *brief, cwd=home)

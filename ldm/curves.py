@@ -7,6 +7,7 @@ what ldm.evaluate knows beside them.
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from io import StringIO
 from pathlib import Path
 
@@ -19,12 +20,14 @@ Points = Sequence[dict]
 def write(points: Points, out: Path, *, metric: str | None = None) -> list[Path]:
     """curve_<what varies>.json with all that is known, .csv with the metrics, .png.
 
-    metric: what is drawn first against a length; None: as `curve_figures` chooses.
+    metric: what is drawn first against a length; None: as `curve_figures` chooses. Files of points
+    that are not all measured again are kept under another name, which is printed.
     """
     from ldm import curve_figures
     from ldm.images import save_png
 
     json_file, csv_file, png_file = (out / f"{_stem(points)}.{kind}" for kind in FILES)
+    keep_former(json_file, points)
     write_text(json_file, json.dumps(list(points), indent=1) + "\n")
     text = StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(rows(points))
@@ -34,6 +37,28 @@ def write(points: Points, out: Path, *, metric: str | None = None) -> list[Path]
 
 
 FILES = ("json", "csv", "png")
+
+
+def keep_former(json_file: Path, points: Points) -> None:
+    """Rename the curve that is there, unless the new one has all its points; say so."""
+    try:
+        former = json.loads(json_file.read_text())
+        lost = _asked(former) - _asked(points)
+    except (OSError, ValueError, TypeError, KeyError):  # none, or none that can be read
+        return
+    if not lost:
+        return
+    name = f"former_{json_file.stem}-{blake2b(json_file.read_bytes(), digest_size=4).hexdigest()}"
+    for kind in FILES:
+        if (path := json_file.with_suffix(f".{kind}")).exists():
+            path.replace(path.with_name(f"{name}.{kind}"))
+    print(f"the former {json_file.stem} ({len(former)} points of other settings) is kept as {name}")
+
+
+def _asked(points: Points) -> set[str]:
+    """What the points were measured with, without what came of it."""
+    asked = ([p["varied"], p.get("settings"), p.get("digest")] for p in points)
+    return {json.dumps(each, sort_keys=True) for each in asked}
 
 
 def _stem(points: Points) -> str:

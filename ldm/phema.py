@@ -42,6 +42,8 @@ def choose(cfg: DictConfig, asked: dict[str, str | None]) -> None:
     run = opened(cli.needed(asked, "ckpt"))
     out = target(asked["out"], run)
     if cfg.length is not None:
+        if not isinstance(cfg.length, int | float):
+            raise cli.UsageError(f"length={cfg.length} is no number: 0.05 to 0.15 are usual")
         average = run.average(cfg.length)
         run.save(average, out, {})
         if runs.rank() == 0:

@@ -63,7 +63,10 @@ class TextToImage(Plain):
     def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
         """Noise of unit variance at t = 1; raises ValueError for a picture or a mask."""
         if request.image is not None or request.mask is not None or request.strength != 1:
-            raise ValueError("task=text2img takes no image, mask or strength")
+            raise ValueError(
+                "task=text2img takes no image, mask or strength: task=img2img and "
+                "task=inpaint_projected do"
+            )
         return Start(x=noise(request.latents), t=1.0)
 
 

@@ -163,6 +163,19 @@ def test_files_hold_all_that_is_known(tmp_path):
     assert set(curves.read(tmp_path)) == {"curve_sampler_steps", "curve_guidance"}
 
 
+def test_points_that_are_not_measured_again_are_kept(tmp_path, capsys):
+    curves.write(guided(["1", "2", "4"]), tmp_path)
+    curves.write(guided(["1", "2", "4", "8"]), tmp_path)
+    assert not list(tmp_path.glob("former_*")), "all of it is there again"
+    curves.write(guided(["3"]), tmp_path)
+    [told] = capsys.readouterr().out.splitlines()
+    assert told.startswith("the former curve_guidance (4 points of other settings) is kept as ")
+    kept = sorted(path.name for path in tmp_path.glob(f"{told.split()[-1]}.*"))
+    assert [name.rpartition(".")[2] for name in kept] == ["csv", "json", "png"]
+    assert len(json.loads((tmp_path / kept[1]).read_text())) == 4
+    assert curves.read(tmp_path) == {"curve_guidance": guided(["3"])}
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[1]", '[{"varied": {}, "metrics": {}}]'])
 def test_a_file_that_is_no_curve_is_named(tmp_path, text):
     (tmp_path / "curve_steps.json").write_text(text)

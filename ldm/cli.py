@@ -197,10 +197,14 @@ def check(cfg: DictConfig, config_name: str, overrides: Iterable[str] | None = N
     Raises UsageError. Keys added inside a node with a `_target_` are that call's own affair.
     """
     overrides = HydraConfig.get().overrides.task if overrides is None else overrides
-    groups = tuple(o for o in overrides if is_group(o.partition("=")[0]))
-    _compare(OmegaConf.to_container(cfg), _default(config_name, groups), "", config_name)
+    _compare(OmegaConf.to_container(cfg), default(config_name, overrides), "", config_name)
     if cfg.get("direction") not in (None, "minimize", "maximize"):
         raise UsageError(f"direction={cfg.direction} is neither minimize nor maximize")
+
+
+def default(config_name: str, overrides: Iterable[str]) -> dict:
+    """The settings of the options that these overrides choose, each with its default."""
+    return _default(config_name, tuple(o for o in overrides if is_group(o.partition("=")[0])))
 
 
 @cache
@@ -235,8 +239,7 @@ def check_unchanged(cfg: DictConfig, run_dir: Path) -> None:
         return
     old, new = (OmegaConf.to_container(c, resolve=True) for c in (OmegaConf.load(before), cfg))
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    default = _default("train", tuple(o for o in words if is_group(o.partition("=")[0])))
-    found = changes(old, new, default)
+    found = changes(old, new, default("train", words))
     changed = [change for change in found if not concerns(change, cfg.resume.allow)]
     if changed:
         keys = ",".join(change.partition(" was ")[0] for change in changed)

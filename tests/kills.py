@@ -28,11 +28,13 @@ torch.set_num_threads(1)
 
 def live(overrides: list[str], log: Path) -> int:
     """Begin or go on with the run in a process group of its own; its process id."""
-    if (child := os.fork()) != 0:
+    child = os.fork()
+    # Both set it, for whichever comes first: a child may be killed before it has run a line.
+    os.setpgid(child, 0)
+    if child != 0:
         return child
     code = 1
     try:
-        os.setsid()
         output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(output, 1)
         os.dup2(output, 2)

@@ -41,7 +41,7 @@ def main(cfg: DictConfig) -> None:
     settings = {
         "negative": asked["negative"],
         **{k: asked[k] for k in ("image", "mask", "source") if asked[k]},
-        "task": OmegaConf.to_container(cfg.task),
+        "task": restored.task,
         **{k: cfg[k] for k in ("strength", "paste")},
         "steps": cfg.steps,
         "size": size,

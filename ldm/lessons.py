@@ -185,7 +185,7 @@ class OneStart:
     """A task all of whose pictures begin where the first one does."""
 
     def __init__(self, task) -> None:
-        self.task = task
+        self.task, self.scale, self.overlap = task, task.scale, task.overlap
 
     def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
         """As the task, with the first picture's noise for all."""

@@ -5,8 +5,16 @@ Shapes: B batch, H W pixels.
 
 from collections.abc import Callable, Sequence
 
+import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
+
+from ldm.data.dataset import TextImages
+from ldm.diffusion.noise import generators
+from ldm.images import tile
+from ldm.pipeline import Pipeline
 
 
 def paint(
@@ -40,3 +48,27 @@ def paint(
             images += pipeline(prompts, seeds=seeds, steps=steps, on_step=on_step).cpu()
             guesses += [list(row) for row in zip(*seen, strict=True)] if seen else []
     return images, guesses
+
+
+def examples(
+    pipeline: Pipeline, pictures: TextImages, prompts: Sequence[str], *, steps: int, seed: int
+) -> tuple[Image.Image, dict]:
+    """What a pipeline makes of prompts, as one picture, and the facts of it.
+
+    A task that begins with a picture begins with `pictures[i]` for prompt i, and a row above shows
+    what it was given: the small picture, or the part that the mask leaves.
+    """
+    n, seeds = len(prompts), list(range(len(prompts)))
+    real = [pictures[i % len(pictures), i]["images"] for i in range(n)]
+    real = torch.stack(real).float() / 127.5 - 1  # (N, 3, H, W)
+    draws = generators(seed, seeds, stream="examples")
+    given = pipeline.task.example(real, generator=draws)
+    size = tuple(real.shape[-2:])
+    images = pipeline(prompts, seeds=seeds, size=size, steps=steps, **given).cpu()
+    facts = {"prompts": list(prompts), "seeds": seeds}
+    if not given:
+        return tile(images), facts
+    above = F.interpolate(given["image"], size)
+    if "mask" in given:
+        above = torch.where(given["mask"] > 0, 0.0, above)
+    return tile(torch.cat([above, images]), columns=n), facts

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.condition import Condition
-from ldm.diffusion.guidance import Denoise, Words
+from ldm.diffusion.guidance import Denoise, DenoiseWith, Words
 from ldm.diffusion.inversion import invert
 from ldm.diffusion.noise import ImageNoise
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.resampling import Resampled
 from ldm.diffusion.samplers import DDIM, OnStep
+from ldm.diffusion.tiles import Tiled
 from ldm.tasks import Request
 
 
@@ -23,7 +24,8 @@ class Pipeline:
     """Text encoder, task, guidance, sampler and decoder, in that order.
 
     Its parts are used where they are: the networks on one device, in eval mode. `dtype`: what they
-    compute in, under autocast; None is float32.
+    compute in, under autocast; None is float32. `trained_size`: of the denoiser's pictures, in
+    pixels; a task with windows paints larger ones in windows of that size.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Pipeline:
         sampler,
         guidance,
         dtype: torch.dtype | None = None,
+        trained_size: int | None = None,
     ) -> None:
         self.denoiser = denoiser
         self.autoencoder = autoencoder
@@ -46,6 +49,7 @@ class Pipeline:
         self.sampler = sampler
         self.guidance = guidance
         self.dtype = dtype
+        self.trained_size = trained_size
 
     @torch.no_grad()
     def __call__(
@@ -53,7 +57,7 @@ class Pipeline:
         prompts: Sequence[str],
         *,
         seeds: Sequence[int],
-        size: int,
+        size: int | tuple[int, int],
         steps: int,
         negative: str = "",
         image: Tensor | None = None,
@@ -63,12 +67,13 @@ class Pipeline:
         paste: bool = False,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Images (B, 3, size, size) in [-1, 1], one for each prompt and seed.
+        """Images (B, 3, H, W) in [-1, 1], one for each prompt and seed.
 
         An image depends on its own prompt and seed, not on the others of the batch.
-        image: (1 or B, 3, size, size) in [-1, 1], mask: (1 or B, 1, size, size), 1 where something
-        new shall be, strength in (0, 1]: for tasks that take them. source: what `image` shows, for
-        tasks that invert it. paste: what the mask keeps is the image's own pixels.
+        size: H and W, or the side of a square. For tasks that take them: image (1 or B, 3, H, W) in
+        [-1, 1], task.scale times smaller; mask (1 or B, 1, H, W), 1 where something new shall be;
+        strength in (0, 1]. source: what `image` shows, for tasks that invert it. paste: what the
+        mask keeps is the image's own pixels.
         Raises ValueError where prompts and seeds differ in number, a size does not fit, or the task
         lacks something.
         """
@@ -77,8 +82,10 @@ class Pipeline:
         with self._autocast():
             noise = ImageNoise(seeds, device=self.device)
             schedule, encode = self.objective.schedule, self.autoencoder.encode
+            size = (size, size) if isinstance(size, int) else tuple(size)
             room = self._room(len(seeds), size)
-            image, mask = (self._fitted(part, len(seeds), size) for part in (image, mask))
+            image = self._fitted(image, len(seeds), size, smaller=self.task.scale)
+            mask = self._fitted(mask, len(seeds), size)
 
             def inverted(x0: Tensor, t: float) -> Tensor:
                 cond = self.text([source] * len(x0))
@@ -167,25 +174,42 @@ class Pipeline:
         cond = replace(self.text(prompts), concat=concat)
         uncond = self._repeated(negative, n) if negative else self.text.null(n)
         uncond = replace(uncond, concat=concat)
-        return self.guidance(self.denoise, cond, uncond, Words(prompts, self.text))
+        denoise: DenoiseWith = self.denoise
+        if self.task.overlap is not None and self.trained_size is not None:
+            side = self.trained_size // self.autoencoder.factor
+            denoise = Tiled(denoise, side, round(side * self.task.overlap))
+        return self.guidance(denoise, cond, uncond, Words(prompts, self.text))
 
-    def _fitted(self, part: Tensor | None, n: int, size: int) -> Tensor | None:
+    def _fitted(
+        self, part: Tensor | None, n: int, size: tuple[int, int], *, smaller: int = 1
+    ) -> Tensor | None:
         """A picture or a mask (1 or n, ...) on the device, once for each of n images."""
         if part is None:
             return None
-        if tuple(part.shape[-2:]) != (size, size):
-            raise ValueError(f"a picture or mask of {tuple(part.shape[-2:])} where size={size}")
+        wanted = tuple(side // smaller for side in size)
+        if tuple(part.shape[-2:]) != wanted or any(side % smaller for side in size):
+            times = f" and the result is {smaller} times as wide" if smaller > 1 else ""
+            raise ValueError(
+                f"a picture or mask of {tuple(part.shape[-2:])} where size={told(size)}{times}"
+            )
         return part.to(self.device).expand(n, *part.shape[1:])
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
-    def _room(self, n: int, size: int) -> Tensor:
+    def _room(self, n: int, size: tuple[int, int]) -> Tensor:
         factor = self.autoencoder.factor
-        if size % factor:
-            raise ValueError(f"size={size} is not a multiple of {factor}, the autoencoder's factor")
-        shape = (n, self.autoencoder.channels, size // factor, size // factor)
+        if any(side % factor for side in size):
+            raise ValueError(
+                f"size={told(size)} is not a multiple of {factor}, the autoencoder's factor"
+            )
+        shape = (n, self.autoencoder.channels, *(side // factor for side in size))
         return torch.empty(shape, device=self.device)
 
     def _repeated(self, prompt: str, n: int) -> Condition:
         return self.text([prompt]).map(lambda part: part.expand(n, *part.shape[1:]))
+
+
+def told(size: tuple[int, int]) -> str:
+    """A size as it is given: one number where it is square."""
+    return str(size[0]) if size[0] == size[1] else f"[{size[0]},{size[1]}]"

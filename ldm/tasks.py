@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.diffusion.masks import random_masks
 from ldm.diffusion.noise import Generators
 from ldm.diffusion.samplers import Noise, levels
 from ldm.diffusion.schedule import Schedule
@@ -48,7 +49,24 @@ class Start:
 class Plain:
     """A task of a network that is told nothing but the text: no extra channels."""
 
-    extra_channels = 0
+    name: str  # the option of conf/task
+    from_pictures = False  # whether there is no painting without a picture
+    scale = 1  # how many times wider the result is than the picture that it is asked with
+    overlap: float | None = None  # of windows, as a share; None: any size in one piece
+
+    def extra_channels(self, channels: int) -> int:
+        """E, where latents have `channels`: none."""
+        return 0
+
+    def unfit(self, trained: object) -> str | None:
+        """Why a network of the task `trained` cannot do this one; None where it can."""
+        if trained.extra_channels(1):
+            return f"a network of task={trained.name} is shown more than noise"
+        return None
+
+    def example(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
+        """What of real pictures (B, 3, H, W) goes into a request for this task: nothing."""
+        return {}
 
     def train_concat(
         self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
@@ -60,12 +78,14 @@ class Plain:
 class TextToImage(Plain):
     """A picture from pure noise and a prompt."""
 
+    name = "text2img"
+
     def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
         """Noise of unit variance at t = 1; raises ValueError for a picture or a mask."""
         if request.image is not None or request.mask is not None or request.strength != 1:
             raise ValueError(
-                "task=text2img takes no image, mask or strength: task=img2img and "
-                "task=inpaint_projected do"
+                "task=text2img takes no image, mask or strength: task=img2img, inpaint_projected, "
+                "inpaint and superres do"
             )
         return Start(x=noise(request.latents), t=1.0)
 
@@ -77,6 +97,9 @@ class ImageToImage(Plain):
     of which the model paints the picture as it is (DDIM inversion), so that what the prompt does
     not speak of stays.
     """
+
+    name = "img2img"
+    from_pictures = True
 
     def __init__(self, *, invert: bool = False) -> None:
         self.invert = invert
@@ -94,6 +117,10 @@ class ImageToImage(Plain):
             return Start(x=request.invert(x0, t), t=t)
         return Start(x=noised(x0, t, schedule, noise), t=t)
 
+    def example(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
+        """The pictures."""
+        return {"image": images}
+
 
 class ProjectedInpaint(Plain):
     """New pixels where the mask is 1, by any text-to-image model: what is known stays known.
@@ -103,6 +130,9 @@ class ProjectedInpaint(Plain):
     again, with fresh noise (Lugmayr et al. 2022, RePaint, arXiv:2201.09865, algorithm 1).
     Raises ValueError for rounds below 1.
     """
+
+    name = "inpaint_projected"
+    from_pictures = True
 
     def __init__(self, *, rounds: int = 1) -> None:
         if rounds < 1:
@@ -114,24 +144,84 @@ class ProjectedInpaint(Plain):
 
         Raises ValueError without a picture or a mask.
         """
-        known, mask = masked(request, encode, task="inpaint_projected")
-
-        def project(x0_hat: Tensor) -> Tensor:
-            return torch.where(mask > 0, x0_hat, known)
-
-        x = noised(known, request.strength, schedule, noise)
+        x, project = kept(request, encode, schedule, noise, task=self)
         return Start(x=x, t=request.strength, project=project, rounds=self.rounds)
 
+    def example(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
+        """The pictures, and random masks."""
+        return {"image": images, "mask": random_masks_of(images, generator)}
 
-def masked(request: Request, encode: Encode, *, task: str) -> tuple[Tensor, Tensor]:
-    """The latents of the whole picture and the mask (B, 1, h, w) on their grid.
 
-    A cell is new where any of its pixels is. Raises ValueError without a picture or a mask.
+class Inpaint(Plain):
+    """New pixels where the mask is 1, by a network that is shown the mask and the rest.
+
+    Extra channels, as Stable Diffusion's inpainting network has them: the mask on the latent grid,
+    then the latents of the picture with grey where it is masked (Rombach et al. 2022, section 4.5).
+    """
+
+    name = "inpaint"
+    from_pictures = True
+
+    def extra_channels(self, channels: int) -> int:
+        """1 + C."""
+        return 1 + channels
+
+    def unfit(self, trained: object) -> str | None:
+        """It takes a network of this very task."""
+        return None if isinstance(trained, Inpaint) else "the network was never shown a mask"
+
+    def example(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
+        """The pictures, and random masks."""
+        return {"image": images, "mask": random_masks_of(images, generator)}
+
+    def train_concat(
+        self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
+    ) -> Tensor:
+        """Random masks and the latents of what they leave, (B, 1 + C, h, w)."""
+        return shown(images, random_masks_of(images, generator), encode, like=latents)
+
+    def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
+        """The picture noised to t = strength, what the network is shown, and what is kept.
+
+        Raises ValueError without a picture or a mask.
+        """
+        x, project = kept(request, encode, schedule, noise, task=self)
+        concat = shown(request.image, request.mask, encode, like=request.latents)
+        return Start(x=x, t=request.strength, concat=concat, project=project)
+
+
+def kept(
+    request: Request, encode: Encode, schedule: Schedule, noise: Noise, *, task: object
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The picture noised to t = strength, and what puts its known part into an x0_hat.
+
+    Raises ValueError without a picture or a mask.
     """
     if request.image is None or request.mask is None:
-        raise ValueError(f"task={task} takes a picture and a mask: image=FILE mask=FILE")
-    mask = F.adaptive_max_pool2d(request.mask, request.latents.shape[-2:])
-    return encode(request.image), mask
+        raise ValueError(f"task={task.name} takes a picture and a mask: image=FILE mask=FILE")
+    known, hidden = encode(request.image), on_grid(request.mask, like=request.latents)
+
+    def project(x0_hat: Tensor) -> Tensor:
+        return torch.where(hidden > 0, x0_hat, known)
+
+    return noised(known, request.strength, schedule, noise), project
+
+
+def shown(images: Tensor, mask: Tensor, encode: Encode, *, like: Tensor) -> Tensor:
+    """(B, 1 + C, h, w): the mask (B, 1, H, W) on the grid of `like`, and the rest's latents."""
+    rest = encode(torch.where(mask > 0, 0.0, images))
+    return torch.cat([on_grid(mask, like=like).to(rest), rest], dim=1)
+
+
+def on_grid(mask: Tensor, *, like: Tensor) -> Tensor:
+    """A mask (B, 1, H, W) on the latent grid: a cell is hidden where any of its pixels is."""
+    return F.adaptive_max_pool2d(mask, like.shape[-2:])
+
+
+def random_masks_of(images: Tensor, generator: Generators) -> Tensor:
+    """A random mask (B, 1, H, W) for each picture."""
+    n, _, *size = images.shape
+    return random_masks(n, *size, generator=generator, device=images.device)
 
 
 def noised(x0: Tensor, t: float, schedule: Schedule, noise: Noise) -> Tensor:

@@ -22,7 +22,7 @@ ROOMS = [
     {"ldm.models"},
     {"ldm.data"},
     {"ldm.metrics"},
-    {"ldm.tasks", "ldm.pipeline", "ldm.painting", "ldm.lessons", "ldm.peers"},
+    {"ldm.tasks", "ldm.superres", "ldm.pipeline", "ldm.painting", "ldm.lessons", "ldm.peers"},
     {"ldm.training"},
     {"ldm.build"},
     VERBS,

@@ -5,6 +5,7 @@ import logging
 import os
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -12,14 +13,13 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 
 from ldm import checkpoint, ranking
 from ldm.build import parts, stages
 from ldm.build.guidance import guidance
 from ldm.cli import UsageError
 from ldm.data.datamodule import TextImageData
-from ldm.images import tile
+from ldm.painting import examples
 from ldm.pipeline import Pipeline
 from ldm.runs import is_job, launched, rank, write_result
 from ldm.training import ranks
@@ -225,9 +225,15 @@ def diffusion(cfg: DictConfig, data: TextImageData, run_dir: Path):
     """LatentDiffusion with its sample pictures, and the frozen parts it rests on."""
     autoencoder, text = parts.frozen(cfg)
     stages.readable(text, data)
+    frozen = {"autoencoder": autoencoder, "text_encoder": text}
     task, objective = instantiate(cfg.task), parts.objective(cfg)
+    network = parts.denoiser(cfg, autoencoder, text, task)
+    if cfg.init is not None and checkpoint.newest(run_dir / "checkpoints") is None:
+        told = parts.begin_from(cfg.init, network, frozen, objective.schedule)
+        if rank() == 0:
+            print(told, flush=True)
     module = LatentDiffusion(
-        parts.denoiser(cfg, autoencoder, text, task),
+        network,
         autoencoder,
         text,
         objective,
@@ -250,23 +256,22 @@ def diffusion(cfg: DictConfig, data: TextImageData, run_dir: Path):
         sampler=instantiate(cfg.sampler),
         guidance=guidance(cfg.guidance, parts.Beside(autoencoder, text, objective, task, device)),
         dtype=parts.autocast(cfg.trainer.get("precision")) if gpu else None,  # as pipelines.restore
+        trained_size=data.size,
     )
     stages.fits(data.size, autoencoder.factor * 2 ** (len(cfg.model.multipliers) - 1))
     asked = cfg.samples.prompts or data.val_captions(cfg.samples.n)
     prompts = [asked] if isinstance(asked, str) else list(asked)
-    seeds = list(range(len(prompts)))
-
-    def draw() -> tuple[Image.Image, dict]:
-        images = pipeline(prompts, seeds=seeds, size=data.size, steps=cfg.samples.steps)
-        return tile(images), {"prompts": prompts, "seeds": seeds}
-
-    frozen = {"autoencoder": autoencoder, "text_encoder": text}
+    draw = partial(
+        examples, pipeline, data.val_set, prompts, steps=cfg.samples.steps, seed=cfg.seed
+    )
     callbacks = [Pictures(run_dir / "samples", draw)]
     if module.phema is not None:
         callbacks.append(Snapshots(run_dir / "phema", every=cfg.phema.every))
-    if "scenes" in cfg.eval:
+    if task.from_pictures and cfg.eval and rank() == 0:
+        print(f"eval: task={task.name} begins with a picture, so val/loss alone is measured")
+    if "scenes" in cfg.eval and not task.from_pictures:
         callbacks.append(instantiate(cfg.eval.scenes, pipeline, size=data.size))
-    if "images" in cfg.eval:
+    if "images" in cfg.eval and not task.from_pictures:
         networks = [instantiate(network) for network in cfg.features.values()]
         seen = {"pictures": data.val_set, "others": data.train_set.plain(), "size": data.size}
         place = {"folder": run_dir / "eval", "raw_denoiser": module.denoiser}

@@ -17,6 +17,7 @@ from ldm.cli import CONF, UsageError
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedule import Schedule
 from ldm.metrics.features import Features
+from ldm.models.begin import begin
 
 FROZEN = ("autoencoder", "text_encoder")
 TRAINING = ("weighting", "loss", "time_sampler")  # of the objective; not in older checkpoints
@@ -50,7 +51,7 @@ def denoiser(cfg: DictConfig, autoencoder: nn.Module, text: nn.Module, task) -> 
     """The network of `cfg.model`, with the sizes of the parts around it."""
     return instantiate(
         cfg.model,
-        in_channels=autoencoder.channels + task.extra_channels,
+        in_channels=autoencoder.channels + task.extra_channels(autoencoder.channels),
         out_channels=autoencoder.channels,
         context_dim=text.width,
         pooled_dim=text.pooled_width,
@@ -119,6 +120,25 @@ def opened(ckpt: str) -> Opened:
     return Opened(path, payload, config)
 
 
+def begin_from(
+    init: str, network: nn.Module, frozen: dict[str, nn.Module], schedule: Schedule
+) -> str:
+    """Start a network from the averaged one of another run; what was done, in a line.
+
+    Raises what `opened` and `begin` raise, and UsageError where its frozen parts or its schedule
+    are others: what it has learnt is of those.
+    """
+    source = opened(init)
+    others = [name for name in frozen if checkpoint.digest(frozen[name]) != source.digests[name]]
+    if not same(objective(source.config).schedule, schedule):
+        others.append("scheduler")
+    if others:
+        raise UsageError(f"init={init} was trained with another {' and '.join(others)}")
+    new = begin(network, checkpoint.part(source.payload, "ema.module."), what=init)
+    told = f"; new, and without effect as yet: {', '.join(new)}" if new else ""
+    return f"init: the weights of {source.path}{told}"
+
+
 def same(a: Schedule, b: Schedule) -> bool:
     """Whether two schedules have the same noise at the same times."""
     t = torch.linspace(0, 1, 65, dtype=torch.float64)
@@ -141,7 +161,8 @@ def autocast(precision: str | int | None) -> torch.dtype | None:
     return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(precision))
 
 
-ROOMS = ("ldm.diffusion.", "ldm.models.", "ldm.tasks")  # where parts of a model are
+# Where parts of a model are.
+ROOMS = ("ldm.diffusion.", "ldm.models.", "ldm.tasks", "ldm.superres")
 
 
 def check_targets(cfg: DictConfig, path: Path, rooms: tuple[str, ...] = ROOMS) -> None:

@@ -11,7 +11,11 @@ from ldm import checkpoint
 from ldm.build import parts
 from ldm.build.guidance import guidance
 from ldm.build.parts import Beside
+from ldm.cli import UsageError
 from ldm.pipeline import Pipeline
+
+REMEDY = "Train one: python train.py task={task} init={ckpt} name=my-{task}"
+WITHOUT = "Leave task= out, and it does what it was trained for"
 
 
 @dataclass
@@ -26,15 +30,17 @@ class Restored:
     data: DictConfig  # what it was trained on
     precision: str  # of its networks while they sample
     settings: dict  # how it samples: sampler, guidance and which weights, as plain values
+    task: dict  # what it is asked to do, likewise
 
 
 def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restored:
     """The pipeline of a diffusion run: networks from the checkpoint, sampling from `cfg`.
 
     `asked` says, under their names, where frozen parts are now if not where the training
-    configuration says; what else it holds is not looked at.
-    Raises what `parts.opened` raises, and CheckpointError where a frozen part is not the one
-    trained with.
+    configuration says; what else it holds is not looked at. Without a task in `cfg` it does what it
+    was trained for.
+    Raises what `parts.opened` raises, CheckpointError where a frozen part is not the one trained
+    with, and UsageError for a task that the network was not trained for.
     """
     opened = parts.opened(ckpt)
     trained = opened.config
@@ -49,7 +55,12 @@ def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restore
                 f"{opened.path} was trained with (its weights, or names, differ): give the right "
                 f"one with {name}=..."
             )
-    task = instantiate(cfg.task)
+    task, trained_task = instantiate(cfg.get("task") or trained.task), instantiate(trained.task)
+    if (why := task.unfit(trained_task)) is not None:
+        raise UsageError(
+            f"task={task.name} does not go with {opened.path}, of task={trained_task.name}: {why}. "
+            f"{REMEDY.format(task=task.name, ckpt=ckpt) if task.extra_channels(1) else WITHOUT}"
+        )
     network = opened.network("denoiser." if cfg.raw else "ema.module.", autoencoder, text, task)
     device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # What was trained on a GPU with less precision is as good as it was there; a CPU gains nothing.
@@ -70,6 +81,7 @@ def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restore
         sampler=instantiate(cfg.sampler),
         guidance=guidance(cfg.guidance, beside),
         dtype=dtype,
+        trained_size=trained.data.size,
     )
     return Restored(
         pipeline,
@@ -80,6 +92,7 @@ def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restore
         trained.data,
         "float32" if dtype is None else str(dtype).removeprefix("torch."),
         sampling_facts(cfg),
+        OmegaConf.to_container(cfg.get("task") or trained.task),
     )
 
 

@@ -70,13 +70,16 @@ def randn(
     return _draw(torch.randn, shape, generator).to(device=device, dtype=dtype)
 
 
-def rand(n: int, generator: Generators, *, device: torch.device | str = "cpu") -> Tensor:
-    """Uniform numbers in [0, 1), shape (n,), in float64; otherwise as `randn`."""
+def rand(
+    shape: int | Sequence[int], generator: Generators, *, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Uniform numbers in [0, 1), of a shape or (n,), in float64; otherwise as `randn`."""
+    shape = (shape,) if isinstance(shape, int) else shape
 
     def uniform(shape, *, generator=None, device=None):
         return torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
 
-    return _draw(uniform, (n,), generator).to(device)
+    return _draw(uniform, shape, generator).to(device)
 
 
 def _draw(fn, shape: Sequence[int], generator: Generators) -> Tensor:

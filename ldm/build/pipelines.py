@@ -1,5 +1,6 @@
 """A checkpoint to a pipeline: networks from the file, sampling from the configuration."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ldm.build import parts
 from ldm.build.guidance import guidance
 from ldm.build.parts import Beside
 from ldm.cli import UsageError
+from ldm.models.frames import Frames
 from ldm.pipeline import Pipeline
 
 REMEDY = "Train one: python train.py task={task} init={ckpt} name=my-{task}"
@@ -44,12 +46,13 @@ def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restore
     """
     opened = parts.opened(ckpt)
     trained = opened.config
-    for name in parts.FROZEN:
-        if asked[name] is not None:
+    for name in (*parts.FROZEN, parts.STYLE):
+        if asked.get(name) is not None:
             parts.move(trained, name, asked[name])
-    autoencoder, text = parts.frozen(trained)
-    for name, part in zip(parts.FROZEN, (autoencoder, text), strict=True):
-        if checkpoint.digest(part) != opened.digests[name]:
+    (autoencoder, text), style = parts.frozen(trained), parts.style_encoder(trained)
+    frozen = {**dict(zip(parts.FROZEN, (autoencoder, text), strict=True)), parts.STYLE: style}
+    for name, part in frozen.items():
+        if part is not None and checkpoint.digest(part) != opened.digests[name]:
             raise checkpoint.CheckpointError(
                 f"{trained[name].get('path', trained[name]._target_)} is not the {name} that "
                 f"{opened.path} was trained with (its weights, or names, differ): give the right "
@@ -61,10 +64,13 @@ def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restore
             f"task={task.name} does not go with {opened.path}, of task={trained_task.name}: {why}. "
             f"{REMEDY.format(task=task.name, ckpt=ckpt) if task.extra_channels(1) else WITHOUT}"
         )
-    network = opened.network("denoiser." if cfg.raw else "ema.module.", autoencoder, text, task)
+    weights = "denoiser." if cfg.raw else "ema.module."
+    network = opened.network(weights, autoencoder, text, task, style)
     device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # What was trained on a GPU with less precision is as good as it was there; a CPU gains nothing.
     dtype = parts.autocast(trained.trainer.get("precision")) if device.type == "cuda" else None
+    frames = trained.data.get("frames")
+    autoencoder = autoencoder if frames is None else Frames(autoencoder)
     beside = Beside(
         autoencoder.to(device),
         text.to(device),
@@ -82,6 +88,8 @@ def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restore
         guidance=guidance(cfg.guidance, beside),
         dtype=dtype,
         trained_size=trained.data.size,
+        frames=frames and (cfg.get("frames") or frames),
+        style_encoder=None if style is None else style.to(device),
     )
     return Restored(
         pipeline,
@@ -94,6 +102,32 @@ def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restore
         sampling_facts(cfg),
         OmegaConf.to_container(cfg.get("task") or trained.task),
     )
+
+
+def cascade(
+    cfg: DictConfig, ckpts: Sequence[str], asked: dict[str, str | None]
+) -> Iterator[Restored]:
+    """Pipelines of which each enlarges what the one before has painted, one at a time.
+
+    The first is guided as `cfg` says and does what it was trained for; the others are of `cfg`'s
+    task, or of their own, and guided by `cfg.enlarging`. A single one is as `cfg` says.
+    Raises what `restore` raises, and UsageError for a later one that enlarges nothing.
+    """
+    first = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "task"])
+    for number, ckpt in enumerate(ckpts):
+        if number == 0:
+            yield restore(first if len(ckpts) > 1 else cfg, ckpt, asked)
+            continue
+        plain = {"_target_": "ldm.diffusion.guidance.ClassifierFree", "scale": cfg.enlarging}
+        later = OmegaConf.merge(cfg)
+        later.guidance = plain
+        restored = restore(later, ckpt, asked)
+        if restored.pipeline.task.scale == 1:
+            raise UsageError(
+                f"cascade: {ckpt} is of task={restored.pipeline.task.name} and enlarges nothing; "
+                "all but the first are runs of task=superres"
+            )
+        yield restored
 
 
 def sampling(pipeline: Pipeline, cfg: DictConfig) -> Pipeline:

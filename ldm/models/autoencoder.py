@@ -209,10 +209,17 @@ def middle(width: int, *, groups: int, attention: bool) -> Stage:
 
 
 class Identity(nn.Module):
-    """The autoencoder of pixel-space diffusion: latents are the images."""
+    """The autoencoder of pixel-space diffusion: latents are the images, not a bit is lost.
 
-    channels = 3
-    factor = 1
+    patch: pixels a side that are folded into channels, so that a network's grid is as much coarser;
+    1 leaves the pixels as they lie. Raises ValueError below 1.
+    """
+
+    def __init__(self, *, patch: int = 1) -> None:
+        super().__init__()
+        if patch < 1:
+            raise ValueError(f"autoencoder.patch={patch} must be 1 (pixels as they are) or more")
+        self.factor, self.channels = patch, 3 * patch**2
 
     def encode(
         self,
@@ -220,9 +227,9 @@ class Identity(nn.Module):
         *,
         generator: Generators = None,
     ) -> Tensor:
-        """images (B, 3, H, W), unchanged; there is nothing to draw from `generator`."""
-        return images
+        """images (B, 3, H, W) folded; there is nothing to draw from `generator`."""
+        return F.pixel_unshuffle(images, self.factor) if self.factor > 1 else images
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents (B, 3, H, W), unchanged."""
-        return latents
+        """latents (B, C, h, w) unfolded."""
+        return F.pixel_shuffle(latents, self.factor) if self.factor > 1 else latents

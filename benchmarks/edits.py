@@ -26,11 +26,12 @@ from ldm.build import pipelines
 from ldm.cli import CONF
 from ldm.data.scenes.draw import OUTER, draw_at, placed
 from ldm.data.scenes.world import BACKGROUNDS, COLOURS, SHAPES, STYLES, Scene, caption, sample
-from ldm.images import from_uint8, to_uint8
+from ldm.images import from_uint8, save_png, tile, to_uint8
 from ldm.metrics.scenes import ATTRIBUTES, read, right
 from ldm.pipeline import Pipeline
 
 SIZE = 64
+SHOWN = 8  # edits in a picture
 CHANGES = ("color", "shape", "background", "style")
 
 
@@ -58,14 +59,25 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100, help="pictures for each kind of change")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--only", default="", help="ways whose names have this in them")
+    parser.add_argument("--picture", type=Path, help="a PNG of some edits: a row a way")
     given = parser.parse_args()
     ckpt = given.ckpt.removeprefix("ckpt=")
     if given.task == "img2img":
         edits = [edit for what in CHANGES for edit in changed(what, given.count)]
-        rows = measure(edits, img2img_ways(ckpt, given.steps), given.only, of_edit)
+        ways, tell = img2img_ways(ckpt, given.steps), of_edit
     else:
         edits = list(replaced(given.count))
-        rows = measure(edits, inpaint_ways(ckpt, given.steps), given.only, of_filling)
+        ways, tell = inpaint_ways(ckpt, given.steps), of_filling
+    ways = [(name, way) for name, way in ways if given.only in name]
+    if given.picture is not None:
+        some = edits[:: max(1, len(edits) // SHOWN)][:SHOWN]
+        shown = [from_uint8(edit.picture) for edit in some]
+        if given.task == "inpaint":
+            shown = [torch.where(m > 0, 0, s) for m, s in zip(masks(some), shown, strict=True)]
+        painted = [image for _, way in ways for image in way(some, range(len(some)))]
+        facts = {"ways": [name for name, _ in ways], "asked": asked(some)}
+        save_png(tile(torch.stack([*shown, *painted]), columns=len(some)), given.picture, facts)
+    rows = measure(edits, ways, tell)
     print(table(rows))
     place = Path(ckpt) if Path(ckpt).is_dir() else runs.of_checkpoint(Path(ckpt))
     out = place / f"edits_{given.task}.json"
@@ -196,14 +208,10 @@ def edit_of(what: str, scene: Scene, wanted: Scene, rng: np.random.Generator) ->
     return Edit(what, scene, wanted, said, words, picture, ideal, mask)
 
 
-def measure(
-    edits: Sequence[Edit], ways: Iterator[tuple[str, Way]], only: str, tell: Callable
-) -> list[dict]:
+def measure(edits: Sequence[Edit], ways: Sequence[tuple[str, Way]], tell: Callable) -> list[dict]:
     """A row a way."""
     rows = []
     for name, way in ways:
-        if only not in name:
-            continue
         images = []
         for first in tqdm(range(0, len(edits), 50), desc=name, unit="batch", leave=False):
             part = edits[first : first + 50]

@@ -176,14 +176,6 @@ def needed(given: Mapping[str, str | None], name: str) -> str:
     return given[name]
 
 
-def sides(pad: int | Sequence[int]) -> list[int]:
-    """Left, above, right and below, from four numbers or one for all; UsageError otherwise."""
-    each = [pad] * 4 if isinstance(pad, int) else list(pad)
-    if len(each) != 4 or not all(isinstance(side, int) for side in each):
-        raise UsageError(f"pad={pad} is one number of pixels, or four: [left,above,right,below]")
-    return each
-
-
 def read_prompts(given: Mapping[str, str | None]) -> list[str]:
     """The lines with text of the file `prompts`, else the one `prompt`, else none.
 

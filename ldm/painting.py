@@ -3,7 +3,7 @@
 Shapes: B batch, H W pixels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ldm.data.dataset import TextImages
 from ldm.diffusion.noise import generators
+from ldm.films import strip
 from ldm.images import tile
 from ldm.pipeline import Pipeline
 
@@ -24,17 +25,20 @@ def paint(
     decode: Callable[[Tensor], Tensor],
     steps: int,
     batch: int,
+    pictures: Mapping[str, Tensor] | None = None,
     previews: int = 0,
+    quiet: bool = False,
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
     """An image (3, H, W) for each job, a prompt and a seed, and its guesses (3, H, W) on the way.
 
     pipeline: one that lacks but prompts, seeds, steps and on_step; decode: its latents to images.
-    batch: how many at a time, which changes no picture. previews: that many guesses a picture, the
-    last of which is the picture itself; fewer where there are fewer steps.
+    batch: how many at a time, which changes no picture. pictures: what else it takes, one for all
+    or one a job, such as image (1 or N, 3, H, W). previews: that many guesses a picture, the
+    last of which is the picture itself; fewer where there are fewer steps. quiet: without the bar.
     """
     shown = {(k + 1) * steps // previews - 1 for k in range(previews)} - {-1}
     images, guesses = [], []
-    with tqdm(total=len(jobs) * steps, desc="Sampling", unit="step") as bar:
+    with tqdm(total=len(jobs) * steps, desc="Sampling", unit="step", disable=quiet) as bar:
         for first in range(0, len(jobs), batch):
             part = jobs[first : first + batch]
             seen: list[Tensor] = []
@@ -45,7 +49,11 @@ def paint(
                     seen.append(decode(x0_hat).cpu())
 
             prompts, seeds = zip(*part, strict=True)
-            images += pipeline(prompts, seeds=seeds, steps=steps, on_step=on_step).cpu()
+            mine = {
+                name: each if len(each) == 1 else each[first : first + batch]
+                for name, each in (pictures or {}).items()
+            }
+            images += pipeline(prompts, seeds=seeds, steps=steps, on_step=on_step, **mine).cpu()
             guesses += [list(row) for row in zip(*seen, strict=True)] if seen else []
     return images, guesses
 
@@ -66,6 +74,8 @@ def examples(
     size = tuple(real.shape[-2:])
     images = pipeline(prompts, seeds=seeds, size=size, steps=steps, **given).cpu()
     facts = {"prompts": list(prompts), "seeds": seeds}
+    if images.ndim == 5:
+        return tile([strip(video) for video in images], columns=1), facts
     if not given:
         return tile(images), facts
     above = F.interpolate(given["image"], size)

@@ -25,7 +25,8 @@ class Pipeline:
 
     Its parts are used where they are: the networks on one device, in eval mode. `dtype`: what they
     compute in, under autocast; None is float32. `trained_size`: of the denoiser's pictures, in
-    pixels; a task with windows paints larger ones in windows of that size.
+    pixels; a task with windows paints larger ones in windows of that size. `frames`: of a video;
+    None paints pictures.
     """
 
     def __init__(
@@ -40,6 +41,8 @@ class Pipeline:
         guidance,
         dtype: torch.dtype | None = None,
         trained_size: int | None = None,
+        frames: int | None = None,
+        style_encoder=None,
     ) -> None:
         self.denoiser = denoiser
         self.autoencoder = autoencoder
@@ -50,6 +53,8 @@ class Pipeline:
         self.guidance = guidance
         self.dtype = dtype
         self.trained_size = trained_size
+        self.frames = frames
+        self.style_encoder = style_encoder
 
     @torch.no_grad()
     def __call__(
@@ -63,8 +68,9 @@ class Pipeline:
         image: Tensor | None = None,
         mask: Tensor | None = None,
         strength: float = 1.0,
-        source: str = "",
+        source: str | Sequence[str] = "",
         paste: bool = False,
+        style: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], one for each prompt and seed.
@@ -72,8 +78,10 @@ class Pipeline:
         An image depends on its own prompt and seed, not on the others of the batch.
         size: H and W, or the side of a square. For tasks that take them: image (1 or B, 3, H, W) in
         [-1, 1], task.scale times smaller; mask (1 or B, 1, H, W), 1 where something new shall be;
-        strength in (0, 1]. source: what `image` shows, for tasks that invert it. paste: what the
-        mask keeps is the image's own pixels.
+        strength in (0, 1]. source: what `image` shows, for tasks that invert it, one text for
+        all or one each. paste: what the
+        mask keeps is the image's own pixels; otherwise what the autoencoder makes of them. style: a picture (1 or B, 3, any H, W) in [-1, 1] that
+        shows how it shall be drawn, for models trained with a style encoder.
         Raises ValueError where prompts and seeds differ in number, a size does not fit, or the task
         lacks something.
         """
@@ -88,13 +96,13 @@ class Pipeline:
             mask = self._fitted(mask, len(seeds), size)
 
             def inverted(x0: Tensor, t: float) -> Tensor:
-                cond = self.text([source] * len(x0))
+                cond = self.text([source] * len(x0) if isinstance(source, str) else list(source))
                 times = self.sampler.times(schedule, steps, start=t)
                 return invert(lambda x, t: self.denoise(x, t, cond), x0, schedule, times)
 
             request = Request(room, image, mask, strength, inverted)
             start = self.task.start(request, encode, schedule, noise=noise)
-            guided = self._guided(prompts, negative, start.concat)
+            guided = self._guided(prompts, negative, start.concat, self._styled(style, seeds))
             denoise = guided
             if start.project is not None:
                 denoise = lambda x_t, t: start.project(guided(x_t, t))  # noqa: E731
@@ -102,7 +110,11 @@ class Pipeline:
             times = sampler.times(schedule, steps, start=start.t)
             x0 = sampler(denoise, start.x, schedule, times, noise=noise, on_step=on_step)
             images = self.decode(x0)
-            return torch.where(mask > 0, images, image) if paste and mask is not None else images
+            if mask is None:
+                return images
+            # Cells of the latent grid that the mask cuts through were painted anew as a whole.
+            joined = torch.where(mask > 0, images, image)
+            return joined if paste else self.decode(encode(joined))
 
     @torch.no_grad()
     def invert(
@@ -167,18 +179,36 @@ class Pipeline:
         return self.objective.denoised(self.denoiser, x_t, t.to(x_t.device), cond)
 
     def _guided(
-        self, prompts: Sequence[str], negative: str, concat: Tensor | None = None
+        self,
+        prompts: Sequence[str],
+        negative: str,
+        concat: Tensor | None = None,
+        style: Tensor | None = None,
     ) -> Denoise:
         prompts = list(prompts)
         n = len(prompts)
-        cond = replace(self.text(prompts), concat=concat)
+        cond = replace(self.text(prompts), concat=concat, style=style)
         uncond = self._repeated(negative, n) if negative else self.text.null(n)
-        uncond = replace(uncond, concat=concat)
+        no_style = None if style is None else torch.zeros_like(style)
+        uncond = replace(uncond, concat=concat, style=no_style)
         denoise: DenoiseWith = self.denoise
         if self.task.overlap is not None and self.trained_size is not None:
             side = self.trained_size // self.autoencoder.factor
             denoise = Tiled(denoise, side, round(side * self.task.overlap))
         return self.guidance(denoise, cond, uncond, Words(prompts, self.text))
+
+    def _styled(self, style: Tensor | None, seeds: Sequence[int]) -> Tensor | None:
+        """Features (B, N, F) of a style picture, shuffled anew for each seed."""
+        if style is None:
+            return None
+        if self.style_encoder is None:
+            raise ValueError(
+                "style=: this model was trained without style pictures; `python train.py "
+                "style_encoder=clip init=RUN` begins with it and trains one that takes them"
+            )
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        images = style.to(self.device).expand(len(seeds), *style.shape[1:])
+        return self.style_encoder(images, generators)
 
     def _fitted(
         self, part: Tensor | None, n: int, size: tuple[int, int], *, smaller: int = 1
@@ -203,8 +233,9 @@ class Pipeline:
             raise ValueError(
                 f"size={told(size)} is not a multiple of {factor}, the autoencoder's factor"
             )
-        shape = (n, self.autoencoder.channels, *(side // factor for side in size))
-        return torch.empty(shape, device=self.device)
+        grid = [side // factor for side in size]
+        grid = grid if self.frames is None else [self.frames, *grid]
+        return torch.empty((n, self.autoencoder.channels, *grid), device=self.device)
 
     def _repeated(self, prompt: str, n: int) -> Condition:
         return self.text([prompt]).map(lambda part: part.expand(n, *part.shape[1:]))

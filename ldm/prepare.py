@@ -39,15 +39,22 @@ def converted(cfg: DictConfig, paths: dict[str, str], out: str) -> Report:
     names = ("size", "format", "quality", "samples_per_shard", "workers", "limit")
     options = {"images": cli.needed(paths, "images"), "out": out} | {n: cfg[n] for n in names}
     if cfg.source == "coco":
+        if cfg.frames is not None:
+            raise cli.UsageError("frames is for folder and scenes: COCO has pictures")
         return prepare_coco(annotations=cli.needed(paths, "annotations"), **options)
-    return prepare_folder(**options, part=cfg.part)
+    return prepare_folder(**options, part=cfg.part, frames=cfg.frames)
 
 
 def drawn(cfg: DictConfig, out: str) -> Report:
     """Shards of the scene world."""
     split = "train" if cfg.part == "all" else cfg.part
     return prepare_scenes(
-        out=out, count=cfg.limit or 20000, size=cfg.size, split=split, workers=cfg.workers
+        out=out,
+        count=cfg.limit or 20000,
+        size=cfg.size,
+        split=split,
+        frames=cfg.frames,
+        workers=cfg.workers,
     )
 
 

@@ -87,6 +87,8 @@ def padded(file: str | Path, size: int, pad: Sequence[int]) -> tuple[Tensor, Ten
 
     Raises ValueError for margins that are none, or leave no picture; ImageError as `read_image`.
     """
+    if len(pad) != 4 or not all(isinstance(side, int) for side in pad):
+        raise ValueError(f"pad={list(pad)} is four numbers of pixels: [left,above,right,below]")
     left, above, right, below = pad
     width, height = size - left - right, size - above - below
     if min(pad) < 0 or min(width, height) < 1:

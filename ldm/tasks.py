@@ -51,6 +51,7 @@ class Plain:
 
     name: str  # the option of conf/task
     from_pictures = False  # whether there is no painting without a picture
+    temporal = False  # whether it is of videos
     scale = 1  # how many times wider the result is than the picture that it is asked with
     overlap: float | None = None  # of windows, as a share; None: any size in one piece
 

@@ -8,12 +8,22 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # python -m ldm.<verb>
-VERBS = {"ldm.prepare", "ldm.evaluate", "ldm.explain", "ldm.package", "ldm.compare", "ldm.phema"}
+VERBS = {
+    "ldm.prepare",
+    "ldm.evaluate",
+    "ldm.explain",
+    "ldm.package",
+    "ldm.compare",
+    "ldm.phema",
+    "ldm.augment",
+    "ldm.clip",
+}
 
 # A room may import from rooms before it in this list, and from itself.
 ROOMS = [
     {
         *("ldm.files", "ldm.checkpoint", "ldm.runs", "ldm.locks", "ldm.images", "ldm.cli"),
+        "ldm.films",
         "ldm.settings",
         *("ldm.figures", "ldm.ranking", "ldm.ranking_figures"),
         *("ldm.curves", "ldm.curve_figures", "ldm.snapshots"),
@@ -22,7 +32,18 @@ ROOMS = [
     {"ldm.models"},
     {"ldm.data"},
     {"ldm.metrics"},
-    {"ldm.tasks", "ldm.superres", "ldm.pipeline", "ldm.painting", "ldm.lessons", "ldm.peers"},
+    {
+        "ldm.tasks",
+        "ldm.superres",
+        "ldm.requests",
+        "ldm.gallery",
+        "ldm.video",
+        "ldm.pipeline",
+        "ldm.painting",
+        "ldm.lessons",
+        "ldm.peers",
+        "ldm.clip_answers",
+    },
     {"ldm.training"},
     {"ldm.build"},
     VERBS,

@@ -15,12 +15,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
 from ldm.cli import CONF
+from ldm.augment import TEXTS as AUGMENT
+from ldm.clip import TEXTS as CLIP
 from ldm.evaluate import TEXTS as EVALUATE
 from ldm.phema import TEXTS as PHEMA
 
 ROOT = Path(__file__).parent.parent
 COCO = ROOT.parent / "shared" / "data" / "coco_mini"
 TEXTS = ("ckpt", "prompt", "prompts", "negative", "out", "images", "annotations", "image")
+TEXTS += ("mask", "source", "style")
 
 
 def blocks(page="README.md"):
@@ -29,9 +32,18 @@ def blocks(page="README.md"):
 
 def commands():
     pages = [*blocks(), *blocks("docs/explained.md"), *blocks("docs/sweeps.md")]
-    pages += [*blocks("docs/evaluation.md"), *blocks("docs/phema.md")]
+    pages += [*blocks("docs/evaluation.md"), *blocks("docs/phema.md"), *blocks("docs/clip.md")]
+    pages += [
+        *blocks("docs/img2img.md"),
+        *blocks("docs/inpainting.md"),
+        *blocks("docs/superres.md"),
+    ]
     lines = [line for block in pages for line in block.splitlines()]
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("python ")]
+    return [
+        shlex.split(line, comments=True)[1:]
+        for line in lines
+        if line.startswith("python ") and "benchmarks/" not in line
+    ]
 
 
 def jobs(overrides):
@@ -60,7 +72,8 @@ def test_command_composes(command):
     assert Path(CONF, f"{root}.yaml").is_file()
     if root == "prepare":
         arguments[0] = f"source={arguments[0]}"
-    texts = {"evaluate": EVALUATE, "phema": PHEMA}.get(root, TEXTS)
+    own = {"evaluate": EVALUATE, "phema": PHEMA, "clip": CLIP, "augment": AUGMENT}
+    texts = own.get(root, TEXTS)
     overrides = [
         a for a in arguments if a not in ("...", "-m") and a.partition("=")[0] not in texts
     ]

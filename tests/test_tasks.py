@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 from world import SIZE, pipeline
 
+from ldm.diffusion.noise import generators
 from ldm.diffusion.schedule import linear
 from ldm.models.autoencoder import Identity
-from ldm.tasks import ImageToImage, ProjectedInpaint, Request, TextToImage
+from ldm.requests import padded
+from ldm.tasks import ImageToImage, Inpaint, ProjectedInpaint, Request, TextToImage
 
 PROMPTS = ["a red circle", "a blue square"]
 
@@ -110,6 +113,7 @@ def test_an_image_depends_on_its_own_seed_alone(tiny_text):
             "strength=2",
         ),
         (ImageToImage(), {"image": picture()[..., 1:]}, "where size=16"),
+        (Inpaint(), {"image": picture()}, "task=inpaint takes a picture and a mask"),
     ],
 )
 def test_what_a_task_lacks_is_told(tiny_text, task, given, message):
@@ -120,3 +124,50 @@ def test_what_a_task_lacks_is_told(tiny_text, task, given, message):
 def test_rounds_below_one_are_refused():
     with pytest.raises(ValueError, match="once or more"):
         ProjectedInpaint(rounds=0)
+
+
+def inpainting(text):
+    """A pipeline in pixels whose network is shown mask and rest."""
+    pipe = pixels(text, Inpaint(), scale=1.0)
+    plain = pipe.denoiser.conv_in
+    pipe.denoiser.in_channels += Inpaint().extra_channels(3)
+    wide = torch.nn.Conv2d(pipe.denoiser.in_channels, plain.out_channels, 3, padding=1)
+    pipe.denoiser.conv_in = wide
+    return pipe
+
+
+def test_the_network_is_shown_the_mask_and_what_it_leaves(tiny_text):
+    pipe = inpainting(tiny_text)
+    seen = []
+    pipe.denoiser.register_forward_pre_hook(lambda net, args: seen.append(args[2].concat))
+    images = paint(pipe, image=picture(), mask=left_half(), steps=2)
+    kept = left_half().expand_as(images) == 0
+    assert torch.equal(images[kept], picture().expand_as(images)[kept])
+    mask, rest = seen[0].split([1, 3], dim=1)
+    assert torch.equal(mask[:1], left_half())
+    assert torch.equal(rest[:1], picture() * (1 - left_half()))
+
+
+def test_training_shows_what_sampling_shows():
+    images = 2 * torch.rand(5, 3, SIZE, SIZE) - 1
+    draws = {"generator": generators(0, range(5), stream="task")}
+    concat = Inpaint().train_concat(images[:, :, ::2, ::2], images, halved, **draws)
+    given = Inpaint().example(images, generator=generators(0, range(5), stream="task"))
+    cells = torch.nn.functional.max_pool2d(given["mask"], 2)
+    assert torch.equal(concat[:, :1], cells)
+    assert torch.equal(concat[:, 1:], halved(images * (1 - given["mask"])))
+
+
+def halved(images):
+    return torch.nn.functional.avg_pool2d(images, 2)
+
+
+def test_a_picture_inside_a_larger_one(tmp_path):
+    Image.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / "a.png")
+    inside, mask = padded(tmp_path / "a.png", SIZE, [4, 0, 2, 8])
+    assert mask.sum() == SIZE**2 - 10 * 8
+    assert torch.equal(inside[0] == 1, mask[0] == 0)
+    assert not inside[:, mask[0] > 0].any()
+    for pad in ([8, 0, 8, 0], [-1, 0, 0, 0]):
+        with pytest.raises(ValueError, match="they leave"):
+            padded(tmp_path / "a.png", SIZE, pad)

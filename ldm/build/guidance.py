@@ -49,7 +49,8 @@ def guide(path: str, beside: Beside) -> DenoiseWith:
     objective = parts.objective(opened.config)
     if not parts.same(objective.schedule, beside.objective.schedule):
         raise UsageError(f"guidance.guide={path} was trained on another scheduler")
-    network = opened.network("ema.module.", beside.autoencoder, beside.text, beside.task)
+    style = parts.style_encoder(opened.config)
+    network = opened.network("ema.module.", beside.autoencoder, beside.text, beside.task, style)
     network, objective = network.to(beside.device), objective.to(beside.device)
 
     def denoise(x_t, t, cond):

@@ -19,6 +19,7 @@ from ldm.build import parts, stages
 from ldm.build.guidance import guidance
 from ldm.cli import UsageError
 from ldm.data.datamodule import TextImageData
+from ldm.models.frames import Frames
 from ldm.painting import examples
 from ldm.pipeline import Pipeline
 from ldm.runs import is_job, launched, rank, write_result
@@ -127,6 +128,8 @@ def build(cfg: DictConfig, run_dir: Path) -> Job:
     warnings.filterwarnings("ignore", message=".*get_last_lr.*")  # a resumed run's, of torch
     L.seed_everything(cfg.seed, verbose=False)
     data = instantiate(cfg.data, seed=cfg.seed)
+    if cfg.stage != "diffusion":
+        stages.kind_fits(cfg, data, temporal=False)
     module, callbacks, frozen = makers[cfg.stage](cfg, data, run_dir)
     facts = {
         "stage": cfg.stage,
@@ -227,11 +230,16 @@ def diffusion(cfg: DictConfig, data: TextImageData, run_dir: Path):
     stages.readable(text, data)
     frozen = {"autoencoder": autoencoder, "text_encoder": text}
     task, objective = instantiate(cfg.task), parts.objective(cfg)
-    network = parts.denoiser(cfg, autoencoder, text, task)
+    stages.kind_fits(cfg, data, temporal=task.temporal)
+    style = parts.style_encoder(cfg)
+    network = parts.denoiser(cfg, autoencoder, text, task, style)
     if cfg.init is not None and checkpoint.newest(run_dir / "checkpoints") is None:
         told = parts.begin_from(cfg.init, network, frozen, objective.schedule)
         if rank() == 0:
             print(told, flush=True)
+    if style is not None:
+        frozen[parts.STYLE] = style
+    autoencoder = autoencoder if data.frames is None else Frames(autoencoder)
     module = LatentDiffusion(
         network,
         autoencoder,
@@ -243,6 +251,7 @@ def diffusion(cfg: DictConfig, data: TextImageData, run_dir: Path):
         phema_lengths=cfg.phema.lengths,
         caption_dropout=cfg.caption_dropout,
         validate_raw=cfg.validate_raw,
+        style_encoder=style,
         seed=cfg.seed,
     )
     gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
@@ -257,6 +266,8 @@ def diffusion(cfg: DictConfig, data: TextImageData, run_dir: Path):
         guidance=guidance(cfg.guidance, parts.Beside(autoencoder, text, objective, task, device)),
         dtype=parts.autocast(cfg.trainer.get("precision")) if gpu else None,  # as pipelines.restore
         trained_size=data.size,
+        frames=data.frames,
+        style_encoder=style,
     )
     stages.fits(data.size, autoencoder.factor * 2 ** (len(cfg.model.multipliers) - 1))
     asked = cfg.samples.prompts or data.val_captions(cfg.samples.n)

@@ -20,6 +20,7 @@ from ldm.metrics.features import Features
 from ldm.models.begin import begin
 
 FROZEN = ("autoencoder", "text_encoder")
+STYLE = "style_encoder"  # frozen as well, where there is one
 TRAINING = ("weighting", "loss", "time_sampler")  # of the objective; not in older checkpoints
 
 
@@ -38,23 +39,38 @@ def frozen(cfg: DictConfig) -> tuple[nn.Module, nn.Module]:
 
 def move(cfg: DictConfig, name: str, place: str) -> None:
     """Have a frozen part read from `place`; UsageError where it is read from nowhere."""
-    key = next((key for key in ("path", "names") if key in cfg[name]), None)
+    part = cfg.get(name) or {}
+    key = next((key for key in ("path", "names") if key in part), None)
     if key is None:
         raise UsageError(
-            f"{name}={place}: the run was trained with {cfg[name]._target_}, which is read from "
-            "nowhere: leave it out"
+            f"{name}={place}: the run was trained with {part.get('_target_', 'none')}, which is "
+            "read from nowhere: leave it out"
         )
     cfg[name][key] = place
 
 
-def denoiser(cfg: DictConfig, autoencoder: nn.Module, text: nn.Module, task) -> nn.Module:
+def style_encoder(cfg: DictConfig) -> nn.Module | None:
+    """What reads style pictures; None where the denoiser is told of none."""
+    return instantiate(cfg[STYLE], _convert_="all") if cfg.get(STYLE) else None
+
+
+def denoiser(
+    cfg: DictConfig,
+    autoencoder: nn.Module,
+    text: nn.Module,
+    task,
+    style: nn.Module | None = None,
+) -> nn.Module:
     """The network of `cfg.model`, with the sizes of the parts around it."""
+    more = {} if style is None else {"style_dim": style.width}
+    more |= {"temporal": True} if task.temporal else {}
     return instantiate(
         cfg.model,
         in_channels=autoencoder.channels + task.extra_channels(autoencoder.channels),
         out_channels=autoencoder.channels,
         context_dim=text.width,
         pooled_dim=text.pooled_width,
+        **more,
         _convert_="all",
     )
 
@@ -93,9 +109,16 @@ class Opened:
         """Of the frozen parts that it was trained with."""
         return self.payload["ldm"]["frozen"]
 
-    def network(self, weights: str, autoencoder: nn.Module, text: nn.Module, task) -> nn.Module:
+    def network(
+        self,
+        weights: str,
+        autoencoder: nn.Module,
+        text: nn.Module,
+        task,
+        style: nn.Module | None = None,
+    ) -> nn.Module:
         """Its denoiser in eval mode, on the CPU; weights: the prefix in the state dict."""
-        built = denoiser(self.config, autoencoder, text, task)
+        built = denoiser(self.config, autoencoder, text, task, style)
         checkpoint.load_into(built, checkpoint.part(self.payload, weights), what=str(self.path))
         return built.eval()
 
@@ -115,7 +138,7 @@ def opened(ckpt: str) -> Opened:
             "diffusion run, which `python train.py` makes"
         )
     config = OmegaConf.create(facts["config"])
-    for group in (*FROZEN, "model", "scheduler", "objective", "task", *TRAINING):
+    for group in (*FROZEN, STYLE, "model", "scheduler", "objective", "task", *TRAINING):
         check_targets(config.get(group, OmegaConf.create()), path)
     return Opened(path, payload, config)
 
@@ -162,7 +185,7 @@ def autocast(precision: str | int | None) -> torch.dtype | None:
 
 
 # Where parts of a model are.
-ROOMS = ("ldm.diffusion.", "ldm.models.", "ldm.tasks", "ldm.superres")
+ROOMS = ("ldm.diffusion.", "ldm.models.", "ldm.tasks", "ldm.superres", "ldm.video")
 
 
 def check_targets(cfg: DictConfig, path: Path, rooms: tuple[str, ...] = ROOMS) -> None:

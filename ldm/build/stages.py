@@ -32,6 +32,19 @@ def fits(size: int, multiple: int) -> None:
         )
 
 
+def kind_fits(cfg: DictConfig, data: TextImageData, *, temporal: bool) -> None:
+    """UsageError where videos meet what is for pictures, or the other way round."""
+    if temporal != (data.frames is not None):
+        have, want = ("pictures", "videos") if temporal else ("videos", "pictures")
+        remedy = "data=moving_scenes, or data.frames=8" if temporal else "task=video, or other data"
+        told = f"task={cfg.task._target_}" if cfg.stage == "diffusion" else f"stage={cfg.stage}"
+        raise UsageError(f"{told} is of {want}, and the data are {have}: take {remedy}")
+    for name, check in (cfg.eval or {}).items():
+        if check.get("moving", False) != temporal and cfg.stage == "diffusion":
+            both = "eval=motion, or eval=none" if temporal else "another eval"
+            raise UsageError(f"eval.{name} does not measure what the data are: take {both}")
+
+
 def readable(text: nn.Module, data: TextImageData) -> None:
     """ValueError now, and not after the first batches, where captions have none of its names."""
     if hasattr(text, "names"):

@@ -29,7 +29,7 @@ class TextImageData(L.LightningDataModule):
     `val_skips` then count, and stop the run above `max_skipped` of the samples seen.
     `train`, `val`: see `locate`. `min_size`: pictures with a shorter side, in pixels, are left out
     when the index is loaded. `cache`: the folder where shards of servers are kept, at most
-    `cache_gb` of 10^9 bytes; the next of a run are fetched ahead.
+    `cache_gb` of 10^9 bytes; the next of a run are fetched ahead. `frames`: see `TextImages`.
     Raises FileNotFoundError or ShardError where there are no intact shards, RemoteError where a
     server fails, ValueError for sizes that do not divide.
     """
@@ -53,10 +53,12 @@ class TextImageData(L.LightningDataModule):
         min_size: int | None = None,
         cache: str | None = None,
         cache_gb: float = 50.0,
+        frames: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.size = size
+        self.frames = frames
         self.batch_size = batch_size
         self.workers = workers
         self.val_batch_size = val_batch_size
@@ -73,10 +75,13 @@ class TextImageData(L.LightningDataModule):
             crop=crop,
             flip=flip,
             on_error=on_error,
+            frames=frames,
             seed=seed,
             train=True,
         )
-        self.val_set = TextImages(val_shards, size=size, on_error=on_error, seed=seed, train=False)
+        self.val_set = TextImages(
+            val_shards, size=size, on_error=on_error, frames=frames, seed=seed, train=False
+        )
         self.train_skips = Skips("training", limit=max_skipped)
         self.val_skips = Skips("validation", limit=max_skipped)
         sizes, paths = train_shards.index.shard_sizes(), train_shards.index.paths
@@ -161,6 +166,8 @@ class TextImageData(L.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Bytes travel to the device; there they become images (B, 3, S, S) in [-1, 1].
+
+        With `frames`, videos (B, 3, F, S, S).
 
         Raises TooManySkippedError, see `Skips`.
         """

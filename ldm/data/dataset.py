@@ -1,6 +1,6 @@
 """Samples in shards to training pictures and one caption each.
 
-Shapes: B batch, S the side of the square picture.
+Shapes: B batch, S the side of the square picture, F frames of a video.
 """
 
 from collections import Counter
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.images import ImageError, read_image, square, to_tensor
+from ldm.data.images import ImageError, read_frames, read_image, square, to_tensor
 from ldm.data.order import CAPTION, CROP, draws
 from ldm.data.shards import Shards
 from ldm.data.skips import Skip, TooManySkippedError, described
@@ -34,6 +34,7 @@ class Item(TypedDict):
 class Batch(TypedDict):
     """images (B, 3, S, S) uint8 in 0..255; captions and key, B texts; position, B plain numbers.
 
+    Videos are images (B, 3, F, S, S).
     skipped: one for each sample of the batch that stands in for another, so mostly none.
     Positions seed random numbers, which the host does: they must not travel to the device.
     """
@@ -51,6 +52,7 @@ class TextImages(Dataset):
     In training the caption is drawn from (seed, epoch, index), crop and flip from
     (seed, position); otherwise each sample has its centre and its first caption.
     A picture is cut to its shorter side first, then scaled to `size`, up or down.
+    frames: samples are animations, of which so many frames are taken, evenly; None: pictures.
     on_error: where a picture is damaged, "stop" raises ImageError naming shard and key; "skip" puts
     the next sample (index + 1, + 2, .. modulo N) that can be decoded in its place, which depends on
     the data alone: all other positions, other ranks and resumed runs see what they would have seen.
@@ -65,6 +67,7 @@ class TextImages(Dataset):
         crop: Literal["center", "random"] = "center",
         flip: float = 0.0,
         on_error: Literal["stop", "skip"] = "stop",
+        frames: int | None = None,
         seed: int,
         train: bool,
     ) -> None:
@@ -76,7 +79,9 @@ class TextImages(Dataset):
             raise ValueError(f"flip is a probability, got {flip}")
         if on_error not in ("stop", "skip"):
             raise ValueError(f"on_error must be 'stop' or 'skip', got '{on_error}'")
-        self.shards = shards
+        if frames is not None and frames < 2:
+            raise ValueError(f"a video has 2 frames or more, got {frames}; null is for pictures")
+        self.shards, self.frames = shards, frames
         self._skip = on_error == "skip"
         self._damaged: dict[int, Skip] = {}  # found by this process; not decoded in vain again
         self._size, self._seed, self._train = size, seed, train
@@ -88,8 +93,8 @@ class TextImages(Dataset):
         size: another side than here, in pixels.
         """
         on_error = "skip" if self._skip else "stop"
-        size, seed = size or self._size, self._seed
-        return TextImages(self.shards, size=size, on_error=on_error, seed=seed, train=False)
+        same = {"size": size or self._size, "frames": self.frames, "seed": self._seed}
+        return TextImages(self.shards, **same, on_error=on_error, train=False)
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -127,8 +132,10 @@ class TextImages(Dataset):
         x, y, flip = draws(3, CROP, self._seed, position) / 2.0**64
         if not self._random_crop:
             x = y = 0.5
-        pixels = to_tensor(square(read_image(data), self._size, x=x, y=y))
-        return pixels.flip(-1) if flip < self._flip else pixels  # (3, S, S)
+        seen = read_frames(data, self.frames) if self.frames else [read_image(data)]
+        films = [to_tensor(square(image, self._size, x=x, y=y)) for image in seen]
+        pixels = torch.stack(films, dim=1) if self.frames else films[0]
+        return pixels.flip(-1) if flip < self._flip else pixels  # (3, S, S) or (3, F, S, S)
 
     def _choose(self, captions: list[str], index: int, *, epoch: int) -> str:
         if not self._train:

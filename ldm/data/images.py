@@ -4,6 +4,7 @@ Shapes: H W height and width in pixels. A Pillow image's `size` is (W, H).
 """
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 32 * 2**20
+MAX_FILM = 8 * MAX_PIXELS  # of all frames together, which are decoded one after another
 
 _ORIENTATION = 0x0112  # EXIF 2.32, table 4
 _UPRIGHT = {
@@ -66,6 +68,32 @@ def read_image(source: bytes | str | Path) -> Image.Image:
         rgb = rgb.transpose(turn)
     rgb.info = {}  # a CMYK profile or a spent orientation must not be written with RGB pixels
     return rgb
+
+
+def read_frames(data: bytes, frames: int) -> Iterator[Image.Image]:
+    """`frames` pictures of an animation (WebP, GIF, PNG): first, last, and evenly between.
+
+    RGB, transparency laid on white. Frame count and size are checked on the headers, before any
+    pixel is decoded. Raises ImageError as `read_image` does, and where there are fewer frames.
+    """
+    with _open(data) as image:
+        try:
+            there = getattr(image, "n_frames", 1)
+        except Exception as error:  # as in read_image
+            raise ImageError(f"damaged {image.format}", str(error)) from error
+        if there < frames:
+            raise ImageError("too few frames", f"{there} where {frames} are asked for")
+        if there * image.width * image.height > MAX_FILM:
+            said = f"{there} frames of {image.width} x {image.height}"
+            raise ImageError("too many pixels", f"{said} are over the limit of {MAX_FILM:,}")
+        for i in range(frames):
+            try:
+                image.seek(round(i * (there - 1) / max(frames - 1, 1)))
+                image.load()
+                rgb = _to_rgb(image)
+            except Exception as error:
+                raise ImageError(f"damaged {image.format}", f"frame {i}: {error}") from error
+            yield rgb
 
 
 def is_plain(data: bytes, format: str) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 # First key of each stream of random numbers that this package draws.
-ORDER, CROP, CAPTION, SUBSET = 1, 2, 3, 4
+ORDER, CROP, CAPTION, SUBSET, PROMPT = 1, 2, 3, 4, 5
 
 _CACHED_EPOCHS = 2  # around an epoch's end positions of both are asked for
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.data.images import ImageError, is_plain, read_bytes, read_image, resize_short
+from ldm.data.images import ImageError, is_plain, read_bytes, read_frames, read_image, resize_short
 from ldm.data.index import open_index, scan_shard
 from ldm.data.shards import write_shard
 from ldm.data.sources import Part, Record, Records, coco_records, folder_records
@@ -83,13 +83,15 @@ def prepare_folder(
     workers: int = 2,
     limit: int | None = None,
     part: Part = "all",
+    frames: int | None = None,
 ) -> Report:
     """Write shards of a folder with a metadata.jsonl, or with a.txt beside each a.jpg.
 
     part: "val" takes a tenth of the pictures, chosen by their names alone, "train" the others.
+    frames: of animations (WebP, GIF, PNG), which are written as WebP; those with fewer are broken.
     Everything else is as in `prepare_coco`; `folder_records` says what the files hold.
     """
-    options = _Options(size, format, quality, samples_per_shard, limit)
+    options = _Options(size, format, quality, samples_per_shard, limit, frames)
     records = folder_records(Path(images), part=part)
     places = {"images": str(Path(images).resolve()), "part": part}
     return _prepare(records, Path(out), places, options, workers)
@@ -102,6 +104,7 @@ class _Options:
     quality: int
     samples_per_shard: int
     limit: int | None
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         if self.format not in _PILLOW:
@@ -112,6 +115,8 @@ class _Options:
             )
         if not 1 <= self.quality <= 100:
             raise ValueError(f"quality must be in 1..100, got {self.quality}")
+        if self.frames is not None and (self.frames < 2 or self.format != "webp"):
+            raise ValueError(f"frames={self.frames} are 2 or more, in format=webp, or null")
         for name in ("size", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -235,17 +240,19 @@ def _members(record: Record, key: str, options: _Options) -> dict[str, bytes] | 
     """The tar members of one picture; None where it is broken."""
     try:
         source = read_bytes(record.path)
-        image = read_image(source)
+        count = options.frames
+        images = [read_image(source)] if count is None else list(read_frames(source, count))
     except ImageError:
         return None
-    original_width, original_height = image.size
-    fits = options.size is None or min(image.size) <= options.size
+    original_width, original_height = images[0].size
+    fits = options.size is None or min(images[0].size) <= options.size
     if not fits:
-        image = resize_short(image, options.size)
-    if fits and is_plain(source, _PILLOW[options.format]):
+        images = [resize_short(image, options.size) for image in images]
+    image = images[0]
+    if fits and count is None and is_plain(source, _PILLOW[options.format]):
         data = source
     else:
-        data = _encode(image, options)
+        data = _encode(images, options)
     fields = {
         "key": key,
         "status": "success",
@@ -263,9 +270,11 @@ def _members(record: Record, key: str, options: _Options) -> dict[str, bytes] | 
     return {options.format: data, "txt": record.captions[0].encode(), "json": text}
 
 
-def _encode(image: Image.Image, options: _Options) -> bytes:
+def _encode(images: list[Image.Image], options: _Options) -> bytes:
     file = io.BytesIO()
-    image.save(file, _PILLOW[options.format], quality=options.quality)  # PNG ignores the quality
+    moving = {"save_all": True, "append_images": images[1:]} if len(images) > 1 else {}
+    kind = _PILLOW[options.format]
+    images[0].save(file, kind, quality=options.quality, **moving)  # PNG ignores the quality
     return file.getvalue()
 
 

@@ -88,6 +88,6 @@ class Composed(ClassifierFree):
 
 
 def of_parts(words: Words, texts: list[str], cond: Condition, of_image: list[int]) -> Condition:
-    """The condition (K rows) of all parts, each with the extra channels of its image."""
-    concat = None if cond.concat is None else cond.concat[of_image]
-    return replace(words.encode(texts), concat=concat)
+    """The condition (K rows) of all parts, each with the extra channels and style of its image."""
+    concat, style = (None if part is None else part[of_image] for part in (cond.concat, cond.style))
+    return replace(words.encode(texts), concat=concat, style=style)

@@ -6,7 +6,7 @@ Shapes: n pictures, S side (48 pixels), K kinds of object, C colours, P places.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
 
@@ -27,9 +27,9 @@ from ldm.data.scenes.world import (
 
 ATTRIBUTES = ("color", "shape", "size", "relation", "background", "style")
 
-_SIDE = 48  # enough to tell the kinds apart, and half the work of 64
+SIDE = 48  # enough to tell the kinds apart, and half the work of 64
 _EDGE = 6  # no object is centred so near the border, in pixels
-_GRID = _SIDE - 2 * _EDGE
+_GRID = SIDE - 2 * _EDGE
 _BLUR = 1 / 64  # standard deviation, in widths of the picture
 _LIKENESS = 0.45  # the least share of an object's own square that it must explain
 _LEAST = 1e5  # and the least square: the faintest object has ten times that, a shadow less
@@ -44,12 +44,14 @@ class Reading:
     """What is seen: objects from left (or top) on, and None for what cannot be said.
 
     `relation` is the first object's to the second, "left of" or "above", where there are two.
+    `places` are the objects' centres (row, column), of SIDE; readings are equal without them.
     """
 
     objects: tuple[Object, ...]
     relation: str | None
     background: str | None
     style: str | None
+    places: tuple[tuple[int, int], ...] = field(default=(), compare=False)
 
 
 def read(images: np.ndarray) -> list[Reading]:
@@ -100,10 +102,10 @@ def right(reading: Reading, scene: Scene) -> tuple[bool, ...]:
 
 
 def _read_one(image: np.ndarray) -> Reading:
-    small = Image.fromarray(image).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+    small = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     pixels = np.asarray(small, np.float32)  # (S, S, 3)
     tone = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
-    shade = np.linspace(1 + SHADE, 1 - SHADE, _SIDE, dtype=np.float32)[:, None, None]
+    shade = np.linspace(1 + SHADE, 1 - SHADE, SIDE, dtype=np.float32)[:, None, None]
     found = _find(pixels - shade * tone, tone)
     apart = np.ptp([place for _, _, place in found], axis=0) if found else np.zeros(2)
     axis = int(apart.argmax())  # 0 down, 1 across
@@ -116,6 +118,7 @@ def _read_one(image: np.ndarray) -> Reading:
         relation=("above", "left of")[axis] if len(found) == 2 else None,
         background=background if distances[background] < _FAR else None,
         style=styles.pop() if len(styles) == 1 else None,
+        places=tuple(place for _, _, place in found),
     )
 
 
@@ -123,7 +126,7 @@ def _find(residual: np.ndarray, tone: np.ndarray) -> list[tuple[Object, str, tup
     """Objects that explain what the background leaves (S, S, 3), with style and (row, column)."""
     gains, energies = _gains(residual, tone)  # (K, C, P), (K, C)
     rows, columns = np.divmod(np.arange(_GRID**2), _GRID)
-    reach = np.array([RADIUS[size] for _, size, _ in _KINDS]) * _SIDE  # (K,)
+    reach = np.array([RADIUS[size] for _, size, _ in _KINDS]) * SIDE  # (K,)
     found = []
     while len(found) < _MAX_OBJECTS:
         kind, colour, place = np.unravel_index(gains.argmax(), gains.shape)
@@ -145,7 +148,7 @@ def _gains(residual: np.ndarray, tone: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """
     spectra, kinds, gram = _bank()
     seen = np.fft.rfft2(residual.transpose(2, 0, 1))
-    products = np.fft.irfft2(seen * spectra[:, None], s=(_SIDE, _SIDE))  # (masks, 3, S, S)
+    products = np.fft.irfft2(seen * spectra[:, None], s=(SIDE, SIDE))  # (masks, 3, S, S)
     inside = products[..., _EDGE:-_EDGE, _EDGE:-_EDGE].reshape(len(spectra), 3, -1)
     colours = np.array(list(COLOURS.values()), np.float32)
     # A body changes the tone into its colour, white changes that colour into white.
@@ -163,17 +166,17 @@ def _bank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Returns their spectra for correlation (masks, S, S // 2 + 1), each kind's masks for body and
     white (K, 2), and the inner products of those two (K, 2, 2).
     """
-    offsets = np.fft.fftfreq(_SIDE)  # from the corner that stands for the centre, both ways
+    offsets = np.fft.fftfreq(SIDE)  # from the corner that stands for the centre, both ways
     stacks = [
-        layers(shape, style, offsets[None], offsets[:, None], radius=RADIUS[size], size=_SIDE)
+        layers(shape, style, offsets[None], offsets[:, None], radius=RADIUS[size], size=SIDE)
         for shape, size, style in _KINDS
     ]
     flat = np.array(stacks, np.float32).reshape(2 * len(_KINDS), -1)
     masks, kinds = np.unique(flat, axis=0, return_inverse=True)  # three styles share their body
-    frequency = np.hypot(np.fft.fftfreq(_SIDE)[:, None], np.fft.rfftfreq(_SIDE))
-    smooth = np.exp(-2 * (np.pi * _BLUR * _SIDE * frequency) ** 2).astype(np.float32)
-    spectra = smooth * np.fft.rfft2(masks.reshape(-1, _SIDE, _SIDE))
-    masks = np.fft.irfft2(spectra, s=(_SIDE, _SIDE))
+    frequency = np.hypot(np.fft.fftfreq(SIDE)[:, None], np.fft.rfftfreq(SIDE))
+    smooth = np.exp(-2 * (np.pi * _BLUR * SIDE * frequency) ** 2).astype(np.float32)
+    spectra = smooth * np.fft.rfft2(masks.reshape(-1, SIDE, SIDE))
+    masks = np.fft.irfft2(spectra, s=(SIDE, SIDE))
     kinds = kinds.reshape(-1, 2)
     pairs = masks[kinds]  # (K, 2, S, S)
     gram = np.einsum("kars,kbrs->kab", pairs, pairs)

@@ -103,13 +103,16 @@ class Clip(nn.Module):
 
         Another size than the model's is resized to it, and another shape than a square squashed.
         """
+        features = self.model.get_image_features(pixel_values=self.pixels(images)).pooler_output
+        return F.normalize(features, dim=-1)  # (B, P)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """What the image tower takes (B, 3, S, S) of images (B, 3, H, W) in [-1, 1]."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             size = (self.image_size, self.image_size)
             images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
             images = images.clamp(-1, 1)  # bicubic overshoots at edges
-        pixels = ((images + 1) / 2 - self.pixel_mean) / self.pixel_std  # (B, 3, S, S)
-        features = self.model.get_image_features(pixel_values=pixels).pooler_output  # (B, P)
-        return F.normalize(features, dim=-1)
+        return ((images + 1) / 2 - self.pixel_mean) / self.pixel_std
 
     def encode_texts(self, captions: Sequence[str]) -> Tensor:
         """Unit vectors (B, P) of captions, read off each caption's end token."""

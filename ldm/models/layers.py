@@ -5,11 +5,15 @@ T time width.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ldm.models.place_map import PlaceMap
+
+Beside = Callable[[int], nn.Module]  # width -> an attention of x (B, N, C) to other tokens
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -27,32 +31,6 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 def group_norm(groups: int, channels: int, eps: float) -> nn.Module:
     """Group normalisation, or nothing where there are 0 groups."""
     return nn.GroupNorm(groups, channels, eps) if groups else nn.Identity()
-
-
-class PlaceMap(nn.Module):
-    """A map over the grid, drawn by the embedding alone: weights for its lowest `waves`^2 cosines.
-
-    A caption's summary that is added everywhere cannot say "red, on the left": convolutions do not
-    know where they are. The cosines are those of the discrete cosine transform, at any grid size.
-    """
-
-    def __init__(self, time_dim: int, channels: int, waves: int) -> None:
-        super().__init__()
-        self.waves = waves
-        self.proj = nn.Linear(time_dim, waves**2 * channels)
-
-    def forward(self, emb: Tensor, size: Sequence[int]) -> Tensor:
-        """emb (B, T), size (h, w) -> (B, N, C)."""
-        weights = self.proj(emb).unflatten(1, (self.waves**2, -1))  # (B, waves^2, C)
-        down, across = (self._cosines(n, emb.device) for n in size)
-        basis = torch.einsum("hi,wj->hwij", down, across).reshape(-1, self.waves**2)
-        return basis.to(weights.dtype) @ weights
-
-    def _cosines(self, n: int, device: torch.device) -> Tensor:
-        places = (torch.arange(n, device=device) + 0.5) / n
-        cosines = torch.cos(math.pi * places[:, None] * torch.arange(self.waves, device=device))
-        cosines[:, 1:] *= math.sqrt(2)  # a mean square of one, as the constant has
-        return cosines  # (n, waves)
 
 
 class ResBlock(nn.Module):
@@ -159,9 +137,14 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text (if `context_dim`), feed-forward; pre-norm."""
+    """Self-attention, cross-attention to the text (if `context_dim`), feed-forward; pre-norm.
 
-    def __init__(self, dim: int, *, context_dim: int, heads: int) -> None:
+    beside: makes what is added to the text's attention, out of the width and the style's tokens.
+    """
+
+    def __init__(
+        self, dim: int, *, context_dim: int, heads: int, beside: Beside | None = None
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.self_attn = Attention(dim, heads=heads)
@@ -169,14 +152,19 @@ class TransformerBlock(nn.Module):
         self.cross_attn = (
             Attention(dim, context_dim=context_dim, heads=heads) if context_dim else None
         )
+        self.style_attn = beside(dim) if beside else None
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
-        """x (B, N, dim), tokens (B, L, D), mask (B, L) -> (B, N, dim)."""
+    def forward(
+        self, x: Tensor, tokens: Tensor | None, mask: Tensor | None, style: Tensor | None = None
+    ) -> Tensor:
+        """x (B, N, dim), tokens (B, L, D), mask (B, L), style (B, K, D) -> (B, N, dim)."""
         x = x + self.self_attn(self.norm1(x))
+        told = None if style is None else self.style_attn(x, style)
         if self.cross_attn is not None:
             x = x + self.cross_attn(self.norm2(x), tokens, mask)
+        x = x if told is None else x + told
         return x + self.ff(self.norm3(x))
 
 
@@ -187,21 +175,31 @@ class SpatialTransformer(nn.Module):
     """
 
     def __init__(
-        self, channels: int, *, context_dim: int, heads: int, depth: int, groups: int
+        self,
+        channels: int,
+        *,
+        context_dim: int,
+        heads: int,
+        depth: int,
+        groups: int,
+        beside: Beside | None = None,
     ) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
+        sizes = {"context_dim": context_dim, "heads": heads}
         self.layers = nn.ModuleList(
-            TransformerBlock(channels, context_dim=context_dim, heads=heads) for _ in range(depth)
+            TransformerBlock(channels, **sizes, beside=beside) for _ in range(depth)
         )
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
-        """x (B, C, h, w), tokens (B, L, D), mask (B, L) -> (B, C, h, w)."""
+    def forward(
+        self, x: Tensor, tokens: Tensor | None, mask: Tensor | None, style: Tensor | None = None
+    ) -> Tensor:
+        """x (B, C, h, w), tokens (B, L, D), mask (B, L), style (B, K, D) -> (B, C, h, w)."""
         y = to_sequence(self.proj_in(self.norm(x)))  # (B, N, C)
         for layer in self.layers:
-            y = layer(y, tokens, mask)
+            y = layer(y, tokens, mask, style)
         return x + self.proj_out(to_grid(y, like=x))
 
 
@@ -283,8 +281,8 @@ class Stage(nn.Module):
     ) -> list[Tensor]:
         """x (B, C, h, w) -> the features after each block and after resampling, the result last.
 
-        emb (B, T): the time embedding. context: what the attentions take beside x: (tokens, mask)
-        or nothing. skips: features to be concatenated before each block, taken from the end.
+        emb (B, T): the time embedding. context: what the attentions take beside x: (tokens, mask,
+        style) or nothing. skips: features to be concatenated before each block, taken from the end.
         """
         features = []
         for i, block in enumerate(self.blocks):

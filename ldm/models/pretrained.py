@@ -88,10 +88,12 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def unet_config(unet: UNet) -> dict[str, object]:
     """The arguments of diffusers' UNet2DConditionModel that build the same network.
 
-    Raises ValueError where there is none: without cross-attention, or with place maps.
+    Raises ValueError where there is none: without cross-attention, or with place maps or style.
     """
     if not unet.context_dim:
         raise ValueError("diffusers has no such network without text: context_dim must not be 0")
+    if unet.style_dim:
+        raise ValueError("diffusers keeps style apart from its network: style_dim must be 0")
     if unet.waves:
         raise ValueError("diffusers' network has no place maps: waves must be 0")
     down = ["CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in unet.attention]

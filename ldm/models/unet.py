@@ -20,6 +20,8 @@ from ldm.models.layers import (
     Upsample,
     timestep_embedding,
 )
+from ldm.models.style_attention import StyleAttention, StyleTokens
+from ldm.models.temporal import Temporal, fold, unfold
 
 
 class UNet(nn.Module):
@@ -31,12 +33,14 @@ class UNet(nn.Module):
     in_channels: latents and extra channels together (C + E).
     context_dim: width D of the text states; 0 builds no cross-attention.
     pooled_dim: width P of the pooled vector that is added to the time embedding; 0 adds none.
+    style_dim: width F of the features of a style picture; 0 has no attention to one.
     channels, multipliers: level i has channels * multipliers[i] features on half the grid of i - 1.
     blocks: residual blocks a level on the way down, one more on the way up.
     attention: which levels have transformers; the middle always has one.
     depth: transformer blocks in each transformer. groups: of every group normalisation.
     embedding: width T of what residual blocks are told, 4 * channels where None.
     scale_shift, waves: how they are told, see ResBlock; small networks learn faster with both.
+    temporal: layers over time, see Temporal: it takes videos, and pictures as before.
 
     Raises ValueError where `attention` and `multipliers` differ in length, a level's features
     cannot be divided into `heads` or `groups`, or `waves` is negative.
@@ -49,6 +53,7 @@ class UNet(nn.Module):
         out_channels: int,
         context_dim: int,
         pooled_dim: int = 0,
+        style_dim: int = 0,
         channels: int = 320,
         multipliers: Sequence[int] = (1, 2, 4, 4),
         blocks: int = 2,
@@ -60,6 +65,7 @@ class UNet(nn.Module):
         embedding: int | None = None,
         scale_shift: bool = False,
         waves: int = 0,
+        temporal: bool = False,
     ) -> None:
         super().__init__()
         if len(attention) != len(multipliers):
@@ -70,7 +76,7 @@ class UNet(nn.Module):
         if waves < 0:
             raise ValueError(f"waves must be 0 (no place maps) or more, got {waves}")
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.context_dim, self.pooled_dim = context_dim, pooled_dim
+        self.context_dim, self.pooled_dim, self.style_dim = context_dim, pooled_dim, style_dim
         self.widths = [channels * m for m in multipliers]
         self.blocks, self.attention = blocks, tuple(attention)
         self.heads, self.depth, self.groups = heads, depth, groups
@@ -80,6 +86,9 @@ class UNet(nn.Module):
         self.scale_shift, self.waves = scale_shift, waves
         self.time_mlp = mlp(width, time_dim)
         self.pooled_mlp = mlp(pooled_dim, time_dim) if pooled_dim else None
+        told = context_dim or style_dim
+        self.style = StyleTokens(style_dim, width=told, time_dim=time_dim) if style_dim else None
+        beside = partial(StyleAttention, style_width=told, heads=heads) if style_dim else None
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
         self._build_stages(
             partial(
@@ -92,12 +101,22 @@ class UNet(nn.Module):
                 waves=waves,
             ),
             partial(
-                SpatialTransformer, context_dim=context_dim, heads=heads, depth=depth, groups=groups
+                SpatialTransformer,
+                context_dim=context_dim,
+                heads=heads,
+                depth=depth,
+                groups=groups,
+                beside=beside,
             ),
         )
         self.norm_out = nn.GroupNorm(groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         self._zero_residuals()
+        self.temporal = None
+        if temporal:
+            widths, attend = self._stages()
+            sizes = {"time_dim": time_dim, "heads": heads, "groups": groups}
+            self.temporal = Temporal(widths, attend, **sizes)
 
     def _build_stages(
         self, block: partial[ResBlock], transformer: partial[SpatialTransformer]
@@ -132,6 +151,11 @@ class UNet(nn.Module):
             )
             width = out
 
+    def _stages(self) -> tuple[list[int], list[bool]]:
+        """Channels after each stage, down, middle and up, and whether it has attention."""
+        widths = [*self.widths, self.widths[-1], *reversed(self.widths)]
+        return widths, [*self.attention, True, *reversed(self.attention)]
+
     def _zero_residuals(self) -> None:
         """Every residual branch starts as the identity, and the output as zero.
 
@@ -144,8 +168,19 @@ class UNet(nn.Module):
             nn.init.zeros_(conv.weight)
             nn.init.zeros_(conv.bias)
 
+    @property
+    def added(self) -> tuple[str, ...]:
+        """How the names begin of what a network for text and pictures has not.
+
+        It acts as zero at first.
+        """
+        kinds = (StyleTokens, StyleAttention, Temporal)
+        return tuple(f"{name}." for name, part in self.named_modules() if isinstance(part, kinds))
+
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """The network's raw output (B, out_channels, h, w) for noisy latents x (B, C, h, w).
+
+        With `temporal` also for videos, x and cond.concat (B, C, frames, h, w).
 
         t, () or (B,): the timestep on the scale 0..999, possibly fractional. cond.concat is
         appended to x; parts of `cond` that the network was not built for are not looked at.
@@ -157,22 +192,48 @@ class UNet(nn.Module):
         emb = self.time_mlp(timestep_embedding(t.expand(len(x)), self.widths[0]).to(x.dtype))
         if self.pooled_mlp is not None:
             emb = emb + self.pooled_mlp(cond.pooled)  # (B, T)
-        emb = F.silu(emb)
-        context = (cond.tokens, cond.mask)
+        style = None
+        if self.style is not None and cond.style is not None:
+            style, told = self.style(cond.style)  # (B, K, D), (B, T)
+            emb = emb + told
+        context = (cond.tokens, cond.mask, style)
+        if x.ndim == 4:
+            return self._run(x, F.silu(emb), context)
+        frames = x.shape[2]
+        emb = self.temporal.tell(emb, frames)  # (B F, T)
+        context = tuple(
+            None if part is None else part.repeat_interleave(frames, dim=0) for part in context
+        )
+        return unfold(self._run(fold(x), F.silu(emb), context, frames), frames)
+
+    def _run(
+        self,
+        x: Tensor,
+        emb: Tensor,
+        context: tuple[Tensor | None, ...],
+        frames: int | None = None,
+    ) -> Tensor:
+        """All input channels (B, C + E, h, w) to the output; frames: B are of videos of so many."""
+
+        def over_time(x: Tensor, stage: int) -> Tensor:
+            return x if frames is None else self.temporal(x, frames, stage=stage)
 
         x = self.conv_in(x)  # (B, widths[0], h, w)
         skips = [x]
-        for stage in self.down:
+        for i, stage in enumerate(self.down):
             skips += stage(x, emb, context)
-            x = skips[-1]
-        x = self.mid(x, emb, context)[-1]
-        for stage in self.up:
-            x = stage(x, emb, context, skips)[-1]
+            skips[-1] = x = over_time(skips[-1], i)
+        x = over_time(self.mid(x, emb, context)[-1], len(self.down))
+        for i, stage in enumerate(self.up, len(self.down) + 1):
+            x = over_time(stage(x, emb, context, skips)[-1], i)
             del skips[-len(stage.blocks) :]
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, out_channels, h, w)
 
     def _check(self, x: Tensor, cond: Condition) -> None:
-        batch, channels, *size = x.shape
+        batch, channels, *frames = x.shape[:-2]
+        size = x.shape[-2:]
+        if frames and self.temporal is None:
+            raise ValueError("the network knows pictures, not videos: train one with task=video")
         extra = 0 if cond.concat is None else cond.concat.shape[1]
         if channels + extra != self.in_channels:
             raise ValueError(
@@ -189,6 +250,8 @@ class UNet(nn.Module):
             check_part("tokens", cond.tokens, batch=batch, width=self.context_dim)
         if self.pooled_dim:
             check_part("pooled", cond.pooled, batch=batch, width=self.pooled_dim)
+        if self.style_dim and cond.style is not None:
+            check_part("style", cond.style, batch=batch, width=self.style_dim)
 
 
 def check_part(name: str, part: Tensor | None, *, batch: int, width: int) -> None:

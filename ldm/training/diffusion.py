@@ -21,7 +21,7 @@ BANDS = 8  # val/loss_t0 .. t7: equal parts of t
 
 
 class LatentDiffusion(L.LightningModule):
-    """The denoiser and its average are trained; autoencoder and text encoder are frozen parts.
+    """The denoiser and its average are trained; autoencoder, text and style encoder are frozen.
 
     Frozen parts are used but not stored: `frozen` is a tuple, which Lightning neither saves nor
     wraps. What is drawn for an image depends on (seed, position of the image in the run) alone.
@@ -43,6 +43,7 @@ class LatentDiffusion(L.LightningModule):
         phema_lengths: Sequence[float] = (),
         caption_dropout: float = 0.1,
         validate_raw: bool = False,
+        style_encoder: nn.Module | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -53,7 +54,8 @@ class LatentDiffusion(L.LightningModule):
         self.phema = PowerEMA(denoiser, lengths=phema_lengths) if phema_lengths else None
         self.objective = objective
         self.task = task
-        self.frozen = (autoencoder.eval().requires_grad_(False), text)
+        encoders = (text,) if style_encoder is None else (text, style_encoder)
+        self.frozen = (autoencoder.eval().requires_grad_(False), *encoders)
         self.make_optimizer = optimizer
         self.caption_dropout = caption_dropout
         self.seed = seed
@@ -74,9 +76,20 @@ class LatentDiffusion(L.LightningModule):
 
     @torch.no_grad()
     def encode(self, batch: dict, *, caption_dropout: float | None = None):
-        """Latents (B, C, h, w) and Condition of a batch, captions dropped out for guidance."""
-        autoencoder, text = self.frozen
-        images, captions = batch["images"], batch["captions"]
+        """Latents (B, C, h, w) and Condition of a batch, captions dropped out for guidance.
+
+        A style encoder sees each image itself, in training as its own settings say.
+        """
+        autoencoder, text, *styles = self.frozen
+        images, captions, style = batch["images"], batch["captions"], None
+        for encoder in styles:
+            training = caption_dropout is None
+            style = encoder(images, self.draws(batch, "style", device="cpu"), training=training)
+            if training:
+                shares = rand(len(images), self.draws(batch, "style dropout", device="cpu"))
+                style = style * (shares >= encoder.dropout).to(style)[:, None, None]
+                shares = rand(len(images), self.draws(batch, "style words", device="cpu"))
+                captions = encoder.silenced(captions, shares)
         x0 = autoencoder.encode(images, generator=self.draws(batch, "posterior"))
         before = text.truncated
         cond = text(captions)
@@ -89,7 +102,7 @@ class LatentDiffusion(L.LightningModule):
         concat = self.task.train_concat(
             x0, images, autoencoder.encode, generator=self.draws(batch, "task")
         )
-        return x0, replace(cond, concat=concat)
+        return x0, replace(cond, concat=concat, style=style)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         x0, cond = self.encode(batch, caption_dropout=0.0)

@@ -15,6 +15,7 @@ from ldm.checkpoint import digest
 from ldm.data.dataset import TextImages
 from ldm.metrics import kept
 from ldm.metrics.features import Features
+from ldm.metrics.motion import MotionAccuracy
 from ldm.metrics.quality import Quality, captions_to_paint
 from ldm.metrics.ranks import Ranks
 from ldm.metrics.scene_accuracy import SceneAccuracy
@@ -29,11 +30,19 @@ class SceneCheck(L.Callback):
 
     Validations are counted from the run's beginning, the one before the first step included. Each
     rank paints a share of the prompts. The pictures depend on the weights alone: they draw nothing
-    from the random state of the training.
+    from the random state of the training. `moving`: MotionAccuracy's, as val/motion_*.
     """
 
     def __init__(
-        self, pipeline: Pipeline, *, size: int, count: int, steps: int, batch: int, every: int = 1
+        self,
+        pipeline: Pipeline,
+        *,
+        size: int,
+        count: int,
+        steps: int,
+        batch: int,
+        every: int = 1,
+        moving: bool = False,
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be 1 or more, got {every}")
@@ -41,7 +50,8 @@ class SceneCheck(L.Callback):
         self.size = size
         self.steps = steps
         self.every = every
-        self.scenes = SceneAccuracy(count=count, batch=batch)
+        kind = MotionAccuracy if moving else SceneAccuracy
+        self.scenes = kind(count=count, batch=batch)
         self.logged: set[str] = set()
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -17,6 +17,7 @@ def scenes_data(
     family: int = 1,
     workers: int = 2,
     val_batch_size: int = 64,
+    frames: int | None = None,
     seed: int = 0,
 ) -> TextImageData:
     """TextImageData on `count` scenes for training and `val_count` others, `size` pixels square.
@@ -24,13 +25,14 @@ def scenes_data(
     Training scenes come in families of `family` (see `world.sample`) that stay together in a batch.
     The shards are made once, in a place under `folder` that their settings name, and are the same
     for every `seed`, which is the training's. Pictures are neither cropped nor flipped: left and
-    right are what the captions are about.
+    right are what the captions are about. With `frames`, the first object of each scene moves, in a
+    video of so many pictures (see `motion.py`).
     """
-    place = Path(folder) / f"{size}px"
+    place = Path(folder) / (f"{size}px" if frames is None else f"{size}px-{frames}-frames")
     train = str(place / f"train-{count}" if family == 1 else place / f"train-{count}-by-{family}")
     val = str(place / f"val-{val_count}")
-    prepare_scenes(out=train, count=count, size=size, split="train", family=family)
-    prepare_scenes(out=val, count=val_count, size=size, split="val")
+    prepare_scenes(out=train, count=count, size=size, split="train", family=family, frames=frames)
+    prepare_scenes(out=val, count=val_count, size=size, split="val", frames=frames)
     return TextImageData(
         train=train,
         val=val,
@@ -42,5 +44,6 @@ def scenes_data(
         group=family,
         workers=workers,
         val_batch_size=val_batch_size,
+        frames=frames,
         seed=seed,
     )

@@ -4,7 +4,7 @@ Lengths are in widths of the picture, y runs down, and an object lies in the squ
 Shapes: S side of the picture in pixels, h w a window of it, E edges of a polygon.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -13,23 +13,29 @@ from ldm.data.scenes.world import BACKGROUNDS, COLOURS, RADIUS, Scene
 WHITE = (250, 248, 244)
 SHADE = 0.12  # the background runs from so much lighter at the top to so much darker
 
-_MARGIN = 0.035
-_GAP = (0.035, 0.06)
-_ACROSS = 0.05  # how far out of line two objects may be, as a share of their distance
-_WANDER = 0.04  # how much of the free room the pair wanders about in, around the middle
-_OUTER, _INNER = 0.024, 0.014  # an outline's parts outside and inside the edge
+MARGIN = 0.035
+GAP = (0.035, 0.06)
+ACROSS = 0.05  # how far out of line two objects may be, as a share of their distance
+WANDER = 0.04  # how much of the free room the pair wanders about in, around the middle
+OUTER, _INNER = 0.024, 0.014  # an outline's parts outside and inside the edge
 _STRIPE, _STRIPE_WIDTH = 0.115, 0.048
 _DOT, _DOT_RADIUS = 0.108, 0.033
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Place = tuple[float, float, float]  # centre x, y and radius
 
 
 def draw(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
     """The picture, uint8 (S, S, 3), with objects placed at random where the relation allows."""
+    return draw_at(scene, placed(scene, rng), size)
+
+
+def draw_at(scene: Scene, places: Sequence[Place], size: int) -> np.ndarray:
+    """The picture, uint8 (S, S, 3), with objects in given places; it draws nothing at random."""
     shade = np.linspace(1 + SHADE, 1 - SHADE, size)[:, None, None]
     picture = np.tile(shade * BACKGROUNDS[scene.background], (1, size, 1))  # (S, S, 3)
-    for one, (x, y, radius) in zip(scene.objects, _place(scene, rng), strict=True):
-        reach = radius + _OUTER
+    for one, (x, y, radius) in zip(scene.objects, places, strict=True):
+        reach = radius + OUTER
         rows = slice(max(int((y - reach) * size), 0), int((y + reach) * size) + 2)
         columns = slice(max(int((x - reach) * size), 0), int((x + reach) * size) + 2)
         window = picture[rows, columns]  # (h, w, 3)
@@ -54,7 +60,7 @@ def layers(
 
     edge = radius * _DISTANCE[shape](dx / radius, dy / radius)
     if style == "outlined":
-        body = cover(edge - _OUTER)
+        body = cover(edge - OUTER)
         return body, body * (1 - cover(edge + _INNER))
     body = cover(edge)
     if style == "striped":
@@ -64,23 +70,23 @@ def layers(
     return body, np.zeros_like(body)
 
 
-def _place(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, float]]:
-    """Centre and radius of both objects, inside the picture and clear of one another."""
+def placed(scene: Scene, rng: np.random.Generator) -> list[Place]:
+    """Both objects, inside the picture and clear of one another."""
     radii = [RADIUS[one.size] * rng.uniform(0.96, 1.04) for one in scene.objects]
-    reach = sum(radii) + 2 * _OUTER
-    room = 1 - 2 * _MARGIN - 2 * reach
-    along = reach + rng.uniform(_GAP[0], min(_GAP[1], room))
-    across = _ACROSS * along * rng.uniform(-1, 1)
+    reach = sum(radii) + 2 * OUTER
+    room = 1 - 2 * MARGIN - 2 * reach
+    along = reach + rng.uniform(GAP[0], min(GAP[1], room))
+    across = ACROSS * along * rng.uniform(-1, 1)
     step = np.array([across, along] if scene.relation in ("above", "below") else [along, across])
     if scene.relation in ("right of", "below"):
         step = -step
     # The box around both, put near the middle: where things lie is not what captions tell, and the
     # more of it is left to chance, the longer a model takes to learn what they do tell.
     points = np.array([np.zeros(2), step])
-    extents = np.array(radii)[:, None] + _OUTER
+    extents = np.array(radii)[:, None] + OUTER
     low, high = (points - extents).min(0), (points + extents).max(0)
-    free = 1 - 2 * _MARGIN - (high - low)
-    points += _MARGIN - low + free * (0.5 + _WANDER * rng.uniform(-1, 1, size=2))
+    free = 1 - 2 * MARGIN - (high - low)
+    points += MARGIN - low + free * (0.5 + WANDER * rng.uniform(-1, 1, size=2))
     return [(x, y, radius) for (x, y), radius in zip(points.tolist(), radii, strict=True)]
 
 

@@ -10,26 +10,29 @@ interrupted.
 import fcntl
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.index import open_index
 from ldm.data.prepare import Report, claim, write_json
+from ldm.data.scenes import motion
 from ldm.data.scenes.draw import draw
-from ldm.data.scenes.world import VERSION, Split, caption, sample
+from ldm.data.scenes.motion import MOTION_VERSION, Moving, film, sample_moving
+from ldm.data.scenes.world import VERSION, Scene, Split, caption, sample
 from ldm.data.shards import write_shard
 
 _PER_SHARD = 500
 _PHRASINGS = 3
 
-World = partial  # of `sample`: a scene and its generator by number
+World = partial  # of `sample` or `sample_moving`: a scene and its generator by number
 
 
 def prepare_scenes(
@@ -40,11 +43,13 @@ def prepare_scenes(
     split: Split = "train",
     seed: int = 0,
     family: int = 1,
+    frames: int | None = None,
     workers: int = 2,
 ) -> Report:
     """Write the first `count` scenes of a split as shards of `size` pixels square.
 
-    `family`: so many scenes of the same words follow one another, see `world.sample`.
+    `family`: so many scenes of the same words follow one another, see `world.sample`. `frames`: of
+    moving scenes, see `motion.py`, as lossless animated WebP; None: pictures, as PNG.
 
     A second call with the same settings writes nothing, and a call at the same time waits for the
     first. Raises ValueError before anything is written for settings that make no sense or where
@@ -55,18 +60,27 @@ def prepare_scenes(
             raise ValueError(f"{name} must be {least} or more, got {value}")
     if family < 1 or _PER_SHARD % family:
         raise ValueError(f"family must divide a shard's {_PER_SHARD} scenes (5, 10), got {family}")
-    world = partial(sample, split=split, seed=seed, family=family)
+    if frames is not None and (frames < 2 or family > 1):
+        raise ValueError(f"frames={frames}: moving scenes have 2 or more, and family=1")
+    if frames is None:
+        world = partial(sample, split=split, seed=seed, family=family)
+        members = _picture
+    else:
+        world = partial(sample_moving, split=split, seed=seed)
+        members = partial(_video, frames=frames)
     world(0)  # says what is wrong with these
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     report = folder / "report.json"
     with _alone(folder):
         settings = {"scenes": count, "size": size, "split": split, "seed": seed, "family": family}
-        claim(folder, settings | {"world": VERSION})
+        moving = {} if frames is None else {"frames": frames, "motion": MOTION_VERSION}
+        claim(folder, settings | moving | {"world": VERSION})
         firsts = range(0, count, _PER_SHARD)
         missing = [first for first in firsts if not _shard(folder, first).is_file()]
         if missing or not report.is_file():
-            write = partial(_write, folder=folder, count=count, size=size, world=world)
+            make = partial(_members, size=size, world=world, members=members)
+            write = partial(_write, folder=folder, count=count, make=make)
             with ProcessPoolExecutor(workers) as pool, tqdm(total=count, unit="image") as bar:
                 bar.update(count - sum(min(_PER_SHARD, count - first) for first in missing))
                 for written in pool.map(write, missing):
@@ -88,19 +102,18 @@ def _shard(folder: Path, first: int) -> Path:
     return folder / f"{first // _PER_SHARD:05d}.tar"
 
 
-def _write(first: int, *, folder: Path, count: int, size: int, world: World) -> int:
+def _write(first: int, *, folder: Path, count: int, make: Callable) -> int:
     """Write the shard that begins with scene `first`; the number of its scenes."""
-    indices = range(first, min(first + _PER_SHARD, count))
-    samples = (_members(index, size=size, world=world) for index in indices)
+    samples = (make(index) for index in range(first, min(first + _PER_SHARD, count)))
     return write_shard(_shard(folder, first), samples)
 
 
-def _members(index: int, *, size: int, world: World) -> tuple[str, dict[str, bytes]]:
+def _members(
+    index: int, *, size: int, world: World, members: Callable
+) -> tuple[str, dict[str, bytes]]:
     """Key and tar members of one scene."""
     scene, rng = world(index)
-    file = io.BytesIO()
-    Image.fromarray(draw(scene, size, rng)).save(file, "PNG")
-    captions = [caption(scene, rng) for _ in range(_PHRASINGS)]
+    pixels, captions = members(scene, rng, size)
     number, place = divmod(index, _PER_SHARD)
     key = f"{number:05d}{place:04d}"
     fields = {
@@ -114,4 +127,23 @@ def _members(index: int, *, size: int, world: World) -> tuple[str, dict[str, byt
         "height": size,
     }
     text = json.dumps(fields).encode()
-    return key, {"png": file.getvalue(), "txt": captions[0].encode(), "json": text}
+    return key, {**pixels, "txt": captions[0].encode(), "json": text}
+
+
+def _picture(
+    scene: Scene, rng: np.random.Generator, size: int
+) -> tuple[dict[str, bytes], list[str]]:
+    """The picture as a tar member, and captions."""
+    file = io.BytesIO()
+    Image.fromarray(draw(scene, size, rng)).save(file, "PNG")
+    return {"png": file.getvalue()}, [caption(scene, rng) for _ in range(_PHRASINGS)]
+
+
+def _video(
+    moving: Moving, rng: np.random.Generator, size: int, *, frames: int
+) -> tuple[dict[str, bytes], list[str]]:
+    """The video as a tar member, and captions."""
+    first, *others = (Image.fromarray(picture) for picture in film(moving, frames, size, rng))
+    file = io.BytesIO()
+    first.save(file, "WEBP", save_all=True, append_images=others, lossless=True, duration=125)
+    return {"webp": file.getvalue()}, [motion.caption(moving, rng) for _ in range(_PHRASINGS)]

@@ -52,7 +52,7 @@ UNSEEN = (
 )
 _VAL_SHARE = 10  # one in so many of the other scenes is kept for "val"
 
-_WORDS = {
+WORDS = {
     "small": ("small", "little"),
     "large": ("large", "big"),
     "left of": ("to the left of", "left of"),
@@ -159,12 +159,12 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     def pick(options: tuple[str, ...]) -> str:
         return options[rng.integers(len(options))]
 
-    first, second = (f"{pick(_WORDS[f.size])} {f.colour} {f.shape}" for f in scene.objects)
+    first, second = (f"{pick(WORDS[f.size])} {f.colour} {f.shape}" for f in scene.objects)
     return pick(_SENTENCES).format(
         first=first,
         second=second,
-        relation=pick(_WORDS[scene.relation]),
-        style=pick(_WORDS[scene.style]),
+        relation=pick(WORDS[scene.relation]),
+        style=pick(WORDS[scene.style]),
         background=scene.background,
     )
 

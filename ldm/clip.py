@@ -1,0 +1,174 @@
+"""python -m ldm.clip image=a.png text="a red star" | data=DIR text=.. | ..; --help has them all."""
+
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from ldm import cli
+from ldm.data.sources import SUFFIXES
+
+MANY = ("image", "text")  # may be given several times
+TEXTS = ("clip", *MANY, "minus", "texts", "data", "labels", "words", "template", "out")
+# What each question needs, and what it may be given beside.
+TAKES = {
+    "difference": (["image", "minus"], ["words", "template", "data"]),
+    "label": (["image", "labels"], ["template", "data"]),
+    "search": (["data"], ["image", "text", "out"]),
+    "recall": (["data"], []),
+    "similarity": (["image", "text"], []),
+}
+
+
+def main() -> None:
+    """Compose, ask, print."""
+    many = {name: typed(name) for name in MANY}
+    texts = cli.take_text(TEXTS)
+
+    @hydra.main(config_path=cli.CONF, config_name="clip", version_base="1.3")
+    def composed(cfg: DictConfig) -> None:
+        cli.check(cfg, "clip")
+        kind = question({name for name, value in texts.items() if value})
+        with cli.told_plainly():
+            print(answer(cfg, {name: cfg[name] for name in TEXTS} | texts | many, kind))
+
+    cli.run(composed, "clip")
+
+
+def typed(name: str) -> list[str]:
+    """All values that the command line gives a name, as typed."""
+    words = [word.partition("=") for word in sys.argv[1:]]
+    values = [value for key, _, value in words if key == name and value]
+    return [value.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for value in values]
+
+
+def question(given: set[str]) -> str:
+    """What is asked, by the names of what is given; UsageError where that is no question."""
+    given = {"text" if name == "texts" else name for name in given} - {"clip"}
+    if "minus" in given:
+        kind = "difference"
+    elif "labels" in given:
+        kind = "label"
+    elif "data" in given:
+        kind = "search" if given & {"image", "text"} else "recall"
+    else:
+        kind = "similarity"
+    needed, more = TAKES[kind]
+    if not set(needed) <= given:
+        raise cli.UsageError(
+            "give image=.. and text=.. (or texts=FILE) for their similarity; data=DIR and one of "
+            "them for a search; data=DIR alone for recall; image=.. and labels=a,b,c for "
+            "probabilities; image=.. and minus=.. for the words that differ"
+        )
+    if stray := sorted(given - {*needed, *more}):
+        raise cli.UsageError(
+            f"{stray[0]}=.. has no part in this: {kind} takes {', '.join([*needed, *more])}"
+        )
+    return kind
+
+
+def answer(cfg: DictConfig, asked: dict, kind: str) -> str:
+    """The lines to print; a search leaves a picture as well.
+
+    Raises UsageError for what cannot be asked, OSError and ValueError where files are not what they
+    should be.
+    """
+    for name in ("top", "most", "batch"):
+        if cfg[name] < 1:
+            raise cli.UsageError(f"{name}={cfg[name]} must be 1 or more")
+    paths = [path for name in asked["image"] or () for path in pictures("image", name)]
+    others = pictures("minus", asked["minus"]) if kind == "difference" else []
+    texts = [*(asked["text"] or ()), *(lines("texts", asked["texts"]) if asked["texts"] else ())]
+    words = listed("words", asked["words"]) if asked["words"] else None
+    labels = listed("labels", asked["labels"]) if kind == "label" else []
+    templates = [asked["template"] or ""]
+    if "{}" not in templates[0]:
+        templates = lines("template", asked["template"]) if asked["template"] else []
+    if any("{}" not in template for template in templates):
+        raise cli.UsageError(f"template={asked['template']} has a line without {{}} for the word")
+    if kind == "difference" and len(paths) + len(others) > 2:
+        raise cli.UsageError("image=.. and minus=.. are one picture each, and no folders")
+    if kind == "search" and len(paths) + len(texts) > 1:
+        raise cli.UsageError("a search is for one text or one picture: give one of them")
+
+    from ldm.clip_answers import AT, Answers  # with torch and transformers: seconds
+    from ldm.images import save_png
+
+    how = {"cache": Path(cfg.cache), "batch": cfg.batch, "device": cfg.device}
+    clip = Answers(asked["clip"], data=asked["data"], templates=templates, **how)
+    if kind == "similarity":
+        rows = ranked(paths, texts, clip.similarity(paths, texts).tolist())
+        rows = [[f"{v:.3f}", f"{100 * max(v, 0):.1f}", *rest] for v, *rest in rows]
+        return table(["cosine", "CLIP score", "picture", "text"], rows)
+    if kind == "label":
+        rows = ranked(paths, labels, clip.labels(paths, labels).tolist())
+        return table(["share", "picture", "label"], [[f"{v:.3f}", *rest] for v, *rest in rows])
+    if kind == "difference":
+        found = clip.difference(paths[0], others[0], words, most=cfg.most)
+        return table(["cosine", "word"], [[f"{v:.3f}", word] for word, v in found[: cfg.top]])
+    if kind == "recall":
+        rows = [[*(f"{v:.3f}" for v in shares), way] for way, shares in clip.recall().items()]
+        return table([*(f"at {k}" for k in AT), "from"], rows)
+    found, page = clip.search([*paths, *texts][0], top=cfg.top)
+    out = Path(asked["out"])
+    save_png(page, out, {"clip": asked["clip"], "data": asked["data"], "found": found})
+    rows = [[f"{one['cosine']:.3f}", one["key"], one["caption"]] for one in found]
+    return f"{table(['cosine', 'key', 'caption'], rows)}\n{out}"
+
+
+def ranked(paths: list[Path], texts: list[str], values: list[list[float]]) -> list[tuple]:
+    """Value, picture and text of each pair, a picture's largest value first."""
+    found = []
+    for path, row in zip(paths, values, strict=True):
+        pairs = sorted(zip(row, texts, strict=True), key=lambda pair: -pair[0])
+        found += [(value, str(path), text) for value, text in pairs]
+    return found
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    """Columns of words, all but the last of one width."""
+    lines = [heads, *rows]
+    widths = [max(map(len, column)) for column in zip(*(line[:-1] for line in lines), strict=True)]
+    padded = ([*map(str.ljust, line[:-1], widths), line[-1]] for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
+def pictures(name: str, place: str) -> list[Path]:
+    """A picture's path, or those in a folder, in order of name; UsageError where there is none."""
+    path = Path(place).expanduser()
+    if not path.exists():
+        raise cli.UsageError(f"{name}={place} does not exist")
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not found:
+        raise cli.UsageError(f"{name}={place} is a folder without pictures ({', '.join(SUFFIXES)})")
+    return found
+
+
+def lines(name: str, place: str) -> list[str]:
+    """The lines with text of a file; UsageError where there are none."""
+    try:
+        text = Path(place).expanduser().read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise cli.UsageError(f"{name}={place}: {error.strerror}") from error
+    return some(name, place, text.splitlines())
+
+
+def listed(name: str, typed: str) -> list[str]:
+    """The lines of a file, or what stands between commas; UsageError where that is nothing."""
+    is_file = len(typed) < 256 and Path(typed).expanduser().is_file()
+    return lines(name, typed) if is_file else some(name, typed, typed.strip(" []").split(","))
+
+
+def some(name: str, typed: str, parts: list[str]) -> list[str]:
+    """Each different part once, without blanks around it; UsageError where there is none."""
+    found = list(dict.fromkeys(part.strip() for part in parts if part.strip()))
+    if not found:
+        raise cli.UsageError(f"{name}={typed} names nothing: give {name}=a,b,c or a file of lines")
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""What is painted, into files: a grid, single pictures or videos, and the guesses on the way.
+
+Shapes: F frames, H W pixels.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from ldm import films
+from ldm.images import captioned, save_png, tile, to_pil
+
+
+def save(
+    images: Sequence[Tensor],
+    jobs: Sequence[tuple[str, int]],
+    out: Path,
+    settings: Mapping,
+    *,
+    guesses: Sequence[Sequence[Tensor]] = (),
+    columns: int | None = None,
+    fps: int = 8,
+) -> Path:
+    """Save pictures (3, H, W) or videos (3, F, H, W), and say where; the file to look at first.
+
+    jobs: the prompt and seed of each, which the files carry beside `settings`. Pictures of several
+    prompts are named by them. guesses: a row each. columns: of such a grid. A video is also saved
+    as a strip of its frames.
+    """
+    moving = images[0].ndim == 4
+    settings = {**settings, "size": list(images[0].shape[-2:])}
+    if moving:
+        settings |= {"frames": images[0].shape[1], "fps": fps}
+    singles = [{"prompt": prompt, "seed": seed, **settings} for prompt, seed in jobs]
+    prompts, seeds = ([job[i] for job in jobs] for i in (0, 1))
+    facts = {"prompt": prompts, "seed": seeds, **settings}
+    grid = out.with_suffix(".png")
+    first = out if moving else grid
+    if moving:
+        films.save(images, out, singles, facts, fps=fps)
+        images = [films.strip(video) for video in images]
+        guesses = [[films.strip(video) for video in row] for row in guesses]
+    for i, (image, single) in enumerate(zip(images, singles, strict=True)):
+        save_png(to_pil(image), grid.with_name(f"{grid.stem}_{i:03d}.png"), single)
+    if len(set(prompts)) > 1:
+        save_png(captioned(images, prompts, columns=columns), grid, facts)
+    else:
+        save_png(tile(images, columns=1 if moving else None), grid, facts)
+    if guesses:
+        on_the_way = grid.with_name(f"{grid.stem}_previews.png")
+        rows = [guess for row in guesses for guess in row]
+        save_png(tile(rows, columns=len(guesses[0])), on_the_way, facts)
+        print(f"the model's guesses on the way: {on_the_way}")
+    if len(images) > 1:
+        print(f"{len(images)} {'videos' if moving else 'pictures'} beside {first}")
+    return first

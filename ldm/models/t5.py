@@ -1,0 +1,173 @@
+"""T5's encoder as a frozen text encoder: language alone, no pictures, as Imagen has it.
+
+Shapes: B captions, L tokens (`max_length`), D text width.
+"""
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import T5EncoderModel, T5Tokenizer
+
+from ldm.diffusion.condition import Condition
+from ldm.models.text import quiet
+
+TOKENIZERS = ("tokenizer.json", "spiece.model")
+
+
+class T5Text(nn.Module):
+    """A frozen T5 encoder with its own tokenizer, from a folder or by its name on the hub.
+
+    `path` is a folder with a T5 model and its tokenizer, a diffusers pipeline folder whose
+    `text_encoder` or `text_encoder_<n>` is one, or such as google/flan-t5-base. Only safetensors
+    are opened. `max_length` is L: T5 has no longest caption, and a denoiser attends to L tokens.
+    `dtype` is what it computes in; float16 is no choice, as published weights overflow in it.
+    With `pooled` the mean over a caption's tokens goes to the time embedding as well.
+    Saharia et al. 2022, "Photorealistic Text-to-Image Diffusion Models with Deep Language
+    Understanding", 2.1.
+    Raises OSError where there is no such model, ValueError where its files do not fit one another
+    or are of another model, and for another `dtype`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        max_length: int = 128,
+        pooled: bool = True,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
+        super().__init__()
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"text_encoder.dtype={dtype}: take float32 or bfloat16, as T5's published weights "
+                "overflow in float16"
+            )
+        if max_length < 1:
+            raise ValueError(f"text_encoder.max_length={max_length} must be 1 token or more")
+        self.model, self.tokenizer = load_t5(path, dtype=getattr(torch, dtype))
+        self.model.requires_grad_(False).eval()
+        self.width = self.model.config.d_model
+        self.pooled_width = self.width if pooled else 0
+        self.max_length = max_length
+        self.seen = self.truncated = 0
+        self._null: dict[tuple[torch.device, torch.dtype], Condition] = {}
+
+    @torch.no_grad()
+    def forward(self, captions: Sequence[str]) -> Condition:
+        """The encoder's states, float32, 0 at the padding, which `mask` leaves out.
+
+        Raises TypeError where `captions` is one string, which would read as a list of letters.
+        """
+        ids, mask = (part.to(self.model.device) for part in self.tokenize(captions))  # (B, L)
+        # Under a trainer's float16 its layers would overflow.
+        with torch.autocast(ids.device.type, enabled=False):
+            states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        weights = mask[..., None].float()  # (B, L, 1)
+        tokens = states * weights
+        pooled = tokens.sum(1) / weights.sum(1) if self.pooled_width else None  # (B, D)
+        return Condition(tokens=tokens, mask=mask.bool(), pooled=pooled)
+
+    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and where they are no padding, both (B, L), on the CPU.
+
+        A caption that is too long loses its last words and keeps its end token; `truncated` counts.
+        """
+        if isinstance(captions, str):
+            raise TypeError(f"captions is a list, not one string: write [{captions[:40]!r}]")
+        # A lone surrogate (a cut emoji, an undecodable argument) has no UTF-8 and becomes "?".
+        texts = [caption.encode("utf-8", "replace").decode("utf-8") for caption in captions]
+        lengths = [len(row) for row in self.tokenizer(texts, verbose=False)["input_ids"]]
+        long = [i for i, length in enumerate(lengths) if length > self.max_length]
+        if long and not self.truncated:
+            warnings.warn(
+                f"a caption of {lengths[long[0]]} tokens is cut to {self.max_length}: "
+                f"{texts[long[0]][:60]!r}... Put what matters first, or give a larger "
+                "text_encoder.max_length. Said once; .truncated counts.",
+                stacklevel=3,
+            )
+        self.seen += len(texts)
+        self.truncated += len(long)
+        how = {"padding": "max_length", "truncation": True, "max_length": self.max_length}
+        rows = self.tokenizer(texts, return_tensors="pt", verbose=False, **how)
+        return rows["input_ids"], rows["attention_mask"]
+
+    def null(self, n: int) -> Condition:
+        """The empty caption's condition `n` times: encoded once, then kept and expanded."""
+        key = (self.model.device, self.model.dtype)
+        if key not in self._null:
+            # First asked for under inference_mode (a validation), it must still serve in training.
+            with torch.inference_mode(False):
+                self._null[key] = self([""])
+        return self._null[key].map(lambda part: part.expand(n, *part.shape[1:]))
+
+    def train(self, mode: bool = True) -> "T5Text":
+        """Stays in eval mode whatever the module around it is told."""
+        return super().train(False)
+
+
+def load_t5(path: str, *, dtype: torch.dtype) -> tuple[T5EncoderModel, T5Tokenizer]:
+    """A T5 encoder with its tokenizer; a folder is never looked up on the hub.
+
+    Raises what `T5Text` raises.
+    """
+    folder = Path(path).expanduser()
+    local = folder.is_dir()
+    model_at, tokenizer_at = _places(folder) if local else (path, path)
+    try:
+        with quiet():
+            model, report = T5EncoderModel.from_pretrained(
+                model_at,
+                local_files_only=local,
+                use_safetensors=True,
+                dtype=dtype,
+                ignore_mismatched_sizes=True,  # told below
+                output_loading_info=True,
+            )
+    except (OSError, SafetensorError) as error:
+        why = str(error).splitlines()[0]
+        raise OSError(
+            f"no T5 encoder at '{path}': {why}\nGive text_encoder.path= a folder with config.json, "
+            "model.safetensors and tokenizer.json, or the name of a model on huggingface.co that "
+            "has safetensors, such as google/flan-t5-base"
+        ) from error
+    misfits = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
+    if misfits:
+        raise ValueError(
+            f"the weights in '{model_at}' are not those of the T5 encoder in its config.json: "
+            f"{len(misfits)} parameters are missing or of another shape, such as {min(misfits)}"
+        )
+    return model, _tokenizer(tokenizer_at, model.config.vocab_size, local=local)
+
+
+def _tokenizer(place: Path | str, vocab_size: int, *, local: bool) -> T5Tokenizer:
+    try:
+        with quiet():
+            tokenizer = T5Tokenizer.from_pretrained(place, local_files_only=local)
+    except (ImportError, ValueError) as error:  # it looks for another reader, and names that one
+        raise ValueError(
+            f"the tokenizer in '{place}' is a spiece.model, which takes one more library to read: "
+            "pip install sentencepiece, or put the model's tokenizer.json there"
+        ) from error
+    # transformers makes an empty tokenizer of missing files without a word. Published embeddings
+    # are longer than their vocabulary, up to a multiple of 128.
+    lacking = local and not any(Path(place, name).is_file() for name in TOKENIZERS)
+    if lacking or not vocab_size - 128 < len(tokenizer) <= vocab_size:
+        raise ValueError(
+            f"the tokenizer in '{place}' has {len(tokenizer)} tokens, the model's embedding "
+            f"{vocab_size}: put the model's own tokenizer.json there"
+        )
+    return tokenizer
+
+
+def _places(folder: Path) -> tuple[Path, Path]:
+    """Where a model and its tokenizer lie in a folder: the T5 of a pipeline, or plain."""
+    for part in sorted(folder.glob("text_encoder*/config.json")):
+        if json.loads(part.read_text()).get("model_type") == "t5":
+            return part.parent, folder / part.parent.name.replace("text_encoder", "tokenizer")
+    return folder, folder

@@ -1,0 +1,70 @@
+"""Videos, from a prompt alone or from a prompt and their first frame.
+
+Shapes: B batch, C latent channels, E extra channels, F frames, H W pixels, h w latent grid.
+"""
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.noise import Generators, rand
+from ldm.diffusion.samplers import Noise
+from ldm.diffusion.schedule import Schedule
+from ldm.tasks import Encode, Plain, Request, Start
+
+
+class TextToVideo(Plain):
+    """A video from pure noise and a prompt; with a picture, one that begins with it.
+
+    Extra channels: whether the first frame is shown, then its latents, the same for all frames, so
+    that each can be compared with it (Blattmann et al. 2023, Stable Video Diffusion,
+    arXiv:2311.15127, section 4.3). given: the share of training videos whose first frame is shown.
+    Raises ValueError where `given` is no share.
+    """
+
+    name = "video"
+    temporal = True
+
+    def __init__(self, *, given: float = 0.5) -> None:
+        if not 0 <= given <= 1:
+            raise ValueError(f"task.given={given} is a share: from 0 to 1")
+        self.given = given
+
+    def extra_channels(self, channels: int) -> int:
+        """1 + C."""
+        return 1 + channels
+
+    def unfit(self, trained: object) -> str | None:
+        """It takes a network of this very task."""
+        return None if isinstance(trained, TextToVideo) else "the network knows no frames"
+
+    def train_concat(
+        self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
+    ) -> Tensor:
+        """The first frames of some of the videos, (B, 1 + C, F, h, w)."""
+        given = rand(len(latents), generator, device=latents.device) < self.given
+        return shown(latents[:, :, 0], given, like=latents)
+
+    def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
+        """Noise of unit variance at t = 1, and the first frame where there is one, which is kept.
+
+        Raises ValueError for a mask or a strength.
+        """
+        if request.mask is not None or request.strength != 1:
+            raise ValueError("task=video takes a prompt and image=FILE for its first frame alone")
+        x = noise(request.latents)  # (B, C, F, h, w)
+        told = torch.full((len(x),), request.image is not None, device=x.device)
+        if request.image is None:
+            return Start(x=x, t=1.0, concat=shown(torch.zeros_like(x[:, :, 0]), told, like=x))
+        first = encode(request.image)  # (B, C, h, w)
+
+        def project(x0_hat: Tensor) -> Tensor:
+            return torch.cat([first[:, :, None], x0_hat[:, :, 1:]], dim=2)
+
+        return Start(x=x, t=1.0, concat=shown(first, told, like=x), project=project)
+
+
+def shown(first: Tensor, given: Tensor, *, like: Tensor) -> Tensor:
+    """(B, 1 + C, F, h, w) of first frames (B, C, h, w), zeros where `given` (B,) is not True."""
+    told = given.to(first)[:, None, None, None].expand(-1, 1, *first.shape[2:])
+    both = torch.cat([told, first * told], dim=1)  # (B, 1 + C, h, w)
+    return both[:, :, None].expand(-1, -1, like.shape[2], -1, -1)

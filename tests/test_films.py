@@ -1,0 +1,97 @@
+"""Video files, read back by other programs' readers."""
+
+import json
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm import films
+from ldm.data.images import read_frames
+
+FACTS = {"prompt": "a red ball rolls, “naïvely”", "seed": 3}
+
+
+def video(frames=5, size=(32, 48), seed=0):
+    """Smooth, so that codecs have no excuse."""
+    g = torch.Generator().manual_seed(seed)
+    small = torch.rand(1, 3, 3, 3, 3, generator=g) * 2 - 1
+    whole = (frames, *size)
+    return torch.nn.functional.interpolate(small, whole, mode="trilinear", align_corners=True)[0]
+
+
+def difference(path, wanted):
+    found = np.array([np.asarray(f) for f in read_frames(path.read_bytes(), len(wanted))], float)
+    return np.abs(found - np.array([np.asarray(frame) for frame in wanted], float))
+
+
+def test_strip_and_pages():
+    one, two = video(), video(seed=1)
+    strip = films.strip(one)
+    assert strip.shape == (3, 32, 5 * 48)
+    assert torch.equal(strip[:, :, 48:96], one[:, 1])
+    assert [page.size for page in films.pages([one])] == [(48, 32)] * 5
+    assert [page.size for page in films.pages([one, two])] == [(48 * 2 + 2, 32)] * 5
+
+
+def test_webp_is_what_was_painted_and_says_how(tmp_path):
+    path, pages = tmp_path / "a.webp", films.pages([video()])
+    films.save_film(pages, path, FACTS, fps=8)
+    assert difference(path, pages).max() == 0
+    with Image.open(path) as image:
+        assert json.loads(image.getexif()[0x010E]) == FACTS
+        assert (image.n_frames, image.info["loop"]) == (5, 0)
+        image.seek(1)
+        image.load()
+        assert image.info["duration"] == 125
+
+
+def test_gif_has_the_same_colours_in_all_frames(tmp_path):
+    path, pages = tmp_path / "a.gif", films.pages([video()])
+    films.save_film(pages, path, FACTS, fps=10)
+    assert difference(path, pages).mean() < 8
+    with Image.open(path) as image:
+        assert json.loads(image.info["comment"]) == FACTS
+        assert (image.info["duration"], image.info["loop"]) == (100, 0)
+
+
+@pytest.mark.parametrize("size", [(32, 48), (33, 47)])
+def test_mp4_is_h264_and_says_how(tmp_path, size):
+    path, pages = tmp_path / "a.mp4", films.pages([video(size=size)])
+    films.save_film(pages, path, FACTS, fps=12.5)
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, float(stream.average_rate)) == ("h264", 12.5)
+        assert json.loads(container.metadata["comment"]) == FACTS
+        found = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    assert len(found) == 5
+    for frame, page in zip(found, pages, strict=True):
+        assert np.abs(frame[: size[0], : size[1]].astype(float) - np.asarray(page)).mean() < 8
+
+
+def test_all_of_a_kind(tmp_path):
+    singles = [{"seed": 0}, {"seed": 1}]
+    films.save([video(), video(seed=1)], tmp_path / "new/x.webp", singles, {"seed": [0, 1]}, fps=8)
+    names = sorted(path.name for path in (tmp_path / "new").iterdir())
+    assert names == ["x.webp", "x_000.webp", "x_001.webp"]
+    with Image.open(tmp_path / "new/x_001.webp") as image:
+        assert json.loads(image.getexif()[0x010E]) == {"seed": 1}
+
+
+def test_kinds():
+    named = {"a.gif": ".gif", "a.WEBP": ".webp", "b.mp4": ".mp4", "x.png": ".gif", None: ".gif"}
+    assert {out: films.kind(out) for out in named} == named
+
+
+def test_without_a_writer_mp4_is_refused_in_a_line(tmp_path):
+    (tmp_path / "av.py").write_text("raise ImportError('none')")  # as if it were not installed
+    code = "from ldm import films; print(films.kind('a.gif')); films.kind('a.mp4')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout == ".gif\n"
+    assert "ValueError: a.mp4: MP4 needs PyAV, pip install 'ldm[video]'" in done.stderr

@@ -1,0 +1,117 @@
+"""What a video begins with, and what a pipeline makes of it."""
+
+import pytest
+import torch
+from world import SIZE, objective, small_autoencoder
+
+from ldm.diffusion.guidance import ClassifierFree
+from ldm.diffusion.noise import generators
+from ldm.diffusion.samplers import DDIM
+from ldm.diffusion.schedule import linear
+from ldm.models.frames import Frames
+from ldm.models.unet import UNet
+from ldm.pipeline import Pipeline
+from ldm.tasks import ImageToImage, Request, TextToImage
+from ldm.video import TextToVideo
+
+FRAMES = 3
+PROMPTS = ["a red circle moves", "a blue square moves"]
+
+
+def network(text):
+    torch.manual_seed(0)
+    sizes = {"channels": 16, "multipliers": (1,), "blocks": 1, "heads": 2, "groups": 8}
+    sizes |= {"in_channels": 7, "out_channels": 3, "context_dim": text.width}
+    net = UNet(**sizes, attention=(True,), temporal=True)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.03 * torch.randn(parameter.shape)
+    return net.eval()
+
+
+def pipeline(text, *, eta=0.0):
+    return Pipeline(
+        network(text),
+        autoencoder=Frames(small_autoencoder().eval()),
+        text=text,
+        objective=objective(),
+        task=TextToVideo(),
+        sampler=DDIM(eta=eta),
+        guidance=ClassifierFree(scale=2.0),
+        frames=FRAMES,
+    )
+
+
+def picture(n=1):
+    return torch.rand(n, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) - 0.5
+
+
+def seeded(x):
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_share_of_the_training_videos_shows_its_first_frame_to_all_frames():
+    latents = torch.randn(400, 3, FRAMES, 4, 4)
+    draws = generators(0, range(400), stream="task")
+    told = TextToVideo(given=0.25).train_concat(latents, None, None, generator=draws)
+    assert told.shape == (400, 4, FRAMES, 4, 4)
+    given = told[:, 0].flatten(1)
+    assert ((given == 0).all(1) | (given == 1).all(1)).all()
+    given = given[:, 0] == 1
+    assert 0.18 < given.float().mean() < 0.32
+    assert not told[~given].any()
+    assert torch.equal(told[given, 1:], latents[given, :, :1].expand(-1, -1, FRAMES, -1, -1))
+    again = TextToVideo(given=0.25).train_concat(
+        latents[7:9], None, None, generator=generators(0, (7, 8), stream="task")
+    )
+    assert torch.equal(again, told[7:9])  # a function of the position
+    with pytest.raises(ValueError, match=r"given=1.5 is a share"):
+        TextToVideo(given=1.5)
+
+
+def test_it_starts_from_noise_and_keeps_the_first_frame():
+    room, encode = torch.empty(2, 3, FRAMES, 4, 4), lambda x: 2 * x[..., :4, :4]
+    start = TextToVideo().start(Request(room), encode, linear(), noise=seeded)
+    assert torch.equal(start.x, seeded(room))
+    assert not start.concat.any()
+    assert start.project is None
+    image = picture(2)
+    start = TextToVideo().start(Request(room, image), encode, linear(), noise=seeded)
+    assert torch.equal(start.concat[:, 1:, 2], encode(image))
+    assert (start.concat[:, 0] == 1).all()
+    x0_hat = torch.randn(room.shape)
+    kept = start.project(x0_hat)
+    assert torch.equal(kept[:, :, 0], encode(image))
+    assert torch.equal(kept[:, :, 1:], x0_hat[:, :, 1:])
+    for wrong in ({"mask": image[:, :1]}, {"strength": 0.5}):
+        with pytest.raises(ValueError, match="for its first frame alone"):
+            TextToVideo().start(Request(room, **wrong), encode, linear(), noise=seeded)
+
+
+def test_it_needs_a_network_of_its_own():
+    video, text = TextToVideo(), TextToImage()
+    assert video.unfit(text) == "the network knows no frames"
+    assert "shown more than noise" in text.unfit(video)
+    assert "shown more than noise" in ImageToImage().unfit(video)
+    assert video.unfit(TextToVideo(given=0.1)) is None
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_video_does_not_depend_on_its_batch(tiny_text, eta):
+    pipe = pipeline(tiny_text, eta=eta)
+    both = pipe(PROMPTS, seeds=[3, 4], size=SIZE, steps=3)
+    assert both.shape == (2, 3, FRAMES, SIZE, SIZE)
+    alone = pipe(PROMPTS[1:], seeds=[4], size=SIZE, steps=3)
+    torch.testing.assert_close(alone[0], both[1], rtol=0, atol=1e-4)
+    assert (both[0] - both[1]).abs().max() > 0.1
+    assert (both[:, :, 0] - both[:, :, 1]).abs().max() > 0.1
+
+
+def test_a_video_begins_with_its_picture_to_within_the_autoencoders_error(tiny_text):
+    pipe, image = pipeline(tiny_text), picture()
+    made = pipe(PROMPTS, seeds=[3, 4], size=SIZE, steps=3, image=image)
+    codec = pipe.autoencoder
+    expected = codec.decode(codec.encode(image)).clamp(-1, 1).expand(2, -1, -1, -1)
+    torch.testing.assert_close(made[:, :, 0], expected, rtol=0, atol=1e-4)
+    free = pipe(PROMPTS, seeds=[3, 4], size=SIZE, steps=3)
+    assert (free - made)[:, :, 1:].abs().max() > 1e-3  # the others were told of it

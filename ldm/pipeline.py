@@ -78,10 +78,10 @@ class Pipeline:
         An image depends on its own prompt and seed, not on the others of the batch.
         size: H and W, or the side of a square. For tasks that take them: image (1 or B, 3, H, W) in
         [-1, 1], task.scale times smaller; mask (1 or B, 1, H, W), 1 where something new shall be;
-        strength in (0, 1]. source: what `image` shows, for tasks that invert it, one text for
-        all or one each. paste: what the
-        mask keeps is the image's own pixels; otherwise what the autoencoder makes of them. style: a picture (1 or B, 3, any H, W) in [-1, 1] that
-        shows how it shall be drawn, for models trained with a style encoder.
+        strength in (0, 1]. source: what `image` shows, for tasks that invert it, one text for all
+        or one each. paste: what the mask keeps is the image's own pixels; otherwise what the
+        autoencoder makes of them. style: a picture (1 or B, 3, any H, W) in [-1, 1] that shows how
+        it shall be drawn, for models trained with a style encoder.
         Raises ValueError where prompts and seeds differ in number, a size does not fit, or the task
         lacks something.
         """
@@ -108,8 +108,10 @@ class Pipeline:
                 denoise = lambda x_t, t: start.project(guided(x_t, t))  # noqa: E731
             sampler = self.sampler if start.rounds == 1 else Resampled(self.sampler, start.rounds)
             times = sampler.times(schedule, steps, start=start.t)
-            x0 = sampler(denoise, start.x, schedule, times, noise=noise, on_step=on_step)
-            images = self.decode(x0)
+            latents = start.latents or (lambda x0: x0)
+            seen = on_step and (lambda i, x0_hat: on_step(i, latents(x0_hat)))
+            x0 = sampler(denoise, start.x, schedule, times, noise=noise, on_step=seen)
+            images = self.decode(latents(x0))
             if mask is None:
                 return images
             # Cells of the latent grid that the mask cuts through were painted anew as a whole.

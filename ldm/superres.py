@@ -23,10 +23,15 @@ class SuperResolution(Plain):
     of other origin, such as another model, has wrong (Ho et al. 2022, Cascaded Diffusion Models,
     arXiv:2106.15282, section 4.2; Saharia et al. 2022, Imagen, arXiv:2205.11487, section 2.3).
 
+    What is learnt is not the picture but what the small one lacks, so that a network of few
+    features need not carry it through (Li et al. 2022, SRDiff, arXiv:2104.14951, section 3.2).
+
     scales: those that are trained, one drawn for each picture. scale: the one that is asked for.
     most: the highest share of noise in training; level: that of sampling. overlap: of the windows
     in which pictures are painted that are larger than those of the training, as a share of them.
-    Raises ValueError for shares outside 0 to 1, and a scale that is none of `scales`.
+    residual: the usual size of what is lacking, in the units of latents, by which it is divided.
+    Raises ValueError for shares outside 0 to 1, a scale that is none of `scales`, and a residual
+    of 0 or less.
     """
 
     name = "superres"
@@ -40,6 +45,7 @@ class SuperResolution(Plain):
         most: float = 0.3,
         level: float = 0.0,
         overlap: float = 0.25,
+        residual: float = 0.1,
     ) -> None:
         if not scales or any(each < 2 for each in scales):
             raise ValueError(f"task.scales={list(scales)}: each is 2 or more")
@@ -48,7 +54,9 @@ class SuperResolution(Plain):
         for what, share in {"most": most, "level": level, "overlap": overlap}.items():
             if not 0 <= share < 1:
                 raise ValueError(f"task.{what}={share} is a share: from 0 to below 1")
-        self.scales, self.scale = tuple(scales), scale
+        if not residual > 0:
+            raise ValueError(f"task.residual={residual} is the size of what is lacking: above 0")
+        self.scales, self.scale, self.residual = tuple(scales), scale, residual
         self.most, self.level, self.overlap = most, level, overlap
 
     def extra_channels(self, channels: int) -> int:
@@ -61,22 +69,26 @@ class SuperResolution(Plain):
             return "the network was never shown a small picture"
         if self.scale not in trained.scales:
             return f"task.scale={self.scale}, and it was trained for {list(trained.scales)}"
+        if self.residual != trained.residual:
+            return f"it was trained with task.residual={trained.residual}"
         return None
 
     def example(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
         """The pictures `scale` times smaller."""
         return {"image": shrunk(images, self.scale)}
 
+    def learnt(
+        self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
+    ) -> Tensor:
+        """What each small picture lacks, (B, C, h, w)."""
+        small, _, _ = self._small(images, generator)
+        return (latents - encode(small)) / self.residual
+
     def train_concat(
         self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
     ) -> Tensor:
         """Each picture made smaller by one of `scales`, (B, C + 2, h, w)."""
-        choice, level = rand((len(images), 2), generator, device=images.device).float().unbind(1)
-        choice = (choice * len(self.scales)).long()  # (B,)
-        small = torch.empty_like(images)
-        for i, scale in enumerate(self.scales):
-            small = torch.where(expand(choice == i, images), blurred(images, scale), small)
-        scale = torch.tensor(self.scales, device=images.device)[choice]
+        small, level, scale = self._small(images, generator)
         noise = randn(latents.shape, other(generator, "small"), device=latents.device)
         return self._shown(encode(small), noise.to(latents), self.most * level, scale)
 
@@ -90,7 +102,20 @@ class SuperResolution(Plain):
         x0 = encode(enlarged(request.image, self.scale))  # (B, C, h, w)
         like = x0.new_ones(len(x0))
         concat = self._shown(x0, noise(x0), self.level * like, self.scale * like)
-        return Start(x=noise(request.latents), t=1.0, concat=concat)
+
+        def whole(lacking: Tensor) -> Tensor:
+            return x0 + self.residual * lacking
+
+        return Start(x=noise(request.latents), t=1.0, concat=concat, latents=whole)
+
+    def _small(self, images: Tensor, generator: Generators) -> tuple[Tensor, Tensor, Tensor]:
+        """Enlarged small pictures (B, 3, H, W), numbers for the level, and scales, (B,) each."""
+        choice, level = rand((len(images), 2), generator, device=images.device).float().unbind(1)
+        choice = (choice * len(self.scales)).long()  # (B,)
+        small = torch.empty_like(images)
+        for i, scale in enumerate(self.scales):
+            small = torch.where(expand(choice == i, images), blurred(images, scale), small)
+        return small, level, torch.tensor(self.scales, device=images.device)[choice]
 
     def _shown(self, x0: Tensor, noise: Tensor, level: Tensor, scale: Tensor) -> Tensor:
         """(B, C + 2, h, w); level and scale (B,)."""

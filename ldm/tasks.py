@@ -36,7 +36,8 @@ class Start:
     """Where sampling begins: latents `x` at time `t`, and extra channels for the network.
 
     project: what an x0_hat (B, C, h, w) becomes by what is known of the picture. rounds: how often
-    each step is gone, with fresh noise between.
+    each step is gone, with fresh noise between. latents: those of a picture out of what the network
+    has learnt (see `learnt`); None where they are the same.
     """
 
     x: Tensor  # (B, C, h, w)
@@ -44,6 +45,7 @@ class Start:
     concat: Tensor | None = None  # (B, E, h, w)
     project: Callable[[Tensor], Tensor] | None = None
     rounds: int = 1
+    latents: Callable[[Tensor], Tensor] | None = None
 
 
 class Plain:
@@ -68,6 +70,12 @@ class Plain:
     def example(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
         """What of real pictures (B, 3, H, W) goes into a request for this task: nothing."""
         return {}
+
+    def learnt(
+        self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
+    ) -> Tensor:
+        """The x0 (B, C, h, w) of a training batch: the latents themselves."""
+        return latents
 
     def train_concat(
         self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators

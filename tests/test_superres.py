@@ -9,7 +9,7 @@ from ldm.models.autoencoder import Identity
 from ldm.models.unet import UNet
 from ldm.requests import continued
 from ldm.superres import SuperResolution, enlarged, shrunk
-from ldm.tasks import Inpaint, TextToImage
+from ldm.tasks import Inpaint, Request, TextToImage
 
 
 def shown(task, images, positions):
@@ -63,6 +63,27 @@ def test_sampling_shows_what_training_shows(tiny_text):
     torch.testing.assert_close(seen[0], trained)
 
 
+def test_what_is_learnt_is_what_the_small_picture_lacks(tiny_text):
+    """A network that knew it would give the picture back; one that says nothing, the small one."""
+    task, images = SuperResolution(scales=[2], most=0.0), 2 * torch.rand(2, 3, SIZE, SIZE) - 1
+    draws = {"generator": generators(0, range(2), stream="task")}
+    lacking = task.learnt(images, images, lambda x: x, **draws)
+    small = shrunk(images, 2)
+    request = Request(torch.empty_like(images), image=small)
+    start = task.start(request, lambda x: x, None, noise=torch.zeros_like)
+    torch.testing.assert_close(start.latents(lacking), images)
+    torch.testing.assert_close(start.latents(torch.zeros_like(images)), enlarged(small, 2))
+
+
+def test_the_guesses_on_the_way_are_pictures(tiny_text):
+    pipe = wide_pipeline(tiny_text, SuperResolution())
+    small, seen = torch.rand(1, 3, SIZE // 2, SIZE // 2), []
+    how = {"size": SIZE, "steps": 2, "on_step": lambda i, x0_hat: seen.append(x0_hat)}
+    image = pipe(["a"], seeds=[0], image=small, **how)
+    torch.testing.assert_close(seen[-1].clamp(-1, 1), image)
+    assert (image - enlarged(small, 2)).abs().mean() < 0.5
+
+
 def test_a_picture_in_windows_has_no_seam(tiny_text):
     """Where windows meet, neighbours differ as they do elsewhere."""
     pipe = wide_pipeline(tiny_text, SuperResolution(overlap=0.5))
@@ -92,6 +113,7 @@ def test_a_small_picture_of_any_shape_is_enlarged_whole(tiny_text):
         (lambda: SuperResolution(scales=[]), "each is 2 or more"),
         (lambda: SuperResolution(scale=3), "task.scale=3 is none of"),
         (lambda: SuperResolution(level=1.0), "task.level=1.0 is a share"),
+        (lambda: SuperResolution(residual=0), "task.residual=0 is the size"),
         (lambda: shrunk(torch.zeros(1, 3, 7, 8), 2), "cannot be shrunk 2 times"),
     ],
 )
@@ -104,6 +126,7 @@ def test_a_network_does_what_it_was_trained_for_and_no_other():
     x2 = SuperResolution(scales=[2], scale=2)
     assert x2.unfit(SuperResolution()) is None
     assert "trained for [2]" in SuperResolution(scale=4).unfit(x2)
+    assert "task.residual=0.1" in SuperResolution(residual=1).unfit(x2)
     assert "never shown a small picture" in x2.unfit(Inpaint())
     assert "never shown a mask" in Inpaint().unfit(TextToImage())
     assert "shown more than noise" in TextToImage().unfit(x2)

@@ -302,7 +302,10 @@ def test_training_mistakes_are_told_plainly(home):
         ("scheduler.shift=3", "'scheduler.shift' here, but there is scheduler.shift of flow"),
         ("guidance@guidance.inner=cfg", "guidance.inner of autoguidance, classifier, clip"),
         ("data.max_steps=5", "did you mean trainer.max_steps?"),
-        ("data=some/where", "data=some/where does not exist. There are: coco, scenes, shards"),
+        (
+            "data=some/where",
+            "data=some/where does not exist. There are: coco, moving_scenes, scenes",
+        ),
         ("data=/x", "for shards in a folder, give data=shards data.train=DIR data.val=DIR"),
         ("nonsense", "key=value"),
         ("--help", "the same command again resumes"),

@@ -14,8 +14,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
-from ldm.cli import CONF
 from ldm.augment import TEXTS as AUGMENT
+from ldm.cli import CONF
 from ldm.clip import TEXTS as CLIP
 from ldm.evaluate import TEXTS as EVALUATE
 from ldm.phema import TEXTS as PHEMA

@@ -68,7 +68,7 @@ def test_a_cascade_is_one_command(home):
             ["ckpt=runs/model", "task=inpaint", "image=in.png", "mask=mask.png"],
             "python train.py task=inpaint init=runs/model",
         ),
-        (["ckpt=runs/inpaint", "task=text2img"], "shown more than noise. Leave task= out"),
+        (["ckpt=runs/inpaint", "task=text2img"], "more than noise. `python sample.py` without"),
         (["ckpt=runs/inpaint", "task=superres", "image=in.png"], "never shown a small picture"),
         (["ckpt=runs/inpaint"], "task=inpaint takes a picture and a mask"),
         (["ckpt=runs/inpaint", "image=in.png", "pad=[9,0,9,0]"], "they leave -2 x 16"),

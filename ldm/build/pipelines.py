@@ -17,7 +17,7 @@ from ldm.models.frames import Frames
 from ldm.pipeline import Pipeline
 
 REMEDY = "Train one: python train.py task={task} init={ckpt} name=my-{task}"
-WITHOUT = "Leave task= out, and it does what it was trained for"
+WITHOUT = "`python sample.py` without task= does what it was trained for"
 
 
 @dataclass

@@ -120,14 +120,14 @@ def ways(run: str, init: str | None, steps: int) -> Iterator[tuple[str, Way]]:
     yield "named in the prompt", asking(plain, "named", styled=False)
     yield "prompt silent", asking(plain, "silent", styled=False)
     yield "style picture, guidance=cfg", asking(plain, "silent", styled=True)
-    for scale in (1.0, 2.0, 3.0, 4.0, 6.0):
+    for scale in (1.0, 2.0, 3.0, 5.0):
         pipeline = opened(run, "guidance=style", f"guidance.style_scale={scale}")
         yield f"style picture, style_scale={scale:g}", asking(pipeline, "silent", styled=True)
-    styled = opened(run, "guidance=style", "guidance.style_scale=3")
+    styled = opened(run, "guidance=style", "guidance.style_scale=2")
     yield "style picture, short prompt", asking(styled, "short", styled=True)
     yield "style picture, named as well", asking(styled, "named", styled=True)
-    for strength in (0.6, 0.7, 0.8, 0.9):
-        pipeline = opened(run, "guidance=style", "guidance.style_scale=3", *INVERTED)
+    for strength in (0.7, 0.8, 0.9, 1.0):
+        pipeline = opened(run, "guidance=style", "guidance.style_scale=2", *INVERTED)
 
         def redrawn(cases, seeds, pipeline=pipeline, strength=strength):
             given = {"image": stacked([c.other for c in cases]), "strength": strength}
@@ -147,7 +147,7 @@ def how(seeds: Sequence[int], steps: int) -> dict:
 
 def grid(run: str, steps: int) -> Image.Image:
     """Style pictures on top, and below each what three prompts that name no style become."""
-    pipeline = opened(run, "guidance=style", "guidance.style_scale=3")
+    pipeline = opened(run, "guidance=style", "guidance.style_scale=2")
     pictures = stacked([style_picture(style, i) for i, style in enumerate(STYLES)])
     prompts = [case(i, silence=pipeline.style_encoder.without).silent for i in (0, 5, 6)]
     rows = [*pictures]

@@ -62,7 +62,7 @@ def denoiser(
     style: nn.Module | None = None,
 ) -> nn.Module:
     """The network of `cfg.model`, with the sizes of the parts around it."""
-    more = {} if style is None else {"style_dim": style.width}
+    more = {} if style is None else {"style_dim": style.width, "style_code": style.code}
     more |= {"temporal": True} if task.temporal else {}
     return instantiate(
         cfg.model,

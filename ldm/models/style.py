@@ -20,8 +20,10 @@ class ClipStyle(nn.Module):
     CLIP makes of a picture is of its content; `docs/style.md` has both measured.
 
     path: `packaged:clip`, a CLIP or run folder, or a name on the hub. layer: how many of the
-    tower's blocks are gone through: early ones know textures, late ones things. tiles: pictures are
-    cut into tiles x tiles, which change places; 1 is none.
+    tower's blocks are gone through: fewer know more of textures, and less of things; 0 is the
+    patches as they are embedded. tiles: pictures are cut into tiles x tiles, which change places;
+    1 is none. code: in how many numbers the denoiser is told: few have room for what captions leave
+    out alone, and styles that differ in more want more.
     Of training alone: recolour exchanges red, green and blue; `dropout` is the share of images that
     get no style; `silence` the share whose captions lose `words`, those that name a style, so that
     there is something to be learnt from the picture.
@@ -32,8 +34,9 @@ class ClipStyle(nn.Module):
         self,
         path: str,
         *,
-        layer: int = 1,
+        layer: int = 0,
         tiles: int = 4,
+        code: int = 8,
         recolour: bool = False,
         dropout: float = 0.1,
         silence: float = 0.0,
@@ -43,19 +46,24 @@ class ClipStyle(nn.Module):
         for name, share in (("dropout", dropout), ("silence", silence)):
             if not 0 <= share <= 1:
                 raise ValueError(f"style_encoder.{name} is a share from 0 to 1, got {share}")
+        if code < 2:
+            raise ValueError(f"style_encoder.code={code}: it takes 2 numbers or more")
         self.clip = clip = Clip.load(path)
         del clip.model.text_model, clip.model.text_projection  # nothing is read here
         tower = clip.model.vision_model
         blocks = tower.encoder.layers
-        if not 1 <= layer <= len(blocks):
-            raise ValueError(f"style_encoder.layer={layer}: {path} has blocks 1 to {len(blocks)}")
+        if not 0 <= layer <= len(blocks):
+            raise ValueError(
+                f"style_encoder.layer={layer}: {path} has {len(blocks)} blocks, and 0 is its "
+                "patches before the first"
+            )
         if tiles < 1 or clip.image_size % tiles:
             raise ValueError(
                 f"style_encoder.tiles={tiles} must divide the {clip.image_size} pixels of {path}"
             )
         tower.encoder.layers = blocks[:layer]
         self.width = tower.config.hidden_size
-        self.tiles, self.recolour = tiles, recolour
+        self.tiles, self.code, self.recolour = tiles, code, recolour
         self.dropout, self.silence = dropout, silence
         longest = sorted((word.strip() for word in words), key=len, reverse=True)
         listed = "|".join(re.escape(word) for word in longest if word)

@@ -33,7 +33,8 @@ class UNet(nn.Module):
     in_channels: latents and extra channels together (C + E).
     context_dim: width D of the text states; 0 builds no cross-attention.
     pooled_dim: width P of the pooled vector that is added to the time embedding; 0 adds none.
-    style_dim: width F of the features of a style picture; 0 has no attention to one.
+    style_dim: width F of the features of a style picture; 0 has no attention to one. style_code:
+    how many numbers it is told in.
     channels, multipliers: level i has channels * multipliers[i] features on half the grid of i - 1.
     blocks: residual blocks a level on the way down, one more on the way up.
     attention: which levels have transformers; the middle always has one.
@@ -54,6 +55,7 @@ class UNet(nn.Module):
         context_dim: int,
         pooled_dim: int = 0,
         style_dim: int = 0,
+        style_code: int = 8,
         channels: int = 320,
         multipliers: Sequence[int] = (1, 2, 4, 4),
         blocks: int = 2,
@@ -87,7 +89,8 @@ class UNet(nn.Module):
         self.time_mlp = mlp(width, time_dim)
         self.pooled_mlp = mlp(pooled_dim, time_dim) if pooled_dim else None
         told = context_dim or style_dim
-        self.style = StyleTokens(style_dim, width=told, time_dim=time_dim) if style_dim else None
+        sizes = {"code": style_code, "width": told, "time_dim": time_dim}
+        self.style = StyleTokens(style_dim, **sizes) if style_dim else None
         beside = partial(StyleAttention, style_width=told, heads=heads) if style_dim else None
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
         self._build_stages(

@@ -16,10 +16,10 @@ SIZES = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "heads": 2, "groups
 SIZES |= {"in_channels": 3, "out_channels": 3, "pooled_dim": 5, "attention": (True, True)}
 
 
-def network(*, context_dim=12, style_dim=6, seed=0) -> UNet:
+def network(*, context_dim=12, style_dim=6, style_code=8, seed=0) -> UNet:
     """No parameter that a network without style has is at a zero that would hide a mistake."""
     torch.manual_seed(seed)
-    net = UNet(context_dim=context_dim, style_dim=style_dim, **SIZES)
+    net = UNet(context_dim=context_dim, style_dim=style_dim, style_code=style_code, **SIZES)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             if not name.startswith(net.added or ("none",)):
@@ -82,6 +82,23 @@ def test_style_learns_from_the_first_step_on():
     ways = [name for name in moved if name.startswith(net.added)]
     assert "style.to_emb.weight" in ways
     assert sum("style_attn.attn.to_out" in name for name in ways) == 7  # of 2 + 1 + 4 transformers
+
+
+@torch.no_grad()
+def test_a_style_is_told_in_a_few_numbers_with_noise_in_training_alone():
+    """What is told depends on them alone; so they must be of a scale, or noise would be none."""
+    tokens, seen = trained(network(style_code=3)).style, []
+    tokens.to_code.register_forward_hook(lambda _, args, code: seen.append(code))
+    _, _, cond = question()
+    tokens(100 * cond.style)
+    assert seen[0].shape == (3, 3)
+    torch.testing.assert_close(seen[0].square().mean(1), torch.ones(3), rtol=0.05, atol=0)
+    tokens.to_code.register_forward_hook(lambda _, args, code: seen[0][[0, 0, 1]])
+    told = tokens(cond.style)[0]
+    assert torch.equal(told[0], told[1])
+    assert not torch.equal(told[1], told[2])
+    assert torch.equal(tokens(cond.style)[0], told)
+    assert not torch.equal(tokens.train()(cond.style)[0], told)
 
 
 def test_refuses_features_of_another_encoder():
@@ -172,7 +189,9 @@ def test_captions_fall_silent_about_style(folder, said, left):
     [
         ({"tiles": 3}, "must divide the 16 pixels"),
         ({"tiles": 0}, "must divide"),
-        ({"layer": 2}, "has blocks 1 to 1"),
+        ({"layer": 2}, "has 1 blocks"),
+        ({"layer": -1}, "has 1 blocks"),
+        ({"code": 1}, "takes 2 numbers or more"),
         ({"dropout": 1.5}, "style_encoder.dropout is a share"),
         ({"silence": -0.1}, "style_encoder.silence is a share"),
     ],

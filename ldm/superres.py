@@ -77,20 +77,21 @@ class SuperResolution(Plain):
         """The pictures `scale` times smaller."""
         return {"image": shrunk(images, self.scale)}
 
-    def learnt(
+    def train_pair(
         self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
-    ) -> Tensor:
-        """What each small picture lacks, (B, C, h, w)."""
-        small, _, _ = self._small(images, generator)
-        return (latents - encode(small)) / self.residual
+    ) -> tuple[Tensor, Tensor]:
+        """What each picture lacks once one of `scales` made it smaller, and (B, C + 2, h, w)."""
+        small, level, scale = self._small(images, generator)
+        x0 = encode(small)  # (B, C, h, w)
+        noise = randn(latents.shape, other(generator, "small"), device=latents.device)
+        concat = self._shown(x0, noise.to(latents), self.most * level, scale)
+        return (latents - x0) / self.residual, concat
 
     def train_concat(
         self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
     ) -> Tensor:
-        """Each picture made smaller by one of `scales`, (B, C + 2, h, w)."""
-        small, level, scale = self._small(images, generator)
-        noise = randn(latents.shape, other(generator, "small"), device=latents.device)
-        return self._shown(encode(small), noise.to(latents), self.most * level, scale)
+        """The second of `train_pair`."""
+        return self.train_pair(latents, images, encode, generator=generator)[1]
 
     def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
         """Noise of unit variance at t = 1, and the enlarged picture.

@@ -37,7 +37,7 @@ class Start:
 
     project: what an x0_hat (B, C, h, w) becomes by what is known of the picture. rounds: how often
     each step is gone, with fresh noise between. latents: those of a picture out of what the network
-    has learnt (see `learnt`); None where they are the same.
+    has learnt (see `train_pair`); None where they are the same.
     """
 
     x: Tensor  # (B, C, h, w)
@@ -71,11 +71,11 @@ class Plain:
         """What of real pictures (B, 3, H, W) goes into a request for this task: nothing."""
         return {}
 
-    def learnt(
+    def train_pair(
         self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
-    ) -> Tensor:
-        """The x0 (B, C, h, w) of a training batch: the latents themselves."""
-        return latents
+    ) -> tuple[Tensor, Tensor | None]:
+        """The x0 (B, C, h, w) of a training batch, the latents, and its extra channels."""
+        return latents, self.train_concat(latents, images, encode, generator=generator)
 
     def train_concat(
         self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators

@@ -67,7 +67,7 @@ def test_what_is_learnt_is_what_the_small_picture_lacks(tiny_text):
     """A network that knew it would give the picture back; one that says nothing, the small one."""
     task, images = SuperResolution(scales=[2], most=0.0), 2 * torch.rand(2, 3, SIZE, SIZE) - 1
     draws = {"generator": generators(0, range(2), stream="task")}
-    lacking = task.learnt(images, images, lambda x: x, **draws)
+    lacking, _ = task.train_pair(images, images, lambda x: x, **draws)
     small = shrunk(images, 2)
     request = Request(torch.empty_like(images), image=small)
     start = task.start(request, lambda x: x, None, noise=torch.zeros_like)

@@ -99,9 +99,9 @@ class LatentDiffusion(L.LightningModule):
         if rate > 0:
             keep = rand(len(x0), self.draws(batch, "caption", device="cpu")) >= rate
             cond = cond.where(keep.to(x0.device, non_blocking=True), text.null(len(x0)))
-        made = (x0, images, autoencoder.encode)
-        concat = self.task.train_concat(*made, generator=self.draws(batch, "task"))
-        x0 = self.task.learnt(*made, generator=self.draws(batch, "task"))
+        x0, concat = self.task.train_pair(
+            x0, images, autoencoder.encode, generator=self.draws(batch, "task")
+        )
         return x0, replace(cond, concat=concat, style=style)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:

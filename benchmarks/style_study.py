@@ -17,13 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
+from edits import how, opened, table
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.build import pipelines
-from ldm.cli import CONF
 from ldm.data.scenes.draw import draw
 from ldm.data.scenes.world import STYLES, Scene, caption, sample
 from ldm.images import from_uint8, tile, to_uint8
@@ -75,13 +73,6 @@ def main() -> None:
     out.write_text(json.dumps({"steps": given.steps, "count": given.count, "rows": rows}, indent=1))
     out.with_suffix(".md").write_text(table(rows) + "\n")
     print(table(rows))
-
-
-def opened(ckpt: str, *overrides: str) -> Pipeline:
-    """A pipeline as sample.py has it."""
-    with initialize_config_dir(CONF, version_base="1.3"):
-        cfg = compose("sample", overrides=list(overrides))
-    return pipelines.restore(cfg, ckpt, {"autoencoder": None, "text_encoder": None}).pipeline
 
 
 def case(i: int, *, silence: Callable[[str], str]) -> Case:
@@ -141,10 +132,6 @@ def ways(run: str, init: str | None, steps: int) -> Iterator[tuple[str, Way]]:
 INVERTED = ("task=img2img", "task.invert=true")
 
 
-def how(seeds: Sequence[int], steps: int) -> dict:
-    return {"seeds": list(seeds), "size": SIZE, "steps": steps}
-
-
 def grid(run: str, steps: int) -> Image.Image:
     """Style pictures on top, and below each what three prompts that name no style become."""
     pipeline = opened(run, "guidance=style", "guidance.style_scale=2")
@@ -176,14 +163,6 @@ def measured(name: str, way: Way, cases: Sequence[Case]) -> dict[str, float]:
     low, high = bootstrap_mean(torch.tensor([float(row[-1]) for row in rows]), seed=0)
     found = {"style": shares.pop("style"), "of 95 %": f"{low:.2f} to {high:.2f}"}
     return found | {"all the rest": round(float(rest), 3)} | shares
-
-
-def table(rows: Sequence[dict]) -> str:
-    """In Markdown."""
-    names = list(rows[0])
-    lines = [" | ".join(["", *names, ""]).strip(), "|" + "---|" * len(names)]
-    lines += [" | ".join(["", *(str(row[name]) for name in names), ""]).strip() for row in rows]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 
 from ldm.data.scenes.motion import DIRECTIONS, Moving, caption, sample_moving
 from ldm.images import to_uint8
-from ldm.metrics.scene_accuracy import SPLITS, SUFFIXES, Paint
+from ldm.metrics.scene_accuracy import SPLITS, SUFFIXES, Paint, shares
 from ldm.metrics.scenes import ATTRIBUTES, SIDE, Reading, read, right
 from ldm.models.temporal import fold
 
@@ -106,9 +106,4 @@ class MotionAccuracy:
 
     def metrics(self, counts: np.ndarray) -> dict[str, float]:
         """Shares in [0, 1]: motion_accuracy, motion_direction .., also _unseen and _chance."""
-        totals = (self.count, self.count, len(self) * len(self.rolls))
-        return {
-            f"motion_{name}{suffix}": float(count / total)
-            for suffix, row, total in zip(SUFFIXES, counts, totals, strict=True)
-            for name, count in zip(NAMES, row, strict=True)
-        }
+        return shares(counts, "motion", NAMES, count=self.count, rolls=len(self.rolls))

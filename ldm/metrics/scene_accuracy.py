@@ -73,9 +73,19 @@ class SceneAccuracy:
         scene_accuracy (the whole caption), scene_color, scene_shape, scene_size, scene_relation,
         scene_background, scene_style; the same with _unseen and with _chance.
         """
-        totals = (self.count, self.count, len(self) * len(self.rolls))
-        return {
-            f"scene_{name}{suffix}": float(count / total)
-            for suffix, row, total in zip(SUFFIXES, counts, totals, strict=True)
-            for name, count in zip(NAMES, row, strict=True)
-        }
+        return shares(counts, "scene", NAMES, count=self.count, rolls=len(self.rolls))
+
+
+def shares(
+    counts: np.ndarray, kind: str, names: Sequence[str], *, count: int, rolls: int
+) -> dict[str, float]:
+    """A tally (3, A) as shares, <kind>_<name> and the same with SUFFIXES.
+
+    count: prompts a split. rolls: how many others each picture was read against, for chance.
+    """
+    totals = (count, count, len(SPLITS) * count * rolls)
+    return {
+        f"{kind}_{name}{suffix}": float(number / total)
+        for suffix, row, total in zip(SUFFIXES, counts, totals, strict=True)
+        for name, number in zip(names, row, strict=True)
+    }

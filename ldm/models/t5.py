@@ -4,23 +4,22 @@ Shapes: B captions, L tokens (`max_length`), D text width.
 """
 
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
 from transformers import T5EncoderModel, T5Tokenizer
 
 from ldm.diffusion.condition import Condition
+from ldm.models.captions import CaptionTokenizer, FrozenText
 from ldm.models.text import quiet
 
 TOKENIZERS = ("tokenizer.json", "spiece.model")
 
 
-class T5Text(nn.Module):
+class T5Text(FrozenText):
     """A frozen T5 encoder with its own tokenizer, from a folder or by its name on the hub.
 
     `path` is a folder with a T5 model and its tokenizer, a diffusers pipeline folder whose
@@ -42,7 +41,6 @@ class T5Text(nn.Module):
         pooled: bool = True,
         dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
-        super().__init__()
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(
                 f"text_encoder.dtype={dtype}: take float32 or bfloat16, as T5's published weights "
@@ -50,13 +48,10 @@ class T5Text(nn.Module):
             )
         if max_length < 1:
             raise ValueError(f"text_encoder.max_length={max_length} must be 1 token or more")
-        self.model, self.tokenizer = load_t5(path, dtype=getattr(torch, dtype))
-        self.model.requires_grad_(False).eval()
-        self.width = self.model.config.d_model
+        model, tokenizer = load_t5(path, dtype=getattr(torch, dtype))
+        super().__init__(model, CaptionTokenizer(tokenizer, max_length))
+        self.width = model.config.d_model
         self.pooled_width = self.width if pooled else 0
-        self.max_length = max_length
-        self.seen = self.truncated = 0
-        self._null: dict[tuple[torch.device, torch.dtype], Condition] = {}
 
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> Condition:
@@ -64,51 +59,15 @@ class T5Text(nn.Module):
 
         Raises TypeError where `captions` is one string, which would read as a list of letters.
         """
-        ids, mask = (part.to(self.model.device) for part in self.tokenize(captions))  # (B, L)
+        device = self.model.device
+        ids, mask = (part.to(device) for part in self.tokenize.masked(captions))  # (B, L)
         # Under a trainer's float16 its layers would overflow.
-        with torch.autocast(ids.device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         weights = mask[..., None].float()  # (B, L, 1)
         tokens = states * weights
         pooled = tokens.sum(1) / weights.sum(1) if self.pooled_width else None  # (B, D)
-        return Condition(tokens=tokens, mask=mask.bool(), pooled=pooled)
-
-    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and where they are no padding, both (B, L), on the CPU.
-
-        A caption that is too long loses its last words and keeps its end token; `truncated` counts.
-        """
-        if isinstance(captions, str):
-            raise TypeError(f"captions is a list, not one string: write [{captions[:40]!r}]")
-        # A lone surrogate (a cut emoji, an undecodable argument) has no UTF-8 and becomes "?".
-        texts = [caption.encode("utf-8", "replace").decode("utf-8") for caption in captions]
-        lengths = [len(row) for row in self.tokenizer(texts, verbose=False)["input_ids"]]
-        long = [i for i, length in enumerate(lengths) if length > self.max_length]
-        if long and not self.truncated:
-            warnings.warn(
-                f"a caption of {lengths[long[0]]} tokens is cut to {self.max_length}: "
-                f"{texts[long[0]][:60]!r}... Put what matters first, or give a larger "
-                "text_encoder.max_length. Said once; .truncated counts.",
-                stacklevel=3,
-            )
-        self.seen += len(texts)
-        self.truncated += len(long)
-        how = {"padding": "max_length", "truncation": True, "max_length": self.max_length}
-        rows = self.tokenizer(texts, return_tensors="pt", verbose=False, **how)
-        return rows["input_ids"], rows["attention_mask"]
-
-    def null(self, n: int) -> Condition:
-        """The empty caption's condition `n` times: encoded once, then kept and expanded."""
-        key = (self.model.device, self.model.dtype)
-        if key not in self._null:
-            # First asked for under inference_mode (a validation), it must still serve in training.
-            with torch.inference_mode(False):
-                self._null[key] = self([""])
-        return self._null[key].map(lambda part: part.expand(n, *part.shape[1:]))
-
-    def train(self, mode: bool = True) -> "T5Text":
-        """Stays in eval mode whatever the module around it is told."""
-        return super().train(False)
+        return Condition(tokens=tokens, mask=mask, pooled=pooled)
 
 
 def load_t5(path: str, *, dtype: torch.dtype) -> tuple[T5EncoderModel, T5Tokenizer]:

@@ -3,7 +3,6 @@
 Shapes: B captions, L tokens (`max_length`), D text width, P pooled width.
 """
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,62 +11,19 @@ from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ldm.diffusion.condition import Condition
 from ldm.files import located
+from ldm.models.captions import CaptionTokenizer, FrozenText
 from ldm.models.whitening import FILE, Whitening
 
 Model = TypeVar("Model", CLIPTextModel, CLIPModel)
 
 
-class CaptionTokenizer:
-    """Captions to token ids of one fixed length, the way published CLIP weights were trained.
-
-    A row is the begin token, the words, the end token, then padding (CLIP pads with the end token).
-    A caption that is too long loses its last words and keeps both ends, because CLIP reads its
-    summary off the end token. `seen` counts the captions so far, `truncated` those that were cut.
-    """
-
-    def __init__(self, tokenizer: CLIPTokenizer, max_length: int) -> None:
-        tokenizer.model_max_length = max_length  # diffusers pads to it in a saved folder
-        self.tokenizer, self.max_length = tokenizer, max_length
-        self.seen = self.truncated = 0
-
-    def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Token ids (B, L), int64, on the CPU; any string is accepted, also half an emoji.
-
-        Raises TypeError where `captions` is one string, which would read as a list of letters.
-        """
-        if isinstance(captions, str):
-            raise TypeError(f"captions is a list, not one string: write [{captions[:40]!r}]")
-        # A lone surrogate (a cut emoji, an undecodable argument) has no UTF-8 and becomes "?".
-        texts = [caption.encode("utf-8", "replace").decode("utf-8") for caption in captions]
-        rows = self.tokenizer(texts, verbose=False)["input_ids"]
-        self._count([len(row) for row in rows], texts)
-        return torch.tensor([self._fit(row) for row in rows])
-
-    def _fit(self, row: list[int]) -> list[int]:
-        if len(row) > self.max_length:
-            return [*row[: self.max_length - 1], self.tokenizer.eos_token_id]
-        return row + [self.tokenizer.pad_token_id] * (self.max_length - len(row))
-
-    def _count(self, lengths: list[int], texts: list[str]) -> None:
-        long = [i for i, length in enumerate(lengths) if length > self.max_length]
-        if long and not self.truncated:
-            warnings.warn(
-                f"a caption of {lengths[long[0]]} tokens is cut to {self.max_length}: "
-                f"{texts[long[0]][:60]!r}... Put what matters first, or take a text encoder with a "
-                "larger max_length. Said once; .truncated counts.",
-                stacklevel=3,
-            )
-        self.seen += len(lengths)
-        self.truncated += len(long)
-
-
-class ClipText(nn.Module):
+class ClipText(FrozenText):
     """A frozen CLIP text encoder with its own tokenizer, as Stable Diffusion 1.x uses it.
 
     `path` is a folder with a CLIPTextModel or a whole CLIPModel and its tokenizer, a diffusers
@@ -80,27 +36,14 @@ class ClipText(nn.Module):
     """
 
     def __init__(self, path: str, *, pooled: bool = False) -> None:
-        super().__init__()
-        self.model, tokenizer = load_clip(CLIPTextModel, path)
-        self.model.requires_grad_(False).eval()
-        self.width = self.model.config.hidden_size
+        model, tokenizer = load_clip(CLIPTextModel, path)
+        length = model.config.max_position_embeddings
+        super().__init__(model, CaptionTokenizer(tokenizer, length))
+        self.width = model.config.hidden_size
         self.pooled_width = self.width if pooled else 0
         folder = _places(located(path))[0]
         whitened = pooled and (folder / FILE).is_file()
         self.whiten = Whitening.load(folder, width=self.width) if whitened else nn.Identity()
-        self.max_length = self.model.config.max_position_embeddings
-        self.tokenize = CaptionTokenizer(tokenizer, self.max_length)
-        self._null: dict[tuple[torch.device, torch.dtype], Condition] = {}
-
-    @property
-    def seen(self) -> int:
-        """The number of captions encoded so far."""
-        return self.tokenize.seen
-
-    @property
-    def truncated(self) -> int:
-        """The number of captions so far that were cut to `max_length` tokens."""
-        return self.tokenize.truncated
 
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> Condition:
@@ -112,19 +55,6 @@ class ClipText(nn.Module):
         out = self.model(input_ids=ids)
         pooled = self.whiten(out.pooler_output) if self.pooled_width else None  # (B, P)
         return Condition(tokens=out.last_hidden_state, pooled=pooled)  # (B, L, D)
-
-    def null(self, n: int) -> Condition:
-        """The empty caption's condition `n` times: encoded once, then kept and expanded."""
-        key = (self.model.device, self.model.dtype)
-        if key not in self._null:
-            # First asked for under inference_mode (a validation), it must still serve in training.
-            with torch.inference_mode(False):
-                self._null[key] = self([""])
-        return self._null[key].map(lambda part: part.expand(n, *part.shape[1:]))
-
-    def train(self, mode: bool = True) -> "ClipText":
-        """Stays in eval mode whatever the module around it is told."""
-        return super().train(False)
 
 
 def load_clip(kind: type[Model], path: str) -> tuple[Model, CLIPTokenizer]:

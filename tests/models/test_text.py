@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from ldm.models.captions import CaptionTokenizer
 from ldm.models.clip import Clip, train_tokenizer
-from ldm.models.text import CaptionTokenizer, ClipText
+from ldm.models.text import ClipText
 
 L = 12
 SHORT, LONG = ["a red circle", "", "a Blue\tsquare!"], "one two three " * 20

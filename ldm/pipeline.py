@@ -88,7 +88,11 @@ class Pipeline:
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
         with self._autocast():
-            noise = ImageNoise(seeds, device=self.device)
+            white = ImageNoise(seeds, device=self.device)
+
+            def noise(x: Tensor) -> Tensor:
+                return self.task.mix(white(x))
+
             schedule, encode = self.objective.schedule, self.autoencoder.encode
             size = (size, size) if isinstance(size, int) else tuple(size)
             room = self._room(len(seeds), size)

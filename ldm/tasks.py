@@ -71,6 +71,10 @@ class Plain:
         """What of real pictures (B, 3, H, W) goes into a request for this task: nothing."""
         return {}
 
+    def mix(self, eps: Tensor) -> Tensor:
+        """The noise that pictures are trained and painted with, out of white noise: the same."""
+        return eps
+
     def train_pair(
         self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
     ) -> tuple[Tensor, Tensor | None]:

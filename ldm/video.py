@@ -3,6 +3,8 @@
 Shapes: B batch, C latent channels, E extra channels, F frames, H W pixels, h w latent grid.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,24 +20,38 @@ class TextToVideo(Plain):
     Extra channels: whether the first frame is shown, then its latents, the same for all frames, so
     that each can be compared with it (Blattmann et al. 2023, Stable Video Diffusion,
     arXiv:2311.15127, section 4.3). given: the share of training videos whose first frame is shown.
-    Raises ValueError where `given` is no share.
+    shared_noise: the share of the noise's variance that all frames have in common. A network of
+    pictures makes like frames of like noise, and what stays the same need not be learnt (Ge et al.
+    2023, "Preserve Your Own Correlation", arXiv:2305.10474, section 4.1).
+    Raises ValueError where `given` or `shared_noise` is no share.
     """
 
     name = "video"
     temporal = True
 
-    def __init__(self, *, given: float = 0.5) -> None:
-        if not 0 <= given <= 1:
-            raise ValueError(f"task.given={given} is a share: from 0 to 1")
-        self.given = given
+    def __init__(self, *, given: float = 0.5, shared_noise: float = 0.0) -> None:
+        for name, share in {"given": given, "shared_noise": shared_noise}.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"task.{name}={share} is a share: from 0 to 1")
+        self.given, self.shared_noise = given, shared_noise
 
     def extra_channels(self, channels: int) -> int:
         """1 + C."""
         return 1 + channels
 
     def unfit(self, trained: object) -> str | None:
-        """It takes a network of this very task."""
-        return None if isinstance(trained, TextToVideo) else "the network knows no frames"
+        """It takes a network of this very task, and the noise that it was trained with."""
+        if not isinstance(trained, TextToVideo):
+            return "the network knows no frames"
+        if trained.shared_noise != self.shared_noise:
+            return f"the network was trained with task.shared_noise={trained.shared_noise}"
+        return None
+
+    def mix(self, eps: Tensor) -> Tensor:
+        """Noise (B, C, F, h, w) of unit variance; any two frames are correlated by the share."""
+        own, root = math.sqrt(1 - self.shared_noise), math.sqrt(eps.shape[2])
+        common = math.sqrt(own**2 / root**2 + self.shared_noise) - own / root
+        return own * eps + common * eps.sum(dim=2, keepdim=True) / root
 
     def train_concat(
         self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators

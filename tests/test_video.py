@@ -9,6 +9,7 @@ from ldm.diffusion.noise import generators
 from ldm.diffusion.samplers import DDIM
 from ldm.diffusion.schedule import linear
 from ldm.models.frames import Frames
+from ldm.models.temporal import zeroed
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 from ldm.tasks import ImageToImage, Request, TextToImage
@@ -69,6 +70,29 @@ def test_a_share_of_the_training_videos_shows_its_first_frame_to_all_frames():
         TextToVideo(given=1.5)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.8, 1.0])
+def test_the_noise_of_frames_is_shared_to_a_given_degree(share):
+    basis = torch.eye(FRAMES, dtype=torch.float64)[:, None, :, None, None]  # of all white noise
+    mixed = TextToVideo(shared_noise=share).mix(basis)[:, 0, :, 0, 0]
+    covariance = torch.full((FRAMES, FRAMES), share, dtype=torch.float64).fill_diagonal_(1)
+    torch.testing.assert_close(mixed.T @ mixed, covariance)
+    with pytest.raises(ValueError, match=r"shared_noise=-0.1 is a share"):
+        TextToVideo(shared_noise=-0.1)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_frames_of_one_noise_are_one_picture_to_a_network_of_pictures(tiny_text, eta):
+    pipe = pipeline(tiny_text, eta=eta)
+    for block in pipe.denoiser.temporal.blocks:
+        zeroed(block.conv), zeroed(block.attn.to_out)
+    zeroed(pipe.denoiser.temporal.number[-1])
+    apart = pipe(PROMPTS, seeds=[3, 4], size=SIZE, steps=3).var(dim=2).max()
+    pipe.task = TextToVideo(shared_noise=1.0)
+    made = pipe(PROMPTS, seeds=[3, 4], size=SIZE, steps=3)
+    torch.testing.assert_close(made, made[:, :, :1].expand_as(made), rtol=0, atol=1e-4)
+    assert apart > 0.01
+
+
 def test_it_starts_from_noise_and_keeps_the_first_frame():
     room, encode = torch.empty(2, 3, FRAMES, 4, 4), lambda x: 2 * x[..., :4, :4]
     start = TextToVideo().start(Request(room), encode, linear(), noise=seeded)
@@ -94,6 +118,7 @@ def test_it_needs_a_network_of_its_own():
     assert "shown more than noise" in text.unfit(video)
     assert "shown more than noise" in ImageToImage().unfit(video)
     assert video.unfit(TextToVideo(given=0.1)) is None
+    assert "trained with task.shared_noise=0.7" in video.unfit(TextToVideo(shared_noise=0.7))
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

@@ -103,11 +103,24 @@ class Objective(nn.Module):
         self.input_perturbation = input_perturbation
         self._check_weights()
 
-    def loss(self, net: Network, x0: Tensor, cond: Condition, *, generator: Generators) -> Tensor:
-        """The weighted error of each image (B,), at random times and noise."""
+    def loss(
+        self,
+        net: Network,
+        x0: Tensor,
+        cond: Condition,
+        *,
+        generator: Generators,
+        mix: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """The weighted error of each image (B,), at random times and noise.
+
+        mix: what becomes of white noise (B, C, h, w) before it is used; see `Plain.mix` of a task.
+        """
         like = {"device": x0.device, "dtype": x0.dtype}
         t = self.time_sampler(len(x0), generator).to(x0.device)
         eps = randn(x0.shape, generator, **like)
+        if mix is not None:
+            eps = mix(eps)
         if self.offset_noise:
             shape = (*x0.shape[:2], *[1] * (x0.ndim - 2))
             eps = eps + self.offset_noise * randn(shape, other(generator, "offset"), **like)

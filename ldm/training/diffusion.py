@@ -72,7 +72,9 @@ class LatentDiffusion(L.LightningModule):
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         x0, cond = self.encode(batch)
         noise = self.draws(batch, "noise")
-        return self.objective.loss(self.denoiser, x0, cond, generator=noise).mean()
+        return self.objective.loss(
+            self.denoiser, x0, cond, generator=noise, mix=self.task.mix
+        ).mean()
 
     @torch.no_grad()
     def encode(self, batch: dict, *, caption_dropout: float | None = None):
@@ -107,6 +109,7 @@ class LatentDiffusion(L.LightningModule):
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         x0, cond = self.encode(batch, caption_dropout=0.0)
         eps = randn(x0.shape, self.draws(batch, "val noise"), device=x0.device, dtype=x0.dtype)
+        eps = self.task.mix(eps)
         within = rand(len(x0), self.draws(batch, "val time"), device=x0.device)
         for band in range(BANDS):
             t = (band + within) / BANDS

@@ -185,6 +185,16 @@ def test_offset_noise_is_one_number_a_channel():
     torch.testing.assert_close(loss.float(), eps.square().flatten(1).mean(1), rtol=1e-3, atol=1e-3)
 
 
+def test_the_noise_that_is_shown_and_predicted_is_mixed_first():
+    x0 = torch.zeros(4, 3, 8, 8)
+    draws = [generators(7, range(4), stream="noise") for _ in range(2)]
+    nets, task = [Watched(), Watched()], objective(linear(), "eps")
+    plain = task.loss(nets[0], x0, Condition(), generator=draws[0])
+    mixed = task.loss(nets[1], x0, Condition(), generator=draws[1], mix=lambda eps: 2 * eps)
+    torch.testing.assert_close(nets[1].shown[0][0], 2 * nets[0].shown[0][0])
+    torch.testing.assert_close(mixed, 4 * plain)
+
+
 def test_input_perturbation_is_shown_and_not_predicted():
     x0 = torch.zeros(512, 3, 8, 8)
     draws = [generators(7, range(512), stream="noise") for _ in range(2)]

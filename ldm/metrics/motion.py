@@ -6,17 +6,17 @@ Shapes: n videos, F frames, H W pixels, A numbers (NAMES).
 from collections.abc import Sequence
 
 import numpy as np
+from torch import Tensor
 
 from ldm.data.scenes.motion import DIRECTIONS, Moving, caption, sample_moving
 from ldm.images import to_uint8
-from ldm.metrics.scene_accuracy import SPLITS, SUFFIXES, Paint, shares
+from ldm.metrics.scene_accuracy import SPLITS, PromptAccuracy
 from ldm.metrics.scenes import ATTRIBUTES, SIDE, Reading, read, right
 from ldm.models.temporal import fold
 
 NAMES = ("accuracy", "direction", "rest", "kept", "objects")
 
 _LEAST = 0.08  # of the picture's width: less is no motion; moving scenes go 0.22 or more
-_ROLLS = 4  # how many other directions each video is read against, for chance
 
 
 def travel(readings: Sequence[Reading], colour: str) -> np.ndarray | None:
@@ -65,45 +65,24 @@ def judged(readings: Sequence[Reading], moving: Moving) -> tuple[bool, ...]:
     return goes and rests and kept and whole, goes, rests, kept, objects
 
 
-class MotionAccuracy:
-    """The first `count` moving scenes of "val" and of "unseen", as SceneAccuracy has scenes.
+class MotionAccuracy(PromptAccuracy):
+    """The first `count` moving scenes of either split; by chance: with another's direction.
 
-    Raises ValueError where count is below 2, or batch below 1.
+    motion_accuracy, motion_direction, motion_rest, motion_kept, motion_objects: see `judged`.
+    Raises ValueError where count is below 2 or batch below 1.
     """
 
+    kind, names, most_rolls = "motion", NAMES, 4
+
     def __init__(self, *, count: int, batch: int = 16, seed: int = 0) -> None:
-        if count < 2 or batch < 1:
-            raise ValueError(f"count={count}, batch={batch}: it takes count=2 and batch=1 or more")
-        self.count, self.batch = count, batch
         drawn = [sample_moving(i, split=split) for split in SPLITS for i in range(count)]
-        self.scenes = [moving for moving, _ in drawn]
-        self.prompts = [caption(moving, rng) for moving, rng in drawn]
-        self.seeds = [seed + i % count for i in range(len(drawn))]
-        self.rolls = range(1, min(_ROLLS, count - 1) + 1)
+        captioned = [(moving, caption(moving, rng)) for moving, rng in drawn]
+        super().__init__(captioned, batch=batch, seed=seed)
 
-    def __len__(self) -> int:
-        return len(self.prompts)
+    def readings(self, videos: Tensor) -> list[list[Reading]]:
+        """Of all frames of videos (n, 3, F, H, W) in [-1, 1]."""
+        return [read(to_uint8(fold(video[None]))) for video in videos]
 
-    def tally(self, paint: Paint, items: Sequence[int]) -> np.ndarray:
-        """Counts (3, A), int64, of what is right in videos of `items`: seen, unseen, by chance.
-
-        Chance is those videos with the directions of the next prompts in their list. The tallies of
-        a partition of `range(len(self))` add up to the tally of the whole.
-        """
-        counts = np.zeros((len(SUFFIXES), len(NAMES)), np.int64)
-        for start in range(0, len(items), self.batch):
-            part = items[start : start + self.batch]
-            videos = paint([self.prompts[i] for i in part], seeds=[self.seeds[i] for i in part])
-            for i, video in zip(part, videos, strict=True):
-                readings = read(to_uint8(fold(video[None])))
-                split, place = divmod(i, self.count)
-                others = self.scenes[split * self.count :][: self.count]
-                counts[split] += judged(readings, others[place])
-                for roll in self.rolls:
-                    goes = others[(place + roll) % self.count].direction
-                    counts[-1] += judged(readings, Moving(others[place].scene, goes))
-        return counts
-
-    def metrics(self, counts: np.ndarray) -> dict[str, float]:
-        """Shares in [0, 1]: motion_accuracy, motion_direction .., also _unseen and _chance."""
-        return shares(counts, "motion", NAMES, count=self.count, rolls=len(self.rolls))
+    def judge(self, reading: Sequence[Reading], scene: Moving, other: Moving) -> tuple[bool, ...]:
+        """As `judged`, of the scene, going as the other does."""
+        return judged(reading, Moving(scene.scene, other.direction))

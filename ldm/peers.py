@@ -17,7 +17,7 @@ from ldm.checkpoint import file_digest
 from ldm.data.captions import clean, decode
 from ldm.data.images import ImageError, read_bytes, read_image, short_side, square, to_tensor
 from ldm.data.sources import SUFFIXES
-from ldm.models.text import quiet
+from ldm.models.hub import quiet
 
 # What a text-to-image pipeline is called with, beside the guidance scale, which not all have.
 ARGUMENTS = ("prompt", "generator", "num_inference_steps", "height", "width", "output_type")

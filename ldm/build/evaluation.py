@@ -87,8 +87,8 @@ def join(device: torch.device) -> torch.device:
         return device
     if "RANK" not in os.environ:
         raise UsageError(
-            "several processes measure together under torchrun: start it once a machine, as in "
-            "`torchrun --nproc-per-node 8 -m ldm.evaluate ...`"
+            "several processes work together under torchrun: start it once a machine, with "
+            "`torchrun --nproc-per-node 8 -m ...` for `python -m ...`"
         )
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

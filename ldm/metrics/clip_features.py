@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessorPil
 
 from ldm.metrics.features import Features
 from ldm.models.clip import PIXEL_MEAN, PIXEL_STD, Clip
-from ldm.models.text import quiet
+from ldm.models.hub import quiet
 
 
 class ClipFeatures(Features):

@@ -7,14 +7,13 @@ Shapes: n images, D features.
 
 from pickle import UnpicklingError
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Dinov2Model
 
 from ldm.files import located
 from ldm.metrics.features import Features
-from ldm.models.text import quiet
+from ldm.models.hub import pretrained
 
 # ImageNet's, in [0, 1], with which every DINOv2 was trained.
 MEAN = (0.485, 0.456, 0.406)
@@ -58,25 +57,11 @@ def load(path: str) -> Dinov2Model:
     """
     place = located(path)
     try:
-        with quiet():
-            net, report = Dinov2Model.from_pretrained(
-                place if place.is_dir() else path,
-                local_files_only=place.is_dir(),
-                weights_only=True,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # told below
-                output_loading_info=True,
-            )
+        local = place.is_dir()
+        return pretrained(Dinov2Model, place if local else path, local=local)
     except (OSError, SafetensorError, UnpicklingError) as error:
         raise OSError(
             f"no DINOv2 at '{path}': {error}\nGive a folder with config.json and "
             "model.safetensors, or the name of a model on huggingface.co, such as "
             "facebook/dinov2-large."
         ) from error
-    misfits = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
-    if misfits:
-        raise ValueError(
-            f"the weights in '{path}' are not those of the Dinov2Model in its config.json: "
-            f"{len(misfits)} parameters are missing or of another shape, such as {min(misfits)}"
-        )
-    return net

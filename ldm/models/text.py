@@ -3,8 +3,7 @@
 Shapes: B captions, L tokens (`max_length`), D text width, P pooled width.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TypeVar
@@ -13,11 +12,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from ldm.diffusion.condition import Condition
 from ldm.files import located
 from ldm.models.captions import CaptionTokenizer, FrozenText
+from ldm.models.hub import pretrained
 from ldm.models.whitening import FILE, Whitening
 
 Model = TypeVar("Model", CLIPTextModel, CLIPModel)
@@ -70,7 +69,7 @@ def load_clip(kind: type[Model], path: str) -> tuple[Model, CLIPTokenizer]:
     # The model first: without a network a hub name fails here within seconds, while the tokenizer
     # retries for minutes and then comes back empty.
     try:
-        model = _load_model(kind, model_at, local=local)
+        model = pretrained(kind, model_at, local=local)
     except (OSError, SafetensorError, UnpicklingError) as error:
         raise OSError(
             f"no CLIP model at '{path}': {error}\nGive a folder with config.json, "
@@ -88,26 +87,6 @@ def load_clip(kind: type[Model], path: str) -> tuple[Model, CLIPTokenizer]:
     return model, tokenizer
 
 
-def _load_model(kind: type[Model], place: Path | str, *, local: bool) -> Model:
-    with quiet():
-        model, report = kind.from_pretrained(
-            place,
-            local_files_only=local,
-            weights_only=True,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # told below: transformers tells in the silenced table
-            output_loading_info=True,
-        )
-    # transformers leaves what the file lacks at random values.
-    misfits = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
-    if misfits:
-        raise ValueError(
-            f"the weights in '{place}' are not those of the {kind.__name__} in its config.json: "
-            f"{len(misfits)} parameters are missing or of another shape, such as {min(misfits)}"
-        )
-    return model
-
-
 def _places(folder: Path) -> tuple[Path, Path]:
     """Where a model and its tokenizer lie in a folder: pipeline, run directory, or plain."""
     if (folder / "text_encoder").is_dir():
@@ -115,16 +94,3 @@ def _places(folder: Path) -> tuple[Path, Path]:
     if (folder / "clip").is_dir():
         folder = folder / "clip"
     return folder, folder
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' bars, and its table of weights that one half of a CLIP does not use."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()

@@ -128,7 +128,7 @@ def test_what_is_no_t5_is_told_with_a_remedy(folder, tmp_path):
     other = shutil.copytree(folder, tmp_path / "wide")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"d_model": 32}))
-    with pytest.raises(ValueError, match=r"not those of the T5 encoder in its config\.json"):
+    with pytest.raises(ValueError, match=r"not those of the T5EncoderModel in its config\.json"):
         T5Text(str(other))
     bare = shutil.copytree(folder, tmp_path / "bare")
     (bare / "tokenizer.json").unlink()

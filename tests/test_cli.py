@@ -289,6 +289,7 @@ def test_training_mistakes_are_told_plainly(home):
     [
         ("trainer.max_step=5", "did you mean trainer.max_steps?"),
         ("max_steps=5", "did you mean trainer.max_steps?"),
+        ("scale=5", "did you mean guidance.scale?"),
         ("modle=nano", "did you mean model?"),
         ("model=nanoo", "did you mean nano?"),
         ("optimizer.lr=1e-4x", "is no number"),

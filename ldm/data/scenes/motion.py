@@ -19,7 +19,7 @@ _TRAVEL = (0.22, 0.25)
 _TOWARDS = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}
 # The packaged text encoder reads 24 tokens and knows the words of still scenes: this sentence fits,
 # and to a model of those it tells the same scene. "moves left" it would take for the relation.
-_SENTENCE = "{style} shapes on {background}: a {first} {relation} a {second} {direction}ward"
+_SENTENCE = "a {first} {relation} a {second} {direction}ward, {style}, on {background}"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ TEXTS = ("ckpt", "out", "template", "captions", "negative", "clip", "autoencoder
 SETTINGS = ("n", "seed", "steps", "min_score", "keep", "format", "samples_per_shard", "batch")
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 SHOWN = 36  # pictures of the contact sheet
+OWN = (".lock", "prepare.json.")  # what a call leaves that was killed at once
 LIBRARIES = ("ldm", "torch", "transformers", "pillow")
 
 
@@ -38,12 +39,7 @@ def main() -> None:
 
     if runs.launched() is None:  # torchrun ends its processes, also those that wait for another
         signal.signal(signal.SIGTERM, evaluate.leave)
-    try:
-        cli.run(composed, "augment")
-    except KeyboardInterrupt as error:
-        how, code = error.args or ("interrupted", 130)
-        print(f"\n{how}; the same command goes on from here", file=sys.stderr)
-        sys.exit(code)
+    cli.run(composed, "augment", goes_on=True)
 
 
 def split(words: str) -> list[str]:
@@ -60,7 +56,7 @@ def augment(cfg: DictConfig, asked: dict[str, str | None], words: dict[str, list
     """
     check(cfg, asked, words)
     ckpt, out = (cli.needed(asked, name) for name in ("ckpt", "out"))
-    out = Path(out)
+    check_place(out := Path(out))
 
     import torch
     from omegaconf import OmegaConf
@@ -123,6 +119,18 @@ def check(cfg: DictConfig, asked: dict[str, str | None], words: dict[str, list[s
             raise cli.UsageError(f"{name}={value} is no number above 0 and up to {most}")
         if value is not None and unscored(asked):
             raise cli.UsageError(f"{name}={value} is by CLIP score: give clip=..., or leave it out")
+
+
+def check_place(out: Path) -> None:
+    """UsageError where `out` is a file, or a folder of other things than a painted set."""
+    if out.is_file():
+        raise cli.UsageError(f"out={out} is a file: give a folder for the shards")
+    if out.is_dir() and not (out / "prepare.json").is_file():
+        others = sorted(path.name for path in out.iterdir() if not path.name.startswith(OWN))
+        if others:
+            raise cli.UsageError(
+                f"out={out} holds {others[0]}, and no painted set: give an empty or new folder"
+            )
 
 
 def unscored(asked: dict[str, str | None]) -> bool:

@@ -227,25 +227,25 @@ def keep_newest(folder: Path, count: int, *, spare: Collection[str] = ()) -> Non
             remove(path)
 
 
-def find(ckpt: str) -> Path:
+def find(ckpt: str, *, name: str = "ckpt") -> Path:
     """The file that `ckpt`, a file or a run directory (its newest checkpoint), stands for.
 
-    Raises CheckpointError where there is none.
+    Raises CheckpointError, which calls it `name`, where there is none.
     """
     path = Path(ckpt)
     if path.is_dir():
         last = newest(path / "checkpoints")
         if last is None:
             raise CheckpointError(
-                f"'{ckpt}' has no checkpoint (yet) in {path / 'checkpoints'}. A run directory is "
-                "what train.py made, such as runs/my-run"
+                f"{name}='{ckpt}' has no checkpoint (yet) in {path / 'checkpoints'}. A run "
+                "directory is what train.py made, such as runs/my-run"
             )
         return last
     if not path.is_file():
         known = sorted(str(found.parent.parent) for found in Path("runs").glob("**/last.ckpt"))
         near = difflib.get_close_matches(ckpt, known, n=3, cutoff=0)
         hint = f"; the nearest here: {', '.join(near)}" if near else ""
-        raise CheckpointError(f"ckpt='{ckpt}' is neither a run directory nor a file{hint}")
+        raise CheckpointError(f"{name}='{ckpt}' is neither a run directory nor a file{hint}")
     return path
 
 

@@ -97,6 +97,8 @@ def answer(cfg: DictConfig, asked: dict, kind: str) -> str:
 
     how = {"cache": Path(cfg.cache), "batch": cfg.batch, "device": cfg.device}
     clip = Answers(asked["clip"], data=asked["data"], templates=templates, **how)
+    if len(paths) > 1:  # a folder may hold what is none
+        paths = clip.readable(paths) or paths[:1]
     if kind == "similarity":
         rows = ranked(paths, texts, clip.similarity(paths, texts).tolist())
         rows = [[f"{v:.3f}", f"{100 * max(v, 0):.1f}", *rest] for v, *rest in rows]
@@ -158,7 +160,7 @@ def lines(name: str, place: str) -> list[str]:
 
 def listed(name: str, typed: str) -> list[str]:
     """The lines of a file, or what stands between commas; UsageError where that is nothing."""
-    is_file = len(typed) < 256 and Path(typed).expanduser().is_file()
+    is_file = typed.endswith(".txt") or (len(typed) < 256 and Path(typed).expanduser().is_file())
     return lines(name, typed) if is_file else some(name, typed, typed.strip(" []").split(","))
 
 

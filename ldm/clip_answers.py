@@ -3,6 +3,7 @@
 Shapes: n pictures, m texts, N pictures of a set, U captions, W words, D features.
 """
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,8 @@ DRAWN = 5000  # captions of the drawn world, in which the words of packaged:clip
 TEMPLATE = "a picture of a {}"
 PAGE = 192  # pixels of a picture on the page of those found
 AT = (1, 5, 10)  # recall
-_bar = partial(tqdm, disable=None, leave=False)  # none where the output goes to a file
+# In a file, where a bar cannot be drawn over, a line now and then.
+_bar = partial(tqdm, leave=False, delay=2, mininterval=0.1 if sys.stderr.isatty() else 15.0)
 
 
 class Answers:
@@ -105,10 +107,14 @@ class Answers:
     ) -> list[tuple[str, float]]:
         """Words with their cosines to what one picture has and the other has not, nearest first.
 
-        names: None for the `most` common words of the captions.
+        names: None for the `most` common words of the captions. Raises ValueError where CLIP sees
+        no difference.
         """
+        pair = self.seen([path, other])
+        if torch.equal(*pair):
+            raise ValueError(f"'{path}' and '{other}' are the same to this CLIP: no word differs")
         words = self.words(names, apart=True, most=most)
-        cosines = words.between(*self.seen([path, other]).split(1))[0]  # (W,)
+        cosines = words.between(*pair.split(1))[0]  # (W,)
         return sorted(zip(words.words, cosines.tolist(), strict=True), key=lambda word: -word[1])
 
     def words(self, names: Sequence[str] | None, *, apart: bool, most: int = 0) -> Words:
@@ -124,6 +130,17 @@ class Answers:
                 "have some"
             )
         return in_templates(self.clip, self.templates or [TEMPLATE], names, apart=apart)
+
+    def readable(self, paths: Sequence[Path]) -> list[Path]:
+        """Those of several pictures that can be read; the others are told, by name."""
+        found = []
+        for path in paths:
+            try:
+                read_image(path)
+                found.append(path)
+            except ImageError as error:
+                print(f"left out: '{path}': {error}", file=sys.stderr)
+        return found
 
     def seen(self, paths: Sequence[Path]) -> Tensor:
         """Unit vectors (n, D) of pictures in files, their centres; ImageError names the file."""

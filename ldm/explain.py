@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm import cli, runs
 
 TEXTS = ("ckpt", "out", "prompt", "prompts", "image", "autoencoder", "text_encoder")
+PLAIN = "ldm.tasks.TextToImage"
 PROMPTS = 3  # rows of guidance.png
 
 
@@ -94,20 +95,26 @@ def draw_all(cfg: DictConfig, asked: dict[str, str | None]) -> None:
 
 
 def newest_run(folder: Path) -> Path:
-    """The diffusion run below `folder` that finished last; UsageError where there is none."""
+    """The text-to-image run below `folder` that finished last; UsageError where there is none."""
     finished = [
         path
         for path in folder.glob("**/result.json")
         if runs.read_result(path.parent).get("status") == "finished"
-        and (path.parent / "config.yaml").is_file()
-        and OmegaConf.load(path.parent / "config.yaml").get("stage") == "diffusion"
+        and paints_text(path.parent / "config.yaml")
     ]
     if not finished:
         raise cli.UsageError(
-            f"there is no finished diffusion run under {folder}/: `python train.py data=scenes` "
-            "trains one in minutes, or give ckpt=, a run directory"
+            f"there is no finished text-to-image run under {folder}/: `python train.py "
+            "data=scenes` trains one in minutes, or give ckpt=, a run directory"
         )
     return max(finished, key=lambda path: path.stat().st_mtime).parent
+
+
+def paints_text(config: Path) -> bool:
+    """Whether a run's configuration is that of a text-to-image model."""
+    cfg = OmegaConf.load(config) if config.is_file() else OmegaConf.create()
+    task = OmegaConf.select(cfg, "task._target_", default=PLAIN)
+    return cfg.get("stage") == "diffusion" and task == PLAIN
 
 
 if __name__ == "__main__":

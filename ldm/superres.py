@@ -73,6 +73,14 @@ class SuperResolution(Plain):
             return f"it was trained with task.residual={trained.residual}"
         return None
 
+    def check_size(self, size: int) -> None:
+        """ValueError where it cannot be made smaller by all of `scales`."""
+        if wrong := [scale for scale in self.scales if size % scale]:
+            raise ValueError(
+                f"task.scales={list(self.scales)}: pictures of data.size={size} cannot be shrunk "
+                f"{wrong[0]} times, which does not divide it"
+            )
+
     def example(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
         """The pictures `scale` times smaller."""
         return {"image": shrunk(images, self.scale)}

@@ -53,8 +53,10 @@ class Plain:
 
     name: str  # the option of conf/task
     from_pictures = False  # whether there is no painting without a picture
+    of_any_run = False  # whether it is a way of sampling, for which no network is trained
     temporal = False  # whether it is of videos
     scale = 1  # how many times wider the result is than the picture that it is asked with
+    strength = 1.0  # where none is asked for
     overlap: float | None = None  # of windows, as a share; None: any size in one piece
 
     def extra_channels(self, channels: int) -> int:
@@ -66,6 +68,9 @@ class Plain:
         if trained.extra_channels(1):
             return f"a network of task={trained.name} is shown more than noise"
         return None
+
+    def check_size(self, size: int) -> None:
+        """ValueError where it cannot be trained on squares of `size` pixels."""
 
     def example(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
         """What of real pictures (B, 3, H, W) goes into a request for this task: nothing."""
@@ -112,7 +117,8 @@ class ImageToImage(Plain):
     """
 
     name = "img2img"
-    from_pictures = True
+    of_any_run = True
+    strength = 0.7  # the best measured, docs/img2img.md
 
     def __init__(self, *, invert: bool = False) -> None:
         self.invert = invert
@@ -130,10 +136,6 @@ class ImageToImage(Plain):
             return Start(x=request.invert(x0, t), t=t)
         return Start(x=noised(x0, t, schedule, noise), t=t)
 
-    def example(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
-        """The pictures."""
-        return {"image": images}
-
 
 class ProjectedInpaint(Plain):
     """New pixels where the mask is 1, by any text-to-image model: what is known stays known.
@@ -145,7 +147,7 @@ class ProjectedInpaint(Plain):
     """
 
     name = "inpaint_projected"
-    from_pictures = True
+    of_any_run = True
 
     def __init__(self, *, rounds: int = 1) -> None:
         if rounds < 1:
@@ -159,10 +161,6 @@ class ProjectedInpaint(Plain):
         """
         x, project = kept(request, encode, schedule, noise, task=self)
         return Start(x=x, t=request.strength, project=project, rounds=self.rounds)
-
-    def example(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
-        """The pictures, and random masks."""
-        return {"image": images, "mask": random_masks_of(images, generator)}
 
 
 class Inpaint(Plain):

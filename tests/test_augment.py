@@ -160,8 +160,14 @@ def test_other_settings_in_the_same_folder_are_refused(paint, overrides, given, 
 
 def test_a_folder_of_others_is_refused(paint, shapes, tmp_path):
     shutil.copytree(shapes, "a")
-    with pytest.raises(UsageError, match="holds shards that came from elsewhere"):
+    with pytest.raises(UsageError, match=r"out=a holds 00000.tar, and no painted set"):
         paint("a")
+    Path("notes").mkdir()
+    Path("notes/mine.txt").touch()
+    with pytest.raises(UsageError, match=r"out=notes holds mine.txt, and no painted set"):
+        paint("notes")
+    with pytest.raises(UsageError, match=r"out=notes/mine.txt is a file"):
+        paint("notes/mine.txt")
 
     def taken():
         with claim(Path("b")), open("ready", "w"):

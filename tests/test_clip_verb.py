@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from PIL import Image
 from shell import run
 from torch.nn import functional as F
@@ -138,6 +139,26 @@ def test_labels_are_probabilities_read_in_sentences(about, home):
         about.labels(paths, ["gold"])
 
 
+def test_the_same_picture_has_no_word(about, home):
+    with pytest.raises(ValueError, match=r"black.png' are the same to this CLIP: no word differs"):
+        about.difference(home / "black.png", home / "black.png", ["red"], most=3)
+
+
+def test_what_is_broken_in_a_folder_is_left_out_and_named(home, tmp_path, capsys):
+    paint(SCENE, tmp_path / "a.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
+    with initialize_config_dir(cli.CONF, version_base="1.3"):
+        cfg = compose("clip", overrides=[f"cache={home}/cache"])
+    asked = {name: cfg[name] for name in clip.TEXTS} | {"image": [str(tmp_path)], "text": ["x"]}
+    said = clip.answer(cfg, asked, "similarity")
+    assert "a.png" in said
+    assert "torn.png" not in said
+    assert "torn.png': damaged PNG" in capsys.readouterr().err
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"a.png': no JPEG"):
+        clip.answer(cfg, asked, "similarity")
+
+
 CHANGES = {
     "green": replace(SCENE, objects=(replace(SCENE.objects[0], colour="green"), SCENE.objects[1])),
     "square": replace(SCENE, objects=(replace(SCENE.objects[0], shape="square"), SCENE.objects[1])),
@@ -222,6 +243,7 @@ def test_mistakes_are_told_before_torch_is_imported(home):
         "image=no.png text=x": "image=no.png does not exist",
         "image=shards text=x": "image=shards is a folder without pictures",
         "image=black.png labels=,": "labels=, names nothing",
+        "image=black.png labels=no.txt": "labels=no.txt: No such file",
         "image=black.png texts=no.txt": "texts=no.txt: No such file",
         "image=few image=black.png minus=black.png": "are one picture each",
         "data=shards text=a text=b": "a search is for one text or one picture",

@@ -235,7 +235,7 @@ def test_a_text_encoder_without_images_costs_one_picture(call, home, tiny_text):
 def test_mistakes_are_told_plainly(call, tmp_path):
     code, _, err = call(cwd=tmp_path)
     assert code == 2
-    assert "no finished diffusion run under runs/" in err
+    assert "no finished text-to-image run under runs/" in err
     assert "train.py data=scenes" in err
     assert "runs/first" in call("ckpt=runs/fisrt")[2]
     assert "did you mean steps?" in call("step=3")[2]
@@ -249,4 +249,6 @@ def test_the_newest_finished_diffusion_run_is_taken(tmp_path):
         (tmp_path / name / "result.json").write_text(json.dumps({"status": status}))
         if stage:
             (tmp_path / name / "config.yaml").write_text(f"stage: {stage}\n")
+    other = "stage: diffusion\ntask: {_target_: ldm.tasks.Inpaint}\n"
+    (tmp_path / "e/config.yaml").write_text(other)
     assert explain.newest_run(tmp_path) == tmp_path / "sweep/b"

@@ -1,6 +1,5 @@
 """Configuration to a run: data, module, trainer, callbacks and loggers."""
 
-import json
 import logging
 import os
 import warnings
@@ -15,26 +14,23 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldm import checkpoint, ranking
-from ldm.build import parts, stages
-from ldm.build.guidance import guidance
+from ldm.build import denoising, stages
 from ldm.cli import UsageError
 from ldm.data.datamodule import TextImageData
-from ldm.models.frames import Frames
-from ldm.painting import examples
-from ldm.pipeline import Pipeline
 from ldm.runs import is_job, launched, rank, write_result
 from ldm.training import ranks
-from ldm.training.callbacks import Meter, ModuleNoise, Pictures, ProgressBar
+from ldm.training.callbacks import Meter, ModuleNoise, ProgressBar
 from ldm.training.checkpoint import Checkpoints, SafeCheckpointIO
 from ldm.training.csv_log import CsvLog
-from ldm.training.diffusion import LatentDiffusion
 from ldm.training.fsdp import Sharded
 from ldm.training.preemption import StopOnSignal
-from ldm.training.snapshots import Snapshots
 from ldm.training.stability import SkipNonFinite
 
-# Groups that decide what a picture looks like.
-PAINT = [*parts.FROZEN, "model", "scheduler", "objective", "task", "sampler", "guidance"]
+MAKERS = {  # of what is trained beside the denoiser
+    "autoencoder": stages.autoencoder,
+    "clip": stages.clip,
+    "classifier": stages.classifier,
+}
 
 
 @dataclass
@@ -100,24 +96,19 @@ class Job:
     def describe(self) -> str:
         """One line: what is trained, on what, how long."""
         trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+        kind = "images" if self.data.frames is None else "videos"
         return (
             f"{type(self.module).__name__}, {trained / 1e6:.1f} M parameters, on "
-            f"{len(self.data.train_set)} images ({len(self.data.val_set)} for validation): "
-            f"{self.trainer.max_steps} steps of {self.data.batch_size} images on "
+            f"{len(self.data.train_set)} {kind} ({len(self.data.val_set)} for validation): "
+            f"{self.trainer.max_steps} steps of {self.data.batch_size} {kind} on "
             f"{self.trainer.world_size} x {self.trainer.strategy.root_device.type}"
         )
 
 
 def build(cfg: DictConfig, run_dir: Path) -> Job:
     """Everything for `cfg.stage`, one of diffusion, autoencoder, clip and classifier."""
-    makers = {
-        "diffusion": diffusion,
-        "autoencoder": stages.autoencoder,
-        "clip": stages.clip,
-        "classifier": stages.classifier,
-    }
-    if cfg.stage not in makers:
-        raise UsageError(f"stage={cfg.stage} is none of {', '.join(makers)}")
+    if cfg.stage not in ("diffusion", *MAKERS):
+        raise UsageError(f"stage={cfg.stage} is none of diffusion, {', '.join(MAKERS)}")
     for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
@@ -127,10 +118,14 @@ def build(cfg: DictConfig, run_dir: Path) -> Job:
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # no need of it
     warnings.filterwarnings("ignore", message=".*get_last_lr.*")  # a resumed run's, of torch
     L.seed_everything(cfg.seed, verbose=False)
+    # What does not go together is told before data are drawn or fetched.
+    if cfg.stage == "diffusion":
+        make = partial(denoising.module, denoising.built(cfg, run_dir))
+    else:
+        stages.kind_fits(cfg, f"stage={cfg.stage}", temporal=False)
+        make = MAKERS[cfg.stage]
     data = instantiate(cfg.data, seed=cfg.seed)
-    if cfg.stage != "diffusion":
-        stages.kind_fits(cfg, data, temporal=False)
-    module, callbacks, frozen = makers[cfg.stage](cfg, data, run_dir)
+    module, callbacks, frozen = make(cfg, data, run_dir)
     facts = {
         "stage": cfg.stage,
         "config": OmegaConf.to_yaml(cfg, resolve=True),
@@ -222,72 +217,3 @@ def world(cfg: DictConfig) -> dict[str, int]:
             "out, the launcher's numbers are taken"
         )
     return {"devices": started[0], "num_nodes": started[1]}
-
-
-def diffusion(cfg: DictConfig, data: TextImageData, run_dir: Path):
-    """LatentDiffusion with its sample pictures, and the frozen parts it rests on."""
-    autoencoder, text = parts.frozen(cfg)
-    stages.readable(text, data)
-    frozen = {"autoencoder": autoencoder, "text_encoder": text}
-    task, objective = instantiate(cfg.task), parts.objective(cfg)
-    stages.kind_fits(cfg, data, temporal=task.temporal)
-    style = parts.style_encoder(cfg)
-    network = parts.denoiser(cfg, autoencoder, text, task, style)
-    if cfg.init is not None and checkpoint.newest(run_dir / "checkpoints") is None:
-        told = parts.begin_from(cfg.init, network, frozen, objective.schedule)
-        if rank() == 0:
-            print(told, flush=True)
-    if style is not None:
-        frozen[parts.STYLE] = style
-    autoencoder = autoencoder if data.frames is None else Frames(autoencoder)
-    module = LatentDiffusion(
-        network,
-        autoencoder,
-        text,
-        objective,
-        task,
-        optimizer=instantiate(cfg.optimizer),
-        ema_decay=cfg.ema_decay,
-        phema_lengths=cfg.phema.lengths,
-        caption_dropout=cfg.caption_dropout,
-        validate_raw=cfg.validate_raw,
-        style_encoder=style,
-        seed=cfg.seed,
-    )
-    gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu")
-    pipeline = Pipeline(
-        module.ema.module,
-        autoencoder=autoencoder,
-        text=text,
-        objective=objective,
-        task=task,
-        sampler=instantiate(cfg.sampler),
-        guidance=guidance(cfg.guidance, parts.Beside(autoencoder, text, objective, task, device)),
-        dtype=parts.autocast(cfg.trainer.get("precision")) if gpu else None,  # as pipelines.restore
-        trained_size=data.size,
-        frames=data.frames,
-        style_encoder=style,
-    )
-    stages.fits(data.size, autoencoder.factor * 2 ** (len(cfg.model.multipliers) - 1))
-    asked = cfg.samples.prompts or data.val_captions(cfg.samples.n)
-    prompts = [asked] if isinstance(asked, str) else list(asked)
-    draw = partial(
-        examples, pipeline, data.val_set, prompts, steps=cfg.samples.steps, seed=cfg.seed
-    )
-    callbacks = [Pictures(run_dir / "samples", draw)]
-    if module.phema is not None:
-        callbacks.append(Snapshots(run_dir / "phema", every=cfg.phema.every))
-    if task.from_pictures and cfg.eval and rank() == 0:
-        print(f"eval: task={task.name} begins with a picture, so val/loss alone is measured")
-    if "scenes" in cfg.eval and not task.from_pictures:
-        callbacks.append(instantiate(cfg.eval.scenes, pipeline, size=data.size))
-    if "images" in cfg.eval and not task.from_pictures:
-        networks = [instantiate(network) for network in cfg.features.values()]
-        seen = {"pictures": data.val_set, "others": data.train_set.plain(), "size": data.size}
-        place = {"folder": run_dir / "eval", "raw_denoiser": module.denoiser}
-        whole = OmegaConf.to_container(cfg, resolve=True)
-        painted = {"dtype": str(pipeline.dtype), **{name: whole[name] for name in PAINT}}
-        place["settings"] = json.dumps(painted, sort_keys=True)
-        callbacks.append(instantiate(cfg.eval.images, pipeline, networks, **seen, **place))
-    return module, callbacks, frozen

@@ -4,6 +4,7 @@ What a part must know of another (widths, channels) is read off the built object
 here; no YAML repeats it.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,13 +124,13 @@ class Opened:
         return built.eval()
 
 
-def opened(ckpt: str) -> Opened:
-    """The newest checkpoint of a run directory, or a file.
+def opened(ckpt: str, *, name: str = "ckpt") -> Opened:
+    """The newest checkpoint of a run directory, or a file; name: the setting that asks for it.
 
     Raises UsageError for one of another stage, CheckpointError where it is damaged or asks for what
     is not ours.
     """
-    path = checkpoint.find(ckpt)
+    path = checkpoint.find(ckpt, name=name)
     payload = checkpoint.read(path)
     facts = payload.get("ldm", {})
     if facts.get("stage") != "diffusion":
@@ -149,17 +150,35 @@ def begin_from(
     """Start a network from the averaged one of another run; what was done, in a line.
 
     Raises what `opened` and `begin` raise, and UsageError where its frozen parts or its schedule
-    are others: what it has learnt is of those.
+    are others: what it has learnt is of those. It may know of no style where there is one now.
     """
-    source = opened(init)
-    others = [name for name in frozen if checkpoint.digest(frozen[name]) != source.digests[name]]
+    source = opened(init, name="init")
+    others = [
+        name
+        for name, digest in source.digests.items()
+        if name not in frozen or checkpoint.digest(frozen[name]) != digest
+    ]
     if not same(objective(source.config).schedule, schedule):
         others.append("scheduler")
     if others:
-        raise UsageError(f"init={init} was trained with another {' and '.join(others)}")
+        given = " ".join(word for name in others for word in as_typed(source.config, name))
+        raise UsageError(
+            f"init={init} was trained with another {' and '.join(others)}: add {given}"
+        )
     new = begin(network, checkpoint.part(source.payload, "ema.module."), what=init)
     told = f"; new, and without effect as yet: {', '.join(new)}" if new else ""
     return f"init: the weights of {source.path}{told}"
+
+
+def as_typed(cfg: DictConfig, group: str) -> list[str]:
+    """How to ask for what a configuration has in a group: the nearest option, and what differs."""
+    have, found = OmegaConf.to_container(cfg[group]), []
+    for path in sorted(Path(CONF, group).glob("*.yaml")):
+        option = OmegaConf.load(path)
+        other = {key: value for key, value in have.items() if option.get(key, ...) != value}
+        words = {k: v if isinstance(v, str) else json.dumps(v) for k, v in other.items()}
+        found.append([f"{group}={path.stem}", *(f"{group}.{k}={v}" for k, v in words.items())])
+    return min(found, key=len)
 
 
 def same(a: Schedule, b: Schedule) -> bool:

@@ -32,12 +32,15 @@ def fits(size: int, multiple: int) -> None:
         )
 
 
-def kind_fits(cfg: DictConfig, data: TextImageData, *, temporal: bool) -> None:
-    """UsageError where videos meet what is for pictures, or the other way round."""
-    if temporal != (data.frames is not None):
+def kind_fits(cfg: DictConfig, told: str, *, temporal: bool) -> None:
+    """UsageError where videos meet what is for pictures, or the other way round; told: which."""
+    if temporal != (cfg.data.get("frames") is not None):
         have, want = ("pictures", "videos") if temporal else ("videos", "pictures")
-        remedy = "data=moving_scenes, or data.frames=8" if temporal else "task=video, or other data"
-        told = f"task={cfg.task._target_}" if cfg.stage == "diffusion" else f"stage={cfg.stage}"
+        remedy = "task=video, or other data"
+        if temporal:
+            remedy = "data.frames=8" if "frames" in cfg.data else "data=shards of videos"
+            still = any(not check.get("moving", False) for check in (cfg.eval or {}).values())
+            remedy = f"data=moving_scenes, or {remedy}{' eval=motion' if still else ''}"
         raise UsageError(f"{told} is of {want}, and the data are {have}: take {remedy}")
     for name, check in (cfg.eval or {}).items():
         if check.get("moving", False) != temporal and cfg.stage == "diffusion":

@@ -132,13 +132,15 @@ def _prepare(
     claim(out, {**places, **asdict(options), "records": _digest(found)})
     step = options.samples_per_shard
     stats = []
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(found), unit="image") as bar:
+    shown = {"desc": "Preparing", "unit": "image" if options.frames is None else "video"}
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(found), **shown) as bar:
         for number, first in enumerate(range(0, len(found), step)):
             shard = _Shard(out, number, found[first : first + step])
             stats.append(shard.finished() or shard.write(options, pool, bar))
             bar.update(first + len(shard.records) - bar.n)
-    broken = [name for stat in stats for name in stat["broken"]]
-    skipped = {**records.skipped, **({"broken": broken} if broken else {})}
+    skipped = dict(records.skipped)
+    for name, reason in (item for stat in stats for item in stat["broken"].items()):
+        skipped[reason] = [*skipped.get(reason, []), name]
     report = Report(sum(stat["successes"] for stat in stats), skipped)
     write_json(out / "report.json", asdict(report))
     if report.written == 0:
@@ -191,23 +193,28 @@ class _Shard:
         try:
             stats = json.loads(self.stats.read_text())
             keys = scan_shard(self.tar)[0] if stats["successes"] else []
+            if isinstance(stats["broken"], list):  # of before there were reasons
+                stats["broken"] = dict.fromkeys(stats["broken"], "broken")
         except (OSError, ValueError):
             return None
         return stats if len(keys) == stats["successes"] else None
 
     def write(self, options: _Options, pool: ThreadPoolExecutor, bar: tqdm) -> dict[str, Any]:
         """Write the shard, then its statistics."""
-        broken = []
+        broken: dict[str, str] = {}  # names and reasons
 
-        def make(job: tuple[int, Record]) -> tuple[str, Record, dict[str, bytes] | None]:
+        def make(job: tuple[int, Record]) -> tuple[str, Record, dict[str, bytes] | ImageError]:
             key = f"{self.number:05d}{job[0]:04d}"
-            return key, job[1], _members(job[1], key, options)
+            try:
+                return key, job[1], _members(job[1], key, options)
+            except ImageError as error:
+                return key, job[1], error
 
         def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
             for key, record, members in _in_order(pool, make, enumerate(self.records)):
                 bar.update()
-                if members is None:
-                    broken.append(record.file_name)
+                if isinstance(members, ImageError):
+                    broken[record.file_name] = members.reason
                 else:
                     yield key, members
 
@@ -236,14 +243,10 @@ def _in_order(pool: ThreadPoolExecutor, fn: Callable, items: Iterable) -> Iterat
         yield pending.popleft().result()
 
 
-def _members(record: Record, key: str, options: _Options) -> dict[str, bytes] | None:
-    """The tar members of one picture; None where it is broken."""
-    try:
-        source = read_bytes(record.path)
-        count = options.frames
-        images = [read_image(source)] if count is None else list(read_frames(source, count))
-    except ImageError:
-        return None
+def _members(record: Record, key: str, options: _Options) -> dict[str, bytes]:
+    """The tar members of one picture; ImageError where it is broken."""
+    source, count = read_bytes(record.path), options.frames
+    images = [read_image(source)] if count is None else list(read_frames(source, count))
     original_width, original_height = images[0].size
     fits = options.size is None or min(images[0].size) <= options.size
     if not fits:

@@ -106,7 +106,7 @@ def test_shards_of_videos_are_what_was_drawn(tmp_path):
     assert np.array_equal(np.asarray(read_image(shards.read(5).image)), drawn[0])
     with pytest.raises(ValueError, match="frames was 4"):
         prepare_scenes(out=str(out), count=7, size=16, frames=5)
-    with pytest.raises(ValueError, match="family=1"):
+    with pytest.raises(ValueError, match="family=5 is for pictures"):
         prepare_scenes(out=str(out), count=10, size=16, frames=4, family=5)
 
 
@@ -120,7 +120,7 @@ def test_batches_of_videos(tmp_path):
     assert data.train_set.plain().frames == data.frames == 4
     still = scenes_data(**settings, workers=0)  # beside them, not instead of them
     assert still.val_set[1, 0]["images"].shape == (3, 16, 16)
-    with pytest.raises(ValueError, match="moving scenes have 2 or more"):
+    with pytest.raises(ValueError, match="a video has 2 or more"):
         scenes_data(**settings, frames=1)
 
 
@@ -175,7 +175,7 @@ def test_a_folder_of_animations_becomes_shards(tmp_path):
     with pytest.raises(ValueError, match="in format=webp"):
         prepare_folder(**out)
     report = prepare_folder(**out, format="webp")
-    assert (report.written, report.skipped) == (3, {"broken": ["still.png"]})
+    assert (report.written, report.skipped) == (3, {"too few frames": ["still.png"]})
     data = TextImages(Shards(tmp_path / "out"), size=16, frames=3, seed=0, train=False)
     for i in range(3):
         item = data[i, 0]

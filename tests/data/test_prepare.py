@@ -45,7 +45,7 @@ def prepare(folder: Path, out: Path, **changed):
 
 def test_shards_of_a_folder(folder, tmp_path):
     report = prepare(folder, tmp_path / "out")
-    assert (report.written, report.skipped) == (7, {"broken": ["3.png", "6.png", "7.png"]})
+    assert (report.written, report.skipped) == (7, {"damaged PNG": ["3.png", "6.png", "7.png"]})
     assert json.loads((tmp_path / "out/report.json").read_text()) == {
         "written": 7,
         "skipped": report.skipped,
@@ -150,12 +150,23 @@ def test_shards_from_elsewhere_are_not_mixed_in(folder, shard_folder):
     assert [p.name for p in elsewhere.iterdir()] == ["00000.tar"]
 
 
+def test_shards_of_before_there_were_reasons_are_kept(folder, tmp_path):
+    prepare(folder, out := tmp_path / "out")
+    for path in out.glob("*_stats.json"):
+        stats = json.loads(path.read_text())
+        path.write_text(json.dumps({**stats, "broken": list(stats["broken"])}))
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert prepare(folder, out).skipped == {"broken": ["3.png", "6.png", "7.png"]}
+    assert before == {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+
+
 def test_only_broken_pictures_are_an_error_that_says_where_to_look(folder, tmp_path):
     for path in folder.glob("*.png"):
         path.write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"none of the 10 images .*report\.json"):
         prepare(folder, tmp_path / "out")
-    assert len(json.loads((tmp_path / "out/report.json").read_text())["skipped"]["broken"]) == 10
+    (listed,) = json.loads((tmp_path / "out/report.json").read_text())["skipped"].values()
+    assert len(listed) == 10
 
 
 def test_mistakes_leave_nothing_behind(folder, tmp_path):
@@ -174,7 +185,7 @@ def test_mistakes_leave_nothing_behind(folder, tmp_path):
 
 def test_limit_takes_the_first_records(folder, tmp_path):
     report = prepare(folder, tmp_path / "out", limit=5)
-    assert (report.written, report.skipped) == (4, {"broken": ["3.png"]})
+    assert (report.written, report.skipped) == (4, {"damaged PNG": ["3.png"]})
 
 
 @pytest.mark.parametrize("format", ["jpg", "png", "webp"])

@@ -60,8 +60,10 @@ def prepare_scenes(
             raise ValueError(f"{name} must be {least} or more, got {value}")
     if family < 1 or _PER_SHARD % family:
         raise ValueError(f"family must divide a shard's {_PER_SHARD} scenes (5, 10), got {family}")
-    if frames is not None and (frames < 2 or family > 1):
-        raise ValueError(f"frames={frames}: moving scenes have 2 or more, and family=1")
+    if frames is not None and frames < 2:
+        raise ValueError(f"frames={frames}: a video has 2 or more, and pictures have frames=null")
+    if frames is not None and family > 1:
+        raise ValueError(f"family={family} is for pictures: leave it out beside frames={frames}")
     if frames is None:
         world = partial(sample, split=split, seed=seed, family=family)
         members = _picture
@@ -81,7 +83,9 @@ def prepare_scenes(
         if missing or not report.is_file():
             make = partial(_members, size=size, world=world, members=members)
             write = partial(_write, folder=folder, count=count, make=make)
-            with ProcessPoolExecutor(workers) as pool, tqdm(total=count, unit="image") as bar:
+            kind = "image" if frames is None else "video"
+            shown = {"total": count, "desc": "Drawing scenes", "unit": kind}
+            with ProcessPoolExecutor(workers) as pool, tqdm(**shown) as bar:
                 bar.update(count - sum(min(_PER_SHARD, count - first) for first in missing))
                 for written in pool.map(write, missing):
                     bar.update(written)

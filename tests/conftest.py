@@ -22,6 +22,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.*in eval mode at the start")
 
 
+@pytest.fixture(autouse=True)
+def _nothing_goes_on():
+    yield
+    shell.stop_started()
+
+
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory) -> Path:
     """Ten shapes in two shards, so that batches of four end in the middle of an epoch."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
+STARTED: list[subprocess.Popen] = []
 ROOT = Path(__file__).parent.parent
 TRAIN = str(ROOT / "train.py")
 BRIEF = [
@@ -51,8 +52,8 @@ def run(*command: str, cwd: Path, expect: int = 0, seconds: float = 300, **more:
 
 
 def start(*command: str, cwd: Path, **more: str) -> subprocess.Popen:
-    """A Python command that goes on by itself."""
-    return subprocess.Popen(
+    """A Python command that goes on by itself, until the end of the test at the latest."""
+    process = subprocess.Popen(
         [sys.executable, *command],
         cwd=cwd,
         env=environment(cwd, **more),
@@ -60,6 +61,20 @@ def start(*command: str, cwd: Path, **more: str) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
     )
+    STARTED.append(process)
+    return process
+
+
+def stop_started() -> None:
+    """End what a test has left running, where it failed half way."""
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.terminate()  # a sweep ends its jobs
+            try:
+                process.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def train(*overrides: str, cwd: Path, expect: int = 0, **more: str) -> str:

@@ -163,9 +163,7 @@ def test_a_sweep_is_one_process_at_a_time_and_stops_when_told(home):
     first = home / "runs" / "told" / "optimizer.lr=0.001"
     process = start(TRAIN, *command, "name=told", cwd=home)
     wait_for(lambda: any(first.glob("checkpoints/last.ckpt")))
-    began = time.monotonic()
     said = run(TRAIN, *command, "name=told", cwd=home, expect=2)
-    assert time.monotonic() - began < 10  # a second where nothing else runs
     assert f"runs/told is being worked on by process {process.pid} on" in said
     said = run(TRAIN, *BRIEF, *QUICK, "name='told/optimizer.lr=0.001'", cwd=home, expect=2)
     assert "is being worked on by" in said

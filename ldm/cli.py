@@ -5,9 +5,10 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -99,10 +100,11 @@ def points(
     return found
 
 
-def run(main: Callable[[], None], config_name: str) -> None:
+def run(main: Callable[[], None], config_name: str, *, goes_on: bool = False) -> None:
     """Call a `hydra.main` function; what the user did wrong is told in one message, with a remedy.
 
-    Exit code 2 for such a mistake; anything else keeps its full trace.
+    Exit code 2 for such a mistake, 130 for Ctrl-C; anything else keeps its full trace. goes_on: the
+    same command goes on from where it was interrupted.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, not to Hydra's printer
     # On busy cores, threads that spin for work make a step ten times slower; libgomp reads this.
@@ -112,15 +114,28 @@ def run(main: Callable[[], None], config_name: str) -> None:
     # argparse, which Hydra uses, wants overrides in one piece: -m may stand anywhere.
     words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     sys.argv[1:] = map(quoted, words)
+    warnings.formatwarning = partial(_in_a_line, standard=warnings.formatwarning)
     try:
         main()
     except (HydraException, OmegaConfBaseException, UsageError) as error:
         text = str(error) if isinstance(error, UsageError) else explain(error, config_name)
         print(f"\n{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as error:
+        how, code = error.args or ("interrupted", 130)
+        more = "; the same command goes on from here" if goes_on else ""
+        print(f"\n{Path(sys.argv[0]).name}: {how}{more}", file=sys.stderr)
+        sys.exit(code)
     except ValueError as error:
         if "No trials are completed" not in str(error):  # so optuna says that every job failed
             raise
+
+
+def _in_a_line(message, category, filename, lineno, line=None, *, standard) -> str:
+    """A warning of ours as a sentence; others say where they come from."""
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        return f"warning: {message}\n"
+    return standard(message, category, filename, lineno, line)
 
 
 # What hydra-optuna-sweeper leaves to the user, and the rest of a configuration knows.
@@ -183,7 +198,10 @@ def read_prompts(given: Mapping[str, str | None]) -> list[str]:
     """
     if given["prompts"] is None:
         return [] if given["prompt"] is None else [given["prompt"]]
-    lines = Path(given["prompts"]).read_text(encoding="utf-8").splitlines()
+    try:
+        lines = Path(given["prompts"]).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"prompts={given['prompts']} is no text in UTF-8") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UsageError(f"prompts={given['prompts']} has no line with text")

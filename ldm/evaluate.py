@@ -39,12 +39,7 @@ def main() -> None:
 
     if runs.launched() is None:  # torchrun ends its processes, also those that wait for another
         signal.signal(signal.SIGTERM, leave)
-    try:
-        cli.run(composed, "evaluate")
-    except KeyboardInterrupt as error:
-        how, code = error.args or ("interrupted", 130)
-        print(f"\n{how}; the same command goes on from here", file=sys.stderr)
-        sys.exit(code)
+    cli.run(composed, "evaluate", goes_on=True)
 
 
 def leave(number: int, frame: object) -> None:

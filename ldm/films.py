@@ -32,20 +32,15 @@ def pages(videos: Sequence[Tensor]) -> list[Image.Image]:
     return [tile(frames) for frames in zip(*(each.unbind(1) for each in videos), strict=True)]
 
 
-def kind(out: str | None) -> str:
-    """The suffix of video files for this `out`: its own, or ".gif" where it has another or none.
-
-    Raises ValueError for ".mp4" where nothing is installed that writes it.
-    """
-    suffix = Path(out or "").suffix.lower()
-    if suffix == ".mp4":
+def check_writer(path: Path) -> None:
+    """ValueError for ".mp4" where nothing is installed that writes it."""
+    if path.suffix == ".mp4":
         try:
             import av  # noqa: F401
         except ImportError as error:
             raise ValueError(
-                f"{out}: MP4 needs PyAV, pip install 'ldm[video]'; .gif and .webp need nothing"
+                f"{path}: MP4 needs PyAV, pip install 'ldm[video]'; .gif and .webp need nothing"
             ) from error
-    return suffix if suffix in KINDS else ".gif"
 
 
 def save(

@@ -30,11 +30,7 @@ def main() -> None:
         with cli.told_plainly():
             choose(cfg, asked)
 
-    try:
-        cli.run(composed, "phema")
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    cli.run(composed, "phema", goes_on=True)
 
 
 def choose(cfg: DictConfig, asked: dict[str, str | None]) -> None:

@@ -180,6 +180,11 @@ class Pipeline:
         """Where the denoiser is."""
         return next(self.denoiser.parameters()).device
 
+    @property
+    def grid(self) -> int:
+        """Pixels that height and width of what is painted are multiples of."""
+        return self.autoencoder.factor * self.denoiser.multiple
+
     def denoise(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """x0_hat (B, C, h, w) of x_t at t, () or (B,) on any device, without guidance."""
         return self.objective.denoised(self.denoiser, x_t, t.to(x_t.device), cond)

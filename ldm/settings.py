@@ -59,14 +59,29 @@ def missing(key: str, config_name: str) -> str:
     group, _, leaf = key.partition(".")
     others: dict[str, list[str]] = {}  # of the options that were not chosen
     for path in sorted(Path(CONF, group).glob("*.yaml")) if leaf else ():
-        for name in difflib.get_close_matches(leaf, _names(OmegaConf.load(path)), n=1):
+        for name in _close(leaf, _names(OmegaConf.load(path))):
             others.setdefault(f"{group}.{name}", []).append(path.stem)
-    if key in others:
-        others = {key: others[key]}
+    same = [name for name in others if _words(name) == _words(key)]
+    if same:
+        others = {name: others[name] for name in same}
     elif f" {group}." in near or near.endswith(f".{leaf}?"):
         others = {}
+    if not others:
+        return f"there is no setting '{key}'{near}"
     told = "; ".join(f"{name} of {', '.join(options)}" for name, options in others.items())
-    return f"there is no setting '{key}'{f' here, but there is {told}' if told else near}"
+    option = next(iter(others.values()))[0]
+    return f"there is no setting '{key}' here, but there is {told}: add {group}={option}"
+
+
+def _close(word: str, known: Iterable[str]) -> list[str]:
+    """The one of `known` that is nearest, where one is near."""
+    same = [each for each in known if _words(each) == _words(word)]
+    return same or difflib.get_close_matches(word, known, n=1)
+
+
+def _words(name: str) -> list[str]:
+    """Those of a name, in no order: scale_style is style_scale."""
+    return sorted(re.split(r"[._]", name))
 
 
 def _names(option: DictConfig) -> list[str]:

@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import sys
+import warnings
 
 import pytest
 import torch
@@ -325,6 +326,14 @@ def test_answers_come_before_torch_is_imported(argument, hint, tmp_path):
     assert hint in said
     assert said.splitlines()[-1] == "False", "torch was imported"
     assert "Traceback" not in said
+
+
+def test_a_warning_of_ours_is_a_sentence(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x"])
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # as it was, afterwards
+    cli.run(lambda: None, "train")
+    said = [warnings.formatwarning("!", UserWarning, at, 3) for at in (cli.__file__, "/other.py")]
+    assert said == ["warning: !\n", "/other.py:3: UserWarning: !\n"]
 
 
 def test_help_may_be_cut_short(tmp_path):

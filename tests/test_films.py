@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import av
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm import films
+from ldm import films, gallery
 from ldm.data.images import read_frames
 
 FACTS = {"prompt": "a red ball rolls, “naïvely”", "seed": 3}
@@ -82,14 +83,41 @@ def test_all_of_a_kind(tmp_path):
         assert json.loads(image.getexif()[0x010E]) == {"seed": 1}
 
 
-def test_kinds():
-    named = {"a.gif": ".gif", "a.WEBP": ".webp", "b.mp4": ".mp4", "x.png": ".gif", None: ".gif"}
-    assert {out: films.kind(out) for out in named} == named
+def test_out_is_a_file_with_an_ending_or_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    still = {"a": "a.png", "v1.2": "v1.2.png", "b/A.PNG": "b/A.png", "there": "there/red.png"}
+    still |= {"new/": "new/red.png", None: "runs/red.png"}
+    moving = {"a": "a.gif", "a.WEBP": "a.webp", "o.mp4": "o.mp4", "there": "there/red.gif"}
+    for kind, wanted in ((False, still), (True, moving)):
+        for out, path in wanted.items():
+            assert gallery.place(out, Path("runs/red.png"), moving=kind) == Path(path)
+    assert not list(Path("new").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("out", "moving", "said"),
+    [
+        ("x.jpg", False, "pictures are written as .png"),
+        ("x.gif", False, "pictures are written as .png"),
+        ("x.png", True, "videos are written as .gif, .webp, .mp4"),
+        ("x.avi", True, "videos are written as .gif, .webp, .mp4"),
+        ("file/x.png", False, "file is a file, not a folder"),
+        ("file/y/x.gif", True, "file is a file, not a folder"),
+        ("/proc/1/x.png", False, "nothing can be written there"),
+    ],
+)
+def test_where_nothing_can_be_written_is_told(tmp_path, monkeypatch, out, moving, said):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(ValueError, match=f"out={out}.*{said}"):
+        gallery.place(out, Path("runs/red.png"), moving=moving)
 
 
 def test_without_a_writer_mp4_is_refused_in_a_line(tmp_path):
     (tmp_path / "av.py").write_text("raise ImportError('none')")  # as if it were not installed
-    code = "from ldm import films; print(films.kind('a.gif')); films.kind('a.mp4')"
+    code = "from ldm.films import check_writer; from pathlib import Path; "
+    code += "check_writer(Path('a.gif')); print('.gif'); check_writer(Path('a.mp4'))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )

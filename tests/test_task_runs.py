@@ -1,5 +1,6 @@
 """Networks that are shown more than noise, from training to picture, as a user types it."""
 
+import json
 import shutil
 
 import pytest
@@ -40,11 +41,12 @@ def photo(home):
 def test_a_hole_is_filled_and_a_picture_continued(home, photo):
     run(SAMPLE, "ckpt=runs/inpaint", *ONE, "image=in.png", "mask=mask.png", "out=a.png", cwd=home)
     assert Image.open(home / "a.png").size == (16, 16)
-    outer = ["image=in.png", "pad=[4,0,4,8]", "paste=true", "out=b.png"]
+    outer = ["image=in.png", "pad=[8,0,8,16]", "paste=true", "out=b.png"]
     run(SAMPLE, "ckpt=runs/inpaint", *ONE, *outer, cwd=home)
     wider = Image.open(home / "b.png")
-    assert wider.getpixel((9, 4))[0] > wider.getpixel((9, 4))[2], "the orange of the middle"
-    assert wider.text["pad"] == "[4, 0, 4, 8]"
+    assert wider.size == (16 + 16, 16 + 16)
+    assert wider.getpixel((15, 7))[0] > wider.getpixel((15, 7))[2], "the orange of the middle"
+    assert wider.text["pad"] == "[8, 0, 8, 16]"
 
 
 def test_a_picture_of_any_shape_is_enlarged(home, photo):
@@ -58,7 +60,19 @@ def test_a_picture_of_any_shape_is_enlarged(home, photo):
 def test_a_cascade_is_one_command(home):
     run(SAMPLE, "cascade=[runs/model,runs/superres]", *ONE, "n=2", "out=e.png", cwd=home)
     assert Image.open(home / "e_000.png").size == (32, 32)
-    assert Image.open(home / "e_001.png").text["cascade"] == '["runs/model", "runs/superres"]'
+    facts = Image.open(home / "e_001.png").text
+    assert facts["cascade"] == '["runs/model", "runs/superres"]'
+    assert json.loads(facts["guidance"])["scale"] == 2, "the base's"
+    (later,) = json.loads(facts["enlarged"])
+    assert later["guidance"]["scale"] == 1
+    assert "runs/model" in facts["ckpt"]
+    assert "runs/superres" in later["ckpt"]
+
+
+def test_img2img_changes_a_part_where_no_strength_is_given(home, photo):
+    words = ["ckpt=runs/model", "task=img2img", "image=in.png"]
+    run(SAMPLE, *words, *ONE, "out=s/", cwd=home)
+    assert Image.open(home / "s/a-red-ball_000.png").text["strength"] == "0.7"
 
 
 @pytest.mark.parametrize(
@@ -68,12 +82,20 @@ def test_a_cascade_is_one_command(home):
             ["ckpt=runs/model", "task=inpaint", "image=in.png", "mask=mask.png"],
             "python train.py task=inpaint init=runs/model",
         ),
-        (["ckpt=runs/inpaint", "task=text2img"], "more than noise. `python sample.py` without"),
+        (["ckpt=runs/inpaint", "task=text2img"], "more than noise. Give a run of task=text2img"),
         (["ckpt=runs/inpaint", "task=superres", "image=in.png"], "never shown a small picture"),
         (["ckpt=runs/inpaint"], "task=inpaint takes a picture and a mask"),
-        (["ckpt=runs/inpaint", "image=in.png", "pad=[9,0,9,0]"], "they leave -2 x 16"),
-        (["ckpt=runs/inpaint", "image=in.png", "pad=[1,2]"], "is four numbers of pixels"),
+        (
+            ["ckpt=runs/inpaint", "image=in.png", "pad=[9,0,9,0]", "size=16"],
+            "leave -2 x 16 pixels",
+        ),
+        (["ckpt=runs/inpaint", "image=in.png", "pad=[1,2]"], "is four whole numbers of pixels"),
         (["ckpt=runs/inpaint", "pad=[4,4,4,4]"], "is for a picture: image=FILE"),
+        (["ckpt=runs/superres", "image=in.png", "size=64"], "neither mask nor pad nor size"),
+        (["ckpt=runs/model", "frames=3"], "frames=3 is for videos"),
+        (["ckpt=runs/model", "device=gpu"], "device=gpu is not here"),
+        (["ckpt=runs/model", "out=in.png/x.png"], "in.png is a file, not a folder"),
+        (["cascade=[runs/model,runs/gone]"], "runs/gone"),
         (["ckpt=runs/superres", "image=in.png", "mask=mask.png"], "neither mask nor pad"),
         (["cascade=[runs/model,runs/inpaint]"], "and enlarges nothing"),
         ([], "ckpt is needed"),
@@ -83,6 +105,7 @@ def test_what_does_not_go_together_is_one_line(home, photo, words, message):
     said = run(SAMPLE, *ONE, *words, cwd=home, expect=2)
     assert message in said
     assert "Traceback" not in said
+    assert "100%" not in said, "nothing was painted before"
 
 
 def test_a_run_that_is_no_beginning_is_refused(home):

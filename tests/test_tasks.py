@@ -2,15 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from world import SIZE, pipeline
 
+from ldm import requests
 from ldm.diffusion.noise import generators
-from ldm.diffusion.schedule import linear
+from ldm.diffusion.schedule import cosine, linear
+from ldm.images import from_uint8
 from ldm.models.autoencoder import Identity
-from ldm.requests import padded
 from ldm.tasks import ImageToImage, Inpaint, ProjectedInpaint, Request, TextToImage
 
 PROMPTS = ["a red circle", "a blue square"]
@@ -39,7 +41,7 @@ def left_half():
 
 
 def paint(pipe, **given):
-    return pipe(PROMPTS, seeds=[0, 1], size=SIZE, **{"steps": 6} | given)
+    return pipe(PROMPTS, seeds=[0, 1], **{"steps": 6, "size": SIZE} | given)
 
 
 def test_strength_is_the_time_it_starts_from():
@@ -148,6 +150,14 @@ def test_the_network_is_shown_the_mask_and_what_it_leaves(tiny_text):
     assert torch.equal(rest[:1], picture() * (1 - left_half()))
 
 
+def test_a_white_mask_paints_from_words_alone(tiny_text):
+    pipe = inpainting(tiny_text)
+    pipe.objective.schedule = cosine()  # which ends in noise
+    whole = torch.ones(1, 1, SIZE, SIZE)
+    one, other = (paint(pipe, image=x, mask=whole, steps=2) for x in (picture(), -picture()))
+    torch.testing.assert_close(one, other, atol=1e-3, rtol=0)
+
+
 def test_training_shows_what_sampling_shows():
     images = 2 * torch.rand(5, 3, SIZE, SIZE) - 1
     draws = {"generator": generators(0, range(5), stream="task")}
@@ -162,12 +172,86 @@ def halved(images):
     return torch.nn.functional.avg_pool2d(images, 2)
 
 
-def test_a_picture_inside_a_larger_one(tmp_path):
-    Image.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / "a.png")
-    inside, mask = padded(tmp_path / "a.png", SIZE, [4, 0, 2, 8])
-    assert mask.sum() == SIZE**2 - 10 * 8
-    assert torch.equal(inside[0] == 1, mask[0] == 0)
-    assert not inside[:, mask[0] > 0].any()
-    for pad in ([8, 0, 8, 0], [-1, 0, 0, 0]):
-        with pytest.raises(ValueError, match="they leave"):
-            padded(tmp_path / "a.png", SIZE, pad)
+def photo(folder, width=16, height=16):
+    """A picture each of whose sides has a colour of its own."""
+    image = Image.new("RGB", (width, height), "white")
+    for box, colour in (
+        ((0, 0, 1, height), "red"),
+        ((width - 1, 0, width, height), "blue"),
+        ((1, 0, width - 1, 1), "lime"),
+        ((1, height - 1, width - 1, height), "black"),
+    ):
+        image.paste(colour, box)
+    image.save(folder / "a.png")
+    return str(folder / "a.png")
+
+
+def asking(pipe, file, **more):
+    return requests.read(pipe, trained=SIZE, image=file, **more)
+
+
+def test_a_picture_inside_a_larger_one_is_whole(tiny_text, tmp_path):
+    pipe, file = pixels(tiny_text, ProjectedInpaint()), photo(tmp_path)
+    given = asking(pipe, file, pad=[4, 0, 2, 8])
+    assert given.size == (SIZE + 8, SIZE + 6)
+    canvas, mask = given.image[0], given.mask[0, 0]
+    whole = from_uint8(np.array(Image.open(file)))
+    assert torch.equal(canvas[:, :SIZE, 4:-2], whole), "all of it, pixel for pixel"
+    assert not mask[:SIZE, 4:-2].any()
+    assert mask.sum() == mask.numel() - SIZE**2
+    assert not canvas[:, mask > 0].any()
+    images = paint(pipe, image=given.image, mask=given.mask, size=given.size)
+    assert torch.equal(images[0, :, :SIZE, 4:-2], whole)
+
+
+def test_with_size_the_picture_is_scaled_into_what_is_left(tiny_text, tmp_path):
+    pipe, file = pixels(tiny_text, ProjectedInpaint()), photo(tmp_path, 40, 20)
+    given = asking(pipe, file, pad=[2, 4, 4, 2], size=[16, 26])
+    inside = given.image[0, :, 4:-2, 2:-4]
+    assert inside.shape == (3, 10, 20)
+    assert (given.mask == 0).sum() == 10 * 20
+    for edge, channel in (
+        (inside[:, 2:-2, 0], 0),
+        (inside[:, 2:-2, -1], 2),
+        (inside[:, 0, 2:-2], 1),
+    ):
+        assert edge.mean(1).argmax() == channel, "its edges are there"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"pad": [3, 0, 0, 0]}, r"makes 19 x 16 pixels, and .* multiples of 2: pad=\[3,0,1,0\]"),
+        (
+            {"pad": [8, 0, 8, 0], "size": 16},
+            r"leave 0 x 16 .* of 16 x 16: size=\[8,24\] would fit",
+        ),
+        ({"pad": [4, 0, 0, 0], "size": 16}, r"leave 12 x 16 pixels .*: size=\[14,18\] would fit"),
+        ({"pad": [4, 0, 0, 0], "size": 17}, "size=17: this run paints multiples of 2: size=18"),
+        ({"size": 17}, "size=17: this run paints multiples of 2: size=18"),
+        ({"size": [16, 32]}, "cut to squares"),
+        ({"pad": [4, 0, 0, 0], "mask": "a.png"}, "give either"),
+    ],
+)
+def test_a_size_that_will_not_do_is_told_with_one_that_will(tiny_text, tmp_path, given, message):
+    pipe, file = pipeline(tiny_text), photo(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        asking(pipe, file, **given)
+
+
+def test_a_size_of_two_numbers_is_height_and_width(tiny_text):
+    pipe = pixels(tiny_text, TextToImage())
+    given = requests.read(pipe, trained=SIZE, size=[16, 24])
+    assert paint(pipe, size=given.size).shape[-2:] == (16, 24)
+
+
+def test_files_that_are_no_pictures_are_named_by_their_option(tiny_text, tmp_path):
+    pipe, good, bad = pixels(tiny_text, ProjectedInpaint()), photo(tmp_path), tmp_path / "b.png"
+    bad.write_text("no picture")
+    for asked in ({"image": bad}, {"image": bad, "pad": [2, 0, 0, 0]}):
+        with pytest.raises(ValueError, match=r"image=.*b\.png: no JPEG"):
+            requests.read(pipe, trained=SIZE, **asked)
+    with pytest.raises(ValueError, match=r"mask=.*b\.png: no JPEG"):
+        asking(pipe, good, mask=bad)
+    with pytest.raises(ValueError, match=r"style=.*b\.png: no JPEG"):
+        requests.square_of("style", bad, SIZE)

@@ -95,6 +95,11 @@ def test_pictures_and_videos_are_not_confused(home):
     assert "python train.py task=video init=runs/images" in said
     said = sample(home, "ckpt=runs/video", "task=img2img", "image=first.png", expect=2)
     assert "a network of task=video is shown more than noise" in said
+    said = sample(home, "cascade=[runs/video,runs/images]", "n=1", expect=2)
+    assert "runs/video paints videos" in said
+    assert "100%" not in said
+    said = sample(home, "ckpt=runs/video", "n=1", "out=x.png", expect=2)
+    assert "out=x.png: videos are written as .gif" in said
     said = sample(home, "ckpt=runs/video", "n=1", "image=absent.png", expect=2)
     assert "absent.png" in said
     assert "Traceback" not in said

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from ldm import requests
+from ldm import gallery, requests, runs
 from ldm.build import pipelines
-from ldm.data.images import read_square
 from ldm.painting import paint
 
 FILES = ("image", "mask", "source", "style")  # texts that say what to begin with
@@ -22,7 +22,7 @@ class Painted:
 
     images: list[Tensor]
     guesses: list[list[Tensor]]
-    restored: pipelines.Restored  # the last run of a cascade
+    out: Path  # where they shall be saved
     settings: dict
 
 
@@ -34,20 +34,25 @@ def painted(
 ) -> Painted:
     """What sample.py is asked for, with a bar; jobs: prompts and seeds.
 
-    Raises what `pipelines.cascade`, `requests.read` and the task raise.
+    Raises what `pipelines.cascade`, `requests.read`, `gallery.place` and the task raise.
     """
+    stages = pipelines.cascade(cfg, ckpts, asked)
+    first, last = stages[0], stages[-1]
+    strength = first.pipeline.task.strength if cfg.strength is None else cfg.strength
+    more = {"strength": strength, "paste": cfg.paste, "source": asked["source"]}
+    if asked["style"]:
+        more["style"] = requests.square_of("style", asked["style"], first.size)[None]
+    files = {"image": asked["image"], "mask": asked["mask"], "pad": list(cfg.pad)}
+    given = requests.read(first.pipeline, trained=first.size, size=cfg.size, **files)
+    default = runs.picture_path(last.path, jobs[0][0])
+    out = gallery.place(asked["out"], default, moving=first.pipeline.frames is not None)
+
     how = {"steps": cfg.steps, "batch": cfg.batch, "previews": cfg.previews}
     images: list[Tensor] = []
-    for restored in pipelines.cascade(cfg, ckpts, asked):
-        pipeline, more = restored.pipeline, {}
+    for restored in stages:
+        pipeline = restored.pipeline
         if images:
-            given = requests.continued(pipeline, torch.stack(images))
-        else:
-            files = {"image": asked["image"], "mask": asked["mask"], "pad": list(cfg.pad)}
-            given = requests.read(pipeline, size=cfg.size or restored.size, **files)
-            more = {"strength": cfg.strength, "paste": cfg.paste, "source": asked["source"]}
-            if asked["style"]:
-                more["style"] = read_square(asked["style"], restored.size)[None]
+            given, more = requests.continued(pipeline, torch.stack(images)), {}
         call = partial(pipeline, size=given.size, negative=asked["negative"], **more)
         how |= {"decode": pipeline.decode, "pictures": given.pictures()}
         images, guesses = paint(call, jobs, **how)
@@ -55,14 +60,18 @@ def painted(
     settings = {
         "negative": asked["negative"],
         **{name: asked[name] for name in FILES if asked[name]},
-        **({"cascade": list(ckpts)} if len(ckpts) > 1 else {}),
-        "task": restored.task,
-        "strength": cfg.strength,
+        "strength": strength,
         "paste": cfg.paste,
         "pad": list(cfg.pad),
         "steps": cfg.steps,
-        **restored.settings,
-        "ckpt": str(restored.path),
-        "step": restored.step,
+        **facts(first),
     }
-    return Painted(images, guesses, restored, settings)
+    if len(stages) > 1:
+        settings |= {"cascade": list(ckpts), "enlarged": [facts(stage) for stage in stages[1:]]}
+    return Painted(images, guesses, out, settings)
+
+
+def facts(restored: pipelines.Restored) -> dict:
+    """What a stage is, and how it samples, as plain values."""
+    of = {"task": restored.task, "ckpt": str(restored.path), "step": restored.step}
+    return {**restored.settings, **of}

@@ -1,6 +1,6 @@
 """A checkpoint to a pipeline: networks from the file, sampling from the configuration."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ldm.models.frames import Frames
 from ldm.pipeline import Pipeline
 
 REMEDY = "Train one: python train.py task={task} init={ckpt} name=my-{task}"
-WITHOUT = "`python sample.py` without task= does what it was trained for"
+WITHOUT = "Give a run of task=text2img; `python sample.py` without task= does what this one can"
 
 
 @dataclass
@@ -42,8 +42,10 @@ def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restore
     configuration says; what else it holds is not looked at. Without a task in `cfg` it does what it
     was trained for.
     Raises what `parts.opened` raises, CheckpointError where a frozen part is not the one trained
-    with, and UsageError for a task that the network was not trained for.
+    with, and UsageError for a task that the network was not trained for, for frames of pictures,
+    and for a device that is not here.
     """
+    device = device_of(cfg.device)
     opened = parts.opened(ckpt)
     trained = opened.config
     for name in (*parts.FROZEN, parts.STYLE):
@@ -64,12 +66,16 @@ def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restore
             f"task={task.name} does not go with {opened.path}, of task={trained_task.name}: {why}. "
             f"{REMEDY.format(task=task.name, ckpt=ckpt) if task.extra_channels(1) else WITHOUT}"
         )
+    frames = trained.data.get("frames")
+    if frames is None and cfg.get("frames") is not None:
+        raise UsageError(
+            f"frames={cfg.frames} is for videos, and {opened.path} paints pictures: leave it out, "
+            "or take a run of task=video"
+        )
     weights = "denoiser." if cfg.raw else "ema.module."
     network = opened.network(weights, autoencoder, text, task, style)
-    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # What was trained on a GPU with less precision is as good as it was there; a CPU gains nothing.
     dtype = parts.autocast(trained.trainer.get("precision")) if device.type == "cuda" else None
-    frames = trained.data.get("frames")
     autoencoder = autoencoder if frames is None else Frames(autoencoder)
     beside = Beside(
         autoencoder.to(device),
@@ -104,30 +110,51 @@ def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restore
     )
 
 
-def cascade(
-    cfg: DictConfig, ckpts: Sequence[str], asked: dict[str, str | None]
-) -> Iterator[Restored]:
-    """Pipelines of which each enlarges what the one before has painted, one at a time.
+def device_of(name: str | None) -> torch.device:
+    """The device of this name; without one a GPU where there is one.
+
+    Raises UsageError where there is no such device.
+    """
+    has_gpu = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if has_gpu else "cpu"))
+        if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+            raise ValueError
+        torch.empty(1, device=device)
+    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        here = "cpu, cuda" if has_gpu else "cpu"
+        raise UsageError(f"device={name} is not here: take one of {here}") from error
+    return device
+
+
+def cascade(cfg: DictConfig, ckpts: Sequence[str], asked: dict[str, str | None]) -> list[Restored]:
+    """Pipelines of which each enlarges what the one before has painted.
 
     The first is guided as `cfg` says and does what it was trained for; the others are of `cfg`'s
     task, or of their own, and guided by `cfg.enlarging`. A single one is as `cfg` says.
-    Raises what `restore` raises, and UsageError for a later one that enlarges nothing.
+    Raises what `restore` raises, and UsageError where the first paints videos or a later one
+    enlarges nothing.
     """
+    if len(ckpts) == 1:
+        return [restore(cfg, ckpts[0], asked)]
     first = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "task"])
-    for number, ckpt in enumerate(ckpts):
-        if number == 0:
-            yield restore(first if len(ckpts) > 1 else cfg, ckpt, asked)
-            continue
-        plain = {"_target_": "ldm.diffusion.guidance.ClassifierFree", "scale": cfg.enlarging}
-        later = OmegaConf.merge(cfg)
-        later.guidance = plain
-        restored = restore(later, ckpt, asked)
-        if restored.pipeline.task.scale == 1:
+    later = OmegaConf.merge(cfg)
+    plain = {"_target_": "ldm.diffusion.guidance.ClassifierFree", "scale": cfg.enlarging}
+    later.guidance = plain
+    stages: list[Restored] = []
+    for ckpt in ckpts:
+        stages.append(restore(later if stages else first, ckpt, asked))
+        task = stages[-1].pipeline.task
+        if task.temporal:
             raise UsageError(
-                f"cascade: {ckpt} is of task={restored.pipeline.task.name} and enlarges nothing; "
+                f"cascade: {ckpt} paints videos, and runs of task=superres enlarge pictures alone"
+            )
+        if len(stages) > 1 and task.scale == 1:
+            raise UsageError(
+                f"cascade: {ckpt} is of task={task.name} and enlarges nothing; "
                 "all but the first are runs of task=superres"
             )
-        yield restored
+    return stages
 
 
 def sampling(pipeline: Pipeline, cfg: DictConfig) -> Pipeline:

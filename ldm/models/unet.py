@@ -232,6 +232,11 @@ class UNet(nn.Module):
             del skips[-len(stage.blocks) :]
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, out_channels, h, w)
 
+    @property
+    def multiple(self) -> int:
+        """What height and width of the latents are multiples of."""
+        return 2 ** (len(self.widths) - 1)
+
     def _check(self, x: Tensor, cond: Condition) -> None:
         batch, channels, *frames = x.shape[:-2]
         size = x.shape[-2:]
@@ -243,7 +248,7 @@ class UNet(nn.Module):
                 f"the network takes {self.in_channels} channels, got {channels} + {extra} "
                 "(x + cond.concat): its in_channels must count the task's extra channels"
             )
-        multiple = 2 ** (len(self.widths) - 1)
+        multiple = self.multiple
         if any(n % multiple for n in size):
             raise ValueError(
                 f"latents of {size[0]}x{size[1]} do not fit {len(self.widths)} levels: "

@@ -23,7 +23,7 @@ from ldm.figures import Change, Row, grid, similarity
 from ldm.images import from_uint8
 from ldm.models.clip import Clip
 from ldm.pipeline import Pipeline
-from ldm.tasks import Encode, Request, Start
+from ldm.tasks import Encode, Request, Start, TextToImage
 
 MOMENTS = 9  # columns of a process
 SCALES = (0, 1, 2, 3, 5, 7.5, 10)
@@ -102,9 +102,7 @@ def reinjected(pipeline: Pipeline, prompt: str, at: Settings, *, on_step: OnStep
     told = {0.0: "η = 0, DDIM: no noise is added", 1.0: "η = 1, DDPM: noise is added at each step"}
     for eta, label in told.items():
         watched = Watched(pipeline.guidance)
-        parts = with_parts(
-            pipeline, guidance=watched, sampler=DDIM(eta=eta), task=OneStart(pipeline.task)
-        )
+        parts = with_parts(pipeline, guidance=watched, sampler=DDIM(eta=eta), task=OneStart())
         seeds = [at.seed, at.seed + 1]
         _sample(parts, [prompt] * 2, seeds, at, on_step=on_step)
         moments = spread(watched.moments)
@@ -181,15 +179,12 @@ class Watched:
         return seen
 
 
-class OneStart:
+class OneStart(TextToImage):
     """A task all of whose pictures begin where the first one does."""
-
-    def __init__(self, task) -> None:
-        self.task, self.scale, self.overlap = task, task.scale, task.overlap
 
     def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
         """As the task, with the first picture's noise for all."""
-        start = self.task.start(request, encode, schedule, noise=noise)
+        start = super().start(request, encode, schedule, noise=noise)
         return replace(start, x=start.x[:1].repeat(len(start.x), 1, 1, 1))
 
 

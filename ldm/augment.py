@@ -84,8 +84,7 @@ def augment(cfg: DictConfig, asked: dict[str, str | None], words: dict[str, list
             prepare.claim(out, json.loads(json.dumps(facts)))
         ranks.any(False)  # all wait until it is ours, and rid of what a kill has left
         mine = found[ranks.rank :: ranks.world]
-        often = 0.1 if sys.stderr.isatty() else 15.0
-        bar = partial(tqdm, unit="image", disable=ranks.rank != 0, mininterval=often)
+        bar = partial(tqdm, unit="image", disable=ranks.rank != 0, mininterval=cli.often())
         with bar(total=sum(len(part.pictures) for part in mine), desc="Painting") as shown:
             pipeline = partial(restored.pipeline, size=size, negative=asked["negative"])
             brush = partial(paint, cfg, pipeline, prompts, score, shown.update)

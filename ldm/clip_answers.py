@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ldm.cli import often
 from ldm.data.cache import Cache
 from ldm.data.dataset import TextImages
 from ldm.data.images import ImageError, read_image, square, to_tensor
@@ -30,8 +31,7 @@ DRAWN = 5000  # captions of the drawn world, in which the words of packaged:clip
 TEMPLATE = "a picture of a {}"
 PAGE = 192  # pixels of a picture on the page of those found
 AT = (1, 5, 10)  # recall
-# In a file, where a bar cannot be drawn over, a line now and then.
-_bar = partial(tqdm, leave=False, delay=2, mininterval=0.1 if sys.stderr.isatty() else 15.0)
+_bar = partial(tqdm, leave=False, delay=2, mininterval=often())
 
 
 class Answers:
@@ -57,6 +57,7 @@ class Answers:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.clip.move(self.device)
         self.kept = {"batch": batch, "cache": cache / "clip", "device": self.device}
+        self.by_path: dict[Path, Tensor] = {}  # of pictures in files
         self.pictures = None
         if data is not None:
             shards = Shards(data, cache=Cache(cache, gigabytes=50.0))
@@ -134,24 +135,28 @@ class Answers:
     def readable(self, paths: Sequence[Path]) -> list[Path]:
         """Those of several pictures that can be read; the others are told, by name."""
         found = []
-        for path in paths:
+        for path in _bar(paths, desc="Pictures", unit="image"):
             try:
-                read_image(path)
+                self._vector(path)
                 found.append(path)
             except ImageError as error:
-                print(f"left out: '{path}': {error}", file=sys.stderr)
+                print(f"left out: {error}", file=sys.stderr)
         return found
 
     def seen(self, paths: Sequence[Path]) -> Tensor:
         """Unit vectors (n, D) of pictures in files, their centres; ImageError names the file."""
-        found = []
-        for path in _bar(paths, desc="Pictures", unit="image"):
+        found = [self._vector(path) for path in _bar(paths, desc="Pictures", unit="image")]
+        return F.normalize(torch.cat(found), dim=1)
+
+    def _vector(self, path: Path) -> Tensor:
+        """What CLIP makes of a picture, (1, D), once."""
+        if path not in self.by_path:
             try:
                 pixels = to_tensor(square(read_image(path), self.clip.size))
             except ImageError as error:
                 raise ImageError(f"'{path}': {error}") from error
-            found.append(self.clip(pixels[None].to(self.device)).cpu())
-        return F.normalize(torch.cat(found), dim=1)
+            self.by_path[path] = self.clip(pixels[None].to(self.device)).cpu()
+        return self.by_path[path]
 
     def said(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors (m, D) of texts; ValueError for one that is longer than CLIP reads."""

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -136,9 +135,7 @@ def measured(
     from ldm.metrics.ranks import Ranks
 
     quality, ranks, home = source.quality, Ranks(), source.home / "eval"
-    # In a file, where a bar cannot be drawn over, a line now and then.
-    often = 0.1 if sys.stderr.isatty() else 15.0
-    bar = partial(tqdm, unit="image", disable=ranks.rank != 0, mininterval=often)
+    bar = partial(tqdm, unit="image", disable=ranks.rank != 0, mininterval=cli.often())
     known = {**source.facts(cfg), "device": device_name(source.device)}
     known["versions"] = {name: version(name) for name in LIBRARIES}
     if quality is not None:

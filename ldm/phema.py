@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -110,9 +109,8 @@ class Run:
                 f"profile by {made.misfit:.0%}. More of them (a smaller phema.every) come nearer, "
                 "and so does a kept length that is nearer to it (phema.lengths)"
             )
-        often = 0.1 if sys.stderr.isatty() else 15.0
-        quiet = runs.rank() != 0
-        with tqdm(total=len(kept), desc="Averaging", disable=quiet, mininterval=often) as bar:
+        how = {"disable": runs.rank() != 0, "mininterval": cli.often()}
+        with tqdm(total=len(kept), desc="Averaging", **how) as bar:
             state = snapshots.mixed(self.snapshots, made.shares, done=bar.update)
         own = checkpoint.part(self.payload, "ema.module.")
         if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in own.items()}:

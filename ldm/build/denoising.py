@@ -56,12 +56,12 @@ def built(cfg: DictConfig, run_dir: Path) -> Built:
         raise UsageError(f"task={task.name} takes no style pictures: leave style_encoder=.. out")
     task.check_size(cfg.data.size)
     autoencoder, text = parts.frozen(cfg)
-    stages.fits(cfg.data.size, autoencoder.factor * 2 ** (len(cfg.model.multipliers) - 1))
     frozen, style = {"autoencoder": autoencoder, "text_encoder": text}, parts.style_encoder(cfg)
     if style is not None:
         frozen[parts.STYLE] = style
     objective = parts.objective(cfg)
     network = parts.denoiser(cfg, autoencoder, text, task, style)
+    stages.fits(cfg.data.size, autoencoder.factor * network.multiple)
     if cfg.init is not None and checkpoint.newest(run_dir / "checkpoints") is None:
         told = parts.begin_from(cfg.init, network, frozen, objective.schedule)
         if rank() == 0:

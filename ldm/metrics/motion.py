@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm.data.scenes.motion import DIRECTIONS, Moving, caption, sample_moving
 from ldm.images import to_uint8
-from ldm.metrics.scene_accuracy import SPLITS, PromptAccuracy
+from ldm.metrics.scene_accuracy import PromptAccuracy
 from ldm.metrics.scenes import ATTRIBUTES, SIDE, Reading, read, right
 from ldm.models.temporal import fold
 
@@ -75,9 +75,12 @@ class MotionAccuracy(PromptAccuracy):
     kind, names, most_rolls = "motion", NAMES, 4
 
     def __init__(self, *, count: int, batch: int = 16, seed: int = 0) -> None:
-        drawn = [sample_moving(i, split=split) for split in SPLITS for i in range(count)]
-        captioned = [(moving, caption(moving, rng)) for moving, rng in drawn]
-        super().__init__(captioned, batch=batch, seed=seed)
+        super().__init__(count=count, batch=batch, seed=seed)
+
+    def drawn(self, i: int, split: str) -> tuple[Moving, str]:
+        """Moving scene i of a split, and its caption."""
+        moving, rng = sample_moving(i, split=split)
+        return moving, caption(moving, rng)
 
     def readings(self, videos: Tensor) -> list[list[Reading]]:
         """Of all frames of videos (n, 3, F, H, W) in [-1, 1]."""

@@ -22,9 +22,9 @@ SUFFIXES = ("", "_unseen", "_chance")  # the rows of a tally
 class PromptAccuracy:
     """Prompts of "val" and of "unseen", and how often what is painted of them is right.
 
-    "val" has combinations of colour and shape that training has, "unseen" has others. drawn: what
-    is to be seen, and its prompt, "val" first and of either as many. Prompt i of either split is
-    painted with seed + i. `scenes`, `prompts` and `seeds` are lists of `len(self)`.
+    "val" has combinations of colour and shape that training has, "unseen" has others: `count` of
+    either, "val" first. Prompt i of either split is painted with seed + i. `scenes`,
+    `prompts` and `seeds` are lists of `len(self)`.
     Raises ValueError where there is one prompt a split, which leaves no other to compare with.
     """
 
@@ -32,8 +32,7 @@ class PromptAccuracy:
     names: Sequence[str]
     most_rolls: int  # how many others at most each picture is judged by, for chance
 
-    def __init__(self, drawn: Sequence[tuple[object, str]], *, batch: int, seed: int) -> None:
-        self.count = count = len(drawn) // len(SPLITS)
+    def __init__(self, *, count: int, batch: int, seed: int = 0) -> None:
         if count < 2:
             raise ValueError(
                 f"count={count}: for chance, each picture is read against the words of another "
@@ -41,7 +40,8 @@ class PromptAccuracy:
             )
         if batch < 1:
             raise ValueError(f"batch={batch}: it takes batch=1 or more")
-        self.batch = batch
+        self.count, self.batch = count, batch
+        drawn = [self.drawn(i, split) for split in SPLITS for i in range(count)]
         self.scenes = [scene for scene, _ in drawn]
         self.prompts = [prompt for _, prompt in drawn]
         self.seeds = [seed + i % count for i in range(len(drawn))]
@@ -49,6 +49,10 @@ class PromptAccuracy:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def drawn(self, i: int, split: str) -> tuple[object, str]:
+        """What is to be seen of prompt i of a split, and that prompt."""
+        raise NotImplementedError
 
     def readings(self, images: Tensor) -> Sequence:
         """What each of a batch of images shows."""
@@ -99,9 +103,12 @@ class SceneAccuracy(PromptAccuracy):
     kind, names, most_rolls = "scene", NAMES, 8
 
     def __init__(self, *, count: int, batch: int = 32, seed: int = 0) -> None:
-        drawn = [sample(i, split=split) for split in SPLITS for i in range(count)]
-        captioned = [(scene, caption(scene, rng)) for scene, rng in drawn]
-        super().__init__(captioned, batch=batch, seed=seed)
+        super().__init__(count=count, batch=batch, seed=seed)
+
+    def drawn(self, i: int, split: str) -> tuple[Scene, str]:
+        """Scene i of a split, and its caption."""
+        scene, rng = sample(i, split=split)
+        return scene, caption(scene, rng)
 
     def readings(self, images: Tensor) -> list[Reading]:
         """Of images (n, 3, H, W) in [-1, 1]."""

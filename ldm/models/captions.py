@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ldm.diffusion.condition import Condition
+from ldm.models.labels import listed
 
 
 class CaptionTokenizer:
@@ -35,10 +36,8 @@ class CaptionTokenizer:
 
     def masked(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """As when called, and where the ids are no padding, (B, L) bool."""
-        if isinstance(captions, str):
-            raise TypeError(f"captions is a list, not one string: write [{captions[:40]!r}]")
         # A lone surrogate (a cut emoji, an undecodable argument) has no UTF-8 and becomes "?".
-        texts = [caption.encode("utf-8", "replace").decode("utf-8") for caption in captions]
+        texts = [each.encode("utf-8", "replace").decode("utf-8") for each in listed(captions)]
         rows = self.tokenizer(texts, verbose=False)["input_ids"]
         lengths = [len(row) for row in rows]
         self._count(lengths, texts)

@@ -15,7 +15,7 @@ FEW += ["data.workers=0", "samples.n=2", "samples.steps=2", "trainer.log_every_n
 SMALL = ["model.channels=16", "model.embedding=32"]
 VIDEO = [*FEW, *SMALL, "task=video", "data=moving_scenes", "data.frames=3"]
 VIDEO += ["eval.scenes.count=2", "eval.scenes.steps=2"]
-PROMPT = "prompt=a small red star left of a big blue circle upward, flat, on navy"
+PROMPT = "prompt=a small red star left of a big blue circle, flat on navy moving up"
 
 
 def sample(home, *arguments, expect=0):

@@ -1,6 +1,8 @@
 # Each target works as the first command on a fresh machine: the environment is made when missing.
 PYTHON ?= python3
 BIN := .venv/bin
+# Most tests wait for a process of one thread; those of a file share what they have prepared.
+BOTH := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 .DELETE_ON_ERROR:
 .PHONY: demo assets test test-all lint format
@@ -11,10 +13,10 @@ BIN := .venv/bin
 	touch .venv
 
 test: .venv          ## the test suite, without its slow part
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest $(BOTH) -m "not slow and not gpu"
 
 test-all: .venv      ## all of it
-	$(BIN)/pytest
+	$(BIN)/pytest $(BOTH)
 
 lint: .venv          ## what CI checks of form
 	$(BIN)/ruff check .

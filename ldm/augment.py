@@ -84,7 +84,7 @@ def augment(cfg: DictConfig, asked: dict[str, str | None], words: dict[str, list
             prepare.claim(out, json.loads(json.dumps(facts)))
         ranks.any(False)  # all wait until it is ours, and rid of what a kill has left
         mine = found[ranks.rank :: ranks.world]
-        bar = partial(tqdm, unit="image", disable=ranks.rank != 0, mininterval=cli.often())
+        bar = partial(tqdm, unit="image", disable=ranks.rank != 0, mininterval=runs.often())
         with bar(total=sum(len(part.pictures) for part in mine), desc="Painting") as shown:
             pipeline = partial(restored.pipeline, size=size, negative=asked["negative"])
             brush = partial(paint, cfg, pipeline, prompts, score, shown.update)

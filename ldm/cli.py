@@ -138,11 +138,6 @@ def _in_a_line(message, category, filename, lineno, line=None, *, standard) -> s
     return standard(message, category, filename, lineno, line)
 
 
-def often() -> float:
-    """Seconds from one drawing of a bar to the next: long in a file, where each is a line."""
-    return 0.1 if sys.stderr.isatty() else 15.0
-
-
 # What hydra-optuna-sweeper leaves to the user, and the rest of a configuration knows.
 SEARCH = {
     "optuna": {

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ldm.cli import often
 from ldm.data.cache import Cache
 from ldm.data.dataset import TextImages
 from ldm.data.images import ImageError, read_image, square, to_tensor
@@ -25,6 +24,7 @@ from ldm.images import captioned
 from ldm.metrics import retrieval
 from ldm.metrics.clip_features import ClipFeatures
 from ldm.metrics.clip_words import Words, in_captions, in_templates, vocabulary
+from ldm.runs import often
 
 OURS = PACKAGED + "clip"
 DRAWN = 5000  # captions of the drawn world, in which the words of packaged:clip stand

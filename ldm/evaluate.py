@@ -135,7 +135,7 @@ def measured(
     from ldm.metrics.ranks import Ranks
 
     quality, ranks, home = source.quality, Ranks(), source.home / "eval"
-    bar = partial(tqdm, unit="image", disable=ranks.rank != 0, mininterval=cli.often())
+    bar = partial(tqdm, unit="image", disable=ranks.rank != 0, mininterval=runs.often())
     known = {**source.facts(cfg), "device": device_name(source.device)}
     known["versions"] = {name: version(name) for name in LIBRARIES}
     if quality is not None:

@@ -109,7 +109,7 @@ class Run:
                 f"profile by {made.misfit:.0%}. More of them (a smaller phema.every) come nearer, "
                 "and so does a kept length that is nearer to it (phema.lengths)"
             )
-        how = {"disable": runs.rank() != 0, "mininterval": cli.often()}
+        how = {"disable": runs.rank() != 0, "mininterval": runs.often()}
         with tqdm(total=len(kept), desc="Averaging", **how) as bar:
             state = snapshots.mixed(self.snapshots, made.shares, done=bar.update)
         own = checkpoint.part(self.payload, "ema.module.")

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import secrets
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -49,6 +50,11 @@ def rank() -> int:
 def if_first(text: str) -> str | None:
     """`text` in the first process of a run, None in the others."""
     return text if rank() == 0 else None
+
+
+def often() -> float:
+    """Seconds from one drawing of a bar to the next: long in a file, where each is a line."""
+    return 0.1 if sys.stderr.isatty() else 15.0
 
 
 def log_file(run_dir: str) -> str:

@@ -129,11 +129,14 @@ def make_trainer(
     validate_every: int = 10**6,
     precision: str = "32-true",
     clip: float = 1.0,
+    devices: int = 1,
+    strategy: str = "auto",
 ) -> L.Trainer:
     """As ldm/build.py sets it up, on the processor and without a word."""
     return L.Trainer(
         accelerator="cpu",
-        devices=1,
+        devices=devices,
+        strategy=strategy,
         max_steps=steps,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=clip,

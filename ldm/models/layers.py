@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.place_map import PlaceMap
+from ldm.models.random_layers import Dropout
 
 Beside = Callable[[int], nn.Module]  # width -> an attention of x (B, N, C) to other tokens
 
@@ -64,7 +65,7 @@ class ResBlock(nn.Module):
         self.time_proj = nn.Linear(time_dim, width) if time_dim else None
         self.place = PlaceMap(time_dim, out_channels, waves) if time_dim and waves else None
         self.norm2 = group_norm(groups, out_channels, eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)

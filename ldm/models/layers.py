@@ -21,11 +21,12 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Cosines, then sines, of t (B,) at `dim / 2` frequencies from 1 towards 1/10000: (B, dim).
 
     Always float32: half precision cannot tell neighbouring timesteps apart.
-    Source: "Attention is all you need", section 3.5, in the order of Stable Diffusion.
+    Source: "Attention is all you need", section 3.5, in the order of Stable Diffusion and with its
+    roundings: first the product, then the division.
     """
     half = dim // 2
     steps = torch.arange(half, device=t.device, dtype=torch.float32)
-    angles = t.float()[:, None] * torch.exp(-math.log(10000) / half * steps)  # (B, dim / 2)
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * steps / half)  # (B, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 

@@ -192,7 +192,8 @@ def measure(*overrides: str, **given: str | Path) -> dict:
 
 
 def test_the_verb_leaves_numbers_and_says_them(home, measured):
-    said = run("-m", "ldm.evaluate", "ckpt=runs/measured", "count=3", "steps=2", cwd=home.path)
+    command = ["-m", "ldm.evaluate", "ckpt=runs/measured", "count=3", "steps=2"]
+    said = run(*command, cwd=home.path, OMP_NUM_THREADS="1")  # as many as this process
     facts = json.loads((home.path / "runs/measured/metrics.json").read_text())
     assert list(facts["metrics"]) == KEYS
     assert "scene accuracy alone, no distances: 3 pictures" in said

@@ -53,15 +53,17 @@ def read_text(path: str | Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def located(path: str) -> Path:
-    """The place that a path names; `packaged:NAME` is what comes with ldm under that name.
+def located(path: str | Path) -> Path:
+    """The place that a setting names; `packaged:NAME` is what comes with ldm under that name.
 
-    Raises FileNotFoundError where nothing does.
+    `~` is the home directory. Without one it stays, as all other letters do.
+    Raises FileNotFoundError where nothing comes with ldm under that name.
     """
+    path = str(path)
     if path.startswith(PACKAGED):
         assets = Path(__file__).parent / "assets"
         if not (place := assets / path.removeprefix(PACKAGED)).is_dir():
             names = ", ".join(PACKAGED + part.name for part in sorted(assets.iterdir()))
             raise FileNotFoundError(f"'{path}' does not come with ldm, which has {names}")
         return place
-    return Path(path).expanduser()
+    return Path(os.path.expanduser(path))

@@ -25,6 +25,7 @@ def main(cfg: DictConfig) -> None:
         done = painted(cfg, ckpts, asked, jobs)
         columns = None if cfg.n == 1 else cfg.n
         more = {"guesses": done.guesses, "columns": columns, "fps": cfg.fps}
+        more["overwrite"] = cfg.overwrite
         print(gallery.save(done.images, jobs, done.out, done.settings, **more))
 
 

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from ldm.files import TEMPORARY, replacing, write_text
+from ldm.files import TEMPORARY, located, replacing, write_text
 
 
 class CheckpointError(ValueError):
@@ -232,7 +232,7 @@ def find(ckpt: str, *, name: str = "ckpt") -> Path:
 
     Raises CheckpointError, which calls it `name`, where there is none.
     """
-    path = Path(ckpt)
+    path = located(ckpt)
     if path.is_dir():
         last = newest(path / "checkpoints")
         if last is None:

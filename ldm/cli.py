@@ -22,10 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm import settings
+from ldm.files import read_text
 from ldm.locks import InUseError
 from ldm.runs import RESOLVERS, SWEEP, changes, concerns, rank
 from ldm.settings import explain, is_group, missing, nearest
 
+# Texts that people or networks read; every other one is a path, or may be.
+PROSE = ("prompt", "negative", "source", "text")
 HELP = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
 CONF = settings.CONF  # for hydra.main
 
@@ -40,23 +43,41 @@ class UsageError(ValueError):
 def take_text(names: Iterable[str]) -> dict[str, str]:
     """Remove `name=value` of these names from the command line, and return the values as typed.
 
-    Prompts and paths may hold any character, and Hydra's grammar would refuse many of them.
+    Prompts and paths may hold any character, and Hydra's grammar would refuse many of them. In
+    paths `~` is the home directory.
     """
     taken, names = {}, set(names)
     for argument in sys.argv[1:]:
         name, equals, value = argument.partition("=")
         if equals and name in names:
-            # Bytes that are no UTF-8 arrive as lone surrogates, which nothing can encode.
-            taken[name] = value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            taken[name] = prose(value) if name in PROSE else os.path.expanduser(value)
     sys.argv[1:] = [a for a in sys.argv[1:] if a.partition("=")[0] not in taken]
     return taken
 
 
+def prose(typed: str) -> str:
+    """A text of the command line for networks to read: a byte that is no UTF-8 becomes U+FFFD.
+
+    Such bytes arrive as lone surrogates. They are kept in paths, which they belong to.
+    """
+    return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def quoted(word: str) -> str:
-    """`key=a/step=250.ckpt` with the quotes that Hydra's grammar wants around a second `=`."""
+    """`key=a/step=250.ckpt` with the quotes that Hydra's grammar wants around a second `=`.
+
+    It also wants them around `~` and letters that are not ASCII.
+    """
     key, _, value = word.partition("=")
-    is_plain = re.fullmatch(r"[\w@/.+~-]+=[\w@/.:+-]*=[\w@/.:=+-]*", word)
-    return f"{key}='{value}'" if is_plain else word
+    is_plain = re.fullmatch(r"[\w@/.+~-]+", key) and not re.search(r"[,'\"\[\]{}()$\\\t\n]", value)
+    is_odd = not value.isascii() or re.search("[=~]", value)
+    return f"{key}='{value}'" if is_plain and is_odd else word
+
+
+def print_paths() -> None:
+    """Let standard output take paths of any bytes, which come out as they were typed."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="surrogateescape")
 
 
 def take_choices() -> dict[str, list[str]]:
@@ -109,6 +130,7 @@ def run(main: Callable[[], None], config_name: str, *, goes_on: bool = False) ->
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, not to Hydra's printer
     # On busy cores, threads that spin for work make a step ten times slower; libgomp reads this.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    print_paths()
     if HELP & set(sys.argv):  # its reader may leave early, as `head` does
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     # argparse, which Hydra uses, wants overrides in one piece: -m may stand anywhere.
@@ -199,9 +221,9 @@ def read_prompts(given: Mapping[str, str | None]) -> list[str]:
     if given["prompts"] is None:
         return [] if given["prompt"] is None else [given["prompt"]]
     try:
-        lines = Path(given["prompts"]).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"prompts={given['prompts']} is no text in UTF-8") from error
+        lines = read_text(given["prompts"]).splitlines()
+    except ValueError as error:
+        raise UsageError(f"prompts={error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UsageError(f"prompts={given['prompts']} has no line with text")

@@ -1,5 +1,6 @@
 """python -m ldm.clip image=a.png text="a red star" | data=DIR text=.. | ..; --help has them all."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from omegaconf import DictConfig
 
 from ldm import cli
 from ldm.data.sources import SUFFIXES
+from ldm.files import located, read_text
 
 MANY = ("image", "text")  # may be given several times
 TEXTS = ("clip", *MANY, "minus", "texts", "data", "labels", "words", "template", "out")
@@ -37,10 +39,12 @@ def main() -> None:
 
 
 def typed(name: str) -> list[str]:
-    """All values that the command line gives a name, as typed."""
+    """All values that the command line gives a name, as `cli.take_text` has them."""
     words = [word.partition("=") for word in sys.argv[1:]]
     values = [value for key, _, value in words if key == name and value]
-    return [value.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for value in values]
+    return [
+        cli.prose(value) if name in cli.PROSE else os.path.expanduser(value) for value in values
+    ]
 
 
 def question(given: set[str]) -> str:
@@ -95,7 +99,7 @@ def answer(cfg: DictConfig, asked: dict, kind: str) -> str:
     from ldm.clip_answers import AT, Answers  # with torch and transformers: seconds
     from ldm.images import save_png
 
-    how = {"cache": Path(cfg.cache), "batch": cfg.batch, "device": cfg.device}
+    how = {"cache": located(cfg.cache), "batch": cfg.batch, "device": cfg.device}
     clip = Answers(asked["clip"], data=asked["data"], templates=templates, **how)
     if len(paths) > 1:  # a folder may hold what is none
         paths = clip.readable(paths) or paths[:1]
@@ -138,7 +142,7 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 def pictures(name: str, place: str) -> list[Path]:
     """A picture's path, or those in a folder, in order of name; UsageError where there is none."""
-    path = Path(place).expanduser()
+    path = Path(place)
     if not path.exists():
         raise cli.UsageError(f"{name}={place} does not exist")
     if not path.is_dir():
@@ -152,16 +156,22 @@ def pictures(name: str, place: str) -> list[Path]:
 def lines(name: str, place: str) -> list[str]:
     """The lines with text of a file; UsageError where there are none."""
     try:
-        text = Path(place).expanduser().read_text(encoding="utf-8", errors="replace")
+        text = read_text(place)
     except OSError as error:
         raise cli.UsageError(f"{name}={place}: {error.strerror}") from error
+    except ValueError as error:
+        raise cli.UsageError(f"{name}={error}") from error
     return some(name, place, text.splitlines())
 
 
 def listed(name: str, typed: str) -> list[str]:
     """The lines of a file, or what stands between commas; UsageError where that is nothing."""
-    is_file = typed.endswith(".txt") or (len(typed) < 256 and Path(typed).expanduser().is_file())
-    return lines(name, typed) if is_file else some(name, typed, typed.strip(" []").split(","))
+    is_file = typed.endswith(".txt") or (len(typed) < 256 and Path(typed).is_file())
+    return (
+        lines(name, typed)
+        if is_file
+        else some(name, typed, cli.prose(typed).strip(" []").split(","))
+    )
 
 
 def some(name: str, typed: str, parts: list[str]) -> list[str]:

@@ -216,15 +216,12 @@ def of_checkpoint(ckpt: Path) -> Path:
 
 
 def picture_path(ckpt: Path, prompt: str) -> Path:
-    """A new name for pictures of a prompt, in the run that the checkpoint belongs to.
+    """A name for pictures of a prompt, in the run that the checkpoint belongs to.
 
     Made of the prompt's letters and digits alone, so that no prompt leads out of the directory.
     """
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "picture"
-    path, number = of_checkpoint(ckpt) / "samples" / f"{words}.png", 2
-    while path.exists():
-        path, number = path.with_name(f"{words}-{number}.png"), number + 1
-    return Path(os.path.relpath(path))
+    return Path(os.path.relpath(of_checkpoint(ckpt) / "samples" / f"{words}.png"))
 
 
 def wandb_id(run_dir: Path) -> str:

@@ -45,6 +45,7 @@ def run(*command: str, cwd: Path, expect: int = 0, seconds: float = 300, **more:
         env=environment(cwd, **more),
         capture_output=True,
         text=True,
+        errors="surrogateescape",  # paths of any bytes
         timeout=seconds,
     )
     assert done.returncode == expect, done.stdout + done.stderr

@@ -124,7 +124,7 @@ def test_ctrl_c_is_one_line(tmp_path):
 
 def test_prompts_that_are_no_text_are_named(home):
     Path("p.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(cli.UsageError, match=r"prompts=p\.txt is no text in UTF-8"):
+    with pytest.raises(cli.UsageError, match=r"prompts=p\.txt is neither UTF-8 nor UTF-16"):
         cli.read_prompts({"prompt": "", "prompts": "p.txt"})
 
 

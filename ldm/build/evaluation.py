@@ -20,7 +20,7 @@ from ldm.cli import CONF, UsageError
 from ldm.data.cache import Cache
 from ldm.data.dataset import TextImages
 from ldm.data.shards import Shards
-from ldm.files import PACKAGED
+from ldm.files import PACKAGED, located
 from ldm.metrics.features import Features
 from ldm.metrics.quality import Quality, TooFewError, captions_to_paint
 from ldm.metrics.ranks import Ranks
@@ -148,7 +148,7 @@ def peer(
     cfg: DictConfig, asked: Asked, networks: Sequence[Features], device: torch.device
 ) -> Source:
     """A pipeline of diffusers: its own sampler, our steps, guidance scale, prompts and seeds."""
-    painter = Peer(place := Path(asked["ckpt"]).expanduser(), device)
+    painter = Peer(place := located(asked["ckpt"]), device)
     if (size := cfg.size or painter.size) is None:
         raise UsageError(f"'{place}' does not say at which size it paints: give size=...")
 
@@ -174,14 +174,14 @@ def folder(
     cfg: DictConfig, asked: Asked, networks: Sequence[Features], device: torch.device
 ) -> Source:
     """Pictures that are there, with captions of their own or, in order of name, of `subset`."""
-    pictures = Folder(place := Path(asked["images"]).expanduser(), size=cfg.size)
+    pictures = Folder(place := located(asked["images"]), size=cfg.size)
     real = opened(cfg, asked, "data", pictures.size)
     if asked["subset"] is None:
         names = [path.name for path in pictures.paths]
         captions = pictures.captions or [""] * len(names)
         subset = Subset(real.shards.index.fingerprint, names, captions, [*range(len(names))])
     else:
-        subset = Subset.load(Path(asked["subset"]))
+        subset = Subset.load(located(asked["subset"]))
         if len(subset) != len(pictures):
             raise UsageError(
                 f"'{place}' has {len(pictures)} pictures, and {asked['subset']} {len(subset)} "
@@ -239,7 +239,7 @@ def quality(
     if asked["others"] is not None:
         others = opened(cfg, asked, "others", size)
     if subset is None and asked["subset"] is not None:
-        subset = Subset.load(Path(asked["subset"]))
+        subset = Subset.load(located(asked["subset"]))
     elif subset is None:
         subset = captions_to_paint(real, others, cfg.count, seed=cfg.seed)
         known = len({*zip(subset.keys, subset.captions, strict=True)})
@@ -254,7 +254,7 @@ def quality(
         others=others,
         subset=subset,
         size=size,
-        cache=Path(cfg.cache, "real"),
+        cache=located(cfg.cache) / "real",
         at_most=cfg.real,
         batch=cfg.batch,
         captioned=captioned,
@@ -288,7 +288,7 @@ def opened(cfg: DictConfig, asked: Asked, name: str, size: int) -> TextImages:
             f"{name} is needed: give {name}=DIR, shards of real pictures with captions, as "
             "`python -m ldm.prepare` writes them"
         )
-    if not Path(asked[name]).exists() and Path(CONF, "data", f"{asked[name]}.yaml").is_file():
+    if not located(asked[name]).exists() and Path(CONF, "data", f"{asked[name]}.yaml").is_file():
         raise UsageError(
             f"{name}={asked[name]}: that is an option of train.py; here {name} is a folder with "
             f"shards of real pictures, such as {name}=data/coco/val"

@@ -16,6 +16,7 @@ from io import FileIO
 from pathlib import Path
 
 from ldm.data.remote import Remote, download
+from ldm.files import located
 
 PART = ".part"
 _log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class Cache:
     def __init__(self, folder: str | Path, *, gigabytes: float) -> None:
         if not gigabytes > 0:
             raise ValueError(f"cache_gb must be above 0, got {gigabytes}")
-        self.folder = Path(folder)
+        self.folder = located(folder)
         self.bytes = int(gigabytes * 1e9)
         self._told = False
 

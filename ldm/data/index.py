@@ -21,7 +21,7 @@ from ldm.data.places import Source, locate, shown
 from ldm.data.remote import Remote
 from ldm.data.scan import MAX_IMAGE, MAX_TEXT, ShardError, scan_shard
 from ldm.data.scan_all import BLOCK, measure_all, scan_all
-from ldm.files import replacing
+from ldm.files import located, replacing
 
 __all__ = ["MAX_IMAGE", "MAX_TEXT", "Index", "ShardError", "open_index", "scan_shard"]
 
@@ -129,8 +129,8 @@ def open_index(source: Source, *, min_size: int | None = None, cache: Cache | No
 
 def _home(source: Source, paths: list[Path | Remote], cache: Cache | None) -> Path | None:
     """Where the index is kept."""
-    if isinstance(source, (str, Path)) and Path(source).is_dir():
-        return Path(source) / INDEX_NAME
+    if isinstance(source, (str, Path)) and (folder := located(source)).is_dir():
+        return folder / INDEX_NAME
     if cache is None:
         return None
     digest = hashlib.sha256("\n".join(_names(paths)).encode("utf-8", "surrogateescape"))

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ldm.checkpoint import digest
 from ldm.data.dataset import TextImages
+from ldm.files import located
 from ldm.metrics import kept
 from ldm.metrics.features import Features
 from ldm.metrics.motion import MotionAccuracy
@@ -133,7 +134,7 @@ class ImageCheck(L.Callback):
             others=others,
             subset=captions_to_paint(pictures, others, count),
             size=size,
-            cache=Path(cache),
+            cache=located(cache),
             at_most=real,
             batch=batch,
         )

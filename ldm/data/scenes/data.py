@@ -1,9 +1,8 @@
 """The world of scenes as training data, drawn when it is first asked for."""
 
-from pathlib import Path
-
 from ldm.data.datamodule import TextImageData
 from ldm.data.scenes.prepare import prepare_scenes
+from ldm.files import located
 
 
 def scenes_data(
@@ -28,7 +27,7 @@ def scenes_data(
     right are what the captions are about. With `frames`, the first object of each scene moves, in a
     video of so many pictures (see `motion.py`).
     """
-    place = Path(folder) / (f"{size}px" if frames is None else f"{size}px-{frames}-frames")
+    place = located(folder) / (f"{size}px" if frames is None else f"{size}px-{frames}-frames")
     train = str(place / f"train-{count}" if family == 1 else place / f"train-{count}-by-{family}")
     val = str(place / f"val-{val_count}")
     prepare_scenes(out=train, count=count, size=size, split="train", family=family, frames=frames)

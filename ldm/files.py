@@ -1,5 +1,6 @@
 """Files that are there in full or not at all."""
 
+import codecs
 import os
 import secrets
 from collections.abc import Iterator
@@ -34,6 +35,22 @@ def write_text(path: Path, text: str) -> None:
     """Replace a small text file."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a user's file, in UTF-8 with or without byte order mark, or UTF-16 with one.
+
+    Raises ValueError, which names the file, for anything else, and OSError where it is not there.
+    """
+    data = Path(path).read_bytes()
+    is_wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = data.decode("utf-16" if is_wide else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # UTF-16 without a mark has them, as a picture has
+        raise ValueError(f"{path} is neither UTF-8 nor UTF-16 with a byte order mark: save it so")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def located(path: str) -> Path:

@@ -1,0 +1,42 @@
+"""Text files of the user, and files that no other is to replace."""
+
+import codecs
+
+import pytest
+
+from ldm.files import read_text
+
+TEXT = "a fox 🦊\nschön\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        TEXT.encode(),
+        codecs.BOM_UTF8 + TEXT.encode(),
+        codecs.BOM_UTF16_LE + TEXT.encode("utf-16-le"),
+        codecs.BOM_UTF16_BE + TEXT.encode("utf-16-be"),
+    ],
+    ids=["UTF-8", "UTF-8 with mark", "UTF-16, little end first", "UTF-16, big end first"],
+)
+def test_text_is_read_without_its_mark(tmp_path, data):
+    (tmp_path / "a.txt").write_bytes(data)
+    assert read_text(tmp_path / "a.txt") == TEXT
+    assert read_text(str(tmp_path / "a.txt")) == TEXT
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "schön".encode("latin-1"),
+        "a fox".encode("utf-16-le"),  # without a mark it is UTF-8 with a NUL after each letter
+        codecs.BOM_UTF16_LE + b"a",
+        codecs.BOM_UTF32_LE + "a fox".encode("utf-32-le"),
+        b"\x89PNG\r\n\x1a\n\0\0",
+    ],
+    ids=["Latin-1", "UTF-16 without mark", "half a letter", "UTF-32", "a picture"],
+)
+def test_what_is_no_text_is_refused_by_name(tmp_path, data):
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.txt is neither UTF-8 nor UTF-16 with a byte order"):
+        read_text(tmp_path / "a.txt")

@@ -150,7 +150,7 @@ def typed(asked: dict[str, str | None], words: dict[str, list[str]]):
 
 def of_set(cfg: DictConfig, asked: dict[str, str | None], restored):
     """The captions of the run's own training pictures; UsageError where they are not here."""
-    from ldm.build.evaluation import own_pictures
+    from ldm.build.sets import own_pictures
     from ldm.data.prompts import OfSet
 
     try:
@@ -167,7 +167,8 @@ def judged(clip: str | None, restored) -> tuple[Callable, str | None]:
     if unscored({"clip": clip}):
         return lambda images, prompts: [None] * len(prompts), None
 
-    from ldm.build.evaluation import SCENES, tell
+    from ldm.build.evaluation import tell
+    from ldm.build.sets import SCENES
     from ldm.files import PACKAGED
     from ldm.metrics.clip_features import ClipFeatures, clip_score
 

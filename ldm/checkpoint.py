@@ -291,6 +291,11 @@ def check_fits(module: nn.Module, state: dict, *, what: str) -> None:
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
+    wrong += [
+        f"{name} is {state[name].dtype} in the file and {own[name].dtype} here"
+        for name in own
+        if name in state and state[name].is_floating_point() != own[name].is_floating_point()
+    ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(f"{what} does not fit: {'; '.join(wrong[:3])}{more}")

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm import settings
 from ldm.files import read_text
 from ldm.locks import InUseError
+from ldm.plain import read_mapping
 from ldm.runs import RESOLVERS, SWEEP, changes, concerns, rank
 from ldm.settings import explain, is_group, missing, nearest
 
@@ -277,7 +278,14 @@ def check_unchanged(cfg: DictConfig, run_dir: Path) -> None:
     saved = any((run_dir / "checkpoints").glob("step=*.ckpt"))
     if not before.is_file() or not saved or rank() != 0:
         return
-    old, new = (OmegaConf.to_container(c, resolve=True) for c in (OmegaConf.load(before), cfg))
+    try:
+        old = read_mapping(before.read_text())
+    except ValueError as error:
+        raise UsageError(
+            f"{before} is damaged, and nothing of it was run: {error}. Move the folder away to "
+            "begin anew"
+        ) from error
+    new = OmegaConf.to_container(cfg, resolve=True)
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     found = changes(old, new, default("train", words))
     changed = [change for change in found if not concerns(change, cfg.resume.allow)]

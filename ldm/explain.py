@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ldm import cli, runs
+from ldm.plain import read_mapping
 
 TEXTS = ("ckpt", "out", "prompt", "prompts", "image", "autoencoder", "text_encoder")
 PLAIN = "ldm.tasks.TextToImage"
@@ -112,9 +113,13 @@ def newest_run(folder: Path) -> Path:
 
 def paints_text(config: Path) -> bool:
     """Whether a run's configuration is that of a text-to-image model."""
-    cfg = OmegaConf.load(config) if config.is_file() else OmegaConf.create()
-    task = OmegaConf.select(cfg, "task._target_", default=PLAIN)
-    return cfg.get("stage") == "diffusion" and task == PLAIN
+    try:
+        cfg = read_mapping(config.read_text()) if config.is_file() else {}
+    except ValueError:
+        return False
+    task = cfg.get("task", {"_target_": PLAIN})
+    plain = isinstance(task, dict) and task.get("_target_") == PLAIN
+    return cfg.get("stage") == "diffusion" and plain
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+import yaml
+from omegaconf import DictConfig
 
 from ldm import cli
 from ldm.files import located, write_text
+from ldm.plain import read_mapping
 
 PATHS = ("autoencoder", "clip", "out")
 
@@ -43,8 +45,8 @@ def main(argv: Sequence[str]) -> None:
 def card(name: str, run: Path, folder: Path, figures: dict[str, float]) -> str:
     """What the part in `folder` is, what made it and what was measured, as Markdown."""
     result = json.loads((run / "result.json").read_text())
-    seed = OmegaConf.load(run / "config.yaml").seed
-    typed = shlex.join(OmegaConf.load(run / ".hydra" / "overrides.yaml"))
+    seed = read_mapping((run / "config.yaml").read_text())["seed"]
+    typed = shlex.join(map(str, yaml.safe_load((run / ".hydra" / "overrides.yaml").read_text())))
     digests = {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(folder.glob("*.safetensors"))

@@ -142,10 +142,11 @@ def opened(ckpt: str) -> Run:
     Raises CheckpointError where there is no checkpoint, UsageError where there are no snapshots.
     """
     from ldm import checkpoint, snapshots
+    from ldm.facts import read_facts
 
     path = checkpoint.find(ckpt).resolve()
     payload = checkpoint.read(path)
-    if "phema" in payload.get("ldm", {}):
+    if "phema" in read_facts(payload, path):
         raise cli.UsageError(f"{path} is such an average already: give its run, ckpt=RUN")
     folder = path.parent.parent / "phema"
     keeps = checkpoint.part(payload, "phema.")  # else the folder is of another run by this name

@@ -22,7 +22,8 @@ VERBS = {
 # A room may import from rooms before it in this list, and from itself.
 ROOMS = [
     {
-        *("ldm.files", "ldm.checkpoint", "ldm.runs", "ldm.locks", "ldm.images", "ldm.cli"),
+        *("ldm.files", "ldm.checkpoint", "ldm.facts", "ldm.plain", "ldm.runs", "ldm.locks"),
+        *("ldm.images", "ldm.cli"),
         "ldm.films",
         *("ldm.settings", "ldm.asked"),
         *("ldm.figures", "ldm.ranking", "ldm.ranking_figures"),

@@ -12,9 +12,11 @@ from ldm.data.datamodule import TextImageData
 from ldm.data.dataset import Batch, collate
 from ldm.data.shards import write_shard
 from ldm.diffusion.guidance import ClassifierFree
-from ldm.diffusion.objective import Objective, PowerTimes, Prediction, UniformWeighting
+from ldm.diffusion.objective import Objective, Prediction
 from ldm.diffusion.samplers import DDIM
 from ldm.diffusion.schedule import scaled_linear
+from ldm.diffusion.times import PowerTimes
+from ldm.diffusion.weighting import UniformWeighting
 from ldm.models.autoencoder import AutoencoderKL, Identity
 from ldm.models.text import ClipText
 from ldm.models.unet import UNet

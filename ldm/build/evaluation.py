@@ -9,13 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from ldm import checkpoint, runs
 from ldm.build import parts, pipelines
+from ldm.build.sets import SCENES, own_pictures
 from ldm.cli import CONF, UsageError
 from ldm.data.cache import Cache
 from ldm.data.dataset import TextImages
@@ -30,8 +29,6 @@ from ldm.models.remembered import Remembered
 from ldm.peers import Folder, Peer
 from ldm.pipeline import Pipeline
 
-SCENES = "ldm.data.scenes.data.scenes_data"
-DATA = (SCENES, "ldm.data.datamodule.TextImageData")  # what a checkpoint may ask to build
 Paint = Callable[..., Tensor]  # (prompts, seeds=...) -> images (n, 3, H, W) in [-1, 1]
 Asked = dict[str, str | None]
 
@@ -259,26 +256,6 @@ def quality(
         batch=cfg.batch,
         captioned=captioned,
     )
-
-
-def own_pictures(restored: pipelines.Restored, size: int) -> tuple[TextImages, TextImages]:
-    """A run's validation pictures and its training pictures, as a validation sees them.
-
-    Raises CheckpointError where the checkpoint names other code than ours, UsageError where the
-    pictures are not there.
-    """
-    if (target := restored.data.get("_target_")) not in DATA:
-        raise checkpoint.CheckpointError(
-            f"{restored.path} asks to call {target} for its data: it was not run. Give data=..."
-        )
-    try:
-        data = instantiate(restored.data, seed=0, _recursive_=False)
-    except InstantiationException as error:
-        raise UsageError(
-            f"the pictures of the run are not here ({error.__cause__ or error}): give data=DIR, "
-            "real pictures to compare with"
-        ) from error
-    return data.val_set.plain(size=size), data.train_set.plain(size=size)
 
 
 def opened(cfg: DictConfig, asked: Asked, name: str, size: int) -> TextImages:

@@ -17,6 +17,7 @@ from ldm import checkpoint, ranking
 from ldm.build import denoising, stages
 from ldm.cli import UsageError
 from ldm.data.datamodule import TextImageData
+from ldm.facts import state_of
 from ldm.runs import is_job, launched, rank, write_result
 from ldm.training import ranks
 from ldm.training.callbacks import Meter, ModuleNoise, ProgressBar
@@ -137,7 +138,7 @@ def build(cfg: DictConfig, run_dir: Path) -> Job:
         checkpoint.check_writable(run_dir / "checkpoints")
         ranks.forget_error(run_dir)
     if resume is not None:
-        state = checkpoint.unverified(resume)["state_dict"]
+        state = state_of(checkpoint.unverified(resume), resume)
         checkpoint.check_fits(module, state, what=str(resume))
     if resume is None and rank() == 0:
         (run_dir / "metrics.csv").unlink(missing_ok=True)  # of a try without a checkpoint

@@ -94,14 +94,21 @@ class Index:
         )
 
 
-def open_index(source: Source, *, min_size: int | None = None, cache: Cache | None = None) -> Index:
+def open_index(
+    source: Source,
+    *,
+    min_size: int | None = None,
+    cache: Cache | None = None,
+    read_only: bool = False,
+) -> Index:
     """The index of what `locate` finds: of a folder's .tar files, of one file, URL or list.
 
     What a list names twice has twice the weight. Samples without a caption are left out; with
     `min_size` also pictures whose short side has fewer pixels or whose header cannot be read.
 
     A folder's index is kept in `index.npz` beside the shards, any other's in the `cache`, and made
-    anew when a shard was added, removed or changed; without a place for it, it lives in memory.
+    anew when a shard was added, removed or changed; without a place for it, or where it is
+    `read_only`, a new one lives in memory.
     Raises FileNotFoundError where there is no shard, ShardError where one is damaged or where no
     sample is left, ValueError where a URL has no cache, and what `locate` raises.
     """
@@ -110,7 +117,8 @@ def open_index(source: Source, *, min_size: int | None = None, cache: Cache | No
     paths = locate(source)
     if cache is None and any(isinstance(path, Remote) for path in paths):
         raise ValueError(f"{shown(source)}: shards on servers need data.cache=FOLDER to be kept in")
-    index = _opened(paths, _home(source, paths, cache), cache, measured=min_size is not None)
+    home, measured = _home(source, paths, cache), min_size is not None
+    index = _opened(paths, home, cache, measured=measured, read_only=read_only)
     if min_size is not None:
         keep = index.short >= min_size
         unread = int((index.short == 0).sum())
@@ -143,7 +151,12 @@ def _names(paths: Sequence[Path | Remote]) -> list[str]:
 
 
 def _opened(
-    paths: list[Path | Remote], home: Path | None, cache: Cache | None, *, measured: bool
+    paths: list[Path | Remote],
+    home: Path | None,
+    cache: Cache | None,
+    *,
+    measured: bool,
+    read_only: bool,
 ) -> Index:
     stamps = [_stamp(path) for path in paths]
     if home and (index := _load(home, paths, stamps)) and (not measured or index.short is not None):
@@ -158,7 +171,7 @@ def _opened(
             index = replace(
                 index, short=measure_all(index.paths, index.shard, index.members, cache)
             )
-        if home:
+        if home and not read_only:
             _save(index, home)
     return index
 

@@ -49,14 +49,19 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
 class Shards:
     """Random access to the samples of a folder, URL or list of .tar shards.
 
-    What lies on servers is read from whole copies in the `cache`. `min_size` and errors: see
-    `open_index`.
+    What lies on servers is read from whole copies in the `cache`. `min_size`, `read_only`, errors:
+    see `open_index`.
     """
 
     def __init__(
-        self, source: Source, *, min_size: int | None = None, cache: Cache | None = None
+        self,
+        source: Source,
+        *,
+        min_size: int | None = None,
+        cache: Cache | None = None,
+        read_only: bool = False,
     ) -> None:
-        self.index = open_index(source, min_size=min_size, cache=cache)
+        self.index = open_index(source, min_size=min_size, cache=cache, read_only=read_only)
         self._cache = cache
         self._files: dict[int, FileIO] = {}
         remote = any(isinstance(path, Remote) for path in self.index.paths)

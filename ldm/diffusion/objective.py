@@ -13,8 +13,8 @@ from ldm.diffusion.condition import Condition
 from ldm.diffusion.noise import Generators, other, randn
 from ldm.diffusion.penalty import Penalty, Squared
 from ldm.diffusion.schedule import Schedule, expand
-from ldm.diffusion.times import PowerTimes, TimeSampler  # noqa: F401, checkpoints name it here
-from ldm.diffusion.weighting import UniformWeighting, Weighting  # noqa: F401, as above
+from ldm.diffusion.times import TimeSampler
+from ldm.diffusion.weighting import Weighting
 
 Network = Callable[[Tensor, Tensor, Condition], Tensor]  # x_t, timestep, cond -> out
 

@@ -6,16 +6,11 @@ from hypothesis import strategies as st
 
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.noise import generators, other, randn
-from ldm.diffusion.objective import (
-    PREDICTIONS,
-    Objective,
-    PowerTimes,
-    Prediction,
-    UniformWeighting,
-)
+from ldm.diffusion.objective import PREDICTIONS, Objective, Prediction
 from ldm.diffusion.penalty import PseudoHuber
 from ldm.diffusion.schedule import Flow, Laplace, cosine, linear, scaled_linear, sigmoid
-from ldm.diffusion.weighting import MinSnr
+from ldm.diffusion.times import PowerTimes
+from ldm.diffusion.weighting import MinSnr, UniformWeighting
 
 SCHEDULES = [linear(), scaled_linear(), cosine(), sigmoid(), Flow(), Flow(shift=3.0), Laplace()]
 ENDING_IN_NOISE = [

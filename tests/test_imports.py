@@ -24,6 +24,7 @@ ROOMS = [
     {
         *("ldm.files", "ldm.checkpoint", "ldm.runs", "ldm.locks", "ldm.images", "ldm.cli"),
         "ldm.films",
+        "ldm.signals",
         *("ldm.settings", "ldm.asked"),
         *("ldm.figures", "ldm.ranking", "ldm.ranking_figures"),
         *("ldm.curves", "ldm.curve_figures", "ldm.snapshots"),

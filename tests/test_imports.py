@@ -25,6 +25,7 @@ ROOMS = [
         *("ldm.files", "ldm.checkpoint", "ldm.facts", "ldm.plain", "ldm.runs", "ldm.locks"),
         *("ldm.images", "ldm.cli"),
         "ldm.films",
+        "ldm.signals",
         *("ldm.settings", "ldm.asked"),
         *("ldm.figures", "ldm.ranking", "ldm.ranking_figures"),
         *("ldm.curves", "ldm.curve_figures", "ldm.snapshots"),

@@ -19,6 +19,7 @@ from ldm.cli import UsageError
 from ldm.data.datamodule import TextImageData
 from ldm.facts import state_of
 from ldm.runs import is_job, launched, rank, write_result
+from ldm.signals import Signals
 from ldm.training import ranks
 from ldm.training.callbacks import Meter, ModuleNoise, ProgressBar
 from ldm.training.checkpoint import Checkpoints, SafeCheckpointIO
@@ -106,8 +107,11 @@ class Job:
         )
 
 
-def build(cfg: DictConfig, run_dir: Path) -> Job:
-    """Everything for `cfg.stage`, one of diffusion, autoencoder, clip and classifier."""
+def build(cfg: DictConfig, run_dir: Path, signals: Signals | None = None) -> Job:
+    """Everything for `cfg.stage`, one of diffusion, autoencoder, clip and classifier.
+
+    signals: of the process, where somebody listens to them already.
+    """
     if cfg.stage not in ("diffusion", *MAKERS):
         raise UsageError(f"stage={cfg.stage} is none of diffusion, {', '.join(MAKERS)}")
     for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
@@ -143,7 +147,8 @@ def build(cfg: DictConfig, run_dir: Path) -> Job:
     if resume is None and rank() == 0:
         (run_dir / "metrics.csv").unlink(missing_ok=True)  # of a try without a checkpoint
     meter = Meter(every=cfg.trainer.log_every_n_steps)
-    built = trainer(cfg, run_dir, callbacks, meter, facts)
+    built = trainer(cfg, run_dir, callbacks, meter, facts, signals)
+    ranks.withhold_signals(built)
     data.micro_batch(built.world_size, built.accumulate_grad_batches)  # says now what is wrong
     if isinstance(built.strategy, Sharded):
         built.strategy.check(module)
@@ -153,15 +158,20 @@ def build(cfg: DictConfig, run_dir: Path) -> Job:
 
 
 def trainer(
-    cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback], meter: Meter, facts: dict
+    cfg: DictConfig,
+    run_dir: Path,
+    callbacks: list[L.Callback],
+    meter: Meter,
+    facts: dict,
+    signals: Signals | None = None,
 ) -> L.Trainer:
     """Lightning's Trainer with our checkpoints, meters and loggers."""
     best = {"metric": cfg.metric, "direction": cfg.direction}
     keeper = Checkpoints(run_dir / "checkpoints", **cfg.checkpoint, **best, facts=facts)
     report = run_dir / "bad_batches.json"
     skip = SkipNonFinite(report, meter=meter, stop_after=cfg.stop_after_skips)
-    ours = cfg.trainer.max_hours
-    stops = [StopOnSignal(keeper.save_now, every=meter.every, max_hours=ours)]
+    when = {"every": meter.every, "max_hours": cfg.trainer.max_hours}
+    stops = [StopOnSignal(keeper.save_now, **when, signals=signals)]
     if cfg.early_stop:
         stops.append(instantiate(cfg.early_stop))
     loggers = [CsvLog(run_dir / "metrics.csv")]

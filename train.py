@@ -16,7 +16,6 @@ from ldm.machine import follow_parent
 @hydra.main(config_path=cli.CONF, config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     """Compose, build, fit: one run. With -m, a launcher starts this script anew for each job."""
-    cli.check(cfg, "train")
     cli.check_name(str(cfg.name))
     run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     with cli.told_plainly():

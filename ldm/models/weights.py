@@ -42,7 +42,8 @@ def autoencoder(
         return built
     place = located(path)
     if place.suffix == ".ckpt" or (place / "checkpoints").is_dir():
-        state = checkpoint.part(checkpoint.read(checkpoint.find(path)), "autoencoder.")
+        file = checkpoint.find(path, name="autoencoder.path")
+        state = checkpoint.part(checkpoint.read(file), "autoencoder.")
         checkpoint.load_into(built, state, what=f"autoencoder.path={path}")
     else:
         load_autoencoder(built, place if place.exists() else from_hub(path))

@@ -12,7 +12,6 @@ texts = cli.take_text(TEXTS)
 @hydra.main(config_path=cli.CONF, config_name="sample", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     """Compose, restore, sample, save."""
-    cli.check(cfg, "sample")
     asked = {**{name: cfg[name] for name in TEXTS if not OmegaConf.is_missing(cfg, name)}, **texts}
     asked = checked(cfg, asked, texts)
     with cli.told_plainly():

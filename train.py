@@ -20,7 +20,6 @@ def main(cfg: DictConfig) -> None:
     # A rank that Lightning has started does not leave alone: the first one would wait for it.
     signals = Signals(at_once=runs.rank() == 0 or runs.launched() is not None)
     signals.listen()
-    cli.check(cfg, "train")
     cli.check_name(str(cfg.name))
     run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     with cli.told_plainly():

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
+from typing import NoReturn
 
 from hydra import compose
 from hydra.core.config_store import ConfigStore
@@ -19,13 +20,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from ldm import settings
 from ldm.files import read_text
+from ldm.leftovers import discard
 from ldm.locks import InUseError
 from ldm.plain import read_mapping
-from ldm.runs import RESOLVERS, SWEEP, changes, concerns, rank
+from ldm.ranges import OURS, flaw
+from ldm.rules import spoken
+from ldm.runs import RESOLVERS, SWEEP, changes, concerns, number, rank
 from ldm.settings import explain, is_group, missing, nearest
 
 # Texts that people or networks read; every other one is a path, or may be.
@@ -108,6 +112,7 @@ def points(
     Raises UsageError for a choice of anything but `may_vary`, and what `check` raises.
     """
     for name, values in choices.items():
+        check_option(name, ",".join(values))
         if name.partition(".")[0] not in may_vary:
             raise UsageError(
                 f"{name}={','.join(values)}: it takes one value here, and several are for "
@@ -139,11 +144,11 @@ def run(main: Callable[[], None], config_name: str, *, goes_on: bool = False) ->
     sys.argv[1:] = map(quoted, words)
     warnings.formatwarning = partial(_in_a_line, standard=warnings.formatwarning)
     try:
+        for word in words:
+            check_option(*word.partition("=")[::2])
         main()
-    except (HydraException, OmegaConfBaseException, UsageError) as error:
-        text = str(error) if isinstance(error, UsageError) else explain(error, config_name)
-        print(f"\n{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
-        sys.exit(2)
+    except REFUSALS as error:
+        refuse(error, config_name)
     except KeyboardInterrupt as error:
         how, code = error.args or ("interrupted", 130)
         more = "; the same command goes on from here" if goes_on else ""
@@ -152,6 +157,26 @@ def run(main: Callable[[], None], config_name: str, *, goes_on: bool = False) ->
     except ValueError as error:
         if "No trials are completed" not in str(error):  # so optuna says that every job failed
             raise
+
+
+REFUSALS = (HydraException, OmegaConfBaseException, UsageError)
+
+
+def refuse(error: Exception, config_name: str) -> NoReturn:
+    """Tell a refusal, delete what this call has left in a new run directory, and exit with 2."""
+    text = str(error) if isinstance(error, UsageError) else explain(error, config_name)
+    print(f"\n{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+    discard()
+    sys.exit(2)
+
+
+def check_option(group: str, value: str) -> None:
+    """Refuse a number where a group's option is wanted, as in guidance=7; raises UsageError."""
+    if is_group(group) and value and None not in map(number, value.split(",")):
+        options = ", ".join(sorted(path.stem for path in Path(CONF, group).glob("*.yaml")))
+        key = {"guidance": "guidance.scale", "optimizer": "optimizer.lr"}.get(group)
+        meant = f"{key}={value} sets the number, and " if key else ""
+        raise UsageError(f"{group}={value} is no option of {group}: {meant}there are: {options}")
 
 
 def _in_a_line(message, category, filename, lineno, line=None, *, standard) -> str:
@@ -238,7 +263,13 @@ def check(cfg: DictConfig, config_name: str, overrides: Iterable[str] | None = N
     Raises UsageError. Keys added inside a node with a `_target_` are that call's own affair.
     """
     overrides = HydraConfig.get().overrides.task if overrides is None else overrides
-    _compare(OmegaConf.to_container(cfg), default(config_name, overrides), "", config_name)
+    try:
+        given = OmegaConf.to_container(cfg, resolve=True)
+    except InterpolationKeyError as error:
+        raise UsageError(f"{error.full_key}: {error.msg.splitlines()[0]}") from error
+    _compare(given, default(config_name, overrides), "", config_name)
+    if config_name == "train":
+        check_name(cfg.name)
     if cfg.get("direction") not in (None, "minimize", "maximize"):
         raise UsageError(f"direction={cfg.direction} is neither minimize nor maximize")
 
@@ -253,10 +284,12 @@ def _default(config_name: str, groups: tuple[str, ...]) -> dict:
     return OmegaConf.to_container(compose(config_name, overrides=list(groups)))
 
 
-def check_name(name: str) -> None:
+def check_name(name: object) -> None:
     """Refuse names that are no place below runs/; raises UsageError."""
-    if not name.strip("./ ") or {"..", ""} & set(name.split("/")):
-        raise UsageError(f"name='{name}' names no run: leave it out, or give name=my-run")
+    is_text = isinstance(name, str | int | float) and str(name).isprintable()
+    if not is_text or not str(name).strip("./ ") or {"..", ""} & set(str(name).split("/")):
+        said = f"'{name}'" if is_text else ascii(name) if isinstance(name, str) else spoken(name)
+        raise UsageError(f"name={said} names no run: leave it out, or give name=my-run")
 
 
 def check_metric(metric: str, logged: Iterable[str]) -> None:
@@ -298,18 +331,18 @@ def check_unchanged(cfg: DictConfig, run_dir: Path) -> None:
         )
 
 
-def _compare(given: dict, default: dict, prefix: str, config_name: str) -> None:
+def _compare(given: dict, default: dict, prefix: str, config_name: str, ours: bool = True) -> None:
+    """UsageError for the first setting that nobody reads or whose value makes no sense."""
+    target = given.get("_target_")
+    ours = target.startswith(OURS) if isinstance(target, str) else ours
     for key, value in given.items():
-        name = f"{prefix}{key}"
-        if key not in default:
-            if "_target_" not in default:
-                raise UsageError(missing(name, config_name))
-        elif isinstance(value, dict) and isinstance(default[key], dict):
-            _compare(value, default[key], f"{name}.", config_name)
-        elif isinstance(value, str) and "${" not in value:
-            if isinstance(default[key], bool):
-                raise UsageError(f"{name}={value} is neither true nor false")
-            if isinstance(default[key], int | float):
-                raise UsageError(f"{name}={value} is no number (its default is {default[key]})")
-        elif isinstance(value, list | dict) and isinstance(default[key], bool | int | float):
-            raise UsageError(f"{name}={value} is no single value (its default is {default[key]})")
+        name, usual = f"{prefix}{key}", default.get(key, ...)
+        if usual is ... and "_target_" not in default:
+            raise UsageError(missing(name, config_name))
+        if isinstance(usual, dict) and usual:
+            if not isinstance(value, dict):
+                inside = ", ".join(f"{name}.{key}" for key in usual if key != "_target_")
+                raise UsageError(f"{name}={spoken(value)} is no single value, there are: {inside}")
+            _compare(value, usual, f"{name}.", config_name, ours)
+        elif said := flaw(name, value, config_name, default=usual, ours=ours):
+            raise UsageError(said)

@@ -30,7 +30,6 @@ def main() -> None:
 
     @hydra.main(config_path=cli.CONF, config_name="clip", version_base="1.3")
     def composed(cfg: DictConfig) -> None:
-        cli.check(cfg, "clip")
         kind = question({name for name, value in texts.items() if value})
         with cli.told_plainly():
             print(answer(cfg, {name: cfg[name] for name in TEXTS} | texts | many, kind))
@@ -78,9 +77,6 @@ def answer(cfg: DictConfig, asked: dict, kind: str) -> str:
     Raises UsageError for what cannot be asked, OSError and ValueError where files are not what they
     should be.
     """
-    for name in ("top", "most", "batch"):
-        if cfg[name] < 1:
-            raise cli.UsageError(f"{name}={cfg[name]} must be 1 or more")
     paths = [path for name in asked["image"] or () for path in pictures("image", name)]
     others = pictures("minus", asked["minus"]) if kind == "difference" else []
     texts = [*(asked["text"] or ()), *(lines("texts", asked["texts"]) if asked["texts"] else ())]

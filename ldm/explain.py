@@ -22,7 +22,6 @@ def main(argv: Sequence[str]) -> None:
 
     @hydra.main(config_path=cli.CONF, config_name="explain", version_base="1.3")
     def explain(cfg: DictConfig) -> None:
-        cli.check(cfg, "explain")
         asked = {name: cfg[name] for name in TEXTS} | texts
         with cli.told_plainly():
             draw_all(cfg, asked)

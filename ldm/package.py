@@ -24,7 +24,6 @@ def main(argv: Sequence[str]) -> None:
 
     @hydra.main(config_path=cli.CONF, config_name="package", version_base="1.3")
     def package(cfg: DictConfig) -> None:
-        cli.check(cfg, "package")
         out = Path(paths.get("out") or located("packaged:"))
         given = [name for name in ("autoencoder", "clip") if paths.get(name)]
         if not given:

@@ -9,6 +9,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from ldm import cli, curves, evaluate, runs
+from ldm.ranges import LENGTH
 
 TEXTS = (
     *("ckpt", "lengths", "metric", "data", "others", "subset", "out"),
@@ -24,7 +25,6 @@ def main() -> None:
 
     @hydra.main(config_path=cli.CONF, config_name="phema", version_base="1.3")
     def composed(cfg: DictConfig) -> None:
-        cli.check(cfg, "phema")
         asked = {name: cfg[name] for name in TEXTS} | texts
         with cli.told_plainly():
             choose(cfg, asked)
@@ -34,28 +34,26 @@ def main() -> None:
 
 def choose(cfg: DictConfig, asked: dict[str, str | None]) -> None:
     """Store the average of `length`; without one that of `lengths` which measures best."""
+    tried = lengths(asked["lengths"])
     run = opened(cli.needed(asked, "ckpt"))
     out = target(asked["out"], run)
     if cfg.length is not None:
-        if not isinstance(cfg.length, int | float):
-            raise cli.UsageError(f"length={cfg.length} is no number: 0.05 to 0.15 are usual")
         average = run.average(cfg.length)
         run.save(average, out, {})
         if runs.rank() == 0:
             print(out)
         return
-    scan(cfg, asked, run, lengths(asked["lengths"]), out)
+    scan(cfg, asked, run, tried, out)
 
 
 def lengths(text: str) -> list[float]:
     """0.05,0.1 or [0.05,0.1] as numbers, the shortest first; UsageError where they are none."""
-    try:
-        found = {float(word) for word in text.strip("[] ").split(",")}
-    except ValueError:
+    found = [runs.number(word) for word in str(text).strip("[] ").split(",")]
+    if not all(map(LENGTH.accepts, found)):
         raise cli.UsageError(
-            f"lengths={text} are no numbers: they are written lengths=0.05,0.1,0.15"
-        ) from None
-    return sorted(found)
+            f"lengths={text}: each must be {LENGTH}; they are written lengths=0.05,0.1,0.15"
+        )
+    return sorted(set(found))
 
 
 def target(out: str | None, run: "Run") -> Path:
@@ -168,10 +166,7 @@ def scan(
     """
     from ldm import checkpoint
     from ldm.build import evaluation
-    from ldm.training.power_ema import exponent_of
 
-    for length in tried:
-        exponent_of(length)  # what is out of range is told before anything is painted
     cfg = OmegaConf.merge({"raw": False}, cfg)
     asked = {**asked, "ckpt": str(run.path), "images": None, "keep": None}
     source, first = evaluation.source(cfg, asked, kind="run"), runs.rank() == 0

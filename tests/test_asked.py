@@ -12,11 +12,12 @@ from ldm import asked, cli, settings
 
 
 def check(*words):
-    """`asked.checked` of a command line."""
+    """`asked.checked` of a command line whose numbers are right."""
     typed = dict(word.split("=", 1) for word in words if word.partition("=")[0] in asked.TEXTS)
     others = [word for word in words if word.partition("=")[0] not in asked.TEXTS]
     with initialize_config_dir(cli.CONF, version_base="1.3"):
         cfg = compose("sample", overrides=others)
+        cli.check(cfg, "sample", others)
     return asked.checked(cfg, {**{name: cfg[name] for name in asked.TEXTS}, **typed}, typed)
 
 

@@ -461,7 +461,7 @@ def test_mistakes_cost_seconds_and_one_line(home, measured):
     cases = {
         "count=1,2": "count=1,2: it takes one value here, and several are for guidance, sampler",
         "features=clip,dinov2": "a list stands in brackets: 'features=[a,b]'",
-        "steps=5,many": "steps=many is no number",
+        "steps=5,many": "steps=many must be a whole number",
     }
     for words, message in cases.items():
         check_mistake(home, words, message)

@@ -26,7 +26,14 @@ ROOMS = [
         *("ldm.images", "ldm.cli"),
         "ldm.films",
         "ldm.signals",
-        *("ldm.settings", "ldm.asked"),
+        *(
+            "ldm.settings",
+            "ldm.asked",
+            "ldm.ranges",
+            "ldm.rules",
+            "ldm.leftovers",
+            "ldm.first_check",
+        ),
         *("ldm.figures", "ldm.ranking", "ldm.ranking_figures"),
         *("ldm.curves", "ldm.curve_figures", "ldm.snapshots"),
     },
@@ -55,7 +62,7 @@ ROOMS = [
 FILES = [*ROOT.glob("ldm/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]
 FILES = [*sorted(FILES), ROOT / "train.py", ROOT / "sample.py"]
 SHELL = {"lightning": {"ldm.data.datamodule", "ldm.training", "ldm.build"}}
-HYDRA = {"ldm.build", "ldm.cli", "ldm.settings", "ldm.asked", *VERBS}
+HYDRA = {"ldm.build", "ldm.cli", "ldm.settings", "ldm.asked", "ldm.first_check", *VERBS}
 HYDRA |= {"hydra_plugins", "train", "sample"}
 
 

@@ -29,7 +29,7 @@ def restore(ckpt: str, *, beside: parts.Beside) -> NoisyClassifier:
     Raises UsageError for a run of another stage, autoencoder or scheduler, CheckpointError where
     files are damaged, ask for what is not ours, or the text encoder is not the one trained with.
     """
-    path = checkpoint.find(ckpt)
+    path = checkpoint.find(ckpt, name="guidance.classifier")
     payload = checkpoint.read(path)
     facts = read_facts(payload, path)
     if facts["stage"] != "classifier":

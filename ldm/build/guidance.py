@@ -39,7 +39,7 @@ NEEDS = {
 
 def guide(path: str, beside: Beside) -> DenoiseWith:
     """The averaged denoiser of a checkpoint, on the same latents, text and schedule as ours."""
-    opened = parts.opened(path)
+    opened = parts.opened(path, name="guidance.guide")
     for name, part in zip(parts.FROZEN, (beside.autoencoder, beside.text), strict=True):
         if checkpoint.digest(part) != opened.digests[name]:
             raise UsageError(

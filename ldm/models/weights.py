@@ -43,7 +43,7 @@ def autoencoder(
         return built
     place = located(path)
     if place.suffix == ".ckpt" or (place / "checkpoints").is_dir():
-        payload = checkpoint.read(file := checkpoint.find(path))
+        payload = checkpoint.read(file := checkpoint.find(path, name="autoencoder.path"))
         state_of(payload, file)
         state = checkpoint.part(payload, "autoencoder.")
         checkpoint.load_into(built, state, what=f"autoencoder.path={path}")

@@ -18,9 +18,9 @@ def state_of(payload: object, path: Path) -> dict[str, Tensor]:
             "train.py wrote"
         )
     for name, tensor in state.items():
-        plain = isinstance(name, str) and isinstance(tensor, Tensor)
+        plain = isinstance(name, str) and name.isprintable() and isinstance(tensor, Tensor)
         if not plain or tensor.layout is not torch.strided or tensor.is_quantized:
-            raise CheckpointError(f"{path} is damaged: {name!r} among its weights is no tensor")
+            raise CheckpointError(f"{path} is damaged: {name!r:.99} among its weights is no tensor")
         if tensor.device.type != "cpu":
             raise CheckpointError(f"{path} is damaged: {name!r} has a shape and no values")
     return state
@@ -34,7 +34,7 @@ def read_facts(payload: object, path: Path) -> dict:
     state_of(payload, path)
     said = payload.get("ldm")
     step, stage = payload.get("global_step"), said.get("stage") if isinstance(said, dict) else None
-    if not isinstance(stage, str) or "config" not in said:
+    if not isinstance(stage, str) or not stage.isidentifier() or "config" not in said:
         raise CheckpointError(
             f"{path} does not say what it was trained as. Take the file that train.py wrote"
         )

@@ -13,10 +13,10 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 from tiny_t5 import save_tiny_t5
-from world import small_autoencoder
+from world import small_autoencoder, write_shapes
 
 from ldm import checkpoint, cli, explain
-from ldm.build import classifier, evaluation, packaging, parts, pipelines, registry
+from ldm.build import classifier, evaluation, packaging, parts, pipelines, registry, sets
 from ldm.build.guidance import guide
 from ldm.checkpoint import CheckpointError
 from ldm.diffusion.schedule import cosine
@@ -277,6 +277,51 @@ def test_a_run_directory_is_looked_at_without_looking_anything_up(honest, place,
         with pytest.raises(cli.UsageError, match="YAML alias"):
             cli.check_unchanged(cfg, run)
     assert explain.paints_text(run / "config.yaml") is False
+
+
+SHARDS = {"_target_": "ldm.data.datamodule.TextImageData", "size": 16, "batch_size": 4}
+DRAWN = {"_target_": sets.SCENES, "folder": "chosen", "count": 8, "val_count": 4, "size": 16}
+CACHED = {"cache": "chosen", "cache_gb": 1e-9}
+ELSEWHERE = {
+    "a world to be drawn": DRAWN | {"batch_size": 4},
+    "a server": SHARDS | {"train": "http://127.0.0.1:9/x.tar", "val": "shards"} | CACHED,
+    "servers in a list": SHARDS | {"train": ["shards", "s3://x/y.tar"], "val": "shards"} | CACHED,
+    "a pipe": SHARDS | {"train": "pipe:touch made", "val": "shards"} | CACHED,
+    "a folder that is not there": SHARDS | {"train": "gone", "val": "shards"} | CACHED,
+    "no folder": SHARDS | {"val": "shards"} | CACHED,
+    "a number": SHARDS | {"train": 5, "val": "shards"} | CACHED,
+    "another function": {"_target_": "ldm.data.shards.write_shard", "path": "made"},
+}
+
+
+def of(data: dict, place: Path) -> pipelines.Restored:
+    """What of a run says what it was trained on."""
+    node = OmegaConf.create(data)
+    return pipelines.Restored(None, 16, place / "x.ckpt", 1, None, node, "float32", {}, {})
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_a_checkpoint_brings_no_pictures(case, place):
+    """Nothing is drawn, fetched or written for it: the user says where pictures are."""
+    write_shapes(place / "shards", range(4))
+    before = everything(place)
+    with audited() as heard, pytest.raises(ValueError, match=r"[gG]ive data=DIR"):
+        sets.own_pictures(of(ELSEWHERE[case], place), 16)
+    assert heard == []
+    assert everything(place) == before
+
+
+def test_pictures_that_are_here_are_read_and_nothing_is_left_beside_them(place):
+    write_shapes(place / "shards", range(4))
+    before = everything(place)
+    data = SHARDS | {"train": "shards", "val": ["shards/*.tar"], "min_size": 8} | CACHED
+    val, train = sets.own_pictures(of(data, place), 16)
+    assert (len(val), len(train)) == (4, 4)
+    assert everything(place) == before
+    write_shapes(Path("chosen/16px/train-8"), range(3))
+    write_shapes(Path("chosen/16px/val-4"), range(2))
+    val, train = sets.own_pictures(of(ELSEWHERE["a world to be drawn"], place), 16)
+    assert (len(val), len(train)) == (2, 3)
 
 
 def test_former_names_lead_to_components():

@@ -103,13 +103,13 @@ def admit_component(node: object, place: str) -> dict:
             continue
         if key not in takes:
             raise ValueError(f"{place} has the key {_short(key)}, which {target} does not take")
-        if isinstance(value, dict):
-            inner = f"{place}.{key}"
-            if WITHIN.get(inner, inner) not in components():
-                raise ValueError(f"{inner} is a component, where none can be")
+        inner = f"{place}.{key}"
+        if WITHIN.get(inner, inner) in components():
             admitted[key] = admit_component(value, inner)
+        elif isinstance(value, dict):
+            raise ValueError(f"{inner} is a component, where none can be")
         else:
-            admitted[key] = plain(value, f"{place}.{key}")
+            admitted[key] = plain(value, inner)
     return admitted
 
 

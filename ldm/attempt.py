@@ -1,6 +1,7 @@
 """One call of a run: what it leaves in result.json, however it ends."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -24,7 +25,8 @@ def put_together(cfg: DictConfig, run_dir: Path, signals: Signals):
         if signals.received is not None and first:
             signals.at_once = False
             result = {"status": "preempted"} | runs.so_far(run_dir, cfg.metric)
-            runs.write_result(run_dir, result)
+            with suppress(OSError):  # a full disk; what an earlier call has left holds still
+                runs.write_result(run_dir, result)
             tell(run_dir, result)
             signals.requeue()
         raise

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_cli import ROOT, run
 from test_resume import assert_same
+from test_signals import RUN as TINY
 from world import latent_diffusion, make_trainer, shapes_data
 
 from ldm import checkpoint, runs
@@ -228,6 +229,17 @@ def test_a_validation_that_is_not_finite_keeps_what_was_before(tmp_path, shapes,
     train(tmp_path, shapes, latent_diffusion(tiny_text), Ruin(), **how)
     assert steps_in(tmp_path) == [4, 12]
     assert checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")["ldm"]["doubtful_from"] == 5
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_with_ruined_weights_is_not_finished(tmp_path):
+    ruin = [*TINY, "name=ruin", "optimizer.lr=1e9", "trainer.max_steps=2", "data.workers=0"]
+    for _ in range(2):  # the same command again has nothing left to train, and says the same
+        said = run(str(ROOT / "train.py"), *ruin, cwd=tmp_path, expect=1)
+        result = json.loads((tmp_path / "runs" / "ruin" / "result.json").read_text())
+        assert result["status"] == "failed"
+        assert "the last validation's val/loss is nan. The last good checkpoint is" in said
+        assert result["error"].startswith("NotFiniteError: the last validation's val/loss is nan")
 
 
 RANKS = """

@@ -97,6 +97,23 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def check_writable(folder: Path) -> None:
+    """Raises OSError, with the remedy, where a folder takes no files or no links."""
+    probe = folder / f"probe{TEMPORARY}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.unlink(missing_ok=True)
+        probe.symlink_to("last.ckpt")
+        probe.unlink()
+        write_text(probe, "0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"checkpoints cannot be written to {folder} ({error.strerror or error}): make room "
+            "there, or take a name whose directory lies elsewhere"
+        ) from error
+
+
 def read_text(path: str | Path) -> str:
     """The text of a user's file, in UTF-8 with or without byte order mark, or UTF-16 with one.
 

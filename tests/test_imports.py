@@ -56,13 +56,13 @@ ROOMS = [
     {"ldm.training"},
     {"ldm.build"},
     VERBS,
-    {"ldm.progress", "ldm.sweep", "ldm.machine", "ldm.slurm"},
+    {"ldm.attempt", "ldm.progress", "ldm.sweep", "ldm.machine", "ldm.slurm"},
     {"hydra_plugins", "train", "sample"},
 ]
 FILES = [*ROOT.glob("ldm/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]
 FILES = [*sorted(FILES), ROOT / "train.py", ROOT / "sample.py"]
 SHELL = {"lightning": {"ldm.data.datamodule", "ldm.training", "ldm.build"}}
-HYDRA = {"ldm.build", "ldm.cli", "ldm.settings", "ldm.asked", "ldm.first_check", *VERBS}
+HYDRA = {"ldm.attempt", "ldm.build", "ldm.cli", "ldm.settings", "ldm.asked", "ldm.first_check", *VERBS}
 HYDRA |= {"hydra_plugins", "train", "sample"}
 
 

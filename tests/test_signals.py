@@ -1,4 +1,4 @@
-"""Signals that ask to stop: to one process or to all of a run, at any moment from its first line."""
+"""Signals that ask to stop: to one process or to all of a run, at any moment of it."""
 
 import json
 import multiprocessing
@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest

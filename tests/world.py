@@ -23,9 +23,9 @@ from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 from ldm.tasks import TextToImage
 from ldm.training.callbacks import Meter
-from ldm.training.checkpoint import SafeCheckpointIO
 from ldm.training.diffusion import LatentDiffusion
 from ldm.training.optimizer import AdamW
+from ldm.training.payload import SafeCheckpointIO
 
 SIZE = 16
 COLOURS = ("red", "lime", "blue", "white", "magenta")

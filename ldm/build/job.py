@@ -1,6 +1,7 @@
 """Configuration to a run: data, module, trainer, callbacks and loggers."""
 
 import logging
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -18,15 +19,23 @@ from ldm.build import denoising, stages
 from ldm.cli import UsageError
 from ldm.data.datamodule import TextImageData
 from ldm.facts import state_of
-from ldm.runs import is_job, launched, rank, write_result
+from ldm.files import check_writable
+from ldm.runs import is_job, last, launched, rank, read_metrics, write_result
 from ldm.signals import Signals
 from ldm.training import ranks
 from ldm.training.callbacks import Meter, ModuleNoise, ProgressBar
-from ldm.training.checkpoint import Checkpoints, SafeCheckpointIO
+from ldm.training.checkpoint import Checkpoints
 from ldm.training.csv_log import CsvLog
 from ldm.training.fsdp import Sharded
+from ldm.training.payload import SafeCheckpointIO
 from ldm.training.preemption import StopOnSignal
-from ldm.training.stability import SkipNonFinite
+from ldm.training.stability import (
+    REMEDY,
+    NotFiniteError,
+    SkipNonFinite,
+    last_good,
+    not_finite,
+)
 
 MAKERS = {  # of what is trained beside the denoiser
     "autoencoder": stages.autoencoder,
@@ -52,7 +61,7 @@ class Job:
 
     def outcome(self, run_dir: Path, metric: str) -> dict:
         """What has come of the run so far, for result.json."""
-        last = run_dir / "checkpoints" / "last.ckpt"
+        newest = run_dir / "checkpoints" / "last.ckpt"
         step = self.trainer.global_step
         return {
             "metric": metric,
@@ -60,8 +69,20 @@ class Job:
             "steps": step,
             "stopped_early": self.trainer.should_stop and step < self.trainer.max_steps,
             "images_seen": self.data.position,
-            "checkpoint": os.path.relpath(last.resolve(), run_dir) if last.exists() else None,
+            "checkpoint": os.path.relpath(newest.resolve(), run_dir) if newest.exists() else None,
         }
+
+    def check_end(self, run_dir: Path, metric: str) -> None:
+        """Raise NotFiniteError where the last validation says that the weights are ruined."""
+        rows = read_metrics(run_dir)  # of an earlier call, where there was nothing left to train
+        values = {name: last(rows, name) for name in ("val/loss", metric)} | self.metrics()
+        if names := not_finite(values, metric):
+            sound = [row["step"] for row in rows if math.isfinite(row.get(names[0], math.nan))]
+            folder, before = run_dir / "checkpoints", int(max(sound, default=-1)) + 1
+            raise NotFiniteError(
+                f"the last validation's {names[0]} is {values[names[0]]}. "
+                f"{last_good(folder, before)}; {REMEDY}"
+            )
 
     def failed(self, run_dir: Path, error: BaseException) -> tuple[str, bool]:
         """What has ended the run, in words, and whether it is this rank that must tell it."""
@@ -139,7 +160,7 @@ def build(cfg: DictConfig, run_dir: Path, signals: Signals | None = None) -> Job
     module.to(memory_format=torch.channels_last)  # what convolutions like best, on any device
     resume = checkpoint.newest(run_dir / "checkpoints")
     if rank() == 0:
-        checkpoint.check_writable(run_dir / "checkpoints")
+        check_writable(run_dir / "checkpoints")
         ranks.forget_error(run_dir)
     if resume is not None:
         state = state_of(checkpoint.unverified(resume), resume)

@@ -24,14 +24,8 @@ ROOMS = [
     {
         *("ldm.files", "ldm.checkpoint", "ldm.runs", "ldm.locks", "ldm.images", "ldm.cli"),
         "ldm.films",
-        *(
-            "ldm.settings",
-            "ldm.asked",
-            "ldm.ranges",
-            "ldm.rules",
-            "ldm.leftovers",
-            "ldm.first_check",
-        ),
+        *("ldm.settings", "ldm.asked", "ldm.first_check", "ldm.leftovers"),
+        *("ldm.ranges", "ldm.rules", "ldm.devices"),
         *("ldm.figures", "ldm.ranking", "ldm.ranking_figures"),
         *("ldm.curves", "ldm.curve_figures", "ldm.snapshots"),
     },

@@ -46,9 +46,12 @@ def checked(
 
 def check_places(cfg: DictConfig, *ckpts: str) -> None:
     """UsageError where a checkpoint or the device is not there, before seconds of imports."""
-    for ckpt in ckpts:
-        if not os.path.exists(os.path.expanduser(ckpt)):
-            raise UsageError(unknown(ckpt, "ckpt"))
+    guidance = cfg.get("guidance") or {}
+    named = [("ckpt", ckpt) for ckpt in ckpts]
+    named += [(f"guidance.{name}", guidance.get(name)) for name in ("guide", "classifier")]
+    for name, ckpt in named:
+        if ckpt is not None and not os.path.exists(os.path.expanduser(ckpt)):
+            raise UsageError(unknown(ckpt, name))
     if cfg.device is not None:
         from ldm.devices import device_of
 

@@ -210,6 +210,7 @@ def test_a_run_that_was_there_before_is_not_deleted(tmp_path):
         ("ldm/augment.py ckpt=gone out=x", "ckpt='gone' is neither"),
         ("ldm/evaluate.py ckpt=gone", "ckpt='gone' is neither"),
         ("ldm/explain.py ckpt=gone", "ckpt='gone' is neither"),
+        ("sample.py ckpt=. guidance=autoguidance guidance.guide=typo", "guidance.guide='typo' is"),
         ("sample.py ckpt=. device=nowhere", "device=nowhere is not here: take one of cpu"),
     ],
 )

@@ -4,7 +4,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from ldm import cli
-from ldm.asked import TEXTS, checked, runs_of
+from ldm.asked import TEXTS, check_places, checked, runs_of
 
 texts = cli.take_text(TEXTS)
 
@@ -17,6 +17,7 @@ def main(cfg: DictConfig) -> None:
     with cli.told_plainly():
         prompts = cli.read_prompts(asked)
         ckpts = runs_of(cfg) or [cli.needed(asked, "ckpt")]
+        check_places(cfg, *ckpts)
         from ldm import gallery
         from ldm.build.painting import painted
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from omegaconf import DictConfig
 
 from ldm.cli import UsageError
+from ldm.runs import unknown
 
 FILES = ("image", "mask", "style", "prompts")
 PLACES = ("ckpt", "out", "autoencoder", "text_encoder", "style_encoder")
@@ -41,6 +42,20 @@ def checked(
     if "style_scale" in cfg.guidance and not asked["style"]:
         tell("guidance.style_scale does nothing without style=FILE")
     return asked
+
+
+def check_places(cfg: DictConfig, *ckpts: str) -> None:
+    """UsageError where a checkpoint or the device is not there, before seconds of imports."""
+    guidance = cfg.get("guidance") or {}
+    named = [("ckpt", ckpt) for ckpt in ckpts]
+    named += [(f"guidance.{name}", guidance.get(name)) for name in ("guide", "classifier")]
+    for name, ckpt in named:
+        if ckpt is not None and not os.path.exists(os.path.expanduser(ckpt)):
+            raise UsageError(unknown(ckpt, name))
+    if cfg.device is not None:
+        from ldm.devices import device_of
+
+        device_of(cfg.device)
 
 
 def check_file(name: str, path: str | None) -> None:

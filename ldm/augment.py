@@ -14,6 +14,7 @@ import hydra
 from omegaconf import DictConfig
 
 from ldm import cli, evaluate, runs
+from ldm.asked import check_places
 from ldm.locks import InUseError, claim
 
 TEXTS = ("ckpt", "out", "template", "captions", "negative", "clip", "autoencoder", "text_encoder")
@@ -56,6 +57,7 @@ def augment(cfg: DictConfig, asked: dict[str, str | None], words: dict[str, list
     check(cfg, asked, words)
     ckpt, out = (cli.needed(asked, name) for name in ("ckpt", "out"))
     check_place(out := Path(out))
+    check_places(cfg, ckpt)
 
     import torch
     from omegaconf import OmegaConf

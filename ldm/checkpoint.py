@@ -7,7 +7,6 @@ valid manifest does not exist. `last.ckpt` is a link to the newest, `best.ckpt` 
 validated best.
 """
 
-import difflib
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from ldm.files import TEMPORARY, located, replacing, write_text
+from ldm.runs import unknown
 
 
 class CheckpointError(ValueError):
@@ -258,10 +258,7 @@ def find(ckpt: str, *, name: str = "ckpt") -> Path:
             )
         return last
     if not path.is_file():
-        known = sorted(str(found.parent.parent) for found in Path("runs").glob("**/last.ckpt"))
-        near = difflib.get_close_matches(ckpt, known, n=3, cutoff=0)
-        hint = f"; the nearest here: {', '.join(near)}" if near else ""
-        raise CheckpointError(f"{name}='{ckpt}' is neither a run directory nor a file{hint}")
+        raise CheckpointError(unknown(ckpt, name))
     return path
 
 

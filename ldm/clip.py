@@ -8,6 +8,7 @@ import hydra
 from omegaconf import DictConfig
 
 from ldm import cli
+from ldm.asked import check_places
 from ldm.data.sources import SUFFIXES
 from ldm.files import located, read_text
 
@@ -92,6 +93,7 @@ def answer(cfg: DictConfig, asked: dict, kind: str) -> str:
     if kind == "search" and len(paths) + len(texts) > 1:
         raise cli.UsageError("a search is for one text or one picture: give one of them")
 
+    check_places(cfg)
     from ldm.clip_answers import AT, Answers  # with torch and transformers: seconds
     from ldm.images import save_png
 

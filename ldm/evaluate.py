@@ -12,6 +12,7 @@ import hydra
 from omegaconf import DictConfig
 
 from ldm import cli, curves, runs
+from ldm.asked import check_places
 from ldm.files import write_text
 
 TEXTS = ("ckpt", "images", "data", "others", "subset", "out", "keep", "autoencoder", "text_encoder")
@@ -70,6 +71,8 @@ def evaluate(points: list[tuple[dict[str, str], DictConfig]], asked: dict[str, s
     One leaves metrics.json and prints a table; several leave curve_*.csv, .json and .png. What is
     painted waits as features beside the results until all is done.
     """
+    check_places(points[0][1], *([] if asked["ckpt"] is None else [asked["ckpt"]]))
+
     from ldm.build import evaluation
     from ldm.metrics.ranks import Ranks
 

@@ -8,6 +8,7 @@ import hydra
 from omegaconf import DictConfig
 
 from ldm import cli, runs
+from ldm.asked import check_places
 from ldm.plain import read_mapping
 
 TEXTS = ("ckpt", "out", "prompt", "prompts", "image", "autoencoder", "text_encoder")
@@ -35,6 +36,7 @@ def draw_all(cfg: DictConfig, asked: dict[str, str | None]) -> None:
     if asked["ckpt"] is None:
         asked["ckpt"] = str(newest_run(Path("runs")))
         print(f"ckpt={asked['ckpt']}, the newest finished run")
+    check_places(cfg, asked["ckpt"])
     prompts, out = cli.read_prompts(asked), Path(cli.needed(asked, "out"))
 
     from tqdm import tqdm

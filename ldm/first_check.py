@@ -44,7 +44,7 @@ class FirstCheck(Callback):
             for key, value, default in [*values(swept, own), *launching(config, bool(swept))]:
                 if said := ranges.flaw(key, value, self.command, default=default):
                     raise cli.UsageError(said)
-            if config.hydra.output_subdir is not None:
+            if config.hydra.output_subdir is not None and not swept:
                 leftovers.expect(Path(config.hydra.run.dir))
         except cli.REFUSALS as error:
             cli.refuse(error, self.command)

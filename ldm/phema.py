@@ -9,6 +9,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from ldm import cli, curves, evaluate, runs
+from ldm.asked import check_places
 from ldm.ranges import LENGTH
 
 TEXTS = (
@@ -35,6 +36,7 @@ def main() -> None:
 def choose(cfg: DictConfig, asked: dict[str, str | None]) -> None:
     """Store the average of `length`; without one that of `lengths` which measures best."""
     tried = lengths(asked["lengths"])
+    check_places(cfg, cli.needed(asked, "ckpt"))
     run = opened(cli.needed(asked, "ckpt"))
     out = target(asked["out"], run)
     if cfg.length is not None:

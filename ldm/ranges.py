@@ -39,6 +39,7 @@ PART = Numbers("[0, 1)")
 AMOUNT = Numbers("[0, 1000000]")
 SIZE = Numbers("(0, 1000000]")
 LEVEL = Numbers("[-1000, 1000]")  # 0 is in their midst
+INSISTENCE = Numbers("[-1000000, 1000000]")  # guidance: 1 is none or Bayes' rule, below 0 is away
 LENGTH = Numbers(
     f"(0, {12**-0.5}]"
 )  # of an average, as a share of the run: at most all steps alike
@@ -61,7 +62,7 @@ RANGES: dict[str, Numbers | Listed | Exactly | Rule] = {
     "frames": FRAMES,
     "fps": Numbers("(0, 1000]"),
     "strength": Numbers("(0, 1]"),
-    "enlarging": LEVEL,
+    "enlarging": INSISTENCE,
     "min_score": Numbers("(0, 100]"),
     "augment keep": Numbers("(0, 1]"),
     "samples_per_shard": whole("[1, 10000]"),  # four digits of a key
@@ -136,11 +137,11 @@ RANGES: dict[str, Numbers | Listed | Exactly | Rule] = {
     "eval.scenes.every": COUNT,
     "eval.real": PAIRS,
     "eval.batch": BATCH,
-    "guidance.scale": LEVEL,
-    "guidance.style_scale": LEVEL,
+    "guidance.scale": INSISTENCE,
+    "guidance.style_scale": INSISTENCE,
     "guidance.interval": Listed(SHARE, [2], rising=True),
     "guidance.rescale": SHARE,
-    "guidance.parallel": LEVEL,
+    "guidance.parallel": INSISTENCE,
     "guidance.momentum": Numbers("(-1, 1)"),
     "guidance.bound": ABOVE,
     "hydra.n_jobs": whole("[1, 10000]"),

@@ -62,9 +62,9 @@ class Listed:
         return not self.rising or all(a < b for a, b in pairwise(value))
 
     def __str__(self) -> str:
-        count = f"of {min(self.lengths)} " if len(self.lengths) == 1 else ""
+        count = f"{min(self.lengths)} " if len(self.lengths) == 1 else ""
         rising = "rising " if self.rising else ""
-        return f"a list [a,b,..] {count}{rising}values, each {self.each}"
+        return f"a list [a,b,..] of {count}{rising}values, each {self.each}"
 
 
 @dataclass(frozen=True)

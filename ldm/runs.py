@@ -4,6 +4,7 @@ runs/<name>/  config.yaml  .hydra/  checkpoints/  samples/  metrics.csv  wandb/ 
 """
 
 import csv
+import difflib
 import io
 import json
 import os
@@ -230,6 +231,14 @@ def concerns(change: str, keys: Iterable[str]) -> bool:
 def of_checkpoint(ckpt: Path) -> Path:
     """The run that a checkpoint belongs to; for one from elsewhere, the current directory."""
     return ckpt.parent.parent if ckpt.parent.name == "checkpoints" else Path()
+
+
+def unknown(ckpt: str, name: str) -> str:
+    """That the checkpoint `ckpt`, of a setting `name`, is not there, and the nearest that are."""
+    known = sorted(str(found.parent.parent) for found in Path("runs").glob("**/last.ckpt"))
+    near = difflib.get_close_matches(ckpt, known, n=3, cutoff=0)
+    hint = f"; the nearest here: {', '.join(near)}" if near else ""
+    return f"{name}='{ckpt}' is neither a run directory nor a file{hint}"
 
 
 def picture_path(ckpt: Path, prompt: str) -> Path:

@@ -57,6 +57,7 @@ def home(tmp_path, monkeypatch):
         "pad=16",
         "pad=[1,2]",
         "pad=[-1,0,0,0]",
+        "pad=[1000000,0,0,0]",
         "image=gone.png",
         "image=.",
         "mask=gone.png",

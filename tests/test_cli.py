@@ -116,11 +116,13 @@ def test_the_same_command_again_resumes(home):
 @pytest.mark.slow
 def test_a_run_that_does_not_get_better_ends_early(home):
     early = ["early_stop=patience", "early_stop.validations=2", "early_stop.least=1e3"]
+    early += ["samples.n=0"]
     options = [*ANEW, *early, "name=early", "trainer.max_steps=99", "trainer.val_check_interval=1"]
     train(*options, cwd=home)
     result = json.loads((home / "runs" / "early" / "result.json").read_text())
     assert (result["status"], result["stopped_early"], result["steps"]) == ("finished", True, 3)
     assert "is finished" in train(*options, cwd=home)
+    assert not (home / "runs" / "early" / "samples").exists(), "none were asked for"
 
 
 @pytest.mark.slow
@@ -268,7 +270,8 @@ def test_sampling_mistakes_are_told_plainly(home):
 
 @pytest.mark.slow
 def test_training_mistakes_are_told_plainly(home):
-    said = train("name=x", "autoencoder.path=null", cwd=home, expect=2)
+    said = train("name=y", "autoencoder.path=null", cwd=home, expect=2)
+    assert not (home / "runs" / "y").exists(), "what is refused leaves nothing"
     assert "experiment=autoencoder_coco" in said
     said = train("name=x", "data.train=nowhere", *FROZEN, cwd=home, expect=2)
     assert "nowhere" in said

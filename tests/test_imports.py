@@ -26,14 +26,8 @@ ROOMS = [
         *("ldm.images", "ldm.cli"),
         "ldm.films",
         "ldm.signals",
-        *(
-            "ldm.settings",
-            "ldm.asked",
-            "ldm.ranges",
-            "ldm.rules",
-            "ldm.leftovers",
-            "ldm.first_check",
-        ),
+        *("ldm.settings", "ldm.asked", "ldm.first_check", "ldm.leftovers"),
+        *("ldm.ranges", "ldm.rules", "ldm.devices"),
         *("ldm.figures", "ldm.ranking", "ldm.ranking_figures"),
         *("ldm.curves", "ldm.curve_figures", "ldm.snapshots"),
     },
@@ -62,7 +56,15 @@ ROOMS = [
 FILES = [*ROOT.glob("ldm/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]
 FILES = [*sorted(FILES), ROOT / "train.py", ROOT / "sample.py"]
 SHELL = {"lightning": {"ldm.data.datamodule", "ldm.training", "ldm.build"}}
-HYDRA = {"ldm.attempt", "ldm.build", "ldm.cli", "ldm.settings", "ldm.asked", "ldm.first_check", *VERBS}
+HYDRA = {
+    "ldm.attempt",
+    "ldm.build",
+    "ldm.cli",
+    "ldm.settings",
+    "ldm.asked",
+    "ldm.first_check",
+    *VERBS,
+}
 HYDRA |= {"hydra_plugins", "train", "sample"}
 
 

@@ -200,3 +200,30 @@ def test_a_run_that_was_there_before_is_not_deleted(tmp_path):
     assert (tmp_path / "runs" / "a").is_dir()
     said = run(str(ROOT / "sample.py"), "ckpt=x", "n=0", cwd=tmp_path, expect=2)
     assert said.strip() == "sample.py: n=0 must be a whole number from 1 to 1000000000"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("sample.py ckpt=gone", "ckpt='gone' is neither a run directory nor a file"),
+        ("ldm/phema.py ckpt=gone length=0.1", "ckpt='gone' is neither"),
+        ("ldm/augment.py ckpt=gone out=x", "ckpt='gone' is neither"),
+        ("ldm/evaluate.py ckpt=gone", "ckpt='gone' is neither"),
+        ("ldm/explain.py ckpt=gone", "ckpt='gone' is neither"),
+        ("sample.py ckpt=. guidance=autoguidance guidance.guide=typo", "guidance.guide='typo' is"),
+        ("sample.py ckpt=. device=nowhere", "device=nowhere is not here: take one of cpu"),
+    ],
+)
+def test_what_is_not_there_is_told_before_seconds_of_imports(tmp_path, words, said):
+    script, *words = words.split()
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['x', *{words}]\n"
+        f"try: runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print('lightning' in sys.modules or 'transformers' in sys.modules)\n"
+    )
+    told = run("-c", code, cwd=tmp_path)
+    assert said in told
+    assert told.splitlines()[-1] == "False"
+    assert not list(tmp_path.iterdir())

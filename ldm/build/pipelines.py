@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -13,6 +12,7 @@ from ldm.build import parts
 from ldm.build.guidance import guidance
 from ldm.build.parts import Beside
 from ldm.cli import UsageError
+from ldm.devices import device_of
 from ldm.models.frames import Frames
 from ldm.pipeline import Pipeline
 
@@ -108,23 +108,6 @@ def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restore
         sampling_facts(cfg),
         OmegaConf.to_container(cfg.get("task") or trained.task),
     )
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device of this name; without one a GPU where there is one.
-
-    Raises UsageError where there is no such device.
-    """
-    has_gpu = torch.cuda.is_available()
-    try:
-        device = torch.device(name or ("cuda" if has_gpu else "cpu"))
-        if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
-            raise ValueError
-        torch.empty(1, device=device)
-    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
-        here = "cpu, cuda" if has_gpu else "cpu"
-        raise UsageError(f"device={name} is not here: take one of {here}") from error
-    return device
 
 
 def cascade(cfg: DictConfig, ckpts: Sequence[str], asked: dict[str, str | None]) -> list[Restored]:

@@ -26,9 +26,11 @@ from ldm.files import read_text
 from ldm.locks import InUseError
 from ldm.runs import RESOLVERS, SWEEP, changes, concerns, rank
 from ldm.settings import explain, is_group, missing, nearest
+from ldm.words import printable, prose
 
 # Texts that people or networks read; every other one is a path, or may be.
 PROSE = ("prompt", "negative", "source", "text")
+LINES = "\n\t"
 HELP = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
 CONF = settings.CONF  # for hydra.main
 
@@ -53,14 +55,6 @@ def take_text(names: Iterable[str]) -> dict[str, str]:
             taken[name] = prose(value) if name in PROSE else os.path.expanduser(value)
     sys.argv[1:] = [a for a in sys.argv[1:] if a.partition("=")[0] not in taken]
     return taken
-
-
-def prose(typed: str) -> str:
-    """A text of the command line for networks to read: a byte that is no UTF-8 becomes U+FFFD.
-
-    Such bytes arrive as lone surrogates. They are kept in paths, which they belong to.
-    """
-    return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def quoted(word: str) -> str:
@@ -141,7 +135,7 @@ def run(main: Callable[[], None], config_name: str, *, goes_on: bool = False) ->
         main()
     except (HydraException, OmegaConfBaseException, UsageError) as error:
         text = str(error) if isinstance(error, UsageError) else explain(error, config_name)
-        print(f"\n{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+        print(f"\n{Path(sys.argv[0]).name}: {printable(text, keep=LINES)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         how, code = error.args or ("interrupted", 130)

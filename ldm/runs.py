@@ -6,6 +6,7 @@ runs/<name>/  config.yaml  .hydra/  checkpoints/  samples/  metrics.csv  wandb/ 
 import csv
 import io
 import json
+import math
 import os
 import re
 import secrets
@@ -14,7 +15,11 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from ldm.files import write_text
+import yaml
+
+from ldm.files import read_regular, write_text
+
+MOST = 2**18  # bytes of a configuration or result, of which ours have a few thousand
 
 
 def stamp() -> str:
@@ -101,9 +106,43 @@ def write_result(run_dir: Path, result: dict) -> None:
 
 
 def read_result(run_dir: Path) -> dict:
-    """What result.json says; empty where there is none."""
-    path = run_dir / "result.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """What result.json says; empty where there is none. ValueError where it is damaged."""
+    return _read_json(run_dir / "result.json")
+
+
+def _read_json(path: Path) -> dict:
+    if not os.path.lexists(path):
+        return {}
+    try:
+        found = json.loads(read_regular(path, most=MOST))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no settings, but {type(found).__name__}")
+    return found
+
+
+class _Plain(yaml.SafeLoader):
+    """Values without aliases, a few of which make billions; no file of ours has any."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases")
+        return super().compose_node(parent, index)
+
+
+def read_yaml(path: Path) -> dict:
+    """The settings in a file; empty where there is none. ValueError where it holds others."""
+    if not os.path.lexists(path):
+        return {}
+    try:
+        found = _Plain(read_regular(path, most=MOST)).get_single_data() or {}
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        why = " ".join(str(error).split())[:100]
+        raise ValueError(f"{path} is no YAML ({why})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no settings, but {type(found).__name__}")
+    return found
 
 
 def is_finished(run_dir: Path, steps: int, *, stops: bool) -> bool:
@@ -123,6 +162,8 @@ def read_metrics(run_dir: Path, *, tail: int | None = None) -> list[dict[str, fl
     """
     path = run_dir / "metrics.csv"
     if not path.is_file():
+        if path.exists():
+            raise ValueError(f"{path} is no file")
         return []
     with path.open("rb") as file:
         names = file.readline().decode().rstrip().split(",")
@@ -132,9 +173,12 @@ def read_metrics(run_dir: Path, *, tail: int | None = None) -> list[dict[str, fl
             file.readline()  # cut in two
         whole = file.read().rpartition(b"\n")[0]  # without a line that is being written
         rows = csv.reader(io.StringIO(whole.decode()))
-        cells = [{k: number(v) for k, v in zip(names, row, strict=False)} for row in rows]
+        try:
+            cells = [{k: number(v) for k, v in zip(names, row, strict=False)} for row in rows]
+        except csv.Error as error:
+            raise ValueError(f"{path} is no CSV ({error})") from error
     found = [{k: v for k, v in row.items() if v is not None} for row in cells]
-    return [row for row in found if "step" in row]
+    return [row for row in found if abs(row.get("step", math.inf)) < 2**63]
 
 
 def is_job(run_dir: Path) -> bool:

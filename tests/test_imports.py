@@ -24,7 +24,7 @@ ROOMS = [
     {
         *("ldm.files", "ldm.checkpoint", "ldm.runs", "ldm.locks", "ldm.images", "ldm.cli"),
         "ldm.films",
-        *("ldm.settings", "ldm.asked"),
+        *("ldm.settings", "ldm.asked", "ldm.words"),
         *("ldm.figures", "ldm.ranking", "ldm.ranking_figures"),
         *("ldm.curves", "ldm.curve_figures", "ldm.snapshots"),
     },
@@ -46,6 +46,7 @@ ROOMS = [
     },
     {"ldm.training"},
     {"ldm.build"},
+    {"ldm.results"},
     VERBS,
     {"ldm.progress", "ldm.sweep", "ldm.machine", "ldm.slurm"},
     {"hydra_plugins", "train", "sample"},

@@ -239,7 +239,7 @@ def test_an_index_with_a_flipped_bit_is_made_anew(shard_folder):
     folder = shard_folder(3, 2)
     whole, home = arrays(open_index(folder)), folder / "index.npz"
     data = home.read_bytes()
-    for i in range(0, len(data), 3):
+    for i in range(0, len(data), 31):
         home.write_bytes(data[:i] + bytes([data[i] ^ 1 << i % 8]) + data[i + 1 :])
         assert arrays(open_index(folder)) == whole, i
 

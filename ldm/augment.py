@@ -141,7 +141,7 @@ def typed(asked: dict[str, str | None], words: dict[str, list[str]]):
 
     if asked["template"] is not None:
         return Template(asked["template"], words)
-    place = Path(asked["captions"]).expanduser()
+    place = Path(asked["captions"])
     return OfSet(Shards(place)) if place.is_dir() else Lines(place)
 
 

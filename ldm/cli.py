@@ -26,14 +26,15 @@ from ldm import settings
 from ldm.files import read_text
 from ldm.leftovers import discard
 from ldm.locks import InUseError
-from ldm.plain import read_mapping
 from ldm.ranges import OURS, flaw
 from ldm.rules import spoken
-from ldm.runs import RESOLVERS, SWEEP, changes, concerns, number, rank
+from ldm.runs import RESOLVERS, SWEEP, changes, concerns, number, rank, read_yaml
 from ldm.settings import explain, is_group, missing, nearest
+from ldm.words import printable, prose
 
 # Texts that people or networks read; every other one is a path, or may be.
 PROSE = ("prompt", "negative", "source", "text")
+LINES = "\n\t"
 HELP = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
 CONF = settings.CONF  # for hydra.main
 
@@ -58,14 +59,6 @@ def take_text(names: Iterable[str]) -> dict[str, str]:
             taken[name] = prose(value) if name in PROSE else os.path.expanduser(value)
     sys.argv[1:] = [a for a in sys.argv[1:] if a.partition("=")[0] not in taken]
     return taken
-
-
-def prose(typed: str) -> str:
-    """A text of the command line for networks to read: a byte that is no UTF-8 becomes U+FFFD.
-
-    Such bytes arrive as lone surrogates. They are kept in paths, which they belong to.
-    """
-    return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def quoted(word: str) -> str:
@@ -165,7 +158,7 @@ REFUSALS = (HydraException, OmegaConfBaseException, UsageError)
 def refuse(error: Exception, config_name: str) -> NoReturn:
     """Tell a refusal, delete what this call has left in a new run directory, and exit with 2."""
     text = str(error) if isinstance(error, UsageError) else explain(error, config_name)
-    print(f"\n{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+    print(f"\n{Path(sys.argv[0]).name}: {printable(text, keep=LINES)}", file=sys.stderr)
     discard()
     sys.exit(2)
 
@@ -312,12 +305,9 @@ def check_unchanged(cfg: DictConfig, run_dir: Path) -> None:
     if not before.is_file() or not saved or rank() != 0:
         return
     try:
-        old = read_mapping(before.read_text())
+        old = read_yaml(before)
     except ValueError as error:
-        raise UsageError(
-            f"{before} is damaged, and nothing of it was run: {error}. Move the folder away to "
-            "begin anew"
-        ) from error
+        raise UsageError(f"{error}. Move the folder away to begin anew") from error
     new = OmegaConf.to_container(cfg, resolve=True)
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     found = changes(old, new, default("train", words))

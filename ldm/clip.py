@@ -10,7 +10,8 @@ from omegaconf import DictConfig
 from ldm import cli
 from ldm.asked import check_places
 from ldm.data.sources import SUFFIXES
-from ldm.files import located, read_text
+from ldm.files import located, read_text, reserve
+from ldm.words import printable, prose
 
 MANY = ("image", "text")  # may be given several times
 TEXTS = ("clip", *MANY, "minus", "texts", "data", "labels", "words", "template", "out")
@@ -42,9 +43,7 @@ def typed(name: str) -> list[str]:
     """All values that the command line gives a name, as `cli.take_text` has them."""
     words = [word.partition("=") for word in sys.argv[1:]]
     values = [value for key, _, value in words if key == name and value]
-    return [
-        cli.prose(value) if name in cli.PROSE else os.path.expanduser(value) for value in values
-    ]
+    return [prose(value) if name in cli.PROSE else os.path.expanduser(value) for value in values]
 
 
 def question(given: set[str]) -> str:
@@ -94,9 +93,11 @@ def answer(cfg: DictConfig, asked: dict, kind: str) -> str:
         raise cli.UsageError("a search is for one text or one picture: give one of them")
 
     check_places(cfg)
+    from ldm import gallery
     from ldm.clip_answers import AT, Answers  # with torch and transformers: seconds
     from ldm.images import save_png
 
+    wanted = gallery.place(asked["out"], Path("retrieved.png"), moving=False)
     how = {"cache": located(cfg.cache), "batch": cfg.batch, "device": cfg.device}
     clip = Answers(asked["clip"], data=asked["data"], templates=templates, **how)
     if len(paths) > 1:  # a folder may hold what is none
@@ -115,8 +116,9 @@ def answer(cfg: DictConfig, asked: dict, kind: str) -> str:
         rows = [[*(f"{v:.3f}" for v in shares), way] for way, shares in clip.recall().items()]
         return table([*(f"at {k}" for k in AT), "from"], rows)
     found, page = clip.search([*paths, *texts][0], top=cfg.top)
-    out = Path(asked["out"])
-    save_png(page, out, {"clip": asked["clip"], "data": asked["data"], "found": found})
+    facts = {"clip": asked["clip"], "data": asked["data"], "found": found}
+    with reserve(lambda n: [wanted.with_stem(wanted.stem + n)], overwrite=cfg.overwrite) as [out]:
+        save_png(page, out, facts)
     rows = [[f"{one['cosine']:.3f}", one["key"], one["caption"]] for one in found]
     return f"{table(['cosine', 'key', 'caption'], rows)}\n{out}"
 
@@ -132,7 +134,7 @@ def ranked(paths: list[Path], texts: list[str], values: list[list[float]]) -> li
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
     """Columns of words, all but the last of one width."""
-    lines = [heads, *rows]
+    lines = [[printable(cell) for cell in line] for line in (heads, *rows)]
     widths = [max(map(len, column)) for column in zip(*(line[:-1] for line in lines), strict=True)]
     padded = ([*map(str.ljust, line[:-1], widths), line[-1]] for line in lines)
     return "\n".join("  ".join(line).rstrip() for line in padded)
@@ -166,9 +168,7 @@ def listed(name: str, typed: str) -> list[str]:
     """The lines of a file, or what stands between commas; UsageError where that is nothing."""
     is_file = typed.endswith(".txt") or (len(typed) < 256 and Path(typed).is_file())
     return (
-        lines(name, typed)
-        if is_file
-        else some(name, typed, cli.prose(typed).strip(" []").split(","))
+        lines(name, typed) if is_file else some(name, typed, prose(typed).strip(" []").split(","))
     )
 
 

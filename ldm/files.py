@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import BinaryIO
 
 TEMPORARY = ".tmp"
@@ -128,6 +129,23 @@ def read_text(path: str | Path) -> str:
     if "\0" in text:  # UTF-16 without a mark has them, as a picture has
         raise ValueError(f"{path} is neither UTF-8 nor UTF-16 with a byte order mark: save it so")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_regular(path: Path, *, most: int) -> bytes:
+    """The bytes of a file that may come from anywhere, at most so many.
+
+    Raises ValueError where it is larger or no file, as a pipe, which would be waited for.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        stat = os.fstat(descriptor)
+        if not S_ISREG(stat.st_mode):
+            raise ValueError(f"{path} is no file")
+        if stat.st_size > most:
+            raise ValueError(f"{path} has {stat.st_size} bytes, {most} are the most")
+        return open(descriptor, "rb", closefd=False).read(most)
+    finally:
+        os.close(descriptor)
 
 
 def located(path: str | Path) -> Path:

@@ -11,9 +11,8 @@ import hydra
 import yaml
 from omegaconf import DictConfig
 
-from ldm import cli
+from ldm import cli, runs
 from ldm.files import located, write_text
-from ldm.plain import read_mapping
 
 PATHS = ("autoencoder", "clip", "out")
 
@@ -44,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
 def card(name: str, run: Path, folder: Path, figures: dict[str, float]) -> str:
     """What the part in `folder` is, what made it and what was measured, as Markdown."""
     result = json.loads((run / "result.json").read_text())
-    seed = read_mapping((run / "config.yaml").read_text())["seed"]
+    seed = runs.read_yaml(run / "config.yaml")["seed"]
     typed = shlex.join(map(str, yaml.safe_load((run / ".hydra" / "overrides.yaml").read_text())))
     digests = {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()

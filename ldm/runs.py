@@ -7,6 +7,7 @@ import csv
 import difflib
 import io
 import json
+import math
 import os
 import re
 import secrets
@@ -15,7 +16,10 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from ldm.files import write_text
+from ldm.files import read_regular, write_text
+from ldm.plain import read_mapping
+
+MOST = 2**18  # bytes of a configuration or result, of which ours have a few thousand
 
 
 def stamp() -> str:
@@ -102,26 +106,30 @@ def write_result(run_dir: Path, result: dict) -> None:
 
 
 def read_result(run_dir: Path) -> dict:
-    """What result.json says; empty where there is none."""
-    path = run_dir / "result.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """What result.json says; empty where there is none. ValueError where it is damaged."""
+    return _read_json(run_dir / "result.json")
 
 
-def so_far(run_dir: Path, metric: str) -> dict:
-    """What had come of a run up to its newest checkpoint, for result.json; without torch."""
-    before, last_ckpt = read_result(run_dir), run_dir / "checkpoints" / "last.ckpt"
-    name = last_ckpt.resolve().name if last_ckpt.exists() else ""
-    steps = int(name.removeprefix("step=")[:8] or 0)
-    rows = [row for row in read_metrics(run_dir) if row["step"] <= steps]
-    return {
-        "metric": metric,
-        "value": last(rows, metric),
-        "steps": steps,
-        "stopped_early": False,
-        "images_seen": int(last(rows, "images_seen") or 0),
-        "checkpoint": f"checkpoints/{name}" if name else None,
-        "seconds": before.get("seconds", 0.0),
-    }
+def _read_json(path: Path) -> dict:
+    if not os.path.lexists(path):
+        return {}
+    try:
+        found = json.loads(read_regular(path, most=MOST))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no settings, but {type(found).__name__}")
+    return found
+
+
+def read_yaml(path: Path) -> dict:
+    """The settings in a file; empty where there is none. ValueError where it holds others."""
+    if not os.path.lexists(path):
+        return {}
+    try:
+        return read_mapping(read_regular(path, most=MOST).decode())
+    except ValueError as error:
+        raise ValueError(f"{path} holds no settings: {error}") from error
 
 
 def is_finished(run_dir: Path, steps: int, *, stops: bool) -> bool:
@@ -141,6 +149,8 @@ def read_metrics(run_dir: Path, *, tail: int | None = None) -> list[dict[str, fl
     """
     path = run_dir / "metrics.csv"
     if not path.is_file():
+        if path.exists():
+            raise ValueError(f"{path} is no file")
         return []
     with path.open("rb") as file:
         names = file.readline().decode().rstrip().split(",")
@@ -150,9 +160,12 @@ def read_metrics(run_dir: Path, *, tail: int | None = None) -> list[dict[str, fl
             file.readline()  # cut in two
         whole = file.read().rpartition(b"\n")[0]  # without a line that is being written
         rows = csv.reader(io.StringIO(whole.decode()))
-        cells = [{k: number(v) for k, v in zip(names, row, strict=False)} for row in rows]
+        try:
+            cells = [{k: number(v) for k, v in zip(names, row, strict=False)} for row in rows]
+        except csv.Error as error:
+            raise ValueError(f"{path} is no CSV ({error})") from error
     found = [{k: v for k, v in row.items() if v is not None} for row in cells]
-    return [row for row in found if "step" in row]
+    return [row for row in found if abs(row.get("step", math.inf)) < 2**63]
 
 
 def is_job(run_dir: Path) -> bool:

@@ -187,7 +187,8 @@ def asked(**given: str | Path) -> dict[str, str | None]:
 def measure(*overrides: str, **given: str | Path) -> dict:
     """What one evaluation leaves, by a quick network."""
     out = Path("measured.json")
-    evaluate([({}, composed("count=8", *COLOURS, *overrides))], asked(out=out, **given))
+    points = [({}, composed("count=8", "overwrite=true", *COLOURS, *overrides))]
+    evaluate(points, asked(out=out, **given))
     return json.loads(out.read_text())
 
 
@@ -277,8 +278,30 @@ def test_numbers_of_other_settings_are_kept(shards_run, capsys):
     assert second["settings"]["steps"] == 1
     assert again() == first
     assert len([*Path("x").glob("metrics-*.json")]) == 2
-    Path("x/metrics.json").write_text("{torn")
-    assert again() == first
+    for foreign in ("{torn", "[1]", '{"accuracy": 1}'):
+        Path("x/metrics.json").write_text(foreign)
+        with pytest.raises(UsageError, match=r"none of ldm.evaluate's .* or overwrite=true"):
+            again()
+        assert Path("x/metrics.json").read_text() == foreign
+    assert again("overwrite=true") == first
+
+
+def test_a_file_is_not_replaced_unless_that_is_asked_for(shards_run, capsys):
+    """Neither a file of any name, nor pictures and curves in folders that hold others."""
+    Path("x.json").write_text("mine")
+    Path("kept").mkdir()
+    Path("kept/0000000.png").write_text("mine")
+    point = ({}, composed("count=8", *COLOURS))
+    with pytest.raises(UsageError, match=r"keep=kept is no empty folder: .* overwrite=true"):
+        evaluate([point], asked(ckpt=shards_run, out="x.json", keep="kept"))
+    evaluate([point], asked(ckpt=shards_run, out="x.json", keep="new"))
+    assert (Path("x.json").read_text(), Path("kept/0000000.png").read_text()) == ("mine", "mine")
+    assert json.loads(Path("x-2.json").read_text())["metrics"]
+    assert capsys.readouterr().out.endswith("x-2.json\n")
+    Path("curve_steps.png").write_text("mine")
+    points = [({"steps": steps}, composed(*COLOURS, f"steps={steps}")) for steps in ("1", "2")]
+    with pytest.raises(UsageError, match=r"none of ldm.evaluate's \(curve_steps.png is"):
+        evaluate(points, asked(ckpt=shards_run, out="."))
 
 
 def test_scenes_are_both_read_and_compared(home, measured):

@@ -153,6 +153,13 @@ class ProgressBar(TQDMProgressBar):
         super().__init__(refresh_rate=1 if sys.stdout.isatty() else meter.every)
         self.meter = meter
 
+    @property
+    def total_train_batches(self) -> int | float:
+        """Those of the optimizer steps that are left; Lightning takes a step for a batch."""
+        left = self.trainer.max_steps - self.trainer.global_step
+        batches = self.trainer.num_training_batches
+        return min(batches, left * self.trainer.accumulate_grad_batches) if left > 0 else batches
+
     def on_train_epoch_start(self, trainer: L.Trainer, *args) -> None:
         super().on_train_epoch_start(trainer, *args)
         self.train_progress_bar.set_description("Training")

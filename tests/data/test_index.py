@@ -235,6 +235,15 @@ def test_a_foreign_index_is_replaced_and_runs_nothing(shard_folder, tmp_path):
             assert len(saved["shard"]) == 2
 
 
+def test_an_index_with_a_flipped_bit_is_made_anew(shard_folder):
+    folder = shard_folder(3, 2)
+    whole, home = arrays(open_index(folder)), folder / "index.npz"
+    data = home.read_bytes()
+    for i in range(0, len(data), 31):
+        home.write_bytes(data[:i] + bytes([data[i] ^ 1 << i % 8]) + data[i + 1 :])
+        assert arrays(open_index(folder)) == whole, i
+
+
 def test_where_it_cannot_be_saved_the_index_stays_in_memory(shard_folder):
     folder = shard_folder(2)
     (folder / "index.npz").mkdir()

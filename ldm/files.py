@@ -121,14 +121,19 @@ def read_text(path: str | Path) -> str:
     Raises ValueError, which names the file, for anything else, and OSError where it is not there.
     """
     data = Path(path).read_bytes()
-    is_wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        text = data.decode("utf-16" if is_wide else "utf-8-sig")
+        text = data.decode(encoding(data))
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:  # UTF-16 without a mark has them, as a picture has
         raise ValueError(f"{path} is neither UTF-8 nor UTF-16 with a byte order mark: save it so")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def encoding(data: bytes) -> str:
+    """Python's name of the encoding that text begins to be in: UTF-16 with a mark, else UTF-8."""
+    is_wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return "utf-16" if is_wide else "utf-8-sig"
 
 
 def read_regular(path: Path, *, most: int) -> bytes:

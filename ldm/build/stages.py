@@ -18,6 +18,7 @@ from ldm.cli import UsageError
 from ldm.data.datamodule import TextImageData
 from ldm.images import tile
 from ldm.models.clip import Clip, train_tokenizer
+from ldm.models.labels import NoText
 from ldm.training.autoencoder import AutoencoderTraining
 from ldm.training.callbacks import Pictures
 from ldm.training.classifier import ClassifierTraining
@@ -48,8 +49,21 @@ def kind_fits(cfg: DictConfig, told: str, *, temporal: bool) -> None:
             raise UsageError(f"eval.{name} does not measure what the data are: take {both}")
 
 
+def captioned(data: TextImageData) -> None:
+    """UsageError where not one training picture has a caption."""
+    index = data.train_set.shards.index
+    if index.captions.without(index.caption_key) == index.captions.samples:
+        said = index.captions.describe(index.caption_key)
+        raise UsageError(f"data.train: {said}. To train without captions: text_encoder=none")
+
+
 def readable(text: nn.Module, data: TextImageData) -> None:
-    """ValueError now, and not after the first batches, where captions have none of its names."""
+    """An error now, and not after the first batches, where captions are not for this encoder.
+
+    UsageError where there are none, ValueError where they have none of its names.
+    """
+    if not isinstance(text, NoText):
+        captioned(data)
     if hasattr(text, "names"):
         text(data.val_captions(64))
 
@@ -77,6 +91,7 @@ def autoencoder(cfg: DictConfig, data: TextImageData, run_dir: Path):
 
 def clip(cfg: DictConfig, data: TextImageData, run_dir: Path):
     """ClipTraining with a vocabulary learnt from the training captions."""
+    captioned(data)
     captions = data.train_captions()
     tokenizer = train_tokenizer(captions, vocab_size=cfg.vocab_size)
     trained: Clip = instantiate(cfg.clip, tokenizer=tokenizer, image_size=data.size)

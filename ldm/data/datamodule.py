@@ -31,6 +31,8 @@ class TextImageData(L.LightningDataModule):
     `train`, `val`: see `locate`. `min_size`: pictures with a shorter side, in pixels, are left out
     when the index is loaded. `cache`: the folder where shards of servers are kept, at most
     `cache_gb` of 10^9 bytes; the next of a run are fetched ahead. `frames`: see `TextImages`.
+    `caption_key`: the key of the samples' json that holds their captions; None: see
+    `sample_captions`.
     Raises FileNotFoundError or ShardError where there are no intact shards, RemoteError where a
     server fails, ValueError for sizes that do not divide.
     """
@@ -55,6 +57,7 @@ class TextImageData(L.LightningDataModule):
         cache: str | None = None,
         cache_gb: float = 50.0,
         frames: int | None = None,
+        caption_key: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -68,8 +71,9 @@ class TextImageData(L.LightningDataModule):
         self._ahead: Ahead | None = None
         self._ahead_at = 0
         self.cache = Cache(cache, gigabytes=cache_gb) if cache else None
-        train_shards = Shards(train, min_size=min_size, cache=self.cache)
-        val_shards = Shards(val, min_size=min_size, cache=self.cache)
+        how = {"min_size": min_size, "caption_key": caption_key, "on_error": on_error}
+        train_shards = Shards(train, cache=self.cache, **how)
+        val_shards = Shards(val, cache=self.cache, **how)
         self.train_set = TextImages(
             train_shards,
             size=size,

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.data.profiles import is_srgb, to_srgb
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 32 * 2**20
@@ -50,30 +52,19 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def read_image(source: bytes | str | Path) -> Image.Image:
-    """The first frame of an encoded picture, upright, RGB, transparency laid on white.
+    """The first frame of an encoded picture, upright, in sRGB, transparency laid on white.
 
     `source` holds the encoded bytes or is the path of a file. Size and format are checked on the
-    header, before any pixel is decoded.
+    header, before any pixel is decoded. Colours are converted by the picture's ICC profile.
     Raises ImageError with the reason where the picture cannot be had in full.
     """
-    data = source if isinstance(source, bytes) else read_bytes(source)
-    with _open(data) as image:
-        try:
-            image.load()
-            rgb = _to_rgb(image)
-        except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
-            raise ImageError(f"damaged {image.format}", str(error)) from error
-        turn = _UPRIGHT.get(_orientation(image))
-    if turn is not None:
-        rgb = rgb.transpose(turn)
-    rgb.info = {}  # a CMYK profile or a spent orientation must not be written with RGB pixels
-    return rgb
+    return _read(source if isinstance(source, bytes) else read_bytes(source), below="white")
 
 
 def read_frames(data: bytes, frames: int) -> Iterator[Image.Image]:
     """`frames` pictures of an animation (WebP, GIF, PNG): first, last, and evenly between.
 
-    RGB, transparency laid on white. Frame count and size are checked on the headers, before any
+    Each as `read_image` gives it. Frame count and size are checked on the headers, before any
     pixel is decoded. Raises ImageError as `read_image` does, and where there are fewer frames.
     """
     with _open(data) as image:
@@ -89,15 +80,14 @@ def read_frames(data: bytes, frames: int) -> Iterator[Image.Image]:
         for i in range(frames):
             try:
                 image.seek(round(i * (there - 1) / max(frames - 1, 1)))
-                image.load()
-                rgb = _to_rgb(image)
+                rgb = _upright(image, below="white")
             except Exception as error:
                 raise ImageError(f"damaged {image.format}", f"frame {i}: {error}") from error
             yield rgb
 
 
 def is_plain(data: bytes, format: str) -> bool:
-    """Whether the header says: one upright, opaque RGB picture in this Pillow format already.
+    """Whether the header says: one upright, opaque sRGB picture in this Pillow format already.
 
     Raises ImageError as `read_image` does for what a header shows.
     """
@@ -108,6 +98,7 @@ def is_plain(data: bytes, format: str) -> bool:
             and not image.has_transparency_data
             and getattr(image, "n_frames", 1) == 1
             and _orientation(image) not in _UPRIGHT
+            and is_srgb(image)
         )
 
 
@@ -158,15 +149,12 @@ def read_square(path: str | Path, size: int) -> Tensor:
 def read_mask(path: str | Path, size: int, *, of: str | Path | None = None) -> Tensor:
     """A mask (1, size, size) of 0 and 1 from a picture of any mode, cut as `read_square` cuts.
 
-    1 is where it is bright; what is transparent is not. of: the picture that it is of.
+    1 is where it is bright; what is transparent is not. It is turned upright as its picture is,
+    which `of` names.
     Raises ImageError as `read_image` does, where nothing is bright, and where it is of another size
     than its picture.
     """
-    with _open(read_bytes(path)) as image:
-        try:
-            light = _on(image, "black") if image.has_transparency_data else _to_rgb(image)
-        except Exception as error:  # as in read_image
-            raise ImageError(f"damaged {image.format}", str(error)) from error
+    light = _read(read_bytes(path), below="black")
     if of is not None and (sides := read_image(of).size) != light.size:
         both = "{} x {} where its picture {} is {} x {}".format(*light.size, of, *sides)
         raise ImageError("a mask of another size", f"{path} is {both}")
@@ -181,6 +169,15 @@ def read_mask(path: str | Path, size: int, *, of: str | Path | None = None) -> T
 def to_tensor(image: Image.Image) -> Tensor:
     """The pixels of an RGB picture, uint8 (3, H, W), in 0..255."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _read(data: bytes, *, below: str) -> Image.Image:
+    """The first frame, as `_upright` gives it; every reader of a single picture ends here."""
+    with _open(data) as image:
+        try:
+            return _upright(image, below=below)
+        except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
+            raise ImageError(f"damaged {image.format}", str(error)) from error
 
 
 def _open(data: bytes) -> Image.Image:
@@ -211,15 +208,54 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255
-        grey = np.asarray(image).astype(np.int64) >> 8
-        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-    return _on(image, "white") if image.has_transparency_data else image.convert("RGB")
+def _upright(image: Image.Image, *, below: str) -> Image.Image:
+    """The frame that is sought: upright, in sRGB, transparency laid on the color `below`."""
+    key = _clear_level(image)
+    image.load()
+    turn = _UPRIGHT.get(_orientation(image))
+    if image.mode.startswith("I"):
+        image = _eight_bits(image, key)
+    elif key is not None:
+        image.info["transparency"] = key
+    clear = image.has_transparency_data
+    rgb = image.convert("RGBA" if clear else "RGB")
+    if (colors := to_srgb(image)) is not None:
+        if clear:
+            colors.putalpha(rgb.getchannel("A"))
+        rgb = colors
+    if clear:
+        laid = Image.new("RGBA", rgb.size, below)
+        laid.alpha_composite(rgb)
+        rgb = laid.convert("RGB")
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+    rgb.info = {}  # a spent profile or orientation must not be written with these pixels
+    return rgb
 
 
-def _on(image: Image.Image, color: str) -> Image.Image:
-    """A picture with transparency, laid on a color."""
-    below = Image.new("RGBA", image.size, color)
-    below.alpha_composite(image.convert("RGBA"))
-    return below.convert("RGB")
+def _eight_bits(image: Image.Image, key: int | None) -> Image.Image:
+    """16-bit grey in 8 bits, without the transparent level; Pillow's conversion clips at 255."""
+    levels = np.asarray(image).astype(np.int64)
+    grey = Image.fromarray((levels >> 8).clip(0, 255).astype(np.uint8))
+    if key is not None:
+        grey.putalpha(Image.fromarray(((levels != key) * 255).astype(np.uint8)))
+    grey.info = {name: value for name, value in image.info.items() if name != "transparency"}
+    return grey
+
+
+def _clear_level(image: Image.Image) -> int | tuple[int, ...] | None:
+    """The transparent level or color of a PNG that Pillow decodes to other levels than it names.
+
+    Those are of 2, 4 or 16 bits. To be called before pixels are decoded.
+    """
+    key = image.info.get("transparency")
+    if image.format != "PNG" or key is None or not image.tile:
+        return None
+    convert = {
+        "L;2": lambda level: 85 * level,
+        "L;4": lambda level: 17 * level,
+        "I;16B": lambda level: level,
+        "RGB;16B": lambda levels: tuple(level >> 8 for level in levels),
+    }
+    stored = image.tile[0].args
+    return convert[stored](key) if stored in convert else None

@@ -9,16 +9,17 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ldm.data.cache import Cache, locked
+from ldm.data.captions import CaptionCount
 from ldm.data.places import Source, locate, shown
 from ldm.data.remote import Remote
-from ldm.data.scan import MAX_IMAGE, MAX_TEXT, ShardError, scan_shard
+from ldm.data.scan import MAX_IMAGE, MAX_TEXT, SPARSE, ShardError, scan_shard
 from ldm.data.scan_all import BLOCK, measure_all, scan_all
 from ldm.files import located, replacing
 
@@ -27,7 +28,7 @@ __all__ = ["MAX_IMAGE", "MAX_TEXT", "Index", "ShardError", "open_index", "scan_s
 INDEX_NAME = "index.npz"
 
 _ARRAYS = ("shard", "members", "key_bytes", "key_ends")
-_VERSION = 2
+_VERSION = 3
 _log = logging.getLogger(__name__)
 
 
@@ -41,7 +42,9 @@ class Index:
     members (N, 3, 2) uint32: (offset in blocks of 512 bytes, size in bytes) of image, txt and json;
     (0, 0) where absent.
     key_bytes, key_ends (N,): all keys in UTF-8 one after another, and where each ends.
-    skipped: how many samples were left out, by reason.
+    skipped: how many samples were left out, by reason; sparse: of each shard that has any, its name
+    and that of its first sparse member.
+    captions: what the texts of all usable samples hold; caption_key: see `sample_captions`.
     short (N,) int32: short side of each picture in pixels, 0 where its header cannot be read; None
     where nobody has asked for it yet.
     """
@@ -53,7 +56,10 @@ class Index:
     key_bytes: np.ndarray
     key_ends: np.ndarray
     skipped: dict[str, int]
+    captions: CaptionCount
+    sparse: list[str]
     short: np.ndarray | None = None
+    caption_key: str | None = None
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -73,8 +79,13 @@ class Index:
 
     @property
     def fingerprint(self) -> str:
-        """Of the samples' keys, order and sizes in bytes, wherever their shards lie."""
+        """Of the samples' keys, order and sizes in bytes, and of what is read as their captions.
+
+        Wherever their shards lie.
+        """
         digest = hashlib.sha256(self.key_bytes.tobytes())
+        if self.caption_key is not None:
+            digest.update(self.caption_key.encode("utf-8", "replace"))
         digest.update(self.key_ends.astype("<i8").tobytes())
         digest.update(self.members[:, :, 1].astype("<u4").tobytes())
         return digest.hexdigest()[:16]
@@ -99,17 +110,22 @@ def open_index(
     min_size: int | None = None,
     cache: Cache | None = None,
     read_only: bool = False,
+    caption_key: str | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
 ) -> Index:
     """The index of what `locate` finds: of a folder's .tar files, of one file, URL or list.
 
-    What a list names twice has twice the weight. Samples without a caption are left out; with
-    `min_size` also pictures whose short side has fewer pixels or whose header cannot be read.
+    What a list names twice has twice the weight. Samples without a caption member are left out;
+    with `min_size` also pictures whose short side has fewer pixels or whose header cannot be read;
+    with on_error="skip" those with a sparse member, which has no bytes to be read at an offset.
+    Empty captions are counted, and told.
 
     A folder's index is kept in `index.npz` beside the shards, any other's in the `cache`, and made
     anew when a shard was added, removed or changed; without a place for it, or where it is
     `read_only`, a new one lives in memory.
-    Raises FileNotFoundError where there is no shard, ShardError where one is damaged or where no
-    sample is left, ValueError where a URL has no cache, and what `locate` raises.
+    Raises FileNotFoundError where there is no shard, ShardError where one is damaged or has sparse
+    members, where no sample is left or none has text under `caption_key`, ValueError where a URL
+    has no cache, and what `locate` raises.
     """
     if min_size is not None and min_size < 1:
         raise ValueError(f"min_size must be 1 pixel or more, or null, got {min_size}")
@@ -118,6 +134,13 @@ def open_index(
         raise ValueError(f"{shown(source)}: shards on servers need data.cache=FOLDER to be kept in")
     home, measured = _home(source, paths, cache), min_size is not None
     index = _opened(paths, home, cache, measured=measured, read_only=read_only)
+    index = replace(index, caption_key=caption_key)
+    if index.sparse and on_error != "skip":
+        raise ShardError(
+            f"{index.sparse[0]} is a {SPARSE}, as `tar -S` writes files with holes, and cannot "
+            "be read: make the tar without -S (--sparse), or leave such samples out "
+            f"({index.skipped[SPARSE]}) with data.on_error=skip"
+        )
     if min_size is not None:
         keep = index.short >= min_size
         unread = int((index.short == 0).sum())
@@ -131,7 +154,25 @@ def open_index(
             f"{shown(source)}: no sample has both image and caption (left out: {index.skipped}); "
             "the members of a sample share their name up to the first dot and follow one another"
         )
+    _tell_captions(index, shown(source))
     return index
+
+
+def _tell_captions(index: Index, name: str) -> None:
+    """Warn of captions that are empty or no text; ShardError where a key was named in vain."""
+    count, key = index.captions, index.caption_key
+    if key is not None and count.without(key) == count.samples:
+        raise ShardError(f"{name}: data.caption_key={key}: {count.describe(key)}")
+    if count.without(key):
+        _log.warning("%s: %s", name, count.describe(key))
+    if count.garbled and key is None:
+        _log.warning(
+            "%s: %d of %d samples have captions with U+FFFD, which stands for bytes that are no "
+            "UTF-8: save the texts in UTF-8",
+            name,
+            count.garbled,
+            count.samples,
+        )
 
 
 def _home(source: Source, paths: list[Path | Remote], cache: Cache | None) -> Path | None:
@@ -194,12 +235,15 @@ def _stamp(path: Path | Remote) -> list[Any]:
 
 def _build(paths: list[Path | Remote], stamps: list[list[Any]], cache: Cache | None) -> Index:
     shard, members, keys, lengths, skipped = [], [], [], [], Counter()
+    captions, sparse = CaptionCount(), []
     for number, scanned in enumerate(scan_all(paths, cache)):
         keys.append(scanned.key_bytes)
         lengths.append(scanned.key_lengths)
         members.append(scanned.members)
         shard.append(np.full(len(scanned.members), number, np.int32))
         skipped.update(scanned.skipped)
+        captions.update(scanned.captions)
+        sparse += [f"{paths[number]}: '{scanned.sparse}'"] if scanned.sparse else []
     return Index(
         paths=paths,
         stamps=stamps,
@@ -208,6 +252,8 @@ def _build(paths: list[Path | Remote], stamps: list[list[Any]], cache: Cache | N
         key_bytes=np.frombuffer(b"".join(keys), np.uint8),
         key_ends=np.cumsum(np.concatenate(lengths), dtype=np.int64),
         skipped=dict(skipped),
+        captions=captions,
+        sparse=sparse,
     )
 
 
@@ -217,6 +263,8 @@ def _save(index: Index, home: Path) -> None:
         "shards": _meta_names(index.paths, home),
         "stamps": index.stamps,
         "skipped": index.skipped,
+        "captions": asdict(index.captions),
+        "sparse": index.sparse,
     }
     arrays = {name: getattr(index, name) for name in _ARRAYS}
     if index.short is not None:
@@ -250,8 +298,10 @@ def _load(home: Path, paths: list[Path | Remote], stamps: list[list[Any]]) -> In
             if [meta["version"], meta["shards"], meta["stamps"]] != current:
                 return None
             rest = {name: arrays[name] for name in _ARRAYS}
-            short = arrays.get("short")
-            return Index(paths=paths, stamps=stamps, skipped=meta["skipped"], short=short, **rest)
+            rest["short"] = arrays.get("short")
+            rest["captions"] = CaptionCount(**meta["captions"])
+            told = {"skipped": meta["skipped"], "sparse": meta["sparse"]}
+            return Index(paths=paths, stamps=stamps, **told, **rest)
     except Exception as error:  # zipfile and numpy have many ways to say that a file is damaged
         _log.info("%s is made anew: %r", home, error)
         return None

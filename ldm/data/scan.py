@@ -10,7 +10,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from io import BufferedReader, FileIO, RawIOBase
 from pathlib import Path
+from typing import NamedTuple
 
+from ldm.data.captions import CaptionCount
 from ldm.data.images import MAX_BYTES as MAX_IMAGE
 from ldm.data.remote import Remote, read_range
 
@@ -19,15 +21,41 @@ MAX_HEADER = 2**20
 
 _MEMBERS = ("image", "txt", "json")
 _COLUMN = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2}
+_TEXTS = ("txt", "json")
 _LIMITS = (MAX_IMAGE, MAX_TEXT, MAX_TEXT)
 _MAX_PADDING = 16 * 2**20  # tar pads to 10 KiB unless told otherwise
 _END = bytes(2 * tarfile.BLOCKSIZE)
 
-Group = list[tuple[str, int, int]]  # suffix, offset, size of each member of one key
+SPARSE = "sparse member"
 
 
 class ShardError(ValueError):
     """A shard that is no intact tar archive, or shards without a single usable sample."""
+
+
+class Member(NamedTuple):
+    """A regular file of an archive; text: what it holds, where that may be a caption."""
+
+    key: str
+    suffix: str
+    offset: int
+    size: int
+    text: bytes | None
+    is_sparse: bool
+
+
+class Scan(NamedTuple):
+    """What a shard holds: usable samples, and the others by reason.
+
+    rows: members (offset, size) x (image, txt, json) of each key. captions: what the usable samples
+    say. sparse: the name of the first sparse member, if there is one.
+    """
+
+    keys: list[str]
+    rows: list[list[tuple[int, int]]]
+    skipped: Counter[str]
+    captions: CaptionCount
+    sparse: str | None
 
 
 def scan_shard(path: Path) -> tuple[list[str], list[list[tuple[int, int]]], Counter[str]]:
@@ -37,22 +65,27 @@ def scan_shard(path: Path) -> tuple[list[str], list[list[tuple[int, int]]], Coun
     Links and devices are no members. Raises ShardError where the archive is damaged.
     """
     with FileIO(path) as file:
-        return scan(file, str(path))
+        return scan(file, str(path))[:3]
 
 
-def scan(file: RawIOBase, name: str) -> tuple[list[str], list[list[tuple[int, int]]], Counter[str]]:
-    """The same of an open file, called `name` in messages."""
-    keys, rows, skipped = {}, [], Counter()
-    for key, group in itertools.groupby(_members(file, name), key=lambda member: member[0]):
-        row, reason = _place([member[1:] for member in group])
+def scan(file: RawIOBase, name: str) -> Scan:
+    """The same of an open file, called `name` in messages, and what its captions are."""
+    keys, rows, skipped, captions, sparse = {}, [], Counter(), CaptionCount(), None
+    for key, members in itertools.groupby(_members(file, name), key=lambda member: member.key):
+        group = list(members)
+        row, reason = _place(group)
         if not reason and key in keys:
             reason = "key seen before in its shard"
+        if reason == SPARSE:
+            sparse = sparse or next(f"{key}.{one.suffix}" for one in group if one.is_sparse)
         if reason:
             skipped[reason] += 1
         else:
             keys[key] = None
             rows.append(row)
-    return list(keys), rows, skipped
+            texts = {_COLUMN[one.suffix]: one.text for one in group if one.suffix in _COLUMN}
+            captions.add(texts.get(1), texts.get(2))
+    return Scan(list(keys), rows, skipped, captions, sparse)
 
 
 class RemoteFile(RawIOBase):
@@ -89,13 +122,15 @@ class RemoteFile(RawIOBase):
         return count
 
 
-def _place(group: Group) -> tuple[list[tuple[int, int]], str | None]:
+def _place(group: list[Member]) -> tuple[list[tuple[int, int]], str | None]:
     """The members of one sample by column, and the reason where it cannot be used."""
     row = [(0, 0)] * 3
-    for suffix, offset, size in group:
+    for _, suffix, offset, size, _, is_sparse in group:
         column = _COLUMN.get(suffix)
         if column is None:
             continue
+        if is_sparse:
+            return row, SPARSE
         if row[column] != (0, 0):
             return row, f"more than one {_MEMBERS[column]}"
         if size > _LIMITS[column]:
@@ -107,20 +142,27 @@ def _place(group: Group) -> tuple[list[tuple[int, int]], str | None]:
     return row, "no caption" if txt == record == (0, 0) else None
 
 
-def _members(raw: RawIOBase, name: str) -> Iterator[tuple[str, str, int, int]]:
-    """(key, suffix, offset, size) of the regular files of an archive that is whole."""
+def _members(raw: RawIOBase, name: str) -> Iterator[Member]:
+    """The regular files of an archive that is whole."""
     length = raw.seek(0, io.SEEK_END)
     raw.seek(0)
     file = _HeaderReader(raw)
     try:
         with tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape") as tar:
             for member in _walk(tar):
-                if not 0 <= member.size <= length - member.offset_data:
+                is_sparse = _is_sparse(member)  # its size is not that of its bytes
+                if not is_sparse and not 0 <= member.size <= length - member.offset_data:
                     raise ShardError(f"member '{member.name}' ends outside the file")
                 folder, slash, base = member.name.rpartition("/")
                 stem, dot, suffix = base.partition(".")
                 if stem and dot and member.isreg():
-                    yield folder + slash + stem, suffix.lower(), member.offset_data, member.size
+                    key, suffix = folder + slash + stem, suffix.lower()
+                    text = None
+                    if suffix in _TEXTS and not is_sparse and member.size <= MAX_TEXT:
+                        file.seek(member.offset_data)
+                        text = file.read(member.size)
+                    place = (member.offset_data, member.size)
+                    yield Member(key, suffix, *place, text, is_sparse)
             _check_end(file, tar.offset, length)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise ShardError(
@@ -135,6 +177,11 @@ def _walk(tar: tarfile.TarFile) -> Iterable[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
         tar.members.clear()  # a million headers need not stay in memory
         yield member
+
+
+def _is_sparse(member: tarfile.TarInfo) -> bool:
+    """Whether an archive leaves out the zeros of a file: in GNU's older form or in those of pax."""
+    return member.issparse() or any(key.startswith("GNU.sparse.") for key in member.pax_headers)
 
 
 def _check_end(file: BufferedReader, offset: int, length: int) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm.data.cache import Cache
+from ldm.data.captions import CaptionCount
 from ldm.data.images import ImageError, short_side
 from ldm.data.remote import THREADS, NoRangesError, Remote
 from ldm.data.scan import RemoteFile, scan
@@ -31,6 +32,8 @@ class Scanned(NamedTuple):
     key_lengths: np.ndarray
     members: np.ndarray
     skipped: Counter[str]
+    captions: CaptionCount
+    sparse: str | None
 
 
 def scan_all(paths: list[Path | Remote], cache: Cache | None) -> Iterator[Scanned]:
@@ -74,12 +77,12 @@ def _pool(paths: list[Path | Remote]) -> Iterator[Executor]:
 
 
 def _scan(path: Path | Remote, cache: Cache | None) -> Scanned:
-    keys, rows, skipped = _with_file(path, cache, lambda file: scan(file, str(path)))
+    keys, rows, *others = _with_file(path, cache, lambda file: scan(file, str(path)))
     encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
     members = np.array(rows, np.int64).reshape(-1, 3, 2)
     members[..., 0] //= BLOCK
     lengths = np.array([len(key) for key in encoded], np.int32)
-    return Scanned(b"".join(encoded), lengths, members.astype(np.uint32), skipped)
+    return Scanned(b"".join(encoded), lengths, members.astype(np.uint32), *others)
 
 
 def _measure(path: Path | Remote, images: np.ndarray, cache: Cache | None) -> np.ndarray:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from webdataset import TarWriter
 
@@ -49,8 +49,8 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
 class Shards:
     """Random access to the samples of a folder, URL or list of .tar shards.
 
-    What lies on servers is read from whole copies in the `cache`. `min_size`, `read_only`, errors:
-    see `open_index`.
+    What lies on servers is read from whole copies in the `cache`. `caption_key`: see
+    `sample_captions`; `min_size`, `read_only`, `on_error`, errors: see `open_index`.
     """
 
     def __init__(
@@ -60,8 +60,11 @@ class Shards:
         min_size: int | None = None,
         cache: Cache | None = None,
         read_only: bool = False,
+        caption_key: str | None = None,
+        on_error: Literal["stop", "skip"] = "stop",
     ) -> None:
-        self.index = open_index(source, min_size=min_size, cache=cache, read_only=read_only)
+        how = {"min_size": min_size, "cache": cache, "on_error": on_error}
+        self.index = open_index(source, **how, caption_key=caption_key, read_only=read_only)
         self._cache = cache
         self._files: dict[int, FileIO] = {}
         remote = any(isinstance(path, Remote) for path in self.index.paths)
@@ -79,7 +82,8 @@ class Shards:
         image, txt, record = (
             self._member(shard, offset, size) for offset, size in self.index.places(i)
         )
-        return Sample(self.index.key(i), image or b"", sample_captions(txt, record))
+        captions = sample_captions(txt, record, key=self.index.caption_key)
+        return Sample(self.index.key(i), image or b"", captions)
 
     def name(self, i: int) -> str:
         """Shard and key of sample i, for messages."""

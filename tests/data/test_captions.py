@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.data.captions import clean, clean_all, sample_captions
+from ldm.data.captions import CaptionCount, clean, clean_all, sample_captions
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,37 @@ def test_bytes_that_are_no_utf8_are_replaced():
     assert sample_captions(b"caf\xe9 noir", None) == ["caf\ufffd noir"]
     assert sample_captions(b"\xef\xbb\xbfmarked", None) == ["marked"]
     assert sample_captions(None, b'\xef\xbb\xbf{"caption": "marked"}') == ["marked"]
+    assert sample_captions("wide café".encode("utf-16"), None) == ["wide café"]
+
+
+@pytest.mark.parametrize(
+    ("record", "captions"),
+    [
+        ({"text": " a\ndog", "caption": "c"}, ["a dog"]),
+        ({"text": ["one", "", "two"]}, ["one", "two"]),
+        ({"caption": "c"}, [""]),
+        ({"text": 3}, [""]),
+    ],
+)
+def test_a_key_of_the_json_may_hold_the_captions(record, captions):
+    assert sample_captions(b"txt", json.dumps(record).encode(), key="text") == captions
+
+
+def test_captions_are_counted_and_the_key_that_has_them_is_named():
+    count, other = CaptionCount(), CaptionCount()
+    count.add(b"", b'{"url": "http://a", "TEXT": "a dog", "n": 3, "caption": ""}')
+    other.add(None, b'{"url": "http://b", "TEXT": "a cat"}')
+    other.add(b"caf\xe9", b"{broken")
+    count.update(other)
+    assert (count.samples, count.empty, count.garbled) == (3, 2, 1)
+    assert (count.without("TEXT"), count.without("absent")) == (1, 3)
+    assert count.describe(None) == (
+        "2 of 3 samples have an empty caption (read: captions, caption, .txt); their json has text "
+        "under TEXT, url: data.caption_key=TEXT"
+    )
+    many = json.dumps({f"key {n}": "text" for n in range(1000)} | {"k" * 1000: "text"})
+    count.add(None, many.encode())
+    assert len(count.keys) == 256
 
 
 @given(st.binary() | st.none(), st.binary() | st.none())

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from material import encoded, picture
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
+from profiles import SRGB, SRGB_CURVE, grey_profile, ink_profile, rgb_profile
 
 from ldm.data.images import (
     MAX_BYTES,
@@ -18,6 +19,7 @@ from ldm.data.images import (
     crop,
     is_plain,
     read_bytes,
+    read_frames,
     read_image,
     read_mask,
     resize_short,
@@ -41,8 +43,8 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
 
 
-def png_header(width: int, height: int) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+def png_header(width: int, height: int, *, depth: int = 8, color: int = 2) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
 
 
@@ -90,6 +92,28 @@ def test_transparent_palette_entry_is_white():
     assert [image.getpixel((x, 0)) for x in (0, 1)] == [(10, 20, 30), (255, 255, 255)]
 
 
+@pytest.mark.parametrize(
+    ("depth", "color", "row", "clear", "others"),
+    [
+        (1, 0, b"\x40", (0,), 255),
+        (1, 0, b"\x40", (1,), 0),
+        (2, 0, b"\x30", (3,), 0),
+        (4, 0, b"\x0f", (15,), 0),
+        (8, 0, b"\x00\xff", (255,), 0),
+        (16, 0, b"\x12\x33\x12\x34", (0x1234,), 0x12),
+        (8, 2, b"\x00\x00\x00\x0a\x14\x1e", (10, 20, 30), 0),
+        (16, 2, b"\x01" * 6 + b"\x0a\x01\x14\x02\x1e\x03", (0x0A01, 0x1402, 0x1E03), 1),
+    ],
+)
+def test_a_transparent_level_is_white_at_every_depth(depth, color, row, clear, others):
+    """Two pixels of a PNG, of which `clear` (as tRNS says) is one."""
+    levels = struct.pack(f">{len(clear)}H", *clear)
+    data = png_header(2, 1, depth=depth, color=color) + png_chunk(b"tRNS", levels)
+    data += png_chunk(b"IDAT", zlib.compress(b"\0" + row)) + png_chunk(b"IEND", b"")
+    pixels = [read_image(data).getpixel((x, 0)) for x in (0, 1)]
+    assert sorted(pixels) == sorted([(others,) * 3, (255, 255, 255)])
+
+
 def test_16_bit_grey_is_scaled_and_not_clipped():
     source = Image.fromarray(np.array([[0, 128 << 8, 255 << 8, 65535]], np.uint16))
     image = read_image(encoded(source))
@@ -105,6 +129,77 @@ def test_exif_orientation_is_applied(orientation):
         expected = ImageOps.exif_transpose(stored)
     assert difference(read_image(data), expected) == 0
     assert is_plain(data, "PNG") == (orientation == 1)
+
+
+def test_every_frame_is_turned_as_a_picture_is():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    frames = [gradient(), gradient().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    data = encoded(
+        frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True, exif=exif
+    )
+    first, second = read_frames(data, 2)
+    assert first == read_image(data)
+    assert (first.size, second.size) == ((24, 32), (24, 32))
+
+
+WIDE, GREY, INK = rgb_profile(), grey_profile(1.8), ink_profile()
+# Of 1.8 to sRGB: (100 / 255) ** 1.8 = 0.1854, and 1.055 * 0.1854 ** (1 / 2.4) - 0.055 = 0.468.
+# Of Display P3, (200, 50, 50) is (0.701, 0.009, 0.021) of linear sRGB.
+CONVERTED = [
+    ("RGB", (200, 50, 50), WIDE, (218, 24, 40)),
+    ("P", (200, 50, 50), WIDE, (218, 24, 40)),
+    ("L", 100, GREY, (119, 119, 119)),
+    ("I;16", 100 << 8, GREY, (119, 119, 119)),
+    ("CMYK", (0, 255, 0, 0), INK, (255, 255, 255)),
+]
+
+
+@pytest.mark.parametrize(("mode", "color", "profile", "expected"), CONVERTED)
+def test_profiles_are_converted_to_srgb(mode, color, profile, expected):
+    if mode == "P":
+        source = Image.new("RGB", (8, 8), color).quantize(2)
+    else:
+        source = Image.new(mode, (8, 8), color)
+    data = encoded(source, "JPEG" if mode == "CMYK" else "PNG", icc_profile=profile)
+    image = read_image(data)
+    assert np.abs(np.subtract(image.getpixel((4, 4)), expected)).max() <= 1
+    assert image.info == {}
+    assert not is_plain(data, "PNG")
+
+
+def test_colors_are_converted_before_they_are_laid_on_white():
+    source = Image.new("RGBA", (2, 1), (200, 50, 50, 255))
+    source.putpixel((1, 0), (200, 50, 50, 0))
+    image = read_image(encoded(source, icc_profile=WIDE))
+    assert np.abs(np.subtract(image.getpixel((0, 0)), (218, 24, 40))).max() <= 1
+    assert image.getpixel((1, 0)) == (255, 255, 255)
+
+
+PLAIN = {
+    "of Pillow": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+    "of other roundings": rgb_profile(SRGB, SRGB_CURVE),
+    "of another kind of pixels": GREY,
+    "broken": b"profile",
+    "cut": WIDE[:200],
+}
+
+
+@pytest.mark.parametrize("profile", PLAIN.values(), ids=PLAIN)
+def test_srgb_and_broken_profiles_change_no_bit(profile):
+    data = encoded(gradient(), icc_profile=profile)
+    assert read_image(data) == gradient()
+    assert is_plain(data, "PNG")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_a_damaged_profile_costs_no_picture(data):
+    damaged = bytearray(data.draw(st.sampled_from([WIDE, INK])))
+    for _ in range(data.draw(st.integers(1, 6))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    source = gradient(4, 4).convert("CMYK" if len(damaged) == len(INK) else "RGB")
+    assert read_image(encoded(source, "JPEG", icc_profile=bytes(damaged))).size == (4, 4)
 
 
 def test_damaged_exif_does_not_cost_the_picture():
@@ -250,6 +345,15 @@ def test_a_mask_is_one_where_it_is_bright(mode, tmp_path):
     mask = read_mask(tmp_path / "mask.png", 4)  # the middle four columns
     assert mask.shape == (1, 4, 4)
     assert mask[0].tolist() == [[1.0, 1.0, 0.0, 0.0]] * 4
+
+
+def test_a_mask_is_turned_as_its_picture_is(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    masks()["L"].save(tmp_path / "mask.png", exif=exif)
+    Image.new("RGB", (4, 8)).save(tmp_path / "picture.png")
+    mask = read_mask(tmp_path / "mask.png", 4, of=tmp_path / "picture.png")
+    assert mask[0].tolist() == [[1.0] * 4] * 2 + [[0.0] * 4] * 2  # its left is now above
 
 
 def test_a_mask_that_is_none_is_refused(tmp_path):

@@ -178,6 +178,65 @@ def test_links_and_devices_are_no_members(tmp_path):
     assert skipped == {"no image": 3}
 
 
+def sparse_txt(kind: str) -> bytes:
+    """The member a.txt, 8 bytes long of which the last 4 are stored, in a form of GNU's."""
+    blocks = b"tail".ljust(512, b"\0")
+    old = bytearray(header("a.txt", 4, tarfile.GNUTYPE_SPARSE))
+    old[386:410], old[483:495] = b"%011o\0%011o\0" % (4, 4), b"%011o\0" % 8
+    old[148:156] = b" " * 8
+    old[148:156] = b"%06o\0 " % sum(old)
+    records = {
+        "pax 0.0": b"GNU.sparse.size=8 GNU.sparse.numblocks=1 GNU.sparse.offset=4 "
+        b"GNU.sparse.numbytes=4",
+        "pax 0.1": b"GNU.sparse.size=8 GNU.sparse.numblocks=1 GNU.sparse.map=4,4 "
+        b"GNU.sparse.name=a.txt",
+        "pax 1.0": b"GNU.sparse.major=1 GNU.sparse.minor=0 GNU.sparse.name=a.txt "
+        b"GNU.sparse.realsize=8",
+    }
+    if kind == "old":
+        return bytes(old) + blocks
+    lines = b"".join(b"%d %s\n" % (len(one) + 4, one) for one in records[kind].split())
+    if kind == "pax 1.0":
+        return pax(lines) + header("a.txt", 516) + b"1\n4\n4\n".ljust(512, b"\0") + blocks
+    return pax(lines) + header("a.txt", 4) + blocks
+
+
+@pytest.mark.parametrize("kind", ["old", "pax 0.0", "pax 0.1", "pax 1.0"])
+def test_sparse_members_are_refused_by_name_or_left_out(tmp_path, kind):
+    image = tar_bytes([("a.png", picture())])[: 2 * 512]
+    path = write(tmp_path, image + sparse_txt(kind) + GOOD)
+    with tarfile.open(path) as tar:  # it is intact
+        assert tar.extractfile("a.txt").read() == bytes(4) + b"tail"
+    for _ in ("built", "loaded"):
+        with pytest.raises(ShardError, match=r"'a\.txt' is a sparse member.*without -S"):
+            open_index(tmp_path)
+        index = open_index(tmp_path, on_error="skip")
+        assert [index.key(i) for i in range(len(index))] == ["0000", "0001", "0002"]
+        assert index.skipped == {"sparse member": 1}
+
+
+def test_empty_captions_are_told_with_the_key_that_has_text(tmp_path, caplog):
+    members = [("a.png", picture()), ("a.json", b'{"text": "a dog"}')]
+    write(tmp_path, tar_bytes([*members, *samples(1)]))
+    for _ in ("built", "loaded"):
+        caplog.clear()
+        open_index(tmp_path)
+        assert "1 of 2 samples have an empty caption" in caplog.text
+        assert "data.caption_key=text" in caplog.text
+        caplog.clear()
+        open_index(tmp_path, caption_key="text")
+        assert "1 of 2 samples have an empty caption (read: text)" in caplog.text
+        with pytest.raises(ShardError, match=r"caption_key=typo: 2 of 2 .*data\.caption_key=text"):
+            open_index(tmp_path, caption_key="typo")
+
+
+def test_another_key_is_another_set(tmp_path):
+    members = [("a.png", picture()), ("a.json", b'{"text": "a dog", "caption": "a cat"}')]
+    write(tmp_path, tar_bytes(members))
+    prints = {open_index(tmp_path, caption_key=key).fingerprint for key in (None, "text")}
+    assert len(prints) == 2
+
+
 def test_no_usable_sample_is_an_error_that_counts(tmp_path):
     write(tmp_path, tar_bytes([("a.png", picture()), ("b.png", picture())]))
     with pytest.raises(ShardError, match="'no caption': 2"):
@@ -186,7 +245,8 @@ def test_no_usable_sample_is_an_error_that_counts(tmp_path):
 
 def arrays(index: Index) -> tuple:
     parts = (index.shard, index.members, index.key_bytes, index.key_ends)
-    return index.paths, index.stamps, index.skipped, [part.tolist() for part in parts]
+    told = index.paths, index.stamps, index.skipped, index.captions, index.sparse
+    return *told, [part.tolist() for part in parts]
 
 
 def test_the_saved_index_is_used(shard_folder):

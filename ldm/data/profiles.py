@@ -1,0 +1,58 @@
+"""Colours of pictures that bring an ICC profile, as sRGB."""
+
+import io
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageCms
+
+_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # ICC.1:2022, table 19, to Pillow's modes
+_BASE = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK"}
+_ROUNDING = 2  # levels of 255 by which the sRGB profiles of different makers differ
+_KEPT = 32  # most pictures of a set share a few profiles
+
+
+def to_srgb(image: Image.Image) -> Image.Image | None:
+    """The colours of a loaded picture, converted by its profile to sRGB: RGB without transparency.
+
+    None where they are to be taken as they are: there is no profile, or it is that of sRGB, is
+    broken, or is for another kind of pixels than the picture has.
+    """
+    if (transform := _transform_of(image)) is None:
+        return None
+    return transform.apply(image.convert(_BASE[image.mode]))
+
+
+def is_srgb(image: Image.Image) -> bool:
+    """Whether `to_srgb` has nothing to convert, by the header."""
+    return _transform_of(image) is None
+
+
+def _transform_of(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
+    profile = image.info.get("icc_profile")
+    mode, transform = _opened(profile) if profile else (None, None)
+    return transform if mode == _BASE.get(image.mode) else None
+
+
+@lru_cache(_KEPT)
+def _opened(profile: bytes) -> tuple[str | None, ImageCms.ImageCmsTransform | None]:
+    """The mode of pixels that a profile is for, and what converts them, if they are not sRGB."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = _MODES.get(source.profile.xcolor_space)
+        srgb = ImageCms.createProfile("sRGB")
+        transform = mode and ImageCms.buildTransform(source, srgb, mode, "RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return None, None
+    if mode is None or (mode != "CMYK" and _is_identity(transform, mode)):
+        return mode, None
+    return mode, transform
+
+
+def _is_identity(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """Whether a transform leaves colours from all over the range as they are, but for rounding."""
+    steps = np.linspace(0, 255, 9 if mode == "RGB" else 256).round().astype(np.uint8)
+    grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
+    before = Image.fromarray(grid if mode == "RGB" else steps[None])
+    moved = np.asarray(transform.apply(before), int) - np.asarray(before.convert("RGB"), int)
+    return int(np.abs(moved).max()) <= _ROUNDING

@@ -47,14 +47,17 @@ class ClassifierFree:
     x0_hat is an affine function of whatever the network predicts, so that this equals guiding eps.
     interval: the times, from 0 (data) to 1, that are guided; elsewhere the conditional answer is
     taken as it is, at half the cost (Kynkaanniemi et al. 2024, arXiv:2404.07724, in t).
-    rescale: how far from 0 to 1 the deviation of x0_hat is brought back to that of the conditional
-    answer, which large scales exceed (Lin et al. 2024, arXiv:2305.08891, section 3.4).
+    rescale: how far from 0 to 1 the deviation of the network's output is brought back to that of
+    the conditional one, which large scales exceed (Lin et al. 2024, arXiv:2305.08891, equations 15
+    and 16). at_zero: the x0_hat of a network whose output is 0, which says what the output is of an
+    x0_hat; None is for networks that predict x0 itself.
     Raises ValueError for an interval or a rescale that is none.
     """
 
     scale: float = 5.0
     interval: Sequence[float] = (0.0, 1.0)
     rescale: float = 0.0
+    at_zero: Denoise | None = None
 
     def __post_init__(self) -> None:
         check_interval(self.interval)
@@ -72,12 +75,20 @@ class ClassifierFree:
         both, difference = uncond.cat(cond), self.difference()
 
         def guided(x_t: Tensor, t: Tensor) -> Tensor:
-            t = t if t.ndim == 0 else torch.cat([t, t])
-            x0_uncond, x0_cond = denoise(torch.cat([x_t, x_t]), t, both).chunk(2)
+            twice = t if t.ndim == 0 else torch.cat([t, t])
+            x0_uncond, x0_cond = denoise(torch.cat([x_t, x_t]), twice, both).chunk(2)
             x0_hat = x0_cond + (self.scale - 1) * difference(x0_cond, x0_uncond)
-            return rescaled(x0_hat, like=x0_cond, share=self.rescale)
+            return self.rescaled(x0_hat, x0_cond, x_t, t)
 
         return within(self.interval, guided, plain)
+
+    def rescaled(self, x0_hat: Tensor, like: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """x0_hat by `rescale` of the way to where its output deviates as that of `like` does."""
+        if self.rescale == 0:
+            return x0_hat
+        # At one x_t the output is a multiple of the distance from where it is 0, the same for both.
+        zero = torch.zeros_like(x_t) if self.at_zero is None else self.at_zero(x_t, t)
+        return zero + rescaled(x0_hat - zero, like=like - zero, share=self.rescale)
 
     def difference(self) -> Difference:
         """Where to go from the conditional answer, for one way from noise to data."""
@@ -188,12 +199,10 @@ def check_interval(interval: Sequence[float]) -> None:
         )
 
 
-def rescaled(x0_hat: Tensor, *, like: Tensor, share: float) -> Tensor:
-    """x0_hat (B, ...) with its deviation brought, by `share`, to that of `like`, image by image."""
-    if share == 0:
-        return x0_hat
-    ratio = like.flatten(1).std(1) / x0_hat.flatten(1).std(1)  # (B,)
-    return x0_hat * expand(1 + share * (ratio - 1), x0_hat)
+def rescaled(out: Tensor, *, like: Tensor, share: float) -> Tensor:
+    """An output (B, ...) with its deviation brought, by `share`, to that of `like`, each image."""
+    ratio = like.flatten(1).std(1) / out.flatten(1).std(1)  # (B,)
+    return out * expand(1 + share * (ratio - 1), out)
 
 
 def square(x: Tensor) -> Tensor:

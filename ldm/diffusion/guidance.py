@@ -17,7 +17,7 @@ from ldm.diffusion.schedule import expand
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, h, w), t () or (B,) -> x0_hat
 DenoiseWith = Callable[[Tensor, Tensor, Condition], Tensor]
-Difference = Callable[[Tensor, Tensor], Tensor]  # x0_hat with and without cond -> where to go
+Difference = Callable[[Tensor, Tensor, Tensor], Tensor]  # x0_hat with and without cond, t -> to go
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ClassifierFree:
         def guided(x_t: Tensor, t: Tensor) -> Tensor:
             twice = t if t.ndim == 0 else torch.cat([t, t])
             x0_uncond, x0_cond = denoise(torch.cat([x_t, x_t]), twice, both).chunk(2)
-            x0_hat = x0_cond + (self.scale - 1) * difference(x0_cond, x0_uncond)
+            x0_hat = x0_cond + (self.scale - 1) * difference(x0_cond, x0_uncond, t)
             return self.rescaled(x0_hat, x0_cond, x_t, t)
 
         return within(self.interval, guided, plain)
@@ -92,17 +92,17 @@ class ClassifierFree:
 
     def difference(self) -> Difference:
         """Where to go from the conditional answer, for one way from noise to data."""
-        return torch.sub
+        return lambda x0_cond, x0_uncond, t: x0_cond - x0_uncond
 
 
 @dataclass(frozen=True, kw_only=True)
 class Projected(ClassifierFree):
     """Adaptive projected guidance, APG: large scales without burnt colours.
 
-    The difference of the two answers is added to what it was before times `momentum`; then cut to
-    `bound`; then its part along the conditional answer, which is what saturates, counts `parallel`
-    times. `bound` is of the root mean square of an image's elements, so that it fits any size; the
-    paper's threshold is that times the root of their number.
+    The difference of the two answers is added to what it was a step before times `momentum`; then
+    cut to `bound`; then its part along the conditional answer, which is what saturates, counts
+    `parallel` times. `bound` is of the root mean square of an image's elements, so that it fits any
+    size; the paper's threshold is that times the root of their number.
     Sadat et al. 2024, arXiv:2410.02416, algorithm 1; with momentum 0, no bound and parallel 1 it is
     classifier-free guidance.
     Raises ValueError for a bound of 0 or less, or a momentum that does not fade.
@@ -123,14 +123,10 @@ class Projected(ClassifierFree):
 
     def difference(self) -> Difference:
         """As the paper's; the momentum is that of one way from noise to data."""
-        before: Tensor | None = None
+        momentum = Momentum(self.momentum)
 
-        def projected(x0_cond: Tensor, x0_uncond: Tensor) -> Tensor:
-            nonlocal before
-            difference = x0_cond - x0_uncond
-            if before is not None:
-                difference = difference + self.momentum * before
-            before = difference
+        def projected(x0_cond: Tensor, x0_uncond: Tensor, t: Tensor) -> Tensor:
+            difference = momentum(x0_cond - x0_uncond, float(t.max()))
             if self.bound is not None:
                 size = expand(difference.square().flatten(1).mean(1).sqrt(), difference)
                 difference = difference * (self.bound / size).clamp(max=1)
@@ -138,6 +134,30 @@ class Projected(ClassifierFree):
             return difference - (1 - self.parallel) * expand(share, x0_cond) * x0_cond
 
         return projected
+
+
+class Momentum:
+    """A sum that fades on one way through time: to what is added comes `share` of a step before.
+
+    A step may ask often: at its end (Heun), in rounds (RePaint, inversion), above its beginning
+    (churn). The sum at a time is made anew each time, of the last one before it on the way.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self.sums: list[tuple[float, Tensor]] = []  # times in the order of the way
+
+    def __call__(self, added: Tensor, t: float) -> Tensor:
+        """The sum at time `t`, of the shape of `added`."""
+        upwards = len(self.sums) > 1 and self.sums[1][0] > self.sums[0][0]
+        if len(self.sums) == 1:
+            before = [each for each in self.sums if each[0] != t]
+        else:
+            before = [each for each in self.sums if (each[0] < t if upwards else each[0] > t)]
+        total = added + self.share * before[-1][1] if before else added
+        # A step touches three times at most: where it is raised to, its own, and its end.
+        self.sums = [*before[-2:], (t, total)]
+        return total
 
 
 @dataclass(frozen=True, kw_only=True)

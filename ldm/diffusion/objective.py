@@ -127,6 +127,7 @@ class Objective(nn.Module):
         shown = eps
         if self.input_perturbation:
             off = randn(x0.shape, other(generator, "perturbation"), **like)
+            off = off if mix is None else mix(off)
             shown = eps + self.input_perturbation * off
         return self._loss(net, x0, cond, t, eps, shown)
 

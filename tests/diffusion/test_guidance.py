@@ -8,8 +8,12 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 
 from ldm.diffusion.composition import Composed
 from ldm.diffusion.condition import Condition
+from ldm.diffusion.edm import EDM
 from ldm.diffusion.guidance import Auto, ClassifierFree, Projected, Words
+from ldm.diffusion.inversion import invert
+from ldm.diffusion.multistep import DPMSolver, UniPC
 from ldm.diffusion.objective import PREDICTIONS, Objective, Prediction
+from ldm.diffusion.resampling import Resampled
 from ldm.diffusion.samplers import DDIM
 from ldm.diffusion.schedule import Flow, linear
 from ldm.diffusion.styling import Styled
@@ -172,11 +176,12 @@ def test_projected_guidance_is_diffusers_own_over_several_steps():
     settings = {"scale": 6.0, "parallel": 0.3, "momentum": -0.5, "bound": 0.4}
     answers = torch.randn(5, 2, 2, 4, 8, 8, dtype=torch.float64)  # step, (uncond, cond), batch ..
     step = iter(range(5))
+    times = torch.linspace(1, 0.2, 5)
     ours = Projected(**settings)(
         lambda x_t, t, c: answers[next(step)].flatten(0, 1), cond(2.0), cond(0.5)
     )
     buffer = MomentumBuffer(settings["momentum"])
-    for uncond, conditional in answers:
+    for t, (uncond, conditional) in zip(times, answers, strict=True):
         theirs = normalized_guidance(
             conditional,
             uncond,
@@ -186,7 +191,7 @@ def test_projected_guidance_is_diffusers_own_over_several_steps():
             norm_threshold=settings["bound"] * n**0.5,
             use_original_formulation=True,
         )
-        found = ours(torch.zeros(2, 4, 8, 8), torch.tensor(0.5))
+        found = ours(torch.zeros(2, 4, 8, 8), t)
         torch.testing.assert_close(found, theirs, rtol=1e-9, atol=1e-9)
 
 
@@ -203,8 +208,45 @@ def test_a_new_picture_knows_nothing_of_the_momentum_of_the_last():
     guidance, x_t, t = Projected(scale=3.0), torch.randn(2, 3, 4, 4), torch.tensor(0.5)
     first, again = (guidance(denoise, cond(2.0), cond(0.5)) for _ in range(2))
     before = first(x_t, t)
-    assert not torch.equal(first(x_t, t), before)
-    assert torch.equal(again(x_t, t), before)
+    assert not torch.equal(first(x_t, t / 2), again(x_t, t / 2))
+    assert torch.equal(first(x_t, t), before)
+
+
+TEN_STEPS = {
+    "ddim": DDIM(),
+    "dpmpp_2m": DPMSolver(),
+    "unipc": UniPC(),
+    "heun": EDM(),
+    "heun, karras": EDM(spacing="karras"),
+    "heun, churn": EDM(churn=2.0),
+    "euler, churn": EDM(order=1, churn=30.0),
+    "rounds": Resampled(DDIM(eta=1.0), 3),
+    "rounds of heun": Resampled(EDM(), 3),
+    "rounds of heun, churn": Resampled(EDM(churn=2.0), 3),
+}
+
+
+@pytest.mark.parametrize("name", [*TEN_STEPS, "inversion"])
+def test_momentum_advances_once_a_step(name):
+    """Of a difference that is always 1 it makes 1 + m + m^2 .., a term a step."""
+
+    def network(x_t, t, c):
+        return c.tokens.mean((1, 2))[:, None, None, None].expand_as(x_t)
+
+    guided = Projected(scale=2.0, parallel=1.0, momentum=0.5)(network, cond(2.0), cond(1.0))
+    seen, schedule = [], linear()
+    x = torch.randn(2, 1, 2, 2, dtype=torch.float64)
+    sampler = TEN_STEPS.get(name, DDIM())
+    more = {"on_step": lambda i, x0_hat: seen.append(float(x0_hat.mean()) - 2)}
+    for _ in range(2):  # a second way begins anew
+        seen.clear()
+        times = sampler.times(schedule, 10)
+        if name == "inversion":
+            guided = Projected(scale=2.0, parallel=1.0, momentum=0.5)(network, cond(2.0), cond(1.0))
+            invert(guided, x, schedule, times, **more)
+        else:
+            sampler(guided, x, schedule, times, noise=torch.randn_like, **more)
+        assert seen == pytest.approx([2 - 0.5**i for i in range(10)])
 
 
 @pytest.mark.parametrize("t", TIMES)

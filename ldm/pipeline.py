@@ -104,7 +104,10 @@ class Pipeline:
                 times = self.sampler.times(schedule, steps, start=t)
                 return invert(lambda x, t: self.denoise(x, t, cond), x0, schedule, times)
 
-            request = Request(room, image, mask, strength, inverted)
+            def first(t: float) -> float:
+                return float(self.sampler.times(schedule, steps, start=t)[0])
+
+            request = Request(room, image, mask, strength, inverted, first)
             start = self.task.start(request, encode, schedule, noise=noise)
             guided = self._guided(prompts, negative, start.concat, self._styled(style, seeds))
             denoise = guided

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm.build import parts
+from ldm.build.guidance import guidance
 from ldm.build.registry import MODEL, admit
 from ldm.cli import CONF
 from ldm.diffusion.noise import generators
@@ -202,6 +203,19 @@ def test_all_samplers_take_the_same_bounds_and_grids(option):
     assert (built.spacing, built.clip, built.quantile) == ("karras", 1.5, 0.99)
     plain = instantiate(compose("sample", [f"sampler={option}"]).sampler)
     assert (plain.spacing, plain.clip, plain.quantile) == ("trailing", None, None)
+
+
+@pytest.mark.parametrize("option", ["cfg", "interval", "apg", "compose", "style"])
+def test_rescaling_knows_what_the_network_predicts(option):
+    """x0_hat where eps is 0 is x_t / alpha."""
+    objective = parts.objective(train("objective=eps", "scheduler=linear"))
+    beside = parts.Beside(None, None, objective, None, torch.device("cpu"))
+    x_t, t = torch.randn(2, 4, 8, 8), torch.tensor(0.6)
+    cfg = compose("sample", [f"guidance={option}", "guidance.rescale=0.7"])
+    found = guidance(cfg.guidance, beside).at_zero(x_t, t)
+    torch.testing.assert_close(found, x_t / objective.schedule(t)[0])
+    plain = compose("sample", [f"guidance={option}"])
+    assert guidance(plain.guidance, beside).at_zero is None
 
 
 def test_data_chooses_what_is_measured_unless_the_user_does():

@@ -25,6 +25,8 @@ def guidance(cfg: DictConfig, beside: Beside) -> Guidance:
     built = {name: make(cfg[name], beside) for name, make in needed.items()}
     if "classifier" in built or "judge" in built:
         built["schedule"] = beside.objective.schedule
+    if cfg.get("rescale"):
+        built["at_zero"] = beside.objective.at_zero
     leaf = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in built])
     # Handed to the call and not to instantiate, which would take apart what is a dataclass.
     return instantiate(leaf, _partial_=True, _convert_="all")(**built)

@@ -127,6 +127,7 @@ class Objective(nn.Module):
         shown = eps
         if self.input_perturbation:
             off = randn(x0.shape, other(generator, "perturbation"), **like)
+            off = off if mix is None else mix(off)
             shown = eps + self.input_perturbation * off
         return self._loss(net, x0, cond, t, eps, shown)
 
@@ -170,3 +171,8 @@ class Objective(nn.Module):
         timestep = self.schedule.timestep(t).to(x_t.dtype)
         out = net(x_t, timestep, cond).to(x_t.dtype)
         return self.prediction.to_x0(out, x_t, alpha, sigma)
+
+    def at_zero(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """x0_hat (B, C, h, w) of x_t at t, () or (B,), where the network's output is 0."""
+        alpha, sigma = (part.to(x_t.dtype) for part in self.schedule(t.to(x_t.device)))
+        return self.prediction.to_x0(torch.zeros_like(x_t), x_t, alpha, sigma)

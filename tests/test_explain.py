@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,7 @@ PICTURES = ["clip.png", "forward.png", "guidance.png", "noise.png", "reverse.png
 
 
 def painted(pipe: Pipeline, seeds=(3,), **parts) -> torch.Tensor:
-    pipe = lessons.with_parts(pipe, **{"guidance": pipe.guidance} | parts)
-    return pipe([PROMPT] * len(seeds), seeds=seeds, size=SIZE, steps=AT.steps)
+    return replace(pipe, **parts)([PROMPT] * len(seeds), seeds=seeds, size=SIZE, steps=AT.steps)
 
 
 def places(page: Image.Image, picture: Image.Image) -> list[tuple[int, int]]:

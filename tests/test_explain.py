@@ -90,8 +90,9 @@ def test_watching_changes_nothing(tiny_text):
     assert len(lessons.spread(watched.moments[:4])) == 4
 
 
-def test_the_reverse_process_ends_in_the_picture(tiny_text):
-    pipe, (seen, on_step) = pipeline(tiny_text), steps()
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_reverse_process_ends_in_the_picture(tiny_text, dtype):
+    pipe, (seen, on_step) = replace(pipeline(tiny_text), dtype=dtype), steps()
     page = lessons.reverse(pipe, PROMPT, AT, on_step=on_step)
     assert len(seen) == AT.steps
     assert len(places(page, shown(painted(pipe)[0]))) == 1

@@ -92,6 +92,16 @@ def test_later_stages_of_a_cascade_read_the_parts_of_a_prompt(home, monkeypatch)
         assert later.pipeline.guidance == kind(scale=1.5)
 
 
+def test_verbs_that_begin_with_words_refuse_networks_that_begin_with_a_picture(home):
+    for verb, words in {
+        "evaluate": ["ckpt=runs/inpaint", "task=inpaint", "count=8", "steps=1"],
+        "augment": ["ckpt=runs/model", "task=img2img", "out=set", "n=1", "template=a ball"],
+    }.items():
+        said = run("-m", f"ldm.{verb}", *words, cwd=home, expect=2)
+        assert f"{words[1]} begins with a picture: take task=text2img" in said
+        assert not (home / "set").exists()
+
+
 def test_img2img_changes_a_part_where_no_strength_is_given(home, photo):
     words = ["ckpt=runs/model", "task=img2img", "image=in.png"]
     run(SAMPLE, *words, *ONE, "out=s/", cwd=home)

@@ -73,6 +73,7 @@ def augment(cfg: DictConfig, asked: dict[str, str | None], words: dict[str, list
     device, ranks = evaluation.join(device), Ranks()
     cfg = OmegaConf.merge(cfg, {"device": str(device)})
     restored = pipelines.restore(cfg, ckpt, asked)
+    pipelines.check_text_to_image(restored, "augment")
     prompts = prompts or of_set(cfg, asked, restored)
     score, judge = judged(asked["clip"], restored)
     size = cfg.size or restored.size

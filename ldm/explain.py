@@ -52,6 +52,7 @@ def draw_all(cfg: DictConfig, asked: dict[str, str | None]) -> Path:
     from ldm.images import save_png
 
     restored = pipelines.restore(cfg, asked["ckpt"], asked)
+    pipelines.check_text_to_image(restored, "explain")
     pipeline, size = restored.pipeline, cfg.size or restored.size
     prompts = prompts or [lessons.scene(i, 16)[1] for i in lessons.EXAMPLES]
     image = lessons.scene(lessons.EXAMPLES[0], size)[0]

@@ -1,6 +1,7 @@
 """Where sampling starts and what is kept."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,9 +27,7 @@ def seeded(seed=0):
 
 def pixels(text, task, *, scale=1.5):
     """A pipeline without an autoencoder's error."""
-    pipe = pipeline(text, scale=scale)
-    pipe.autoencoder, pipe.task = Identity(), task
-    return pipe
+    return replace(pipeline(text, scale=scale), autoencoder=Identity(), task=task)
 
 
 def picture(n=1):
@@ -114,8 +113,7 @@ def test_what_the_mask_keeps_is_kept(tiny_text, rounds):
 
 
 def test_paste_is_to_the_last_bit_whatever_the_autoencoder_does(tiny_text):
-    pipe = pipeline(tiny_text)
-    pipe.task = ProjectedInpaint()
+    pipe = replace(pipeline(tiny_text), task=ProjectedInpaint())
     given = {"image": picture(), "mask": left_half()}
     kept = left_half().expand(2, 3, SIZE, SIZE) == 0
     assert not torch.equal(paint(pipe, **given)[kept], picture().expand(2, -1, -1, -1)[kept])

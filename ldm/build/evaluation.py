@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,6 @@ from ldm.metrics.scene_accuracy import SceneAccuracy
 from ldm.metrics.subset import Subset
 from ldm.models.remembered import Remembered
 from ldm.peers import Folder, Peer
-from ldm.pipeline import Pipeline
 
 Paint = Callable[..., Tensor]  # (prompts, seeds=...) -> images (n, 3, H, W) in [-1, 1]
 Asked = dict[str, str | None]
@@ -103,6 +102,7 @@ def run(
     """A training run of ours."""
     cfg = OmegaConf.merge(cfg, {"device": str(device)})
     restored = pipelines.restore(cfg, asked["ckpt"], asked)
+    pipelines.check_text_to_image(restored, "measuring")
     size = cfg.size or restored.size
     drawn = restored.data.get("_target_") == SCENES
     scenes = scene_accuracy(cfg) if cfg.scenes or (cfg.scenes is None and drawn) else None
@@ -125,7 +125,7 @@ def run(
     text = Remembered(restored.pipeline.text)
 
     def paint(cfg: DictConfig) -> Paint:
-        pipeline = Pipeline(**{**vars(pipelines.sampling(restored.pipeline, cfg)), "text": text})
+        pipeline = replace(pipelines.sampling(restored.pipeline, cfg), text=text)
         return partial(pipeline, size=size, steps=cfg.steps)
 
     def facts(cfg: DictConfig) -> dict:

@@ -1,7 +1,7 @@
 """A checkpoint to a pipeline: networks from the file, sampling from the configuration."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydra.utils import instantiate
@@ -17,6 +17,8 @@ from ldm.models.frames import Frames
 from ldm.pipeline import Pipeline
 
 REMEDY = "Train one: python train.py task={task} init={ckpt} name=my-{task}"
+CLASSIFIER_FREE = "ldm.diffusion.guidance.ClassifierFree"
+COMPOSED = "ldm.diffusion.composition.Composed"
 WITHOUT = "Give a run of task=text2img; `python sample.py` without task= does what this one can"
 
 
@@ -114,7 +116,8 @@ def cascade(cfg: DictConfig, ckpts: Sequence[str], asked: dict[str, str | None])
     """Pipelines of which each enlarges what the one before has painted.
 
     The first is guided as `cfg` says and does what it was trained for; the others are of `cfg`'s
-    task, or of their own, and guided by `cfg.enlarging`. A single one is as `cfg` says.
+    task, or of their own, and guided by `cfg.enlarging`: by the parts of the prompt where the first
+    is, by all of its words otherwise. A single one is as `cfg` says.
     Raises what `restore` raises, and UsageError where the first paints videos or a later one
     enlarges nothing.
     """
@@ -122,8 +125,8 @@ def cascade(cfg: DictConfig, ckpts: Sequence[str], asked: dict[str, str | None])
         return [restore(cfg, ckpts[0], asked)]
     first = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "task"])
     later = OmegaConf.merge(cfg)
-    plain = {"_target_": "ldm.diffusion.guidance.ClassifierFree", "scale": cfg.enlarging}
-    later.guidance = plain
+    target = COMPOSED if composes(cfg.guidance) else CLASSIFIER_FREE
+    later.guidance = {"_target_": target, "scale": cfg.enlarging}
     stages: list[Restored] = []
     for ckpt in ckpts:
         stages.append(restore(later if stages else first, ckpt, asked))
@@ -140,14 +143,35 @@ def cascade(cfg: DictConfig, ckpts: Sequence[str], asked: dict[str, str | None])
     return stages
 
 
+def composes(guidance: DictConfig) -> bool:
+    """Whether this guidance, or one inside it, reads AND, NOT and weights in prompts."""
+    if guidance.get("_target_") == COMPOSED:
+        return True
+    return "inner" in guidance and composes(guidance.inner)
+
+
+def check_text_to_image(restored: Restored, verb: str) -> None:
+    """UsageError unless a run paints pictures from prompts alone, which a verb needs."""
+    task, path = restored.pipeline.task, restored.path
+    if task.temporal:
+        raise UsageError(
+            f"{verb} is for pictures, and {path} paints videos (task={task.name}): give a run of "
+            "task=text2img. python sample.py paints videos, and training measures val/motion_*"
+        )
+    if task.from_pictures or task.of_any_run:
+        raise UsageError(
+            f"{verb} paints from prompts alone, and task={task.name} begins with a picture: "
+            "take task=text2img and a run of it. python sample.py takes image=FILE"
+        )
+
+
 def sampling(pipeline: Pipeline, cfg: DictConfig) -> Pipeline:
     """The same networks with the sampler and guidance of `cfg`."""
-    held = vars(pipeline)
     beside = Beside(
-        *(held[name] for name in ("autoencoder", "text", "objective", "task")), pipeline.device
+        pipeline.autoencoder, pipeline.text, pipeline.objective, pipeline.task, pipeline.device
     )
     chosen = {"sampler": instantiate(cfg.sampler), "guidance": guidance(cfg.guidance, beside)}
-    return Pipeline(**{**held, **chosen})
+    return replace(pipeline, **chosen)
 
 
 def sampling_facts(cfg: DictConfig) -> dict:

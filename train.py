@@ -8,7 +8,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from ldm import attempt, cli, locks, runs, sweep
+from ldm import attempt, cli, locks, runs, settings, sweep
 from ldm.machine import follow_parent
 from ldm.signals import Signals
 
@@ -37,6 +37,6 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     follow_parent()
-    cli.prepare_search()
+    settings.prepare_search()
     cli.run(main, "train")
     sys.exit(sweep.farewell())

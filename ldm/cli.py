@@ -1,6 +1,5 @@
 """The command line's manners: free text before Hydra's grammar sees it, and refusals that help."""
 
-import logging
 import os
 import re
 import signal
@@ -14,10 +13,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from hydra import compose
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
@@ -177,34 +174,6 @@ def _in_a_line(message, category, filename, lineno, line=None, *, standard) -> s
     if Path(filename).is_relative_to(Path(__file__).parent):
         return f"warning: {message}\n"
     return standard(message, category, filename, lineno, line)
-
-
-# What hydra-optuna-sweeper leaves to the user, and the rest of a configuration knows.
-SEARCH = {
-    "optuna": {
-        "direction": "${direction}",
-        "n_jobs": "${oc.select:hydra.launcher.n_jobs,1}",  # trials at once
-        "max_failure_rate": 1.0,  # a failed trial is recorded, and the search goes on
-        "study_name": "${name}",
-    },
-    "sampler/tpe": {"seed": "${seed}", "n_startup_trials": 5},
-}
-
-
-def prepare_search() -> None:
-    """Give hydra/sweeper=optuna, where it is installed, defaults that follow from the run's.
-
-    Hydra refuses a YAML file that bears the name of a plugin's settings, so they are put there.
-    """
-    Plugins.instance()  # finds the plugins, which then store their settings
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # of optuna, about itself
-    store = ConfigStore.instance()
-    for path, ours in SEARCH.items():
-        group, _, name = f"hydra/sweeper/{path}".rpartition("/")
-        if f"{name}.yaml" in store.list(group):
-            node = store.load(f"{group}/{name}.yaml").node
-            node.update(ours)
-            store.store(group=group, name=name, node=node, provider="ldm")
 
 
 @contextmanager

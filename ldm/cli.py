@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -22,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm import settings
-from ldm.files import read_text
+from ldm.files import check_length, read_text
 from ldm.locks import InUseError
 from ldm.runs import RESOLVERS, SWEEP, changes, concerns, rank
 from ldm.settings import explain, is_group, missing, nearest
@@ -142,9 +143,21 @@ def run(main: Callable[[], None], config_name: str, *, goes_on: bool = False) ->
         more = "; the same command goes on from here" if goes_on else ""
         print(f"\n{Path(sys.argv[0]).name}: {how}{more}", file=sys.stderr)
         sys.exit(code)
+    except OSError as error:
+        if _entered(main, error):
+            raise
+        told = f"nothing can be written to {error.filename or 'the run directory'}"
+        print(f"\n{Path(sys.argv[0]).name}: {told} ({error.strerror})", file=sys.stderr)
+        sys.exit(2)
     except ValueError as error:
         if "No trials are completed" not in str(error):  # so optuna says that every job failed
             raise
+
+
+def _entered(main: Callable[[], None], error: BaseException) -> bool:
+    """Whether Hydra, which makes the run directory, has come so far as to call our function."""
+    code = getattr(main, "__wrapped__", main).__code__
+    return any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _in_a_line(message, category, filename, lineno, line=None, *, standard) -> str:
@@ -247,9 +260,13 @@ def _default(config_name: str, groups: tuple[str, ...]) -> dict:
 
 
 def check_name(name: str) -> None:
-    """Refuse names that are no place below runs/; raises UsageError."""
+    """Refuse names that are no place below runs/, or too long for one; raises UsageError."""
     if not name.strip("./ ") or {"..", ""} & set(name.split("/")):
         raise UsageError(f"name='{name}' names no run: leave it out, or give name=my-run")
+    try:
+        check_length("name", Path("runs", name))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def check_metric(metric: str, logged: Iterable[str]) -> None:

@@ -180,13 +180,13 @@ class Checkpoints(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, module, checkpoint: dict) -> None:
         facts = {"images_seen": self.seen, "validated": not self._is_due(trainer)}
-        checkpoint["ldm"] = {**self.facts, **facts}
+        checkpoint["ldm"] = {**self.facts, **trainer.datamodule.rules(), **facts}
         if self.keep_best:
             best = {"metric": self.metric, "values": dict(self.best_next)}
             checkpoint["ldm"]["best"] = best
 
     def on_load_checkpoint(self, trainer: L.Trainer, module, checkpoint: dict) -> None:
-        trainer.datamodule.position = int(checkpoint["ldm"]["images_seen"])
+        trainer.datamodule.resume(checkpoint["ldm"])
         self.owes_validation = not checkpoint["ldm"].get("validated", True)
         self.loaded = checkpoint["global_step"]
         self._take_best(checkpoint["ldm"].get("best", {}))

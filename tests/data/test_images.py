@@ -305,6 +305,13 @@ def test_crop_runs_from_edge_to_edge():
         crop(image, 5, x=0, y=0)
 
 
+def test_even_crops_have_every_place_as_often():
+    places = [gradient(6, 4).crop((left, 0, left + 4, 4)) for left in range(3)]
+    drawn = [crop(gradient(6, 4), 4, x=x, y=0.7, even=True) for x in np.arange(300) / 300]
+    assert [drawn.count(place) for place in places] == [100, 100, 100]
+    assert crop(gradient(6, 4), 4, x=1.0, y=1.0, even=True) == places[2]  # a draw may round to 1
+
+
 def test_a_square_is_cut_then_scaled():
     image = gradient(10, 4)
     for x, left in ((0, 0), (0.5, 3), (1, 6)):

@@ -7,7 +7,7 @@ import hydra
 from omegaconf import DictConfig
 
 from ldm import cli
-from ldm.data.sources import SUFFIXES
+from ldm.data.sources import SUFFIXES, pictures_in
 
 MANY = ("image", "text")  # may be given several times
 TEXTS = ("clip", *MANY, "minus", "texts", "data", "labels", "words", "template", "out")
@@ -143,7 +143,7 @@ def pictures(name: str, place: str) -> list[Path]:
         raise cli.UsageError(f"{name}={place} does not exist")
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    found = pictures_in(path)
     if not found:
         raise cli.UsageError(f"{name}={place} is a folder without pictures ({', '.join(SUFFIXES)})")
     return found

@@ -2,21 +2,23 @@
 
 import os
 import sys
-import time
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from ldm import cli, locks, runs, sweep
+from ldm import attempt, cli, locks, runs, settings, sweep
 from ldm.machine import follow_parent
+from ldm.signals import Signals
 
 
 @hydra.main(config_path=cli.CONF, config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     """Compose, build, fit: one run. With -m, a launcher starts this script anew for each job."""
-    cli.check(cfg, "train")
+    # A rank that Lightning has started does not leave alone: the first one would wait for it.
+    signals = Signals(at_once=runs.rank() == 0 or runs.launched() is not None)
+    signals.listen()
     cli.check_name(str(cfg.name))
     run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     with cli.told_plainly():
@@ -28,51 +30,13 @@ def main(cfg: DictConfig) -> None:
                 "trainer.max_steps to go on, or choose another name"
             )
             return
-        if runs.rank() == 0:
-            OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
-        from ldm.build.job import build  # torch and Lightning: a typo need not wait for them
-
-        job = build(cfg, run_dir)
-    fit(cfg, job, run_dir)
+        job = attempt.put_together(cfg, run_dir, signals)
+    attempt.fit(cfg, job, run_dir, signals)
     del lock
-
-
-def fit(cfg: DictConfig, job, run_dir: Path) -> None:
-    """Train, from the newest checkpoint if there is one, and leave result.json, come what may."""
-    first = runs.rank() == 0
-    spent = runs.read_result(run_dir).get("seconds", 0.0)
-    if first:
-        (run_dir / "result.json").unlink(missing_ok=True)  # of an earlier, shorter call
-        print(f"{run_dir} {'resumes' if job.resume else 'begins'}: {job.describe()}", flush=True)
-    began, ended = time.time(), {"status": "failed"}
-    try:
-        if cfg.validate_first and job.resume is None:
-            job.trainer.validate(job.module, datamodule=job.data, verbose=False)
-            cli.check_metric(cfg.metric, job.metrics())
-        job.trainer.fit(job.module, datamodule=job.data, ckpt_path=job.resume, weights_only=True)
-        ended = {"status": "finished"}
-    except (KeyboardInterrupt, SystemExit):
-        ended = {"status": "preempted"}
-        raise
-    except BaseException as error:
-        ended["error"], told_here = job.failed(run_dir, error)
-        first = first or told_here
-        raise
-    finally:
-        seconds = round(spent + time.time() - began, 1)
-        if first:
-            result = ended | job.outcome(run_dir, cfg.metric) | {"seconds": seconds}
-            job.finish(run_dir, cfg.metric, cfg.direction, result)
-            at = result["checkpoint"] or "none: the same command begins anew"
-            print(
-                f"{result['status']} at step {result['steps']}; {cfg.metric} = {result['value']}; "
-                f"newest checkpoint: {at}; more in {run_dir}",
-                flush=True,
-            )
 
 
 if __name__ == "__main__":
     follow_parent()
-    cli.prepare_search()
+    settings.prepare_search()
     cli.run(main, "train")
     sys.exit(sweep.farewell())

@@ -23,8 +23,9 @@ def measure(million: int, background: bool, folder: Path) -> dict:
     import torch
     from torch import nn
 
-    from ldm.training.checkpoint import Checkpoints, SafeCheckpointIO
+    from ldm.training.checkpoint import Checkpoints
     from ldm.training.ema import EMA
+    from ldm.training.payload import SafeCheckpointIO
 
     class Data(L.LightningDataModule):
         position = 0

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ldm.data.scenes.draw import draw
 from ldm.data.scenes.world import STYLES, Scene, caption, sample
 from ldm.images import from_uint8, tile, to_uint8
-from ldm.metrics.intervals import bootstrap_mean
+from ldm.metrics.intervals import wilson
 from ldm.metrics.scenes import ATTRIBUTES, read, right
 from ldm.pipeline import Pipeline
 
@@ -160,7 +160,7 @@ def measured(name: str, way: Way, cases: Sequence[Case]) -> dict[str, float]:
         rows += [right(r, c.wanted) for r, c in zip(read(images), part, strict=True)]
     shares = dict(zip(("all", *ATTRIBUTES), np.mean(rows, axis=0).round(3).tolist(), strict=True))
     rest = np.mean([all(row[1:-1]) for row in rows])
-    low, high = bootstrap_mean(torch.tensor([float(row[-1]) for row in rows]), seed=0)
+    low, high = wilson(float(np.mean([row[-1] for row in rows])), len(rows))
     found = {"style": shares.pop("style"), "of 95 %": f"{low:.2f} to {high:.2f}"}
     return found | {"all the rest": round(float(rest), 3)} | shares
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
-from scipy.stats import binomtest
 from torch import Tensor
 
 from ldm import films
@@ -26,6 +25,7 @@ from ldm.build import pipelines
 from ldm.cli import CONF
 from ldm.data.scenes.motion import caption, film, sample_moving
 from ldm.images import captioned, save_png
+from ldm.metrics.intervals import wilson
 from ldm.metrics.motion import NAMES, MotionAccuracy
 from ldm.metrics.scene_accuracy import SPLITS, Paint
 from ldm.pipeline import Pipeline
@@ -69,8 +69,8 @@ def report(accuracy: MotionAccuracy, paint: Paint) -> dict[str, list[float]]:
     counts = accuracy.tally(paint, range(len(accuracy)))
     rows = {}
     for name, right in zip(NAMES, counts[:2].sum(axis=0).tolist(), strict=True):
-        ends = binomtest(right, len(accuracy)).proportion_ci(method="wilson")
-        rows[name] = [round(x, 3) for x in (ends.low, right / len(accuracy), ends.high)]
+        low, high = wilson(share := right / len(accuracy), len(accuracy))
+        rows[name] = [round(x, 3) for x in (low, share, high)]
     for suffix in ("", "_unseen", "_chance"):
         rows[f"direction{suffix or '_seen'}"] = accuracy.metrics(counts)[
             f"motion_direction{suffix}"

@@ -2,28 +2,16 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 
 from ldm.cli import UsageError
+from ldm.runs import unknown
 
 FILES = ("image", "mask", "style", "prompts")
 PLACES = ("ckpt", "out", "autoencoder", "text_encoder", "style_encoder")
 TEXTS = ("prompt", "negative", "source", *FILES, *PLACES)
-# The least that a whole number may be, how many of them there are, and whether null will do.
-WHOLE = {
-    "n": (1, (1,), False),
-    "seed": (0, (1,), False),
-    "steps": (1, (1,), False),
-    "batch": (1, (1,), False),
-    "previews": (0, (1,), False),
-    "frames": (1, (1,), True),
-    "size": (1, (1, 2), True),
-    "pad": (0, (4,), False),
-}
-# Above 0 and up to this.
-POSITIVE = {"fps": 1000, "strength": 1}
 
 
 def checked(
@@ -31,15 +19,8 @@ def checked(
 ) -> dict[str, str | None]:
     """`asked`, the texts, with `~` in paths expanded; typed: those of the command line.
 
-    Raises UsageError for numbers out of range, files that are not there, and what contradicts.
+    Raises UsageError for files that are not there, and for what contradicts.
     """
-    for name, rule in WHOLE.items():
-        check_whole(name, cfg[name], *rule)
-    for name, most in POSITIVE.items():
-        value, optional = cfg[name], name == "strength"
-        plain = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (plain and 0 < value <= most) and not (value is None and optional):
-            raise UsageError(f"{name}={value} is no number above 0 and up to {most}")
     paths = {name: asked.get(name) or None for name in FILES + PLACES}
     asked = {**asked, **{name: path and os.path.expanduser(path) for name, path in paths.items()}}
     for name in FILES:
@@ -63,21 +44,18 @@ def checked(
     return asked
 
 
-def check_whole(
-    name: str, value: object, least: int, counts: Sequence[int], optional: bool
-) -> None:
-    """UsageError unless `value` is a whole number from `least` on, or as many as `counts` say."""
-    if value is None and optional:
-        return
-    many = list(value) if isinstance(value, ListConfig) else [value]
-    if len(many) not in counts or any(type(each) is not int or each < least for each in many):
-        said = {1: "a whole number", 2: "two of them, [height,width]"}
-        said[4] = "four whole numbers of pixels, [left,above,right,below]"
-        kinds = " or ".join(said[count] for count in counts)
-        shown = f"[{','.join(map(str, many))}]" if isinstance(value, ListConfig) else value
-        raise UsageError(f"{name}={shown}: it is {kinds}, {least} or more")
-    if max(many) >= 2**63:
-        raise UsageError(f"{name}={max(many)} is too large")
+def check_places(cfg: DictConfig, *ckpts: str) -> None:
+    """UsageError where a checkpoint or the device is not there, before seconds of imports."""
+    guidance = cfg.get("guidance") or {}
+    named = [("ckpt", ckpt) for ckpt in ckpts]
+    named += [(f"guidance.{name}", guidance.get(name)) for name in ("guide", "classifier")]
+    for name, ckpt in named:
+        if ckpt is not None and not os.path.exists(os.path.expanduser(ckpt)):
+            raise UsageError(unknown(ckpt, name))
+    if cfg.device is not None:
+        from ldm.devices import device_of
+
+        device_of(cfg.device)
 
 
 def check_file(name: str, path: str | None) -> None:

@@ -14,6 +14,7 @@ import hydra
 from omegaconf import DictConfig
 
 from ldm import cli, evaluate, runs
+from ldm.asked import check_places
 from ldm.locks import InUseError, claim
 
 TEXTS = ("ckpt", "out", "template", "captions", "negative", "clip", "autoencoder", "text_encoder")
@@ -32,7 +33,6 @@ def main() -> None:
 
     @hydra.main(config_path=cli.CONF, config_name="augment", version_base="1.3")
     def composed(cfg: DictConfig) -> None:
-        cli.check(cfg, "augment")
         asked = {name: cfg[name] for name in TEXTS} | texts
         with cli.told_plainly():
             augment(cfg, asked, words)
@@ -57,6 +57,7 @@ def augment(cfg: DictConfig, asked: dict[str, str | None], words: dict[str, list
     check(cfg, asked, words)
     ckpt, out = (cli.needed(asked, name) for name in ("ckpt", "out"))
     check_place(out := Path(out))
+    check_places(cfg, ckpt)
 
     import torch
     from omegaconf import OmegaConf
@@ -72,6 +73,7 @@ def augment(cfg: DictConfig, asked: dict[str, str | None], words: dict[str, list
     device, ranks = evaluation.join(device), Ranks()
     cfg = OmegaConf.merge(cfg, {"device": str(device)})
     restored = pipelines.restore(cfg, ckpt, asked)
+    pipelines.check_text_to_image(restored, "augment")
     prompts = prompts or of_set(cfg, asked, restored)
     score, judge = judged(asked["clip"], restored)
     size = cfg.size or restored.size
@@ -107,17 +109,13 @@ def check(cfg: DictConfig, asked: dict[str, str | None], words: dict[str, list[s
         raise cli.UsageError("prompts come from template=... or from captions=..., not from both")
     if words and asked["template"] is None:
         raise cli.UsageError(f"slots.{min(words)} is for a template: give template=...")
-    for name, least in (("batch", 1), ("steps", 1), ("seed", 0)):
-        if cfg[name] < least:
-            raise cli.UsageError(f"{name}={cfg[name]}: it is {least} or more")
     if cfg.format not in FORMATS:
         raise cli.UsageError(f"format={cfg.format} is none of {', '.join(FORMATS)}")
-    for name, most in (("min_score", 100), ("keep", 1)):
-        value = cfg[name]
-        if value is not None and not (isinstance(value, int | float) and 0 < value <= most):
-            raise cli.UsageError(f"{name}={value} is no number above 0 and up to {most}")
-        if value is not None and unscored(asked):
-            raise cli.UsageError(f"{name}={value} is by CLIP score: give clip=..., or leave it out")
+    for name in ("min_score", "keep"):
+        if cfg[name] is not None and unscored(asked):
+            raise cli.UsageError(
+                f"{name}={cfg[name]} is by CLIP score: give clip=..., or leave it out"
+            )
 
 
 def check_place(out: Path) -> None:
@@ -144,13 +142,13 @@ def typed(asked: dict[str, str | None], words: dict[str, list[str]]):
 
     if asked["template"] is not None:
         return Template(asked["template"], words)
-    place = Path(asked["captions"]).expanduser()
+    place = Path(asked["captions"])
     return OfSet(Shards(place)) if place.is_dir() else Lines(place)
 
 
 def of_set(cfg: DictConfig, asked: dict[str, str | None], restored):
     """The captions of the run's own training pictures; UsageError where they are not here."""
-    from ldm.build.evaluation import own_pictures
+    from ldm.build.sets import own_pictures
     from ldm.data.prompts import OfSet
 
     try:
@@ -167,7 +165,8 @@ def judged(clip: str | None, restored) -> tuple[Callable, str | None]:
     if unscored({"clip": clip}):
         return lambda images, prompts: [None] * len(prompts), None
 
-    from ldm.build.evaluation import SCENES, tell
+    from ldm.build.evaluation import tell
+    from ldm.build.sets import SCENES
     from ldm.files import PACKAGED
     from ldm.metrics.clip_features import ClipFeatures, clip_score
 

@@ -7,7 +7,6 @@ valid manifest does not exist. `last.ckpt` is a link to the newest, `best.ckpt` 
 validated best.
 """
 
-import difflib
 import hashlib
 import json
 import os
@@ -22,7 +21,8 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from ldm.files import TEMPORARY, replacing, write_text
+from ldm.files import TEMPORARY, located, replacing, write_text
+from ldm.runs import unknown
 
 
 class CheckpointError(ValueError):
@@ -68,6 +68,8 @@ def write(payload: dict, path: Path) -> None:
             except RuntimeError as error:
                 raise hashed.error or error from None
         manifest = {"size": path.stat().st_size, "sha256": hashed.sha256.hexdigest()}
+        if finite := payload.get("ldm", {}).get("finite"):
+            manifest["finite"] = finite
         if file_digest(path) != manifest["sha256"]:
             raise OSError(f"{path} is not what was written when it is read back")
         write_text(manifest_path(path), json.dumps(manifest) + "\n")
@@ -97,23 +99,6 @@ def export(payload: dict, path: Path) -> None:
         file.write(to_safetensors({name: t.contiguous() for name, t in weights.items()}))
 
 
-def check_writable(folder: Path) -> None:
-    """Raises OSError, with the remedy, where a folder takes no files or no links."""
-    probe = folder / f"probe{TEMPORARY}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.unlink(missing_ok=True)
-        probe.symlink_to("last.ckpt")
-        probe.unlink()
-        write_text(probe, "0" * 4096)
-        probe.unlink()
-    except OSError as error:
-        raise OSError(
-            f"checkpoints cannot be written to {folder} ({error.strerror or error}): make room "
-            "there, or take a name whose directory lies elsewhere"
-        ) from error
-
-
 def link_last(path: Path) -> None:
     """Point `last.ckpt` beside `path` to it."""
     link(path, "last.ckpt")
@@ -134,7 +119,9 @@ def read(path: Path) -> dict:
     """
     path = path.resolve()
     if problem := flaw(path):
-        raise CheckpointError(f"{path} cannot be used: {problem}")
+        good = last_good(path.parent, other_than=path)
+        more = f". The last good one beside it is {good.name}" if good else ""
+        raise CheckpointError(f"{path} cannot be used: {problem}{more}")
     return unverified(path)
 
 
@@ -165,6 +152,8 @@ def flaw(path: Path) -> str | None:
             return f"it has {path.stat().st_size} bytes where its manifest says {size}"
         if file_digest(path) != digest:
             return "its content does not have the digest of its manifest"
+        if not manifest.get("finite") and has_ruined_weights(path):
+            return "its weights are not finite: the training had failed"
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
     return None
@@ -201,6 +190,29 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
+def last_good(
+    folder: Path, *, before: int | None = None, other_than: Path | None = None
+) -> Path | None:
+    """The newest checkpoint of a folder that can be used, of those from before a step."""
+    for path in sorted(folder.glob("step=*.ckpt"), reverse=True):
+        early = before is None or step(path) < before
+        if early and path != other_than and is_whole(path):
+            return path.resolve()
+    return None
+
+
+def has_ruined_weights(path: Path) -> bool:
+    """Whether a file from before manifests told of it holds weights that are not finite."""
+    try:
+        payload = unverified(path)
+        weights = [w for w in payload["state_dict"].values() if w.is_floating_point()]
+    except (CheckpointError, KeyError, TypeError, AttributeError):
+        return False  # no checkpoint of ours, which is told where it is read
+    # A view may claim to be larger than its file.
+    plain = [w for w in weights if w.nbytes <= w.untyped_storage().nbytes()]
+    return not all(w.isfinite().all() for w in plain)
+
+
 def is_whole(path: Path) -> bool:
     """Whether a checkpoint can be trusted."""
     return flaw(path) is None
@@ -212,16 +224,20 @@ def step(path: Path) -> int:
     return int(digits) if digits.isdecimal() else 0
 
 
-def keep_newest(folder: Path, count: int, *, spare: Collection[str] = ()) -> None:
+def keep_newest(
+    folder: Path, count: int, *, spare: Collection[str] = (), doubtful_from: int | None = None
+) -> None:
     """Delete all checkpoints of a folder but the `count` newest that have a manifest.
 
-    Those named in `spare` stay as well. What a killed save has left under a temporary name goes,
-    too.
+    Those named in `spare` stay as well. Those of the step `doubtful_from` and later do not count,
+    and the newest of them stays. What a killed save has left under a temporary name goes, too.
     """
     for left in folder.glob(f"*{TEMPORARY}"):
         left.unlink(missing_ok=True)
     files = [path for path in folder.glob("step=*.ckpt") if not path.is_dir()]
-    kept = sorted(path for path in files if manifest_path(path).is_file())[-count:]
+    whole = sorted(path for path in files if manifest_path(path).is_file())
+    sound = [path for path in whole if doubtful_from is None or step(path) < doubtful_from]
+    kept = {*sound[-count:], *whole[-1:]}
     for path in files:
         if path not in kept and path.name not in spare:
             remove(path)
@@ -232,7 +248,7 @@ def find(ckpt: str, *, name: str = "ckpt") -> Path:
 
     Raises CheckpointError, which calls it `name`, where there is none.
     """
-    path = Path(ckpt)
+    path = located(ckpt)
     if path.is_dir():
         last = newest(path / "checkpoints")
         if last is None:
@@ -242,10 +258,7 @@ def find(ckpt: str, *, name: str = "ckpt") -> Path:
             )
         return last
     if not path.is_file():
-        known = sorted(str(found.parent.parent) for found in Path("runs").glob("**/last.ckpt"))
-        near = difflib.get_close_matches(ckpt, known, n=3, cutoff=0)
-        hint = f"; the nearest here: {', '.join(near)}" if near else ""
-        raise CheckpointError(f"{name}='{ckpt}' is neither a run directory nor a file{hint}")
+        raise CheckpointError(unknown(ckpt, name))
     return path
 
 
@@ -290,6 +303,11 @@ def check_fits(module: nn.Module, state: dict, *, what: str) -> None:
         f"{name} is {tuple(state[name].shape)} in the file and {tuple(own[name].shape)} here"
         for name in own
         if name in state and state[name].shape != own[name].shape
+    ]
+    wrong += [
+        f"{name} is {state[name].dtype} in the file and {own[name].dtype} here"
+        for name in own
+        if name in state and state[name].is_floating_point() != own[name].is_floating_point()
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

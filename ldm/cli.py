@@ -1,6 +1,5 @@
 """The command line's manners: free text before Hydra's grammar sees it, and refusals that help."""
 
-import logging
 import os
 import re
 import signal
@@ -11,21 +10,28 @@ from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
+from typing import NoReturn
 
 from hydra import compose
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from ldm import settings
+from ldm.files import read_text
+from ldm.leftovers import discard
 from ldm.locks import InUseError
-from ldm.runs import RESOLVERS, SWEEP, changes, concerns, rank
+from ldm.ranges import OURS, flaw
+from ldm.rules import spoken
+from ldm.runs import RESOLVERS, SWEEP, changes, concerns, number, rank, read_yaml
 from ldm.settings import explain, is_group, missing, nearest
+from ldm.words import printable, prose
 
+# Texts that people or networks read; every other one is a path, or may be.
+PROSE = ("prompt", "negative", "source", "text")
+LINES = "\n\t"
 HELP = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
 CONF = settings.CONF  # for hydra.main
 
@@ -40,23 +46,33 @@ class UsageError(ValueError):
 def take_text(names: Iterable[str]) -> dict[str, str]:
     """Remove `name=value` of these names from the command line, and return the values as typed.
 
-    Prompts and paths may hold any character, and Hydra's grammar would refuse many of them.
+    Prompts and paths may hold any character, and Hydra's grammar would refuse many of them. In
+    paths `~` is the home directory.
     """
     taken, names = {}, set(names)
     for argument in sys.argv[1:]:
         name, equals, value = argument.partition("=")
         if equals and name in names:
-            # Bytes that are no UTF-8 arrive as lone surrogates, which nothing can encode.
-            taken[name] = value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            taken[name] = prose(value) if name in PROSE else os.path.expanduser(value)
     sys.argv[1:] = [a for a in sys.argv[1:] if a.partition("=")[0] not in taken]
     return taken
 
 
 def quoted(word: str) -> str:
-    """`key=a/step=250.ckpt` with the quotes that Hydra's grammar wants around a second `=`."""
+    """`key=a/step=250.ckpt` with the quotes that Hydra's grammar wants around a second `=`.
+
+    It also wants them around `~` and letters that are not ASCII.
+    """
     key, _, value = word.partition("=")
-    is_plain = re.fullmatch(r"[\w@/.+~-]+=[\w@/.:+-]*=[\w@/.:=+-]*", word)
-    return f"{key}='{value}'" if is_plain else word
+    is_plain = re.fullmatch(r"[\w@/.+~-]+", key) and not re.search(r"[,'\"\[\]{}()$\\\t\n]", value)
+    is_odd = not value.isascii() or re.search("[=~]", value)
+    return f"{key}='{value}'" if is_plain and is_odd else word
+
+
+def print_paths() -> None:
+    """Let standard output take paths of any bytes, which come out as they were typed."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="surrogateescape")
 
 
 def take_choices() -> dict[str, list[str]]:
@@ -86,6 +102,7 @@ def points(
     Raises UsageError for a choice of anything but `may_vary`, and what `check` raises.
     """
     for name, values in choices.items():
+        check_option(name, ",".join(values))
         if name.partition(".")[0] not in may_vary:
             raise UsageError(
                 f"{name}={','.join(values)}: it takes one value here, and several are for "
@@ -109,6 +126,7 @@ def run(main: Callable[[], None], config_name: str, *, goes_on: bool = False) ->
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, not to Hydra's printer
     # On busy cores, threads that spin for work make a step ten times slower; libgomp reads this.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    print_paths()
     if HELP & set(sys.argv):  # its reader may leave early, as `head` does
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     # argparse, which Hydra uses, wants overrides in one piece: -m may stand anywhere.
@@ -116,11 +134,11 @@ def run(main: Callable[[], None], config_name: str, *, goes_on: bool = False) ->
     sys.argv[1:] = map(quoted, words)
     warnings.formatwarning = partial(_in_a_line, standard=warnings.formatwarning)
     try:
+        for word in words:
+            check_option(*word.partition("=")[::2])
         main()
-    except (HydraException, OmegaConfBaseException, UsageError) as error:
-        text = str(error) if isinstance(error, UsageError) else explain(error, config_name)
-        print(f"\n{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
-        sys.exit(2)
+    except REFUSALS as error:
+        refuse(error, config_name)
     except KeyboardInterrupt as error:
         how, code = error.args or ("interrupted", 130)
         more = "; the same command goes on from here" if goes_on else ""
@@ -131,39 +149,31 @@ def run(main: Callable[[], None], config_name: str, *, goes_on: bool = False) ->
             raise
 
 
+REFUSALS = (HydraException, OmegaConfBaseException, UsageError)
+
+
+def refuse(error: Exception, config_name: str) -> NoReturn:
+    """Tell a refusal, delete what this call has left in a new run directory, and exit with 2."""
+    text = str(error) if isinstance(error, UsageError) else explain(error, config_name)
+    print(f"\n{Path(sys.argv[0]).name}: {printable(text, keep=LINES)}", file=sys.stderr)
+    discard()
+    sys.exit(2)
+
+
+def check_option(group: str, value: str) -> None:
+    """Refuse a number where a group's option is wanted, as in guidance=7; raises UsageError."""
+    if is_group(group) and value and None not in map(number, value.split(",")):
+        options = ", ".join(sorted(path.stem for path in Path(CONF, group).glob("*.yaml")))
+        key = {"guidance": "guidance.scale", "optimizer": "optimizer.lr"}.get(group)
+        meant = f"{key}={value} sets the number, and " if key else ""
+        raise UsageError(f"{group}={value} is no option of {group}: {meant}there are: {options}")
+
+
 def _in_a_line(message, category, filename, lineno, line=None, *, standard) -> str:
     """A warning of ours as a sentence; others say where they come from."""
     if Path(filename).is_relative_to(Path(__file__).parent):
         return f"warning: {message}\n"
     return standard(message, category, filename, lineno, line)
-
-
-# What hydra-optuna-sweeper leaves to the user, and the rest of a configuration knows.
-SEARCH = {
-    "optuna": {
-        "direction": "${direction}",
-        "n_jobs": "${oc.select:hydra.launcher.n_jobs,1}",  # trials at once
-        "max_failure_rate": 1.0,  # a failed trial is recorded, and the search goes on
-        "study_name": "${name}",
-    },
-    "sampler/tpe": {"seed": "${seed}", "n_startup_trials": 5},
-}
-
-
-def prepare_search() -> None:
-    """Give hydra/sweeper=optuna, where it is installed, defaults that follow from the run's.
-
-    Hydra refuses a YAML file that bears the name of a plugin's settings, so they are put there.
-    """
-    Plugins.instance()  # finds the plugins, which then store their settings
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # of optuna, about itself
-    store = ConfigStore.instance()
-    for path, ours in SEARCH.items():
-        group, _, name = f"hydra/sweeper/{path}".rpartition("/")
-        if f"{name}.yaml" in store.list(group):
-            node = store.load(f"{group}/{name}.yaml").node
-            node.update(ours)
-            store.store(group=group, name=name, node=node, provider="ldm")
 
 
 @contextmanager
@@ -199,9 +209,9 @@ def read_prompts(given: Mapping[str, str | None]) -> list[str]:
     if given["prompts"] is None:
         return [] if given["prompt"] is None else [given["prompt"]]
     try:
-        lines = Path(given["prompts"]).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"prompts={given['prompts']} is no text in UTF-8") from error
+        lines = read_text(given["prompts"]).splitlines()
+    except ValueError as error:
+        raise UsageError(f"prompts={error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UsageError(f"prompts={given['prompts']} has no line with text")
@@ -215,7 +225,13 @@ def check(cfg: DictConfig, config_name: str, overrides: Iterable[str] | None = N
     Raises UsageError. Keys added inside a node with a `_target_` are that call's own affair.
     """
     overrides = HydraConfig.get().overrides.task if overrides is None else overrides
-    _compare(OmegaConf.to_container(cfg), default(config_name, overrides), "", config_name)
+    try:
+        given = OmegaConf.to_container(cfg, resolve=True)
+    except InterpolationKeyError as error:
+        raise UsageError(f"{error.full_key}: {error.msg.splitlines()[0]}") from error
+    _compare(given, default(config_name, overrides), "", config_name)
+    if config_name == "train":
+        check_name(cfg.name)
     if cfg.get("direction") not in (None, "minimize", "maximize"):
         raise UsageError(f"direction={cfg.direction} is neither minimize nor maximize")
 
@@ -230,10 +246,12 @@ def _default(config_name: str, groups: tuple[str, ...]) -> dict:
     return OmegaConf.to_container(compose(config_name, overrides=list(groups)))
 
 
-def check_name(name: str) -> None:
+def check_name(name: object) -> None:
     """Refuse names that are no place below runs/; raises UsageError."""
-    if not name.strip("./ ") or {"..", ""} & set(name.split("/")):
-        raise UsageError(f"name='{name}' names no run: leave it out, or give name=my-run")
+    is_text = isinstance(name, str | int | float) and str(name).isprintable()
+    if not is_text or not str(name).strip("./ ") or {"..", ""} & set(str(name).split("/")):
+        said = f"'{name}'" if is_text else ascii(name) if isinstance(name, str) else spoken(name)
+        raise UsageError(f"name={said} names no run: leave it out, or give name=my-run")
 
 
 def check_metric(metric: str, logged: Iterable[str]) -> None:
@@ -255,7 +273,11 @@ def check_unchanged(cfg: DictConfig, run_dir: Path) -> None:
     saved = any((run_dir / "checkpoints").glob("step=*.ckpt"))
     if not before.is_file() or not saved or rank() != 0:
         return
-    old, new = (OmegaConf.to_container(c, resolve=True) for c in (OmegaConf.load(before), cfg))
+    try:
+        old = read_yaml(before)
+    except ValueError as error:
+        raise UsageError(f"{error}. Move the folder away to begin anew") from error
+    new = OmegaConf.to_container(cfg, resolve=True)
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     found = changes(old, new, default("train", words))
     changed = [change for change in found if not concerns(change, cfg.resume.allow)]
@@ -268,18 +290,18 @@ def check_unchanged(cfg: DictConfig, run_dir: Path) -> None:
         )
 
 
-def _compare(given: dict, default: dict, prefix: str, config_name: str) -> None:
+def _compare(given: dict, default: dict, prefix: str, config_name: str, ours: bool = True) -> None:
+    """UsageError for the first setting that nobody reads or whose value makes no sense."""
+    target = given.get("_target_")
+    ours = target.startswith(OURS) if isinstance(target, str) else ours
     for key, value in given.items():
-        name = f"{prefix}{key}"
-        if key not in default:
-            if "_target_" not in default:
-                raise UsageError(missing(name, config_name))
-        elif isinstance(value, dict) and isinstance(default[key], dict):
-            _compare(value, default[key], f"{name}.", config_name)
-        elif isinstance(value, str) and "${" not in value:
-            if isinstance(default[key], bool):
-                raise UsageError(f"{name}={value} is neither true nor false")
-            if isinstance(default[key], int | float):
-                raise UsageError(f"{name}={value} is no number (its default is {default[key]})")
-        elif isinstance(value, list | dict) and isinstance(default[key], bool | int | float):
-            raise UsageError(f"{name}={value} is no single value (its default is {default[key]})")
+        name, usual = f"{prefix}{key}", default.get(key, ...)
+        if usual is ... and "_target_" not in default:
+            raise UsageError(missing(name, config_name))
+        if isinstance(usual, dict) and usual:
+            if not isinstance(value, dict):
+                inside = ", ".join(f"{name}.{key}" for key in usual if key != "_target_")
+                raise UsageError(f"{name}={spoken(value)} is no single value, there are: {inside}")
+            _compare(value, usual, f"{name}.", config_name, ours)
+        elif said := flaw(name, value, config_name, default=usual, ours=ours):
+            raise UsageError(said)

@@ -1,5 +1,6 @@
 """python -m ldm.clip image=a.png text="a red star" | data=DIR text=.. | ..; --help has them all."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,7 +8,10 @@ import hydra
 from omegaconf import DictConfig
 
 from ldm import cli
+from ldm.asked import check_places
 from ldm.data.sources import SUFFIXES, pictures_in
+from ldm.files import located, read_text, reserve
+from ldm.words import printable, prose
 
 MANY = ("image", "text")  # may be given several times
 TEXTS = ("clip", *MANY, "minus", "texts", "data", "labels", "words", "template", "out")
@@ -28,7 +32,6 @@ def main() -> None:
 
     @hydra.main(config_path=cli.CONF, config_name="clip", version_base="1.3")
     def composed(cfg: DictConfig) -> None:
-        cli.check(cfg, "clip")
         kind = question({name for name, value in texts.items() if value})
         with cli.told_plainly():
             print(answer(cfg, {name: cfg[name] for name in TEXTS} | texts | many, kind))
@@ -37,10 +40,10 @@ def main() -> None:
 
 
 def typed(name: str) -> list[str]:
-    """All values that the command line gives a name, as typed."""
+    """All values that the command line gives a name, as `cli.take_text` has them."""
     words = [word.partition("=") for word in sys.argv[1:]]
     values = [value for key, _, value in words if key == name and value]
-    return [value.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for value in values]
+    return [prose(value) if name in cli.PROSE else os.path.expanduser(value) for value in values]
 
 
 def question(given: set[str]) -> str:
@@ -74,9 +77,6 @@ def answer(cfg: DictConfig, asked: dict, kind: str) -> str:
     Raises UsageError for what cannot be asked, OSError and ValueError where files are not what they
     should be.
     """
-    for name in ("top", "most", "batch"):
-        if cfg[name] < 1:
-            raise cli.UsageError(f"{name}={cfg[name]} must be 1 or more")
     paths = [path for name in asked["image"] or () for path in pictures("image", name)]
     others = pictures("minus", asked["minus"]) if kind == "difference" else []
     texts = [*(asked["text"] or ()), *(lines("texts", asked["texts"]) if asked["texts"] else ())]
@@ -92,10 +92,13 @@ def answer(cfg: DictConfig, asked: dict, kind: str) -> str:
     if kind == "search" and len(paths) + len(texts) > 1:
         raise cli.UsageError("a search is for one text or one picture: give one of them")
 
+    check_places(cfg)
+    from ldm import gallery
     from ldm.clip_answers import AT, Answers  # with torch and transformers: seconds
     from ldm.images import save_png
 
-    how = {"cache": Path(cfg.cache), "batch": cfg.batch, "device": cfg.device}
+    wanted = gallery.place(asked["out"], Path("retrieved.png"), moving=False)
+    how = {"cache": located(cfg.cache), "batch": cfg.batch, "device": cfg.device}
     clip = Answers(asked["clip"], data=asked["data"], templates=templates, **how)
     if len(paths) > 1:  # a folder may hold what is none
         paths = clip.readable(paths) or paths[:1]
@@ -113,8 +116,9 @@ def answer(cfg: DictConfig, asked: dict, kind: str) -> str:
         rows = [[*(f"{v:.3f}" for v in shares), way] for way, shares in clip.recall().items()]
         return table([*(f"at {k}" for k in AT), "from"], rows)
     found, page = clip.search([*paths, *texts][0], top=cfg.top)
-    out = Path(asked["out"])
-    save_png(page, out, {"clip": asked["clip"], "data": asked["data"], "found": found})
+    facts = {"clip": asked["clip"], "data": asked["data"], "found": found}
+    with reserve(lambda n: [wanted.with_stem(wanted.stem + n)], overwrite=cfg.overwrite) as [out]:
+        save_png(page, out, facts)
     rows = [[f"{one['cosine']:.3f}", one["key"], one["caption"]] for one in found]
     return f"{table(['cosine', 'key', 'caption'], rows)}\n{out}"
 
@@ -130,7 +134,7 @@ def ranked(paths: list[Path], texts: list[str], values: list[list[float]]) -> li
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
     """Columns of words, all but the last of one width."""
-    lines = [heads, *rows]
+    lines = [[printable(cell) for cell in line] for line in (heads, *rows)]
     widths = [max(map(len, column)) for column in zip(*(line[:-1] for line in lines), strict=True)]
     padded = ([*map(str.ljust, line[:-1], widths), line[-1]] for line in lines)
     return "\n".join("  ".join(line).rstrip() for line in padded)
@@ -138,7 +142,7 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 def pictures(name: str, place: str) -> list[Path]:
     """A picture's path, or those in a folder, in order of name; UsageError where there is none."""
-    path = Path(place).expanduser()
+    path = Path(place)
     if not path.exists():
         raise cli.UsageError(f"{name}={place} does not exist")
     if not path.is_dir():
@@ -152,16 +156,20 @@ def pictures(name: str, place: str) -> list[Path]:
 def lines(name: str, place: str) -> list[str]:
     """The lines with text of a file; UsageError where there are none."""
     try:
-        text = Path(place).expanduser().read_text(encoding="utf-8", errors="replace")
+        text = read_text(place)
     except OSError as error:
         raise cli.UsageError(f"{name}={place}: {error.strerror}") from error
+    except ValueError as error:
+        raise cli.UsageError(f"{name}={error}") from error
     return some(name, place, text.splitlines())
 
 
 def listed(name: str, typed: str) -> list[str]:
     """The lines of a file, or what stands between commas; UsageError where that is nothing."""
-    is_file = typed.endswith(".txt") or (len(typed) < 256 and Path(typed).expanduser().is_file())
-    return lines(name, typed) if is_file else some(name, typed, typed.strip(" []").split(","))
+    is_file = typed.endswith(".txt") or (len(typed) < 256 and Path(typed).is_file())
+    return (
+        lines(name, typed) if is_file else some(name, typed, prose(typed).strip(" []").split(","))
+    )
 
 
 def some(name: str, typed: str, parts: list[str]) -> list[str]:

@@ -1,13 +1,18 @@
 """python -m ldm.compare RUN_OR_SWEEP_DIR ... [metric=val/loss out=DIR]; --help tells more."""
 
 import argparse
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ldm import cli, curves, ranking, runs
-from ldm.files import write_text
+from ldm.files import check_length, located, write_text
+from ldm.words import printable
+
+FOREIGN = "is none of ldm.compare's: move it, or give out=DIR or overwrite=true"
 
 HELP = """Ranks runs: a table of what differs between them and what came of them, a picture of their
 validation curves, and one of what they paint for the same prompts and seeds.
@@ -22,12 +27,14 @@ more, of the same settings and pictures, quality_*.png shows them in one picture
 
   metric=KEY       what ranks; default: what the runs themselves went by
   direction=minimize|maximize      default: by the metric's name
-  out=DIR          default: the directory where one is named, else `compared`"""
+  out=DIR          default: the directory where one is named, else `compared`
+  overwrite=true   replaces files in it that have the names of these and are no earlier ranking"""
 
 
 def main() -> None:
     """Parse, compare, print."""
-    texts = cli.take_text(["metric", "direction", "out"])
+    cli.print_paths()
+    texts = cli.take_text(["metric", "direction", "out", "overwrite"])
     parser = argparse.ArgumentParser(
         prog="python -m ldm.compare",
         usage="python -m ldm.compare RUN_OR_SWEEP_DIR ... [metric=KEY out=DIR]",
@@ -37,10 +44,14 @@ def main() -> None:
     parser.add_argument("directory", nargs="+", type=Path, help="a run, or a folder with runs")
     places = parser.parse_args().directory
     out = Path(texts.pop("out", None) or (places[0] if len(places) == 1 else "compared"))
+    places = [located(place) for place in places]
+    texts["overwrite"] = texts.get("overwrite") == "true"
     try:
-        print(compare(ranking.find(places), out=out, **texts))
+        check_length("out", out, more=len("/quality.png"))
+        print(printable(compare(ranking.find(places), out=out, **texts), keep=cli.LINES))
     except (ValueError, OSError) as error:
-        print(f"\npython -m ldm.compare: {error}", file=sys.stderr)
+        said = printable(str(error), keep=cli.LINES)
+        print(f"\npython -m ldm.compare: {said}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -50,13 +61,27 @@ def compare(
     out: Path,
     metric: str | None = None,
     direction: str | None = None,
+    overwrite: bool = False,
 ) -> str:
     """Write the ranking of these runs into `out`; the table, and where the rest lies.
 
-    Raises ValueError where runs have logged something, but not the metric.
+    A run whose files are damaged is left out, and so is a picture; a line says why.
+    Raises ValueError where runs have logged something, but not the metric, where none can be read,
+    and where a file in `out` has the name of a result and is none, unless `overwrite`.
     """
-    compared = [ranking.read(directory) for directory in directories]
-    asked = Counter(run.config["metric"] for run in compared if "metric" in run.config)
+    if not overwrite:
+        check_place(out)
+    compared, damaged = [], []
+    for directory in directories:
+        try:
+            compared.append(ranking.read(directory))
+        except (ValueError, OSError) as error:
+            damaged.append(f"{directory} is left out: {error}")
+    if not compared:
+        raise ValueError("; ".join(damaged))
+    asked = Counter(
+        run.config["metric"] for run in compared if isinstance(run.config.get("metric"), str)
+    )
     metric = metric or (asked.most_common(1)[0][0] if asked else "val/loss")
     logged = ranking.logged(compared)
     if logged and metric not in logged:
@@ -70,17 +95,40 @@ def compare(
     failed = [f"{run.directory}: {run.result['error']}" for run in order if "error" in run.result]
     out.mkdir(parents=True, exist_ok=True)
     title = f"# {len(order)} run{'s' * (len(order) > 1)} by {metric} ({direction})"
-    notes = ranking.doubts(order, metric)
+    notes = [*damaged, *ranking.doubts(order, metric)]
     blocks = [title, table, *notes, *(f"```\n{words}\n```" for words in failed)]
-    write_text(out / "ranking.md", "\n\n".join(blocks) + "\n")
+    write_text(out / "ranking.md", printable("\n\n".join(blocks), keep=cli.LINES) + "\n")
     more = [[str(run.directory), run.result.get("error")] for run in order]
     in_full = [[*row, *rest] for row, rest in zip(rows, more, strict=True)]
     text = ranking.as_csv([*columns, "directory", "error"], in_full)
     write_text(out / "ranking.csv", text)
     overlaid, said = _overlay(order, out)
-    written = ["ranking.md", "ranking.csv", *_pictures(order, metric, direction, out), *overlaid]
-    lines = [f"\n{title[2:]}\n\n{table}\n", *(f"{note}\n" for note in [*notes, *said])]
+    drawn, unread = _pictures(order, metric, direction, out)
+    written = ["ranking.md", "ranking.csv", *drawn, *overlaid]
+    lines = [f"\n{title[2:]}\n\n{table}\n", *(f"{note}\n" for note in [*notes, *said, *unread])]
     return "\n".join([*lines, "  ".join(str(out / name) for name in written)])
+
+
+def check_place(out: Path) -> None:
+    """ValueError where a file in `out` has the name of a result, and is none of an earlier call."""
+    begins = {"ranking.md": r"# \d+ runs? by ", "ranking.csv": "rank,run,"}
+    for name, words in begins.items():
+        if (path := out / name).is_file():
+            with path.open(encoding="utf-8", errors="replace") as file:
+                if not re.match(words, file.readline(200)):
+                    raise ValueError(f"{path} {FOREIGN}")
+    for path in [out / "curves.png", out / "samples.png", *out.glob("quality_*.png")]:
+        if path.is_file() and "runs" not in _facts(path):
+            raise ValueError(f"{path} {FOREIGN}")
+
+
+def _facts(path: Path) -> dict:
+    """What a picture says of itself; nothing where it is no PNG."""
+    from ldm.images import load_png
+
+    with suppress(ValueError):
+        return load_png(path)[1]
+    return {}
 
 
 def _overlay(order: Sequence[ranking.Run], out: Path) -> tuple[list[str], list[str]]:
@@ -92,7 +140,13 @@ def _overlay(order: Sequence[ranking.Run], out: Path) -> tuple[list[str], list[s
     from ldm.images import save_png
 
     names, files, said = ranking.names(order), [], []
-    found = [curves.read(run.directory) for run in order]
+    found = []
+    for run in order:
+        try:
+            found.append(curves.read(run.directory))
+        except ValueError as error:
+            found.append({})
+            said.append(str(error))
     for stem in sorted({stem for one in found for stem in one}):
         having = {n: one[stem] for n, one in zip(names, found, strict=True) if stem in one}
         most, _ = Counter(map(curves.comparable, having.values())).most_common(1)[0]
@@ -109,12 +163,14 @@ def _overlay(order: Sequence[ranking.Run], out: Path) -> tuple[list[str], list[s
     return files, said
 
 
-def _pictures(order: Sequence[ranking.Run], metric: str, direction: str, out: Path) -> list[str]:
-    """Draw what there is to draw; the names of the files."""
+def _pictures(
+    order: Sequence[ranking.Run], metric: str, direction: str, out: Path
+) -> tuple[list[str], list[str]]:
+    """Draw what there is to draw; the names of the files, and what could not be read."""
     from ldm import ranking_figures as figures  # matplotlib and torch: a mistake need not wait
     from ldm.images import save_png
 
-    written, names = [], ranking.names(order)
+    written, names, unread = [], ranking.names(order), []
     drawn = {
         key: [(n, run.curve(key)) for n, run in zip(names, order, strict=True) if run.curve(key)]
         for key in dict.fromkeys([metric, *ranking.beside(order)])
@@ -123,7 +179,13 @@ def _pictures(order: Sequence[ranking.Run], metric: str, direction: str, out: Pa
     if drawn:
         save_png(figures.curves(drawn), out / "curves.png", {"runs": names})
         written.append("curves.png")
-    painted = [_painted(run) for run in order]
+    painted = []
+    for run in order:
+        try:
+            painted.append(_painted(run))
+        except (ValueError, TypeError) as error:
+            painted.append(((), []))
+            unread.append(f"{run.directory} has no pictures to show: {error}")
     # The pictures of a column must show the same: most runs say what, the others are left out.
     heads = Counter(heads for heads, _ in painted if heads)
     if heads:
@@ -139,7 +201,7 @@ def _pictures(order: Sequence[ranking.Run], metric: str, direction: str, out: Pa
         page = figures.samples("Samples of each run", told, shared, rows)
         save_png(page, out / "samples.png", {"runs": names})
         written.append("samples.png")
-    return written
+    return written, unread
 
 
 def _told(run: ranking.Run, metric: str) -> str:
@@ -154,6 +216,9 @@ def _painted(run: ranking.Run) -> tuple[tuple[str, ...], list]:
     if not (files := sorted((run.directory / "samples").glob("step=*.png"))):
         return (), []
     picture, facts = load_png(files[-1])
+    texts = facts.get("prompts") or facts.get("keys") or []
+    if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
+        raise ValueError(f"{files[-1]} does not say what it shows")
     if prompts := facts.get("prompts"):
         return tuple(prompts), untile(picture, len(prompts))[:8]
     if keys := facts.get("keys"):  # an autoencoder's: originals, and below them what it made

@@ -5,15 +5,18 @@ what ldm.evaluate knows beside them.
 """
 
 import csv
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from io import StringIO
 from pathlib import Path
 
-from ldm.files import write_text
+from ldm.files import read_regular, write_text
+from ldm.words import cell
 
 SHOWN = ("scene_accuracy", "clip_score", "precision", "recall", "cmmd", "kid")
+MOST = 2**26  # bytes of a file of points
 Points = Sequence[dict]
 
 
@@ -30,13 +33,25 @@ def write(points: Points, out: Path, *, metric: str | None = None) -> list[Path]
     keep_former(json_file, points)
     write_text(json_file, json.dumps(list(points), indent=1) + "\n")
     text = StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows(points))
+    table = [[cell(value) for value in row] for row in rows(points)]
+    csv.writer(text, lineterminator="\n").writerows(table)
     write_text(csv_file, text.getvalue())
     save_png(curve_figures.curve({"": points}, metric=metric), png_file, {"points": len(points)})
     return [json_file, csv_file, png_file]
 
 
 FILES = ("json", "csv", "png")
+
+
+def check_place(points: Points, out: Path) -> None:
+    """ValueError where a file in `out` has the name of these points' curve, and is none."""
+    json_file, *others = (out / f"{_stem(points)}.{kind}" for kind in FILES)
+    if not (there := [path for path in (json_file, *others) if path.exists()]):
+        return
+    try:
+        _asked(json.loads(json_file.read_text()))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{there[0]} is no curve") from error
 
 
 def keep_former(json_file: Path, points: Points) -> None:
@@ -85,16 +100,31 @@ def read(run_dir: Path) -> dict[str, Points]:
     found = {}
     for path in sorted(run_dir.glob("curve_*.json")):
         try:
-            points = json.loads(path.read_text())
-            if not points or not all(point["varied"] and point["metrics"] for point in points):
+            points = json.loads(read_regular(path, most=MOST))
+            if not points or not all(map(is_point, points)):
                 raise ValueError("without points")
+            if any(point["metrics"].keys() != points[0]["metrics"].keys() for point in points):
+                raise ValueError("its points have different metrics")
             comparable(points)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise ValueError(
                 f"{path} is no curve of ldm.evaluate ({error!r}): delete it"
             ) from error
         found[path.stem] = points
     return found
+
+
+def is_point(point: dict) -> bool:
+    """Whether it has what a picture of a curve is made of."""
+    between = point.get("intervals", {})
+    tables = [point["metrics"], point.get("floor", {}), point.get("own", {})]
+    numbers = [*itertools.chain(*(table.values() for table in tables), *between.values())]
+    return (
+        bool(point["varied"] and point["metrics"])
+        and all(isinstance(each, int | float) and not abs(each) >= 1e30 for each in numbers)
+        and all(len(ends) == 2 for ends in between.values())
+        and all(isinstance(value, str) for value in point["varied"].values())
+    )
 
 
 def comparable(points: Points) -> str:

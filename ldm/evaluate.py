@@ -11,8 +11,9 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from ldm import cli, curves, runs
-from ldm.files import write_text
+from ldm import cli, curves, results, runs
+from ldm.asked import check_places
+from ldm.files import located, reserve, write_text
 
 TEXTS = ("ckpt", "images", "data", "others", "subset", "out", "keep", "autoencoder", "text_encoder")
 VARIED = {  # what several values may be given for
@@ -20,7 +21,6 @@ VARIED = {  # what several values may be given for
     "peer": ("guidance", "steps"),
     "images": (),
 }
-RESULTS = ("varied", "metrics", "intervals", "floor")  # what else is known says how
 LIBRARIES = ("ldm", "torch", "torchmetrics", "transformers", "numpy", "pillow")
 
 
@@ -57,7 +57,7 @@ def kind(asked: dict[str, str | None]) -> str:
             "(a folder of pictures)"
         )
     if asked["images"] is None:
-        is_peer = Path(asked["ckpt"]).expanduser().joinpath("model_index.json").is_file()
+        is_peer = Path(asked["ckpt"]).joinpath("model_index.json").is_file()
         return "peer" if is_peer else "run"
     if asked["keep"] is not None:
         raise cli.UsageError("keep=... is for pictures that are painted; those of images=... exist")
@@ -70,11 +70,13 @@ def evaluate(points: list[tuple[dict[str, str], DictConfig]], asked: dict[str, s
     One leaves metrics.json and prints a table; several leave curve_*.csv, .json and .png. What is
     painted waits as features beside the results until all is done.
     """
+    check_places(points[0][1], *([] if asked["ckpt"] is None else [asked["ckpt"]]))
+
     from ldm.build import evaluation
     from ldm.metrics.ranks import Ranks
 
     source = evaluation.source(points[0][1], asked, kind=kind(asked))
-    out = Path(asked["out"] or source.home)
+    out = located(asked["out"] or source.home)
     single = out.suffix == ".json"
     if single and len(points) > 1:
         raise cli.UsageError(f"out={out} is a file, and a curve leaves three: give a folder")
@@ -84,6 +86,13 @@ def evaluate(points: list[tuple[dict[str, str], DictConfig]], asked: dict[str, s
         )
     (out.parent if single else out).mkdir(parents=True, exist_ok=True)
     first, found, waiting = Ranks().rank == 0, [], []
+    overwrite = points[0][1].overwrite
+    if first and not overwrite:
+        if not single:
+            results.check_place([varied for varied, _ in points], out)
+        for varied, cfg in points if asked["keep"] else ():
+            pieces = place_of(source, cfg, asked)[1]
+            results.check_kept(folder_of(asked["keep"], varied), going_on=pieces.is_dir())
     for varied, cfg in points:
         if varied and first:
             print(told(varied), flush=True)
@@ -93,9 +102,15 @@ def evaluate(points: list[tuple[dict[str, str], DictConfig]], asked: dict[str, s
     if not first:
         return
     if len(points) == 1:
-        path = out if single else out / "metrics.json"
-        said = "" if single else keep_former(path, found[0])
-        write_text(path, json.dumps(found[0], indent=2) + "\n")
+        text = json.dumps(found[0], indent=2) + "\n"
+        if single:
+            with reserve(lambda n: [out.with_stem(out.stem + n)], overwrite=overwrite) as [path]:
+                write_text(path, text)
+            said = ""
+        else:
+            path = out / "metrics.json"
+            said = results.keep_former(path, found[0])
+            write_text(path, text)
         print(f"{table(found[0])}\n{said}{path}")
     else:
         written = curves.write(found, out)
@@ -104,25 +119,16 @@ def evaluate(points: list[tuple[dict[str, str], DictConfig]], asked: dict[str, s
         shutil.rmtree(pieces, ignore_errors=True)
 
 
-def keep_former(path: Path, facts: dict) -> str:
-    """Give numbers that were not measured as these a name of their own; a line that says so."""
+def place_of(source, cfg: DictConfig, asked: dict[str, str | None]) -> tuple[dict, Path]:
+    """What is known of a point before it is measured, and where its pieces wait."""
     from ldm.metrics import kept
 
-    try:
-        former = json.loads(path.read_text())
-        own, other = (
-            {name: value for name, value in one.items() if name not in RESULTS}
-            for one in (json.loads(json.dumps(facts)), former)
-        )
-    except (OSError, ValueError, AttributeError):  # none, or none that can be read
-        return ""
-    if own == other:
-        return ""
-    place = path.with_name(f"{path.stem}-{kept.digest(other)}.json")
-    path.replace(place)
-    differing = [change for change in runs.changes(other, own) if len(change) < 80]
-    told = f" ({', '.join(differing[:3])})" if differing else ""
-    return f"the former {path.name}{told} is kept as {place.name}\n"
+    known = {**source.facts(cfg), "device": device_name(source.device)}
+    known["versions"] = {name: version(name) for name in LIBRARIES}
+    if source.quality is not None:
+        known["protocol"] = source.quality.facts()
+    # Other settings, weights or pictures make other pieces.
+    return known, source.home / "eval" / f"pieces-{kept.digest([known, asked['keep']])}"
 
 
 def measured(
@@ -131,19 +137,15 @@ def measured(
     """All that is known of one point, as plain values, and where its pieces wait."""
     from tqdm import tqdm
 
-    from ldm.metrics import kept
     from ldm.metrics.ranks import Ranks
 
     quality, ranks, home = source.quality, Ranks(), source.home / "eval"
     bar = partial(tqdm, unit="image", disable=ranks.rank != 0, mininterval=runs.often())
-    known = {**source.facts(cfg), "device": device_name(source.device)}
-    known["versions"] = {name: version(name) for name in LIBRARIES}
-    if quality is not None:
-        known["protocol"] = quality.facts()
-    # Other settings, weights or pictures make other pieces.
-    pieces = home / f"pieces-{kept.digest([known, asked['keep']])}"
+    known, pieces = place_of(source, cfg, asked)
     if ranks.rank == 0 and pieces.is_dir():
         print(f"going on with what was painted before the last call ended ({pieces})", flush=True)
+    elif ranks.rank == 0 and asked["keep"]:
+        pieces.mkdir(parents=True)  # says that the pictures which are kept are of this call
     found = {"varied": varied} if varied else {}
     found["metrics"] = {}
     if source.scenes is not None:
@@ -155,7 +157,7 @@ def measured(
             quality.subset.save(home / f"subset-{quality.subset.digest}.json")
         with bar(desc="Reference") as shown:
             quality.prepare(source.device, done=lambda items: shown.update(len(items)))
-        folder = asked["keep"] and Path(asked["keep"], told(varied))
+        folder = asked["keep"] and folder_of(asked["keep"], varied)
         with bar(total=share(len(quality.subset), ranks.world), desc="Pictures") as shown:
             seen = quality.see(
                 source.paint(cfg),
@@ -204,6 +206,11 @@ def share(count: int, world: int) -> int:
 def told(varied: dict[str, str]) -> str:
     """What sets a point apart: guidance.scale=3, steps=10."""
     return ", ".join(f"{key}={value}" for key, value in varied.items())
+
+
+def folder_of(keep: str, varied: dict[str, str]) -> Path:
+    """Where the pictures of a point are kept."""
+    return located(keep) / told(varied)
 
 
 def device_name(device) -> str:

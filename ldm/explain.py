@@ -2,15 +2,19 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ldm import cli, runs
+from ldm.asked import check_places
+from ldm.files import check_length, located, reserve
 
 TEXTS = ("ckpt", "out", "prompt", "prompts", "image", "autoencoder", "text_encoder")
 PLAIN = "ldm.tasks.TextToImage"
+PICTURES = ("forward", "reverse", "noise", "guidance", "clip")
 PROMPTS = 3  # rows of guidance.png
 
 
@@ -21,21 +25,24 @@ def main(argv: Sequence[str]) -> None:
 
     @hydra.main(config_path=cli.CONF, config_name="explain", version_base="1.3")
     def explain(cfg: DictConfig) -> None:
-        cli.check(cfg, "explain")
         asked = {name: cfg[name] for name in TEXTS} | texts
         with cli.told_plainly():
-            draw_all(cfg, asked)
-        print(asked["out"])
+            print(draw_all(cfg, asked))
 
     cli.run(explain, "explain")
 
 
-def draw_all(cfg: DictConfig, asked: dict[str, str | None]) -> None:
-    """All pictures of asked["ckpt"], or of the newest run, into asked["out"]."""
+def draw_all(cfg: DictConfig, asked: dict[str, str | None]) -> Path:
+    """Draw all pictures of asked["ckpt"], or of the newest run; the folder that they are in.
+
+    It is asked["out"], with a number where that holds such pictures already.
+    """
     if asked["ckpt"] is None:
         asked["ckpt"] = str(newest_run(Path("runs")))
         print(f"ckpt={asked['ckpt']}, the newest finished run")
-    prompts, out = cli.read_prompts(asked), Path(cli.needed(asked, "out"))
+    check_places(cfg, asked["ckpt"])
+    prompts, out = cli.read_prompts(asked), located(cli.needed(asked, "out"))
+    check_length("out", out, more=len("-000"))
 
     from tqdm import tqdm
 
@@ -43,9 +50,9 @@ def draw_all(cfg: DictConfig, asked: dict[str, str | None]) -> None:
     from ldm.build import parts, pipelines
     from ldm.data import images
     from ldm.images import save_png
-    from ldm.models.clip import Clip
 
     restored = pipelines.restore(cfg, asked["ckpt"], asked)
+    pipelines.check_text_to_image(restored, "explain")
     pipeline, size = restored.pipeline, cfg.size or restored.size
     prompts = prompts or [lessons.scene(i, 16)[1] for i in lessons.EXAMPLES]
     image = lessons.scene(lessons.EXAMPLES[0], size)[0]
@@ -63,8 +70,14 @@ def draw_all(cfg: DictConfig, asked: dict[str, str | None]) -> None:
         **restored.settings,
     }
 
+    def family(number: str) -> list[Path]:
+        return [Path(f"{out}{number}", f"{name}.png") for name in PICTURES]
+
     total = cfg.steps * (1 + 2 + len(lessons.SCALES))
-    with tqdm(total=total, desc="Drawing", unit="step") as bar:
+    with (
+        reserve(family, overwrite=cfg.overwrite) as paths,
+        tqdm(total=total, desc="Drawing", unit="step") as bar,
+    ):
 
         def step(i: int, x0_hat) -> None:
             bar.update()
@@ -79,29 +92,39 @@ def draw_all(cfg: DictConfig, asked: dict[str, str | None]) -> None:
             "noise": {"sampler": "DDIM, eta 0 and 1"},
             "guidance": {"guidance": {"scale": lessons.SCALES}},
         }
+        places = dict(zip(PICTURES, paths, strict=True))
         for name, picture in pictures.items():
-            save_png(picture(), out / f"{name}.png", facts | own.get(name, {}))
-    if restored.text_path is None:
+            save_png(picture(), places[name], facts | own.get(name, {}))
+        if page := space(restored.text_path):
+            ours = {"ckpt": facts["ckpt"], "clip": restored.text_path}
+            save_png(page, places["clip"], ours)
+    return paths[0].parent
+
+
+def space(clip: str | None):
+    """The picture of a CLIP's space; None, and a line that says why, where there is none."""
+    from ldm import lessons
+    from ldm.models.clip import Clip
+
+    if clip is None:
         print("no clip.png: the run was trained without a CLIP")
-        return
+        return None
     try:
-        clip = Clip.load(restored.text_path)
+        return lessons.space(Clip.load(clip))
     except (OSError, ValueError) as error:
         why = str(error).splitlines()[0]
         print(f"no clip.png: the text encoder is no CLIP with an image half ({why})")
-    else:
-        ours = {"ckpt": facts["ckpt"], "clip": restored.text_path}
-        save_png(lessons.space(clip), out / "clip.png", ours)
+        return None
 
 
 def newest_run(folder: Path) -> Path:
     """The text-to-image run below `folder` that finished last; UsageError where there is none."""
-    finished = [
-        path
-        for path in folder.glob("**/result.json")
-        if runs.read_result(path.parent).get("status") == "finished"
-        and paints_text(path.parent / "config.yaml")
-    ]
+    finished = []
+    for path in folder.glob("**/result.json"):
+        with suppress(ValueError, OSError):  # a damaged one
+            is_finished = runs.read_result(path.parent).get("status") == "finished"
+            if is_finished and paints_text(path.parent / "config.yaml"):
+                finished.append(path)
     if not finished:
         raise cli.UsageError(
             f"there is no finished text-to-image run under {folder}/: `python train.py "
@@ -112,9 +135,13 @@ def newest_run(folder: Path) -> Path:
 
 def paints_text(config: Path) -> bool:
     """Whether a run's configuration is that of a text-to-image model."""
-    cfg = OmegaConf.load(config) if config.is_file() else OmegaConf.create()
-    task = OmegaConf.select(cfg, "task._target_", default=PLAIN)
-    return cfg.get("stage") == "diffusion" and task == PLAIN
+    try:
+        cfg = runs.read_yaml(config)
+    except ValueError:
+        return False
+    task = cfg.get("task", {"_target_": PLAIN})
+    plain = isinstance(task, dict) and task.get("_target_") == PLAIN
+    return cfg.get("stage") == "diffusion" and plain
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """Files that are there in full or not at all."""
 
 import codecs
+import itertools
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import BinaryIO
 
 TEMPORARY = ".tmp"
+NAME_BYTES = 255  # of one name, on nearly all file systems
+PATH_BYTES = 4095  # of a whole path, on Linux
 PACKAGED = "packaged:"
 
 
@@ -19,7 +23,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     It is written under a temporary name in the same directory, synced, then renamed, so a reader
     or a kill meets the old file or the new one.
     """
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    stem = os.fsdecode(os.fsencode(path.name)[:200])  # a long name has room for what follows
+    temporary = path.with_name(f"{stem}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -31,10 +36,83 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+@contextmanager
+def reserve(
+    family: Callable[[str], Sequence[Path]], *, overwrite: bool = False
+) -> Iterator[Sequence[Path]]:
+    """Files that this process alone writes while the block lasts, and that replace none.
+
+    `family(number)` are their names with "" or "-2", "-3", .. appended: the first of which no file
+    is there. It prints where that is not the first. Empty files keep the names meanwhile; those
+    that nothing was written to go at the end. overwrite: the first names, whatever is there.
+    """
+    wanted = family("")
+    if overwrite:
+        yield wanted
+        return
+    for number in itertools.count(1):
+        paths = wanted if number == 1 else family(f"-{number}")
+        if _create(paths):
+            break
+    if number > 1:
+        print(f"{wanted[0]} is there already: now {paths[0]}; overwrite=true replaces it")
+    try:
+        yield paths
+    finally:
+        for path in paths:
+            with suppress(FileNotFoundError):
+                if path.stat().st_size == 0:
+                    path.unlink()
+
+
+def _create(paths: Sequence[Path]) -> bool:
+    """Make all these files, empty; False, and none of them, where one is there already."""
+    for count, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.touch(exist_ok=False)
+        except OSError as error:
+            for made in paths[:count]:
+                made.unlink()
+            if not isinstance(error, FileExistsError):
+                raise
+            return False
+    return True
+
+
+def check_length(setting: str, path: Path, *, more: int = 0) -> None:
+    """ValueError where a name in the path of a setting has over 255 bytes, or the path over 4095.
+
+    more: bytes that will be appended to the last name.
+    """
+    name = max([len(os.fsencode(path.name)) + more, *(len(os.fsencode(p)) for p in path.parts)])
+    whole = len(os.fsencode(path.absolute())) + more
+    over = max(name - NAME_BYTES, whole - PATH_BYTES)
+    if over > 0:
+        raise ValueError(f"{setting}={str(path)[:60]}.. is {over} bytes too long for a file's name")
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a small text file."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError, with the remedy, where a folder takes no files or no links."""
+    probe = folder / f"probe{TEMPORARY}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.unlink(missing_ok=True)
+        probe.symlink_to("last.ckpt")
+        probe.unlink()
+        write_text(probe, "0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"checkpoints cannot be written to {folder} ({error.strerror or error}): make room "
+            "there, or take a name whose directory lies elsewhere"
+        ) from error
 
 
 def read_text(path: str | Path) -> str:
@@ -58,15 +136,34 @@ def encoding(data: bytes) -> str:
     return "utf-16" if is_wide else "utf-8-sig"
 
 
-def located(path: str) -> Path:
-    """The place that a path names; `packaged:NAME` is what comes with ldm under that name.
+def read_regular(path: Path, *, most: int) -> bytes:
+    """The bytes of a file that may come from anywhere, at most so many.
 
-    Raises FileNotFoundError where nothing does.
+    Raises ValueError where it is larger or no file, as a pipe, which would be waited for.
     """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        stat = os.fstat(descriptor)
+        if not S_ISREG(stat.st_mode):
+            raise ValueError(f"{path} is no file")
+        if stat.st_size > most:
+            raise ValueError(f"{path} has {stat.st_size} bytes, {most} are the most")
+        return open(descriptor, "rb", closefd=False).read(most)
+    finally:
+        os.close(descriptor)
+
+
+def located(path: str | Path) -> Path:
+    """The place that a setting names; `packaged:NAME` is what comes with ldm under that name.
+
+    `~` is the home directory. Without one it stays, as all other letters do.
+    Raises FileNotFoundError where nothing comes with ldm under that name.
+    """
+    path = str(path)
     if path.startswith(PACKAGED):
         assets = Path(__file__).parent / "assets"
         if not (place := assets / path.removeprefix(PACKAGED)).is_dir():
             names = ", ".join(PACKAGED + part.name for part in sorted(assets.iterdir()))
             raise FileNotFoundError(f"'{path}' does not come with ldm, which has {names}")
         return place
-    return Path(path).expanduser()
+    return Path(os.path.expanduser(path))

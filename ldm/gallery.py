@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm import films
+from ldm.files import check_length, located, reserve
 from ldm.images import captioned, save_png, tile, to_pil
 
 KINDS = (".png",)  # of pictures
@@ -24,7 +25,8 @@ def place(out: str | None, default: Path, *, moving: bool) -> Path:
     """
     kinds, what = (films.KINDS, "videos") if moving else (KINDS, "pictures")
     default = default.with_suffix(kinds[0])
-    path = Path(out) if out else default
+    path = located(out) if out else default
+    check_length("out", path, more=len("-000_previews.png"))
     if out and (out.endswith("/") or path.is_dir()):
         path = path / default.name
     ending = re.search(r"\.[a-z][a-z0-9]{1,4}$", path.name.lower())
@@ -54,9 +56,11 @@ def save(
     guesses: Sequence[Sequence[Tensor]] = (),
     columns: int | None = None,
     fps: int = 8,
+    overwrite: bool = False,
 ) -> Path:
     """Save pictures (3, H, W) or videos (3, F, H, W), and say where; the file to look at first.
 
+    All files have a number in their names where one of them is there already, see `reserve`.
     jobs: the prompt and seed of each, which the files carry beside `settings`. Pictures of several
     prompts are named by them. guesses: a row each. columns: of such a grid. A video is also saved
     as a strip of its frames.
@@ -68,23 +72,30 @@ def save(
     singles = [{"prompt": prompt, "seed": seed, **settings} for prompt, seed in jobs]
     prompts, seeds = ([job[i] for job in jobs] for i in (0, 1))
     facts = {"prompt": prompts, "seed": seeds, **settings}
-    grid = out.with_suffix(".png")
-    first = out if moving else grid
-    if moving:
-        films.save(images, out, singles, facts, fps=fps)
-        images = [films.strip(video) for video in images]
-        guesses = [[films.strip(video) for video in row] for row in guesses]
-    for i, (image, single) in enumerate(zip(images, singles, strict=True)):
-        save_png(to_pil(image), grid.with_name(f"{grid.stem}_{i:03d}.png"), single)
-    if len(set(prompts)) > 1:
-        save_png(captioned(images, prompts, columns=columns), grid, facts)
-    else:
-        save_png(tile(images, columns=1 if moving else None), grid, facts)
-    if guesses:
-        on_the_way = grid.with_name(f"{grid.stem}_previews.png")
-        rows = [guess for row in guesses for guess in row]
-        save_png(tile(rows, columns=len(guesses[0])), on_the_way, facts)
-        print(f"the model's guesses on the way: {on_the_way}")
+    kinds = [out.suffix, ".png"] if moving else [".png"]
+    beside = [f"_{i:03d}{kind}" for i in range(len(images)) for kind in kinds]
+    beside += ["_previews.png"] if guesses else []
+
+    def family(number: str) -> list[Path]:
+        return [out.with_name(f"{out.stem}{number}{end}") for end in [*kinds, *beside]]
+
+    with reserve(family, overwrite=overwrite) as paths:
+        first, grid = paths[0], paths[0].with_suffix(".png")
+        if moving:
+            films.save(images, first, singles, facts, fps=fps)
+            images = [films.strip(video) for video in images]
+            guesses = [[films.strip(video) for video in row] for row in guesses]
+        for i, (image, single) in enumerate(zip(images, singles, strict=True)):
+            save_png(to_pil(image), grid.with_name(f"{grid.stem}_{i:03d}.png"), single)
+        if len(set(prompts)) > 1:
+            save_png(captioned(images, prompts, columns=columns), grid, facts)
+        else:
+            save_png(tile(images, columns=1 if moving else None), grid, facts)
+        if guesses:
+            on_the_way = grid.with_name(f"{grid.stem}_previews.png")
+            rows = [guess for row in guesses for guess in row]
+            save_png(tile(rows, columns=len(guesses[0])), on_the_way, facts)
+            print(f"the model's guesses on the way: {on_the_way}")
     if len(images) > 1:
         print(f"{len(images)} {'videos' if moving else 'pictures'} beside {first}")
     return first

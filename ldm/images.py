@@ -3,8 +3,10 @@
 Shapes: n images, H W pixels.
 """
 
+import io
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -15,7 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ldm.files import replacing
+from ldm.files import read_regular, replacing
+
+MOST = 2**28  # bytes of a picture that is read
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -149,16 +153,24 @@ def save_png(image: Image.Image, path: Path, facts: dict) -> None:
 
 
 def load_png(path: Path) -> tuple[Image.Image, dict]:
-    """What `save_png` has stored: the picture and its facts."""
-    with Image.open(path) as image:
-        facts = {key: _fact(text) for key, text in image.text.items()}
-        return image.convert("RGB"), facts
+    """What `save_png` has stored: the picture and its facts.
+
+    Raises ValueError, which names the file, for what is no PNG.
+    """
+    try:
+        data = io.BytesIO(read_regular(path, most=MOST))
+        with warnings.catch_warnings(), Image.open(data, formats=["PNG"]) as image:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            facts = {key: _fact(text) for key, text in image.text.items()}
+            return image.convert("RGB"), facts
+    except Exception as error:  # Pillow's readers have many ways to say that a file is damaged
+        raise ValueError(f"{path} is no PNG that can be read ({error})") from error
 
 
 def _fact(text: str) -> object:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

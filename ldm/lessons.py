@@ -80,7 +80,7 @@ def forward(image: Tensor, schedules: Mapping[str, Schedule], *, seed: int) -> I
 def reverse(pipeline: Pipeline, prompt: str, at: Settings, *, on_step: OnStep) -> Image.Image:
     """Sampling seen from within: x_t, and what the model takes for the picture at that moment."""
     watched = Watched(pipeline.guidance)
-    _sample(with_parts(pipeline, guidance=watched), [prompt], [at.seed], at, on_step=on_step)
+    _sample(replace(pipeline, guidance=watched), [prompt], [at.seed], at, on_step=on_step)
     moments = spread(watched.moments)
     noisy = torch.cat([moment.x_t for moment in moments])
     guesses = torch.cat([moment.x0_hat for moment in moments])
@@ -102,7 +102,7 @@ def reinjected(pipeline: Pipeline, prompt: str, at: Settings, *, on_step: OnStep
     told = {0.0: "η = 0, DDIM: no noise is added", 1.0: "η = 1, DDPM: noise is added at each step"}
     for eta, label in told.items():
         watched = Watched(pipeline.guidance)
-        parts = with_parts(pipeline, guidance=watched, sampler=DDIM(eta=eta), task=OneStart())
+        parts = replace(pipeline, guidance=watched, sampler=DDIM(eta=eta), task=OneStart())
         seeds = [at.seed, at.seed + 1]
         _sample(parts, [prompt] * 2, seeds, at, on_step=on_step)
         moments = spread(watched.moments)
@@ -133,7 +133,7 @@ def guided(
     """The same noise under rising guidance, a row a prompt."""
     columns = []
     for scale in SCALES:
-        parts = with_parts(pipeline, guidance=ClassifierFree(scale=scale))
+        parts = replace(pipeline, guidance=ClassifierFree(scale=scale))
         seeds = [at.seed] * len(prompts)
         columns.append(_sample(parts, prompts, seeds, at, on_step=on_step))
     rows = [
@@ -186,19 +186,6 @@ class OneStart(TextToImage):
         """As the task, with the first picture's noise for all."""
         start = super().start(request, encode, schedule, noise=noise)
         return replace(start, x=start.x[:1].repeat(len(start.x), 1, 1, 1))
-
-
-def with_parts(pipeline: Pipeline, *, guidance, sampler=None, task=None) -> Pipeline:
-    """The same networks, sampled another way."""
-    return Pipeline(
-        pipeline.denoiser,
-        autoencoder=pipeline.autoencoder,
-        text=pipeline.text,
-        objective=pipeline.objective,
-        task=task or pipeline.task,
-        sampler=sampler or pipeline.sampler,
-        guidance=guidance,
-    )
 
 
 def spread(moments: Sequence[Moment]) -> list[Moment]:

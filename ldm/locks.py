@@ -74,7 +74,9 @@ def claimed(directory: Path) -> bool:
     To ask for a directory that this process has claimed is to give it up.
     """
     try:
-        with (directory / ".lock").open("rb") as file:
+        if not (path := directory / ".lock").is_file():  # a pipe would be waited for
+            return False
+        with path.open("rb") as file:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

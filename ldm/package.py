@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+import yaml
+from omegaconf import DictConfig
 
-from ldm import cli
+from ldm import cli, runs
 from ldm.files import located, write_text
 
 PATHS = ("autoencoder", "clip", "out")
@@ -22,7 +23,6 @@ def main(argv: Sequence[str]) -> None:
 
     @hydra.main(config_path=cli.CONF, config_name="package", version_base="1.3")
     def package(cfg: DictConfig) -> None:
-        cli.check(cfg, "package")
         out = Path(paths.get("out") or located("packaged:"))
         given = [name for name in ("autoencoder", "clip") if paths.get(name)]
         if not given:
@@ -43,8 +43,8 @@ def main(argv: Sequence[str]) -> None:
 def card(name: str, run: Path, folder: Path, figures: dict[str, float]) -> str:
     """What the part in `folder` is, what made it and what was measured, as Markdown."""
     result = json.loads((run / "result.json").read_text())
-    seed = OmegaConf.load(run / "config.yaml").seed
-    typed = shlex.join(OmegaConf.load(run / ".hydra" / "overrides.yaml"))
+    seed = runs.read_yaml(run / "config.yaml")["seed"]
+    typed = shlex.join(map(str, yaml.safe_load((run / ".hydra" / "overrides.yaml").read_text())))
     digests = {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(folder.glob("*.safetensors"))

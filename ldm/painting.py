@@ -32,9 +32,10 @@ def paint(
     """An image (3, H, W) for each job, a prompt and a seed, and its guesses (3, H, W) on the way.
 
     pipeline: one that lacks but prompts, seeds, steps and on_step; decode: its latents to images.
-    batch: how many at a time, which changes no picture. pictures: what else it takes, one for all
-    or one a job, such as image (1 or N, 3, H, W). previews: that many guesses a picture, the
-    last of which is the picture itself; fewer where there are fewer steps. quiet: without the bar.
+    batch: how many at a time. It changes what is rounded: a few bytes move by one grey level.
+    pictures: what else it takes, one for all or one a job, such as image (1 or N, 3, H, W).
+    previews: that many guesses a picture, the last of which is the picture itself; fewer where
+    there are fewer steps. quiet: without the bar.
     """
     shown = {(k + 1) * steps // previews - 1 for k in range(previews)} - {-1}
     images, guesses = [], []

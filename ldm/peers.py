@@ -160,6 +160,8 @@ def _opened(folder: Path):
         ) from error
     if code := next(folder.rglob("*.py"), None):
         raise ValueError(f"'{folder}' brings code of its own ({code.name}), which is not run")
+    if kernel := next(filter(None, map(_kernel, sorted(folder.rglob("config.json")))), None):
+        raise ValueError(f"'{folder}' asks for code from elsewhere ({kernel}), which is not run")
     logging.set_verbosity_error()  # of parts that it was not given, and of long prompts
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
@@ -176,6 +178,17 @@ def _opened(folder: Path):
             variant="fp16" if halves else None,
             **unchecked,
         )
+
+
+def _kernel(config: Path) -> str | None:
+    """What a config.json would have transformers fetch and run to attend with; None for nothing."""
+    found = json.loads(config.read_text())
+    nodes = [found, *found.values()] if isinstance(found, dict) else []
+    for node in (node for node in nodes if isinstance(node, dict)):
+        for name in ("attn_implementation", "_attn_implementation"):
+            if "/" in str(node.get(name)):
+                return str(node[name])
+    return None
 
 
 def _size(pipe) -> int | None:

@@ -9,6 +9,9 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from ldm import cli, curves, evaluate, runs
+from ldm.asked import check_places
+from ldm.files import check_length, located, reserve
+from ldm.ranges import LENGTH
 
 TEXTS = (
     *("ckpt", "lengths", "metric", "data", "others", "subset", "out"),
@@ -24,7 +27,6 @@ def main() -> None:
 
     @hydra.main(config_path=cli.CONF, config_name="phema", version_base="1.3")
     def composed(cfg: DictConfig) -> None:
-        cli.check(cfg, "phema")
         asked = {name: cfg[name] for name in TEXTS} | texts
         with cli.told_plainly():
             choose(cfg, asked)
@@ -34,33 +36,39 @@ def main() -> None:
 
 def choose(cfg: DictConfig, asked: dict[str, str | None]) -> None:
     """Store the average of `length`; without one that of `lengths` which measures best."""
+    tried = lengths(asked["lengths"])
+    check_places(cfg, cli.needed(asked, "ckpt"))
     run = opened(cli.needed(asked, "ckpt"))
     out = target(asked["out"], run)
+    new = asked["out"] is not None and not cfg.overwrite
     if cfg.length is not None:
-        if not isinstance(cfg.length, int | float):
-            raise cli.UsageError(f"length={cfg.length} is no number: 0.05 to 0.15 are usual")
         average = run.average(cfg.length)
-        run.save(average, out, {})
+        out = run.save(average, out, {}, new=new)
         if runs.rank() == 0:
             print(out)
         return
-    scan(cfg, asked, run, lengths(asked["lengths"]), out)
+    if not cfg.overwrite:
+        try:
+            curves.check_place([{"varied": {"length": None}}], run.home)
+        except ValueError as error:
+            raise cli.UsageError(f"{error}: move it, or give overwrite=true") from error
+    scan(cfg, asked, run, tried, out, new=new)
 
 
 def lengths(text: str) -> list[float]:
     """0.05,0.1 or [0.05,0.1] as numbers, the shortest first; UsageError where they are none."""
-    try:
-        found = {float(word) for word in text.strip("[] ").split(",")}
-    except ValueError:
+    found = [runs.number(word) for word in str(text).strip("[] ").split(",")]
+    if not all(map(LENGTH.accepts, found)):
         raise cli.UsageError(
-            f"lengths={text} are no numbers: they are written lengths=0.05,0.1,0.15"
-        ) from None
-    return sorted(found)
+            f"lengths={text}: each must be {LENGTH}; they are written lengths=0.05,0.1,0.15"
+        )
+    return sorted(set(found))
 
 
 def target(out: str | None, run: "Run") -> Path:
     """Where the average goes; UsageError for a name that is a training checkpoint's."""
-    path = Path(out or os.path.relpath(run.path.with_name("phema.ckpt")))
+    path = located(out or os.path.relpath(run.path.with_name("phema.ckpt")))
+    check_length("out", path, more=len("-000.json"))
     if path.suffix != ".ckpt" or path.name.startswith("step=") or path.stem in ("last", "best"):
         raise cli.UsageError(
             f"out={path}: give a name of its own that ends in .ckpt; step=*, last and best are "
@@ -84,6 +92,11 @@ class Run:
     path: Path
     payload: dict
     snapshots: list
+
+    @property
+    def home(self) -> Path:
+        """The run's directory."""
+        return Path(os.path.relpath(self.path.parent.parent))
 
     @property
     def step(self) -> int:
@@ -121,19 +134,22 @@ class Run:
         facts = {"length": length, "step": self.step}
         return Average(state, {**facts, "snapshots": len(kept), "misfit": made.misfit})
 
-    def save(self, average: Average, out: Path, measured: dict) -> None:
+    def save(self, average: Average, out: Path, measured: dict, *, new: bool) -> Path:
         """A checkpoint that is sampled and evaluated like any other, and that no run goes on from.
 
+        new: one that replaces none, under a name with a number where `out` is there already.
         Raises OSError where it cannot be written.
         """
         from ldm import checkpoint
 
         if runs.rank() != 0:
-            return
+            return out
         places = ("denoiser.", "ema.module.")
         both = {f"{place}{name}": t for place in places for name, t in average.state.items()}
         facts = {**self.payload["ldm"], "phema": {**average.facts, **measured}}
-        checkpoint.write({"state_dict": both, "global_step": self.step, "ldm": facts}, out)
+        with reserve(lambda n: [out.with_stem(out.stem + n)], overwrite=not new) as [path]:
+            checkpoint.write({"state_dict": both, "global_step": self.step, "ldm": facts}, path)
+        return path
 
 
 def opened(ckpt: str) -> Run:
@@ -142,10 +158,11 @@ def opened(ckpt: str) -> Run:
     Raises CheckpointError where there is no checkpoint, UsageError where there are no snapshots.
     """
     from ldm import checkpoint, snapshots
+    from ldm.facts import read_facts
 
     path = checkpoint.find(ckpt).resolve()
     payload = checkpoint.read(path)
-    if "phema" in payload.get("ldm", {}):
+    if "phema" in read_facts(payload, path):
         raise cli.UsageError(f"{path} is such an average already: give its run, ckpt=RUN")
     folder = path.parent.parent / "phema"
     keeps = checkpoint.part(payload, "phema.")  # else the folder is of another run by this name
@@ -159,7 +176,13 @@ def opened(ckpt: str) -> Run:
 
 
 def scan(
-    cfg: DictConfig, asked: dict[str, str | None], run: Run, tried: list[float], out: Path
+    cfg: DictConfig,
+    asked: dict[str, str | None],
+    run: Run,
+    tried: list[float],
+    out: Path,
+    *,
+    new: bool,
 ) -> None:
     """Measure each length, draw the curve, store the best average.
 
@@ -167,10 +190,7 @@ def scan(
     """
     from ldm import checkpoint
     from ldm.build import evaluation
-    from ldm.training.power_ema import exponent_of
 
-    for length in tried:
-        exponent_of(length)  # what is out of range is told before anything is painted
     cfg = OmegaConf.merge({"raw": False}, cfg)
     asked = {**asked, "ckpt": str(run.path), "images": None, "keep": None}
     source, first = evaluation.source(cfg, asked, kind="run"), runs.rank() == 0
@@ -198,8 +218,8 @@ def scan(
     best = pick(points, metric)
     value = best["metrics"][metric]
     average = run.average(best["phema"]["length"])
-    run.save(average, out, {"metric": metric, "value": value})
-    written = curves.write(points, Path(os.path.relpath(run.path.parent.parent)), metric=metric)
+    out = run.save(average, out, {"metric": metric, "value": value}, new=new)
+    written = curves.write(points, run.home, metric=metric)
     print(f"{curves.table(points, metric=metric)}\n{verdict(points, best, metric)}")
     print("  ".join(map(str, [*written, out])))
     for pieces in waiting:

@@ -3,58 +3,45 @@
 Shapes: B batch, C latent channels, H W pixels, h w latent grid.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.condition import Condition
-from ldm.diffusion.guidance import Denoise, DenoiseWith, Words
+from ldm.diffusion.guidance import Denoise, DenoiseWith, Guidance, Words
 from ldm.diffusion.inversion import invert
 from ldm.diffusion.noise import ImageNoise
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.resampling import Resampled
-from ldm.diffusion.samplers import DDIM, OnStep
+from ldm.diffusion.samplers import DDIM, OnStep, Sampler
 from ldm.diffusion.tiles import Tiled
-from ldm.tasks import Request
+from ldm.tasks import Plain, Request
 
 
+@dataclass(frozen=True, eq=False)
 class Pipeline:
     """Text encoder, task, guidance, sampler and decoder, in that order.
 
     Its parts are used where they are: the networks on one device, in eval mode. `dtype`: what they
     compute in, under autocast; None is float32. `trained_size`: of the denoiser's pictures, in
     pixels; a task with windows paints larger ones in windows of that size. `frames`: of a video;
-    None paints pictures.
+    None paints pictures. `dataclasses.replace` makes one with other parts.
     """
 
-    def __init__(
-        self,
-        denoiser: nn.Module,
-        *,
-        autoencoder,
-        text,
-        objective: Objective,
-        task,
-        sampler,
-        guidance,
-        dtype: torch.dtype | None = None,
-        trained_size: int | None = None,
-        frames: int | None = None,
-        style_encoder=None,
-    ) -> None:
-        self.denoiser = denoiser
-        self.autoencoder = autoencoder
-        self.text = text
-        self.objective = objective
-        self.task = task
-        self.sampler = sampler
-        self.guidance = guidance
-        self.dtype = dtype
-        self.trained_size = trained_size
-        self.frames = frames
-        self.style_encoder = style_encoder
+    denoiser: nn.Module
+    _: KW_ONLY
+    autoencoder: nn.Module
+    text: Callable[[Sequence[str]], Condition]
+    objective: Objective
+    task: Plain
+    sampler: Sampler
+    guidance: Guidance
+    dtype: torch.dtype | None = None
+    trained_size: int | None = None
+    frames: int | None = None
+    style_encoder: nn.Module | None = None
 
     @torch.no_grad()
     def __call__(
@@ -104,7 +91,10 @@ class Pipeline:
                 times = self.sampler.times(schedule, steps, start=t)
                 return invert(lambda x, t: self.denoise(x, t, cond), x0, schedule, times)
 
-            request = Request(room, image, mask, strength, inverted)
+            def first(t: float) -> float:
+                return float(self.sampler.times(schedule, steps, start=t)[0])
+
+            request = Request(room, image, mask, strength, inverted, first)
             start = self.task.start(request, encode, schedule, noise=noise)
             guided = self._guided(prompts, negative, start.concat, self._styled(style, seeds))
             denoise = guided
@@ -173,7 +163,8 @@ class Pipeline:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] of latents (B, C, h, w), such as a step's x0_hat."""
-        return self.autoencoder.decode(latents).clamp(-1, 1)
+        with self._autocast():
+            return self.autoencoder.decode(latents).clamp(-1, 1)
 
     @property
     def device(self) -> torch.device:

@@ -21,7 +21,6 @@ def main(argv: Sequence[str]) -> None:
 
     @hydra.main(config_path=cli.CONF, config_name="prepare", version_base="1.3")
     def prepare(cfg: DictConfig) -> None:
-        cli.check(cfg, "prepare")
         if cfg.source not in SOURCES:
             raise cli.UsageError(f"source={cfg.source} is none of {', '.join(SOURCES)}")
         out = cli.needed(paths, "out")
@@ -49,6 +48,8 @@ def converted(cfg: DictConfig, paths: dict[str, str], out: str) -> Report:
 
 def drawn(cfg: DictConfig, out: str) -> Report:
     """Shards of the scene world."""
+    if cfg.size is None:
+        raise cli.UsageError("size=null is for pictures that are there: give scenes a size=64")
     split = "train" if cfg.part == "all" else cfg.part
     return prepare_scenes(
         out=out,

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import yaml
-
 from ldm import locks, runs
+from ldm.words import cell, printable
 
 # What is shown of each run beside the metric that ranks, as far as it was measured.
 SHOWN = (
@@ -26,6 +25,9 @@ PAINTED = ("val/scene_accuracy", "val/fid", "val/fd_", "val/clip_score")  # by t
 CONSTANT = ("_floor", "_real")  # what real pictures get: no weights change it
 # Not settings of an experiment, but where and how it was carried out.
 INCIDENTAL = ("name", "direction", "early_stop.run_dir")
+
+
+DRAWN = 1e30  # larger numbers are left out of pictures, whose axes overflow
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,11 @@ class Run:
         return runs.last(self.rows, metric)
 
     def curve(self, metric: str) -> list[tuple[float, float]]:
-        """(images seen, value) at each time that a metric was logged."""
-        batch = self.config.get("data", {}).get("batch_size", 1)
+        """(images seen, value) at each time that a metric was logged, without what is too large."""
+        batch = runs.number((self.config.get("data") or {}).get("batch_size")) or 1
         points = [row for row in self.rows if metric in row]
-        return [(row.get("images_seen", row["step"] * batch), row[metric]) for row in points]
+        found = [(row.get("images_seen", row["step"] * batch), row[metric]) for row in points]
+        return [(x, y) for x, y in found if abs(x) < DRAWN and not abs(y) >= DRAWN]
 
     @property
     def step(self) -> int:
@@ -56,29 +59,38 @@ class Run:
 
 
 def read(directory: Path) -> Run:
-    """The run in a directory, whatever state it is in."""
+    """The run in a directory, whatever state it is in.
+
+    Raises ValueError and OSError where a file of it does not hold what it should.
+    """
     result = runs.read_result(directory)
-    hydra = _yaml(directory / ".hydra" / "hydra.yaml").get("hydra", {})
-    choices = hydra.get("runtime", {}).get("choices", {})
+    about = runs.read_yaml(directory / ".hydra" / "hydra.yaml")
+    choices = _inner(_inner(_inner(about, "hydra"), "runtime"), "choices")
+    config = runs.read_yaml(directory / "config.yaml")
+    _inner(config, "data")
     begun = any((directory / name).exists() for name in ("config.yaml", "output.log"))
     if locks.claimed(directory):
         state = "running"
     elif result.get("stopped_early"):
         state = "stopped early"
     else:
-        state = result.get("status") or ("interrupted" if begun else "waiting")
+        state = str(result.get("status") or ("interrupted" if begun else "waiting"))
     return Run(
         directory=directory,
         state=state,
-        config=_yaml(directory / "config.yaml"),
-        choices={k: str(v) for k, v in choices.items() if not k.startswith("hydra/")},
+        config=config,
+        choices={k: str(v) for k, v in choices.items() if not str(k).startswith("hydra/")},
         result=result,
         rows=runs.read_metrics(directory),
     )
 
 
-def _yaml(path: Path) -> dict:
-    return yaml.safe_load(path.read_text()) or {} if path.is_file() else {}
+def _inner(node: dict, key: str) -> dict:
+    """The settings below a key; none where it is not there."""
+    found = node.get(key) or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{key} holds no settings, but {type(found).__name__}")
+    return found
 
 
 def find(places: Iterable[Path]) -> list[Path]:
@@ -215,7 +227,7 @@ def table(
                 *(values[i] for values in differ.values()),
                 run.state,
                 *map(run.last, metrics),
-                None if seen is None else int(seen),
+                int(seen) if seen is not None and abs(seen) < 2**63 else None,
                 median(speeds) if speeds else None,
                 seconds,
                 run.step,
@@ -235,11 +247,11 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
-    return "" if value is None else str(value).replace("|", "\\|")
+    return "" if value is None else printable(str(value)).replace("|", "\\|")
 
 
 def as_csv(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
     """The table for a program, numbers in full."""
     text = io.StringIO()
-    csv.writer(text).writerows([columns, *rows])
+    csv.writer(text).writerows([[cell(value) for value in row] for row in (columns, *rows)])
     return text.getvalue()

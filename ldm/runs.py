@@ -4,8 +4,10 @@ runs/<name>/  config.yaml  .hydra/  checkpoints/  samples/  metrics.csv  wandb/ 
 """
 
 import csv
+import difflib
 import io
 import json
+import math
 import os
 import re
 import secrets
@@ -14,7 +16,10 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from ldm.files import write_text
+from ldm.files import read_regular, write_text
+from ldm.plain import read_mapping
+
+MOST = 2**18  # bytes of a configuration or result, of which ours have a few thousand
 
 
 def stamp() -> str:
@@ -101,9 +106,30 @@ def write_result(run_dir: Path, result: dict) -> None:
 
 
 def read_result(run_dir: Path) -> dict:
-    """What result.json says; empty where there is none."""
-    path = run_dir / "result.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """What result.json says; empty where there is none. ValueError where it is damaged."""
+    return _read_json(run_dir / "result.json")
+
+
+def _read_json(path: Path) -> dict:
+    if not os.path.lexists(path):
+        return {}
+    try:
+        found = json.loads(read_regular(path, most=MOST))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no settings, but {type(found).__name__}")
+    return found
+
+
+def read_yaml(path: Path) -> dict:
+    """The settings in a file; empty where there is none. ValueError where it holds others."""
+    if not os.path.lexists(path):
+        return {}
+    try:
+        return read_mapping(read_regular(path, most=MOST).decode())
+    except ValueError as error:
+        raise ValueError(f"{path} holds no settings: {error}") from error
 
 
 def is_finished(run_dir: Path, steps: int, *, stops: bool) -> bool:
@@ -123,6 +149,8 @@ def read_metrics(run_dir: Path, *, tail: int | None = None) -> list[dict[str, fl
     """
     path = run_dir / "metrics.csv"
     if not path.is_file():
+        if path.exists():
+            raise ValueError(f"{path} is no file")
         return []
     with path.open("rb") as file:
         names = file.readline().decode().rstrip().split(",")
@@ -132,9 +160,12 @@ def read_metrics(run_dir: Path, *, tail: int | None = None) -> list[dict[str, fl
             file.readline()  # cut in two
         whole = file.read().rpartition(b"\n")[0]  # without a line that is being written
         rows = csv.reader(io.StringIO(whole.decode()))
-        cells = [{k: number(v) for k, v in zip(names, row, strict=False)} for row in rows]
+        try:
+            cells = [{k: number(v) for k, v in zip(names, row, strict=False)} for row in rows]
+        except csv.Error as error:
+            raise ValueError(f"{path} is no CSV ({error})") from error
     found = [{k: v for k, v in row.items() if v is not None} for row in cells]
-    return [row for row in found if "step" in row]
+    return [row for row in found if abs(row.get("step", math.inf)) < 2**63]
 
 
 def is_job(run_dir: Path) -> bool:
@@ -215,16 +246,21 @@ def of_checkpoint(ckpt: Path) -> Path:
     return ckpt.parent.parent if ckpt.parent.name == "checkpoints" else Path()
 
 
+def unknown(ckpt: str, name: str) -> str:
+    """That the checkpoint `ckpt`, of a setting `name`, is not there, and the nearest that are."""
+    known = sorted(str(found.parent.parent) for found in Path("runs").glob("**/last.ckpt"))
+    near = difflib.get_close_matches(ckpt, known, n=3, cutoff=0)
+    hint = f"; the nearest here: {', '.join(near)}" if near else ""
+    return f"{name}='{ckpt}' is neither a run directory nor a file{hint}"
+
+
 def picture_path(ckpt: Path, prompt: str) -> Path:
-    """A new name for pictures of a prompt, in the run that the checkpoint belongs to.
+    """A name for pictures of a prompt, in the run that the checkpoint belongs to.
 
     Made of the prompt's letters and digits alone, so that no prompt leads out of the directory.
     """
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "picture"
-    path, number = of_checkpoint(ckpt) / "samples" / f"{words}.png", 2
-    while path.exists():
-        path, number = path.with_name(f"{words}-{number}.png"), number + 1
-    return Path(os.path.relpath(path))
+    return Path(os.path.relpath(of_checkpoint(ckpt) / "samples" / f"{words}.png"))
 
 
 def wandb_id(run_dir: Path) -> str:

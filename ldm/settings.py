@@ -1,13 +1,16 @@
 """Which settings and options there are, and plain words for those that there are not."""
 
 import difflib
+import logging
 import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
@@ -126,3 +129,31 @@ def _keys(cfg: DictConfig, prefix: str = "") -> Iterable[str]:
         node = cfg._get_node(key)
         if isinstance(node, DictConfig) and not node._is_none():
             yield from _keys(node, f"{prefix}{key}.")
+
+
+# What hydra-optuna-sweeper leaves to the user, and the rest of a configuration knows.
+SEARCH = {
+    "optuna": {
+        "direction": "${direction}",
+        "n_jobs": "${oc.select:hydra.launcher.n_jobs,1}",  # trials at once
+        "max_failure_rate": 1.0,  # a failed trial is recorded, and the search goes on
+        "study_name": "${name}",
+    },
+    "sampler/tpe": {"seed": "${seed}", "n_startup_trials": 5},
+}
+
+
+def prepare_search() -> None:
+    """Give hydra/sweeper=optuna, where it is installed, defaults that follow from the run's.
+
+    Hydra refuses a YAML file that bears the name of a plugin's settings, so they are put there.
+    """
+    Plugins.instance()  # finds the plugins, which then store their settings
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # of optuna, about itself
+    store = ConfigStore.instance()
+    for path, ours in SEARCH.items():
+        group, _, name = f"hydra/sweeper/{path}".rpartition("/")
+        if f"{name}.yaml" in store.list(group):
+            node = store.load(f"{group}/{name}.yaml").node
+            node.update(ours)
+            store.store(group=group, name=name, node=node, provider="ldm")

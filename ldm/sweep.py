@@ -129,10 +129,10 @@ def carry_out(jobs: Sequence[Job], host: Host, *, most: int, shared: dict) -> No
     shared_path = jobs[0].directory.parent / runs.SWEEP
     write_text(shared_path, json.dumps(shared, indent=1) + "\n")
     _carried_out.update(dict.fromkeys(jobs))
-    if len(jobs) > 1:
-        told(f"{len(jobs)} jobs, {len(jobs) - len(unfinished)} of them finished")
     waiting, running = list(unfinished), {}
     with _signals() as received, Lines() as lines:
+        if len(jobs) > 1:
+            told(f"{len(jobs)} jobs, {len(jobs) - len(unfinished)} of them finished")
         while running or (waiting and not received):
             while waiting and not received and len(running) < most:
                 job = waiting[0]

@@ -22,22 +22,27 @@ Invert = Callable[[Tensor, float], Tensor]
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for: room for the latents, and a picture and mask for tasks that need them."""
+    """What is asked for: room for the latents, and a picture and mask for tasks that need them.
+
+    first: a strength to the first time of the sampler's grid that starts there: near it, not at it.
+    """
 
     latents: Tensor  # (B, C, h, w), empty: their shape, type and device
     image: Tensor | None = None  # (B, 3, H, W) in [-1, 1]
     mask: Tensor | None = None  # (B, 1, H, W), 1 where something new shall be
     strength: float = 1.0  # how much of the noise: 1 forgets the picture
     invert: Invert | None = None
+    first: Callable[[float], float] = float
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where sampling begins: latents `x` at time `t`, and extra channels for the network.
+    """Where sampling begins: latents `x` at the first time of the grid that starts at `t`.
 
-    project: what an x0_hat (B, C, h, w) becomes by what is known of the picture. rounds: how often
-    each step is gone, with fresh noise between. latents: those of a picture out of what the network
-    has learnt (see `train_pair`); None where they are the same.
+    concat: extra channels for the network. project: what an x0_hat (B, C, h, w) becomes by what is
+    known of the picture. rounds: how often each step is gone, with fresh noise between. latents:
+    those of a picture out of what the network has learnt (see `train_pair`); None where they are
+    the same.
     """
 
     x: Tensor  # (B, C, h, w)
@@ -124,7 +129,7 @@ class ImageToImage(Plain):
         self.invert = invert
 
     def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
-        """The noisy picture at t = strength.
+        """The noisy picture at the first time of the grid that starts at t = strength.
 
         Raises ValueError without a picture, with a mask, or for a strength outside 0 to 1.
         """
@@ -134,7 +139,7 @@ class ImageToImage(Plain):
         if self.invert:
             check_strength(t)
             return Start(x=request.invert(x0, t), t=t)
-        return Start(x=noised(x0, t, schedule, noise), t=t)
+        return Start(x=noised(x0, request, schedule, noise), t=t)
 
 
 class ProjectedInpaint(Plain):
@@ -215,7 +220,7 @@ def kept(
     def project(x0_hat: Tensor) -> Tensor:
         return torch.where(hidden > 0, x0_hat, known)
 
-    return noised(known, request.strength, schedule, noise), project
+    return noised(known, request, schedule, noise), project
 
 
 def shown(images: Tensor, mask: Tensor, encode: Encode, *, like: Tensor) -> Tensor:
@@ -235,10 +240,14 @@ def random_masks_of(images: Tensor, generator: Generators) -> Tensor:
     return random_masks(n, *size, generator=generator, device=images.device)
 
 
-def noised(x0: Tensor, t: float, schedule: Schedule, noise: Noise) -> Tensor:
-    """x_t (B, C, h, w) of x0 at t = strength; what `check_strength` raises."""
-    check_strength(t)
-    ((alpha, sigma),) = levels(schedule, torch.tensor([t]))
+def noised(x0: Tensor, request: Request, schedule: Schedule, noise: Noise) -> Tensor:
+    """x_t (B, C, h, w) of x0 where sampling begins: exactly there, or its noise is misjudged.
+
+    Raises what `check_strength` raises, and ValueError where the steps do not fit the strength.
+    """
+    check_strength(request.strength)
+    t = torch.tensor([request.first(request.strength)], dtype=torch.float64)
+    ((alpha, sigma),) = levels(schedule, t)
     return alpha * x0 + sigma * noise(x0)
 
 

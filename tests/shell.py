@@ -45,6 +45,7 @@ def run(*command: str, cwd: Path, expect: int = 0, seconds: float = 300, **more:
         env=environment(cwd, **more),
         capture_output=True,
         text=True,
+        errors="surrogateescape",  # paths of any bytes
         timeout=seconds,
     )
     assert done.returncode == expect, done.stdout + done.stderr
@@ -85,6 +86,29 @@ def train(*overrides: str, cwd: Path, expect: int = 0, **more: str) -> str:
 def tensors(run_dir: Path) -> dict:
     """A run's last checkpoint."""
     return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_same_learning(one: dict, two: dict) -> None:
+    """Two checkpoints agree to rounding where sums were taken in another order.
+
+    Adam makes a whole step of each gradient, also of one that is only rounding: softmax cancels the
+    key's bias, and states that all captions share say nothing. So moments are compared, which are
+    sums of gradients, and those weights whose gradients are more than rounding. A sum in float32
+    is right to some 1e-7 of its largest part: 1e-6 of the largest gradient is left for it.
+    """
+    [a], [b] = one["optimizer_states"], two["optimizer_states"]
+    assert a["state"].keys() == b["state"].keys()
+    rounding = 1e-6 * max(float(each["exp_avg"].abs().max()) for each in a["state"].values())
+    names = [name for name in one["state_dict"] if not name.startswith("ema.")]
+    names.sort(key=lambda name: one["state_dict"][name].ndim <= 1)  # as the optimizer's groups
+    for i, moments in a["state"].items():
+        mean, other = moments["exp_avg"], b["state"][i]["exp_avg"]
+        assert (mean - other).abs().max() <= 1e-3 * mean.abs().max() + rounding, names[i]
+        real = moments["exp_avg_sq"].sqrt() > 100 * rounding
+        average = names[i].replace("denoiser.", "ema.module.")
+        for name in {names[i], average} if real.any() else ():
+            moved = (one["state_dict"][name] - two["state_dict"][name])[real]
+            assert moved.abs().mean() < 1e-5, name
 
 
 def rows(run_dir: Path) -> list[dict[str, str]]:

@@ -12,11 +12,12 @@ from ldm import asked, cli, settings
 
 
 def check(*words):
-    """`asked.checked` of a command line."""
+    """`asked.checked` of a command line whose numbers are right."""
     typed = dict(word.split("=", 1) for word in words if word.partition("=")[0] in asked.TEXTS)
     others = [word for word in words if word.partition("=")[0] not in asked.TEXTS]
     with initialize_config_dir(cli.CONF, version_base="1.3"):
         cfg = compose("sample", overrides=others)
+        cli.check(cfg, "sample", others)
     return asked.checked(cfg, {**{name: cfg[name] for name in asked.TEXTS}, **typed}, typed)
 
 
@@ -56,6 +57,7 @@ def home(tmp_path, monkeypatch):
         "pad=16",
         "pad=[1,2]",
         "pad=[-1,0,0,0]",
+        "pad=[1000000,0,0,0]",
         "image=gone.png",
         "image=.",
         "mask=gone.png",
@@ -124,7 +126,7 @@ def test_ctrl_c_is_one_line(tmp_path):
 
 def test_prompts_that_are_no_text_are_named(home):
     Path("p.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(cli.UsageError, match=r"prompts=p\.txt is no text in UTF-8"):
+    with pytest.raises(cli.UsageError, match=r"prompts=p\.txt is neither UTF-8 nor UTF-16"):
         cli.read_prompts({"prompt": "", "prompts": "p.txt"})
 
 

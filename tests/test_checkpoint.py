@@ -20,7 +20,8 @@ from torch import nn
 
 from ldm import checkpoint
 from ldm.checkpoint import CheckpointError
-from ldm.training.checkpoint import SafeCheckpointIO
+from ldm.files import check_writable
+from ldm.training.payload import SafeCheckpointIO
 
 
 def payload(step: int = 1, *, numbers: int = 3000) -> dict:
@@ -343,16 +344,16 @@ def test_a_full_disk_keeps_what_it_has(small_disk):
 
 
 def test_a_folder_that_takes_no_files_is_told_at_once(tmp_path, small_disk):
-    checkpoint.check_writable(tmp_path / "new" / "checkpoints")
+    check_writable(tmp_path / "new" / "checkpoints")
     assert list((tmp_path / "new" / "checkpoints").iterdir()) == []
     (tmp_path / "file").touch()
     with pytest.raises(
         OSError, match=r"cannot be written to .*/file/checkpoints \(Not a directory"
     ):
-        checkpoint.check_writable(tmp_path / "file" / "checkpoints")
+        check_writable(tmp_path / "file" / "checkpoints")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(OSError, match=r"cannot be written to .* \(Read-only file system\): make "):
-        checkpoint.check_writable(small_disk / "checkpoints")
+        check_writable(small_disk / "checkpoints")
 
 
 def test_weights_alone_are_exported(tmp_path):
@@ -452,3 +453,36 @@ def test_load_into_names_what_does_not_fit():
 def test_part_takes_what_begins_with_a_prefix():
     state = {"net.a": 1, "net.net.b": 2, "network.c": 3, "ema.net.a": 4}
     assert checkpoint.part({"state_dict": state}, "net.") == {"a": 1, "net.b": 2}
+
+
+def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path):
+    good, bad = (tmp_path / f"step=0000000{n}.ckpt" for n in (1, 2))
+    checkpoint.write(payload(1), good)
+    ruined = payload(2)
+    ruined["state_dict"]["a.weight"][7] = torch.nan
+    checkpoint.write(ruined, bad)  # as runs from before the check have left them
+    with pytest.raises(
+        CheckpointError,
+        match=r"step=00000002.ckpt cannot be used: its weights are not finite: .* good one beside "
+        r"it is step=00000001.ckpt$",
+    ):
+        checkpoint.read(bad)
+    with pytest.warns(UserWarning, match=r"passed over: its weights are not finite.* 1 to 2 is lo"):
+        assert checkpoint.newest(tmp_path) == good
+    assert checkpoint.last_good(tmp_path) == good
+
+
+def test_a_manifest_tells_that_the_weights_are_finite(tmp_path):
+    path = tmp_path / "x.ckpt"
+    told = payload()
+    told["ldm"]["finite"] = True
+    checkpoint.write(told, path)
+    assert json.loads(checkpoint.manifest_path(path).read_text())["finite"] is True
+
+
+def test_doubtful_files_do_not_thin_out_those_from_before(tmp_path):
+    for step in range(1, 8):
+        checkpoint.write(payload(step), tmp_path / f"step=0000000{step}.ckpt")
+    checkpoint.keep_newest(tmp_path, 2, doubtful_from=4)
+    assert [checkpoint.step(path) for path in sorted(tmp_path.glob("*.ckpt"))] == [2, 3, 7]
+    assert checkpoint.last_good(tmp_path, before=4).name == "step=00000003.ckpt"

@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -19,6 +20,7 @@ from shell import (
     FROZEN,
     ROOT,
     TRAIN,
+    assert_same_learning,
     processes,
     rows,
     run,
@@ -114,11 +116,13 @@ def test_the_same_command_again_resumes(home):
 @pytest.mark.slow
 def test_a_run_that_does_not_get_better_ends_early(home):
     early = ["early_stop=patience", "early_stop.validations=2", "early_stop.least=1e3"]
+    early += ["samples.n=0"]
     options = [*ANEW, *early, "name=early", "trainer.max_steps=99", "trainer.val_check_interval=1"]
     train(*options, cwd=home)
     result = json.loads((home / "runs" / "early" / "result.json").read_text())
     assert (result["status"], result["stopped_early"], result["steps"]) == ("finished", True, 3)
     assert "is finished" in train(*options, cwd=home)
+    assert not (home / "runs" / "early" / "samples").exists(), "none were asked for"
 
 
 @pytest.mark.slow
@@ -130,7 +134,7 @@ def test_a_run_leaves_when_its_time_is_over(home):
     assert result["status"] == "preempted"
     assert result["checkpoint"] == f"checkpoints/step={result['steps']:08d}.ckpt"
     said = train(*options, "trainer.max_hours=-1", cwd=home, expect=2)
-    assert "trainer.max_hours=-1 must be above 0" in said
+    assert "trainer.max_hours=-1 must be a number above 0" in said
 
 
 @pytest.mark.slow
@@ -207,11 +211,7 @@ def test_two_processes_learn_what_one_does(home, stage):
     one, two = (tensors(home / "runs" / f"{stage}-{n}") for n in ("one", "two"))
     assert one["global_step"] == two["global_step"] == 3
     assert one["ldm"]["images_seen"] == two["ldm"]["images_seen"] == 12
-    for name, tensor in one["state_dict"].items():
-        if name.endswith("k_proj.bias"):
-            continue  # softmax cancels it: its gradient is rounding, which Adam makes whole steps
-        # The mean: where another gradient is near nought, single weights differ by that as well.
-        assert (two["state_dict"][name] - tensor).abs().double().mean() < 1e-6, name
+    assert_same_learning(one, two)
     losses = [
         [float(row["train/loss"]) for row in rows(home / "runs" / f"{stage}-{n}")[1:]]
         for n in ("one", "two")
@@ -246,8 +246,11 @@ def test_sample_long_empty_and_many_prompts(home):
     assert Image.open(home / "many_003.png").text["prompt"] == "a blue ball"
     said = sample("ckpt=runs/first", "prompt=a blue ball", "seed=1", "n=1", "out=alone", cwd=home)
     assert "beside" not in said
-    same = [Image.open(home / name).tobytes() for name in ("many_003.png", "alone_000.png")]
-    assert same[0] == same[1], "a picture depends on its own prompt and seed alone"
+    names = ("many_003.png", "alone_000.png", "many_002.png")
+    many, alone, other = (np.asarray(Image.open(home / name)).astype(int) for name in names)
+    # One of four and one alone: kernels for other batch sizes round otherwise, to a grey level.
+    assert abs(many - alone).max() <= 1, "a picture depends on its own prompt and seed alone"
+    assert abs(many - other).max() > 10, "of another seed"
 
 
 @pytest.mark.slow
@@ -267,7 +270,8 @@ def test_sampling_mistakes_are_told_plainly(home):
 
 @pytest.mark.slow
 def test_training_mistakes_are_told_plainly(home):
-    said = train("name=x", "autoencoder.path=null", cwd=home, expect=2)
+    said = train("name=y", "autoencoder.path=null", cwd=home, expect=2)
+    assert not (home / "runs" / "y").exists(), "what is refused leaves nothing"
     assert "experiment=autoencoder_coco" in said
     said = train("name=x", "data.train=nowhere", *FROZEN, cwd=home, expect=2)
     assert "nowhere" in said
@@ -293,7 +297,7 @@ def test_training_mistakes_are_told_plainly(home):
         ("scale=5", "did you mean guidance.scale?"),
         ("modle=nano", "did you mean model?"),
         ("model=nanoo", "did you mean nano?"),
-        ("optimizer.lr=1e-4x", "is no number"),
+        ("optimizer.lr=1e-4x", "optimizer.lr=1e-4x must be a number from 0"),
         ("+sed=3", "did you mean seed?"),
         ("weighting=p2 weighting.gama=3", "did you mean weighting.gamma?"),
         (

@@ -248,7 +248,7 @@ def test_mistakes_are_told_before_torch_is_imported(home):
         "image=few image=black.png minus=black.png": "are one picture each",
         "data=shards text=a text=b": "a search is for one text or one picture",
         "image=black.png labels=a template=no.txt": "template=no.txt: No such file",
-        "data=shards text=a top=0": "top=0 must be 1 or more",
+        "data=shards text=a top=0": "top=0 must be a whole number from 1",
         "data=shards txt=a": "did you mean text?",
     }
     said = run("-c", code, *wrong, cwd=home)

@@ -11,6 +11,8 @@ from omegaconf import OmegaConf
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm.build import parts
+from ldm.build.guidance import guidance
+from ldm.build.registry import MODEL, admit
 from ldm.cli import CONF
 from ldm.diffusion.noise import generators
 
@@ -152,8 +154,10 @@ def test_a_configuration_of_before_these_were_groups_means_what_it_did():
     name = "ldm.diffusion.objective"
     old.objective.weighting = {"_target_": f"{name}.UniformWeighting"}
     old.objective.time_sampler = {"_target_": f"{name}.PowerTimes", "power": 2}
-    parts.check_targets(old.objective, Path("old.ckpt"))
-    assert torch.equal(loss(old), loss(cfg))
+    read = admit(OmegaConf.to_yaml(old), Path("old.ckpt"), needed=MODEL)
+    assert read.objective.weighting._target_ == "ldm.diffusion.weighting.UniformWeighting"
+    read.seed = cfg.seed
+    assert torch.equal(loss(read), loss(cfg))
 
 
 class Text:
@@ -199,6 +203,19 @@ def test_all_samplers_take_the_same_bounds_and_grids(option):
     assert (built.spacing, built.clip, built.quantile) == ("karras", 1.5, 0.99)
     plain = instantiate(compose("sample", [f"sampler={option}"]).sampler)
     assert (plain.spacing, plain.clip, plain.quantile) == ("trailing", None, None)
+
+
+@pytest.mark.parametrize("option", ["cfg", "interval", "apg", "compose", "style"])
+def test_rescaling_knows_what_the_network_predicts(option):
+    """x0_hat where eps is 0 is x_t / alpha."""
+    objective = parts.objective(train("objective=eps", "scheduler=linear"))
+    beside = parts.Beside(None, None, objective, None, torch.device("cpu"))
+    x_t, t = torch.randn(2, 4, 8, 8), torch.tensor(0.6)
+    cfg = compose("sample", [f"guidance={option}", "guidance.rescale=0.7"])
+    found = guidance(cfg.guidance, beside).at_zero(x_t, t)
+    torch.testing.assert_close(found, x_t / objective.schedule(t)[0])
+    plain = compose("sample", [f"guidance={option}"])
+    assert guidance(plain.guidance, beside).at_zero is None
 
 
 def test_data_chooses_what_is_measured_unless_the_user_does():

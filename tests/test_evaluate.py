@@ -187,12 +187,14 @@ def asked(**given: str | Path) -> dict[str, str | None]:
 def measure(*overrides: str, **given: str | Path) -> dict:
     """What one evaluation leaves, by a quick network."""
     out = Path("measured.json")
-    evaluate([({}, composed("count=8", *COLOURS, *overrides))], asked(out=out, **given))
+    points = [({}, composed("count=8", "overwrite=true", *COLOURS, *overrides))]
+    evaluate(points, asked(out=out, **given))
     return json.loads(out.read_text())
 
 
 def test_the_verb_leaves_numbers_and_says_them(home, measured):
-    said = run("-m", "ldm.evaluate", "ckpt=runs/measured", "count=3", "steps=2", cwd=home.path)
+    command = ["-m", "ldm.evaluate", "ckpt=runs/measured", "count=3", "steps=2"]
+    said = run(*command, cwd=home.path, OMP_NUM_THREADS="1")  # as many as this process
     facts = json.loads((home.path / "runs/measured/metrics.json").read_text())
     assert list(facts["metrics"]) == KEYS
     assert "scene accuracy alone, no distances: 3 pictures" in said
@@ -276,8 +278,30 @@ def test_numbers_of_other_settings_are_kept(shards_run, capsys):
     assert second["settings"]["steps"] == 1
     assert again() == first
     assert len([*Path("x").glob("metrics-*.json")]) == 2
-    Path("x/metrics.json").write_text("{torn")
-    assert again() == first
+    for foreign in ("{torn", "[1]", '{"accuracy": 1}'):
+        Path("x/metrics.json").write_text(foreign)
+        with pytest.raises(UsageError, match=r"none of ldm.evaluate's .* or overwrite=true"):
+            again()
+        assert Path("x/metrics.json").read_text() == foreign
+    assert again("overwrite=true") == first
+
+
+def test_a_file_is_not_replaced_unless_that_is_asked_for(shards_run, capsys):
+    """Neither a file of any name, nor pictures and curves in folders that hold others."""
+    Path("x.json").write_text("mine")
+    Path("kept").mkdir()
+    Path("kept/0000000.png").write_text("mine")
+    point = ({}, composed("count=8", *COLOURS))
+    with pytest.raises(UsageError, match=r"keep=kept is no empty folder: .* overwrite=true"):
+        evaluate([point], asked(ckpt=shards_run, out="x.json", keep="kept"))
+    evaluate([point], asked(ckpt=shards_run, out="x.json", keep="new"))
+    assert (Path("x.json").read_text(), Path("kept/0000000.png").read_text()) == ("mine", "mine")
+    assert json.loads(Path("x-2.json").read_text())["metrics"]
+    assert capsys.readouterr().out.endswith("x-2.json\n")
+    Path("curve_steps.png").write_text("mine")
+    points = [({"steps": steps}, composed(*COLOURS, f"steps={steps}")) for steps in ("1", "2")]
+    with pytest.raises(UsageError, match=r"none of ldm.evaluate's \(curve_steps.png is"):
+        evaluate(points, asked(ckpt=shards_run, out="."))
 
 
 def test_scenes_are_both_read_and_compared(home, measured):
@@ -329,7 +353,7 @@ def test_a_checkpoint_builds_nothing_but_data(shards_run, real, tmp_path):
         assert str(victim) in changed
         payload["ldm"]["config"] = changed
         checkpoint.write(payload, tmp_path / f"{name}.ckpt")
-        with pytest.raises(ValueError, match=r"asks to call ldm.data.shards|are not here"):
+        with pytest.raises(ValueError, match=r"asks to call ldm.data.shards|does not say what it"):
             measure(ckpt=tmp_path / f"{name}.ckpt")
         assert not victim.exists()
 
@@ -460,7 +484,7 @@ def test_mistakes_cost_seconds_and_one_line(home, measured):
     cases = {
         "count=1,2": "count=1,2: it takes one value here, and several are for guidance, sampler",
         "features=clip,dinov2": "a list stands in brackets: 'features=[a,b]'",
-        "steps=5,many": "steps=many is no number",
+        "steps=5,many": "steps=many must be a whole number",
     }
     for words, message in cases.items():
         check_mistake(home, words, message)

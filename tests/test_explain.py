@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,7 @@ PICTURES = ["clip.png", "forward.png", "guidance.png", "noise.png", "reverse.png
 
 
 def painted(pipe: Pipeline, seeds=(3,), **parts) -> torch.Tensor:
-    pipe = lessons.with_parts(pipe, **{"guidance": pipe.guidance} | parts)
-    return pipe([PROMPT] * len(seeds), seeds=seeds, size=SIZE, steps=AT.steps)
+    return replace(pipe, **parts)([PROMPT] * len(seeds), seeds=seeds, size=SIZE, steps=AT.steps)
 
 
 def places(page: Image.Image, picture: Image.Image) -> list[tuple[int, int]]:
@@ -90,8 +90,9 @@ def test_watching_changes_nothing(tiny_text):
     assert len(lessons.spread(watched.moments[:4])) == 4
 
 
-def test_the_reverse_process_ends_in_the_picture(tiny_text):
-    pipe, (seen, on_step) = pipeline(tiny_text), steps()
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_reverse_process_ends_in_the_picture(tiny_text, dtype):
+    pipe, (seen, on_step) = replace(pipeline(tiny_text), dtype=dtype), steps()
     page = lessons.reverse(pipe, PROMPT, AT, on_step=on_step)
     assert len(seen) == AT.steps
     assert len(places(page, shown(painted(pipe)[0]))) == 1

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -11,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm import films, gallery
+from ldm import files, films, gallery
 from ldm.data.images import read_frames
+from ldm.images import load_png
 
 FACTS = {"prompt": "a red ball rolls, “naïvely”", "seed": 3}
 
@@ -123,3 +125,57 @@ def test_without_a_writer_mp4_is_refused_in_a_line(tmp_path):
     )
     assert done.stdout == ".gif\n"
     assert "ValueError: a.mp4: MP4 needs PyAV, pip install 'ldm[video]'" in done.stderr
+
+
+def test_names_that_no_file_can_have_are_refused_before_anything_is_painted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for long in ("n" * 250 + ".png", "é" * 125, "d" * 256 + "/x.png", "/".join(["d" * 99] * 42)):
+        with pytest.raises(ValueError, match=r"out=.* bytes too long for a file's name"):
+            gallery.place(long, Path("x.png"), moving=False)
+    assert not list(tmp_path.iterdir())
+    out = gallery.place("n" * 225, Path("x.png"), moving=False)
+    images = [video()[:, 0], video(seed=1)[:, 0]]
+    for _ in range(2):
+        gallery.save(images, [("a", 0), ("a", 1)], out, {}, guesses=[images])
+    assert len(list(tmp_path.iterdir())) == 8
+
+
+@pytest.mark.parametrize("taken", ["x.png", "x_001.png", "x_previews.png"])
+def test_pictures_replace_none_and_share_a_number(tmp_path, capsys, taken):
+    (tmp_path / taken).write_text("mine")
+    (tmp_path / "x-2.png").write_text("mine as well")
+    images, jobs = [video()[:, 0], video(seed=1)[:, 0]], [("a", 0), ("a", 1)]
+    first = gallery.save(images, jobs, tmp_path / "x.png", {}, guesses=[images])
+    assert first == tmp_path / "x-3.png"
+    assert "x.png is there already: now" in capsys.readouterr().out
+    new = ["x-3.png", "x-3_000.png", "x-3_001.png", "x-3_previews.png"]
+    assert {path.name for path in tmp_path.iterdir()} == {*new, taken, "x-2.png"}
+    assert (tmp_path / taken).read_text() == "mine"
+    assert gallery.save(images, jobs, tmp_path / "x.png", {}, overwrite=True) == tmp_path / "x.png"
+    assert (tmp_path / "x.png").read_bytes() == (tmp_path / "x-3.png").read_bytes()
+
+
+def test_videos_replace_none_either(tmp_path):
+    (tmp_path / "x_000.gif").touch()
+    first = gallery.save([video()], [("a", 0)], tmp_path / "x.gif", {})
+    assert first == tmp_path / "x-2.gif"
+    names = {path.name for path in tmp_path.iterdir()} - {"x_000.gif"}
+    assert names == {"x-2.gif", "x-2.png", "x-2_000.gif", "x-2_000.png"}
+
+
+def test_two_at_the_same_time_write_different_files(tmp_path):
+    def save(seed: int) -> Path:
+        return gallery.save([video(seed=seed)[:, 0]], [("a", seed)], tmp_path / "x.png", {})
+
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(save, range(8)))
+    assert len(set(paths)) == 8
+    for seed, path in enumerate(paths):
+        assert load_png(path)[1]["seed"] == [seed]
+    assert len(list(tmp_path.iterdir())) == 16
+
+
+def test_what_fails_leaves_no_empty_file(tmp_path):
+    with pytest.raises(TypeError), files.reserve(lambda n: [tmp_path / f"x{n}"]):
+        raise TypeError
+    assert not list(tmp_path.iterdir())

@@ -22,9 +22,12 @@ VERBS = {
 # A room may import from rooms before it in this list, and from itself.
 ROOMS = [
     {
-        *("ldm.files", "ldm.checkpoint", "ldm.runs", "ldm.locks", "ldm.images", "ldm.cli"),
+        *("ldm.files", "ldm.checkpoint", "ldm.facts", "ldm.plain", "ldm.runs", "ldm.locks"),
+        *("ldm.images", "ldm.cli"),
         "ldm.films",
-        *("ldm.settings", "ldm.asked"),
+        "ldm.signals",
+        *("ldm.settings", "ldm.asked", "ldm.words", "ldm.first_check", "ldm.leftovers"),
+        *("ldm.ranges", "ldm.rules", "ldm.devices"),
         *("ldm.figures", "ldm.ranking", "ldm.ranking_figures"),
         *("ldm.curves", "ldm.curve_figures", "ldm.snapshots"),
     },
@@ -46,14 +49,23 @@ ROOMS = [
     },
     {"ldm.training"},
     {"ldm.build"},
+    {"ldm.results"},
     VERBS,
-    {"ldm.progress", "ldm.sweep", "ldm.machine", "ldm.slurm"},
+    {"ldm.attempt", "ldm.progress", "ldm.sweep", "ldm.machine", "ldm.slurm"},
     {"hydra_plugins", "train", "sample"},
 ]
 FILES = [*ROOT.glob("ldm/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]
 FILES = [*sorted(FILES), ROOT / "train.py", ROOT / "sample.py"]
 SHELL = {"lightning": {"ldm.data.datamodule", "ldm.training", "ldm.build"}}
-HYDRA = {"ldm.build", "ldm.cli", "ldm.settings", "ldm.asked", *VERBS}
+HYDRA = {
+    "ldm.attempt",
+    "ldm.build",
+    "ldm.cli",
+    "ldm.settings",
+    "ldm.asked",
+    "ldm.first_check",
+    *VERBS,
+}
 HYDRA |= {"hydra_plugins", "train", "sample"}
 
 

@@ -170,6 +170,13 @@ def test_nothing_that_a_folder_brings_is_run(diffusion, tmp_path, monkeypatch):
     with pytest.raises((ValueError, OSError)):
         Peer(folder, CPU)
     assert not ran.exists()
+    folder = tmp_path / "kernel"
+    shutil.copytree(diffusion, folder)
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    config["_attn_implementation"] = "stranger/kernel"
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"asks for code from elsewhere \(stranger/kernel\)"):
+        Peer(folder, CPU)
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])

@@ -1,5 +1,7 @@
 """From prompts to pictures: what an image depends on, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from world import SIZE, pipeline
@@ -95,8 +97,7 @@ def test_text_to_image_takes_nothing_else(tiny_text, extra):
 
 def test_a_picture_goes_to_its_noise_and_back(tiny_text):
     """What is painted of the noise that was found is the picture; with other words, another."""
-    pipe = pipeline(tiny_text, scale=1.5)
-    pipe.autoencoder = Identity()
+    pipe = replace(pipeline(tiny_text, scale=1.5), autoencoder=Identity())
     images = 0.8 * torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) - 0.4
     noise = pipe.invert(images, PROMPTS[:1], steps=20)
     assert distance(noise, images) > 0.1
@@ -111,7 +112,7 @@ def test_guidance_is_told_the_prompts(tiny_text):
         heard.append((words.prompts, words.encode(["a red circle"]).tokens))
         return lambda x_t, t: denoise(x_t, t, cond)
 
-    pipe.guidance = listening
+    pipe = replace(pipe, guidance=listening)
     pipe(PROMPTS[:2], seeds=[0, 1], size=SIZE, steps=2)
     ((prompts, states),) = heard
     assert prompts == PROMPTS[:2]
@@ -124,11 +125,10 @@ def test_a_judge_steers_towards_what_it_likes(tiny_text):
     def brightness(prompts):
         return lambda x0_hat: 300 * x0_hat.flatten(1).mean(1)
 
-    plain = pipeline(tiny_text, scale=1.0)
-    plain.autoencoder = Identity()
+    plain = replace(pipeline(tiny_text, scale=1.0), autoencoder=Identity())
     inner, schedule = plain.guidance, plain.objective.schedule
     images = plain(PROMPTS[:2], seeds=[0, 1], size=SIZE, steps=8)
-    plain.guidance = Judged(judge=brightness, schedule=schedule, inner=inner)
-    steered = plain(PROMPTS[:2], seeds=[0, 1], size=SIZE, steps=8)
+    judged = Judged(judge=brightness, schedule=schedule, inner=inner)
+    steered = replace(plain, guidance=judged)(PROMPTS[:2], seeds=[0, 1], size=SIZE, steps=8)
     assert (steered.flatten(1).mean(1) > images.flatten(1).mean(1) + 0.05).all()
     assert not steered.requires_grad

@@ -1,5 +1,7 @@
 """Super-resolution: what the network is shown, and pictures larger than it knows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from world import SIZE, pipeline
@@ -32,9 +34,8 @@ def wide_pipeline(text, task):
     with torch.no_grad():
         for parameter in net.parameters():
             parameter += 0.03 * torch.randn(parameter.shape)
-    pipe.denoiser, pipe.autoencoder, pipe.task = net.eval(), Identity(), task
-    pipe.trained_size = SIZE
-    return pipe
+    parts = {"denoiser": net.eval(), "autoencoder": Identity(), "task": task}
+    return replace(pipe, **parts, trained_size=SIZE)
 
 
 def test_the_network_is_told_what_was_done_to_the_picture():

@@ -4,8 +4,15 @@ import json
 import shutil
 
 import pytest
+from hydra import compose, initialize_config_dir
 from PIL import Image
 from shell import ROOT, run, train
+
+from ldm import cli
+from ldm.build import pipelines
+from ldm.cli import CONF
+from ldm.diffusion.composition import Composed
+from ldm.diffusion.guidance import ClassifierFree
 
 pytestmark = pytest.mark.slow  # each test is processes
 FEW = ["trainer.max_steps=2", "trainer.val_check_interval=2", "logger=csv"]
@@ -67,6 +74,32 @@ def test_a_cascade_is_one_command(home):
     assert later["guidance"]["scale"] == 1
     assert "runs/model" in facts["ckpt"]
     assert "runs/superres" in later["ckpt"]
+
+
+def test_later_stages_of_a_cascade_read_the_parts_of_a_prompt(home, monkeypatch):
+    """Where the first stage does, also inside another guidance; else all words as they are."""
+    monkeypatch.chdir(home)
+    asked = dict.fromkeys(("autoencoder", "text_encoder"))
+    for words, kind in {
+        ("guidance=compose",): Composed,
+        ("guidance=clip", "guidance@guidance.inner=compose", "guidance.judge=runs/clip"): Composed,
+        ("guidance=cfg",): ClassifierFree,
+    }.items():
+        with initialize_config_dir(CONF, version_base="1.3"):
+            words = ["ckpt=x", "device=cpu", "enlarging=1.5", *words]
+            cfg = compose("sample", overrides=[cli.quoted(word) for word in words])
+        _, later = pipelines.cascade(cfg, ["runs/model", "runs/superres"], asked)
+        assert later.pipeline.guidance == kind(scale=1.5)
+
+
+def test_verbs_that_begin_with_words_refuse_networks_that_begin_with_a_picture(home):
+    for verb, words in {
+        "evaluate": ["ckpt=runs/inpaint", "task=inpaint", "count=8", "steps=1"],
+        "augment": ["ckpt=runs/model", "task=img2img", "out=set", "n=1", "template=a ball"],
+    }.items():
+        said = run("-m", f"ldm.{verb}", *words, cwd=home, expect=2)
+        assert f"{words[1]} begins with a picture: take task=text2img" in said
+        assert not (home / "set").exists()
 
 
 def test_img2img_changes_a_part_where_no_strength_is_given(home, photo):

@@ -1,6 +1,7 @@
 """Where sampling starts and what is kept."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from PIL import Image
 from world import SIZE, pipeline
 
 from ldm import requests
-from ldm.diffusion.noise import generators
+from ldm.diffusion.noise import ImageNoise, generators
+from ldm.diffusion.samplers import DDIM
 from ldm.diffusion.schedule import cosine, linear
 from ldm.images import from_uint8
 from ldm.models.autoencoder import Identity
@@ -25,9 +27,7 @@ def seeded(seed=0):
 
 def pixels(text, task, *, scale=1.5):
     """A pipeline without an autoencoder's error."""
-    pipe = pipeline(text, scale=scale)
-    pipe.autoencoder, pipe.task = Identity(), task
-    return pipe
+    return replace(pipeline(text, scale=scale), autoencoder=Identity(), task=task)
 
 
 def picture(n=1):
@@ -51,6 +51,37 @@ def test_strength_is_the_time_it_starts_from():
     alpha, sigma = schedule(torch.tensor(0.4).double())
     torch.testing.assert_close(start.x, alpha * x0 + sigma * seeded()(x0))
     assert start.t == 0.4
+
+
+class Watched(DDIM):
+    """Remembers where it was begun."""
+
+    def walk(self, x, path):
+        BEGUN.append((x, path.levels[0]))
+        return super().walk(x, path)
+
+
+BEGUN = []
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace", "karras"])
+@pytest.mark.parametrize("task", [ImageToImage(), ProjectedInpaint()], ids=lambda task: task.name)
+def test_a_picture_is_noised_to_the_first_time_of_the_grid(tiny_text, task, spacing):
+    pipe = pixels(tiny_text, task)
+    pipe.sampler = Watched(spacing=spacing)
+    mask = {} if isinstance(task, ImageToImage) else {"mask": left_half()}
+    for strength, steps in ((0.0137, 5), (0.5023, 7)):
+        BEGUN.clear()
+        paint(pipe, image=picture(), strength=strength, steps=steps, **mask)
+        ((x, (alpha, sigma)),) = BEGUN
+        noise = ImageNoise([0, 1])(x)
+        torch.testing.assert_close(x, alpha * picture() + sigma * noise, rtol=0, atol=1e-6)
+
+
+def test_a_strength_that_holds_fewer_times_than_steps_says_so(tiny_text):
+    pipe = pixels(tiny_text, ImageToImage())
+    with pytest.raises(ValueError, match=r"t = 0.01 .* take steps=10 .*strength\) of 0.03 or more"):
+        paint(pipe, image=picture(), strength=0.01, steps=30)
 
 
 def test_little_strength_changes_little_and_all_of_it_forgets_the_picture(tiny_text):
@@ -82,8 +113,7 @@ def test_what_the_mask_keeps_is_kept(tiny_text, rounds):
 
 
 def test_paste_is_to_the_last_bit_whatever_the_autoencoder_does(tiny_text):
-    pipe = pipeline(tiny_text)
-    pipe.task = ProjectedInpaint()
+    pipe = replace(pipeline(tiny_text), task=ProjectedInpaint())
     given = {"image": picture(), "mask": left_half()}
     kept = left_half().expand(2, 3, SIZE, SIZE) == 0
     assert not torch.equal(paint(pipe, **given)[kept], picture().expand(2, -1, -1, -1)[kept])

@@ -2,11 +2,17 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 from PIL import Image
 from shell import ROOT, TRAIN, rows, run, tensors
+
+from ldm import cli
+from ldm.build import pipelines
+from ldm.cli import CONF, UsageError
 
 pytestmark = pytest.mark.slow  # each test is processes
 FEW = ["trainer=cpu", "trainer.max_steps=2", "trainer.val_check_interval=2", "logger=csv"]
@@ -103,3 +109,46 @@ def test_pictures_and_videos_are_not_confused(home):
     said = sample(home, "ckpt=runs/video", "n=1", "image=absent.png", expect=2)
     assert "absent.png" in said
     assert "Traceback" not in said
+
+
+def painted(home, option, *overrides):
+    """A video of three frames under a guidance, in this process."""
+    with initialize_config_dir(CONF, version_base="1.3"):
+        words = ["ckpt=x", "device=cpu", f"guidance={option}", *overrides]
+        cfg = compose("sample", overrides=[cli.quoted(word) for word in words])
+    asked = {"autoencoder": None, "text_encoder": None}
+    pipeline = pipelines.restore(cfg, str(home / "runs/video"), asked).pipeline
+    prompts = ["a red star AND a blue circle :0.5", "a star"]
+    return pipeline(prompts, seeds=[0, 1], size=32, steps=2)
+
+
+def test_every_guidance_guides_videos_or_says_that_it_does_not(home):
+    models = {
+        "autoguidance": f"guidance.guide={home / 'runs/video'}",
+        "classifier": f"guidance.classifier={home / 'runs/images'}",
+    }
+    options = {path.stem for path in Path(CONF, "guidance").glob("*.yaml")}
+    made = {}
+    for option in sorted(options - {"classifier"}):
+        made[option] = painted(home, option, *([models[option]] if option in models else []))
+        assert made[option].shape == (2, 3, 3, 32, 32), option
+        assert made[option].isfinite().all(), option
+    for option in ("clip", "compose"):
+        assert (made[option] - made["cfg"]).abs().max() > 1e-4, option
+    with pytest.raises(UsageError, match="guidance=classifier reads pictures"):
+        painted(home, "classifier", models["classifier"])
+    with pytest.raises(UsageError, match="of task=text2img and cannot guide task=video"):
+        painted(home, "autoguidance", f"guidance.guide={home / 'runs/images'}")
+
+
+def test_verbs_of_pictures_refuse_videos_before_they_begin(home):
+    before = sorted(home.rglob("*"))
+    for verb, words in {
+        "evaluate": ["count=8", "steps=1"],
+        "augment": ["out=set", "n=2", "steps=1", "template=a star"],
+        "explain": ["out=explained", "steps=2"],
+    }.items():
+        said = run("-m", f"ldm.{verb}", "ckpt=runs/video", "task=video", *words, cwd=home, expect=2)
+        assert "paints videos (task=video): give a run of task=text2img" in said
+        assert "Traceback" not in said
+    assert sorted(home.rglob("*")) == before

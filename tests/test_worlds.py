@@ -31,6 +31,7 @@ RUN = [
     "data.window=2",
     "autoencoder=identity",
     "model.channels=16",
+    "+model.dropout=0.1",
     "optimizer.warmup=1",
     "optimizer.decay=constant",
     "validate_first=false",

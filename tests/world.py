@@ -12,18 +12,20 @@ from ldm.data.datamodule import TextImageData
 from ldm.data.dataset import Batch, collate
 from ldm.data.shards import write_shard
 from ldm.diffusion.guidance import ClassifierFree
-from ldm.diffusion.objective import Objective, PowerTimes, Prediction, UniformWeighting
+from ldm.diffusion.objective import Objective, Prediction
 from ldm.diffusion.samplers import DDIM
 from ldm.diffusion.schedule import scaled_linear
+from ldm.diffusion.times import PowerTimes
+from ldm.diffusion.weighting import UniformWeighting
 from ldm.models.autoencoder import AutoencoderKL, Identity
 from ldm.models.text import ClipText
 from ldm.models.unet import UNet
 from ldm.pipeline import Pipeline
 from ldm.tasks import TextToImage
 from ldm.training.callbacks import Meter
-from ldm.training.checkpoint import SafeCheckpointIO
 from ldm.training.diffusion import LatentDiffusion
 from ldm.training.optimizer import AdamW
+from ldm.training.payload import SafeCheckpointIO
 
 SIZE = 16
 COLOURS = ("red", "lime", "blue", "white", "magenta")
@@ -129,11 +131,14 @@ def make_trainer(
     validate_every: int = 10**6,
     precision: str = "32-true",
     clip: float = 1.0,
+    devices: int = 1,
+    strategy: str = "auto",
 ) -> L.Trainer:
     """As ldm/build.py sets it up, on the processor and without a word."""
     return L.Trainer(
         accelerator="cpu",
-        devices=1,
+        devices=devices,
+        strategy=strategy,
         max_steps=steps,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=clip,

@@ -9,7 +9,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from ldm import cli, locks, runs, sweep
+from ldm import cli, leftovers, locks, runs, sweep
 
 # What a job must not be told, because it is no sweep.
 LAUNCHING = (
@@ -57,6 +57,7 @@ class Plan:
         self.flags = [*(f"--config-dir={path}" for path in dirs), *kept]
         cli.check_name(self.name)
         self.directory = Path("runs", self.name)
+        leftovers.expect(self.directory)
         with cli.told_plainly():
             self._lock = locks.claim(self.directory)
             base = self._compose(same)

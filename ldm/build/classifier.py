@@ -1,16 +1,15 @@
 """Configuration to a classifier on noisy latents, and a run of stage=classifier back to one."""
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from ldm import checkpoint
-from ldm.build import parts
+from ldm.build import parts, registry
 from ldm.cli import UsageError
 from ldm.diffusion.schedule import Schedule
+from ldm.facts import check_digests, read_facts
 from ldm.models.classifier import NoisyClassifier
-
-GROUPS = ("text_encoder", "scheduler", "classifier")  # what a checkpoint has built of itself
 
 
 def network(
@@ -30,17 +29,16 @@ def restore(ckpt: str, *, beside: parts.Beside) -> NoisyClassifier:
     Raises UsageError for a run of another stage, autoencoder or scheduler, CheckpointError where
     files are damaged, ask for what is not ours, or the text encoder is not the one trained with.
     """
-    path = checkpoint.find(ckpt)
+    path = checkpoint.find(ckpt, name="guidance.classifier")
     payload = checkpoint.read(path)
-    facts = payload.get("ldm", {})
-    if facts.get("stage") != "classifier":
+    facts = read_facts(payload, path)
+    if facts["stage"] != "classifier":
         raise UsageError(
-            f"{path} comes from stage={facts.get('stage', '?')}: a classifier is what "
+            f"{path} comes from stage={facts['stage']}: a classifier is what "
             "`python train.py experiment=classifier_scenes` trains"
         )
-    config = OmegaConf.create(facts["config"])
-    for group in GROUPS:
-        parts.check_targets(config[group], path)
+    config = registry.admit(facts["config"], path, needed=registry.CLASSIFIER)
+    check_digests(facts, path, parts.FROZEN)
     if checkpoint.digest(beside.autoencoder) != facts["frozen"]["autoencoder"]:
         raise UsageError(
             f"{path} was trained on the latents of another autoencoder than the model's: train a "

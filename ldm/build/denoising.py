@@ -109,10 +109,12 @@ def module(
     )
     asked = cfg.samples.prompts or data.val_captions(cfg.samples.n)
     prompts = [asked] if isinstance(asked, str) else list(asked)
+    if cfg.samples.n == 0:
+        prompts = []
     draw = partial(
         examples, pipeline, data.val_set, prompts, steps=cfg.samples.steps, seed=cfg.seed
     )
-    callbacks = [Pictures(run_dir / "samples", draw)]
+    callbacks = [Pictures(run_dir / "samples", draw)] if prompts else []
     if trained.phema is not None:
         callbacks.append(Snapshots(run_dir / "phema", every=cfg.phema.every))
     if task.from_pictures and cfg.eval and rank() == 0:

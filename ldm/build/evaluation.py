@@ -3,24 +3,23 @@
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from ldm import checkpoint, runs
 from ldm.build import parts, pipelines
+from ldm.build.sets import SCENES, own_pictures
 from ldm.cli import CONF, UsageError
 from ldm.data.cache import Cache
 from ldm.data.dataset import TextImages
 from ldm.data.shards import Shards
-from ldm.files import PACKAGED
+from ldm.files import PACKAGED, located
 from ldm.metrics.features import Features
 from ldm.metrics.quality import Quality, TooFewError, captions_to_paint
 from ldm.metrics.ranks import Ranks
@@ -28,10 +27,7 @@ from ldm.metrics.scene_accuracy import SceneAccuracy
 from ldm.metrics.subset import Subset
 from ldm.models.remembered import Remembered
 from ldm.peers import Folder, Peer
-from ldm.pipeline import Pipeline
 
-SCENES = "ldm.data.scenes.data.scenes_data"
-DATA = (SCENES, "ldm.data.datamodule.TextImageData")  # what a checkpoint may ask to build
 Paint = Callable[..., Tensor]  # (prompts, seeds=...) -> images (n, 3, H, W) in [-1, 1]
 Asked = dict[str, str | None]
 
@@ -106,6 +102,7 @@ def run(
     """A training run of ours."""
     cfg = OmegaConf.merge(cfg, {"device": str(device)})
     restored = pipelines.restore(cfg, asked["ckpt"], asked)
+    pipelines.check_text_to_image(restored, "measuring")
     size = cfg.size or restored.size
     drawn = restored.data.get("_target_") == SCENES
     scenes = scene_accuracy(cfg) if cfg.scenes or (cfg.scenes is None and drawn) else None
@@ -128,7 +125,7 @@ def run(
     text = Remembered(restored.pipeline.text)
 
     def paint(cfg: DictConfig) -> Paint:
-        pipeline = Pipeline(**{**vars(pipelines.sampling(restored.pipeline, cfg)), "text": text})
+        pipeline = replace(pipelines.sampling(restored.pipeline, cfg), text=text)
         return partial(pipeline, size=size, steps=cfg.steps)
 
     def facts(cfg: DictConfig) -> dict:
@@ -148,7 +145,7 @@ def peer(
     cfg: DictConfig, asked: Asked, networks: Sequence[Features], device: torch.device
 ) -> Source:
     """A pipeline of diffusers: its own sampler, our steps, guidance scale, prompts and seeds."""
-    painter = Peer(place := Path(asked["ckpt"]).expanduser(), device)
+    painter = Peer(place := located(asked["ckpt"]), device)
     if (size := cfg.size or painter.size) is None:
         raise UsageError(f"'{place}' does not say at which size it paints: give size=...")
 
@@ -174,14 +171,14 @@ def folder(
     cfg: DictConfig, asked: Asked, networks: Sequence[Features], device: torch.device
 ) -> Source:
     """Pictures that are there, with captions of their own or, in order of name, of `subset`."""
-    pictures = Folder(place := Path(asked["images"]).expanduser(), size=cfg.size)
+    pictures = Folder(place := located(asked["images"]), size=cfg.size)
     real = opened(cfg, asked, "data", pictures.size)
     if asked["subset"] is None:
         names = [path.name for path in pictures.paths]
         captions = pictures.captions or [""] * len(names)
         subset = Subset(real.shards.index.fingerprint, names, captions, [*range(len(names))])
     else:
-        subset = Subset.load(Path(asked["subset"]))
+        subset = Subset.load(located(asked["subset"]))
         if len(subset) != len(pictures):
             raise UsageError(
                 f"'{place}' has {len(pictures)} pictures, and {asked['subset']} {len(subset)} "
@@ -239,7 +236,7 @@ def quality(
     if asked["others"] is not None:
         others = opened(cfg, asked, "others", size)
     if subset is None and asked["subset"] is not None:
-        subset = Subset.load(Path(asked["subset"]))
+        subset = Subset.load(located(asked["subset"]))
     elif subset is None:
         subset = captions_to_paint(real, others, cfg.count, seed=cfg.seed)
         known = len({*zip(subset.keys, subset.captions, strict=True)})
@@ -254,31 +251,11 @@ def quality(
         others=others,
         subset=subset,
         size=size,
-        cache=Path(cfg.cache, "real"),
+        cache=located(cfg.cache) / "real",
         at_most=cfg.real,
         batch=cfg.batch,
         captioned=captioned,
     )
-
-
-def own_pictures(restored: pipelines.Restored, size: int) -> tuple[TextImages, TextImages]:
-    """A run's validation pictures and its training pictures, as a validation sees them.
-
-    Raises CheckpointError where the checkpoint names other code than ours, UsageError where the
-    pictures are not there.
-    """
-    if (target := restored.data.get("_target_")) not in DATA:
-        raise checkpoint.CheckpointError(
-            f"{restored.path} asks to call {target} for its data: it was not run. Give data=..."
-        )
-    try:
-        data = instantiate(restored.data, seed=0, _recursive_=False)
-    except InstantiationException as error:
-        raise UsageError(
-            f"the pictures of the run are not here ({error.__cause__ or error}): give data=DIR, "
-            "real pictures to compare with"
-        ) from error
-    return data.val_set.plain(size=size), data.train_set.plain(size=size)
 
 
 def opened(cfg: DictConfig, asked: Asked, name: str, size: int) -> TextImages:
@@ -288,7 +265,7 @@ def opened(cfg: DictConfig, asked: Asked, name: str, size: int) -> TextImages:
             f"{name} is needed: give {name}=DIR, shards of real pictures with captions, as "
             "`python -m ldm.prepare` writes them"
         )
-    if not Path(asked[name]).exists() and Path(CONF, "data", f"{asked[name]}.yaml").is_file():
+    if not located(asked[name]).exists() and Path(CONF, "data", f"{asked[name]}.yaml").is_file():
         raise UsageError(
             f"{name}={asked[name]}: that is an option of train.py; here {name} is a folder with "
             f"shards of real pictures, such as {name}=data/coco/val"

@@ -25,6 +25,8 @@ def guidance(cfg: DictConfig, beside: Beside) -> Guidance:
     built = {name: make(cfg[name], beside) for name, make in needed.items()}
     if "classifier" in built or "judge" in built:
         built["schedule"] = beside.objective.schedule
+    if cfg.get("rescale"):
+        built["at_zero"] = beside.objective.at_zero
     leaf = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in built])
     # Handed to the call and not to instantiate, which would take apart what is a dataclass.
     return instantiate(leaf, _partial_=True, _convert_="all")(**built)
@@ -38,8 +40,17 @@ NEEDS = {
 
 
 def guide(path: str, beside: Beside) -> DenoiseWith:
-    """The averaged denoiser of a checkpoint, on the same latents, text and schedule as ours."""
-    opened = parts.opened(path)
+    """The averaged denoiser of a checkpoint, on the same latents, text and schedule as ours.
+
+    Raises UsageError where it is of others, or of another task.
+    """
+    opened = parts.opened(path, name="guidance.guide")
+    trained = instantiate(opened.config.task)
+    if (why := beside.task.unfit(trained)) is not None:
+        raise UsageError(
+            f"guidance.guide={path} is of task={trained.name} and cannot guide "
+            f"task={beside.task.name}: {why}"
+        )
     for name, part in zip(parts.FROZEN, (beside.autoencoder, beside.text), strict=True):
         if checkpoint.digest(part) != opened.digests[name]:
             raise UsageError(
@@ -60,7 +71,15 @@ def guide(path: str, beside: Beside) -> DenoiseWith:
 
 
 def classify(path: str, beside: Beside):
-    """The classifier of a run of stage=classifier, for ldm.diffusion.steering."""
+    """The classifier of a run of stage=classifier, for ldm.diffusion.steering.
+
+    Raises UsageError where videos are painted.
+    """
+    if beside.task.temporal:
+        raise UsageError(
+            f"guidance=classifier reads pictures, and task={beside.task.name} is of videos: "
+            "guidance=clip and guidance=autoguidance guide these"
+        )
     return classifier.restore(path, beside=beside).aim
 
 

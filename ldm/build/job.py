@@ -1,6 +1,7 @@
 """Configuration to a run: data, module, trainer, callbacks and loggers."""
 
 import logging
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -17,14 +18,24 @@ from ldm import checkpoint, ranking
 from ldm.build import denoising, stages
 from ldm.cli import UsageError
 from ldm.data.datamodule import TextImageData
-from ldm.runs import is_job, launched, rank, write_result
+from ldm.facts import state_of
+from ldm.files import check_writable
+from ldm.runs import is_job, last, launched, rank, read_metrics, write_result
+from ldm.signals import Signals
 from ldm.training import ranks
 from ldm.training.callbacks import Meter, ModuleNoise, ProgressBar
-from ldm.training.checkpoint import Checkpoints, SafeCheckpointIO
+from ldm.training.checkpoint import Checkpoints
 from ldm.training.csv_log import CsvLog
 from ldm.training.fsdp import Sharded
+from ldm.training.payload import SafeCheckpointIO
 from ldm.training.preemption import StopOnSignal
-from ldm.training.stability import SkipNonFinite
+from ldm.training.stability import (
+    REMEDY,
+    NotFiniteError,
+    SkipNonFinite,
+    last_good,
+    not_finite,
+)
 
 MAKERS = {  # of what is trained beside the denoiser
     "autoencoder": stages.autoencoder,
@@ -50,7 +61,7 @@ class Job:
 
     def outcome(self, run_dir: Path, metric: str) -> dict:
         """What has come of the run so far, for result.json."""
-        last = run_dir / "checkpoints" / "last.ckpt"
+        newest = run_dir / "checkpoints" / "last.ckpt"
         step = self.trainer.global_step
         return {
             "metric": metric,
@@ -58,8 +69,20 @@ class Job:
             "steps": step,
             "stopped_early": self.trainer.should_stop and step < self.trainer.max_steps,
             "images_seen": self.data.position,
-            "checkpoint": os.path.relpath(last.resolve(), run_dir) if last.exists() else None,
+            "checkpoint": os.path.relpath(newest.resolve(), run_dir) if newest.exists() else None,
         }
+
+    def check_end(self, run_dir: Path, metric: str) -> None:
+        """Raise NotFiniteError where the last validation says that the weights are ruined."""
+        rows = read_metrics(run_dir)  # of an earlier call, where there was nothing left to train
+        values = {name: last(rows, name) for name in ("val/loss", metric)} | self.metrics()
+        if names := not_finite(values, metric):
+            sound = [row["step"] for row in rows if math.isfinite(row.get(names[0], math.nan))]
+            folder, before = run_dir / "checkpoints", int(max(sound, default=-1)) + 1
+            raise NotFiniteError(
+                f"the last validation's {names[0]} is {values[names[0]]}. "
+                f"{last_good(folder, before)}; {REMEDY}"
+            )
 
     def failed(self, run_dir: Path, error: BaseException) -> tuple[str, bool]:
         """What has ended the run, in words, and whether it is this rank that must tell it."""
@@ -105,8 +128,11 @@ class Job:
         )
 
 
-def build(cfg: DictConfig, run_dir: Path) -> Job:
-    """Everything for `cfg.stage`, one of diffusion, autoencoder, clip and classifier."""
+def build(cfg: DictConfig, run_dir: Path, signals: Signals | None = None) -> Job:
+    """Everything for `cfg.stage`, one of diffusion, autoencoder, clip and classifier.
+
+    signals: of the process, where somebody listens to them already.
+    """
     if cfg.stage not in ("diffusion", *MAKERS):
         raise UsageError(f"stage={cfg.stage} is none of diffusion, {', '.join(MAKERS)}")
     for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
@@ -134,15 +160,16 @@ def build(cfg: DictConfig, run_dir: Path) -> Job:
     module.to(memory_format=torch.channels_last)  # what convolutions like best, on any device
     resume = checkpoint.newest(run_dir / "checkpoints")
     if rank() == 0:
-        checkpoint.check_writable(run_dir / "checkpoints")
+        check_writable(run_dir / "checkpoints")
         ranks.forget_error(run_dir)
     if resume is not None:
-        state = checkpoint.unverified(resume)["state_dict"]
+        state = state_of(checkpoint.unverified(resume), resume)
         checkpoint.check_fits(module, state, what=str(resume))
     if resume is None and rank() == 0:
         (run_dir / "metrics.csv").unlink(missing_ok=True)  # of a try without a checkpoint
     meter = Meter(every=cfg.trainer.log_every_n_steps)
-    built = trainer(cfg, run_dir, callbacks, meter, facts)
+    built = trainer(cfg, run_dir, callbacks, meter, facts, signals)
+    ranks.withhold_signals(built)
     data.micro_batch(built.world_size, built.accumulate_grad_batches)  # says now what is wrong
     if isinstance(built.strategy, Sharded):
         built.strategy.check(module)
@@ -152,15 +179,20 @@ def build(cfg: DictConfig, run_dir: Path) -> Job:
 
 
 def trainer(
-    cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback], meter: Meter, facts: dict
+    cfg: DictConfig,
+    run_dir: Path,
+    callbacks: list[L.Callback],
+    meter: Meter,
+    facts: dict,
+    signals: Signals | None = None,
 ) -> L.Trainer:
     """Lightning's Trainer with our checkpoints, meters and loggers."""
     best = {"metric": cfg.metric, "direction": cfg.direction}
     keeper = Checkpoints(run_dir / "checkpoints", **cfg.checkpoint, **best, facts=facts)
     report = run_dir / "bad_batches.json"
     skip = SkipNonFinite(report, meter=meter, stop_after=cfg.stop_after_skips)
-    ours = cfg.trainer.max_hours
-    stops = [StopOnSignal(keeper.save_now, every=meter.every, max_hours=ours)]
+    when = {"every": meter.every, "max_hours": cfg.trainer.max_hours}
+    stops = [StopOnSignal(keeper.save_now, **when, signals=signals)]
     if cfg.early_stop:
         stops.append(instantiate(cfg.early_stop))
     loggers = [CsvLog(run_dir / "metrics.csv")]

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from omegaconf import ListConfig, OmegaConf
+from omegaconf import ListConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from tqdm import tqdm
 
+from ldm.build import registry
 from ldm.data.dataset import TextImages
 from ldm.data.scenes.draw import draw
 from ldm.data.scenes.world import Scene, caption, sample
@@ -39,7 +40,8 @@ def autoencoder(run: Path, out: Path, *, scenes: int) -> dict[str, float]:
     Those of `scene_figures`, and psnr_<name>_db for the folders of data.val after the first, which
     is the drawn world's.
     """
-    config = OmegaConf.load(run / "config.yaml")
+    place = run / "config.yaml"
+    config = registry.admit(place.read_text(), place, needed=("autoencoder",))
     config.autoencoder.path = str(run)
     trained: AutoencoderKL = instantiate(config.autoencoder)
     save_autoencoder(trained, out, dtype=torch.float16)
@@ -48,11 +50,11 @@ def autoencoder(run: Path, out: Path, *, scenes: int) -> dict[str, float]:
     load_autoencoder(stored, out)
     figures = scene_figures(stored, range(scenes), size=config.data.size)
     val = config.data.get("val")
-    for place in val[1:] if isinstance(val, ListConfig) else ():
-        others = TextImages(Shards(place), size=config.data.size, seed=0, train=False)
+    for folder in val[1:] if isinstance(val, ListConfig) else ():
+        others = TextImages(Shards(folder), size=config.data.size, seed=0, train=False)
         images = torch.stack([others[i, i]["images"] for i in range(len(others))])
         images = images.float() / 127.5 - 1
-        figures[f"psnr_{Path(place).parent.name}_db"] = psnr(round_trip(stored, images), images)
+        figures[f"psnr_{Path(folder).parent.name}_db"] = psnr(round_trip(stored, images), images)
     return figures
 
 

@@ -9,20 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ldm import checkpoint
+from ldm.build import registry
 from ldm.cli import CONF, UsageError
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedule import Schedule
+from ldm.facts import check_digests, read_facts
 from ldm.metrics.features import Features
 from ldm.models.begin import begin
 
 FROZEN = ("autoencoder", "text_encoder")
 STYLE = "style_encoder"  # frozen as well, where there is one
-TRAINING = ("weighting", "loss", "time_sampler")  # of the objective; not in older checkpoints
 
 
 def frozen(cfg: DictConfig) -> tuple[nn.Module, nn.Module]:
@@ -103,7 +104,7 @@ class Opened:
 
     path: Path
     payload: dict
-    config: DictConfig  # it was trained with
+    config: DictConfig  # the parts that it was trained with, and what they are sized by
 
     @property
     def digests(self) -> dict[str, str]:
@@ -132,15 +133,15 @@ def opened(ckpt: str, *, name: str = "ckpt") -> Opened:
     """
     path = checkpoint.find(ckpt, name=name)
     payload = checkpoint.read(path)
-    facts = payload.get("ldm", {})
-    if facts.get("stage") != "diffusion":
+    facts = read_facts(payload, path)
+    if facts["stage"] != "diffusion":
         raise UsageError(
-            f"{path} comes from stage={facts.get('stage', '?')}: pictures are sampled from a "
+            f"{path} comes from stage={facts['stage']}: pictures are sampled from a "
             "diffusion run, which `python train.py` makes"
         )
-    config = OmegaConf.create(facts["config"])
-    for group in (*FROZEN, STYLE, "model", "scheduler", "objective", "task", *TRAINING):
-        check_targets(config.get(group, OmegaConf.create()), path)
+    config = registry.admit(facts["config"], path, needed=registry.MODEL)
+    frozen = (*FROZEN, STYLE) if STYLE in config else FROZEN
+    check_digests(facts, path, frozen)
     return Opened(path, payload, config)
 
 
@@ -201,27 +202,3 @@ def features(cfg: DictConfig) -> list[Features]:
 def autocast(precision: str | int | None) -> torch.dtype | None:
     """What a trainer of this precision lets its networks compute in; None for float32."""
     return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(precision))
-
-
-# Where parts of a model are.
-ROOMS = ("ldm.diffusion.", "ldm.models.", "ldm.tasks", "ldm.superres", "ldm.video")
-
-
-def check_targets(cfg: DictConfig, path: Path, rooms: tuple[str, ...] = ROOMS) -> None:
-    """Refuse a configuration from a file that names anything but what is in these rooms.
-
-    Raises CheckpointError: a `_target_` is a call, and the file may come from anyone.
-    """
-    target = cfg.get("_target_")
-    if target is not None and not (
-        str(target).startswith(rooms) and get_object(target).__module__.startswith(rooms)
-    ):
-        raise checkpoint.CheckpointError(
-            f"{path} asks to call {target}, which is nothing of ours: it was not run"
-        )
-    below = list(cfg.values())
-    for node in below:
-        if isinstance(node, DictConfig):
-            check_targets(node, path, rooms)
-        elif isinstance(node, ListConfig):  # of which instantiate makes calls as well
-            below.extend(node)

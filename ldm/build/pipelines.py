@@ -1,10 +1,9 @@
 """A checkpoint to a pipeline: networks from the file, sampling from the configuration."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -13,10 +12,13 @@ from ldm.build import parts
 from ldm.build.guidance import guidance
 from ldm.build.parts import Beside
 from ldm.cli import UsageError
+from ldm.devices import device_of
 from ldm.models.frames import Frames
 from ldm.pipeline import Pipeline
 
 REMEDY = "Train one: python train.py task={task} init={ckpt} name=my-{task}"
+CLASSIFIER_FREE = "ldm.diffusion.guidance.ClassifierFree"
+COMPOSED = "ldm.diffusion.composition.Composed"
 WITHOUT = "Give a run of task=text2img; `python sample.py` without task= does what this one can"
 
 
@@ -110,28 +112,12 @@ def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restore
     )
 
 
-def device_of(name: str | None) -> torch.device:
-    """The device of this name; without one a GPU where there is one.
-
-    Raises UsageError where there is no such device.
-    """
-    has_gpu = torch.cuda.is_available()
-    try:
-        device = torch.device(name or ("cuda" if has_gpu else "cpu"))
-        if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
-            raise ValueError
-        torch.empty(1, device=device)
-    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
-        here = "cpu, cuda" if has_gpu else "cpu"
-        raise UsageError(f"device={name} is not here: take one of {here}") from error
-    return device
-
-
 def cascade(cfg: DictConfig, ckpts: Sequence[str], asked: dict[str, str | None]) -> list[Restored]:
     """Pipelines of which each enlarges what the one before has painted.
 
     The first is guided as `cfg` says and does what it was trained for; the others are of `cfg`'s
-    task, or of their own, and guided by `cfg.enlarging`. A single one is as `cfg` says.
+    task, or of their own, and guided by `cfg.enlarging`: by the parts of the prompt where the first
+    is, by all of its words otherwise. A single one is as `cfg` says.
     Raises what `restore` raises, and UsageError where the first paints videos or a later one
     enlarges nothing.
     """
@@ -139,8 +125,8 @@ def cascade(cfg: DictConfig, ckpts: Sequence[str], asked: dict[str, str | None])
         return [restore(cfg, ckpts[0], asked)]
     first = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "task"])
     later = OmegaConf.merge(cfg)
-    plain = {"_target_": "ldm.diffusion.guidance.ClassifierFree", "scale": cfg.enlarging}
-    later.guidance = plain
+    target = COMPOSED if composes(cfg.guidance) else CLASSIFIER_FREE
+    later.guidance = {"_target_": target, "scale": cfg.enlarging}
     stages: list[Restored] = []
     for ckpt in ckpts:
         stages.append(restore(later if stages else first, ckpt, asked))
@@ -157,14 +143,35 @@ def cascade(cfg: DictConfig, ckpts: Sequence[str], asked: dict[str, str | None])
     return stages
 
 
+def composes(guidance: DictConfig) -> bool:
+    """Whether this guidance, or one inside it, reads AND, NOT and weights in prompts."""
+    if guidance.get("_target_") == COMPOSED:
+        return True
+    return "inner" in guidance and composes(guidance.inner)
+
+
+def check_text_to_image(restored: Restored, verb: str) -> None:
+    """UsageError unless a run paints pictures from prompts alone, which a verb needs."""
+    task, path = restored.pipeline.task, restored.path
+    if task.temporal:
+        raise UsageError(
+            f"{verb} is for pictures, and {path} paints videos (task={task.name}): give a run of "
+            "task=text2img. python sample.py paints videos, and training measures val/motion_*"
+        )
+    if task.from_pictures or task.of_any_run:
+        raise UsageError(
+            f"{verb} paints from prompts alone, and task={task.name} begins with a picture: "
+            "take task=text2img and a run of it. python sample.py takes image=FILE"
+        )
+
+
 def sampling(pipeline: Pipeline, cfg: DictConfig) -> Pipeline:
     """The same networks with the sampler and guidance of `cfg`."""
-    held = vars(pipeline)
     beside = Beside(
-        *(held[name] for name in ("autoencoder", "text", "objective", "task")), pipeline.device
+        pipeline.autoencoder, pipeline.text, pipeline.objective, pipeline.task, pipeline.device
     )
     chosen = {"sampler": instantiate(cfg.sampler), "guidance": guidance(cfg.guidance, beside)}
-    return Pipeline(**{**held, **chosen})
+    return replace(pipeline, **chosen)
 
 
 def sampling_facts(cfg: DictConfig) -> dict:

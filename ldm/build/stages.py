@@ -76,6 +76,8 @@ def autoencoder(cfg: DictConfig, data: TextImageData, run_dir: Path):
     )
     fits(data.size, trained.factor)
     shown = [data.val_set[i, i] for i in range(min(cfg.samples.n, len(data.val_set)))]
+    if not shown:
+        return module, [], {}
     originals = default_collate([item["images"] for item in shown]).float() / 127.5 - 1
 
     def draw() -> tuple[Image.Image, dict]:

@@ -8,7 +8,6 @@ process; it reads one JSON line a shard, and ends with whoever writes them.
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 from collections import deque
@@ -19,6 +18,7 @@ from dataclasses import asdict
 
 from ldm.data.cache import Cache
 from ldm.data.remote import Remote
+from ldm.signals import withheld
 
 AT_ONCE = 4  # downloads of a process
 _MOST = 16  # shards ahead, beyond the window in use
@@ -56,7 +56,7 @@ class Ahead:
     def close(self) -> None:
         """End the process; what it had begun goes on where it was, another time."""
         if self._process is not None:
-            self._process.terminate()  # forked workers hold its input open, too
+            self._process.kill()  # forked workers hold its input open, too
             self._process.wait()
             with suppress(BrokenPipeError):
                 self._process.stdin.close()
@@ -67,12 +67,13 @@ class Ahead:
             return
         if self._process is None:
             command = [sys.executable, "-m", "ldm.data.ahead", str(self._cache.folder.absolute())]
-            self._process = subprocess.Popen(
-                [*command, str(self._cache.bytes)],
-                stdin=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
+            with withheld():  # they are for the run, which saves first
+                self._process = subprocess.Popen(
+                    [*command, str(self._cache.bytes)],
+                    stdin=subprocess.PIPE,
+                    text=True,
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                )
         try:
             self._process.stdin.write(json.dumps(asdict(shard)) + "\n")
             self._process.stdin.flush()
@@ -83,7 +84,6 @@ class Ahead:
 
 def main() -> None:
     """Fetch the shards that standard input names, side by side, until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which saves first
     cache = Cache(sys.argv[1], gigabytes=int(sys.argv[2]) / 1e9)
 
     def fetch(line: str) -> None:

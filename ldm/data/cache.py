@@ -4,20 +4,29 @@ Several processes and runs of one machine may share it. A shard is there in full
 (`.part` until then); whoever reads one holds a shared lock on it, and one that nobody reads leaves
 when room is needed, the least recently opened first. Kernel locks: a killed process leaves none.
 
-    cache/<digest>-<bytes>-<name>.tar    cache/index-<digest>.npz    cache/locks/
+    cache/<digest>-<bytes>-<name>    cache/index-<digest>.npz    cache/locks/    cache/.ldm-cache
+
+Only files of such names leave, and only out of a folder with the marker `.ldm-cache`, which a
+folder gets before the first shard, if there is nothing of others in it.
 """
 
 import fcntl
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
 from ldm.data.remote import Remote, download
+from ldm.files import located, write_text
 
 PART = ".part"
+MARKER = ".ldm-cache"
+SHARD = re.compile(rf"[0-9a-f]{{16}}-([0-9]{{1,18}})-[\w.-]{{0,80}}?({re.escape(PART)})?")
+# What else lies in a cache: of indices, of the locks, of `ldm.clip` and of `ldm.evaluate`.
+OTHERS = re.compile(rf"index-[0-9a-f]{{16}}\.npz(\..*)?|locks|clip|real|{re.escape(MARKER)}.*")
 _log = logging.getLogger(__name__)
 
 
@@ -44,7 +53,7 @@ class Cache:
     def __init__(self, folder: str | Path, *, gigabytes: float) -> None:
         if not gigabytes > 0:
             raise ValueError(f"cache_gb must be above 0, got {gigabytes}")
-        self.folder = Path(folder)
+        self.folder = located(folder)
         self.bytes = int(gigabytes * 1e9)
         self._told = False
 
@@ -52,12 +61,13 @@ class Cache:
         """The shard, downloaded first where it is not there; to be closed by `Cache.close`.
 
         Raises RemoteError, FileNotFoundError as `download`, ValueError where it is larger than the
-        whole cache.
+        whole cache, or where the folder holds things of others.
         """
         path = self.folder / remote.name
         while True:
             if file := self._reading(path, remote.size):
                 return file
+            self._claim()
             (self.folder / "locks").mkdir(parents=True, exist_ok=True)
             with locked(self._lock(path.name)):
                 if path.exists():
@@ -96,6 +106,20 @@ class Cache:
         os.utime(path)  # the newest time is the last one to leave
         return file
 
+    def _claim(self) -> None:
+        """Mark the folder as a cache, out of which shards may leave."""
+        if (self.folder / MARKER).is_file():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        names = sorted(os.listdir(self.folder))
+        foreign = [name for name in names if not (SHARD.fullmatch(name) or OTHERS.fullmatch(name))]
+        if foreign:
+            raise ValueError(
+                f"data.cache={self.folder} holds {foreign[0]!r}, and is no cache: give a new or "
+                "empty folder, out of which shards may be deleted"
+            )
+        write_text(self.folder / MARKER, "Shards in this folder are copies, and ldm deletes them\n")
+
     def _lock(self, name: str) -> Path:
         return self.folder / "locks" / name
 
@@ -128,10 +152,10 @@ class Cache:
         """(time of last use, bytes once it is whole, path) of all shards and parts."""
         found = []
         for entry in os.scandir(self.folder):
-            size = entry.name.split("-")[1:2]
-            if size and size[0].isdigit() and entry.is_file(follow_symlinks=False):
+            named = SHARD.fullmatch(entry.name)
+            if named and entry.is_file(follow_symlinks=False):
                 with suppress(FileNotFoundError):
-                    found.append((entry.stat().st_mtime_ns, int(size[0]), Path(entry.path)))
+                    found.append((entry.stat().st_mtime_ns, int(named[1]), Path(entry.path)))
         return found
 
     def _leave(self, path: Path) -> bool:

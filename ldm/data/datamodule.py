@@ -17,6 +17,7 @@ from ldm.data.places import Source
 from ldm.data.remote import Remote
 from ldm.data.shards import Shards
 from ldm.data.skips import Skips
+from ldm.signals import obey_parent, withheld
 
 
 class TextImageData(L.LightningDataModule):
@@ -171,13 +172,14 @@ class TextImageData(L.LightningDataModule):
         return self._loader(self.val_set, share)
 
     def _loader(self, dataset: TextImages, batches) -> DataLoader:
-        return DataLoader(
+        return Loader(
             dataset,
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=obey_parent,
         )
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -191,6 +193,14 @@ class TextImageData(L.LightningDataModule):
         skips = self.train_skips if training else self.val_skips
         skips.add(len(batch["key"]), batch["skipped"])
         return {**batch, "images": batch["images"].float() / 127.5 - 1}
+
+
+class Loader(DataLoader):
+    """A DataLoader whose workers leave signals that ask to stop to this process."""
+
+    def __iter__(self):
+        with withheld():
+            return super().__iter__()
 
 
 class Run:

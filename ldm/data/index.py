@@ -6,7 +6,6 @@ Shapes: N samples, 3 members a sample (image, txt, json), 2 numbers a member.
 import hashlib
 import json
 import logging
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,7 +21,7 @@ from ldm.data.places import Source, locate, shown
 from ldm.data.remote import Remote
 from ldm.data.scan import MAX_IMAGE, MAX_TEXT, SPARSE, ShardError, scan_shard
 from ldm.data.scan_all import BLOCK, measure_all, scan_all
-from ldm.files import replacing
+from ldm.files import located, replacing
 
 __all__ = ["MAX_IMAGE", "MAX_TEXT", "Index", "ShardError", "open_index", "scan_shard"]
 
@@ -110,6 +109,7 @@ def open_index(
     *,
     min_size: int | None = None,
     cache: Cache | None = None,
+    read_only: bool = False,
     caption_key: str | None = None,
     on_error: Literal["stop", "skip"] = "stop",
 ) -> Index:
@@ -121,17 +121,21 @@ def open_index(
     Empty captions are counted, and told.
 
     A folder's index is kept in `index.npz` beside the shards, any other's in the `cache`, and made
-    anew when a shard was added, removed or changed; without a place for it, it lives in memory.
+    anew when a shard was added, removed or changed; without a place for it, or where it is
+    `read_only`, a new one lives in memory.
     Raises FileNotFoundError where there is no shard, ShardError where one is damaged or has sparse
     members, where no sample is left or none has text under `caption_key`, ValueError where a URL
     has no cache, and what `locate` raises.
     """
     if min_size is not None and min_size < 1:
         raise ValueError(f"min_size must be 1 pixel or more, or null, got {min_size}")
+    if not isinstance(caption_key, str | None):
+        raise ValueError(f"caption_key is a name or null, got {caption_key!r}")
     paths = locate(source)
     if cache is None and any(isinstance(path, Remote) for path in paths):
         raise ValueError(f"{shown(source)}: shards on servers need data.cache=FOLDER to be kept in")
-    index = _opened(paths, _home(source, paths, cache), cache, measured=min_size is not None)
+    home, measured = _home(source, paths, cache), min_size is not None
+    index = _opened(paths, home, cache, measured=measured, read_only=read_only)
     index = replace(index, caption_key=caption_key)
     if index.sparse and on_error != "skip":
         raise ShardError(
@@ -175,8 +179,8 @@ def _tell_captions(index: Index, name: str) -> None:
 
 def _home(source: Source, paths: list[Path | Remote], cache: Cache | None) -> Path | None:
     """Where the index is kept."""
-    if isinstance(source, (str, Path)) and Path(source).is_dir():
-        return Path(source) / INDEX_NAME
+    if isinstance(source, (str, Path)) and (folder := located(source)).is_dir():
+        return folder / INDEX_NAME
     if cache is None:
         return None
     digest = hashlib.sha256("\n".join(_names(paths)).encode("utf-8", "surrogateescape"))
@@ -189,7 +193,12 @@ def _names(paths: Sequence[Path | Remote]) -> list[str]:
 
 
 def _opened(
-    paths: list[Path | Remote], home: Path | None, cache: Cache | None, *, measured: bool
+    paths: list[Path | Remote],
+    home: Path | None,
+    cache: Cache | None,
+    *,
+    measured: bool,
+    read_only: bool,
 ) -> Index:
     stamps = [_stamp(path) for path in paths]
     if home and (index := _load(home, paths, stamps)) and (not measured or index.short is not None):
@@ -204,7 +213,7 @@ def _opened(
             index = replace(
                 index, short=measure_all(index.paths, index.shard, index.members, cache)
             )
-        if home:
+        if home and not read_only:
             _save(index, home)
     return index
 
@@ -276,9 +285,16 @@ def _meta_names(paths: list[Path | Remote], home: Path) -> list[str]:
 
 
 def _load(home: Path, paths: list[Path | Remote], stamps: list[list[Any]]) -> Index | None:
-    """The saved index where it is readable and speaks of exactly these shards."""
+    """The saved index where it is whole and speaks of exactly these shards; it is made in minutes.
+
+    numpy reads as much of an array as its header says, so that its checksum may go unread.
+    """
+    if not home.is_file():
+        return None
     try:
         with np.load(home, allow_pickle=False) as arrays:
+            if arrays.zip.testzip() is not None:
+                return None
             meta = json.loads(str(arrays["meta"]))
             current = [_VERSION, _meta_names(paths, home), stamps]
             if [meta["version"], meta["shards"], meta["stamps"]] != current:
@@ -288,5 +304,6 @@ def _load(home: Path, paths: list[Path | Remote], stamps: list[list[Any]]) -> In
             rest["captions"] = CaptionCount(**meta["captions"])
             told = {"skipped": meta["skipped"], "sparse": meta["sparse"]}
             return Index(paths=paths, stamps=stamps, **told, **rest)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+    except Exception as error:  # zipfile and numpy have many ways to say that a file is damaged
+        _log.info("%s is made anew: %r", home, error)
         return None

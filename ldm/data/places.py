@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from ldm.data.remote import Remote, describe, find, redacted
+from ldm.files import located
 
 Source = str | Path | Sequence[str | Path]
 MAX_SHARDS = 1_000_000
@@ -26,6 +27,7 @@ def locate(source: Source) -> list[Path | Remote]:
     not answer.
     """
     sources = [source] if isinstance(source, (str, Path)) else source
+    sources = [each if is_url(str(each)) else located(each) for each in sources]
     found = [shard for text in map(str, sources) for one in _braces(text) for shard in _shards(one)]
     if not found:
         places = (text for text in map(str, sources) if not is_url(text))

@@ -26,7 +26,7 @@ from ldm.data.images import ImageError, is_plain, read_bytes, read_frames, read_
 from ldm.data.index import open_index, scan_shard
 from ldm.data.shards import write_shard
 from ldm.data.sources import Part, Record, Records, coco_records, folder_records
-from ldm.files import TEMPORARY, replacing
+from ldm.files import TEMPORARY, located, replacing
 
 Format = Literal["jpg", "png", "webp"]
 
@@ -64,12 +64,12 @@ def prepare_coco(
     there, are of the wrong kind, or `out` holds shards of other settings.
     """
     options = _Options(size, format, quality, samples_per_shard, limit)
-    records = coco_records(Path(images), Path(annotations))
+    records = coco_records(located(images), located(annotations))
     places = {
-        "images": str(Path(images).resolve()),
-        "annotations": str(Path(annotations).resolve()),
+        "images": str(located(images).resolve()),
+        "annotations": str(located(annotations).resolve()),
     }
-    return _prepare(records, Path(out), places, options, workers)
+    return _prepare(records, located(out), places, options, workers)
 
 
 def prepare_folder(
@@ -94,9 +94,9 @@ def prepare_folder(
     Everything else is as in `prepare_coco`; `folder_records` says what the files hold.
     """
     options = _Options(size, format, quality, samples_per_shard, limit, frames)
-    records = folder_records(Path(images), part=part, caption_key=caption_key)
-    places = {"images": str(Path(images).resolve()), "part": part}
-    return _prepare(records, Path(out), places, options, workers)
+    records = folder_records(located(images), part=part, caption_key=caption_key)
+    places = {"images": str(located(images).resolve()), "part": part}
+    return _prepare(records, located(out), places, options, workers)
 
 
 @dataclass(frozen=True)

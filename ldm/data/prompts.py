@@ -16,9 +16,10 @@ from string import Formatter
 
 import numpy as np
 
-from ldm.data.captions import clean, decode
+from ldm.data.captions import clean
 from ldm.data.order import PROMPT, draws
 from ldm.data.shards import Shards
+from ldm.files import read_text
 
 LABEL = "label"  # the slot, and the field of a file's lines, that say a picture's class
 
@@ -97,7 +98,7 @@ class Lines:
     """
 
     def __init__(self, path: Path) -> None:
-        lines = decode(path.read_bytes()).split("\n")
+        lines = read_text(path).split("\n")
         read = _object if path.suffix == ".jsonl" else _columns
         self.prompts, labelled = [], None
         for number, line in enumerate(lines, start=1):

@@ -50,7 +50,7 @@ class Shards:
     """Random access to the samples of a folder, URL or list of .tar shards.
 
     What lies on servers is read from whole copies in the `cache`. `caption_key`: see
-    `sample_captions`; all else, and errors: see `open_index`.
+    `sample_captions`; `min_size`, `read_only`, `on_error`, errors: see `open_index`.
     """
 
     def __init__(
@@ -59,11 +59,12 @@ class Shards:
         *,
         min_size: int | None = None,
         cache: Cache | None = None,
+        read_only: bool = False,
         caption_key: str | None = None,
         on_error: Literal["stop", "skip"] = "stop",
     ) -> None:
         how = {"min_size": min_size, "cache": cache, "on_error": on_error}
-        self.index = open_index(source, **how, caption_key=caption_key)
+        self.index = open_index(source, **how, caption_key=caption_key, read_only=read_only)
         self._cache = cache
         self._files: dict[int, FileIO] = {}
         remote = any(isinstance(path, Remote) for path in self.index.paths)

@@ -16,7 +16,6 @@ from ldm.diffusion.guidance import (
     DenoiseWith,
     Words,
     expand,
-    rescaled,
     within,
 )
 
@@ -76,13 +75,13 @@ class Composed(ClassifierFree):
 
         def summed(x_t: Tensor, t: Tensor, scale: float) -> Tensor:
             image = rows.to(x_t.device)
-            t = t if t.ndim == 0 else torch.cat([t, t[rows.to(t.device)]])
-            x0_hat = denoise(torch.cat([x_t, x_t[image]]), t, both)
+            each = t if t.ndim == 0 else torch.cat([t, t[rows.to(t.device)]])
+            x0_hat = denoise(torch.cat([x_t, x_t[image]]), each, both)
             x0_uncond, x0_parts = x0_hat.split([len(x_t), len(rows)])
             towards = expand(weights, x0_parts).to(x_t.dtype) * (x0_parts - x0_uncond[image])
             at_one = x0_uncond.index_add(0, image, towards)  # what scale 1 gives
             x0_hat = x0_uncond + scale * (at_one - x0_uncond)
-            return rescaled(x0_hat, like=at_one, share=self.rescale)
+            return self.rescaled(x0_hat, at_one, x_t, t)
 
         return within(self.interval, guided, plain)
 

@@ -4,7 +4,7 @@ Their noise level is r = sigma / alpha, so that all of it holds on any schedule.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -51,6 +51,10 @@ class EDM(Sampler):
             raise ValueError(f"slope '{self.slope}' is none of {', '.join(SLOPES)}")
         if self.churn < 0 or self.churn_noise < 0:
             raise ValueError("churn and churn_noise must be 0 or more")
+
+    def one_of(self, steps: int) -> Sampler:
+        """As it is, with a step's part of the churn."""
+        return replace(self, churn=self.churn / steps)
 
     def walk(self, x: Tensor, path: Path) -> Walk:
         times, starts = self.raised(path)

@@ -62,7 +62,7 @@ def times(
     if not bool((grid.diff() < 0).all()):
         raise ValueError(
             f"{steps} sampling steps from t = {start} with spacing '{spacing}' do not fit the "
-            "schedule: take fewer steps"
+            "schedule: take fewer steps, or a noisier start (strength)"
         )
     return grid
 

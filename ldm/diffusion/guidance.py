@@ -17,7 +17,7 @@ from ldm.diffusion.schedule import expand
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, h, w), t () or (B,) -> x0_hat
 DenoiseWith = Callable[[Tensor, Tensor, Condition], Tensor]
-Difference = Callable[[Tensor, Tensor], Tensor]  # x0_hat with and without cond -> where to go
+Difference = Callable[[Tensor, Tensor, Tensor], Tensor]  # x0_hat with and without cond, t -> to go
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,17 @@ class ClassifierFree:
     x0_hat is an affine function of whatever the network predicts, so that this equals guiding eps.
     interval: the times, from 0 (data) to 1, that are guided; elsewhere the conditional answer is
     taken as it is, at half the cost (Kynkaanniemi et al. 2024, arXiv:2404.07724, in t).
-    rescale: how far from 0 to 1 the deviation of x0_hat is brought back to that of the conditional
-    answer, which large scales exceed (Lin et al. 2024, arXiv:2305.08891, section 3.4).
+    rescale: how far from 0 to 1 the deviation of the network's output is brought back to that of
+    the conditional one, which large scales exceed (Lin et al. 2024, arXiv:2305.08891, equations 15
+    and 16). at_zero: the x0_hat of a network whose output is 0, which says what the output is of an
+    x0_hat; None is for networks that predict x0 itself.
     Raises ValueError for an interval or a rescale that is none.
     """
 
     scale: float = 5.0
     interval: Sequence[float] = (0.0, 1.0)
     rescale: float = 0.0
+    at_zero: Denoise | None = None
 
     def __post_init__(self) -> None:
         check_interval(self.interval)
@@ -72,26 +75,34 @@ class ClassifierFree:
         both, difference = uncond.cat(cond), self.difference()
 
         def guided(x_t: Tensor, t: Tensor) -> Tensor:
-            t = t if t.ndim == 0 else torch.cat([t, t])
-            x0_uncond, x0_cond = denoise(torch.cat([x_t, x_t]), t, both).chunk(2)
-            x0_hat = x0_cond + (self.scale - 1) * difference(x0_cond, x0_uncond)
-            return rescaled(x0_hat, like=x0_cond, share=self.rescale)
+            twice = t if t.ndim == 0 else torch.cat([t, t])
+            x0_uncond, x0_cond = denoise(torch.cat([x_t, x_t]), twice, both).chunk(2)
+            x0_hat = x0_cond + (self.scale - 1) * difference(x0_cond, x0_uncond, t)
+            return self.rescaled(x0_hat, x0_cond, x_t, t)
 
         return within(self.interval, guided, plain)
 
+    def rescaled(self, x0_hat: Tensor, like: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """x0_hat by `rescale` of the way to where its output deviates as that of `like` does."""
+        if self.rescale == 0:
+            return x0_hat
+        # At one x_t the output is a multiple of the distance from where it is 0, the same for both.
+        zero = torch.zeros_like(x_t) if self.at_zero is None else self.at_zero(x_t, t)
+        return zero + rescaled(x0_hat - zero, like=like - zero, share=self.rescale)
+
     def difference(self) -> Difference:
         """Where to go from the conditional answer, for one way from noise to data."""
-        return torch.sub
+        return lambda x0_cond, x0_uncond, t: x0_cond - x0_uncond
 
 
 @dataclass(frozen=True, kw_only=True)
 class Projected(ClassifierFree):
     """Adaptive projected guidance, APG: large scales without burnt colours.
 
-    The difference of the two answers is added to what it was before times `momentum`; then cut to
-    `bound`; then its part along the conditional answer, which is what saturates, counts `parallel`
-    times. `bound` is of the root mean square of an image's elements, so that it fits any size; the
-    paper's threshold is that times the root of their number.
+    The difference of the two answers is added to what it was a step before times `momentum`; then
+    cut to `bound`; then its part along the conditional answer, which is what saturates, counts
+    `parallel` times. `bound` is of the root mean square of an image's elements, so that it fits any
+    size; the paper's threshold is that times the root of their number.
     Sadat et al. 2024, arXiv:2410.02416, algorithm 1; with momentum 0, no bound and parallel 1 it is
     classifier-free guidance.
     Raises ValueError for a bound of 0 or less, or a momentum that does not fade.
@@ -112,14 +123,10 @@ class Projected(ClassifierFree):
 
     def difference(self) -> Difference:
         """As the paper's; the momentum is that of one way from noise to data."""
-        before: Tensor | None = None
+        momentum = Momentum(self.momentum)
 
-        def projected(x0_cond: Tensor, x0_uncond: Tensor) -> Tensor:
-            nonlocal before
-            difference = x0_cond - x0_uncond
-            if before is not None:
-                difference = difference + self.momentum * before
-            before = difference
+        def projected(x0_cond: Tensor, x0_uncond: Tensor, t: Tensor) -> Tensor:
+            difference = momentum(x0_cond - x0_uncond, float(t.max()))
             if self.bound is not None:
                 size = expand(difference.square().flatten(1).mean(1).sqrt(), difference)
                 difference = difference * (self.bound / size).clamp(max=1)
@@ -127,6 +134,30 @@ class Projected(ClassifierFree):
             return difference - (1 - self.parallel) * expand(share, x0_cond) * x0_cond
 
         return projected
+
+
+class Momentum:
+    """A sum that fades on one way through time: to what is added comes `share` of a step before.
+
+    A step may ask often: at its end (Heun), in rounds (RePaint, inversion), above its beginning
+    (churn). The sum at a time is made anew each time, of the last one before it on the way.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self.sums: list[tuple[float, Tensor]] = []  # times in the order of the way
+
+    def __call__(self, added: Tensor, t: float) -> Tensor:
+        """The sum at time `t`, of the shape of `added`."""
+        upwards = len(self.sums) > 1 and self.sums[1][0] > self.sums[0][0]
+        if len(self.sums) == 1:
+            before = [each for each in self.sums if each[0] != t]
+        else:
+            before = [each for each in self.sums if (each[0] < t if upwards else each[0] > t)]
+        total = added + self.share * before[-1][1] if before else added
+        # A step touches three times at most: where it is raised to, its own, and its end.
+        self.sums = [*before[-2:], (t, total)]
+        return total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,12 +219,10 @@ def check_interval(interval: Sequence[float]) -> None:
         )
 
 
-def rescaled(x0_hat: Tensor, *, like: Tensor, share: float) -> Tensor:
-    """x0_hat (B, ...) with its deviation brought, by `share`, to that of `like`, image by image."""
-    if share == 0:
-        return x0_hat
-    ratio = like.flatten(1).std(1) / x0_hat.flatten(1).std(1)  # (B,)
-    return x0_hat * expand(1 + share * (ratio - 1), x0_hat)
+def rescaled(out: Tensor, *, like: Tensor, share: float) -> Tensor:
+    """An output (B, ...) with its deviation brought, by `share`, to that of `like`, each image."""
+    ratio = like.flatten(1).std(1) / out.flatten(1).std(1)  # (B,)
+    return out * expand(1 + share * (ratio - 1), out)
 
 
 def square(x: Tensor) -> Tensor:

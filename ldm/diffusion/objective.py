@@ -13,8 +13,8 @@ from ldm.diffusion.condition import Condition
 from ldm.diffusion.noise import Generators, other, randn
 from ldm.diffusion.penalty import Penalty, Squared
 from ldm.diffusion.schedule import Schedule, expand
-from ldm.diffusion.times import PowerTimes, TimeSampler  # noqa: F401, checkpoints name it here
-from ldm.diffusion.weighting import UniformWeighting, Weighting  # noqa: F401, as above
+from ldm.diffusion.times import TimeSampler
+from ldm.diffusion.weighting import Weighting
 
 Network = Callable[[Tensor, Tensor, Condition], Tensor]  # x_t, timestep, cond -> out
 
@@ -127,6 +127,7 @@ class Objective(nn.Module):
         shown = eps
         if self.input_perturbation:
             off = randn(x0.shape, other(generator, "perturbation"), **like)
+            off = off if mix is None else mix(off)
             shown = eps + self.input_perturbation * off
         return self._loss(net, x0, cond, t, eps, shown)
 
@@ -170,3 +171,8 @@ class Objective(nn.Module):
         timestep = self.schedule.timestep(t).to(x_t.dtype)
         out = net(x_t, timestep, cond).to(x_t.dtype)
         return self.prediction.to_x0(out, x_t, alpha, sigma)
+
+    def at_zero(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """x0_hat (B, C, h, w) of x_t at t, () or (B,), where the network's output is 0."""
+        alpha, sigma = (part.to(x_t.dtype) for part in self.schedule(t.to(x_t.device)))
+        return self.prediction.to_x0(torch.zeros_like(x_t), x_t, alpha, sigma)

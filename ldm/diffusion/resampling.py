@@ -41,6 +41,7 @@ class Resampled:
         on_step: OnStep | None = None,
     ) -> Tensor:
         """As the sampler; `on_step` sees the last round's x0_hat of each step."""
+        sampler = self.sampler.one_of(len(times) - 1)
         for i, (now, then) in enumerate(pairwise(levels(schedule, times))):
             for left in reversed(range(self.rounds)):
 
@@ -49,6 +50,6 @@ class Resampled:
                         on_step(i, x0_hat)
 
                 step = times[i : i + 2]
-                x_s = self.sampler(denoise, x, schedule, step, noise=noise, on_step=report)
+                x_s = sampler(denoise, x, schedule, step, noise=noise, on_step=report)
                 x = noisier(x_s, then, now, noise(x)) if left else x_s
         return x

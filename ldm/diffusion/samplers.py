@@ -108,6 +108,10 @@ class Sampler(ABC):
         """The sampler's own grid (steps + 1,), in float64 on the CPU, falling from `start` to 0."""
         return grids.times(schedule, steps, start=start, spacing=self.spacing)
 
+    def one_of(self, steps: int) -> "Sampler":
+        """The sampler for one step of as many, gone alone."""
+        return self
+
     @torch.no_grad()
     def __call__(
         self,

@@ -35,8 +35,10 @@ class Schedule(nn.Module):
     def times(self, steps: int, *, start: float = 1.0, spacing: str = "trailing") -> Tensor:
         """The sampling grid (steps + 1,), in float64 on the CPU, falling from `start` to 0.
 
-        `trailing` begins at the noisiest time, `leading` ends one stride above the cleanest,
-        `linspace` holds both (Lin et al. 2024, arXiv:2305.08891, table 2).
+        `trailing` begins at the noisiest time, `leading` ends at the cleanest, `linspace` holds
+        both (Lin et al. 2024, arXiv:2305.08891, table 2). On a table `leading` has a whole stride,
+        floor(table / steps): 30 steps of 1000 begin at index 957. That is diffusers' with
+        steps_offset=0; Stable Diffusion's 1 adds one to each index.
         Raises ValueError for an unknown spacing, or steps or start that make no grid.
         """
         if steps < 1 or not 0 < start <= 1:
@@ -46,22 +48,29 @@ class Schedule(nn.Module):
         if spacing == "trailing":
             t = self.on_grid(start * (1 - i / steps))
         elif spacing == "leading":
-            t = self.on_grid(start * (steps - 1 - i) / steps) + first
+            t = self.on_grid(self.stride(start, steps) * (steps - 1 - i)) + first
         elif spacing == "linspace":
             t = self.on_grid((start - first) * (1 - i / max(steps - 1, 1))) + first
         else:
             raise ValueError(f"spacing '{spacing}' is none of trailing, leading, linspace")
         times = torch.cat([t, torch.zeros(1, dtype=torch.float64)])
         if not bool((times.diff() < 0).all()):
+            most, least = math.floor(start * self.steps + 1e-9), min(steps / self.steps, 1.0)
+            remedies = [f"steps={most} or fewer"] if most else []
+            remedies += [f"a start (strength) of {least:g} or more"] if start < 1 else []
             raise ValueError(
                 f"{steps} sampling steps from t = {start} do not fit a schedule of {self.steps}: "
-                "take fewer steps"
+                f"take {', or '.join(remedies)}"
             )
         return times
 
     def on_grid(self, t: Tensor) -> Tensor:
         """The nearest times at which the schedule is defined."""
         return t
+
+    def stride(self, start: float, steps: int) -> float:
+        """The longest stride that `steps` of them from `start` down to 0 may have."""
+        return start / steps
 
 
 class Tabled(Schedule):
@@ -122,6 +131,9 @@ class Tabled(Schedule):
 
     def on_grid(self, t: Tensor) -> Tensor:
         return (t * self.steps).round() / self.steps
+
+    def stride(self, start: float, steps: int) -> float:
+        return round(start * self.steps) // steps / self.steps
 
     def timestep(self, t: Tensor) -> Tensor:
         return t * self.steps - 1

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.condition import Condition
+from ldm.diffusion.grids import time_at
 from ldm.diffusion.guidance import Denoise, DenoiseWith, Guidance, Words, check_interval, within
 from ldm.diffusion.schedule import Schedule, expand
 
-# Below this alpha a gradient is next to 0, and what it would be multiplied with next to infinity.
+# The least alpha / sigma at which a gradient is taken. Where alpha goes to 0 the gradient goes to 0
+# as well and its factor to infinity; their product has a limit. At this ratio it is 3e-4 from that
+# limit on the mixture of the tests, and float32 has digits enough for it.
 LEAST_SIGNAL = 1e-3
 
 # Prompts, one an image, to a function of x_t (B, C, h, w) and t: log p(prompt | x_t), (B,)
@@ -31,7 +34,8 @@ class Steered(ABC):
     """What both kinds of steering share. A scale of 1 is Bayes' rule, 0 leaves `inner` as it is.
 
     inner: the guidance of the denoiser itself. interval: the times that are steered, from 0 (data)
-    to 1. Raises ValueError for an interval that is none.
+    to 1. Where alpha / sigma is below LEAST_SIGNAL, x_t is taken for one of the time that has it.
+    Raises ValueError for an interval that is none.
     """
 
     schedule: Schedule
@@ -49,14 +53,17 @@ class Steered(ABC):
         if self.scale == 0:
             return inner
         look = self.look(inner, asked(words))
+        most = torch.tensor(1 / LEAST_SIGNAL, dtype=torch.float64)
+        latest = time_at(self.schedule, most).item()  # 1 where all times have more signal
 
         def steered(x_t: Tensor, t: Tensor) -> Tensor:
+            t = t.clamp(max=latest)
             with torch.enable_grad():
                 x = x_t.detach().requires_grad_()
                 x0_hat, log_p = look(x, t)
                 (gradient,) = torch.autograd.grad(log_p.sum(), x)
             alpha, sigma = self.schedule(t.to(x_t.device))
-            lean = self.scale * sigma.square() / alpha.clamp(min=LEAST_SIGNAL)
+            lean = self.scale * sigma.square() / alpha
             return x0_hat.detach() + expand(lean, x_t).to(x_t.dtype) * gradient
 
         return within(self.interval, steered, inner)

@@ -14,7 +14,6 @@ from ldm.diffusion.guidance import (
     Denoise,
     DenoiseWith,
     Words,
-    rescaled,
     within,
 )
 
@@ -46,9 +45,9 @@ class Styled(ClassifierFree):
             return plain
 
         def guided(x_t: Tensor, t: Tensor) -> Tensor:
-            t = t if t.ndim == 0 else torch.cat([t] * 3)
-            x0_uncond, x0_text, x0_both = denoise(torch.cat([x_t] * 3), t, every).chunk(3)
+            each = t if t.ndim == 0 else torch.cat([t] * 3)
+            x0_uncond, x0_text, x0_both = denoise(torch.cat([x_t] * 3), each, every).chunk(3)
             towards = self.scale * (x0_text - x0_uncond) + self.style_scale * (x0_both - x0_text)
-            return rescaled(x0_uncond + towards, like=x0_both, share=self.rescale)
+            return self.rescaled(x0_uncond + towards, x0_both, x_t, t)
 
         return within(self.interval, guided, plain)

@@ -13,6 +13,7 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
+from ldm.files import located
 from ldm.metrics.features import Features
 from ldm.metrics.inception import SIZE, WIDTH, Inception
 
@@ -35,7 +36,7 @@ class InceptionFeatures(Features):
     """
 
     def __init__(self, path: str | None = None) -> None:
-        file = _cached() if path is None else Path(path).expanduser()
+        file = _cached() if path is None else located(path)
         if not file.is_file():
             raise FileNotFoundError(f"no InceptionV3 weights at '{file}': {_where()}")
         net = load(file)

@@ -1,14 +1,17 @@
 """How far metrics would move if as many pictures were painted again: errors and intervals.
 
-Means of one number a picture (CLIP score, accuracy) get the percentile bootstrap. Distances
-between sets must not: a set drawn with replacement holds some pictures twice, which shrinks its
-covariance and adds k(x, x) to kernel means, and the Frechet distance rises by about its own bias
-(D=64, n=320: by 2 to 16 standard errors), so that the interval misses the value. They come with the
-error that the rows' influences tell in one pass (`frechet.py`, `kernels.py`): 0.9 to 1.5 times the
-deviation between sets drawn anew, Gaussians or drawn scenes in CLIP's features, and the most where
-nothing but sampling sets the two sides apart.
+Means of one number a picture (CLIP score) get the percentile bootstrap. Shares, means of 0 and 1
+(precision, accuracy), get Wilson's interval: near 0 and 1 the bootstrap, and value +- error, are
+too narrow or a point (of 97 % in 150 pictures they hold the share 87 times in 100). Distances
+between sets must not be bootstrapped: a set drawn with replacement holds some pictures twice, which
+shrinks its covariance and adds k(x, x) to kernel means, and the Frechet distance rises by about its
+own bias (D=64, n=320: by 2 to 16 standard errors), so that the interval misses the value. They come
+with the error that the rows' influences tell in one pass (`frechet.py`, `kernels.py`): 0.9 to 1.5
+times the deviation between sets drawn anew, Gaussians or drawn scenes in CLIP's features, and the
+most where nothing but sampling sets the two sides apart.
 What has no influence to write down (recall, coverage) is left to the jackknife over groups of rows,
-which repeats nothing and compares sets of one size.
+which repeats nothing and compares sets of one size; these are shares as well, though not of
+independent values, and get Wilson's interval for as many as would have the jackknife's error.
 
 All of them take the real pictures as given, as published numbers do. They speak of the metric at
 this number of pictures, not of its limit for many.
@@ -44,9 +47,41 @@ class Estimate(NamedTuple):
 
         Raises ValueError for a level outside (0, 1).
         """
+        reach = self._student(level) * self.error
+        return Interval(self.value - reach, self.value + reach)
+
+    def share_interval(self, count: int, *, level: float = 0.95) -> Interval:
+        """For a value that is a share of `count` 0s and 1s which depend on one another.
+
+        Wilson's, of as many independent ones as would have this error (Korn and Graubard 1998,
+        section 2), `count` at most. Raises ValueError as `interval`.
+        """
+        spread = self.value * (1 - self.value)
+        effective = min(spread / self.error**2, count) if self.error and spread else count
+        return _wilson(self.value, effective, self._student(level))
+
+    def _student(self, level: float) -> float:
         z = NormalDist().inv_cdf(_tail(level))
-        t = z + (z**3 + z) / (4 * self.freedom)
-        return Interval(self.value - t * self.error, self.value + t * self.error)
+        return z + (z**3 + z) / (4 * self.freedom)
+
+
+def wilson(share: float, count: int, *, level: float = 0.95) -> Interval:
+    """Wilson's interval of a share of `count` independent 0s and 1s (Wilson 1927), inside [0, 1].
+
+    Raises ValueError where there are none, or for a share or a level that is none.
+    """
+    if count < 1 or not 0 <= share <= 1:
+        raise ValueError(f"{share} is no share of {count} values")
+    return _wilson(share, count, NormalDist().inv_cdf(_tail(level)))
+
+
+def _wilson(share: float, count: float, z: float) -> Interval:
+    """The shares p for which (share - p)^2 <= z^2 p (1 - p) / count."""
+    weight = z * z / count
+    middle = (share + weight / 2) / (1 + weight)
+    reach = (weight * share * (1 - share) + weight * weight / 4) ** 0.5 / (1 + weight)
+    # Without rounding at the borders, where a share may truly be.
+    return Interval(middle - reach if share > 0 else 0.0, middle + reach if share < 1 else 1.0)
 
 
 def bootstrap_mean(
@@ -54,7 +89,7 @@ def bootstrap_mean(
 ) -> Interval:
     """The percentile interval of the mean of independent numbers (n,), one a picture.
 
-    It is a point where all are equal: an accuracy of 1 in 100 is no certainty of 1.
+    Not for numbers that are 0 or 1: their mean is a share, for `wilson`.
     Raises ValueError for fewer than two numbers, for NaN or infinity, or a level outside (0, 1).
     """
     if values.ndim != 1 or len(values) < 2 or not values.isfinite().all():

@@ -14,14 +14,13 @@ from ldm.metrics.clip_features import clip_score
 from ldm.metrics.features import Features
 from ldm.metrics.frechet import frechet_distance, frechet_estimate
 from ldm.metrics.inception_score import inception_score
-from ldm.metrics.intervals import Estimate, Interval, bootstrap_mean, jackknife
+from ldm.metrics.intervals import Estimate, Interval, bootstrap_mean, jackknife, wilson
 from ldm.metrics.kernels import cmmd, kid
 from ldm.metrics.manifold import Manifold
 from ldm.metrics.moments import Moments
 
 SEED = 0  # of KID's subsets, the score's splits, and what intervals draw
 SUBSET = 1000  # KID's, or half of the smaller side
-SHARES = ("precision", "recall", "density", "coverage")  # in [0, 1], but for the density
 
 
 class Scores:
@@ -65,9 +64,11 @@ class Scores:
         """`metrics`, and 95 % intervals for painting as many other pictures, by metric."""
         estimates = self._frechet(seen, errors=True) | self._others(seen, errors=True)
         intervals = {name: estimate.interval() for name, estimate in estimates.items()}
-        for name in SHARES:
-            low, high = intervals[name]
-            intervals[name] = Interval(max(low, 0.0), high if name == "density" else min(high, 1.0))
+        low, high = intervals["density"]
+        intervals["density"] = Interval(max(low, 0.0), high)
+        intervals["precision"] = wilson(estimates["precision"].value, len(seen[self.first]))
+        for name in ("recall", "coverage"):
+            intervals[name] = estimates[name].share_interval(len(self.real[self.first]))
         for name, texts in self.texts.items():
             intervals[score_key(name)] = bootstrap_mean(clip_score(seen[name], texts), seed=SEED)
         found = _values(estimates) | self._inception_score(seen)

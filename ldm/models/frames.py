@@ -17,6 +17,10 @@ class Frames(nn.Module):
         self.autoencoder = autoencoder
         self.channels, self.factor = autoencoder.channels, autoencoder.factor
 
+    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+        """The autoencoder's own: its digest is the same with and without this around it."""
+        return self.autoencoder.state_dict(*args, **kwargs)
+
     def encode(self, images: Tensor, *, generator: Generators = None) -> Tensor:
         """Latents (B, C, F, h, w) of videos (B, 3, F, H, W); generator: one, or one a video."""
         if images.ndim == 4:

@@ -1,12 +1,13 @@
 """Models of transformers, from a folder or the hub."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -22,13 +23,16 @@ def pretrained(
 ) -> Model:
     """A model of a folder (`local`), or by its name on the hub; no pickle is executed.
 
+    Of its config.json the sizes count alone: how it computes, and where from, is not the file's.
     Raises what transformers raises where it cannot be read, and ValueError where weights are
     missing or of other shapes than the config says.
     """
     with quiet():
         model, report = kind.from_pretrained(
             place,
+            config=sizes(kind, place, local=local),
             local_files_only=local,
+            trust_remote_code=False,
             weights_only=True,
             use_safetensors=use_safetensors,
             dtype=dtype,
@@ -43,6 +47,37 @@ def pretrained(
             f"{len(misfits)} parameters are missing or of another shape, such as {min(misfits)}"
         )
     return model
+
+
+def sizes(kind: type[Model], place: Path | str, *, local: bool) -> PreTrainedConfig:
+    """The config of a model, with the fields that its kind has, and no others of the file.
+
+    Others choose code: `attn_implementation` a kernel of the hub that is fetched and run,
+    `quantization_config` a library, `transformers_weights` another file.
+    Raises OSError and ValueError where there is no config of the kind.
+    """
+    own = kind.config_class
+    found, _ = own.get_config_dict(place, local_files_only=local)
+    if own.base_config_key and own.base_config_key in found:  # one tower of a whole CLIP
+        found = found[own.base_config_key]
+    try:
+        return own.from_dict(_fields(own, found))
+    except Exception as error:  # of other types from version to version
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the config.json in '{place}' is of no {kind.__name__}: {why}") from error
+
+
+def _fields(kind: type[PreTrainedConfig], found: object) -> dict[str, object]:
+    if not isinstance(found, dict):
+        raise ValueError(f"it is no mapping, but of type {type(found).__name__}")
+    parts = dict(kind.sub_configs)
+    parts |= {f"{name}_dict": part for name, part in parts.items()}  # so older files have them
+    known = {field.name for field in dataclasses.fields(kind)} | {*kind.attribute_map, *parts}
+    return {
+        name: _fields(parts[name], value) if name in parts and value is not None else value
+        for name, value in found.items()
+        if name in known and not name.startswith("_")
+    }
 
 
 @contextmanager

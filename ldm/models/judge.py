@@ -1,6 +1,6 @@
 """A CLIP that looks at latents: how well a picture agrees with its caption, for guidance.
 
-Shapes: B batch, C latent channels, h w latent grid.
+Shapes: B batch, C latent channels, F frames, h w latent grid, P projection width.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from ldm.models.clip import Clip
+from ldm.models.temporal import fold
 
 
 class ClipJudge:
     """Prompts to the function of x0_hat (B, C, h, w) that says how well it fits them, (B,).
 
+    Of videos, x0_hat (B, C, F, h, w), it is the mean over the frames.
     That is CLIP's cosine over its temperature: the log-likelihood of a caption up to a constant of
     the picture, as CLIP was trained (Radford et al. 2021, figure 3). decode: latents to images.
     """
@@ -27,7 +29,9 @@ class ClipJudge:
             scale = self.clip.logit_scale
 
         def log_p(x0_hat: Tensor) -> Tensor:
-            images = self.clip.encode_images(self.decode(x0_hat))  # (B, P)
-            return scale * (images * texts).sum(1)
+            decoded = self.decode(x0_hat)  # (B, 3, H, W) or (B, 3, F, H, W)
+            pictures = decoded if decoded.ndim == 4 else fold(decoded)
+            images = self.clip.encode_images(pictures).unflatten(0, (len(texts), -1))  # (B, F, P)
+            return scale * (images * texts[:, None]).sum(2).mean(1)
 
         return log_p

@@ -7,13 +7,13 @@ Shapes: B captions, K names.
 import difflib
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.diffusion.condition import Condition
+from ldm.files import located, read_text
 
 
 class NoText(nn.Module):
@@ -53,7 +53,7 @@ class Labels(nn.Module):
 
     def __init__(self, names: Sequence[str] | str) -> None:
         super().__init__()
-        given = Path(names).read_text(encoding="utf-8") if isinstance(names, str) else None
+        given = read_text(located(names)) if isinstance(names, str) else None
         rows = names if given is None else filter(str.strip, given.splitlines())
         self.names = [" ".join(str(name).split()) for name in rows]
         folded = [name.casefold() for name in self.names]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.place_map import PlaceMap
+from ldm.models.random_layers import Dropout
 
 Beside = Callable[[int], nn.Module]  # width -> an attention of x (B, N, C) to other tokens
 
@@ -20,11 +21,12 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Cosines, then sines, of t (B,) at `dim / 2` frequencies from 1 towards 1/10000: (B, dim).
 
     Always float32: half precision cannot tell neighbouring timesteps apart.
-    Source: "Attention is all you need", section 3.5, in the order of Stable Diffusion.
+    Source: "Attention is all you need", section 3.5, in the order of Stable Diffusion and with its
+    roundings: first the product, then the division.
     """
     half = dim // 2
     steps = torch.arange(half, device=t.device, dtype=torch.float32)
-    angles = t.float()[:, None] * torch.exp(-math.log(10000) / half * steps)  # (B, dim / 2)
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * steps / half)  # (B, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -64,7 +66,7 @@ class ResBlock(nn.Module):
         self.time_proj = nn.Linear(time_dim, width) if time_dim else None
         self.place = PlaceMap(time_dim, out_channels, waves) if time_dim and waves else None
         self.norm2 = group_norm(groups, out_channels, eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.layers import Attention
+from ldm.models.random_layers import GaussianNoise
 
 TOKENS = 8
 NOISE = 0.4  # standard deviation in training, of a code whose own is 1
@@ -42,6 +43,7 @@ class StyleTokens(nn.Module):
             nn.Linear(2 * width, code),
             nn.LayerNorm(code, elementwise_affine=False),
         )
+        self.noise = GaussianNoise(NOISE)
         self.to_tokens = nn.Sequential(
             nn.Linear(code, width), nn.SiLU(), nn.Linear(width, TOKENS * width)
         )
@@ -55,9 +57,7 @@ class StyleTokens(nn.Module):
         given = style.ne(0).any(dim=2).any(dim=1)[:, None]  # (B, 1)
         patches = self.read(style)  # (B, N, D)
         both = torch.cat([patches.mean(1), patches.amax(1)], dim=1)  # (B, 2 D)
-        code = self.to_code(both)  # (B, Z)
-        if self.training:
-            code = code + NOISE * torch.randn_like(code)
+        code = self.noise(self.to_code(both))  # (B, Z)
         told = self.to_tokens(code) * given  # (B, K D)
         return told.unflatten(1, (TOKENS, -1)), self.to_emb(told)
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import T5EncoderModel, T5Tokenizer
 
 from ldm.diffusion.condition import Condition
+from ldm.files import located
 from ldm.models.captions import CaptionTokenizer, FrozenText
 from ldm.models.hub import pretrained, quiet
 
@@ -75,7 +76,7 @@ def load_t5(path: str, *, dtype: torch.dtype) -> tuple[T5EncoderModel, T5Tokeniz
 
     Raises what `T5Text` raises.
     """
-    folder = Path(path).expanduser()
+    folder = located(path)
     local = folder.is_dir()
     model_at, tokenizer_at = _places(folder) if local else (path, path)
     try:

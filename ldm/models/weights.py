@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from ldm import checkpoint
+from ldm.facts import state_of
 from ldm.files import located
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.pretrained import load_autoencoder
@@ -42,7 +43,9 @@ def autoencoder(
         return built
     place = located(path)
     if place.suffix == ".ckpt" or (place / "checkpoints").is_dir():
-        state = checkpoint.part(checkpoint.read(checkpoint.find(path)), "autoencoder.")
+        payload = checkpoint.read(file := checkpoint.find(path, name="autoencoder.path"))
+        state_of(payload, file)
+        state = checkpoint.part(payload, "autoencoder.")
         checkpoint.load_into(built, state, what=f"autoencoder.path={path}")
     else:
         load_autoencoder(built, place if place.exists() else from_hub(path))

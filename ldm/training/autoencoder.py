@@ -28,7 +28,8 @@ class AutoencoderTraining(L.LightningModule):
         self.make_optimizer = optimizer
         self.kl_weight = kl_weight
         self.seed = seed
-        self.val_loss, self.val_psnr = MeanMetric(), MeanMetric()
+        how = {"nan_strategy": "disable"}  # else what is not a number is left out
+        self.val_loss, self.val_psnr = MeanMetric(**how), MeanMetric(**how)
         self.moments: Tensor | None = None  # (3, C): count, sum and sum of squares
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ldm.diffusion.noise import mixed
 from ldm.images import save_png
+from ldm.models.random_layers import assign, random_layers
 from ldm.training.csv_log import CsvLog
 
 
@@ -126,16 +127,22 @@ class Meter(L.Callback):
 
 
 class ModuleNoise(L.Callback):
-    """What networks draw for themselves (dropout) depends on the seed and the position alone.
+    """What networks draw in training (dropout) is a function of the seed and of each image.
 
-    They take it from the global random state, which no checkpoint keeps.
+    Their random layers are told the positions of the images. What a layer of another library draws
+    comes from the global random state, which no checkpoint keeps: it is seeded by the position of
+    the first image of this rank's batch, and so depends on the number of devices.
     """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.layers = random_layers(module)
+
     def on_train_batch_start(self, trainer: L.Trainer, module, batch: dict, batch_idx: int) -> None:
         torch.manual_seed(mixed(self.seed, batch["position"][0], stream="modules"))
+        assign(self.layers, self.seed, batch["position"])
 
 
 class ProgressBar(TQDMProgressBar):
@@ -145,6 +152,13 @@ class ProgressBar(TQDMProgressBar):
         # In a file, where a bar cannot be drawn over, a line now and then.
         super().__init__(refresh_rate=1 if sys.stdout.isatty() else meter.every)
         self.meter = meter
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Those of the optimizer steps that are left; Lightning takes a step for a batch."""
+        left = self.trainer.max_steps - self.trainer.global_step
+        batches = self.trainer.num_training_batches
+        return min(batches, left * self.trainer.accumulate_grad_batches) if left > 0 else batches
 
     def on_train_epoch_start(self, trainer: L.Trainer, *args) -> None:
         super().on_train_epoch_start(trainer, *args)

@@ -6,14 +6,12 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from subprocess import Popen
 
 import lightning as L
 import torch
-from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
 from ldm import checkpoint as files
@@ -22,7 +20,7 @@ from ldm.data.index import ShardError
 from ldm.data.remote import RemoteError
 from ldm.data.skips import TooManySkippedError
 from ldm.files import write_text
-from ldm.training import ranks
+from ldm.training import ranks, stability
 from ldm.training.payload import on_host, recount
 
 LOST_DATA = (RemoteError, ShardError, ImageError, TooManySkippedError)
@@ -32,33 +30,14 @@ AT_ONCE = {
 }
 
 
-class SafeCheckpointIO(CheckpointIO):
-    """Lightning's door to `ldm.checkpoint`: verified files, and no pickled objects.
-
-    `storage_options` is a function of payload and path that stores them in place of `files.write`.
-    """
-
-    def save_checkpoint(
-        self,
-        checkpoint: dict,
-        path,
-        storage_options: Callable[[dict, Path], None] | None = None,
-    ) -> None:
-        (storage_options or files.write)(checkpoint, Path(path))
-
-    def load_checkpoint(self, path, map_location=None, weights_only: bool | None = None) -> dict:
-        return files.read(Path(path))
-
-    def remove_checkpoint(self, path) -> None:
-        files.remove(Path(path))
-
-
 class Checkpoints(L.Callback):
     """Saves every `every` optimizer steps and at the end; keeps the `keep` newest and the best.
 
     A save is a new file; `last.ckpt` is turned to it once it is complete, and only then is the
-    oldest one deleted: at no moment is there less than one good checkpoint. `keep_best` more stay
-    that had the best `metric` in their validation; `best.ckpt` is a link to the first of them.
+    oldest one deleted: at no moment is there less than one good checkpoint. Weights that are not
+    finite are never saved (NotFiniteError), and while steps are left out, or the last validation
+    was not finite, the files from before that stay. `keep_best` more stay that had the best
+    `metric` in their validation; `best.ckpt` is a link to the first of them.
     A save that fails for want of room or rights is told, and training goes on; only where the last
     one of the run does, CheckpointError is raised.
     background: the training waits for a copy in memory alone, a thread writes it. The copy's
@@ -101,6 +80,9 @@ class Checkpoints(L.Callback):
         self.started: list[Popen] = []  # the other ranks, once this one has failed
         self.validated = -1  # the step of the last validation
         self.owes_validation = False  # where a run was ended between a save and what it preceded
+        self.sound = -1  # the last step that validated well, or with which this process began
+        self.unsound_from: int | None = None  # where a validation was not finite since
+        self.doubtful_from: int | None = None  # the same, or where a row of left out steps began
         self.best: dict[str, float] = {}  # file name -> value, the best first
         self.best_next = self.best  # as it will be once what is being saved is whole
         self.writing: threading.Thread | None = None
@@ -115,7 +97,7 @@ class Checkpoints(L.Callback):
             self.owes_validation, trainer.fit_loop.epoch_loop.max_steps = True, self.loaded + 1
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.begun = self.saved = trainer.global_step
+        self.begun = self.saved = self.sound = trainer.global_step
         self.seen = trainer.datamodule.position
         self.several = trainer.world_size > 1
         if trainer.is_global_zero:
@@ -139,6 +121,10 @@ class Checkpoints(L.Callback):
         if trainer.state.fn != "fit":
             return
         self.validated = trainer.global_step
+        if stability.not_finite(trainer.callback_metrics, self.metric):
+            self.unsound_from = self.unsound_from or self.sound + 1
+        else:
+            self.sound, self.unsound_from = self.validated, None
         if not self.keep_best:
             return
         value = float(trainer.callback_metrics.get(self.metric, math.nan))
@@ -179,8 +165,12 @@ class Checkpoints(L.Callback):
             self.save_alone(trainer, module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module, checkpoint: dict) -> None:
-        facts = {"images_seen": self.seen, "validated": not self._is_due(trainer)}
+        facts = {"images_seen": self.seen, "validated": not self._is_due(trainer), "finite": True}
         checkpoint["ldm"] = {**self.facts, **trainer.datamodule.rules(), **facts}
+        doubts = self.unsound_from, stability.row_began(trainer)
+        self.doubtful_from = min((step for step in doubts if step is not None), default=None)
+        if self.doubtful_from is not None:
+            checkpoint["ldm"]["doubtful_from"] = self.doubtful_from
         if self.keep_best:
             best = {"metric": self.metric, "values": dict(self.best_next)}
             checkpoint["ldm"]["best"] = best
@@ -188,6 +178,7 @@ class Checkpoints(L.Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, module, checkpoint: dict) -> None:
         trainer.datamodule.resume(checkpoint["ldm"])
         self.owes_validation = not checkpoint["ldm"].get("validated", True)
+        self.unsound_from = checkpoint["ldm"].get("doubtful_from")
         self.loaded = checkpoint["global_step"]
         self._take_best(checkpoint["ldm"].get("best", {}))
         loops = checkpoint["loops"]["fit_loop"]
@@ -220,7 +211,11 @@ class Checkpoints(L.Callback):
         self.wait()
 
     def save(self, trainer: L.Trainer, *, suffix: str = "") -> None:
-        """Write the checkpoint of this step, or begin to; all ranks take part."""
+        """Write the checkpoint of this step, or begin to; all ranks take part.
+
+        Raises NotFiniteError where its weights are not finite.
+        """
+        stability.check_weights(trainer, self.folder)
         self.saved = trainer.global_step
         for logger in trainer.loggers:
             logger.save()  # what belongs to this step must not be younger than its checkpoint
@@ -236,6 +231,9 @@ class Checkpoints(L.Callback):
         if self.saved == step:  # the first rank has done so, or is about it
             if step > self.begun and not trainer.is_global_zero:
                 ranks.wait_for(files.manifest_path(self.path(step)))
+            return
+        if not stability.are_finite(module.parameters()):
+            print(f"what was trained after step {self.saved} is not saved: it is not finite")
             return
         if self.several and ranks.is_divided(module):
             print(f"what was trained after step {self.saved} is not saved: no rank has all weights")
@@ -267,8 +265,7 @@ class Checkpoints(L.Callback):
         if not isinstance(error, OSError):
             raise error
         self.best_next = self.best
-        last = self.folder / "last.ckpt"
-        good = last.resolve() if last.exists() else "none yet"
+        good = files.last_good(self.folder) or "none yet"
         free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
         self.problem = (
             f"saving {self.target} failed ({error.strerror or error}): it takes "
@@ -312,7 +309,8 @@ class Checkpoints(L.Callback):
                 write_text(self.folder / BEST, json.dumps(content) + "\n")
                 files.link(self.folder / next(iter(self.best_next)), "best.ckpt")
                 self.best = self.best_next
-            files.keep_newest(self.folder, self.keep, spare=self.best)
+            how = {"spare": self.best, "doubtful_from": self.doubtful_from}
+            files.keep_newest(self.folder, self.keep, **how)
             if self.weights and payload is not None:
                 name = f"{path.stem}.safetensors"
                 files.export(payload, self.folder.parent / "weights" / name)

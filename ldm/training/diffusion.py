@@ -63,7 +63,7 @@ class LatentDiffusion(L.LightningModule):
         suffixes = ("", "_raw") if validate_raw else ("",)
         self.val_losses = nn.ModuleDict(
             {
-                f"{name}{suffix}": MeanMetric()
+                f"{name}{suffix}": MeanMetric(nan_strategy="disable")  # else it is left out
                 for suffix in suffixes
                 for name in ("loss", *(f"loss_t{band}" for band in range(BANDS)))
             }

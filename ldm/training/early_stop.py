@@ -7,6 +7,7 @@ import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping
 
 from ldm import runs
+from ldm.files import located
 
 
 def patience(*, metric: str, direction: str, validations: int, least: float = 0.0) -> EarlyStopping:
@@ -29,7 +30,7 @@ class Median(L.Callback):
     def __init__(
         self, run_dir: str, *, metric: str, direction: str, others: int = 3, begin: int = 0
     ) -> None:
-        self.run_dir = Path(run_dir)
+        self.run_dir = located(run_dir)
         self.metric = metric
         self.others = others
         self.begin = begin

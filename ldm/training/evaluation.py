@@ -3,6 +3,7 @@
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from ldm.checkpoint import digest
 from ldm.data.dataset import TextImages
+from ldm.files import located
 from ldm.metrics import kept
 from ldm.metrics.features import Features
 from ldm.metrics.motion import MotionAccuracy
@@ -120,10 +122,10 @@ class ImageCheck(L.Callback):
     ) -> None:
         if every < 0:
             raise ValueError(f"every is a number of images, 0 or more, got {every}")
-        parts = {**vars(pipeline), "text": Remembered(pipeline.text)}
-        self.pipelines = {"": Pipeline(**parts)}
+        pipeline = replace(pipeline, text=Remembered(pipeline.text))
+        self.pipelines = {"": pipeline}
         if raw:
-            self.pipelines["_raw"] = Pipeline(**{**parts, "denoiser": raw_denoiser})
+            self.pipelines["_raw"] = replace(pipeline, denoiser=raw_denoiser)
         self.size, self.steps, self.every = size, steps, every
         self.folder, self.settings = folder, settings
         self.logged: set[str] = set()
@@ -133,7 +135,7 @@ class ImageCheck(L.Callback):
             others=others,
             subset=captions_to_paint(pictures, others, count),
             size=size,
-            cache=Path(cache),
+            cache=located(cache),
             at_most=real,
             batch=batch,
         )

@@ -12,7 +12,7 @@ class AdamW:
 
     Called with parameters and the number of steps, it returns what Lightning's
     `configure_optimizers` wants. Biases and gains (one dimension) are not decayed.
-    Raises ValueError for an unknown `decay`.
+    Raises ValueError for an unknown `decay` and for numbers that are not finite.
     """
 
     def __init__(
@@ -26,6 +26,10 @@ class AdamW:
     ) -> None:
         if decay not in ("constant", "cosine"):
             raise ValueError(f"optimizer.decay='{decay}' is neither constant nor cosine")
+        numbers = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "warmup": warmup}
+        for name, value in numbers.items():
+            if not all(map(math.isfinite, value if name == "betas" else [value])):
+                raise ValueError(f"optimizer.{name}={value} is not finite")
         self.lr = lr
         self.betas = tuple(betas)
         self.weight_decay = weight_decay

@@ -2,15 +2,18 @@
 
 import fcntl
 import os
+import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import lightning as L
 from torch.distributed.tensor import DTensor
+
+from ldm.signals import STOPS, withheld
 
 FIRST_ERROR = "error.txt"
 LAST_SAVE = 60.0  # seconds that a rank which has failed gives the first one's save
@@ -70,6 +73,27 @@ def wait_for(path: Path) -> None:
 def is_divided(module: L.LightningModule) -> bool:
     """Whether each rank has a part of the weights only."""
     return any(isinstance(weight, DTensor) for weight in module.parameters())
+
+
+def withhold_signals(trainer: L.Trainer) -> None:
+    """Have the ranks that Lightning starts get no signal that asks to stop before they listen.
+
+    One that ended while it is still importing would have Lightning kill all.
+    """
+    launcher = trainer.strategy.launcher
+    if launcher is None or not hasattr(launcher, "procs"):
+        return
+    launch = launcher.launch
+
+    def launch_withheld(function: Callable, *args, **kwargs) -> object:
+        def listening(*args, **kwargs) -> object:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+            return function(*args, **kwargs)
+
+        with withheld():
+            return launch(listening, *args, **kwargs)
+
+    launcher.launch = launch_withheld
 
 
 def release(trainer: L.Trainer) -> list[subprocess.Popen]:

@@ -1,8 +1,10 @@
 """Steps whose loss or gradient is not finite are left out, counted, and not borne for ever."""
 
 import json
+import math
 import warnings
 from collections import deque
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import lightning as L
@@ -13,12 +15,57 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from ldm import checkpoint
 from ldm.files import write_text
 from ldm.training.callbacks import Meter
 
 
 class NotFiniteError(RuntimeError):
     """The training met numbers that are not finite, step after step."""
+
+
+REMEDY = "take a lower optimizer.lr or trainer.precision=32-true"
+
+
+def are_finite(weights: Iterable[Tensor]) -> bool:
+    """Whether this rank's part of the weights is finite; waits for the device once."""
+    parts = (w.to_local() if isinstance(w, DTensor) else w for w in weights)
+    return bool(torch.stack([part.detach().isfinite().all() for part in parts]).all())
+
+
+def check_weights(trainer: L.Trainer, folder: Path) -> None:
+    """Raise NotFiniteError on all ranks where the weights are not finite."""
+    finite = are_finite(trainer.lightning_module.parameters())
+    if not trainer.strategy.reduce_boolean_decision(finite, all=True):
+        raise NotFiniteError(
+            f"the weights are not finite after step {trainer.global_step}, and not saved. "
+            f"{last_good(folder, row_began(trainer))}; {REMEDY}"
+        )
+
+
+def last_good(folder: Path, before: int | None) -> str:
+    """A sentence about the newest checkpoint from before a step."""
+    path = checkpoint.last_good(folder, before=before)
+    return f"The last good checkpoint is {path or 'none yet'}"
+
+
+def row_began(trainer: L.Trainer) -> int | None:
+    """The first of the steps that are left out by now, in a row; None where there is none."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, SkipNonFinite):
+            callback.look()
+            return trainer.global_step - callback.in_a_row + 1 if callback.in_a_row else None
+    return None
+
+
+def not_finite(metrics: Mapping[str, object], metric: str) -> list[str]:
+    """The names of values that tell of ruined weights: of the validation loss and of `metric`.
+
+    Means over training steps do not: they hold those of steps that were left out.
+    """
+    names = {"val/loss", metric}
+    found = {name: metrics.get(name) for name in sorted(names) if name.startswith("val/")}
+    return [n for n, value in found.items() if value is not None and not math.isfinite(value)]
 
 
 class SkipNonFinite(L.Callback):
@@ -128,19 +175,19 @@ class SkipNonFinite(L.Callback):
             if not too_many:
                 warnings.warn(said, stacklevel=2)
         if too_many:
-            last = self.report.parent / "checkpoints" / "last.ckpt"
+            good = last_good(self.report.parent / "checkpoints", row_began(trainer))
             raise NotFiniteError(
-                f"{said}. {self.stop_after} in a row are too many (stop_after_skips). The last "
-                f"good checkpoint is {last.resolve() if last.exists() else 'none yet'}. Look at "
-                "the samples, or take a lower optimizer.lr or trainer.precision=32-true"
+                f"{said}. {self.stop_after} in a row are too many (stop_after_skips). {good}. Look "
+                f"at the samples, or {REMEDY}"
             )
 
     def state_dict(self) -> dict:
         self.look()
-        return {"skipped": self.skipped}
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict) -> None:
         self.skipped = self.told = state["skipped"]
+        self.in_a_row = state.get("in_a_row", 0)
 
 
 def side_by_side(of_ranks: list[list[dict]]) -> list[dict]:

@@ -132,7 +132,8 @@ def has_key() -> bool:
     """Whether a W&B API key is set, in the environment or where `wandb login` puts it."""
     server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     host = server.partition("://")[2].partition("/")[0] or server
-    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()  # as wandb looks it up
+    # As wandb looks it up. Without a home directory `~` stays, and no such file is there.
+    file = os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))
     found = bool(os.environ.get("WANDB_API_KEY"))
     with suppress(OSError, netrc.NetrcParseError):
         found = found or netrc.netrc(file).authenticators(host) is not None

@@ -9,7 +9,7 @@ import pytest
 from material import samples, tar_bytes
 
 from ldm.data import remote
-from ldm.data.cache import Cache
+from ldm.data.cache import MARKER, Cache
 from ldm.data.remote import Remote, RemoteError, describe
 from ldm.data.shards import Shards
 
@@ -153,6 +153,48 @@ def test_an_abandoned_part_leaves(tmp_path, shards, web):
     for n in (1, 2):
         cache.close(cache.open(shards[n]))
     assert held(cache) == ["1.tar", "2.tar"]
+
+
+FOREIGN = (
+    *("IMG-20240101-WA0001.jpg", "a-5-b.tar", "0123456789abcdef-5", "0123456789ABCDEF-5-x.tar"),
+    *("0123456789abcdef-5-x y.tar", "0123456789abcdef0-5-x.tar", "0123456789abcdef--5-x.tar"),
+    *("index-5-x.npz", "notes-2024-05.txt", "0123456789abcdef-5-x.tar.part.bak~"),
+)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_that_is_no_shard_never_leaves(tmp_path, shards, name):
+    cache = room_for(tmp_path, 1)
+    cache.close(cache.open(shards[0]))
+    (cache.folder / name).write_text("mine")
+    os.utime(cache.folder / name, (0, 0))  # the first to leave
+    for n in (1, 2):
+        cache.close(cache.open(shards[n]))
+    assert [path.name[-5:] for path in cache.folder.glob(f"*-{SIZE}-*")] == ["2.tar"]
+    assert (cache.folder / name).read_text() == "mine"
+
+
+def test_a_folder_of_others_is_no_cache(tmp_path, shards, web):
+    """Not even a file of our form leaves a folder that we have not marked."""
+    cache, name = room_for(tmp_path, 1), f"{'0' * 16}-{SIZE}-x.tar"
+    cache.folder.mkdir()
+    for place in (name, "thesis.txt"):
+        (cache.folder / place).write_text("mine")
+    with pytest.raises(ValueError, match=r"cache holds 'thesis\.txt', and is no cache: give a new"):
+        cache.open(shards[0])
+    assert gets(web) == []
+    assert sorted(path.name for path in cache.folder.iterdir()) == [name, "thesis.txt"]
+
+
+def test_a_cache_of_before_there_was_a_marker_is_one_still(tmp_path, shards):
+    cache = room_for(tmp_path, 1)
+    cache.close(cache.open(shards[0]))
+    (cache.folder / MARKER).unlink()
+    (cache.folder / "index-0123456789abcdef.npz").write_bytes(b"")
+    (cache.folder / "clip").mkdir()
+    cache.close(cache.open(shards[1]))
+    assert held(cache) == ["1.tar"]
+    assert (cache.folder / MARKER).is_file()
 
 
 def test_shards_are_read_through_a_small_cache(tmp_path, shards, web):

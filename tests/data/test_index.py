@@ -233,6 +233,8 @@ def test_empty_captions_are_told_with_the_key_that_has_text(tmp_path, caplog):
 def test_another_key_is_another_set(tmp_path):
     members = [("a.png", picture()), ("a.json", b'{"text": "a dog", "caption": "a cat"}')]
     write(tmp_path, tar_bytes(members))
+    with pytest.raises(ValueError, match="caption_key is a name or null, got 3"):
+        open_index(tmp_path, caption_key=3)
     prints = {open_index(tmp_path, caption_key=key).fingerprint for key in (None, "text")}
     assert len(prints) == 2
 
@@ -293,6 +295,15 @@ def test_a_foreign_index_is_replaced_and_runs_nothing(shard_folder, tmp_path):
         assert not marker.exists()
         with np.load(folder / "index.npz") as saved:
             assert len(saved["shard"]) == 2
+
+
+def test_an_index_with_a_flipped_bit_is_made_anew(shard_folder):
+    folder = shard_folder(3, 2)
+    whole, home = arrays(open_index(folder)), folder / "index.npz"
+    data = home.read_bytes()
+    for i in range(0, len(data), 31):
+        home.write_bytes(data[:i] + bytes([data[i] ^ 1 << i % 8]) + data[i + 1 :])
+        assert arrays(open_index(folder)) == whole, i
 
 
 def test_where_it_cannot_be_saved_the_index_stays_in_memory(shard_folder):

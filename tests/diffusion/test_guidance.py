@@ -1,13 +1,24 @@
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
+from ldm.diffusion.composition import Composed
 from ldm.diffusion.condition import Condition
-from ldm.diffusion.guidance import Auto, ClassifierFree, Projected, rescaled
-from ldm.diffusion.objective import Prediction
+from ldm.diffusion.edm import EDM
+from ldm.diffusion.guidance import Auto, ClassifierFree, Projected, Words
+from ldm.diffusion.inversion import invert
+from ldm.diffusion.multistep import DPMSolver, UniPC
+from ldm.diffusion.objective import PREDICTIONS, Objective, Prediction
+from ldm.diffusion.resampling import Resampled
 from ldm.diffusion.samplers import DDIM
-from ldm.diffusion.schedule import linear
+from ldm.diffusion.schedule import Flow, linear
+from ldm.diffusion.styling import Styled
+from ldm.diffusion.times import PowerTimes
+from ldm.diffusion.weighting import UniformWeighting
 
 
 def cond(value, n=2):
@@ -97,14 +108,67 @@ def test_outside_of_the_interval_it_is_the_conditional_model_at_half_the_cost():
     assert torch.equal(some(x_t, t), mixed)
 
 
-def test_rescaling_is_that_of_the_paper():
-    """diffusers' own function, on x0_hat; at share 1 the deviation is the conditional one's."""
-    x0_hat, like = 3 * torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
-    for share in (0.0, 0.4, 1.0):
-        theirs = rescale_noise_cfg(x0_hat, like, share)
-        torch.testing.assert_close(rescaled(x0_hat, like=like, share=share), theirs)
-    whole = rescaled(x0_hat, like=like, share=1.0)
-    torch.testing.assert_close(whole.flatten(1).std(1), like.flatten(1).std(1))
+@pytest.mark.parametrize("t", [torch.tensor(0.9), torch.tensor([0.05, 0.6])])
+@pytest.mark.parametrize(
+    ("schedule", "kind"),
+    [*product([linear()], PREDICTIONS), *product([Flow()], ("x0", "v", "flow"))],
+)
+def test_rescaling_is_that_of_the_paper(schedule, kind, t):
+    """diffusers' own function on what the network says, whatever that is."""
+    uncond, conditional, x_t = torch.randn(3, 2, 4, 8, 8, dtype=torch.float64)
+    t = t.double()
+    objective = Objective(
+        schedule, Prediction(kind), weighting=UniformWeighting(), time_sampler=PowerTimes(1.0)
+    )
+    out = uncond + 7.5 * (conditional - uncond)
+
+    def denoise(x_t, t, cond):
+        return objective.denoised(lambda *_: torch.cat([uncond, conditional]), x_t, t, cond)
+
+    for share in (0.0, 0.4, 0.7, 1.0):
+        theirs = rescale_noise_cfg(out, conditional, share)
+        expected = objective.denoised(lambda *_, out=theirs: out, x_t, t, None)
+        guidance = ClassifierFree(scale=7.5, rescale=share, at_zero=objective.at_zero)
+        found = guidance(denoise, cond(2.0), cond(0.5))(x_t, t)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_all_guidance_of_classifier_free_kind_rescales_the_output():
+    """The output deviates as the conditional one does, also with parts of prompts and styles."""
+    alpha, sigma = linear()(torch.tensor(0.6).double())
+    x_t = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    style, none = torch.ones(2, 3, 3).double(), torch.zeros(2, 3, 3).double()
+    words = Words(["a AND b", "c"], lambda texts: cond(1.5, n=len(texts)))
+    fixed = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+
+    def network(x_t, told):
+        """eps, of another shape for each value."""
+        many = fixed.repeat(len(x_t) // 2 + 1, 1, 1, 1)[: len(x_t)]
+        return (told[:, None, None, None] * many).sin()
+
+    def denoise(x_t, t, c):
+        told = c.tokens.double().mean((1, 2))
+        told = told if c.style is None else told + c.style.mean((1, 2))
+        return (x_t - sigma * network(x_t, told)) / alpha
+
+    def eps(x0_hat):
+        return (x_t - alpha * x0_hat) / sigma
+
+    given = {"scale": 9.0, "rescale": 1.0, "at_zero": lambda x_t, t: x_t / alpha}
+    t = torch.tensor(0.6).double()
+    for guidance, with_style in (
+        (ClassifierFree(**given), False),
+        (Projected(**given), False),
+        (Styled(style_scale=5.0, **given), True),
+        (Composed(**given), False),
+    ):
+        pair = cond(2.0), cond(0.5)
+        if with_style:
+            pair = tuple(replace(c, style=s) for c, s in zip(pair, (style, none), strict=True))
+        found = eps(guidance(denoise, *pair, words)(x_t, t))
+        plain = replace(guidance, scale=1.0, **({"style_scale": 1.0} if with_style else {}))
+        like = eps(replace(plain, rescale=0.0)(denoise, *pair, words)(x_t, t))
+        torch.testing.assert_close(found.flatten(1).std(1), like.flatten(1).std(1))
 
 
 def test_projected_guidance_is_diffusers_own_over_several_steps():
@@ -112,11 +176,12 @@ def test_projected_guidance_is_diffusers_own_over_several_steps():
     settings = {"scale": 6.0, "parallel": 0.3, "momentum": -0.5, "bound": 0.4}
     answers = torch.randn(5, 2, 2, 4, 8, 8, dtype=torch.float64)  # step, (uncond, cond), batch ..
     step = iter(range(5))
+    times = torch.linspace(1, 0.2, 5)
     ours = Projected(**settings)(
         lambda x_t, t, c: answers[next(step)].flatten(0, 1), cond(2.0), cond(0.5)
     )
     buffer = MomentumBuffer(settings["momentum"])
-    for uncond, conditional in answers:
+    for t, (uncond, conditional) in zip(times, answers, strict=True):
         theirs = normalized_guidance(
             conditional,
             uncond,
@@ -126,7 +191,7 @@ def test_projected_guidance_is_diffusers_own_over_several_steps():
             norm_threshold=settings["bound"] * n**0.5,
             use_original_formulation=True,
         )
-        found = ours(torch.zeros(2, 4, 8, 8), torch.tensor(0.5))
+        found = ours(torch.zeros(2, 4, 8, 8), t)
         torch.testing.assert_close(found, theirs, rtol=1e-9, atol=1e-9)
 
 
@@ -143,8 +208,45 @@ def test_a_new_picture_knows_nothing_of_the_momentum_of_the_last():
     guidance, x_t, t = Projected(scale=3.0), torch.randn(2, 3, 4, 4), torch.tensor(0.5)
     first, again = (guidance(denoise, cond(2.0), cond(0.5)) for _ in range(2))
     before = first(x_t, t)
-    assert not torch.equal(first(x_t, t), before)
-    assert torch.equal(again(x_t, t), before)
+    assert not torch.equal(first(x_t, t / 2), again(x_t, t / 2))
+    assert torch.equal(first(x_t, t), before)
+
+
+TEN_STEPS = {
+    "ddim": DDIM(),
+    "dpmpp_2m": DPMSolver(),
+    "unipc": UniPC(),
+    "heun": EDM(),
+    "heun, karras": EDM(spacing="karras"),
+    "heun, churn": EDM(churn=2.0),
+    "euler, churn": EDM(order=1, churn=30.0),
+    "rounds": Resampled(DDIM(eta=1.0), 3),
+    "rounds of heun": Resampled(EDM(), 3),
+    "rounds of heun, churn": Resampled(EDM(churn=2.0), 3),
+}
+
+
+@pytest.mark.parametrize("name", [*TEN_STEPS, "inversion"])
+def test_momentum_advances_once_a_step(name):
+    """Of a difference that is always 1 it makes 1 + m + m^2 .., a term a step."""
+
+    def network(x_t, t, c):
+        return c.tokens.mean((1, 2))[:, None, None, None].expand_as(x_t)
+
+    guided = Projected(scale=2.0, parallel=1.0, momentum=0.5)(network, cond(2.0), cond(1.0))
+    seen, schedule = [], linear()
+    x = torch.randn(2, 1, 2, 2, dtype=torch.float64)
+    sampler = TEN_STEPS.get(name, DDIM())
+    more = {"on_step": lambda i, x0_hat: seen.append(float(x0_hat.mean()) - 2)}
+    for _ in range(2):  # a second way begins anew
+        seen.clear()
+        times = sampler.times(schedule, 10)
+        if name == "inversion":
+            guided = Projected(scale=2.0, parallel=1.0, momentum=0.5)(network, cond(2.0), cond(1.0))
+            invert(guided, x, schedule, times, **more)
+        else:
+            sampler(guided, x, schedule, times, noise=torch.randn_like, **more)
+        assert seen == pytest.approx([2 - 0.5**i for i in range(10)])
 
 
 @pytest.mark.parametrize("t", TIMES)

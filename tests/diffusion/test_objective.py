@@ -6,16 +6,12 @@ from hypothesis import strategies as st
 
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.noise import generators, other, randn
-from ldm.diffusion.objective import (
-    PREDICTIONS,
-    Objective,
-    PowerTimes,
-    Prediction,
-    UniformWeighting,
-)
+from ldm.diffusion.objective import PREDICTIONS, Objective, Prediction
 from ldm.diffusion.penalty import PseudoHuber
 from ldm.diffusion.schedule import Flow, Laplace, cosine, linear, scaled_linear, sigmoid
-from ldm.diffusion.weighting import MinSnr
+from ldm.diffusion.times import PowerTimes
+from ldm.diffusion.weighting import MinSnr, UniformWeighting
+from ldm.video import TextToVideo
 
 SCHEDULES = [linear(), scaled_linear(), cosine(), sigmoid(), Flow(), Flow(shift=3.0), Laplace()]
 ENDING_IN_NOISE = [
@@ -206,6 +202,19 @@ def test_input_perturbation_is_shown_and_not_predicted():
     off = (shown - plain) / sigma[:, None, None, None]
     assert abs(off.std() - 0.2) < 0.005
     assert abs((off * plain).mean()) < 0.005
+
+
+def test_input_perturbation_is_of_the_kind_of_the_noise():
+    """Where frames share a part of their noise they share as much of what is added to it."""
+    x0, shown = torch.zeros(256, 2, 4, 8, 8), []
+    draws = generators(7, range(256), stream="noise")
+    task = objective(linear(), "eps", input_perturbation=100.0)
+    mix = TextToVideo(shared_noise=0.49).mix
+    task.loss(lambda x_t, t, c: shown.append(x_t) or x_t, x0, Condition(), generator=draws, mix=mix)
+    frames = shown[0].transpose(1, 2).flatten(2)  # (B, F, N): each image at its own noise
+    frames = (frames / frames.std((1, 2), keepdim=True)).transpose(0, 1).flatten(1)
+    correlated = torch.corrcoef(frames)[~torch.eye(4, dtype=torch.bool)]
+    assert (correlated - 0.49).abs().max() < 0.03
 
 
 def test_options_are_drawn_by_image():

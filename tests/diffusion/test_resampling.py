@@ -4,6 +4,8 @@ import torch
 from mixture import MEANS, STD, ideal_denoiser
 from scipy.stats import ks_1samp, norm
 
+from ldm.diffusion.edm import EDM
+from ldm.diffusion.grids import ratio
 from ldm.diffusion.resampling import Resampled
 from ldm.diffusion.samplers import DDIM
 from ldm.diffusion.schedule import linear
@@ -54,3 +56,25 @@ def test_one_round_is_the_sampler_itself():
     )
     assert torch.equal(plain, same)
     assert seen == list(range(9))
+
+
+def test_churn_is_the_same_a_step_however_many_rounds_it_is_gone():
+    """The denoiser is asked at the levels of the sampler itself, once a round."""
+    schedule, sampler = linear(), EDM(order=1, churn=1.0)
+    times = sampler.times(schedule, 10)
+
+    def levels(sampler):
+        seen = []
+
+        def denoise(x_t, t):
+            seen.append(float(t))
+            return torch.zeros_like(x_t)
+
+        x = seeded()(torch.empty(1, 2, 1, 1).double())
+        sampler(denoise, x, schedule, times, noise=seeded(2))
+        return seen
+
+    plain, r = levels(sampler), ratio(schedule, times)
+    assert levels(Resampled(sampler, 3)) == [t for t in plain for _ in range(3)]
+    raised = ratio(schedule, torch.tensor(plain[1:]).double())
+    torch.testing.assert_close(raised, 1.1 * r[1:-1], rtol=1e-6, atol=0)

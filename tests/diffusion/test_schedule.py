@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest, laplace
@@ -149,11 +149,36 @@ def test_times_are_those_of_diffusers(spacing, steps):
     assert torch.equal(linear().timestep(times[:-1]).round().long(), oracle.timesteps)
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+def test_leading_has_the_whole_stride_of_diffusers_at_any_number_of_steps(offset):
+    """Ours is their steps_offset=0, as in the paper's table; Stable Diffusion has 1."""
+    oracle = DDIMScheduler(timestep_spacing="leading", steps_offset=offset)
+    for steps in [*range(1, 60), 99, 100, 128, 250, 333, 334, 499, 501, 999, 1000]:
+        oracle.set_timesteps(steps)
+        times = linear().times(steps, spacing="leading")
+        told = linear().timestep(times[:-1]).round().long()
+        assert torch.equal(told + offset, oracle.timesteps)
+    assert linear().timestep(linear().times(30, spacing="leading"))[0].round() == 957
+
+
+def test_leading_from_a_later_start_has_a_whole_stride_too():
+    for strength, steps, first in ((0.7, 30, 29 * 23), (0.57, 10, 9 * 57), (0.29, 29, 280)):
+        times = linear().times(steps, start=strength, spacing="leading")
+        assert (times[0] * 1000).item() == pytest.approx(first + 1, abs=1e-9)
+    # Without a table there are no whole numbers to keep to.
+    even = Flow().times(3, spacing="leading")
+    torch.testing.assert_close(even[:-1] - 1e-3, torch.tensor([2 / 3, 1 / 3, 0]).double())
+
+
 def test_impossible_grids_are_refused():
-    with pytest.raises(ValueError, match="take fewer steps"):
+    with pytest.raises(ValueError, match="take steps="):
         linear().times(1001)
-    with pytest.raises(ValueError, match="take fewer steps"):
+    with pytest.raises(ValueError, match="take steps="):
         linear().times(500, start=0.25)
+    with pytest.raises(ValueError, match=r"steps=13 or fewer, or a start \(strength\) of 0.03 or"):
+        linear().times(30, start=0.0137)
+    with pytest.raises(ValueError, match=r"of 1000: take a start \(strength\) of 0.03 or more"):
+        linear().times(30, start=0.0004, spacing="leading")
     with pytest.raises(ValueError, match="none of trailing"):
         linear().times(10, spacing="trialing")
     with pytest.raises(ValueError, match="steps >= 1"):

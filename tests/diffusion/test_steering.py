@@ -8,7 +8,7 @@ from scipy.stats import ks_1samp, norm
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.guidance import ClassifierFree, Words
 from ldm.diffusion.samplers import DDIM
-from ldm.diffusion.schedule import Flow, linear
+from ldm.diffusion.schedule import Flow, Laplace, cosine, linear
 from ldm.diffusion.steering import Classifier, Judged
 
 NONE = ClassifierFree(scale=1.0)
@@ -62,6 +62,37 @@ def test_the_exact_classifier_gives_the_conditional_denoiser(schedule, t):
         steered = guidance(marginal(schedule), EMPTY, EMPTY, WORDS)(x_t, t)
     truth = of_component(schedule, [0, 1, 2, 1])(x_t, t)
     torch.testing.assert_close(steered, truth, rtol=1e-6, atol=1e-6)
+
+
+BARELY_ANY_SIGNAL = {
+    "linear": linear(),
+    "linear to nothing": linear(zero_terminal_snr=True),
+    "cosine": cosine(),
+    "cosine to nothing": cosine(zero_terminal_snr=True),
+    "flow": Flow(),
+    "flow, shifted": Flow(shift=3.0),
+    "laplace": Laplace(),
+}
+
+
+@pytest.mark.parametrize("schedule", BARELY_ANY_SIGNAL.values(), ids=BARELY_ANY_SIGNAL)
+def test_the_classifier_decides_from_pure_noise_on(schedule):
+    """Bayes' posterior at the noisiest times, and what one step from pure noise paints."""
+    n, generator = 300, torch.Generator().manual_seed(1)
+    x_t = torch.randn(n, 2, 1, 1, dtype=torch.float64, generator=generator)
+    wanted = [i % 3 for i in range(n)]
+    guidance = Classifier(classifier=exact(schedule), schedule=schedule, inner=NONE)
+    steered = guidance(
+        marginal(schedule), EMPTY, EMPTY, Words([str(number) for number in wanted], None)
+    )
+    for t in (1.0, 0.9999, 0.9995, 0.999, 0.99):
+        t = torch.tensor(t, dtype=torch.float64)
+        truth = of_component(schedule, wanted)(x_t, t)
+        with torch.no_grad():
+            assert (steered(x_t, t) - truth).abs().max() < 4e-4
+    grid = DDIM().times(schedule, 1)
+    once = DDIM()(steered, x_t, schedule, grid, noise=None)
+    assert (once - of_component(schedule, wanted)(x_t, grid[0])).abs().max() < 4e-4
 
 
 def test_an_unconditional_model_paints_what_the_classifier_says():

@@ -20,6 +20,7 @@ from ldm.metrics.quality import Quality, TooFewError, captions_to_paint
 from ldm.metrics.subset import Subset, shuffled
 
 CPU = torch.device("cpu")
+BATCH = 4
 pytestmark = pytest.mark.filterwarnings("ignore:a caption of .* is cut")
 
 
@@ -43,7 +44,7 @@ def quality(folders, clip, cache, *, real="real", others="others", count=22, **m
     pictures = balls.images(folders / real)
     beside = balls.images(folders / others) if others else None
     subset = captions_to_paint(pictures, beside, count)
-    how = {"subset": subset, "size": SIZE, "batch": 4, **more}
+    how = {"subset": subset, "size": SIZE, "batch": BATCH, **more}
     return Quality([clip], pictures=pictures, others=beside, cache=cache, **how)
 
 
@@ -59,17 +60,31 @@ class Painter:
         return self.pipeline(prompts, seeds=seeds, size=SIZE, steps=1)
 
 
+def batches(count: int, size: int = BATCH) -> list[list[int]]:
+    """The places 0 .. count - 1, cut as `quality` cuts them."""
+    return [list(range(i, min(i + size, count))) for i in range(0, count, size)]
+
+
 def test_the_numbers_are_those_of_the_formulas(folders, clip, tiny_text, tmp_path):
-    """Everything by hand: the captions, the order, the pictures, their features."""
+    """Everything by hand: the captions, the order, the pictures, their features.
+
+    In the same batches: a kernel for another batch size rounds otherwise, and a pixel may become
+    another grey level, which moves fd_clip by 1e-5 of itself.
+    """
     one, paint = quality(folders, clip, tmp_path), Painter(tiny_text)
     one.prepare(CPU)
     found = one.measure(one.see(paint))
     order = shuffled(40)[:22]
     prompts = [balls.captions(i)[0] for i in order]
-    painted = clip(to_bytes(paint(prompts, seeds=range(22))))
+
+    def seen(pictures, places) -> Tensor:
+        parts = [[pictures[places[n], 0]["images"] for n in part] for part in batches(len(places))]
+        return torch.cat([clip(torch.stack(part)) for part in parts])
+
     pictures, others = (balls.images(folders / name) for name in ("real", "others"))
-    real = clip(torch.stack([others[i, 0]["images"] for i in shuffled(25)]))
-    floor = clip(torch.stack([pictures[i, 0]["images"] for i in order]))
+    real, floor = seen(others, shuffled(25)), seen(pictures, order)
+    images = [paint([prompts[n] for n in part], seeds=part) for part in batches(22)]
+    painted = torch.cat([clip(to_bytes(part)) for part in images])
     texts = clip.texts(prompts)
     expected = {
         "fd_clip": frechet_distance(Moments.of(real), Moments.of(painted)),
@@ -81,6 +96,19 @@ def test_the_numbers_are_those_of_the_formulas(folders, clip, tiny_text, tmp_pat
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert one.facts()["painted"] == 22
     assert (one.facts()["real"], one.facts()["floor"]) == (25, 22)
+
+
+def test_another_batch_size_moves_no_pixel_by_more_than_a_grey_level(tiny_text):
+    """Nor many: two roundings of one number fall on two sides of a half where it is near."""
+    prompts, paint = [balls.captions(i)[0] for i in range(22)], Painter(tiny_text)
+
+    def pixels(size: int) -> Tensor:
+        images = [paint([prompts[n] for n in part], seeds=part) for part in batches(22, size)]
+        return to_bytes(torch.cat(images)).int()
+
+    moved = (pixels(22) - pixels(BATCH)).abs()
+    assert moved.max() <= 1
+    assert (moved > 0).float().mean() < 1e-3
 
 
 @pytest.mark.parametrize("count", [22, 8])  # six pieces, and two: fewer than processes
@@ -248,4 +276,4 @@ def test_facts_tell_apart_what_gives_other_numbers(folders, clip, tmp_path, tiny
     for i, one in enumerate(found):
         assert one not in found[:i], changes[i]
     assert facts() == found[0]
-    assert facts(batch=7) == found[0], "changes no number"
+    assert facts(batch=7) == found[0], "its roundings are no other protocol"

@@ -185,3 +185,21 @@ def test_few_pictures_are_enough(painted, real):
         assert all(value == value for value in found.values()), found
         for name, (low, high) in one.estimated(tables)[1].items():
             assert low <= high, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("width", "real", "count", "spread"),
+    [(16, 400, 150, 0.8), (16, 400, 400, 1.0), (64, 300, 200, 0.7), (8, 100, 300, 1.0)],
+)
+def test_intervals_hold_the_shares_of_neighbours(width, real, count, spread):
+    """Over sets drawn anew: precisions from 0.82 to 0.9998, coverages from 0.93 to 0.9997."""
+    fixed = gaussian_rows(real, width, seed=1)
+    compared = Scores([Network("f")], {"f": fixed}, {"f": fixed}, {}, {})
+    draws = [gaussian_rows(count, width, seed=seed, spread=spread) for seed in range(2, 402)]
+    values = [compared.manifold.compare(rows) for rows in draws]
+    found = [compared.estimated({"f": rows})[1] for rows in draws[:200]]
+    for name in ("precision", "recall", "coverage"):
+        truth = sum(one[name] for one in values) / len(values)
+        inside = [one[name].low <= truth <= one[name].high for one in found]
+        assert sum(inside) / len(inside) >= 0.925, name  # 0.95 but for the chance of 200 draws

@@ -15,7 +15,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from ldm.models.captions import CaptionTokenizer
 from ldm.models.clip import Clip, train_tokenizer
-from ldm.models.text import ClipText
+from ldm.models.text import ClipText, load_clip
 
 L = 12
 SHORT, LONG = ["a red circle", "", "a Blue\tsquare!"], "one two three " * 20
@@ -185,6 +185,47 @@ def test_folders_are_never_looked_up_on_the_hub(clip_folder):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "16", done.stderr
     assert "127.0.0.1" not in done.stderr
+
+
+OTHERS_CODE = {
+    "_attn_implementation": "stranger/kernel",
+    "attn_implementation": "stranger/kernel@main:run",
+    "_attn_implementation_internal": "stranger/kernel",
+    "_experts_implementation": "stranger/kernel",
+    "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"},
+    "quantization_config": {"quant_method": "awq"},
+    "transformers_weights": "../evil.bin",
+    "per_layer_config": {"0": {"hidden_size": 4}},
+    "trust_remote_code": True,
+    "to_dict": "evil",
+    "_name_or_path": "stranger/model",
+}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_how_a_model_computes_is_not_the_files(clip_folder, tmp_path, nested):
+    """Names of kernels on the hub are fetched and run by transformers, where it has the package."""
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    config = json.loads((folder / "config.json").read_text())
+    for node in (config["text_config"], config["vision_config"]) if nested else (config,):
+        node |= OTHERS_CODE
+    (folder / "config.json").write_text(json.dumps(config))
+    plain = ClipText(str(clip_folder))
+    for kind in (CLIPModel, CLIPTextModel):
+        model, _ = load_clip(kind, str(folder))
+        for each in (model, *(m for m in model.modules() if hasattr(m, "config"))):
+            assert each.config._attn_implementation == plain.model.config._attn_implementation
+            assert not set(vars(each.config)) & {"auto_map", "quantization_config", "to_dict"}
+    found = ClipText(str(folder))
+    assert torch.equal(found(["a red ball"]).tokens, plain(["a red ball"]).tokens)
+
+
+@pytest.mark.parametrize("config", ["[]", "{", "{}", '{"text_config": []}', '{"text_config": 5}'])
+def test_a_config_that_is_none_is_told(clip_folder, tmp_path, config):
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    (folder / "config.json").write_text(config)
+    with pytest.raises((OSError, ValueError)):
+        ClipText(str(folder))
 
 
 def test_weights_of_another_kind_are_refused(clip_folder, tmp_path):

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.fft import idctn
 from torch import Tensor, nn
 
 from ldm.diffusion.condition import Condition
-from ldm.models.layers import PlaceMap
+from ldm.models.layers import PlaceMap, timestep_embedding
 from ldm.models.pretrained import to_diffusers, unet_config
 from ldm.models.unet import UNet
 
@@ -44,6 +45,13 @@ def inputs(net: UNet, *, batch=2, height=8, width=8) -> tuple[Tensor, Tensor, Co
     tokens = torch.randn(batch, 7, net.context_dim) if net.context_dim else None
     pooled = torch.randn(batch, net.pooled_dim) if net.pooled_dim else None
     return x, t, Condition(tokens=tokens, pooled=pooled)
+
+
+@pytest.mark.parametrize("width", [48, 64, 96, 160, 320])
+def test_the_timestep_embedding_is_that_of_stable_diffusion_to_the_last_bit(width):
+    t = torch.cat([torch.arange(1000.0), torch.rand(200) * 1000])
+    theirs = get_timestep_embedding(t, width, flip_sin_to_cos=True, downscale_freq_shift=0)
+    assert torch.equal(timestep_embedding(t, width), theirs)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from world import latent_diffusion, make_trainer, shapes_data
 
-from ldm.training.callbacks import Meter, Pictures
+from ldm.training.callbacks import Meter, Pictures, ProgressBar
 from ldm.training.csv_log import CsvLog
 
 SLOW = 0.5  # seconds that pictures take
@@ -72,3 +72,13 @@ def test_speed_is_of_the_training(told):
     said, seconds, meter = told
     spent = sum(4 / row["perf/images_per_s"] for row in said if "perf/images_per_s" in row)
     assert spent == pytest.approx(seconds * (1 - meter.latest["perf/eval_share"]), rel=0.35)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_bar_counts_batches_to_the_last_of_the_last_step(shapes, tiny_text, accumulate):
+    trainer = make_trainer(steps=3, accumulate=accumulate)
+    bar = ProgressBar(trainer.callbacks[0])
+    trainer.callbacks.append(bar)
+    trainer.fit(latent_diffusion(tiny_text), datamodule=shapes_data(shapes))
+    assert bar.train_progress_bar.total == 3 * accumulate
+    assert bar.train_progress_bar.n == 3 * accumulate

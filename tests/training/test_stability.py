@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_cli import ROOT, run
 from test_resume import assert_same
+from test_signals import RUN as TINY
 from world import latent_diffusion, make_trainer, shapes_data
 
 from ldm import checkpoint, runs
@@ -61,13 +62,16 @@ def train(
     every: int = 1,
     stop_after: int = 3,
     clip: float = 1.0,
+    keep: int = 9,
+    validate_every: int | None = None,
 ) -> SkipNonFinite:
     trainer = make_trainer(steps=steps, callbacks=[], accumulate=accumulate, clip=clip)
     [meter] = trainer.callbacks[:1]
     meter.every = every
     skip = SkipNonFinite(folder / "bad_batches.json", meter=meter, stop_after=stop_after)
-    keeper = Checkpoints(folder / "checkpoints", every=2, keep=9, facts={})
+    keeper = Checkpoints(folder / "checkpoints", every=2, keep=keep, facts={})
     trainer.callbacks += [*callbacks, skip, keeper]
+    trainer.val_check_interval = validate_every or trainer.val_check_interval
     trainer.loggers = [CsvLog(folder / "metrics.csv")]
     last = folder / "checkpoints" / "last.ckpt"
     how = {"ckpt_path": last if last.exists() else None, "weights_only": True}
@@ -127,7 +131,7 @@ def test_too_many_in_a_row_stop_with_the_samples_written_down(tmp_path, shapes, 
         with pytest.raises(
             NotFiniteError,
             match=r"was not finite at step .*6: left out. .*bad_batches.json names the samples. "
-            r"3 in a row are too many .* good checkpoint is .*/step=0000000[468].ckpt",
+            r"3 in a row are too many .* good checkpoint is .*/step=00000002.ckpt",
         ):
             train(tmp_path, shapes, latent_diffusion(tiny_text), spoil, steps=20, every=every)
     told = json.loads((tmp_path / "bad_batches.json").read_text())
@@ -166,6 +170,76 @@ def test_on_a_device_the_average_moves_by_what_the_device_says():
 def test_stopping_after_none_is_refused(tmp_path):
     with pytest.raises(ValueError, match="stop_after_skips=0 must be 1 or more"):
         SkipNonFinite(tmp_path, meter=None, stop_after=0)
+
+
+class SpoilWeights(L.Callback):
+    """Puts a NaN into a weight after a certain step, as a decay of nan would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, module: LatentDiffusion, *args) -> None:
+        if trainer.global_step == self.step:
+            module.denoiser.conv_in.bias.data[0] = torch.nan
+
+
+def steps_in(folder: Path) -> list[int]:
+    return sorted(checkpoint.step(path) for path in (folder / "checkpoints").glob("step=*.ckpt"))
+
+
+@pytest.mark.filterwarnings("ignore:the loss or the gradient was not finite")
+def test_saves_in_a_row_of_left_out_steps_thin_out_none_from_before(tmp_path, shapes, tiny_text):
+    how = {"keep": 2, "every": 1}
+    spoil = Spoil(*range(6, 11))  # steps 7 to 11
+    with pytest.raises(NotFiniteError, match=r"good checkpoint is .*/step=00000006.ckpt"):
+        train(tmp_path, shapes, latent_diffusion(tiny_text), spoil, steps=20, stop_after=5, **how)
+    assert steps_in(tmp_path) == [4, 6, 10]
+    facts = checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")["ldm"]
+    assert facts["finite"] is True
+    assert facts["doubtful_from"] == 7
+    with pytest.raises(NotFiniteError, match=r"good checkpoint is .*/step=00000006.ckpt"):
+        train(
+            tmp_path, shapes, latent_diffusion(tiny_text), Spoil(0), steps=20, stop_after=5, **how
+        )
+    train(tmp_path, shapes, latent_diffusion(tiny_text), steps=14, stop_after=5, **how)
+    assert steps_in(tmp_path) == [14, 14], "it goes on, and the row is over"
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, shapes, tiny_text):
+    with pytest.raises(
+        NotFiniteError,
+        match=r"the weights are not finite after step 6, and not saved. The last good checkpoint "
+        r"is .*/step=00000004.ckpt; take a lower",
+    ):
+        train(tmp_path, shapes, latent_diffusion(tiny_text), SpoilWeights(6), steps=20)
+    assert steps_in(tmp_path) == [2, 4]
+
+
+@pytest.mark.filterwarnings("ignore:the loss or the gradient was not finite")
+def test_a_validation_that_is_not_finite_keeps_what_was_before(tmp_path, shapes, tiny_text):
+    class Ruin(L.Callback):
+        """Finite weights, with which no loss is."""
+
+        def on_train_batch_end(self, trainer, module: LatentDiffusion, *args) -> None:
+            if trainer.global_step == 5:
+                for network in (module.denoiser, module.ema.module):
+                    network.conv_in.weight.data.fill_(1e38)
+
+    how = {"keep": 1, "steps": 12, "stop_after": 99, "validate_every": 4}
+    train(tmp_path, shapes, latent_diffusion(tiny_text), Ruin(), **how)
+    assert steps_in(tmp_path) == [4, 12]
+    assert checkpoint.read(tmp_path / "checkpoints" / "last.ckpt")["ldm"]["doubtful_from"] == 5
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_with_ruined_weights_is_not_finished(tmp_path):
+    ruin = [*TINY, "name=ruin", "optimizer.lr=1e9", "trainer.max_steps=2", "data.workers=0"]
+    for _ in range(2):  # the same command again has nothing left to train, and says the same
+        said = run(str(ROOT / "train.py"), *ruin, cwd=tmp_path, expect=1)
+        result = json.loads((tmp_path / "runs" / "ruin" / "result.json").read_text())
+        assert result["status"] == "failed"
+        assert "the last validation's val/loss is nan. The last good checkpoint is" in said
+        assert result["error"].startswith("NotFiniteError: the last validation's val/loss is nan")
 
 
 RANKS = """

@@ -209,6 +209,15 @@ def test_a_server_that_dies_costs_nothing(tmp_path, server, capsys):
     assert set(run.series("train/loss")) == set(range(9))
 
 
+def test_a_user_without_a_home_directory_is_not_logged_in(monkeypatch):
+    def nobody(number: int):
+        raise KeyError(number)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert not has_key()
+
+
 def test_a_dead_wandb_process_does_not_stop_the_training(tmp_path, capsys):
     logger = wandb_logger(run_dir=tmp_path, name="first", overrides=[])
     logger.log_metrics({"train/loss": 1.0}, step=0)

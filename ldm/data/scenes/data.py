@@ -1,9 +1,23 @@
 """The world of scenes as training data, drawn when it is first asked for."""
 
-from pathlib import Path
-
 from ldm.data.datamodule import TextImageData
 from ldm.data.scenes.prepare import prepare_scenes
+from ldm.files import located
+
+
+def scene_folders(
+    *,
+    folder: str,
+    count: int,
+    val_count: int,
+    size: int,
+    family: int = 1,
+    frames: int | None = None,
+) -> tuple[str, str]:
+    """The folders of the training and the validation scenes of these settings."""
+    place = located(folder) / (f"{size}px" if frames is None else f"{size}px-{frames}-frames")
+    train = place / (f"train-{count}" if family == 1 else f"train-{count}-by-{family}")
+    return str(train), str(place / f"val-{val_count}")
 
 
 def scenes_data(
@@ -28,9 +42,9 @@ def scenes_data(
     right are what the captions are about. With `frames`, the first object of each scene moves, in a
     video of so many pictures (see `motion.py`).
     """
-    place = Path(folder) / (f"{size}px" if frames is None else f"{size}px-{frames}-frames")
-    train = str(place / f"train-{count}" if family == 1 else place / f"train-{count}-by-{family}")
-    val = str(place / f"val-{val_count}")
+    train, val = scene_folders(
+        folder=folder, count=count, val_count=val_count, size=size, family=family, frames=frames
+    )
     prepare_scenes(out=train, count=count, size=size, split="train", family=family, frames=frames)
     prepare_scenes(out=val, count=val_count, size=size, split="val", frames=frames)
     return TextImageData(

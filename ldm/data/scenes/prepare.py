@@ -28,6 +28,7 @@ from ldm.data.scenes.draw import draw
 from ldm.data.scenes.motion import MOTION_VERSION, Moving, film, sample_moving
 from ldm.data.scenes.world import VERSION, Scene, Split, caption, sample
 from ldm.data.shards import write_shard
+from ldm.files import located
 
 _PER_SHARD = 500
 _PHRASINGS = 3
@@ -71,7 +72,7 @@ def prepare_scenes(
         world = partial(sample_moving, split=split, seed=seed)
         members = partial(_video, frames=frames)
     world(0)  # says what is wrong with these
-    folder = Path(out)
+    folder = located(out)
     folder.mkdir(parents=True, exist_ok=True)
     report = folder / "report.json"
     with _alone(folder):

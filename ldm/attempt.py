@@ -1,0 +1,78 @@
+"""One call of a run: what it leaves in result.json, however it ends."""
+
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from ldm import cli, runs
+from ldm.signals import Signals
+
+
+def put_together(cfg: DictConfig, run_dir: Path, signals: Signals):
+    """Build the run's parts; where a signal ends that, result.json says so."""
+    first = runs.rank() == 0
+    try:
+        if first:
+            OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+        from ldm.build.job import build  # torch and Lightning: a typo need not wait for them
+
+        job = build(cfg, run_dir, signals)
+        signals.at_once = False
+        return job
+    except SystemExit:
+        if signals.received is not None and first:
+            signals.at_once = False
+            result = {"status": "preempted"} | runs.so_far(run_dir, cfg.metric)
+            with suppress(OSError):  # a full disk; what an earlier call has left holds still
+                runs.write_result(run_dir, result)
+            tell(run_dir, result)
+            signals.requeue()
+        raise
+
+
+def tell(run_dir: Path, result: dict) -> None:
+    """Print how a run has ended."""
+    at = result["checkpoint"] or "none: the same command begins anew"
+    print(
+        f"{result['status']} at step {result['steps']}; {result['metric']} = {result['value']}; "
+        f"newest checkpoint: {at}; more in {run_dir}",
+        flush=True,
+    )
+
+
+def fit(cfg: DictConfig, job, run_dir: Path, signals: Signals) -> None:
+    """Train, from the newest checkpoint if there is one, and leave result.json, come what may."""
+    first = runs.rank() == 0
+    spent = runs.read_result(run_dir).get("seconds", 0.0)
+    began, ended = time.time(), {"status": "failed"}
+    try:
+        if first:
+            (run_dir / "result.json").unlink(missing_ok=True)  # of an earlier, shorter call
+            begins = "resumes" if job.resume else "begins"
+            print(f"{run_dir} {begins}: {job.describe()}", flush=True)
+        if job.trainer.world_size == 1:  # several leave together, where the training begins
+            signals.leave_at_once()
+        if cfg.validate_first and job.resume is None:
+            job.trainer.validate(job.module, datamodule=job.data, verbose=False)
+            cli.check_metric(cfg.metric, job.metrics())
+        job.trainer.fit(job.module, datamodule=job.data, ckpt_path=job.resume, weights_only=True)
+        job.check_end(run_dir, cfg.metric)
+        ended = {"status": "finished"}
+    except (KeyboardInterrupt, SystemExit):
+        ended = {"status": "preempted"}
+        if first:
+            signals.requeue()
+        raise
+    except BaseException as error:
+        ended["error"], told_here = job.failed(run_dir, error)
+        first = first or told_here
+        raise
+    finally:
+        signals.at_once = False
+        seconds = round(spent + time.time() - began, 1)
+        if first:
+            result = ended | job.outcome(run_dir, cfg.metric) | {"seconds": seconds}
+            job.finish(run_dir, cfg.metric, cfg.direction, result)
+            tell(run_dir, result)

@@ -1,0 +1,80 @@
+"""Paths and texts of the command line, as a user types them."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from PIL import Image
+from shell import ROOT, run
+
+from ldm import cli
+from ldm.data.cache import Cache
+from ldm.data.places import locate
+from ldm.data.prompts import Lines
+from ldm.files import located
+from ldm.models.labels import Labels
+
+LATIN = os.fsdecode(b"caf\xe9")  # typed in an old locale: no UTF-8
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home directory that is not the current one."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "home"
+
+
+def test_home_is_meant_wherever_a_path_is(home, monkeypatch):
+    (home / "shards").mkdir()
+    (home / "shards" / "a.tar").touch()
+    (home / "names.txt").write_text("cat\ndog\n")
+    assert locate("~/shards") == locate(["~/shards"]) == locate("~/*/a.tar")
+    assert locate("~/shards") == [home / "shards" / "a.tar"]
+    assert Labels("~/names.txt").names == ["cat", "dog"]
+    assert Cache("~/cache", gigabytes=1).folder == home / "cache"
+    monkeypatch.setattr("sys.argv", ["x", "out=~/o", "data=~nobody-is-called-so/x", "text=~/a"])
+    taken = cli.take_text(["out", "data", "text"])
+    assert taken == {"out": f"{home}/o", "data": "~nobody-is-called-so/x", "text": "~/a"}
+    assert located("~nobody-is-called-so/x") == Path("~nobody-is-called-so/x")
+
+
+def test_paths_of_any_bytes_stay_as_typed(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", f"image={LATIN}", f"prompt={LATIN}"])
+    assert cli.take_text(["image", "prompt"]) == {"image": LATIN, "prompt": "caf\ufffd"}
+
+
+@pytest.mark.parametrize("value", ["~/a b", "café/雪", LATIN, "a/step=250.ckpt", "~/x=1/a*.tar"])
+def test_paths_need_no_quotes_for_the_grammar(value):
+    parser = OverridesParser.create()
+    assert parser.parse_override(cli.quoted(f"data.train={value}")).value() == value
+    assert cli.quoted(f"x='{value}'") == f"x='{value}'"
+
+
+def test_captions_in_a_file_of_another_system_are_read(tmp_path):
+    (tmp_path / "a.txt").write_text("a cat\tcat\r\na dog\tdog\r\n", encoding="utf-16")
+    (tmp_path / "b.txt").write_text("a cat\tcat\na dog\tdog\n", encoding="utf-8-sig")
+    assert Lines(tmp_path / "a.txt").prompts == Lines(tmp_path / "b.txt").prompts
+    (tmp_path / "names.txt").write_text("cat\ndog\n", encoding="utf-8-sig")
+    assert Labels(str(tmp_path / "names.txt")).names == ["cat", "dog"]
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n", encoding="utf-16")
+    given = {"prompt": "", "prompts": str(tmp_path / "prompts.txt")}
+    assert cli.read_prompts(given) == ["a cat", "a dog"]
+
+
+def test_a_folder_of_such_a_name_is_prepared_and_printed(home):
+    pictures = home.parent / "work" / LATIN
+    pictures.mkdir()
+    Image.new("RGB", (9, 8), "red").save(pictures / "a.png")
+    (pictures / "a.txt").write_text("red")
+    prepare = ("-m", "ldm.prepare", "folder", f"images={LATIN}", "size=8")
+    said = run(*prepare, f"out=~/{LATIN}", cwd=pictures.parent, HOME=str(home), PYTHONUTF8="1")
+    assert "1 samples in" in said
+    assert (home / LATIN / "00000.tar").is_file()
+    assert os.listdir(home.parent / "work") == [LATIN]
+    gone = f"image={os.fsdecode(bytes([0xFF]))}.png"
+    said = run(str(ROOT / "sample.py"), gone, cwd=home, expect=2)
+    assert "there is no such file" in said

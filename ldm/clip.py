@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from ldm import cli
 from ldm.asked import check_places
-from ldm.data.sources import SUFFIXES
+from ldm.data.sources import SUFFIXES, pictures_in
 from ldm.files import located, read_text, reserve
 from ldm.words import printable, prose
 
@@ -147,7 +147,7 @@ def pictures(name: str, place: str) -> list[Path]:
         raise cli.UsageError(f"{name}={place} does not exist")
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    found = pictures_in(path)
     if not found:
         raise cli.UsageError(f"{name}={place} is a folder without pictures ({', '.join(SUFFIXES)})")
     return found

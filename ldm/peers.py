@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import file_digest
-from ldm.data.captions import clean, decode
+from ldm.data.captions import clean
 from ldm.data.images import ImageError, read_bytes, read_image, short_side, square, to_tensor
-from ldm.data.sources import SUFFIXES
+from ldm.data.sources import SUFFIXES, pictures_in
+from ldm.files import read_text
 from ldm.models.hub import quiet
 
 # What a text-to-image pipeline is called with, beside the guidance scale, which not all have.
@@ -36,8 +37,7 @@ class Folder:
         self.folder = folder
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder '{folder}'")
-        found = sorted(folder.iterdir())
-        self.paths = [path for path in found if path.suffix.lower() in SUFFIXES]
+        self.paths = pictures_in(folder)
         if not self.paths:
             raise FileNotFoundError(f"no pictures in '{folder}' ({', '.join(SUFFIXES)})")
         self.captions = self._captions()
@@ -87,7 +87,7 @@ class Folder:
                 f"'{missing[0]}' is missing, and {len(missing) - 1} more: captions are compared "
                 "where each picture has one, or else remove all .txt files"
             )
-        return [clean(decode(text.read_bytes())) for text in texts]
+        return [clean(read_text(text)) for text in texts]
 
 
 class Peer:

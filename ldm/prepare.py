@@ -40,8 +40,10 @@ def converted(cfg: DictConfig, paths: dict[str, str], out: str) -> Report:
     if cfg.source == "coco":
         if cfg.frames is not None:
             raise cli.UsageError("frames is for folder and scenes: COCO has pictures")
+        if cfg.caption_key != "text":
+            raise cli.UsageError("caption_key is for folder: COCO's captions have their place")
         return prepare_coco(annotations=cli.needed(paths, "annotations"), **options)
-    return prepare_folder(**options, part=cfg.part, frames=cfg.frames)
+    return prepare_folder(**options, part=cfg.part, frames=cfg.frames, caption_key=cfg.caption_key)
 
 
 def drawn(cfg: DictConfig, out: str) -> Report:

@@ -15,8 +15,8 @@ from ldm.data.scenes.data import scene_folders
 from ldm.data.shards import Shards
 
 SCENES = "ldm.data.scenes.data.scenes_data"
-# What decides which samples of shards there are, and which pictures they become.
-SAMPLES = ("min_size", "on_error", "frames")
+# What decides which samples of shards there are, and which pictures and captions they become.
+SAMPLES = ("min_size", "on_error", "frames", "caption_key")
 
 
 def own_pictures(restored: pipelines.Restored, size: int) -> tuple[TextImages, TextImages]:
@@ -54,12 +54,14 @@ def _opened(
     min_size: int | None = None,
     on_error: str = "stop",
     frames: int | None = None,
+    caption_key: str | None = None,
 ) -> TextImages:
     places = [source] if isinstance(source, str) else source
     try:
         if any(is_url(str(place)) for place in places):
             raise FileNotFoundError(f"{shown(source)} is on a server")
-        shards = Shards(source, min_size=min_size, read_only=True)
+        kind = {"min_size": min_size, "on_error": on_error, "caption_key": caption_key}
+        shards = Shards(source, **kind, read_only=True)
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(
             f"the pictures of the run are not here ({error}): give data=DIR, real pictures to "

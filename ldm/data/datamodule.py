@@ -95,6 +95,18 @@ class TextImageData(L.LightningDataModule):
         }
         self.order = Order(sizes, seed=seed, window=window, group=group)
 
+    def rules(self) -> dict[str, bool]:
+        """What a checkpoint must say, so that the run goes on by the rules that it began with."""
+        return {"even_crops": self.train_set.even_crops}
+
+    def resume(self, facts: dict) -> None:
+        """Go on after the images that were seen, by the rules of a checkpoint.
+
+        One from before there were even crops does not name them.
+        """
+        self.position = int(facts["images_seen"])
+        self.train_set.even_crops = facts.get("even_crops", False)
+
     def train_captions(self) -> list[str]:
         """Every caption of the training set."""
         shards = self.train_set.shards

@@ -50,7 +50,8 @@ class TextImages(Dataset):
     """Square pictures with a caption, by (sample index, position).
 
     In training the caption is drawn from (seed, epoch, index), crop and flip from
-    (seed, position); otherwise each sample has its centre and its first caption.
+    (seed, position); otherwise each sample has its centre and its first caption. Every place of a
+    random crop is as likely as any other, unless `even_crops` is off, as in runs begun before.
     A picture is cut to its shorter side first, then scaled to `size`, up or down.
     frames: samples are animations, of which so many frames are taken, evenly; None: pictures.
     on_error: where a picture is damaged, "stop" raises ImageError naming shard and key; "skip" puts
@@ -85,6 +86,7 @@ class TextImages(Dataset):
         self._skip = on_error == "skip"
         self._damaged: dict[int, Skip] = {}  # found by this process; not decoded in vain again
         self._size, self._seed, self._train = size, seed, train
+        self.even_crops = True
         self._random_crop, self._flip = train and crop == "random", flip if train else 0.0
 
     def plain(self, *, size: int | None = None) -> "TextImages":
@@ -130,10 +132,9 @@ class TextImages(Dataset):
 
     def _pixels(self, data: bytes, position: int) -> Tensor:
         x, y, flip = draws(3, CROP, self._seed, position) / 2.0**64
-        if not self._random_crop:
-            x = y = 0.5
+        place = {"x": x, "y": y, "even": self.even_crops} if self._random_crop else {}
         seen = read_frames(data, self.frames) if self.frames else [read_image(data)]
-        films = [to_tensor(square(image, self._size, x=x, y=y)) for image in seen]
+        films = [to_tensor(square(image, self._size, **place)) for image in seen]
         pixels = torch.stack(films, dim=1) if self.frames else films[0]
         return pixels.flip(-1) if flip < self._flip else pixels  # (3, S, S) or (3, F, S, S)
 

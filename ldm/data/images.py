@@ -118,24 +118,32 @@ def resize_short(image: Image.Image, size: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def crop(image: Image.Image, size: int, *, x: float, y: float) -> Image.Image:
+def crop(image: Image.Image, size: int, *, x: float, y: float, even: bool = False) -> Image.Image:
     """A square of `size` pixels; x, y in [0, 1] run from left and top to right and bottom.
 
-    (0.5, 0.5) is the centre. Raises ValueError where the picture is smaller than the square.
+    (0.5, 0.5) is the centre. even: each of its places has the same share of [0, 1], where else the
+    first and the last have half of the others'. Raises ValueError where the picture is smaller than
+    the square.
     """
     width, height = image.size
     if size > min(width, height):
         raise ValueError(f"cannot crop {size} x {size} pixels from {width} x {height}")
-    left, top = round(x * (width - size)), round(y * (height - size))
+    if even:
+        left = min(int(x * (width - size + 1)), width - size)
+        top = min(int(y * (height - size + 1)), height - size)
+    else:
+        left, top = round(x * (width - size)), round(y * (height - size))
     return image.crop((left, top, left + size, top + size))
 
 
-def square(image: Image.Image, size: int, *, x: float = 0.5, y: float = 0.5) -> Image.Image:
-    """A square of the picture's shorter side, at x, y as in `crop`, scaled to `size` pixels.
+def square(
+    image: Image.Image, size: int, *, x: float = 0.5, y: float = 0.5, even: bool = False
+) -> Image.Image:
+    """A square of the picture's shorter side, placed as in `crop`, scaled to `size` pixels.
 
     It is cut first, because scaling up a picture of 1 x 20000 pixels would take gigabytes.
     """
-    return resize_short(crop(image, min(image.size), x=x, y=y), size)
+    return resize_short(crop(image, min(image.size), x=x, y=y, even=even), size)
 
 
 def read_square(path: str | Path, size: int) -> Tensor:

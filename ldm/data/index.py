@@ -129,6 +129,8 @@ def open_index(
     """
     if min_size is not None and min_size < 1:
         raise ValueError(f"min_size must be 1 pixel or more, or null, got {min_size}")
+    if not isinstance(caption_key, str | None):
+        raise ValueError(f"caption_key is a name or null, got {caption_key!r}")
     paths = locate(source)
     if cache is None and any(isinstance(path, Remote) for path in paths):
         raise ValueError(f"{shown(source)}: shards on servers need data.cache=FOLDER to be kept in")

@@ -84,15 +84,17 @@ def prepare_folder(
     limit: int | None = None,
     part: Part = "all",
     frames: int | None = None,
+    caption_key: str = "text",
 ) -> Report:
     """Write shards of a folder with a metadata.jsonl, or with a.txt beside each a.jpg.
 
+    caption_key: the name that captions have in metadata.jsonl.
     part: "val" takes a tenth of the pictures, chosen by their names alone, "train" the others.
     frames: of animations (WebP, GIF, PNG), which are written as WebP; those with fewer are broken.
     Everything else is as in `prepare_coco`; `folder_records` says what the files hold.
     """
     options = _Options(size, format, quality, samples_per_shard, limit, frames)
-    records = folder_records(located(images), part=part)
+    records = folder_records(located(images), part=part, caption_key=caption_key)
     places = {"images": str(located(images).resolve()), "part": part}
     return _prepare(records, located(out), places, options, workers)
 

@@ -42,7 +42,9 @@ def _opened(profile: bytes) -> tuple[str | None, ImageCms.ImageCmsTransform | No
         mode = _MODES.get(source.profile.xcolor_space)
         srgb = ImageCms.createProfile("sRGB")
         transform = mode and ImageCms.buildTransform(source, srgb, mode, "RGB")
-    except (ImageCms.PyCMSError, OSError):
+    except (
+        Exception
+    ):  # Pillow raises several kinds on damaged ones, a UnicodeDecodeError among them
         return None, None
     if mode is None or (mode != "CMYK" and _is_identity(transform, mode)):
         return mode, None

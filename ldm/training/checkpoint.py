@@ -166,7 +166,7 @@ class Checkpoints(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, module, checkpoint: dict) -> None:
         facts = {"images_seen": self.seen, "validated": not self._is_due(trainer), "finite": True}
-        checkpoint["ldm"] = {**self.facts, **facts}
+        checkpoint["ldm"] = {**self.facts, **trainer.datamodule.rules(), **facts}
         doubts = self.unsound_from, stability.row_began(trainer)
         self.doubtful_from = min((step for step in doubts if step is not None), default=None)
         if self.doubtful_from is not None:
@@ -176,7 +176,7 @@ class Checkpoints(L.Callback):
             checkpoint["ldm"]["best"] = best
 
     def on_load_checkpoint(self, trainer: L.Trainer, module, checkpoint: dict) -> None:
-        trainer.datamodule.position = int(checkpoint["ldm"]["images_seen"])
+        trainer.datamodule.resume(checkpoint["ldm"])
         self.owes_validation = not checkpoint["ldm"].get("validated", True)
         self.unsound_from = checkpoint["ldm"].get("doubtful_from")
         self.loaded = checkpoint["global_step"]

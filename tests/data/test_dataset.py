@@ -76,6 +76,22 @@ def test_what_is_drawn_depends_on_seed_and_position_only(shards):
     assert len({str(pixels) for _, pixels in forward}) > 10
 
 
+def test_runs_begun_before_keep_their_crops(tmp_path):
+    """Of three places the outer ones came half as often."""
+    source = Image.new("RGB", (6, 4))
+    source.paste((250, 0, 0), (5, 0, 6, 4))
+    shards = write(tmp_path, [encoded(source)])
+    shares = {}
+    for even in (True, False):
+        data = TextImages(shards, size=4, seed=0, train=True, crop="random")
+        assert data.even_crops  # a new run's
+        data.even_crops = even
+        right = [bool(data[0, p]["images"].max() > 200) for p in range(600)]
+        shares[even] = sum(right) / 600
+    assert 0.27 < shares[True] < 0.40
+    assert 0.19 < shares[False] < 0.31
+
+
 def test_the_caption_is_drawn_once_an_epoch(shards):
     data = TextImages(shards, size=8, seed=0, train=True)
     within = {data[1, p]["captions"] for p in range(4)}  # positions of epoch 0

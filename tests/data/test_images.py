@@ -182,6 +182,7 @@ PLAIN = {
     "of another kind of pixels": GREY,
     "broken": b"profile",
     "cut": WIDE[:200],
+    "of a space whose name is no text": WIDE[:16] + b"\x80" + WIDE[17:],
 }
 
 
@@ -192,7 +193,7 @@ def test_srgb_and_broken_profiles_change_no_bit(profile):
     assert is_plain(data, "PNG")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_damaged_profile_costs_no_picture(data):
     damaged = bytearray(data.draw(st.sampled_from([WIDE, INK])))
@@ -303,6 +304,13 @@ def test_crop_runs_from_edge_to_edge():
     assert crop(image, 2, x=0, y=1) == image.crop((0, 2, 2, 4))
     with pytest.raises(ValueError, match="10 x 4"):
         crop(image, 5, x=0, y=0)
+
+
+def test_even_crops_have_every_place_as_often():
+    places = [gradient(6, 4).crop((left, 0, left + 4, 4)) for left in range(3)]
+    drawn = [crop(gradient(6, 4), 4, x=x, y=0.7, even=True) for x in np.arange(300) / 300]
+    assert [drawn.count(place) for place in places] == [100, 100, 100]
+    assert crop(gradient(6, 4), 4, x=1.0, y=1.0, even=True) == places[2]  # a draw may round to 1
 
 
 def test_a_square_is_cut_then_scaled():

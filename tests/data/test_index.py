@@ -233,6 +233,8 @@ def test_empty_captions_are_told_with_the_key_that_has_text(tmp_path, caplog):
 def test_another_key_is_another_set(tmp_path):
     members = [("a.png", picture()), ("a.json", b'{"text": "a dog", "caption": "a cat"}')]
     write(tmp_path, tar_bytes(members))
+    with pytest.raises(ValueError, match="caption_key is a name or null, got 3"):
+        open_index(tmp_path, caption_key=3)
     prints = {open_index(tmp_path, caption_key=key).fingerprint for key in (None, "text")}
     assert len(prints) == 2
 

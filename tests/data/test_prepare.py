@@ -53,12 +53,12 @@ def test_shards_of_a_folder(folder, tmp_path):
     shards = Shards(tmp_path / "out")
     keys = [shards.index.key(i) for i in range(len(shards))]
     assert keys == [f"0000{n // 2}000{n % 2}" for n in (0, 1, 2, 4, 5, 8, 9)]
-    assert shards.read(3).captions == ["number 4", "the 4th"]
+    assert shards.read(3).captions == ["number 4 the 4th"]
     assert read_image(shards.read(3).image).size == (32, 16)
     source = (folder / "4.png").read_bytes()
     assert fields(shards, 3) == {
         "key": "000020000", "status": "success", "file_name": "4.png",
-        "caption": "number 4", "captions": ["number 4", "the 4th"],
+        "caption": "number 4 the 4th", "captions": ["number 4 the 4th"],
         "width": 32, "height": 16, "original_width": 40, "original_height": 20,
         "sha256": hashlib.sha256(source).hexdigest(),
     }  # fmt: skip

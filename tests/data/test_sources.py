@@ -4,7 +4,7 @@ import json
 import pytest
 from material import picture
 
-from ldm.data.sources import coco_records, folder_records
+from ldm.data.sources import coco_records, folder_records, pictures_in
 
 
 def coco(*images: dict, captions: dict) -> dict:
@@ -94,14 +94,70 @@ def test_what_is_not_there_is_named(images, tmp_path):
 
 
 def test_a_folder_with_texts_beside_the_pictures(images):
-    (images / "a.txt").write_text(" first \n\nsecond\n")
-    (images / "sub" / "c.txt").write_bytes(b"caf\xe9\n")
+    """All lines are one caption, as in a shard; UTF-16 is read by its mark, Latin-1 is named."""
+    (images / "a.txt").write_bytes(b" first \r\n\r\nsecond\r\n")
+    (images / "sub" / "c.txt").write_bytes("café\r\n".encode("utf-16"))
+    for name, text in {"latin": b"caf\xe9\n", "unmarked": "wide".encode("utf-16-le")}.items():
+        (images / f"{name}.jpg").write_bytes(picture())
+        (images / f"{name}.txt").write_bytes(text)
     records = folder_records(images)
     assert [(r.file_name, r.captions) for r in records.found] == [
-        ("a.jpg", ["first", "second"]),
-        ("sub/c.JPEG", ["caf\ufffd"]),
+        ("a.jpg", ["first second"]),
+        ("sub/c.JPEG", ["café"]),
     ]
-    assert records.skipped == {"no caption": ["b.png"]}
+    assert records.skipped == {
+        "no caption": ["b.png"],
+        "caption neither in UTF-8 nor in UTF-16 with a byte order mark": [
+            "latin.jpg",
+            "unmarked.jpg",
+        ],
+    }
+
+
+def captioned(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(picture())
+    path.with_suffix(".txt").write_text("x")
+
+
+def test_linked_folders_are_followed_each_once(tmp_path):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for path in (root / "real/a.jpg", elsewhere / "deep/b.jpg", tmp_path / "beside.jpg"):
+        captioned(path)
+    (root / "0-real").symlink_to("real")  # what lies there keeps its name
+    (root / "set").symlink_to(elsewhere)
+    (root / "again").symlink_to(elsewhere / "deep")
+    (root / "parent").symlink_to("..")
+    (elsewhere / "back").symlink_to(root)
+    (elsewhere / "self").symlink_to(".")
+    (root / "nowhere").symlink_to("absent")
+    records = folder_records(root)
+    assert [record.file_name for record in records.found] == ["again/b.jpg", "real/a.jpg"]
+    assert records.skipped == {}
+
+
+def test_hidden_files_and_formats_that_are_not_read_are_named(tmp_path):
+    names = ("ok.jpg", "._ok.jpg", ".ipynb_checkpoints/ok.jpg", "__MACOSX/a/._ok.jpg")
+    for name in (*names, "a.avif", "sub/b.AVIF", "c.tiff", "d.md"):
+        captioned(tmp_path / name)
+    records = folder_records(tmp_path)
+    assert [record.file_name for record in records.found] == ["ok.jpg"]
+    assert {reason: sorted(names) for reason, names in records.skipped.items()} == {
+        "hidden": sorted(names[1:]),
+        "in avif, which is not read": ["a.avif", "sub/b.AVIF"],
+        "in tiff, which is not read": ["c.tiff"],
+    }
+    (tmp_path / "ok.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"in avif, which is not read': 2.*convert to"):
+        folder_records(tmp_path)
+    assert [path.name for path in pictures_in(tmp_path)] == []
+
+
+def test_a_column_of_another_name_holds_the_captions(images):
+    (images / "metadata.jsonl").write_text('{"file_name": "a.jpg", "prompt": "one"}')
+    with pytest.raises(FileNotFoundError, match="with a 'text'"):
+        folder_records(images)
+    assert folder_records(images, caption_key="prompt").found[0].captions == ["one"]
 
 
 def test_a_folder_with_metadata(images):

@@ -161,6 +161,28 @@ def test_the_count_of_skipped_samples_goes_on(tmp_path, tiny_text):
     assert counts["whole", 9] == counts["broken", 9] > counts["broken", 4] > 0
 
 
+def test_a_run_goes_on_with_the_crops_that_it_began_with(tmp_path, shapes, tiny_text):
+    def fit(steps: int) -> bool:
+        keeper = Checkpoints(tmp_path, every=99, keep=1, facts={})
+        how = {"size": SIZE, "batch_size": 4, "workers": 0}
+        data = TextImageData(train=str(shapes), val=str(shapes), **how)
+        last = tmp_path / "last.ckpt"
+        resume = {"ckpt_path": last if last.exists() else None, "weights_only": True}
+        trainer = make_trainer(steps=steps, callbacks=[keeper])
+        trainer.fit(latent_diffusion(tiny_text), datamodule=data, **resume)
+        assert checkpoint.read(last)["ldm"]["even_crops"] == data.train_set.even_crops
+        return data.train_set.even_crops
+
+    assert fit(1)
+    assert fit(2)
+    last = (tmp_path / "last.ckpt").resolve()
+    payload = checkpoint.read(last)
+    del payload["ldm"]["even_crops"]  # as those of before
+    checkpoint.write(payload, last)
+    assert not fit(3)
+    assert not fit(4)
+
+
 class Cut(L.Callback):
     """Cuts a file off after a step."""
 

@@ -146,9 +146,9 @@ def measured(
         print(f"going on with what was painted before the last call ended ({pieces})", flush=True)
     found = {"varied": varied} if varied else {}
     found["metrics"] = {}
+    paint = source.paint(cfg)  # before a bar is drawn: it may have something to say
     if source.scenes is not None:
         with bar(total=share(len(source.scenes), ranks.world), desc="Scenes") as shown:
-            paint = source.paint(cfg)
             found["metrics"] |= scene_metrics(source.scenes, paint, pieces, shown.update)
     if quality is not None:
         if ranks.rank == 0 and any(quality.subset.captions):
@@ -158,7 +158,7 @@ def measured(
         folder = asked["keep"] and Path(asked["keep"], told(varied))
         with bar(total=share(len(quality.subset), ranks.world), desc="Pictures") as shown:
             seen = quality.see(
-                source.paint(cfg),
+                paint,
                 folder=pieces / "features",
                 done=lambda items: shown.update(len(items)),
                 keep=partial(keep, folder, quality.subset)

@@ -148,9 +148,8 @@ def run(main: Callable[[], None], config_name: str, *, goes_on: bool = False) ->
     except OSError as error:
         if _entered(main, error):
             raise
-        told = f"nothing can be written to {error.filename or 'the run directory'}"
-        print(f"\n{Path(sys.argv[0]).name}: {told} ({error.strerror})", file=sys.stderr)
-        sys.exit(2)
+        place = error.filename or "the run directory"
+        refuse(UsageError(f"nothing can be written to {place} ({error.strerror})"), config_name)
     except ValueError as error:
         if "No trials are completed" not in str(error):  # so optuna says that every job failed
             raise

@@ -86,6 +86,10 @@ def augment(cfg: DictConfig, asked: dict[str, str | None], words: dict[str, list
             prepare.claim(out, json.loads(json.dumps(facts)))
         ranks.any(False)  # all wait until it is ours, and rid of what a kill has left
         mine = found[ranks.rank :: ranks.world]
+        if ranks.rank == 0:
+            words_of = {"prompts": [prompts(cfg.seed).text], "negative": asked["negative"]}
+            for line in restored.pipeline.caveats(cfg.steps, **words_of):
+                print(line, file=sys.stderr, flush=True)
         bar = partial(tqdm, unit="image", disable=ranks.rank != 0, mininterval=runs.often())
         with bar(total=sum(len(part.pictures) for part in mine), desc="Painting") as shown:
             pipeline = partial(restored.pipeline, size=size, negative=asked["negative"])

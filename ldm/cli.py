@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from ldm import settings
-from ldm.files import read_text
+from ldm.files import check_length, read_text
 from ldm.leftovers import discard
 from ldm.locks import InUseError
 from ldm.ranges import OURS, flaw
@@ -144,6 +145,11 @@ def run(main: Callable[[], None], config_name: str, *, goes_on: bool = False) ->
         more = "; the same command goes on from here" if goes_on else ""
         print(f"\n{Path(sys.argv[0]).name}: {how}{more}", file=sys.stderr)
         sys.exit(code)
+    except OSError as error:
+        if _entered(main, error):
+            raise
+        place = error.filename or "the run directory"
+        refuse(UsageError(f"nothing can be written to {place} ({error.strerror})"), config_name)
     except ValueError as error:
         if "No trials are completed" not in str(error):  # so optuna says that every job failed
             raise
@@ -167,6 +173,12 @@ def check_option(group: str, value: str) -> None:
         key = {"guidance": "guidance.scale", "optimizer": "optimizer.lr"}.get(group)
         meant = f"{key}={value} sets the number, and " if key else ""
         raise UsageError(f"{group}={value} is no option of {group}: {meant}there are: {options}")
+
+
+def _entered(main: Callable[[], None], error: BaseException) -> bool:
+    """Whether Hydra, which makes the run directory, has come so far as to call our function."""
+    code = getattr(main, "__wrapped__", main).__code__
+    return any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _in_a_line(message, category, filename, lineno, line=None, *, standard) -> str:
@@ -247,11 +259,15 @@ def _default(config_name: str, groups: tuple[str, ...]) -> dict:
 
 
 def check_name(name: object) -> None:
-    """Refuse names that are no place below runs/; raises UsageError."""
+    """Refuse names that are no place below runs/, or too long for one; raises UsageError."""
     is_text = isinstance(name, str | int | float) and str(name).isprintable()
     if not is_text or not str(name).strip("./ ") or {"..", ""} & set(str(name).split("/")):
         said = f"'{name}'" if is_text else ascii(name) if isinstance(name, str) else spoken(name)
         raise UsageError(f"name={said} names no run: leave it out, or give name=my-run")
+    try:
+        check_length("name", Path("runs", str(name)))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def check_metric(metric: str, logged: Iterable[str]) -> None:

@@ -148,9 +148,9 @@ def measured(
         pieces.mkdir(parents=True)  # says that the pictures which are kept are of this call
     found = {"varied": varied} if varied else {}
     found["metrics"] = {}
+    paint = source.paint(cfg)  # before a bar is drawn: it may have something to say
     if source.scenes is not None:
         with bar(total=share(len(source.scenes), ranks.world), desc="Scenes") as shown:
-            paint = source.paint(cfg)
             found["metrics"] |= scene_metrics(source.scenes, paint, pieces, shown.update)
     if quality is not None:
         if ranks.rank == 0 and any(quality.subset.captions):
@@ -160,7 +160,7 @@ def measured(
         folder = asked["keep"] and folder_of(asked["keep"], varied)
         with bar(total=share(len(quality.subset), ranks.world), desc="Pictures") as shown:
             seen = quality.see(
-                source.paint(cfg),
+                paint,
                 folder=pieces / "features",
                 done=lambda items: shown.update(len(items)),
                 keep=partial(keep, folder, quality.subset)

@@ -27,6 +27,8 @@ def main(argv: Sequence[str]) -> None:
         given = [name for name in ("autoencoder", "clip") if paths.get(name)]
         if not given:
             raise cli.UsageError("nothing to package: give autoencoder=runs/.. or clip=runs/..")
+        for name in () if cfg.overwrite else given:
+            check_place(out / name, name)
         with cli.told_plainly():
             from ldm.build import packaging
 
@@ -38,6 +40,16 @@ def main(argv: Sequence[str]) -> None:
                 print(f"{out / name}: {figures}")
 
     cli.run(package, "package")
+
+
+def check_place(folder: Path, name: str) -> None:
+    """UsageError where a folder holds what is no part that was packaged; such a one is replaced."""
+    card = folder / "README.md"
+    is_ours = card.is_file() and card.read_bytes().startswith(f"# {name}, packaged".encode())
+    if folder.exists() and not is_ours and not (folder.is_dir() and not any(folder.iterdir())):
+        raise cli.UsageError(
+            f"{folder} holds what is none of ldm.package's: give another out=DIR, or overwrite=true"
+        )
 
 
 def card(name: str, run: Path, folder: Path, figures: dict[str, float]) -> str:

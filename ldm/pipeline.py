@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ldm.diffusion.caveats import caveat
 from ldm.diffusion.condition import Condition
 from ldm.diffusion.guidance import Denoise, DenoiseWith, Guidance, Words
 from ldm.diffusion.inversion import invert
@@ -111,6 +112,24 @@ class Pipeline:
             # Cells of the latent grid that the mask cuts through were painted anew as a whole.
             joined = torch.where(mask > 0, images, image)
             return joined if paste else self.decode(encode(joined))
+
+    def caveats(
+        self, steps: int, *, prompts: Sequence[str] = (), negative: str = "", strength: float = 1.0
+    ) -> list[str]:
+        """A line each for what has no effect as asked for, or a bad one.
+
+        Raises ValueError where steps and strength make no grid.
+        """
+        said = []
+        if negative and not self.guidance.reads_negative(prompts):
+            said.append(
+                "negative= has no effect: this guidance takes the answer for the prompt alone. "
+                "Give guidance=cfg guidance.scale=2, or another scale than 1"
+            )
+        if self.task.rounds == 1:  # in rounds all steps are of first order
+            word = caveat(self.sampler, self.objective.schedule, steps, start=strength)
+            said += [word] if word else []
+        return said
 
     @torch.no_grad()
     def invert(

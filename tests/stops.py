@@ -1,7 +1,7 @@
-"""A start that is stopped at moment after moment: python tests/stops.py SIGNAL SECONDS OVERRIDE ...
+"""A start that is stopped at COUNT + 1 moments: python tests/stops.py SIGNAL COUNT OVERRIDE ...
 
-Each life is a fork of this process (see kills.py), and its whole process group gets the signal, a
-SECONDS later than the life before, until one has begun to train. One more is left to finish.
+Each life is a fork of this process (see kills.py), and its whole process group gets the signal: the
+first one when it begins to train, the others earlier and earlier. One more is left to finish.
 Prints a line of JSON: of each life how it ended, and what it printed.
 """
 
@@ -15,20 +15,23 @@ from pathlib import Path
 import kills
 
 
-def main(number: int, step: float, overrides: list[str]) -> None:
+def main(number: int, count: int, overrides: list[str]) -> None:
     """Stop lives, then let one finish."""
     name = next(text for text in overrides if text.startswith("name=")).partition("=")[2]
     result = Path("runs", name, "result.json")
     lives: list[dict] = []
-    while not lives or lives[-1]["moment"] is not None:
-        trained = bool(lives) and "Training" in lives[-1]["said"]
-        moment = None if trained else len(lives) * step
+    start = 60.0  # seconds; measured in the first life
+    for moment in [*range(count, -1, -1), None]:
         log = Path(f"stops-{name}-{len(lives)}.log")
+        log.unlink(missing_ok=True)
         result.unlink(missing_ok=True)
+        began = time.monotonic()
         child = kills.live(overrides, log)
         if moment is not None:
-            ends = time.monotonic() + moment
-            kills.watch(child, lambda at=ends: time.monotonic() >= at, 60)
+            ends = began + start * moment / count
+            trains = lambda log=log: log.exists() and "Training" in log.read_text()  # noqa: E731
+            kills.watch(child, lambda at=ends, t=trains: time.monotonic() >= at or t(), 60)
+            start = min(start, time.monotonic() - began) if moment == count else start
             if not kills.has_ended(child):
                 os.killpg(child, number)
         kills.watch(child, lambda: False, 120)
@@ -47,4 +50,4 @@ def main(number: int, step: float, overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(getattr(signal, sys.argv[1]), float(sys.argv[2]), sys.argv[3:])
+    main(getattr(signal, sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

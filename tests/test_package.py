@@ -104,6 +104,13 @@ def frozen(folder):
         return parts.frozen(compose("train", overrides=["name=x", *places]))
 
 
+def test_a_folder_of_other_things_is_not_replaced(tmp_path):
+    (tmp_path / "parts" / "clip").mkdir(parents=True)
+    (tmp_path / "parts" / "clip" / "README.md").write_text("mine")
+    said = run("-m", "ldm.package", "clip=runs/x", "out=parts", cwd=tmp_path, expect=2)
+    assert "parts/clip holds what is none of ldm.package's" in said
+
+
 def test_nothing_to_package_is_told(tmp_path):
     said = run("-m", "ldm.package", cwd=tmp_path, expect=2)
     assert "autoencoder=runs/.." in said

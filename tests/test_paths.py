@@ -65,6 +65,22 @@ def test_captions_in_a_file_of_another_system_are_read(tmp_path):
     assert cli.read_prompts(given) == ["a cat", "a dog"]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([f"name={'n' * 300}"], "nothing can be written to runs/nnn"),
+        (["name=a"], "nothing can be written to runs/a"),
+        (["-m", "name=a", "seed=1,2"], "Not a directory: 'runs/a'"),
+    ],
+)
+def test_a_run_that_has_no_place_is_refused_in_a_line(tmp_path, words, said):
+    if "name=a" in words:
+        (tmp_path / "runs").touch()
+    told = run(str(ROOT / "train.py"), *words, cwd=tmp_path, expect=2)
+    assert said in told
+    assert "Traceback" not in told
+
+
 def test_a_folder_of_such_a_name_is_prepared_and_printed(home):
     pictures = home.parent / "work" / LATIN
     pictures.mkdir()

@@ -6,8 +6,12 @@ import pytest
 import torch
 from world import SIZE, pipeline
 
+from ldm.diffusion.composition import Composed
+from ldm.diffusion.guidance import Auto, ClassifierFree, Projected
+from ldm.diffusion.multistep import DPMSolver
 from ldm.diffusion.steering import Judged
 from ldm.models.autoencoder import Identity
+from ldm.tasks import ProjectedInpaint
 
 PROMPTS = ["a red circle", "a blue square", "a white circle"]
 
@@ -132,3 +136,39 @@ def test_a_judge_steers_towards_what_it_likes(tiny_text):
     steered = replace(plain, guidance=judged)(PROMPTS[:2], seeds=[0, 1], size=SIZE, steps=8)
     assert (steered.flatten(1).mean(1) > images.flatten(1).mean(1) + 0.05).all()
     assert not steered.requires_grad
+
+
+def test_a_word_where_a_negative_prompt_says_nothing(tiny_text):
+    """It is told by the guidance that is asked, and the word is true: pictures are the same."""
+    pipe = pipeline(tiny_text)
+    plain, guided = ClassifierFree(scale=1.0), ClassifierFree(scale=3.0)
+    cases = [
+        (plain, "a dog", True),
+        (guided, "a dog", False),
+        (ClassifierFree(scale=0.0), "a dog", False),
+        (Projected(scale=1.0), "a dog", True),
+        (Auto(guide=pipe.denoise, inner=plain, scale=3.0), "a dog", True),
+        (Auto(guide=pipe.denoise, inner=guided, scale=3.0), "a dog", False),
+        (Composed(scale=1.0), "a dog", True),
+        (Composed(scale=1.0), "a dog AND a cat", False),
+        (Composed(scale=2.0), "a dog :0.25 AND a cat :0.25", True),
+    ]
+    for guidance, prompt, useless in cases:
+        pipe.guidance = guidance
+        words = pipe.caveats(4, prompts=[prompt], negative="red")
+        assert words == pipe.caveats(4, prompts=[prompt]) + words[: int(useless)]
+        assert ("negative= has no effect" in "".join(words)) == useless
+        how = {"seeds": [0], "size": 16, "steps": 2}
+        one, other = (pipe([prompt], negative=text, **how) for text in ("", "red"))
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0) if useless else None
+        assert useless or not torch.equal(one, other)
+
+
+def test_a_word_for_a_sampler_that_overshoots_at_these_steps(tiny_text):
+    pipe = pipeline(tiny_text)
+    assert pipe.caveats(30) == []
+    pipe.sampler = DPMSolver(eta=1.0, spacing="leading")
+    (word,) = pipe.caveats(30)
+    assert "overshoots in 30 steps with spacing=leading" in word
+    pipe.task = ProjectedInpaint(rounds=2)  # of first order
+    assert pipe.caveats(30) == []

@@ -23,6 +23,7 @@ RUN = [
     *("model.groups=8", "model.multipliers=[1]", "model.attention=[false]"),
     *("optimizer.warmup=1", "samples.n=1", "samples.steps=1", "checkpoint.every=5"),
 ]
+MOMENTS = 16
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the sender of a signal is not known")
 
 
@@ -144,17 +145,16 @@ def test_no_worker_outlives_a_run_that_is_killed(tmp_path):
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1"])
 def test_a_start_can_be_stopped_at_any_moment(tmp_path, number):
     """Of a run that begins and of one that resumes: 75, preempted, and the same end."""
-    stops = (str(ROOT / "tests" / "stops.py"), number, "0.03")
 
-    def lives(name: str, *more: str, step: str = "0.03") -> list[dict]:
-        command = [*RUN, f"name={name}", *more]
-        said = run(*stops[:2], step, *command, cwd=tmp_path, seconds=600, OMP_NUM_THREADS="1")
+    def lives(*command: str) -> list[dict]:
+        stops = (str(ROOT / "tests" / "stops.py"), number, str(MOMENTS))
+        said = run(*stops, *RUN, *command, cwd=tmp_path, seconds=600, OMP_NUM_THREADS="1")
         return json.loads(said.splitlines()[-1])
 
     short, long = "trainer.max_steps=6", "trainer.max_steps=14"
     run(TRAIN, *RUN, "name=whole", long, cwd=tmp_path, OMP_NUM_THREADS="1")
-    ended = lives("stopped", short) + lives("stopped", long)
-    assert len(ended) > 12
+    ended = lives("name=stopped", short) + lives("name=stopped", long)
+    assert len(ended) == 2 * (MOMENTS + 2)
     for life in ended:
         words = (life["moment"], life["code"], life["said"][-3000:])
         if life["moment"] is None or life["result"].get("status") == "finished":

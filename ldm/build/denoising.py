@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ldm import checkpoint
+from ldm.asked import tell
 from ldm.build import parts, stages
 from ldm.build.guidance import guidance
 from ldm.cli import UsageError
@@ -114,6 +115,10 @@ def module(
     draw = partial(
         examples, pipeline, data.val_set, prompts, steps=cfg.samples.steps, seed=cfg.seed
     )
+    if rank() == 0:
+        counts = {cfg.samples.steps, *(each.steps for each in (cfg.eval or {}).values())}
+        for line in (line for count in sorted(counts) for line in pipeline.caveats(count)):
+            tell(line)
     callbacks = [Pictures(run_dir / "samples", draw)] if prompts else []
     if trained.phema is not None:
         callbacks.append(Snapshots(run_dir / "phema", every=cfg.phema.every))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -124,8 +125,14 @@ def run(
         )
     text = Remembered(restored.pipeline.text)
 
+    said: set[str] = set()
+
     def paint(cfg: DictConfig) -> Paint:
         pipeline = replace(pipelines.sampling(restored.pipeline, cfg), text=text)
+        for line in pipeline.caveats(cfg.steps):
+            if line not in said and Ranks().rank == 0:
+                print(line, file=sys.stderr, flush=True)
+            said.add(line)
         return partial(pipeline, size=size, steps=cfg.steps)
 
     def facts(cfg: DictConfig) -> dict:

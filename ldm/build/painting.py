@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ldm import gallery, requests, runs
+from ldm.asked import tell
 from ldm.build import pipelines
 from ldm.painting import paint
 
@@ -46,6 +47,11 @@ def painted(
     given = requests.read(first.pipeline, trained=first.size, size=cfg.size, **files)
     default = runs.picture_path(last.path, jobs[0][0])
     out = gallery.place(asked["out"], default, moving=first.pipeline.frames is not None)
+
+    prompts = [prompt for prompt, _ in jobs]
+    asks = {"prompts": prompts, "negative": asked["negative"], "strength": strength}
+    for line in first.pipeline.caveats(cfg.steps, **asks):
+        tell(line)
 
     how = {"steps": cfg.steps, "batch": cfg.batch, "previews": cfg.previews}
     images: list[Tensor] = []

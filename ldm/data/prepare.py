@@ -160,8 +160,8 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
         if differing:
             changes = ", ".join(f"{key} was {before.get(key)}" for key in differing)
             raise ValueError(f"{out} was begun with other settings ({changes}): use another out")
-    elif any(out.glob("*.tar")):
-        raise FileExistsError(f"{out} holds shards that came from elsewhere: use another out")
+    elif others := [*out.glob("*.tar"), *out.glob("report.json"), *out.glob("index.npz")]:
+        raise FileExistsError(f"{others[0]} came from elsewhere: use another out")
     out.mkdir(parents=True, exist_ok=True)
     own = "*" if path.is_file() else f"{path.name}.*"  # what a kill left, and nothing else
     for leftover in out.glob(f"{own}{TEMPORARY}"):

@@ -4,6 +4,7 @@ Shapes: B batch, C latent channels, h w latent grid, K parts of all prompts toge
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -84,6 +85,11 @@ class Composed(ClassifierFree):
             return self.rescaled(x0_hat, at_one, x_t, t)
 
         return within(self.interval, guided, plain)
+
+    def reads_negative(self, prompts: Sequence[str]) -> bool:
+        """Whether, for any prompt, its parts leave something for `uncond`."""
+        totals = [sum(weight for _, weight in parse(prompt)) for prompt in prompts]
+        return any(self.scale * total != 1 for total in totals)
 
 
 def of_parts(words: Words, texts: list[str], cond: Condition, of_image: list[int]) -> Condition:

@@ -38,6 +38,8 @@ class Guidance(Protocol):
         self, denoise: DenoiseWith, cond: Condition, uncond: Condition, words: Words | None = None
     ) -> Denoise: ...
 
+    def reads_negative(self, prompts: Sequence[str]) -> bool: ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierFree:
@@ -81,6 +83,10 @@ class ClassifierFree:
             return self.rescaled(x0_hat, x0_cond, x_t, t)
 
         return within(self.interval, guided, plain)
+
+    def reads_negative(self, prompts: Sequence[str]) -> bool:
+        """Whether `uncond` counts for anything."""
+        return self.scale != 1
 
     def rescaled(self, x0_hat: Tensor, like: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """x0_hat by `rescale` of the way to where its output deviates as that of `like` does."""
@@ -190,6 +196,10 @@ class Auto:
             return torch.lerp(self.guide(x_t, t, cond), inner(x_t, t), self.scale)
 
         return within(self.interval, guided, inner)
+
+    def reads_negative(self, prompts: Sequence[str]) -> bool:
+        """Whether the inner one does."""
+        return self.inner.reads_negative(prompts)
 
 
 def within(interval: Sequence[float], guided: Denoise, plain: Denoise) -> Denoise:

@@ -68,6 +68,10 @@ class Steered(ABC):
 
         return within(self.interval, steered, inner)
 
+    def reads_negative(self, prompts: Sequence[str]) -> bool:
+        """Whether the inner one does."""
+        return self.inner.reads_negative(prompts)
+
     @abstractmethod
     def look(self, inner: Denoise, prompts: Sequence[str]) -> Look:
         """From x_t and t to the inner x0_hat and log p (B,), whose gradient reaches x_t."""

@@ -37,6 +37,8 @@ def wandb_logger(
     lies in <run_dir>/wandb and is sent by `wandb sync`. With a key and no server that takes it,
     the run is offline after WANDB_INIT_TIMEOUT (15) seconds.
     """
+    if os.path.expanduser("~") == "~":  # no home directory, without which W&B does not even begin
+        os.environ["HOME"] = "/nonexistent"
     if offline is None and "WANDB_MODE" not in os.environ:
         offline = not has_key()
     group, _, own = str(name).rpartition("/")

@@ -148,6 +148,9 @@ def test_shards_from_elsewhere_are_not_mixed_in(folder, shard_folder):
     with pytest.raises(FileExistsError, match="came from elsewhere"):
         prepare(folder, elsewhere)
     assert [p.name for p in elsewhere.iterdir()] == ["00000.tar"]
+    (elsewhere / "00000.tar").rename(elsewhere / "report.json")
+    with pytest.raises(FileExistsError, match=r"report\.json came from elsewhere"):
+        prepare(folder, elsewhere)
 
 
 def test_shards_of_before_there_were_reasons_are_kept(folder, tmp_path):

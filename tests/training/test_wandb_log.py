@@ -209,13 +209,17 @@ def test_a_server_that_dies_costs_nothing(tmp_path, server, capsys):
     assert set(run.series("train/loss")) == set(range(9))
 
 
-def test_a_user_without_a_home_directory_is_not_logged_in(monkeypatch):
+def test_without_a_home_directory_a_run_is_offline(monkeypatch, tmp_path):
     def nobody(number: int):
         raise KeyError(number)
 
+    monkeypatch.setenv("HOME", "")  # is put back afterwards
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", nobody)
     assert not has_key()
+    log_steps(tmp_path, range(3))
+    (run,) = wandb_files.of_run(tmp_path)
+    assert set(run.series("train/loss")) == {0, 1, 2}
 
 
 def test_a_dead_wandb_process_does_not_stop_the_training(tmp_path, capsys):

@@ -30,7 +30,8 @@ class Folder:
     size: None is their own, where all have one. `captions`: the texts of the .txt files beside the
     pictures, on one line each; None where there is none. `digest`: a sha256 of names and contents.
     Raises FileNotFoundError where there is no picture, ImageError naming a file that is none, and
-    ValueError where sizes differ and none was given, or where only some pictures have a caption.
+    ValueError where sizes differ and none was given, where only some pictures have a caption, or a
+    caption's file is no text.
     """
 
     def __init__(self, folder: Path, *, size: int | None = None) -> None:

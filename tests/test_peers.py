@@ -53,8 +53,14 @@ def test_captions_lie_beside_all_pictures_or_none(tmp_path):
     (tmp_path / "a.txt").write_text("two\n lines\n")
     with pytest.raises(ValueError, match=r"b\.txt' is missing, and 0 more"):
         Folder(tmp_path)
-    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfcaf\xc3\xa9 \xff")
-    assert Folder(tmp_path).captions == ["two lines", "café \ufffd"]
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"b\.txt is neither UTF-8 nor UTF-16"):
+        Folder(tmp_path)
+    for text in (b"\xef\xbb\xbfcaf\xc3\xa9", "café".encode("utf-16")):
+        (tmp_path / "b.txt").write_bytes(text)
+        assert Folder(tmp_path).captions == ["two lines", "café"]
+    picture(tmp_path / "._a.png", (8, 8))  # of macOS
+    assert len(Folder(tmp_path)) == 2
 
 
 def test_another_folder_has_another_digest(tmp_path):

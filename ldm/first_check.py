@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -34,6 +35,12 @@ class FirstCheck(Callback):
         """
         parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         self._check(config, [override for override in parsed if override.is_sweep_override()])
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **more: object) -> None:
+        """Tell what `main` has refused: Hydra would print a line of its own before it."""
+        error = job_return._return_value  # `return_value`, of Hydra 1.3, prints and then raises it
+        if isinstance(error, cli.REFUSALS):
+            cli.refuse(error, self.command)
 
     def _check(self, config: DictConfig, swept: list[Override]) -> None:
         try:

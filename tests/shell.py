@@ -49,6 +49,7 @@ def run(*command: str, cwd: Path, expect: int = 0, seconds: float = 300, **more:
         timeout=seconds,
     )
     assert done.returncode == expect, done.stdout + done.stderr
+    assert "Error executing job" not in done.stderr, "Hydra's own words about a refusal of ours"
     return done.stderr + done.stdout
 
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.checkpoint import CheckpointError
 from ldm.cli import CONF
 from ldm.plain import read_mapping
+from ldm.ranges import flaw
 
 # Groups that a model is built of.
 MODEL = ("autoencoder", "text_encoder", "model", "scheduler", "objective", "task")
@@ -110,6 +111,8 @@ def admit_component(node: object, place: str) -> dict:
             raise ValueError(f"{inner} is a component, where none can be")
         else:
             admitted[key] = plain(value, inner)
+            if value is not None and (said := flaw(inner, value, "train")):
+                raise ValueError(said)
     return admitted
 
 

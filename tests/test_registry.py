@@ -173,9 +173,8 @@ def test_a_hostile_configuration_builds_nothing(case, honest, place):
     key, value, words = HOSTILE[case]
     path = written(changed(honest, key, value), place)
     before = everything(place)
-    with audited() as heard:
-        with pytest.raises(CheckpointError) as refused:
-            parts.opened(str(path))
+    with audited() as heard, pytest.raises(CheckpointError) as refused:
+        parts.opened(str(path))
     assert heard == []
     assert everything(place) == before
     assert words in str(refused.value)

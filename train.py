@@ -23,7 +23,7 @@ def main(cfg: DictConfig) -> None:
     run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     with cli.told_plainly():
         lock = locks.claim(run_dir) if runs.rank() == 0 else None  # until this process ends
-        cli.check_unchanged(cfg, run_dir)
+        attempt.check_unchanged(cfg, run_dir)
         if runs.is_finished(run_dir, cfg.trainer.max_steps, stops=bool(cfg.early_stop)):
             print(
                 f"{run_dir} is finished: {cfg.metric} = {runs.value(run_dir, cfg.metric)}. Raise "

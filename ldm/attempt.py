@@ -1,12 +1,15 @@
-"""One call of a run: what it leaves in result.json, however it ends."""
+"""One call of a run: whether it may go on, and what it leaves in result.json, however it ends."""
 
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ldm import cli, runs
+from ldm.settings import nearest
 from ldm.signals import Signals
 
 
@@ -56,7 +59,7 @@ def fit(cfg: DictConfig, job, run_dir: Path, signals: Signals) -> None:
             signals.leave_at_once()
         if cfg.validate_first and job.resume is None:
             job.trainer.validate(job.module, datamodule=job.data, verbose=False)
-            cli.check_metric(cfg.metric, job.metrics())
+            check_metric(cfg.metric, job.metrics())
         job.trainer.fit(job.module, datamodule=job.data, ckpt_path=job.resume, weights_only=True)
         job.check_end(run_dir, cfg.metric)
         ended = {"status": "finished"}
@@ -76,3 +79,39 @@ def fit(cfg: DictConfig, job, run_dir: Path, signals: Signals) -> None:
             result = ended | job.outcome(run_dir, cfg.metric) | {"seconds": seconds}
             job.finish(run_dir, cfg.metric, cfg.direction, result)
             tell(run_dir, result)
+
+
+def check_metric(metric: str, logged: Iterable[str]) -> None:
+    """Refuse a metric that the first validation did not measure; raises UsageError."""
+    if metric not in logged and not metric.startswith(("train/", "perf/")):
+        known = sorted(name for name in logged if "/" in name)
+        raise cli.UsageError(
+            f"metric={metric} is not measured by this run{nearest(metric, known)} There are: "
+            f"{', '.join(known)}"
+        )
+
+
+def check_unchanged(cfg: DictConfig, run_dir: Path) -> None:
+    """Refuse to go on with a run under another configuration; UsageError names what differs."""
+    if (run_dir / runs.SWEEP).is_file():
+        raise cli.UsageError(f"{run_dir} is a sweep, and no run: give another name=...")
+    before = run_dir / "config.yaml"
+    # Where nothing was saved, there is nothing to go on with.
+    saved = any((run_dir / "checkpoints").glob("step=*.ckpt"))
+    if not before.is_file() or not saved or runs.rank() != 0:
+        return
+    try:
+        old = runs.read_yaml(before)
+    except ValueError as error:
+        raise cli.UsageError(f"{error}. Move the folder away to begin anew") from error
+    new = OmegaConf.to_container(cfg, resolve=True)
+    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    found = runs.changes(old, new, cli.default("train", words))
+    changed = [change for change in found if not runs.concerns(change, cfg.resume.allow)]
+    if changed:
+        keys = ",".join(change.partition(" was ")[0] for change in changed)
+        raise cli.UsageError(
+            f"{run_dir} was begun with other settings: {'; '.join(changed[:5])}. Give those again "
+            f"to go on with it, another name=... to begin anew, or resume.allow=[{keys}] to change "
+            "it midway"
+        )

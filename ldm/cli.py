@@ -26,8 +26,8 @@ from ldm.leftovers import discard
 from ldm.locks import InUseError
 from ldm.ranges import OURS, flaw
 from ldm.rules import spoken
-from ldm.runs import RESOLVERS, SWEEP, changes, concerns, number, rank, read_yaml
-from ldm.settings import explain, is_group, missing, nearest
+from ldm.runs import RESOLVERS, number
+from ldm.settings import explain, is_group, missing
 from ldm.words import printable, prose
 
 # Texts that people or networks read; every other one is a path, or may be.
@@ -268,42 +268,6 @@ def check_name(name: object) -> None:
         check_length("name", Path("runs", str(name)))
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-
-def check_metric(metric: str, logged: Iterable[str]) -> None:
-    """Refuse a metric that the first validation did not measure; raises UsageError."""
-    if metric not in logged and not metric.startswith(("train/", "perf/")):
-        known = sorted(name for name in logged if "/" in name)
-        raise UsageError(
-            f"metric={metric} is not measured by this run{nearest(metric, known)} There are: "
-            f"{', '.join(known)}"
-        )
-
-
-def check_unchanged(cfg: DictConfig, run_dir: Path) -> None:
-    """Refuse to go on with a run under another configuration; UsageError names what differs."""
-    if (run_dir / SWEEP).is_file():
-        raise UsageError(f"{run_dir} is a sweep, and no run: give another name=...")
-    before = run_dir / "config.yaml"
-    # Where nothing was saved, there is nothing to go on with.
-    saved = any((run_dir / "checkpoints").glob("step=*.ckpt"))
-    if not before.is_file() or not saved or rank() != 0:
-        return
-    try:
-        old = read_yaml(before)
-    except ValueError as error:
-        raise UsageError(f"{error}. Move the folder away to begin anew") from error
-    new = OmegaConf.to_container(cfg, resolve=True)
-    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    found = changes(old, new, default("train", words))
-    changed = [change for change in found if not concerns(change, cfg.resume.allow)]
-    if changed:
-        keys = ",".join(change.partition(" was ")[0] for change in changed)
-        raise UsageError(
-            f"{run_dir} was begun with other settings: {'; '.join(changed[:5])}. Give those again "
-            f"to go on with it, another name=... to begin anew, or resume.allow=[{keys}] to change "
-            "it midway"
-        )
 
 
 def _compare(given: dict, default: dict, prefix: str, config_name: str, ours: bool = True) -> None:

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from tiny_t5 import save_tiny_t5
 from world import small_autoencoder, write_shapes
 
-from ldm import checkpoint, cli, explain
+from ldm import attempt, checkpoint, cli, explain
 from ldm.build import classifier, evaluation, packaging, parts, pipelines, registry, sets
 from ldm.build.guidance import guide
 from ldm.checkpoint import CheckpointError
@@ -271,11 +271,11 @@ def test_a_run_directory_is_looked_at_without_looking_anything_up(honest, place,
     with initialize_config_dir(cli.CONF, version_base="1.3"):
         cfg = compose("train", overrides=["name=x"])
         with pytest.raises(cli.UsageError, match=r"autoencoder\.path was") as refused:
-            cli.check_unchanged(cfg, run)
+            attempt.check_unchanged(cfg, run)
         assert "a secret" not in str(refused.value)
         (run / "config.yaml").write_text("a: &a [x]\nb: [*a]")
         with pytest.raises(cli.UsageError, match="YAML alias"):
-            cli.check_unchanged(cfg, run)
+            attempt.check_unchanged(cfg, run)
     assert explain.paints_text(run / "config.yaml") is False
 
 

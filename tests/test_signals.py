@@ -182,6 +182,8 @@ def test_a_start_can_be_stopped_at_any_moment(tmp_path, number):
         else:
             assert life["code"] == 75, words
             assert life["result"]["status"] == "preempted", words
+            saved = life["result"]["checkpoint"] or "checkpoints/step=00000000"
+            assert life["result"]["steps"] == int(saved[17:25]), words
     whole, stopped = (
         torch.load(tmp_path / "runs" / name / "checkpoints" / "last.ckpt", weights_only=True)
         for name in ("whole", "stopped")

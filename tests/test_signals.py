@@ -21,7 +21,13 @@ RUN = [
     *("logger=csv", "data=scenes", "data.count=30", "data.val_count=8", "data.size=16"),
     *("data.batch_size=4", "data.workers=2", "autoencoder=identity", "model.channels=16"),
     *("model.groups=8", "model.multipliers=[1]", "model.attention=[false]"),
-    *("optimizer.warmup=1", "samples.n=1", "samples.steps=1", "checkpoint.every=5"),
+    *(
+        "optimizer.warmup=1",
+        "optimizer.decay=constant",
+        "samples.n=1",
+        "samples.steps=1",
+        "checkpoint.every=5",
+    ),
 ]
 MOMENTS = 16
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the sender of a signal is not known")

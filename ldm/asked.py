@@ -3,10 +3,12 @@
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from omegaconf import DictConfig
 
 from ldm.cli import UsageError
+from ldm.outputs import named
 from ldm.runs import unknown
 
 FILES = ("image", "mask", "style", "prompts")
@@ -19,12 +21,17 @@ def checked(
 ) -> dict[str, str | None]:
     """`asked`, the texts, with `~` in paths expanded; typed: those of the command line.
 
-    Raises UsageError for files that are not there, and for what contradicts.
+    Raises UsageError for files that are not there, for an `out` that no picture can have, and for
+    what contradicts.
     """
     paths = {name: asked.get(name) or None for name in FILES + PLACES}
     asked = {**asked, **{name: path and os.path.expanduser(path) for name, path in paths.items()}}
     for name in FILES:
         check_file(name, asked[name])
+    try:
+        named(asked["out"], Path("picture"), moving=None)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     inverts = bool((cfg.get("task") or {}).get("invert"))
     contradictions = {
         "ckpt and cascade: give either": cfg.cascade and asked.get("ckpt"),

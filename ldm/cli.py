@@ -145,14 +145,14 @@ def run(main: Callable[[], None], config_name: str, *, goes_on: bool = False) ->
         more = "; the same command goes on from here" if goes_on else ""
         print(f"\n{Path(sys.argv[0]).name}: {how}{more}", file=sys.stderr)
         sys.exit(code)
-    except OSError as error:
-        if _entered(main, error):
+    except (OSError, ValueError) as error:
+        if "No trials are completed" in str(error):  # so optuna says that every job failed
+            return
+        why = error if isinstance(error, OSError) else error.__cause__  # logging wraps those
+        if not isinstance(why, OSError) or _entered(main, error):
             raise
-        place = error.filename or "the run directory"
-        refuse(UsageError(f"nothing can be written to {place} ({error.strerror})"), config_name)
-    except ValueError as error:
-        if "No trials are completed" not in str(error):  # so optuna says that every job failed
-            raise
+        place = why.filename or "the run directory"
+        refuse(UsageError(f"nothing can be written to {place} ({why.strerror})"), config_name)
 
 
 REFUSALS = (HydraException, OmegaConfBaseException, UsageError)

@@ -11,6 +11,7 @@ from ldm import cli
 from ldm.asked import check_places
 from ldm.data.sources import SUFFIXES, pictures_in
 from ldm.files import located, read_text, reserve
+from ldm.outputs import place
 from ldm.words import printable, prose
 
 MANY = ("image", "text")  # may be given several times
@@ -93,11 +94,10 @@ def answer(cfg: DictConfig, asked: dict, kind: str) -> str:
         raise cli.UsageError("a search is for one text or one picture: give one of them")
 
     check_places(cfg)
-    from ldm import gallery
+    wanted = place(asked["out"], Path("retrieved.png"), moving=False)
     from ldm.clip_answers import AT, Answers  # with torch and transformers: seconds
     from ldm.images import save_png
 
-    wanted = gallery.place(asked["out"], Path("retrieved.png"), moving=False)
     how = {"cache": located(cfg.cache), "batch": cfg.batch, "device": cfg.device}
     clip = Answers(asked["clip"], data=asked["data"], templates=templates, **how)
     if len(paths) > 1:  # a folder may hold what is none

@@ -15,8 +15,6 @@ from torch import Tensor
 from ldm.files import replacing
 from ldm.images import tile, to_pil
 
-KINDS = (".gif", ".webp", ".mp4")
-
 _DESCRIPTION = 0x010E  # EXIF 2.32, table 4
 
 
@@ -30,17 +28,6 @@ def pages(videos: Sequence[Tensor]) -> list[Image.Image]:
     if len(videos) == 1:
         return [to_pil(frame) for frame in videos[0].unbind(1)]
     return [tile(frames) for frames in zip(*(each.unbind(1) for each in videos), strict=True)]
-
-
-def check_writer(path: Path) -> None:
-    """ValueError for ".mp4" where nothing is installed that writes it."""
-    if path.suffix == ".mp4":
-        try:
-            import av  # noqa: F401
-        except ImportError as error:
-            raise ValueError(
-                f"{path}: MP4 needs PyAV, pip install 'ldm[video]'; .gif and .webp need nothing"
-            ) from error
 
 
 def save(

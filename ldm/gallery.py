@@ -3,48 +3,14 @@
 Shapes: F frames, H W pixels.
 """
 
-import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from ldm import films
-from ldm.files import check_length, located, reserve
+from ldm.files import reserve
 from ldm.images import captioned, save_png, tile, to_pil
-
-KINDS = (".png",)  # of pictures
-
-
-def place(out: str | None, default: Path, *, moving: bool) -> Path:
-    """The file that `out` stands for: itself, with an ending, or one of a folder; else `default`.
-
-    Raises ValueError for an ending that is not written, of videos where `moving`, and where nothing
-    can be written there.
-    """
-    kinds, what = (films.KINDS, "videos") if moving else (KINDS, "pictures")
-    default = default.with_suffix(kinds[0])
-    path = located(out) if out else default
-    check_length("out", path, more=len("-000_previews.png"))
-    if out and (out.endswith("/") or path.is_dir()):
-        path = path / default.name
-    ending = re.search(r"\.[a-z][a-z0-9]{1,4}$", path.name.lower())
-    if ending is None:
-        path = path.with_name(path.name + kinds[0])
-    elif ending[0] in kinds:
-        path = path.with_suffix(ending[0])
-    else:
-        raise ValueError(f"out={out}: {what} are written as {', '.join(kinds)}")
-    films.check_writer(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        file = next((each for each in path.parents if each.is_file()), None)
-        why = error.strerror if file is None else f"{file} is a file, not a folder"
-        raise ValueError(f"out={path}: nothing can be written there ({why})") from error
-    return path
 
 
 def save(

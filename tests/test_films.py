@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm import files, films, gallery
+from ldm import files, films, gallery, outputs
 from ldm.data.images import read_frames
 from ldm.images import load_png
 
@@ -93,7 +93,7 @@ def test_out_is_a_file_with_an_ending_or_a_folder(tmp_path, monkeypatch):
     moving = {"a": "a.gif", "a.WEBP": "a.webp", "o.mp4": "o.mp4", "there": "there/red.gif"}
     for kind, wanted in ((False, still), (True, moving)):
         for out, path in wanted.items():
-            assert gallery.place(out, Path("runs/red.png"), moving=kind) == Path(path)
+            assert outputs.place(out, Path("runs/red.png"), moving=kind) == Path(path)
     assert not list(Path("new").iterdir())
 
 
@@ -113,12 +113,12 @@ def test_where_nothing_can_be_written_is_told(tmp_path, monkeypatch, out, moving
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     with pytest.raises(ValueError, match=f"out={out}.*{said}"):
-        gallery.place(out, Path("runs/red.png"), moving=moving)
+        outputs.place(out, Path("runs/red.png"), moving=moving)
 
 
 def test_without_a_writer_mp4_is_refused_in_a_line(tmp_path):
     (tmp_path / "av.py").write_text("raise ImportError('none')")  # as if it were not installed
-    code = "from ldm.films import check_writer; from pathlib import Path; "
+    code = "from ldm.outputs import check_writer; from pathlib import Path; "
     code += "check_writer(Path('a.gif')); print('.gif'); check_writer(Path('a.mp4'))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
@@ -131,9 +131,9 @@ def test_names_that_no_file_can_have_are_refused_before_anything_is_painted(tmp_
     monkeypatch.chdir(tmp_path)
     for long in ("n" * 250 + ".png", "é" * 125, "d" * 256 + "/x.png", "/".join(["d" * 99] * 42)):
         with pytest.raises(ValueError, match=r"out=.* bytes too long for a file's name"):
-            gallery.place(long, Path("x.png"), moving=False)
+            outputs.place(long, Path("x.png"), moving=False)
     assert not list(tmp_path.iterdir())
-    out = gallery.place("n" * 225, Path("x.png"), moving=False)
+    out = outputs.place("n" * 225, Path("x.png"), moving=False)
     images = [video()[:, 0], video(seed=1)[:, 0]]
     for _ in range(2):
         gallery.save(images, [("a", 0), ("a", 1)], out, {}, guesses=[images])

@@ -24,7 +24,7 @@ ROOMS = [
     {
         *("ldm.files", "ldm.checkpoint", "ldm.facts", "ldm.plain", "ldm.runs", "ldm.locks"),
         *("ldm.images", "ldm.cli"),
-        "ldm.films",
+        *("ldm.outputs", "ldm.films"),
         "ldm.signals",
         *("ldm.settings", "ldm.asked", "ldm.words", "ldm.first_check", "ldm.leftovers"),
         *("ldm.ranges", "ldm.rules", "ldm.devices"),

@@ -1,6 +1,7 @@
 """Paths and texts of the command line, as a user types them."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -68,16 +69,19 @@ def test_captions_in_a_file_of_another_system_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([f"name={'n' * 300}"], "nothing can be written to runs/nnn"),
+        ([f"name={'n' * 300}"], "name=runs/nnn.* is 45 bytes too long for a file's name"),
         (["name=a"], "nothing can be written to runs/a"),
         (["-m", "name=a", "seed=1,2"], "Not a directory: 'runs/a'"),
+        (["name=b"], "nothing can be written to .*runs/b/train.log"),
     ],
 )
 def test_a_run_that_has_no_place_is_refused_in_a_line(tmp_path, words, said):
     if "name=a" in words:
         (tmp_path / "runs").touch()
+    else:  # as where the file system is for reading alone: logging wraps the error
+        (tmp_path / "runs/b/train.log").mkdir(parents=True)
     told = run(str(ROOT / "train.py"), *words, cwd=tmp_path, expect=2)
-    assert said in told
+    assert re.search(said, told)
     assert "Traceback" not in told
 
 

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from ldm import gallery, requests, runs
+from ldm import outputs, requests, runs
 from ldm.asked import tell
 from ldm.build import pipelines
 from ldm.painting import paint
@@ -35,7 +35,7 @@ def painted(
 ) -> Painted:
     """What sample.py is asked for, with a bar; jobs: prompts and seeds.
 
-    Raises what `pipelines.cascade`, `requests.read`, `gallery.place` and the task raise.
+    Raises what `pipelines.cascade`, `requests.read`, `outputs.place` and the task raise.
     """
     stages = pipelines.cascade(cfg, ckpts, asked)
     first, last = stages[0], stages[-1]
@@ -46,7 +46,7 @@ def painted(
     files = {"image": asked["image"], "mask": asked["mask"], "pad": list(cfg.pad)}
     given = requests.read(first.pipeline, trained=first.size, size=cfg.size, **files)
     default = runs.picture_path(last.path, jobs[0][0])
-    out = gallery.place(asked["out"], default, moving=first.pipeline.frames is not None)
+    out = outputs.place(asked["out"], default, moving=first.pipeline.frames is not None)
 
     prompts = [prompt for prompt, _ in jobs]
     asks = {"prompts": prompts, "negative": asked["negative"], "strength": strength}

@@ -132,6 +132,23 @@ def read_yaml(path: Path) -> dict:
         raise ValueError(f"{path} holds no settings: {error}") from error
 
 
+def so_far(run_dir: Path, metric: str) -> dict:
+    """What had come of a run up to its newest checkpoint, for result.json; without torch."""
+    before, last_ckpt = read_result(run_dir), run_dir / "checkpoints" / "last.ckpt"
+    name = last_ckpt.resolve().name if last_ckpt.exists() else ""
+    steps = int(name.removeprefix("step=")[:8] or 0)
+    rows = [row for row in read_metrics(run_dir) if row["step"] <= steps]
+    return {
+        "metric": metric,
+        "value": last(rows, metric),
+        "steps": steps,
+        "stopped_early": False,
+        "images_seen": int(last(rows, "images_seen") or 0),
+        "checkpoint": f"checkpoints/{name}" if name else None,
+        "seconds": before.get("seconds", 0.0),
+    }
+
+
 def is_finished(run_dir: Path, steps: int, *, stops: bool) -> bool:
     """Whether a run has come to its end: `steps` optimizer steps, or an early stop, if it `stops`.
 

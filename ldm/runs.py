@@ -67,6 +67,11 @@ def log_file(run_dir: str) -> str:
     return str(Path(run_dir, "train.log")) if rank() == 0 else os.devnull
 
 
+# What Hydra, our log and a sweep open in a directory by its name.
+OPENED = (
+    *(".hydra", ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml"),
+    *(".lock", "train.log", "output.log", "multirun.yaml"),
+)
 SWEEP = "sweep.json"  # what the jobs of a sweep share; makes a directory one
 LOWER_IS_BETTER = ("loss", "fid", "kid", "cmmd", "fd_", "data_wait", "eval_share", "memory")
 

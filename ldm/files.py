@@ -136,12 +136,13 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | Path, *, most: int | None = None) -> str:
     """The text of a user's file, in UTF-8 with or without byte order mark, or UTF-16 with one.
 
+    most: bytes, where the path may come from anyone: a larger file, a pipe or a device is refused.
     Raises ValueError, which names the file, for anything else, and OSError where it is not there.
     """
-    data = Path(path).read_bytes()
+    data = Path(path).read_bytes() if most is None else read_regular(Path(path), most=most)
     try:
         text = data.decode(encoding(data))
     except UnicodeDecodeError:

@@ -20,6 +20,7 @@ from ldm.files import read_regular, write_text
 from ldm.plain import read_mapping
 
 MOST = 2**18  # bytes of a configuration or result, of which ours have a few thousand
+MOST_ROWS = 2**29  # of metrics.csv; a million rows have some 200 MB
 
 
 def stamp() -> str:
@@ -158,6 +159,8 @@ def read_metrics(run_dir: Path, *, tail: int | None = None) -> list[dict[str, fl
             raise ValueError(f"{path} is no file")
         return []
     with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size > MOST_ROWS:
+            raise ValueError(f"{path} has more than {MOST_ROWS} bytes, and is not read")
         names = file.readline().decode().rstrip().split(",")
         size = os.fstat(file.fileno()).st_size
         if tail is not None and size - tail > file.tell():

@@ -32,6 +32,7 @@ DAMAGED = [
     ("config.yaml", "a: [", "is no YAML"),
     ("config.yaml", b"\x89PNG\xff\0", "codec can't decode byte"),
     ("config.yaml", "- a\n- b", "it is no mapping, but of type list"),
+    ("config.yaml", "1: {2: 3}\nnull: x\ndata: {batch_size: many}", "is no text"),
     ("config.yaml", "data: 3", "data holds no settings, but int"),
     ("config.yaml", "a: " + "9" * 5000, "is no YAML"),
     ("config.yaml", "a: 2024-13-45", "is no YAML"),
@@ -54,7 +55,6 @@ DAMAGED = [
 # What is odd and can be ranked all the same, and what is said of it, if anything.
 ODD = [
     ("config.yaml", 'metric: [a, b]\nseed: "\\ud83d"', ""),
-    ("config.yaml", "1: {2: 3}\nnull: x\ndata: {batch_size: many}", ""),
     ("result.json", '{"status": ["a"], "seconds": "long", "steps": null, "error": 5}', ""),
     ("result.json", '{"status": "failed", "error": "half an emoji \\ud83d \\u001b[31m"}', ""),
     ("metrics.csv", "", ""),

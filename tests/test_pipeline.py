@@ -154,7 +154,7 @@ def test_a_word_where_a_negative_prompt_says_nothing(tiny_text):
         (Composed(scale=2.0), "a dog :0.25 AND a cat :0.25", True),
     ]
     for guidance, prompt, useless in cases:
-        pipe.guidance = guidance
+        pipe = replace(pipe, guidance=guidance)
         words = pipe.caveats(4, prompts=[prompt], negative="red")
         assert words == pipe.caveats(4, prompts=[prompt]) + words[: int(useless)]
         assert ("negative= has no effect" in "".join(words)) == useless
@@ -167,8 +167,8 @@ def test_a_word_where_a_negative_prompt_says_nothing(tiny_text):
 def test_a_word_for_a_sampler_that_overshoots_at_these_steps(tiny_text):
     pipe = pipeline(tiny_text)
     assert pipe.caveats(30) == []
-    pipe.sampler = DPMSolver(eta=1.0, spacing="leading")
+    pipe = replace(pipe, sampler=DPMSolver(eta=1.0, spacing="leading"))
     (word,) = pipe.caveats(30)
     assert "overshoots in 30 steps with spacing=leading" in word
-    pipe.task = ProjectedInpaint(rounds=2)  # of first order
+    pipe = replace(pipe, task=ProjectedInpaint(rounds=2))  # of first order
     assert pipe.caveats(30) == []

@@ -21,7 +21,13 @@ RUN = [
     *("logger=csv", "data=scenes", "data.count=30", "data.val_count=8", "data.size=16"),
     *("data.batch_size=4", "data.workers=2", "autoencoder=identity", "model.channels=16"),
     *("model.groups=8", "model.multipliers=[1]", "model.attention=[false]"),
-    *("optimizer.warmup=1", "samples.n=1", "samples.steps=1", "checkpoint.every=5"),
+    *(
+        "optimizer.warmup=1",
+        "optimizer.decay=constant",
+        "samples.n=1",
+        "samples.steps=1",
+        "checkpoint.every=5",
+    ),
 ]
 MOMENTS = 16
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the sender of a signal is not known")
@@ -182,6 +188,8 @@ def test_a_start_can_be_stopped_at_any_moment(tmp_path, number):
         else:
             assert life["code"] == 75, words
             assert life["result"]["status"] == "preempted", words
+            saved = life["result"]["checkpoint"] or "checkpoints/step=00000000"
+            assert life["result"]["steps"] == int(saved[17:25]), words
     whole, stopped = (
         torch.load(tmp_path / "runs" / name / "checkpoints" / "last.ckpt", weights_only=True)
         for name in ("whole", "stopped")

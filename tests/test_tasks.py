@@ -68,7 +68,7 @@ BEGUN = []
 @pytest.mark.parametrize("task", [ImageToImage(), ProjectedInpaint()], ids=lambda task: task.name)
 def test_a_picture_is_noised_to_the_first_time_of_the_grid(tiny_text, task, spacing):
     pipe = pixels(tiny_text, task)
-    pipe.sampler = Watched(spacing=spacing)
+    pipe = replace(pipe, sampler=Watched(spacing=spacing))
     mask = {} if isinstance(task, ImageToImage) else {"mask": left_half()}
     for strength, steps in ((0.0137, 5), (0.5023, 7)):
         BEGUN.clear()

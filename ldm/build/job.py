@@ -20,7 +20,7 @@ from ldm.cli import UsageError
 from ldm.data.datamodule import TextImageData
 from ldm.facts import state_of
 from ldm.files import check_writable
-from ldm.runs import is_job, last, launched, rank, read_metrics, write_result
+from ldm.runs import is_job, last, launched, rank, read_metrics, so_far, write_result
 from ldm.signals import Signals
 from ldm.training import ranks
 from ldm.training.callbacks import Meter, ModuleNoise, ProgressBar
@@ -63,6 +63,8 @@ class Job:
         """What has come of the run so far, for result.json."""
         newest = run_dir / "checkpoints" / "last.ckpt"
         step = self.trainer.global_step
+        if self.resume is not None and step < checkpoint.step(self.resume):  # ended while it loaded
+            return so_far(run_dir, metric)
         return {
             "metric": metric,
             "value": self.metrics().get(metric),

@@ -189,11 +189,10 @@ def test_few_pictures_are_enough(painted, real):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("width", "real", "count", "spread"),
-    [(16, 400, 150, 0.8), (16, 400, 400, 1.0), (64, 300, 200, 0.7), (8, 100, 300, 1.0)],
+    ("width", "real", "count", "spread"), [(16, 400, 150, 0.8), (64, 300, 200, 0.7)]
 )
 def test_intervals_hold_the_shares_of_neighbours(width, real, count, spread):
-    """Over sets drawn anew: precisions from 0.82 to 0.9998, coverages from 0.93 to 0.9997."""
+    """Over sets drawn anew: precisions of 0.973 and 0.9998, coverages of 0.931 and 0.995."""
     fixed = gaussian_rows(real, width, seed=1)
     compared = Scores([Network("f")], {"f": fixed}, {"f": fixed}, {}, {})
     draws = [gaussian_rows(count, width, seed=seed, spread=spread) for seed in range(2, 402)]

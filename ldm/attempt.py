@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ldm import cli, runs
+from ldm.files import write_text
 from ldm.settings import nearest
 from ldm.signals import Signals
 
@@ -19,7 +20,7 @@ def put_together(cfg: DictConfig, run_dir: Path, signals: Signals):
     try:
         with signals.obey():
             if first:
-                OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+                write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
             from ldm.build.job import build  # torch and Lightning: a typo need not wait for them
 
             job = build(cfg, run_dir, signals)

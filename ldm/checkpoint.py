@@ -10,6 +10,7 @@ validated best.
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import warnings
 from collections.abc import Collection
@@ -21,7 +22,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from ldm.files import TEMPORARY, located, replacing, write_text
+from ldm.files import TEMPORARY, forget_temporary, located, read_regular, replacing, write_text
 from ldm.runs import unknown
 
 
@@ -106,8 +107,7 @@ def link_last(path: Path) -> None:
 
 def link(path: Path, name: str) -> None:
     """Point the link `name` beside `path` to it."""
-    temporary = path.with_name(f".{name}.{os.getpid()}{TEMPORARY}")
-    temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f".{name}.{secrets.token_hex(4)}{TEMPORARY}")
     temporary.symlink_to(path.name)
     os.replace(temporary, path.with_name(name))
 
@@ -143,7 +143,7 @@ def flaw(path: Path) -> str | None:
     if not manifest_path(path).is_file():
         return f"its manifest {manifest_path(path).name} is missing (a save that did not finish?)"
     try:
-        manifest = json.loads(manifest_path(path).read_text())
+        manifest = json.loads(read_regular(manifest_path(path), most=2**16))
         size, digest = manifest["size"], manifest["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return f"its manifest {manifest_path(path).name} is damaged"
@@ -232,8 +232,7 @@ def keep_newest(
     Those named in `spare` stay as well. Those of the step `doubtful_from` and later do not count,
     and the newest of them stays. What a killed save has left under a temporary name goes, too.
     """
-    for left in folder.glob(f"*{TEMPORARY}"):
-        left.unlink(missing_ok=True)
+    forget_temporary(folder)
     files = [path for path in folder.glob("step=*.ckpt") if not path.is_dir()]
     whole = sorted(path for path in files if manifest_path(path).is_file())
     sound = [path for path in whole if doubtful_from is None or step(path) < doubtful_from]

@@ -3,14 +3,16 @@
 import codecs
 import itertools
 import os
+import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG
 from typing import BinaryIO
 
 TEMPORARY = ".tmp"
+LEFT = re.compile(rf"\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}$")
 NAME_BYTES = 255  # of one name, on nearly all file systems
 PATH_BYTES = 4095  # of a whole path, on Linux
 PACKAGED = "packaged:"
@@ -92,6 +94,26 @@ def check_length(setting: str, path: Path, *, more: int = 0) -> None:
         raise ValueError(f"{setting}={str(path)[:60]}.. is {over} bytes too long for a file's name")
 
 
+def check_own(folder: Path, names: Iterable[str]) -> None:
+    """ValueError where one of these in a folder is a link: what is written to it is lost elsewhere.
+
+    For files that are opened by their names, and not replaced as a whole.
+    """
+    for name in names:
+        if (path := folder / name).is_symlink():
+            raise ValueError(
+                f"{path} is a link to {os.readlink(path)}, which would be written over: delete the "
+                "link, or give another place"
+            )
+
+
+def forget_temporary(folder: Path, pattern: str = "*") -> None:
+    """Delete what `replacing` has left in a folder where it was killed, and no file of others."""
+    for path in folder.glob(f"{pattern}{TEMPORARY}"):
+        if LEFT.search(path.name) and not path.is_dir():
+            path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a small text file."""
     with replacing(path) as file:
@@ -100,10 +122,9 @@ def write_text(path: Path, text: str) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raises OSError, with the remedy, where a folder takes no files or no links."""
-    probe = folder / f"probe{TEMPORARY}"
+    probe = folder / f"probe.{secrets.token_hex(4)}{TEMPORARY}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.unlink(missing_ok=True)
         probe.symlink_to("last.ckpt")
         probe.unlink()
         write_text(probe, "0" * 4096)
@@ -115,12 +136,13 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | Path, *, most: int | None = None) -> str:
     """The text of a user's file, in UTF-8 with or without byte order mark, or UTF-16 with one.
 
+    most: bytes, where the path may come from anyone: a larger file, a pipe or a device is refused.
     Raises ValueError, which names the file, for anything else, and OSError where it is not there.
     """
-    data = Path(path).read_bytes()
+    data = Path(path).read_bytes() if most is None else read_regular(Path(path), most=most)
     try:
         text = data.decode(encoding(data))
     except UnicodeDecodeError:

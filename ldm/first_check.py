@@ -12,7 +12,8 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from ldm import cli, leftovers, ranges
+from ldm import cli, leftovers, ranges, runs
+from ldm.files import check_own
 
 
 class FirstCheck(Callback):
@@ -51,10 +52,20 @@ class FirstCheck(Callback):
             for key, value, default in [*values(swept, own), *launching(config, bool(swept))]:
                 if said := ranges.flaw(key, value, self.command, default=default):
                     raise cli.UsageError(said)
+            if self.command == "train":
+                check_run(Path(config.hydra.run.dir))
             if config.hydra.output_subdir is not None and not swept:
                 leftovers.expect(Path(config.hydra.run.dir))
         except cli.REFUSALS as error:
             cli.refuse(error, self.command)
+
+
+def check_run(directory: Path) -> None:
+    """UsageError where a file that is written to in a run's or a sweep's directory is a link."""
+    try:
+        check_own(directory, runs.OPENED)
+    except ValueError as error:
+        raise cli.UsageError(str(error)) from error
 
 
 def values(swept: list[Override], config: DictConfig) -> Iterator[tuple[str, object, object]]:

@@ -9,6 +9,8 @@ import warnings
 from pathlib import Path
 from typing import BinaryIO
 
+from ldm.files import check_own
+
 TAKEN = (errno.EACCES, errno.EAGAIN)  # what else lockf says is about the file system
 # Longer than the 90 s for which an NFS server keeps the locks of a machine that fell silent.
 PATIENCE = 120.0
@@ -23,12 +25,14 @@ def claim(directory: Path, *, patience: float = PATIENCE) -> BinaryIO:
 
     A POSIX record lock: the kernel frees it with the process, however that ends; children do not
     inherit it, and NFS knows it. A holder on another machine, which may be dead without the file
-    server knowing, is waited for, `patience` seconds. Raises InUseError, which names the holder.
+    server knowing, is waited for, `patience` seconds. Raises InUseError, which names the holder,
+    and ValueError where the file that is locked is a link.
     Where the file system has no locks, it warns and takes the directory.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / ".lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    check_own(directory, [path.name])
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     file = os.fdopen(descriptor, "r+b", buffering=0)
     began, told = time.monotonic(), False
     while True:

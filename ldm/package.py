@@ -1,18 +1,17 @@
 """python -m ldm.package autoencoder=RUN clip=RUN: trained runs to the parts in ldm/assets"""
 
 import hashlib
-import json
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
-import yaml
 from omegaconf import DictConfig
 
 from ldm import cli, runs
-from ldm.files import located, write_text
+from ldm.files import located, read_text, write_text
+from ldm.plain import read_yaml
 
 PATHS = ("autoencoder", "clip", "out")
 
@@ -34,8 +33,10 @@ def main(argv: Sequence[str]) -> None:
 
             for name in given:
                 write = {"autoencoder": packaging.autoencoder, "clip": packaging.clip}[name]
-                figures = write(Path(paths[name]), out / name, scenes=cfg.scenes)
-                told = card(name, Path(paths[name]), out / name, figures)
+                run = Path(paths[name])
+                trained = training(name, run)
+                figures = write(run, out / name, scenes=cfg.scenes)
+                told = card(name, trained, out / name, figures)
                 write_text(out / name / "README.md", told)
                 print(f"{out / name}: {figures}")
 
@@ -52,11 +53,27 @@ def check_place(folder: Path, name: str) -> None:
         )
 
 
-def card(name: str, run: Path, folder: Path, figures: dict[str, float]) -> str:
+def training(name: str, run: Path) -> str:
+    """What made the part of a run, in words; ValueError where its directory does not say so."""
+    result, config = runs.read_result(run), runs.read_yaml(run / "config.yaml")
+    overrides = run / ".hydra" / "overrides.yaml"
+    try:
+        steps, images = (int(result[key]) for key in ("steps", "images_seen"))
+        seed, minutes = int(config["seed"]), float(result["seconds"]) / 60
+        words = read_yaml(read_text(overrides, most=runs.MOST))
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError(f"{overrides} is no list of words")
+    except (KeyError, TypeError, OverflowError) as error:
+        raise ValueError(f"{run} does not say how it was trained ({error!r})") from error
+    return (
+        f"Trained with `python train.py {shlex.join(words)}` (seed {seed}), written with "
+        f"`python -m ldm.package {name}={run}`; `make assets` does both. The training took "
+        f"{steps} steps, {images} images and {minutes:.0f} minutes."
+    )
+
+
+def card(name: str, trained: str, folder: Path, figures: dict[str, float]) -> str:
     """What the part in `folder` is, what made it and what was measured, as Markdown."""
-    result = json.loads((run / "result.json").read_text())
-    seed = runs.read_yaml(run / "config.yaml")["seed"]
-    typed = shlex.join(map(str, yaml.safe_load((run / ".hydra" / "overrides.yaml").read_text())))
     digests = {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(folder.glob("*.safetensors"))
@@ -64,10 +81,7 @@ def card(name: str, run: Path, folder: Path, figures: dict[str, float]) -> str:
     lines = [
         f"# {name}, packaged with ldm",
         "",
-        f"Trained with `python train.py {typed}` (seed {seed}), written with "
-        f"`python -m ldm.package {name}={run}`; `make assets` does both. The training took "
-        f"{result['steps']} steps, {result['images_seen']} images and "
-        f"{result['seconds'] / 60:.0f} minutes.",
+        trained,
         "Weights are stored as float16 and used as float32. Figures of the stored weights:",
         "",
         *(f"- {key}: {value:.4g}" for key, value in figures.items()),

@@ -23,8 +23,8 @@ class PlainLoader(yaml.SafeLoader):
         return node
 
 
-def read_mapping(text: object) -> dict[str, object]:
-    """The mapping that a YAML text is; interpolations stay what they are, text.
+def read_yaml(text: object) -> object:
+    """The plain values that a YAML text is; interpolations stay what they are, text.
 
     Raises ValueError, with the reason, for anything else.
     """
@@ -33,10 +33,15 @@ def read_mapping(text: object) -> dict[str, object]:
     if len(text) > LONGEST:
         raise ValueError(f"it has {len(text)} characters, and none has more than {LONGEST}")
     try:
-        found = PlainLoader(text).get_single_data()
+        return PlainLoader(text).get_single_data()
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
         why = str(error).splitlines() or [type(error).__name__]
         raise ValueError(f"it is no YAML of plain values ({why[0]})") from error
+
+
+def read_mapping(text: object) -> dict[str, object]:
+    """The mapping that a YAML text is, as `read_yaml` reads it; ValueError for anything else."""
+    found = read_yaml(text)
     if not isinstance(found, dict):
         raise ValueError(f"it is no mapping, but of type {type(found).__name__}")
     if odd := [key for key in found if not isinstance(key, str)]:

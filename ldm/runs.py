@@ -20,6 +20,7 @@ from ldm.files import read_regular, write_text
 from ldm.plain import read_mapping
 
 MOST = 2**18  # bytes of a configuration or result, of which ours have a few thousand
+MOST_ROWS = 2**29  # of metrics.csv; a million rows have some 200 MB
 
 
 def stamp() -> str:
@@ -67,6 +68,11 @@ def log_file(run_dir: str) -> str:
     return str(Path(run_dir, "train.log")) if rank() == 0 else os.devnull
 
 
+# What Hydra, our log and a sweep open in a directory by its name.
+OPENED = (
+    *(".hydra", ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml"),
+    *(".lock", "train.log", "output.log", "multirun.yaml"),
+)
 SWEEP = "sweep.json"  # what the jobs of a sweep share; makes a directory one
 LOWER_IS_BETTER = ("loss", "fid", "kid", "cmmd", "fd_", "data_wait", "eval_share", "memory")
 
@@ -170,6 +176,8 @@ def read_metrics(run_dir: Path, *, tail: int | None = None) -> list[dict[str, fl
             raise ValueError(f"{path} is no file")
         return []
     with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size > MOST_ROWS:
+            raise ValueError(f"{path} has more than {MOST_ROWS} bytes, and is not read")
         names = file.readline().decode().rstrip().split(",")
         size = os.fstat(file.fileno()).st_size
         if tail is not None and size - tail > file.tell():

@@ -29,7 +29,7 @@ class Task:
         self.output = output
 
     def __call__(self) -> None:
-        log = os.open(self.output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        log = os.open(self.output, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.execv(self.command[0], self.command)

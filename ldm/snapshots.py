@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ldm.files import TEMPORARY, replacing
+from ldm.files import forget_temporary, replacing
 
 
 class SnapshotError(ValueError):
@@ -46,8 +46,7 @@ def write(folder: Path, step: int, averages: Mapping[float, Mapping[str, Tensor]
 
 def forget(folder: Path, *, after: int) -> None:
     """Delete the snapshots of steps after `after`, and what a kill has left under other names."""
-    for path in folder.glob(f"step=*{TEMPORARY}"):
-        path.unlink(missing_ok=True)
+    forget_temporary(folder, "step=*")
     for path in folder.glob("step=*.safetensors"):
         if path > _path(folder, after):
             path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from ldm import runs
 from ldm.cli import UsageError
-from ldm.files import write_text
+from ldm.files import check_own, write_text
 from ldm.progress import Lines, told
 
 OUTPUT = "output.log"  # what a job prints
@@ -126,6 +126,7 @@ def carry_out(jobs: Sequence[Job], host: Host, *, most: int, shared: dict) -> No
     unfinished = [job for job in jobs if not job.is_finished]
     for job in unfinished:
         host.check(job)
+        check_own(job.directory, [OUTPUT])
     shared_path = jobs[0].directory.parent / runs.SWEEP
     write_text(shared_path, json.dumps(shared, indent=1) + "\n")
     _carried_out.update(dict.fromkeys(jobs))

@@ -152,6 +152,12 @@ def test_200_damages_under_a_forged_manifest_do_no_harm(tmp_path, what):
     assert all(f"{path} is no checkpoint of ours" in said for said in refused)
 
 
+def test_a_manifest_of_a_terabyte_is_damaged(file):
+    os.truncate(checkpoint.manifest_path(file), 2**40)
+    with pytest.raises(CheckpointError, match=r"its manifest .* is damaged"):
+        checkpoint.read(file)
+
+
 def test_a_manifest_that_nests_without_end_is_damaged(file):
     checkpoint.manifest_path(file).write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match=r"its manifest .* is damaged"):

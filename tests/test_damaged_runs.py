@@ -25,19 +25,20 @@ DEEP = "[" * 100_000
 CURVE = {"varied": {"steps": "1"}, "metrics": {"fid": 1.0}, "settings": {"count": 8}}
 # File, what it holds (None: a folder, ...: a pipe), and what is said.
 DAMAGED = [
-    ("config.yaml", BOMB, "it has aliases"),
+    ("config.yaml", BOMB, "it has a YAML alias"),
     ("config.yaml", DEEP, "is no YAML"),
     ("config.yaml", None, "is no file"),
     ("config.yaml", ..., "is no file"),
     ("config.yaml", "a: [", "is no YAML"),
-    ("config.yaml", b"\x89PNG\xff\0", "is no YAML"),
-    ("config.yaml", "- a\n- b", "holds no settings, but list"),
+    ("config.yaml", b"\x89PNG\xff\0", "codec can't decode byte"),
+    ("config.yaml", "- a\n- b", "it is no mapping, but of type list"),
+    ("config.yaml", "1: {2: 3}\nnull: x\ndata: {batch_size: many}", "is no text"),
     ("config.yaml", "data: 3", "data holds no settings, but int"),
     ("config.yaml", "a: " + "9" * 5000, "is no YAML"),
     ("config.yaml", "a: 2024-13-45", "is no YAML"),
     ("config.yaml", "x: !!python/object/apply:os.system [touch pwned]", "is no YAML"),
     ("config.yaml", "#" * 2**19, "262144 are the most"),
-    (".hydra/hydra.yaml", BOMB, "it has aliases"),
+    (".hydra/hydra.yaml", BOMB, "it has a YAML alias"),
     (".hydra/hydra.yaml", "hydra: {runtime: {choices: [a]}}", "choices holds no settings"),
     (".hydra/hydra.yaml", ..., "is no file"),
     ("result.json", "{", "is no JSON"),
@@ -54,7 +55,6 @@ DAMAGED = [
 # What is odd and can be ranked all the same, and what is said of it, if anything.
 ODD = [
     ("config.yaml", 'metric: [a, b]\nseed: "\\ud83d"', ""),
-    ("config.yaml", "1: {2: 3}\nnull: x\ndata: {batch_size: many}", ""),
     ("result.json", '{"status": ["a"], "seconds": "long", "steps": null, "error": 5}', ""),
     ("result.json", '{"status": "failed", "error": "half an emoji \\ud83d \\u001b[31m"}', ""),
     ("metrics.csv", "", ""),
@@ -195,3 +195,12 @@ def test_a_damaged_png_is_named(tmp_path):
     (tmp_path / "b").write_bytes(huge)
     with pytest.raises(ValueError, match=r"b is no PNG .*decompression bomb"):
         load_png(tmp_path / "b")
+
+
+def test_a_log_of_a_terabyte_costs_its_own_place_alone(damaged):
+    """A file with holes takes no room on the disk, and all memory where it is read."""
+    write_run(Path("runs/good"), losses=[1, 0.5])
+    os.truncate(write_run(Path("runs/large"), losses=[1]) / "metrics.csv", 2**40)
+    said = compare(sorted(Path("runs").iterdir()), out=Path("out"))
+    assert "1 run by val/loss" in said
+    assert "runs/large is left out: runs/large/metrics.csv has more than" in said

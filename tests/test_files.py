@@ -4,7 +4,8 @@ import codecs
 
 import pytest
 
-from ldm.files import read_text
+from ldm.checkpoint import keep_newest
+from ldm.files import check_writable, forget_temporary, read_text, replacing
 
 TEXT = "a fox 🦊\nschön\n"
 
@@ -40,3 +41,18 @@ def test_what_is_no_text_is_refused_by_name(tmp_path, data):
     (tmp_path / "a.txt").write_bytes(data)
     with pytest.raises(ValueError, match=r"a\.txt is neither UTF-8 nor UTF-16 with a byte order"):
         read_text(tmp_path / "a.txt")
+
+
+def test_what_a_kill_has_left_goes_and_nothing_of_others(tmp_path):
+    with replacing(tmp_path / "a.tar") as file:
+        left = file.name.rpartition("/")[2]
+        (tmp_path / f"{left}.tmp").touch()
+    (tmp_path / left).touch()
+    others = ["notes.tmp", "probe.tmp", "a.12345.tmp", f"{left}.tmp"]
+    for name in others:
+        (tmp_path / name).touch()
+    (tmp_path / "b.0a1b2c3d.tmp").mkdir()  # not ours to empty
+    check_writable(tmp_path)
+    keep_newest(tmp_path, 1)
+    forget_temporary(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "b.0a1b2c3d.tmp", *others}

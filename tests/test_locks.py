@@ -54,6 +54,15 @@ def test_a_process_of_this_machine_is_not_waited_for(tmp_path):
     assert not locks.claimed(tmp_path)
 
 
+def test_a_link_is_no_lock(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / "run/.lock").symlink_to("../thesis.txt")
+    with pytest.raises(ValueError, match=r"\.lock is a link to \.\./thesis\.txt"):
+        locks.claim(tmp_path / "run")
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
 def test_the_lock_of_another_machine_is_waited_for(tmp_path, capsys):
     """A file server keeps the locks of a machine that has died for a while."""
     with held(tmp_path, machine="another", seconds=2):

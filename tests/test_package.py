@@ -1,15 +1,20 @@
 """The packaged parts are what their cards say and serve their purpose; `ldm.package` makes such."""
 
 import hashlib
+import os
 import re
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from test_cli import ROOT, run
+from world import write_shapes
 
+from ldm import checkpoint, package
 from ldm.build import packaging, parts
-from ldm.cli import CONF
+from ldm.cli import CONF, UsageError
 from ldm.data.scenes.world import sample
 from ldm.files import located
 from ldm.models.clip import Clip
@@ -115,3 +120,60 @@ def test_nothing_to_package_is_told(tmp_path):
     said = run("-m", "ldm.package", cwd=tmp_path, expect=2)
     assert "autoencoder=runs/.." in said
     assert "Traceback" not in said
+
+
+def autoencoder_run(folder, val):
+    """A run of stage=autoencoder whose configuration says so of its validation pictures."""
+    with initialize_config_dir(CONF, version_base="1.3"):
+        cfg = OmegaConf.to_container(compose("train", overrides=["name=x"]), resolve=True)
+    trained = instantiate(cfg["autoencoder"])
+    cfg["data"] |= {"val": val, "size": 16}
+    (folder / "config.yaml").parent.mkdir()
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+    state = {f"autoencoder.{name}": value for name, value in trained.state_dict().items()}
+    facts = {"stage": "autoencoder", "config": "", "frozen": {}}
+    payload = {"state_dict": state, "global_step": 1, "ldm": facts}
+    checkpoint.write(payload, folder / "checkpoints" / "step=00000001.ckpt")
+    return folder
+
+
+def test_the_pictures_that_a_run_names_are_looked_at_and_nothing_is_written(tmp_path):
+    pictures = write_shapes(tmp_path / "mine" / "val", range(2))
+    run_dir = autoencoder_run(tmp_path / "run", ["scenes", str(pictures)])
+    figures = packaging.autoencoder(run_dir, tmp_path / "out", scenes=2)
+    assert figures["psnr_mine_db"] > 10
+    assert [path.name for path in pictures.iterdir()] == ["00000.tar"]
+
+
+def test_no_server_that_a_run_names_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.data.places.describe", lambda urls: pytest.fail(f"{urls} were asked"))
+    run_dir = autoencoder_run(tmp_path / "run", ["scenes", "http://127.0.0.1:9/a.tar"])
+    with pytest.raises(UsageError, match="is on a server"):
+        packaging.autoencoder(run_dir, tmp_path / "out", scenes=2)
+    assert not (tmp_path / "out").exists()
+
+
+ODD = {
+    "a pipe": ("result.json", None, "is no file"),
+    "nothing of images": ("result.json", '{"steps": 1}', "does not say how it was trained"),
+    "aliases": (".hydra/overrides.yaml", "- &a [x]\n- *a", "alias"),
+    "no words": (".hydra/overrides.yaml", "- {a: b}", "is no list of words"),
+    "a pipe of settings": ("config.yaml", None, "is no file"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_a_run_that_does_not_say_how_it_was_trained_is_no_part(tmp_path, case):
+    name, text, said = ODD[case]
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / "result.json").write_text('{"steps": 1, "images_seen": 4, "seconds": 60}')
+    (tmp_path / ".hydra/overrides.yaml").write_text("- seed=3\n")
+    (tmp_path / "config.yaml").write_text("seed: 3\n")
+    assert "`python train.py seed=3` (seed 3)" in package.training("clip", tmp_path)
+    if text is None:
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=said):
+        package.training("clip", tmp_path)

@@ -85,6 +85,28 @@ def test_a_run_that_has_no_place_is_refused_in_a_line(tmp_path, words, said):
     assert "Traceback" not in told
 
 
+@pytest.mark.parametrize(
+    "name", [".lock", "train.log", ".hydra", ".hydra/config.yaml", "multirun.yaml", "config.yaml"]
+)
+def test_a_link_in_a_run_directory_leads_to_no_file_of_others(tmp_path, name):
+    """A run's directory may come from anyone, and `.lock` was written into somebody's thesis."""
+    mine, link = tmp_path / "mine", tmp_path / "runs" / "a" / name
+    mine.mkdir()
+    for file in ("config.yaml", "thesis.txt"):
+        (mine / file).write_text("years of work")
+    link.parent.mkdir(parents=True)
+    link.symlink_to(mine if name == ".hydra" else mine / "thesis.txt")
+    words = ["name=a", "data=shards", "data.train=no", "data.val=no"]
+    told = run(str(ROOT / "train.py"), *words, cwd=tmp_path, expect=2)
+    assert {file.name: file.read_text() for file in mine.iterdir()} == {
+        "config.yaml": "years of work",
+        "thesis.txt": "years of work",
+    }
+    assert "Traceback" not in told
+    if name != "config.yaml":  # which is replaced as a whole
+        assert f"runs/a/{name} is a link to {mine}" in told
+
+
 def test_a_folder_of_such_a_name_is_prepared_and_printed(home):
     pictures = home.parent / "work" / LATIN
     pictures.mkdir()

@@ -15,11 +15,11 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from tqdm import tqdm
 
-from ldm.build import registry
-from ldm.data.dataset import TextImages
+from ldm import runs
+from ldm.build import registry, sets
 from ldm.data.scenes.draw import draw
 from ldm.data.scenes.world import Scene, caption, sample
-from ldm.data.shards import Shards
+from ldm.files import read_text
 from ldm.images import from_uint8, to_uint8
 from ldm.metrics.scenes import accuracy, read
 from ldm.models.autoencoder import AutoencoderKL
@@ -41,7 +41,10 @@ def autoencoder(run: Path, out: Path, *, scenes: int) -> dict[str, float]:
     is the drawn world's.
     """
     place = run / "config.yaml"
-    config = registry.admit(place.read_text(), place, needed=("autoencoder",))
+    text = read_text(place, most=runs.MOST)
+    config = registry.admit(text, place, needed=("autoencoder",))
+    val = config.data.get("val")
+    others = {folder: sets.opened(folder, config.data.size) for folder in listed(val)}
     config.autoencoder.path = str(run)
     trained: AutoencoderKL = instantiate(config.autoencoder)
     save_autoencoder(trained, out, dtype=torch.float16)
@@ -49,13 +52,16 @@ def autoencoder(run: Path, out: Path, *, scenes: int) -> dict[str, float]:
     stored: AutoencoderKL = instantiate(config.autoencoder).eval()
     load_autoencoder(stored, out)
     figures = scene_figures(stored, range(scenes), size=config.data.size)
-    val = config.data.get("val")
-    for folder in val[1:] if isinstance(val, ListConfig) else ():
-        others = TextImages(Shards(folder), size=config.data.size, seed=0, train=False)
-        images = torch.stack([others[i, i]["images"] for i in range(len(others))])
+    for folder, pictures in others.items():
+        images = torch.stack([pictures[i, i]["images"] for i in range(len(pictures))])
         images = images.float() / 127.5 - 1
         figures[f"psnr_{Path(folder).parent.name}_db"] = psnr(round_trip(stored, images), images)
     return figures
+
+
+def listed(val: object) -> list[str]:
+    """The folders of a configuration's data.val after the first."""
+    return [str(folder) for folder in val[1:]] if isinstance(val, ListConfig) else []
 
 
 def scene_figures(

@@ -146,6 +146,8 @@ def _sizes(node: object, group: str, kinds: dict[str, object]) -> dict:
         right = isinstance(value, kind) and not isinstance(value, bool)
         if not right or (isinstance(value, int) and not 0 < value <= LARGEST):
             raise ValueError(f"{group}.{key} is {_short(value)}")
+        if isinstance(value, int) and (said := flaw(f"{group}.{key}", value, "train")):
+            raise ValueError(said)
     # What a target of the user's own takes is no affair of ours: it is not built.
     return {key: value for key, value in node.items() if _is_plain(value, f"{group}.{key}")}
 

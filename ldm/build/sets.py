@@ -34,7 +34,7 @@ def own_pictures(restored: pipelines.Restored, size: int) -> tuple[TextImages, T
             f"{restored.path} does not say what it was trained on ({error}): it was not run. Give "
             "data=DIR, real pictures to compare with"
         ) from error
-    return tuple(_opened(place, size, **how) for place in places)
+    return tuple(opened(place, size, **how) for place in places)
 
 
 def sources(data: dict) -> tuple[Source, Source]:
@@ -47,7 +47,7 @@ def sources(data: dict) -> tuple[Source, Source]:
     return val, train
 
 
-def _opened(
+def opened(
     source: Source,
     size: int,
     *,
@@ -56,6 +56,10 @@ def _opened(
     frames: int | None = None,
     caption_key: str | None = None,
 ) -> TextImages:
+    """The pictures of a source that a file names: of this machine, and no index is written there.
+
+    Raises UsageError where they are not here.
+    """
     places = [source] if isinstance(source, str) else source
     try:
         if any(is_url(str(place)) for place in places):

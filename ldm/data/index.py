@@ -271,11 +271,21 @@ def _save(index: Index, home: Path) -> None:
     arrays = {name: getattr(index, name) for name in _ARRAYS}
     if index.short is not None:
         arrays["short"] = index.short
+    if _is_foreign(home):
+        _log.warning("%s is no index of ours, and stays: the new one is kept in memory only", home)
+        return
     try:
         with replacing(home) as file:
             np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
     except OSError as error:
         _log.info("%s: index kept in memory only: %s", home, error)
+
+
+def _is_foreign(home: Path) -> bool:
+    """Whether a file of this name holds somebody else's arrays; one that is damaged does not."""
+    with suppress(Exception), np.load(home, allow_pickle=False) as arrays:  # as in `_load`
+        return "meta" not in arrays.files
+    return False
 
 
 def _meta_names(paths: list[Path | Remote], home: Path) -> list[str]:

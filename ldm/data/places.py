@@ -22,9 +22,9 @@ def locate(source: Source) -> list[Path | Remote]:
 
     Folders and globs are in order of name; what is named twice is there twice. Servers are asked
     for the size of each shard.
-    Raises FileNotFoundError where there is no shard, ValueError for `pipe:`, for braces that do not
-    close, for a URL of an unknown kind and for one with a password; RemoteError where a server does
-    not answer.
+    Raises FileNotFoundError where there is no shard, ValueError for `pipe:`, for a shard that is a
+    pipe or a device, for braces that do not close, for a URL of an unknown kind and for one with a
+    password; RemoteError where a server does not answer.
     """
     sources = [source] if isinstance(source, (str, Path)) else source
     sources = [each if is_url(str(each)) else located(each) for each in sources]
@@ -41,6 +41,9 @@ def locate(source: Source) -> list[Path | Remote]:
         )
     if len(found) > MAX_SHARDS:
         raise ValueError(f"{shown(source)}: more than {MAX_SHARDS:,} shards")
+    local = (place for place in found if isinstance(place, Path))
+    if other := next((path for path in local if not (path.is_file() or path.is_dir())), None):
+        raise ValueError(f"{other} is no file, but a pipe, a device or a link to nothing")
     remotes = iter(describe([place for place in found if isinstance(place, str)]))
     return [next(remotes) if isinstance(place, str) else place for place in found]
 

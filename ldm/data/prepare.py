@@ -26,7 +26,7 @@ from ldm.data.images import ImageError, is_plain, read_bytes, read_frames, read_
 from ldm.data.index import open_index, scan_shard
 from ldm.data.shards import write_shard
 from ldm.data.sources import Part, Record, Records, coco_records, folder_records
-from ldm.files import TEMPORARY, located, replacing
+from ldm.files import forget_temporary, located, replacing
 
 Format = Literal["jpg", "png", "webp"]
 
@@ -163,9 +163,7 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
     elif others := [*out.glob("*.tar"), *out.glob("report.json"), *out.glob("index.npz")]:
         raise FileExistsError(f"{others[0]} came from elsewhere: use another out")
     out.mkdir(parents=True, exist_ok=True)
-    own = "*" if path.is_file() else f"{path.name}.*"  # what a kill left, and nothing else
-    for leftover in out.glob(f"{own}{TEMPORARY}"):
-        leftover.unlink()
+    forget_temporary(out, "*" if path.is_file() else f"{path.name}.*")
     write_json(path, settings)
 
 

@@ -6,6 +6,7 @@ Shapes: B captions, K names.
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 
 from ldm.diffusion.condition import Condition
 from ldm.files import located, read_text
+
+MOST = 2**24  # bytes of a list of names, whose path a checkpoint may bring
 
 
 class NoText(nn.Module):
@@ -53,11 +56,11 @@ class Labels(nn.Module):
 
     def __init__(self, names: Sequence[str] | str) -> None:
         super().__init__()
-        given = read_text(located(names)) if isinstance(names, str) else None
+        given = read_text(located(names), most=MOST) if isinstance(names, str) else None
         rows = names if given is None else filter(str.strip, given.splitlines())
         self.names = [" ".join(str(name).split()) for name in rows]
         folded = [name.casefold() for name in self.names]
-        twice = {name for name in folded if folded.count(name) > 1}
+        twice = {name for name, times in Counter(folded).items() if times > 1}
         if not folded or not all(folded) or twice:
             wrong = f"has {min(twice)!r} twice" if twice else "needs one name or more, none empty"
             which = self.names if given is None else names

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import threading
@@ -24,6 +25,7 @@ from ldm.training import ranks, stability
 from ldm.training.payload import on_host, recount
 
 LOST_DATA = (RemoteError, ShardError, ImageError, TooManySkippedError)
+OWN = re.compile(r"step=\d{8,}(_end)?\.ckpt")  # names of ours, which lead to no other folder
 BEST = "best.json"  # which files validated best, and their values
 AT_ONCE = {
     128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
@@ -195,14 +197,14 @@ class Checkpoints(L.Callback):
 
     def _read_best(self) -> None:
         """Go on with the best that are written down."""
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
             self._take_best(json.loads((self.folder / BEST).read_text()))
 
     def _take_best(self, found: dict) -> None:
         """Go on with the best of before that are there, where they are so by the same metric."""
         if found.get("metric") == self.metric and self.keep_best:
-            there = {n: v for n, v in found["values"].items() if (self.folder / n).is_file()}
-            self.best = self.best_next = there
+            ours = (n for n in found["values"] if OWN.fullmatch(n) and (self.folder / n).is_file())
+            self.best = self.best_next = {name: float(found["values"][name]) for name in ours}
 
     def save_now(self, trainer: L.Trainer) -> None:
         """Have this step saved when it returns; all ranks take part."""

@@ -352,3 +352,13 @@ def test_no_caption_at_all_stops_what_learns_from_captions(tmp_path):
         readable(torch.nn.Identity(), data)
     readable(NoText(), data)
     readable(torch.nn.Identity(), TextImageData(**how, caption_key="text"))
+
+
+def test_arrays_of_others_under_its_name_stay(tmp_path, caplog):
+    folder, mine = tmp_path / "set", np.arange(5)
+    folder.mkdir()
+    (folder / "00000.tar").write_bytes(GOOD)
+    np.savez(folder / "index.npz", features=mine)
+    assert len(open_index(folder)) == 3
+    assert np.array_equal(np.load(folder / "index.npz")["features"], mine)
+    assert "index.npz is no index of ours, and stays" in caplog.text

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,10 @@ def test_the_index_of_a_glob_is_kept_in_the_cache(here):
     assert kept.stat().st_mtime_ns == stamp
     Path("data/b/train-0002.tar").write_bytes(tar_bytes(samples(4)))
     assert len(open_index("data/*/*.tar", cache=cache)) == 9
+
+
+def test_a_pipe_among_shards_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    for source in (tmp_path, f"{tmp_path}/*.tar"):
+        with pytest.raises(ValueError, match=r"a\.tar is no file"):
+            locate(source)

@@ -1,5 +1,8 @@
 """No text, and labels: what they make of captions, and that all takes them as it takes a CLIP."""
 
+import os
+import time
+
 import pytest
 import torch
 from hypothesis import given
@@ -65,6 +68,17 @@ def test_names_come_from_a_file_as_well(tmp_path):
 def test_lists_that_are_none_are_refused(names, match):
     with pytest.raises(ValueError, match=match):
         Labels(names)
+
+
+def test_names_from_a_device_or_a_pipe_are_not_waited_for(tmp_path):
+    """A checkpoint may come from anyone, and /dev/zero took all memory."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", str(tmp_path / "pipe")):
+        with pytest.raises(ValueError, match=f"{path} is no file"):
+            Labels(path)
+    began = time.monotonic()
+    assert Labels([str(n) for n in range(50_000)]).pooled_width == 50_000
+    assert time.monotonic() < began + 10
 
 
 def test_every_caption_of_the_drawn_world_has_its_shape():

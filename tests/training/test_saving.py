@@ -237,6 +237,20 @@ def test_a_best_that_could_not_be_saved_does_not_drive_out_the_one_that_was(
     assert checkpoint.read(tmp_path / "best.ckpt")["global_step"] == 3
 
 
+def test_a_best_of_another_folder_is_none(tmp_path, shapes, tiny_text):
+    """A run may come from anyone: `best.ckpt` beside a name with `..` was somebody's file."""
+    mine = tmp_path / "mine" / "best.ckpt"
+    mine.parent.mkdir()
+    mine.write_text("years of work")
+    folder, how = tmp_path / "checkpoints", {**BEST, "keep_best": 2, "every": 99}
+    train(folder, shapes, tiny_text, Score({}), steps=2, **how)
+    values = {"../mine/best.ckpt": 1e9, str(mine): 1e9, "step=00000002_end.ckpt": 0.5}
+    (folder / "best.json").write_text(json.dumps({"metric": "val/score", "values": values}))
+    train(folder, shapes, tiny_text, Score({4: 1.0}), steps=4, **how)
+    assert mine.read_text() == "years of work"
+    assert best(folder) == "step=00000004_end.ckpt"
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_run_goes_on_from_its_best_as_if_it_had_not_stopped(
     tmp_path, shapes, tiny_text, accumulate

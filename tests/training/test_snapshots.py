@@ -60,7 +60,7 @@ def test_a_run_that_was_broken_off_keeps_the_same(tmp_path, shapes, tiny_text):
     assert names(broken) == steps(3, 5)
     # What a try left that went further, and had no checkpoint.
     (broken / "phema" / steps(6)[0]).write_bytes(b"of another run")
-    (broken / "phema" / "step=00000003.safetensors.0123.tmp").write_bytes(b"of a kill")
+    (broken / "phema" / "step=00000003.safetensors.01234567.tmp").write_bytes(b"of a kill")
     module = train(broken, shapes, tiny_text, steps=8, **how)
     assert names(whole) == steps(3, 6, 8)
     assert names(broken) == steps(3, 5, 6, 8)

@@ -98,7 +98,7 @@ def prepare_scenes(
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Only one process at a time gets past this, so that many may ask for the same scenes."""
-    with open(folder / "prepare.lock", "w") as file:
+    with open(folder / "prepare.lock", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # let go of when the file is closed, also by a kill
         yield
 

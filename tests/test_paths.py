@@ -68,7 +68,7 @@ def test_captions_in_a_file_of_another_system_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([f"name={'n' * 300}"], "nothing can be written to runs/nnn"),
+        ([f"name={'n' * 300}"], "is 45 bytes too long for a file's name"),
         (["name=a"], "nothing can be written to runs/a"),
         (["-m", "name=a", "seed=1,2"], "Not a directory: 'runs/a'"),
     ],
@@ -91,6 +91,9 @@ def test_a_folder_of_such_a_name_is_prepared_and_printed(home):
     assert "1 samples in" in said
     assert (home / LATIN / "00000.tar").is_file()
     assert os.listdir(home.parent / "work") == [LATIN]
+    said = run(*prepare, f"out={'n' * 300}", cwd=pictures.parent, expect=2)
+    assert "out=nnn" in said
+    assert "is 45 bytes too long" in said
     gone = f"image={os.fsdecode(bytes([0xFF]))}.png"
     said = run(str(ROOT / "sample.py"), gone, cwd=home, expect=2)
     assert "there is no such file" in said

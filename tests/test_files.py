@@ -1,10 +1,13 @@
 """Text files of the user, and files that no other is to replace."""
 
 import codecs
+import os
+from errno import ENOSPC
 
 import pytest
 
-from ldm.files import read_text
+from ldm import cli
+from ldm.files import read_text, replacing
 
 TEXT = "a fox 🦊\nschön\n"
 
@@ -40,3 +43,13 @@ def test_what_is_no_text_is_refused_by_name(tmp_path, data):
     (tmp_path / "a.txt").write_bytes(data)
     with pytest.raises(ValueError, match=r"a\.txt is neither UTF-8 nor UTF-16 with a byte order"):
         read_text(tmp_path / "a.txt")
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    with (
+        pytest.raises(cli.UsageError, match=rf"^{tmp_path}/a\.png: No space left on device \["),
+        cli.told_plainly(),
+        replacing(tmp_path / "a.png"),
+    ):
+        raise OSError(ENOSPC, os.strerror(ENOSPC))
+    assert list(tmp_path.iterdir()) == []

@@ -203,7 +203,11 @@ def told_plainly() -> Iterator[None]:
             raise
         while isinstance(error, InstantiationException) and error.__cause__ is not None:
             error = error.__cause__
-        raise UsageError(f"{error} [{type(error).__name__}; LDM_TRACE=1 shows where]") from error
+        said = str(error)
+        if isinstance(error, OSError) and said.startswith("[Errno"):  # the system's own words
+            place = f"{error.filename}: " if error.filename is not None else ""
+            said = f"{place}{error.strerror}"
+        raise UsageError(f"{said} [{type(error).__name__}; LDM_TRACE=1 shows where]") from error
 
 
 def needed(given: Mapping[str, str | None], name: str) -> str:

@@ -23,7 +23,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the name `path` once the block has ended without an error.
 
     It is written under a temporary name in the same directory, synced, then renamed, so a reader
-    or a kill meets the old file or the new one.
+    or a kill meets the old file or the new one. An OSError of the block or of ours names `path`.
     """
     stem = os.fsdecode(os.fsencode(path.name)[:200])  # a long name has room for what follows
     temporary = path.with_name(f"{stem}.{secrets.token_hex(4)}{TEMPORARY}")
@@ -33,8 +33,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # of a full disk, whose error names no file
         raise
 
 

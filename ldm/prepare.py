@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -9,6 +10,7 @@ from omegaconf import DictConfig
 from ldm import cli
 from ldm.data.prepare import Report, prepare_coco, prepare_folder
 from ldm.data.scenes.prepare import prepare_scenes
+from ldm.files import check_length
 
 SOURCES = ("coco", "folder", "scenes")
 PATHS = ("images", "annotations", "out")
@@ -25,6 +27,7 @@ def main(argv: Sequence[str]) -> None:
             raise cli.UsageError(f"source={cfg.source} is none of {', '.join(SOURCES)}")
         out = cli.needed(paths, "out")
         with cli.told_plainly():
+            check_length("out", Path(out))
             report = drawn(cfg, out) if cfg.source == "scenes" else converted(cfg, paths, out)
         skipped = ", ".join(f"{len(names)} {reason}" for reason, names in report.skipped.items())
         told = f"; skipped: {skipped}, listed in {paths['out']}/report.json" if skipped else ""

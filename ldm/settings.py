@@ -52,7 +52,17 @@ def explain(error: Exception, config_name: str) -> str:
             f"cannot read {key}={value}: what has blanks or special characters stands in quotes "
             f"twice, for the shell and for Hydra, as in \"{key}='a, b=c'\""
         )
+    if found := re.match(r"Ambiguous value for argument '(.*?)=(.*?)'\n1\. ", message, re.DOTALL):
+        return one_value(found[1], found[2], config_name)
     return message
+
+
+def one_value(key: str, values: str, config_name: str) -> str:
+    """What to type where several values were given to a key that takes one."""
+    list_ = f"a list stands in brackets, '{key}=[{values}]'"
+    text = f"a text with a comma in quotes twice, \"{key}='{values}'\""
+    runs = f"; `train.py -m {key}={values}` makes a run of each" if config_name == "train" else ""
+    return f"{key}={values}: it takes one value here; {list_}, {text}{runs}"
 
 
 def missing(key: str, config_name: str) -> str:

@@ -1,9 +1,12 @@
 """Text files of the user, and files that no other is to replace."""
 
 import codecs
+import os
+from errno import ENOSPC
 
 import pytest
 
+from ldm import cli
 from ldm.checkpoint import keep_newest
 from ldm.files import check_writable, forget_temporary, read_text, replacing
 
@@ -56,3 +59,13 @@ def test_what_a_kill_has_left_goes_and_nothing_of_others(tmp_path):
     keep_newest(tmp_path, 1)
     forget_temporary(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "b.0a1b2c3d.tmp", *others}
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    with (
+        pytest.raises(cli.UsageError, match=rf"^{tmp_path}/a\.png: No space left on device \["),
+        cli.told_plainly(),
+        replacing(tmp_path / "a.png"),
+    ):
+        raise OSError(ENOSPC, os.strerror(ENOSPC))
+    assert list(tmp_path.iterdir()) == []

@@ -117,6 +117,9 @@ def test_a_folder_of_such_a_name_is_prepared_and_printed(home):
     assert "1 samples in" in said
     assert (home / LATIN / "00000.tar").is_file()
     assert os.listdir(home.parent / "work") == [LATIN]
+    said = run(*prepare, f"out={'n' * 300}", cwd=pictures.parent, expect=2)
+    assert "out=nnn" in said
+    assert "is 45 bytes too long" in said
     gone = f"image={os.fsdecode(bytes([0xFF]))}.png"
     said = run(str(ROOT / "sample.py"), gone, cwd=home, expect=2)
     assert "there is no such file" in said

@@ -160,6 +160,13 @@ class ProgressBar(TQDMProgressBar):
         batches = self.trainer.num_training_batches
         return min(batches, left * self.trainer.accumulate_grad_batches) if left > 0 else batches
 
+    def on_train_start(self, trainer: L.Trainer, *args) -> None:
+        super().on_train_start(trainer, *args)
+        if trainer.fit_loop.restarted_mid_epoch:  # no epoch starts, and batches are counted on
+            done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            self.train_progress_bar.reset(total=done + self.total_train_batches)
+            self.train_progress_bar.n = self.train_progress_bar.initial = done
+
     def on_train_epoch_start(self, trainer: L.Trainer, *args) -> None:
         super().on_train_epoch_start(trainer, *args)
         self.train_progress_bar.set_description("Training")

@@ -82,3 +82,21 @@ def test_the_bar_counts_batches_to_the_last_of_the_last_step(shapes, tiny_text, 
     trainer.fit(latent_diffusion(tiny_text), datamodule=shapes_data(shapes))
     assert bar.train_progress_bar.total == 3 * accumulate
     assert bar.train_progress_bar.n == 3 * accumulate
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_bar_of_a_resumed_run_goes_on(shapes, tiny_text, accumulate, tmp_path):
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args) -> None:
+            if trainer.global_step == 3 and not (tmp_path / "a.ckpt").exists():
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    for ckpt_path in (None, tmp_path / "a.ckpt"):
+        trainer = make_trainer(steps=5, accumulate=accumulate, callbacks=[Save()])
+        bar = ProgressBar(trainer.callbacks[0])
+        trainer.callbacks.append(bar)
+        model, data = latent_diffusion(tiny_text), shapes_data(shapes)
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    assert bar.train_progress_bar.total == 5 * accumulate
+    assert bar.train_progress_bar.n == 5 * accumulate
+    assert bar.train_progress_bar.initial == 3 * accumulate

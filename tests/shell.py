@@ -1,6 +1,7 @@
 """The command line as a user types it: whole processes, real files, nothing replaced."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -121,13 +122,15 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
 def prepare(home: Path) -> Path:
     """Pictures in shards, and the parts that a denoiser rests on, as in the README."""
     (home / "pictures").mkdir()
-    for i, colour in enumerate(
-        ["red", "green", "blue", "yellow", "black", "white", "pink", "gold"]
-    ):
+    colours = ["red", "green", "blue", "yellow", "black", "white", "pink", "gold"]
+    captions = []
+    for i, colour in enumerate(colours):
         picture = Image.new("RGB", (40, 32), "grey")
         ImageDraw.Draw(picture).ellipse((4 + i, 4, 24 + i, 24), fill=colour)
         picture.save(home / "pictures" / f"{i}.png")
-        (home / "pictures" / f"{i}.txt").write_text(f"a {colour} ball\nthe ball is {colour}\n")
+        two = [f"a {colour} ball", f"the ball is {colour}"]
+        captions.append(json.dumps({"file_name": f"{i}.png", "text": two}))
+    (home / "pictures" / "metadata.jsonl").write_text("\n".join(captions))
     run("-m", "ldm.prepare", "folder", "images=pictures", "out=shards", "size=16", cwd=home)
     train(*ANEW, "name=ae", "trainer.max_steps=3", cwd=home)
     train("stage=clip", "name=clip", "trainer.max_steps=2", "vocab_size=600", cwd=home)

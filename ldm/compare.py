@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ldm import cli, curves, ranking, runs
 from ldm.files import check_length, located, write_text
+from ldm.settings import nearest
 from ldm.words import printable
 
 FOREIGN = "is none of ldm.compare's: move it, or give out=DIR or overwrite=true"
@@ -85,7 +86,7 @@ def compare(
     metric = metric or (asked.most_common(1)[0][0] if asked else "val/loss")
     logged = ranking.logged(compared)
     if logged and metric not in logged:
-        near = cli.nearest(metric, logged)
+        near = nearest(metric, logged)
         raise ValueError(f"metric={metric} was not logged by any of {len(compared)} runs{near}")
     if (direction := direction or runs.direction(metric)) not in ("minimize", "maximize"):
         raise ValueError(f"direction={direction} is neither minimize nor maximize")

@@ -12,6 +12,7 @@ from ldm import cli, curves, evaluate, runs
 from ldm.asked import check_places
 from ldm.files import check_length, located, reserve
 from ldm.ranges import LENGTH
+from ldm.settings import nearest
 
 TEXTS = (
     *("ckpt", "lengths", "metric", "data", "others", "subset", "out"),
@@ -238,7 +239,7 @@ def chosen(metric: str | None, measured: dict[str, float]) -> str:
         there = [FIRST[0], curves.distance(measured), *FIRST[1:], *measured]
         return next(name for name in there if name in measured)
     if (name := metric.removeprefix("val/")) not in measured:
-        near = cli.nearest(name, measured)
+        near = nearest(name, measured)
         raise cli.UsageError(
             f"metric={metric} is not measured{near} There are: {', '.join(measured)}"
         )

@@ -204,13 +204,12 @@ def last_good(
 def has_ruined_weights(path: Path) -> bool:
     """Whether a file from before manifests told of it holds weights that are not finite."""
     try:
-        payload = unverified(path)
-        weights = [w for w in payload["state_dict"].values() if w.is_floating_point()]
-    except (CheckpointError, KeyError, TypeError, AttributeError):
-        return False  # no checkpoint of ours, which is told where it is read
-    # A view may claim to be larger than its file.
-    plain = [w for w in weights if w.nbytes <= w.untyped_storage().nbytes()]
-    return not all(w.isfinite().all() for w in plain)
+        found = dict(unverified(path)["state_dict"]).values()
+        # A view may claim to be larger than its file.
+        plain = [weight for weight in found if weight.nbytes <= weight.untyped_storage().nbytes()]
+        return not all(weight.isfinite().all() for weight in plain)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
+        return False  # no weights of ours, which is told where they are read
 
 
 def is_whole(path: Path) -> bool:

@@ -71,7 +71,7 @@ def test_captions_in_a_file_of_another_system_are_read(tmp_path):
     [
         ([f"name={'n' * 300}"], "name=runs/nnn.* is 45 bytes too long for a file's name"),
         (["name=a"], "nothing can be written to runs/a"),
-        (["-m", "name=a", "seed=1,2"], "Not a directory: 'runs/a'"),
+        (["-m", "name=a", "seed=1,2"], "runs/a: Not a directory"),
         (["name=b"], "nothing can be written to .*runs/b/train.log"),
     ],
 )

@@ -103,8 +103,10 @@ def send(number: int, process: int) -> None:
 def test_data_workers_end_by_their_parent_alone(shapes):
     data = shapes_data(shapes, workers=2)
     data.trainer = type("Trainer", (), {"global_rank": 0, "world_size": 1})
+    others = set(multiprocessing.active_children())  # that other tests have left to be collected
     batches = iter(data.val_dataloader())
-    workers = multiprocessing.active_children()
+    workers = [each for each in multiprocessing.active_children() if each not in others]
+    assert len(workers) == 2
     for number in STOPS:
         for worker in workers:
             send(number, worker.pid)

@@ -31,7 +31,8 @@ def home(prepared, tmp_path_factory):
 
 
 def painted(home, *words, ckpt="style"):
-    run(SAMPLE, f"ckpt=runs/{ckpt}", *ASK, *words, "n=2", "out=out.png", cwd=home)
+    how = ["n=2", "out=out.png", "overwrite=true"]
+    run(SAMPLE, f"ckpt=runs/{ckpt}", *ASK, *words, *how, cwd=home)
     return [Image.open(home / f"out_00{i}.png") for i in range(2)]
 
 

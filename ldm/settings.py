@@ -14,6 +14,8 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.words import printable
+
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 OWN_DATA = " (for shards in a folder, give data=shards data.train=DIR data.val=DIR)"
 
@@ -47,7 +49,7 @@ def explain(error: Exception, config_name: str) -> str:
             return (
                 f"'{error.override}' is no setting: they are written key=value; --help lists them"
             )
-        key, _, value = error.override.partition("=")
+        key, _, value = printable(error.override).partition("=")
         return (
             f"cannot read {key}={value}: what has blanks or special characters stands in quotes "
             f"twice, for the shell and for Hydra, as in \"{key}='a, b=c'\""

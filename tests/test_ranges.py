@@ -163,6 +163,7 @@ def test_classes_from_elsewhere_have_no_ranges():
         (["trainer.max_steps=-5"], "trainer.max_steps=-5 must be a whole number from 1"),
         (["name=../x"], "name='../x' names no run"),
         (['name="a\nb"'], r"name='a\nb' names no run"),
+        (["name=a\nb"], r"cannot read name=a\nb: what has blanks"),
         (["guidance=7"], "guidance=7 is no option of guidance: guidance.scale=7 sets"),
         (["-m", "optimizer.lr=1e-3,-1"], "optimizer.lr=-1 must be"),
         (["-m", "scheduler=cosine,linear", "seed=null"], "seed=null must be"),

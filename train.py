@@ -20,7 +20,6 @@ def main(cfg: DictConfig) -> None:
     signals = Signals(at_once=runs.rank() == 0 or runs.launched() is not None)
     signals.listen()
     with signals.obey():
-        cli.check_name(str(cfg.name))
         run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
         with cli.told_plainly():
             lock = locks.claim(run_dir) if runs.rank() == 0 else None  # until this process ends

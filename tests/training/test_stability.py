@@ -233,7 +233,7 @@ def test_a_validation_that_is_not_finite_keeps_what_was_before(tmp_path, shapes,
 
 @pytest.mark.slow
 def test_a_run_that_ends_with_ruined_weights_is_not_finished(tmp_path):
-    ruin = [*TINY, "name=ruin", "optimizer.lr=1e9", "trainer.max_steps=2", "data.workers=0"]
+    ruin = [*TINY, "name=ruin", "optimizer.lr=1e6", "trainer.max_steps=2", "data.workers=0"]
     for _ in range(2):  # the same command again has nothing left to train, and says the same
         said = run(str(ROOT / "train.py"), *ruin, cwd=tmp_path, expect=1)
         result = json.loads((tmp_path / "runs" / "ruin" / "result.json").read_text())

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ldm.data.images import read_image
+from ldm.data.image_decoding import read_image
 from ldm.data.scenes.draw import draw
 from ldm.data.scenes.world import BACKGROUNDS, COLOURS, SHAPES, STYLES, sample
-from ldm.data.shards import Shards
-from ldm.files import write_text
-from ldm.metrics.scenes import read
+from ldm.data.shards.reader import Shards
+from ldm.evaluation.scenes.reader import read
+from ldm.utils.files import write_text
 
 ROOT = Path(__file__).parent.parent
 SIZES, SEEDS, SIDE = (64, 128, 256), range(3), 64

@@ -23,9 +23,9 @@ def measure(million: int, background: bool, folder: Path) -> dict:
     import torch
     from torch import nn
 
-    from ldm.training.checkpoint import Checkpoints
+    from ldm.training.callbacks.checkpoint_payload import SafeCheckpointIO
+    from ldm.training.callbacks.checkpointing import Checkpoints
     from ldm.training.ema import EMA
-    from ldm.training.payload import SafeCheckpointIO
 
     class Data(L.LightningDataModule):
         position = 0

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ldm.clip_answers import TEMPLATE, Answers, drawn
 from ldm.data.scenes import world
 from ldm.data.scenes.draw import draw
 from ldm.data.scenes.prepare import prepare_scenes
-from ldm.images import from_uint8, to_bytes
-from ldm.metrics.clip_words import Words, holding, in_templates, vocabulary
+from ldm.evaluation.clip_queries import TEMPLATE, Answers, drawn
+from ldm.evaluation.metrics.clip_directions import Words, holding, in_templates, vocabulary
+from ldm.utils.images import from_uint8, to_bytes
 
 VALUES: dict[str, tuple[str, ...]] = {
     "colour": tuple(world.COLOURS),

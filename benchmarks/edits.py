@@ -21,14 +21,14 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm import runs
-from ldm.build import pipelines
-from ldm.cli import CONF
+from ldm.config import pipeline as pipelines
+from ldm.config.command_line import CONF
 from ldm.data.scenes.draw import OUTER, draw_at, placed
 from ldm.data.scenes.world import BACKGROUNDS, COLOURS, SHAPES, STYLES, Scene, caption, sample
-from ldm.images import from_uint8, save_png, tile, to_uint8
-from ldm.metrics.scenes import ATTRIBUTES, read, right
-from ldm.pipeline import Pipeline
+from ldm.evaluation.scenes.reader import ATTRIBUTES, read, right
+from ldm.experiments import run_dir
+from ldm.inference.pipeline import Pipeline
+from ldm.utils.images import from_uint8, save_png, tile, to_uint8
 
 SIZE = 64
 SHOWN = 8  # edits in a picture
@@ -79,7 +79,7 @@ def main() -> None:
         save_png(tile(torch.stack([*shown, *painted]), columns=len(some)), given.picture, facts)
     rows = measure(edits, ways, tell)
     print(table(rows))
-    place = Path(ckpt) if Path(ckpt).is_dir() else runs.of_checkpoint(Path(ckpt))
+    place = Path(ckpt) if Path(ckpt).is_dir() else run_dir.of_checkpoint(Path(ckpt))
     out = place / f"edits_{given.task}.json"
     out.write_text(json.dumps({"steps": given.steps, "edits": len(edits), "rows": rows}, indent=1))
     print(out)

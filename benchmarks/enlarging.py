@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from ldm.data.scenes.draw import draw
 from ldm.data.scenes.world import Scene, caption, sample
-from ldm.images import from_uint8, to_uint8
-from ldm.metrics.scenes import accuracy, read
-from ldm.requests import continued
-from ldm.superres import enlarged, shrunk
+from ldm.diffusion.tasks.superres import enlarged, shrunk
+from ldm.evaluation.scenes.reader import accuracy, read
+from ldm.inference.inputs import continued
+from ldm.utils.images import from_uint8, to_uint8
 
 
 def main() -> None:

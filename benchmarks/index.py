@@ -18,8 +18,8 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
-from ldm.data.index import INDEX_NAME, open_index
-from ldm.data.order import Order, PositionBatches
+from ldm.data.position_sampler import Order, PositionBatches
+from ldm.data.shards.index import INDEX_NAME, open_index
 
 IMAGE, TEXT, RECORD = 100_000, 60, 300  # bytes of the members
 SEED = 1

@@ -29,7 +29,7 @@ from PIL import Image
 from scipy.stats import rankdata, spearmanr
 from spoiled_scenes import spoiled
 
-from ldm import runs
+from ldm.experiments import run_dir as runs
 
 ROOT = Path(__file__).parent.parent
 STUDY = "study"

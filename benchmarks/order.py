@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from ldm.data.dataset import TextImages
-from ldm.data.order import Order, PositionBatches
-from ldm.data.shards import Shards
+from ldm.data.position_sampler import Order, PositionBatches
+from ldm.data.shards.reader import Shards
 
 COCO = Path(__file__).parent.parent.parent / "shared" / "data" / "coco_mini"
 BLOCK, SIZE = 64, 64

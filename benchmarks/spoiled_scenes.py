@@ -11,13 +11,13 @@ from PIL import Image, ImageFilter
 from ldm.data.dataset import TextImages
 from ldm.data.scenes.draw import draw
 from ldm.data.scenes.world import OPPOSITE, Scene, caption, sample
-from ldm.data.shards import Shards
-from ldm.images import from_uint8, to_uint8
-from ldm.metrics.clip_features import ClipFeatures
-from ldm.metrics.efficientnet import EfficientNetFeatures
-from ldm.metrics.quality import Quality, captions_to_paint
-from ldm.metrics.scenes import accuracy, read
-from ldm.models.weights import autoencoder
+from ldm.data.shards.reader import Shards
+from ldm.evaluation.features.clip import ClipFeatures
+from ldm.evaluation.features.efficientnet import EfficientNetFeatures
+from ldm.evaluation.protocol import Quality, captions_to_paint
+from ldm.evaluation.scenes.reader import accuracy, read
+from ldm.models.autoencoder_weights import autoencoder
+from ldm.utils.images import from_uint8, to_uint8
 
 
 def spoiled(*, count: int, at_most: int, size: int) -> dict[str, dict[str, float]]:

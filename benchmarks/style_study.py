@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from ldm.data.scenes.draw import draw
 from ldm.data.scenes.world import STYLES, Scene, caption, sample
-from ldm.images import from_uint8, tile, to_uint8
-from ldm.metrics.intervals import wilson
-from ldm.metrics.scenes import ATTRIBUTES, read, right
-from ldm.pipeline import Pipeline
+from ldm.evaluation.metrics.intervals import wilson
+from ldm.evaluation.scenes.reader import ATTRIBUTES, read, right
+from ldm.inference.pipeline import Pipeline
+from ldm.utils.images import from_uint8, tile, to_uint8
 
 SIZE, BATCH = 64, 50
 

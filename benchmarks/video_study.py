@@ -4,11 +4,12 @@
 
 RUN is a run of task=video on moving scenes. Held-out prompts, half of them with combinations of
 colour and shape that were seen in training and half with others, are painted and read off frame by
-frame (ldm/metrics/motion.py). Beside that: the same videos read for the directions of other prompts
-(chance); the drawn videos themselves through the autoencoder (what can be had); videos that begin
-with the first frame of the drawn ones (image-to-video); and, with --images, what a model of
-pictures makes of the prompts, a seed a frame: nothing joins its frames. Shares with 95 % intervals
-(Wilson's) go to DIR/video_study.json, film strips and a GIF of the first prompts beside it.
+frame (ldm/evaluation/scenes/motion.py). Beside that: the same videos read for the directions of
+other prompts (chance); the drawn videos themselves through the autoencoder (what can be had);
+videos that begin with the first frame of the drawn ones (image-to-video); and, with --images, what
+a model of pictures makes of the prompts, a seed a frame: nothing joins its frames. Shares with 95 %
+intervals (Wilson's) go to DIR/video_study.json, film strips and a GIF of the first prompts beside
+it.
 """
 
 import argparse
@@ -20,15 +21,15 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from ldm import films
-from ldm.build import pipelines
-from ldm.cli import CONF
+from ldm.config import pipeline as pipelines
+from ldm.config.command_line import CONF
 from ldm.data.scenes.motion import caption, film, sample_moving
-from ldm.images import captioned, save_png
-from ldm.metrics.intervals import wilson
-from ldm.metrics.motion import NAMES, MotionAccuracy
-from ldm.metrics.scene_accuracy import SPLITS, Paint
-from ldm.pipeline import Pipeline
+from ldm.evaluation.metrics.intervals import wilson
+from ldm.evaluation.scenes.accuracy import SPLITS, Paint
+from ldm.evaluation.scenes.motion import NAMES, MotionAccuracy
+from ldm.inference.pipeline import Pipeline
+from ldm.utils import video as films
+from ldm.utils.images import captioned, save_png
 
 SHOWN = 6  # videos in the picture
 

@@ -10,7 +10,7 @@ import torch
 from world import CAPTIONS, SIZE, write_shapes
 
 from ldm.models.clip import Clip, train_tokenizer
-from ldm.models.text import ClipText
+from ldm.models.text.clip import ClipText
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
 torch.set_num_threads(1)  # the networks are too small to share

@@ -9,7 +9,10 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from ldm import cli, leftovers, locks, runs, sweep
+from ldm.config import command_line, leftovers
+from ldm.experiments import run_dir, sweep
+from ldm.utils import locks
+from ldm.utils.errors import UsageError
 
 # What a job must not be told, because it is no sweep.
 LAUNCHING = (
@@ -32,13 +35,13 @@ class Plan:
     """
 
     def __init__(self, config: DictConfig, context: HydraContext) -> None:
-        if {"RANK", "LOCAL_RANK"} & os.environ.keys() or runs.launched():
-            raise cli.UsageError(
+        if {"RANK", "LOCAL_RANK"} & os.environ.keys() or run_dir.launched():
+            raise UsageError(
                 "a sweep starts its own processes: give `python train.py -m ...` without torchrun "
                 "or srun; each job takes trainer.devices and trainer.num_nodes of its own"
             )
         if moved := [o for o in config.hydra.overrides.hydra if o.startswith("hydra.sweep.")]:
-            raise cli.UsageError(f"{moved[0]}: a sweep lies in runs/<name>, give name=my-sweep")
+            raise UsageError(f"{moved[0]}: a sweep lies in runs/<name>, give name=my-sweep")
         self.config, self.loader = config, context.config_loader
         typed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         last = {override.get_key_element(): override for override in typed}  # the last one counts
@@ -50,15 +53,15 @@ class Plan:
         if named is None:
             config.name = self._own_name(same)
         elif named.is_sweep_override():
-            raise cli.UsageError("name cannot be swept: the jobs are named by what differs")
+            raise UsageError("name cannot be swept: the jobs are named by what differs")
         self.name = str(config.name)
         dirs = [s.path for s in self.loader.get_sources() if s.provider == "command-line"]
         kept = [o for o in config.hydra.overrides.hydra if not o.lstrip("+~").startswith(LAUNCHING)]
         self.flags = [*(f"--config-dir={path}" for path in dirs), *kept]
-        cli.check_name(self.name)
+        command_line.check_name(self.name)
         self.directory = Path("runs", self.name)
         leftovers.expect(self.directory)
-        with cli.told_plainly():
+        with command_line.told_plainly():
             self._lock = locks.claim(self.directory)
             base = self._compose(same)
             plain = OmegaConf.to_container(self._plain(base), resolve=True, throw_on_missing=False)
@@ -105,7 +108,7 @@ class Plan:
 
     def _job(self, label: str, overrides: list[str]) -> sweep.Job:
         cfg = self._compose(overrides)
-        cli.check(self._plain(cfg), "train", overrides)
+        command_line.check(self._plain(cfg), "train", overrides)
         devices = cfg.trainer.devices
         return sweep.Job(
             name=f"{self.name}/{label}",
@@ -125,7 +128,7 @@ class Plan:
     ) -> list[JobReturn]:
         """Run the sweeper's jobs; the value of a job that did not finish is None."""
         jobs = self.jobs(job_overrides)
-        with cli.told_plainly():
+        with command_line.told_plainly():
             sweep.carry_out(list(dict.fromkeys(jobs)), host, most=most, shared=self.shared)
         return [
             # Completed in Hydra's eyes even where it failed: a sweeper must go on with the others.
@@ -140,4 +143,4 @@ class Plan:
 
     @staticmethod
     def _value(job: sweep.Job) -> float | None:
-        return runs.value(job.directory, job.metric) if job.is_finished else None
+        return run_dir.value(job.directory, job.metric) if job.is_finished else None

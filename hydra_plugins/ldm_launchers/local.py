@@ -26,8 +26,8 @@ class LocalLauncher(Launcher):
     ) -> None:
         """Claim the sweep's directory, before the sweeper writes into it."""
         from hydra_plugins.ldm_launchers._plan import Plan
-        from ldm.cli import told_plainly
-        from ldm.machine import Machine
+        from ldm.config.command_line import told_plainly
+        from ldm.experiments.launchers.local import Machine
 
         with told_plainly():
             self.machine = Machine(n_jobs=self.n_jobs, devices=self.devices)

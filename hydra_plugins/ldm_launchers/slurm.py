@@ -26,8 +26,8 @@ class SlurmLauncher(Launcher):
     ) -> None:
         """Claim the sweep's directory, before the sweeper writes into it."""
         from hydra_plugins.ldm_launchers._plan import Plan
-        from ldm.cli import told_plainly
-        from ldm.slurm import Queue
+        from ldm.config.command_line import told_plainly
+        from ldm.experiments.launchers.slurm import Queue
 
         self.plan = Plan(config, hydra_context)
         with told_plainly():

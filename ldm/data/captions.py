@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from ldm.files import encoding
+from ldm.utils.files import encoding
 
 _MOST_KEYS, _LONGEST_KEY = 256, 100  # of a record that are counted
 _LIKELY = ("caption", "prompt", "text", "description", "title", "alt")  # names of what is a caption

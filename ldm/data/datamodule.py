@@ -9,15 +9,15 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from ldm.data.ahead import Ahead
-from ldm.data.cache import Cache
+from ldm.data.bad_samples import Skips
 from ldm.data.dataset import Batch, TextImages, collate
-from ldm.data.order import Order, PositionBatches, strided_batches
-from ldm.data.places import Source
-from ldm.data.remote import Remote
-from ldm.data.shards import Shards
-from ldm.data.skips import Skips
-from ldm.signals import obey_parent, withheld
+from ldm.data.position_sampler import Order, PositionBatches, strided_batches
+from ldm.data.shards.cache import Cache
+from ldm.data.shards.locations import Source
+from ldm.data.shards.prefetch import Ahead
+from ldm.data.shards.reader import Shards
+from ldm.data.shards.remote import Remote
+from ldm.utils.signals import obey_parent, withheld
 
 
 class TextImageData(L.LightningDataModule):

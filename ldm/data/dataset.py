@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.images import ImageError, read_frames, read_image, square, to_tensor
-from ldm.data.order import CAPTION, CROP, draws
-from ldm.data.shards import Shards
-from ldm.data.skips import Skip, TooManySkippedError, described
+from ldm.data.bad_samples import Skip, TooManySkippedError, described
+from ldm.data.image_decoding import ImageError, read_frames, read_image, square, to_tensor
+from ldm.data.position_sampler import CAPTION, CROP, draws
+from ldm.data.shards.reader import Shards
 
 _TRIES = 10_000  # undecodable samples in a row: nobody wants to wait for more
 

@@ -9,12 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.condition import Condition
-from ldm.diffusion.noise import Generators, other, randn
-from ldm.diffusion.penalty import Penalty, Squared
-from ldm.diffusion.schedule import Schedule, expand
-from ldm.diffusion.times import TimeSampler
-from ldm.diffusion.weighting import Weighting
+from ldm.diffusion.conditioning import Condition
+from ldm.diffusion.losses import Penalty, Squared
+from ldm.diffusion.rng import Generators, other, randn
+from ldm.diffusion.schedules import Schedule, expand
+from ldm.diffusion.timesteps import TimeSampler
+from ldm.diffusion.weightings import Weighting
 
 Network = Callable[[Tensor, Tensor, Condition], Tensor]  # x_t, timestep, cond -> out
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.diffusion.noise import Generators, randn
+from ldm.diffusion.rng import Generators, randn
 from ldm.models.layers import (
     Downsample,
     ResBlock,

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from ldm.models.captions import CaptionTokenizer
-from ldm.models.hub import quiet
-from ldm.models.text import load_clip
+from ldm.models.huggingface import quiet
+from ldm.models.text.base import CaptionTokenizer
+from ldm.models.text.clip import load_clip
 from ldm.models.whitening import Whitening
 
 # The pixel statistics in [0, 1] that every published CLIP was trained with (openai/CLIP, clip.py).

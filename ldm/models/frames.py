@@ -5,7 +5,7 @@ Shapes: B videos, F frames, C latent channels, H W pixels, h w latent grid.
 
 from torch import Generator, Tensor, nn
 
-from ldm.diffusion.noise import Generators
+from ldm.diffusion.rng import Generators
 from ldm.models.temporal import fold, unfold
 
 

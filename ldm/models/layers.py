@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.place_map import PlaceMap
+from ldm.models.positional_map import PlaceMap
 from ldm.models.random_layers import Dropout
 
 Beside = Callable[[int], nn.Module]  # width -> an attention of x (B, N, C) to other tokens

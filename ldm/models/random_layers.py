@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.noise import generators
+from ldm.diffusion.rng import generators
 
 Fill = Callable[[Tensor, torch.Generator | None], object]  # writes random numbers into a tensor
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.diffusion.condition import Condition
+from ldm.diffusion.conditioning import Condition
 from ldm.models.layers import (
     Downsample,
     ResBlock,

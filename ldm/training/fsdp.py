@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from ldm.models.layers import ResBlock, SpatialTransformer
-from ldm.training.diffusion import LatentDiffusion
+from ldm.training.modules.diffusion import LatentDiffusion
 
 
 class Sharded(DDPStrategy):

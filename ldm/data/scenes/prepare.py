@@ -1,4 +1,4 @@
-"""Scenes to shards, laid out as `ldm/data/prepare.py` lays out pictures that come from files.
+"""Scenes to shards, laid out as ldm/data/prepare/writer.py lays out image files.
 
     out/00000.tar          000000000.png 000000000.json 000000000.txt 000000001.png ...
     out/prepare.json       the settings; report.json and index.npz are written last
@@ -21,14 +21,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.data.index import open_index
-from ldm.data.prepare import Report, claim, write_json
+from ldm.data.prepare.writer import Report, claim, write_json
 from ldm.data.scenes import motion
 from ldm.data.scenes.draw import draw
 from ldm.data.scenes.motion import MOTION_VERSION, Moving, film, sample_moving
 from ldm.data.scenes.world import VERSION, Scene, Split, caption, sample
-from ldm.data.shards import write_shard
-from ldm.files import located
+from ldm.data.shards.index import open_index
+from ldm.data.shards.reader import write_shard
+from ldm.utils.files import located
 
 _PER_SHARD = 500
 _PHRASINGS = 3

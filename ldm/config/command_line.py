@@ -1,0 +1,288 @@
+"""The command line's manners: free text before Hydra's grammar sees it, and refusals that help."""
+
+import os
+import re
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+from typing import NoReturn
+
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+
+from ldm.config import suggestions
+from ldm.config.leftovers import discard
+from ldm.config.ranges import OURS, flaw
+from ldm.config.rules import spoken
+from ldm.config.suggestions import explain, is_group, missing
+from ldm.experiments.run_dir import RESOLVERS, number
+from ldm.utils.errors import UsageError
+from ldm.utils.files import check_length, read_text
+from ldm.utils.locks import InUseError
+from ldm.utils.text import printable, prose
+
+# Texts that people or networks read; every other one is a path, or may be.
+PROSE = ("prompt", "negative", "source", "text")
+LINES = "\n\t"
+HELP = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
+CONF = suggestions.CONF  # for hydra.main
+
+for _name, _resolver in RESOLVERS.items():
+    OmegaConf.register_new_resolver(_name, _resolver, replace=True)
+
+
+def take_text(names: Iterable[str]) -> dict[str, str]:
+    """Remove `name=value` of these names from the command line, and return the values as typed.
+
+    Prompts and paths may hold any character, and Hydra's grammar would refuse many of them. In
+    paths `~` is the home directory.
+    """
+    taken, names = {}, set(names)
+    for argument in sys.argv[1:]:
+        name, equals, value = argument.partition("=")
+        if equals and name in names:
+            taken[name] = prose(value) if name in PROSE else os.path.expanduser(value)
+    sys.argv[1:] = [a for a in sys.argv[1:] if a.partition("=")[0] not in taken]
+    return taken
+
+
+def quoted(word: str) -> str:
+    """`key=a/step=250.ckpt` with the quotes that Hydra's grammar wants around a second `=`.
+
+    It also wants them around `~` and letters that are not ASCII.
+    """
+    key, _, value = word.partition("=")
+    is_plain = re.fullmatch(r"[\w@/.+~-]+", key) and not re.search(r"[,'\"\[\]{}()$\\\t\n]", value)
+    is_odd = not value.isascii() or re.search("[=~]", value)
+    return f"{key}='{value}'" if is_plain and is_odd else word
+
+
+def print_paths() -> None:
+    """Let standard output take paths of any bytes, which come out as they were typed."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="surrogateescape")
+
+
+def take_choices() -> dict[str, list[str]]:
+    """Remove `name=a,b,c` from the command line, and --multirun, which it needs not.
+
+    Names with the values, as typed, each once.
+    """
+    parser, taken, left = OverridesParser.create(), {}, []
+    for argument in sys.argv[1:]:
+        left.append(argument)
+        with suppress(HydraException):  # of options; what is wrong is told by Hydra itself
+            override = parser.parse_override(argument)
+            if override.is_discrete_sweep():
+                taken[override.get_key_element()] = list(
+                    dict.fromkeys(override.sweep_string_iterator())
+                )
+                left.pop()
+    sys.argv[1:] = [argument for argument in left if argument not in ("-m", "--multirun")]
+    return taken
+
+
+def points(
+    config_name: str, choices: Mapping[str, list[str]], *, may_vary: Sequence[str]
+) -> list[tuple[dict[str, str], DictConfig]]:
+    """Every combination of the choices, and the configuration with it; called inside hydra.main.
+
+    Raises UsageError for a choice of anything but `may_vary`, and what `check` raises.
+    """
+    for name, values in choices.items():
+        check_option(name, ",".join(values))
+        if name.partition(".")[0] not in may_vary:
+            raise UsageError(
+                f"{name}={','.join(values)}: it takes one value here, and several are for "
+                f"{', '.join(may_vary) or 'nothing'} (a list stands in brackets: '{name}=[a,b]')"
+            )
+    task, found = list(HydraConfig.get().overrides.task), []
+    for values in product(*choices.values()):
+        chosen = dict(zip(choices, values, strict=True))
+        overrides = [*task, *(f"{name}={value}" for name, value in chosen.items())]
+        found.append((chosen, compose(config_name, overrides)))
+        check(found[-1][1], config_name, overrides)
+    return found
+
+
+def run(main: Callable[[], None], config_name: str, *, goes_on: bool = False) -> None:
+    """Call a `hydra.main` function; what the user did wrong is told in one message, with a remedy.
+
+    Exit code 2 for such a mistake, 130 for Ctrl-C; anything else keeps its full trace. goes_on: the
+    same command goes on from where it was interrupted.
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, not to Hydra's printer
+    # On busy cores, threads that spin for work make a step ten times slower; libgomp reads this.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    print_paths()
+    if HELP & set(sys.argv):  # its reader may leave early, as `head` does
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    # argparse, which Hydra uses, wants overrides in one piece: -m may stand anywhere.
+    words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
+    sys.argv[1:] = map(quoted, words)
+    warnings.formatwarning = partial(_in_a_line, standard=warnings.formatwarning)
+    try:
+        for word in words:
+            check_option(*word.partition("=")[::2])
+        main()
+    except REFUSALS as error:
+        refuse(error, config_name)
+    except KeyboardInterrupt as error:
+        how, code = error.args or ("interrupted", 130)
+        more = "; the same command goes on from here" if goes_on else ""
+        print(f"\n{Path(sys.argv[0]).name}: {how}{more}", file=sys.stderr)
+        sys.exit(code)
+    except (OSError, ValueError) as error:
+        if "No trials are completed" in str(error):  # so optuna says that every job failed
+            return
+        why = error if isinstance(error, OSError) else error.__cause__  # logging wraps those
+        if not isinstance(why, OSError) or _entered(main, error):
+            raise
+        place = why.filename or "the run directory"
+        refuse(UsageError(f"nothing can be written to {place} ({why.strerror})"), config_name)
+
+
+REFUSALS = (HydraException, OmegaConfBaseException, UsageError)
+
+
+def refuse(error: Exception, config_name: str) -> NoReturn:
+    """Tell a refusal, delete what this call has left in a new run directory, and exit with 2."""
+    text = str(error) if isinstance(error, UsageError) else explain(error, config_name)
+    print(f"\n{Path(sys.argv[0]).name}: {printable(text, keep=LINES)}", file=sys.stderr)
+    discard()
+    sys.exit(2)
+
+
+def check_option(group: str, value: str) -> None:
+    """Refuse a number where a group's option is wanted, as in guidance=7; raises UsageError."""
+    if is_group(group) and value and None not in map(number, value.split(",")):
+        options = ", ".join(sorted(path.stem for path in Path(CONF, group).glob("*.yaml")))
+        key = {"guidance": "guidance.scale", "optimizer": "optimizer.lr"}.get(group)
+        meant = f"{key}={value} sets the number, and " if key else ""
+        raise UsageError(f"{group}={value} is no option of {group}: {meant}there are: {options}")
+
+
+def _entered(main: Callable[[], None], error: BaseException) -> bool:
+    """Whether Hydra, which makes the run directory, has come so far as to call our function."""
+    code = getattr(main, "__wrapped__", main).__code__
+    return any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _in_a_line(message, category, filename, lineno, line=None, *, standard) -> str:
+    """A warning of ours as a sentence; others say where they come from."""
+    if Path(filename).is_relative_to(Path(__file__).parent.parent):
+        return f"warning: {message}\n"
+    return standard(message, category, filename, lineno, line)
+
+
+@contextmanager
+def told_plainly() -> Iterator[None]:
+    """While a run is put together, errors are about what was asked for: tell them without a trace.
+
+    LDM_TRACE=1 shows it all the same.
+    """
+    try:
+        yield
+    except InUseError as error:
+        raise UsageError(str(error)) from error
+    except (ValueError, TypeError, OSError, InstantiationException) as error:
+        if isinstance(error, UsageError) or os.environ.get("LDM_TRACE"):
+            raise
+        while isinstance(error, InstantiationException) and error.__cause__ is not None:
+            error = error.__cause__
+        said = str(error)
+        if isinstance(error, OSError) and said.startswith("[Errno"):  # the system's own words
+            place = f"{error.filename}: " if error.filename is not None else ""
+            said = f"{place}{error.strerror}"
+        raise UsageError(f"{said} [{type(error).__name__}; LDM_TRACE=1 shows where]") from error
+
+
+def needed(given: Mapping[str, str | None], name: str) -> str:
+    """A text that must have been given; UsageError where it was not."""
+    if not given.get(name):
+        raise UsageError(f"{name} is needed: give {name}=...")
+    return given[name]
+
+
+def read_prompts(given: Mapping[str, str | None]) -> list[str]:
+    """The lines with text of the file `prompts`, else the one `prompt`, else none.
+
+    Raises UsageError where the file has no such line, OSError where there is no file.
+    """
+    if given["prompts"] is None:
+        return [] if given["prompt"] is None else [given["prompt"]]
+    try:
+        lines = read_text(given["prompts"]).splitlines()
+    except ValueError as error:
+        raise UsageError(f"prompts={error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UsageError(f"prompts={given['prompts']} has no line with text")
+    return prompts
+
+
+def check(cfg: DictConfig, config_name: str, overrides: Iterable[str] | None = None) -> None:
+    """Refuse, before anything heavy is imported, keys that nobody reads and values of a wrong type.
+
+    overrides: the command line that `cfg` was composed of; None: this process's own.
+    Raises UsageError. Keys added inside a node with a `_target_` are that call's own affair.
+    """
+    overrides = HydraConfig.get().overrides.task if overrides is None else overrides
+    try:
+        given = OmegaConf.to_container(cfg, resolve=True)
+    except InterpolationKeyError as error:
+        raise UsageError(f"{error.full_key}: {error.msg.splitlines()[0]}") from error
+    _compare(given, default(config_name, overrides), "", config_name)
+    if config_name == "train":
+        check_name(cfg.name)
+    if cfg.get("direction") not in (None, "minimize", "maximize"):
+        raise UsageError(f"direction={cfg.direction} is neither minimize nor maximize")
+
+
+def default(config_name: str, overrides: Iterable[str]) -> dict:
+    """The settings of the options that these overrides choose, each with its default."""
+    return _default(config_name, tuple(o for o in overrides if is_group(o.partition("=")[0])))
+
+
+@cache
+def _default(config_name: str, groups: tuple[str, ...]) -> dict:
+    return OmegaConf.to_container(compose(config_name, overrides=list(groups)))
+
+
+def check_name(name: object) -> None:
+    """Refuse names that are no place below runs/, or too long for one; raises UsageError."""
+    is_text = isinstance(name, str | int | float) and str(name).isprintable()
+    if not is_text or not str(name).strip("./ ") or {"..", ""} & set(str(name).split("/")):
+        said = f"'{name}'" if is_text else ascii(name) if isinstance(name, str) else spoken(name)
+        raise UsageError(f"name={said} names no run: leave it out, or give name=my-run")
+    try:
+        check_length("name", Path("runs", str(name)))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _compare(given: dict, default: dict, prefix: str, config_name: str, ours: bool = True) -> None:
+    """UsageError for the first setting that nobody reads or whose value makes no sense."""
+    target = given.get("_target_")
+    ours = target.startswith(OURS) if isinstance(target, str) else ours
+    for key, value in given.items():
+        name, usual = f"{prefix}{key}", default.get(key, ...)
+        if usual is ... and "_target_" not in default:
+            raise UsageError(missing(name, config_name))
+        if isinstance(usual, dict) and usual:
+            if not isinstance(value, dict):
+                inside = ", ".join(f"{name}.{key}" for key in usual if key != "_target_")
+                raise UsageError(f"{name}={spoken(value)} is no single value, there are: {inside}")
+            _compare(value, usual, f"{name}.", config_name, ours)
+        elif said := flaw(name, value, config_name, default=usual, ours=ours):
+            raise UsageError(said)

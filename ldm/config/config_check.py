@@ -1,0 +1,93 @@
+"""The first thing that happens to a command's configuration: it is checked, and nothing is written.
+
+Hydra makes the run directory before it calls `main`, but calls this before that.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from ldm.config import command_line, leftovers, ranges
+from ldm.experiments import run_dir
+from ldm.utils.errors import UsageError
+from ldm.utils.files import check_own
+
+
+class FirstCheck(Callback):
+    """Refuses, with exit code 2, what `cli.check` refuses; command: the name of the configuration.
+
+    Hydra makes warnings of a callback's exceptions, which are therefore told here.
+    """
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def on_run_start(self, config: DictConfig, **more: object) -> None:
+        """Check one run."""
+        self._check(config, [])
+
+    def on_multirun_start(self, config: DictConfig, **more: object) -> None:
+        """Check what all jobs of a sweep have in common, its launcher, and each value of a number.
+
+        What else is wrong with one job alone is found when the jobs are planned.
+        """
+        parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        self._check(config, [override for override in parsed if override.is_sweep_override()])
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **more: object) -> None:
+        """Tell what `main` has refused: Hydra would print a line of its own before it."""
+        error = job_return._return_value  # `return_value`, of Hydra 1.3, prints and then raises it
+        if isinstance(error, command_line.REFUSALS):
+            command_line.refuse(error, self.command)
+
+    def _check(self, config: DictConfig, swept: list[Override]) -> None:
+        try:
+            lines = [override.input_line for override in swept]
+            typed = [line for line in config.hydra.overrides.task if line not in lines]
+            own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+            command_line.check(own, self.command, typed)
+            for key, value, default in [*values(swept, own), *launching(config, bool(swept))]:
+                if said := ranges.flaw(key, value, self.command, default=default):
+                    raise UsageError(said)
+            if self.command == "train":
+                check_run(Path(config.hydra.run.dir))
+            if config.hydra.output_subdir is not None and not swept:
+                leftovers.expect(Path(config.hydra.run.dir))
+        except command_line.REFUSALS as error:
+            command_line.refuse(error, self.command)
+
+
+def check_run(directory: Path) -> None:
+    """UsageError where a file that is written to in a run's or a sweep's directory is a link."""
+    try:
+        check_own(directory, run_dir.OPENED)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def values(swept: list[Override], config: DictConfig) -> Iterator[tuple[str, object, object]]:
+    """Key, value and default of all that is swept and no option; of an interval, its ends."""
+    for override in swept:
+        key, sweep = override.get_key_element().lstrip("+"), override.value()
+        if command_line.is_group(key):
+            continue
+        if isinstance(sweep, IntervalSweep):
+            found = [sweep.start, sweep.end]
+        else:
+            found = override.sweep_iterator()
+        for value in found:
+            yield key, value, OmegaConf.select(config, key)
+
+
+def launching(config: DictConfig, sweeps: bool) -> Iterator[tuple[str, object, object]]:
+    """Key and value of each number of a sweep's launcher and sweeper; there is no default."""
+    for part in ("launcher", "sweeper", "sweeper.sampler") if sweeps else ():
+        for key in OmegaConf.select(config, f"hydra.{part}") or ():
+            name = f"hydra.{part}.{key}"
+            if ranges.rule(name, "train"):
+                yield name, OmegaConf.select(config, name), ...

@@ -1,0 +1,144 @@
+"""Configuration to a denoiser in training: its parts first, then, with the data, its module."""
+
+import json
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ldm.config import components, stages
+from ldm.config.guidance import guidance
+from ldm.config.sample_options import tell
+from ldm.data.datamodule import TextImageData
+from ldm.diffusion.objective import Objective
+from ldm.experiments.run_dir import rank
+from ldm.inference.generate import examples
+from ldm.inference.pipeline import Pipeline
+from ldm.models.frames import Frames
+from ldm.training.callbacks.ema_snapshots import Snapshots
+from ldm.training.callbacks.monitoring import Pictures
+from ldm.training.modules.diffusion import LatentDiffusion
+from ldm.utils import checkpoint_file
+from ldm.utils.errors import UsageError
+
+# Groups that decide what a picture looks like.
+PAINT = [*components.FROZEN, "model", "scheduler", "objective", "task", "sampler", "guidance"]
+
+
+@dataclass(frozen=True)
+class Built:
+    """All of a denoiser's training that needs no data."""
+
+    frozen: dict[str, nn.Module]
+    objective: Objective
+    task: object
+    network: nn.Module
+
+
+def built(cfg: DictConfig, run_dir: Path) -> Built:
+    """The parts, which go together; a new run's network begins with `cfg.init`.
+
+    Raises UsageError and ValueError for what does not.
+    """
+    task = instantiate(cfg.task)
+    if task.of_any_run:
+        raise UsageError(
+            f"task={task.name} is a way of sampling from any run of text to image, and nothing to "
+            f"train: leave it out here, then give `python sample.py ckpt=... task={task.name}`"
+        )
+    stages.kind_fits(cfg, f"task={task.name}", temporal=task.temporal)
+    if task.temporal and cfg.style_encoder:
+        raise UsageError(f"task={task.name} takes no style pictures: leave style_encoder=.. out")
+    task.check_size(cfg.data.size)
+    autoencoder, text = components.frozen(cfg)
+    frozen, style = (
+        {"autoencoder": autoencoder, "text_encoder": text},
+        components.style_encoder(cfg),
+    )
+    if style is not None:
+        frozen[components.STYLE] = style
+    objective = components.objective(cfg)
+    network = components.denoiser(cfg, autoencoder, text, task, style)
+    stages.fits(cfg.data.size, autoencoder.factor * network.multiple)
+    if cfg.init is not None and checkpoint_file.newest(run_dir / "checkpoints") is None:
+        told = components.begin_from(cfg.init, network, frozen, objective.schedule)
+        if rank() == 0:
+            print(told, flush=True)
+    return Built(frozen, objective, task, network)
+
+
+def module(
+    of: Built, cfg: DictConfig, data: TextImageData, run_dir: Path
+) -> tuple[LatentDiffusion, list[L.Callback], dict[str, nn.Module]]:
+    """LatentDiffusion with its sample pictures, and the frozen parts it rests on."""
+    objective, task = of.objective, of.task
+    autoencoder, text = (of.frozen[name] for name in components.FROZEN)
+    style = of.frozen.get(components.STYLE)
+    stages.readable(text, data)
+    autoencoder = autoencoder if data.frames is None else Frames(autoencoder)
+    trained = LatentDiffusion(
+        of.network,
+        autoencoder,
+        text,
+        objective,
+        task,
+        optimizer=instantiate(cfg.optimizer),
+        ema_decay=cfg.ema_decay,
+        phema_lengths=cfg.phema.lengths,
+        caption_dropout=cfg.caption_dropout,
+        validate_raw=cfg.validate_raw,
+        style_encoder=style,
+        seed=cfg.seed,
+    )
+    gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu")
+    pipeline = Pipeline(
+        trained.ema.module,
+        autoencoder=autoencoder,
+        text=text,
+        objective=objective,
+        task=task,
+        sampler=instantiate(cfg.sampler),
+        guidance=guidance(
+            cfg.guidance, components.Beside(autoencoder, text, objective, task, device)
+        ),
+        dtype=components.autocast(cfg.trainer.get("precision"))
+        if gpu
+        else None,  # as pipelines.restore
+        trained_size=data.size,
+        frames=data.frames,
+        style_encoder=style,
+    )
+    asked = cfg.samples.prompts or data.val_captions(cfg.samples.n)
+    prompts = [asked] if isinstance(asked, str) else list(asked)
+    if cfg.samples.n == 0:
+        prompts = []
+    draw = partial(
+        examples, pipeline, data.val_set, prompts, steps=cfg.samples.steps, seed=cfg.seed
+    )
+    if rank() == 0:
+        counts = {cfg.samples.steps, *(each.steps for each in (cfg.eval or {}).values())}
+        for line in (line for count in sorted(counts) for line in pipeline.caveats(count)):
+            tell(line)
+    callbacks = [Pictures(run_dir / "samples", draw)] if prompts else []
+    if trained.phema is not None:
+        callbacks.append(Snapshots(run_dir / "phema", every=cfg.phema.every))
+    if task.from_pictures and cfg.eval and rank() == 0:
+        print(f"eval: task={task.name} begins with a picture, so val/loss alone is measured")
+    if "scenes" in cfg.eval and not task.from_pictures:
+        callbacks.append(instantiate(cfg.eval.scenes, pipeline, size=data.size))
+    if "images" in cfg.eval and not task.from_pictures:
+        networks = [instantiate(network) for network in cfg.features.values()]
+        seen = {"pictures": data.val_set, "others": data.train_set.plain(), "size": data.size}
+        place = {"folder": run_dir / "eval", "raw_denoiser": trained.denoiser}
+        whole = OmegaConf.to_container(cfg, resolve=True)
+        painted = {"dtype": str(pipeline.dtype), **{name: whole[name] for name in PAINT}}
+        place["settings"] = json.dumps(painted, sort_keys=True)
+        callbacks.append(instantiate(cfg.eval.images, pipeline, networks, **seen, **place))
+    return trained, callbacks, of.frozen

@@ -1,0 +1,88 @@
+"""Configuration to guidance, with the models that some kinds of it ask."""
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from ldm.config import classifier, components
+from ldm.config.components import Beside
+from ldm.diffusion.guidance.base import DenoiseWith, Guidance
+from ldm.models.clip import Clip
+from ldm.models.clip_reward import ClipJudge
+from ldm.utils.errors import UsageError
+from ldm.utils.hashing import hash_module
+
+
+def guidance(cfg: DictConfig, beside: Beside) -> Guidance:
+    """The guidance of `cfg`, its inner ones and their models included.
+
+    Raises UsageError where a model is not named, or is of another space than the denoiser.
+    """
+    makers = {"inner": guidance, "guide": guide, "classifier": classify, "judge": judge}
+    needed = {name: make for name, make in makers.items() if name in cfg}
+    for name in needed:
+        if cfg[name] is None:
+            raise UsageError(f"guidance.{name} is needed: {NEEDS[name]}")
+    built = {name: make(cfg[name], beside) for name, make in needed.items()}
+    if "classifier" in built or "judge" in built:
+        built["schedule"] = beside.objective.schedule
+    if cfg.get("rescale"):
+        built["at_zero"] = beside.objective.at_zero
+    leaf = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in built])
+    # Handed to the call and not to instantiate, which would take apart what is a dataclass.
+    return instantiate(leaf, _partial_=True, _convert_="all")(**built)
+
+
+NEEDS = {
+    "guide": "a checkpoint of a worse run of the same kind",
+    "classifier": "a run of stage=classifier, as experiment=classifier_scenes trains",
+    "judge": "a CLIP: packaged:clip, a folder, or a name on the hub",
+}
+
+
+def guide(path: str, beside: Beside) -> DenoiseWith:
+    """The averaged denoiser of a checkpoint, on the same latents, text and schedule as ours.
+
+    Raises UsageError where it is of others, or of another task.
+    """
+    opened = components.opened(path, name="guidance.guide")
+    trained = instantiate(opened.config.task)
+    if (why := beside.task.unfit(trained)) is not None:
+        raise UsageError(
+            f"guidance.guide={path} is of task={trained.name} and cannot guide "
+            f"task={beside.task.name}: {why}"
+        )
+    for name, part in zip(components.FROZEN, (beside.autoencoder, beside.text), strict=True):
+        if hash_module(part) != opened.digests[name]:
+            raise UsageError(
+                f"guidance.guide={path} was trained with another {name}: a guide answers for the "
+                "same latents and the same states of the text"
+            )
+    objective = components.objective(opened.config)
+    if not components.same(objective.schedule, beside.objective.schedule):
+        raise UsageError(f"guidance.guide={path} was trained on another scheduler")
+    style = components.style_encoder(opened.config)
+    network = opened.network("ema.module.", beside.autoencoder, beside.text, beside.task, style)
+    network, objective = network.to(beside.device), objective.to(beside.device)
+
+    def denoise(x_t, t, cond):
+        return objective.denoised(network, x_t, t.to(x_t.device), cond)
+
+    return denoise
+
+
+def classify(path: str, beside: Beside):
+    """The classifier of a run of stage=classifier, for ldm.diffusion.guidance.gradient.
+
+    Raises UsageError where videos are painted.
+    """
+    if beside.task.temporal:
+        raise UsageError(
+            f"guidance=classifier reads pictures, and task={beside.task.name} is of videos: "
+            "guidance=clip and guidance=autoguidance guide these"
+        )
+    return classifier.restore(path, beside=beside).aim
+
+
+def judge(path: str, beside: Beside) -> ClipJudge:
+    """A CLIP that looks at decoded latents."""
+    return ClipJudge(Clip.load(path).to(beside.device), beside.autoencoder.decode)

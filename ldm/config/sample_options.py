@@ -1,0 +1,83 @@
+"""What sample.py is asked for: what cannot be meant is refused before anything is loaded."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ldm.utils.checkpoint_file import unknown
+from ldm.utils.errors import UsageError
+from ldm.utils.output_path import named
+
+FILES = ("image", "mask", "style", "prompts")
+PLACES = ("ckpt", "out", "autoencoder", "text_encoder", "style_encoder")
+TEXTS = ("prompt", "negative", "source", *FILES, *PLACES)
+
+
+def checked(
+    cfg: DictConfig, asked: Mapping[str, str | None], typed: Mapping[str, str]
+) -> dict[str, str | None]:
+    """`asked`, the texts, with `~` in paths expanded; typed: those of the command line.
+
+    Raises UsageError for files that are not there, for an `out` that no picture can have, and for
+    what contradicts.
+    """
+    paths = {name: asked.get(name) or None for name in FILES + PLACES}
+    asked = {**asked, **{name: path and os.path.expanduser(path) for name, path in paths.items()}}
+    for name in FILES:
+        check_file(name, asked[name])
+    try:
+        named(asked["out"], Path("picture"), moving=None)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    inverts = bool((cfg.get("task") or {}).get("invert"))
+    contradictions = {
+        "ckpt and cascade: give either": cfg.cascade and asked.get("ckpt"),
+        "prompt and prompts: give either": "prompt" in typed and asked["prompts"],
+        "source says what image shows for task=img2img task.invert=true alone: leave it out, or "
+        "add those": asked["source"] and not inverts,
+        "paste=true is for what mask=FILE or pad=[..] keeps: give one of them": cfg.paste
+        and not (asked["mask"] or any(cfg.pad)),
+    }
+    for said, applies in contradictions.items():
+        if applies:
+            raise UsageError(said)
+    if inverts and not asked["source"]:
+        tell('task.invert=true without source="what image shows": as if nothing were known of it')
+    if "style_scale" in cfg.guidance and not asked["style"]:
+        tell("guidance.style_scale does nothing without style=FILE")
+    return asked
+
+
+def check_places(cfg: DictConfig, *ckpts: str) -> None:
+    """UsageError where a checkpoint or the device is not there, before seconds of imports."""
+    guidance = cfg.get("guidance") or {}
+    named = [("ckpt", ckpt) for ckpt in ckpts]
+    named += [(f"guidance.{name}", guidance.get(name)) for name in ("guide", "classifier")]
+    for name, ckpt in named:
+        if ckpt is not None and not os.path.exists(os.path.expanduser(ckpt)):
+            raise UsageError(unknown(ckpt, name))
+    if cfg.device is not None:
+        from ldm.config.devices import device_of
+
+        device_of(cfg.device)
+
+
+def check_file(name: str, path: str | None) -> None:
+    """UsageError, with the option's name, where a path that was given is no file."""
+    if path and not os.path.isfile(path):
+        why = "is a folder, not a file" if os.path.isdir(path) else "there is no such file"
+        raise UsageError(f"{name}={path}: {why}")
+
+
+def tell(said: str) -> None:
+    """A line that is no error, beside what is printed for other programs to read."""
+    print(said, file=sys.stderr)
+
+
+def runs_of(cfg: DictConfig) -> list[str]:
+    """The runs of `cascade`, a list or one alone, with `~` expanded."""
+    cascade = [cfg.cascade] if isinstance(cfg.cascade, str) else cfg.cascade or []
+    return [os.path.expanduser(str(ckpt)) for ckpt in cascade]

@@ -1,0 +1,214 @@
+"""What one tar shard holds, learnt from its headers alone.
+
+Shapes: 3 members a sample (image, txt, json), 2 numbers a member (offset, size) in bytes.
+"""
+
+import io
+import itertools
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from io import BufferedReader, FileIO, RawIOBase
+from pathlib import Path
+from typing import NamedTuple
+
+from ldm.data.captions import CaptionCount
+from ldm.data.image_decoding import MAX_BYTES as MAX_IMAGE
+from ldm.data.shards.remote import Remote, read_range
+
+MAX_TEXT = 2**20
+MAX_HEADER = 2**20
+
+_MEMBERS = ("image", "txt", "json")
+_COLUMN = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2}
+_TEXTS = ("txt", "json")
+_LIMITS = (MAX_IMAGE, MAX_TEXT, MAX_TEXT)
+_MAX_PADDING = 16 * 2**20  # tar pads to 10 KiB unless told otherwise
+_END = bytes(2 * tarfile.BLOCKSIZE)
+
+SPARSE = "sparse member"
+
+
+class ShardError(ValueError):
+    """A shard that is no intact tar archive, or shards without a single usable sample."""
+
+
+class Member(NamedTuple):
+    """A regular file of an archive; text: what it holds, where that may be a caption."""
+
+    key: str
+    suffix: str
+    offset: int
+    size: int
+    text: bytes | None
+    is_sparse: bool
+
+
+class Scan(NamedTuple):
+    """What a shard holds: usable samples, and the others by reason.
+
+    rows: members (offset, size) x (image, txt, json) of each key. captions: what the usable samples
+    say. sparse: the name of the first sparse member, if there is one.
+    """
+
+    keys: list[str]
+    rows: list[list[tuple[int, int]]]
+    skipped: Counter[str]
+    captions: CaptionCount
+    sparse: str | None
+
+
+def scan_shard(path: Path) -> tuple[list[str], list[list[tuple[int, int]]], Counter[str]]:
+    """Keys and members (offset, size) x (image, txt, json) of a shard, and what was left out.
+
+    Grouped as webdataset does: neighbours with the same name up to the first dot of the base name.
+    Links and devices are no members. Raises ShardError where the archive is damaged.
+    """
+    with FileIO(path) as file:
+        return scan(file, str(path))[:3]
+
+
+def scan(file: RawIOBase, name: str) -> Scan:
+    """The same of an open file, called `name` in messages, and what its captions are."""
+    keys, rows, skipped, captions, sparse = {}, [], Counter(), CaptionCount(), None
+    for key, members in itertools.groupby(_members(file, name), key=lambda member: member.key):
+        group = list(members)
+        row, reason = _place(group)
+        if not reason and key in keys:
+            reason = "key seen before in its shard"
+        if reason == SPARSE:
+            sparse = sparse or next(f"{key}.{one.suffix}" for one in group if one.is_sparse)
+        if reason:
+            skipped[reason] += 1
+        else:
+            keys[key] = None
+            rows.append(row)
+            texts = {_COLUMN[one.suffix]: one.text for one in group if one.suffix in _COLUMN}
+            captions.add(texts.get(1), texts.get(2))
+    return Scan(list(keys), rows, skipped, captions, sparse)
+
+
+class RemoteFile(RawIOBase):
+    """A shard on its server as a file that is read in blocks; errors as `read_range` has them."""
+
+    def __init__(self, remote: Remote, block: int = 2**16) -> None:
+        self._remote, self._block = remote, block
+        self._at, self._first, self._data = 0, 0, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._remote.size}[whence]
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        if self._at >= self._remote.size:
+            return 0
+        if not self._first <= self._at < self._first + len(self._data):
+            end = min(self._at + self._block, self._remote.size)
+            self._data, self._first = read_range(self._remote, self._at, end), self._at
+        start = self._at - self._first
+        count = min(len(buffer), len(self._data) - start)
+        buffer[:count] = self._data[start : start + count]
+        self._at += count
+        return count
+
+
+def _place(group: list[Member]) -> tuple[list[tuple[int, int]], str | None]:
+    """The members of one sample by column, and the reason where it cannot be used."""
+    row = [(0, 0)] * 3
+    for _, suffix, offset, size, _, is_sparse in group:
+        column = _COLUMN.get(suffix)
+        if column is None:
+            continue
+        if is_sparse:
+            return row, SPARSE
+        if row[column] != (0, 0):
+            return row, f"more than one {_MEMBERS[column]}"
+        if size > _LIMITS[column]:
+            return row, f"{_MEMBERS[column]} over {_LIMITS[column] >> 20} MB"
+        row[column] = (offset, size)
+    image, txt, record = row
+    if image == (0, 0):
+        return row, "no image"
+    return row, "no caption" if txt == record == (0, 0) else None
+
+
+def _members(raw: RawIOBase, name: str) -> Iterator[Member]:
+    """The regular files of an archive that is whole."""
+    length = raw.seek(0, io.SEEK_END)
+    raw.seek(0)
+    file = _HeaderReader(raw)
+    try:
+        with tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape") as tar:
+            for member in _walk(tar):
+                is_sparse = _is_sparse(member)  # its size is not that of its bytes
+                if not is_sparse and not 0 <= member.size <= length - member.offset_data:
+                    raise ShardError(f"member '{member.name}' ends outside the file")
+                folder, slash, base = member.name.rpartition("/")
+                stem, dot, suffix = base.partition(".")
+                if stem and dot and member.isreg():
+                    key, suffix = folder + slash + stem, suffix.lower()
+                    text = None
+                    if suffix in _TEXTS and not is_sparse and member.size <= MAX_TEXT:
+                        file.seek(member.offset_data)
+                        text = file.read(member.size)
+                    place = (member.offset_data, member.size)
+                    yield Member(key, suffix, *place, text, is_sparse)
+            _check_end(file, tar.offset, length)
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        raise ShardError(
+            f"{name} is no intact tar archive ({_what(raw) or error}); "
+            "fetch or write it again, or move it out of the folder"
+        ) from error
+    finally:
+        file.detach()  # it would close what is not its own
+
+
+def _walk(tar: tarfile.TarFile) -> Iterable[tarfile.TarInfo]:
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # a million headers need not stay in memory
+        yield member
+
+
+def _is_sparse(member: tarfile.TarInfo) -> bool:
+    """Whether an archive leaves out the zeros of a file: in GNU's older form or in those of pax."""
+    return member.issparse() or any(key.startswith("GNU.sparse.") for key in member.pax_headers)
+
+
+def _check_end(file: BufferedReader, offset: int, length: int) -> None:
+    """tarfile stops without a word at whatever is no header: see that it is the true end."""
+    file.seek(offset)
+    if file.read(len(_END)) != _END:
+        raise ShardError(f"no end mark after the last member, at byte {offset}")
+    if length - offset > _MAX_PADDING:
+        raise ShardError(f"{length - offset:,} bytes from the end mark at byte {offset} on")
+    while chunk := file.read(MAX_HEADER):
+        if chunk.count(0) != len(chunk):
+            raise ShardError(f"data after the end mark at byte {offset}; are two archives joined?")
+
+
+def _what(raw: RawIOBase) -> str | None:
+    """What a file that is no tar archive plainly is instead."""
+    raw.seek(0)
+    head = raw.read(2)
+    if head == b"\x1f\x8b":
+        return "it is gzip-compressed: unpack it with gunzip, shards are read at offsets"
+    return None if head else "it is empty"
+
+
+class _HeaderReader(BufferedReader):
+    """A file for tarfile that refuses a header which claims to be gigabytes long."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= MAX_HEADER:
+            raise tarfile.ReadError(f"a header claims {size} bytes")
+        return super().read(size)

@@ -1,0 +1,56 @@
+"""What an error of the network's output costs, element by element.
+
+Shapes: B batch, C latent channels, h w latent grid.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.schedules import expand
+
+# error (B, C, h, w), t (B,), log SNR (B,) -> cost (B, C, h, w)
+Penalty = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Squared:
+    """error^2 (Ho et al. 2020, equation 14)."""
+
+    def __call__(self, error: Tensor, t: Tensor, log_snr: Tensor) -> Tensor:
+        return error.square()
+
+
+class PseudoHuber:
+    """2 c (sqrt(error^2 + c^2) - c): error^2 below c, 2 c |error| above it, smooth between.
+
+    Single large errors, of pictures that are unlike the rest, weigh less (Song and Dhariwal 2024,
+    arXiv:2310.14189). `schedule` says how c changes with t (Khrapov et al. 2024,
+    arXiv:2403.16728): `constant`; `exponential`, c^t; `snr`,
+    c + (1 - c) / (1 + sigma / alpha)^2. The latter two fall from 1 at the data to c in the noise.
+    Raises ValueError for a c that is not positive, above 1 where it is to fall from 1, or an
+    unknown schedule.
+    """
+
+    def __init__(self, c: float = 0.1, *, schedule: str = "constant") -> None:
+        if schedule not in ("constant", "exponential", "snr"):
+            raise ValueError(f"loss.schedule '{schedule}' is none of constant, exponential, snr")
+        if not 0 < c < math.inf or (c > 1 and schedule != "constant"):
+            raise ValueError(
+                f"loss.c must be above 0, and at most 1 unless loss.schedule=constant, got {c}"
+            )
+        self.c, self.schedule = c, schedule
+
+    def __call__(self, error: Tensor, t: Tensor, log_snr: Tensor) -> Tensor:
+        c = expand(self.at(t, log_snr), error).to(error.dtype)
+        # The difference of two near numbers, multiplied out so that small errors keep their digits.
+        return 2 * c * error.square() / ((error.square() + c.square()).sqrt() + c)
+
+    def at(self, t: Tensor, log_snr: Tensor) -> Tensor:
+        """c at these times, (B,)."""
+        if self.schedule == "constant":
+            return torch.full_like(log_snr, self.c)
+        if self.schedule == "exponential":
+            return self.c ** t.to(log_snr.dtype)
+        return self.c + (1 - self.c) / (1 + (-log_snr / 2).exp()).square()

@@ -1,0 +1,163 @@
+"""Solvers that remember: d is what x0_hat is on average over the step, by what it was before.
+
+With lambda = log(alpha / sigma) the update rule solves the ODE exactly where
+
+    d = integral of e^lambda x0_hat(lambda) over the step / integral of e^lambda
+
+(Lu et al. 2022, DPM-Solver++, equation 8). A solver of order k takes x0_hat off the polynomial
+through k of its values. Shapes: B batch, C latent channels, h w latent grid.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.samplers.base import (
+    Level,
+    Path,
+    Sampler,
+    Walk,
+    check_eta,
+    kept,
+    posterior_std,
+    step,
+)
+
+ORDERS = (1, 2, 3)  # beyond, the polynomials swing
+
+
+@dataclass(frozen=True)
+class Point:
+    """What the denoiser made of the latents at a level: x0_hat (B, C, h, w)."""
+
+    level: Level
+    x0_hat: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPMSolver(Sampler):
+    """DPM-Solver++ (multistep) of order 1 to 3; order 2 is their algorithm 2, known as 2M.
+
+    `eta` goes from the ODE (0) to the SDE (1, SDE-DPM-Solver++, Lu et al. 2022, section 5), as in
+    DDIM, which is order 1. One call of the network a step. The first steps are of the order that
+    the past allows, the last of order 1, the last but one of order 2.
+    Order 3 has the exact average, and so is of third order: the published code, k-diffusion and
+    diffusers take half of its last term (their D2 lacks the 2 that the singlestep solver of the
+    same code has), which leaves them at second order (tests/diffusion/test_multistep.py).
+    Raises ValueError for another order, or an eta outside 0 to 1.
+    """
+
+    order: int = 2
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_order(self.order)
+        check_eta(self.eta)
+
+    def walk(self, x: Tensor, path: Path) -> Walk:
+        past: list[Point] = []
+        steps = len(path.levels) - 1
+        for i, (now, then) in enumerate(pairwise(path.levels)):
+            x0_hat = path.x0_hat(x, i)
+            past = [*past, Point(now, x0_hat)][-self.order :]
+            up = self.eta * posterior_std(now, then)
+            d = average(past[-order_at(i, steps, self.order) :], now, then, up=up)
+            x = step(x, d, now, then, up=up, z=path.noise(x) if up > 0 else None)
+            yield x, x0_hat
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniPC(Sampler):
+    """UniPC with B2(h), multistep, of order 1 to 3 (Zhao et al. 2023, algorithms 1 and 2).
+
+    Once the network has spoken at the end of a step, the step is done again with its answer there,
+    without asking anew: an order more for the same one call a step.
+    Raises ValueError for another order.
+    """
+
+    order: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_order(self.order)
+
+    def walk(self, x: Tensor, path: Path) -> Walk:
+        past: list[Point] = []
+        used: list[Point] = []  # by the step that led here, from `before`
+        before = x
+        steps = len(path.levels) - 1
+        for i, (now, then) in enumerate(pairwise(path.levels)):
+            x0_hat = path.x0_hat(x, i)
+            here = Point(now, x0_hat)
+            if used:
+                last = used[-1].level
+                x = step(before, average([*used, here], last, now), last, now)
+            past = [*past, here][-self.order :]
+            used, before = past[-order_at(i, steps, self.order) :], x
+            x = step(x, average(used, now, then), now, then)
+            yield x, x0_hat
+
+
+def check_order(order: int) -> None:
+    """Raise ValueError for an order that there is not."""
+    if order not in ORDERS:
+        raise ValueError(f"order {order} is none of {', '.join(map(str, ORDERS))}")
+
+
+def order_at(i: int, steps: int, order: int) -> int:
+    """The order of the i-th step: as the past allows, and lower at the end (Zhao et al. 2023)."""
+    return min(order, i + 1, steps - i)
+
+
+def average(points: Sequence[Point], now: Level, then: Level, *, up: float = 0.0) -> Tensor:
+    """x0_hat (B, C, h, w), on average over the step from `now` to `then`.
+
+    points: from old to new, one of them at `now`; one at `then` may be the last. With fresh noise
+    `up` the end of the step counts for more.
+    """
+    if len(points) == 1:
+        return points[0].x0_hat
+    places = [place(point.level, now, then) for point in points]
+    # Pure noise lies infinitely far away: no slope can be told from there.
+    known = [j for j, at in enumerate(places) if math.isfinite(at)]
+    shares = weights([places[j] for j in known], now, then, up=up)
+    return sum(share * points[j].x0_hat for j, share in zip(known, shares, strict=True))
+
+
+def place(level: Level, now: Level, then: Level) -> float:
+    """Where a level lies in lambda, if `now` is 0 and `then` is 1."""
+    if level in (now, then):
+        return float(level == then)
+    return (log_ratio(level) - log_ratio(now)) / (log_ratio(then) - log_ratio(now))
+
+
+def log_ratio(level: Level) -> float:
+    """lambda = log(alpha / sigma), infinite where there is no signal or no noise."""
+    alpha, sigma = level
+    if alpha <= 0 or sigma <= 0:
+        return math.copysign(math.inf, alpha - sigma)
+    return math.log(alpha / sigma)
+
+
+def weights(places: Sequence[float], now: Level, then: Level, *, up: float = 0.0) -> list[float]:
+    """How much the value at each place counts for the average over the step from 0 to 1.
+
+    One value stands for all. Two make a line, which is read in the middle of the step, as in 2M and
+    B2(h). More make a polynomial, whose average is exact.
+    """
+    n = len(places)
+    if n <= 2:
+        moments = [1.0, 0.5][:n]
+    else:
+        # e^-decay is what x_s / alpha_s keeps of x_t / alpha_t.
+        decay = -math.log(kept(now, then, up=up) * now[0] / then[0])
+        moments = [1.0]  # of u^k over [0, 1], weighted by e^(decay u), by parts
+        for k in range(1, n):
+            moments.append(-1 / math.expm1(-decay) - k / decay * moments[-1])
+    powers = torch.tensor(places, dtype=torch.float64) ** torch.arange(n)[:, None]
+    return torch.linalg.solve(powers, torch.tensor(moments, dtype=torch.float64)).tolist()

@@ -1,0 +1,68 @@
+"""Random masks that inpainting is trained with.
+
+Shapes: B batch, H W pixels.
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.rng import Generators, rand
+
+CORNERS = 4  # of a stroke
+KINDS = (0.35, 0.6, 0.85)  # where rectangles, strokes and half-planes end; the rest hides all
+_DRAWN = 1 + 2 * CORNERS  # numbers a mask, as many as a stroke takes
+
+
+def random_masks(
+    n: int,
+    height: int,
+    width: int,
+    *,
+    generator: Generators,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Masks (B, 1, H, W) of 0 and 1, where 1 is hidden: rectangles, strokes, half-planes, or all.
+
+    The kinds are those that people draw, and one in seven hides the whole picture, which keeps the
+    model able to paint from words alone. Each hides one pixel or more.
+    """
+    kind, *u = rand((n, 1 + _DRAWN), generator, device=device).float().unbind(1)  # (B,) each
+    y = (torch.arange(height, device=device) + 0.5)[None, :, None] / height  # (1, H, 1)
+    x = (torch.arange(width, device=device) + 0.5)[None, None, :] / width  # (1, 1, W)
+    u = [part[:, None, None] for part in u]  # (B, 1, 1) each
+    hidden = torch.ones(n, height, width, dtype=torch.bool, device=device)
+    for shape, end in reversed(list(zip((_rectangle, _stroke, _half_plane), KINDS, strict=True))):
+        hidden = torch.where((kind < end)[:, None, None], shape(x, y, u), hidden)
+    hidden[:, height // 2, width // 2] |= ~hidden.flatten(1).any(1)
+    return hidden[:, None].float()
+
+
+def _rectangle(x: Tensor, y: Tensor, u: list[Tensor]) -> Tensor:
+    """Sides of 0.2 to 0.8, anywhere inside."""
+    wide, high = 0.2 + 0.6 * u[0], 0.2 + 0.6 * u[1]
+    left, top = (1 - wide) * u[2], (1 - high) * u[3]
+    return (x >= left) & (x < left + wide) & (y >= top) & (y < top + high)
+
+
+def _half_plane(x: Tensor, y: Tensor, u: list[Tensor]) -> Tensor:
+    """One side of a line through the middle part, at any angle."""
+    angle = 2 * math.pi * u[0]
+    across, down = x - 0.25 - 0.5 * u[1], y - 0.25 - 0.5 * u[2]
+    return across * angle.cos() + down * angle.sin() > 0
+
+
+def _stroke(x: Tensor, y: Tensor, u: list[Tensor]) -> Tensor:
+    """A broken line between random corners, 0.1 to 0.25 thick."""
+    radius = 0.05 + 0.075 * u[0]
+    corners = list(zip(u[1::2], u[2::2], strict=True))
+    drawn = torch.zeros((), dtype=torch.bool, device=x.device)
+    for (x0, y0), (x1, y1) in pairwise(corners):
+        dx, dy = x1 - x0, y1 - y0
+        length = (dx.square() + dy.square()).clamp(min=1e-12)
+        along = (((x - x0) * dx + (y - y0) * dy) / length).clamp(0, 1)
+        away = (x - x0 - along * dx).square() + (y - y0 - along * dy).square()
+        drawn = drawn | (away < radius.square())
+    return drawn

@@ -1,0 +1,152 @@
+"""Super-resolution: a picture from a smaller one.
+
+Shapes: B batch, C latent channels, E extra channels, H W pixels, h w latent grid.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.diffusion.rng import Generators, other, rand, randn
+from ldm.diffusion.samplers.base import Noise
+from ldm.diffusion.schedules import Schedule, expand
+from ldm.diffusion.tasks.base import Encode, Plain, Request, Start
+
+
+class SuperResolution(Plain):
+    """A picture `scale` times as wide, by a network that is shown the small one.
+
+    Extra channels: the latents of the small picture, enlarged smoothly and with some noise; how
+    much noise, 0 to 1; and log2(scale) - 1. Noise hides from the network what a small picture
+    of other origin, such as another model, has wrong (Ho et al. 2022, Cascaded Diffusion Models,
+    arXiv:2106.15282, section 4.2; Saharia et al. 2022, Imagen, arXiv:2205.11487, section 2.3).
+
+    What is learnt is not the picture but what the small one lacks, so that a network of few
+    features need not carry it through (Li et al. 2022, SRDiff, arXiv:2104.14951, section 3.2).
+
+    scales: those that are trained, one drawn for each picture. scale: the one that is asked for.
+    most: the highest share of noise in training; level: that of sampling. overlap: of the windows
+    in which pictures are painted that are larger than those of the training, as a share of them.
+    residual: the usual size of what is lacking, in the units of latents, by which it is divided.
+    Raises ValueError for shares outside 0 to 1, a scale that is none of `scales`, and a residual
+    of 0 or less.
+    """
+
+    name = "superres"
+    from_pictures = True
+
+    def __init__(
+        self,
+        *,
+        scales: Sequence[int] = (2, 4),
+        scale: int = 2,
+        most: float = 0.3,
+        level: float = 0.0,
+        overlap: float = 0.25,
+        residual: float = 0.1,
+    ) -> None:
+        if not scales or any(each < 2 for each in scales):
+            raise ValueError(f"task.scales={list(scales)}: each is 2 or more")
+        if scale not in scales:
+            raise ValueError(f"task.scale={scale} is none of task.scales={list(scales)}")
+        for what, share in {"most": most, "level": level, "overlap": overlap}.items():
+            if not 0 <= share < 1:
+                raise ValueError(f"task.{what}={share} is a share: from 0 to below 1")
+        if not residual > 0:
+            raise ValueError(f"task.residual={residual} is the size of what is lacking: above 0")
+        self.scales, self.scale, self.residual = tuple(scales), scale, residual
+        self.most, self.level, self.overlap = most, level, overlap
+
+    def extra_channels(self, channels: int) -> int:
+        """C + 2."""
+        return channels + 2
+
+    def unfit(self, trained: object) -> str | None:
+        """It takes a network of this task that was trained for the scale."""
+        if not isinstance(trained, SuperResolution):
+            return "the network was never shown a small picture"
+        if self.scale not in trained.scales:
+            return f"task.scale={self.scale}, and it was trained for {list(trained.scales)}"
+        if self.residual != trained.residual:
+            return f"it was trained with task.residual={trained.residual}"
+        return None
+
+    def check_size(self, size: int) -> None:
+        """ValueError where it cannot be made smaller by all of `scales`."""
+        if wrong := [scale for scale in self.scales if size % scale]:
+            raise ValueError(
+                f"task.scales={list(self.scales)}: pictures of data.size={size} cannot be shrunk "
+                f"{wrong[0]} times, which does not divide it"
+            )
+
+    def example(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
+        """The pictures `scale` times smaller."""
+        return {"image": shrunk(images, self.scale)}
+
+    def train_pair(
+        self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
+    ) -> tuple[Tensor, Tensor]:
+        """What each picture lacks once one of `scales` made it smaller, and (B, C + 2, h, w)."""
+        small, level, scale = self._small(images, generator)
+        x0 = encode(small)  # (B, C, h, w)
+        noise = randn(latents.shape, other(generator, "small"), device=latents.device)
+        concat = self._shown(x0, noise.to(latents), self.most * level, scale)
+        return (latents - x0) / self.residual, concat
+
+    def train_concat(
+        self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
+    ) -> Tensor:
+        """The second of `train_pair`."""
+        return self.train_pair(latents, images, encode, generator=generator)[1]
+
+    def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
+        """Noise of unit variance at t = 1, and the enlarged picture.
+
+        Raises ValueError without a picture, with a mask, or with a strength below 1.
+        """
+        if request.image is None or request.mask is not None or request.strength != 1:
+            raise ValueError("task=superres takes a small image, no mask and no strength")
+        x0 = encode(enlarged(request.image, self.scale))  # (B, C, h, w)
+        like = x0.new_ones(len(x0))
+        concat = self._shown(x0, noise(x0), self.level * like, self.scale * like)
+
+        def whole(lacking: Tensor) -> Tensor:
+            return x0 + self.residual * lacking
+
+        return Start(x=noise(request.latents), t=1.0, concat=concat, latents=whole)
+
+    def _small(self, images: Tensor, generator: Generators) -> tuple[Tensor, Tensor, Tensor]:
+        """Enlarged small pictures (B, 3, H, W), numbers for the level, and scales, (B,) each."""
+        choice, level = rand((len(images), 2), generator, device=images.device).float().unbind(1)
+        choice = (choice * len(self.scales)).long()  # (B,)
+        small = torch.empty_like(images)
+        for i, scale in enumerate(self.scales):
+            small = torch.where(expand(choice == i, images), blurred(images, scale), small)
+        return small, level, torch.tensor(self.scales, device=images.device)[choice]
+
+    def _shown(self, x0: Tensor, noise: Tensor, level: Tensor, scale: Tensor) -> Tensor:
+        """(B, C + 2, h, w); level and scale (B,)."""
+        share = expand(level.to(x0), x0)
+        noisy = (1 - share.square()).sqrt() * x0 + share * noise
+        told = torch.stack([level.to(x0), scale.to(x0).log2() - 1], dim=1)  # (B, 2)
+        told = told[:, :, None, None].expand(-1, -1, *x0.shape[-2:])
+        return torch.cat([noisy, told], dim=1)
+
+
+def shrunk(images: Tensor, scale: int) -> Tensor:
+    """Pictures (B, 3, H, W), each pixel the mean of scale x scale; ValueError where none fit."""
+    if any(side % scale for side in images.shape[-2:]):
+        raise ValueError(f"pictures of {tuple(images.shape[-2:])} cannot be shrunk {scale} times")
+    return F.avg_pool2d(images, scale)
+
+
+def enlarged(images: Tensor, scale: int) -> Tensor:
+    """Pictures `scale` times as wide, by a bicubic that stays in [-1, 1]."""
+    return F.interpolate(images, scale_factor=scale, mode="bicubic").clamp(-1, 1)
+
+
+def blurred(images: Tensor, scale: int) -> Tensor:
+    """What is left of pictures (B, 3, H, W) that were shrunk and enlarged."""
+    return enlarged(shrunk(images, scale), scale)

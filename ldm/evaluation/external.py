@@ -1,0 +1,213 @@
+"""Pictures that are not from our own pipeline, to be measured as ours are.
+
+Shapes: n pictures, S their side.
+"""
+
+import hashlib
+import inspect
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.data.captions import clean
+from ldm.data.image_decoding import (
+    ImageError,
+    read_bytes,
+    read_image,
+    short_side,
+    square,
+    to_tensor,
+)
+from ldm.data.prepare.sources import SUFFIXES, pictures_in
+from ldm.models.huggingface import quiet
+from ldm.utils.files import read_text
+from ldm.utils.hashing import hash_file
+
+# What a text-to-image pipeline is called with, beside the guidance scale, which not all have.
+ARGUMENTS = ("prompt", "generator", "num_inference_steps", "height", "width", "output_type")
+
+
+class Folder:
+    """The pictures of a folder in order of name, their centres at `size` pixels.
+
+    size: None is their own, where all have one. `captions`: the texts of the .txt files beside the
+    pictures, on one line each; None where there is none. `digest`: a sha256 of names and contents.
+    Raises FileNotFoundError where there is no picture, ImageError naming a file that is none, and
+    ValueError where sizes differ and none was given, where only some pictures have a caption, or a
+    caption's file is no text.
+    """
+
+    def __init__(self, folder: Path, *, size: int | None = None) -> None:
+        self.folder = folder
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder '{folder}'")
+        self.paths = pictures_in(folder)
+        if not self.paths:
+            raise FileNotFoundError(f"no pictures in '{folder}' ({', '.join(SUFFIXES)})")
+        self.captions = self._captions()
+        total, sides = hashlib.sha256(), {}
+        for path in self.paths:
+            try:
+                data = read_bytes(path)
+                sides[short_side(data)] = path
+            except ImageError as error:
+                raise ImageError(f"'{path}': {error}") from error
+            total.update(f"{path.name} {hashlib.sha256(data).hexdigest()}\n".encode())
+        if size is None and len(sides) > 1:
+            least, most = min(sides), max(sides)
+            raise ValueError(
+                f"'{sides[least]}' has {least} pixels and '{sides[most]}' {most}: say with size=.. "
+                "at which size they are to be compared"
+            )
+        self.size = size or next(iter(sides))
+        self.digest = total.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __call__(self, numbers: Sequence[int]) -> Tensor:
+        """Pictures (n, 3, S, S) in [-1, 1], by their place in the order of names.
+
+        Raises ImageError naming a file that is damaged.
+        """
+        return torch.stack([self._picture(self.paths[n]) for n in numbers]) / 127.5 - 1
+
+    def _picture(self, path: Path) -> Tensor:
+        try:
+            image = read_image(path)
+        except ImageError as error:
+            raise ImageError(f"'{path}': {error}") from error
+        if image.size != (self.size, self.size):
+            image = square(image, self.size)
+        return to_tensor(image).float()
+
+    def _captions(self) -> list[str] | None:
+        texts = [path.with_suffix(".txt") for path in self.paths]
+        missing = [text for text in texts if not text.is_file()]
+        if len(missing) == len(texts):
+            return None
+        if missing:
+            raise ValueError(
+                f"'{missing[0]}' is missing, and {len(missing) - 1} more: captions are compared "
+                "where each picture has one, or else remove all .txt files"
+            )
+        return [clean(read_text(text)) for text in texts]
+
+
+class Peer:
+    """A text-to-image pipeline of diffusers in a folder, in float32, with its own sampler.
+
+    Only safetensors are opened, and no code that the folder brings is run; a safety checker, which
+    blackens pictures, is left out. `size` (None where it does not say) is the side of what it was
+    trained to paint; `facts` are plain values that tell it from others.
+    Raises ValueError where diffusers is not installed, where the folder brings code, or a pipeline
+    that is of another kind; OSError where files are missing.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.pipe, self.device = _opened(folder).to(device), device
+        self.pipe.set_progress_bar_config(disable=True)
+        called = inspect.signature(type(self.pipe).__call__)
+        try:
+            called.bind(self.pipe, **dict.fromkeys(ARGUMENTS))
+        except TypeError as error:
+            raise ValueError(
+                f"'{folder}' is a {type(self.pipe).__name__}, which does not paint from prompts "
+                f"alone ({error}): give the folder of a text-to-image pipeline"
+            ) from error
+        self.guided = "guidance_scale" in called.parameters
+        self.size = _size(self.pipe)
+        files = sorted(folder.rglob("*.safetensors"))
+        digests = [f"{path.relative_to(folder)} {hash_file(path)}" for path in files]
+        self.facts = {
+            "pipeline": type(self.pipe).__name__,
+            "digest": hashlib.sha256("\n".join(digests).encode()).hexdigest(),
+            "sampler": {
+                "name": type(self.pipe.scheduler).__name__,
+                **_plain(dict(self.pipe.scheduler.config)),
+            },
+            "precision": "float32",
+        }
+
+    def __call__(
+        self, prompts: Sequence[str], *, seeds: Sequence[int], size: int, steps: int, scale: float
+    ) -> Tensor:
+        """Images (n, 3, S, S) in [-1, 1], each from a generator of its own seed, on the host.
+
+        scale: of the guidance, as the pipeline means it; diffusers and we write 1 for none.
+        Raises ValueError for a scale below 1, which diffusers takes as 1, or a size that the
+        pipeline refuses.
+        """
+        if scale < 1:
+            raise ValueError(f"guidance.scale={scale}: to pipelines of diffusers, 1 is none")
+        with quiet():  # of long prompts
+            images = self.pipe(
+                prompt=list(prompts),
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                num_inference_steps=steps,
+                height=size,
+                width=size,
+                output_type="pt",
+                **({"guidance_scale": scale} if self.guided else {}),
+            ).images
+        return 2 * images.float() - 1
+
+
+def _opened(folder: Path):
+    """The pipeline of a folder."""
+    try:
+        from diffusers import DiffusionPipeline
+        from diffusers.utils import logging
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"'{folder}' is a pipeline of diffusers, which is not installed: pip install diffusers"
+        ) from error
+    if code := next(folder.rglob("*.py"), None):
+        raise ValueError(f"'{folder}' brings code of its own ({code.name}), which is not run")
+    if kernel := next(filter(None, map(_kernel, sorted(folder.rglob("config.json")))), None):
+        raise ValueError(f"'{folder}' asks for code from elsewhere ({kernel}), which is not run")
+    logging.set_verbosity_error()  # of parts that it was not given, and of long prompts
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+    index = json.loads((folder / "model_index.json").read_text())
+    unchecked = {"safety_checker": None} if "safety_checker" in index else {}
+    weights = [path.name for path in folder.rglob("*.safetensors")]
+    halves = bool(weights) and all(".fp16" in name for name in weights)
+    with quiet():
+        return DiffusionPipeline.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            variant="fp16" if halves else None,
+            **unchecked,
+        )
+
+
+def _kernel(config: Path) -> str | None:
+    """What a config.json would have transformers fetch and run to attend with; None for nothing."""
+    found = json.loads(config.read_text())
+    nodes = [found, *found.values()] if isinstance(found, dict) else []
+    for node in (node for node in nodes if isinstance(node, dict)):
+        for name in ("attn_implementation", "_attn_implementation"):
+            if "/" in str(node.get(name)):
+                return str(node[name])
+    return None
+
+
+def _size(pipe) -> int | None:
+    """Pixels of a side, from what most pipelines say of themselves."""
+    net = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    side = getattr(pipe, "default_sample_size", None) or (net and net.config.get("sample_size"))
+    side = side[-1] if isinstance(side, list | tuple) else side
+    return side and side * getattr(pipe, "vae_scale_factor", 1)
+
+
+def _plain(values: dict) -> dict:
+    """What JSON can hold of a configuration."""
+    kinds = (str, int, float, bool, type(None))
+    return {name: value for name, value in values.items() if isinstance(value, kinds)}

@@ -1,0 +1,84 @@
+"""Rows of numbers for many pictures, made piece by piece, by one process or several."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.evaluation import tensor_cache
+from ldm.evaluation.distributed import Ranks
+
+Rows = Mapping[str, Tensor]
+
+
+def tabulate(
+    count: int,
+    make: Callable[[range], Rows],
+    *,
+    columns: Mapping[str, int],
+    batch: int,
+    folder: Path | None = None,
+    done: Callable[[range], None] = lambda items: None,
+) -> dict[str, Tensor]:
+    """float32 tables (count, D) on the host, one for each name and D of `columns`.
+
+    `make(items)` gives the rows (len(items), D) of up to `batch` consecutive items. Which items
+    are one piece does not depend on the number of processes, which take pieces in turns; all end
+    with the same tables. Pieces that lie in `folder` are taken from there, new ones are put there;
+    those that are damaged, or of something else, are made anew with a warning.
+    `done(items)` is called after each of a process's rounds, as often in each of them.
+    Raises ValueError where `make` gives other tables than `columns` says, or numbers that are not
+    finite.
+    """
+    if batch < 1:
+        raise ValueError(f"batch={batch} must be 1 or more")
+    ranks = Ranks()
+    tables = {name: torch.zeros(count, width) for name, width in columns.items()}
+    for number in range(math.ceil(count / batch / ranks.world)):
+        first = min((number * ranks.world + ranks.rank) * batch, count)
+        items = range(first, min(first + batch, count))
+        if items:
+            for name, part in _piece(items, make, columns, folder).items():
+                tables[name][items.start : items.stop] = part
+        done(items)
+    return {name: ranks.sum(table) for name, table in tables.items()}
+
+
+def _piece(
+    items: range, make: Callable[[range], Rows], columns: Mapping[str, int], folder: Path | None
+) -> Rows:
+    facts = {"items": [items.start, items.stop]}
+    path = None if folder is None else folder / f"{items.start:07d}-{items.stop:07d}.safetensors"
+    if path is not None and path.is_file():
+        try:
+            rows, found = tensor_cache.read(path)
+            if (problem := _flaw(rows, items, columns)) or found != facts:
+                raise tensor_cache.DamagedError(f"{path} is of something else ({problem or found})")
+            return rows
+        except tensor_cache.DamagedError as error:
+            warnings.warn(f"{error}: it is made anew", stacklevel=3)
+    rows = {name: part.detach().float().cpu() for name, part in make(items).items()}
+    if problem := _flaw(rows, items, columns):
+        raise ValueError(f"of items {items.start} to {items.stop - 1}, {problem}")
+    if path is not None:
+        try:
+            tensor_cache.write(path, rows, facts=facts)
+        except OSError as error:  # a full disk: it was only to save time
+            warnings.warn(f"{path} cannot be written: {error.strerror or error}", stacklevel=3)
+    return rows
+
+
+def _flaw(rows: Rows, items: range, columns: Mapping[str, int]) -> str | None:
+    """What about the rows of some items is not as it must be."""
+    if rows.keys() != columns.keys():
+        return f"there are tables {sorted(rows)} for {sorted(columns)}"
+    for name, width in columns.items():
+        shape, kind = tuple(rows[name].shape), rows[name].dtype
+        if shape != (len(items), width) or kind != torch.float32:
+            return f"{name} is {kind} {shape} for {torch.float32} {(len(items), width)}"
+        if not rows[name].isfinite().all():
+            return f"{name} holds NaN or infinity"
+    return None

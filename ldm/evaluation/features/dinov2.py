@@ -1,0 +1,67 @@
+"""DINOv2's features: of a network that was trained without labels and without captions.
+
+Oquab et al. 2023, "DINOv2"; Stein et al. 2023 ("Exposing flaws of generative model evaluation
+metrics") find distances on it nearest to what people see. Code and weights are Apache-2.0.
+Shapes: n images, D features.
+"""
+
+from pickle import UnpicklingError
+
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import Dinov2Model
+
+from ldm.evaluation.features.base import Features
+from ldm.models.huggingface import pretrained
+from ldm.utils.files import located
+
+# ImageNet's, in [0, 1], with which every DINOv2 was trained.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+class Dinov2Features(Features):
+    """The class token of a DINOv2, after its last normalisation.
+
+    path: a folder, or a name on the hub such as facebook/dinov2-large (ViT-L/14, the published
+    choice). size: the side in pixels at which it looks.
+    Raises OSError where there is no such model or its files cannot be read, ValueError where its
+    weights are others than its config.json says, or its patches do not tile `size`.
+    """
+
+    def __init__(self, path: str, *, size: int = 224, name: str = "dinov2") -> None:
+        net = load(path)
+        config = net.config
+        if size < 1 or size % config.patch_size:
+            raise ValueError(f"size {size} is no multiple of the patch size {config.patch_size}")
+        super().__init__(
+            net,
+            self._embed,
+            name=name,
+            width=config.hidden_size,
+            size=size,
+            mean=[255 * value for value in MEAN],
+            std=[255 * value for value in STD],
+            reads=f"DINOv2's class token; {config.num_attention_heads} heads with "
+            f"{config.hidden_act}, patches of {config.patch_size}",
+        )
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        return self.net(pixel_values=pixels).pooler_output
+
+
+def load(path: str) -> Dinov2Model:
+    """A DINOv2 in float32; a folder is never looked up on the hub, and no pickle is executed.
+
+    Raises as `Dinov2Features` does.
+    """
+    place = located(path)
+    try:
+        local = place.is_dir()
+        return pretrained(Dinov2Model, place if local else path, local=local)
+    except (OSError, SafetensorError, UnpicklingError) as error:
+        raise OSError(
+            f"no DINOv2 at '{path}': {error}\nGive a folder with config.json and "
+            "model.safetensors, or the name of a model on huggingface.co, such as "
+            "facebook/dinov2-large."
+        ) from error

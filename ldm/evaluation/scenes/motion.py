@@ -1,0 +1,91 @@
+"""What moves in videos of the scene world, read off their frames.
+
+Shapes: n videos, F frames, H W pixels, A numbers (NAMES).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from ldm.data.scenes.motion import DIRECTIONS, Moving, caption, sample_moving
+from ldm.evaluation.scenes.accuracy import PromptAccuracy
+from ldm.evaluation.scenes.reader import ATTRIBUTES, SIDE, Reading, read, right
+from ldm.models.temporal import fold
+from ldm.utils.images import to_uint8
+
+NAMES = ("accuracy", "direction", "rest", "kept", "objects")
+
+_LEAST = 0.08  # of the picture's width: less is no motion; moving scenes go 0.22 or more
+
+
+def travel(readings: Sequence[Reading], colour: str) -> np.ndarray | None:
+    """How far the object of a colour goes from the first frame to the last, (down, across).
+
+    In widths of the picture, along the straight line that fits best; None where fewer than half of
+    the frames show it.
+    """
+    seen = [
+        (i, place)
+        for i, reading in enumerate(readings)
+        for one, place in zip(reading.objects, reading.places, strict=True)
+        if one.colour == colour
+    ]
+    if len({i for i, _ in seen}) < max(2, len(readings) / 2):
+        return None
+    times, places = (np.array(part, float) for part in zip(*seen, strict=True))
+    speed = np.polyfit(times, places / SIDE, 1)[0]  # (2,)
+    return speed * (len(readings) - 1)
+
+
+def direction(readings: Sequence[Reading], colour: str) -> str | None:
+    """Where the object of a colour goes, of DIRECTIONS, or "nowhere"; None as in `travel`."""
+    gone = travel(readings, colour)
+    if gone is None or np.abs(gone).max() < _LEAST:
+        return None if gone is None else "nowhere"
+    down, across = gone
+    return max(DIRECTIONS, key=lambda name: np.dot(DIRECTIONS[name], (across, down)))
+
+
+def judged(readings: Sequence[Reading], moving: Moving) -> tuple[bool, ...]:
+    """Whether the frames of a video show what was asked for, as in NAMES.
+
+    direction: the first object goes where it shall. rest: the second goes nowhere. kept: all frames
+    show the same two objects, by colour and shape. objects: their colours and shapes are those
+    asked for, in the frame in the middle. accuracy: all of it, and size, relation, background and
+    style in that frame.
+    """
+    first, second = (one.colour for one in moving.scene.objects)
+    goes = direction(readings, first) == moving.direction
+    rests = direction(readings, second) == "nowhere"
+    shown = {frozenset((one.colour, one.shape) for one in each.objects) for each in readings}
+    kept = len(shown) == 1 and all(len(each.objects) == 2 for each in readings)
+    whole, *parts = right(readings[len(readings) // 2], moving.scene)
+    objects = all(parts[ATTRIBUTES.index(name)] for name in ("color", "shape"))
+    return goes and rests and kept and whole, goes, rests, kept, objects
+
+
+class MotionAccuracy(PromptAccuracy):
+    """The first `count` moving scenes of either split; by chance: with another's direction.
+
+    motion_accuracy, motion_direction, motion_rest, motion_kept, motion_objects: see `judged`.
+    Raises ValueError where count is below 2 or batch below 1.
+    """
+
+    kind, names, most_rolls = "motion", NAMES, 4
+
+    def __init__(self, *, count: int, batch: int = 16, seed: int = 0) -> None:
+        super().__init__(count=count, batch=batch, seed=seed)
+
+    def drawn(self, i: int, split: str) -> tuple[Moving, str]:
+        """Moving scene i of a split, and its caption."""
+        moving, rng = sample_moving(i, split=split)
+        return moving, caption(moving, rng)
+
+    def readings(self, videos: Tensor) -> list[list[Reading]]:
+        """Of all frames of videos (n, 3, F, H, W) in [-1, 1]."""
+        return [read(to_uint8(fold(video[None]))) for video in videos]
+
+    def judge(self, reading: Sequence[Reading], scene: Moving, other: Moving) -> tuple[bool, ...]:
+        """As `judged`, of the scene, going as the other does."""
+        return judged(reading, Moving(scene.scene, other.direction))

@@ -1,0 +1,53 @@
+"""Tables of numbers on the disk, each with what it is of, so that none is taken for another."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ldm.utils.files import replacing
+
+
+class DamagedError(ValueError):
+    """A file that does not hold what was written to it."""
+
+
+def digest(facts: object) -> str:
+    """Sixteen letters of plain values, which tell them from others in names of files."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write(path: Path, tables: Mapping[str, Tensor], *, facts: dict) -> None:
+    """Replace a file by these tables, with plain values that say what they are of."""
+    tables = {name: table.contiguous() for name, table in tables.items()}
+    metadata = {"facts": json.dumps(facts), "sha256": _digest(tables)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(save(tables, metadata=metadata))
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tables and facts as they were written; DamagedError where the file is torn or changed."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts = json.loads(metadata["facts"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise DamagedError(f"{path} is damaged ({error!r})") from error
+    if metadata.get("sha256") != _digest(tables) or not isinstance(facts, dict):
+        raise DamagedError(f"{path} is damaged (its digest differs)")
+    return tables, facts
+
+
+def _digest(tables: Mapping[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for name, table in sorted(tables.items()):
+        total.update(f"{name} {table.dtype} {tuple(table.shape)}\n".encode())
+        total.update(table.flatten().view(torch.uint8).numpy())
+    return total.hexdigest()

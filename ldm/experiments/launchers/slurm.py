@@ -1,0 +1,132 @@
+"""SLURM for the jobs of a sweep: submitit submits them, squeue says which are still there."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ldm.experiments.sweep import OUTPUT, Job
+from ldm.utils.files import write_text
+
+NOT_SBATCH = {"_target_", "submitit_folder", "array_parallelism", "max_num_timeout"}
+# submitit's names for any cluster; the others are SLURM's own.
+COMMON = {
+    *("name", "timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node"),
+    *("mem_gb", "nodes", "stderr_to_stdout"),
+}
+
+
+class Task:
+    """One rank of a job: it becomes the ordinary command.
+
+    It takes the place of submitit's process, so that SLURM's signals reach the run itself: a
+    process between the two would have to pass them on, and to outlive it.
+    """
+
+    def __init__(self, command: list[str], output: str) -> None:
+        self.command = command
+        self.output = output
+
+    def __call__(self) -> None:
+        log = os.open(self.output, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.execv(self.command[0], self.command)
+
+
+class Queue:
+    """Submits jobs; one that is in the queue from an earlier call is watched, not submitted again.
+
+    Raises OSError where there is no SLURM, or it does not take a job.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.looked, self.present = 0.0, set()
+        if problem := self.look(at_most=0):
+            raise OSError(f"SLURM does not answer: {problem}")
+
+    def check(self, job: Job) -> None:
+        """Raise ValueError where the number of tasks is not known in advance."""
+        if job.devices is None:
+            raise ValueError(
+                f"{job.label}: hydra/launcher=slurm starts one task for each device, so it must "
+                "know how many: give trainer.devices=N"
+            )
+
+    def start(self, job: Job) -> "Queued":
+        """Submit a job, or find it again."""
+        path = job.directory / "slurm_job_id"
+        self.look(at_most=0)
+        if not path.is_file() or path.read_text().strip() not in self.present:
+            job.directory.mkdir(parents=True, exist_ok=True)
+            write_text(path, self._submit(job) + "\n")
+        return Queued(job, path.read_text().strip(), self)
+
+    def _submit(self, job: Job) -> str:
+        import submitit
+
+        executor = submitit.AutoExecutor(folder=self.folder / "%j", cluster="slurm")
+        settings = {k: v for k, v in job.settings.items() if k not in NOT_SBATCH}
+        settings |= {"tasks_per_node": job.devices, "nodes": job.nodes, "name": job.label[:60]}
+        if job.accelerator == "gpu" and settings.get("gpus_per_node") is None:
+            settings["gpus_per_node"] = job.devices
+        named = {k if k in COMMON else f"slurm_{k}": v for k, v in settings.items()}
+        executor.update_parameters(**{k: v for k, v in named.items() if v is not None})
+        # A rank that fails takes the others along: they would wait for it.
+        executor.update_parameters(slurm_srun_args=["--kill-on-bad-exit=1"])
+        script = os.path.abspath(sys.argv[0])
+        output = (job.directory / OUTPUT).absolute()
+        task = Task([sys.executable, script, *job.arguments], str(output))
+        try:
+            submitted = executor.submit(task)
+        except submitit.core.utils.FailedJobError as error:
+            raise OSError(f"SLURM did not take {job.label}: {error}") from error
+        self.present.add(submitted.job_id)
+        return submitted.job_id
+
+    def look(self, *, at_most: float = 5.0) -> str | None:
+        """Ask which jobs there are, unless the last answer is at most so many seconds old.
+
+        One question for all jobs; a queue that does not answer has changed nothing, and its
+        complaint is returned.
+        """
+        if time.monotonic() - self.looked < at_most:
+            return None
+        command = ["squeue", "--me", "--noheader", "--format=%i"]
+        try:
+            said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        except FileNotFoundError as error:
+            raise OSError("there is no SLURM on this machine: squeue is not found") from error
+        except subprocess.TimeoutExpired as error:
+            return str(error)
+        self.looked = time.monotonic()
+        if said.returncode:
+            return said.stderr.strip()
+        self.present = set(said.stdout.split())
+        return None
+
+
+class Queued:
+    """A job that waits or runs in SLURM; requeued after a preemption it is still the same."""
+
+    def __init__(self, job: Job, number: str, queue: Queue) -> None:
+        self.job, self.number, self.queue = job, number, queue
+
+    def poll(self) -> int | None:
+        """None while SLURM has it; then 0, or 1 where it did not finish."""
+        self.queue.look()
+        if self.number in self.queue.present:
+            return None
+        return 0 if self.job.is_finished else 1
+
+    def stop(self, number: int) -> None:
+        """Out of the queue where it waits; where it runs, it saves and leaves."""
+        for how in (["--state=PENDING"], ["--signal=TERM"]):
+            subprocess.run(["scancel", *how, self.number], check=False, timeout=60)
+
+    def end(self) -> None:
+        """Cancel it."""
+        if self.number in self.queue.present:
+            subprocess.run(["scancel", self.number], check=False, timeout=60)

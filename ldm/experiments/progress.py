@@ -1,0 +1,88 @@
+"""What is seen of jobs that run elsewhere: a line for each, read from its metrics.csv."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Protocol
+
+from tqdm import tqdm
+
+from ldm.experiments import run_dir
+
+
+class Watched(Protocol):
+    """What must be known of a job to watch it."""
+
+    label: str
+    directory: Path
+    metric: str
+    steps: int
+
+
+def told(text: str) -> None:
+    """Print above the lines of progress."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+class Lines:
+    """A line of progress for each running job; where nothing can be drawn over, one a minute."""
+
+    def __init__(self) -> None:
+        self.bars: dict[Watched, tqdm] = {}
+        self.drawn = self.printed = time.monotonic()
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(self, *error) -> None:
+        for bar in self.bars.values():
+            bar.close()
+
+    def begin(self, job: Watched) -> None:
+        again = any(job.directory.glob("checkpoints/*.ckpt"))
+        told(f"{job.label}: {'goes on' if again else 'begins'} in {job.directory}")
+        taken = {-bar.pos for bar in self.bars.values()}
+        place = next(i for i in range(len(taken) + 1) if i not in taken)
+        self.bars[job] = tqdm(
+            total=job.steps,
+            desc=job.label,
+            unit="step",
+            position=place,
+            leave=False,
+            disable=None,
+            dynamic_ncols=True,
+        )
+
+    def end(self, job: Watched) -> None:
+        self.bars.pop(job).close()
+
+    def refresh(self) -> None:
+        now = time.monotonic()
+        if now - self.drawn < 1:
+            return
+        self.drawn = now
+        aloud = not sys.stderr.isatty() and now - self.printed >= 60
+        self.printed = now if aloud else self.printed
+        for job, bar in self.bars.items():
+            rows = run_dir.read_metrics(job.directory, tail=20_000)
+            if not rows:
+                continue
+            step = int(rows[-1]["step"])
+            facts = {
+                name: f"{found:.4g}"
+                for name, key in {
+                    "loss": "train/loss",
+                    job.metric: job.metric,
+                    "images/s": "perf/images_per_s",
+                }.items()
+                if (found := run_dir.last(rows, key)) is not None
+            }
+            if step < bar.n or not bar.n:  # a resumed job is timed from where it resumed
+                bar.initial = bar.n = step
+            bar.set_postfix(facts, refresh=False)
+            bar.update(step - bar.n)
+            bar.refresh()
+            if aloud:
+                words = ", ".join(f"{k} {v}" for k, v in facts.items())
+                told(f"{job.label}: step {step} of {job.steps}, {words}")

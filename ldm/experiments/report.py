@@ -1,0 +1,188 @@
+"""A ranking of runs as files: a table, their curves and their samples in one picture each."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from ldm.experiments import curves, ranking, run_dir
+from ldm.utils.errors import nearest
+from ldm.utils.files import write_text
+from ldm.utils.text import printable
+
+FOREIGN = "is none of ldm.compare's: move it, or give out=DIR or overwrite=true"
+LINES = "\n\t"
+
+
+def compare(
+    directories: Sequence[Path],
+    *,
+    out: Path,
+    metric: str | None = None,
+    direction: str | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Write the ranking of these runs into `out`; the table, and where the rest lies.
+
+    A run whose files are damaged is left out, and so is a picture; a line says why.
+    Raises ValueError where runs have logged something, but not the metric, where none can be read,
+    and where a file in `out` has the name of a result and is none, unless `overwrite`.
+    """
+    if not overwrite:
+        check_place(out)
+    compared, damaged = [], []
+    for directory in directories:
+        try:
+            compared.append(ranking.read(directory))
+        except (ValueError, OSError) as error:
+            damaged.append(f"{directory} is left out: {error}")
+    if not compared:
+        raise ValueError("; ".join(damaged))
+    asked = Counter(
+        run.config["metric"] for run in compared if isinstance(run.config.get("metric"), str)
+    )
+    metric = metric or (asked.most_common(1)[0][0] if asked else "val/loss")
+    logged = ranking.logged(compared)
+    if logged and metric not in logged:
+        near = nearest(metric, logged)
+        raise ValueError(f"metric={metric} was not logged by any of {len(compared)} runs{near}")
+    if (direction := direction or run_dir.direction(metric)) not in ("minimize", "maximize"):
+        raise ValueError(f"direction={direction} is neither minimize nor maximize")
+    order = ranking.ranked(compared, metric, direction=direction)
+    table = ranking.markdown(*ranking.table(order, metric))
+    columns, rows = ranking.table(order, metric, constant=True)
+    failed = [f"{run.directory}: {run.result['error']}" for run in order if "error" in run.result]
+    out.mkdir(parents=True, exist_ok=True)
+    title = f"# {len(order)} run{'s' * (len(order) > 1)} by {metric} ({direction})"
+    notes = [*damaged, *ranking.doubts(order, metric)]
+    blocks = [title, table, *notes, *(f"```\n{words}\n```" for words in failed)]
+    write_text(out / "ranking.md", printable("\n\n".join(blocks), keep=LINES) + "\n")
+    more = [[str(run.directory), run.result.get("error")] for run in order]
+    in_full = [[*row, *rest] for row, rest in zip(rows, more, strict=True)]
+    text = ranking.as_csv([*columns, "directory", "error"], in_full)
+    write_text(out / "ranking.csv", text)
+    overlaid, said = _overlay(order, out)
+    drawn, unread = _pictures(order, metric, direction, out)
+    written = ["ranking.md", "ranking.csv", *drawn, *overlaid]
+    lines = [f"\n{title[2:]}\n\n{table}\n", *(f"{note}\n" for note in [*notes, *said, *unread])]
+    return "\n".join([*lines, "  ".join(str(out / name) for name in written)])
+
+
+def check_place(out: Path) -> None:
+    """ValueError where a file in `out` has the name of a result, and is none of an earlier call."""
+    begins = {"ranking.md": r"# \d+ runs? by ", "ranking.csv": "rank,run,"}
+    for name, words in begins.items():
+        if (path := out / name).is_file():
+            with path.open(encoding="utf-8", errors="replace") as file:
+                if not re.match(words, file.readline(200)):
+                    raise ValueError(f"{path} {FOREIGN}")
+    for path in [out / "curves.png", out / "samples.png", *out.glob("quality_*.png")]:
+        if path.is_file() and "runs" not in _facts(path):
+            raise ValueError(f"{path} {FOREIGN}")
+
+
+def _facts(path: Path) -> dict:
+    """What a picture says of itself; nothing where it is no PNG."""
+    from ldm.utils.images import load_png
+
+    with suppress(ValueError):
+        return load_png(path)[1]
+    return {}
+
+
+def _overlay(order: Sequence[ranking.Run], out: Path) -> tuple[list[str], list[str]]:
+    """Draw the curves that ldm.evaluate has left, those of a name in one picture; files, and words.
+
+    Of runs that were measured in different ways, the largest number that agree are drawn.
+    """
+    from ldm.experiments import curve_plots
+    from ldm.utils.images import save_png
+
+    names, files, said = ranking.names(order), [], []
+    found = []
+    for run in order:
+        try:
+            found.append(curves.read(run.directory))
+        except ValueError as error:
+            found.append({})
+            said.append(str(error))
+    for stem in sorted({stem for one in found for stem in one}):
+        having = {n: one[stem] for n, one in zip(names, found, strict=True) if stem in one}
+        most, _ = Counter(map(curves.comparable, having.values())).most_common(1)[0]
+        lines = {n: points for n, points in having.items() if curves.comparable(points) == most}
+        told = f"{stem} of {', '.join(lines)}"
+        if others := [name for name in having if name not in lines]:
+            told += f"; {', '.join(others)}: of other pictures, networks or settings"
+        if len(lines) > 1:
+            files.append(f"{stem.replace('curve', 'quality', 1)}.png")
+            save_png(curve_plots.curve(lines), out / files[-1], {"runs": list(lines)})
+            said.append(f"{files[-1]}: {told}")
+        elif others:
+            said.append(f"not in one picture: {told}")
+    return files, said
+
+
+def _pictures(
+    order: Sequence[ranking.Run], metric: str, direction: str, out: Path
+) -> tuple[list[str], list[str]]:
+    """Draw what there is to draw; the names of the files, and what could not be read."""
+    from ldm.experiments import (
+        ranking_plots as figures,  # matplotlib and torch: a mistake need not wait
+    )
+    from ldm.utils.images import save_png
+
+    written, names, unread = [], ranking.names(order), []
+    drawn = {
+        key: [(n, run.curve(key)) for n, run in zip(names, order, strict=True) if run.curve(key)]
+        for key in dict.fromkeys([metric, *ranking.beside(order)])
+    }
+    drawn = {key: lines for key, lines in drawn.items() if lines}
+    if drawn:
+        save_png(figures.curves(drawn), out / "curves.png", {"runs": names})
+        written.append("curves.png")
+    painted = []
+    for run in order:
+        try:
+            painted.append(_painted(run))
+        except (ValueError, TypeError) as error:
+            painted.append(((), []))
+            unread.append(f"{run.directory} has no pictures to show: {error}")
+    # The pictures of a column must show the same: most runs say what, the others are left out.
+    heads = Counter(heads for heads, _ in painted if heads)
+    if heads:
+        shared = heads.most_common(1)[0][0][:8]
+        rows = [
+            (f"{i + 1}. {_told(run, metric)}: {name}", pictures)
+            for i, (run, name) in enumerate(zip(order, names, strict=True))
+            if (pictures := painted[i][1]) and painted[i][0][:8] == shared
+        ]
+        others = len(order) - len(rows)
+        told = f"The same prompts and seeds for each run, best first by {metric} ({direction})."
+        told += f" {others} runs have no such pictures." if others else ""
+        page = figures.samples("Samples of each run", told, shared, rows)
+        save_png(page, out / "samples.png", {"runs": names})
+        written.append("samples.png")
+    return written, unread
+
+
+def _told(run: ranking.Run, metric: str) -> str:
+    value = run.last(metric)
+    return f"{'unknown' if value is None else f'{value:.4g}'}, {run.state} after {run.step} steps"
+
+
+def _painted(run: ranking.Run) -> tuple[tuple[str, ...], list]:
+    """What the newest sample picture of a run shows, and its single pictures; both may be none."""
+    from ldm.utils.images import load_png, untile
+
+    if not (files := sorted((run.directory / "samples").glob("step=*.png"))):
+        return (), []
+    picture, facts = load_png(files[-1])
+    texts = facts.get("prompts") or facts.get("keys") or []
+    if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
+        raise ValueError(f"{files[-1]} does not say what it shows")
+    if prompts := facts.get("prompts"):
+        return tuple(prompts), untile(picture, len(prompts))[:8]
+    if keys := facts.get("keys"):  # an autoencoder's: originals, and below them what it made
+        return tuple(keys), untile(picture, 2 * len(keys), columns=len(keys))[len(keys) :][:8]
+    return (), []

@@ -1,0 +1,67 @@
+"""What is painted, into files: a grid, single pictures or videos, and the guesses on the way.
+
+Shapes: F frames, H W pixels.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from ldm.utils import video as films
+from ldm.utils.files import reserve
+from ldm.utils.images import captioned, save_png, tile, to_pil
+
+
+def save(
+    images: Sequence[Tensor],
+    jobs: Sequence[tuple[str, int]],
+    out: Path,
+    settings: Mapping,
+    *,
+    guesses: Sequence[Sequence[Tensor]] = (),
+    columns: int | None = None,
+    fps: int = 8,
+    overwrite: bool = False,
+) -> Path:
+    """Save pictures (3, H, W) or videos (3, F, H, W), and say where; the file to look at first.
+
+    All files have a number in their names where one of them is there already, see `reserve`.
+    jobs: the prompt and seed of each, which the files carry beside `settings`. Pictures of several
+    prompts are named by them. guesses: a row each. columns: of such a grid. A video is also saved
+    as a strip of its frames.
+    """
+    moving = images[0].ndim == 4
+    settings = {**settings, "size": list(images[0].shape[-2:])}
+    if moving:
+        settings |= {"frames": images[0].shape[1], "fps": fps}
+    singles = [{"prompt": prompt, "seed": seed, **settings} for prompt, seed in jobs]
+    prompts, seeds = ([job[i] for job in jobs] for i in (0, 1))
+    facts = {"prompt": prompts, "seed": seeds, **settings}
+    kinds = [out.suffix, ".png"] if moving else [".png"]
+    beside = [f"_{i:03d}{kind}" for i in range(len(images)) for kind in kinds]
+    beside += ["_previews.png"] if guesses else []
+
+    def family(number: str) -> list[Path]:
+        return [out.with_name(f"{out.stem}{number}{end}") for end in [*kinds, *beside]]
+
+    with reserve(family, overwrite=overwrite) as paths:
+        first, grid = paths[0], paths[0].with_suffix(".png")
+        if moving:
+            films.save(images, first, singles, facts, fps=fps)
+            images = [films.strip(video) for video in images]
+            guesses = [[films.strip(video) for video in row] for row in guesses]
+        for i, (image, single) in enumerate(zip(images, singles, strict=True)):
+            save_png(to_pil(image), grid.with_name(f"{grid.stem}_{i:03d}.png"), single)
+        if len(set(prompts)) > 1:
+            save_png(captioned(images, prompts, columns=columns), grid, facts)
+        else:
+            save_png(tile(images, columns=1 if moving else None), grid, facts)
+        if guesses:
+            on_the_way = grid.with_name(f"{grid.stem}_previews.png")
+            rows = [guess for row in guesses for guess in row]
+            save_png(tile(rows, columns=len(guesses[0])), on_the_way, facts)
+            print(f"the model's guesses on the way: {on_the_way}")
+    if len(images) > 1:
+        print(f"{len(images)} {'videos' if moving else 'pictures'} beside {first}")
+    return first

@@ -1,0 +1,240 @@
+"""Published weights: the layout of a diffusers model folder, both ways.
+
+A folder holds config.json and diffusion_pytorch_model.safetensors (or .bin).
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.unet import UNet
+from ldm.utils.files import replacing, write_text
+
+FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+
+# diffusers' name, ours; # is a number. Applied from top to bottom, undone from bottom to top.
+NAMES = (
+    ("down_blocks.", "down."),
+    ("down.#.downsamplers.0.", "down.#.resample."),
+    ("up_blocks.", "up."),
+    ("up.#.upsamplers.0.", "up.#.resample."),
+    ("mid_block.", "mid."),
+    ("resnets.", "blocks."),
+    ("time_emb_proj.", "time_proj."),
+    ("conv_shortcut.", "shortcut."),
+    ("conv_norm_out.", "norm_out."),
+    ("transformer_blocks.", "layers."),
+    ("attn1.", "self_attn."),
+    ("attn2.", "cross_attn."),
+    ("to_out.0.", "to_out."),
+    ("ff.net.0.proj.", "ff.proj_in."),
+    ("ff.net.2.", "ff.proj_out."),
+    ("attentions.0.to_", "attentions.0.attn.to_"),  # the autoencoder's
+    ("time_embedding.linear_1.", "time_mlp.0."),
+    ("time_embedding.linear_2.", "time_mlp.2."),
+    ("class_embedding.linear_1.", "pooled_mlp.0."),
+    ("class_embedding.linear_2.", "pooled_mlp.2."),
+)
+
+# The autoencoder's attention in older files, which stored 1x1 convolutions.
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLD = re.compile(r"(?<=attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
+
+
+def _rule(old: str, new: str) -> tuple[re.Pattern[str], str]:
+    number = re.escape(old).replace(r"\#", r"(\d+)")
+    return re.compile(rf"(?<![^.]){number}"), new.replace("#", r"\1")
+
+
+TO_OURS = [_rule(theirs, ours) for theirs, ours in NAMES]
+TO_THEIRS = [_rule(ours, theirs) for theirs, ours in reversed(NAMES)]
+
+
+def _rename(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
+    for pattern, new in rules:
+        name = pattern.sub(new, name)
+    return name
+
+
+def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' parameters of a UNet2DConditionModel or AutoencoderKL under our names."""
+    ours = {}
+    for name, value in state.items():
+        if OLD.search(name):
+            name = OLD.sub(lambda match: OLD_NAMES[match[0]], name)
+            value = value.flatten(1) if value.ndim == 4 else value  # (out, in, 1, 1) -> (out, in)
+        ours[_rename(name, TO_OURS)] = value
+    return ours
+
+
+def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our parameters of a UNet or AutoencoderKL under diffusers' names.
+
+    The autoencoder's `shift` and `scale` are left out: diffusers keeps them in config.json.
+    """
+    return {
+        _rename(name, TO_THEIRS): value
+        for name, value in state.items()
+        if name not in ("shift", "scale")
+    }
+
+
+def unet_config(unet: UNet) -> dict[str, object]:
+    """The arguments of diffusers' UNet2DConditionModel that build the same network.
+
+    Raises ValueError where there is none: without cross-attention, or with place maps or style.
+    """
+    if not unet.context_dim:
+        raise ValueError("diffusers has no such network without text: context_dim must not be 0")
+    if unet.style_dim:
+        raise ValueError("diffusers keeps style apart from its network: style_dim must be 0")
+    if unet.waves:
+        raise ValueError("diffusers' network has no place maps: waves must be 0")
+    down = ["CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in unet.attention]
+    up = ["CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in unet.attention[::-1]]
+    config = {
+        "in_channels": unet.in_channels,
+        "out_channels": unet.out_channels,
+        "block_out_channels": unet.widths,
+        "layers_per_block": unet.blocks,
+        "down_block_types": down,
+        "up_block_types": up,
+        "cross_attention_dim": unet.context_dim,
+        "attention_head_dim": unet.heads,  # so called for historical reasons: it counts heads
+        "transformer_layers_per_block": unet.depth,
+        "norm_num_groups": unet.groups,
+        "norm_eps": 1e-5,
+        "act_fn": "silu",
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "use_linear_projection": False,
+        "time_embedding_dim": None if unet.embedding == 4 * unet.widths[0] else unet.embedding,
+        "resnet_time_scale_shift": "scale_shift" if unet.scale_shift else "default",
+    }
+    if unet.pooled_dim:
+        config["class_embed_type"] = "projection"
+        config["projection_class_embeddings_input_dim"] = unet.pooled_dim
+    return config
+
+
+def autoencoder_config(autoencoder: AutoencoderKL) -> dict[str, object]:
+    """The arguments of diffusers' AutoencoderKL that build the same network, but for its scale.
+
+    Raises ValueError where there is none: it always normalises, and folds no pixels.
+    """
+    if autoencoder.patch != 1 or not autoencoder.groups:
+        raise ValueError(
+            f"diffusers has no such autoencoder: patch={autoencoder.patch} must be 1, "
+            f"groups={autoencoder.groups} more than 0"
+        )
+    return _autoencoder_config(autoencoder)
+
+
+def _autoencoder_config(autoencoder: AutoencoderKL) -> dict[str, object]:
+    """The same for any autoencoder of ours."""
+    levels = len(autoencoder.widths)
+    return {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": autoencoder.channels,
+        "block_out_channels": autoencoder.widths,
+        "layers_per_block": autoencoder.blocks,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "norm_num_groups": autoencoder.groups,
+        "act_fn": "silu",
+        "mid_block_add_attention": autoencoder.attention,
+    } | ({"patch_size": autoencoder.patch} if autoencoder.patch != 1 else {})
+
+
+def load_unet(unet: UNet, path: Path | str) -> None:
+    """Reads a diffusers UNet2DConditionModel, a folder or a weights file in one, into `unet`.
+
+    Raises FileNotFoundError where weights or config.json are missing, and ValueError where they
+    are of another network.
+    """
+    file, config = _open(path)
+    _compare(config, unet_config(unet), file)
+    _load(unet, from_diffusers(_read(file)), file)
+
+
+def load_autoencoder(autoencoder: AutoencoderKL, path: Path | str) -> None:
+    """Reads a diffusers AutoencoderKL, a folder or a weights file in one, and its latent scale.
+
+    Raises as `load_unet` does.
+    """
+    file, config = _open(path)
+    _compare(config, _autoencoder_config(autoencoder), file)
+    scale = {"shift": autoencoder.shift, "scale": autoencoder.scale}
+    _load(autoencoder, from_diffusers(_read(file)) | scale, file)
+    # Old files of Stable Diffusion 1.x do not say their factor; diffusers assumes the same one.
+    factor = config.get("scaling_factor", 0.18215)
+    shift = torch.tensor(config.get("latents_mean") or config.get("shift_factor") or 0.0)
+    autoencoder.set_scale(shift, factor / torch.tensor(config.get("latents_std") or 1.0))
+
+
+def save_autoencoder(autoencoder: AutoencoderKL, folder: Path, *, dtype: torch.dtype) -> None:
+    """Writes a folder that `load_autoencoder` reads, its weights in `dtype`."""
+    scale = {
+        "scaling_factor": 1.0,
+        "latents_mean": autoencoder.shift.tolist(),
+        "latents_std": (1 / autoencoder.scale).tolist(),
+    }
+    config = {**_autoencoder_config(autoencoder), **scale}
+    folder.mkdir(parents=True, exist_ok=True)
+    state = to_diffusers(autoencoder.state_dict())
+    tensors = {name: value.to(dtype).contiguous() for name, value in state.items()}
+    write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    with replacing(folder / FILES[0]) as file:
+        file.write(save(tensors))
+
+
+def _open(path: Path | str) -> tuple[Path, dict[str, object]]:
+    path = Path(path)
+    files = [path / name for name in FILES] if path.is_dir() else [path]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"no weights at {path}: looked for {', '.join(map(str, files))}")
+    config = file.parent / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"{file} needs its config.json beside it: copy it to {config}")
+    return file, json.loads(config.read_text())
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _compare(config: Mapping[str, object], ours: Mapping[str, object], file: Path) -> None:
+    """Refuses what the shapes of the weights would not show, such as a number of heads."""
+    different = [
+        f"{key} is {config[key]} there, {value} here"
+        for key, value in ours.items()
+        if key in config and config[key] != value
+    ]
+    if different:
+        raise ValueError(f"{file} is of another network: {'; '.join(different)}")
+
+
+def _load(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
+    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in state.items()}
+    names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    if names:
+        lines = [
+            f"  {name}: {theirs.get(name, 'missing')} there, {ours.get(name, 'missing')} here"
+            for name in names[:5]
+        ]
+        raise ValueError(
+            f"{file} is of another network: {len(names)} parameters differ, such as\n"
+            + "\n".join(lines)
+        )
+    module.load_state_dict(state)

@@ -1,0 +1,119 @@
+"""T5's encoder as a frozen text encoder: language alone, no pictures, as Imagen has it.
+
+Shapes: B captions, L tokens (`max_length`), D text width.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import T5EncoderModel, T5Tokenizer
+
+from ldm.diffusion.conditioning import Condition
+from ldm.models.huggingface import pretrained, quiet
+from ldm.models.text.base import CaptionTokenizer, FrozenText
+from ldm.utils.files import located
+
+TOKENIZERS = ("tokenizer.json", "spiece.model")
+
+
+class T5Text(FrozenText):
+    """A frozen T5 encoder with its own tokenizer, from a folder or by its name on the hub.
+
+    `path` is a folder with a T5 model and its tokenizer, a diffusers pipeline folder whose
+    `text_encoder` or `text_encoder_<n>` is one, or such as google/flan-t5-base. Only safetensors
+    are opened. `max_length` is L: T5 has no longest caption, and a denoiser attends to L tokens.
+    `dtype` is what it computes in; float16 is no choice, as published weights overflow in it.
+    With `pooled` the mean over a caption's tokens goes to the time embedding as well.
+    Saharia et al. 2022, "Photorealistic Text-to-Image Diffusion Models with Deep Language
+    Understanding", 2.1.
+    Raises OSError where there is no such model, ValueError where its files do not fit one another
+    or are of another model, and for another `dtype`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        max_length: int = 128,
+        pooled: bool = True,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"text_encoder.dtype={dtype}: take float32 or bfloat16, as T5's published weights "
+                "overflow in float16"
+            )
+        if max_length < 1:
+            raise ValueError(f"text_encoder.max_length={max_length} must be 1 token or more")
+        model, tokenizer = load_t5(path, dtype=getattr(torch, dtype))
+        super().__init__(model, CaptionTokenizer(tokenizer, max_length))
+        self.width = model.config.d_model
+        self.pooled_width = self.width if pooled else 0
+
+    @torch.no_grad()
+    def forward(self, captions: Sequence[str]) -> Condition:
+        """The encoder's states, float32, 0 at the padding, which `mask` leaves out.
+
+        Raises TypeError where `captions` is one string, which would read as a list of letters.
+        """
+        device = self.model.device
+        ids, mask = (part.to(device) for part in self.tokenize.masked(captions))  # (B, L)
+        # Under a trainer's float16 its layers would overflow.
+        with torch.autocast(device.type, enabled=False):
+            states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        weights = mask[..., None].float()  # (B, L, 1)
+        tokens = states * weights
+        pooled = tokens.sum(1) / weights.sum(1) if self.pooled_width else None  # (B, D)
+        return Condition(tokens=tokens, mask=mask, pooled=pooled)
+
+
+def load_t5(path: str, *, dtype: torch.dtype) -> tuple[T5EncoderModel, T5Tokenizer]:
+    """A T5 encoder with its tokenizer; a folder is never looked up on the hub.
+
+    Raises what `T5Text` raises.
+    """
+    folder = located(path)
+    local = folder.is_dir()
+    model_at, tokenizer_at = _places(folder) if local else (path, path)
+    try:
+        model = pretrained(T5EncoderModel, model_at, local=local, dtype=dtype, use_safetensors=True)
+    except (OSError, SafetensorError) as error:
+        why = str(error).splitlines()[0]
+        raise OSError(
+            f"no T5 encoder at '{path}': {why}\nGive text_encoder.path= a folder with config.json, "
+            "model.safetensors and tokenizer.json, or the name of a model on huggingface.co that "
+            "has safetensors, such as google/flan-t5-base"
+        ) from error
+    return model, _tokenizer(tokenizer_at, model.config.vocab_size, local=local)
+
+
+def _tokenizer(place: Path | str, vocab_size: int, *, local: bool) -> T5Tokenizer:
+    try:
+        with quiet():
+            tokenizer = T5Tokenizer.from_pretrained(place, local_files_only=local)
+    except (ImportError, ValueError) as error:  # it looks for another reader, and names that one
+        raise ValueError(
+            f"the tokenizer in '{place}' is a spiece.model, which takes one more library to read: "
+            "pip install sentencepiece, or put the model's tokenizer.json there"
+        ) from error
+    # transformers makes an empty tokenizer of missing files without a word. Published embeddings
+    # are longer than their vocabulary, up to a multiple of 128.
+    lacking = local and not any(Path(place, name).is_file() for name in TOKENIZERS)
+    if lacking or not vocab_size - 128 < len(tokenizer) <= vocab_size:
+        raise ValueError(
+            f"the tokenizer in '{place}' has {len(tokenizer)} tokens, the model's embedding "
+            f"{vocab_size}: put the model's own tokenizer.json there"
+        )
+    return tokenizer
+
+
+def _places(folder: Path) -> tuple[Path, Path]:
+    """Where a model and its tokenizer lie in a folder: the T5 of a pipeline, or plain."""
+    for part in sorted(folder.glob("text_encoder*/config.json")):
+        if json.loads(part.read_text()).get("model_type") == "t5":
+            return part.parent, folder / part.parent.name.replace("text_encoder", "tokenizer")
+    return folder, folder

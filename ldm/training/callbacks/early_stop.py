@@ -1,0 +1,69 @@
+"""Ending a run that is not worth its time, by its own curve or by those of its sweep."""
+
+from pathlib import Path
+from statistics import median
+
+import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping
+
+from ldm.experiments import run_dir as runs
+from ldm.utils.files import located
+
+
+def patience(*, metric: str, direction: str, validations: int, least: float = 0.0) -> EarlyStopping:
+    """Stops after so many validations without a gain of more than `least`.
+
+    Those without the metric, which may be measured more rarely, do not count.
+    """
+    how = {"patience": validations, "min_delta": least, "strict": False}
+    return EarlyStopping(monitor=metric, mode=direction[:3], **how)
+
+
+class Median(L.Callback):
+    """Stops a sweep's job whose best value so far is behind the others' median at the same step.
+
+    The median stopping rule (Golovin et al. 2017, Vizier, section 3.2.2), on the metrics.csv of the
+    directories beside this run's. `others` of them must have come as far, and `begin` optimizer
+    steps are always taken. Which jobs stop depends on the order in which they run.
+    """
+
+    def __init__(
+        self, run_dir: str, *, metric: str, direction: str, others: int = 3, begin: int = 0
+    ) -> None:
+        self.run_dir = located(run_dir)
+        self.metric = metric
+        self.others = others
+        self.begin = begin
+        self.best = min if direction == "minimize" else max
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.global_step < max(self.begin, 1):
+            return
+        behind = trainer.is_global_zero and self.is_behind(trainer)
+        if trainer.strategy.broadcast(behind):
+            trainer.should_stop = True
+
+    def is_behind(self, trainer: L.Trainer) -> bool:
+        """Whether the median of the others' best values by now is better than this run's."""
+        step = trainer.global_step
+        beside = [d for d in self.run_dir.parent.iterdir() if d.is_dir() and d != self.run_dir]
+        found = [value for d in beside if (value := self._by(d, step)) is not None]
+        if len(found) < max(self.others, 1) or self.metric not in trainer.callback_metrics:
+            return False
+        now, before = float(trainer.callback_metrics[self.metric]), self._by(self.run_dir, 0)
+        own = now if before is None else self.best(now, before)
+        middle = median(found)
+        if self.best(own, middle) == own:
+            return False
+        print(
+            f"stopped early at step {step}: {self.metric} was {own:.4g} at best, the median of "
+            f"{len(found)} other jobs is {middle:.4g}"
+        )
+        return True
+
+    def _by(self, directory: Path, step: int) -> float | None:
+        """The best value of a run up to a step; None where it has not come so far."""
+        rows = [row for row in runs.read_metrics(directory) if self.metric in row]
+        if not rows or rows[-1]["step"] < step:
+            return None
+        return self.best(row[self.metric] for row in rows if not step or row["step"] <= step)

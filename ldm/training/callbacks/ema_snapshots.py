@@ -1,0 +1,53 @@
+"""Snapshots of a run's power-function averages, from which `ldm.phema` makes any other."""
+
+import warnings
+from pathlib import Path
+
+import lightning as L
+
+from ldm.utils import ema_files
+
+
+class Snapshots(L.Callback):
+    """Writes <folder>/step=*.safetensors every `every` optimizer steps and at the end.
+
+    A snapshot that cannot be written, on a full disk, is told once, and the training goes on: those
+    that are there serve without it. What a resumed run repeats is written again, to the same bytes.
+    Raises ValueError where `every` is below 1.
+    """
+
+    def __init__(self, folder: Path, *, every: int) -> None:
+        if every < 1:
+            raise ValueError(f"phema.every={every} must be 1 or more")
+        self.folder = folder
+        self.every = every
+        self.told = False
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.written = 0  # there is no average of no step
+        if trainer.is_global_zero:  # later ones are of a try that left no checkpoint
+            ema_files.forget(self.folder, after=trainer.global_step)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step % self.every == 0:
+            self._write(trainer, module)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._write(trainer, module)
+
+    def _write(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.global_step == self.written or not trainer.is_global_zero:
+            return
+        self.written = trainer.global_step
+        averages = module.phema
+        states = {
+            each: track.state_dict()
+            for each, track in zip(averages.lengths, averages.tracks, strict=True)
+        }
+        try:
+            ema_files.write(self.folder, trainer.global_step, states)
+        except OSError as error:
+            if not self.told:
+                said = f"a snapshot cannot be written to {self.folder} ({error.strerror or error})"
+                warnings.warn(f"{said}; the training goes on", stacklevel=2)
+            self.told = True

@@ -1,0 +1,221 @@
+"""What is measured on pictures that a run paints while it trains."""
+
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ldm.data.dataset import TextImages
+from ldm.evaluation import tensor_cache
+from ldm.evaluation.distributed import Ranks
+from ldm.evaluation.features.base import Features
+from ldm.evaluation.protocol import Quality, captions_to_paint
+from ldm.evaluation.scenes.accuracy import SceneAccuracy
+from ldm.evaluation.scenes.motion import MotionAccuracy
+from ldm.inference.pipeline import Pipeline
+from ldm.models.text.cached import Remembered
+from ldm.training.callbacks.preemption import StopOnSignal
+from ldm.training.fsdp import Sharded
+from ldm.utils.files import located
+from ldm.utils.hashing import hash_module
+
+
+class SceneCheck(L.Callback):
+    """Logs SceneAccuracy's metrics as val/scene_* at every `every`-th validation and at the last.
+
+    Validations are counted from the run's beginning, the one before the first step included. Each
+    rank paints a share of the prompts. The pictures depend on the weights alone: they draw nothing
+    from the random state of the training. `moving`: MotionAccuracy's, as val/motion_*.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        *,
+        size: int,
+        count: int,
+        steps: int,
+        batch: int,
+        every: int = 1,
+        moving: bool = False,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be 1 or more, got {every}")
+        self.pipeline = pipeline
+        self.size = size
+        self.steps = steps
+        self.every = every
+        kind = MotionAccuracy if moving else SceneAccuracy
+        self.scenes = kind(count=count, batch=batch)
+        self.logged: set[str] = set()
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        forget(trainer, self.logged)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not self.is_due(trainer):
+            return
+        items = range(trainer.global_rank, len(self.scenes), trainer.world_size)
+        hidden = None if trainer.is_global_zero else True  # None: where nothing can be drawn over
+        total = len(items) * self.steps
+        with tqdm(total=total, desc="Scenes", unit="step", leave=False, disable=hidden) as bar:
+            paint = partial(
+                self.pipeline,
+                size=self.size,
+                steps=self.steps,
+                on_step=lambda i, x0_hat: bar.update(len(x0_hat)),
+            )
+            counts = torch.from_numpy(self.scenes.tally(paint, items)).to(module.device)
+        counts = trainer.strategy.reduce(counts, reduce_op="sum").cpu().numpy()
+        for name, value in self.scenes.metrics(counts).items():
+            module.log(f"val/{name}", value, sync_dist=True)  # the same on all ranks
+            self.logged.add(f"val/{name}")
+
+    def is_due(self, trainer: L.Trainer) -> bool:
+        """A function of the step alone, so that a resumed run measures when it would have."""
+        if trainer.global_step >= trainer.max_steps > 0:
+            return True
+        batches = trainer.global_step * trainer.accumulate_grad_batches
+        validations = batches // (trainer.val_check_batch or 1)  # None before the first step
+        return validations % self.every == 0
+
+
+class ImageCheck(L.Callback):
+    """Logs Quality's metrics as val/*: of the averaged weights, and with `raw` of the others too.
+
+    It does so at the first validation and at the last, and at each that comes after a multiple of
+    `every` images seen (0: at each). `count` captions of `pictures` are painted in `steps` steps,
+    each rank a share, and compared with at most `real` of the `others`; `cache`: see `Quality`.
+    What is painted lies in `folder` as features until all of it is measured, so that a
+    run that is ended in between goes on there, where its weights and `settings` (all else that a
+    picture depends on, as text) are still the same; folder/subset-*.json says what captions they
+    are of.
+    Raises ValueError where `every` is negative, where raw weights lie in shards, and what Quality
+    raises.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        networks: Sequence[Features],
+        *,
+        pictures: TextImages,
+        others: TextImages,
+        size: int,
+        folder: Path,
+        settings: str,
+        raw_denoiser: nn.Module | None = None,
+        count: int,
+        steps: int,
+        every: int,
+        real: int,
+        batch: int,
+        raw: bool,
+        cache: str,
+    ) -> None:
+        if every < 0:
+            raise ValueError(f"every is a number of images, 0 or more, got {every}")
+        pipeline = replace(pipeline, text=Remembered(pipeline.text))
+        self.pipelines = {"": pipeline}
+        if raw:
+            self.pipelines["_raw"] = replace(pipeline, denoiser=raw_denoiser)
+        self.size, self.steps, self.every = size, steps, every
+        self.folder, self.settings = folder, settings
+        self.logged: set[str] = set()
+        self.quality = Quality(
+            networks,
+            pictures=pictures,
+            others=others,
+            subset=captions_to_paint(pictures, others, count),
+            size=size,
+            cache=located(cache),
+            at_most=real,
+            batch=batch,
+        )
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        if len(self.pipelines) > 1 and isinstance(trainer.strategy, Sharded):
+            raise ValueError("strategy=fsdp measures the average alone: take eval.images.raw=false")
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        forget(trainer, self.logged)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not self.is_due(trainer):
+            return
+        if trainer.is_global_zero:
+            self._tell_subset()
+        hidden = None if trainer.is_global_zero else True
+        with tqdm(desc="Reference", unit="image", leave=False, disable=hidden, delay=1) as bar:
+            self.quality.prepare(module.device, done=partial(self._done, trainer, bar))
+        share = -(-len(self.quality.subset) // trainer.world_size) * len(self.pipelines)
+        with tqdm(total=share, desc="Painting", unit="image", leave=False, disable=hidden) as bar:
+            done = partial(self._done, trainer, bar)
+            for suffix, pipeline in self.pipelines.items():
+                paint = partial(pipeline, size=self.size, steps=self.steps)
+                folder = self.pieces(trainer.global_step, pipeline.denoiser)
+                seen = self.quality.see(paint, folder=folder, done=done)
+                self._log(module, self.quality.measure(seen), suffix)
+        if trainer.is_global_zero:
+            self._clear(trainer.global_step)
+
+    def pieces(self, step: int, denoiser: nn.Module) -> Path:
+        """Where features of pictures of this step wait; another place for other pictures.
+
+        The same step need not mean the same weights: a run may have been taken up again before it.
+        All ranks take part.
+        """
+        facts = [self.quality.facts(), self.settings, self.size, self.steps]
+        weights = Ranks().share(hash_module(denoiser) if Ranks().rank == 0 else None)
+        return self.folder / f"step={step:08d}-{tensor_cache.digest([*facts, weights])}"
+
+    def is_due(self, trainer: L.Trainer) -> bool:
+        """A function of the step alone, so that a resumed run measures when it would have."""
+        step, seen = trainer.global_step, trainer.datamodule.batch_size
+        if self.every == 0 or step == 0 or step >= trainer.max_steps > 0:
+            return True
+        before = step - trainer.val_check_interval // trainer.accumulate_grad_batches
+        return step * seen // self.every > before * seen // self.every
+
+    def _done(self, trainer: L.Trainer, bar: tqdm, items: range) -> None:
+        bar.update(len(items))
+        for callback in trainer.callbacks:
+            if isinstance(callback, StopOnSignal):
+                callback.leave_if_told(trainer)
+
+    def _clear(self, step: int) -> None:
+        """Remove what waits of this step, and of earlier ones whose measuring was not ended."""
+        for place in self.folder.glob("step=*"):
+            if place.name <= f"step={step:08d}~":
+                shutil.rmtree(place, ignore_errors=True)
+
+    def _tell_subset(self) -> None:
+        subset = self.quality.subset
+        path = self.folder / f"subset-{subset.digest}.json"
+        try:
+            subset.save(path)
+        except OSError as error:  # a full disk ends no training
+            warnings.warn(f"{path} cannot be written: {error.strerror or error}", stacklevel=2)
+
+    def _log(self, module: L.LightningModule, found: Mapping[str, float], suffix: str) -> None:
+        for name, value in found.items():
+            constant = name.endswith(("_floor", "_real"))
+            if not (suffix and constant):
+                module.log(f"val/{name}{suffix}", value)
+                self.logged.add(f"val/{name}{suffix}")
+
+
+def forget(trainer: L.Trainer, names: set[str]) -> None:
+    """What an earlier validation has measured is no value of this one, which may leave it out.
+
+    What keeps the best checkpoint and what ends a run early would take it for one.
+    """
+    for name in names:
+        trainer.callback_metrics.pop(name, None)

@@ -1,0 +1,210 @@
+"""What is seen of a run while it trains: numbers, a progress bar and sample pictures."""
+
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+from PIL import Image
+
+from ldm.diffusion.rng import mixed
+from ldm.models.random_layers import assign, random_layers
+from ldm.training.loggers.csv import CsvLog
+from ldm.utils.images import save_png
+
+
+class Meter(L.Callback):
+    """Counts images, and logs loss and speed as means over the steps between two logging steps.
+
+    Nothing is read from the device in between. Metrics: train/loss, images_seen, data/skipped
+    (samples of the run that could not be read, over all ranks; a resumed run goes on with what was
+    logged), perf/images_per_s, perf/data_wait (share of time spent waiting for data; both of the
+    time in which it trains), perf/eval_share (share of the time since this process began to train
+    that validations, metrics and sample pictures took), perf/memory_gib (peak of the accelerator;
+    absent without one).
+    """
+
+    def __init__(self, *, every: int) -> None:
+        self.every = every
+        self.latest: dict[str, float] = {}
+        self.skipped = 0  # of all ranks, at the last logging step
+        self.own_skipped = self.own_counted = 0  # of this process: by now, and those among them
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.logged = trainer.global_step
+        self.micro_steps = 0  # a run begins, and resumes, at a whole optimizer step
+        for logger in trainer.loggers:
+            if isinstance(logger, CsvLog):
+                logger.rewind(trainer.global_step)
+        self.since, self.evaluated = time.perf_counter(), 0.0
+        self.interrupted: float | None = None  # when the validation began that may not be over
+        self._restart()
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._go_on()
+        share = {"perf/eval_share": self._eval_share()}
+        self.latest = {**self.latest, **share}
+        for logger in trainer.loggers:
+            logger.log_metrics(share, step=trainer.global_step)
+
+    def _restart(self) -> None:
+        self.loss, self.batches, self.images, self.waited = 0.0, 0, 0, 0.0
+        self.began = self.ended = time.perf_counter()
+
+    def _go_on(self) -> None:
+        """Training goes on; a validation is over when what follows it (sample pictures) is."""
+        if self.interrupted is not None:
+            self.evaluated += time.perf_counter() - self.interrupted
+            self.interrupted = None
+            self._restart()
+
+    def _eval_share(self) -> float:
+        return self.evaluated / (time.perf_counter() - self.since)
+
+    def on_train_batch_start(self, trainer: L.Trainer, module, batch: dict, batch_idx: int) -> None:
+        self._go_on()
+        self.waited += time.perf_counter() - self.ended
+        completes = (self.micro_steps + 1) % trainer.accumulate_grad_batches == 0
+        if completes and trainer.global_step + 1 >= trainer.max_steps > 0:
+            trainer.val_check_batch = 1  # the last step is always validated
+
+    def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx) -> None:
+        self.ended = time.perf_counter()
+        self.micro_steps += 1
+        # Lightning hands over the loss divided by the number of accumulated batches.
+        self.loss = self.loss + outputs["loss"].detach() * trainer.accumulate_grad_batches
+        self.batches += 1
+        self.images += len(batch["captions"]) * trainer.world_size
+        trainer.datamodule.position += len(batch["captions"]) * trainer.world_size
+        self.own_skipped = trainer.datamodule.train_skips.total
+        if trainer.global_step >= self.logged + self.every:
+            self._log(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit" and self.batches:
+            self._log(trainer)
+        elif trainer.state.fn == "validate":  # results are shown against it, the first ones too
+            for logger in trainer.loggers:
+                seen = {"images_seen": trainer.datamodule.position}
+                logger.log_metrics(seen, step=trainer.global_step)
+        if trainer.state.fn == "fit":
+            self.interrupted = time.perf_counter()
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # Lightning would log a validation under the number of batches, which lags behind.
+        module.log("step", float(trainer.global_step), sync_dist=True)
+
+    def _log(self, trainer: L.Trainer) -> None:
+        loss = trainer.strategy.reduce(self.loss / self.batches, reduce_op="mean")
+        seconds = time.perf_counter() - self.began
+        new = torch.tensor(float(self.own_skipped - self.own_counted), device=loss.device)
+        self.skipped += int(trainer.strategy.reduce(new, reduce_op="sum"))
+        self.own_counted = self.own_skipped
+        self.latest = {
+            "train/loss": float(loss),
+            "images_seen": trainer.datamodule.position,
+            "data/skipped": self.skipped,
+            "perf/images_per_s": self.images / seconds,
+            "perf/data_wait": self.waited / seconds,
+            "perf/eval_share": self._eval_share(),
+        }
+        if torch.cuda.is_available():
+            self.latest["perf/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        for logger in trainer.loggers:
+            logger.log_metrics(self.latest, step=trainer.global_step)
+        self.logged = trainer.global_step
+        self._restart()
+
+    def state_dict(self) -> dict:
+        return {"skipped": self.skipped + self.own_skipped - self.own_counted}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.skipped = state["skipped"]
+
+
+class ModuleNoise(L.Callback):
+    """What networks draw in training (dropout) is a function of the seed and of each image.
+
+    Their random layers are told the positions of the images. What a layer of another library draws
+    comes from the global random state, which no checkpoint keeps: it is seeded by the position of
+    the first image of this rank's batch, and so depends on the number of devices.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.layers = random_layers(module)
+
+    def on_train_batch_start(self, trainer: L.Trainer, module, batch: dict, batch_idx: int) -> None:
+        torch.manual_seed(mixed(self.seed, batch["position"][0], stream="modules"))
+        assign(self.layers, self.seed, batch["position"])
+
+
+class ProgressBar(TQDMProgressBar):
+    """One bar for the run: optimizer steps' batches out of all, with loss and speed."""
+
+    def __init__(self, meter: Meter) -> None:
+        # In a file, where a bar cannot be drawn over, a line now and then.
+        super().__init__(refresh_rate=1 if sys.stdout.isatty() else meter.every)
+        self.meter = meter
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Those of the optimizer steps that are left; Lightning takes a step for a batch."""
+        left = self.trainer.max_steps - self.trainer.global_step
+        batches = self.trainer.num_training_batches
+        return min(batches, left * self.trainer.accumulate_grad_batches) if left > 0 else batches
+
+    def on_train_start(self, trainer: L.Trainer, *args) -> None:
+        super().on_train_start(trainer, *args)
+        if trainer.fit_loop.restarted_mid_epoch:  # no epoch starts, and batches are counted on
+            done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            self.train_progress_bar.reset(total=done + self.total_train_batches)
+            self.train_progress_bar.n = self.train_progress_bar.initial = done
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *args) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description("Training")
+
+    def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict:
+        shown = super().get_metrics(trainer, module)
+        shown.pop("v_num", None)
+        shown.pop("step", None)
+        if "train/loss" in self.meter.latest:
+            shown["loss"] = f"{self.meter.latest['train/loss']:.3f}"
+            shown["images/s"] = f"{self.meter.latest['perf/images_per_s']:.0f}"
+        return shown
+
+
+class Pictures(L.Callback):
+    """After each validation, one picture of the same things: <folder>/step=*.png, and the loggers.
+
+    `draw` returns the picture and the facts that the file carries. A file that cannot be written,
+    on a full disk, is told once, and the training goes on.
+    """
+
+    def __init__(self, folder: Path, draw: Callable[[], tuple[Image.Image, dict]]) -> None:
+        self.folder = folder
+        self.draw = draw
+        self.told = False
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.state.fn != "fit" or not trainer.is_global_zero:
+            return
+        picture, facts = self.draw()
+        path = self.folder / f"step={trainer.global_step:08d}.png"
+        try:
+            save_png(picture, path, {**facts, "step": trainer.global_step})
+        except OSError as error:
+            if not self.told:
+                said = f"{path} cannot be written ({error.strerror or error})"
+                warnings.warn(f"{said}; the training goes on", stacklevel=2)
+            self.told = True
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("samples", [picture], step=trainer.global_step)

@@ -1,0 +1,134 @@
+"""Training of a classifier on noisy latents, for classifier guidance.
+
+Shapes: B batch of this rank, G batch of all ranks, C latent channels, h w latent grid, S width of
+the shared space.
+"""
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+from ldm.diffusion.rng import generators, rand, randn
+from ldm.diffusion.schedules import expand
+from ldm.models.noisy_classifier import NoisyClassifier
+
+BANDS = 8  # val/recall_t0 .. t7: the same equal parts of t as LatentDiffusion's
+
+
+class ClassifierTraining(L.LightningModule):
+    """Which caption, or which name, is it? At every noise alike: t is uniform.
+
+    With names it is cross-entropy over all of them (Dhariwal and Nichol 2021, section 4); else the
+    symmetric contrastive loss over the global batch, as ClipTraining's, where captions that are
+    equal are equally right. Autoencoder and text encoder are frozen, used and not stored. What is
+    drawn for an image depends on (seed, position of the image in the run) alone.
+    """
+
+    def __init__(
+        self, classifier: NoisyClassifier, autoencoder: nn.Module, *, optimizer, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.frozen = (autoencoder.eval().requires_grad_(False), classifier.text)
+        self.make_optimizer = optimizer
+        self.seed = seed
+        self.right = "accuracy" if classifier.has_names else "recall"
+        names = ("loss", *(f"{self.right}_t{band}" for band in range(BANDS)))
+        self.val = nn.ModuleDict({name: MeanMetric() for name in names})
+        self.val_right = MeanMetric()
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        x0, pooled = self.encode(batch)
+        t = rand(len(x0), self.draws(batch, "time"), device=x0.device)
+        eps = randn(x0.shape, self.draws(batch, "noise"), device=x0.device, dtype=x0.dtype)
+        return self.loss(self.look(x0, t, eps), pooled, batch["captions"])
+
+    @torch.no_grad()
+    def encode(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """Latents (B, C, h, w) of a batch, and the pooled states of its captions."""
+        autoencoder, text = self.frozen
+        x0 = autoencoder.encode(batch["images"], generator=self.draws(batch, "posterior"))
+        return x0, text(batch["captions"]).pooled
+
+    def look(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The tower's vectors (B, S) of latents made noisy at t (B,), snapped to the schedule."""
+        tower = self.classifier.tower
+        t = tower.schedule.snap(t)
+        alpha, sigma = (expand(part, x0).to(x0.dtype) for part in tower.schedule(t))
+        return tower(alpha * x0 + sigma * eps, t)
+
+    def loss(self, images: Tensor, pooled: Tensor, captions: Sequence[str]) -> Tensor:
+        """The mean over the global batch, (); all ranks take part where there are captions."""
+        if self.classifier.has_names:
+            return F.cross_entropy(self.classifier.log_names(images), pooled)
+        texts = self.classifier.encode_texts(pooled)
+        said = numbers(captions).to(images.device)
+        if self.training and self.trainer.world_size > 1:
+            images = self.all_gather(images, sync_grads=True).flatten(0, 1)  # (G, S)
+            texts = self.all_gather(texts, sync_grads=True).flatten(0, 1)  # (G, S)
+            said = self.all_gather(said).flatten(0, 1)  # (G,)
+        return multiple_contrastive(self.classifier.similarity(images, texts), said)
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        x0, pooled = self.encode(batch)
+        eps = randn(x0.shape, self.draws(batch, "val noise"), device=x0.device, dtype=x0.dtype)
+        within = rand(len(x0), self.draws(batch, "val time"), device=x0.device)
+        for band in range(BANDS):
+            images = self.look(x0, (band + within) / BANDS, eps)
+            loss = self.loss(images, pooled, batch["captions"])
+            right = self.found(images, pooled, batch["captions"])
+            self.val["loss"].update(loss, weight=len(x0))
+            for metric in (self.val[f"{self.right}_t{band}"], self.val_right):
+                metric.update(right, weight=len(x0))
+
+    def found(self, images: Tensor, pooled: Tensor, captions: Sequence[str]) -> Tensor:
+        """The share () whose likeliest name, or caption of this batch, is right."""
+        if self.classifier.has_names:
+            best = self.classifier.log_names(images).argmax(1)  # (B,)
+            return pooled.gather(1, best[:, None]).mean()
+        texts, said = self.classifier.encode_texts(pooled), numbers(captions).to(images.device)
+        best = self.classifier.similarity(images, texts).argmax(1)  # (B,)
+        return (said[best] == said).float().mean()
+
+    def on_validation_epoch_end(self) -> None:
+        for name, metric in self.val.items():
+            self.log(f"val/{name}", metric, prog_bar=name == "loss")
+        whole = "accuracy" if self.classifier.has_names else "recall_at_1"
+        self.log(f"val/{whole}", self.val_right, prog_bar=True)
+
+    def draws(self, batch: dict, stream: str) -> list[torch.Generator]:
+        """One generator an image, for one use."""
+        return generators(self.seed, batch["position"], stream=stream, device=self.device)
+
+    def on_fit_start(self) -> None:
+        for part in self.frozen:
+            part.to(self.device)
+
+    def on_validation_start(self) -> None:
+        for part in self.frozen:
+            part.to(self.device)
+
+    def configure_optimizers(self) -> dict:
+        return self.make_optimizer(self.classifier.parameters(), steps=self.trainer.max_steps)
+
+
+def numbers(captions: Sequence[str]) -> Tensor:
+    """A number (B,), int64, for each caption, which equal ones share on any rank."""
+    digests = (blake2b(caption.encode("utf-8", "replace"), digest_size=8) for caption in captions)
+    return torch.tensor([int.from_bytes(d.digest(), "big", signed=True) for d in digests])
+
+
+def multiple_contrastive(logits: Tensor, said: Tensor) -> Tensor:
+    """Symmetric InfoNCE () where row i and column j (G, G) are a pair if said[i] == said[j].
+
+    With captions that all differ it is CLIP's loss; the rows of equal ones share their target.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        pairs = (said[:, None] == said).to(logits.dtype)  # (G, G)
+        targets = pairs / pairs.sum(1, keepdim=True)
+        return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2

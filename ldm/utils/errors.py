@@ -1,0 +1,21 @@
+"""Errors that a user can mend."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UsageError(ValueError):
+    """A mistake that the user can mend: printed without a trace."""
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """' - did you mean ...?' for a mistyped key, or nothing."""
+    # What is above a key, and what calls a function, is not what was meant.
+    known = [k for k in known if not f"{key}.".startswith(f"{k}.") and not k.endswith("._target_")]
+    leaf = key.rpartition(".")[2]
+    by_leaf = {k.rpartition(".")[2]: k for k in reversed(known)}
+    if leaf in by_leaf:  # the right name at the wrong place
+        close = [by_leaf[leaf]]
+    elif not (close := difflib.get_close_matches(key, known, n=1, cutoff=0.6)):
+        close = [by_leaf[m] for m in difflib.get_close_matches(leaf, list(by_leaf), n=1)]
+    return f" - did you mean {close[0]}?" if close else ""

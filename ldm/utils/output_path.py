@@ -1,0 +1,60 @@
+"""The file that `out=` stands for: known, and refused, before anything is imported or loaded."""
+
+import re
+import tempfile
+from pathlib import Path
+
+from ldm.utils.files import check_length, located
+
+PICTURES = (".png",)
+FILMS = (".gif", ".webp", ".mp4")
+
+
+def named(out: str | None, default: Path, *, moving: bool | None) -> Path:
+    """The file that `out` stands for: itself, with an ending, or one of a folder; else `default`.
+
+    moving: whether videos are painted; None where that is not known yet. Nothing is made.
+    Raises ValueError for a name that no file can have, and for an ending that is not written.
+    """
+    kinds = {None: PICTURES + FILMS, False: PICTURES, True: FILMS}[moving]
+    default = default.with_suffix(kinds[0])
+    path = located(out) if out else default
+    check_length("out", path, more=len("-000_previews.png"))
+    if out and (out.endswith("/") or path.is_dir()):
+        path = path / default.name
+    ending = re.search(r"\.[a-z][a-z0-9]{1,4}$", path.name.lower())
+    if ending is None:
+        path = path.with_name(path.name + kinds[0])
+    elif ending[0] in kinds:
+        path = path.with_suffix(ending[0])
+    else:
+        films = ", ".join(FILMS)
+        stills = f"pictures are written as {', '.join(PICTURES)}"
+        said = {None: f"{stills}, videos as {films}", False: stills}
+        raise ValueError(f"out={out}: {said.get(moving, f'videos are written as {films}')}")
+    check_writer(path)
+    return path
+
+
+def place(out: str | None, default: Path, *, moving: bool) -> Path:
+    """`named`, in a folder that is there from now on; ValueError where nothing can be written."""
+    path = named(out, default, moving=moving)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        file = next((each for each in path.parents if each.is_file()), None)
+        why = error.strerror if file is None else f"{file} is a file, not a folder"
+        raise ValueError(f"out={path}: nothing can be written there ({why})") from error
+    return path
+
+
+def check_writer(path: Path) -> None:
+    """ValueError for ".mp4" where nothing is installed that writes it."""
+    if path.suffix == ".mp4":
+        try:
+            import av  # noqa: F401
+        except ImportError as error:
+            raise ValueError(
+                f"{path}: MP4 needs PyAV, pip install 'ldm[video]'; .gif and .webp need nothing"
+            ) from error

@@ -1,0 +1,43 @@
+"""Text from elsewhere, made fit for those who read it: networks, terminals, spreadsheets."""
+
+import re
+import sys
+import unicodedata
+
+# Letters that turn the direction of a line, so that it reads otherwise than it is.
+TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+HIDDEN = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control letters, halves of letters, line ends
+# What a spreadsheet takes for a formula: OWASP, "CSV Injection".
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def prose(typed: str) -> str:
+    """A text of the command line for networks to read: a byte that is no UTF-8 becomes U+FFFD.
+
+    Such bytes arrive as lone surrogates. They are kept in paths, which they belong to.
+    """
+    return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """The text with control letters as escapes, `\\x1b`: a terminal would obey them."""
+    return "".join(
+        letter.encode("unicode_escape").decode()
+        if letter not in keep and (letter in TURNS or unicodedata.category(letter) in HIDDEN)
+        else letter
+        for letter in text
+    )
+
+
+def cell(value: object) -> object:
+    """A value for a CSV file; a text that a spreadsheet would run gets an apostrophe before it."""
+    if not isinstance(value, str):
+        return value
+    is_number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-](inf|nan)", value, re.I)
+    text = value if is_number or not value.startswith(FORMULA) else f"'{value}"
+    return printable(text, keep="\n\t")
+
+
+def often() -> float:
+    """Seconds from one drawing of a bar to the next: long in a file, where each is a line."""
+    return 0.1 if sys.stderr.isatty() else 15.0

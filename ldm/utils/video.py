@@ -1,0 +1,83 @@
+"""Videos out of tensors: film strips, and files of GIF, WebP and MP4 with what made them.
+
+Shapes: F frames, H W pixels, n videos.
+"""
+
+import json
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from ldm.utils.files import replacing
+from ldm.utils.images import tile, to_pil
+
+_DESCRIPTION = 0x010E  # EXIF 2.32, table 4
+
+
+def strip(video: Tensor) -> Tensor:
+    """The frames of a video (3, F, H, W) beside one another, (3, H, F W)."""
+    return video.transpose(1, 2).flatten(2)
+
+
+def pages(videos: Sequence[Tensor]) -> list[Image.Image]:
+    """The frames of n videos (3, F, H, W) in [-1, 1], which run beside one another where n > 1."""
+    if len(videos) == 1:
+        return [to_pil(frame) for frame in videos[0].unbind(1)]
+    return [tile(frames) for frames in zip(*(each.unbind(1) for each in videos), strict=True)]
+
+
+def save(
+    videos: Sequence[Tensor], path: Path, singles: Sequence[dict], facts: dict, *, fps: float
+) -> None:
+    """n videos (3, F, H, W) beside one another at `path`, and each with its facts as <path>_000."""
+    for i, (video, single) in enumerate(zip(videos, singles, strict=True)):
+        save_film(pages([video]), path.with_stem(f"{path.stem}_{i:03d}"), single, fps=fps)
+    save_film(pages(videos), path, facts, fps=fps)
+
+
+def save_film(frames: Sequence[Image.Image], path: Path, facts: dict, *, fps: float) -> None:
+    """Pictures of one size as a video of the suffix's kind, shown again and again.
+
+    It carries `facts` as JSON: GIF as comment, WebP as EXIF description, MP4 as comment. WebP is
+    lossless, GIF has 256 colours for all frames, MP4 is H.264. A file at `path` is replaced whole.
+    """
+    said = json.dumps(facts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        if path.suffix == ".mp4":
+            _write_mp4(frames, file, said, fps)
+            return
+        first, *others = _same_palette(frames) if path.suffix == ".gif" else frames
+        how = {"save_all": True, "append_images": others, "duration": round(1000 / fps), "loop": 0}
+        if path.suffix == ".gif":
+            first.save(file, "GIF", comment=said.encode(), **how)
+        else:
+            exif = Image.Exif()
+            exif[_DESCRIPTION] = said
+            first.save(file, "WEBP", lossless=True, exif=exif, **how)
+
+
+def _same_palette(frames: Sequence[Image.Image]) -> list[Image.Image]:
+    """In 256 colours that are the same for all: colours of their own would flicker."""
+    whole = Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames]))
+    palette = whole.quantize(256)
+    return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+
+
+def _write_mp4(frames: Sequence[Image.Image], file, said: str, fps: float) -> None:
+    import av  # an extra
+
+    width, height = (side + side % 2 for side in frames[0].size)  # its colours are 2 x 2 pixels
+    with av.open(file, "w", format="mp4") as container:
+        container.metadata["comment"] = said
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": "16"}
+        for frame in frames:
+            even = frame.crop((0, 0, width, height))
+            container.mux(stream.encode(av.VideoFrame.from_image(even)))
+        container.mux(stream.encode())

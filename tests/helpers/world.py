@@ -1,0 +1,157 @@
+"""A world small enough to train in: shapes in shards, small networks, a Trainer like build's."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+import torch
+from PIL import Image, ImageDraw
+
+from ldm.data.datamodule import TextImageData
+from ldm.data.dataset import Batch, collate
+from ldm.data.shards.reader import write_shard
+from ldm.diffusion.guidance.base import ClassifierFree
+from ldm.diffusion.objective import Objective, Prediction
+from ldm.diffusion.samplers.base import DDIM
+from ldm.diffusion.schedules import scaled_linear
+from ldm.diffusion.tasks.base import TextToImage
+from ldm.diffusion.timesteps import PowerTimes
+from ldm.diffusion.weightings import UniformWeighting
+from ldm.inference.pipeline import Pipeline
+from ldm.models.autoencoder import AutoencoderKL, Identity
+from ldm.models.text.clip import ClipText
+from ldm.models.unet import UNet
+from ldm.training.callbacks.checkpoint_payload import SafeCheckpointIO
+from ldm.training.callbacks.monitoring import Meter
+from ldm.training.modules.diffusion import LatentDiffusion
+from ldm.training.optimizers import AdamW
+
+SIZE = 16
+COLOURS = ("red", "lime", "blue", "white", "magenta")
+SHAPES = ("circle", "square")
+CAPTIONS = [f"a {colour} {shape}" for shape in SHAPES for colour in COLOURS]
+
+
+def shape(number: int) -> bytes:
+    """A PNG that shows what CAPTIONS[number] says."""
+    colour, kind = CAPTIONS[number].split()[1:]
+    image = Image.new("RGB", (SIZE, SIZE), "black")
+    draw = ImageDraw.Draw(image)
+    (draw.ellipse if kind == "circle" else draw.rectangle)((3, 3, 12, 12), fill=colour)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def write_shapes(folder: Path, *shards: Sequence[int]) -> Path:
+    """Shards of the shapes with the given numbers."""
+    folder.mkdir(parents=True)
+    for i, numbers in enumerate(shards):
+        members = ({"png": shape(n), "txt": CAPTIONS[n].encode()} for n in numbers)
+        keys = (f"{n:04}" for n in numbers)
+        write_shard(folder / f"{i:05}.tar", zip(keys, members, strict=True))
+    return folder
+
+
+def shapes_data(
+    folder: Path, *, batch_size: int = 4, workers: int = 0, val_batch_size: int = 64
+) -> TextImageData:
+    """`folder` as training set (in random order, flipped) and as validation set (as it is)."""
+    return TextImageData(
+        train=str(folder),
+        val=str(folder),
+        size=SIZE,
+        batch_size=batch_size,
+        workers=workers,
+        val_batch_size=val_batch_size,
+    )
+
+
+def val_batch(data: TextImageData, indices: Sequence[int]) -> Batch:
+    """Validation samples as a module gets them."""
+    return data.on_after_batch_transfer(collate([data.val_set[i, i] for i in indices]), 0)
+
+
+def objective() -> Objective:
+    weighting, times = UniformWeighting(), PowerTimes()
+    return Objective(scaled_linear(), Prediction("v"), weighting=weighting, time_sampler=times)
+
+
+def unet(text: ClipText) -> UNet:
+    """Always the same weights, and none at an initial zero that would hide a mistake."""
+    torch.manual_seed(0)
+    sizes = {"channels": 16, "multipliers": (1,), "blocks": 1, "heads": 2, "groups": 8}
+    channels = {"in_channels": 3, "out_channels": 3, "context_dim": text.width}
+    net = UNet(**channels, **sizes, attention=(True,))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.03 * torch.randn(parameter.shape)
+    return net
+
+
+def small_autoencoder() -> AutoencoderKL:
+    """Always the same weights; three latent channels on half the grid."""
+    torch.manual_seed(0)
+    sizes = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "groups": 4}
+    return AutoencoderKL(latent_channels=3, **sizes, attention=False)
+
+
+def pipeline(text: ClipText, *, scale: float = 3.0, eta: float = 0.0) -> Pipeline:
+    """Of untrained parts; with eta=1 there is noise in each step, so that it counts as well."""
+    return Pipeline(
+        unet(text).eval(),
+        autoencoder=small_autoencoder().eval(),
+        text=text,
+        objective=objective(),
+        task=TextToImage(),
+        sampler=DDIM(eta=eta),
+        guidance=ClassifierFree(scale=scale),
+    )
+
+
+def latent_diffusion(text: ClipText, *, autoencoder=None, lr=1e-3, **changes) -> LatentDiffusion:
+    """In pixel space, unless there is an autoencoder (of three channels)."""
+    return LatentDiffusion(
+        unet(text),
+        autoencoder or Identity(),
+        text,
+        objective(),
+        TextToImage(),
+        optimizer=AdamW(lr=lr, warmup=2),
+        **{"ema_decay": 0.9} | changes,
+    )
+
+
+def make_trainer(
+    *,
+    steps: int,
+    callbacks: Sequence[L.Callback] = (),
+    accumulate: int = 1,
+    validate_every: int = 10**6,
+    precision: str = "32-true",
+    clip: float = 1.0,
+    devices: int = 1,
+    strategy: str = "auto",
+) -> L.Trainer:
+    """As ldm/build.py sets it up, on the processor and without a word."""
+    return L.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=strategy,
+        max_steps=steps,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip,
+        precision=precision,
+        val_check_interval=validate_every * accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        inference_mode=False,
+        plugins=[SafeCheckpointIO()],
+        callbacks=[Meter(every=1), *callbacks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )

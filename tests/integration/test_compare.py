@@ -1,0 +1,181 @@
+"""Runs beside one another: what differs, who is best, and pictures that show the same things."""
+
+import csv
+import json
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from shell import run
+
+from ldm.cli.compare import compare
+from ldm.experiments import ranking
+from ldm.experiments import ranking_plots as figures
+from ldm.utils.images import load_png, save_png, tile, untile
+
+PROMPTS = ["a red circle", "a blue square", "a green star"]
+
+
+def write_run(
+    directory,
+    *,
+    losses,
+    config=None,
+    choices=None,
+    status="finished",
+    prompts=PROMPTS,
+    measured=None,
+):
+    """A run directory as train.py leaves it, with pictures of one colour a prompt.
+
+    measured: a value of other metrics, the same at each validation.
+    """
+    (directory / ".hydra").mkdir(parents=True)
+    settings = {"metric": "val/loss", "data": {"batch_size": 8}, **(config or {})}
+    (directory / "config.yaml").write_text(yaml.safe_dump(settings))
+    about = {"hydra": {"runtime": {"choices": {"scheduler": "cosine", **(choices or {})}}}}
+    (directory / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(about))
+    with (directory / "metrics.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        more = measured or {}
+        writer.writerow(["step", "val/loss", "images_seen", "perf/images_per_s", *more])
+        for i, loss in enumerate(losses):
+            writer.writerow([i * 10, loss, i * 80, 100 + i, *more.values()])
+    if status:
+        result = {"status": status, "metric": "val/loss", "steps": 10, "seconds": 3.5}
+        if status == "failed":
+            result["error"] = "ValueError: no | good"
+        (directory / "result.json").write_text(json.dumps(result))
+    colours = torch.linspace(-1, 1, len(prompts))
+    images = [torch.full((3, 8, 8), float(colour)) for colour in colours]
+    facts = {"prompts": prompts, "seeds": [0] * len(prompts), "step": 10}
+    save_png(tile(images), directory / "samples" / "step=00000010.png", facts)
+    return directory
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    sweep = tmp_path / "runs" / "mine"
+    write_run(sweep / "scheduler=linear", losses=[1, 0.5], choices={"scheduler": "linear"})
+    write_run(sweep / "scheduler=cosine", losses=[1, 0.25], config={"seed": 3, "direction": "x"})
+    write_run(sweep / "scheduler=none", losses=[1], status="failed")
+    write_run(sweep / "scheduler=new", losses=[], status=None)
+    return sweep
+
+
+def read(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_best_stands_first_and_what_failed_last(sweep):
+    said = compare(ranking.find([sweep]), out=sweep)
+    table = read(sweep / "ranking.csv")
+    runs = ["scheduler=cosine", "scheduler=linear", "scheduler=new", "scheduler=none"]
+    assert [row["run"] for row in table] == runs
+    assert [row["state"] for row in table] == ["finished", "finished", "interrupted", "failed"]
+    assert table[0]["directory"].endswith("runs/mine/scheduler=cosine")
+    assert table[3]["error"] == "ValueError: no | good"
+    assert [row["scheduler"] for row in table] == ["cosine", "linear", "cosine", "cosine"]
+    assert [row["seed"] for row in table] == ["3", "", "", ""]
+    assert "direction" not in table[0], "it follows from the metric"
+    assert [row["val/loss"] for row in table] == ["0.25", "0.5", "", "1.0"]
+    assert table[0]["images_seen"] == "80"
+    assert table[0]["images/s"] == "100.5"
+    assert table[0]["seconds"] == "3.5"
+    text = (sweep / "ranking.md").read_text()
+    assert "# 4 runs by val/loss (minimize)" in text
+    assert "ValueError: no | good" in text
+    assert all(
+        line.count("|") == text.splitlines()[2].count("|") for line in text.splitlines()[2:8]
+    )
+    assert "samples.png" in said
+
+    compare(ranking.find([sweep]), out=sweep, direction="maximize")
+    assert read(sweep / "ranking.csv")[0]["run"] == "scheduler=linear"
+
+
+def test_what_is_the_same_for_all_weights_is_left_to_the_csv_file(tmp_path):
+    values = {"val/fd_clip": 9, "val/clip_score": 30}
+    constant = {"val/fd_clip_floor": 4, "val/clip_score_real": 33, "val/clip_score_chance": 20}
+    for name in "ab":
+        write_run(tmp_path / name, losses=[1, 2], measured=values | constant)
+    said = compare(ranking.find([tmp_path]), out=tmp_path / "out")
+    [header] = [line for line in said.splitlines() if line.startswith("| rank")]
+    words = header.replace("|", " ").split()
+    assert [word for word in words if word.startswith("val/")] == [
+        "val/loss", "val/fd_clip", "val/clip_score",
+    ]  # fmt: skip
+    with (tmp_path / "out" / "ranking.csv").open() as file:
+        [row, _] = csv.DictReader(file)
+    assert [row[name] for name in ("val/fd_clip_floor", "val/clip_score_real")] == ["4.0", "33.0"]
+    with Image.open(tmp_path / "out" / "curves.png") as picture:
+        size = picture.size
+    two = [(name, [(0, 1.0), (1, 2.0)]) for name in "ab"]
+    assert figures.curves(dict.fromkeys(("val/loss", *values), two)).size == size, "three"
+
+
+@pytest.mark.parametrize(
+    ("measured", "told"),
+    [
+        (None, "look at samples.png."),
+        ({}, "look at samples.png."),
+        ({"val/loss_t0": 1}, "look at samples.png."),
+        ({"val/scene_accuracy": 0.5, "val/fid": 3}, "as metric=val/scene_accuracy does."),
+        ({"val/fid_floor": 2, "val/fid": 3, "val/clip_score": 20}, "as metric=val/fid does."),
+        ({"val/fd_clip_floor": 2, "val/fd_clip": 3}, "as metric=val/fd_clip does."),
+    ],
+)
+def test_only_what_was_measured_is_advised(tmp_path, measured, told):
+    for name in ("linear", "cosine"):
+        losses = [] if measured is None else [1]  # none: it has not come so far
+        write_run(tmp_path / name, losses=losses, choices={"scheduler": name}, measured=measured)
+    found = [ranking.read(place) for place in ranking.find([tmp_path])]
+    [doubt] = ranking.doubts(found, "val/loss")
+    assert "where scheduler differs" in doubt
+    assert doubt.endswith(told)
+    assert not ranking.doubts(found, "val/scene_accuracy")
+
+
+def test_each_column_of_the_page_shows_one_prompt(sweep, tmp_path):
+    write_run(sweep / "scheduler=other", losses=[1, 0.1], prompts=["a horse"])
+    compare(ranking.find([sweep]), out=tmp_path / "out")
+    page, facts = load_png(tmp_path / "out" / "samples.png")
+    assert "scheduler=other" in facts["runs"]
+    # Rows of runs begin at the left margin; each prompt's picture has one grey of its own.
+    greys = [{page.getpixel((24 + i * 168 + 80, y)) for y in range(page.height)} for i in range(3)]
+    for grey, wanted in zip(greys, (0, 128, 255), strict=True):
+        assert (wanted,) * 3 in grey
+    with Image.open(tmp_path / "out" / "curves.png") as curves:
+        assert curves.width > 600
+
+
+def test_pictures_are_cut_where_they_were_joined():
+    for n in range(1, 12):
+        images = [torch.full((3, 5, 4), i / 12) for i in range(n)]
+        for columns in (None, 3):
+            pieces = untile(tile(images, columns=columns), n, columns=columns)
+            for image, piece in zip(images, pieces, strict=True):
+                assert piece.size == (4, 5)
+                assert piece.getpixel((2, 2)) == tile([image]).getpixel((0, 0))
+
+
+def test_runs_from_anywhere_have_short_names(tmp_path):
+    a = write_run(tmp_path / "x" / "runs" / "a", losses=[1])
+    b = write_run(tmp_path / "y" / "runs" / "sweep" / "b=1", losses=[2])
+    found = ranking.find([a, tmp_path / "y", a])
+    assert found == [a, b]
+    assert ranking.names([ranking.read(d) for d in found]) == ["x/runs/a", "y/runs/sweep/b=1"]
+
+
+def test_the_command(sweep, tmp_path):
+    said = run("-m", "ldm.compare", "runs/mine", cwd=tmp_path)
+    assert "4 runs by val/loss" in said
+    assert (sweep / "ranking.md").is_file()
+    said = run("-m", "ldm.compare", "runs/mine", "metric=val/los", cwd=tmp_path, expect=2)
+    assert "did you mean val/loss?" in said
+    said = run("-m", "ldm.compare", "runs/nine", cwd=tmp_path, expect=2)
+    assert "'runs/nine' is neither a run nor a folder with runs" in said
+    said = run("-m", "ldm.compare", "--help", cwd=tmp_path)
+    assert "metric=KEY" in said

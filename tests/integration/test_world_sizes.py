@@ -1,0 +1,110 @@
+"""One run on 2, 1, 4 and 3 processes within one epoch is the run that one process would make."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import recorder
+from shell import ROOT, TRAIN, rows, run, tensors
+from world import CAPTIONS, SIZE, shape
+
+from ldm.data.shards.reader import write_shard
+
+BATCH, STEPS = 12, 20
+MANY = [  # processes, data workers, accumulated micro-steps, the step it is left after, and how
+    (2, 2, 2, 5, "SIGTERM"),
+    (1, 0, 1, 9, "max_steps"),
+    (4, 1, 1, 14, "SIGTERM"),
+    (3, 2, 2, STEPS, "max_steps"),
+]
+FEW = [(2, 0, 1, 7, "max_steps"), (4, 1, 3, STEPS, "max_steps")]
+RUN = [
+    "trainer=ddp",
+    "trainer.accelerator=cpu",
+    "trainer.log_every_n_steps=1",
+    "data=coco",
+    "data.train=shards",
+    "data.val=shards",
+    "data.val_limit=4",
+    f"data.size={SIZE}",
+    f"data.batch_size={BATCH}",
+    "data.window=2",
+    "autoencoder=identity",
+    "model.channels=16",
+    "+model.dropout=0.1",
+    "optimizer.warmup=1",
+    "optimizer.decay=constant",
+    "validate_first=false",
+    "samples.n=1",
+    "samples.steps=1",
+    "checkpoint.keep_best=0",
+    "logger=csv",
+    *recorder.NAMED,
+]
+
+
+def write(folder: Path, *sizes: int) -> int:
+    """Shards of so many samples, each with a key of its own; how many there are."""
+    folder.mkdir(parents=True)
+    for i in range(len(sizes)):
+        numbers = range(sum(sizes[:i]), sum(sizes[: i + 1]))
+        samples = ((n, {"png": shape(n % 10), "txt": CAPTIONS[n % 10].encode()}) for n in numbers)
+        write_shard(folder / f"{i:05}.tar", ((f"{n:04}", members) for n, members in samples))
+    return sum(sizes)
+
+
+def train(home: Path, devices: int, workers: int, accumulate: int, *more: str, expect=0) -> str:
+    options = [f"trainer.devices={devices}", f"data.workers={workers}"]
+    options += [f"trainer.accumulate_grad_batches={accumulate}", *more]
+    path = f"{ROOT}:{ROOT / 'tests'}"
+    return run(TRAIN, *RUN, *options, cwd=home, expect=expect, PYTHONPATH=path, OMP_NUM_THREADS="1")
+
+
+def keys_of_steps(lines: list[dict]) -> dict[int, list[str]]:
+    """The keys of each optimizer step, over ranks and micro-steps, in alphabetical order."""
+    found: dict[int, list[str]] = {}
+    for line in lines:
+        found.setdefault(line["step"], []).extend(line["keys"])
+    return {step: sorted(keys) for step, keys in sorted(found.items())}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [((70, 10, 40, 3, 60, 33, 19), MANY), ((150, 85), FEW)],
+    ids=["uneven shards", "fewer shards than processes"],
+)
+def test_a_run_may_change_its_number_of_processes_in_mid_epoch(tmp_path, sizes, parts):
+    whole, changing = tmp_path / "whole", tmp_path / "changing"
+    count = write(whole / "shards", *sizes)
+    shutil.copytree(whole / "shards", changing / "shards")
+    assert (STEPS - 1) * BATCH < count < STEPS * BATCH, "the last step crosses the epoch's end"
+    train(whole, 1, 0, 1, f"trainer.max_steps={STEPS}", "name=run")
+    for devices, workers, accumulate, step, how in parts:
+        last = f"trainer.max_steps={STEPS if how == 'SIGTERM' else step}"
+        told = [f"+early_stop.leave_at={step}"] if how == "SIGTERM" else []
+        code = 75 if how == "SIGTERM" else 0
+        train(changing, devices, workers, accumulate, last, *told, "name=run", expect=code)
+
+    expected, lines = recorder.read(whole / "seen"), recorder.read(changing / "seen")
+    begun = 0
+    for devices, _, accumulate, step, _ in parts:
+        own = [line for line in lines if begun < line["step"] <= step]
+        ranks = {(line["rank"], line["world"]) for line in own}
+        assert ranks == {(rank, devices) for rank in range(devices)}
+        assert len(own) == devices * accumulate * (step - begun)
+        begun = step
+    assert keys_of_steps(lines) == keys_of_steps(expected)
+    samples = [pair for line in lines for pair in zip(line["positions"], line["keys"], strict=True)]
+    epoch = sorted(key for position, key in samples if position < count)
+    assert epoch == [f"{n:04}" for n in range(count)], "every sample once"
+
+    one, other = (rows(home / "runs" / "run") for home in (whole, changing))
+    assert [row["step"] for row in other] == [str(step) for step in range(1, STEPS + 1)]
+    losses = [[float(row["train/loss"]) for row in found] for found in (one, other)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    one, other = (tensors(home / "runs" / "run") for home in (whole, changing))
+    assert one["ldm"]["images_seen"] == other["ldm"]["images_seen"] == STEPS * BATCH
+    for name, tensor in one["state_dict"].items():
+        # The mean: where a gradient is near nought, AdamW makes a whole step of rounding.
+        assert (other["state_dict"][name] - tensor).abs().double().mean() < 2e-5, name

@@ -1,0 +1,231 @@
+"""Numbers of settings: each has a range, and what lies outside is one line before all else."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from shell import ROOT, TRAIN, run
+
+from ldm.config import command_line, ranges
+from ldm.utils.errors import UsageError
+
+COMMANDS = sorted(path.stem for path in Path(command_line.CONF).glob("*.yaml"))
+ODD = [float("nan"), float("inf"), -1, 0, 1.5, None, 1e30, "many", True]
+# What is taken though it looks odd, and what it means.
+NULL_MEANS = {
+    "prepare size": "as large as it is",
+    "sampler.origin": "any time",
+    "trainer.gradient_clip_val": "no bound",
+    "hydra.devices": "a fair share",
+    "hydra.seed": "another one each time",
+}
+HUGE_MEANS = {  # 1e30
+    "data.cache_gb": "all that there is",
+    "early_stop.least": "never good enough",
+    "guidance.bound": "no bound",
+    "sampler.clip": "no bound",
+    "sampler.churn_min": "no step",
+    "sampler.churn_max": "every step",
+    "trainer.gradient_clip_val": "no bound",
+    "trainer.max_hours": "no end",
+}
+NEGATIVE_MEANS = {  # -1
+    "trainer.devices": "all",
+    **dict.fromkeys(("enlarging", "guidance.scale", "guidance.style_scale"), "away from it"),
+    "guidance.parallel": "turned round",
+    **dict.fromkeys(("scheduler.start", "scheduler.end"), "of sigmoid_alpha's curve"),
+    **dict.fromkeys(("scheduler.location", "time_sampler.mean"), "to the other side"),
+}
+
+
+def leaves(node, prefix=""):
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        elif key != "defaults":
+            yield f"{prefix}{key}", value
+
+
+def is_number(value):
+    if isinstance(value, list):
+        return bool(value) and all(map(is_number, value))
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@cache
+def known():
+    """Command, key and default of every setting of every file below conf/."""
+    found = []
+    for path in sorted(Path(command_line.CONF).glob("**/*.yaml")):
+        place = path.relative_to(command_line.CONF).parent.as_posix().replace("/", ".")
+        node = OmegaConf.to_container(OmegaConf.load(path))
+        command = path.stem if place == "." else "train"
+        node.pop("hydra", None)
+        prefix = "" if place in (".", "experiment") else f"{place}."
+        found += [(command, f"{prefix}{key}", value) for key, value in leaves(node)]
+    return found
+
+
+def test_every_number_of_every_file_has_a_range_in_which_it_lies():
+    for command, key, value in known():
+        if is_number(value):
+            assert ranges.rule(key, command) is not None, f"{key} is not in ldm/config/ranges.py"
+        if ranges.rule(key, command) is not None and "${" not in str(value):
+            assert not ranges.flaw(key, value, command, default=value)
+
+
+def test_odd_values_are_one_line_or_have_a_meaning():
+    taken = {}
+    for name in ranges.RANGES:
+        command, _, key = name.rpartition(" ")
+        command = command or "train"
+        for value in ODD:
+            said = ranges.flaw(key, value, command, default=0)
+            assert "\n" not in said
+            assert not said or said.startswith(f"{key}=")
+            if not said:
+                taken.setdefault(repr(value), set()).add(name)
+        rules = ranges.rule(key, command)
+        for value in ([float("nan")], [], [1, "a"], {"a": 1}):
+            may_be_empty = value == [] and name == "phema.lengths"
+            assert ranges.flaw(key, value, command, default=0) or may_be_empty
+        assert any(str(rule) in ranges.flaw(key, "many", command, default=0) for rule in rules)
+    assert {"nan", "inf", "'many'", "True"} & taken.keys() == set()
+    assert taken["None"] == NULL_MEANS.keys()
+    assert taken["1e+30"] == HUGE_MEANS.keys()
+    assert taken["-1"] == NEGATIVE_MEANS.keys()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_number_of_a_command_is_checked(command):
+    """All of its numbers, also those that are null, once each through what the command calls."""
+    given = ["source=x", "images=x", "out=x"] if command == "prepare" else []
+    with initialize_config_dir(command_line.CONF, version_base="1.3"):
+        cfg = compose(command, given)
+        command_line.check(cfg, command, given)
+        plain, found = OmegaConf.to_container(cfg), 0
+        for key, value in leaves(plain):
+            if ranges.rule(key, command) is None:
+                assert not is_number(value), key
+                continue
+            found += 1
+            OmegaConf.update(cfg, key, float("nan"))
+            with pytest.raises(UsageError, match=f"^{key}=nan must be"):
+                command_line.check(cfg, command, given)
+            OmegaConf.update(cfg, key, value)
+    assert found or command in ("compare",)
+
+
+def refusal(command, *words):
+    with initialize_config_dir(command_line.CONF, version_base="1.3"):
+        cfg = compose(command, list(words))
+        with pytest.raises(UsageError) as error:
+            command_line.check(cfg, command, words)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("guidance.interval=[0.8,0.2]", "guidance.interval=[0,1,1]", "optimizer.betas=[0.9,1]"),
+        *("optimizer.betas=0.9", "trainer.limit_val_batches=1.5", "trainer.devices=0"),
+        *("validate_raw=1", "phema=3", "samples=null", "name=null", "time_power=-1"),
+        "guidance.inner.scale=nan guidance=autoguidance",
+        "+model.depth=0",
+        "+model.new=nan",
+        "+trainer.overfit_batches=inf",
+        "caption_dropout=${trainer.max_steps}",
+        "caption_dropout=${nowhere}",
+        "data=shards data.train=a data.val=b data.window=0",
+        "eval.scenes.every=0",
+    ],
+)
+def test_what_cannot_be_meant_is_named(words):
+    key = words.split()[0].partition("=")[0].lstrip("+")
+    said = refusal("train", *words.split())
+    assert said.startswith(key)
+    assert "\n" not in said
+
+
+def test_classes_from_elsewhere_have_no_ranges():
+    with initialize_config_dir(command_line.CONF, version_base="1.3"):
+        words = ["sampler._target_=own.Sampler", "sampler.eta=7", "+sampler.more=null"]
+        command_line.check(compose("sample", words), "sample", words)
+        words.append("sampler.eta=nan")
+        with pytest.raises(UsageError, match=r"^sampler.eta=nan must be a finite number"):
+            command_line.check(compose("sample", words), "sample", words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trainer.max_steps=-5"], "trainer.max_steps=-5 must be a whole number from 1"),
+        (["name=../x"], "name='../x' names no run"),
+        (['name="a\nb"'], r"name='a\nb' names no run"),
+        (["name=a\nb"], r"cannot read name=a\nb: what has blanks"),
+        (["guidance=7"], "guidance=7 is no option of guidance: guidance.scale=7 sets"),
+        (["-m", "optimizer.lr=1e-3,-1"], "optimizer.lr=-1 must be"),
+        (["-m", "scheduler=cosine,linear", "seed=null"], "seed=null must be"),
+        (["-m", "seed=1,2", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs=0 must be"),
+        (["-m", "scheduler=flow,linear", "loss.c=1"], "there is loss.c of huber"),
+    ],
+)
+def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path, words, said):
+    home = tmp_path / "home"
+    home.mkdir()
+    told = run(TRAIN, *words, cwd=home, expect=2)
+    assert said in told
+    assert len(told.strip().splitlines()) == 1
+    assert not list(home.iterdir())
+    assert list(tmp_path.iterdir()) == [home]
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("ldm.evaluate ckpt=x guidance=1,2,3", "guidance.scale=1,2,3 sets"),
+        ("ldm.evaluate ckpt=x guidance.scale=1,nan", "guidance.scale=nan must be"),
+        ("ldm.prepare scenes out=x size=null", "size=null is for pictures that are there"),
+        ("ldm.phema ckpt=x lengths=0.1,nan", "lengths=0.1,nan: each must be a number above 0"),
+    ],
+)
+def test_other_commands_refuse_alike(tmp_path, command, said):
+    assert said in run("-m", *command.split(), cwd=tmp_path, expect=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_was_there_before_is_not_deleted(tmp_path):
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    run(TRAIN, "name=a", "trainer.max_steps=0", cwd=tmp_path, expect=2)
+    assert (tmp_path / "runs" / "a").is_dir()
+    said = run(str(ROOT / "sample.py"), "ckpt=x", "n=0", cwd=tmp_path, expect=2)
+    assert said.strip() == "sample.py: n=0 must be a whole number from 1 to 1000000000"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("sample.py ckpt=gone", "ckpt='gone' is neither a run directory nor a file"),
+        ("ldm/cli/phema.py ckpt=gone length=0.1", "ckpt='gone' is neither"),
+        ("ldm/cli/augment.py ckpt=gone out=x", "ckpt='gone' is neither"),
+        ("ldm/cli/evaluate.py ckpt=gone", "ckpt='gone' is neither"),
+        ("ldm/cli/explain.py ckpt=gone", "ckpt='gone' is neither"),
+        ("sample.py ckpt=. guidance=autoguidance guidance.guide=typo", "guidance.guide='typo' is"),
+        ("sample.py ckpt=. device=nowhere", "device=nowhere is not here: take one of cpu"),
+    ],
+)
+def test_what_is_not_there_is_told_before_seconds_of_imports(tmp_path, words, said):
+    script, *words = words.split()
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['x', *{words}]\n"
+        f"try: runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print('lightning' in sys.modules or 'transformers' in sys.modules)\n"
+    )
+    told = run("-c", code, cwd=tmp_path)
+    assert said in told
+    assert told.splitlines()[-1] == "False"
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,412 @@
+"""What files may build: exactly the components of conf/, whose construction writes nothing."""
+
+import os
+import sys
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_object, instantiate
+from omegaconf import OmegaConf
+from tiny_t5 import save_tiny_t5
+from world import small_autoencoder, write_shapes
+
+from ldm.cli import attempt, explain
+from ldm.config import (
+    classifier,
+    command_line,
+    components,
+    evaluation,
+    packaging,
+    pipeline,
+    registry,
+    training_images,
+)
+from ldm.config.guidance import guide
+from ldm.diffusion.schedules import cosine
+from ldm.diffusion.tasks.base import TextToImage
+from ldm.models.text.labels import NoText
+from ldm.utils import checkpoint_file
+from ldm.utils.checkpoint_file import CheckpointError
+from ldm.utils.errors import UsageError
+
+CLIP_SAVE = {
+    "_target_": "ldm.models.clip.Clip.save",
+    "self": {"_target_": "ldm.models.clip.Clip.load", "path": "packaged:clip"},
+    "folder": "precious",
+}
+MKDIR = {"_target_": "os.mkdir", "path": "made"}
+UNIFORM = "ldm.diffusion.weightings.UniformWeighting"
+MIN_SNR = {"_target_": "ldm.diffusion.weightings.MinSnr", "gamma": 5.0}
+ROOT = "precious/thesis.txt"
+
+# What is changed in the configuration of an honest run: key, value, words of the refusal.
+HOSTILE = {
+    "a method": ("weighting", CLIP_SAVE, "asks to call 'ldm.models.clip.Clip.save'"),
+    "a function that writes": (
+        "loss",
+        {"_target_": "ldm.utils.checkpoint_file.export", "payload": {}, "path": "made"},
+        "asks to call 'ldm.utils.checkpoint_file.export'",
+    ),
+    "a component of another group": (
+        "scheduler",
+        {"_target_": "ldm.models.text.clip.ClipText", "path": "packaged:clip"},
+        "which is no scheduler of ours",
+    ),
+    "the class behind a function": (
+        "autoencoder",
+        {"_target_": "ldm.models.diffusers_format.save_autoencoder", "folder": "made"},
+        "which is no autoencoder of ours",
+    ),
+    "a re-export": (
+        "task._target_",
+        "ldm.diffusion.tasks.base.torch.hub.load",
+        "which is no task of ours",
+    ),
+    "a library": ("model._target_", "torch.load", "which is no model of ours"),
+    "a partial": ("weighting", {**MIN_SNR, "_partial_": True}, "the key '_partial_'"),
+    "positional arguments": ("weighting", {**MIN_SNR, "_args_": [1]}, "the key '_args_'"),
+    "not recursive": ("objective._recursive_", False, "the key '_recursive_'"),
+    "a conversion": ("model._convert_", "object", "the key '_convert_'"),
+    "an unknown key": ("scheduler.callback", "os.system", "the key 'callback'"),
+    "a size to build for hours": ("model.blocks", 10**6, "model.blocks=1000000 must be"),
+    "a call in a key": ("scheduler.steps", MKDIR, "scheduler.steps is a component"),
+    "a call in a list": ("model.multipliers", [1, MKDIR], "no plain value"),
+    "a call in a nested list": ("model.attention", [[[MKDIR]]], "no plain value"),
+    "a call in place of a nested part": ("objective.prediction", MKDIR, "asks to call 'os.mkdir'"),
+    "a call in place of a handed part": ("objective.schedule", MKDIR, "is a component, where none"),
+    "a target that is a list": ("loss", {"_target_": ["os.mkdir"]}, "which is no name of ours"),
+    "a target that is a mapping": ("loss", {"_target_": MKDIR}, "which is no name of ours"),
+    "a target without a module": ("loss._target_", "print", "which is no loss of ours"),
+    "a private way to a target": (
+        "loss._target_",
+        f"ldm.config.components.{UNIFORM}",
+        "no loss of ours",
+    ),
+    "the environment": ("autoencoder.path", "${oc.env:HOME}", "to be looked up elsewhere"),
+    "a resolver of ours": ("text_encoder.path", "${run_stamp:}", "to be looked up elsewhere"),
+    "an interpolated target": ("loss._target_", "${name}", "which is no loss of ours"),
+    "a missing value": ("scheduler.steps", "???", "to be looked up elsewhere"),
+    "a size beyond all": ("scheduler.steps", 10**30, "beyond all sizes"),
+    "a date": ("scheduler.steps", "2024-01-01", "must be a whole number"),
+    "a group that is text": ("loss", "os.mkdir", "loss is 'os.mkdir', and no component"),
+    "a group that is a list": ("loss", [MKDIR], "and no component"),
+    "no target": ("loss", {"path": "made"}, "asks to call None"),
+}
+
+
+@pytest.fixture
+def honest() -> dict:
+    """The configuration of a run, as its checkpoint has it."""
+    with initialize_config_dir(command_line.CONF, version_base="1.3"):
+        cfg = compose("train", overrides=["name=x"])
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A folder to be in, with something to lose."""
+    monkeypatch.chdir(tmp_path)
+    Path("precious").mkdir()
+    Path(ROOT).write_text("mine")
+    return tmp_path
+
+
+def changed(config: dict, key: str, value: object) -> dict:
+    """The configuration with another value."""
+    *groups, leaf = key.split(".")
+    node = config
+    for group in groups:
+        node = node[group]
+    node[leaf] = value
+    return config
+
+
+def written(config: object, place: Path, *, stage: str = "diffusion") -> Path:
+    """A checkpoint that says it was trained with this configuration."""
+    text = config if isinstance(config, str) else yaml.safe_dump(config)
+    path = place / "run" / "checkpoints" / "step=00000001.ckpt"
+    frozen = {"autoencoder": "0", "text_encoder": "0"}
+    payload = {"state_dict": {"w": torch.zeros(1)}, "global_step": 1}
+    checkpoint_file.write(
+        {**payload, "ldm": {"stage": stage, "config": text, "frozen": frozen}}, path
+    )
+    return path
+
+
+def everything(place: Path) -> dict[str, bytes | None]:
+    """All that is in a folder."""
+    found = place.rglob("*")
+    return {str(path): path.read_bytes() if path.is_file() else None for path in found}
+
+
+WRITES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
+WRITES += ("shutil.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork")
+WRITES += ("socket.connect", "os.chmod", "os.utime")
+_listeners: list[list] = []
+
+
+def _hear(event: str, args: tuple) -> None:
+    if not _listeners:
+        return
+    opened = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+    compiled = event in ("open", "os.rename") and "__pycache__" in str(args[0])
+    if (opened or event.startswith(WRITES)) and not compiled:
+        _listeners[-1].append((event, str(args)))
+
+
+sys.addaudithook(_hear)  # there is no way to take it away: it listens inside `audited` alone
+
+
+@contextmanager
+def audited():
+    """What is written, deleted, started or called over a network within the block."""
+    heard: list[tuple[str, str]] = []
+    _listeners.append(heard)
+    try:
+        yield heard
+    finally:
+        _listeners.remove(heard)
+
+
+def test_an_audit_hears_of_files(tmp_path):
+    with audited() as heard:
+        (tmp_path / "x").write_text("x")
+        (tmp_path / "x").unlink()
+        (tmp_path / "y").mkdir()
+    assert [event for event, _ in heard] == ["open", "os.remove", "os.mkdir"]
+
+
+def test_an_honest_configuration_is_admitted_as_it_is(honest, place):
+    read = components.opened(str(written(honest, place))).config
+    for group in registry.MODEL:
+        assert OmegaConf.to_container(read[group]) == honest[group]
+    assert read.data == honest["data"]
+    assert "optimizer" not in read, "what no model is built of is left out"
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_configuration_builds_nothing(case, honest, place):
+    key, value, words = HOSTILE[case]
+    path = written(changed(honest, key, value), place)
+    before = everything(place)
+    with audited() as heard, pytest.raises(CheckpointError) as refused:
+        components.opened(str(path))
+    assert heard == []
+    assert everything(place) == before
+    assert words in str(refused.value)
+    assert str(path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 400 + len(str(path))
+
+
+TEXTS = {
+    "code": ("!!python/object/apply:os.mkdir [made]", "no YAML of plain values"),
+    "aliases": ("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]", "YAML alias"),
+    "depth": ("[" * 900, "nested more than 20 deep"),
+    "no mapping": ("- 1", "no mapping, but of type list"),
+    "nothing": ("", "no mapping, but of type NoneType"),
+    "a bad text": ("a: [", "no YAML of plain values"),
+    "numbers for keys": ("1: 2", "key 1 is no text"),
+    "too long": ("a: " + "x" * 2**20, "none has more than"),
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_a_text_that_is_no_configuration_is_refused(case, place):
+    text, words = TEXTS[case]
+    path = written(text, place)
+    with pytest.raises(CheckpointError, match=words) as refused:
+        components.opened(str(path))
+    assert "\n" not in str(refused.value)
+    assert not Path("made").exists()
+
+
+def beside() -> components.Beside:
+    objective = components.objective(OmegaConf.create(OBJECTIVE))
+    return components.Beside(
+        small_autoencoder(), NoText(), objective, TextToImage(), torch.device("cpu")
+    )
+
+
+OBJECTIVE = {
+    "scheduler": {"_target_": "ldm.diffusion.schedules.cosine"},
+    "weighting": {"_target_": UNIFORM},
+    "time_sampler": {"_target_": "ldm.diffusion.timesteps.PowerTimes"},
+    "objective": {
+        "_target_": "ldm.diffusion.objective.Objective",
+        "prediction": {"_target_": "ldm.diffusion.objective.Prediction", "kind": "v"},
+    },
+    "data": {"batch_size": 4},
+}
+
+
+def evaluated(ckpt: str) -> object:
+    cfg = OmegaConf.create({"features": {}, "device": "cpu"})
+    asked = {"ckpt": ckpt, "autoencoder": None, "text_encoder": None}
+    return evaluation.source(cfg, asked, kind="run")
+
+
+DOORS = {
+    "sample, explain, augment": lambda run: pipeline.restore(
+        OmegaConf.create({"device": "cpu"}), run, {}
+    ),
+    "cascade": lambda run: pipeline.cascade(
+        OmegaConf.create({"device": "cpu", "enlarging": 1.0, "guidance": {}}), [run, run], {}
+    ),
+    "evaluate, phema": evaluated,
+    "guide": lambda run: guide(run, beside()),
+    "init": lambda run: components.begin_from(run, None, {}, cosine()),
+    "classifier": lambda run: classifier.restore(run, beside=beside()),
+    "package": lambda run: packaging.autoencoder(Path(run), Path("made"), scenes=1),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_refuses(door, honest, place):
+    honest |= {name: deepcopy(CLIP_SAVE) for name in ("scheduler", "autoencoder")}
+    stage = "classifier" if door == "classifier" else "diffusion"
+    run = written(honest, place, stage=stage).parent.parent
+    (run / "config.yaml").write_text(yaml.safe_dump(honest))
+    before = everything(place)
+    with audited() as heard, pytest.raises(CheckpointError, match="asks to call") as refused:
+        DOORS[door](str(run))
+    assert "\n" not in str(refused.value)
+    assert heard == []
+    assert everything(place) == before
+
+
+def test_a_run_directory_is_looked_at_without_looking_anything_up(honest, place, monkeypatch):
+    monkeypatch.setenv("SECRET", "a secret")
+    honest["autoencoder"]["path"] = "${oc.env:SECRET}"
+    run = written(honest, place).parent.parent
+    (run / "config.yaml").write_text(yaml.safe_dump(honest))
+    with initialize_config_dir(command_line.CONF, version_base="1.3"):
+        cfg = compose("train", overrides=["name=x"])
+        with pytest.raises(UsageError, match=r"autoencoder\.path was") as refused:
+            attempt.check_unchanged(cfg, run)
+        assert "a secret" not in str(refused.value)
+        (run / "config.yaml").write_text("a: &a [x]\nb: [*a]")
+        with pytest.raises(UsageError, match="YAML alias"):
+            attempt.check_unchanged(cfg, run)
+    assert explain.paints_text(run / "config.yaml") is False
+
+
+SHARDS = {"_target_": "ldm.data.datamodule.TextImageData", "size": 16, "batch_size": 4}
+DRAWN = {
+    "_target_": training_images.SCENES,
+    "folder": "chosen",
+    "count": 8,
+    "val_count": 4,
+    "size": 16,
+}
+CACHED = {"cache": "chosen", "cache_gb": 1e-9}
+ELSEWHERE = {
+    "a world to be drawn": DRAWN | {"batch_size": 4},
+    "a server": SHARDS | {"train": "http://127.0.0.1:9/x.tar", "val": "shards"} | CACHED,
+    "servers in a list": SHARDS | {"train": ["shards", "s3://x/y.tar"], "val": "shards"} | CACHED,
+    "a pipe": SHARDS | {"train": "pipe:touch made", "val": "shards"} | CACHED,
+    "a folder that is not there": SHARDS | {"train": "gone", "val": "shards"} | CACHED,
+    "no folder": SHARDS | {"val": "shards"} | CACHED,
+    "a number": SHARDS | {"train": 5, "val": "shards"} | CACHED,
+    "another function": {"_target_": "ldm.data.shards.reader.write_shard", "path": "made"},
+}
+
+
+def of(data: dict, place: Path) -> pipeline.Restored:
+    """What of a run says what it was trained on."""
+    node = OmegaConf.create(data)
+    return pipeline.Restored(None, 16, place / "x.ckpt", 1, None, node, "float32", {}, {})
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_a_checkpoint_brings_no_pictures(case, place):
+    """Nothing is drawn, fetched or written for it: the user says where pictures are."""
+    write_shapes(place / "shards", range(4))
+    before = everything(place)
+    with audited() as heard, pytest.raises(ValueError, match=r"[gG]ive data=DIR"):
+        training_images.own_pictures(of(ELSEWHERE[case], place), 16)
+    assert heard == []
+    assert everything(place) == before
+
+
+def test_pictures_that_are_here_are_read_and_nothing_is_left_beside_them(place):
+    write_shapes(place / "shards", range(4))
+    before = everything(place)
+    data = SHARDS | {"train": "shards", "val": ["shards/*.tar"], "min_size": 8} | CACHED
+    val, train = training_images.own_pictures(of(data, place), 16)
+    assert (len(val), len(train)) == (4, 4)
+    assert everything(place) == before
+    write_shapes(Path("chosen/16px/train-8"), range(3))
+    write_shapes(Path("chosen/16px/val-4"), range(2))
+    val, train = training_images.own_pictures(of(ELSEWHERE["a world to be drawn"], place), 16)
+    assert (len(val), len(train)) == (2, 3)
+
+
+def test_former_names_lead_to_components():
+    for old, new in registry.FORMER_NAMES.items():
+        assert any(new in targets for targets in registry.components().values()), new
+        with pytest.raises(Exception, match=old.rpartition(".")[2]):
+            get_object(old)
+
+
+def options(group: str) -> list[str]:
+    return [path.stem for path in sorted(Path(command_line.CONF, group).glob("*.yaml"))]
+
+
+LEAVES = [(group, option) for group in registry.GROUPS for option in options(group)]
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory) -> Path:
+    return save_tiny_t5(tmp_path_factory.mktemp("t5"), ["a red circle"])
+
+
+@pytest.mark.parametrize(("group", "option"), LEAVES, ids=lambda part: part)
+def test_what_may_be_built_writes_nothing(group, option, place, t5):
+    with initialize_config_dir(command_line.CONF, version_base="1.3"):
+        cfg = compose("train", overrides=["name=x", f"{group}={option}"])
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    if "path" in cfg[group] and not str(cfg[group].path).startswith("packaged:"):
+        near = {"autoencoder": None, "text_encoder": "packaged:clip"}[group]
+        cfg[group].path = str(t5) if option == "t5" else near
+    large = group == "model" or option == "sd"
+    node = OmegaConf.to_container(cfg[group])
+    admitted = registry.admit_component(node, group) if node else None
+    before = everything(place)
+    with audited() as heard, torch.device("meta" if large else "cpu"):
+        handed = {}
+        if group == "model":
+            handed = {"in_channels": 4, "out_channels": 4, "context_dim": 8}
+        if group == "classifier":
+            handed = {"in_channels": 4, "schedule": cosine()}
+        if group in ("objective", "weighting", "loss", "time_sampler"):
+            components.objective(cfg)
+        elif admitted:
+            instantiate(OmegaConf.create(admitted), **handed, _convert_="all")
+    assert heard == []
+    assert everything(place) == before
+
+
+def test_every_component_that_a_file_may_name_is_one_of_these():
+    """The list that is walked above is the list that files may choose from."""
+    walked = set()
+    for group, option in LEAVES:
+        walked |= targets(
+            yaml.safe_load(Path(command_line.CONF, group, f"{option}.yaml").read_text())
+        )
+    for place, allowed in registry.components().items():
+        if place.split(".")[0] in registry.GROUPS:
+            assert allowed <= walked
+    assert all(get_object(target).__module__.startswith("ldm.") for target in walked)
+
+
+def targets(node: object) -> set[str]:
+    if not isinstance(node, dict):
+        return set()
+    own = {node["_target_"]} if "_target_" in node else set()
+    return own.union(*map(targets, node.values()))

@@ -1,0 +1,145 @@
+"""What sample.py is asked for, before anything is loaded."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from shell import ROOT, run
+
+from ldm.config import command_line, sample_options, suggestions
+from ldm.utils.errors import UsageError
+
+
+def check(*words):
+    """`asked.checked` of a command line whose numbers are right."""
+    typed = dict(
+        word.split("=", 1) for word in words if word.partition("=")[0] in sample_options.TEXTS
+    )
+    others = [word for word in words if word.partition("=")[0] not in sample_options.TEXTS]
+    with initialize_config_dir(command_line.CONF, version_base="1.3"):
+        cfg = compose("sample", overrides=others)
+        command_line.check(cfg, "sample", others)
+    return sample_options.checked(
+        cfg, {**{name: cfg[name] for name in sample_options.TEXTS}, **typed}, typed
+    )
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a.png", "m.png", "p.txt"):
+        Path(name).touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "n=0",
+        "n=null",
+        "n=true",
+        "n=1.5",
+        "seed=-1",
+        "seed=1.5",
+        "seed=99999999999999999999",
+        "steps=0",
+        "batch=0",
+        "previews=-1",
+        "size=-64",
+        "size=[64,64,64]",
+        "frames=0",
+        "frames=-3",
+        "frames=2.5",
+        "fps=0",
+        "fps=-3",
+        "fps=nan",
+        "fps=null",
+        "strength=0",
+        "strength=1.5",
+        "pad=16",
+        "pad=[1,2]",
+        "pad=[-1,0,0,0]",
+        "pad=[1000000,0,0,0]",
+        "image=gone.png",
+        "image=.",
+        "mask=gone.png",
+        "style=gone.png",
+        "prompts=gone.txt",
+        "out=a.jpg",
+        "out=runs/a.mp5",
+        "out=" + "n" * 236 + ".png",
+        "ckpt=a cascade=[a,b]",
+        "prompt=x prompts=p.txt",
+        "source=x",
+        "source=x task=img2img image=a.png",
+        "paste=true",
+    ],
+)
+def test_what_cannot_be_meant_is_one_line_with_its_name(home, words):
+    first = words.split()[0]
+    with pytest.raises(UsageError) as error:
+        check(*words.split())
+    said = str(error.value)
+    assert first.partition("=")[0] in said
+    assert "\n" not in said
+
+
+def test_what_can_be_meant_passes(home, capsys):
+    got = check("image=~/a.png", "mask=m.png", "paste=true", "ckpt=~/runs/x", "out=~/o/", "n=1")
+    assert (got["image"], got["ckpt"]) == (f"{home}/a.png", f"{home}/runs/x")
+    assert got["mask"] == "m.png"
+    assert got["prompt"] == ""
+    check("image=a.png", "pad=[16,0,16,0]", "size=[64,96]", "frames=3", "fps=12.5", "paste=true")
+    assert not capsys.readouterr().err
+    check("image=a.png", "task=img2img", "task.invert=true")
+    assert "without source" in capsys.readouterr().err
+    check("guidance=style")
+    assert "nothing without style=FILE" in capsys.readouterr().err
+
+
+def test_a_cascade_of_one_needs_no_brackets(home):
+    with initialize_config_dir(command_line.CONF, version_base="1.3"):
+        for word, wanted in (
+            ("cascade='~/base'", [f"{home}/base"]),
+            ("cascade=[runs/a,'~/b']", ["runs/a", f"{home}/b"]),
+            ("cascade=[]", []),
+        ):
+            assert sample_options.runs_of(compose("sample", overrides=[word])) == wanted
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("task.scale", "there is task.scale of superres: add task=superres"),
+        ("task.rounds", "add task=inpaint_projected"),
+        ("guidance.style_scale", "guidance.style_scale of style: add guidance=style"),
+        ("guidance.scale_style", "guidance.style_scale of style: add guidance=style"),
+    ],
+)
+def test_a_setting_of_another_option_comes_with_that_option(key, hint, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    assert hint in suggestions.missing(key, "sample")
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    code = "import sys; from ldm.config import command_line as cli\n"
+    code += "def main(): raise KeyboardInterrupt\n"
+    code += "sys.argv = ['a/sample.py']; cli.run(main, 'sample', goes_on={})"
+    for goes_on, more in ((False, ""), (True, "; the same command goes on from here")):
+        said = run("-c", code.format(goes_on), cwd=tmp_path, expect=130)
+        assert said == f"\nsample.py: interrupted{more}\n"
+
+
+def test_prompts_that_are_no_text_are_named(home):
+    Path("p.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match=r"prompts=p\.txt is neither UTF-8 nor UTF-16"):
+        command_line.read_prompts({"prompt": "", "prompts": "p.txt"})
+
+
+def test_help_says_what_settings_mean(tmp_path):
+    said = run(str(ROOT / "sample.py"), "--help", cwd=tmp_path)
+    assert "Settings worth knowing" in said
+    assert not os.listdir(tmp_path)

@@ -1,0 +1,163 @@
+import io
+import json
+import multiprocessing
+
+import pytest
+import torch
+from material import encoded, picture, tar_bytes
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from ldm.data.dataset import TextImages, collate
+from ldm.data.image_decoding import ImageError
+from ldm.data.position_sampler import Order, PositionBatches, strided_batches
+from ldm.data.shards.reader import Shards
+
+CAPTIONS = [f"caption {n}" for n in range(5)]
+
+
+def write(folder, images: list[bytes]) -> Shards:
+    record = json.dumps({"captions": CAPTIONS}).encode()
+    members = []
+    for n, image in enumerate(images):
+        members += [(f"{n:03}.png", image), (f"{n:03}.json", record)]
+    (folder / "0.tar").write_bytes(tar_bytes(members))
+    return Shards(folder)
+
+
+def ramp(width: int, height: int) -> bytes:
+    return encoded(Image.linear_gradient("L").rotate(90).resize((width, height)))
+
+
+@pytest.fixture
+def shards(tmp_path) -> Shards:
+    return write(tmp_path, [ramp(40, 20), ramp(20, 50), picture(3, (7, 5)), picture(4, (1, 300))])
+
+
+def test_items_have_the_asked_size_whatever_the_source(shards):
+    data = TextImages(shards, size=16, seed=0, train=False)
+    for i in range(4):
+        item = data[i, i]
+        assert (item["images"].shape, item["images"].dtype) == ((3, 16, 16), torch.uint8)
+        assert (item["key"], item["position"], item["captions"]) == (f"{i:03}", i, CAPTIONS[0])
+
+
+def test_a_thin_picture_is_not_scaled_up_whole(tmp_path):
+    shards = write(tmp_path, [encoded(Image.new("RGB", (1, 20_000), "red"))])
+    images = TextImages(shards, size=256, seed=0, train=True, crop="random")[0, 0]["images"]
+    assert (images == torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None]).all()
+
+
+def test_the_centre_is_cut_without_training(shards):
+    plain = TextImages(shards, size=20, seed=0, train=False, crop="random", flip=1.0)
+    centre = Image.open(io.BytesIO(shards.read(0).image)).crop((10, 0, 30, 20))
+    expected = torch.tensor(list(centre.convert("L").tobytes()), dtype=torch.uint8).view(20, 20)
+    for position in range(5):
+        assert (plain[0, position]["images"] == expected).all()
+    training = TextImages(shards, size=8, seed=3, train=True, crop="random", flip=0.5)
+    assert torch.equal(training.plain(size=20)[0, 1]["images"], plain[0, 0]["images"])
+    assert training.plain()[0, 0]["images"].shape == (3, 8, 8)
+
+
+def test_what_is_drawn_depends_on_seed_and_position_only(shards):
+    def data(seed: int) -> TextImages:
+        return TextImages(shards, size=8, seed=seed, train=True, crop="random", flip=0.5)
+
+    def drawn(data: TextImages, positions) -> list[tuple]:
+        items = [data[0, p] for p in positions]
+        return [(item["captions"], item["images"].tolist()) for item in items]
+
+    first, second = data(1), data(1)
+    torch.manual_seed(0)
+    forward = drawn(first, range(30))
+    torch.manual_seed(1)
+    assert drawn(second, reversed(range(30))) == forward[::-1]
+    assert drawn(data(2), range(30)) != forward
+    assert len({str(pixels) for _, pixels in forward}) > 10
+
+
+def test_runs_begun_before_keep_their_crops(tmp_path):
+    """Of three places the outer ones came half as often."""
+    source = Image.new("RGB", (6, 4))
+    source.paste((250, 0, 0), (5, 0, 6, 4))
+    shards = write(tmp_path, [encoded(source)])
+    shares = {}
+    for even in (True, False):
+        data = TextImages(shards, size=4, seed=0, train=True, crop="random")
+        assert data.even_crops  # a new run's
+        data.even_crops = even
+        right = [bool(data[0, p]["images"].max() > 200) for p in range(600)]
+        shares[even] = sum(right) / 600
+    assert 0.27 < shares[True] < 0.40
+    assert 0.19 < shares[False] < 0.31
+
+
+def test_the_caption_is_drawn_once_an_epoch(shards):
+    data = TextImages(shards, size=8, seed=0, train=True)
+    within = {data[1, p]["captions"] for p in range(4)}  # positions of epoch 0
+    assert len(within) == 1
+    chosen = [data[1, 4 * epoch]["captions"] for epoch in range(200)]
+    assert all(20 <= chosen.count(caption) <= 65 for caption in CAPTIONS)
+    assert len({data[i, 0]["captions"] for i in range(4)}) > 1
+
+
+def test_half_of_the_pictures_are_flipped(shards):
+    data = TextImages(shards, size=8, seed=0, train=True, flip=0.5)
+    plain = TextImages(shards, size=8, seed=0, train=False)[0, 0]["images"]
+    flipped = [data[0, p]["images"].equal(plain.flip(-1)) for p in range(200)]
+    assert not plain.equal(plain.flip(-1))
+    assert 70 <= sum(flipped) <= 130
+
+
+@pytest.mark.parametrize("image", [b"", b"no image", picture()[:40], ramp(40, 20)[:-60]])
+def test_a_damaged_picture_is_named(tmp_path, image):
+    data = TextImages(write(tmp_path, [picture(), image]), size=8, seed=0, train=True)
+    assert data[0, 0]["key"] == "000"
+    with pytest.raises(ImageError, match=r"0\.tar: sample '001'"):
+        data[1, 1]
+
+
+def test_arguments_out_of_range_are_refused(shards):
+    for wrong in ({"size": 0}, {"size": 8, "crop": "centre"}, {"size": 8, "flip": 2.0}):
+        with pytest.raises(ValueError, match="got"):
+            TextImages(shards, seed=0, train=True, **wrong)
+
+
+def take(shards: Shards, *, workers: int, context: str | None = None) -> list[dict]:
+    data = TextImages(shards, size=8, seed=5, train=True, crop="random", flip=0.5)
+    order = Order(shards.index.shard_sizes(), seed=5)
+    batches = PositionBatches(order, batch=3, rank=0, world=1, start=lambda: 2)
+    loader = DataLoader(
+        data,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        multiprocessing_context=context,
+    )
+    stream = iter(loader)
+    return [next(stream) for _ in range(4)]
+
+
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_change_nothing(shards, context):
+    assert context in multiprocessing.get_all_start_methods()
+    here, there = take(shards, workers=0), take(shards, workers=2, context=context)
+    for a, b in zip(here, there, strict=True):
+        assert a["images"].equal(b["images"])
+        assert a["position"] == b["position"]
+        assert (a["captions"], a["key"]) == (b["captions"], b["key"])
+    assert [p for batch in here for p in batch["position"]] == list(range(2, 14))
+
+
+def test_validation_batches_through_a_loader(shards):
+    data = TextImages(shards, size=8, seed=0, train=False)
+    loader = DataLoader(
+        data,
+        batch_sampler=strided_batches(len(data), batch=3, rank=0, world=1),
+        collate_fn=collate,
+    )
+    batches = list(loader)
+    assert [batch["images"].shape[0] for batch in batches] == [3, 1]
+    assert len(loader) == 2
+    assert batches[0]["captions"] == [CAPTIONS[0]] * 3
+    assert all(type(p) is int for p in batches[0]["position"])

@@ -1,0 +1,45 @@
+"""Masks that inpainting is trained with."""
+
+import torch
+
+from ldm.diffusion.rng import generators
+from ldm.diffusion.tasks.masks import KINDS, random_masks
+
+
+def masks(positions, *, height=32, width=48):
+    draws = generators(0, positions, stream="task")
+    return random_masks(len(positions), height, width, generator=draws)
+
+
+def test_a_mask_is_of_zeros_and_ones_and_hides_something():
+    found = masks(range(400))
+    assert found.shape == (400, 1, 32, 48)
+    assert set(found.unique().tolist()) == {0.0, 1.0}
+    assert found.flatten(1).any(1).all()
+
+
+def test_one_in_seven_hides_everything_and_the_others_do_not():
+    share = masks(range(2000)).flatten(1).mean(1)
+    everything = float((share == 1).double().mean())
+    assert abs(everything - (1 - KINDS[-1])) < 0.03
+    assert 0.2 < share[share < 1].mean() < 0.5
+
+
+def test_a_mask_belongs_to_its_image():
+    assert torch.equal(masks([3, 9])[1:], masks([9]))
+
+
+def test_the_three_kinds_are_what_they_are_called():
+    """Of a rectangle, rows and columns give the mask; a half-plane and its turn are complements."""
+    found = masks(range(300))[:, 0].bool()
+    boxes = found.any(2)[:, :, None] & found.any(1)[:, None, :]
+    whole = found.flatten(1).all(1)
+    rectangles = (found == boxes).flatten(1).all(1) & ~whole
+    assert 0.25 < rectangles.double().mean() < 0.45
+    corners = found[:, ::31, ::47].flatten(1).sum(1)  # of the four corners of the picture
+    halves = (corners == 2) & ~rectangles
+    assert 0.1 < halves.double().mean() < 0.35
+
+
+def test_any_size_is_fine():
+    assert masks([0, 1, 2], height=1, width=1).shape == (3, 1, 1, 1)

@@ -1,0 +1,287 @@
+"""Where sampling starts and what is kept."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from world import SIZE, pipeline
+
+from ldm.diffusion.rng import ImageNoise, generators
+from ldm.diffusion.samplers.base import DDIM
+from ldm.diffusion.schedules import cosine, linear
+from ldm.diffusion.tasks.base import ImageToImage, Inpaint, ProjectedInpaint, Request, TextToImage
+from ldm.inference import inputs
+from ldm.models.autoencoder import Identity
+from ldm.utils.images import from_uint8
+
+PROMPTS = ["a red circle", "a blue square"]
+
+
+def seeded(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+
+def pixels(text, task, *, scale=1.5):
+    """A pipeline without an autoencoder's error."""
+    return replace(pipeline(text, scale=scale), autoencoder=Identity(), task=task)
+
+
+def picture(n=1):
+    return 0.6 * torch.rand(n, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) - 0.3
+
+
+def left_half():
+    mask = torch.zeros(1, 1, SIZE, SIZE)
+    mask[..., : SIZE // 2] = 1
+    return mask
+
+
+def paint(pipe, **given):
+    return pipe(PROMPTS, seeds=[0, 1], **{"steps": 6, "size": SIZE} | given)
+
+
+def test_strength_is_the_time_it_starts_from():
+    schedule, x0 = linear(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    request = Request(torch.empty(2, 3, 4, 4).double(), image=x0, strength=0.4)
+    start = ImageToImage().start(request, lambda x: x, schedule, noise=seeded())
+    alpha, sigma = schedule(torch.tensor(0.4).double())
+    torch.testing.assert_close(start.x, alpha * x0 + sigma * seeded()(x0))
+    assert start.t == 0.4
+
+
+class Watched(DDIM):
+    """Remembers where it was begun."""
+
+    def walk(self, x, path):
+        BEGUN.append((x, path.levels[0]))
+        return super().walk(x, path)
+
+
+BEGUN = []
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace", "karras"])
+@pytest.mark.parametrize("task", [ImageToImage(), ProjectedInpaint()], ids=lambda task: task.name)
+def test_a_picture_is_noised_to_the_first_time_of_the_grid(tiny_text, task, spacing):
+    pipe = pixels(tiny_text, task)
+    pipe = replace(pipe, sampler=Watched(spacing=spacing))
+    mask = {} if isinstance(task, ImageToImage) else {"mask": left_half()}
+    for strength, steps in ((0.0137, 5), (0.5023, 7)):
+        BEGUN.clear()
+        paint(pipe, image=picture(), strength=strength, steps=steps, **mask)
+        ((x, (alpha, sigma)),) = BEGUN
+        noise = ImageNoise([0, 1])(x)
+        torch.testing.assert_close(x, alpha * picture() + sigma * noise, rtol=0, atol=1e-6)
+
+
+def test_a_strength_that_holds_fewer_times_than_steps_says_so(tiny_text):
+    pipe = pixels(tiny_text, ImageToImage())
+    with pytest.raises(ValueError, match=r"t = 0.01 .* take steps=10 .*strength\) of 0.03 or more"):
+        paint(pipe, image=picture(), strength=0.01, steps=30)
+
+
+def test_little_strength_changes_little_and_all_of_it_forgets_the_picture(tiny_text):
+    pipe = pixels(tiny_text, ImageToImage())
+    far = [
+        float((paint(pipe, image=picture(), strength=s) - picture()).abs().mean())
+        for s in (0.02, 0.3, 0.9)
+    ]
+    assert far[0] < far[1] < far[2]
+
+
+def test_inverted_with_its_own_words_a_picture_stays_what_it_is(tiny_text):
+    pipe = pixels(tiny_text, ImageToImage(invert=True), scale=1.0)
+    same = {"image": picture(), "strength": 0.8, "steps": 20}
+    prompts = {"seeds": [0], "size": SIZE}
+    back = pipe(PROMPTS[:1], source=PROMPTS[0], **prompts, **same)
+    assert (back - picture()).abs().max() < 1e-3
+    other = pipe(PROMPTS[1:], source=PROMPTS[0], **prompts, **same)
+    assert (other - picture()).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_what_the_mask_keeps_is_kept(tiny_text, rounds):
+    pipe = pixels(tiny_text, ProjectedInpaint(rounds=rounds))
+    images = paint(pipe, image=picture(), mask=left_half())
+    kept = left_half().expand_as(images) == 0
+    assert torch.equal(images[kept], picture().expand_as(images)[kept])
+    assert (images - picture()).abs()[~kept].mean() > 0.05
+
+
+def test_paste_is_to_the_last_bit_whatever_the_autoencoder_does(tiny_text):
+    pipe = replace(pipeline(tiny_text), task=ProjectedInpaint())
+    given = {"image": picture(), "mask": left_half()}
+    kept = left_half().expand(2, 3, SIZE, SIZE) == 0
+    assert not torch.equal(paint(pipe, **given)[kept], picture().expand(2, -1, -1, -1)[kept])
+    pasted = paint(pipe, **given, paste=True)
+    assert torch.equal(pasted[kept], picture().expand(2, -1, -1, -1)[kept])
+
+
+def test_an_image_depends_on_its_own_seed_alone(tiny_text):
+    pipe = pixels(tiny_text, ProjectedInpaint(rounds=2))
+    given = {"image": picture(), "mask": left_half(), "size": SIZE, "steps": 4}
+    together = pipe(PROMPTS, seeds=[3, 4], **given)
+    alone = pipe(PROMPTS[1:], seeds=[4], **given)
+    assert (together[1:] - alone).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "message"),
+    [
+        (TextToImage(), {"image": picture()}, "text2img takes no image"),
+        (ImageToImage(), {}, "img2img takes an image and no mask"),
+        (ImageToImage(), {"image": picture(), "mask": left_half()}, "and no mask"),
+        (ImageToImage(), {"image": picture(), "strength": 0.0}, "strength=0.0 must be above 0"),
+        (ImageToImage(), {"image": picture(), "strength": math.inf}, "strength=inf"),
+        (ProjectedInpaint(), {"image": picture()}, "takes a picture and a mask"),
+        (ProjectedInpaint(), {"mask": left_half()}, "takes a picture and a mask"),
+        (
+            ProjectedInpaint(),
+            {"image": picture(), "mask": left_half(), "strength": 2.0},
+            "strength=2",
+        ),
+        (ImageToImage(), {"image": picture()[..., 1:]}, "where size=16"),
+        (Inpaint(), {"image": picture()}, "task=inpaint takes a picture and a mask"),
+    ],
+)
+def test_what_a_task_lacks_is_told(tiny_text, task, given, message):
+    with pytest.raises(ValueError, match=message):
+        paint(pixels(tiny_text, task), **given)
+
+
+def test_rounds_below_one_are_refused():
+    with pytest.raises(ValueError, match="once or more"):
+        ProjectedInpaint(rounds=0)
+
+
+def inpainting(text):
+    """A pipeline in pixels whose network is shown mask and rest."""
+    pipe = pixels(text, Inpaint(), scale=1.0)
+    plain = pipe.denoiser.conv_in
+    pipe.denoiser.in_channels += Inpaint().extra_channels(3)
+    wide = torch.nn.Conv2d(pipe.denoiser.in_channels, plain.out_channels, 3, padding=1)
+    pipe.denoiser.conv_in = wide
+    return pipe
+
+
+def test_the_network_is_shown_the_mask_and_what_it_leaves(tiny_text):
+    pipe = inpainting(tiny_text)
+    seen = []
+    pipe.denoiser.register_forward_pre_hook(lambda net, args: seen.append(args[2].concat))
+    images = paint(pipe, image=picture(), mask=left_half(), steps=2)
+    kept = left_half().expand_as(images) == 0
+    assert torch.equal(images[kept], picture().expand_as(images)[kept])
+    mask, rest = seen[0].split([1, 3], dim=1)
+    assert torch.equal(mask[:1], left_half())
+    assert torch.equal(rest[:1], picture() * (1 - left_half()))
+
+
+def test_a_white_mask_paints_from_words_alone(tiny_text):
+    pipe = inpainting(tiny_text)
+    pipe.objective.schedule = cosine()  # which ends in noise
+    whole = torch.ones(1, 1, SIZE, SIZE)
+    one, other = (paint(pipe, image=x, mask=whole, steps=2) for x in (picture(), -picture()))
+    torch.testing.assert_close(one, other, atol=1e-3, rtol=0)
+
+
+def test_training_shows_what_sampling_shows():
+    images = 2 * torch.rand(5, 3, SIZE, SIZE) - 1
+    draws = {"generator": generators(0, range(5), stream="task")}
+    concat = Inpaint().train_concat(images[:, :, ::2, ::2], images, halved, **draws)
+    given = Inpaint().example(images, generator=generators(0, range(5), stream="task"))
+    cells = torch.nn.functional.max_pool2d(given["mask"], 2)
+    assert torch.equal(concat[:, :1], cells)
+    assert torch.equal(concat[:, 1:], halved(images * (1 - given["mask"])))
+
+
+def halved(images):
+    return torch.nn.functional.avg_pool2d(images, 2)
+
+
+def photo(folder, width=16, height=16):
+    """A picture each of whose sides has a colour of its own."""
+    image = Image.new("RGB", (width, height), "white")
+    for box, colour in (
+        ((0, 0, 1, height), "red"),
+        ((width - 1, 0, width, height), "blue"),
+        ((1, 0, width - 1, 1), "lime"),
+        ((1, height - 1, width - 1, height), "black"),
+    ):
+        image.paste(colour, box)
+    image.save(folder / "a.png")
+    return str(folder / "a.png")
+
+
+def asking(pipe, file, **more):
+    return inputs.read(pipe, trained=SIZE, image=file, **more)
+
+
+def test_a_picture_inside_a_larger_one_is_whole(tiny_text, tmp_path):
+    pipe, file = pixels(tiny_text, ProjectedInpaint()), photo(tmp_path)
+    given = asking(pipe, file, pad=[4, 0, 2, 8])
+    assert given.size == (SIZE + 8, SIZE + 6)
+    canvas, mask = given.image[0], given.mask[0, 0]
+    whole = from_uint8(np.array(Image.open(file)))
+    assert torch.equal(canvas[:, :SIZE, 4:-2], whole), "all of it, pixel for pixel"
+    assert not mask[:SIZE, 4:-2].any()
+    assert mask.sum() == mask.numel() - SIZE**2
+    assert not canvas[:, mask > 0].any()
+    images = paint(pipe, image=given.image, mask=given.mask, size=given.size)
+    assert torch.equal(images[0, :, :SIZE, 4:-2], whole)
+
+
+def test_with_size_the_picture_is_scaled_into_what_is_left(tiny_text, tmp_path):
+    pipe, file = pixels(tiny_text, ProjectedInpaint()), photo(tmp_path, 40, 20)
+    given = asking(pipe, file, pad=[2, 4, 4, 2], size=[16, 26])
+    inside = given.image[0, :, 4:-2, 2:-4]
+    assert inside.shape == (3, 10, 20)
+    assert (given.mask == 0).sum() == 10 * 20
+    for edge, channel in (
+        (inside[:, 2:-2, 0], 0),
+        (inside[:, 2:-2, -1], 2),
+        (inside[:, 0, 2:-2], 1),
+    ):
+        assert edge.mean(1).argmax() == channel, "its edges are there"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"pad": [3, 0, 0, 0]}, r"makes 19 x 16 pixels, and .* multiples of 2: pad=\[3,0,1,0\]"),
+        (
+            {"pad": [8, 0, 8, 0], "size": 16},
+            r"leave 0 x 16 .* of 16 x 16: size=\[8,24\] would fit",
+        ),
+        ({"pad": [4, 0, 0, 0], "size": 16}, r"leave 12 x 16 pixels .*: size=\[14,18\] would fit"),
+        ({"pad": [4, 0, 0, 0], "size": 17}, "size=17: this run paints multiples of 2: size=18"),
+        ({"size": 17}, "size=17: this run paints multiples of 2: size=18"),
+        ({"size": [16, 32]}, "cut to squares"),
+        ({"pad": [4, 0, 0, 0], "mask": "a.png"}, "give either"),
+    ],
+)
+def test_a_size_that_will_not_do_is_told_with_one_that_will(tiny_text, tmp_path, given, message):
+    pipe, file = pipeline(tiny_text), photo(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        asking(pipe, file, **given)
+
+
+def test_a_size_of_two_numbers_is_height_and_width(tiny_text):
+    pipe = pixels(tiny_text, TextToImage())
+    given = inputs.read(pipe, trained=SIZE, size=[16, 24])
+    assert paint(pipe, size=given.size).shape[-2:] == (16, 24)
+
+
+def test_files_that_are_no_pictures_are_named_by_their_option(tiny_text, tmp_path):
+    pipe, good, bad = pixels(tiny_text, ProjectedInpaint()), photo(tmp_path), tmp_path / "b.png"
+    bad.write_text("no picture")
+    for asked in ({"image": bad}, {"image": bad, "pad": [2, 0, 0, 0]}):
+        with pytest.raises(ValueError, match=r"image=.*b\.png: no JPEG"):
+            inputs.read(pipe, trained=SIZE, **asked)
+    with pytest.raises(ValueError, match=r"mask=.*b\.png: no JPEG"):
+        asking(pipe, good, mask=bad)
+    with pytest.raises(ValueError, match=r"style=.*b\.png: no JPEG"):
+        inputs.square_of("style", bad, SIZE)

@@ -1,0 +1,144 @@
+"""What a video begins with, and what a pipeline makes of it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from world import SIZE, objective, small_autoencoder
+
+from ldm.diffusion.guidance.base import ClassifierFree
+from ldm.diffusion.rng import generators
+from ldm.diffusion.samplers.base import DDIM
+from ldm.diffusion.schedules import linear
+from ldm.diffusion.tasks.base import ImageToImage, Request, TextToImage
+from ldm.diffusion.tasks.video import TextToVideo
+from ldm.inference.pipeline import Pipeline
+from ldm.models.frames import Frames
+from ldm.models.temporal import zeroed
+from ldm.models.unet import UNet
+
+FRAMES = 3
+PROMPTS = ["a red circle moves", "a blue square moves"]
+
+
+def network(text):
+    torch.manual_seed(0)
+    sizes = {"channels": 16, "multipliers": (1,), "blocks": 1, "heads": 2, "groups": 8}
+    sizes |= {"in_channels": 7, "out_channels": 3, "context_dim": text.width}
+    net = UNet(**sizes, attention=(True,), temporal=True)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.03 * torch.randn(parameter.shape)
+    return net.eval()
+
+
+def pipeline(text, *, eta=0.0):
+    return Pipeline(
+        network(text),
+        autoencoder=Frames(small_autoencoder().eval()),
+        text=text,
+        objective=objective(),
+        task=TextToVideo(),
+        sampler=DDIM(eta=eta),
+        guidance=ClassifierFree(scale=2.0),
+        frames=FRAMES,
+    )
+
+
+def picture(n=1):
+    return torch.rand(n, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) - 0.5
+
+
+def seeded(x):
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_share_of_the_training_videos_shows_its_first_frame_to_all_frames():
+    latents = torch.randn(400, 3, FRAMES, 4, 4)
+    draws = generators(0, range(400), stream="task")
+    told = TextToVideo(given=0.25).train_concat(latents, None, None, generator=draws)
+    assert told.shape == (400, 4, FRAMES, 4, 4)
+    given = told[:, 0].flatten(1)
+    assert ((given == 0).all(1) | (given == 1).all(1)).all()
+    given = given[:, 0] == 1
+    assert 0.18 < given.float().mean() < 0.32
+    assert not told[~given].any()
+    assert torch.equal(told[given, 1:], latents[given, :, :1].expand(-1, -1, FRAMES, -1, -1))
+    again = TextToVideo(given=0.25).train_concat(
+        latents[7:9], None, None, generator=generators(0, (7, 8), stream="task")
+    )
+    assert torch.equal(again, told[7:9])  # a function of the position
+    with pytest.raises(ValueError, match=r"given=1.5 is a share"):
+        TextToVideo(given=1.5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.8, 1.0])
+def test_the_noise_of_frames_is_shared_to_a_given_degree(share):
+    basis = torch.eye(FRAMES, dtype=torch.float64)[:, None, :, None, None]  # of all white noise
+    mixed = TextToVideo(shared_noise=share).mix(basis)[:, 0, :, 0, 0]
+    covariance = torch.full((FRAMES, FRAMES), share, dtype=torch.float64).fill_diagonal_(1)
+    torch.testing.assert_close(mixed.T @ mixed, covariance)
+    with pytest.raises(ValueError, match=r"shared_noise=-0.1 is a share"):
+        TextToVideo(shared_noise=-0.1)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_frames_of_one_noise_are_one_picture_to_a_network_of_pictures(tiny_text, eta):
+    pipe = pipeline(tiny_text, eta=eta)
+    for block in pipe.denoiser.temporal.blocks:
+        zeroed(block.conv), zeroed(block.attn.to_out)
+    zeroed(pipe.denoiser.temporal.number[-1])
+    apart = pipe(PROMPTS, seeds=[3, 4], size=SIZE, steps=3).var(dim=2).max()
+    pipe = replace(pipe, task=TextToVideo(shared_noise=1.0))
+    made = pipe(PROMPTS, seeds=[3, 4], size=SIZE, steps=3)
+    torch.testing.assert_close(made, made[:, :, :1].expand_as(made), rtol=0, atol=1e-4)
+    assert apart > 0.01
+
+
+def test_it_starts_from_noise_and_keeps_the_first_frame():
+    room, encode = torch.empty(2, 3, FRAMES, 4, 4), lambda x: 2 * x[..., :4, :4]
+    start = TextToVideo().start(Request(room), encode, linear(), noise=seeded)
+    assert torch.equal(start.x, seeded(room))
+    assert not start.concat.any()
+    assert start.project is None
+    image = picture(2)
+    start = TextToVideo().start(Request(room, image), encode, linear(), noise=seeded)
+    assert torch.equal(start.concat[:, 1:, 2], encode(image))
+    assert (start.concat[:, 0] == 1).all()
+    x0_hat = torch.randn(room.shape)
+    kept = start.project(x0_hat)
+    assert torch.equal(kept[:, :, 0], encode(image))
+    assert torch.equal(kept[:, :, 1:], x0_hat[:, :, 1:])
+    for wrong in ({"mask": image[:, :1]}, {"strength": 0.5}):
+        with pytest.raises(ValueError, match="for its first frame alone"):
+            TextToVideo().start(Request(room, **wrong), encode, linear(), noise=seeded)
+
+
+def test_it_needs_a_network_of_its_own():
+    video, text = TextToVideo(), TextToImage()
+    assert video.unfit(text) == "the network knows no frames"
+    assert "shown more than noise" in text.unfit(video)
+    assert "shown more than noise" in ImageToImage().unfit(video)
+    assert video.unfit(TextToVideo(given=0.1)) is None
+    assert "trained with task.shared_noise=0.7" in video.unfit(TextToVideo(shared_noise=0.7))
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_video_does_not_depend_on_its_batch(tiny_text, eta):
+    pipe = pipeline(tiny_text, eta=eta)
+    both = pipe(PROMPTS, seeds=[3, 4], size=SIZE, steps=3)
+    assert both.shape == (2, 3, FRAMES, SIZE, SIZE)
+    alone = pipe(PROMPTS[1:], seeds=[4], size=SIZE, steps=3)
+    torch.testing.assert_close(alone[0], both[1], rtol=0, atol=1e-4)
+    assert (both[0] - both[1]).abs().max() > 0.1
+    assert (both[:, :, 0] - both[:, :, 1]).abs().max() > 0.1
+
+
+def test_a_video_begins_with_its_picture_to_within_the_autoencoders_error(tiny_text):
+    pipe, image = pipeline(tiny_text), picture()
+    made = pipe(PROMPTS, seeds=[3, 4], size=SIZE, steps=3, image=image)
+    codec = pipe.autoencoder
+    expected = codec.decode(codec.encode(image)).clamp(-1, 1).expand(2, -1, -1, -1)
+    torch.testing.assert_close(made[:, :, 0], expected, rtol=0, atol=1e-4)
+    free = pipe(PROMPTS, seeds=[3, 4], size=SIZE, steps=3)
+    assert (free - made)[:, :, 1:].abs().max() > 1e-3  # the others were told of it

@@ -1,0 +1,68 @@
+"""Captions that come again are not encoded again, and mean the same."""
+
+import pytest
+import torch
+from world import CAPTIONS
+
+from ldm.models.text.cached import Remembered
+from ldm.models.text.clip import ClipText
+
+
+def encoded(text: ClipText) -> int:
+    """How many captions it has encoded so far."""
+    return text.tokenize.seen
+
+
+@pytest.fixture(params=[False, True], ids=["tokens", "pooled"])
+def text(request, tiny_clip, tmp_path) -> ClipText:
+    tiny_clip.save(tmp_path / "clip")
+    text = ClipText(str(tmp_path / "clip"), pooled=request.param)
+    text.null(1)  # which is encoded once
+    return text
+
+
+def assert_same(a, b) -> None:
+    for x, y in zip(a.parts(), b.parts(), strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "captions", [CAPTIONS[:1], CAPTIONS[:5], CAPTIONS[3:8], [*CAPTIONS[:2], *CAPTIONS[:3]], [""]]
+)
+def test_it_says_what_the_encoder_says(text, captions):
+    remembered = Remembered(text)
+    remembered(CAPTIONS[2:4])
+    for _ in range(2):
+        assert_same(remembered(captions), text(captions))
+
+
+def test_a_caption_is_encoded_once(text):
+    remembered, before = Remembered(text), encoded(text)
+    first = remembered(CAPTIONS[:4])
+    assert encoded(text) - before == 4
+    again = remembered(CAPTIONS[:4])
+    assert encoded(text) - before == 4
+    assert torch.equal(again.tokens, first.tokens)
+    remembered([CAPTIONS[5], *CAPTIONS[:2], CAPTIONS[5], CAPTIONS[9]])
+    assert encoded(text) - before == 6
+
+
+def test_it_takes_no_more_memory_than_it_may(text):
+    row = sum(part.nbytes for part in text(CAPTIONS[:1]).parts() if part is not None)
+    remembered = Remembered(text, gib=2.5 * row / 2**30)
+    for _ in range(2):
+        assert_same(remembered(CAPTIONS[:4]), text(CAPTIONS[:4]))
+    assert list(remembered.kept) == CAPTIONS[:2]
+    held = [part for row in remembered.kept.values() for part in row.parts() if part is not None]
+    assert sum(part.untyped_storage().nbytes() for part in held) == 2 * row
+
+
+def test_the_empty_caption_is_the_encoders_own(text):
+    assert_same(Remembered(text).null(3), text.null(3))
+
+
+def test_one_string_is_no_list_of_captions(text):
+    with pytest.raises(TypeError, match="a list, not one string"):
+        Remembered(text)("a red circle")

@@ -28,10 +28,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ldm.data.image_decoding import read_image
-from ldm.data.scenes.draw import draw
-from ldm.data.scenes.world import BACKGROUNDS, COLOURS, SHAPES, STYLES, sample
-from ldm.data.shards.reader import Shards
-from ldm.evaluation.scenes.reader import read
+from ldm.data.scenes.draw import draw_scene
+from ldm.data.scenes.world import BACKGROUNDS, COLOURS, SHAPES, STYLES, sample_scene
+from ldm.data.shards.reader import ShardReader
+from ldm.evaluation.scenes.reader import read_scenes
 from ldm.utils.files import write_text
 
 ROOT = Path(__file__).parent.parent
@@ -66,8 +66,8 @@ def drawn(numbers: range, split: str, seed: int) -> Set:
     """Real pictures, with the shape of the left or upper object."""
     pictures, classes = [], []
     for i in numbers:
-        scene, rng = sample(i, split=split, seed=seed)
-        pictures.append(draw(scene, SIDE, rng))
+        scene, rng = sample_scene(i, split=split, seed=seed)
+        pictures.append(draw_scene(scene, SIDE, rng))
         classes.append(SHAPES.index(scene.ordered().objects[0].shape))
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), torch.tensor(classes)
 
@@ -78,14 +78,14 @@ def painted(ckpt: str, folder: Path) -> tuple[Set, dict]:
     command = [f"ckpt={ckpt}", f"out={folder}", f"n={PAINTED}", "keep=0.8", "steps=10"]
     command = ["-m", "ldm.augment", *command, f"template={TEMPLATE}", *slots]
     subprocess.run([sys.executable, *command], check=True)
-    shards, pictures, classes = Shards(folder), [], []
+    shards, pictures, classes = ShardReader(folder), [], []
     for i in tqdm(range(len(shards)), desc="reading", unit="image"):
         one = shards.read(i)
         pictures.append(np.asarray(read_image(one.image)))
         # "a small red heart left of ..": the caption's first shape is the label of its json.
         words = one.captions[0].replace(",", "").split()
         classes.append(SHAPES.index(next(word for word in words if word in SHAPES)))
-    readings = [read(np.stack([one]))[0] for one in tqdm(pictures[:500], desc="checking")]
+    readings = [read_scenes(np.stack([one]))[0] for one in tqdm(pictures[:500], desc="checking")]
     right = [
         bool(seen.objects) and seen.objects[0].shape == SHAPES[label]
         for seen, label in zip(readings, classes, strict=False)

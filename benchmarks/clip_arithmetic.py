@@ -19,19 +19,33 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ldm.data.scenes import world
-from ldm.data.scenes.draw import draw
+from ldm.data.scenes.draw import draw_scene
 from ldm.data.scenes.prepare import prepare_scenes
-from ldm.evaluation.clip_queries import TEMPLATE, Answers, drawn
-from ldm.evaluation.metrics.clip_directions import Words, holding, in_templates, vocabulary
-from ldm.utils.images import from_uint8, to_bytes
+from ldm.data.scenes.world import (
+    BACKGROUNDS,
+    COLOURS,
+    OBJECT_RADIUS,
+    SHAPES,
+    STYLES,
+    SYNONYMS,
+    Scene,
+    sample_scene,
+)
+from ldm.evaluation.clip_queries import DEFAULT_LABEL_TEMPLATE, ClipQueries, sample_scene_captions
+from ldm.evaluation.metrics.clip_directions import (
+    WordDirections,
+    embed_words_in_templates,
+    find_captions_with_word,
+    find_common_words,
+)
+from ldm.utils.images import from_uint8, to_uint8_tensor
 
 VALUES: dict[str, tuple[str, ...]] = {
-    "colour": tuple(world.COLOURS),
-    "shape": world.SHAPES,
-    "size": tuple(world.RADIUS),
-    "background": tuple(world.BACKGROUNDS),
-    "style": world.STYLES,
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "size": tuple(OBJECT_RADIUS),
+    "background": tuple(BACKGROUNDS),
+    "style": STYLES,
 }
 SIZE, SEED, TOP = 64, 2, 5
 DATA = "data/scenes/64px/val-250"
@@ -43,17 +57,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/clip.json"))
     given = parser.parse_args()
     prepare_scenes(out=DATA, count=250, size=SIZE, split="val")
-    clip, captions = Answers(data=DATA), drawn()
-    names = vocabulary(captions, 300)
+    clip, captions = ClipQueries(data=DATA), sample_scene_captions()
+    names = find_common_words(captions, 300)
     vectors = clip.caption_vectors(captions)
     lowered = [caption.lower() for caption in captions]
-    means = torch.stack([vectors[holding(lowered, word)].mean(0) for word in names])
+    means = torch.stack([vectors[find_captions_with_word(lowered, word)].mean(0) for word in names])
     own = [word for values in VALUES.values() for value in values for word in said(value)]
     ways = {
-        "word in a template": in_templates(clip.clip, [TEMPLATE], names, apart=True),
-        "mean of its captions": Words(names, means - vectors.mean(0)),
-        "the same, whitened": Answers().words(names, apart=True),
-        f"whitened, of {len(own)} words": Answers().words(own, apart=True),
+        "word in a template": embed_words_in_templates(
+            clip.clip, [DEFAULT_LABEL_TEMPLATE], names, apart=True
+        ),
+        "mean of its captions": WordDirections(names, means - vectors.mean(0)),
+        "the same, whitened": ClipQueries().words(names, apart=True),
+        f"whitened, of {len(own)} words": ClipQueries().words(own, apart=True),
     }
     found = {"pairs": given.pairs, "words": len(names), "top": TOP, "seed": SEED}
     found["arithmetic"] = arithmetic(clip, ways, given.pairs)
@@ -65,7 +81,7 @@ def main() -> None:
 
 
 def arithmetic(
-    clip: Answers, ways: Mapping[str, Words], count: int
+    clip: ClipQueries, ways: Mapping[str, WordDirections], count: int
 ) -> dict[str, dict[str, dict[str, float]]]:
     """By method and attribute, how often the right word is first, and among the first TOP."""
     found: dict = {way: {} for way in ways}
@@ -90,21 +106,19 @@ def pairs(attribute: str, count: int) -> tuple[list[np.ndarray], list[np.ndarray
     rng, index = np.random.default_rng(SEED), 0
     first, second, right = [], [], []
     while len(first) < count:
-        scene, _ = world.sample(index, split="val", seed=SEED)
+        scene, _ = sample_scene(index, split="val", seed=SEED)
         index += 1
         changed, value = exchanged(scene, attribute, rng)
         if changed.split() == "unseen" or changed.objects[0].colour == changed.objects[1].colour:
             continue
         place = int(rng.integers(2**31))
-        first.append(draw(changed, SIZE, np.random.default_rng(place)))
-        second.append(draw(scene, SIZE, np.random.default_rng(place)))
+        first.append(draw_scene(changed, SIZE, np.random.default_rng(place)))
+        second.append(draw_scene(scene, SIZE, np.random.default_rng(place)))
         right.append(value)
     return first, second, right
 
 
-def exchanged(
-    scene: world.Scene, attribute: str, rng: np.random.Generator
-) -> tuple[world.Scene, str]:
+def exchanged(scene: Scene, attribute: str, rng: np.random.Generator) -> tuple[Scene, str]:
     """The scene with another value, for one of the objects where it is an object's."""
     which = int(rng.integers(2))
     owner = scene if attribute in ("background", "style") else scene.objects[which]
@@ -120,19 +134,19 @@ def exchanged(
 
 def said(value: str) -> tuple[str, ...]:
     """The words that captions have for a value."""
-    return world.WORDS.get(value, (value,))
+    return SYNONYMS.get(value, (value,))
 
 
-def embedded(clip: Answers, pictures: Sequence[np.ndarray]) -> Tensor:
+def embedded(clip: ClipQueries, pictures: Sequence[np.ndarray]) -> Tensor:
     """Unit vectors (n, D)."""
     images = torch.stack([from_uint8(picture) for picture in pictures])
-    return F.normalize(clip.clip(to_bytes(images)), dim=1)
+    return F.normalize(clip.clip(to_uint8_tensor(images)), dim=1)
 
 
-def labels(clip: Answers, count: int) -> dict[str, dict[str, float]]:
+def labels(clip: ClipQueries, count: int) -> dict[str, dict[str, float]]:
     """By attribute, how often the likeliest label is in the picture: by template, by captions."""
-    scenes = [world.sample(index, split="val", seed=SEED) for index in range(count)]
-    vectors = embedded(clip, [draw(scene, SIZE, rng) for scene, rng in scenes])
+    scenes = [sample_scene(index, split="val", seed=SEED) for index in range(count)]
+    vectors = embedded(clip, [draw_scene(scene, SIZE, rng) for scene, rng in scenes])
     found = {}
     for attribute in ("colour", "shape", "background", "style"):
         values = VALUES[attribute]
@@ -142,10 +156,10 @@ def labels(clip: Answers, count: int) -> dict[str, dict[str, float]]:
             else {getattr(one, attribute) for one in scene.objects}
             for scene, _ in scenes
         ]
-        ways = {"template": [TEMPLATE], "captions": []}
+        ways = {"template": [DEFAULT_LABEL_TEMPLATE], "captions": []}
         found[attribute] = {"chance": float(np.mean([len(set_) / len(values) for set_ in right]))}
         for way, templates in ways.items():
-            best = Answers(templates=templates).words(values, apart=False).of(vectors).argmax(1)
+            best = ClipQueries(templates=templates).words(values, apart=False).of(vectors).argmax(1)
             hits = [values[i] in set_ for i, set_ in zip(best.tolist(), right, strict=True)]
             found[attribute][way] = float(np.mean(hits))
     return found

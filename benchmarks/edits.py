@@ -21,14 +21,14 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.config import pipeline as pipelines
-from ldm.config.command_line import CONF
-from ldm.data.scenes.draw import OUTER, draw_at, placed
-from ldm.data.scenes.world import BACKGROUNDS, COLOURS, SHAPES, STYLES, Scene, caption, sample
-from ldm.evaluation.scenes.reader import ATTRIBUTES, read, right
-from ldm.experiments import run_dir
+from ldm.config.pipeline import load_pipeline
+from ldm.config.suggestions import CONF_DIR
+from ldm.data.scenes.draw import OUTER_OUTLINE, arrange_objects, draw_scene_at
+from ldm.data.scenes.world import BACKGROUNDS, COLOURS, SHAPES, STYLES, Scene, caption, sample_scene
+from ldm.evaluation.scenes.reader import SCENE_ATTRIBUTES, match_scene, read_scenes
+from ldm.experiments.run_dir import find_run_of_checkpoint
 from ldm.inference.pipeline import Pipeline
-from ldm.utils.images import from_uint8, save_png, tile, to_uint8
+from ldm.utils.images import from_uint8, make_image_grid, save_png, to_uint8
 
 SIZE = 64
 SHOWN = 8  # edits in a picture
@@ -76,10 +76,14 @@ def main() -> None:
             shown = [torch.where(m > 0, 0, s) for m, s in zip(masks(some), shown, strict=True)]
         painted = [image for _, way in ways for image in way(some, range(len(some)))]
         facts = {"ways": [name for name, _ in ways], "asked": asked(some)}
-        save_png(tile(torch.stack([*shown, *painted]), columns=len(some)), given.picture, facts)
+        save_png(
+            make_image_grid(torch.stack([*shown, *painted]), columns=len(some)),
+            given.picture,
+            facts,
+        )
     rows = measure(edits, ways, tell)
     print(table(rows))
-    place = Path(ckpt) if Path(ckpt).is_dir() else run_dir.of_checkpoint(Path(ckpt))
+    place = Path(ckpt) if Path(ckpt).is_dir() else find_run_of_checkpoint(Path(ckpt))
     out = place / f"edits_{given.task}.json"
     out.write_text(json.dumps({"steps": given.steps, "edits": len(edits), "rows": rows}, indent=1))
     print(out)
@@ -87,9 +91,9 @@ def main() -> None:
 
 def opened(ckpt: str, *overrides: str) -> Pipeline:
     """A pipeline as sample.py has it."""
-    with initialize_config_dir(CONF, version_base="1.3"):
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
         cfg = compose("sample", overrides=list(overrides))
-    return pipelines.restore(cfg, ckpt, {"autoencoder": None, "text_encoder": None}).pipeline
+    return load_pipeline(cfg, ckpt, {"autoencoder": None, "text_encoder": None}).pipeline
 
 
 Way = Callable[[Sequence[Edit], Sequence[int]], Tensor]  # edits and seeds to pictures
@@ -161,7 +165,7 @@ def masks(edits: Sequence[Edit]) -> Tensor:
 def changed(what: str, number: int) -> Iterator[Edit]:
     """Held-out scenes with one attribute changed: of the first object, or of the whole."""
     for i in islice_of(what, number):
-        scene, rng = sample(i, split="val", seed=11)
+        scene, rng = sample_scene(i, split="val", seed=11)
         first, second = scene.objects
         if what == "color":
             free = [name for name in COLOURS if name not in (first.colour, second.colour)]
@@ -179,7 +183,7 @@ def changed(what: str, number: int) -> Iterator[Edit]:
 def replaced(number: int) -> Iterator[Edit]:
     """Held-out scenes with another second object, in shape and colour, at its place."""
     for i in range(number):
-        scene, rng = sample(i, split="val", seed=12)
+        scene, rng = sample_scene(i, split="val", seed=12)
         first, second = scene.objects
         shape = pick([name for name in SHAPES if name != second.shape], rng)
         colour = pick([c for c in COLOURS if c not in (first.colour, second.colour)], rng)
@@ -198,12 +202,12 @@ def pick(names: Sequence[str], rng: np.random.Generator) -> str:
 
 def edit_of(what: str, scene: Scene, wanted: Scene, rng: np.random.Generator) -> Edit:
     """Both drawn with objects in the same places."""
-    places = placed(scene, rng)
+    places = arrange_objects(scene, rng)
     x, y, radius = places[1]
     at = (np.arange(SIZE) + 0.5) / SIZE
-    reach = radius + OUTER + 0.01
+    reach = radius + OUTER_OUTLINE + 0.01
     mask = (abs(at[:, None] - y) < reach) & (abs(at[None] - x) < reach)
-    picture, ideal = (draw_at(one, places, SIZE) for one in (scene, wanted))
+    picture, ideal = (draw_scene_at(one, places, SIZE) for one in (scene, wanted))
     said, words = caption(scene, rng), caption(wanted, rng)
     return Edit(what, scene, wanted, said, words, picture, ideal, mask)
 
@@ -223,8 +227,8 @@ def measure(edits: Sequence[Edit], ways: Sequence[tuple[str, Way]], tell: Callab
 def of_edit(edits: Sequence[Edit], images: np.ndarray) -> dict[str, float]:
     """Shares that are as asked and kept, by kind of change, and likeness to the perfect edit."""
     found: dict[str, list] = {}
-    for edit, reading, image in zip(edits, read(images), images, strict=True):
-        rows = dict(zip(ATTRIBUTES, right(reading, edit.wanted)[1:], strict=True))
+    for edit, reading, image in zip(edits, read_scenes(images), images, strict=True):
+        rows = dict(zip(SCENE_ATTRIBUTES, match_scene(reading, edit.wanted)[1:], strict=True))
         new = rows.pop(edit.what)
         found.setdefault(f"{edit.what} changed", []).append(new)
         found.setdefault("changed", []).append(new)
@@ -237,7 +241,7 @@ def of_edit(edits: Sequence[Edit], images: np.ndarray) -> dict[str, float]:
 def of_filling(edits: Sequence[Edit], images: np.ndarray) -> dict[str, float]:
     """Whether the asked-for object is there and the rest kept, and how near its pixels are."""
     found: dict[str, list] = {}
-    for edit, reading, image in zip(edits, read(images), images, strict=True):
+    for edit, reading, image in zip(edits, read_scenes(images), images, strict=True):
         first, second = edit.wanted.objects
         alike = [(one.shape, one.colour) for one in reading.objects]
         there = (second.shape, second.colour) in alike
@@ -246,7 +250,7 @@ def of_filling(edits: Sequence[Edit], images: np.ndarray) -> dict[str, float]:
         found.setdefault("style and background kept", []).append(
             (reading.style, reading.background) == (edit.scene.style, edit.scene.background)
         )
-        found.setdefault("all as asked", []).append(right(reading, edit.wanted)[0])
+        found.setdefault("all as asked", []).append(match_scene(reading, edit.wanted)[0])
         kept = edit.mask == 0
         found.setdefault("dB of what is kept", []).append(psnr(image[kept], edit.picture[kept]))
     return {name: round(float(np.mean(values)), 3) for name, values in found.items()}

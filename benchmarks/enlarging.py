@@ -19,11 +19,11 @@ from edits import opened, psnr, table
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.data.scenes.draw import draw
-from ldm.data.scenes.world import Scene, caption, sample
-from ldm.diffusion.tasks.superres import enlarged, shrunk
-from ldm.evaluation.scenes.reader import accuracy, read
-from ldm.inference.inputs import continued
+from ldm.data.scenes.draw import draw_scene
+from ldm.data.scenes.world import Scene, caption, sample_scene
+from ldm.diffusion.tasks.superres import downsample_images, upsample_images
+from ldm.evaluation.scenes.reader import compute_scene_accuracy, read_scenes
+from ldm.inference.inputs import prepare_upscaling_inputs
 from ldm.utils.images import from_uint8, to_uint8
 
 
@@ -38,10 +38,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="of the enlarged pictures")
     given = parser.parse_args()
     ckpts = given.ckpt.removeprefix("ckpt=").split(",")
-    drawn = [sample(i, split="val", seed=13) for i in range(given.count)]
+    drawn = [sample_scene(i, split="val", seed=13) for i in range(given.count)]
     scenes = [scene for scene, _ in drawn]
     if given.task == "superres":
-        real = torch.stack([from_uint8(draw(scene, given.size, rng)) for scene, rng in drawn])
+        real = torch.stack([from_uint8(draw_scene(scene, given.size, rng)) for scene, rng in drawn])
         prompts = [caption(scene, rng) for scene, rng in drawn]
         rows = list(superres(ckpts[0], real, prompts, scenes))
     else:
@@ -58,13 +58,13 @@ def superres(
 ) -> Iterator[dict]:
     """A row a scale and way; dB to the pictures before they were made small."""
     for scale in opened(ckpt).task.scales:
-        small = shrunk(real, scale)
-        ways = {"bicubic": lambda s, i, small=small, scale=scale: enlarged(small[s], scale)}
+        small = downsample_images(real, scale)
+        ways = {"bicubic": lambda s, i, small=small, scale=scale: upsample_images(small[s], scale)}
         for steps in (1, 2, 5, 20):
             pipe = opened(ckpt, "task=superres", f"task.scale={scale}", "guidance.scale=1")
 
             def way(s, i, pipe=pipe, steps=steps, small=small):
-                given = continued(pipe, small[s])
+                given = prepare_upscaling_inputs(pipe, small[s])
                 how = {"size": given.size, "steps": steps, **given.pictures()}
                 return torch.stack(given.cut(pipe(prompts[s], seeds=i, **how)))
 
@@ -87,13 +87,13 @@ def cascade(base: str, sr: str, prompts: Sequence[str], scenes: Sequence[Scene])
     small = torch.from_numpy(batches("base", paint, len(prompts)))
     yield {"pictures": f"base, {side} px", **shares(small.numpy(), scenes)}
     small = small.permute(0, 3, 1, 2).float() / 127.5 - 1
-    bicubic = to_uint8(enlarged(small, scale))
+    bicubic = to_uint8(upsample_images(small, scale))
     yield {"pictures": f"base and bicubic, {scale * side} px", **shares(bicubic, scenes)}
     for level in (0.0, 0.1, 0.2):
         pipe = opened(sr, "guidance.scale=1", "task=superres", f"task.level={level}")
 
         def enlarge(s, i, pipe=pipe):
-            given = continued(pipe, small[s])
+            given = prepare_upscaling_inputs(pipe, small[s])
             how = {"size": given.size, "steps": 20, **given.pictures()}
             return torch.stack(given.cut(pipe(prompts[s], seeds=i, **how)))
 
@@ -113,7 +113,10 @@ def batches(name: str, way: Callable[[slice, list[int]], Tensor], n: int) -> np.
 
 def shares(images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
     """What is read right."""
-    return {name: round(share, 3) for name, share in accuracy(read(images), scenes).items()}
+    return {
+        name: round(share, 3)
+        for name, share in compute_scene_accuracy(read_scenes(images), scenes).items()
+    }
 
 
 if __name__ == "__main__":

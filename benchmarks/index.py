@@ -18,7 +18,7 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
-from ldm.data.position_sampler import Order, PositionBatches
+from ldm.data.position_sampler import PositionBatchSampler, ShuffledOrder
 from ldm.data.shards.index import INDEX_NAME, open_index
 
 IMAGE, TEXT, RECORD = 100_000, 60, 300  # bytes of the members
@@ -103,22 +103,22 @@ def main() -> None:
         return {"file_mib": (folder / INDEX_NAME).stat().st_size // 2**20}
 
     def permutation() -> None:
-        Order([samples] * shards, seed=SEED).at(0)
+        ShuffledOrder([samples] * shards, seed=SEED).at(0)
 
     def start(share: float) -> Callable[[], None]:
         """From nothing to the first batch of a run that goes on there."""
 
         def resume() -> None:
-            order = Order(open_index(folder).shard_sizes(), seed=SEED)
+            order = ShuffledOrder(open_index(folder).shard_sizes(), seed=SEED)
             position = int(3 * total + share * total)
-            batches = PositionBatches(order, batch=64, rank=0, world=1, start=lambda: position)
+            batches = PositionBatchSampler(order, batch=64, rank=0, world=1, start=lambda: position)
             next(iter(batches))
 
         return resume
 
     def batches() -> dict:
-        order = Order([samples] * shards, seed=SEED)
-        stream = iter(PositionBatches(order, batch=64, rank=0, world=1, start=lambda: 0))
+        order = ShuffledOrder([samples] * shards, seed=SEED)
+        stream = iter(PositionBatchSampler(order, batch=64, rank=0, world=1, start=lambda: 0))
         next(stream)
         begun = time.perf_counter()
         count = sum(len(batch) for batch in islice(stream, min(1000, total // 64 - 1)))

@@ -29,7 +29,7 @@ from PIL import Image
 from scipy.stats import rankdata, spearmanr
 from spoiled_scenes import spoiled
 
-from ldm.experiments import run_dir as runs
+from ldm.experiments.run_dir import infer_metric_direction, read_metrics, read_result
 
 ROOT = Path(__file__).parent.parent
 STUDY = "study"
@@ -163,7 +163,7 @@ def call(*words: str) -> None:
 
 
 def done(run_dir: Path) -> bool:
-    return runs.read_result(run_dir).get("status") == "finished"
+    return read_result(run_dir).get("status") == "finished"
 
 
 def painted(home: Path, trained: Mapping | None) -> dict[str, dict]:
@@ -185,7 +185,7 @@ def truth(values: Mapping[str, float]) -> float:
 def measured(run_dir: Path) -> list[dict[str, float]]:
     """Each validation of a run: images seen, the truth, and what stands in val/."""
     points = []
-    for row in runs.read_metrics(run_dir):
+    for row in read_metrics(run_dir):
         if "val/scene_accuracy" in row:
             values = {key[4:]: value for key, value in row.items() if key.startswith("val/")}
             points.append({"images_seen": row["images_seen"], TRUTH: truth(values), **values})
@@ -197,7 +197,7 @@ def agreement(metric: str, points: Sequence[Mapping[str, float]]) -> dict[str, f
 
     low, high: its 95 % interval over runs drawn with replacement, without draws of one value alone.
     """
-    sign = 1 if runs.direction(metric) == "maximize" else -1
+    sign = 1 if infer_metric_direction(metric) == "maximize" else -1
     sides = np.array([[point[TRUTH], sign * point[metric]] for point in points]).T  # (2, runs)
     drawn = np.random.default_rng(0).integers(len(points), size=(RESAMPLES, len(points)))
     ranks = rankdata(sides[:, drawn], axis=2)
@@ -249,7 +249,7 @@ def scatters(
             axes.set_yscale("symlog", linthresh=0.1 if metric == "kid" else 0.01)
             axes.set_yticks(FAR[metric], FAR[metric])
             axes.set_yticks([], minor=True)
-        if runs.direction(metric) == "minimize":
+        if infer_metric_direction(metric) == "minimize":
             axes.invert_yaxis()  # up is better in all panels
     for axes in figure.axes[-5:]:
         axes.set_xlabel(TRUTH)

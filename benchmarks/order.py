@@ -13,9 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from ldm.data.dataset import TextImages
-from ldm.data.position_sampler import Order, PositionBatches
-from ldm.data.shards.reader import Shards
+from ldm.data.dataset import TextImageDataset
+from ldm.data.position_sampler import PositionBatchSampler, ShuffledOrder
+from ldm.data.shards.reader import ShardReader
 
 COCO = Path(__file__).parent.parent.parent / "shared" / "data" / "coco_mini"
 BLOCK, SIZE = 64, 64
@@ -36,13 +36,17 @@ def main() -> None:
 
 
 def measure(folder: str, seconds: float) -> None:
-    shards = Shards(folder)
-    dataset = TextImages(shards, size=SIZE, crop="random", flip=0.5, seed=0, train=True)
+    shards = ShardReader(folder)
+    dataset = TextImageDataset(shards, size=SIZE, crop="random", flip=0.5, seed=0, train=True)
     spent = {"order": 0.0, "read": 0.0, "sample": 0.0}
 
     def positions(start: int) -> list[tuple[int, int]]:
-        order = Order(shards.index.shard_sizes(), seed=0)  # a new one: its permutation is paid for
-        return next(iter(PositionBatches(order, batch=BLOCK, rank=0, world=1, start=lambda: start)))
+        order = ShuffledOrder(
+            shards.index.shard_sizes(), seed=0
+        )  # a new one: its permutation is paid for
+        return next(
+            iter(PositionBatchSampler(order, batch=BLOCK, rank=0, world=1, start=lambda: start))
+        )
 
     blocks = 0
     ways = {

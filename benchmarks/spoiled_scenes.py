@@ -8,29 +8,31 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from ldm.data.dataset import TextImages
-from ldm.data.scenes.draw import draw
-from ldm.data.scenes.world import OPPOSITE, Scene, caption, sample
-from ldm.data.shards.reader import Shards
+from ldm.data.dataset import TextImageDataset
+from ldm.data.scenes.draw import draw_scene
+from ldm.data.scenes.world import OPPOSITE_RELATION, Scene, caption, sample_scene
+from ldm.data.shards.reader import ShardReader
 from ldm.evaluation.features.clip import ClipFeatures
 from ldm.evaluation.features.efficientnet import EfficientNetFeatures
-from ldm.evaluation.protocol import Quality, captions_to_paint
-from ldm.evaluation.scenes.reader import accuracy, read
-from ldm.models.autoencoder_weights import autoencoder
+from ldm.evaluation.protocol import EvaluationProtocol, select_prompt_subset
+from ldm.evaluation.scenes.reader import compute_scene_accuracy, read_scenes
+from ldm.models.autoencoder_weights import make_autoencoder_kl
 from ldm.utils.images import from_uint8, to_uint8
 
 
 def spoiled(*, count: int, at_most: int, size: int) -> dict[str, dict[str, float]]:
     """What the metrics say of real pictures in which one thing is wrong, by what that is."""
     train, val = (
-        TextImages(Shards(f"data/scenes/{size}px/{part}"), size=size, seed=0, train=False)
+        TextImageDataset(
+            ShardReader(f"data/scenes/{size}px/{part}"), size=size, seed=0, train=False
+        )
         for part in ("train-20000", "val-250")
     )
-    quality = Quality(
+    quality = EvaluationProtocol(
         [ClipFeatures(), EfficientNetFeatures()],
         pictures=val,
         others=train,
-        subset=captions_to_paint(val, train, count),
+        subset=select_prompt_subset(val, train, count),
         size=size,
         cache=Path("data/cache/real"),
         at_most=at_most,
@@ -39,8 +41,8 @@ def spoiled(*, count: int, at_most: int, size: int) -> dict[str, dict[str, float
     captions = quality.subset.captions
     known = {}  # as ldm.prepare drew and worded them
     for i in range(len(val)):
-        scene, rng = sample(i, split="val")
-        picture = draw(scene, size, rng)
+        scene, rng = sample_scene(i, split="val")
+        picture = draw_scene(scene, size, rng)
         known[caption(scene, rng)] = (scene, picture)
     scenes, pictures = zip(*(known[text] for text in captions), strict=True)
 
@@ -52,7 +54,7 @@ def spoiled(*, count: int, at_most: int, size: int) -> dict[str, dict[str, float
 
     def redrawn(change: Callable[[Scene], Scene]) -> list[np.ndarray]:
         rng = np.random.default_rng(0)
-        return [draw(change(scene), size, rng) for scene in scenes]
+        return [draw_scene(change(scene), size, rng) for scene in scenes]
 
     rng = np.random.default_rng(0)
     blurred = [Image.fromarray(p).filter(ImageFilter.GaussianBlur(1)) for p in pictures]
@@ -60,13 +62,13 @@ def spoiled(*, count: int, at_most: int, size: int) -> dict[str, dict[str, float
     with torch.no_grad():
         sizes = {"latent_channels": 12, "channels": 64, "multipliers": [1, 2], "blocks": 1}
         sizes |= {"groups": 0, "attention": False, "patch": 4}  # conf/autoencoder/tiny.yaml
-        coder = autoencoder(path="packaged:autoencoder", **sizes)
+        coder = make_autoencoder_kl(path="packaged:autoencoder", **sizes)
         coded = coder.decode(coder.encode(torch.stack([from_uint8(p) for p in pictures])))
     sets = {
         "nothing": pictures,
         "other captions' pictures": [*pictures[1:], pictures[0]],
         "colours exchanged": redrawn(exchanged),
-        "relation turned": redrawn(lambda s: replace(s, relation=OPPOSITE[s.relation])),
+        "relation turned": redrawn(lambda s: replace(s, relation=OPPOSITE_RELATION[s.relation])),
         "all flat": redrawn(lambda s: replace(s, style="flat")),
         "25 pictures, ten times each": [pictures[i % 25] for i in range(count)],
         "blurred (1 pixel)": [np.array(picture) for picture in blurred],
@@ -78,6 +80,6 @@ def spoiled(*, count: int, at_most: int, size: int) -> dict[str, dict[str, float
         images = torch.stack([from_uint8(picture) for picture in shown])
         start = quality.subset.seeds[0]
         seen = quality.see(lambda prompts, seeds: images[[seed - start for seed in seeds]])  # noqa: B023
-        right = accuracy(read(to_uint8(images)), scenes)["scene"]
+        right = compute_scene_accuracy(read_scenes(to_uint8(images)), scenes)["scene"]
         found[what] = {"truth": right, **quality.measure(seen)}
     return found

@@ -22,12 +22,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.data.scenes.draw import draw
-from ldm.data.scenes.world import STYLES, Scene, caption, sample
-from ldm.evaluation.metrics.intervals import wilson
-from ldm.evaluation.scenes.reader import ATTRIBUTES, read, right
+from ldm.data.scenes.draw import draw_scene
+from ldm.data.scenes.world import STYLES, Scene, caption, sample_scene
+from ldm.evaluation.metrics.intervals import wilson_interval
+from ldm.evaluation.scenes.reader import SCENE_ATTRIBUTES, match_scene, read_scenes
 from ldm.inference.pipeline import Pipeline
-from ldm.utils.images import from_uint8, tile, to_uint8
+from ldm.utils.images import from_uint8, make_image_grid, to_uint8
 
 SIZE, BATCH = 64, 50
 
@@ -77,10 +77,10 @@ def main() -> None:
 
 def case(i: int, *, silence: Callable[[str], str]) -> Case:
     """Case `i`: each style is wanted equally often."""
-    scene, rng = sample(i, split="val", seed=13)
+    scene, rng = sample_scene(i, split="val", seed=13)
     wanted = replace(scene, style=STYLES[i % len(STYLES)])
     elsewhere = replace(scene, style=STYLES[(i + 1 + i // 4 % 3) % len(STYLES)])
-    other = draw(elsewhere, SIZE, rng)
+    other = draw_scene(elsewhere, SIZE, rng)
     named = caption(wanted, rng)
     objects = [f"{one.colour} {one.shape}" for one in scene.objects]
     short = f"a {objects[0]} {scene.relation} a {objects[1]} on {scene.background}"
@@ -89,8 +89,8 @@ def case(i: int, *, silence: Callable[[str], str]) -> Case:
 
 def style_picture(style: str, i: int) -> np.ndarray:
     """Of the i-th held-out scene, drawn in this style."""
-    scene, rng = sample(i, split="val", seed=14)
-    return draw(replace(scene, style=style), SIZE, rng)
+    scene, rng = sample_scene(i, split="val", seed=14)
+    return draw_scene(replace(scene, style=style), SIZE, rng)
 
 
 def ways(run: str, init: str | None, steps: int) -> Iterator[tuple[str, Way]]:
@@ -142,7 +142,7 @@ def grid(run: str, steps: int) -> Image.Image:
         words, seeds = [prompt] * len(STYLES), [seed] * len(STYLES)
         rows += [*pipeline(words, style=pictures, **how(seeds, steps))]
         print(prompt)
-    small = tile(torch.stack(rows), columns=len(STYLES))
+    small = make_image_grid(torch.stack(rows), columns=len(STYLES))
     return small.resize((2 * small.width, 2 * small.height), Image.Resampling.NEAREST)
 
 
@@ -157,10 +157,12 @@ def measured(name: str, way: Way, cases: Sequence[Case]) -> dict[str, float]:
     for first in tqdm(range(0, len(cases), BATCH), desc=name, unit="batch", leave=False):
         part = cases[first : first + BATCH]
         images = to_uint8(way(part, range(first, first + len(part))))
-        rows += [right(r, c.wanted) for r, c in zip(read(images), part, strict=True)]
-    shares = dict(zip(("all", *ATTRIBUTES), np.mean(rows, axis=0).round(3).tolist(), strict=True))
+        rows += [match_scene(r, c.wanted) for r, c in zip(read_scenes(images), part, strict=True)]
+    shares = dict(
+        zip(("all", *SCENE_ATTRIBUTES), np.mean(rows, axis=0).round(3).tolist(), strict=True)
+    )
     rest = np.mean([all(row[1:-1]) for row in rows])
-    low, high = wilson(float(np.mean([row[-1] for row in rows])), len(rows))
+    low, high = wilson_interval(float(np.mean([row[-1] for row in rows])), len(rows))
     found = {"style": shares.pop("style"), "of 95 %": f"{low:.2f} to {high:.2f}"}
     return found | {"all the rest": round(float(rest), 3)} | shares
 

@@ -21,40 +21,40 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from ldm.config import pipeline as pipelines
-from ldm.config.command_line import CONF
-from ldm.data.scenes.motion import caption, film, sample_moving
-from ldm.evaluation.metrics.intervals import wilson
-from ldm.evaluation.scenes.accuracy import SPLITS, Paint
-from ldm.evaluation.scenes.motion import NAMES, MotionAccuracy
+from ldm.config.pipeline import load_pipeline
+from ldm.config.suggestions import CONF_DIR
+from ldm.data.scenes.motion import caption_moving_scene, draw_moving_scene, sample_moving_scene
+from ldm.evaluation.metrics.intervals import wilson_interval
+from ldm.evaluation.scenes.accuracy import ACCURACY_SPLITS, PromptImageGenerator
+from ldm.evaluation.scenes.motion import MOTION_METRICS, MotionPromptAccuracy
 from ldm.inference.pipeline import Pipeline
-from ldm.utils import video as films
-from ldm.utils.images import captioned, save_png
+from ldm.utils.images import make_captioned_grid, save_png
+from ldm.utils.video import join_frames, save_video, to_pil_frames
 
 SHOWN = 6  # videos in the picture
 
 
 def restored(ckpt: str, scale: float) -> tuple[Pipeline, int]:
     """The pipeline of a run, as sample.py has it, and the size of its pictures."""
-    with initialize_config_dir(CONF, version_base="1.3"):
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
         cfg = compose("sample", overrides=[f"guidance.scale={scale}"])
-    found = pipelines.restore(cfg, ckpt, {"autoencoder": None, "text_encoder": None})
+    found = load_pipeline(cfg, ckpt, {"autoencoder": None, "text_encoder": None})
     return found.pipeline, found.size
 
 
-def drawn(accuracy: MotionAccuracy, frames: int, size: int) -> dict[str, Tensor]:
+def drawn(accuracy: MotionPromptAccuracy, frames: int, size: int) -> dict[str, Tensor]:
     """The world's own video (3, F, H, W) in [-1, 1] of each prompt."""
     videos = {}
-    for split in SPLITS:
+    for split in ACCURACY_SPLITS:
         for i in range(accuracy.count):
-            moving, rng = sample_moving(i, split=split)
-            prompt = caption(moving, rng)
-            pictures = torch.from_numpy(film(moving, frames, size, rng))
+            moving, rng = sample_moving_scene(i, split=split)
+            prompt = caption_moving_scene(moving, rng)
+            pictures = torch.from_numpy(draw_moving_scene(moving, frames, size, rng))
             videos[prompt] = pictures.permute(3, 0, 1, 2).float() / 127.5 - 1
     return videos
 
 
-def frame_by_frame(images: Pipeline, frames: int, *, size: int, steps: int) -> Paint:
+def frame_by_frame(images: Pipeline, frames: int, *, size: int, steps: int) -> PromptImageGenerator:
     """Videos of a model of pictures, each frame with a seed of its own."""
 
     def paint(prompts: Sequence[str], *, seeds: Sequence[int]) -> Tensor:
@@ -65,12 +65,12 @@ def frame_by_frame(images: Pipeline, frames: int, *, size: int, steps: int) -> P
     return paint
 
 
-def report(accuracy: MotionAccuracy, paint: Paint) -> dict[str, list[float]]:
+def report(accuracy: MotionPromptAccuracy, paint: PromptImageGenerator) -> dict[str, list[float]]:
     """Each share, seen and unseen prompts together, between the ends of its interval."""
     counts = accuracy.tally(paint, range(len(accuracy)))
     rows = {}
-    for name, right in zip(NAMES, counts[:2].sum(axis=0).tolist(), strict=True):
-        low, high = wilson(share := right / len(accuracy), len(accuracy))
+    for name, right in zip(MOTION_METRICS, counts[:2].sum(axis=0).tolist(), strict=True):
+        low, high = wilson_interval(share := right / len(accuracy), len(accuracy))
         rows[name] = [round(x, 3) for x in (low, share, high)]
     for suffix in ("", "_unseen", "_chance"):
         rows[f"direction{suffix or '_seen'}"] = accuracy.metrics(counts)[
@@ -91,7 +91,7 @@ def main() -> None:
     args = parser.parse_args()
     pipeline, size = restored(args.run, args.scale)
     how = {"size": size, "steps": args.steps}
-    accuracy = MotionAccuracy(count=args.count)
+    accuracy = MotionPromptAccuracy(count=args.count)
     real = drawn(accuracy, pipeline.frames, size)
 
     def stack(prompts: Sequence[str]) -> Tensor:
@@ -120,9 +120,13 @@ def main() -> None:
     (args.out / "video_study.json").write_text(json.dumps({**facts, "found": found}, indent=1))
     prompts, seeds = accuracy.prompts[:SHOWN], accuracy.seeds[:SHOWN]
     videos = list(from_text(prompts, seeds=seeds).cpu())
-    strips = [films.strip(video) for video in videos]
-    save_png(captioned(strips, prompts, columns=1), args.out / "strips.png", {"prompt": prompts})
-    films.save_film(films.pages(videos), args.out / "videos.gif", {"prompt": prompts}, fps=8)
+    strips = [join_frames(video) for video in videos]
+    save_png(
+        make_captioned_grid(strips, prompts, columns=1),
+        args.out / "strips.png",
+        {"prompt": prompts},
+    )
+    save_video(to_pil_frames(videos), args.out / "videos.gif", {"prompt": prompts}, fps=8)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from world import CAPTIONS, SIZE, write_shapes
 
 from ldm.models.clip import Clip, train_tokenizer
-from ldm.models.text.clip import ClipText
+from ldm.models.text.clip import ClipTextEncoder
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
 torch.set_num_threads(1)  # the networks are too small to share
@@ -44,11 +44,11 @@ def tiny_clip() -> Clip:
 
 
 @pytest.fixture(scope="session")
-def tiny_text(tiny_clip, tmp_path_factory) -> ClipText:
+def tiny_text(tiny_clip, tmp_path_factory) -> ClipTextEncoder:
     """Its text encoder."""
     folder = tmp_path_factory.mktemp("clip") / "clip"
     tiny_clip.save(folder)
-    return ClipText(str(folder))
+    return ClipTextEncoder(str(folder))
 
 
 @pytest.fixture(scope="session")

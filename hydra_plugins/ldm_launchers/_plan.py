@@ -9,13 +9,22 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from ldm.config import command_line, leftovers
-from ldm.experiments import run_dir, sweep
-from ldm.utils import locks
+from ldm.config.command_line import check_config, check_run_name, convert_to_usage_errors
+from ldm.config.leftovers import register_new_directories
+from ldm.experiments.run_dir import get_launcher_layout, read_last_value
+from ldm.experiments.sweep import (
+    JobHost,
+    SweepJob,
+    format_job_label,
+    hash_texts,
+    merge_shared_settings,
+    run_sweep_jobs,
+)
 from ldm.utils.errors import UsageError
+from ldm.utils.locks import lock_directory
 
 # What a job must not be told, because it is no sweep.
-LAUNCHING = (
+LAUNCHER_OVERRIDES = (
     "hydra/launcher",
     "hydra/sweeper",
     "hydra.launcher",
@@ -27,7 +36,7 @@ LAUNCHING = (
 )
 
 
-class Plan:
+class SweepPlan:
     """One sweep: its directory, claimed for this process, and its jobs.
 
     Raises UsageError where it was begun with another base configuration, another process works on
@@ -35,7 +44,7 @@ class Plan:
     """
 
     def __init__(self, config: DictConfig, context: HydraContext) -> None:
-        if {"RANK", "LOCAL_RANK"} & os.environ.keys() or run_dir.launched():
+        if {"RANK", "LOCAL_RANK"} & os.environ.keys() or get_launcher_layout():
             raise UsageError(
                 "a sweep starts its own processes: give `python train.py -m ...` without torchrun "
                 "or srun; each job takes trainer.devices and trainer.num_nodes of its own"
@@ -56,21 +65,25 @@ class Plan:
             raise UsageError("name cannot be swept: the jobs are named by what differs")
         self.name = str(config.name)
         dirs = [s.path for s in self.loader.get_sources() if s.provider == "command-line"]
-        kept = [o for o in config.hydra.overrides.hydra if not o.lstrip("+~").startswith(LAUNCHING)]
+        kept = [
+            o
+            for o in config.hydra.overrides.hydra
+            if not o.lstrip("+~").startswith(LAUNCHER_OVERRIDES)
+        ]
         self.flags = [*(f"--config-dir={path}" for path in dirs), *kept]
-        command_line.check_name(self.name)
+        check_run_name(self.name)
         self.directory = Path("runs", self.name)
-        leftovers.expect(self.directory)
-        with command_line.told_plainly():
-            self._lock = locks.claim(self.directory)
+        register_new_directories(self.directory)
+        with convert_to_usage_errors():
+            self._lock = lock_directory(self.directory)
             base = self._compose(same)
             plain = OmegaConf.to_container(self._plain(base), resolve=True, throw_on_missing=False)
-            self.shared = sweep.begin(self.directory, plain, swept=self.swept)
+            self.shared = merge_shared_settings(self.directory, plain, swept=self.swept)
 
     def _own_name(self, same: Sequence[str]) -> str:
         """The name of a sweep that was given none: the same for the same command."""
         keys = "-".join(sorted(k.rpartition(".")[2].rpartition("/")[2] for k in self.swept))
-        return f"sweep-{keys[:60] or 'one'}-{sweep.digest([*self.swept, *same])}"
+        return f"sweep-{keys[:60] or 'one'}-{hash_texts([*self.swept, *same])}"
 
     def _compose(self, overrides: Sequence[str]) -> DictConfig:
         """The configuration of these overrides and of what was told to Hydra itself."""
@@ -84,13 +97,13 @@ class Plan:
         """A configuration without Hydra's own."""
         return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
 
-    def jobs(self, job_overrides: Sequence[Sequence[str]]) -> list[sweep.Job]:
+    def jobs(self, job_overrides: Sequence[Sequence[str]]) -> list[SweepJob]:
         """A job for each of the sweeper's lists; UsageError for settings that no run would take.
 
         A sweeper may ask for the same twice: that is one job.
         """
         parser = OverridesParser.create()
-        found: dict[str, sweep.Job] = {}
+        found: dict[str, SweepJob] = {}
         jobs = []
         for overrides in job_overrides:
             parsed = [
@@ -100,17 +113,19 @@ class Plan:
             ]
             # Where nothing is swept there is one job: what was typed first names it.
             own = [o for o in parsed if o.get_key_element() not in self.same] or parsed[:1]
-            label = sweep.label({o.get_key_element(): o.get_value_element_as_str() for o in own})
+            label = format_job_label(
+                {o.get_key_element(): o.get_value_element_as_str() for o in own}
+            )
             if label not in found:
                 found[label] = self._job(label, [o.input_line for o in parsed])
             jobs.append(found[label])
         return jobs
 
-    def _job(self, label: str, overrides: list[str]) -> sweep.Job:
+    def _job(self, label: str, overrides: list[str]) -> SweepJob:
         cfg = self._compose(overrides)
-        command_line.check(self._plain(cfg), "train", overrides)
+        check_config(self._plain(cfg), "train", overrides)
         devices = cfg.trainer.devices
-        return sweep.Job(
+        return SweepJob(
             name=f"{self.name}/{label}",
             label=label,
             overrides=(*self.flags, *overrides),
@@ -124,12 +139,12 @@ class Plan:
         )
 
     def carry_out(
-        self, job_overrides: Sequence[Sequence[str]], host: sweep.Host, *, most: int
+        self, job_overrides: Sequence[Sequence[str]], host: JobHost, *, most: int
     ) -> list[JobReturn]:
         """Run the sweeper's jobs; the value of a job that did not finish is None."""
         jobs = self.jobs(job_overrides)
-        with command_line.told_plainly():
-            sweep.carry_out(list(dict.fromkeys(jobs)), host, most=most, shared=self.shared)
+        with convert_to_usage_errors():
+            run_sweep_jobs(list(dict.fromkeys(jobs)), host, most=most, shared=self.shared)
         return [
             # Completed in Hydra's eyes even where it failed: a sweeper must go on with the others.
             JobReturn(
@@ -142,5 +157,5 @@ class Plan:
         ]
 
     @staticmethod
-    def _value(job: sweep.Job) -> float | None:
-        return run_dir.value(job.directory, job.metric) if job.is_finished else None
+    def _value(job: SweepJob) -> float | None:
+        return read_last_value(job.directory, job.metric) if job.is_finished else None

@@ -25,13 +25,13 @@ class LocalLauncher(Launcher):
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         """Claim the sweep's directory, before the sweeper writes into it."""
-        from hydra_plugins.ldm_launchers._plan import Plan
-        from ldm.config.command_line import told_plainly
-        from ldm.experiments.launchers.local import Machine
+        from hydra_plugins.ldm_launchers._plan import SweepPlan
+        from ldm.config.command_line import convert_to_usage_errors
+        from ldm.experiments.launchers.local import LocalMachine
 
-        with told_plainly():
-            self.machine = Machine(n_jobs=self.n_jobs, devices=self.devices)
-        self.plan = Plan(config, hydra_context)
+        with convert_to_usage_errors():
+            self.machine = LocalMachine(n_jobs=self.n_jobs, devices=self.devices)
+        self.plan = SweepPlan(config, hydra_context)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int

@@ -25,13 +25,13 @@ class SlurmLauncher(Launcher):
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         """Claim the sweep's directory, before the sweeper writes into it."""
-        from hydra_plugins.ldm_launchers._plan import Plan
-        from ldm.config.command_line import told_plainly
-        from ldm.experiments.launchers.slurm import Queue
+        from hydra_plugins.ldm_launchers._plan import SweepPlan
+        from ldm.config.command_line import convert_to_usage_errors
+        from ldm.experiments.launchers.slurm import SlurmQueue
 
-        self.plan = Plan(config, hydra_context)
-        with told_plainly():
-            self.queue = Queue(self.plan.directory / ".submitit")
+        self.plan = SweepPlan(config, hydra_context)
+        with convert_to_usage_errors():
+            self.queue = SlurmQueue(self.plan.directory / ".submitit")
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int

@@ -8,17 +8,33 @@ import hydra
 from omegaconf import DictConfig
 
 from ldm.config import command_line
-from ldm.config.sample_options import check_places
-from ldm.data.prepare.sources import SUFFIXES, pictures_in
+from ldm.config.command_line import (
+    FREE_TEXT_OPTIONS,
+    convert_to_usage_errors,
+    pop_text_options,
+    run_command,
+)
+from ldm.config.sample_options import check_checkpoints_and_device
+from ldm.data.prepare.sources import IMAGE_SUFFIXES, list_image_files
 from ldm.utils.errors import UsageError
-from ldm.utils.files import located, read_text, reserve
-from ldm.utils.output_path import place
-from ldm.utils.text import printable, prose
+from ldm.utils.files import read_text, reserve_files, resolve_path
+from ldm.utils.output_path import prepare_output_file
+from ldm.utils.text import escape_control_characters, replace_invalid_bytes
 
-MANY = ("image", "text")  # may be given several times
-TEXTS = ("clip", *MANY, "minus", "texts", "data", "labels", "words", "template", "out")
+REPEATABLE_OPTIONS = ("image", "text")  # may be given several times
+CLIP_TEXT_OPTIONS = (
+    "clip",
+    *REPEATABLE_OPTIONS,
+    "minus",
+    "texts",
+    "data",
+    "labels",
+    "words",
+    "template",
+    "out",
+)
 # What each question needs, and what it may be given beside.
-TAKES = {
+CLIP_QUERY_OPTIONS = {
     "difference": (["image", "minus"], ["words", "template", "data"]),
     "label": (["image", "labels"], ["template", "data"]),
     "search": (["data"], ["image", "text", "out"]),
@@ -29,29 +45,33 @@ TAKES = {
 
 def main() -> None:
     """Compose, ask, print."""
-    many = {name: typed(name) for name in MANY}
-    texts = command_line.take_text(TEXTS)
+    many = {name: read_repeated_option(name) for name in REPEATABLE_OPTIONS}
+    texts = pop_text_options(CLIP_TEXT_OPTIONS)
 
-    @hydra.main(config_path=command_line.CONF, config_name="clip", version_base="1.3")
+    @hydra.main(config_path=command_line.CONF_DIR, config_name="clip", version_base="1.3")
     def composed(cfg: DictConfig) -> None:
-        kind = question({name for name, value in texts.items() if value})
-        with command_line.told_plainly():
-            print(answer(cfg, {name: cfg[name] for name in TEXTS} | texts | many, kind))
+        kind = choose_query({name for name, value in texts.items() if value})
+        with convert_to_usage_errors():
+            print(
+                answer_query(
+                    cfg, {name: cfg[name] for name in CLIP_TEXT_OPTIONS} | texts | many, kind
+                )
+            )
 
-    command_line.run(composed, "clip")
+    run_command(composed, "clip")
 
 
-def typed(name: str) -> list[str]:
+def read_repeated_option(name: str) -> list[str]:
     """All values that the command line gives a name, as `cli.take_text` has them."""
     words = [word.partition("=") for word in sys.argv[1:]]
     values = [value for key, _, value in words if key == name and value]
     return [
-        prose(value) if name in command_line.PROSE else os.path.expanduser(value)
+        replace_invalid_bytes(value) if name in FREE_TEXT_OPTIONS else os.path.expanduser(value)
         for value in values
     ]
 
 
-def question(given: set[str]) -> str:
+def choose_query(given: set[str]) -> str:
     """What is asked, by the names of what is given; UsageError where that is no question."""
     given = {"text" if name == "texts" else name for name in given} - {"clip"}
     if "minus" in given:
@@ -62,7 +82,7 @@ def question(given: set[str]) -> str:
         kind = "search" if given & {"image", "text"} else "recall"
     else:
         kind = "similarity"
-    needed, more = TAKES[kind]
+    needed, more = CLIP_QUERY_OPTIONS[kind]
     if not set(needed) <= given:
         raise UsageError(
             "give image=.. and text=.. (or texts=FILE) for their similarity; data=DIR and one of "
@@ -76,20 +96,23 @@ def question(given: set[str]) -> str:
     return kind
 
 
-def answer(cfg: DictConfig, asked: dict, kind: str) -> str:
+def answer_query(cfg: DictConfig, asked: dict, kind: str) -> str:
     """The lines to print; a search leaves a picture as well.
 
     Raises UsageError for what cannot be asked, OSError and ValueError where files are not what they
     should be.
     """
-    paths = [path for name in asked["image"] or () for path in pictures("image", name)]
-    others = pictures("minus", asked["minus"]) if kind == "difference" else []
-    texts = [*(asked["text"] or ()), *(lines("texts", asked["texts"]) if asked["texts"] else ())]
-    words = listed("words", asked["words"]) if asked["words"] else None
-    labels = listed("labels", asked["labels"]) if kind == "label" else []
+    paths = [path for name in asked["image"] or () for path in find_option_images("image", name)]
+    others = find_option_images("minus", asked["minus"]) if kind == "difference" else []
+    texts = [
+        *(asked["text"] or ()),
+        *(read_option_lines("texts", asked["texts"]) if asked["texts"] else ()),
+    ]
+    words = read_option_list("words", asked["words"]) if asked["words"] else None
+    labels = read_option_list("labels", asked["labels"]) if kind == "label" else []
     templates = [asked["template"] or ""]
     if "{}" not in templates[0]:
-        templates = lines("template", asked["template"]) if asked["template"] else []
+        templates = read_option_lines("template", asked["template"]) if asked["template"] else []
     if any("{}" not in template for template in templates):
         raise UsageError(f"template={asked['template']} has a line without {{}} for the word")
     if kind == "difference" and len(paths) + len(others) > 2:
@@ -97,37 +120,48 @@ def answer(cfg: DictConfig, asked: dict, kind: str) -> str:
     if kind == "search" and len(paths) + len(texts) > 1:
         raise UsageError("a search is for one text or one picture: give one of them")
 
-    check_places(cfg)
-    wanted = place(asked["out"], Path("retrieved.png"), moving=False)
-    from ldm.evaluation.clip_queries import AT, Answers  # with torch and transformers: seconds
+    check_checkpoints_and_device(cfg)
+    wanted = prepare_output_file(asked["out"], Path("retrieved.png"), moving=False)
+    from ldm.evaluation.clip_queries import (  # with torch and transformers: seconds
+        RECALL_CUTOFFS,
+        ClipQueries,
+    )
     from ldm.utils.images import save_png
 
-    how = {"cache": located(cfg.cache), "batch": cfg.batch, "device": cfg.device}
-    clip = Answers(asked["clip"], data=asked["data"], templates=templates, **how)
+    how = {"cache": resolve_path(cfg.cache), "batch": cfg.batch, "device": cfg.device}
+    clip = ClipQueries(asked["clip"], data=asked["data"], templates=templates, **how)
     if len(paths) > 1:  # a folder may hold what is none
         paths = clip.readable(paths) or paths[:1]
     if kind == "similarity":
-        rows = ranked(paths, texts, clip.similarity(paths, texts).tolist())
+        rows = sort_pairs_by_value(paths, texts, clip.similarity(paths, texts).tolist())
         rows = [[f"{v:.3f}", f"{100 * max(v, 0):.1f}", *rest] for v, *rest in rows]
-        return table(["cosine", "CLIP score", "picture", "text"], rows)
+        return format_columns(["cosine", "CLIP score", "picture", "text"], rows)
     if kind == "label":
-        rows = ranked(paths, labels, clip.labels(paths, labels).tolist())
-        return table(["share", "picture", "label"], [[f"{v:.3f}", *rest] for v, *rest in rows])
+        rows = sort_pairs_by_value(paths, labels, clip.labels(paths, labels).tolist())
+        return format_columns(
+            ["share", "picture", "label"], [[f"{v:.3f}", *rest] for v, *rest in rows]
+        )
     if kind == "difference":
         found = clip.difference(paths[0], others[0], words, most=cfg.most)
-        return table(["cosine", "word"], [[f"{v:.3f}", word] for word, v in found[: cfg.top]])
+        return format_columns(
+            ["cosine", "word"], [[f"{v:.3f}", word] for word, v in found[: cfg.top]]
+        )
     if kind == "recall":
         rows = [[*(f"{v:.3f}" for v in shares), way] for way, shares in clip.recall().items()]
-        return table([*(f"at {k}" for k in AT), "from"], rows)
+        return format_columns([*(f"at {k}" for k in RECALL_CUTOFFS), "from"], rows)
     found, page = clip.search([*paths, *texts][0], top=cfg.top)
     facts = {"clip": asked["clip"], "data": asked["data"], "found": found}
-    with reserve(lambda n: [wanted.with_stem(wanted.stem + n)], overwrite=cfg.overwrite) as [out]:
+    with reserve_files(lambda n: [wanted.with_stem(wanted.stem + n)], overwrite=cfg.overwrite) as [
+        out
+    ]:
         save_png(page, out, facts)
     rows = [[f"{one['cosine']:.3f}", one["key"], one["caption"]] for one in found]
-    return f"{table(['cosine', 'key', 'caption'], rows)}\n{out}"
+    return f"{format_columns(['cosine', 'key', 'caption'], rows)}\n{out}"
 
 
-def ranked(paths: list[Path], texts: list[str], values: list[list[float]]) -> list[tuple]:
+def sort_pairs_by_value(
+    paths: list[Path], texts: list[str], values: list[list[float]]
+) -> list[tuple]:
     """Value, picture and text of each pair, a picture's largest value first."""
     found = []
     for path, row in zip(paths, values, strict=True):
@@ -136,28 +170,30 @@ def ranked(paths: list[Path], texts: list[str], values: list[list[float]]) -> li
     return found
 
 
-def table(heads: list[str], rows: list[list[str]]) -> str:
+def format_columns(heads: list[str], rows: list[list[str]]) -> str:
     """Columns of words, all but the last of one width."""
-    lines = [[printable(cell) for cell in line] for line in (heads, *rows)]
+    lines = [[escape_control_characters(cell) for cell in line] for line in (heads, *rows)]
     widths = [max(map(len, column)) for column in zip(*(line[:-1] for line in lines), strict=True)]
     padded = ([*map(str.ljust, line[:-1], widths), line[-1]] for line in lines)
     return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
-def pictures(name: str, place: str) -> list[Path]:
+def find_option_images(name: str, place: str) -> list[Path]:
     """A picture's path, or those in a folder, in order of name; UsageError where there is none."""
     path = Path(place)
     if not path.exists():
         raise UsageError(f"{name}={place} does not exist")
     if not path.is_dir():
         return [path]
-    found = pictures_in(path)
+    found = list_image_files(path)
     if not found:
-        raise UsageError(f"{name}={place} is a folder without pictures ({', '.join(SUFFIXES)})")
+        raise UsageError(
+            f"{name}={place} is a folder without pictures ({', '.join(IMAGE_SUFFIXES)})"
+        )
     return found
 
 
-def lines(name: str, place: str) -> list[str]:
+def read_option_lines(name: str, place: str) -> list[str]:
     """The lines with text of a file; UsageError where there are none."""
     try:
         text = read_text(place)
@@ -165,18 +201,20 @@ def lines(name: str, place: str) -> list[str]:
         raise UsageError(f"{name}={place}: {error.strerror}") from error
     except ValueError as error:
         raise UsageError(f"{name}={error}") from error
-    return some(name, place, text.splitlines())
+    return clean_option_list(name, place, text.splitlines())
 
 
-def listed(name: str, typed: str) -> list[str]:
+def read_option_list(name: str, typed: str) -> list[str]:
     """The lines of a file, or what stands between commas; UsageError where that is nothing."""
     is_file = typed.endswith(".txt") or (len(typed) < 256 and Path(typed).is_file())
     return (
-        lines(name, typed) if is_file else some(name, typed, prose(typed).strip(" []").split(","))
+        read_option_lines(name, typed)
+        if is_file
+        else clean_option_list(name, typed, replace_invalid_bytes(typed).strip(" []").split(","))
     )
 
 
-def some(name: str, typed: str, parts: list[str]) -> list[str]:
+def clean_option_list(name: str, typed: str, parts: list[str]) -> list[str]:
     """Each different part once, without blanks around it; UsageError where there is none."""
     found = list(dict.fromkeys(part.strip() for part in parts if part.strip()))
     if not found:

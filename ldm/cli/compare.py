@@ -4,13 +4,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from ldm.config import command_line
-from ldm.experiments import ranking
-from ldm.experiments.report import compare
-from ldm.utils.files import check_length, located
-from ldm.utils.text import printable
+from ldm.config.command_line import LAYOUT_CHARACTERS, configure_output_encoding, pop_text_options
+from ldm.experiments.ranking import find_runs
+from ldm.experiments.report import compare_runs
+from ldm.utils.files import check_path_length, resolve_path
+from ldm.utils.text import escape_control_characters
 
-HELP = """Ranks runs: a table of what differs between them and what came of them, a picture of their
+COMPARE_HELP = """\
+Ranks runs: a table of what differs between them and what came of them, a picture of their
 validation curves, and one of what they paint for the same prompts and seeds.
 
   python -m ldm.compare runs/my-sweep              # all jobs of a sweep, while it lasts or later
@@ -29,24 +30,29 @@ more, of the same settings and pictures, quality_*.png shows them in one picture
 
 def main() -> None:
     """Parse, compare, print."""
-    command_line.print_paths()
-    texts = command_line.take_text(["metric", "direction", "out", "overwrite"])
+    configure_output_encoding()
+    texts = pop_text_options(["metric", "direction", "out", "overwrite"])
     parser = argparse.ArgumentParser(
         prog="python -m ldm.compare",
         usage="python -m ldm.compare RUN_OR_SWEEP_DIR ... [metric=KEY out=DIR]",
-        description=HELP,
+        description=COMPARE_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("directory", nargs="+", type=Path, help="a run, or a folder with runs")
     places = parser.parse_args().directory
     out = Path(texts.pop("out", None) or (places[0] if len(places) == 1 else "compared"))
-    places = [located(place) for place in places]
+    places = [resolve_path(place) for place in places]
     texts["overwrite"] = texts.get("overwrite") == "true"
     try:
-        check_length("out", out, more=len("/quality.png"))
-        print(printable(compare(ranking.find(places), out=out, **texts), keep=command_line.LINES))
+        check_path_length("out", out, more=len("/quality.png"))
+        print(
+            escape_control_characters(
+                compare_runs(find_runs(places), out=out, **texts),
+                keep=LAYOUT_CHARACTERS,
+            )
+        )
     except (ValueError, OSError) as error:
-        said = printable(str(error), keep=command_line.LINES)
+        said = escape_control_characters(str(error), keep=LAYOUT_CHARACTERS)
         print(f"\npython -m ldm.compare: {said}", file=sys.stderr)
         sys.exit(2)
 

@@ -12,45 +12,60 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.data.scenes import world
-from ldm.data.scenes.draw import draw
+from ldm.data.scenes.draw import draw_scene
+from ldm.data.scenes.world import (
+    BACKGROUNDS,
+    COLOURS,
+    OBJECT_RADIUS,
+    SHAPES,
+    STYLES,
+    Scene,
+    SceneObject,
+    caption,
+    sample_scene,
+)
 from ldm.diffusion.conditioning import Condition
-from ldm.diffusion.guidance.base import ClassifierFree, Denoise, DenoiseWith, Words
+from ldm.diffusion.guidance.base import (
+    ClassifierFreeGuidance,
+    ConditionalDenoiser,
+    Denoise,
+    GuidancePrompts,
+)
 from ldm.diffusion.rng import randn
-from ldm.diffusion.samplers.base import DDIM, Noise, OnStep
-from ldm.diffusion.schedules import Schedule, expand
+from ldm.diffusion.samplers.base import DDIMSampler, Noise, OnStep
+from ldm.diffusion.schedules import Schedule, expand_dims_like
 from ldm.diffusion.tasks.base import Encode, Request, Start, TextToImage
 from ldm.inference.pipeline import Pipeline
 from ldm.models.clip import Clip
 from ldm.utils.images import from_uint8
-from ldm.utils.plots import Change, Row, grid, similarity
+from ldm.utils.plots import ImageChange, ImageRow, draw_image_grid, draw_similarity_matrix
 
-MOMENTS = 9  # columns of a process
-SCALES = (0, 1, 2, 3, 5, 7.5, 10)
-EXAMPLES = (3, 7, 2)  # scenes whose pictures and captions are shown where none are given
-SCENES = 8  # of the similarity matrix
-WORDINGS = 8  # of a caption, averaged
-WORDS = 5  # shown, of those nearest to a difference
+PROCESS_COLUMNS = 9  # columns of a process
+GUIDANCE_SCALES = (0, 1, 2, 3, 5, 7.5, 10)
+EXAMPLE_SCENES = (3, 7, 2)  # scenes whose pictures and captions are shown where none are given
+NUM_SIMILARITY_SCENES = 8  # of the similarity matrix
+NUM_WORDINGS = 8  # of a caption, averaged
+NUM_NEAREST_WORDS = 5  # shown, of those nearest to a difference
 
 # What differs between two pictures of a pair, and to what it changes.
-BASE = world.Scene(
-    (world.Object("circle", "red", "large"), world.Object("cross", "yellow", "large")),
+BASE_SCENE = Scene(
+    (SceneObject("circle", "red", "large"), SceneObject("cross", "yellow", "large")),
     relation="left of",
     background="black",
     style="flat",
 )
-PAIRS = {"colour": "green", "shape": "square", "background": "teal", "style": "striped"}
-VOCABULARY = {
-    "colour": world.COLOURS,
-    "shape": world.SHAPES,
-    "size": world.RADIUS,
-    "background": world.BACKGROUNDS,
-    "style": world.STYLES,
+SCENE_CHANGES = {"colour": "green", "shape": "square", "background": "teal", "style": "striped"}
+SCENE_VOCABULARY = {
+    "colour": COLOURS,
+    "shape": SHAPES,
+    "size": OBJECT_RADIUS,
+    "background": BACKGROUNDS,
+    "style": STYLES,
 }
 
 
 @dataclass(frozen=True)
-class Settings:
+class SamplingSettings:
     """What is sampled: one seed, pictures of `size` pixels, in `steps` steps."""
 
     seed: int
@@ -58,17 +73,21 @@ class Settings:
     steps: int
 
 
-def forward(image: Tensor, schedules: Mapping[str, Schedule], *, seed: int) -> Image.Image:
+def plot_forward_process(
+    image: Tensor, schedules: Mapping[str, Schedule], *, seed: int
+) -> Image.Image:
     """A picture (3, H, W) in [-1, 1] as each schedule noises it, with the same noise everywhere."""
-    times = torch.linspace(0, 1, MOMENTS, dtype=torch.float64)
+    times = torch.linspace(0, 1, PROCESS_COLUMNS, dtype=torch.float64)
     eps = randn((1, *image.shape), torch.Generator().manual_seed(seed))
     rows = []
     for name, schedule in schedules.items():
         alpha, sigma = schedule(times)  # (MOMENTS,)
-        x_t = expand(alpha, eps) * image + expand(sigma, eps) * eps  # (MOMENTS, 3, H, W)
+        x_t = (
+            expand_dims_like(alpha, eps) * image + expand_dims_like(sigma, eps) * eps
+        )  # (MOMENTS, 3, H, W)
         notes = [f"α {a:.2f}  σ {abs(s):.2f}" for a, s in zip(alpha, sigma, strict=True)]
-        rows.append(Row(name, x_t, notes))
-    return grid(
+        rows.append(ImageRow(name, x_t, notes))
+    return draw_image_grid(
         r"The forward process: $x_t = \alpha_t\,x_0 + \sigma_t\,\epsilon$",
         "A picture turns to noise. The same picture and the same noise everywhere; the noise "
         "schedule alone says how fast.",
@@ -77,47 +96,56 @@ def forward(image: Tensor, schedules: Mapping[str, Schedule], *, seed: int) -> I
     )
 
 
-def reverse(pipeline: Pipeline, prompt: str, at: Settings, *, on_step: OnStep) -> Image.Image:
+def plot_reverse_process(
+    pipeline: Pipeline, prompt: str, at: SamplingSettings, *, on_step: OnStep
+) -> Image.Image:
     """Sampling seen from within: x_t, and what the model takes for the picture at that moment."""
-    watched = Watched(pipeline.guidance)
+    watched = RecordingGuidance(pipeline.guidance)
     _sample(replace(pipeline, guidance=watched), [prompt], [at.seed], at, on_step=on_step)
-    moments = spread(watched.moments)
+    moments = select_evenly(watched.moments)
     noisy = torch.cat([moment.x_t for moment in moments])
     guesses = torch.cat([moment.x0_hat for moment in moments])
-    return grid(
+    return draw_image_grid(
         "The reverse process, step by step",
         f"“{prompt}”. {at.steps} steps from noise to a picture, some of them shown. At each step "
         "the model guesses the picture behind the noise, and the sampler goes a little that way.",
         [
-            Row("What the sampler holds: xₜ, decoded", decode(pipeline, noisy)),
-            Row("What the model sees in it: its guess of x₀, decoded", decode(pipeline, guesses)),
+            ImageRow("What the sampler holds: xₜ, decoded", decode_to_cpu(pipeline, noisy)),
+            ImageRow(
+                "What the model sees in it: its guess of x₀, decoded",
+                decode_to_cpu(pipeline, guesses),
+            ),
         ],
         heads=[f"$t$ = {moment.t:.2f}" for moment in moments],
     )
 
 
-def reinjected(pipeline: Pipeline, prompt: str, at: Settings, *, on_step: OnStep) -> Image.Image:
+def plot_noise_injection(
+    pipeline: Pipeline, prompt: str, at: SamplingSettings, *, on_step: OnStep
+) -> Image.Image:
     """One start, without (DDIM) and with (DDPM) noise added between steps, each of two noises."""
     rows, heads, first = [], [], None
     told = {0.0: "η = 0, DDIM: no noise is added", 1.0: "η = 1, DDPM: noise is added at each step"}
     for eta, label in told.items():
-        watched = Watched(pipeline.guidance)
-        parts = replace(pipeline, guidance=watched, sampler=DDIM(eta=eta), task=OneStart())
+        watched = RecordingGuidance(pipeline.guidance)
+        parts = replace(
+            pipeline, guidance=watched, sampler=DDIMSampler(eta=eta), task=SharedNoiseTextToImage()
+        )
         seeds = [at.seed, at.seed + 1]
         _sample(parts, [prompt] * 2, seeds, at, on_step=on_step)
-        moments = spread(watched.moments)
+        moments = select_evenly(watched.moments)
         heads = [f"$t$ = {moment.t:.2f}" for moment in moments]
         for i, seed in enumerate(seeds):
             guesses = torch.cat([moment.x0_hat[i : i + 1] for moment in moments])
-            images = decode(pipeline, guesses)
+            images = decode_to_cpu(pipeline, guesses)
             notes = []
             if first is None:
                 first = images
             else:
                 apart = (images - first).square().flatten(1).mean(1).sqrt()  # (MOMENTS,)
                 notes = [f"{value:.2f}" for value in apart]
-            rows.append(Row(f"{label} (seed {seed})", images, notes))
-    return grid(
+            rows.append(ImageRow(f"{label} (seed {seed})", images, notes))
+    return draw_image_grid(
         "Sampling without and with noise between the steps",
         f"“{prompt}”. All four begin with the same noise; shown is the model's guess of x₀. "
         "Without new noise the start decides all; with it, the end is open. The last is the "
@@ -127,30 +155,31 @@ def reinjected(pipeline: Pipeline, prompt: str, at: Settings, *, on_step: OnStep
     )
 
 
-def guided(
-    pipeline: Pipeline, prompts: Sequence[str], at: Settings, *, on_step: OnStep
+def plot_guidance_scales(
+    pipeline: Pipeline, prompts: Sequence[str], at: SamplingSettings, *, on_step: OnStep
 ) -> Image.Image:
     """The same noise under rising guidance, a row a prompt."""
     columns = []
-    for scale in SCALES:
-        parts = replace(pipeline, guidance=ClassifierFree(scale=scale))
+    for scale in GUIDANCE_SCALES:
+        parts = replace(pipeline, guidance=ClassifierFreeGuidance(scale=scale))
         seeds = [at.seed] * len(prompts)
         columns.append(_sample(parts, prompts, seeds, at, on_step=on_step))
     rows = [
-        Row(f"“{prompt}”", [column[i] for column in columns]) for i, prompt in enumerate(prompts)
+        ImageRow(f"“{prompt}”", [column[i] for column in columns])
+        for i, prompt in enumerate(prompts)
     ]
-    return grid(
+    return draw_image_grid(
         r"Guidance: $\hat{x}_0 = \hat{x}_0^{without} + s\,"
         r"(\hat{x}_0^{with} - \hat{x}_0^{without})$",
         "From the model's answer without the prompt (scale s = 0), through its answer with it "
         "(s = 1), and beyond. One seed everywhere.",
         rows,
-        heads=[f"$s$ = {scale:g}" for scale in SCALES],
+        heads=[f"$s$ = {scale:g}" for scale in GUIDANCE_SCALES],
     )
 
 
 @dataclass(frozen=True)
-class Moment:
+class DenoisingStep:
     """One call of a denoiser: latents (B, C, h, w), on the CPU."""
 
     t: float
@@ -158,28 +187,32 @@ class Moment:
     x0_hat: Tensor
 
 
-class Watched:
+class RecordingGuidance:
     """A guidance that keeps what passes through it."""
 
     def __init__(self, guidance) -> None:
         self.guidance = guidance
-        self.moments: list[Moment] = []
+        self.moments: list[DenoisingStep] = []
 
     def __call__(
-        self, denoise: DenoiseWith, cond: Condition, uncond: Condition, words: Words | None = None
+        self,
+        denoise: ConditionalDenoiser,
+        cond: Condition,
+        uncond: Condition,
+        words: GuidancePrompts | None = None,
     ) -> Denoise:
         """As the guidance."""
         guided = self.guidance(denoise, cond, uncond, words)
 
         def seen(x_t: Tensor, t: Tensor) -> Tensor:
             x0_hat = guided(x_t, t)
-            self.moments.append(Moment(float(t), x_t.cpu(), x0_hat.cpu()))
+            self.moments.append(DenoisingStep(float(t), x_t.cpu(), x0_hat.cpu()))
             return x0_hat
 
         return seen
 
 
-class OneStart(TextToImage):
+class SharedNoiseTextToImage(TextToImage):
     """A task all of whose pictures begin where the first one does."""
 
     def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
@@ -188,18 +221,21 @@ class OneStart(TextToImage):
         return replace(start, x=start.x[:1].repeat(len(start.x), 1, 1, 1))
 
 
-def spread(moments: Sequence[Moment]) -> list[Moment]:
+def select_evenly(moments: Sequence[DenoisingStep]) -> list[DenoisingStep]:
     """MOMENTS of them or fewer, evenly, with the first and the last."""
     last = len(moments) - 1
-    return [moments[i] for i in sorted({round(i * last / (MOMENTS - 1)) for i in range(MOMENTS)})]
+    return [
+        moments[i]
+        for i in sorted({round(i * last / (PROCESS_COLUMNS - 1)) for i in range(PROCESS_COLUMNS)})
+    ]
 
 
-def decode(pipeline: Pipeline, latents: Tensor) -> Tensor:
+def decode_to_cpu(pipeline: Pipeline, latents: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] on the CPU."""
     return pipeline.decode(latents.to(pipeline.device)).cpu()
 
 
-def _sample(pipeline: Pipeline, prompts, seeds, at: Settings, *, on_step: OnStep) -> Tensor:
+def _sample(pipeline: Pipeline, prompts, seeds, at: SamplingSettings, *, on_step: OnStep) -> Tensor:
     sized = {"size": at.size, "steps": at.steps}
     return pipeline(prompts, seeds=seeds, on_step=on_step, **sized).cpu()
 
@@ -208,13 +244,13 @@ def _sample(pipeline: Pipeline, prompts, seeds, at: Settings, *, on_step: OnStep
 
 
 @torch.no_grad()
-def space(clip: Clip) -> Image.Image:
+def plot_clip_space(clip: Clip) -> Image.Image:
     """Drawn scenes against captions in a CLIP, and the words for what differs between two."""
-    scenes = [scene(i, clip.image_size) for i in range(SCENES)]
+    scenes = [render_scene(i, clip.image_size) for i in range(NUM_SIMILARITY_SCENES)]
     images, captions = torch.stack([image for image, _ in scenes]), [text for _, text in scenes]
     cosines = clip.encode_texts(captions) @ clip.encode_images(images).T  # (SCENES, SCENES)
-    words = _word_directions(clip)
-    return similarity(
+    words = _compute_word_directions(clip)
+    return draw_similarity_matrix(
         "The space that pictures and words share",
         "Cosines between captions (rows) and pictures (columns) in the CLIP that conditions the "
         "model. Pairs are on the diagonal; bold: largest of its row and its column.",
@@ -224,50 +260,56 @@ def space(clip: Clip) -> Image.Image:
         below="Directions have a meaning, too. Two pictures that differ in one thing, and the "
         "words whose exchange in the caption moves it most nearly as the picture moves (cosine of "
         "the two differences).",
-        changes=[_change(clip, name, value, words) for name, value in PAIRS.items()],
+        changes=[
+            _find_change_words(clip, name, value, words) for name, value in SCENE_CHANGES.items()
+        ],
     )
 
 
-def scene(index: int, size: int) -> tuple[Tensor, str]:
+def render_scene(index: int, size: int) -> tuple[Tensor, str]:
     """A drawn scene (3, size, size) in [-1, 1], and its caption."""
-    drawn, rng = world.sample(index, split="train")
-    return _painted(drawn, size, rng), world.caption(drawn, rng)
+    drawn, rng = sample_scene(index, split="train")
+    return _render_scene_object(drawn, size, rng), caption(drawn, rng)
 
 
-def _painted(drawn: world.Scene, size: int, rng: np.random.Generator) -> Tensor:
-    return from_uint8(draw(drawn, size, rng))
+def _render_scene_object(drawn: Scene, size: int, rng: np.random.Generator) -> Tensor:
+    return from_uint8(draw_scene(drawn, size, rng))
 
 
-def _changed(name: str, value: str) -> world.Scene:
+def _change_scene(name: str, value: str) -> Scene:
     """BASE with one thing exchanged; colour, shape and size are the first object's."""
     if name in ("background", "style"):
-        return replace(BASE, **{name: value})
-    first, second = BASE.objects
-    return replace(BASE, objects=(replace(first, **{name: value}), second))
+        return replace(BASE_SCENE, **{name: value})
+    first, second = BASE_SCENE.objects
+    return replace(BASE_SCENE, objects=(replace(first, **{name: value}), second))
 
 
-def _word_directions(clip: Clip) -> dict[str, Tensor]:
+def _compute_word_directions(clip: Clip) -> dict[str, Tensor]:
     """For each word of the world, how the caption of BASE moves (P,) where it takes the word in."""
 
-    def told(drawn: world.Scene) -> Tensor:
-        wordings = [world.caption(drawn, np.random.default_rng(i)) for i in range(WORDINGS)]
+    def told(drawn: Scene) -> Tensor:
+        wordings = [caption(drawn, np.random.default_rng(i)) for i in range(NUM_WORDINGS)]
         return clip.encode_texts(wordings).mean(0)
 
-    base = told(BASE)
-    scenes = {v: _changed(name, v) for name, values in VOCABULARY.items() for v in values}
-    return {word: told(drawn) - base for word, drawn in scenes.items() if drawn != BASE}
+    base = told(BASE_SCENE)
+    scenes = {
+        v: _change_scene(name, v) for name, values in SCENE_VOCABULARY.items() for v in values
+    }
+    return {word: told(drawn) - base for word, drawn in scenes.items() if drawn != BASE_SCENE}
 
 
-def _change(clip: Clip, name: str, value: str, words: Mapping[str, Tensor]) -> Change:
+def _find_change_words(
+    clip: Clip, name: str, value: str, words: Mapping[str, Tensor]
+) -> ImageChange:
     """A pair of pictures that differ in `name`, alike in all else, and its nearest words."""
     pair = [
-        _painted(drawn, clip.image_size, np.random.default_rng(0))
-        for drawn in (BASE, _changed(name, value))
+        _render_scene_object(drawn, clip.image_size, np.random.default_rng(0))
+        for drawn in (BASE_SCENE, _change_scene(name, value))
     ]
     before, after = clip.encode_images(torch.stack(pair))
     cosines = F.cosine_similarity(torch.stack(list(words.values())), after - before)
-    best = cosines.argsort(descending=True)[:WORDS].tolist()
+    best = cosines.argsort(descending=True)[:NUM_NEAREST_WORDS].tolist()
     nearest = [(list(words)[i], float(cosines[i])) for i in best]
     place = int((cosines > cosines[list(words).index(value)]).sum()) + 1
     label = f"{name} to {value} (its word is number {place} of {len(words)})"
-    return Change(label, *pair, nearest, right=value)
+    return ImageChange(label, *pair, nearest, right=value)

@@ -10,42 +10,46 @@ import hydra
 from omegaconf import DictConfig
 
 from ldm.config import command_line
-from ldm.experiments import run_dir
+from ldm.config.command_line import convert_to_usage_errors, pop_text_options, run_command
+from ldm.experiments.run_dir import MAX_CONFIG_BYTES, read_result, read_yaml_settings
 from ldm.utils.errors import UsageError
-from ldm.utils.files import located, read_text, write_text
-from ldm.utils.plain_yaml import read_yaml
+from ldm.utils.files import read_text, resolve_path, write_text
+from ldm.utils.plain_yaml import parse_plain_yaml
 
-PATHS = ("autoencoder", "clip", "out")
+PACKAGE_PATH_OPTIONS = ("autoencoder", "clip", "out")
 
 
 def main(argv: Sequence[str]) -> None:
     """Write each part with its card, and say where."""
-    paths = command_line.take_text(PATHS)
+    paths = pop_text_options(PACKAGE_PATH_OPTIONS)
 
-    @hydra.main(config_path=command_line.CONF, config_name="package", version_base="1.3")
+    @hydra.main(config_path=command_line.CONF_DIR, config_name="package", version_base="1.3")
     def package(cfg: DictConfig) -> None:
-        out = Path(paths.get("out") or located("packaged:"))
+        out = Path(paths.get("out") or resolve_path("packaged:"))
         given = [name for name in ("autoencoder", "clip") if paths.get(name)]
         if not given:
             raise UsageError("nothing to package: give autoencoder=runs/.. or clip=runs/..")
         for name in () if cfg.overwrite else given:
-            check_place(out / name, name)
-        with command_line.told_plainly():
-            from ldm.config import packaging
+            check_package_folder(out / name, name)
+        with convert_to_usage_errors():
+            from ldm.config.packaging import package_autoencoder, package_clip
 
             for name in given:
-                write = {"autoencoder": packaging.autoencoder, "clip": packaging.clip}[name]
+                write = {
+                    "autoencoder": package_autoencoder,
+                    "clip": package_clip,
+                }[name]
                 run = Path(paths[name])
-                trained = training(name, run)
+                trained = describe_training(name, run)
                 figures = write(run, out / name, scenes=cfg.scenes)
-                told = card(name, trained, out / name, figures)
+                told = format_model_card(name, trained, out / name, figures)
                 write_text(out / name / "README.md", told)
                 print(f"{out / name}: {figures}")
 
-    command_line.run(package, "package")
+    run_command(package, "package")
 
 
-def check_place(folder: Path, name: str) -> None:
+def check_package_folder(folder: Path, name: str) -> None:
     """UsageError where a folder holds what is no part that was packaged; such a one is replaced."""
     card = folder / "README.md"
     is_ours = card.is_file() and card.read_bytes().startswith(f"# {name}, packaged".encode())
@@ -55,14 +59,14 @@ def check_place(folder: Path, name: str) -> None:
         )
 
 
-def training(name: str, run: Path) -> str:
+def describe_training(name: str, run: Path) -> str:
     """What made the part of a run, in words; ValueError where its directory does not say so."""
-    result, config = run_dir.read_result(run), run_dir.read_yaml(run / "config.yaml")
+    result, config = read_result(run), read_yaml_settings(run / "config.yaml")
     overrides = run / ".hydra" / "overrides.yaml"
     try:
         steps, images = (int(result[key]) for key in ("steps", "images_seen"))
         seed, minutes = int(config["seed"]), float(result["seconds"]) / 60
-        words = read_yaml(read_text(overrides, most=run_dir.MOST))
+        words = parse_plain_yaml(read_text(overrides, most=MAX_CONFIG_BYTES))
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise ValueError(f"{overrides} is no list of words")
     except (KeyError, TypeError, OverflowError) as error:
@@ -74,7 +78,7 @@ def training(name: str, run: Path) -> str:
     )
 
 
-def card(name: str, trained: str, folder: Path, figures: dict[str, float]) -> str:
+def format_model_card(name: str, trained: str, folder: Path, figures: dict[str, float]) -> str:
     """What the part in `folder` is, what made it and what was measured, as Markdown."""
     digests = {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
@@ -90,13 +94,13 @@ def card(name: str, trained: str, folder: Path, figures: dict[str, float]) -> st
         "",
         *(f"sha256 of {file}: {digest}" for file, digest in digests.items()),
         "",
-        SOURCES[name],
+        ASSET_TRAINING_DATA[name],
         "",
     ]
     return "\n".join(lines)
 
 
-SOURCES = {
+ASSET_TRAINING_DATA = {
     "autoencoder": "Trained on drawn scenes (ldm/data/scenes), on Google's Noto emoji (Apache-2.0, "
     "npm package emoji-datasource-google; nine tenths of `emoji64`, the rest is held out) and on "
     "39 COCO pictures (CC BY 2.0 and CC BY-SA 2.0, `coco_mini/train2017`). Apache-2.0, as ldm.",

@@ -8,51 +8,59 @@ import hydra
 from omegaconf import DictConfig
 
 from ldm.config import command_line
-from ldm.data.prepare.writer import Report, prepare_coco, prepare_folder
+from ldm.config.command_line import (
+    convert_to_usage_errors,
+    pop_text_options,
+    require_option,
+    run_command,
+)
+from ldm.data.prepare.writer import PreparationReport, prepare_coco, prepare_folder
 from ldm.data.scenes.prepare import prepare_scenes
 from ldm.utils.errors import UsageError
-from ldm.utils.files import check_length
+from ldm.utils.files import check_path_length
 
-SOURCES = ("coco", "folder", "scenes")
-PATHS = ("images", "annotations", "out")
+PREPARE_SOURCES = ("coco", "folder", "scenes")
+PREPARE_PATH_OPTIONS = ("images", "annotations", "out")
 
 
 def main(argv: Sequence[str]) -> None:
     """Write shards, and say what was skipped."""
-    sys.argv = [argv[0], *(f"source={a}" if a in SOURCES else a for a in argv[1:])]
-    paths = command_line.take_text(PATHS)
+    sys.argv = [argv[0], *(f"source={a}" if a in PREPARE_SOURCES else a for a in argv[1:])]
+    paths = pop_text_options(PREPARE_PATH_OPTIONS)
 
-    @hydra.main(config_path=command_line.CONF, config_name="prepare", version_base="1.3")
+    @hydra.main(config_path=command_line.CONF_DIR, config_name="prepare", version_base="1.3")
     def prepare(cfg: DictConfig) -> None:
-        if cfg.source not in SOURCES:
-            raise UsageError(f"source={cfg.source} is none of {', '.join(SOURCES)}")
-        out = command_line.needed(paths, "out")
-        with command_line.told_plainly():
-            check_length("out", Path(out))
-            report = drawn(cfg, out) if cfg.source == "scenes" else converted(cfg, paths, out)
+        if cfg.source not in PREPARE_SOURCES:
+            raise UsageError(f"source={cfg.source} is none of {', '.join(PREPARE_SOURCES)}")
+        out = require_option(paths, "out")
+        with convert_to_usage_errors():
+            check_path_length("out", Path(out))
+            report = (
+                prepare_scene_shards(cfg, out)
+                if cfg.source == "scenes"
+                else prepare_image_shards(cfg, paths, out)
+            )
         skipped = ", ".join(f"{len(names)} {reason}" for reason, names in report.skipped.items())
         told = f"; skipped: {skipped}, listed in {paths['out']}/report.json" if skipped else ""
         print(f"{report.written} samples in {paths['out']}{told}")
 
-    command_line.run(prepare, "prepare")
+    run_command(prepare, "prepare")
 
 
-def converted(cfg: DictConfig, paths: dict[str, str], out: str) -> Report:
+def prepare_image_shards(cfg: DictConfig, paths: dict[str, str], out: str) -> PreparationReport:
     """Shards of pictures that are there."""
     names = ("size", "format", "quality", "samples_per_shard", "workers", "limit")
-    options = {"images": command_line.needed(paths, "images"), "out": out} | {
-        n: cfg[n] for n in names
-    }
+    options = {"images": require_option(paths, "images"), "out": out} | {n: cfg[n] for n in names}
     if cfg.source == "coco":
         if cfg.frames is not None:
             raise UsageError("frames is for folder and scenes: COCO has pictures")
         if cfg.caption_key != "text":
             raise UsageError("caption_key is for folder: COCO's captions have their place")
-        return prepare_coco(annotations=command_line.needed(paths, "annotations"), **options)
+        return prepare_coco(annotations=require_option(paths, "annotations"), **options)
     return prepare_folder(**options, part=cfg.part, frames=cfg.frames, caption_key=cfg.caption_key)
 
 
-def drawn(cfg: DictConfig, out: str) -> Report:
+def prepare_scene_shards(cfg: DictConfig, out: str) -> PreparationReport:
     """Shards of the scene world."""
     if cfg.size is None:
         raise UsageError("size=null is for pictures that are there: give scenes a size=64")

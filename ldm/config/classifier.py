@@ -4,16 +4,23 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from ldm.config import components, registry
+from ldm.config.components import FROZEN_GROUPS, Components, is_same_schedule
+from ldm.config.registry import CLASSIFIER_GROUPS, validate_file_config
 from ldm.diffusion.schedules import Schedule
 from ldm.models.noisy_classifier import NoisyClassifier
-from ldm.utils import checkpoint_file
-from ldm.utils.checkpoint_facts import check_digests, read_facts
+from ldm.utils.checkpoint_facts import check_frozen_digests, read_checkpoint_metadata
+from ldm.utils.checkpoint_file import (
+    CheckpointError,
+    find_checkpoint,
+    load_module_state,
+    read_checkpoint,
+    select_prefix,
+)
 from ldm.utils.errors import UsageError
 from ldm.utils.hashing import hash_module
 
 
-def network(
+def build_noisy_classifier(
     cfg: DictConfig, autoencoder: nn.Module, text: nn.Module, schedule: Schedule
 ) -> NoisyClassifier:
     """The network of `cfg.classifier`, with the sizes of the parts around it.
@@ -24,29 +31,29 @@ def network(
     return NoisyClassifier(instantiate(cfg.classifier, **handed, _convert_="all"), text)
 
 
-def restore(ckpt: str, *, beside: components.Beside) -> NoisyClassifier:
+def load_noisy_classifier(ckpt: str, *, beside: Components) -> NoisyClassifier:
     """The classifier of a run of stage=classifier, frozen, for a model on the same latents.
 
     Raises UsageError for a run of another stage, autoencoder or scheduler, CheckpointError where
     files are damaged, ask for what is not ours, or the text encoder is not the one trained with.
     """
-    path = checkpoint_file.find(ckpt, name="guidance.classifier")
-    payload = checkpoint_file.read(path)
-    facts = read_facts(payload, path)
+    path = find_checkpoint(ckpt, name="guidance.classifier")
+    payload = read_checkpoint(path)
+    facts = read_checkpoint_metadata(payload, path)
     if facts["stage"] != "classifier":
         raise UsageError(
             f"{path} comes from stage={facts['stage']}: a classifier is what "
             "`python train.py experiment=classifier_scenes` trains"
         )
-    config = registry.admit(facts["config"], path, needed=registry.CLASSIFIER)
-    check_digests(facts, path, components.FROZEN)
+    config = validate_file_config(facts["config"], path, needed=CLASSIFIER_GROUPS)
+    check_frozen_digests(facts, path, FROZEN_GROUPS)
     if hash_module(beside.autoencoder) != facts["frozen"]["autoencoder"]:
         raise UsageError(
             f"{path} was trained on the latents of another autoencoder than the model's: train a "
             "classifier with the model's autoencoder=..."
         )
     schedule = instantiate(config.scheduler)
-    if not components.same(schedule, beside.objective.schedule):
+    if not is_same_schedule(schedule, beside.objective.schedule):
         raise UsageError(
             f"{path} was trained on another noise schedule than the model: train a classifier with "
             "the model's scheduler=..."
@@ -55,10 +62,10 @@ def restore(ckpt: str, *, beside: components.Beside) -> NoisyClassifier:
     if hash_module(text) != facts["frozen"]["text_encoder"]:
         text = instantiate(config.text_encoder)
         if hash_module(text) != facts["frozen"]["text_encoder"]:
-            raise checkpoint_file.CheckpointError(
+            raise CheckpointError(
                 f"{config.text_encoder.get('path', config.text_encoder._target_)} is not the "
                 f"text_encoder that {path} was trained with (its weights, or names, differ)"
             )
-    built = network(config, beside.autoencoder, text.to(beside.device), schedule)
-    checkpoint_file.load_into(built, checkpoint_file.part(payload, "classifier."), what=str(path))
+    built = build_noisy_classifier(config, beside.autoencoder, text.to(beside.device), schedule)
+    load_module_state(built, select_prefix(payload, "classifier."), what=str(path))
     return built.eval().requires_grad_(False).to(beside.device)

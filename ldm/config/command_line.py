@@ -20,28 +20,31 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from ldm.config import suggestions
-from ldm.config.leftovers import discard
-from ldm.config.ranges import OURS, flaw
-from ldm.config.rules import spoken
-from ldm.config.suggestions import explain, is_group, missing
-from ldm.experiments.run_dir import RESOLVERS, number
+from ldm.config.leftovers import remove_new_directories
+from ldm.config.ranges import OWN_TARGET_PREFIXES, format_invalid_value
+from ldm.config.rules import format_setting_value
+from ldm.config.suggestions import (
+    CONF_DIR,
+    explain_hydra_error,
+    format_unknown_setting,
+    is_config_group,
+)
+from ldm.experiments.run_dir import HYDRA_RESOLVERS, parse_number
 from ldm.utils.errors import UsageError
-from ldm.utils.files import check_length, read_text
+from ldm.utils.files import check_path_length, read_text
 from ldm.utils.locks import InUseError
-from ldm.utils.text import printable, prose
+from ldm.utils.text import escape_control_characters, replace_invalid_bytes
 
 # Texts that people or networks read; every other one is a path, or may be.
-PROSE = ("prompt", "negative", "source", "text")
-LINES = "\n\t"
-HELP = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
-CONF = suggestions.CONF  # for hydra.main
+FREE_TEXT_OPTIONS = ("prompt", "negative", "source", "text")
+LAYOUT_CHARACTERS = "\n\t"
+HELP_FLAGS = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
 
-for _name, _resolver in RESOLVERS.items():
+for _name, _resolver in HYDRA_RESOLVERS.items():
     OmegaConf.register_new_resolver(_name, _resolver, replace=True)
 
 
-def take_text(names: Iterable[str]) -> dict[str, str]:
+def pop_text_options(names: Iterable[str]) -> dict[str, str]:
     """Remove `name=value` of these names from the command line, and return the values as typed.
 
     Prompts and paths may hold any character, and Hydra's grammar would refuse many of them. In
@@ -51,12 +54,16 @@ def take_text(names: Iterable[str]) -> dict[str, str]:
     for argument in sys.argv[1:]:
         name, equals, value = argument.partition("=")
         if equals and name in names:
-            taken[name] = prose(value) if name in PROSE else os.path.expanduser(value)
+            taken[name] = (
+                replace_invalid_bytes(value)
+                if name in FREE_TEXT_OPTIONS
+                else os.path.expanduser(value)
+            )
     sys.argv[1:] = [a for a in sys.argv[1:] if a.partition("=")[0] not in taken]
     return taken
 
 
-def quoted(word: str) -> str:
+def quote_override(word: str) -> str:
     """`key=a/step=250.ckpt` with the quotes that Hydra's grammar wants around a second `=`.
 
     It also wants them around `~` and letters that are not ASCII.
@@ -67,13 +74,13 @@ def quoted(word: str) -> str:
     return f"{key}='{value}'" if is_plain and is_odd else word
 
 
-def print_paths() -> None:
+def configure_output_encoding() -> None:
     """Let standard output take paths of any bytes, which come out as they were typed."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="surrogateescape")
 
 
-def take_choices() -> dict[str, list[str]]:
+def pop_sweep_choices() -> dict[str, list[str]]:
     """Remove `name=a,b,c` from the command line, and --multirun, which it needs not.
 
     Names with the values, as typed, each once.
@@ -92,7 +99,7 @@ def take_choices() -> dict[str, list[str]]:
     return taken
 
 
-def points(
+def compose_combinations(
     config_name: str, choices: Mapping[str, list[str]], *, may_vary: Sequence[str]
 ) -> list[tuple[dict[str, str], DictConfig]]:
     """Every combination of the choices, and the configuration with it; called inside hydra.main.
@@ -100,7 +107,7 @@ def points(
     Raises UsageError for a choice of anything but `may_vary`, and what `check` raises.
     """
     for name, values in choices.items():
-        check_option(name, ",".join(values))
+        check_group_option(name, ",".join(values))
         if name.partition(".")[0] not in may_vary:
             raise UsageError(
                 f"{name}={','.join(values)}: it takes one value here, and several are for "
@@ -111,11 +118,11 @@ def points(
         chosen = dict(zip(choices, values, strict=True))
         overrides = [*task, *(f"{name}={value}" for name, value in chosen.items())]
         found.append((chosen, compose(config_name, overrides)))
-        check(found[-1][1], config_name, overrides)
+        check_config(found[-1][1], config_name, overrides)
     return found
 
 
-def run(main: Callable[[], None], config_name: str, *, goes_on: bool = False) -> None:
+def run_command(main: Callable[[], None], config_name: str, *, goes_on: bool = False) -> None:
     """Call a `hydra.main` function; what the user did wrong is told in one message, with a remedy.
 
     Exit code 2 for such a mistake, 130 for Ctrl-C; anything else keeps its full trace. goes_on: the
@@ -124,19 +131,19 @@ def run(main: Callable[[], None], config_name: str, *, goes_on: bool = False) ->
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, not to Hydra's printer
     # On busy cores, threads that spin for work make a step ten times slower; libgomp reads this.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    print_paths()
-    if HELP & set(sys.argv):  # its reader may leave early, as `head` does
+    configure_output_encoding()
+    if HELP_FLAGS & set(sys.argv):  # its reader may leave early, as `head` does
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     # argparse, which Hydra uses, wants overrides in one piece: -m may stand anywhere.
     words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
-    sys.argv[1:] = map(quoted, words)
-    warnings.formatwarning = partial(_in_a_line, standard=warnings.formatwarning)
+    sys.argv[1:] = map(quote_override, words)
+    warnings.formatwarning = partial(_format_warning, standard=warnings.formatwarning)
     try:
         for word in words:
-            check_option(*word.partition("=")[::2])
+            check_group_option(*word.partition("=")[::2])
         main()
-    except REFUSALS as error:
-        refuse(error, config_name)
+    except USAGE_ERRORS as error:
+        exit_with_usage_error(error, config_name)
     except KeyboardInterrupt as error:
         how, code = error.args or ("interrupted", 130)
         more = "; the same command goes on from here" if goes_on else ""
@@ -146,39 +153,44 @@ def run(main: Callable[[], None], config_name: str, *, goes_on: bool = False) ->
         if "No trials are completed" in str(error):  # so optuna says that every job failed
             return
         why = error if isinstance(error, OSError) else error.__cause__  # logging wraps those
-        if not isinstance(why, OSError) or _entered(main, error):
+        if not isinstance(why, OSError) or _has_entered(main, error):
             raise
         place = why.filename or "the run directory"
-        refuse(UsageError(f"nothing can be written to {place} ({why.strerror})"), config_name)
+        exit_with_usage_error(
+            UsageError(f"nothing can be written to {place} ({why.strerror})"), config_name
+        )
 
 
-REFUSALS = (HydraException, OmegaConfBaseException, UsageError)
+USAGE_ERRORS = (HydraException, OmegaConfBaseException, UsageError)
 
 
-def refuse(error: Exception, config_name: str) -> NoReturn:
+def exit_with_usage_error(error: Exception, config_name: str) -> NoReturn:
     """Tell a refusal, delete what this call has left in a new run directory, and exit with 2."""
-    text = str(error) if isinstance(error, UsageError) else explain(error, config_name)
-    print(f"\n{Path(sys.argv[0]).name}: {printable(text, keep=LINES)}", file=sys.stderr)
-    discard()
+    text = str(error) if isinstance(error, UsageError) else explain_hydra_error(error, config_name)
+    print(
+        f"\n{Path(sys.argv[0]).name}: {escape_control_characters(text, keep=LAYOUT_CHARACTERS)}",
+        file=sys.stderr,
+    )
+    remove_new_directories()
     sys.exit(2)
 
 
-def check_option(group: str, value: str) -> None:
+def check_group_option(group: str, value: str) -> None:
     """Refuse a number where a group's option is wanted, as in guidance=7; raises UsageError."""
-    if is_group(group) and value and None not in map(number, value.split(",")):
-        options = ", ".join(sorted(path.stem for path in Path(CONF, group).glob("*.yaml")))
+    if is_config_group(group) and value and None not in map(parse_number, value.split(",")):
+        options = ", ".join(sorted(path.stem for path in Path(CONF_DIR, group).glob("*.yaml")))
         key = {"guidance": "guidance.scale", "optimizer": "optimizer.lr"}.get(group)
         meant = f"{key}={value} sets the number, and " if key else ""
         raise UsageError(f"{group}={value} is no option of {group}: {meant}there are: {options}")
 
 
-def _entered(main: Callable[[], None], error: BaseException) -> bool:
+def _has_entered(main: Callable[[], None], error: BaseException) -> bool:
     """Whether Hydra, which makes the run directory, has come so far as to call our function."""
     code = getattr(main, "__wrapped__", main).__code__
     return any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
-def _in_a_line(message, category, filename, lineno, line=None, *, standard) -> str:
+def _format_warning(message, category, filename, lineno, line=None, *, standard) -> str:
     """A warning of ours as a sentence; others say where they come from."""
     if Path(filename).is_relative_to(Path(__file__).parent.parent):
         return f"warning: {message}\n"
@@ -186,7 +198,7 @@ def _in_a_line(message, category, filename, lineno, line=None, *, standard) -> s
 
 
 @contextmanager
-def told_plainly() -> Iterator[None]:
+def convert_to_usage_errors() -> Iterator[None]:
     """While a run is put together, errors are about what was asked for: tell them without a trace.
 
     LDM_TRACE=1 shows it all the same.
@@ -207,7 +219,7 @@ def told_plainly() -> Iterator[None]:
         raise UsageError(f"{said} [{type(error).__name__}; LDM_TRACE=1 shows where]") from error
 
 
-def needed(given: Mapping[str, str | None], name: str) -> str:
+def require_option(given: Mapping[str, str | None], name: str) -> str:
     """A text that must have been given; UsageError where it was not."""
     if not given.get(name):
         raise UsageError(f"{name} is needed: give {name}=...")
@@ -231,7 +243,7 @@ def read_prompts(given: Mapping[str, str | None]) -> list[str]:
     return prompts
 
 
-def check(cfg: DictConfig, config_name: str, overrides: Iterable[str] | None = None) -> None:
+def check_config(cfg: DictConfig, config_name: str, overrides: Iterable[str] | None = None) -> None:
     """Refuse, before anything heavy is imported, keys that nobody reads and values of a wrong type.
 
     overrides: the command line that `cfg` was composed of; None: this process's own.
@@ -242,47 +254,59 @@ def check(cfg: DictConfig, config_name: str, overrides: Iterable[str] | None = N
         given = OmegaConf.to_container(cfg, resolve=True)
     except InterpolationKeyError as error:
         raise UsageError(f"{error.full_key}: {error.msg.splitlines()[0]}") from error
-    _compare(given, default(config_name, overrides), "", config_name)
+    _check_settings(given, compose_default_config(config_name, overrides), "", config_name)
     if config_name == "train":
-        check_name(cfg.name)
+        check_run_name(cfg.name)
     if cfg.get("direction") not in (None, "minimize", "maximize"):
         raise UsageError(f"direction={cfg.direction} is neither minimize nor maximize")
 
 
-def default(config_name: str, overrides: Iterable[str]) -> dict:
+def compose_default_config(config_name: str, overrides: Iterable[str]) -> dict:
     """The settings of the options that these overrides choose, each with its default."""
-    return _default(config_name, tuple(o for o in overrides if is_group(o.partition("=")[0])))
+    return _compose_default_config(
+        config_name, tuple(o for o in overrides if is_config_group(o.partition("=")[0]))
+    )
 
 
 @cache
-def _default(config_name: str, groups: tuple[str, ...]) -> dict:
+def _compose_default_config(config_name: str, groups: tuple[str, ...]) -> dict:
     return OmegaConf.to_container(compose(config_name, overrides=list(groups)))
 
 
-def check_name(name: object) -> None:
+def check_run_name(name: object) -> None:
     """Refuse names that are no place below runs/, or too long for one; raises UsageError."""
     is_text = isinstance(name, str | int | float) and str(name).isprintable()
     if not is_text or not str(name).strip("./ ") or {"..", ""} & set(str(name).split("/")):
-        said = f"'{name}'" if is_text else ascii(name) if isinstance(name, str) else spoken(name)
+        said = (
+            f"'{name}'"
+            if is_text
+            else ascii(name)
+            if isinstance(name, str)
+            else format_setting_value(name)
+        )
         raise UsageError(f"name={said} names no run: leave it out, or give name=my-run")
     try:
-        check_length("name", Path("runs", str(name)))
+        check_path_length("name", Path("runs", str(name)))
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
-def _compare(given: dict, default: dict, prefix: str, config_name: str, ours: bool = True) -> None:
+def _check_settings(
+    given: dict, default: dict, prefix: str, config_name: str, ours: bool = True
+) -> None:
     """UsageError for the first setting that nobody reads or whose value makes no sense."""
     target = given.get("_target_")
-    ours = target.startswith(OURS) if isinstance(target, str) else ours
+    ours = target.startswith(OWN_TARGET_PREFIXES) if isinstance(target, str) else ours
     for key, value in given.items():
         name, usual = f"{prefix}{key}", default.get(key, ...)
         if usual is ... and "_target_" not in default:
-            raise UsageError(missing(name, config_name))
+            raise UsageError(format_unknown_setting(name, config_name))
         if isinstance(usual, dict) and usual:
             if not isinstance(value, dict):
                 inside = ", ".join(f"{name}.{key}" for key in usual if key != "_target_")
-                raise UsageError(f"{name}={spoken(value)} is no single value, there are: {inside}")
-            _compare(value, usual, f"{name}.", config_name, ours)
-        elif said := flaw(name, value, config_name, default=usual, ours=ours):
+                raise UsageError(
+                    f"{name}={format_setting_value(value)} is no single value, there are: {inside}"
+                )
+            _check_settings(value, usual, f"{name}.", config_name, ours)
+        elif said := format_invalid_value(name, value, config_name, default=usual, ours=ours):
             raise UsageError(said)

@@ -13,24 +13,29 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ldm.config import registry
-from ldm.config.command_line import CONF
+from ldm.config.registry import DIFFUSION_GROUPS, validate_file_config
+from ldm.config.suggestions import CONF_DIR
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedules import Schedule
-from ldm.evaluation.features.base import Features
-from ldm.models.warm_start import begin
-from ldm.utils import checkpoint_file
-from ldm.utils.checkpoint_facts import check_digests, read_facts
+from ldm.evaluation.features.base import FeatureExtractor
+from ldm.models.warm_start import warm_start
+from ldm.utils.checkpoint_facts import check_frozen_digests, read_checkpoint_metadata
+from ldm.utils.checkpoint_file import (
+    find_checkpoint,
+    load_module_state,
+    read_checkpoint,
+    select_prefix,
+)
 from ldm.utils.errors import UsageError
 from ldm.utils.hashing import hash_module
 
-FROZEN = ("autoencoder", "text_encoder")
-STYLE = "style_encoder"  # frozen as well, where there is one
+FROZEN_GROUPS = ("autoencoder", "text_encoder")
+STYLE_GROUP = "style_encoder"  # frozen as well, where there is one
 
 
-def frozen(cfg: DictConfig) -> tuple[nn.Module, nn.Module]:
+def build_frozen_encoders(cfg: DictConfig) -> tuple[nn.Module, nn.Module]:
     """The autoencoder and text encoder that a denoiser is trained on."""
-    for name in FROZEN:
+    for name in FROZEN_GROUPS:
         if cfg[name].get("path", "none needed") is None:
             stage = {"autoencoder": "autoencoder", "text_encoder": "clip"}[name]
             raise UsageError(
@@ -41,7 +46,7 @@ def frozen(cfg: DictConfig) -> tuple[nn.Module, nn.Module]:
     return instantiate(cfg.autoencoder).eval(), instantiate(cfg.text_encoder)
 
 
-def move(cfg: DictConfig, name: str, place: str) -> None:
+def set_component_location(cfg: DictConfig, name: str, place: str) -> None:
     """Have a frozen part read from `place`; UsageError where it is read from nowhere."""
     part = cfg.get(name) or {}
     key = next((key for key in ("path", "names") if key in part), None)
@@ -53,12 +58,12 @@ def move(cfg: DictConfig, name: str, place: str) -> None:
     cfg[name][key] = place
 
 
-def style_encoder(cfg: DictConfig) -> nn.Module | None:
+def build_style_encoder(cfg: DictConfig) -> nn.Module | None:
     """What reads style pictures; None where the denoiser is told of none."""
-    return instantiate(cfg[STYLE], _convert_="all") if cfg.get(STYLE) else None
+    return instantiate(cfg[STYLE_GROUP], _convert_="all") if cfg.get(STYLE_GROUP) else None
 
 
-def denoiser(
+def build_denoiser(
     cfg: DictConfig,
     autoencoder: nn.Module,
     text: nn.Module,
@@ -79,7 +84,7 @@ def denoiser(
     )
 
 
-def objective(cfg: DictConfig) -> Objective:
+def build_objective(cfg: DictConfig) -> Objective:
     """Schedule, prediction, weighting, loss and time sampler."""
     groups = {"schedule": "scheduler", "weighting": "weighting", "penalty": "loss"}
     # Checkpoints of before these were groups have them in `objective`, or not at all.
@@ -90,7 +95,7 @@ def objective(cfg: DictConfig) -> Objective:
 
 
 @dataclass(frozen=True)
-class Beside:
+class Components:
     """What is there already where guidance and its models are built."""
 
     autoencoder: nn.Module
@@ -101,7 +106,7 @@ class Beside:
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedCheckpoint:
     """A checkpoint of a diffusion run, read and found harmless; nothing is built yet."""
 
     path: Path
@@ -122,34 +127,32 @@ class Opened:
         style: nn.Module | None = None,
     ) -> nn.Module:
         """Its denoiser in eval mode, on the CPU; weights: the prefix in the state dict."""
-        built = denoiser(self.config, autoencoder, text, task, style)
-        checkpoint_file.load_into(
-            built, checkpoint_file.part(self.payload, weights), what=str(self.path)
-        )
+        built = build_denoiser(self.config, autoencoder, text, task, style)
+        load_module_state(built, select_prefix(self.payload, weights), what=str(self.path))
         return built.eval()
 
 
-def opened(ckpt: str, *, name: str = "ckpt") -> Opened:
+def load_diffusion_checkpoint(ckpt: str, *, name: str = "ckpt") -> LoadedCheckpoint:
     """The newest checkpoint of a run directory, or a file; name: the setting that asks for it.
 
     Raises UsageError for one of another stage, CheckpointError where it is damaged or asks for what
     is not ours.
     """
-    path = checkpoint_file.find(ckpt, name=name)
-    payload = checkpoint_file.read(path)
-    facts = read_facts(payload, path)
+    path = find_checkpoint(ckpt, name=name)
+    payload = read_checkpoint(path)
+    facts = read_checkpoint_metadata(payload, path)
     if facts["stage"] != "diffusion":
         raise UsageError(
             f"{path} comes from stage={facts['stage']}: pictures are sampled from a "
             "diffusion run, which `python train.py` makes"
         )
-    config = registry.admit(facts["config"], path, needed=registry.MODEL)
-    frozen = (*FROZEN, STYLE) if STYLE in config else FROZEN
-    check_digests(facts, path, frozen)
-    return Opened(path, payload, config)
+    config = validate_file_config(facts["config"], path, needed=DIFFUSION_GROUPS)
+    frozen = (*FROZEN_GROUPS, STYLE_GROUP) if STYLE_GROUP in config else FROZEN_GROUPS
+    check_frozen_digests(facts, path, frozen)
+    return LoadedCheckpoint(path, payload, config)
 
 
-def begin_from(
+def warm_start_from_run(
     init: str, network: nn.Module, frozen: dict[str, nn.Module], schedule: Schedule
 ) -> str:
     """Start a network from the averaged one of another run; what was done, in a line.
@@ -157,28 +160,28 @@ def begin_from(
     Raises what `opened` and `begin` raise, and UsageError where its frozen parts or its schedule
     are others: what it has learnt is of those. It may know of no style where there is one now.
     """
-    source = opened(init, name="init")
+    source = load_diffusion_checkpoint(init, name="init")
     others = [
         name
         for name, digest in source.digests.items()
         if name not in frozen or hash_module(frozen[name]) != digest
     ]
-    if not same(objective(source.config).schedule, schedule):
+    if not is_same_schedule(build_objective(source.config).schedule, schedule):
         others.append("scheduler")
     if others:
-        given = " ".join(word for name in others for word in as_typed(source.config, name))
+        given = " ".join(word for name in others for word in suggest_overrides(source.config, name))
         raise UsageError(
             f"init={init} was trained with another {' and '.join(others)}: add {given}"
         )
-    new = begin(network, checkpoint_file.part(source.payload, "ema.module."), what=init)
+    new = warm_start(network, select_prefix(source.payload, "ema.module."), what=init)
     told = f"; new, and without effect as yet: {', '.join(new)}" if new else ""
     return f"init: the weights of {source.path}{told}"
 
 
-def as_typed(cfg: DictConfig, group: str) -> list[str]:
+def suggest_overrides(cfg: DictConfig, group: str) -> list[str]:
     """How to ask for what a configuration has in a group: the nearest option, and what differs."""
     have, found = OmegaConf.to_container(cfg[group]), []
-    for path in sorted(Path(CONF, group).glob("*.yaml")):
+    for path in sorted(Path(CONF_DIR, group).glob("*.yaml")):
         option = OmegaConf.load(path)
         other = {key: value for key, value in have.items() if option.get(key, ...) != value}
         words = {k: v if isinstance(v, str) else json.dumps(v) for k, v in other.items()}
@@ -186,23 +189,23 @@ def as_typed(cfg: DictConfig, group: str) -> list[str]:
     return min(found, key=len)
 
 
-def same(a: Schedule, b: Schedule) -> bool:
+def is_same_schedule(a: Schedule, b: Schedule) -> bool:
     """Whether two schedules have the same noise at the same times."""
     t = torch.linspace(0, 1, 65, dtype=torch.float64)
     return all(torch.equal(one.cpu(), two.cpu()) for one, two in zip(a(t), b(t), strict=True))
 
 
-def schedules() -> dict[str, Schedule]:
+def build_all_schedules() -> dict[str, Schedule]:
     """Every noise schedule of conf/scheduler, by name."""
-    files = sorted(Path(CONF, "scheduler").glob("*.yaml"))
+    files = sorted(Path(CONF_DIR, "scheduler").glob("*.yaml"))
     return {path.stem: instantiate(OmegaConf.load(path)) for path in files}
 
 
-def features(cfg: DictConfig) -> list[Features]:
+def build_feature_extractors(cfg: DictConfig) -> list[FeatureExtractor]:
     """The networks that pictures are measured by."""
     return [instantiate(network) for network in cfg.features.values()]
 
 
-def autocast(precision: str | int | None) -> torch.dtype | None:
+def get_autocast_dtype(precision: str | int | None) -> torch.dtype | None:
     """What a trainer of this precision lets its networks compute in; None for float32."""
     return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(precision))

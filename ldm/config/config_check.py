@@ -12,13 +12,16 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.config import command_line, leftovers, ranges
-from ldm.experiments import run_dir
+from ldm.config.command_line import USAGE_ERRORS, check_config, exit_with_usage_error
+from ldm.config.leftovers import register_new_directories
+from ldm.config.ranges import find_setting_rule, format_invalid_value
+from ldm.config.suggestions import is_config_group
+from ldm.experiments.run_dir import FIXED_RUN_FILES
 from ldm.utils.errors import UsageError
-from ldm.utils.files import check_own
+from ldm.utils.files import check_no_links
 
 
-class FirstCheck(Callback):
+class ConfigCheckCallback(Callback):
     """Refuses, with exit code 2, what `cli.check` refuses; command: the name of the configuration.
 
     Hydra makes warnings of a callback's exceptions, which are therefore told here.
@@ -42,39 +45,44 @@ class FirstCheck(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **more: object) -> None:
         """Tell what `main` has refused: Hydra would print a line of its own before it."""
         error = job_return._return_value  # `return_value`, of Hydra 1.3, prints and then raises it
-        if isinstance(error, command_line.REFUSALS):
-            command_line.refuse(error, self.command)
+        if isinstance(error, USAGE_ERRORS):
+            exit_with_usage_error(error, self.command)
 
     def _check(self, config: DictConfig, swept: list[Override]) -> None:
         try:
             lines = [override.input_line for override in swept]
             typed = [line for line in config.hydra.overrides.task if line not in lines]
             own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-            command_line.check(own, self.command, typed)
-            for key, value, default in [*values(swept, own), *launching(config, bool(swept))]:
-                if said := ranges.flaw(key, value, self.command, default=default):
+            check_config(own, self.command, typed)
+            for key, value, default in [
+                *iterate_sweep_values(swept, own),
+                *iterate_launcher_settings(config, bool(swept)),
+            ]:
+                if said := format_invalid_value(key, value, self.command, default=default):
                     raise UsageError(said)
             if self.command == "train":
-                check_run(Path(config.hydra.run.dir))
+                check_run_directory(Path(config.hydra.run.dir))
             if config.hydra.output_subdir is not None and not swept:
-                leftovers.expect(Path(config.hydra.run.dir))
-        except command_line.REFUSALS as error:
-            command_line.refuse(error, self.command)
+                register_new_directories(Path(config.hydra.run.dir))
+        except USAGE_ERRORS as error:
+            exit_with_usage_error(error, self.command)
 
 
-def check_run(directory: Path) -> None:
+def check_run_directory(directory: Path) -> None:
     """UsageError where a file that is written to in a run's or a sweep's directory is a link."""
     try:
-        check_own(directory, run_dir.OPENED)
+        check_no_links(directory, FIXED_RUN_FILES)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
-def values(swept: list[Override], config: DictConfig) -> Iterator[tuple[str, object, object]]:
+def iterate_sweep_values(
+    swept: list[Override], config: DictConfig
+) -> Iterator[tuple[str, object, object]]:
     """Key, value and default of all that is swept and no option; of an interval, its ends."""
     for override in swept:
         key, sweep = override.get_key_element().lstrip("+"), override.value()
-        if command_line.is_group(key):
+        if is_config_group(key):
             continue
         if isinstance(sweep, IntervalSweep):
             found = [sweep.start, sweep.end]
@@ -84,10 +92,12 @@ def values(swept: list[Override], config: DictConfig) -> Iterator[tuple[str, obj
             yield key, value, OmegaConf.select(config, key)
 
 
-def launching(config: DictConfig, sweeps: bool) -> Iterator[tuple[str, object, object]]:
+def iterate_launcher_settings(
+    config: DictConfig, sweeps: bool
+) -> Iterator[tuple[str, object, object]]:
     """Key and value of each number of a sweep's launcher and sweeper; there is no default."""
     for part in ("launcher", "sweeper", "sweeper.sampler") if sweeps else ():
         for key in OmegaConf.select(config, f"hydra.{part}") or ():
             name = f"hydra.{part}.{key}"
-            if ranges.rule(name, "train"):
+            if find_setting_rule(name, "train"):
                 yield name, OmegaConf.select(config, name), ...

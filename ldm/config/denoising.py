@@ -12,27 +12,46 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ldm.config import components, stages
-from ldm.config.guidance import guidance
-from ldm.config.sample_options import tell
+from ldm.config.components import (
+    FROZEN_GROUPS,
+    STYLE_GROUP,
+    Components,
+    build_denoiser,
+    build_frozen_encoders,
+    build_objective,
+    build_style_encoder,
+    get_autocast_dtype,
+    warm_start_from_run,
+)
+from ldm.config.guidance import build_guidance
+from ldm.config.sample_options import print_to_stderr
+from ldm.config.stages import check_captions_readable, check_data_kind, check_image_size
 from ldm.data.datamodule import TextImageData
 from ldm.diffusion.objective import Objective
-from ldm.experiments.run_dir import rank
-from ldm.inference.generate import examples
+from ldm.experiments.run_dir import get_launcher_rank
+from ldm.inference.generate import generate_task_examples
 from ldm.inference.pipeline import Pipeline
-from ldm.models.frames import Frames
-from ldm.training.callbacks.ema_snapshots import Snapshots
-from ldm.training.callbacks.monitoring import Pictures
+from ldm.models.frames import FramewiseAutoencoder
+from ldm.training.callbacks.ema_snapshots import EMASnapshots
+from ldm.training.callbacks.monitoring import SampleImages
 from ldm.training.modules.diffusion import LatentDiffusion
-from ldm.utils import checkpoint_file
+from ldm.utils.checkpoint_file import find_newest_checkpoint
 from ldm.utils.errors import UsageError
 
 # Groups that decide what a picture looks like.
-PAINT = [*components.FROZEN, "model", "scheduler", "objective", "task", "sampler", "guidance"]
+GENERATION_GROUPS = [
+    *FROZEN_GROUPS,
+    "model",
+    "scheduler",
+    "objective",
+    "task",
+    "sampler",
+    "guidance",
+]
 
 
 @dataclass(frozen=True)
-class Built:
+class TrainingComponents:
     """All of a denoiser's training that needs no data."""
 
     frozen: dict[str, nn.Module]
@@ -41,7 +60,7 @@ class Built:
     network: nn.Module
 
 
-def built(cfg: DictConfig, run_dir: Path) -> Built:
+def build_training_components(cfg: DictConfig, run_dir: Path) -> TrainingComponents:
     """The parts, which go together; a new run's network begins with `cfg.init`.
 
     Raises UsageError and ValueError for what does not.
@@ -52,36 +71,36 @@ def built(cfg: DictConfig, run_dir: Path) -> Built:
             f"task={task.name} is a way of sampling from any run of text to image, and nothing to "
             f"train: leave it out here, then give `python sample.py ckpt=... task={task.name}`"
         )
-    stages.kind_fits(cfg, f"task={task.name}", temporal=task.temporal)
+    check_data_kind(cfg, f"task={task.name}", temporal=task.temporal)
     if task.temporal and cfg.style_encoder:
         raise UsageError(f"task={task.name} takes no style pictures: leave style_encoder=.. out")
     task.check_size(cfg.data.size)
-    autoencoder, text = components.frozen(cfg)
+    autoencoder, text = build_frozen_encoders(cfg)
     frozen, style = (
         {"autoencoder": autoencoder, "text_encoder": text},
-        components.style_encoder(cfg),
+        build_style_encoder(cfg),
     )
     if style is not None:
-        frozen[components.STYLE] = style
-    objective = components.objective(cfg)
-    network = components.denoiser(cfg, autoencoder, text, task, style)
-    stages.fits(cfg.data.size, autoencoder.factor * network.multiple)
-    if cfg.init is not None and checkpoint_file.newest(run_dir / "checkpoints") is None:
-        told = components.begin_from(cfg.init, network, frozen, objective.schedule)
-        if rank() == 0:
+        frozen[STYLE_GROUP] = style
+    objective = build_objective(cfg)
+    network = build_denoiser(cfg, autoencoder, text, task, style)
+    check_image_size(cfg.data.size, autoencoder.factor * network.multiple)
+    if cfg.init is not None and find_newest_checkpoint(run_dir / "checkpoints") is None:
+        told = warm_start_from_run(cfg.init, network, frozen, objective.schedule)
+        if get_launcher_rank() == 0:
             print(told, flush=True)
-    return Built(frozen, objective, task, network)
+    return TrainingComponents(frozen, objective, task, network)
 
 
-def module(
-    of: Built, cfg: DictConfig, data: TextImageData, run_dir: Path
+def build_diffusion_module(
+    of: TrainingComponents, cfg: DictConfig, data: TextImageData, run_dir: Path
 ) -> tuple[LatentDiffusion, list[L.Callback], dict[str, nn.Module]]:
     """LatentDiffusion with its sample pictures, and the frozen parts it rests on."""
     objective, task = of.objective, of.task
-    autoencoder, text = (of.frozen[name] for name in components.FROZEN)
-    style = of.frozen.get(components.STYLE)
-    stages.readable(text, data)
-    autoencoder = autoencoder if data.frames is None else Frames(autoencoder)
+    autoencoder, text = (of.frozen[name] for name in FROZEN_GROUPS)
+    style = of.frozen.get(STYLE_GROUP)
+    check_captions_readable(text, data)
+    autoencoder = autoencoder if data.frames is None else FramewiseAutoencoder(autoencoder)
     trained = LatentDiffusion(
         of.network,
         autoencoder,
@@ -105,10 +124,10 @@ def module(
         objective=objective,
         task=task,
         sampler=instantiate(cfg.sampler),
-        guidance=guidance(
-            cfg.guidance, components.Beside(autoencoder, text, objective, task, device)
+        guidance=build_guidance(
+            cfg.guidance, Components(autoencoder, text, objective, task, device)
         ),
-        dtype=components.autocast(cfg.trainer.get("precision"))
+        dtype=get_autocast_dtype(cfg.trainer.get("precision"))
         if gpu
         else None,  # as pipelines.restore
         trained_size=data.size,
@@ -120,16 +139,21 @@ def module(
     if cfg.samples.n == 0:
         prompts = []
     draw = partial(
-        examples, pipeline, data.val_set, prompts, steps=cfg.samples.steps, seed=cfg.seed
+        generate_task_examples,
+        pipeline,
+        data.val_set,
+        prompts,
+        steps=cfg.samples.steps,
+        seed=cfg.seed,
     )
-    if rank() == 0:
+    if get_launcher_rank() == 0:
         counts = {cfg.samples.steps, *(each.steps for each in (cfg.eval or {}).values())}
         for line in (line for count in sorted(counts) for line in pipeline.caveats(count)):
-            tell(line)
-    callbacks = [Pictures(run_dir / "samples", draw)] if prompts else []
+            print_to_stderr(line)
+    callbacks = [SampleImages(run_dir / "samples", draw)] if prompts else []
     if trained.phema is not None:
-        callbacks.append(Snapshots(run_dir / "phema", every=cfg.phema.every))
-    if task.from_pictures and cfg.eval and rank() == 0:
+        callbacks.append(EMASnapshots(run_dir / "phema", every=cfg.phema.every))
+    if task.from_pictures and cfg.eval and get_launcher_rank() == 0:
         print(f"eval: task={task.name} begins with a picture, so val/loss alone is measured")
     if "scenes" in cfg.eval and not task.from_pictures:
         callbacks.append(instantiate(cfg.eval.scenes, pipeline, size=data.size))
@@ -138,7 +162,10 @@ def module(
         seen = {"pictures": data.val_set, "others": data.train_set.plain(), "size": data.size}
         place = {"folder": run_dir / "eval", "raw_denoiser": trained.denoiser}
         whole = OmegaConf.to_container(cfg, resolve=True)
-        painted = {"dtype": str(pipeline.dtype), **{name: whole[name] for name in PAINT}}
+        painted = {
+            "dtype": str(pipeline.dtype),
+            **{name: whole[name] for name in GENERATION_GROUPS},
+        }
         place["settings"] = json.dumps(painted, sort_keys=True)
         callbacks.append(instantiate(cfg.eval.images, pipeline, networks, **seen, **place))
     return trained, callbacks, of.frozen

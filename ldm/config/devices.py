@@ -5,7 +5,7 @@ import torch
 from ldm.utils.errors import UsageError
 
 
-def device_of(name: str | None) -> torch.device:
+def select_device(name: str | None) -> torch.device:
     """The device of this name; without one a GPU where there is one.
 
     Raises UsageError where there is no such device.

@@ -13,31 +13,36 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from ldm.config import components
-from ldm.config import pipeline as pipelines
-from ldm.config.command_line import CONF
-from ldm.config.training_images import SCENES, own_pictures
-from ldm.data.dataset import TextImages
-from ldm.data.shards.cache import Cache
-from ldm.data.shards.reader import Shards
-from ldm.evaluation.distributed import Ranks
-from ldm.evaluation.external import Folder, Peer
-from ldm.evaluation.features.base import Features
-from ldm.evaluation.prompt_subset import Subset
-from ldm.evaluation.protocol import Quality, TooFewError, captions_to_paint
-from ldm.evaluation.scenes.accuracy import SceneAccuracy
-from ldm.experiments import run_dir
-from ldm.models.text.cached import Remembered
-from ldm.utils import checkpoint_file
+from ldm.config.components import build_feature_extractors
+from ldm.config.pipeline import (
+    check_text_to_image,
+    get_sampling_settings,
+    load_pipeline,
+    replace_sampling,
+)
+from ldm.config.suggestions import CONF_DIR
+from ldm.config.training_images import SCENES_TARGET, open_run_images
+from ldm.data.dataset import TextImageDataset
+from ldm.data.shards.cache import ShardCache
+from ldm.data.shards.reader import ShardReader
+from ldm.evaluation.distributed import ProcessGroup
+from ldm.evaluation.external import DiffusersPipeline, ImageFolder
+from ldm.evaluation.features.base import FeatureExtractor
+from ldm.evaluation.prompt_subset import PromptSubset
+from ldm.evaluation.protocol import EvaluationProtocol, TooFewImagesError, select_prompt_subset
+from ldm.evaluation.scenes.accuracy import ScenePromptAccuracy
+from ldm.experiments.run_dir import find_run_of_checkpoint, get_launcher_layout
+from ldm.models.text.cached import CachedTextEncoder
+from ldm.utils.checkpoint_file import manifest_path
 from ldm.utils.errors import UsageError
-from ldm.utils.files import PACKAGED, located
+from ldm.utils.files import PACKAGED_PREFIX, resolve_path
 
-Paint = Callable[..., Tensor]  # (prompts, seeds=...) -> images (n, 3, H, W) in [-1, 1]
-Asked = dict[str, str | None]
+PromptsToImages = Callable[..., Tensor]  # (prompts, seeds=...) -> images (n, 3, H, W) in [-1, 1]
+TextOptions = dict[str, str | None]
 
 
 @dataclass
-class Source:
+class EvaluationSource:
     """What paints, what it is measured by, and where its results belong.
 
     `paint(cfg)` paints as a configuration says; `facts(cfg)` are the plain values that decide what
@@ -47,15 +52,15 @@ class Source:
 
     home: Path
     device: torch.device
-    scenes: SceneAccuracy | None
-    quality: Quality | None
-    paint: Callable[[DictConfig], Paint]
+    scenes: ScenePromptAccuracy | None
+    quality: EvaluationProtocol | None
+    paint: Callable[[DictConfig], PromptsToImages]
     facts: Callable[[DictConfig], dict]
     foreign: bool = True
     network: nn.Module | None = None
 
 
-def source(cfg: DictConfig, asked: Asked, *, kind: str) -> Source:
+def build_evaluation_source(cfg: DictConfig, asked: TextOptions, *, kind: str) -> EvaluationSource:
     """What is asked for, one of `kind` "run", "peer" and "images"; torchrun's processes join here.
 
     Raises UsageError where there is nothing to compare with or nothing to measure, ValueError and
@@ -63,27 +68,35 @@ def source(cfg: DictConfig, asked: Asked, *, kind: str) -> Source:
     """
     if kind != "run" and not cfg.features:
         raise UsageError("features=none leaves nothing to measure: give features='[clip]'")
-    networks = components.features(cfg)  # missing weights are told before anything else is read
-    device = join(torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    found = {"run": run, "peer": peer, "images": folder}[kind](cfg, asked, networks, device)
+    networks = build_feature_extractors(
+        cfg
+    )  # missing weights are told before anything else is read
+    device = join_process_group(
+        torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    )
+    found = {
+        "run": build_run_source,
+        "peer": build_diffusers_source,
+        "images": build_folder_source,
+    }[kind](cfg, asked, networks, device)
     clip = cfg.features.get("clip", {}).get("path")
-    if found.foreign and found.quality is not None and clip == PACKAGED + "clip":
-        tell(
+    if found.foreign and found.quality is not None and clip == PACKAGED_PREFIX + "clip":
+        print_on_first_rank(
             "features.clip is packaged:clip, which knows the drawn world alone: for other pictures "
             "give features.clip.path=openai/clip-vit-base-patch32, a folder, or a run of stage=clip"
         )
     return found
 
 
-def tell(text: str) -> None:
+def print_on_first_rank(text: str) -> None:
     """Say something once, whatever the number of processes."""
-    if Ranks().rank == 0:
+    if ProcessGroup().rank == 0:
         print(text, flush=True)
 
 
-def join(device: torch.device) -> torch.device:
+def join_process_group(device: torch.device) -> torch.device:
     """Take part in torchrun's group, where it has started several processes; this one's device."""
-    if run_dir.launched() is None:
+    if get_launcher_layout() is None:
         return device
     if "RANK" not in os.environ:
         raise UsageError(
@@ -100,62 +113,64 @@ def join(device: torch.device) -> torch.device:
     return device
 
 
-def run(
-    cfg: DictConfig, asked: Asked, networks: Sequence[Features], device: torch.device
-) -> Source:
+def build_run_source(
+    cfg: DictConfig, asked: TextOptions, networks: Sequence[FeatureExtractor], device: torch.device
+) -> EvaluationSource:
     """A training run of ours."""
     cfg = OmegaConf.merge(cfg, {"device": str(device)})
-    restored = pipelines.restore(cfg, asked["ckpt"], asked)
-    pipelines.check_text_to_image(restored, "measuring")
+    restored = load_pipeline(cfg, asked["ckpt"], asked)
+    check_text_to_image(restored, "measuring")
     size = cfg.size or restored.size
-    drawn = restored.data.get("_target_") == SCENES
-    scenes = scene_accuracy(cfg) if cfg.scenes or (cfg.scenes is None and drawn) else None
+    drawn = restored.data.get("_target_") == SCENES_TARGET
+    scenes = build_scene_accuracy(cfg) if cfg.scenes or (cfg.scenes is None and drawn) else None
     real = others = None
     if asked["data"] is None and networks:
-        real, others = own_pictures(restored, size)
+        real, others = open_run_images(restored, size)
     measured_by = None
     try:
         if networks:
-            measured_by = quality(cfg, asked, networks, size=size, real=real, others=others)
-    except TooFewError as error:
+            measured_by = build_quality(cfg, asked, networks, size=size, real=real, others=others)
+    except TooFewImagesError as error:
         if scenes is None:
             raise
-        tell(f"scene accuracy alone, no distances: {error}")
+        print_on_first_rank(f"scene accuracy alone, no distances: {error}")
     if scenes is None and measured_by is None:
         raise UsageError(
             "features=none leaves scene accuracy alone, which is of runs on data=scenes: give "
             "features='[clip]'"
         )
-    text = Remembered(restored.pipeline.text)
+    text = CachedTextEncoder(restored.pipeline.text)
 
     said: set[str] = set()
 
-    def paint(cfg: DictConfig) -> Paint:
-        pipeline = replace(pipelines.sampling(restored.pipeline, cfg), text=text)
+    def paint(cfg: DictConfig) -> PromptsToImages:
+        pipeline = replace(replace_sampling(restored.pipeline, cfg), text=text)
         for line in pipeline.caveats(cfg.steps):
-            if line not in said and Ranks().rank == 0:
+            if line not in said and ProcessGroup().rank == 0:
                 print(line, file=sys.stderr, flush=True)
             said.add(line)
         return partial(pipeline, size=size, steps=cfg.steps)
 
     def facts(cfg: DictConfig) -> dict:
-        settings = {**common(cfg, size), **pipelines.sampling_facts(cfg)}
-        manifest = json.loads(checkpoint_file.manifest_path(restored.path).read_text())
+        settings = {**collect_common_settings(cfg, size), **get_sampling_settings(cfg)}
+        manifest = json.loads(manifest_path(restored.path).read_text())
         which = {"ckpt": str(restored.path), "digest": manifest["sha256"], "step": restored.step}
         return {**which, "settings": {**settings, "precision": restored.precision}}
 
     inside = restored.path.parent.name == "checkpoints"
-    home = run_dir.of_checkpoint(restored.path) if inside else Path("evaluated", restored.path.stem)
+    home = (
+        find_run_of_checkpoint(restored.path) if inside else Path("evaluated", restored.path.stem)
+    )
     foreign = not drawn or asked["data"] is not None
     network = restored.pipeline.denoiser
-    return Source(home, device, scenes, measured_by, paint, facts, foreign, network)
+    return EvaluationSource(home, device, scenes, measured_by, paint, facts, foreign, network)
 
 
-def peer(
-    cfg: DictConfig, asked: Asked, networks: Sequence[Features], device: torch.device
-) -> Source:
+def build_diffusers_source(
+    cfg: DictConfig, asked: TextOptions, networks: Sequence[FeatureExtractor], device: torch.device
+) -> EvaluationSource:
     """A pipeline of diffusers: its own sampler, our steps, guidance scale, prompts and seeds."""
-    painter = Peer(place := located(asked["ckpt"]), device)
+    painter = DiffusersPipeline(place := resolve_path(asked["ckpt"]), device)
     if (size := cfg.size or painter.size) is None:
         raise UsageError(f"'{place}' does not say at which size it paints: give size=...")
 
@@ -165,30 +180,30 @@ def peer(
     def facts(cfg: DictConfig) -> dict:
         told = {"steps": cfg.steps, "guidance": {"scale": settings(cfg)["scale"]}}
         which = {"ckpt": str(place.resolve()), **painter.facts}
-        return {**which, "settings": {**common(cfg, size), **told}}
+        return {**which, "settings": {**collect_common_settings(cfg, size), **told}}
 
-    return Source(
+    return EvaluationSource(
         home=Path("evaluated", place.resolve().name),
         device=device,
-        scenes=scene_accuracy(cfg) if cfg.scenes else None,
-        quality=quality(cfg, asked, networks, size=size),
+        scenes=build_scene_accuracy(cfg) if cfg.scenes else None,
+        quality=build_quality(cfg, asked, networks, size=size),
         paint=lambda cfg: partial(painter, size=size, **settings(cfg)),
         facts=facts,
     )
 
 
-def folder(
-    cfg: DictConfig, asked: Asked, networks: Sequence[Features], device: torch.device
-) -> Source:
+def build_folder_source(
+    cfg: DictConfig, asked: TextOptions, networks: Sequence[FeatureExtractor], device: torch.device
+) -> EvaluationSource:
     """Pictures that are there, with captions of their own or, in order of name, of `subset`."""
-    pictures = Folder(place := located(asked["images"]), size=cfg.size)
-    real = opened(cfg, asked, "data", pictures.size)
+    pictures = ImageFolder(place := resolve_path(asked["images"]), size=cfg.size)
+    real = open_real_images(cfg, asked, "data", pictures.size)
     if asked["subset"] is None:
         names = [path.name for path in pictures.paths]
         captions = pictures.captions or [""] * len(names)
-        subset = Subset(real.shards.index.fingerprint, names, captions, [*range(len(names))])
+        subset = PromptSubset(real.shards.index.fingerprint, names, captions, [*range(len(names))])
     else:
-        subset = Subset.load(located(asked["subset"]))
+        subset = PromptSubset.load(resolve_path(asked["subset"]))
         if len(subset) != len(pictures):
             raise UsageError(
                 f"'{place}' has {len(pictures)} pictures, and {asked['subset']} {len(subset)} "
@@ -197,11 +212,11 @@ def folder(
     number = {seed: i for i, seed in enumerate(subset.seeds)}
     captioned = asked["subset"] is not None or pictures.captions is not None
     which = {"images": str(place.resolve()), "digest": pictures.digest}
-    return Source(
+    return EvaluationSource(
         home=Path("evaluated", place.resolve().name),
         device=device,
         scenes=None,
-        quality=quality(
+        quality=build_quality(
             cfg,
             asked,
             networks,
@@ -217,69 +232,75 @@ def folder(
     )
 
 
-def common(cfg: DictConfig, size: int) -> dict:
+def collect_common_settings(cfg: DictConfig, size: int) -> dict:
     """What is told of everything that paints."""
     return {"count": cfg.count, "seed": cfg.seed, "steps": cfg.steps, "size": size}
 
 
-def scene_accuracy(cfg: DictConfig) -> SceneAccuracy:
+def build_scene_accuracy(cfg: DictConfig) -> ScenePromptAccuracy:
     """Of `count` prompts a split."""
-    return SceneAccuracy(count=cfg.count, batch=cfg.batch, seed=cfg.seed)
+    return ScenePromptAccuracy(count=cfg.count, batch=cfg.batch, seed=cfg.seed)
 
 
-def quality(
+def build_quality(
     cfg: DictConfig,
-    asked: Asked,
-    networks: Sequence[Features],
+    asked: TextOptions,
+    networks: Sequence[FeatureExtractor],
     *,
     size: int,
-    real: TextImages | None = None,
-    others: TextImages | None = None,
-    subset: Subset | None = None,
+    real: TextImageDataset | None = None,
+    others: TextImageDataset | None = None,
+    subset: PromptSubset | None = None,
     captioned: bool = True,
-) -> Quality:
+) -> EvaluationProtocol:
     """The protocol; `data` and `others`, where they are given, come before `real` and `others`.
 
     UsageError where there are no pictures to compare with.
     """
-    real = real or opened(cfg, asked, "data", size)
+    real = real or open_real_images(cfg, asked, "data", size)
     if asked["others"] is not None:
-        others = opened(cfg, asked, "others", size)
+        others = open_real_images(cfg, asked, "others", size)
     if subset is None and asked["subset"] is not None:
-        subset = Subset.load(located(asked["subset"]))
+        subset = PromptSubset.load(resolve_path(asked["subset"]))
     elif subset is None:
-        subset = captions_to_paint(real, others, cfg.count, seed=cfg.seed)
+        subset = select_prompt_subset(real, others, cfg.count, seed=cfg.seed)
         known = len({*zip(subset.keys, subset.captions, strict=True)})
         if known < len(subset):
-            tell(
+            print_on_first_rank(
                 f"count={cfg.count}: there are {known} captions, so that some are painted again "
                 "with other seeds"
             )
-    return Quality(
+    return EvaluationProtocol(
         networks,
         pictures=real,
         others=others,
         subset=subset,
         size=size,
-        cache=located(cfg.cache) / "real",
+        cache=resolve_path(cfg.cache) / "real",
         at_most=cfg.real,
         batch=cfg.batch,
         captioned=captioned,
     )
 
 
-def opened(cfg: DictConfig, asked: Asked, name: str, size: int) -> TextImages:
+def open_real_images(cfg: DictConfig, asked: TextOptions, name: str, size: int) -> TextImageDataset:
     """The shards that `data` or `others` names, as a validation sees them."""
     if asked[name] is None:
         raise UsageError(
             f"{name} is needed: give {name}=DIR, shards of real pictures with captions, as "
             "`python -m ldm.prepare` writes them"
         )
-    if not located(asked[name]).exists() and Path(CONF, "data", f"{asked[name]}.yaml").is_file():
+    if (
+        not resolve_path(asked[name]).exists()
+        and Path(CONF_DIR, "data", f"{asked[name]}.yaml").is_file()
+    ):
         raise UsageError(
             f"{name}={asked[name]}: that is an option of train.py; here {name} is a folder with "
             f"shards of real pictures, such as {name}=data/coco/val"
         )
-    return TextImages(
-        Shards(asked[name], cache=Cache(cfg.cache, gigabytes=50.0)), size=size, seed=0, train=False
+    return TextImageDataset(
+        ShardReader(asked[name], cache=ShardCache(cfg.cache, gigabytes=50.0)),
+        size=size,
+        seed=0,
+        train=False,
     )

@@ -9,18 +9,18 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from ldm.config import pipeline as pipelines
-from ldm.config.sample_options import tell
-from ldm.experiments import run_dir
-from ldm.inference import inputs
-from ldm.inference.generate import paint
-from ldm.utils import output_path
+from ldm.config.pipeline import LoadedPipeline, load_cascade
+from ldm.config.sample_options import print_to_stderr
+from ldm.experiments.run_dir import make_image_path
+from ldm.inference.generate import generate_in_batches
+from ldm.inference.inputs import prepare_upscaling_inputs, read_pipeline_inputs, read_square_option
+from ldm.utils.output_path import prepare_output_file
 
-FILES = ("image", "mask", "source", "style")  # texts that say what to begin with
+RECORDED_INPUT_OPTIONS = ("image", "mask", "source", "style")  # texts that say what to begin with
 
 
 @dataclass
-class Painted:
+class SampleOutput:
     """Pictures (3, H, W) or videos (3, F, H, W), the guesses on the way, and what decided them."""
 
     images: list[Tensor]
@@ -29,57 +29,60 @@ class Painted:
     settings: dict
 
 
-def painted(
+def generate_samples(
     cfg: DictConfig,
     ckpts: Sequence[str],
     asked: dict[str, str | None],
     jobs: Sequence[tuple[str, int]],
-) -> Painted:
+) -> SampleOutput:
     """What sample.py is asked for, with a bar; jobs: prompts and seeds.
 
     Raises what `pipelines.cascade`, `requests.read`, `outputs.place` and the task raise.
     """
-    stages = pipelines.cascade(cfg, ckpts, asked)
+    stages = load_cascade(cfg, ckpts, asked)
     first, last = stages[0], stages[-1]
     strength = first.pipeline.task.strength if cfg.strength is None else cfg.strength
     more = {"strength": strength, "paste": cfg.paste, "source": asked["source"]}
     if asked["style"]:
-        more["style"] = inputs.square_of("style", asked["style"], first.size)[None]
+        more["style"] = read_square_option("style", asked["style"], first.size)[None]
     files = {"image": asked["image"], "mask": asked["mask"], "pad": list(cfg.pad)}
-    given = inputs.read(first.pipeline, trained=first.size, size=cfg.size, **files)
-    default = run_dir.picture_path(last.path, jobs[0][0])
-    out = output_path.place(asked["out"], default, moving=first.pipeline.frames is not None)
+    given = read_pipeline_inputs(first.pipeline, trained=first.size, size=cfg.size, **files)
+    default = make_image_path(last.path, jobs[0][0])
+    out = prepare_output_file(asked["out"], default, moving=first.pipeline.frames is not None)
 
     prompts = [prompt for prompt, _ in jobs]
     asks = {"prompts": prompts, "negative": asked["negative"], "strength": strength}
     for line in first.pipeline.caveats(cfg.steps, **asks):
-        tell(line)
+        print_to_stderr(line)
 
     how = {"steps": cfg.steps, "batch": cfg.batch, "previews": cfg.previews}
     images: list[Tensor] = []
     for restored in stages:
         pipeline = restored.pipeline
         if images:
-            given, more = inputs.continued(pipeline, torch.stack(images)), {}
+            given, more = prepare_upscaling_inputs(pipeline, torch.stack(images)), {}
         call = partial(pipeline, size=given.size, negative=asked["negative"], **more)
         how |= {"decode": pipeline.decode, "pictures": given.pictures()}
-        images, guesses = paint(call, jobs, **how)
+        images, guesses = generate_in_batches(call, jobs, **how)
         images = given.cut(images)
     settings = {
         "negative": asked["negative"],
-        **{name: asked[name] for name in FILES if asked[name]},
+        **{name: asked[name] for name in RECORDED_INPUT_OPTIONS if asked[name]},
         "strength": strength,
         "paste": cfg.paste,
         "pad": list(cfg.pad),
         "steps": cfg.steps,
-        **facts(first),
+        **describe_stage(first),
     }
     if len(stages) > 1:
-        settings |= {"cascade": list(ckpts), "enlarged": [facts(stage) for stage in stages[1:]]}
-    return Painted(images, guesses, out, settings)
+        settings |= {
+            "cascade": list(ckpts),
+            "enlarged": [describe_stage(stage) for stage in stages[1:]],
+        }
+    return SampleOutput(images, guesses, out, settings)
 
 
-def facts(restored: pipelines.Restored) -> dict:
+def describe_stage(restored: LoadedPipeline) -> dict:
     """What a stage is, and how it samples, as plain values."""
     of = {"task": restored.task, "ckpt": str(restored.path), "step": restored.step}
     return {**restored.settings, **of}

@@ -3,25 +3,37 @@
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.config import classifier, components
-from ldm.config.components import Beside
-from ldm.diffusion.guidance.base import DenoiseWith, Guidance
+from ldm.config.classifier import load_noisy_classifier
+from ldm.config.components import (
+    FROZEN_GROUPS,
+    Components,
+    build_objective,
+    build_style_encoder,
+    is_same_schedule,
+    load_diffusion_checkpoint,
+)
+from ldm.diffusion.guidance.base import ConditionalDenoiser, Guidance
 from ldm.models.clip import Clip
-from ldm.models.clip_reward import ClipJudge
+from ldm.models.clip_reward import ClipReward
 from ldm.utils.errors import UsageError
 from ldm.utils.hashing import hash_module
 
 
-def guidance(cfg: DictConfig, beside: Beside) -> Guidance:
+def build_guidance(cfg: DictConfig, beside: Components) -> Guidance:
     """The guidance of `cfg`, its inner ones and their models included.
 
     Raises UsageError where a model is not named, or is of another space than the denoiser.
     """
-    makers = {"inner": guidance, "guide": guide, "classifier": classify, "judge": judge}
+    makers = {
+        "inner": build_guidance,
+        "guide": load_guide_denoiser,
+        "classifier": load_classifier_guide,
+        "judge": load_clip_reward,
+    }
     needed = {name: make for name, make in makers.items() if name in cfg}
     for name in needed:
         if cfg[name] is None:
-            raise UsageError(f"guidance.{name} is needed: {NEEDS[name]}")
+            raise UsageError(f"guidance.{name} is needed: {GUIDANCE_MODEL_HINTS[name]}")
     built = {name: make(cfg[name], beside) for name, make in needed.items()}
     if "classifier" in built or "judge" in built:
         built["schedule"] = beside.objective.schedule
@@ -32,35 +44,35 @@ def guidance(cfg: DictConfig, beside: Beside) -> Guidance:
     return instantiate(leaf, _partial_=True, _convert_="all")(**built)
 
 
-NEEDS = {
+GUIDANCE_MODEL_HINTS = {
     "guide": "a checkpoint of a worse run of the same kind",
     "classifier": "a run of stage=classifier, as experiment=classifier_scenes trains",
     "judge": "a CLIP: packaged:clip, a folder, or a name on the hub",
 }
 
 
-def guide(path: str, beside: Beside) -> DenoiseWith:
+def load_guide_denoiser(path: str, beside: Components) -> ConditionalDenoiser:
     """The averaged denoiser of a checkpoint, on the same latents, text and schedule as ours.
 
     Raises UsageError where it is of others, or of another task.
     """
-    opened = components.opened(path, name="guidance.guide")
+    opened = load_diffusion_checkpoint(path, name="guidance.guide")
     trained = instantiate(opened.config.task)
     if (why := beside.task.unfit(trained)) is not None:
         raise UsageError(
             f"guidance.guide={path} is of task={trained.name} and cannot guide "
             f"task={beside.task.name}: {why}"
         )
-    for name, part in zip(components.FROZEN, (beside.autoencoder, beside.text), strict=True):
+    for name, part in zip(FROZEN_GROUPS, (beside.autoencoder, beside.text), strict=True):
         if hash_module(part) != opened.digests[name]:
             raise UsageError(
                 f"guidance.guide={path} was trained with another {name}: a guide answers for the "
                 "same latents and the same states of the text"
             )
-    objective = components.objective(opened.config)
-    if not components.same(objective.schedule, beside.objective.schedule):
+    objective = build_objective(opened.config)
+    if not is_same_schedule(objective.schedule, beside.objective.schedule):
         raise UsageError(f"guidance.guide={path} was trained on another scheduler")
-    style = components.style_encoder(opened.config)
+    style = build_style_encoder(opened.config)
     network = opened.network("ema.module.", beside.autoencoder, beside.text, beside.task, style)
     network, objective = network.to(beside.device), objective.to(beside.device)
 
@@ -70,7 +82,7 @@ def guide(path: str, beside: Beside) -> DenoiseWith:
     return denoise
 
 
-def classify(path: str, beside: Beside):
+def load_classifier_guide(path: str, beside: Components):
     """The classifier of a run of stage=classifier, for ldm.diffusion.guidance.gradient.
 
     Raises UsageError where videos are painted.
@@ -80,9 +92,9 @@ def classify(path: str, beside: Beside):
             f"guidance=classifier reads pictures, and task={beside.task.name} is of videos: "
             "guidance=clip and guidance=autoguidance guide these"
         )
-    return classifier.restore(path, beside=beside).aim
+    return load_noisy_classifier(path, beside=beside).aim
 
 
-def judge(path: str, beside: Beside) -> ClipJudge:
+def load_clip_reward(path: str, beside: Components) -> ClipReward:
     """A CLIP that looks at decoded latents."""
-    return ClipJudge(Clip.load(path).to(beside.device), beside.autoencoder.decode)
+    return ClipReward(Clip.load(path).to(beside.device), beside.autoencoder.decode)

@@ -7,24 +7,35 @@ from pathlib import Path
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.config import components
-from ldm.config.components import Beside
-from ldm.config.devices import device_of
-from ldm.config.guidance import guidance
+from ldm.config.components import (
+    FROZEN_GROUPS,
+    STYLE_GROUP,
+    Components,
+    build_frozen_encoders,
+    build_objective,
+    build_style_encoder,
+    get_autocast_dtype,
+    load_diffusion_checkpoint,
+    set_component_location,
+)
+from ldm.config.devices import select_device
+from ldm.config.guidance import build_guidance
 from ldm.inference.pipeline import Pipeline
-from ldm.models.frames import Frames
-from ldm.utils import checkpoint_file
+from ldm.models.frames import FramewiseAutoencoder
+from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.errors import UsageError
 from ldm.utils.hashing import hash_module
 
-REMEDY = "Train one: python train.py task={task} init={ckpt} name=my-{task}"
-CLASSIFIER_FREE = "ldm.diffusion.guidance.base.ClassifierFree"
-COMPOSED = "ldm.diffusion.guidance.compositional.Composed"
-WITHOUT = "Give a run of task=text2img; `python sample.py` without task= does what this one can"
+TRAIN_TASK_HINT = "Train one: python train.py task={task} init={ckpt} name=my-{task}"
+CLASSIFIER_FREE_TARGET = "ldm.diffusion.guidance.base.ClassifierFree"
+COMPOSITIONAL_TARGET = "ldm.diffusion.guidance.compositional.Composed"
+TEXT_TO_IMAGE_HINT = (
+    "Give a run of task=text2img; `python sample.py` without task= does what this one can"
+)
 
 
 @dataclass
-class Restored:
+class LoadedPipeline:
     """A pipeline out of a checkpoint, and what the checkpoint says of itself."""
 
     pipeline: Pipeline
@@ -38,7 +49,7 @@ class Restored:
     task: dict  # what it is asked to do, likewise
 
 
-def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restored:
+def load_pipeline(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> LoadedPipeline:
     """The pipeline of a diffusion run: networks from the checkpoint, sampling from `cfg`.
 
     `asked` says, under their names, where frozen parts are now if not where the training
@@ -48,29 +59,35 @@ def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restore
     with, and UsageError for a task that the network was not trained for, for frames of pictures,
     and for a device that is not here.
     """
-    device = device_of(cfg.device)
-    opened = components.opened(ckpt)
+    device = select_device(cfg.device)
+    opened = load_diffusion_checkpoint(ckpt)
     trained = opened.config
-    for name in (*components.FROZEN, components.STYLE):
+    for name in (*FROZEN_GROUPS, STYLE_GROUP):
         if asked.get(name) is not None:
-            components.move(trained, name, asked[name])
-    (autoencoder, text), style = components.frozen(trained), components.style_encoder(trained)
+            set_component_location(trained, name, asked[name])
+    (autoencoder, text), style = (
+        build_frozen_encoders(trained),
+        build_style_encoder(trained),
+    )
     frozen = {
-        **dict(zip(components.FROZEN, (autoencoder, text), strict=True)),
-        components.STYLE: style,
+        **dict(zip(FROZEN_GROUPS, (autoencoder, text), strict=True)),
+        STYLE_GROUP: style,
     }
     for name, part in frozen.items():
         if part is not None and hash_module(part) != opened.digests[name]:
-            raise checkpoint_file.CheckpointError(
+            raise CheckpointError(
                 f"{trained[name].get('path', trained[name]._target_)} is not the {name} that "
                 f"{opened.path} was trained with (its weights, or names, differ): give the right "
                 f"one with {name}=..."
             )
     task, trained_task = instantiate(cfg.get("task") or trained.task), instantiate(trained.task)
     if (why := task.unfit(trained_task)) is not None:
+        hint = TEXT_TO_IMAGE_HINT
+        if task.extra_channels(1):
+            hint = TRAIN_TASK_HINT.format(task=task.name, ckpt=ckpt)
         raise UsageError(
             f"task={task.name} does not go with {opened.path}, of task={trained_task.name}: {why}. "
-            f"{REMEDY.format(task=task.name, ckpt=ckpt) if task.extra_channels(1) else WITHOUT}"
+            f"{hint}"
         )
     frames = trained.data.get("frames")
     if frames is None and cfg.get("frames") is not None:
@@ -81,12 +98,12 @@ def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restore
     weights = "denoiser." if cfg.raw else "ema.module."
     network = opened.network(weights, autoencoder, text, task, style)
     # What was trained on a GPU with less precision is as good as it was there; a CPU gains nothing.
-    dtype = components.autocast(trained.trainer.get("precision")) if device.type == "cuda" else None
-    autoencoder = autoencoder if frames is None else Frames(autoencoder)
-    beside = Beside(
+    dtype = get_autocast_dtype(trained.trainer.get("precision")) if device.type == "cuda" else None
+    autoencoder = autoencoder if frames is None else FramewiseAutoencoder(autoencoder)
+    beside = Components(
         autoencoder.to(device),
         text.to(device),
-        components.objective(trained).to(device),
+        build_objective(trained).to(device),
         task,
         device,
     )
@@ -97,13 +114,13 @@ def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restore
         objective=beside.objective,
         task=task,
         sampler=instantiate(cfg.sampler),
-        guidance=guidance(cfg.guidance, beside),
+        guidance=build_guidance(cfg.guidance, beside),
         dtype=dtype,
         trained_size=trained.data.size,
         frames=frames and (cfg.get("frames") or frames),
         style_encoder=None if style is None else style.to(device),
     )
-    return Restored(
+    return LoadedPipeline(
         pipeline,
         trained.data.size,
         opened.path.resolve(),
@@ -111,12 +128,14 @@ def restore(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> Restore
         trained.text_encoder.get("path"),
         trained.data,
         "float32" if dtype is None else str(dtype).removeprefix("torch."),
-        sampling_facts(cfg),
+        get_sampling_settings(cfg),
         OmegaConf.to_container(cfg.get("task") or trained.task),
     )
 
 
-def cascade(cfg: DictConfig, ckpts: Sequence[str], asked: dict[str, str | None]) -> list[Restored]:
+def load_cascade(
+    cfg: DictConfig, ckpts: Sequence[str], asked: dict[str, str | None]
+) -> list[LoadedPipeline]:
     """Pipelines of which each enlarges what the one before has painted.
 
     The first is guided as `cfg` says and does what it was trained for; the others are of `cfg`'s
@@ -126,14 +145,14 @@ def cascade(cfg: DictConfig, ckpts: Sequence[str], asked: dict[str, str | None])
     enlarges nothing.
     """
     if len(ckpts) == 1:
-        return [restore(cfg, ckpts[0], asked)]
+        return [load_pipeline(cfg, ckpts[0], asked)]
     first = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "task"])
     later = OmegaConf.merge(cfg)
-    target = COMPOSED if composes(cfg.guidance) else CLASSIFIER_FREE
+    target = COMPOSITIONAL_TARGET if is_compositional(cfg.guidance) else CLASSIFIER_FREE_TARGET
     later.guidance = {"_target_": target, "scale": cfg.enlarging}
-    stages: list[Restored] = []
+    stages: list[LoadedPipeline] = []
     for ckpt in ckpts:
-        stages.append(restore(later if stages else first, ckpt, asked))
+        stages.append(load_pipeline(later if stages else first, ckpt, asked))
         task = stages[-1].pipeline.task
         if task.temporal:
             raise UsageError(
@@ -147,14 +166,14 @@ def cascade(cfg: DictConfig, ckpts: Sequence[str], asked: dict[str, str | None])
     return stages
 
 
-def composes(guidance: DictConfig) -> bool:
+def is_compositional(guidance: DictConfig) -> bool:
     """Whether this guidance, or one inside it, reads AND, NOT and weights in prompts."""
-    if guidance.get("_target_") == COMPOSED:
+    if guidance.get("_target_") == COMPOSITIONAL_TARGET:
         return True
-    return "inner" in guidance and composes(guidance.inner)
+    return "inner" in guidance and is_compositional(guidance.inner)
 
 
-def check_text_to_image(restored: Restored, verb: str) -> None:
+def check_text_to_image(restored: LoadedPipeline, verb: str) -> None:
     """UsageError unless a run paints pictures from prompts alone, which a verb needs."""
     task, path = restored.pipeline.task, restored.path
     if task.temporal:
@@ -169,16 +188,16 @@ def check_text_to_image(restored: Restored, verb: str) -> None:
         )
 
 
-def sampling(pipeline: Pipeline, cfg: DictConfig) -> Pipeline:
+def replace_sampling(pipeline: Pipeline, cfg: DictConfig) -> Pipeline:
     """The same networks with the sampler and guidance of `cfg`."""
-    beside = Beside(
+    beside = Components(
         pipeline.autoencoder, pipeline.text, pipeline.objective, pipeline.task, pipeline.device
     )
-    chosen = {"sampler": instantiate(cfg.sampler), "guidance": guidance(cfg.guidance, beside)}
+    chosen = {"sampler": instantiate(cfg.sampler), "guidance": build_guidance(cfg.guidance, beside)}
     return replace(pipeline, **chosen)
 
 
-def sampling_facts(cfg: DictConfig) -> dict:
+def get_sampling_settings(cfg: DictConfig) -> dict:
     """How it is sampled, as plain values."""
     return {
         "sampler": OmegaConf.to_container(cfg.sampler),

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 
 @dataclass(frozen=True)
-class Numbers:
+class NumberRule:
     """The numbers of an interval; whole: none but integers, which a float such as 1e3 is not."""
 
     interval: str  # "[0, 1)" holds 0 and not 1
@@ -30,7 +30,7 @@ class Numbers:
     def __str__(self) -> str:
         """In words, as in "a number from 0 to below 1"."""
         kind = "a whole number" if self.whole else "a number"
-        low, high = map(_plain, self.bounds())
+        low, high = map(_format_number, self.bounds())
         closed = self.interval[0] == "["
         if high == "inf":
             return f"{kind} from {low} on" if closed else f"{kind} above {low}"
@@ -40,16 +40,16 @@ class Numbers:
         return f"{kind} {first} {low} {to} {high}"
 
 
-def _plain(number: float) -> str:
+def _format_number(number: float) -> str:
     """1000000 and not 1e+06."""
     return str(int(number)) if math.isfinite(number) and number == int(number) else f"{number:g}"
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListRule:
     """A list of such numbers, so many; rising: each larger than the one before."""
 
-    each: Numbers
+    each: NumberRule
     lengths: Sequence[int]
     rising: bool = False
 
@@ -68,7 +68,7 @@ class Listed:
 
 
 @dataclass(frozen=True)
-class Exactly:
+class ExactRule:
     """One value that is no number of the others."""
 
     value: object
@@ -78,12 +78,12 @@ class Exactly:
         return type(value) is type(self.value) and value == self.value
 
     def __str__(self) -> str:
-        return spoken(self.value)
+        return format_setting_value(self.value)
 
 
-def spoken(value: object) -> str:
+def format_setting_value(value: object) -> str:
     """A value as it is typed."""
     if isinstance(value, list):
-        return f"[{','.join(map(spoken, value))}]"
+        return f"[{','.join(map(format_setting_value, value))}]"
     plain = {None: "null", True: "true", False: "false"}
     return plain[value] if value is None or isinstance(value, bool) else str(value)

@@ -14,46 +14,71 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.config import denoising, stages
+from ldm.config.denoising import build_diffusion_module, build_training_components
+from ldm.config.stages import (
+    build_autoencoder_training,
+    build_classifier_training,
+    build_clip_training,
+    check_data_kind,
+)
 from ldm.data.datamodule import TextImageData
-from ldm.experiments import ranking
-from ldm.experiments.run_dir import is_job, last, launched, rank, read_metrics, so_far, write_result
-from ldm.training import distributed
+from ldm.experiments.ranking import build_ranking_table, find_runs, rank_runs, read_run_record
+from ldm.experiments.run_dir import (
+    find_last_value,
+    get_launcher_layout,
+    get_launcher_rank,
+    is_sweep_job,
+    read_metrics,
+    read_partial_result,
+    write_result,
+)
 from ldm.training.callbacks.checkpoint_payload import SafeCheckpointIO
 from ldm.training.callbacks.checkpointing import Checkpoints
-from ldm.training.callbacks.monitoring import Meter, ModuleNoise, ProgressBar
+from ldm.training.callbacks.monitoring import ProgressBar, RandomLayerSeeding, ThroughputMonitor
 from ldm.training.callbacks.nonfinite import (
-    REMEDY,
+    NON_FINITE_REMEDY,
+    NonFiniteStepSkipper,
     NotFiniteError,
-    SkipNonFinite,
-    last_good,
-    not_finite,
+    find_non_finite_metrics,
+    format_last_good_checkpoint,
 )
-from ldm.training.callbacks.preemption import StopOnSignal
-from ldm.training.fsdp import Sharded
+from ldm.training.callbacks.preemption import PreemptionHandler
+from ldm.training.distributed import (
+    defer_launch_signals,
+    format_exception,
+    record_first_error,
+    remove_first_error,
+    terminate_ranks,
+)
+from ldm.training.fsdp import FullyShardedStrategy
 from ldm.training.loggers.csv import CsvLog
-from ldm.utils import checkpoint_file
-from ldm.utils.checkpoint_facts import state_of
+from ldm.utils.checkpoint_facts import read_state_dict
+from ldm.utils.checkpoint_file import (
+    check_module_state,
+    find_newest_checkpoint,
+    parse_checkpoint_step,
+    read_unverified_checkpoint,
+)
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_writable
 from ldm.utils.hashing import hash_module
-from ldm.utils.signals import Signals
+from ldm.utils.signals import StopSignals
 
-MAKERS = {  # of what is trained beside the denoiser
-    "autoencoder": stages.autoencoder,
-    "clip": stages.clip,
-    "classifier": stages.classifier,
+STAGE_BUILDERS = {  # of what is trained beside the denoiser
+    "autoencoder": build_autoencoder_training,
+    "clip": build_clip_training,
+    "classifier": build_classifier_training,
 }
 
 
 @dataclass
-class Job:
+class TrainingJob:
     """All that a run needs."""
 
     data: TextImageData
     module: L.LightningModule
     trainer: L.Trainer
-    meter: Meter
+    meter: ThroughputMonitor
     resume: Path | None  # the checkpoint to go on from
 
     def metrics(self) -> dict[str, float]:
@@ -65,10 +90,10 @@ class Job:
         """What has come of the run so far, for result.json."""
         newest = run_dir / "checkpoints" / "last.ckpt"
         step = self.trainer.global_step
-        if self.resume is not None and step < checkpoint_file.step(
+        if self.resume is not None and step < parse_checkpoint_step(
             self.resume
         ):  # ended while it loaded
-            return so_far(run_dir, metric)
+            return read_partial_result(run_dir, metric)
         return {
             "metric": metric,
             "value": self.metrics().get(metric),
@@ -81,20 +106,22 @@ class Job:
     def check_end(self, run_dir: Path, metric: str) -> None:
         """Raise NotFiniteError where the last validation says that the weights are ruined."""
         rows = read_metrics(run_dir)  # of an earlier call, where there was nothing left to train
-        values = {name: last(rows, name) for name in ("val/loss", metric)} | self.metrics()
-        if names := not_finite(values, metric):
+        values = {
+            name: find_last_value(rows, name) for name in ("val/loss", metric)
+        } | self.metrics()
+        if names := find_non_finite_metrics(values, metric):
             sound = [row["step"] for row in rows if math.isfinite(row.get(names[0], math.nan))]
             folder, before = run_dir / "checkpoints", int(max(sound, default=-1)) + 1
             raise NotFiniteError(
                 f"the last validation's {names[0]} is {values[names[0]]}. "
-                f"{last_good(folder, before)}; {REMEDY}"
+                f"{format_last_good_checkpoint(folder, before)}; {NON_FINITE_REMEDY}"
             )
 
     def failed(self, run_dir: Path, error: BaseException) -> tuple[str, bool]:
         """What has ended the run, in words, and whether it is this rank that must tell it."""
         if self.trainer.world_size == 1:
-            return distributed.in_words(error), True
-        said, own = distributed.first_error(run_dir, error, rank=self.trainer.global_rank)
+            return format_exception(error), True
+        said, own = record_first_error(run_dir, error, rank=self.trainer.global_rank)
         if not own:
             print(f"the first error was {said}", flush=True)
         return said, own
@@ -109,18 +136,18 @@ class Job:
             write_result(run_dir, result)
         except OSError as error:
             print(f"{run_dir}/result.json cannot be written: {error.strerror or error}", flush=True)
-        if is_job(run_dir):
-            beside = [ranking.read(found) for found in ranking.find([run_dir.parent])]
-            order = ranking.ranked(beside, metric, direction=direction)
-            columns, rows = ranking.table(order, metric)
+        if is_sweep_job(run_dir):
+            beside = [read_run_record(found) for found in find_runs([run_dir.parent])]
+            order = rank_runs(beside, metric, direction=direction)
+            columns, rows = build_ranking_table(order, metric)
         for logger in self.trainer.loggers:
-            if is_job(run_dir) and hasattr(logger, "log_table"):
+            if is_sweep_job(run_dir) and hasattr(logger, "log_table"):
                 logger.log_table("ranking", columns=columns, data=rows)
             if hasattr(logger, "finish"):
                 logger.finish(failed=result["status"] == "failed")
         for callback in self.trainer.callbacks:
             if isinstance(callback, Checkpoints):
-                distributed.end(callback.started)
+                terminate_ranks(callback.started)
 
     def describe(self) -> str:
         """One line: what is trained, on what, how long."""
@@ -134,13 +161,13 @@ class Job:
         )
 
 
-def build(cfg: DictConfig, run_dir: Path, signals: Signals | None = None) -> Job:
+def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None) -> TrainingJob:
     """Everything for `cfg.stage`, one of diffusion, autoencoder, clip and classifier.
 
     signals: of the process, where somebody listens to them already.
     """
-    if cfg.stage not in ("diffusion", *MAKERS):
-        raise UsageError(f"stage={cfg.stage} is none of diffusion, {', '.join(MAKERS)}")
+    if cfg.stage not in ("diffusion", *STAGE_BUILDERS):
+        raise UsageError(f"stage={cfg.stage} is none of diffusion, {', '.join(STAGE_BUILDERS)}")
     for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
@@ -152,10 +179,10 @@ def build(cfg: DictConfig, run_dir: Path, signals: Signals | None = None) -> Job
     L.seed_everything(cfg.seed, verbose=False)
     # What does not go together is told before data are drawn or fetched.
     if cfg.stage == "diffusion":
-        make = partial(denoising.module, denoising.built(cfg, run_dir))
+        make = partial(build_diffusion_module, build_training_components(cfg, run_dir))
     else:
-        stages.kind_fits(cfg, f"stage={cfg.stage}", temporal=False)
-        make = MAKERS[cfg.stage]
+        check_data_kind(cfg, f"stage={cfg.stage}", temporal=False)
+        make = STAGE_BUILDERS[cfg.stage]
     data = instantiate(cfg.data, seed=cfg.seed)
     module, callbacks, frozen = make(cfg, data, run_dir)
     facts = {
@@ -164,51 +191,51 @@ def build(cfg: DictConfig, run_dir: Path, signals: Signals | None = None) -> Job
         "frozen": {name: hash_module(part) for name, part in frozen.items()},
     }
     module.to(memory_format=torch.channels_last)  # what convolutions like best, on any device
-    resume = checkpoint_file.newest(run_dir / "checkpoints")
-    if rank() == 0:
+    resume = find_newest_checkpoint(run_dir / "checkpoints")
+    if get_launcher_rank() == 0:
         check_writable(run_dir / "checkpoints")
-        distributed.forget_error(run_dir)
+        remove_first_error(run_dir)
     if resume is not None:
-        state = state_of(checkpoint_file.unverified(resume), resume)
-        checkpoint_file.check_fits(module, state, what=str(resume))
-    if resume is None and rank() == 0:
+        state = read_state_dict(read_unverified_checkpoint(resume), resume)
+        check_module_state(module, state, what=str(resume))
+    if resume is None and get_launcher_rank() == 0:
         (run_dir / "metrics.csv").unlink(missing_ok=True)  # of a try without a checkpoint
-    meter = Meter(every=cfg.trainer.log_every_n_steps)
-    built = trainer(cfg, run_dir, callbacks, meter, facts, signals)
-    distributed.withhold_signals(built)
+    meter = ThroughputMonitor(every=cfg.trainer.log_every_n_steps)
+    built = build_trainer(cfg, run_dir, callbacks, meter, facts, signals)
+    defer_launch_signals(built)
     data.micro_batch(built.world_size, built.accumulate_grad_batches)  # says now what is wrong
-    if isinstance(built.strategy, Sharded):
+    if isinstance(built.strategy, FullyShardedStrategy):
         built.strategy.check(module)
     for logger in built.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
-    return Job(data, module, built, meter, resume)
+    return TrainingJob(data, module, built, meter, resume)
 
 
-def trainer(
+def build_trainer(
     cfg: DictConfig,
     run_dir: Path,
     callbacks: list[L.Callback],
-    meter: Meter,
+    meter: ThroughputMonitor,
     facts: dict,
-    signals: Signals | None = None,
+    signals: StopSignals | None = None,
 ) -> L.Trainer:
     """Lightning's Trainer with our checkpoints, meters and loggers."""
     best = {"metric": cfg.metric, "direction": cfg.direction}
     keeper = Checkpoints(run_dir / "checkpoints", **cfg.checkpoint, **best, facts=facts)
     report = run_dir / "bad_batches.json"
-    skip = SkipNonFinite(report, meter=meter, stop_after=cfg.stop_after_skips)
+    skip = NonFiniteStepSkipper(report, meter=meter, stop_after=cfg.stop_after_skips)
     when = {"every": meter.every, "max_hours": cfg.trainer.max_hours}
-    stops = [StopOnSignal(keeper.save_now, **when, signals=signals)]
+    stops = [PreemptionHandler(keeper.save_now, **when, signals=signals)]
     if cfg.early_stop:
         stops.append(instantiate(cfg.early_stop))
     loggers = [CsvLog(run_dir / "metrics.csv")]
     if cfg.logger:
-        handed = {"run_dir": run_dir, "name": cfg.name, "overrides": given()}
+        handed = {"run_dir": run_dir, "name": cfg.name, "overrides": get_command_line_overrides()}
         loggers.append(instantiate(cfg.logger, **handed))
     accumulate = cfg.trainer.accumulate_grad_batches
     return instantiate(
         OmegaConf.masked_copy(cfg.trainer, [key for key in cfg.trainer if key != "max_hours"]),
-        **world(cfg),
+        **get_launched_devices(cfg),
         strategy=instantiate(cfg.strategy) if cfg.strategy else "auto",
         # Lightning counts this in batches, we in optimizer steps.
         val_check_interval=cfg.trainer.val_check_interval * accumulate,
@@ -219,7 +246,7 @@ def trainer(
         plugins=[SafeCheckpointIO()],
         callbacks=[
             meter,
-            ModuleNoise(cfg.seed),
+            RandomLayerSeeding(cfg.seed),
             ProgressBar(meter),
             skip,
             *callbacks,
@@ -234,18 +261,18 @@ def trainer(
     )
 
 
-def given() -> list[str]:
+def get_command_line_overrides() -> list[str]:
     """The settings that this run was given on the command line, without its name."""
     task = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     return [text for text in task if not text.startswith("name=")]
 
 
-def world(cfg: DictConfig) -> dict[str, int]:
+def get_launched_devices(cfg: DictConfig) -> dict[str, int]:
     """Devices and machines where torchrun or srun has started the processes; else nothing.
 
     Raises UsageError where the configuration asks for others.
     """
-    if (started := launched()) is None:
+    if (started := get_launcher_layout()) is None:
         return {}
     asked = cfg.trainer.devices, cfg.trainer.num_nodes
     if asked[0] != "auto" and asked not in ((1, 1), started):

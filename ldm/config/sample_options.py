@@ -7,16 +7,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ldm.utils.checkpoint_file import unknown
+from ldm.utils.checkpoint_file import format_unknown_checkpoint
 from ldm.utils.errors import UsageError
-from ldm.utils.output_path import named
+from ldm.utils.output_path import resolve_output_file
 
-FILES = ("image", "mask", "style", "prompts")
-PLACES = ("ckpt", "out", "autoencoder", "text_encoder", "style_encoder")
-TEXTS = ("prompt", "negative", "source", *FILES, *PLACES)
+INPUT_FILE_OPTIONS = ("image", "mask", "style", "prompts")
+LOCATION_OPTIONS = ("ckpt", "out", "autoencoder", "text_encoder", "style_encoder")
+SAMPLE_TEXT_OPTIONS = ("prompt", "negative", "source", *INPUT_FILE_OPTIONS, *LOCATION_OPTIONS)
 
 
-def checked(
+def check_sample_options(
     cfg: DictConfig, asked: Mapping[str, str | None], typed: Mapping[str, str]
 ) -> dict[str, str | None]:
     """`asked`, the texts, with `~` in paths expanded; typed: those of the command line.
@@ -24,12 +24,12 @@ def checked(
     Raises UsageError for files that are not there, for an `out` that no picture can have, and for
     what contradicts.
     """
-    paths = {name: asked.get(name) or None for name in FILES + PLACES}
+    paths = {name: asked.get(name) or None for name in INPUT_FILE_OPTIONS + LOCATION_OPTIONS}
     asked = {**asked, **{name: path and os.path.expanduser(path) for name, path in paths.items()}}
-    for name in FILES:
-        check_file(name, asked[name])
+    for name in INPUT_FILE_OPTIONS:
+        check_input_file(name, asked[name])
     try:
-        named(asked["out"], Path("picture"), moving=None)
+        resolve_output_file(asked["out"], Path("picture"), moving=None)
     except ValueError as error:
         raise UsageError(str(error)) from error
     inverts = bool((cfg.get("task") or {}).get("invert"))
@@ -45,39 +45,41 @@ def checked(
         if applies:
             raise UsageError(said)
     if inverts and not asked["source"]:
-        tell('task.invert=true without source="what image shows": as if nothing were known of it')
+        print_to_stderr(
+            'task.invert=true without source="what image shows": as if nothing were known of it'
+        )
     if "style_scale" in cfg.guidance and not asked["style"]:
-        tell("guidance.style_scale does nothing without style=FILE")
+        print_to_stderr("guidance.style_scale does nothing without style=FILE")
     return asked
 
 
-def check_places(cfg: DictConfig, *ckpts: str) -> None:
+def check_checkpoints_and_device(cfg: DictConfig, *ckpts: str) -> None:
     """UsageError where a checkpoint or the device is not there, before seconds of imports."""
     guidance = cfg.get("guidance") or {}
     named = [("ckpt", ckpt) for ckpt in ckpts]
     named += [(f"guidance.{name}", guidance.get(name)) for name in ("guide", "classifier")]
     for name, ckpt in named:
         if ckpt is not None and not os.path.exists(os.path.expanduser(ckpt)):
-            raise UsageError(unknown(ckpt, name))
+            raise UsageError(format_unknown_checkpoint(ckpt, name))
     if cfg.device is not None:
-        from ldm.config.devices import device_of
+        from ldm.config.devices import select_device
 
-        device_of(cfg.device)
+        select_device(cfg.device)
 
 
-def check_file(name: str, path: str | None) -> None:
+def check_input_file(name: str, path: str | None) -> None:
     """UsageError, with the option's name, where a path that was given is no file."""
     if path and not os.path.isfile(path):
         why = "is a folder, not a file" if os.path.isdir(path) else "there is no such file"
         raise UsageError(f"{name}={path}: {why}")
 
 
-def tell(said: str) -> None:
+def print_to_stderr(said: str) -> None:
     """A line that is no error, beside what is printed for other programs to read."""
     print(said, file=sys.stderr)
 
 
-def runs_of(cfg: DictConfig) -> list[str]:
+def list_cascade_runs(cfg: DictConfig) -> list[str]:
     """The runs of `cascade`, a list or one alone, with `~` expanded."""
     cascade = [cfg.cascade] if isinstance(cfg.cascade, str) else cfg.cascade or []
     return [os.path.expanduser(str(ckpt)) for ckpt in cascade]

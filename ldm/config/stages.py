@@ -12,20 +12,20 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import default_collate
 
-from ldm.config import components
-from ldm.config.classifier import network
+from ldm.config.classifier import build_noisy_classifier
+from ldm.config.components import build_frozen_encoders
 from ldm.data.datamodule import TextImageData
 from ldm.models.clip import Clip, train_tokenizer
-from ldm.models.text.labels import NoText
-from ldm.training.callbacks.monitoring import Pictures
+from ldm.models.text.labels import NullTextEncoder
+from ldm.training.callbacks.monitoring import SampleImages
 from ldm.training.modules.autoencoder import AutoencoderTraining
 from ldm.training.modules.classifier import ClassifierTraining
-from ldm.training.modules.clip import ClipTraining, SaveClip
+from ldm.training.modules.clip import ClipFolderWriter, ClipTraining
 from ldm.utils.errors import UsageError
-from ldm.utils.images import tile
+from ldm.utils.images import make_image_grid
 
 
-def fits(size: int, multiple: int) -> None:
+def check_image_size(size: int, multiple: int) -> None:
     """UsageError where pictures of `size` do not go through the networks."""
     if size % multiple:
         raise UsageError(
@@ -33,7 +33,7 @@ def fits(size: int, multiple: int) -> None:
         )
 
 
-def kind_fits(cfg: DictConfig, told: str, *, temporal: bool) -> None:
+def check_data_kind(cfg: DictConfig, told: str, *, temporal: bool) -> None:
     """UsageError where videos meet what is for pictures, or the other way round; told: which."""
     if temporal != (cfg.data.get("frames") is not None):
         have, want = ("pictures", "videos") if temporal else ("videos", "pictures")
@@ -49,7 +49,7 @@ def kind_fits(cfg: DictConfig, told: str, *, temporal: bool) -> None:
             raise UsageError(f"eval.{name} does not measure what the data are: take {both}")
 
 
-def captioned(data: TextImageData) -> None:
+def check_has_captions(data: TextImageData) -> None:
     """UsageError where not one training picture has a caption."""
     index = data.train_set.shards.index
     if index.captions.without(index.caption_key) == index.captions.samples:
@@ -57,24 +57,24 @@ def captioned(data: TextImageData) -> None:
         raise UsageError(f"data.train: {said}. To train without captions: text_encoder=none")
 
 
-def readable(text: nn.Module, data: TextImageData) -> None:
+def check_captions_readable(text: nn.Module, data: TextImageData) -> None:
     """An error now, and not after the first batches, where captions are not for this encoder.
 
     UsageError where there are none, ValueError where they have none of its names.
     """
-    if not isinstance(text, NoText):
-        captioned(data)
+    if not isinstance(text, NullTextEncoder):
+        check_has_captions(data)
     if hasattr(text, "names"):
         text(data.val_captions(64))
 
 
-def autoencoder(cfg: DictConfig, data: TextImageData, run_dir: Path):
+def build_autoencoder_training(cfg: DictConfig, data: TextImageData, run_dir: Path):
     """AutoencoderTraining with pictures of originals above their reconstructions."""
     trained = instantiate(cfg.autoencoder)
     module = AutoencoderTraining(
         trained, optimizer=instantiate(cfg.optimizer), kl_weight=cfg.kl_weight, seed=cfg.seed
     )
-    fits(data.size, trained.factor)
+    check_image_size(data.size, trained.factor)
     shown = [data.val_set[i, i] for i in range(min(cfg.samples.n, len(data.val_set)))]
     if not shown:
         return module, [], {}
@@ -84,27 +84,29 @@ def autoencoder(cfg: DictConfig, data: TextImageData, run_dir: Path):
         with torch.no_grad():
             restored = trained.decode(trained.encode(originals.to(module.device)))
         both = torch.cat([originals, restored.cpu().clamp(-1, 1)])
-        return tile(both, columns=len(originals)), {"keys": [item["key"] for item in shown]}
+        return make_image_grid(both, columns=len(originals)), {
+            "keys": [item["key"] for item in shown]
+        }
 
-    return module, [Pictures(run_dir / "samples", draw)], {}
+    return module, [SampleImages(run_dir / "samples", draw)], {}
 
 
-def clip(cfg: DictConfig, data: TextImageData, run_dir: Path):
+def build_clip_training(cfg: DictConfig, data: TextImageData, run_dir: Path):
     """ClipTraining with a vocabulary learnt from the training captions."""
-    captioned(data)
+    check_has_captions(data)
     captions = data.train_captions()
     tokenizer = train_tokenizer(captions, vocab_size=cfg.vocab_size)
     trained: Clip = instantiate(cfg.clip, tokenizer=tokenizer, image_size=data.size)
     module = ClipTraining(trained, optimizer=instantiate(cfg.optimizer))
     some = captions[:: 1 + len(captions) // 8192]
-    return module, [SaveClip(run_dir / "clip", some)], {}
+    return module, [ClipFolderWriter(run_dir / "clip", some)], {}
 
 
-def classifier(cfg: DictConfig, data: TextImageData, run_dir: Path):
+def build_classifier_training(cfg: DictConfig, data: TextImageData, run_dir: Path):
     """ClassifierTraining, and the frozen parts it rests on."""
-    encoder, text = components.frozen(cfg)
-    readable(text, data)
-    net = network(cfg, encoder, text, instantiate(cfg.scheduler))
-    fits(data.size, encoder.factor * net.tower.multiple)
+    encoder, text = build_frozen_encoders(cfg)
+    check_captions_readable(text, data)
+    net = build_noisy_classifier(cfg, encoder, text, instantiate(cfg.scheduler))
+    check_image_size(data.size, encoder.factor * net.tower.multiple)
     module = ClassifierTraining(net, encoder, optimizer=instantiate(cfg.optimizer), seed=cfg.seed)
     return module, [], {"autoencoder": encoder, "text_encoder": text}

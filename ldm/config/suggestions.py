@@ -14,21 +14,21 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.utils.errors import nearest
-from ldm.utils.text import printable
+from ldm.utils.errors import suggest_nearest
+from ldm.utils.text import escape_control_characters
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # A wheel holds conf/ inside the package; a checkout holds it beside the package.
-CONF = str(next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir()))
-OWN_DATA = " (for shards in a folder, give data=shards data.train=DIR data.val=DIR)"
+CONF_DIR = str(next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir()))
+OWN_DATA_HINT = " (for shards in a folder, give data=shards data.train=DIR data.val=DIR)"
 
 
-def is_group(key: str) -> bool:
+def is_config_group(key: str) -> bool:
     """Whether a key of the command line chooses an option of a group."""
-    return Path(CONF, key.lstrip("+~").partition("@")[0]).is_dir()
+    return Path(CONF_DIR, key.lstrip("+~").partition("@")[0]).is_dir()
 
 
-def explain(error: Exception, config_name: str) -> str:
+def explain_hydra_error(error: Exception, config_name: str) -> str:
     """Hydra's refusal in plain words, with the nearest thing that exists."""
     message = str(error)
     if isinstance(error, MissingConfigException) and (
@@ -37,14 +37,14 @@ def explain(error: Exception, config_name: str) -> str:
         group, _, option = found[1].partition("/")
         if group == "hydra":  # whose groups are hydra/launcher and the like
             group, _, option = found[1].rpartition("/")
-        with initialize_config_dir(CONF, version_base="1.3"):
+        with initialize_config_dir(CONF_DIR, version_base="1.3"):
             options = GlobalHydra.instance().config_loader().get_group_options(group)
-        near = nearest(option, options) or "."
-        own = OWN_DATA if group == "data" and near == "." else ""
+        near = suggest_nearest(option, options) or "."
+        own = OWN_DATA_HINT if group == "data" and near == "." else ""
         return f"{group}={option} does not exist{near} There are: {', '.join(options)}{own}"
     if found := re.search(r"Could not (?:override|append to config\.?) '?([\w@/.:-]+)'?", message):
         key = found[1].rstrip(".")
-        return missing(key, config_name)
+        return format_unknown_setting(key, config_name)
     if found := re.search(r"Missing mandatory value: (\S+)", message):
         return f"{found[1]} is needed: give {found[1]}=..."
     if isinstance(error, OverrideParseException):
@@ -52,17 +52,17 @@ def explain(error: Exception, config_name: str) -> str:
             return (
                 f"'{error.override}' is no setting: they are written key=value; --help lists them"
             )
-        key, _, value = printable(error.override).partition("=")
+        key, _, value = escape_control_characters(error.override).partition("=")
         return (
             f"cannot read {key}={value}: what has blanks or special characters stands in quotes "
             f"twice, for the shell and for Hydra, as in \"{key}='a, b=c'\""
         )
     if found := re.match(r"Ambiguous value for argument '(.*?)=(.*?)'\n1\. ", message, re.DOTALL):
-        return one_value(found[1], found[2], config_name)
+        return format_single_value_error(found[1], found[2], config_name)
     return message
 
 
-def one_value(key: str, values: str, config_name: str) -> str:
+def format_single_value_error(key: str, values: str, config_name: str) -> str:
     """What to type where several values were given to a key that takes one."""
     list_ = f"a list stands in brackets, '{key}=[{values}]'"
     text = f"a text with a comma in quotes twice, \"{key}='{values}'\""
@@ -70,16 +70,16 @@ def one_value(key: str, values: str, config_name: str) -> str:
     return f"{key}={values}: it takes one value here; {list_}, {text}{runs}"
 
 
-def missing(key: str, config_name: str) -> str:
+def format_unknown_setting(key: str, config_name: str) -> str:
     """That there is no such setting, and the nearest that there is, under whatever option."""
     key = key.rpartition("@")[2]  # group@place, an option somewhere else
-    near = nearest(key, known_keys(config_name, key))
+    near = suggest_nearest(key, list_known_keys(config_name, key))
     group, _, leaf = key.partition(".")
     others: dict[str, list[str]] = {}  # of the options that were not chosen
-    for path in sorted(Path(CONF, group).glob("*.yaml")) if leaf else ():
-        for name in _close(leaf, _names(OmegaConf.load(path))):
+    for path in sorted(Path(CONF_DIR, group).glob("*.yaml")) if leaf else ():
+        for name in _find_closest(leaf, _option_keys(OmegaConf.load(path))):
             others.setdefault(f"{group}.{name}", []).append(path.stem)
-    same = [name for name in others if _words(name) == _words(key)]
+    same = [name for name in others if _split_name(name) == _split_name(key)]
     if same:
         others = {name: others[name] for name in same}
     elif f" {group}." in near or near.endswith(f".{leaf}?"):
@@ -91,33 +91,33 @@ def missing(key: str, config_name: str) -> str:
     return f"there is no setting '{key}' here, but there is {told}: add {group}={option}"
 
 
-def _close(word: str, known: Iterable[str]) -> list[str]:
+def _find_closest(word: str, known: Iterable[str]) -> list[str]:
     """The one of `known` that is nearest, where one is near."""
-    same = [each for each in known if _words(each) == _words(word)]
+    same = [each for each in known if _split_name(each) == _split_name(word)]
     return same or difflib.get_close_matches(word, known, n=1)
 
 
-def _words(name: str) -> list[str]:
+def _split_name(name: str) -> list[str]:
     """Those of a name, in no order: scale_style is style_scale."""
     return sorted(re.split(r"[._]", name))
 
 
-def _names(option: DictConfig) -> list[str]:
+def _option_keys(option: DictConfig) -> list[str]:
     """The settings of an option, those that are options themselves among them."""
     chosen = [place for entry in option.get("defaults", ()) if entry != "_self_" for place in entry]
     return [*option, *(place.rpartition("@")[2] for place in chosen if "@" in place)]
 
 
-def known_keys(config_name: str, wanted: str = "") -> list[str]:
+def list_known_keys(config_name: str, wanted: str = "") -> list[str]:
     """Every key and group with the options of the command line; Hydra's where one is wanted."""
     GlobalHydra.instance().clear()
     ours = not wanted.startswith("hydra.")
     chosen = [
         word
         for word in sys.argv[1:]
-        if (is_group(word.partition("=")[0]) if ours else word.startswith("hydra/"))
+        if (is_config_group(word.partition("=")[0]) if ours else word.startswith("hydra/"))
     ]
-    with initialize_config_dir(CONF, version_base="1.3"):
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
         try:
             cfg = compose(config_name, overrides=chosen, return_hydra_config=not ours)
         except HydraException:  # several values, of a sweep
@@ -134,7 +134,7 @@ def _keys(cfg: DictConfig, prefix: str = "") -> Iterable[str]:
 
 
 # What hydra-optuna-sweeper leaves to the user, and the rest of a configuration knows.
-SEARCH = {
+OPTUNA_DEFAULTS = {
     "optuna": {
         "direction": "${direction}",
         "n_jobs": "${oc.select:hydra.launcher.n_jobs,1}",  # trials at once
@@ -145,7 +145,7 @@ SEARCH = {
 }
 
 
-def prepare_search() -> None:
+def set_optuna_defaults() -> None:
     """Give hydra/sweeper=optuna, where it is installed, defaults that follow from the run's.
 
     Hydra refuses a YAML file that bears the name of a plugin's settings, so they are put there.
@@ -153,7 +153,7 @@ def prepare_search() -> None:
     Plugins.instance()  # finds the plugins, which then store their settings
     logging.getLogger("alembic").setLevel(logging.WARNING)  # of optuna, about itself
     store = ConfigStore.instance()
-    for path, ours in SEARCH.items():
+    for path, ours in OPTUNA_DEFAULTS.items():
         group, _, name = f"hydra/sweeper/{path}".rpartition("/")
         if f"{name}.yaml" in store.list(group):
             node = store.load(f"{group}/{name}.yaml").node

@@ -4,11 +4,11 @@ import logging
 from collections import Counter
 from typing import NamedTuple
 
-ALWAYS_ALLOWED = 10  # one bad sample among the first hundred is no reason to stop
+MIN_ALLOWED_SKIPS = 10  # one bad sample among the first hundred is no reason to stop
 _log = logging.getLogger(__name__)
 
 
-class Skip(NamedTuple):
+class BadSample(NamedTuple):
     """One sample that was replaced by another: why, and in full with shard and key."""
 
     reason: str
@@ -19,7 +19,7 @@ class TooManySkippedError(RuntimeError):
     """More samples could not be used than the run was told to bear."""
 
 
-class Skips:
+class BadSampleCounter:
     """What one process has skipped since it started, of one data set.
 
     counts: positions whose own sample was replaced, by reason; seen: all positions.
@@ -38,7 +38,7 @@ class Skips:
         """Skipped positions of all reasons."""
         return self.counts.total()
 
-    def add(self, seen: int, skipped: list[Skip]) -> None:
+    def add(self, seen: int, skipped: list[BadSample]) -> None:
         """Take in a batch of `seen` samples, of which these were replaced.
 
         Raises TooManySkippedError above the limit, which never is below `ALWAYS_ALLOWED`.
@@ -51,19 +51,19 @@ class Skips:
                     skip.message,
                 )
             self.counts[skip.reason] += 1
-        if skipped and self.total > max(ALWAYS_ALLOWED, self.limit * self.seen):
+        if skipped and self.total > max(MIN_ALLOWED_SKIPS, self.limit * self.seen):
             raise TooManySkippedError(
                 f"{self.name}: {self.total} of {self.seen} samples could not be decoded "
                 f"({self.describe()}), the last being {skipped[-1].message}. Allowed are "
-                f"{ALWAYS_ALLOWED} or data.max_skipped={self.limit:g} of those seen: mend the "
+                f"{MIN_ALLOWED_SKIPS} or data.max_skipped={self.limit:g} of those seen: mend the "
                 "shards, or raise it"
             )
 
     def describe(self) -> str:
         """The counts by reason, most frequent first, in words."""
-        return described(self.counts)
+        return format_skip_counts(self.counts)
 
 
-def described(counts: Counter[str]) -> str:
+def format_skip_counts(counts: Counter[str]) -> str:
     """Counts by reason, most frequent first, in words."""
     return ", ".join(f"{reason}: {count}" for reason, count in counts.most_common())

@@ -4,13 +4,13 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from ldm.utils.files import encoding
+from ldm.utils.files import detect_encoding
 
-_MOST_KEYS, _LONGEST_KEY = 256, 100  # of a record that are counted
+_MAX_KEYS, _MAX_KEY_LENGTH = 256, 100  # of a record that are counted
 _LIKELY = ("caption", "prompt", "text", "description", "title", "alt")  # names of what is a caption
 
 
-def clean(text: str) -> str:
+def clean_caption(text: str) -> str:
     """The text on one line: outer blanks removed, runs of blanks, newlines and NULs made one blank.
 
     Lone surrogates (half characters, possible in JSON) become '?', so any text can be encoded.
@@ -18,21 +18,21 @@ def clean(text: str) -> str:
     return " ".join(text.replace("\0", " ").encode("utf-8", "replace").decode().split())
 
 
-def clean_all(texts: list[Any]) -> list[str]:
+def clean_captions(texts: list[Any]) -> list[str]:
     """The cleaned texts, without the empty ones and without what is not text."""
-    cleaned = (clean(text) for text in texts if isinstance(text, str))
+    cleaned = (clean_caption(text) for text in texts if isinstance(text, str))
     return [text for text in cleaned if text]
 
 
-def decode(data: bytes) -> str:
+def decode_text(data: bytes) -> str:
     """Text in UTF-8, with or without byte order mark, or in UTF-16 with one.
 
     Bytes that are none become U+FFFD.
     """
-    return data.decode(encoding(data), "replace")
+    return data.decode(detect_encoding(data), "replace")
 
 
-def sample_captions(
+def read_sample_captions(
     txt: bytes | None, record: bytes | None, *, key: str | None = None
 ) -> list[str]:
     """The captions of a sample, at least one: the first of these that has any text.
@@ -97,7 +97,7 @@ class CaptionCount:
 
     def _count(self, keys: dict[str, int]) -> None:
         for key, count in keys.items():
-            if key in self.keys or (len(self.keys) < _MOST_KEYS and len(key) <= _LONGEST_KEY):
+            if key in self.keys or (len(self.keys) < _MAX_KEYS and len(key) <= _MAX_KEY_LENGTH):
                 self.keys[key] = self.keys.get(key, 0) + count
 
 
@@ -106,21 +106,21 @@ def _captions(txt: bytes | None, fields: dict[str, Any], key: str | None) -> lis
         return _texts(fields.get(key)) or [""]
     captions = fields.get("captions")
     return (
-        clean_all(captions if isinstance(captions, list) else [])
-        or clean_all([fields.get("caption")])
-        or clean_all([decode(txt or b"")])
+        clean_captions(captions if isinstance(captions, list) else [])
+        or clean_captions([fields.get("caption")])
+        or clean_captions([decode_text(txt or b"")])
         or [""]
     )
 
 
 def _texts(value: Any) -> list[str]:
     """A text, or a list of them, cleaned."""
-    return clean_all(value if isinstance(value, list) else [value])
+    return clean_captions(value if isinstance(value, list) else [value])
 
 
 def _json_object(data: bytes | None) -> dict[str, Any]:
     try:
-        value = json.loads(decode(data or b"{}"))
+        value = json.loads(decode_text(data or b"{}"))
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -9,33 +9,33 @@ from PIL import Image, ImageCms
 _MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # ICC.1:2022, table 19, to Pillow's modes
 _BASE = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK"}
 _ROUNDING = 2  # levels of 255 by which the sRGB profiles of different makers differ
-_KEPT = 32  # most pictures of a set share a few profiles
+_CACHED_PROFILES = 32  # most pictures of a set share a few profiles
 
 
-def to_srgb(image: Image.Image) -> Image.Image | None:
+def convert_to_srgb(image: Image.Image) -> Image.Image | None:
     """The colours of a loaded picture, converted by its profile to sRGB: RGB without transparency.
 
     None where they are to be taken as they are: there is no profile, or it is that of sRGB, is
     broken, or is for another kind of pixels than the picture has.
     """
-    if (transform := _transform_of(image)) is None:
+    if (transform := _find_transform(image)) is None:
         return None
     return transform.apply(image.convert(_BASE[image.mode]))
 
 
 def is_srgb(image: Image.Image) -> bool:
     """Whether `to_srgb` has nothing to convert, by the header."""
-    return _transform_of(image) is None
+    return _find_transform(image) is None
 
 
-def _transform_of(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
+def _find_transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
     profile = image.info.get("icc_profile")
-    mode, transform = _opened(profile) if profile else (None, None)
+    mode, transform = _build_transform(profile) if profile else (None, None)
     return transform if mode == _BASE.get(image.mode) else None
 
 
-@lru_cache(_KEPT)
-def _opened(profile: bytes) -> tuple[str | None, ImageCms.ImageCmsTransform | None]:
+@lru_cache(_CACHED_PROFILES)
+def _build_transform(profile: bytes) -> tuple[str | None, ImageCms.ImageCmsTransform | None]:
     """The mode of pixels that a profile is for, and what converts them, if they are not sRGB."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))

@@ -9,15 +9,15 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from ldm.data.bad_samples import Skips
-from ldm.data.dataset import Batch, TextImages, collate
-from ldm.data.position_sampler import Order, PositionBatches, strided_batches
-from ldm.data.shards.cache import Cache
-from ldm.data.shards.locations import Source
-from ldm.data.shards.prefetch import Ahead
-from ldm.data.shards.reader import Shards
-from ldm.data.shards.remote import Remote
-from ldm.utils.signals import obey_parent, withheld
+from ldm.data.bad_samples import BadSampleCounter
+from ldm.data.dataset import Batch, TextImageDataset, collate
+from ldm.data.position_sampler import PositionBatchSampler, ShuffledOrder, split_strided_batches
+from ldm.data.shards.cache import ShardCache
+from ldm.data.shards.locations import ShardSource
+from ldm.data.shards.prefetch import ShardPrefetcher
+from ldm.data.shards.reader import ShardReader
+from ldm.data.shards.remote import RemoteShard
+from ldm.utils.signals import block_stop_signals, stop_with_parent
 
 
 class TextImageData(L.LightningDataModule):
@@ -40,8 +40,8 @@ class TextImageData(L.LightningDataModule):
     def __init__(
         self,
         *,
-        train: Source,
-        val: Source,
+        train: ShardSource,
+        val: ShardSource,
         size: int,
         batch_size: int,
         crop: str = "random",
@@ -68,13 +68,13 @@ class TextImageData(L.LightningDataModule):
         self.val_batch_size = val_batch_size
         self.val_limit = val_limit
         self.position = 0
-        self._ahead: Ahead | None = None
+        self._ahead: ShardPrefetcher | None = None
         self._ahead_at = 0
-        self.cache = Cache(cache, gigabytes=cache_gb) if cache else None
+        self.cache = ShardCache(cache, gigabytes=cache_gb) if cache else None
         how = {"min_size": min_size, "caption_key": caption_key, "on_error": on_error}
-        train_shards = Shards(train, cache=self.cache, **how)
-        val_shards = Shards(val, cache=self.cache, **how)
-        self.train_set = TextImages(
+        train_shards = ShardReader(train, cache=self.cache, **how)
+        val_shards = ShardReader(val, cache=self.cache, **how)
+        self.train_set = TextImageDataset(
             train_shards,
             size=size,
             crop=crop,
@@ -84,16 +84,16 @@ class TextImageData(L.LightningDataModule):
             seed=seed,
             train=True,
         )
-        self.val_set = TextImages(
+        self.val_set = TextImageDataset(
             val_shards, size=size, on_error=on_error, frames=frames, seed=seed, train=False
         )
-        self.train_skips = Skips("training", limit=max_skipped)
-        self.val_skips = Skips("validation", limit=max_skipped)
+        self.train_skips = BadSampleCounter("training", limit=max_skipped)
+        self.val_skips = BadSampleCounter("validation", limit=max_skipped)
         sizes, paths = train_shards.index.shard_sizes(), train_shards.index.paths
         self._remote = {
-            i: path for i, path in enumerate(paths) if sizes[i] and isinstance(path, Remote)
+            i: path for i, path in enumerate(paths) if sizes[i] and isinstance(path, RemoteShard)
         }
-        self.order = Order(sizes, seed=seed, window=window, group=group)
+        self.order = ShuffledOrder(sizes, seed=seed, window=window, group=group)
 
     def rules(self) -> dict[str, bool]:
         """What a checkpoint must say, so that the run goes on by the rules that it began with."""
@@ -129,10 +129,10 @@ class TextImageData(L.LightningDataModule):
             )
         return self.batch_size // parts
 
-    def train_dataloader(self) -> "Run":
+    def train_dataloader(self) -> "FixedLengthLoader":
         """The rest of the run, from `position` on."""
         trainer = self.trainer
-        batches = PositionBatches(
+        batches = PositionBatchSampler(
             self.order,
             batch=self.micro_batch(trainer.world_size, trainer.accumulate_grad_batches),
             rank=trainer.global_rank,
@@ -141,7 +141,9 @@ class TextImageData(L.LightningDataModule):
             reached=self._fetch_ahead,
         )
         length = trainer.max_steps * trainer.accumulate_grad_batches
-        return Run(self._loader(self.train_set, batches), length if length > 0 else 2**40)
+        return FixedLengthLoader(
+            self._loader(self.train_set, batches), length if length > 0 else 2**40
+        )
 
     def _fetch_ahead(self, position: int) -> None:
         if not self._remote:
@@ -150,7 +152,7 @@ class TextImageData(L.LightningDataModule):
             self.teardown("fit")
             shards = self.order.shards_from(position)
             remotes = ((end, self._remote[i]) for end, i in shards if i in self._remote)
-            self._ahead = Ahead(self.cache, remotes, window=self.order.window)
+            self._ahead = ShardPrefetcher(self.cache, remotes, window=self.order.window)
         self._ahead.reached(position)
         self._ahead_at = position
 
@@ -163,7 +165,7 @@ class TextImageData(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """Every validation sample once over all ranks; the last batch may be smaller."""
         count = min(len(self.val_set), self.val_limit or len(self.val_set))
-        share = strided_batches(
+        share = split_strided_batches(
             count,
             batch=self.val_batch_size,
             rank=self.trainer.global_rank,
@@ -171,15 +173,15 @@ class TextImageData(L.LightningDataModule):
         )
         return self._loader(self.val_set, share)
 
-    def _loader(self, dataset: TextImages, batches) -> DataLoader:
-        return Loader(
+    def _loader(self, dataset: TextImageDataset, batches) -> DataLoader:
+        return SignalSafeDataLoader(
             dataset,
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=obey_parent,
+            worker_init_fn=stop_with_parent,
         )
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -195,15 +197,15 @@ class TextImageData(L.LightningDataModule):
         return {**batch, "images": batch["images"].float() / 127.5 - 1}
 
 
-class Loader(DataLoader):
+class SignalSafeDataLoader(DataLoader):
     """A DataLoader whose workers leave signals that ask to stop to this process."""
 
     def __iter__(self):
-        with withheld():
+        with block_stop_signals():
             return super().__iter__()
 
 
-class Run:
+class FixedLengthLoader:
     """An endless loader with the length of the run, in batches: one Lightning epoch.
 
     Having a length also keeps Lightning from fetching a batch ahead that it would not train on.

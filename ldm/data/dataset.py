@@ -10,15 +10,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.bad_samples import Skip, TooManySkippedError, described
-from ldm.data.image_decoding import ImageError, read_frames, read_image, square, to_tensor
-from ldm.data.position_sampler import CAPTION, CROP, draws
-from ldm.data.shards.reader import Shards
+from ldm.data.bad_samples import BadSample, TooManySkippedError, format_skip_counts
+from ldm.data.image_decoding import (
+    ImageError,
+    crop_and_resize,
+    pil_to_tensor,
+    read_frames,
+    read_image,
+)
+from ldm.data.position_sampler import CAPTION_STREAM, CROP_STREAM, draw_random_bits
+from ldm.data.shards.reader import ShardReader
 
 _TRIES = 10_000  # undecodable samples in a row: nobody wants to wait for more
 
 
-class Item(TypedDict):
+class TextImageItem(TypedDict):
     """One sample: images (3, S, S) uint8, and what else a Batch has, in the singular.
 
     skipped: none, or the sample that should have been here.
@@ -28,7 +34,7 @@ class Item(TypedDict):
     captions: str
     position: int
     key: str
-    skipped: list[Skip]
+    skipped: list[BadSample]
 
 
 class Batch(TypedDict):
@@ -43,10 +49,10 @@ class Batch(TypedDict):
     captions: list[str]
     position: list[int]
     key: list[str]
-    skipped: list[Skip]
+    skipped: list[BadSample]
 
 
-class TextImages(Dataset):
+class TextImageDataset(Dataset):
     """Square pictures with a caption, by (sample index, position).
 
     In training the caption is drawn from (seed, epoch, index), crop and flip from
@@ -62,7 +68,7 @@ class TextImages(Dataset):
 
     def __init__(
         self,
-        shards: Shards,
+        shards: ShardReader,
         *,
         size: int,
         crop: Literal["center", "random"] = "center",
@@ -84,39 +90,39 @@ class TextImages(Dataset):
             raise ValueError(f"a video has 2 frames or more, got {frames}; null is for pictures")
         self.shards, self.frames = shards, frames
         self._skip = on_error == "skip"
-        self._damaged: dict[int, Skip] = {}  # found by this process; not decoded in vain again
+        self._damaged: dict[int, BadSample] = {}  # found by this process; not decoded in vain again
         self._size, self._seed, self._train = size, seed, train
         self.even_crops = True
         self._random_crop, self._flip = train and crop == "random", flip if train else 0.0
 
-    def plain(self, *, size: int | None = None) -> "TextImages":
+    def plain(self, *, size: int | None = None) -> "TextImageDataset":
         """The same samples as a validation has them: centre and first caption.
 
         size: another side than here, in pixels.
         """
         on_error = "skip" if self._skip else "stop"
         same = {"size": size or self._size, "frames": self.frames, "seed": self._seed}
-        return TextImages(self.shards, **same, on_error=on_error, train=False)
+        return TextImageDataset(self.shards, **same, on_error=on_error, train=False)
 
     def __len__(self) -> int:
         return len(self.shards)
 
-    def __getitem__(self, at: tuple[int, int]) -> Item:
+    def __getitem__(self, at: tuple[int, int]) -> TextImageItem:
         index, position = at
         reasons = Counter()
-        first: Skip | None = None
+        first: BadSample | None = None
         for used in range(index, index + min(len(self), _TRIES)):
             made = self._made(used % len(self), position)
-            if not isinstance(made, Skip):
+            if not isinstance(made, BadSample):
                 return {**made, "skipped": [first] if first else []}
             first = first or made
             reasons[made.reason] += 1
         raise TooManySkippedError(
             f"{first.message}; none of the {reasons.total()} samples from there on can be decoded "
-            f"({described(reasons)})"
+            f"({format_skip_counts(reasons)})"
         )
 
-    def _made(self, index: int, position: int) -> Item | Skip:
+    def _made(self, index: int, position: int) -> TextImageItem | BadSample:
         if index in self._damaged:
             return self._damaged[index]
         sample = self.shards.read(index)
@@ -126,25 +132,29 @@ class TextImages(Dataset):
             message = f"{self.shards.name(index)}: {error}"
             if not self._skip:
                 raise ImageError(message) from error
-            return self._damaged.setdefault(index, Skip(error.reason, message))
+            return self._damaged.setdefault(index, BadSample(error.reason, message))
         captions = self._choose(sample.captions, index, epoch=position // len(self))
-        return Item(images=images, captions=captions, position=position, key=sample.key, skipped=[])
+        return TextImageItem(
+            images=images, captions=captions, position=position, key=sample.key, skipped=[]
+        )
 
     def _pixels(self, data: bytes, position: int) -> Tensor:
-        x, y, flip = draws(3, CROP, self._seed, position) / 2.0**64
+        x, y, flip = draw_random_bits(3, CROP_STREAM, self._seed, position) / 2.0**64
         place = {"x": x, "y": y, "even": self.even_crops} if self._random_crop else {}
         seen = read_frames(data, self.frames) if self.frames else [read_image(data)]
-        films = [to_tensor(square(image, self._size, **place)) for image in seen]
+        films = [pil_to_tensor(crop_and_resize(image, self._size, **place)) for image in seen]
         pixels = torch.stack(films, dim=1) if self.frames else films[0]
         return pixels.flip(-1) if flip < self._flip else pixels  # (3, S, S) or (3, F, S, S)
 
     def _choose(self, captions: list[str], index: int, *, epoch: int) -> str:
         if not self._train:
             return captions[0]
-        return captions[int(draws(1, CAPTION, self._seed, epoch, index)[0] % len(captions))]
+        return captions[
+            int(draw_random_bits(1, CAPTION_STREAM, self._seed, epoch, index)[0] % len(captions))
+        ]
 
 
-def collate(items: list[Item]) -> Batch:
+def collate(items: list[TextImageItem]) -> Batch:
     """The samples as one batch."""
     return Batch(
         images=torch.stack([item["images"] for item in items]),

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 # First key of each stream of random numbers that this package draws.
-ORDER, CROP, CAPTION, SUBSET, PROMPT = 1, 2, 3, 4, 5
+ORDER_STREAM, CROP_STREAM, CAPTION_STREAM, SUBSET_STREAM, PROMPT_STREAM = 1, 2, 3, 4, 5
 
 _CACHED_EPOCHS = 2  # around an epoch's end positions of both are asked for
 
 
-def draws(count: int, *key: int) -> np.ndarray:
+def draw_random_bits(count: int, *key: int) -> np.ndarray:
     """`count` independent uint64 that depend on the key alone (Philox, Salmon et al. 2011).
 
     Raw bits, because numpy keeps those the same from version to version, unlike its shuffles.
@@ -22,7 +22,7 @@ def draws(count: int, *key: int) -> np.ndarray:
     return np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
 
 
-class Order:
+class ShuffledOrder:
     """The endless concatenation of shuffled epochs over shards of the given sizes.
 
     In each epoch the shards are shuffled, then the samples inside each run of `window` shards, so
@@ -80,7 +80,9 @@ class Order:
     def _shard_order(self, epoch: int) -> np.ndarray:
         if not self._shuffle:
             return np.arange(len(self._ends))
-        bits = draws(len(self._ends), ORDER, self._seed, epoch)  # the first of `_shuffled`'s
+        bits = draw_random_bits(
+            len(self._ends), ORDER_STREAM, self._seed, epoch
+        )  # the first of `_shuffled`'s
         return np.argsort(bits, kind="stable")
 
     def _permutation(self, epoch: int) -> np.ndarray:
@@ -92,7 +94,7 @@ class Order:
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         count = len(self._ends)
-        bits = draws(count + len(self), ORDER, self._seed, epoch)
+        bits = draw_random_bits(count + len(self), ORDER_STREAM, self._seed, epoch)
         shards = self._shard_order(epoch)
         starts = np.concatenate([[0], self._ends])
         windows = []
@@ -108,7 +110,7 @@ class Order:
         return np.concatenate(windows)
 
 
-class PositionBatches:
+class PositionBatchSampler:
     """This rank's endless share of the order, as a batch sampler of (sample index, position).
 
     A micro-step takes the next batch * world positions, rank r the r-th slice of `batch` of them.
@@ -118,7 +120,7 @@ class PositionBatches:
 
     def __init__(
         self,
-        order: Order,
+        order: ShuffledOrder,
         *,
         batch: int,
         rank: int,
@@ -139,7 +141,7 @@ class PositionBatches:
             first += self._batch * self._world
 
 
-def strided_batches(
+def split_strided_batches(
     count: int, *, batch: int, rank: int, world: int
 ) -> list[list[tuple[int, int]]]:
     """Rank's share of samples 0..count-1 for validation: each sample once over all ranks.

@@ -9,20 +9,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldm.diffusion.schedules import expand
+from ldm.diffusion.schedules import expand_dims_like
 
 # error (B, C, h, w), t (B,), log SNR (B,) -> cost (B, C, h, w)
-Penalty = Callable[[Tensor, Tensor, Tensor], Tensor]
+ElementwiseLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class Squared:
+class SquaredLoss:
     """error^2 (Ho et al. 2020, equation 14)."""
 
     def __call__(self, error: Tensor, t: Tensor, log_snr: Tensor) -> Tensor:
         return error.square()
 
 
-class PseudoHuber:
+class PseudoHuberLoss:
     """2 c (sqrt(error^2 + c^2) - c): error^2 below c, 2 c |error| above it, smooth between.
 
     Single large errors, of pictures that are unlike the rest, weigh less (Song and Dhariwal 2024,
@@ -43,7 +43,7 @@ class PseudoHuber:
         self.c, self.schedule = c, schedule
 
     def __call__(self, error: Tensor, t: Tensor, log_snr: Tensor) -> Tensor:
-        c = expand(self.at(t, log_snr), error).to(error.dtype)
+        c = expand_dims_like(self.at(t, log_snr), error).to(error.dtype)
         # The difference of two near numbers, multiplied out so that small errors keep their digits.
         return 2 * c * error.square() / ((error.square() + c.square()).sqrt() + c)
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.conditioning import Condition
-from ldm.diffusion.losses import Penalty, Squared
-from ldm.diffusion.rng import Generators, other, randn
-from ldm.diffusion.schedules import Schedule, expand
-from ldm.diffusion.timesteps import TimeSampler
+from ldm.diffusion.losses import ElementwiseLoss, SquaredLoss
+from ldm.diffusion.rng import Generators, derive_generators, randn
+from ldm.diffusion.schedules import Schedule, expand_dims_like
+from ldm.diffusion.timesteps import TimestepSampler
 from ldm.diffusion.weightings import Weighting
 
 Network = Callable[[Tensor, Tensor, Condition], Tensor]  # x_t, timestep, cond -> out
@@ -27,8 +27,8 @@ PREDICTIONS = {
 }
 
 
-TRACE = 1e-12  # a share of signal or noise that is as good as none
-HEAVIEST = 1e6  # a weight; the laws themselves are near 1 at middling noise
+MIN_COEFFICIENT = 1e-12  # a share of signal or noise that is as good as none
+MAX_LOSS_WEIGHT = 1e6  # a weight; the laws themselves are near 1 at middling noise
 
 
 class Prediction:
@@ -42,12 +42,12 @@ class Prediction:
 
     def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """What the network should have said; x0 and eps (B, ...), alpha and sigma () or (B,)."""
-        a, b = self.row(expand(alpha, x0), expand(sigma, x0))
+        a, b = self.row(expand_dims_like(alpha, x0), expand_dims_like(sigma, x0))
         return a * x0 + b * eps
 
     def to_x0(self, out: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """x0_hat from what the network said; shapes as in `target`."""
-        alpha, sigma = expand(alpha, x_t), expand(sigma, x_t)
+        alpha, sigma = expand_dims_like(alpha, x_t), expand_dims_like(sigma, x_t)
         a, b = self.row(alpha, sigma)
         return (b * x_t - sigma * out) / (b * alpha - a * sigma)
 
@@ -77,8 +77,8 @@ class Objective(nn.Module):
         prediction: Prediction,
         *,
         weighting: Weighting,
-        time_sampler: TimeSampler,
-        penalty: Penalty | None = None,
+        time_sampler: TimestepSampler,
+        penalty: ElementwiseLoss | None = None,
         offset_noise: float = 0.0,
         input_perturbation: float = 0.0,
     ) -> None:
@@ -98,7 +98,7 @@ class Objective(nn.Module):
         self.prediction = prediction
         self.weighting = weighting
         self.time_sampler = time_sampler
-        self.penalty = penalty or Squared()
+        self.penalty = penalty or SquaredLoss()
         self.offset_noise = offset_noise
         self.input_perturbation = input_perturbation
         self._check_weights()
@@ -123,10 +123,12 @@ class Objective(nn.Module):
             eps = mix(eps)
         if self.offset_noise:
             shape = (*x0.shape[:2], *[1] * (x0.ndim - 2))
-            eps = eps + self.offset_noise * randn(shape, other(generator, "offset"), **like)
+            eps = eps + self.offset_noise * randn(
+                shape, derive_generators(generator, "offset"), **like
+            )
         shown = eps
         if self.input_perturbation:
-            off = randn(x0.shape, other(generator, "perturbation"), **like)
+            off = randn(x0.shape, derive_generators(generator, "perturbation"), **like)
             off = off if mix is None else mix(off)
             shown = eps + self.input_perturbation * off
         return self._loss(net, x0, cond, t, eps, shown)
@@ -140,7 +142,7 @@ class Objective(nn.Module):
     def weight(self, t: Tensor) -> Tensor:
         """How much an image at t (B,) counts, (B,), in the squared error of the output."""
         # Where there is no signal or no noise the laws' limits are those of a trace of them.
-        alpha, sigma = (part.double().clamp(min=TRACE) for part in self.schedule(t))
+        alpha, sigma = (part.double().clamp(min=MIN_COEFFICIENT) for part in self.schedule(t))
         weight = self.weighting((alpha / sigma).square(), self.prediction.gain(alpha, sigma))
         return weight.to(torch.promote_types(t.dtype, torch.float32))
 
@@ -149,7 +151,7 @@ class Objective(nn.Module):
     ) -> Tensor:
         t = self.schedule.snap(t)
         alpha, sigma = (part.to(x0.dtype) for part in self.schedule(t))
-        x_t = expand(alpha, x0) * x0 + expand(sigma, x0) * shown  # (B, C, h, w)
+        x_t = expand_dims_like(alpha, x0) * x0 + expand_dims_like(sigma, x0) * shown  # (B, C, h, w)
         out = net(x_t, self.schedule.timestep(t).to(x0.dtype), cond)  # (B, C, h, w)
         error = out - self.prediction.target(x0, eps, alpha, sigma)
         cost = self.penalty(error, t, self.schedule.log_snr(t))
@@ -159,7 +161,7 @@ class Objective(nn.Module):
         ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
         ends[0] = self.schedule.snap(ends[:1])[0]
         for t, weight in zip(ends.tolist(), self.weight(ends).tolist(), strict=True):
-            if not weight < HEAVIEST:
+            if not weight < MAX_LOSS_WEIGHT:
                 raise ValueError(
                     f"with objective={self.prediction.kind} this weighting gives t = {t:.3g} a "
                     f"weight of {weight:.1g}, and nothing else would be trained: take objective=v"

@@ -14,14 +14,14 @@ from torch import Tensor
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-def generators(
+def make_generators(
     seed: int, positions: Iterable[int], *, stream: str, device: torch.device | str = "cpu"
-) -> "Draws":
+) -> "ImageGenerators":
     """One generator an image; `stream` names the use, so that uses do not share their numbers."""
-    return Draws(seed, positions, stream=stream, device=device)
+    return ImageGenerators(seed, positions, stream=stream, device=device)
 
 
-class Draws(list[torch.Generator]):
+class ImageGenerators(list[torch.Generator]):
     """One generator an image, for one use, which knows the images that it is for."""
 
     def __init__(
@@ -34,22 +34,24 @@ class Draws(list[torch.Generator]):
     ) -> None:
         self.seed, self.positions, self.stream = seed, tuple(positions), stream
         self.device = device
-        seeds = [mixed(seed, position, stream=stream) for position in self.positions]
+        seeds = [derive_seed(seed, position, stream=stream) for position in self.positions]
         super().__init__(torch.Generator(device).manual_seed(each) for each in seeds)
 
 
-def other(generator: Generators, stream: str) -> Generators:
+def derive_generators(generator: Generators, stream: str) -> Generators:
     """The same images' numbers for another use.
 
     Generators that know no images are returned as they are: theirs simply go on.
     """
-    if not isinstance(generator, Draws):
+    if not isinstance(generator, ImageGenerators):
         return generator
     name = f"{generator.stream}/{stream}"
-    return generators(generator.seed, generator.positions, stream=name, device=generator.device)
+    return make_generators(
+        generator.seed, generator.positions, stream=name, device=generator.device
+    )
 
 
-def mixed(seed: int, position: int, *, stream: str) -> int:
+def derive_seed(seed: int, position: int, *, stream: str) -> int:
     """A seed below 2^63 that depends on all three alone."""
     digest = blake2b(f"{seed}/{stream}/{position}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -73,7 +73,7 @@ class Schedule(nn.Module):
         return start / steps
 
 
-class Tabled(Schedule):
+class DiscreteSchedule(Schedule):
     """A variance-preserving schedule from DDPM's table of betas (Ho et al. 2020, section 2).
 
     Index k of the table sits at t = (k + 1) / steps, and the network is told k, so that published
@@ -90,7 +90,7 @@ class Tabled(Schedule):
         self.steps = len(betas)
         log_alpha_bar = torch.log1p(-betas.double()).cumsum(0)
         if zero_terminal_snr:
-            log_alpha_bar = ending_in_nothing(log_alpha_bar)
+            log_alpha_bar = rescale_zero_terminal_snr(log_alpha_bar)
         table = torch.cat([torch.zeros(1, dtype=torch.float64), log_alpha_bar])
         if not bool((table.diff() < 0).all()):
             raise ValueError(
@@ -149,7 +149,7 @@ class Tabled(Schedule):
         return torch.where(high.isinf(), to_zero, low + along * (high - low))
 
 
-class Flow(Schedule):
+class FlowSchedule(Schedule):
     """The straight line alpha = 1 - t, sigma = t (Lipman et al. 2023; Liu et al. 2023).
 
     `shift` s puts s t / (1 + (s - 1) t) in the place of t, which divides alpha / sigma by s
@@ -175,7 +175,7 @@ class Flow(Schedule):
         return self(t)[1] * self.steps
 
 
-class Laplace(Schedule):
+class LaplaceSchedule(Schedule):
     """Variance-preserving, with a Laplace law of log SNR where t is uniform.
 
     log SNR = location - scale sign(1/2 - t) log(1 - 2 |t - 1/2|) (Hang et al. 2024,
@@ -210,9 +210,9 @@ def linear(
     start: float = 1e-4,
     end: float = 0.02,
     zero_terminal_snr: bool = False,
-) -> Tabled:
+) -> DiscreteSchedule:
     """DDPM's betas: evenly spaced from `start` to `end` (Ho et al. 2020, section 4)."""
-    return Tabled(ramp(start, end, steps), zero_terminal_snr=zero_terminal_snr)
+    return DiscreteSchedule(linspace_steps(start, end, steps), zero_terminal_snr=zero_terminal_snr)
 
 
 def scaled_linear(
@@ -221,10 +221,10 @@ def scaled_linear(
     start: float = 0.00085,
     end: float = 0.012,
     zero_terminal_snr: bool = False,
-) -> Tabled:
+) -> DiscreteSchedule:
     """Stable Diffusion's betas: square roots evenly spaced (Rombach et al. 2022, their code)."""
-    roots = ramp(math.sqrt(max(start, 0)), math.sqrt(max(end, 0)), steps)
-    return Tabled(roots.square(), zero_terminal_snr=zero_terminal_snr)
+    roots = linspace_steps(math.sqrt(max(start, 0)), math.sqrt(max(end, 0)), steps)
+    return DiscreteSchedule(roots.square(), zero_terminal_snr=zero_terminal_snr)
 
 
 def sigmoid(
@@ -233,13 +233,13 @@ def sigmoid(
     start: float = 1e-4,
     end: float = 0.02,
     zero_terminal_snr: bool = False,
-) -> Tabled:
+) -> DiscreteSchedule:
     """Betas rise from `start` to `end` as a sigmoid from -6 to 6 (Xu et al. 2022, GeoDiff).
 
     It is what diffusers calls sigmoid; that of Jabri et al. is `sigmoid_alpha`.
     """
-    rise = ramp(-6, 6, steps).sigmoid()
-    return Tabled(start + (end - start) * rise, zero_terminal_snr=zero_terminal_snr)
+    rise = linspace_steps(-6, 6, steps).sigmoid()
+    return DiscreteSchedule(start + (end - start) * rise, zero_terminal_snr=zero_terminal_snr)
 
 
 def cosine(
@@ -248,14 +248,16 @@ def cosine(
     offset: float = 0.008,
     max_beta: float = 0.999,
     zero_terminal_snr: bool = False,
-) -> Tabled:
+) -> DiscreteSchedule:
     """alpha^2 falls as a squared cosine (Nichol and Dhariwal 2021, equation 17).
 
     `max_beta` caps the last beta, which would be 1: no noise level is without any signal.
     """
-    t = ramp(0, 1, steps, more=1)
+    t = linspace_steps(0, 1, steps, more=1)
     alpha_bar = ((t + offset) / (1 + offset) * math.pi / 2).cos().square()
-    return Tabled(falling(alpha_bar, max_beta), zero_terminal_snr=zero_terminal_snr)
+    return DiscreteSchedule(
+        betas_for_alpha_bar(alpha_bar, max_beta), zero_terminal_snr=zero_terminal_snr
+    )
 
 
 def sigmoid_alpha(
@@ -266,31 +268,33 @@ def sigmoid_alpha(
     tau: float = 1.0,
     max_beta: float = 0.999,
     zero_terminal_snr: bool = False,
-) -> Tabled:
+) -> DiscreteSchedule:
     """alpha^2 falls as a sigmoid (Jabri et al. 2022, arXiv:2212.11972; Chen 2023, algorithm 1).
 
     alpha^2 runs from 1 to 0 with sigmoid(-x / tau), x from `start` to `end`; `max_beta` as above.
     """
     if not (tau > 0 and start < end):
         raise ValueError(f"needs tau > 0 and start < end, not {tau}, {start} and {end}")
-    curve = (-ramp(start, end, steps, more=1) / tau).sigmoid()
+    curve = (-linspace_steps(start, end, steps, more=1) / tau).sigmoid()
     alpha_bar = (curve - curve[-1]) / (curve[0] - curve[-1])
-    return Tabled(falling(alpha_bar, max_beta), zero_terminal_snr=zero_terminal_snr)
+    return DiscreteSchedule(
+        betas_for_alpha_bar(alpha_bar, max_beta), zero_terminal_snr=zero_terminal_snr
+    )
 
 
-def ramp(first: float, last: float, steps: int, *, more: int = 0) -> Tensor:
+def linspace_steps(first: float, last: float, steps: int, *, more: int = 0) -> Tensor:
     """steps + more evenly spaced numbers in float64; ValueError for what is no number of steps."""
     if steps < 1 or steps != int(steps):
         raise ValueError(f"scheduler.steps must be a whole number above 0, got {steps}")
     return torch.linspace(first, last, int(steps) + more, dtype=torch.float64)
 
 
-def falling(alpha_bar: Tensor, max_beta: float) -> Tensor:
+def betas_for_alpha_bar(alpha_bar: Tensor, max_beta: float) -> Tensor:
     """The betas (steps,) that lead through alpha^2 (steps + 1,), capped at `max_beta`."""
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta)
 
 
-def ending_in_nothing(log_alpha_bar: Tensor) -> Tensor:
+def rescale_zero_terminal_snr(log_alpha_bar: Tensor) -> Tensor:
     """Lin et al. 2024, algorithm 1: a table of log(alpha^2), its alpha shifted and scaled."""
     if len(log_alpha_bar) < 2:
         raise ValueError("zero_terminal_snr needs at least two steps: one is all signal or none")
@@ -299,6 +303,6 @@ def ending_in_nothing(log_alpha_bar: Tensor) -> Tensor:
     return 2 * ((alpha - last) / (first - last) * first).log()
 
 
-def expand(coefficient: Tensor, x: Tensor) -> Tensor:
+def expand_dims_like(coefficient: Tensor, x: Tensor) -> Tensor:
     """A coefficient () or (B,) shaped to multiply `x` (B, ...)."""
     return coefficient.reshape(-1, *[1] * (x.ndim - 1)).to(x.device)

@@ -12,13 +12,13 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from ldm.diffusion.rng import Draws, Generators, mixed, rand
+from ldm.diffusion.rng import Generators, ImageGenerators, derive_seed, rand
 
-TimeSampler = Callable[[int, Generators], Tensor]  # B, one generator an image -> t (B,)
+TimestepSampler = Callable[[int, Generators], Tensor]  # B, one generator an image -> t (B,)
 
 SPREADS = ("independent", "stratified", "sobol")
-BITS = 53  # of a float64's fraction
-LEVELS = 8  # of a digest: 255 nodes of a tree of choices in its 512 bits
+FRACTION_BITS = 53  # of a float64's fraction
+TREE_LEVELS = 8  # of a digest: 255 nodes of a tree of choices in its 512 bits
 
 
 class Uniforms:
@@ -46,42 +46,45 @@ class Uniforms:
     def __call__(self, n: int, generator: Generators) -> Tensor:
         if self.spread == "independent":
             return rand(n, generator)
-        if not isinstance(generator, Draws):
+        if not isinstance(generator, ImageGenerators):
             raise ValueError(
                 f"time_sampler.spread={self.spread} needs to know which images these are: give "
-                "it the generators of ldm.diffusion.rng.generators"
+                "it the generators of ldm.diffusion.rng.make_generators"
             )
         if len(generator) != n:
             raise ValueError(f"{len(generator)} generators for a batch of {n} images")
         if self.spread == "sobol":
             key = f"{generator.seed}/{generator.stream}/sobol"
-            numbers = [scrambled(position, key=key) / 2**BITS for position in generator.positions]
+            numbers = [
+                owen_scramble(position, key=key) / 2**FRACTION_BITS
+                for position in generator.positions
+            ]
             return torch.tensor(numbers, dtype=torch.float64)
         strata = self._strata(generator).to(generator.device)
         return (strata + rand(n, generator)) / self.batch
 
-    def _strata(self, draws: Draws) -> Tensor:
+    def _strata(self, draws: ImageGenerators) -> Tensor:
         places = [divmod(position, self.batch) for position in draws.positions]
         orders = {step: self._order(draws, step) for step in {step for step, _ in places}}
         return torch.stack([orders[step][place] for step, place in places])
 
-    def _order(self, draws: Draws, step: int) -> Tensor:
+    def _order(self, draws: ImageGenerators, step: int) -> Tensor:
         # Drawn anew, so that no place in a batch, and no rank, has the same times at every step.
-        seed = mixed(draws.seed, step, stream=f"{draws.stream}/strata")
+        seed = derive_seed(draws.seed, step, stream=f"{draws.stream}/strata")
         return torch.randperm(self.batch, generator=torch.Generator().manual_seed(seed))
 
 
-def scrambled(position: int, *, key: str) -> int:
+def owen_scramble(position: int, *, key: str) -> int:
     """The lowest BITS bits of `position`, mirrored, each turned or not as those before it say.
 
     That is Owen's nested scrambling in base 2: whether a bit is turned is drawn once for all
     positions that share the bits below it, so that parts are exchanged and none is filled twice.
     """
     mirrored = 0
-    for first in range(0, BITS, LEVELS):
+    for first in range(0, FRACTION_BITS, TREE_LEVELS):
         shared = position % 2**first
         choices = int.from_bytes(blake2b(f"{key}/{first}/{shared}".encode()).digest(), "big")
-        for level in range(first, min(first + LEVELS, BITS)):
+        for level in range(first, min(first + TREE_LEVELS, FRACTION_BITS)):
             depth = level - first
             node = 2**depth + (position >> first) % 2**depth  # of a binary tree, 1 is its root
             turned = (position >> level ^ choices >> node) & 1
@@ -89,7 +92,7 @@ def scrambled(position: int, *, key: str) -> int:
     return mirrored
 
 
-def one_by_one(law: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
+def apply_elementwise(law: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
     """`law` of each number (B,) by itself.
 
     Of many at once a processor's vector instructions take most, and those round otherwise than what
@@ -98,7 +101,7 @@ def one_by_one(law: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
     return torch.stack([law(each) for each in u]) if u.device.type == "cpu" else law(u)
 
 
-class PowerTimes:
+class PowerTimestepSampler:
     """t in [0, 1) with the density power t^(power - 1).
 
     1 is uniform (Ho et al. 2020, algorithm 1). Above 1 the noisy times come more often, where it is
@@ -115,10 +118,10 @@ class PowerTimes:
         self.uniforms = Uniforms(spread, batch=batch)
 
     def __call__(self, n: int, generator: Generators) -> Tensor:
-        return one_by_one(lambda u: u ** (1 / self.power), self.uniforms(n, generator))
+        return apply_elementwise(lambda u: u ** (1 / self.power), self.uniforms(n, generator))
 
 
-class LogitNormalTimes:
+class LogitNormalTimestepSampler:
     """t in (0, 1) whose log(t / (1 - t)) is normal (Esser et al. 2024, section 3.1).
 
     arXiv:2403.03206. `mean` above 0 favours noisy times; a small `std` favours those around the
@@ -143,4 +146,4 @@ class LogitNormalTimes:
         def law(u: Tensor) -> Tensor:
             return (self.mean + self.std * torch.special.ndtri(u)).sigmoid()
 
-        return one_by_one(law, self.uniforms(n, generator))
+        return apply_elementwise(law, self.uniforms(n, generator))

@@ -23,7 +23,7 @@ class UniformWeighting:
         return snr.new_ones(snr.shape)
 
 
-class MinSnr:
+class MinSNRWeighting:
     """w = min(SNR, gamma) (Hang et al. 2023, arXiv:2303.09556).
 
     min(1, gamma / SNR) for eps, min(SNR, gamma) / (SNR + 1) for v on a variance-preserving
@@ -33,26 +33,26 @@ class MinSnr:
     """
 
     def __init__(self, gamma: float = 5.0) -> None:
-        self.gamma = above_zero("gamma", gamma)
+        self.gamma = require_positive("gamma", gamma)
 
     def __call__(self, snr: Tensor, gain: Tensor) -> Tensor:
         return snr.clamp(max=self.gamma) / gain
 
 
-class SoftMinSnr:
+class SoftMinSNRWeighting:
     """w = 1 / (1 / SNR + 1 / gamma): `MinSnr` without its corner (Crowson et al. 2024, HDiT).
 
     arXiv:2401.11605. Raises ValueError where gamma is not positive.
     """
 
     def __init__(self, gamma: float = 5.0) -> None:
-        self.gamma = above_zero("gamma", gamma)
+        self.gamma = require_positive("gamma", gamma)
 
     def __call__(self, snr: Tensor, gain: Tensor) -> Tensor:
         return 1 / (1 / snr + 1 / self.gamma) / gain
 
 
-class P2:
+class P2Weighting:
     """w = SNR / (k + SNR)^gamma: 1 / (k + SNR)^gamma for eps (Choi et al. 2022).
 
     arXiv:2204.00227. gamma 0 is uniform in eps. Raises ValueError for a negative gamma or a k that
@@ -62,13 +62,13 @@ class P2:
     def __init__(self, gamma: float = 1.0, k: float = 1.0) -> None:
         if not 0 <= gamma < math.inf:
             raise ValueError(f"weighting.gamma must be 0 or more, got {gamma}")
-        self.gamma, self.k = gamma, above_zero("k", k)
+        self.gamma, self.k = gamma, require_positive("k", k)
 
     def __call__(self, snr: Tensor, gain: Tensor) -> Tensor:
         return snr / (self.k + snr) ** self.gamma / gain
 
 
-class Edm:
+class EDMWeighting:
     """w = SNR + 1 / sigma_data^2 (Karras et al. 2022, arXiv:2206.00364, table 1: lambda).
 
     Their sigma is sigma / alpha here. With sigma_data = 1, the deviation of our latents, it is what
@@ -76,13 +76,13 @@ class Edm:
     """
 
     def __init__(self, sigma_data: float = 0.5) -> None:
-        self.sigma_data = above_zero("sigma_data", sigma_data)
+        self.sigma_data = require_positive("sigma_data", sigma_data)
 
     def __call__(self, snr: Tensor, gain: Tensor) -> Tensor:
         return (snr + self.sigma_data**-2) / gain
 
 
-class Debiased:
+class DebiasedWeighting:
     """w = sqrt(SNR): 1 / sqrt(SNR) for eps (Yu et al. 2023, arXiv:2310.08442).
 
     (kohya's sd-scripts give v 1 / (SNR + 1), which is another law.)
@@ -92,7 +92,7 @@ class Debiased:
         return snr.sqrt() / gain
 
 
-def above_zero(name: str, value: float) -> float:
+def require_positive(name: str, value: float) -> float:
     """`value`; ValueError where it is not a number above 0."""
     if not 0 < value < math.inf:
         raise ValueError(f"weighting.{name} must be above 0, got {value}")

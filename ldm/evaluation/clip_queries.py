@@ -14,27 +14,38 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ldm.data.dataset import TextImages
-from ldm.data.image_decoding import ImageError, read_image, square, to_tensor
-from ldm.data.scenes import world
-from ldm.data.shards.cache import Cache
-from ldm.data.shards.reader import Shards
+from ldm.data.dataset import TextImageDataset
+from ldm.data.image_decoding import ImageError, crop_and_resize, pil_to_tensor, read_image
+from ldm.data.scenes.world import caption, sample_scene
+from ldm.data.shards.cache import ShardCache
+from ldm.data.shards.reader import ShardReader
 from ldm.evaluation.features.clip import ClipFeatures
-from ldm.evaluation.metrics import retrieval
-from ldm.evaluation.metrics.clip_directions import Words, in_captions, in_templates, vocabulary
-from ldm.utils.files import PACKAGED
-from ldm.utils.images import captioned
-from ldm.utils.text import often
+from ldm.evaluation.metrics.clip_directions import (
+    WordDirections,
+    embed_words_in_captions,
+    embed_words_in_templates,
+    find_common_words,
+)
+from ldm.evaluation.metrics.retrieval import (
+    ImageCaptionPairs,
+    compute_caption_vectors,
+    compute_image_vectors,
+    compute_retrieval_ranks,
+    read_image_caption_pairs,
+)
+from ldm.utils.files import PACKAGED_PREFIX
+from ldm.utils.images import make_captioned_grid
+from ldm.utils.text import get_progress_interval
 
-OURS = PACKAGED + "clip"
-DRAWN = 5000  # captions of the drawn world, in which the words of packaged:clip stand
-TEMPLATE = "a picture of a {}"
-PAGE = 192  # pixels of a picture on the page of those found
-AT = (1, 5, 10)  # recall
-_bar = partial(tqdm, leave=False, delay=2, mininterval=often())
+PACKAGED_CLIP = PACKAGED_PREFIX + "clip"
+NUM_SCENE_CAPTIONS = 5000  # captions of the drawn world, in which the words of packaged:clip stand
+DEFAULT_LABEL_TEMPLATE = "a picture of a {}"
+RESULT_IMAGE_SIZE = 192  # pixels of a picture on the page of those found
+RECALL_CUTOFFS = (1, 5, 10)  # recall
+_bar = partial(tqdm, leave=False, delay=2, mininterval=get_progress_interval())
 
 
-class Answers:
+class ClipQueries:
     """A CLIP that is asked, and the shards `data` that it is asked about.
 
     `templates`: what words stand in; none: captions of the data, with `packaged:clip` of the drawn
@@ -44,7 +55,7 @@ class Answers:
 
     def __init__(
         self,
-        path: str = OURS,
+        path: str = PACKAGED_CLIP,
         *,
         data: str | None = None,
         templates: Sequence[str] = (),
@@ -60,8 +71,8 @@ class Answers:
         self.by_path: dict[Path, Tensor] = {}  # of pictures in files
         self.pictures = None
         if data is not None:
-            shards = Shards(data, cache=Cache(cache, gigabytes=50.0))
-            self.pictures = TextImages(shards, size=self.clip.size, seed=0, train=False)
+            shards = ShardReader(data, cache=ShardCache(cache, gigabytes=50.0))
+            self.pictures = TextImageDataset(shards, size=self.clip.size, seed=0, train=False)
 
     def similarity(self, paths: Sequence[Path], texts: Sequence[str]) -> Tensor:
         """Cosines (n, m) of pictures with texts."""
@@ -75,28 +86,33 @@ class Answers:
         wanted = self.seen([query]) if isinstance(query, Path) else self.said([query])
         cosines = self.vectors() @ wanted[0]  # (N,)
         best = cosines.argsort(descending=True, stable=True)[:top].tolist()
-        page = self.pictures.plain(size=PAGE)
+        page = self.pictures.plain(size=RESULT_IMAGE_SIZE)
         items = [page[i, i] for i in best]
         found = [
             {"key": item["key"], "cosine": round(float(cosines[i]), 4), "caption": item["captions"]}
             for i, item in zip(best, items, strict=True)
         ]
         images = torch.stack([item["images"] for item in items]) / 127.5 - 1
-        return found, captioned(images, [f"{one['cosine']:.3f}  {one['caption']}" for one in found])
+        return found, make_captioned_grid(
+            images, [f"{one['cosine']:.3f}  {one['caption']}" for one in found]
+        )
 
     def recall(self) -> dict[str, list[float]]:
         """The share of queries one of whose own is among the nearest 1, 5, 10; both ways."""
         told, pictures = self.told(), self.vectors()
         captions = self.caption_vectors(told.captions)
         ways = {
-            f"picture to caption, of {len(captions)}": retrieval.ranks(
+            f"picture to caption, of {len(captions)}": compute_retrieval_ranks(
                 pictures, captions, told.pairs
             ),
-            f"caption to picture, of {len(pictures)}": retrieval.ranks(
+            f"caption to picture, of {len(pictures)}": compute_retrieval_ranks(
                 captions, pictures, told.pairs.flip(1)
             ),
         }
-        return {way: [(rank < k).float().mean().item() for k in AT] for way, rank in ways.items()}
+        return {
+            way: [(rank < k).float().mean().item() for k in RECALL_CUTOFFS]
+            for way, rank in ways.items()
+        }
 
     def labels(self, paths: Sequence[Path], names: Sequence[str]) -> Tensor:
         """Probabilities (n, W) of labels, each against the others."""
@@ -118,19 +134,25 @@ class Answers:
         cosines = words.between(*pair.split(1))[0]  # (W,)
         return sorted(zip(words.words, cosines.tolist(), strict=True), key=lambda word: -word[1])
 
-    def words(self, names: Sequence[str] | None, *, apart: bool, most: int = 0) -> Words:
+    def words(self, names: Sequence[str] | None, *, apart: bool, most: int = 0) -> WordDirections:
         """Words as directions; ValueError for one in no caption, and where there are none."""
-        in_sentences = not self.templates and (self.pictures is not None or self.path == OURS)
+        in_sentences = not self.templates and (
+            self.pictures is not None or self.path == PACKAGED_CLIP
+        )
         if in_sentences:
-            captions = self.told().captions if self.pictures is not None else drawn()
-            names = names or vocabulary(captions, most)
-            return in_captions(self.caption_vectors(captions), captions, names)
+            captions = (
+                self.told().captions if self.pictures is not None else sample_scene_captions()
+            )
+            names = names or find_common_words(captions, most)
+            return embed_words_in_captions(self.caption_vectors(captions), captions, names)
         if names is None:
             raise ValueError(
                 "words are needed: give words=a,b,c or a file of them, or data=DIR, whose captions "
                 "have some"
             )
-        return in_templates(self.clip, self.templates or [TEMPLATE], names, apart=apart)
+        return embed_words_in_templates(
+            self.clip, self.templates or [DEFAULT_LABEL_TEMPLATE], names, apart=apart
+        )
 
     def readable(self, paths: Sequence[Path]) -> list[Path]:
         """Those of several pictures that can be read; the others are told, by name."""
@@ -152,7 +174,7 @@ class Answers:
         """What CLIP makes of a picture, (1, D), once."""
         if path not in self.by_path:
             try:
-                pixels = to_tensor(square(read_image(path), self.clip.size))
+                pixels = pil_to_tensor(crop_and_resize(read_image(path), self.clip.size))
             except ImageError as error:
                 raise ImageError(f"'{path}': {error}") from error
             self.by_path[path] = self.clip(pixels[None].to(self.device)).cpu()
@@ -170,27 +192,29 @@ class Answers:
                 )
         return self.clip.texts(texts).cpu()
 
-    def told(self) -> retrieval.Told:
+    def told(self) -> ImageCaptionPairs:
         """All captions of the data."""
         with _bar(total=len(self.pictures), desc="Reading", unit="image") as bar:
-            return retrieval.told(self.pictures.shards, done=lambda items: bar.update(len(items)))
+            return read_image_caption_pairs(
+                self.pictures.shards, done=lambda items: bar.update(len(items))
+            )
 
     def vectors(self) -> Tensor:
         """Unit vectors (N, D) of the data's pictures."""
         with _bar(total=len(self.pictures), desc="Pictures", unit="image") as bar:
-            return retrieval.picture_vectors(
+            return compute_image_vectors(
                 self.clip, self.pictures, done=lambda items: bar.update(len(items)), **self.kept
             )
 
     def caption_vectors(self, captions: Sequence[str]) -> Tensor:
         """Unit vectors (U, D) of captions; those that are too long lose their last words."""
         with _bar(total=len(captions), desc="Captions", unit="caption") as bar:
-            return retrieval.caption_vectors(
+            return compute_caption_vectors(
                 self.clip, captions, done=lambda items: bar.update(len(items)), **self.kept
             )
 
 
-def drawn() -> list[str]:
+def sample_scene_captions() -> list[str]:
     """Captions of the drawn world, as `packaged:clip` was trained on."""
-    scenes = (world.sample(i, split="train") for i in range(DRAWN))
-    return list(dict.fromkeys(world.caption(scene, rng) for scene, rng in scenes))
+    scenes = (sample_scene(i, split="train") for i in range(NUM_SCENE_CAPTIONS))
+    return list(dict.fromkeys(caption(scene, rng) for scene, rng in scenes))

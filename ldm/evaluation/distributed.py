@@ -5,7 +5,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 
-class Ranks:
+class ProcessGroup:
     """`rank` of `world` processes. Every method but these is to be called by all of them alike."""
 
     def __init__(self) -> None:

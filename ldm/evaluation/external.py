@@ -13,25 +13,32 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.data.captions import clean
+from ldm.data.captions import clean_caption
 from ldm.data.image_decoding import (
     ImageError,
-    read_bytes,
+    crop_and_resize,
+    pil_to_tensor,
     read_image,
-    short_side,
-    square,
-    to_tensor,
+    read_image_bytes,
+    read_short_side,
 )
-from ldm.data.prepare.sources import SUFFIXES, pictures_in
-from ldm.models.huggingface import quiet
+from ldm.data.prepare.sources import IMAGE_SUFFIXES, list_image_files
+from ldm.models.huggingface import silence_transformers
 from ldm.utils.files import read_text
 from ldm.utils.hashing import hash_file
 
 # What a text-to-image pipeline is called with, beside the guidance scale, which not all have.
-ARGUMENTS = ("prompt", "generator", "num_inference_steps", "height", "width", "output_type")
+DIFFUSERS_CALL_ARGUMENTS = (
+    "prompt",
+    "generator",
+    "num_inference_steps",
+    "height",
+    "width",
+    "output_type",
+)
 
 
-class Folder:
+class ImageFolder:
     """The pictures of a folder in order of name, their centres at `size` pixels.
 
     size: None is their own, where all have one. `captions`: the texts of the .txt files beside the
@@ -45,15 +52,15 @@ class Folder:
         self.folder = folder
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder '{folder}'")
-        self.paths = pictures_in(folder)
+        self.paths = list_image_files(folder)
         if not self.paths:
-            raise FileNotFoundError(f"no pictures in '{folder}' ({', '.join(SUFFIXES)})")
+            raise FileNotFoundError(f"no pictures in '{folder}' ({', '.join(IMAGE_SUFFIXES)})")
         self.captions = self._captions()
         total, sides = hashlib.sha256(), {}
         for path in self.paths:
             try:
-                data = read_bytes(path)
-                sides[short_side(data)] = path
+                data = read_image_bytes(path)
+                sides[read_short_side(data)] = path
             except ImageError as error:
                 raise ImageError(f"'{path}': {error}") from error
             total.update(f"{path.name} {hashlib.sha256(data).hexdigest()}\n".encode())
@@ -82,8 +89,8 @@ class Folder:
         except ImageError as error:
             raise ImageError(f"'{path}': {error}") from error
         if image.size != (self.size, self.size):
-            image = square(image, self.size)
-        return to_tensor(image).float()
+            image = crop_and_resize(image, self.size)
+        return pil_to_tensor(image).float()
 
     def _captions(self) -> list[str] | None:
         texts = [path.with_suffix(".txt") for path in self.paths]
@@ -95,10 +102,10 @@ class Folder:
                 f"'{missing[0]}' is missing, and {len(missing) - 1} more: captions are compared "
                 "where each picture has one, or else remove all .txt files"
             )
-        return [clean(read_text(text)) for text in texts]
+        return [clean_caption(read_text(text)) for text in texts]
 
 
-class Peer:
+class DiffusersPipeline:
     """A text-to-image pipeline of diffusers in a folder, in float32, with its own sampler.
 
     Only safetensors are opened, and no code that the folder brings is run; a safety checker, which
@@ -109,18 +116,18 @@ class Peer:
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        self.pipe, self.device = _opened(folder).to(device), device
+        self.pipe, self.device = _load_diffusers_pipeline(folder).to(device), device
         self.pipe.set_progress_bar_config(disable=True)
         called = inspect.signature(type(self.pipe).__call__)
         try:
-            called.bind(self.pipe, **dict.fromkeys(ARGUMENTS))
+            called.bind(self.pipe, **dict.fromkeys(DIFFUSERS_CALL_ARGUMENTS))
         except TypeError as error:
             raise ValueError(
                 f"'{folder}' is a {type(self.pipe).__name__}, which does not paint from prompts "
                 f"alone ({error}): give the folder of a text-to-image pipeline"
             ) from error
         self.guided = "guidance_scale" in called.parameters
-        self.size = _size(self.pipe)
+        self.size = _read_pipeline_size(self.pipe)
         files = sorted(folder.rglob("*.safetensors"))
         digests = [f"{path.relative_to(folder)} {hash_file(path)}" for path in files]
         self.facts = {
@@ -128,7 +135,7 @@ class Peer:
             "digest": hashlib.sha256("\n".join(digests).encode()).hexdigest(),
             "sampler": {
                 "name": type(self.pipe.scheduler).__name__,
-                **_plain(dict(self.pipe.scheduler.config)),
+                **_keep_json_values(dict(self.pipe.scheduler.config)),
             },
             "precision": "float32",
         }
@@ -144,7 +151,7 @@ class Peer:
         """
         if scale < 1:
             raise ValueError(f"guidance.scale={scale}: to pipelines of diffusers, 1 is none")
-        with quiet():  # of long prompts
+        with silence_transformers():  # of long prompts
             images = self.pipe(
                 prompt=list(prompts),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
@@ -157,7 +164,7 @@ class Peer:
         return 2 * images.float() - 1
 
 
-def _opened(folder: Path):
+def _load_diffusers_pipeline(folder: Path):
     """The pipeline of a folder."""
     try:
         from diffusers import DiffusionPipeline
@@ -168,7 +175,9 @@ def _opened(folder: Path):
         ) from error
     if code := next(folder.rglob("*.py"), None):
         raise ValueError(f"'{folder}' brings code of its own ({code.name}), which is not run")
-    if kernel := next(filter(None, map(_kernel, sorted(folder.rglob("config.json")))), None):
+    if kernel := next(
+        filter(None, map(_find_remote_kernel, sorted(folder.rglob("config.json")))), None
+    ):
         raise ValueError(f"'{folder}' asks for code from elsewhere ({kernel}), which is not run")
     logging.set_verbosity_error()  # of parts that it was not given, and of long prompts
     logging.disable_progress_bar()
@@ -177,7 +186,7 @@ def _opened(folder: Path):
     unchecked = {"safety_checker": None} if "safety_checker" in index else {}
     weights = [path.name for path in folder.rglob("*.safetensors")]
     halves = bool(weights) and all(".fp16" in name for name in weights)
-    with quiet():
+    with silence_transformers():
         return DiffusionPipeline.from_pretrained(
             folder,
             local_files_only=True,
@@ -188,7 +197,7 @@ def _opened(folder: Path):
         )
 
 
-def _kernel(config: Path) -> str | None:
+def _find_remote_kernel(config: Path) -> str | None:
     """What a config.json would have transformers fetch and run to attend with; None for nothing."""
     found = json.loads(config.read_text())
     nodes = [found, *found.values()] if isinstance(found, dict) else []
@@ -199,7 +208,7 @@ def _kernel(config: Path) -> str | None:
     return None
 
 
-def _size(pipe) -> int | None:
+def _read_pipeline_size(pipe) -> int | None:
     """Pixels of a side, from what most pipelines say of themselves."""
     net = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     side = getattr(pipe, "default_sample_size", None) or (net and net.config.get("sample_size"))
@@ -207,7 +216,7 @@ def _size(pipe) -> int | None:
     return side and side * getattr(pipe, "vae_scale_factor", 1)
 
 
-def _plain(values: dict) -> dict:
+def _keep_json_values(values: dict) -> dict:
     """What JSON can hold of a configuration."""
     kinds = (str, int, float, bool, type(None))
     return {name: value for name, value in values.items() if isinstance(value, kinds)}

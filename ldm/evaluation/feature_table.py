@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.evaluation import tensor_cache
-from ldm.evaluation.distributed import Ranks
+from ldm.evaluation.distributed import ProcessGroup
+from ldm.evaluation.tensor_cache import DamagedTensorFileError, read_tensor_file, write_tensor_file
 
-Rows = Mapping[str, Tensor]
+FeatureRows = Mapping[str, Tensor]
 
 
 def tabulate(
     count: int,
-    make: Callable[[range], Rows],
+    make: Callable[[range], FeatureRows],
     *,
     columns: Mapping[str, int],
     batch: int,
@@ -35,7 +35,7 @@ def tabulate(
     """
     if batch < 1:
         raise ValueError(f"batch={batch} must be 1 or more")
-    ranks = Ranks()
+    ranks = ProcessGroup()
     tables = {name: torch.zeros(count, width) for name, width in columns.items()}
     for number in range(math.ceil(count / batch / ranks.world)):
         first = min((number * ranks.world + ranks.rank) * batch, count)
@@ -48,30 +48,33 @@ def tabulate(
 
 
 def _piece(
-    items: range, make: Callable[[range], Rows], columns: Mapping[str, int], folder: Path | None
-) -> Rows:
+    items: range,
+    make: Callable[[range], FeatureRows],
+    columns: Mapping[str, int],
+    folder: Path | None,
+) -> FeatureRows:
     facts = {"items": [items.start, items.stop]}
     path = None if folder is None else folder / f"{items.start:07d}-{items.stop:07d}.safetensors"
     if path is not None and path.is_file():
         try:
-            rows, found = tensor_cache.read(path)
+            rows, found = read_tensor_file(path)
             if (problem := _flaw(rows, items, columns)) or found != facts:
-                raise tensor_cache.DamagedError(f"{path} is of something else ({problem or found})")
+                raise DamagedTensorFileError(f"{path} is of something else ({problem or found})")
             return rows
-        except tensor_cache.DamagedError as error:
+        except DamagedTensorFileError as error:
             warnings.warn(f"{error}: it is made anew", stacklevel=3)
     rows = {name: part.detach().float().cpu() for name, part in make(items).items()}
     if problem := _flaw(rows, items, columns):
         raise ValueError(f"of items {items.start} to {items.stop - 1}, {problem}")
     if path is not None:
         try:
-            tensor_cache.write(path, rows, facts=facts)
+            write_tensor_file(path, rows, facts=facts)
         except OSError as error:  # a full disk: it was only to save time
             warnings.warn(f"{path} cannot be written: {error.strerror or error}", stacklevel=3)
     return rows
 
 
-def _flaw(rows: Rows, items: range, columns: Mapping[str, int]) -> str | None:
+def _flaw(rows: FeatureRows, items: range, columns: Mapping[str, int]) -> str | None:
     """What about the rows of some items is not as it must be."""
     if rows.keys() != columns.keys():
         return f"there are tables {sorted(rows)} for {sorted(columns)}"

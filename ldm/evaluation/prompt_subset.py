@@ -6,21 +6,23 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.data.position_sampler import SUBSET, draws
-from ldm.data.shards.reader import Shards
-from ldm.evaluation import tensor_cache
+from ldm.data.position_sampler import SUBSET_STREAM, draw_random_bits
+from ldm.data.shards.reader import ShardReader
+from ldm.evaluation.tensor_cache import hash_facts
 from ldm.utils.files import write_text
 
-VERSION = 1
+SUBSET_VERSION = 1
 
 
-def shuffled(count: int) -> list[int]:
+def shuffle_indices(count: int) -> list[int]:
     """0 .. count-1 in an order that is the same for all sets of that size."""
-    return np.argsort(draws(count, SUBSET, VERSION), kind="stable").tolist()
+    return np.argsort(
+        draw_random_bits(count, SUBSET_STREAM, SUBSET_VERSION), kind="stable"
+    ).tolist()
 
 
 @dataclass(frozen=True)
-class Subset:
+class PromptSubset:
     """`captions[i]`, of the sample `keys[i]`, is painted with `seeds[i]`.
 
     data: the fingerprint of the set that the captions are of.
@@ -37,12 +39,12 @@ class Subset:
     @property
     def digest(self) -> str:
         """Of all that it says."""
-        return tensor_cache.digest({"version": VERSION, **asdict(self)})
+        return hash_facts({"version": SUBSET_VERSION, **asdict(self)})
 
     @classmethod
     def drawn(
-        cls, shards: Shards, count: int, *, seed: int = 0, within: int | None = None
-    ) -> "Subset":
+        cls, shards: ShardReader, count: int, *, seed: int = 0, within: int | None = None
+    ) -> "PromptSubset":
         """`count` captions of a set, always the same ones: of its samples in `shuffled` order.
 
         Each sample is taken once before any twice, and round k takes its k-th caption, so that a
@@ -52,7 +54,7 @@ class Subset:
         """
         if count < 2:
             raise ValueError(f"it takes count=2 pictures or more to compare with others: {count}")
-        order = shuffled(len(shards))[:within]
+        order = shuffle_indices(len(shards))[:within]
         read = [shards.read(order[i % len(order)]) for i in range(count)]
         return cls(
             data=shards.index.fingerprint,
@@ -64,7 +66,7 @@ class Subset:
         )
 
     @classmethod
-    def load(cls, path: Path) -> "Subset":
+    def load(cls, path: Path) -> "PromptSubset":
         """A frozen one; ValueError where the file is none, or was changed by hand."""
         try:
             found = json.loads(path.read_text())

@@ -9,52 +9,54 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.data.dataset import TextImages
-from ldm.evaluation.distributed import Ranks
+from ldm.data.dataset import TextImageDataset
+from ldm.evaluation.distributed import ProcessGroup
 from ldm.evaluation.feature_table import tabulate
-from ldm.evaluation.features.base import Features
+from ldm.evaluation.features.base import FeatureExtractor
 from ldm.evaluation.metrics.intervals import Interval
-from ldm.evaluation.prompt_subset import Subset, shuffled
-from ldm.evaluation.reference import real_features
-from ldm.evaluation.scores import Scores, first
-from ldm.utils.images import to_bytes
+from ldm.evaluation.prompt_subset import PromptSubset, shuffle_indices
+from ldm.evaluation.reference import compute_real_features
+from ldm.evaluation.scores import Scores, choose_main_network
+from ldm.utils.images import to_uint8_tensor
 
-Paint = Callable[..., Tensor]  # (prompts, seeds=...) -> images (n, 3, H, W) in [-1, 1]
-Done = Callable[[range], None]
-FEWEST = 8  # pictures of a kind
-PROTOCOL = 1  # goes up when the same pictures get other numbers
+CaptionImageGenerator = Callable[
+    ..., Tensor
+]  # (prompts, seeds=...) -> images (n, 3, H, W) in [-1, 1]
+EvaluationProgress = Callable[[range], None]
+MIN_IMAGES = 8  # pictures of a kind
+PROTOCOL_VERSION = 1  # goes up when the same pictures get other numbers
 
 
-class TooFewError(ValueError):
+class TooFewImagesError(ValueError):
     """Not enough pictures to say anything of them."""
 
 
-def captions_to_paint(
-    pictures: TextImages, others: TextImages | None, count: int, *, seed: int = 0
-) -> Subset:
+def select_prompt_subset(
+    pictures: TextImageDataset, others: TextImageDataset | None, count: int, *, seed: int = 0
+) -> PromptSubset:
     """`Subset.drawn` of these pictures, or where there are no others to compare with, of a half.
 
     Raises TooFewError for a count that is too low.
     """
-    enough("pictures to measure", count)
-    within = len(pictures) // 2 if lacking(pictures, others) else None
-    return Subset.drawn(pictures.shards, count, seed=seed, within=within)
+    check_image_count("pictures to measure", count)
+    within = len(pictures) // 2 if lacks_reference_images(pictures, others) else None
+    return PromptSubset.drawn(pictures.shards, count, seed=seed, within=within)
 
 
-def enough(what: str, count: int) -> None:
+def check_image_count(what: str, count: int) -> None:
     """Raise TooFewError where these are too few pictures to measure."""
-    if count < FEWEST:
+    if count < MIN_IMAGES:
         what = what.replace("pictures", "picture", 1) if count == 1 else what
-        raise TooFewError(f"{count} {what}: it takes {FEWEST} or more")
+        raise TooFewImagesError(f"{count} {what}: it takes {MIN_IMAGES} or more")
 
 
-def lacking(pictures: TextImages, others: TextImages | None) -> bool:
+def lacks_reference_images(pictures: TextImageDataset, others: TextImageDataset | None) -> bool:
     """Whether the others are none, or the very same pictures."""
     own = pictures.shards.index.fingerprint
     return others is None or others.shards.index.fingerprint == own
 
 
-class Quality:
+class EvaluationProtocol:
     """Painted pictures of `subset`'s captions against real ones, by what `networks` see in them.
 
     pictures: the real ones whose captions are painted. They show what a perfect model would, and
@@ -70,11 +72,11 @@ class Quality:
 
     def __init__(
         self,
-        networks: Sequence[Features],
+        networks: Sequence[FeatureExtractor],
         *,
-        pictures: TextImages,
-        others: TextImages | None,
-        subset: Subset,
+        pictures: TextImageDataset,
+        others: TextImageDataset | None,
+        subset: PromptSubset,
         size: int,
         cache: Path,
         at_most: int = 10_000,
@@ -92,12 +94,12 @@ class Quality:
         self.cache = cache
         self.batch = batch
         self.captioned = captioned
-        if lacking(pictures, others):
+        if lacks_reference_images(pictures, others):
             half = len(pictures) // 2
             self.compared = pictures
             self.real_places = range(half, min(len(pictures), half + at_most))
             self.floor_places = range(min(len(subset), half))
-            order = shuffled(len(pictures))
+            order = shuffle_indices(len(pictures))
             keys = [pictures.shards.index.key(i) for i in order]
             # Where each shard numbers its own, keys come again: those of both halves say nothing.
             known = {keys[place] for place in self.real_places} - set(keys[:half])
@@ -115,11 +117,11 @@ class Quality:
             "real pictures to compare with": len(self.real_places),
             "real pictures for the floor": len(self.floor_places),
         }.items():
-            enough(what, n)
+            check_image_count(what, n)
         self.prepared = False
         self.scores: Scores | None = None  # the first rank's, once prepared
 
-    def prepare(self, device: torch.device, done: Done = lambda items: None) -> None:
+    def prepare(self, device: torch.device, done: EvaluationProgress = lambda items: None) -> None:
         """Real pictures and captions through the networks, at the first call; all ranks take part.
 
         done: see `tabulate`.
@@ -128,19 +130,19 @@ class Quality:
             return
         same = {"batch": self.batch, "cache": self.cache, "device": device, "done": done}
         same["size"] = self.size
-        real = real_features(self.networks, self.compared, self.real_places, **same)
-        floor = real_features(self.networks, self.pictures, self.floor_places, **same)
-        if Ranks().rank == 0:
+        real = compute_real_features(self.networks, self.compared, self.real_places, **same)
+        floor = compute_real_features(self.networks, self.pictures, self.floor_places, **same)
+        if ProcessGroup().rank == 0:
             texts, floor_texts = self._captions(device) if self.captioned else ({}, {})
             self.scores = Scores(self.networks, real, floor, texts, floor_texts)
         self.prepared = True
 
     def see(
         self,
-        paint: Paint,
+        paint: CaptionImageGenerator,
         *,
         folder: Path | None = None,
-        done: Done = lambda items: None,
+        done: EvaluationProgress = lambda items: None,
         keep: Callable[[range, Tensor], None] = lambda items, images: None,
     ) -> dict[str, Tensor]:
         """float32 tables (N, D) by network, of the subset's captions painted; all ranks take part.
@@ -152,7 +154,7 @@ class Quality:
         def make(items: range) -> Mapping[str, Tensor]:
             part = slice(items.start, items.stop)
             images = paint(self.subset.captions[part], seeds=self.subset.seeds[part])
-            pixels = to_bytes(images)
+            pixels = to_uint8_tensor(images)
             keep(items, pixels)
             return {network.name: network(pixels) for network in self.networks}
 
@@ -163,21 +165,21 @@ class Quality:
 
     def measure(self, seen: Mapping[str, Tensor]) -> dict[str, float]:
         """The metrics of such tables, computed by the first rank, known to all."""
-        ranks = Ranks()
+        ranks = ProcessGroup()
         return ranks.share(self.scores.metrics(seen) if ranks.rank == 0 else None)
 
     def estimate(
         self, seen: Mapping[str, Tensor]
     ) -> tuple[dict[str, float], dict[str, Interval], dict[str, float]]:
         """The metrics likewise, their 95 % intervals, and the distances of the floor."""
-        ranks, scores = Ranks(), self.scores
+        ranks, scores = ProcessGroup(), self.scores
         found = (*scores.estimated(seen), scores.floor_distances) if ranks.rank == 0 else None
         return ranks.share(found)
 
     def facts(self) -> dict:
         """What another must do alike to get the same numbers, as plain values."""
         return {
-            "protocol": PROTOCOL,
+            "protocol": PROTOCOL_VERSION,
             "painted": len(self.subset),
             "subset": self.subset.digest,
             "real": len(self.real_places),
@@ -186,7 +188,7 @@ class Quality:
             "compared": self.compared.shards.index.fingerprint,
             "size": self.size,
             "crop": "center",
-            "first": first(self.networks),
+            "first": choose_main_network(self.networks),
             "networks": {network.name: network.digest for network in self.networks},
         }
 
@@ -197,7 +199,7 @@ class Quality:
         """
         own = [
             self.pictures.shards.read(i).captions[0]
-            for i in shuffled(len(self.pictures))[: len(self.floor_places)]
+            for i in shuffle_indices(len(self.pictures))[: len(self.floor_places)]
         ]
         captions = list(dict.fromkeys([*self.subset.captions, *own]))
         row = {caption: i for i, caption in enumerate(captions)}

@@ -11,20 +11,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.data.dataset import TextImages
-from ldm.evaluation import tensor_cache
-from ldm.evaluation.distributed import Ranks
+from ldm.data.dataset import TextImageDataset
+from ldm.evaluation.distributed import ProcessGroup
 from ldm.evaluation.feature_table import tabulate
-from ldm.evaluation.features.base import Features
-from ldm.evaluation.prompt_subset import VERSION as ORDER
-from ldm.evaluation.prompt_subset import shuffled
+from ldm.evaluation.features.base import FeatureExtractor
+from ldm.evaluation.prompt_subset import SUBSET_VERSION as ORDER
+from ldm.evaluation.prompt_subset import shuffle_indices
+from ldm.evaluation.tensor_cache import (
+    DamagedTensorFileError,
+    hash_facts,
+    read_tensor_file,
+    write_tensor_file,
+)
 
-VERSION = 2  # of what is below: another one computes anew
+REAL_FEATURES_VERSION = 2  # of what is below: another one computes anew
 
 
-def real_features(
-    networks: Sequence[Features],
-    pictures: TextImages,
+def compute_real_features(
+    networks: Sequence[FeatureExtractor],
+    pictures: TextImageDataset,
     places: range,
     *,
     size: int,
@@ -43,17 +48,17 @@ def real_features(
     """
     tables, missing, files = {}, [], {}
     for network in networks:
-        facts = facts_of(network, pictures, places, size=size)
-        path = cache / f"real-{network.name}-{tensor_cache.digest(facts)}.safetensors"
+        facts = describe_real_features(network, pictures, places, size=size)
+        path = cache / f"real-{network.name}-{hash_facts(facts)}.safetensors"
         files[network.name] = path, facts
-        table = find(path, facts, width=network.width)
+        table = find_feature_table(path, facts, width=network.width)
         # One process may see the file that another is about to write: they must go the same way.
-        if Ranks().any(table is None):
+        if ProcessGroup().any(table is None):
             missing.append(network)
         else:
             tables[network.name] = table
     if missing:
-        order = shuffled(len(pictures))[places.start : places.stop]
+        order = shuffle_indices(len(pictures))[places.start : places.stop]
 
         def make(items: range) -> Mapping[str, Tensor]:
             images = torch.stack([pictures[order[i], order[i]]["images"] for i in items])
@@ -66,13 +71,13 @@ def real_features(
             return {network.name: network(images) for network in missing}
 
         columns = {network.name: network.width for network in missing}
-        pieces = cache / f"pieces-{tensor_cache.digest([files[name][0].name for name in columns])}"
+        pieces = cache / f"pieces-{hash_facts([files[name][0].name for name in columns])}"
         made = tabulate(len(order), make, columns=columns, batch=batch, folder=pieces, done=done)
-        if Ranks().rank == 0:
+        if ProcessGroup().rank == 0:
             for name, table in made.items():
                 path, facts = files[name]
                 try:
-                    tensor_cache.write(path, {"features": table}, facts=facts)
+                    write_tensor_file(path, {"features": table}, facts=facts)
                 except OSError as error:  # a full disk, or another's folder
                     warnings.warn(f"{path} cannot be written: {error}", stacklevel=2)
             shutil.rmtree(pieces, ignore_errors=True)
@@ -80,10 +85,12 @@ def real_features(
     return tables
 
 
-def facts_of(network: Features, pictures: TextImages, places: range, *, size: int) -> dict:
+def describe_real_features(
+    network: FeatureExtractor, pictures: TextImageDataset, places: range, *, size: int
+) -> dict:
     """All that real features depend on, as plain values."""
     return {
-        "version": [VERSION, ORDER],
+        "version": [REAL_FEATURES_VERSION, ORDER],
         "network": network.name,
         "network_digest": network.digest,
         "data": pictures.shards.index.fingerprint,
@@ -93,13 +100,13 @@ def facts_of(network: Features, pictures: TextImages, places: range, *, size: in
     }
 
 
-def find(path: Path, facts: dict, *, width: int) -> Tensor | None:
+def find_feature_table(path: Path, facts: dict, *, width: int) -> Tensor | None:
     """The table (M, width) in a file of these facts; None where there is none that is whole."""
     if not path.is_file():
         return None
     try:
-        tables, found = tensor_cache.read(path)
-    except tensor_cache.DamagedError as error:
+        tables, found = read_tensor_file(path)
+    except DamagedTensorFileError as error:
         warnings.warn(f"{error}: it is made anew", stacklevel=3)
         return None
     start, stop = facts["places"]

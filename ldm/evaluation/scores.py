@@ -10,17 +10,23 @@ from functools import cached_property
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ldm.evaluation.features.base import Features
+from ldm.evaluation.features.base import FeatureExtractor
 from ldm.evaluation.features.clip import clip_score
 from ldm.evaluation.metrics.frechet import frechet_distance, frechet_estimate
 from ldm.evaluation.metrics.inception_score import inception_score
-from ldm.evaluation.metrics.intervals import Estimate, Interval, bootstrap_mean, jackknife, wilson
+from ldm.evaluation.metrics.intervals import (
+    Estimate,
+    Interval,
+    bootstrap_mean,
+    jackknife,
+    wilson_interval,
+)
 from ldm.evaluation.metrics.kernel_distances import cmmd, kid
 from ldm.evaluation.metrics.moments import Moments
 from ldm.evaluation.metrics.precision_recall import Manifold
 
-SEED = 0  # of KID's subsets, the score's splits, and what intervals draw
-SUBSET = 1000  # KID's, or half of the smaller side
+SCORES_SEED = 0  # of KID's subsets, the score's splits, and what intervals draw
+KID_SUBSET_SIZE = 1000  # KID's, or half of the smaller side
 
 
 class Scores:
@@ -34,14 +40,14 @@ class Scores:
 
     def __init__(
         self,
-        networks: Sequence[Features],
+        networks: Sequence[FeatureExtractor],
         real: Mapping[str, Tensor],
         floor: Mapping[str, Tensor],
         texts: Mapping[str, Tensor],
         floor_texts: Mapping[str, Tensor],
     ) -> None:
         self.real, self.floor, self.texts, self.floor_texts = real, floor, texts, floor_texts
-        self.first = first(networks)
+        self.first = choose_main_network(networks)
         self.moments = {name: Moments.of(table) for name, table in real.items()}
         self.manifold = Manifold(real[self.first])
         self.logits: Callable[[Tensor], Tensor] | None = None
@@ -66,11 +72,15 @@ class Scores:
         intervals = {name: estimate.interval() for name, estimate in estimates.items()}
         low, high = intervals["density"]
         intervals["density"] = Interval(max(low, 0.0), high)
-        intervals["precision"] = wilson(estimates["precision"].value, len(seen[self.first]))
+        intervals["precision"] = wilson_interval(
+            estimates["precision"].value, len(seen[self.first])
+        )
         for name in ("recall", "coverage"):
             intervals[name] = estimates[name].share_interval(len(self.real[self.first]))
         for name, texts in self.texts.items():
-            intervals[score_key(name)] = bootstrap_mean(clip_score(seen[name], texts), seed=SEED)
+            intervals[clip_score_key(name)] = bootstrap_mean(
+                clip_score(seen[name], texts), seed=SCORES_SEED
+            )
         found = _values(estimates) | self._inception_score(seen)
         return found | self._agreement(seen) | self.constant, intervals
 
@@ -97,11 +107,11 @@ class Scores:
     def _others(self, seen: Mapping[str, Tensor], *, errors: bool) -> dict[str, Estimate]:
         """All other distances; errors as above."""
         first, real = seen[self.first], self.real[self.first]
-        of_subsets = kid(real, first, seed=SEED, subset_size=self._subset(first))
+        of_subsets = kid(real, first, seed=SCORES_SEED, subset_size=self._subset(first))
         found = {"kid": Estimate(of_subsets.mean, of_subsets.error)}
         if errors:
             groups = max(2, min(20, len(first) // 8))
-            found |= jackknife(self.manifold.compare, first, seed=SEED, groups=groups)
+            found |= jackknife(self.manifold.compare, first, seed=SCORES_SEED, groups=groups)
         else:
             shares = self.manifold.compare(first)
             found |= {name: Estimate(value, math.nan) for name, value in shares.items()}
@@ -114,24 +124,24 @@ class Scores:
             return {}
         chances = self.logits(seen["inception"]).softmax(dim=1)
         splits = min(10, len(chances) // 2)
-        return {"inception_score": inception_score(chances, seed=SEED, splits=splits).mean}
+        return {"inception_score": inception_score(chances, seed=SCORES_SEED, splits=splits).mean}
 
     def _agreement(self, seen: Mapping[str, Tensor]) -> dict[str, float]:
         """With the captions, and with those of others."""
         found = {}
         for name, texts in self.texts.items():
-            found[score_key(name)] = float(clip_score(seen[name], texts).mean())
-            found[f"{score_key(name)}_chance"] = _chance(seen[name], texts)
+            found[clip_score_key(name)] = float(clip_score(seen[name], texts).mean())
+            found[f"{clip_score_key(name)}_chance"] = _chance(seen[name], texts)
         return found
 
     def _subset(self, painted: Tensor) -> int:
-        return min(SUBSET, len(painted) // 2, len(self.real[self.first]) // 2)
+        return min(KID_SUBSET_SIZE, len(painted) // 2, len(self.real[self.first]) // 2)
 
     def _constant(self) -> dict[str, float]:
         found = {f"{name}_floor": value for name, value in _values(self._floor_frechet).items()}
         for name, texts in self.floor_texts.items():
             own = clip_score(self.floor[name], texts)
-            found[f"{score_key(name)}_real"] = float(own.mean())
+            found[f"{clip_score_key(name)}_real"] = float(own.mean())
         return found
 
 
@@ -139,7 +149,7 @@ def _values(estimates: Mapping[str, Estimate]) -> dict[str, float]:
     return {name: estimate.value for name, estimate in estimates.items()}
 
 
-def first(networks: Sequence[Features]) -> str:
+def choose_main_network(networks: Sequence[FeatureExtractor]) -> str:
     """The network of the metrics that bear no network's name."""
     names = [network.name for network in networks]
     return "inception" if "inception" in names else names[0]
@@ -150,7 +160,7 @@ def distance_key(network: str) -> str:
     return "fid" if network == "inception" else f"fd_{network}"
 
 
-def score_key(network: str) -> str:
+def clip_score_key(network: str) -> str:
     """clip_score, or another name for another CLIP beside it."""
     return "clip_score" if network == "clip" else f"clip_score_{network}"
 

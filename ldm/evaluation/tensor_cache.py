@@ -10,28 +10,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ldm.utils.files import replacing
+from ldm.utils.files import replace_file
 
 
-class DamagedError(ValueError):
+class DamagedTensorFileError(ValueError):
     """A file that does not hold what was written to it."""
 
 
-def digest(facts: object) -> str:
+def hash_facts(facts: object) -> str:
     """Sixteen letters of plain values, which tell them from others in names of files."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write(path: Path, tables: Mapping[str, Tensor], *, facts: dict) -> None:
+def write_tensor_file(path: Path, tables: Mapping[str, Tensor], *, facts: dict) -> None:
     """Replace a file by these tables, with plain values that say what they are of."""
     tables = {name: table.contiguous() for name, table in tables.items()}
-    metadata = {"facts": json.dumps(facts), "sha256": _digest(tables)}
+    metadata = {"facts": json.dumps(facts), "sha256": _hash_tensors(tables)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with replace_file(path) as file:
         file.write(save(tables, metadata=metadata))
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict]:
+def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tables and facts as they were written; DamagedError where the file is torn or changed."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -39,13 +39,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
             tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         facts = json.loads(metadata["facts"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise DamagedError(f"{path} is damaged ({error!r})") from error
-    if metadata.get("sha256") != _digest(tables) or not isinstance(facts, dict):
-        raise DamagedError(f"{path} is damaged (its digest differs)")
+        raise DamagedTensorFileError(f"{path} is damaged ({error!r})") from error
+    if metadata.get("sha256") != _hash_tensors(tables) or not isinstance(facts, dict):
+        raise DamagedTensorFileError(f"{path} is damaged (its digest differs)")
     return tables, facts
 
 
-def _digest(tables: Mapping[str, Tensor]) -> str:
+def _hash_tensors(tables: Mapping[str, Tensor]) -> str:
     total = hashlib.sha256()
     for name, table in sorted(tables.items()):
         total.update(f"{name} {table.dtype} {tuple(table.shape)}\n".encode())

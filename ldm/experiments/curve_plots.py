@@ -9,23 +9,28 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 
-from ldm.experiments.curves import Points, distance
-from ldm.experiments.run_dir import direction, number
+from ldm.experiments.curves import CurvePoints, select_distance_metric
+from ldm.experiments.run_dir import infer_metric_direction, parse_number
 
-NAMES = {"clip_score": "CLIP score", "scene_accuracy": "scene accuracy", "fid": "FID"}
-AXES = ("steps", "length")  # settings that have a direction of their own, from little to much
-BESIDE = 4.0  # points between two lines, so that one's intervals do not hide the other's
-BETTER = {"minimize": "lower is better", "maximize": "higher is better"}
+METRIC_TITLES = {"clip_score": "CLIP score", "scene_accuracy": "scene accuracy", "fid": "FID"}
+AXIS_SETTINGS = (
+    "steps",
+    "length",
+)  # settings that have a direction of their own, from little to much
+LINE_OFFSET = 4.0  # points between two lines, so that one's intervals do not hide the other's
+DIRECTION_LABELS = {"minimize": "lower is better", "maximize": "higher is better"}
 
 
-def curve(runs: Mapping[str, Points], *, metric: str | None = None) -> Image.Image:
+def render_quality_curve(
+    runs: Mapping[str, CurvePoints], *, metric: str | None = None
+) -> Image.Image:
     """`figure` as a picture."""
     file = io.BytesIO()
-    FigureCanvasAgg(figure(runs, metric=metric)).print_png(file)
+    FigureCanvasAgg(plot_quality_curve(runs, metric=metric)).print_png(file)
     return Image.open(file).convert("RGB")
 
 
-def figure(runs: Mapping[str, Points], *, metric: str | None = None) -> Figure:
+def plot_quality_curve(runs: Mapping[str, CurvePoints], *, metric: str | None = None) -> Figure:
     """Points of one or several runs, by name.
 
     Where steps or EMA lengths were varied they are the axis, and `metric` comes first. Else
@@ -36,12 +41,12 @@ def figure(runs: Mapping[str, Points], *, metric: str | None = None) -> Figure:
     """
     first = next(iter(runs.values()))[0]
     key, measured = _axis(runs), first["metrics"]
-    far = distance(measured)
+    far = select_distance_metric(measured)
     good = [name for name in ("clip_score", "scene_accuracy") if name in measured]
     every = [point["metrics"] for points in runs.values() for point in points]
     if far or metric or good[1:]:  # a flat line, as of a model that paints no scenes, says nothing
         good = [name for name in good if any(one[name] for one in every)]
-    if far and good and key not in AXES:
+    if far and good and key not in AXIS_SETTINGS:
         panels = [(name, far) for name in good]
     else:
         panels = [(None, name) for name in dict.fromkeys([metric, far, *good]) if name]
@@ -54,14 +59,14 @@ def figure(runs: Mapping[str, Points], *, metric: str | None = None) -> Figure:
     return drawn
 
 
-def _panel(axes: Axes, lines: Mapping[str, Points], key: str, x: str | None, y: str) -> None:
+def _panel(axes: Axes, lines: Mapping[str, CurvePoints], key: str, x: str | None, y: str) -> None:
     """Metric `y` against metric `x`; where that is None, against the setting `key`."""
-    axes.set_xlabel(key if x is None else _name(x))
-    axes.set_ylabel(_name(y))
+    axes.set_xlabel(key if x is None else _format_metric_label(x))
+    axes.set_ylabel(_format_metric_label(y))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     places = [point["varied"][key] for points in lines.values() for point in points]
-    numeric = all(number(place) is not None for place in places)
+    numeric = all(parse_number(place) is not None for place in places)
     order = {place: i for i, place in enumerate(dict.fromkeys(places))}
     for i, (label, points) in enumerate(lines.items()):
         if x is not None:
@@ -80,7 +85,7 @@ def _panel(axes: Axes, lines: Mapping[str, Points], key: str, x: str | None, y: 
             *(part for one in ends for part in one),
         ]
         if x is None:
-            inches = (i - (len(lines) - 1) / 2) * BESIDE / 72
+            inches = (i - (len(lines) - 1) / 2) * LINE_OFFSET / 72
             aside = ScaledTranslation(inches, 0, axes.figure.dpi_scale_trans)
             for part in drawn:  # only now: what has limits of its own is left out of the axes'
                 part.set_transform(axes.transData + aside)
@@ -93,7 +98,7 @@ def _panel(axes: Axes, lines: Mapping[str, Points], key: str, x: str | None, y: 
             for at, height, point in zip(across, up, points, strict=True):
                 axes.annotate(point["varied"][key], (at, height), fontsize=8,
                               textcoords="offset points", xytext=(5, 4))  # fmt: skip
-    if x is None and key in AXES:
+    if x is None and key in AXIS_SETTINGS:
         axes.set_xscale("log")
         axes.minorticks_off()
     if x is None:
@@ -107,23 +112,25 @@ def _panel(axes: Axes, lines: Mapping[str, Points], key: str, x: str | None, y: 
                   transform=axes.get_yaxis_transform())  # fmt: skip
 
 
-def _axis(runs: Mapping[str, Points]) -> str:
+def _axis(runs: Mapping[str, CurvePoints]) -> str:
     """The setting that points of one line differ in: steps, or the first that is a number."""
     varied = [point["varied"] for points in runs.values() for point in points]
-    numeric = [key for key in varied[0] if all(number(one[key]) is not None for one in varied)]
-    return next(iter([*(key for key in AXES if key in numeric), *numeric, *varied[0]]))
+    numeric = [
+        key for key in varied[0] if all(parse_number(one[key]) is not None for one in varied)
+    ]
+    return next(iter([*(key for key in AXIS_SETTINGS if key in numeric), *numeric, *varied[0]]))
 
 
-def _lines(runs: Mapping[str, Points], key: str) -> dict[str, list[dict]]:
+def _lines(runs: Mapping[str, CurvePoints], key: str) -> dict[str, list[dict]]:
     """The points of each run that differ in `key` alone, in its order, by what they share."""
     lines: dict[str, list[dict]] = {}
     for run, points in runs.items():
         for point in points:
             others = {k: v for k, v in point["varied"].items() if k != key}
-            words = [v if number(v) is None else f"{k}={v}" for k, v in others.items()]
+            words = [v if parse_number(v) is None else f"{k}={v}" for k, v in others.items()]
             lines.setdefault(" ".join([run, *words]).strip(), []).append(point)
     return {
-        label: sorted(points, key=lambda point: number(point["varied"][key]) or 0)
+        label: sorted(points, key=lambda point: parse_number(point["varied"][key]) or 0)
         for label, points in lines.items()
     }
 
@@ -143,8 +150,8 @@ def _real(metrics: Mapping[str, float], name: str) -> float | None:
     return metrics.get(f"{name}_floor", metrics.get(f"{name}_real"))
 
 
-def _name(metric: str) -> str:
-    shown = NAMES.get(metric, metric)
+def _format_metric_label(metric: str) -> str:
+    shown = METRIC_TITLES.get(metric, metric)
     if metric.startswith("fd_"):
         shown = f"Frechet distance, {metric.removeprefix('fd_')} features"
-    return f"{shown} ({BETTER[direction(metric)]})"
+    return f"{shown} ({DIRECTION_LABELS[infer_metric_direction(metric)]})"

@@ -12,76 +12,82 @@ from hashlib import blake2b
 from io import StringIO
 from pathlib import Path
 
-from ldm.utils.files import read_regular, write_text
-from ldm.utils.text import cell
+from ldm.utils.files import read_regular_file, write_text
+from ldm.utils.text import format_csv_cell
 
-SHOWN = ("scene_accuracy", "clip_score", "precision", "recall", "cmmd", "kid")
-MOST = 2**26  # bytes of a file of points
-Points = Sequence[dict]
+CURVE_TABLE_METRICS = ("scene_accuracy", "clip_score", "precision", "recall", "cmmd", "kid")
+MAX_CURVE_BYTES = 2**26  # bytes of a file of points
+CurvePoints = Sequence[dict]
 
 
-def write(points: Points, out: Path, *, metric: str | None = None) -> list[Path]:
+def write_curve(points: CurvePoints, out: Path, *, metric: str | None = None) -> list[Path]:
     """curve_<what varies>.json with all that is known, .csv with the metrics, .png.
 
     metric: what is drawn first against a length; None: as `curve_figures` chooses. Files of points
     that are not all measured again are kept under another name, which is printed.
     """
-    from ldm.experiments import curve_plots
+    from ldm.experiments.curve_plots import render_quality_curve
     from ldm.utils.images import save_png
 
-    json_file, csv_file, png_file = (out / f"{_stem(points)}.{kind}" for kind in FILES)
-    keep_former(json_file, points)
+    json_file, csv_file, png_file = (
+        out / f"{_curve_stem(points)}.{kind}" for kind in CURVE_FILE_TYPES
+    )
+    back_up_curve(json_file, points)
     write_text(json_file, json.dumps(list(points), indent=1) + "\n")
     text = StringIO(newline="")
-    table = [[cell(value) for value in row] for row in rows(points)]
+    table = [[format_csv_cell(value) for value in row] for row in list_curve_rows(points)]
     csv.writer(text, lineterminator="\n").writerows(table)
     write_text(csv_file, text.getvalue())
-    save_png(curve_plots.curve({"": points}, metric=metric), png_file, {"points": len(points)})
+    save_png(
+        render_quality_curve({"": points}, metric=metric),
+        png_file,
+        {"points": len(points)},
+    )
     return [json_file, csv_file, png_file]
 
 
-FILES = ("json", "csv", "png")
+CURVE_FILE_TYPES = ("json", "csv", "png")
 
 
-def check_place(points: Points, out: Path) -> None:
+def check_curve_files(points: CurvePoints, out: Path) -> None:
     """ValueError where a file in `out` has the name of these points' curve, and is none."""
-    json_file, *others = (out / f"{_stem(points)}.{kind}" for kind in FILES)
+    json_file, *others = (out / f"{_curve_stem(points)}.{kind}" for kind in CURVE_FILE_TYPES)
     if not (there := [path for path in (json_file, *others) if path.exists()]):
         return
     try:
-        _asked(json.loads(json_file.read_text()))
+        _collect_settings(json.loads(json_file.read_text()))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{there[0]} is no curve") from error
 
 
-def keep_former(json_file: Path, points: Points) -> None:
+def back_up_curve(json_file: Path, points: CurvePoints) -> None:
     """Rename the curve that is there, unless the new one has all its points; say so."""
     try:
         former = json.loads(json_file.read_text())
-        lost = _asked(former) - _asked(points)
+        lost = _collect_settings(former) - _collect_settings(points)
     except (OSError, ValueError, TypeError, KeyError):  # none, or none that can be read
         return
     if not lost:
         return
     name = f"former_{json_file.stem}-{blake2b(json_file.read_bytes(), digest_size=4).hexdigest()}"
-    for kind in FILES:
+    for kind in CURVE_FILE_TYPES:
         if (path := json_file.with_suffix(f".{kind}")).exists():
             path.replace(path.with_name(f"{name}.{kind}"))
     print(f"the former {json_file.stem} ({len(former)} points of other settings) is kept as {name}")
 
 
-def _asked(points: Points) -> set[str]:
+def _collect_settings(points: CurvePoints) -> set[str]:
     """What the points were measured with, without what came of it."""
     asked = ([p["varied"], p.get("settings"), p.get("digest")] for p in points)
     return {json.dumps(each, sort_keys=True) for each in asked}
 
 
-def _stem(points: Points) -> str:
+def _curve_stem(points: CurvePoints) -> str:
     names = sorted({key.partition(".")[0] for key in points[0]["varied"]})
     return "_".join(["curve", *names])
 
 
-def rows(points: Points) -> list[list]:
+def list_curve_rows(points: CurvePoints) -> list[list]:
     """A header, then a row a point: what was varied, the metrics, and their intervals' ends."""
     varied, metrics = (list(points[0][name]) for name in ("varied", "metrics"))
     ends = list(points[0].get("intervals", {}))
@@ -92,7 +98,7 @@ def rows(points: Points) -> list[list]:
     return found
 
 
-def read(run_dir: Path) -> dict[str, Points]:
+def read_curves(run_dir: Path) -> dict[str, CurvePoints]:
     """The curves in a folder, by the name of their files.
 
     Raises ValueError where a file holds something else.
@@ -100,12 +106,12 @@ def read(run_dir: Path) -> dict[str, Points]:
     found = {}
     for path in sorted(run_dir.glob("curve_*.json")):
         try:
-            points = json.loads(read_regular(path, most=MOST))
-            if not points or not all(map(is_point, points)):
+            points = json.loads(read_regular_file(path, most=MAX_CURVE_BYTES))
+            if not points or not all(map(is_curve_point, points)):
                 raise ValueError("without points")
             if any(point["metrics"].keys() != points[0]["metrics"].keys() for point in points):
                 raise ValueError("its points have different metrics")
-            comparable(points)
+            make_comparison_key(points)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise ValueError(
                 f"{path} is no curve of ldm.evaluate ({error!r}): delete it"
@@ -114,7 +120,7 @@ def read(run_dir: Path) -> dict[str, Points]:
     return found
 
 
-def is_point(point: dict) -> bool:
+def is_curve_point(point: dict) -> bool:
     """Whether it has what a picture of a curve is made of."""
     between = point.get("intervals", {})
     tables = [point["metrics"], point.get("floor", {}), point.get("own", {})]
@@ -127,23 +133,23 @@ def is_point(point: dict) -> bool:
     )
 
 
-def comparable(points: Points) -> str:
+def make_comparison_key(points: CurvePoints) -> str:
     """What two curves must share to stand in one picture: settings varied, pictures, networks."""
     first = points[0]
     drawn = {name: first["settings"].get(name) for name in ("count", "seed", "size")}
     return json.dumps([sorted(first["varied"]), first.get("protocol"), drawn], sort_keys=True)
 
 
-def distance(metrics: Mapping[str, float]) -> str | None:
+def select_distance_metric(metrics: Mapping[str, float]) -> str | None:
     """The Frechet distance to show: FID, or the first of another network."""
     names = [name for name in metrics if name == "fid" or name.startswith("fd_")]
     names = [name for name in names if not name.endswith("_floor")]
     return "fid" if "fid" in names else next(iter(names), None)
 
 
-def table(points: Points, *, metric: str | None = None) -> str:
+def format_curve_table(points: CurvePoints, *, metric: str | None = None) -> str:
     """A row a point: what was varied, then `metric` and those that are looked at first."""
-    shown = [metric, distance(points[0]["metrics"]), *SHOWN]
+    shown = [metric, select_distance_metric(points[0]["metrics"]), *CURVE_TABLE_METRICS]
     names = [name for name in dict.fromkeys(shown) if name in points[0]["metrics"]]
     lines = [[*points[0]["varied"], *names]]
     for point in points:

@@ -4,14 +4,15 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.experiments import curves, run_dir
+from ldm.experiments.curves import check_curve_files
+from ldm.experiments.run_dir import list_config_changes
 from ldm.utils.errors import UsageError
 
-MEASURED = ("varied", "metrics", "intervals", "floor")  # what else is known says how
-ELSE = "give another {}=.., or overwrite=true to replace what is there"
+RESULT_KEYS = ("varied", "metrics", "intervals", "floor")  # what else is known says how
+OUTPUT_HINT = "give another {}=.., or overwrite=true to replace what is there"
 
 
-def check_place(varied: Sequence[dict[str, str]], out: Path) -> None:
+def check_result_location(varied: Sequence[dict[str, str]], out: Path) -> None:
     """UsageError where a file in `out` has the name of a result, and is none.
 
     varied: what sets each point apart. Former results are in nobody's way: the same settings give
@@ -20,41 +21,41 @@ def check_place(varied: Sequence[dict[str, str]], out: Path) -> None:
     path = out / "metrics.json"
     try:
         if len(varied) > 1:
-            curves.check_place([{"varied": each} for each in varied], out)
+            check_curve_files([{"varied": each} for each in varied], out)
         elif path.exists() and "metrics" not in json.loads(path.read_text()):
             raise ValueError(f"{path} has no metrics")
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(
-            f"out={out} holds what is none of ldm.evaluate's ({error}): {ELSE.format('out')}"
+            f"out={out} holds what is none of ldm.evaluate's ({error}): {OUTPUT_HINT.format('out')}"
         ) from error
 
 
-def check_kept(folder: Path, *, going_on: bool) -> None:
+def check_image_folder(folder: Path, *, going_on: bool) -> None:
     """UsageError where pictures cannot be kept in a folder that holds files already.
 
     going_on: these are of the call that is taken up again.
     """
     is_empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not is_empty and not going_on:
-        raise UsageError(f"keep={folder} is no empty folder: {ELSE.format('keep')}")
+        raise UsageError(f"keep={folder} is no empty folder: {OUTPUT_HINT.format('keep')}")
 
 
-def keep_former(path: Path, facts: dict) -> str:
+def rename_former_metrics(path: Path, facts: dict) -> str:
     """Give numbers that were not measured as these a name of their own; a line that says so."""
-    from ldm.evaluation import tensor_cache
+    from ldm.evaluation.tensor_cache import hash_facts
 
     try:
         former = json.loads(path.read_text())
         own, other = (
-            {name: value for name, value in one.items() if name not in MEASURED}
+            {name: value for name, value in one.items() if name not in RESULT_KEYS}
             for one in (json.loads(json.dumps(facts)), former)
         )
     except (OSError, ValueError, AttributeError):  # none, or none that can be read
         return ""
     if own == other:
         return ""
-    place = path.with_name(f"{path.stem}-{tensor_cache.digest(other)}.json")
+    place = path.with_name(f"{path.stem}-{hash_facts(other)}.json")
     path.replace(place)
-    differing = [change for change in run_dir.changes(other, own) if len(change) < 80]
+    differing = [change for change in list_config_changes(other, own) if len(change) < 80]
     told = f" ({', '.join(differing[:3])})" if differing else ""
     return f"the former {path.name}{told} is kept as {place.name}\n"

@@ -7,10 +7,10 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from ldm.experiments import run_dir
+from ldm.experiments.run_dir import find_last_value, read_metrics
 
 
-class Watched(Protocol):
+class MonitoredJob(Protocol):
     """What must be known of a job to watch it."""
 
     label: str
@@ -19,29 +19,29 @@ class Watched(Protocol):
     steps: int
 
 
-def told(text: str) -> None:
+def print_above_progress(text: str) -> None:
     """Print above the lines of progress."""
     tqdm.write(text)
     sys.stdout.flush()
 
 
-class Lines:
+class ProgressLines:
     """A line of progress for each running job; where nothing can be drawn over, one a minute."""
 
     def __init__(self) -> None:
-        self.bars: dict[Watched, tqdm] = {}
+        self.bars: dict[MonitoredJob, tqdm] = {}
         self.drawn = self.printed = time.monotonic()
 
-    def __enter__(self) -> "Lines":
+    def __enter__(self) -> "ProgressLines":
         return self
 
     def __exit__(self, *error) -> None:
         for bar in self.bars.values():
             bar.close()
 
-    def begin(self, job: Watched) -> None:
+    def begin(self, job: MonitoredJob) -> None:
         again = any(job.directory.glob("checkpoints/*.ckpt"))
-        told(f"{job.label}: {'goes on' if again else 'begins'} in {job.directory}")
+        print_above_progress(f"{job.label}: {'goes on' if again else 'begins'} in {job.directory}")
         taken = {-bar.pos for bar in self.bars.values()}
         place = next(i for i in range(len(taken) + 1) if i not in taken)
         self.bars[job] = tqdm(
@@ -54,7 +54,7 @@ class Lines:
             dynamic_ncols=True,
         )
 
-    def end(self, job: Watched) -> None:
+    def end(self, job: MonitoredJob) -> None:
         self.bars.pop(job).close()
 
     def refresh(self) -> None:
@@ -65,7 +65,7 @@ class Lines:
         aloud = not sys.stderr.isatty() and now - self.printed >= 60
         self.printed = now if aloud else self.printed
         for job, bar in self.bars.items():
-            rows = run_dir.read_metrics(job.directory, tail=20_000)
+            rows = read_metrics(job.directory, tail=20_000)
             if not rows:
                 continue
             step = int(rows[-1]["step"])
@@ -76,7 +76,7 @@ class Lines:
                     job.metric: job.metric,
                     "images/s": "perf/images_per_s",
                 }.items()
-                if (found := run_dir.last(rows, key)) is not None
+                if (found := find_last_value(rows, key)) is not None
             }
             if step < bar.n or not bar.n:  # a resumed job is timed from where it resumed
                 bar.initial = bar.n = step
@@ -85,4 +85,4 @@ class Lines:
             bar.refresh()
             if aloud:
                 words = ", ".join(f"{k} {v}" for k, v in facts.items())
-                told(f"{job.label}: step {step} of {job.steps}, {words}")
+                print_above_progress(f"{job.label}: step {step} of {job.steps}, {words}")

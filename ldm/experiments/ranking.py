@@ -8,12 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from ldm.experiments import run_dir
-from ldm.utils import locks
-from ldm.utils.text import cell, printable
+from ldm.experiments.run_dir import (
+    SWEEP_FILE,
+    find_last_value,
+    parse_number,
+    read_metrics,
+    read_result,
+    read_yaml_settings,
+)
+from ldm.utils.locks import is_directory_locked
+from ldm.utils.text import escape_control_characters, format_csv_cell
 
 # What is shown of each run beside the metric that ranks, as far as it was measured.
-SHOWN = (
+RANKING_METRICS = (
     "val/fid",
     "val/fd_",
     "val/clip_score",
@@ -22,17 +29,22 @@ SHOWN = (
     "val/psnr",
     "val/loss",
 )
-PAINTED = ("val/scene_accuracy", "val/fid", "val/fd_", "val/clip_score")  # by their pictures
-CONSTANT = ("_floor", "_real")  # what real pictures get: no weights change it
+GENERATION_METRICS = (
+    "val/scene_accuracy",
+    "val/fid",
+    "val/fd_",
+    "val/clip_score",
+)  # by their pictures
+REFERENCE_SUFFIXES = ("_floor", "_real")  # what real pictures get: no weights change it
 # Not settings of an experiment, but where and how it was carried out.
-INCIDENTAL = ("name", "direction", "early_stop.run_dir")
+INCIDENTAL_SETTINGS = ("name", "direction", "early_stop.run_dir")
 
 
-DRAWN = 1e30  # larger numbers are left out of pictures, whose axes overflow
+MAX_PLOTTED_VALUE = 1e30  # larger numbers are left out of pictures, whose axes overflow
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """A run as its directory tells of it."""
 
     directory: Path
@@ -44,14 +56,18 @@ class Run:
 
     def last(self, metric: str) -> float | None:
         """The last value of a metric."""
-        return run_dir.last(self.rows, metric)
+        return find_last_value(self.rows, metric)
 
     def curve(self, metric: str) -> list[tuple[float, float]]:
         """(images seen, value) at each time that a metric was logged, without what is too large."""
-        batch = run_dir.number((self.config.get("data") or {}).get("batch_size")) or 1
+        batch = parse_number((self.config.get("data") or {}).get("batch_size")) or 1
         points = [row for row in self.rows if metric in row]
         found = [(row.get("images_seen", row["step"] * batch), row[metric]) for row in points]
-        return [(x, y) for x, y in found if abs(x) < DRAWN and not abs(y) >= DRAWN]
+        return [
+            (x, y)
+            for x, y in found
+            if abs(x) < MAX_PLOTTED_VALUE and not abs(y) >= MAX_PLOTTED_VALUE
+        ]
 
     @property
     def step(self) -> int:
@@ -59,30 +75,30 @@ class Run:
         return int(self.rows[-1]["step"]) if self.rows else 0
 
 
-def read(directory: Path) -> Run:
+def read_run_record(directory: Path) -> RunRecord:
     """The run in a directory, whatever state it is in.
 
     Raises ValueError and OSError where a file of it does not hold what it should.
     """
-    result = run_dir.read_result(directory)
-    about = run_dir.read_yaml(directory / ".hydra" / "hydra.yaml")
+    result = read_result(directory)
+    about = read_yaml_settings(directory / ".hydra" / "hydra.yaml")
     choices = _inner(_inner(_inner(about, "hydra"), "runtime"), "choices")
-    config = run_dir.read_yaml(directory / "config.yaml")
+    config = read_yaml_settings(directory / "config.yaml")
     _inner(config, "data")
     begun = any((directory / name).exists() for name in ("config.yaml", "output.log"))
-    if locks.claimed(directory):
+    if is_directory_locked(directory):
         state = "running"
     elif result.get("stopped_early"):
         state = "stopped early"
     else:
         state = str(result.get("status") or ("interrupted" if begun else "waiting"))
-    return Run(
+    return RunRecord(
         directory=directory,
         state=state,
         config=config,
         choices={k: str(v) for k, v in choices.items() if not str(k).startswith("hydra/")},
         result=result,
-        rows=run_dir.read_metrics(directory),
+        rows=read_metrics(directory),
     )
 
 
@@ -94,7 +110,7 @@ def _inner(node: dict, key: str) -> dict:
     return found
 
 
-def find(places: Iterable[Path]) -> list[Path]:
+def find_runs(places: Iterable[Path]) -> list[Path]:
     """The runs that are meant: each place itself, or those below it where it is a sweep.
 
     Raises FileNotFoundError where there is none.
@@ -102,7 +118,7 @@ def find(places: Iterable[Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for place in places:
         is_run = (place / "config.yaml").is_file() or (place / "result.json").is_file()
-        if is_run and not (place / run_dir.SWEEP).is_file():
+        if is_run and not (place / SWEEP_FILE).is_file():
             found[place] = None
             continue
         below = {p.parent for n in ("config.yaml", "result.json") for p in place.glob(f"**/{n}")}
@@ -116,7 +132,7 @@ def find(places: Iterable[Path]) -> list[Path]:
     return list(found)
 
 
-def differences(compared: Sequence[Run]) -> dict[str, list[str]]:
+def find_run_differences(compared: Sequence[RunRecord]) -> dict[str, list[str]]:
     """What differs between runs: a group's option, or a single setting; a value for each run.
 
     Settings that come with a group's option are not told again, and a run without configuration,
@@ -136,7 +152,7 @@ def differences(compared: Sequence[Run]) -> dict[str, list[str]]:
     for key in dict.fromkeys(key for settings in flat for key in settings):
         values = [str(settings.get(key, "")) for settings in flat]
         told = any(key == group or key.startswith(f"{group}.") for group in table)
-        if differ(values) and not told and key not in INCIDENTAL:
+        if differ(values) and not told and key not in INCIDENTAL_SETTINGS:
             table[key] = values
     return table
 
@@ -149,11 +165,11 @@ def _leaves(node: dict, prefix: str = "") -> Iterable[tuple[str, object]]:
             yield f"{prefix}{key}", value
 
 
-def ranked(compared: Sequence[Run], metric: str, *, direction: str) -> list[Run]:
+def rank_runs(compared: Sequence[RunRecord], metric: str, *, direction: str) -> list[RunRecord]:
     """Best first; failed runs and those without a value come last."""
     sign = 1 if direction == "minimize" else -1
 
-    def place(run: Run) -> tuple:
+    def place(run: RunRecord) -> tuple:
         value = run.last(metric)
         known = value is not None and math.isfinite(value)
         return (run.state == "failed", not known, sign * value if known else 0.0, run.directory)
@@ -161,17 +177,17 @@ def ranked(compared: Sequence[Run], metric: str, *, direction: str) -> list[Run]
     return sorted(compared, key=place)
 
 
-def doubts(compared: Sequence[Run], metric: str) -> list[str]:
+def list_ranking_caveats(compared: Sequence[RunRecord], metric: str) -> list[str]:
     """Why the order might say less than it seems to."""
     weighing = {"scheduler", "objective", "autoencoder", "data", "time_power", "weighting", "loss"}
-    differ = weighing & {key.partition(".")[0] for key in differences(compared)}
+    differ = weighing & {key.partition(".")[0] for key in find_run_differences(compared)}
     stages = {run.config.get("stage") for run in compared if run.config}
     if len(stages) > 1:
         return [f"These are runs of several stages ({', '.join(sorted(map(str, stages)))})."]
     if differ and metric.startswith(("val/loss", "train/loss")):
         what = ", ".join(sorted(differ))
-        each = [logged([run]) for run in compared if run.rows]
-        by = _first(PAINTED, set.intersection(*each) if each else set())
+        each = [collect_logged_metrics([run]) for run in compared if run.rows]
+        by = _select_by_prefix(GENERATION_METRICS, set.intersection(*each) if each else set())
         instead = f", or rank by what is painted, as metric={by[0]} does" if by else ""
         return [
             f"A loss weighs the same errors otherwise where {what} differs: look at samples.png"
@@ -180,7 +196,7 @@ def doubts(compared: Sequence[Run], metric: str) -> list[str]:
     return []
 
 
-def names(compared: Sequence[Run]) -> list[str]:
+def shorten_run_names(compared: Sequence[RunRecord]) -> list[str]:
     """A short name for each run: its directory below the one that all share."""
     parts = [run.directory.absolute().parts for run in compared]
     shared = 0
@@ -189,36 +205,38 @@ def names(compared: Sequence[Run]) -> list[str]:
     return ["/".join(p[shared:]) for p in parts]
 
 
-def logged(compared: Sequence[Run]) -> set[str]:
+def collect_logged_metrics(compared: Sequence[RunRecord]) -> set[str]:
     """Every metric that any of the runs has logged."""
     return {name for run in compared for row in run.rows for name in row}
 
 
-def beside(order: Sequence[Run], *, constant: bool = False) -> list[str]:
+def select_ranking_metrics(order: Sequence[RunRecord], *, constant: bool = False) -> list[str]:
     """Those of SHOWN that any of the runs has measured; with what real pictures get, if asked."""
-    names = _first(SHOWN, logged(order), constant=constant)
+    names = _select_by_prefix(RANKING_METRICS, collect_logged_metrics(order), constant=constant)
     return [n for n in names if not n.startswith("val/loss_t") and not n.endswith("_chance")]
 
 
-def _first(starts: Iterable[str], measured: set[str], *, constant: bool = False) -> list[str]:
+def _select_by_prefix(
+    starts: Iterable[str], measured: set[str], *, constant: bool = False
+) -> list[str]:
     """The metrics that begin in one of these ways, in this order."""
     found = [name for start in starts for name in sorted(measured) if name.startswith(start)]
-    return [name for name in found if constant or not name.endswith(CONSTANT)]
+    return [name for name in found if constant or not name.endswith(REFERENCE_SUFFIXES)]
 
 
-def table(
-    order: Sequence[Run], metric: str, *, constant: bool = False
+def build_ranking_table(
+    order: Sequence[RunRecord], metric: str, *, constant: bool = False
 ) -> tuple[list[str], list[list]]:
     """Columns and rows, in the given order: what differs between the runs and what came of them.
 
     Cells are text, numbers, or None for what is not known. constant: see `beside`.
     """
-    differ = differences(order)
-    metrics = list(dict.fromkeys([metric, *beside(order, constant=constant)]))
+    differ = find_run_differences(order)
+    metrics = list(dict.fromkeys([metric, *select_ranking_metrics(order, constant=constant)]))
     columns = ["rank", "run", *differ, "state", *metrics, "images_seen", "images/s"]
     columns += ["seconds", "step"]
     rows = []
-    for i, (run, name) in enumerate(zip(order, names(order), strict=True)):
+    for i, (run, name) in enumerate(zip(order, shorten_run_names(order), strict=True)):
         speeds = [row["perf/images_per_s"] for row in run.rows if "perf/images_per_s" in row]
         seen, seconds = run.last("images_seen"), run.result.get("seconds")
         rows.append(
@@ -237,22 +255,24 @@ def table(
     return columns, rows
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
+def format_markdown_table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
     """The table as Markdown, numbers to four digits."""
-    cells = [list(columns), *([_cell(value) for value in row] for row in rows)]
+    cells = [list(columns), *([_format_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def _cell(value: object) -> str:
+def _format_cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
-    return "" if value is None else printable(str(value)).replace("|", "\\|")
+    return "" if value is None else escape_control_characters(str(value)).replace("|", "\\|")
 
 
-def as_csv(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
+def format_csv_table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
     """The table for a program, numbers in full."""
     text = io.StringIO()
-    csv.writer(text).writerows([[cell(value) for value in row] for row in (columns, *rows)])
+    csv.writer(text).writerows(
+        [[format_csv_cell(value) for value in row] for row in (columns, *rows)]
+    )
     return text.getvalue()

@@ -9,14 +9,23 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ldm.utils.plots import GAP, GREY, LABEL, MARGIN, SMALL, TITLE, Page, paragraph
+from ldm.utils.plots import (
+    GAP,
+    GREY,
+    LABEL_HEIGHT,
+    MARGIN,
+    NOTE_HEIGHT,
+    TITLE_HEIGHT,
+    Page,
+    wrap_paragraph,
+)
 
-Curve = Sequence[tuple[float, float]]  # (images seen, value)
+MetricCurve = Sequence[tuple[float, float]]  # (images seen, value)
 
-_LINES = ("-", "--", ":", "-.")  # after ten colours, the next way to draw
+_LINE_STYLES = ("-", "--", ":", "-.")  # after ten colours, the next way to draw
 
 
-def curves(panels: Mapping[str, Sequence[tuple[str, Curve]]]) -> Image.Image:
+def plot_metric_curves(panels: Mapping[str, Sequence[tuple[str, MetricCurve]]]) -> Image.Image:
     """A panel a metric against images seen, a line a run; runs in the order of the legend."""
     count = len(panels)
     columns = min(count, 2)
@@ -34,7 +43,10 @@ def curves(panels: Mapping[str, Sequence[tuple[str, Curve]]]) -> Image.Image:
         axes.spines[["top", "right"]].set_visible(False)
         for name, points in lines:
             at = labels.index(name)
-            style = {"color": f"C{at % 10}", "linestyle": _LINES[at // 10 % len(_LINES)]}
+            style = {
+                "color": f"C{at % 10}",
+                "linestyle": _LINE_STYLES[at // 10 % len(_LINE_STYLES)],
+            }
             x, y = np.array(points, dtype=float).reshape(-1, 2).T
             drawn[name] = axes.plot(x, y, marker=".", linewidth=1.4, label=name, **style)[0]
     shown = [label for label in labels if label in drawn]
@@ -45,7 +57,7 @@ def curves(panels: Mapping[str, Sequence[tuple[str, Curve]]]) -> Image.Image:
     return Image.open(file).convert("RGB")
 
 
-def samples(
+def draw_sample_page(
     title: str,
     told: str,
     prompts: Sequence[str],
@@ -55,18 +67,18 @@ def samples(
 ) -> Image.Image:
     """A page with a row of pictures a run, the same prompt in each column."""
     width = max(len(prompts) * (side + GAP) - GAP, 760) + 2 * MARGIN
-    line = round(SMALL * 1.35)
-    heads = [paragraph(prompt, side, size=SMALL, most=5) for prompt in prompts]
-    labels = [paragraph(label, (width - 2 * MARGIN) / 1.15, most=2) for label, _ in rows]
-    below = paragraph(told, width - 2 * MARGIN)
-    top = MARGIN + round(TITLE * 1.7) + len(below) * round(LABEL * 1.35) + 2 * GAP
+    line = round(NOTE_HEIGHT * 1.35)
+    heads = [wrap_paragraph(prompt, side, size=NOTE_HEIGHT, most=5) for prompt in prompts]
+    labels = [wrap_paragraph(label, (width - 2 * MARGIN) / 1.15, most=2) for label, _ in rows]
+    below = wrap_paragraph(told, width - 2 * MARGIN)
+    top = MARGIN + round(TITLE_HEIGHT * 1.7) + len(below) * round(LABEL_HEIGHT * 1.35) + 2 * GAP
     head = max(map(len, heads)) * line + GAP
-    heights = [len(label) * round(LABEL * 1.35) + 4 + side + 2 * GAP for label in labels]
+    heights = [len(label) * round(LABEL_HEIGHT * 1.35) + 4 + side + 2 * GAP for label in labels]
     page = Page(width, top + head + sum(heights) + MARGIN)
     page.heading(title, told)
     lefts = [MARGIN + i * (side + GAP) for i in range(len(prompts))]
     for x, words in zip(lefts, heads, strict=True):
-        page.text(x, top, "\n".join(words), size=SMALL, colour=GREY)
+        page.text(x, top, "\n".join(words), size=NOTE_HEIGHT, colour=GREY)
     y = top + head
     for (_, pictures), label, height in zip(rows, labels, heights, strict=True):
         page.text(MARGIN, y, "\n".join(label), bold=True)

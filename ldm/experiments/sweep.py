@@ -15,16 +15,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ldm.experiments import run_dir
-from ldm.experiments.progress import Lines, told
+from ldm.experiments.progress import ProgressLines, print_above_progress
+from ldm.experiments.run_dir import (
+    SWEEP_FILE,
+    change_concerns,
+    is_run_finished,
+    list_config_changes,
+    read_metrics,
+    read_result,
+    write_result,
+)
 from ldm.utils.errors import UsageError
-from ldm.utils.files import check_own, write_text
+from ldm.utils.files import check_no_links, write_text
 
-OUTPUT = "output.log"  # what a job prints
+JOB_OUTPUT_FILE = "output.log"  # what a job prints
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepJob:
     """One run of a sweep."""
 
     name: str
@@ -45,7 +53,7 @@ class Job:
     @property
     def is_finished(self) -> bool:
         """Whether there is nothing left to do."""
-        return run_dir.is_finished(self.directory, self.steps, stops=self.stops)
+        return is_run_finished(self.directory, self.steps, stops=self.stops)
 
     @property
     def arguments(self) -> list[str]:
@@ -54,7 +62,7 @@ class Job:
         return [*self.overrides, f"name='{quoted}'"]
 
 
-class Running(Protocol):
+class RunningJob(Protocol):
     """A job that was started."""
 
     def poll(self) -> int | None:
@@ -67,38 +75,38 @@ class Running(Protocol):
         """Kill it, and what it has left."""
 
 
-class Host(Protocol):
+class JobHost(Protocol):
     """Where jobs are carried out."""
 
-    def check(self, job: Job) -> None:
+    def check(self, job: SweepJob) -> None:
         """Raise ValueError for a job that could never run here."""
 
-    def start(self, job: Job) -> Running | None:
+    def start(self, job: SweepJob) -> RunningJob | None:
         """Start a job; None where others must leave first."""
 
 
-def label(settings: Mapping[str, str]) -> str:
+def format_job_label(settings: Mapping[str, str]) -> str:
     """The directory name of a job: its settings in the order of their names.
 
     Where that holds what a path should not, or is too long, a digest keeps names apart.
     """
     text = ",".join(f"{key}={settings[key]}" for key in sorted(settings)) or "defaults"
     plain = re.sub(r"[^\w.=,+@-]", "-", text, flags=re.ASCII)[:120]
-    return plain if plain == text else f"{plain}~{digest([text])}"
+    return plain if plain == text else f"{plain}~{hash_texts([text])}"
 
 
-def digest(texts: Sequence[str]) -> str:
+def hash_texts(texts: Sequence[str]) -> str:
     """Six letters that texts in any order always get."""
     return hashlib.sha256(json.dumps(sorted(texts)).encode()).hexdigest()[:6]
 
 
-def begin(directory: Path, base: dict, *, swept: Sequence[str]) -> dict:
+def merge_shared_settings(directory: Path, base: dict, *, swept: Sequence[str]) -> dict:
     """What all jobs of a sweep share, to be written down once the first of them can begin.
 
     Raises UsageError where the sweep was begun with another base, naming what differs, or where
     the directory is a run's.
     """
-    path = directory / run_dir.SWEEP
+    path = directory / SWEEP_FILE
     if not path.is_file() and (directory / "config.yaml").is_file():
         raise UsageError(f"{directory} is a run, and no sweep: give another name=...")
     if path.is_file():
@@ -106,7 +114,7 @@ def begin(directory: Path, base: dict, *, swept: Sequence[str]) -> dict:
         # What is swept now or was swept before is not shared.
         groups = {*swept, *old["swept"]}
         free = {*groups, *base["resume"]["allow"]}
-        own = [c for c in run_dir.changes(old["base"], base) if not run_dir.concerns(c, free)]
+        own = [c for c in list_config_changes(old["base"], base) if not change_concerns(c, free)]
         if own:
             raise UsageError(
                 f"the sweep {directory} was begun with other settings: {'; '.join(own[:5])}. Give "
@@ -116,7 +124,7 @@ def begin(directory: Path, base: dict, *, swept: Sequence[str]) -> dict:
     return {"swept": sorted(swept), "base": base}
 
 
-def carry_out(jobs: Sequence[Job], host: Host, *, most: int, shared: dict) -> None:
+def run_sweep_jobs(jobs: Sequence[SweepJob], host: JobHost, *, most: int, shared: dict) -> None:
     """Run the jobs that are not finished, `most` at once; each leaves its result.json.
 
     A job that fails is recorded, and the others go on. Signals that ask to stop are passed on
@@ -126,14 +134,16 @@ def carry_out(jobs: Sequence[Job], host: Host, *, most: int, shared: dict) -> No
     unfinished = [job for job in jobs if not job.is_finished]
     for job in unfinished:
         host.check(job)
-        check_own(job.directory, [OUTPUT])
-    shared_path = jobs[0].directory.parent / run_dir.SWEEP
+        check_no_links(job.directory, [JOB_OUTPUT_FILE])
+    shared_path = jobs[0].directory.parent / SWEEP_FILE
     write_text(shared_path, json.dumps(shared, indent=1) + "\n")
-    _carried_out.update(dict.fromkeys(jobs))
+    _sweep_jobs.update(dict.fromkeys(jobs))
     waiting, running = list(unfinished), {}
-    with _signals() as received, Lines() as lines:
+    with _signals() as received, ProgressLines() as lines:
         if len(jobs) > 1:
-            told(f"{len(jobs)} jobs, {len(jobs) - len(unfinished)} of them finished")
+            print_above_progress(
+                f"{len(jobs)} jobs, {len(jobs) - len(unfinished)} of them finished"
+            )
         while running or (waiting and not received):
             while waiting and not received and len(running) < most:
                 job = waiting[0]
@@ -148,28 +158,30 @@ def carry_out(jobs: Sequence[Job], host: Host, *, most: int, shared: dict) -> No
                     process.end()  # ranks that are left
                     del running[job]
                     lines.end(job)
-                    told(f"{job.label}: {_outcome(job, code, stopped=bool(received))}")
+                    print_above_progress(
+                        f"{job.label}: {_format_outcome(job, code, stopped=bool(received))}"
+                    )
             if received and running:
                 _pass_on(received, running)
             lines.refresh()
         if received:
-            raise Stopped(received[0])
+            raise SweepInterrupt(received[0])
 
 
-_carried_out: dict[Job, None] = {}  # by this process, in one batch or in several
+_sweep_jobs: dict[SweepJob, None] = {}  # by this process, in one batch or in several
 
 
-def farewell() -> int:
+def report_sweep() -> int:
     """Rank the jobs that this process has carried out, if any; 1 where one is not finished."""
-    if not _carried_out:
+    if not _sweep_jobs:
         return 0
-    from ldm.experiments import ranking
-    from ldm.experiments.report import compare  # draws: none of its libraries is needed before
+    from ldm.experiments.ranking import find_runs
+    from ldm.experiments.report import compare_runs  # draws: none of its libraries is needed before
 
-    jobs = list(_carried_out)
+    jobs = list(_sweep_jobs)
     sweep = jobs[0].directory.parent
     try:
-        print(compare(ranking.find([sweep]), out=sweep, metric=jobs[0].metric))
+        print(compare_runs(find_runs([sweep]), out=sweep, metric=jobs[0].metric))
     except ValueError as error:  # no job came so far as to measure it
         print(f"no ranking: {error}")
     left = [job for job in jobs if not job.is_finished]
@@ -179,7 +191,7 @@ def farewell() -> int:
     return 1 if left else 0
 
 
-class Stopped(SystemExit):
+class SweepInterrupt(SystemExit):
     """A sweep that was asked to stop; the exit code is a shell's, or 75 for "try again"."""
 
     def __init__(self, number: int) -> None:
@@ -201,10 +213,12 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _pass_on(received: list[int], running: Mapping[Job, Running]) -> None:
+def _pass_on(received: list[int], running: Mapping[SweepJob, RunningJob]) -> None:
     """The first signal once to each job; the second ends them."""
     if len(received) == 1:
-        told(f"stopping {len(running)} running jobs; once more ends them without saving")
+        print_above_progress(
+            f"stopping {len(running)} running jobs; once more ends them without saving"
+        )
         received.append(0)  # passed on
         number = signal.SIGTERM if received[0] == signal.SIGHUP else received[0]
         for process in running.values():
@@ -214,9 +228,9 @@ def _pass_on(received: list[int], running: Mapping[Job, Running]) -> None:
             process.end()
 
 
-def _outcome(job: Job, code: int, *, stopped: bool) -> str:
+def _format_outcome(job: SweepJob, code: int, *, stopped: bool) -> str:
     """What came of a job, in words; a failure that the job could not record is recorded here."""
-    result = run_dir.read_result(job.directory)
+    result = read_result(job.directory)
     status = result.get("status")
     if code == 0 and status == "finished":
         how = "stopped early" if result.get("stopped_early") else "finished"
@@ -226,32 +240,32 @@ def _outcome(job: Job, code: int, *, stopped: bool) -> str:
     if stopped and status != "failed":
         return "stopped before its first step; the same command begins it anew"
     if status != "failed":
-        words = error_text(job.directory / OUTPUT) if code >= 0 else ""
-        words = words or _ending(code)
+        words = read_error_text(job.directory / JOB_OUTPUT_FILE) if code >= 0 else ""
+        words = words or _format_exit_code(code)
         job.directory.mkdir(parents=True, exist_ok=True)
-        run_dir.write_result(
+        write_result(
             job.directory,
             {
                 "status": "failed",
                 "metric": job.metric,
                 "value": None,
                 "steps": int(
-                    (run_dir.read_metrics(job.directory, tail=20_000) or [{"step": 0}])[-1]["step"]
+                    (read_metrics(job.directory, tail=20_000) or [{"step": 0}])[-1]["step"]
                 ),
                 "error": words,
             },
         )
-    words = run_dir.read_result(job.directory)["error"]
-    return f"failed: {words}\n    all it printed: {job.directory / OUTPUT}"
+    words = read_result(job.directory)["error"]
+    return f"failed: {words}\n    all it printed: {job.directory / JOB_OUTPUT_FILE}"
 
 
-def _ending(code: int) -> str:
+def _format_exit_code(code: int) -> str:
     if code == -signal.SIGKILL:
         return "it was killed (SIGKILL; out of memory?)"
     return f"it ended by {signal.Signals(-code).name}" if code < 0 else f"its exit code was {code}"
 
 
-def error_text(output: Path, *, lines: int = 6) -> str:
+def read_error_text(output: Path, *, lines: int = 6) -> str:
     """What a job said last: the message that it ended with, or its last lines.
 
     Progress bars are left out.

@@ -11,14 +11,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.data.dataset import TextImages
-from ldm.diffusion.rng import generators
+from ldm.data.dataset import TextImageDataset
+from ldm.diffusion.rng import make_generators
 from ldm.inference.pipeline import Pipeline
-from ldm.utils.images import tile
-from ldm.utils.video import strip
+from ldm.utils.images import make_image_grid
+from ldm.utils.video import join_frames
 
 
-def paint(
+def generate_in_batches(
     pipeline: Callable[..., Tensor],
     jobs: Sequence[tuple[str, int]],
     *,
@@ -59,8 +59,8 @@ def paint(
     return images, guesses
 
 
-def examples(
-    pipeline: Pipeline, pictures: TextImages, prompts: Sequence[str], *, steps: int, seed: int
+def generate_task_examples(
+    pipeline: Pipeline, pictures: TextImageDataset, prompts: Sequence[str], *, steps: int, seed: int
 ) -> tuple[Image.Image, dict]:
     """What a pipeline makes of prompts, as one picture, and the facts of it.
 
@@ -70,16 +70,16 @@ def examples(
     n, seeds = len(prompts), list(range(len(prompts)))
     real = [pictures[i % len(pictures), i]["images"] for i in range(n)]
     real = torch.stack(real).float() / 127.5 - 1  # (N, 3, H, W)
-    draws = generators(seed, seeds, stream="examples")
+    draws = make_generators(seed, seeds, stream="examples")
     given = pipeline.task.example(real, generator=draws)
     size = tuple(real.shape[-2:])
     images = pipeline(prompts, seeds=seeds, size=size, steps=steps, **given).cpu()
     facts = {"prompts": list(prompts), "seeds": seeds}
     if images.ndim == 5:
-        return tile([strip(video) for video in images], columns=1), facts
+        return make_image_grid([join_frames(video) for video in images], columns=1), facts
     if not given:
-        return tile(images), facts
+        return make_image_grid(images), facts
     above = F.interpolate(given["image"], size)
     if "mask" in given:
         above = torch.where(given["mask"] > 0, 0.0, above)
-    return tile(torch.cat([above, images]), columns=n), facts
+    return make_image_grid(torch.cat([above, images]), columns=n), facts

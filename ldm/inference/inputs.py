@@ -14,17 +14,17 @@ from torch import Tensor
 
 from ldm.data.image_decoding import (
     ImageError,
+    crop_and_resize,
+    pil_to_tensor,
     read_image,
     read_mask,
-    read_square,
-    square,
-    to_tensor,
+    read_square_image,
 )
-from ldm.inference.pipeline import Pipeline, told
+from ldm.inference.pipeline import Pipeline, format_image_size
 
 
 @dataclass(frozen=True)
-class Given:
+class PipelineInputs:
     """Pictures as a pipeline takes them: what it paints is `size`, and `shown` of it is the result.
 
     A network paints in multiples of its own grid, and in no less than it was trained on: a picture
@@ -47,7 +47,7 @@ class Given:
         return [image[..., :height, :width] for image in images]
 
 
-def read(
+def read_pipeline_inputs(
     pipeline: Pipeline,
     *,
     trained: int,
@@ -55,7 +55,7 @@ def read(
     image: str | None = None,
     mask: str | None = None,
     pad: Sequence[int] = (0, 0, 0, 0),
-) -> Given:
+) -> PipelineInputs:
     """Files to a request: pictures of `size`, or as `trained`; those to enlarge, of their own size.
 
     size: the result's side, or its height and width. pad: pixels of the result to the left, above,
@@ -75,32 +75,36 @@ def read(
             )
         if image is None:
             raise ValueError(f"task={task.name} takes a small picture: image=FILE")
-        with named("image", image):
-            return continued(pipeline, to_tensor(read_image(image)).float()[None] / 127.5 - 1)
+        with prefix_file_errors("image", image):
+            return prepare_upscaling_inputs(
+                pipeline, pil_to_tensor(read_image(image)).float()[None] / 127.5 - 1
+            )
     if any(pad):
         if mask is not None:
             raise ValueError("pad is a mask of its own: give either")
-        return padded(image, trained, size, pad, grid=pipeline.grid)
-    height, width = sides = sized(trained if size is None else size, pipeline.grid)
+        return prepare_outpainting_inputs(image, trained, size, pad, grid=pipeline.grid)
+    height, width = sides = parse_image_size(trained if size is None else size, pipeline.grid)
     if image is None:
-        return Given(sides)
+        return PipelineInputs(sides)
     if height != width:
-        raise ValueError(f"size={told(sides)}: pictures are cut to squares, so give one number")
+        raise ValueError(
+            f"size={format_image_size(sides)}: pictures are cut to squares, so give one number"
+        )
     hidden = None
     if mask is not None:
-        with named("mask", mask):
+        with prefix_file_errors("mask", mask):
             hidden = read_mask(mask, height, of=image)[None]
-    return Given(sides, square_of("image", image, height)[None], hidden)
+    return PipelineInputs(sides, read_square_option("image", image, height)[None], hidden)
 
 
-def square_of(option: str, file: str, size: int) -> Tensor:
+def read_square_option(option: str, file: str, size: int) -> Tensor:
     """`read_square` of a file that was given as `option`; ValueError names both."""
-    with named(option, file):
-        return read_square(file, size)
+    with prefix_file_errors(option, file):
+        return read_square_image(file, size)
 
 
 @contextmanager
-def named(option: str, file: str) -> Iterator[None]:
+def prefix_file_errors(option: str, file: str) -> Iterator[None]:
     """What is wrong with a file is told with the option that it was given by; ValueError."""
     try:
         yield
@@ -109,19 +113,21 @@ def named(option: str, file: str) -> Iterator[None]:
         raise ValueError(f"{option}={file}: {why}") from error
 
 
-def sized(size: int | Sequence[int], grid: int) -> tuple[int, int]:
+def parse_image_size(size: int | Sequence[int], grid: int) -> tuple[int, int]:
     """Height and width of which one number is both; ValueError unless they are multiples of grid.
 
     It names the next size that the network paints.
     """
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if any(side % grid for side in sides):
-        next_ = told(tuple(-(-side // grid) * grid for side in sides))
-        raise ValueError(f"size={told(sides)}: this run paints multiples of {grid}: size={next_}")
+        next_ = format_image_size(tuple(-(-side // grid) * grid for side in sides))
+        raise ValueError(
+            f"size={format_image_size(sides)}: this run paints multiples of {grid}: size={next_}"
+        )
     return sides
 
 
-def continued(pipeline: Pipeline, images: Tensor) -> Given:
+def prepare_upscaling_inputs(pipeline: Pipeline, images: Tensor) -> PipelineInputs:
     """Small pictures (N, 3, h, w) to be enlarged, as a pipeline takes them."""
     scale, factor = pipeline.task.scale, pipeline.autoencoder.factor
     least = pipeline.trained_size or 0
@@ -130,22 +136,22 @@ def continued(pipeline: Pipeline, images: Tensor) -> Given:
     size = tuple(-(-max(side, least) // step) * step for side in shown)
     more = [(full - side) // scale for full, side in zip(size, shown, strict=True)]
     whole = F.pad(images, (0, more[1], 0, more[0]), mode="replicate")
-    return Given(size, whole, shown=shown)
+    return PipelineInputs(size, whole, shown=shown)
 
 
-def padded(
+def prepare_outpainting_inputs(
     file: str, trained: int, size: int | Sequence[int] | None, pad: Sequence[int], *, grid: int
-) -> Given:
+) -> PipelineInputs:
     """A picture in the midst of grey, and the mask of the grey; as `read` says.
 
     Raises ValueError where the network cannot paint so large a picture, and where the picture has
     another shape than `size` and `pad` leave it.
     """
     left, above, right, below = pad
-    with named("image", file):
+    with prefix_file_errors("image", file):
         picture = read_image(file)
     if size is None:
-        picture = square(picture, trained)
+        picture = crop_and_resize(picture, trained)
         sides = (trained + above + below, trained + left + right)
         lacking = [-side % grid for side in sides]
         if any(lacking):
@@ -155,33 +161,37 @@ def padded(
                 f"this run paints multiples of {grid}: pad={would}"
             )
     else:
-        sides = sized(size, grid)
+        sides = parse_image_size(size, grid)
         room = (sides[1] - left - right, sides[0] - above - below)  # width, height
-        if not alike(picture.size, room):
+        if not matches_aspect_ratio(picture.size, room):
             raise ValueError(
-                f"size={told(sides)} and pad leave {room[0]} x {room[1]} pixels for a picture of "
-                f"{picture.width} x {picture.height}: {fitting(picture.size, sides, pad, grid)}"
+                f"size={format_image_size(sides)} and pad leave {room[0]} x {room[1]} pixels "
+                "for a picture of "
+                f"{picture.width} x {picture.height}: "
+                f"{suggest_image_size(picture.size, sides, pad, grid)}"
             )
         picture = picture.resize(room, reducing_gap=2.0)
-    inside = to_tensor(picture).float() / 127.5 - 1  # (3, h, w)
+    inside = pil_to_tensor(picture).float() / 127.5 - 1  # (3, h, w)
     around = (left, right, above, below)
     mask = F.pad(torch.zeros_like(inside[:1]), around, value=1.0)
-    return Given(sides, F.pad(inside, around)[None], mask[None])
+    return PipelineInputs(sides, F.pad(inside, around)[None], mask[None])
 
 
-def alike(picture: tuple[int, int], room: tuple[int, int]) -> bool:
+def matches_aspect_ratio(picture: tuple[int, int], room: tuple[int, int]) -> bool:
     """Whether a picture fills a room, widths and heights, to less than a pixel."""
     return min(room) > 0 and abs(picture[0] * room[1] / picture[1] - room[0]) < 1
 
 
-def fitting(picture: tuple[int, int], sides: tuple[int, int], pad: Sequence[int], grid: int) -> str:
+def suggest_image_size(
+    picture: tuple[int, int], sides: tuple[int, int], pad: Sequence[int], grid: int
+) -> str:
     """The size, nearest to `sides`, in which pad leaves a picture, width and height, its shape."""
     left, above, right, below = pad
     there_are = (
         (height, width)
         for height in range(grid, 2 * max(sides) + 1, grid)
         for width in range(grid, 2 * max(sides) + 1, grid)
-        if alike(picture, (width - left - right, height - above - below))
+        if matches_aspect_ratio(picture, (width - left - right, height - above - below))
     )
     near = min(there_are, key=lambda found: math.dist(found, sides), default=None)
-    return "leave size out" if near is None else f"size={told(near)} would fit"
+    return "leave size out" if near is None else f"size={format_image_size(near)} would fit"

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ldm.utils import video as films
-from ldm.utils.files import reserve
-from ldm.utils.images import captioned, save_png, tile, to_pil
+from ldm.utils.files import reserve_files
+from ldm.utils.images import make_captioned_grid, make_image_grid, save_png, to_pil
+from ldm.utils.video import join_frames, save_videos
 
 
-def save(
+def save_outputs(
     images: Sequence[Tensor],
     jobs: Sequence[tuple[str, int]],
     out: Path,
@@ -45,22 +45,22 @@ def save(
     def family(number: str) -> list[Path]:
         return [out.with_name(f"{out.stem}{number}{end}") for end in [*kinds, *beside]]
 
-    with reserve(family, overwrite=overwrite) as paths:
+    with reserve_files(family, overwrite=overwrite) as paths:
         first, grid = paths[0], paths[0].with_suffix(".png")
         if moving:
-            films.save(images, first, singles, facts, fps=fps)
-            images = [films.strip(video) for video in images]
-            guesses = [[films.strip(video) for video in row] for row in guesses]
+            save_videos(images, first, singles, facts, fps=fps)
+            images = [join_frames(video) for video in images]
+            guesses = [[join_frames(video) for video in row] for row in guesses]
         for i, (image, single) in enumerate(zip(images, singles, strict=True)):
             save_png(to_pil(image), grid.with_name(f"{grid.stem}_{i:03d}.png"), single)
         if len(set(prompts)) > 1:
-            save_png(captioned(images, prompts, columns=columns), grid, facts)
+            save_png(make_captioned_grid(images, prompts, columns=columns), grid, facts)
         else:
-            save_png(tile(images, columns=1 if moving else None), grid, facts)
+            save_png(make_image_grid(images, columns=1 if moving else None), grid, facts)
         if guesses:
             on_the_way = grid.with_name(f"{grid.stem}_previews.png")
             rows = [guess for row in guesses for guess in row]
-            save_png(tile(rows, columns=len(guesses[0])), on_the_way, facts)
+            save_png(make_image_grid(rows, columns=len(guesses[0])), on_the_way, facts)
             print(f"the model's guesses on the way: {on_the_way}")
     if len(images) > 1:
         print(f"{len(images)} {'videos' if moving else 'pictures'} beside {first}")

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.conditioning import Condition
-from ldm.diffusion.guidance.base import Denoise, DenoiseWith, Guidance, Words
+from ldm.diffusion.guidance.base import ConditionalDenoiser, Denoise, Guidance, GuidancePrompts
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.rng import ImageNoise
-from ldm.diffusion.samplers.base import DDIM, OnStep, Sampler
-from ldm.diffusion.samplers.inversion import invert
-from ldm.diffusion.samplers.overshoot import caveat
-from ldm.diffusion.samplers.repaint import Resampled
-from ldm.diffusion.samplers.tiled import Tiled
-from ldm.diffusion.tasks.base import Plain, Request
+from ldm.diffusion.samplers.base import DDIMSampler, OnStep, Sampler
+from ldm.diffusion.samplers.inversion import invert_ddim
+from ldm.diffusion.samplers.overshoot import format_overshoot_warning
+from ldm.diffusion.samplers.repaint import RePaintSampler
+from ldm.diffusion.samplers.tiled import TiledDenoiser
+from ldm.diffusion.tasks.base import BaseTask, Request
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Pipeline:
     autoencoder: nn.Module
     text: Callable[[Sequence[str]], Condition]
     objective: Objective
-    task: Plain
+    task: BaseTask
     sampler: Sampler
     guidance: Guidance
     dtype: torch.dtype | None = None
@@ -90,7 +90,7 @@ class Pipeline:
             def inverted(x0: Tensor, t: float) -> Tensor:
                 cond = self.text([source] * len(x0) if isinstance(source, str) else list(source))
                 times = self.sampler.times(schedule, steps, start=t)
-                return invert(lambda x, t: self.denoise(x, t, cond), x0, schedule, times)
+                return invert_ddim(lambda x, t: self.denoise(x, t, cond), x0, schedule, times)
 
             def first(t: float) -> float:
                 return float(self.sampler.times(schedule, steps, start=t)[0])
@@ -101,7 +101,9 @@ class Pipeline:
             denoise = guided
             if start.project is not None:
                 denoise = lambda x_t, t: start.project(guided(x_t, t))  # noqa: E731
-            sampler = self.sampler if start.rounds == 1 else Resampled(self.sampler, start.rounds)
+            sampler = (
+                self.sampler if start.rounds == 1 else RePaintSampler(self.sampler, start.rounds)
+            )
             times = sampler.times(schedule, steps, start=start.t)
             latents = start.latents or (lambda x0: x0)
             seen = on_step and (lambda i, x0_hat: on_step(i, latents(x0_hat)))
@@ -127,7 +129,9 @@ class Pipeline:
                 "Give guidance=cfg guidance.scale=2, or another scale than 1"
             )
         if self.task.rounds == 1:  # in rounds all steps are of first order
-            word = caveat(self.sampler, self.objective.schedule, steps, start=strength)
+            word = format_overshoot_warning(
+                self.sampler, self.objective.schedule, steps, start=strength
+            )
             said += [word] if word else []
         return said
 
@@ -151,7 +155,7 @@ class Pipeline:
             schedule = self.objective.schedule
             times = self.sampler.times(schedule, steps)
             guided = self._guided(prompts, negative)
-            return invert(guided, x0, schedule, times, on_step=on_step)
+            return invert_ddim(guided, x0, schedule, times, on_step=on_step)
 
     @torch.no_grad()
     def repaint(
@@ -169,7 +173,7 @@ class Pipeline:
         """
         with self._autocast():
             schedule = self.objective.schedule
-            x0 = DDIM()(
+            x0 = DDIMSampler()(
                 self._guided(prompts, negative),
                 noise,
                 schedule,
@@ -212,11 +216,11 @@ class Pipeline:
         uncond = self._repeated(negative, n) if negative else self.text.null(n)
         no_style = None if style is None else torch.zeros_like(style)
         uncond = replace(uncond, concat=concat, style=no_style)
-        denoise: DenoiseWith = self.denoise
+        denoise: ConditionalDenoiser = self.denoise
         if self.task.overlap is not None and self.trained_size is not None:
             side = self.trained_size // self.autoencoder.factor
-            denoise = Tiled(denoise, side, round(side * self.task.overlap))
-        return self.guidance(denoise, cond, uncond, Words(prompts, self.text))
+            denoise = TiledDenoiser(denoise, side, round(side * self.task.overlap))
+        return self.guidance(denoise, cond, uncond, GuidancePrompts(prompts, self.text))
 
     def _styled(self, style: Tensor | None, seeds: Sequence[int]) -> Tensor | None:
         """Features (B, N, F) of a style picture, shuffled anew for each seed."""
@@ -241,7 +245,8 @@ class Pipeline:
         if tuple(part.shape[-2:]) != wanted or any(side % smaller for side in size):
             times = f" and the result is {smaller} times as wide" if smaller > 1 else ""
             raise ValueError(
-                f"a picture or mask of {tuple(part.shape[-2:])} where size={told(size)}{times}"
+                f"a picture or mask of {tuple(part.shape[-2:])} where "
+                f"size={format_image_size(size)}{times}"
             )
         return part.to(self.device).expand(n, *part.shape[1:])
 
@@ -252,7 +257,8 @@ class Pipeline:
         factor = self.autoencoder.factor
         if any(side % factor for side in size):
             raise ValueError(
-                f"size={told(size)} is not a multiple of {factor}, the autoencoder's factor"
+                f"size={format_image_size(size)} is not a multiple of {factor}, the "
+                "autoencoder's factor"
             )
         grid = [side // factor for side in size]
         grid = grid if self.frames is None else [self.frames, *grid]
@@ -262,6 +268,6 @@ class Pipeline:
         return self.text([prompt]).map(lambda part: part.expand(n, *part.shape[1:]))
 
 
-def told(size: tuple[int, int]) -> str:
+def format_image_size(size: tuple[int, int]) -> str:
     """A size as it is given: one number where it is square."""
     return str(size[0]) if size[0] == size[1] else f"[{size[0]},{size[1]}]"

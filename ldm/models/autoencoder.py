@@ -17,10 +17,10 @@ from ldm.models.layers import (
     SpatialAttention,
     Stage,
     Upsample,
-    group_norm,
+    make_group_norm,
 )
 
-EPS = 1e-6
+AUTOENCODER_NORM_EPS = 1e-6
 
 
 class AutoencoderKL(nn.Module):
@@ -144,7 +144,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.patch = patch
-        block = partial(ResBlock, time_dim=None, groups=groups, eps=EPS)
+        block = partial(ResBlock, time_dim=None, groups=groups, eps=AUTOENCODER_NORM_EPS)
         width = widths[0]
         self.conv_in = nn.Conv2d(3 * patch**2, width, 3, padding=1)
         self.down = nn.ModuleList()
@@ -154,8 +154,8 @@ class Encoder(nn.Module):
             resample = None if last else Downsample(out, asymmetric=True)
             self.down.append(Stage([block(n, out) for n in ins], resample=resample))
             width = out
-        self.mid = middle(width, groups=groups, attention=attention)
-        self.norm_out = group_norm(groups, width, EPS)
+        self.mid = build_mid_stage(width, groups=groups, attention=attention)
+        self.norm_out = make_group_norm(groups, width, AUTOENCODER_NORM_EPS)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -181,17 +181,17 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.patch = patch
-        block = partial(ResBlock, time_dim=None, groups=groups, eps=EPS)
+        block = partial(ResBlock, time_dim=None, groups=groups, eps=AUTOENCODER_NORM_EPS)
         width = widths[-1]
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.mid = middle(width, groups=groups, attention=attention)
+        self.mid = build_mid_stage(width, groups=groups, attention=attention)
         self.up = nn.ModuleList()
         for level, out in reversed(list(enumerate(widths))):
             ins = [width] + [out] * (blocks - 1)
             resample = Upsample(out) if level else None
             self.up.append(Stage([block(n, out) for n in ins], resample=resample))
             width = out
-        self.norm_out = group_norm(groups, width, EPS)
+        self.norm_out = make_group_norm(groups, width, AUTOENCODER_NORM_EPS)
         self.conv_out = nn.Conv2d(width, 3 * patch**2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -202,13 +202,19 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)
 
 
-def middle(width: int, *, groups: int, attention: bool) -> Stage:
+def build_mid_stage(width: int, *, groups: int, attention: bool) -> Stage:
     """Block, attention (if wanted), block."""
-    blocks = [ResBlock(width, width, time_dim=None, groups=groups, eps=EPS) for _ in range(2)]
-    return Stage(blocks, [SpatialAttention(width, groups=groups, eps=EPS)] if attention else [])
+    blocks = [
+        ResBlock(width, width, time_dim=None, groups=groups, eps=AUTOENCODER_NORM_EPS)
+        for _ in range(2)
+    ]
+    return Stage(
+        blocks,
+        [SpatialAttention(width, groups=groups, eps=AUTOENCODER_NORM_EPS)] if attention else [],
+    )
 
 
-class Identity(nn.Module):
+class IdentityAutoencoder(nn.Module):
     """The autoencoder of pixel-space diffusion: latents are the images, not a bit is lost.
 
     patch: pixels a side that are folded into channels, so that a network's grid is as much coarser;

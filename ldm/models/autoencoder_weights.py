@@ -7,12 +7,17 @@ from huggingface_hub import snapshot_download
 
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusers_format import load_autoencoder
-from ldm.utils import checkpoint_file
-from ldm.utils.checkpoint_facts import state_of
-from ldm.utils.files import located
+from ldm.utils.checkpoint_facts import read_state_dict
+from ldm.utils.checkpoint_file import (
+    find_checkpoint,
+    load_module_state,
+    read_checkpoint,
+    select_prefix,
+)
+from ldm.utils.files import resolve_path
 
 
-def autoencoder(
+def make_autoencoder_kl(
     *,
     path: str | None,
     latent_channels: int,
@@ -41,18 +46,18 @@ def autoencoder(
     )
     if path is None:
         return built
-    place = located(path)
+    place = resolve_path(path)
     if place.suffix == ".ckpt" or (place / "checkpoints").is_dir():
-        payload = checkpoint_file.read(file := checkpoint_file.find(path, name="autoencoder.path"))
-        state_of(payload, file)
-        state = checkpoint_file.part(payload, "autoencoder.")
-        checkpoint_file.load_into(built, state, what=f"autoencoder.path={path}")
+        payload = read_checkpoint(file := find_checkpoint(path, name="autoencoder.path"))
+        read_state_dict(payload, file)
+        state = select_prefix(payload, "autoencoder.")
+        load_module_state(built, state, what=f"autoencoder.path={path}")
     else:
-        load_autoencoder(built, place if place.exists() else from_hub(path))
+        load_autoencoder(built, place if place.exists() else download_autoencoder_files(path))
     return built
 
 
-def from_hub(name: str) -> Path:
+def download_autoencoder_files(name: str) -> Path:
     """The local copy of a model of the Hugging Face hub; FileNotFoundError where there is none."""
     try:
         return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors"]))

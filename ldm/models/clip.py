@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from ldm.models.huggingface import quiet
+from ldm.models.huggingface import silence_transformers
 from ldm.models.text.base import CaptionTokenizer
 from ldm.models.text.clip import load_clip
 from ldm.models.whitening import Whitening
@@ -144,7 +144,7 @@ class Clip(nn.Module):
         folder = Path(folder)
         new, old = (folder.with_name(f".{folder.name}.{age}") for age in ("new", "old"))
         shutil.rmtree(new, ignore_errors=True)
-        with quiet():
+        with silence_transformers():
             self.model.save_pretrained(new)
             self.tokenize.tokenizer.save_pretrained(new)
         if whitening is not None:

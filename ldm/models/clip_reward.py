@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ldm.models.clip import Clip
-from ldm.models.temporal import fold
+from ldm.models.temporal import fold_frames
 
 
-class ClipJudge:
+class ClipReward:
     """Prompts to the function of x0_hat (B, C, h, w) that says how well it fits them, (B,).
 
     Of videos, x0_hat (B, C, F, h, w), it is the mean over the frames.
@@ -30,7 +30,7 @@ class ClipJudge:
 
         def log_p(x0_hat: Tensor) -> Tensor:
             decoded = self.decode(x0_hat)  # (B, 3, H, W) or (B, 3, F, H, W)
-            pictures = decoded if decoded.ndim == 4 else fold(decoded)
+            pictures = decoded if decoded.ndim == 4 else fold_frames(decoded)
             images = self.clip.encode_images(pictures).unflatten(0, (len(texts), -1))  # (B, F, P)
             return scale * (images * texts[:, None]).sum(2).mean(1)
 

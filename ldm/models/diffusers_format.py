@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.unet import UNet
-from ldm.utils.files import replacing, write_text
+from ldm.utils.files import replace_file, write_text
 
-FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+DIFFUSERS_WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 # diffusers' name, ours; # is a number. Applied from top to bottom, undone from bottom to top.
-NAMES = (
+DIFFUSERS_NAME_MAP = (
     ("down_blocks.", "down."),
     ("down.#.downsamplers.0.", "down.#.resample."),
     ("up_blocks.", "up."),
@@ -43,8 +43,8 @@ NAMES = (
 )
 
 # The autoencoder's attention in older files, which stored 1x1 convolutions.
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-OLD = re.compile(r"(?<=attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
+LEGACY_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+LEGACY_ATTENTION_PATTERN = re.compile(r"(?<=attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
 
 
 def _rule(old: str, new: str) -> tuple[re.Pattern[str], str]:
@@ -52,8 +52,8 @@ def _rule(old: str, new: str) -> tuple[re.Pattern[str], str]:
     return re.compile(rf"(?<![^.]){number}"), new.replace("#", r"\1")
 
 
-TO_OURS = [_rule(theirs, ours) for theirs, ours in NAMES]
-TO_THEIRS = [_rule(ours, theirs) for theirs, ours in reversed(NAMES)]
+FROM_DIFFUSERS_RULES = [_rule(theirs, ours) for theirs, ours in DIFFUSERS_NAME_MAP]
+TO_DIFFUSERS_RULES = [_rule(ours, theirs) for theirs, ours in reversed(DIFFUSERS_NAME_MAP)]
 
 
 def _rename(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
@@ -66,10 +66,12 @@ def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """diffusers' parameters of a UNet2DConditionModel or AutoencoderKL under our names."""
     ours = {}
     for name, value in state.items():
-        if OLD.search(name):
-            name = OLD.sub(lambda match: OLD_NAMES[match[0]], name)
+        if LEGACY_ATTENTION_PATTERN.search(name):
+            name = LEGACY_ATTENTION_PATTERN.sub(
+                lambda match: LEGACY_ATTENTION_NAMES[match[0]], name
+            )
             value = value.flatten(1) if value.ndim == 4 else value  # (out, in, 1, 1) -> (out, in)
-        ours[_rename(name, TO_OURS)] = value
+        ours[_rename(name, FROM_DIFFUSERS_RULES)] = value
     return ours
 
 
@@ -79,13 +81,13 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     The autoencoder's `shift` and `scale` are left out: diffusers keeps them in config.json.
     """
     return {
-        _rename(name, TO_THEIRS): value
+        _rename(name, TO_DIFFUSERS_RULES): value
         for name, value in state.items()
         if name not in ("shift", "scale")
     }
 
 
-def unet_config(unet: UNet) -> dict[str, object]:
+def export_unet_config(unet: UNet) -> dict[str, object]:
     """The arguments of diffusers' UNet2DConditionModel that build the same network.
 
     Raises ValueError where there is none: without cross-attention, or with place maps or style.
@@ -123,7 +125,7 @@ def unet_config(unet: UNet) -> dict[str, object]:
     return config
 
 
-def autoencoder_config(autoencoder: AutoencoderKL) -> dict[str, object]:
+def export_autoencoder_config(autoencoder: AutoencoderKL) -> dict[str, object]:
     """The arguments of diffusers' AutoencoderKL that build the same network, but for its scale.
 
     Raises ValueError where there is none: it always normalises, and folds no pixels.
@@ -159,9 +161,9 @@ def load_unet(unet: UNet, path: Path | str) -> None:
     Raises FileNotFoundError where weights or config.json are missing, and ValueError where they
     are of another network.
     """
-    file, config = _open(path)
-    _compare(config, unet_config(unet), file)
-    _load(unet, from_diffusers(_read(file)), file)
+    file, config = _find_weights(path)
+    _check_config(config, export_unet_config(unet), file)
+    _load_parameters(unet, from_diffusers(_read_weights(file)), file)
 
 
 def load_autoencoder(autoencoder: AutoencoderKL, path: Path | str) -> None:
@@ -169,10 +171,10 @@ def load_autoencoder(autoencoder: AutoencoderKL, path: Path | str) -> None:
 
     Raises as `load_unet` does.
     """
-    file, config = _open(path)
-    _compare(config, _autoencoder_config(autoencoder), file)
+    file, config = _find_weights(path)
+    _check_config(config, _autoencoder_config(autoencoder), file)
     scale = {"shift": autoencoder.shift, "scale": autoencoder.scale}
-    _load(autoencoder, from_diffusers(_read(file)) | scale, file)
+    _load_parameters(autoencoder, from_diffusers(_read_weights(file)) | scale, file)
     # Old files of Stable Diffusion 1.x do not say their factor; diffusers assumes the same one.
     factor = config.get("scaling_factor", 0.18215)
     shift = torch.tensor(config.get("latents_mean") or config.get("shift_factor") or 0.0)
@@ -191,13 +193,13 @@ def save_autoencoder(autoencoder: AutoencoderKL, folder: Path, *, dtype: torch.d
     state = to_diffusers(autoencoder.state_dict())
     tensors = {name: value.to(dtype).contiguous() for name, value in state.items()}
     write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
-    with replacing(folder / FILES[0]) as file:
+    with replace_file(folder / DIFFUSERS_WEIGHT_FILES[0]) as file:
         file.write(save(tensors))
 
 
-def _open(path: Path | str) -> tuple[Path, dict[str, object]]:
+def _find_weights(path: Path | str) -> tuple[Path, dict[str, object]]:
     path = Path(path)
-    files = [path / name for name in FILES] if path.is_dir() else [path]
+    files = [path / name for name in DIFFUSERS_WEIGHT_FILES] if path.is_dir() else [path]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise FileNotFoundError(f"no weights at {path}: looked for {', '.join(map(str, files))}")
@@ -207,13 +209,13 @@ def _open(path: Path | str) -> tuple[Path, dict[str, object]]:
     return file, json.loads(config.read_text())
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def _read_weights(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         return load_file(file)
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _compare(config: Mapping[str, object], ours: Mapping[str, object], file: Path) -> None:
+def _check_config(config: Mapping[str, object], ours: Mapping[str, object], file: Path) -> None:
     """Refuses what the shapes of the weights would not show, such as a number of heads."""
     different = [
         f"{key} is {config[key]} there, {value} here"
@@ -224,7 +226,7 @@ def _compare(config: Mapping[str, object], ours: Mapping[str, object], file: Pat
         raise ValueError(f"{file} is of another network: {'; '.join(different)}")
 
 
-def _load(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
+def _load_parameters(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
     ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in state.items()}
     names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]

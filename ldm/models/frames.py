@@ -6,10 +6,10 @@ Shapes: B videos, F frames, C latent channels, H W pixels, h w latent grid.
 from torch import Generator, Tensor, nn
 
 from ldm.diffusion.rng import Generators
-from ldm.models.temporal import fold, unfold
+from ldm.models.temporal import fold_frames, unfold_frames
 
 
-class Frames(nn.Module):
+class FramewiseAutoencoder(nn.Module):
     """Each frame by itself; pictures as the autoencoder has them."""
 
     def __init__(self, autoencoder: nn.Module) -> None:
@@ -28,10 +28,12 @@ class Frames(nn.Module):
         frames = images.shape[2]
         if generator is not None and not isinstance(generator, Generator):
             generator = [one for one in generator for _ in range(frames)]  # it goes on with each
-        return unfold(self.autoencoder.encode(fold(images), generator=generator), frames)
+        return unfold_frames(
+            self.autoencoder.encode(fold_frames(images), generator=generator), frames
+        )
 
     def decode(self, latents: Tensor) -> Tensor:
         """Videos (B, 3, F, H, W) of latents (B, C, F, h, w)."""
         if latents.ndim == 4:
             return self.autoencoder.decode(latents)
-        return unfold(self.autoencoder.decode(fold(latents)), latents.shape[2])
+        return unfold_frames(self.autoencoder.decode(fold_frames(latents)), latents.shape[2])

@@ -10,27 +10,27 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+HubModelType = TypeVar("Model", bound=PreTrainedModel)
 
 
-def pretrained(
-    kind: type[Model],
+def load_pretrained_model(
+    kind: type[HubModelType],
     place: Path | str,
     *,
     local: bool,
     dtype: torch.dtype = torch.float32,
     use_safetensors: bool | None = None,
-) -> Model:
+) -> HubModelType:
     """A model of a folder (`local`), or by its name on the hub; no pickle is executed.
 
     Of its config.json the sizes count alone: how it computes, and where from, is not the file's.
     Raises what transformers raises where it cannot be read, and ValueError where weights are
     missing or of other shapes than the config says.
     """
-    with quiet():
+    with silence_transformers():
         model, report = kind.from_pretrained(
             place,
-            config=sizes(kind, place, local=local),
+            config=read_model_config(kind, place, local=local),
             local_files_only=local,
             trust_remote_code=False,
             weights_only=True,
@@ -49,7 +49,9 @@ def pretrained(
     return model
 
 
-def sizes(kind: type[Model], place: Path | str, *, local: bool) -> PreTrainedConfig:
+def read_model_config(
+    kind: type[HubModelType], place: Path | str, *, local: bool
+) -> PreTrainedConfig:
     """The config of a model, with the fields that its kind has, and no others of the file.
 
     Others choose code: `attn_implementation` a kernel of the hub that is fetched and run,
@@ -81,7 +83,7 @@ def _fields(kind: type[PreTrainedConfig], found: object) -> dict[str, object]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """Without transformers' bars, and its table of weights that one half of a CLIP does not use."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.positional_map import PlaceMap
+from ldm.models.positional_map import PositionalMap
 from ldm.models.random_layers import Dropout
 
-Beside = Callable[[int], nn.Module]  # width -> an attention of x (B, N, C) to other tokens
+ExtraAttentionFactory = Callable[
+    [int], nn.Module
+]  # width -> an attention of x (B, N, C) to other tokens
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -30,7 +32,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def group_norm(groups: int, channels: int, eps: float) -> nn.Module:
+def make_group_norm(groups: int, channels: int, eps: float) -> nn.Module:
     """Group normalisation, or nothing where there are 0 groups."""
     return nn.GroupNorm(groups, channels, eps) if groups else nn.Identity()
 
@@ -60,12 +62,12 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
-        self.norm1 = group_norm(groups, in_channels, eps)
+        self.norm1 = make_group_norm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         width = 2 * out_channels if scale_shift else out_channels
         self.time_proj = nn.Linear(time_dim, width) if time_dim else None
-        self.place = PlaceMap(time_dim, out_channels, waves) if time_dim and waves else None
-        self.norm2 = group_norm(groups, out_channels, eps)
+        self.place = PositionalMap(time_dim, out_channels, waves) if time_dim and waves else None
+        self.norm2 = make_group_norm(groups, out_channels, eps)
         self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
@@ -145,7 +147,7 @@ class TransformerBlock(nn.Module):
     """
 
     def __init__(
-        self, dim: int, *, context_dim: int, heads: int, beside: Beside | None = None
+        self, dim: int, *, context_dim: int, heads: int, beside: ExtraAttentionFactory | None = None
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
@@ -184,7 +186,7 @@ class SpatialTransformer(nn.Module):
         heads: int,
         depth: int,
         groups: int,
-        beside: Beside | None = None,
+        beside: ExtraAttentionFactory | None = None,
     ) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
@@ -210,7 +212,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels: int, *, groups: int, eps: float) -> None:
         super().__init__()
-        self.group_norm = group_norm(groups, channels, eps)
+        self.group_norm = make_group_norm(groups, channels, eps)
         self.attn = Attention(channels, heads=1, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.diffusion.schedules import Schedule, expand
+from ldm.diffusion.schedules import Schedule, expand_dims_like
 from ldm.models.layers import Downsample, ResBlock, SpatialTransformer, Stage, timestep_embedding
-from ldm.models.unet import mlp
+from ldm.models.unet import build_mlp
 
-LEAST_SIGNAL = 1e-3  # below this alpha, latents are read as if they held so much of the picture
-MAX_SCALE = 100.0  # of the inverse temperature, as CLIP's
+MIN_CLASSIFIER_ALPHA = (
+    1e-3  # below this alpha, latents are read as if they held so much of the picture
+)
+MAX_LOGIT_SCALE = 100.0  # of the inverse temperature, as CLIP's
 
 
 class NoisyTower(nn.Module):
@@ -65,7 +67,7 @@ class NoisyTower(nn.Module):
         told = {"time_dim": time_dim, "scale_shift": True, "waves": waves}
         block = partial(ResBlock, **told, groups=groups, eps=1e-5, dropout=dropout)
         look = partial(SpatialTransformer, context_dim=0, heads=heads, depth=depth, groups=groups)
-        self.time_mlp = mlp(channels, time_dim)
+        self.time_mlp = build_mlp(channels, time_dim)
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         stages, last = [], channels
         for level, (times, attend) in enumerate(zip(multipliers, attention, strict=True)):
@@ -94,10 +96,12 @@ class NoisyTower(nn.Module):
             )
         t = t.to(x_t.device).expand(len(x_t))
         alpha, sigma = self.schedule(t)
-        alpha = alpha.clamp(min=LEAST_SIGNAL)
+        alpha = alpha.clamp(min=MIN_CLASSIFIER_ALPHA)
         told = timestep_embedding(self.schedule.timestep(t), self.channels).to(x_t.dtype)
         emb = F.silu(self.time_mlp(told))  # (B, T)
-        x = self.conv_in(expand(alpha / (alpha.square() + sigma.square()), x_t).to(x_t) * x_t)
+        x = self.conv_in(
+            expand_dims_like(alpha / (alpha.square() + sigma.square()), x_t).to(x_t) * x_t
+        )
         for stage in self.stages:
             x = stage(x, emb, (None, None))[-1]
         pooled = F.silu(self.norm_out(x)).mean((2, 3))
@@ -139,7 +143,7 @@ class NoisyClassifier(nn.Module):
     @property
     def scale(self) -> Tensor:
         """The learned inverse temperature, (1,)."""
-        return self.log_scale.clamp(max=math.log(MAX_SCALE)).exp()
+        return self.log_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp()
 
     def encode_texts(self, pooled: Tensor) -> Tensor:
         """Unit vectors (G, S) of the text encoder's pooled states (G, P)."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
-class PlaceMap(nn.Module):
+class PositionalMap(nn.Module):
     """A map over the grid, drawn by the embedding alone: weights for its lowest `waves`^2 cosines.
 
     A caption's summary that is added everywhere cannot say "red, on the left": convolutions do not

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.rng import generators
+from ldm.diffusion.rng import make_generators
 
-Fill = Callable[[Tensor, torch.Generator | None], object]  # writes random numbers into a tensor
+RandomFill = Callable[
+    [Tensor, torch.Generator | None], object
+]  # writes random numbers into a tensor
 
 
 class RandomLayer(nn.Module):
@@ -25,7 +27,7 @@ class RandomLayer(nn.Module):
         super().__init__()
         self.images: tuple[int, Sequence[int], str] | None = None  # seed, positions, stream
 
-    def draw(self, like: Tensor, fill: Fill) -> Tensor:
+    def draw(self, like: Tensor, fill: RandomFill) -> Tensor:
         """Random numbers (R, ...), float32, in the shape of `like`.
 
         Raises ValueError where the rows are no multiple of the images.
@@ -37,7 +39,7 @@ class RandomLayer(nn.Module):
         seed, positions, stream = self.images
         if len(like) % len(positions):
             raise ValueError(f"{len(like)} rows are no multiple of {len(positions)} images")
-        own = generators(seed, positions, stream=stream, device=like.device)
+        own = make_generators(seed, positions, stream=stream, device=like.device)
         for rows, generator in zip(numbers.chunk(len(positions)), own, strict=True):
             fill(rows, generator)
         return numbers
@@ -79,12 +81,14 @@ class GaussianNoise(RandomLayer):
         return x + self.std * eps.to(x.dtype)
 
 
-def random_layers(module: nn.Module) -> dict[str, RandomLayer]:
+def find_random_layers(module: nn.Module) -> dict[str, RandomLayer]:
     """The random layers of a module, by name."""
     return {n: layer for n, layer in module.named_modules() if isinstance(layer, RandomLayer)}
 
 
-def assign(layers: dict[str, RandomLayer], seed: int, positions: Sequence[int]) -> None:
+def assign_image_positions(
+    layers: dict[str, RandomLayer], seed: int, positions: Sequence[int]
+) -> None:
     """Say which images of the run the next batch has; the name of a layer is its stream."""
     for name, layer in layers.items():
         layer.images = (seed, tuple(positions), f"modules/{name}")

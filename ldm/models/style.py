@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from ldm.models.clip import Clip
 
 
-class ClipStyle(nn.Module):
+class ClipStyleEncoder(nn.Module):
     """The states of a CLIP's patches, of pictures whose content was shuffled away.
 
     A denoiser sees its own training picture through this, and what survives is all that it can
@@ -75,9 +75,9 @@ class ClipStyle(nn.Module):
     ) -> Tensor:
         """Features (B, N, F) of images (B, 3, H, W) in [-1, 1]; generators: one an image."""
         if training and self.recolour:
-            turns = permutations(3, generators, images.device)
+            turns = sample_permutations(3, generators, images.device)
             images = images.take_along_dim(turns[:, :, None, None], dim=1)
-        pixels = shuffled(self.clip.pixels(images), self.tiles, generators)
+        pixels = shuffle_tiles(self.clip.pixels(images), self.tiles, generators)
         states = self.clip.model.vision_model(pixel_values=pixels).last_hidden_state
         return states[:, 1:]  # without the class token
 
@@ -93,20 +93,20 @@ class ClipStyle(nn.Module):
         text = " ".join(self.named.sub("", caption).split())
         return re.sub(r"( ?,)+", ",", text).strip(" ,")
 
-    def train(self, mode: bool = True) -> "ClipStyle":
+    def train(self, mode: bool = True) -> "ClipStyleEncoder":
         """Stays in eval mode whatever the module around it is told."""
         return super().train(False)
 
 
-def shuffled(images: Tensor, tiles: int, generators: Sequence[Generator]) -> Tensor:
+def shuffle_tiles(images: Tensor, tiles: int, generators: Sequence[Generator]) -> Tensor:
     """Images (B, C, S, S) cut into tiles x tiles, in an order of each image's own."""
     cut = images.unflatten(3, (tiles, -1)).unflatten(2, (tiles, -1))  # (B, C, rows, y, columns, x)
     cut = cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (B, tiles^2, C, y, x)
-    order = permutations(tiles**2, generators, images.device)
+    order = sample_permutations(tiles**2, generators, images.device)
     cut = cut.take_along_dim(order[:, :, None, None, None], dim=1)
     return cut.unflatten(1, (tiles, tiles)).permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
 
 
-def permutations(n: int, generators: Sequence[Generator], device: torch.device) -> Tensor:
+def sample_permutations(n: int, generators: Sequence[Generator], device: torch.device) -> Tensor:
     """0 .. n - 1 in an order for each generator (B, n), which are the processor's."""
     return torch.stack([torch.randperm(n, generator=each) for each in generators]).to(device)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ldm.models.layers import Attention
 from ldm.models.random_layers import GaussianNoise
 
-TOKENS = 8
-NOISE = 0.4  # standard deviation in training, of a code whose own is 1
+NUM_STYLE_TOKENS = 8
+STYLE_CODE_NOISE_STD = 0.4  # standard deviation in training, of a code whose own is 1
 
 
 class StyleTokens(nn.Module):
@@ -43,11 +43,11 @@ class StyleTokens(nn.Module):
             nn.Linear(2 * width, code),
             nn.LayerNorm(code, elementwise_affine=False),
         )
-        self.noise = GaussianNoise(NOISE)
+        self.noise = GaussianNoise(STYLE_CODE_NOISE_STD)
         self.to_tokens = nn.Sequential(
-            nn.Linear(code, width), nn.SiLU(), nn.Linear(width, TOKENS * width)
+            nn.Linear(code, width), nn.SiLU(), nn.Linear(width, NUM_STYLE_TOKENS * width)
         )
-        self.to_emb = silent(nn.Linear(TOKENS * width, time_dim, bias=False))
+        self.to_emb = zero_linear_weights(nn.Linear(NUM_STYLE_TOKENS * width, time_dim, bias=False))
 
     def forward(self, style: Tensor) -> tuple[Tensor, Tensor]:
         """style (B, N, F) -> tokens (B, K, D), and what is added to the time embedding (B, T).
@@ -59,7 +59,7 @@ class StyleTokens(nn.Module):
         both = torch.cat([patches.mean(1), patches.amax(1)], dim=1)  # (B, 2 D)
         code = self.noise(self.to_code(both))  # (B, Z)
         told = self.to_tokens(code) * given  # (B, K D)
-        return told.unflatten(1, (TOKENS, -1)), self.to_emb(told)
+        return told.unflatten(1, (NUM_STYLE_TOKENS, -1)), self.to_emb(told)
 
 
 class StyleAttention(nn.Module):
@@ -69,14 +69,14 @@ class StyleAttention(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.attn = Attention(dim, context_dim=style_width, heads=heads)
-        self.attn.to_out = silent(nn.Linear(dim, dim, bias=False))
+        self.attn.to_out = zero_linear_weights(nn.Linear(dim, dim, bias=False))
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         """x (B, P, C), tokens (B, K, D) -> what is to be added to x."""
         return self.attn(self.norm(x), tokens)
 
 
-def silent(layer: nn.Linear) -> nn.Linear:
+def zero_linear_weights(layer: nn.Linear) -> nn.Linear:
     """The layer, with weights of zero."""
     nn.init.zeros_(layer.weight)
     return layer

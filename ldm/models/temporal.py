@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ldm.models.layers import Attention, timestep_embedding
 
 
-class Temporal(nn.Module):
+class TemporalLayers(nn.Module):
     """A mixer of frames after each stage of a UNet, and what each frame is told of its number.
 
     widths: channels after each stage. attend: which of them get attention beside the convolution.
@@ -38,7 +38,7 @@ class Temporal(nn.Module):
             for width, attended in zip(widths, attend, strict=True)
         )
         self.number = nn.Sequential(
-            nn.Linear(2 * time_dim, time_dim), nn.SiLU(), zeroed(nn.Linear(time_dim, time_dim))
+            nn.Linear(2 * time_dim, time_dim), nn.SiLU(), zero_module(nn.Linear(time_dim, time_dim))
         )
 
     def tell(self, emb: Tensor, frames: int) -> Tensor:
@@ -65,13 +65,13 @@ class TemporalBlock(nn.Module):
     def __init__(self, channels: int, *, time_dim: int, heads: int, groups: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-5)
-        self.conv = zeroed(nn.Conv2d(channels, channels, (3, 1), padding=(1, 0)))
+        self.conv = zero_module(nn.Conv2d(channels, channels, (3, 1), padding=(1, 0)))
         self.attn = None
         if heads:
             self.attn_norm = nn.LayerNorm(channels)
             self.place = nn.Linear(time_dim, channels)
             self.attn = Attention(channels, heads=heads)
-            zeroed(self.attn.to_out)
+            zero_module(self.attn.to_out)
 
     def forward(self, x: Tensor, numbers: Tensor) -> Tensor:
         """x (B F, C, h, w), numbers (F, T) -> as x."""
@@ -87,18 +87,18 @@ class TemporalBlock(nn.Module):
         return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
-def zeroed(layer: nn.Module) -> nn.Module:
+def zero_module(layer: nn.Module) -> nn.Module:
     """The layer with zeros for parameters."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
-def fold(videos: Tensor) -> Tensor:
+def fold_frames(videos: Tensor) -> Tensor:
     """(B, C, F, ...) -> pictures (B F, C, ...)."""
     return videos.transpose(1, 2).flatten(0, 1)
 
 
-def unfold(pictures: Tensor, frames: int) -> Tensor:
+def unfold_frames(pictures: Tensor, frames: int) -> Tensor:
     """(B F, C, ...) -> videos (B, C, F, ...)."""
     return pictures.unflatten(0, (-1, frames)).transpose(1, 2)

@@ -21,7 +21,7 @@ from ldm.models.layers import (
     timestep_embedding,
 )
 from ldm.models.style_attention import StyleAttention, StyleTokens
-from ldm.models.temporal import Temporal, fold, unfold
+from ldm.models.temporal import TemporalLayers, fold_frames, unfold_frames
 
 
 class UNet(nn.Module):
@@ -86,8 +86,8 @@ class UNet(nn.Module):
         width = self.widths[0]
         self.embedding = time_dim = embedding or 4 * width
         self.scale_shift, self.waves = scale_shift, waves
-        self.time_mlp = mlp(width, time_dim)
-        self.pooled_mlp = mlp(pooled_dim, time_dim) if pooled_dim else None
+        self.time_mlp = build_mlp(width, time_dim)
+        self.pooled_mlp = build_mlp(pooled_dim, time_dim) if pooled_dim else None
         told = context_dim or style_dim
         sizes = {"code": style_code, "width": told, "time_dim": time_dim}
         self.style = StyleTokens(style_dim, **sizes) if style_dim else None
@@ -119,7 +119,7 @@ class UNet(nn.Module):
         if temporal:
             widths, attend = self._stages()
             sizes = {"time_dim": time_dim, "heads": heads, "groups": groups}
-            self.temporal = Temporal(widths, attend, **sizes)
+            self.temporal = TemporalLayers(widths, attend, **sizes)
 
     def _build_stages(
         self, block: partial[ResBlock], transformer: partial[SpatialTransformer]
@@ -177,7 +177,7 @@ class UNet(nn.Module):
 
         It acts as zero at first.
         """
-        kinds = (StyleTokens, StyleAttention, Temporal)
+        kinds = (StyleTokens, StyleAttention, TemporalLayers)
         return tuple(f"{name}." for name, part in self.named_modules() if isinstance(part, kinds))
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -207,7 +207,7 @@ class UNet(nn.Module):
         context = tuple(
             None if part is None else part.repeat_interleave(frames, dim=0) for part in context
         )
-        return unfold(self._run(fold(x), F.silu(emb), context, frames), frames)
+        return unfold_frames(self._run(fold_frames(x), F.silu(emb), context, frames), frames)
 
     def _run(
         self,
@@ -255,14 +255,14 @@ class UNet(nn.Module):
                 f"height and width must be multiples of {multiple}"
             )
         if self.context_dim:
-            check_part("tokens", cond.tokens, batch=batch, width=self.context_dim)
+            check_condition_part("tokens", cond.tokens, batch=batch, width=self.context_dim)
         if self.pooled_dim:
-            check_part("pooled", cond.pooled, batch=batch, width=self.pooled_dim)
+            check_condition_part("pooled", cond.pooled, batch=batch, width=self.pooled_dim)
         if self.style_dim and cond.style is not None:
-            check_part("style", cond.style, batch=batch, width=self.style_dim)
+            check_condition_part("style", cond.style, batch=batch, width=self.style_dim)
 
 
-def check_part(name: str, part: Tensor | None, *, batch: int, width: int) -> None:
+def check_condition_part(name: str, part: Tensor | None, *, batch: int, width: int) -> None:
     """Raises ValueError unless the condition's part is there, for `batch` images, `width` wide."""
     shape = None if part is None else tuple(part.shape)
     if shape is None or (shape[0], shape[-1]) != (batch, width):
@@ -272,7 +272,7 @@ def check_part(name: str, part: Tensor | None, *, batch: int, width: int) -> Non
         )
 
 
-def mlp(in_features: int, out_features: int) -> nn.Sequential:
+def build_mlp(in_features: int, out_features: int) -> nn.Sequential:
     """Linear, SiLU, linear."""
     return nn.Sequential(
         nn.Linear(in_features, out_features), nn.SiLU(), nn.Linear(out_features, out_features)

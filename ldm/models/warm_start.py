@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from ldm.utils.checkpoint_file import CheckpointError
 
-FIRST = "conv_in.weight"  # (out, C, k, k): the one tensor that may be widened
+WIDENABLE_WEIGHT = "conv_in.weight"  # (out, C, k, k): the one tensor that may be widened
 
 
-def begin(network: nn.Module, state: dict[str, Tensor], *, what: str) -> list[str]:
+def warm_start(network: nn.Module, state: dict[str, Tensor], *, what: str) -> list[str]:
     """Load the tensors of another network; afterwards this one's answers are equal to its.
 
     A first convolution with more input channels than the other's gets zeros for those, so that they
@@ -50,7 +50,7 @@ def begin(network: nn.Module, state: dict[str, Tensor], *, what: str) -> list[st
 def is_widened(name: str, given: Tensor, tensor: Tensor) -> bool:
     """Whether a tensor is the first convolution's, and differs in input channels alone, upwards."""
     return (
-        name.endswith(FIRST)
+        name.endswith(WIDENABLE_WEIGHT)
         and given.ndim == tensor.ndim
         and given.shape[1] < tensor.shape[1]
         and (given.shape[0], *given.shape[2:]) == (tensor.shape[0], *tensor.shape[2:])

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-FILE = "whitening.safetensors"
-FLOOR = 0.02  # of the mean variance: what varies less is not blown up any further
+WHITENING_FILE = "whitening.safetensors"
+VARIANCE_FLOOR = 0.02  # of the mean variance: what varies less is not blown up any further
 
 
 class Whitening(nn.Module):
@@ -33,13 +33,14 @@ class Whitening(nn.Module):
         mean = states.mean(0)
         centred = (states - mean).double()
         variance, directions = torch.linalg.eigh(centred.T @ centred / len(states))
-        variance = variance.clamp(min=0) + FLOOR * variance.mean().clamp(min=1e-8)
+        variance = variance.clamp(min=0) + VARIANCE_FLOOR * variance.mean().clamp(min=1e-8)
         return cls(mean, (directions / variance.sqrt()).float())
 
     def save(self, folder: Path) -> None:
         """Write FILE into a folder that is there."""
         save_file(
-            {name: part.contiguous() for name, part in self.state_dict().items()}, folder / FILE
+            {name: part.contiguous() for name, part in self.state_dict().items()},
+            folder / WHITENING_FILE,
         )
 
     @classmethod
@@ -49,12 +50,14 @@ class Whitening(nn.Module):
         Raises OSError where it cannot be read, ValueError where it is for states of another width.
         """
         try:
-            parts = load_file(folder / FILE)
+            parts = load_file(folder / WHITENING_FILE)
         except SafetensorError as error:
-            raise OSError(f"{folder / FILE} cannot be read: {error}") from error
+            raise OSError(f"{folder / WHITENING_FILE} cannot be read: {error}") from error
         shapes = {name: tuple(part.shape) for name, part in parts.items()}
         if shapes != {"mean": (width,), "matrix": (width, width)}:
-            raise ValueError(f"{folder / FILE} is not for states {width} wide: it has {shapes}")
+            raise ValueError(
+                f"{folder / WHITENING_FILE} is not for states {width} wide: it has {shapes}"
+            )
         return cls(parts["mean"].float(), parts["matrix"].float())
 
     def forward(self, states: Tensor) -> Tensor:

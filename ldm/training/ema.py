@@ -32,7 +32,7 @@ class EMA(nn.Module):
         if skipped is None:
             torch._foreach_lerp_(averages, weights, 1 - decay)
         elif skipped.device.type != "cpu":
-            move(averages, weights, (1 - decay) * (1 - skipped))
+            lerp_by_tensor(averages, weights, (1 - decay) * (1 - skipped))
         elif skipped == 0:  # which costs nothing to ask there, as waiting for a device would
             torch._foreach_lerp_(averages, weights, 1 - decay)
         for average, value in zip(self.module.buffers(), denoiser.buffers(), strict=True):
@@ -43,7 +43,7 @@ class EMA(nn.Module):
         return super().train(False)
 
 
-def move(averages: list[Tensor], weights: list[Tensor], share: Tensor) -> None:
+def lerp_by_tensor(averages: list[Tensor], weights: list[Tensor], share: Tensor) -> None:
     """Lerp in place by a share () that only the device knows; 0 moves nothing.
 
     torch has no fused lerp for that. Some tensors at a time: the changes take memory.

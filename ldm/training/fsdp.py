@@ -17,7 +17,7 @@ from ldm.models.layers import ResBlock, SpatialTransformer
 from ldm.training.modules.diffusion import LatentDiffusion
 
 
-class Sharded(DDPStrategy):
+class FullyShardedStrategy(DDPStrategy):
     """LatentDiffusion with each weight, its gradient, average and optimizer state on one device.
 
     A block's weights come together while it computes. The averaged network is only stored in
@@ -65,7 +65,9 @@ class Sharded(DDPStrategy):
         for path, part in average.named_modules():
             for name, value in list(part.named_parameters(recurse=False)):
                 weight = weights[f"{path}.{name}".lstrip(".")]
-                setattr(part, name, nn.Parameter(shard(value, like=weight), requires_grad=False))
+                setattr(
+                    part, name, nn.Parameter(shard_tensor(value, like=weight), requires_grad=False)
+                )
 
     def on_validation_start(self) -> None:
         for part in self.lightning_module.ema.modules():
@@ -109,7 +111,7 @@ class Sharded(DDPStrategy):
             weights = [weight for group in optimizer.param_groups for weight in group["params"]]
             moments = {
                 i: {
-                    name: shard(value, like=weights[i]) if value.ndim else value
+                    name: shard_tensor(value, like=weights[i]) if value.ndim else value
                     for name, value in of_one.items()
                 }
                 for i, of_one in state["state"].items()
@@ -123,7 +125,7 @@ class Sharded(DDPStrategy):
             part.teardown()
 
 
-def shard(value: Tensor, *, like: DTensor) -> DTensor:
+def shard_tensor(value: Tensor, *, like: DTensor) -> DTensor:
     """This rank's part of a tensor that all ranks have, divided as `like` is."""
     whole = value.detach().contiguous()
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)

@@ -50,12 +50,12 @@ class AdamW:
         settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
 
         def adapt(optimizer: torch.optim.Optimizer) -> None:
-            same_layout(optimizer)
+            match_memory_layout(optimizer)
             for group, own in zip(optimizer.param_groups, settings, strict=True):
                 group.update(own, initial_lr=own["lr"])
 
         optimizer.register_load_state_dict_post_hook(adapt)
-        curve = Curve(optimizer, lambda step: self.factor(step, steps))
+        curve = ConfiguredLambdaLR(optimizer, lambda step: self.factor(step, steps))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": curve, "interval": "step"},
@@ -70,7 +70,7 @@ class AdamW:
         return warm * (0.5 + 0.5 * math.cos(math.pi * progress))
 
 
-class Curve(torch.optim.lr_scheduler.LambdaLR):
+class ConfiguredLambdaLR(torch.optim.lr_scheduler.LambdaLR):
     """A learning-rate curve that goes on with the learning rate it was made with.
 
     A state dict has the step alone to say: the rest is the configuration's, which may have changed.
@@ -82,7 +82,7 @@ class Curve(torch.optim.lr_scheduler.LambdaLR):
             group["lr"] = lr
 
 
-def same_layout(optimizer: torch.optim.Optimizer) -> None:
+def match_memory_layout(optimizer: torch.optim.Optimizer) -> None:
     """Lay loaded moments out in memory as their weights are.
 
     The fused AdamW walks through memory and heeds no strides: moments from a file that was written

@@ -22,29 +22,31 @@ import numpy as np
 import torch
 from torch import nn
 
-LONGEST = 12**-0.5  # of a profile that weighs all steps alike, gamma 0; below that the first count
+MAX_EMA_LENGTH = (
+    12**-0.5
+)  # of a profile that weighs all steps alike, gamma 0; below that the first count
 
 
-class Profile(NamedTuple):
+class EMAProfile(NamedTuple):
     """What an average weighs: how far it reaches back, as a share of the run, and from where."""
 
     length: float
     step: int  # of the optimizer, from 1
 
 
-class Mixture(NamedTuple):
+class EMAMixture(NamedTuple):
     """An average as a sum of others."""
 
     shares: np.ndarray  # (n,) of each, float64; they add up to 1, and some may be negative
     misfit: float  # relative distance of its profile from the one asked for; 0 is exact
 
 
-def exponent_of(length: float) -> float:
+def length_to_exponent(length: float) -> float:
     """gamma >= 0 of the profile of this length; ValueError outside (0, 0.2887]."""
-    if not 0 < length <= LONGEST:
+    if not 0 < length <= MAX_EMA_LENGTH:
         raise ValueError(
             f"an EMA length is the share of the run that it reaches back over, above 0 and at most "
-            f"{LONGEST:.4f} (all steps alike), not {length}; 0.05 to 0.15 are usual"
+            f"{MAX_EMA_LENGTH:.4f} (all steps alike), not {length}; 0.05 to 0.15 are usual"
         )
     # length^2 (gamma + 2)^2 (gamma + 3) = gamma + 1; of its roots the largest is the profile's.
     inverse = length**-2
@@ -52,19 +54,21 @@ def exponent_of(length: float) -> float:
     return max(0.0, float(roots.real.max()))
 
 
-def length_of(gamma: float) -> float:
+def exponent_to_length(gamma: float) -> float:
     """The standard deviation of the profile of this exponent, as a share of the run."""
     return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
 
-def decay(step: int, gamma: float) -> float:
+def power_ema_decay(step: int, gamma: float) -> float:
     """How much of the average of the step before remains in that of `step`, counted from 1."""
     return (1 - 1 / step) ** (gamma + 1)
 
 
-def overlaps(first: Sequence[Profile], second: Sequence[Profile]) -> np.ndarray:
+def profile_inner_products(first: Sequence[EMAProfile], second: Sequence[EMAProfile]) -> np.ndarray:
     """Inner products (len(first), len(second)) of profiles: the integral of p q over time."""
-    a, b = (np.array([exponent_of(each.length) for each in side]) for side in (first, second))
+    a, b = (
+        np.array([length_to_exponent(each.length) for each in side]) for side in (first, second)
+    )
     s, t = (np.array([each.step for each in side], dtype=float) for side in (first, second))
     a, s = a[:, None], s[:, None]
     # Of powers: (a + 1) (b + 1) / (a + b + 1) min(s, t)^(a + b + 1) / (s^(a + 1) t^(b + 1)),
@@ -74,7 +78,7 @@ def overlaps(first: Sequence[Profile], second: Sequence[Profile]) -> np.ndarray:
     return (a + 1) * (b + 1) / (a + b + 1) * ratio**outlives / np.maximum(s, t)
 
 
-def mixture(kept: Sequence[Profile], wanted: Profile) -> Mixture:
+def solve_mixture(kept: Sequence[EMAProfile], wanted: EMAProfile) -> EMAMixture:
     """The sum of kept profiles that is nearest to the wanted one, in the mean square over time.
 
     The shares are held to add up to 1, so that weights that never change stay as they are.
@@ -82,8 +86,8 @@ def mixture(kept: Sequence[Profile], wanted: Profile) -> Mixture:
     """
     if not kept or len(set(kept)) < len(kept):
         raise ValueError(f"it takes different profiles to make another, got {list(kept)}")
-    gram, target = overlaps(kept, kept), overlaps(kept, [wanted])[:, 0]
-    own = float(overlaps([wanted], [wanted])[0, 0])
+    gram, target = profile_inner_products(kept, kept), profile_inner_products(kept, [wanted])[:, 0]
+    own = float(profile_inner_products([wanted], [wanted])[0, 0])
     # Each profile at norm 1, for the sake of the solver; the last row is the sum of the shares.
     norm = np.sqrt(np.diagonal(gram))
     n = len(kept)
@@ -92,7 +96,7 @@ def mixture(kept: Sequence[Profile], wanted: Profile) -> Mixture:
     system[n, :n] = system[:n, n] = norm.min() / norm
     found = np.linalg.solve(system, np.append(target / norm, norm.min()))[:n] / norm
     square = 1 - 2 * (found @ target) / own + found @ gram @ found / own
-    return Mixture(found, math.sqrt(max(square, 0.0)))
+    return EMAMixture(found, math.sqrt(max(square, 0.0)))
 
 
 class PowerEMA(nn.Module):
@@ -114,7 +118,7 @@ class PowerEMA(nn.Module):
             ) from None
         if len(set(self.lengths)) < len(self.lengths):
             raise ValueError(f"phema.lengths={self.lengths} names a length twice")
-        self.exponents = [exponent_of(each) for each in self.lengths]
+        self.exponents = [length_to_exponent(each) for each in self.lengths]
         self.tracks = nn.ModuleList(
             copy.deepcopy(denoiser).eval().requires_grad_(False) for _ in self.lengths
         )
@@ -124,7 +128,9 @@ class PowerEMA(nn.Module):
         """Move towards `denoiser`, after optimizer step number `step`, counted from 1."""
         weights = list(denoiser.parameters())
         for gamma, track in zip(self.exponents, self.tracks, strict=True):
-            torch._foreach_lerp_(list(track.parameters()), weights, 1 - decay(step, gamma))
+            torch._foreach_lerp_(
+                list(track.parameters()), weights, 1 - power_ema_decay(step, gamma)
+            )
             for average, value in zip(track.buffers(), denoiser.buffers(), strict=True):
                 average.copy_(value)
 

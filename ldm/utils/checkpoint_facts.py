@@ -9,7 +9,7 @@ from torch import Tensor
 from ldm.utils.checkpoint_file import CheckpointError
 
 
-def state_of(payload: object, path: Path) -> dict[str, Tensor]:
+def read_state_dict(payload: object, path: Path) -> dict[str, Tensor]:
     """The weights of a checkpoint by name; CheckpointError where it has none, or other things."""
     state = payload.get("state_dict") if isinstance(payload, dict) else None
     if not isinstance(state, dict):
@@ -26,12 +26,12 @@ def state_of(payload: object, path: Path) -> dict[str, Tensor]:
     return state
 
 
-def read_facts(payload: object, path: Path) -> dict:
+def read_checkpoint_metadata(payload: object, path: Path) -> dict:
     """What a checkpoint says of itself: stage, config and the digests of its frozen parts.
 
     Raises CheckpointError where it says less, or its weights or its step are none.
     """
-    state_of(payload, path)
+    read_state_dict(payload, path)
     said = payload.get("ldm")
     step, stage = payload.get("global_step"), said.get("stage") if isinstance(said, dict) else None
     if not isinstance(stage, str) or not stage.isidentifier() or "config" not in said:
@@ -45,7 +45,7 @@ def read_facts(payload: object, path: Path) -> dict:
     return said
 
 
-def check_digests(said: dict, path: Path, names: Iterable[str]) -> None:
+def check_frozen_digests(said: dict, path: Path, names: Iterable[str]) -> None:
     """CheckpointError where a checkpoint has no digest of one of its frozen parts."""
     for name in names:
         if not isinstance(said["frozen"].get(name), str):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ldm.utils.files import forget_temporary, replacing
+from ldm.utils.files import delete_temporary_files, replace_file
 
 
 class SnapshotError(ValueError):
@@ -28,7 +28,7 @@ class Snapshot(NamedTuple):
     path: Path
 
 
-def write(folder: Path, step: int, averages: Mapping[float, Mapping[str, Tensor]]) -> None:
+def write_snapshot(folder: Path, step: int, averages: Mapping[float, Mapping[str, Tensor]]) -> None:
     """Store the state dicts of a step's averages, by length, in a file that is whole or not there.
 
     Raises OSError where it cannot be written.
@@ -40,19 +40,19 @@ def write(folder: Path, step: int, averages: Mapping[float, Mapping[str, Tensor]
         for name, tensor in state.items()
     }
     facts = json.dumps({"step": step, "lengths": list(averages)})
-    with replacing(_path(folder, step)) as file:
+    with replace_file(_path(folder, step)) as file:
         file.write(save(tensors, metadata={"ldm": facts}))
 
 
-def forget(folder: Path, *, after: int) -> None:
+def delete_snapshots_after(folder: Path, *, after: int) -> None:
     """Delete the snapshots of steps after `after`, and what a kill has left under other names."""
-    forget_temporary(folder, "step=*")
+    delete_temporary_files(folder, "step=*")
     for path in folder.glob("step=*.safetensors"):
         if path > _path(folder, after):
             path.unlink(missing_ok=True)
 
 
-def find(folder: Path, *, until: int) -> list[Snapshot]:
+def find_snapshots(folder: Path, *, until: int) -> list[Snapshot]:
     """The snapshots of a folder up to step `until`, in order; SnapshotError names a damaged one."""
     found = []
     for path in sorted(folder.glob("step=*.safetensors")):
@@ -71,7 +71,7 @@ def find(folder: Path, *, until: int) -> list[Snapshot]:
     return found
 
 
-def mixed(
+def combine_snapshots(
     snapshots: Sequence[Snapshot],
     shares: Sequence[float],
     *,

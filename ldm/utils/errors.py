@@ -8,7 +8,7 @@ class UsageError(ValueError):
     """A mistake that the user can mend: printed without a trace."""
 
 
-def nearest(key: str, known: Iterable[str]) -> str:
+def suggest_nearest(key: str, known: Iterable[str]) -> str:
     """' - did you mean ...?' for a mistyped key, or nothing."""
     # What is above a key, and what calls a function, is not what was meant.
     known = [k for k in known if not f"{key}.".startswith(f"{k}.") and not k.endswith("._target_")]

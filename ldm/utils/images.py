@@ -17,19 +17,19 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ldm.utils.files import read_regular, replacing
+from ldm.utils.files import read_regular_file, replace_file
 
-MOST = 2**28  # bytes of a picture that is read
+MAX_PNG_BYTES = 2**28  # bytes of a picture that is read
 
 
-def to_bytes(images: Tensor) -> Tensor:
+def to_uint8_tensor(images: Tensor) -> Tensor:
     """Images (n, 3, H, W) in [-1, 1] to uint8, rounded, on their device."""
     return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """Images (n, 3, H, W) in [-1, 1] to bytes (n, H, W, 3) on the host, rounded."""
-    return to_bytes(images).permute(0, 2, 3, 1).cpu().numpy()
+    return to_uint8_tensor(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def from_uint8(picture: np.ndarray) -> Tensor:
@@ -42,14 +42,14 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(to_uint8(image[None])[0])
 
 
-def tile(
+def make_image_grid(
     images: Sequence[Tensor] | Tensor, *, columns: int | None = None, gap: int = 2
 ) -> Image.Image:
     """One picture of n images (3, H, W) in [-1, 1], as square an arrangement as goes."""
     return _arrange([to_pil(image) for image in images], columns, gap)
 
 
-def untile(
+def split_image_grid(
     picture: Image.Image, n: int, *, columns: int | None = None, gap: int = 2
 ) -> list[Image.Image]:
     """The n pictures that `tile` has put together."""
@@ -60,7 +60,7 @@ def untile(
     return [picture.crop((x, y, x + width, y + height)) for x, y in corners]
 
 
-def captioned(
+def make_captioned_grid(
     images: Sequence[Tensor] | Tensor, captions: Sequence[str], *, columns: int | None = None
 ) -> Image.Image:
     """As `tile`, with a caption beneath each image, in four lines at most.
@@ -70,8 +70,8 @@ def captioned(
     factor = math.ceil(192 / images[0].shape[-1])
     pictures = [to_pil(image) for image in images]
     width, height = (side * factor for side in pictures[0].size)
-    letters, line = font(15), 20
-    texts = [wrap(caption, width, letters, most=4) for caption in captions]
+    letters, line = load_font(15), 20
+    texts = [wrap_text(caption, width, letters, most=4) for caption in captions]
     cards = []
     for picture, lines in zip(pictures, texts, strict=True):
         tall = height + max(map(len, texts)) * line + 6
@@ -97,14 +97,14 @@ def _arrange(pictures: Sequence[Image.Image], columns: int | None, gap: int) -> 
 
 
 @cache
-def font(size: int) -> ImageFont.FreeTypeFont:
+def load_font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, `size` pixels: it has Latin, Greek and Cyrillic, where Pillow's has ASCII."""
     import matplotlib  # a fifth of a second, and few ask for text
 
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 
 
-def wrap(text: str, width: float, font: ImageFont.FreeTypeFont, *, most: int) -> list[str]:
+def wrap_text(text: str, width: float, font: ImageFont.FreeTypeFont, *, most: int) -> list[str]:
     """`text` in at most `most` lines of `width` pixels.
 
     A word that is too long is cut in two, and a text that is too long ends in "...".
@@ -148,7 +148,7 @@ def save_png(image: Image.Image, path: Path, facts: dict) -> None:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         info.add_itxt(key, text.encode("utf-8", "replace"))  # half an emoji becomes "?"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with replace_file(path) as file:
         image.save(file, format="PNG", pnginfo=info)
 
 
@@ -158,7 +158,7 @@ def load_png(path: Path) -> tuple[Image.Image, dict]:
     Raises ValueError, which names the file, for what is no PNG.
     """
     try:
-        data = io.BytesIO(read_regular(path, most=MOST))
+        data = io.BytesIO(read_regular_file(path, most=MAX_PNG_BYTES))
         with warnings.catch_warnings(), Image.open(data, formats=["PNG"]) as image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             facts = {key: _fact(text) for key, text in image.text.items()}

@@ -9,18 +9,18 @@ import warnings
 from pathlib import Path
 from typing import BinaryIO
 
-from ldm.utils.files import check_own
+from ldm.utils.files import check_no_links
 
-TAKEN = (errno.EACCES, errno.EAGAIN)  # what else lockf says is about the file system
+LOCK_HELD_ERRNOS = (errno.EACCES, errno.EAGAIN)  # what else lockf says is about the file system
 # Longer than the 90 s for which an NFS server keeps the locks of a machine that fell silent.
-PATIENCE = 120.0
+LOCK_TIMEOUT = 120.0
 
 
 class InUseError(OSError):
     """A directory that another process works in."""
 
 
-def claim(directory: Path, *, patience: float = PATIENCE) -> BinaryIO:
+def lock_directory(directory: Path, *, patience: float = LOCK_TIMEOUT) -> BinaryIO:
     """Take a run or a sweep for this process, until it ends or the returned file is closed.
 
     A POSIX record lock: the kernel frees it with the process, however that ends; children do not
@@ -31,7 +31,7 @@ def claim(directory: Path, *, patience: float = PATIENCE) -> BinaryIO:
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / ".lock"
-    check_own(directory, [path.name])
+    check_no_links(directory, [path.name])
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     file = os.fdopen(descriptor, "r+b", buffering=0)
     began, told = time.monotonic(), False
@@ -40,7 +40,7 @@ def claim(directory: Path, *, patience: float = PATIENCE) -> BinaryIO:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except OSError as error:
-            if error.errno not in TAKEN:
+            if error.errno not in LOCK_HELD_ERRNOS:
                 warnings.warn(
                     f"the file system of {directory} knows no locks ({error.strerror}): nothing "
                     "keeps a second process from working in it",
@@ -49,7 +49,7 @@ def claim(directory: Path, *, patience: float = PATIENCE) -> BinaryIO:
                 break
             file.seek(0)
             holder, _, where = file.read().decode().strip().partition("\n")
-            remote = where not in ("", machine())
+            remote = where not in ("", machine_id())
             waited = time.monotonic() - began
             if waited > (patience if remote else 0.5):
                 file.close()
@@ -68,11 +68,11 @@ def claim(directory: Path, *, patience: float = PATIENCE) -> BinaryIO:
             time.sleep(0.5 if told else 0.05)  # `claimed` may be looking
     file.truncate(0)
     file.seek(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n{machine()}\n".encode())
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n{machine_id()}\n".encode())
     return file
 
 
-def claimed(directory: Path) -> bool:
+def is_directory_locked(directory: Path) -> bool:
     """Whether another process works in a run's or a sweep's directory.
 
     To ask for a directory that this process has claimed is to give it up.
@@ -85,11 +85,11 @@ def claimed(directory: Path) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        return error.errno in TAKEN
+        return error.errno in LOCK_HELD_ERRNOS
     return False
 
 
-def machine() -> str:
+def machine_id() -> str:
     """What tells a running kernel, which frees the locks of its dead, from any other's."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return boot.read_text().strip() if boot.is_file() else socket.gethostname()

@@ -4,22 +4,26 @@ import re
 import tempfile
 from pathlib import Path
 
-from ldm.utils.files import check_length, located
+from ldm.utils.files import check_path_length, resolve_path
 
-PICTURES = (".png",)
-FILMS = (".gif", ".webp", ".mp4")
+OUTPUT_IMAGE_SUFFIXES = (".png",)
+OUTPUT_VIDEO_SUFFIXES = (".gif", ".webp", ".mp4")
 
 
-def named(out: str | None, default: Path, *, moving: bool | None) -> Path:
+def resolve_output_file(out: str | None, default: Path, *, moving: bool | None) -> Path:
     """The file that `out` stands for: itself, with an ending, or one of a folder; else `default`.
 
     moving: whether videos are painted; None where that is not known yet. Nothing is made.
     Raises ValueError for a name that no file can have, and for an ending that is not written.
     """
-    kinds = {None: PICTURES + FILMS, False: PICTURES, True: FILMS}[moving]
+    kinds = {
+        None: OUTPUT_IMAGE_SUFFIXES + OUTPUT_VIDEO_SUFFIXES,
+        False: OUTPUT_IMAGE_SUFFIXES,
+        True: OUTPUT_VIDEO_SUFFIXES,
+    }[moving]
     default = default.with_suffix(kinds[0])
-    path = located(out) if out else default
-    check_length("out", path, more=len("-000_previews.png"))
+    path = resolve_path(out) if out else default
+    check_path_length("out", path, more=len("-000_previews.png"))
     if out and (out.endswith("/") or path.is_dir()):
         path = path / default.name
     ending = re.search(r"\.[a-z][a-z0-9]{1,4}$", path.name.lower())
@@ -28,17 +32,17 @@ def named(out: str | None, default: Path, *, moving: bool | None) -> Path:
     elif ending[0] in kinds:
         path = path.with_suffix(ending[0])
     else:
-        films = ", ".join(FILMS)
-        stills = f"pictures are written as {', '.join(PICTURES)}"
+        films = ", ".join(OUTPUT_VIDEO_SUFFIXES)
+        stills = f"pictures are written as {', '.join(OUTPUT_IMAGE_SUFFIXES)}"
         said = {None: f"{stills}, videos as {films}", False: stills}
         raise ValueError(f"out={out}: {said.get(moving, f'videos are written as {films}')}")
-    check_writer(path)
+    check_video_writer(path)
     return path
 
 
-def place(out: str | None, default: Path, *, moving: bool) -> Path:
+def prepare_output_file(out: str | None, default: Path, *, moving: bool) -> Path:
     """`named`, in a folder that is there from now on; ValueError where nothing can be written."""
-    path = named(out, default, moving=moving)
+    path = resolve_output_file(out, default, moving=moving)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
@@ -49,7 +53,7 @@ def place(out: str | None, default: Path, *, moving: bool) -> Path:
     return path
 
 
-def check_writer(path: Path) -> None:
+def check_video_writer(path: Path) -> None:
     """ValueError for ".mp4" where nothing is installed that writes it."""
     if path.suffix == ".mp4":
         try:

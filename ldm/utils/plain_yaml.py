@@ -2,11 +2,11 @@
 
 import yaml
 
-LONGEST = 2**20  # characters; configurations of runs have some 4,000
-DEEPEST = 20
+MAX_YAML_LENGTH = 2**20  # characters; configurations of runs have some 4,000
+MAX_YAML_DEPTH = 20
 
 
-class PlainLoader(yaml.SafeLoader):
+class PlainYamlLoader(yaml.SafeLoader):
     """A loader without tags of Python's, without aliases, and of a bounded depth."""
 
     depth = 0
@@ -16,32 +16,32 @@ class PlainLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has a YAML alias, which no configuration of a run has")
         self.depth += 1
-        if self.depth > DEEPEST:
-            raise yaml.YAMLError(f"it is nested more than {DEEPEST} deep")
+        if self.depth > MAX_YAML_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {MAX_YAML_DEPTH} deep")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
 
-def read_yaml(text: object) -> object:
+def parse_plain_yaml(text: object) -> object:
     """The plain values that a YAML text is; interpolations stay what they are, text.
 
     Raises ValueError, with the reason, for anything else.
     """
     if not isinstance(text, str):
         raise ValueError(f"it is no text, but of type {type(text).__name__}")
-    if len(text) > LONGEST:
-        raise ValueError(f"it has {len(text)} characters, and none has more than {LONGEST}")
+    if len(text) > MAX_YAML_LENGTH:
+        raise ValueError(f"it has {len(text)} characters, and none has more than {MAX_YAML_LENGTH}")
     try:
-        return PlainLoader(text).get_single_data()
+        return PlainYamlLoader(text).get_single_data()
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
         why = str(error).splitlines() or [type(error).__name__]
         raise ValueError(f"it is no YAML of plain values ({why[0]})") from error
 
 
-def read_mapping(text: object) -> dict[str, object]:
+def parse_plain_mapping(text: object) -> dict[str, object]:
     """The mapping that a YAML text is, as `read_yaml` reads it; ValueError for anything else."""
-    found = read_yaml(text)
+    found = parse_plain_yaml(text)
     if not isinstance(found, dict):
         raise ValueError(f"it is no mapping, but of type {type(found).__name__}")
     if odd := [key for key in found if not isinstance(key, str)]:

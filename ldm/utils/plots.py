@@ -15,11 +15,11 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from ldm.utils.images import font, to_pil, wrap
+from ldm.utils.images import load_font, to_pil, wrap_text
 
-SIDE = 128  # of a picture on a page
+FIGURE_IMAGE_SIZE = 128  # of a picture on a page
 GAP, MARGIN = 8, 24
-TITLE, LABEL, SMALL = 28, 20, 16  # heights of text
+TITLE_HEIGHT, LABEL_HEIGHT, NOTE_HEIGHT = 28, 20, 16  # heights of text
 INK, GREY, ACCENT = "#1a1a1a", "#666666", "#1f5fbf"
 
 _DPI = 100
@@ -28,7 +28,7 @@ _BOLD = 1.15  # bold letters are so much wider
 
 
 @dataclass(frozen=True)
-class Row:
+class ImageRow:
     """Pictures (3, H, W) in [-1, 1] side by side, a line above them, a note beneath each."""
 
     label: str
@@ -37,7 +37,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Change:
+class ImageChange:
     """Two pictures that differ in one thing, and words with their cosines to the difference."""
 
     label: str
@@ -61,7 +61,7 @@ class Page:
         y: float,
         text: str,
         *,
-        size: int = LABEL,
+        size: int = LABEL_HEIGHT,
         colour: str = INK,
         bold: bool = False,
         align: str = "left",
@@ -99,11 +99,11 @@ class Page:
 
     def heading(self, title: str, told: str) -> int:
         """The title and a paragraph under it; returns where the next thing may begin."""
-        self.text(MARGIN, MARGIN, title, size=TITLE, bold=True, math=True)
-        top = MARGIN + round(TITLE * 1.7)
-        lines = paragraph(told, self.width - 2 * MARGIN)
+        self.text(MARGIN, MARGIN, title, size=TITLE_HEIGHT, bold=True, math=True)
+        top = MARGIN + round(TITLE_HEIGHT * 1.7)
+        lines = wrap_paragraph(told, self.width - 2 * MARGIN)
         self.text(MARGIN, top, "\n".join(lines), colour=GREY)
-        return heading_height(told, self.width)
+        return measure_heading(told, self.width)
 
     def image(self) -> Image.Image:
         """The page as a picture."""
@@ -113,18 +113,20 @@ class Page:
         return Image.fromarray(np.asarray(self.canvas.buffer_rgba())[..., :3].copy())
 
 
-def paragraph(text: str, width: float, *, size: int = LABEL, most: int = 4) -> list[str]:
+def wrap_paragraph(
+    text: str, width: float, *, size: int = LABEL_HEIGHT, most: int = 4
+) -> list[str]:
     """`text` in lines of `width` pixels, not more than `most`."""
-    return wrap(text, width, font(size), most=most)
+    return wrap_text(text, width, load_font(size), most=most)
 
 
-def heading_height(told: str, width: int) -> int:
+def measure_heading(told: str, width: int) -> int:
     """Pixels that a heading takes on a page of `width`."""
-    lines = paragraph(told, width - 2 * MARGIN)
-    return MARGIN + round(TITLE * 1.7) + round(len(lines) * LABEL * _LINE) + 2 * GAP
+    lines = wrap_paragraph(told, width - 2 * MARGIN)
+    return MARGIN + round(TITLE_HEIGHT * 1.7) + round(len(lines) * LABEL_HEIGHT * _LINE) + 2 * GAP
 
 
-def shown(image: Tensor, side: int = SIDE) -> Image.Image:
+def resize_longer_side(image: Tensor, side: int = FIGURE_IMAGE_SIZE) -> Image.Image:
     """A picture (3, H, W) in [-1, 1] whose longer side has `side` pixels.
 
     Where that is a whole factor, its pixels are seen as they are.
@@ -136,35 +138,44 @@ def shown(image: Tensor, side: int = SIDE) -> Image.Image:
     return picture.resize(size, Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS)
 
 
-def grid(title: str, told: str, rows: Sequence[Row], *, heads: Sequence[str] = ()) -> Image.Image:
+def draw_image_grid(
+    title: str, told: str, rows: Sequence[ImageRow], *, heads: Sequence[str] = ()
+) -> Image.Image:
     """A page of rows of pictures; `heads` above the columns may have formulas between dollars."""
     columns = max(len(row.images) for row in rows)
-    width = max(columns * (SIDE + GAP) - GAP, 760) + 2 * MARGIN
-    line, note = round(LABEL * _LINE), round(SMALL * 1.5)
-    labels = [paragraph(row.label, (width - 2 * MARGIN) / _BOLD, most=2) for row in rows]
+    width = max(columns * (FIGURE_IMAGE_SIZE + GAP) - GAP, 760) + 2 * MARGIN
+    line, note = round(LABEL_HEIGHT * _LINE), round(NOTE_HEIGHT * 1.5)
+    labels = [wrap_paragraph(row.label, (width - 2 * MARGIN) / _BOLD, most=2) for row in rows]
     heights = [
-        len(label) * line + SIDE + (note if row.notes else 0) + 3 * GAP
+        len(label) * line + FIGURE_IMAGE_SIZE + (note if row.notes else 0) + 3 * GAP
         for label, row in zip(labels, rows, strict=True)
     ]
     head = line + GAP if heads else 0
-    page = Page(width, heading_height(told, width) + head + sum(heights) + GAP)
+    page = Page(width, measure_heading(told, width) + head + sum(heights) + GAP)
     y = page.heading(title, told)
-    lefts = [MARGIN + i * (SIDE + GAP) for i in range(columns)]
+    lefts = [MARGIN + i * (FIGURE_IMAGE_SIZE + GAP) for i in range(columns)]
     for x, text in zip(lefts, heads, strict=False):
-        page.text(x + SIDE / 2, y, text, align="center", math=True)
+        page.text(x + FIGURE_IMAGE_SIZE / 2, y, text, align="center", math=True)
     y += head
     for row, label, height in zip(rows, labels, heights, strict=True):
         page.text(MARGIN, y, "\n".join(label), bold=True)
         top = y + len(label) * line + 4
         for x, image in zip(lefts, row.images, strict=False):
-            page.picture(x, top, shown(image))
+            page.picture(x, top, resize_longer_side(image))
         for x, text in zip(lefts, row.notes, strict=False):
-            page.text(x + SIDE / 2, top + SIDE + 4, text, size=SMALL, colour=GREY, align="center")
+            page.text(
+                x + FIGURE_IMAGE_SIZE / 2,
+                top + FIGURE_IMAGE_SIZE + 4,
+                text,
+                size=NOTE_HEIGHT,
+                colour=GREY,
+                align="center",
+            )
         y += height
     return page.image()
 
 
-def similarity(
+def draw_similarity_matrix(
     title: str,
     told: str,
     images: Sequence[Tensor],
@@ -172,7 +183,7 @@ def similarity(
     cosines: np.ndarray,
     *,
     below: str,
-    changes: Sequence[Change],
+    changes: Sequence[ImageChange],
 ) -> Image.Image:
     """A page with cosines (m, n) of captions (rows) and pictures (columns), and `changes` below.
 
@@ -180,29 +191,29 @@ def similarity(
     """
     words_wide, side, cell = 320, 104, 68
     width = 2 * MARGIN + words_wide + len(images) * (side + GAP)
-    between = paragraph(below, width - 2 * MARGIN)
-    block = 5 * round(SMALL * 1.5) + round(LABEL * 1.7) + 3 * GAP
-    top = heading_height(told, width)
+    between = wrap_paragraph(below, width - 2 * MARGIN)
+    block = 5 * round(NOTE_HEIGHT * 1.5) + round(LABEL_HEIGHT * 1.7) + 3 * GAP
+    top = measure_heading(told, width)
     lower = top + side + GAP + len(captions) * (cell + 2) + 3 * GAP
-    blocks = lower + round(len(between) * LABEL * _LINE) + 2 * GAP
+    blocks = lower + round(len(between) * LABEL_HEIGHT * _LINE) + 2 * GAP
     page = Page(width, blocks + (len(changes) + 1) // 2 * block + MARGIN)
     page.heading(title, told)
     lefts = [MARGIN + words_wide + GAP + i * (side + GAP) for i in range(len(images))]
     for x, image in zip(lefts, images, strict=True):
-        page.picture(x, top, shown(image, side))
+        page.picture(x, top, resize_longer_side(image, side))
     low, high = cosines.min(), cosines.max()
     for i, (caption, row) in enumerate(zip(captions, cosines, strict=True)):
         y = top + side + GAP + i * (cell + 2)
-        said = paragraph(caption, words_wide - GAP, size=SMALL, most=3)
-        free = cell - len(said) * SMALL * _LINE
-        page.text(MARGIN, y + free / 2, "\n".join(said), size=SMALL)
+        said = wrap_paragraph(caption, words_wide - GAP, size=NOTE_HEIGHT, most=3)
+        free = cell - len(said) * NOTE_HEIGHT * _LINE
+        page.text(MARGIN, y + free / 2, "\n".join(said), size=NOTE_HEIGHT)
         for j, (x, value) in enumerate(zip(lefts, row, strict=True)):
             share = (value - low) / max(high - low, 1e-9)
             page.box(x, y, side, cell, _blue(share))
             best = value >= max(row.max(), cosines[:, j].max())
             page.text(
                 x + side / 2,
-                y + (cell - LABEL) / 2,
+                y + (cell - LABEL_HEIGHT) / 2,
                 f"{value:.2f}",
                 colour="white" if share > 0.55 else INK,
                 bold=best,
@@ -211,27 +222,29 @@ def similarity(
     page.text(MARGIN, lower, "\n".join(between), colour=GREY)
     for i, change in enumerate(changes):
         x = MARGIN + i % 2 * (width // 2 - MARGIN // 2)
-        _change(page, x, blocks + i // 2 * block, change, width // 2 - 2 * MARGIN)
+        _draw_change(page, x, blocks + i // 2 * block, change, width // 2 - 2 * MARGIN)
     return page.image()
 
 
-def _change(page: Page, x: int, y: int, change: Change, width: int) -> None:
+def _draw_change(page: Page, x: int, y: int, change: ImageChange, width: int) -> None:
     """The two pictures, and a bar a word."""
     page.text(x, y, change.label, bold=True)
-    y += round(LABEL * 1.7)
-    for offset, image in ((0, change.before), (SIDE + 3 * GAP, change.after)):
-        page.picture(x + offset, y, shown(image))
-    page.text(x + SIDE + 1.5 * GAP, y + SIDE / 2 - 12, "›", align="center")
-    left = x + 2 * SIDE + 5 * GAP
-    bars, room = left + 100, width - (2 * SIDE + 5 * GAP) - 160
+    y += round(LABEL_HEIGHT * 1.7)
+    for offset, image in ((0, change.before), (FIGURE_IMAGE_SIZE + 3 * GAP, change.after)):
+        page.picture(x + offset, y, resize_longer_side(image))
+    page.text(
+        x + FIGURE_IMAGE_SIZE + 1.5 * GAP, y + FIGURE_IMAGE_SIZE / 2 - 12, "›", align="center"
+    )
+    left = x + 2 * FIGURE_IMAGE_SIZE + 5 * GAP
+    bars, room = left + 100, width - (2 * FIGURE_IMAGE_SIZE + 5 * GAP) - 160
     for i, (word, cosine) in enumerate(change.words):
-        top = y + i * round(SMALL * 1.5)
+        top = y + i * round(NOTE_HEIGHT * 1.5)
         right = word == change.right
         colour = ACCENT if right else GREY
-        page.text(left, top, word, size=SMALL, bold=right, colour=colour)
-        page.box(bars, top + 1, max(cosine, 0) * room, SMALL, colour if right else "#cccccc")
+        page.text(left, top, word, size=NOTE_HEIGHT, bold=right, colour=colour)
+        page.box(bars, top + 1, max(cosine, 0) * room, NOTE_HEIGHT, colour if right else "#cccccc")
         at = bars + max(cosine, 0) * room + GAP
-        page.text(at, top, f"{cosine:.2f}", size=SMALL, colour=colour)
+        page.text(at, top, f"{cosine:.2f}", size=NOTE_HEIGHT, colour=colour)
 
 
 def _blue(share: float) -> tuple[float, ...]:

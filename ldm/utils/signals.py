@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import parent_process
 
-STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-AGAIN = 75  # EX_TEMPFAIL of sysexits.h: try again
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+EX_TEMPFAIL = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
-class Signals:
+class StopSignals:
     """Listens to the signals that ask this process to stop.
 
     The first one is noted in `received`, for a training that saves before it leaves; while
@@ -29,10 +29,12 @@ class Signals:
     def listen(self) -> None:
         """Take the place of whoever listens now, for all of them at the same moment."""
         self.process = os.getpid()
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-        for number in STOPS:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # also where this is started `withheld`
+        signal.pthread_sigmask(
+            signal.SIG_UNBLOCK, STOP_SIGNALS
+        )  # also where this is started `withheld`
 
     def leave_at_once(self) -> None:
         """From now on a signal ends the process; so does one that was noted before."""
@@ -57,7 +59,7 @@ class Signals:
 
     def code(self) -> int:
         """The exit code: 75 ("the same command goes on"), or 130 after SIGINT."""
-        return 130 if self.received == signal.SIGINT else AGAIN
+        return 130 if self.received == signal.SIGINT else EX_TEMPFAIL
 
     def requeue(self) -> None:
         """Ask SLURM to run this job again, where a user signal has said that its time ends."""
@@ -84,20 +86,20 @@ class Signals:
 
 
 @contextmanager
-def withheld() -> Iterator[None]:
+def block_stop_signals() -> Iterator[None]:
     """Processes that are started in this block do not get these signals, unless they ask for them.
 
     Who sends a signal to all processes of a run (a terminal, timeout, systemd, SLURM) asks the run
     to stop, and the run still needs its data workers. What arrives here waits for the block's end.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def obey_parent(worker: int = 0) -> None:
+def stop_with_parent(worker: int = 0) -> None:
     """Have a worker that was started in `withheld` end by its parent's SIGTERM alone."""
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])

@@ -5,13 +5,18 @@ import sys
 import unicodedata
 
 # Letters that turn the direction of a line, so that it reads otherwise than it is.
-TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-HIDDEN = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control letters, halves of letters, line ends
+BIDI_CONTROLS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+CONTROL_CATEGORIES = (
+    "Cc",
+    "Cs",
+    "Zl",
+    "Zp",
+)  # Unicode's control letters, halves of letters, line ends
 # What a spreadsheet takes for a formula: OWASP, "CSV Injection".
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
+FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
 
 
-def prose(typed: str) -> str:
+def replace_invalid_bytes(typed: str) -> str:
     """A text of the command line for networks to read: a byte that is no UTF-8 becomes U+FFFD.
 
     Such bytes arrive as lone surrogates. They are kept in paths, which they belong to.
@@ -19,25 +24,26 @@ def prose(typed: str) -> str:
     return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def printable(text: str, *, keep: str = "") -> str:
+def escape_control_characters(text: str, *, keep: str = "") -> str:
     """The text with control letters as escapes, `\\x1b`: a terminal would obey them."""
     return "".join(
         letter.encode("unicode_escape").decode()
-        if letter not in keep and (letter in TURNS or unicodedata.category(letter) in HIDDEN)
+        if letter not in keep
+        and (letter in BIDI_CONTROLS or unicodedata.category(letter) in CONTROL_CATEGORIES)
         else letter
         for letter in text
     )
 
 
-def cell(value: object) -> object:
+def format_csv_cell(value: object) -> object:
     """A value for a CSV file; a text that a spreadsheet would run gets an apostrophe before it."""
     if not isinstance(value, str):
         return value
     is_number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-](inf|nan)", value, re.I)
-    text = value if is_number or not value.startswith(FORMULA) else f"'{value}"
-    return printable(text, keep="\n\t")
+    text = value if is_number or not value.startswith(FORMULA_PREFIXES) else f"'{value}"
+    return escape_control_characters(text, keep="\n\t")
 
 
-def often() -> float:
+def get_progress_interval() -> float:
     """Seconds from one drawing of a bar to the next: long in a file, where each is a line."""
     return 0.1 if sys.stderr.isatty() else 15.0

@@ -12,34 +12,36 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ldm.utils.files import replacing
-from ldm.utils.images import tile, to_pil
+from ldm.utils.files import replace_file
+from ldm.utils.images import make_image_grid, to_pil
 
 _DESCRIPTION = 0x010E  # EXIF 2.32, table 4
 
 
-def strip(video: Tensor) -> Tensor:
+def join_frames(video: Tensor) -> Tensor:
     """The frames of a video (3, F, H, W) beside one another, (3, H, F W)."""
     return video.transpose(1, 2).flatten(2)
 
 
-def pages(videos: Sequence[Tensor]) -> list[Image.Image]:
+def to_pil_frames(videos: Sequence[Tensor]) -> list[Image.Image]:
     """The frames of n videos (3, F, H, W) in [-1, 1], which run beside one another where n > 1."""
     if len(videos) == 1:
         return [to_pil(frame) for frame in videos[0].unbind(1)]
-    return [tile(frames) for frames in zip(*(each.unbind(1) for each in videos), strict=True)]
+    return [
+        make_image_grid(frames) for frames in zip(*(each.unbind(1) for each in videos), strict=True)
+    ]
 
 
-def save(
+def save_videos(
     videos: Sequence[Tensor], path: Path, singles: Sequence[dict], facts: dict, *, fps: float
 ) -> None:
     """n videos (3, F, H, W) beside one another at `path`, and each with its facts as <path>_000."""
     for i, (video, single) in enumerate(zip(videos, singles, strict=True)):
-        save_film(pages([video]), path.with_stem(f"{path.stem}_{i:03d}"), single, fps=fps)
-    save_film(pages(videos), path, facts, fps=fps)
+        save_video(to_pil_frames([video]), path.with_stem(f"{path.stem}_{i:03d}"), single, fps=fps)
+    save_video(to_pil_frames(videos), path, facts, fps=fps)
 
 
-def save_film(frames: Sequence[Image.Image], path: Path, facts: dict, *, fps: float) -> None:
+def save_video(frames: Sequence[Image.Image], path: Path, facts: dict, *, fps: float) -> None:
     """Pictures of one size as a video of the suffix's kind, shown again and again.
 
     It carries `facts` as JSON: GIF as comment, WebP as EXIF description, MP4 as comment. WebP is
@@ -47,7 +49,7 @@ def save_film(frames: Sequence[Image.Image], path: Path, facts: dict, *, fps: fl
     """
     said = json.dumps(facts)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with replace_file(path) as file:
         if path.suffix == ".mp4":
             _write_mp4(frames, file, said, fps)
             return

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ldm.data.dataset import TextImages
-from ldm.data.shards.reader import Shards, write_shard
+from ldm.data.dataset import TextImageDataset
+from ldm.data.shards.reader import ShardReader, write_shard
 
 COLOURS = ("red", "lime", "blue", "white", "magenta", "gold", "cyan", "black")
 
@@ -51,6 +51,6 @@ def write(folder: Path, numbers: range, *, size: int = 16, most: int = 2) -> Pat
     return folder
 
 
-def images(folder: Path, *, size: int = 16) -> TextImages:
+def images(folder: Path, *, size: int = 16) -> TextImageDataset:
     """The pictures of such a folder as a validation has them."""
-    return TextImages(Shards(str(folder)), size=size, seed=0, train=False)
+    return TextImageDataset(ShardReader(str(folder)), size=size, seed=0, train=False)

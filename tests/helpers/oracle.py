@@ -10,8 +10,8 @@ import sys
 import torch
 
 from ldm.diffusion.objective import Prediction
-from ldm.diffusion.samplers.spacing import time_at
-from ldm.diffusion.schedules import Flow, cosine, linear, scaled_linear
+from ldm.diffusion.samplers.spacing import find_timesteps_at_ratio
+from ldm.diffusion.schedules import FlowSchedule, cosine, linear, scaled_linear
 
 SCHEDULES = {
     "linear": (linear(), {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}),
@@ -20,7 +20,7 @@ SCHEDULES = {
         {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
     ),
     "cosine": (cosine(), {"beta_schedule": "squaredcos_cap_v2"}),
-    "flow": (Flow(), {"use_flow_sigmas": True}),
+    "flow": (FlowSchedule(), {"use_flow_sigmas": True}),
 }
 KINDS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
 STEPS = [5, 20, 50]
@@ -96,7 +96,9 @@ def grid(scheduler, schedule):
         times = (scheduler.timesteps.double() + 1) / 1000
         return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
     sigmas = torch.stack(once(scheduler, sigmas)).double()
-    return sigmas if isinstance(schedule, Flow) else time_at(schedule, sigmas)
+    return (
+        sigmas if isinstance(schedule, FlowSchedule) else find_timesteps_at_ratio(schedule, sigmas)
+    )
 
 
 def once(scheduler, values):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from ldm.data.image_decoding import crop, read_image, resize_short, to_tensor
+from ldm.data.image_decoding import crop_square, pil_to_tensor, read_image, resize_short_side
 
 ROOT = Path(os.environ.get("LDM_TEST_DATA", "/work/shared/data"))
 
@@ -21,18 +21,19 @@ def folder(name: str) -> Path:
 def emoji(n: int) -> list[Tensor]:
     """n emoji of 64 x 64 pixels, spread over the set."""
     files = sorted(folder("emoji64").glob("images/*.png"))
-    return [to_tensor(read_image(file)) for file in files[:: len(files) // n][:n]]
+    return [pil_to_tensor(read_image(file)) for file in files[:: len(files) // n][:n]]
 
 
 def coco(n: int) -> list[Tensor]:
     """The first n photographs, each in its own size."""
     files = sorted(folder("coco_mini").glob("val2017/*.jpg"))[:n]
-    return [to_tensor(read_image(file)) for file in files]
+    return [pil_to_tensor(read_image(file)) for file in files]
 
 
 def squares(n: int, size: int) -> list[Tensor]:
     """The middle of the first n photographs."""
     files = sorted(folder("coco_mini").glob("val2017/*.jpg"))[:n]
     return [
-        to_tensor(crop(resize_short(read_image(file), size), size, x=0.5, y=0.5)) for file in files
+        pil_to_tensor(crop_square(resize_short_side(read_image(file), size), size, x=0.5, y=0.5))
+        for file in files
     ]

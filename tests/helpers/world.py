@@ -11,19 +11,19 @@ from PIL import Image, ImageDraw
 from ldm.data.datamodule import TextImageData
 from ldm.data.dataset import Batch, collate
 from ldm.data.shards.reader import write_shard
-from ldm.diffusion.guidance.base import ClassifierFree
+from ldm.diffusion.guidance.base import ClassifierFreeGuidance
 from ldm.diffusion.objective import Objective, Prediction
-from ldm.diffusion.samplers.base import DDIM
+from ldm.diffusion.samplers.base import DDIMSampler
 from ldm.diffusion.schedules import scaled_linear
 from ldm.diffusion.tasks.base import TextToImage
-from ldm.diffusion.timesteps import PowerTimes
+from ldm.diffusion.timesteps import PowerTimestepSampler
 from ldm.diffusion.weightings import UniformWeighting
 from ldm.inference.pipeline import Pipeline
-from ldm.models.autoencoder import AutoencoderKL, Identity
-from ldm.models.text.clip import ClipText
+from ldm.models.autoencoder import AutoencoderKL, IdentityAutoencoder
+from ldm.models.text.clip import ClipTextEncoder
 from ldm.models.unet import UNet
 from ldm.training.callbacks.checkpoint_payload import SafeCheckpointIO
-from ldm.training.callbacks.monitoring import Meter
+from ldm.training.callbacks.monitoring import ThroughputMonitor
 from ldm.training.modules.diffusion import LatentDiffusion
 from ldm.training.optimizers import AdamW
 
@@ -74,11 +74,11 @@ def val_batch(data: TextImageData, indices: Sequence[int]) -> Batch:
 
 
 def objective() -> Objective:
-    weighting, times = UniformWeighting(), PowerTimes()
+    weighting, times = UniformWeighting(), PowerTimestepSampler()
     return Objective(scaled_linear(), Prediction("v"), weighting=weighting, time_sampler=times)
 
 
-def unet(text: ClipText) -> UNet:
+def unet(text: ClipTextEncoder) -> UNet:
     """Always the same weights, and none at an initial zero that would hide a mistake."""
     torch.manual_seed(0)
     sizes = {"channels": 16, "multipliers": (1,), "blocks": 1, "heads": 2, "groups": 8}
@@ -97,7 +97,7 @@ def small_autoencoder() -> AutoencoderKL:
     return AutoencoderKL(latent_channels=3, **sizes, attention=False)
 
 
-def pipeline(text: ClipText, *, scale: float = 3.0, eta: float = 0.0) -> Pipeline:
+def pipeline(text: ClipTextEncoder, *, scale: float = 3.0, eta: float = 0.0) -> Pipeline:
     """Of untrained parts; with eta=1 there is noise in each step, so that it counts as well."""
     return Pipeline(
         unet(text).eval(),
@@ -105,16 +105,18 @@ def pipeline(text: ClipText, *, scale: float = 3.0, eta: float = 0.0) -> Pipelin
         text=text,
         objective=objective(),
         task=TextToImage(),
-        sampler=DDIM(eta=eta),
-        guidance=ClassifierFree(scale=scale),
+        sampler=DDIMSampler(eta=eta),
+        guidance=ClassifierFreeGuidance(scale=scale),
     )
 
 
-def latent_diffusion(text: ClipText, *, autoencoder=None, lr=1e-3, **changes) -> LatentDiffusion:
+def latent_diffusion(
+    text: ClipTextEncoder, *, autoencoder=None, lr=1e-3, **changes
+) -> LatentDiffusion:
     """In pixel space, unless there is an autoencoder (of three channels)."""
     return LatentDiffusion(
         unet(text),
-        autoencoder or Identity(),
+        autoencoder or IdentityAutoencoder(),
         text,
         objective(),
         TextToImage(),
@@ -149,7 +151,7 @@ def make_trainer(
         use_distributed_sampler=False,
         inference_mode=False,
         plugins=[SafeCheckpointIO()],
-        callbacks=[Meter(every=1), *callbacks],
+        callbacks=[ThroughputMonitor(every=1), *callbacks],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

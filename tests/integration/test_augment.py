@@ -13,13 +13,13 @@ from shell import run, wait_for
 from test_evaluate import Home
 from world import CAPTIONS, write_shapes
 
-from ldm.cli import augment
-from ldm.config import command_line
-from ldm.config.command_line import CONF
-from ldm.data.prepare.synthetic import Part, Sift, parts
-from ldm.data.shards.reader import Shards
+from ldm.cli.augment import AUGMENT_TEXT_OPTIONS, augment_dataset
+from ldm.config.command_line import convert_to_usage_errors
+from ldm.config.suggestions import CONF_DIR
+from ldm.data.prepare.synthetic import GeneratedShard, ScoreFilter, plan_shards
+from ldm.data.shards.reader import ShardReader
 from ldm.utils.errors import UsageError
-from ldm.utils.locks import claim
+from ldm.utils.locks import lock_directory
 
 BRIEF = ["device=cpu", "steps=1", "n=10", "samples_per_shard=4", "batch=3"]
 TEMPLATE = "a {colour} {label}, dotted, on a {colour2} background"
@@ -46,13 +46,13 @@ def paint(home):
     """Paints a set by a function call; `given` are texts of the command line."""
 
     def call(out: str, *overrides: str, words=WORDS, template: str | None = TEMPLATE, **given):
-        with initialize_config_dir(CONF, version_base="1.3"):
+        with initialize_config_dir(CONF_DIR, version_base="1.3"):
             cfg = compose("augment", overrides=[*BRIEF, *overrides])
-        asked = {name: cfg[name] for name in augment.TEXTS}
+        asked = {name: cfg[name] for name in AUGMENT_TEXT_OPTIONS}
         asked |= {"ckpt": f"{home.path}/runs/drawn", "clip": f"{home.path}/clip"}
         words = {} if template is None else words
-        with command_line.told_plainly():
-            augment.augment(cfg, asked | {"out": out, "template": template, **given}, words)
+        with convert_to_usage_errors():
+            augment_dataset(cfg, asked | {"out": out, "template": template, **given}, words)
 
     return call
 
@@ -64,7 +64,7 @@ def contents(folder: str) -> dict[str, bytes]:
 
 
 def records(folder: str) -> list[dict]:
-    shards = Shards(folder)
+    shards = ShardReader(folder)
     found = []
     for i in range(len(shards)):
         offset, size = shards.index.places(i)[2]
@@ -102,7 +102,7 @@ def test_a_picture_depends_on_its_seed_alone(paint):
     paint("b", "batch=1", "seed=4", "n=6", "samples_per_shard=2")
     a, b = (
         {one["seed"]: (one["prompt"], shards.read(i).image) for i, one in enumerate(records(name))}
-        for name, shards in (("a", Shards("a")), ("b", Shards("b")))
+        for name, shards in (("a", ShardReader("a")), ("b", ShardReader("b")))
     )
     assert b == {seed: a[seed] for seed in range(4, 10)}
 
@@ -172,7 +172,7 @@ def test_a_folder_of_others_is_refused(paint, shapes, tmp_path):
         paint("notes/mine.txt")
 
     def taken():
-        with claim(Path("b")), open("ready", "w"):
+        with lock_directory(Path("b")), open("ready", "w"):
             wait_for(Path("done").exists)
 
     other = multiprocessing.get_context("fork").Process(target=taken)
@@ -203,26 +203,26 @@ def test_the_filter_keeps_the_best(paint, capsys):
 
 
 def test_a_sift_by_scores():
-    assert Sift()([None, None]) == [True, True]
-    assert Sift(share=0.5)([1, 3, 2, 3]) == [False, True, False, True]
-    assert Sift(share=0.25)([5, 5, 5, 5]) == [True, False, False, False]
-    assert Sift(share=0.01)([1, 2]) == [False, True], "one stays"
-    assert Sift(least=2)([1, 2, 3]) == [False, True, True]
-    assert Sift(least=3, share=0.7)([1, 2, 3]) == [False, False, True]
+    assert ScoreFilter()([None, None]) == [True, True]
+    assert ScoreFilter(share=0.5)([1, 3, 2, 3]) == [False, True, False, True]
+    assert ScoreFilter(share=0.25)([5, 5, 5, 5]) == [True, False, False, False]
+    assert ScoreFilter(share=0.01)([1, 2]) == [False, True], "one stays"
+    assert ScoreFilter(least=2)([1, 2, 3]) == [False, True, True]
+    assert ScoreFilter(least=3, share=0.7)([1, 2, 3]) == [False, False, True]
 
 
 def test_parts_of_a_set():
-    found = parts(Path("x"), count=5, each=2)
-    assert found[2] == Part(Path("x"), 2, range(4, 5))
+    found = plan_shards(Path("x"), count=5, each=2)
+    assert found[2] == GeneratedShard(Path("x"), 2, range(4, 5))
     for count, each in ((0, 2), (5, 0), (5, 10_001), (200_001, 2)):
         with pytest.raises(ValueError, match="must be in 1"):
-            parts(Path("x"), count=count, each=each)
+            plan_shards(Path("x"), count=count, each=each)
 
 
 def test_prompts_are_the_training_captions_where_none_are_given(home, paint):
     paint("a", "n=8", template=None)
     (train,) = (home.path / "data").glob("**/train-*")
-    captions = [Shards(train).read(i).captions[0] for i in range(8)]
+    captions = [ShardReader(train).read(i).captions[0] for i in range(8)]
     assert sorted(one["prompt"] for one in records("a")) == sorted(captions)
     paint("b", "n=8", template=None, captions=str(train))
     assert [one["prompt"] for one in records("b")] == [one["prompt"] for one in records("a")]
@@ -262,16 +262,16 @@ def test_mistakes_are_told_before_anything_is_painted(paint, overrides, given, m
 
 
 def test_slots_without_a_template_are_told(home):
-    with initialize_config_dir(CONF, version_base="1.3"):
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
         cfg = compose("augment")
-    asked = {name: cfg[name] for name in augment.TEXTS}
+    asked = {name: cfg[name] for name in AUGMENT_TEXT_OPTIONS}
     with pytest.raises(UsageError, match=r"slots.colour is for a template: give template="):
-        augment.augment(cfg, asked, {"colour": ["red"]})
+        augment_dataset(cfg, asked, {"colour": ["red"]})
 
 
 def test_other_formats_and_no_scores(paint):
     paint("a", "format=jpg", clip="none")
-    assert Shards("a").read(0).image.startswith(b"\xff\xd8\xff")
+    assert ShardReader("a").read(0).image.startswith(b"\xff\xd8\xff")
     assert records("a")[0]["score"] is None
     assert "score" not in json.loads(Path("a/report.json").read_text())
 

@@ -12,11 +12,23 @@ from PIL import Image
 from shell import ROOT, assert_same_learning, rows, run, tensors, train
 from world import small_autoencoder
 
-from ldm.config import classifier, components
-from ldm.config.components import Beside
+from ldm.config.classifier import build_noisy_classifier, load_noisy_classifier
+from ldm.config.components import (
+    Components,
+    build_frozen_encoders,
+    build_objective,
+    load_diffusion_checkpoint,
+    set_component_location,
+)
 from ldm.diffusion.tasks.base import TextToImage
-from ldm.models.text.labels import Labels, NoText
-from ldm.utils import checkpoint_file
+from ldm.models.text.labels import LabelTextEncoder, NullTextEncoder
+from ldm.utils.checkpoint_file import (
+    CheckpointError,
+    find_checkpoint,
+    read_checkpoint,
+    select_prefix,
+    write_checkpoint,
+)
 from ldm.utils.errors import UsageError
 
 pytestmark = pytest.mark.slow  # each test is processes
@@ -93,69 +105,70 @@ def test_a_classifier_steers_a_model_without_text(home):
 
 
 @pytest.fixture
-def beside(home, monkeypatch) -> Beside:
+def beside(home, monkeypatch) -> Components:
     """What the unconditional model rests on."""
     monkeypatch.chdir(home)
-    opened = components.opened("runs/none")
+    opened = load_diffusion_checkpoint("runs/none")
     objective, (autoencoder, text) = (
-        components.objective(opened.config),
-        components.frozen(opened.config),
+        build_objective(opened.config),
+        build_frozen_encoders(opened.config),
     )
-    return Beside(autoencoder, text, objective, TextToImage(), torch.device("cpu"))
+    return Components(autoencoder, text, objective, TextToImage(), torch.device("cpu"))
 
 
 def test_a_classifier_comes_back_as_it_was(beside):
-    built = classifier.restore("runs/classes", beside=beside)
-    saved = checkpoint_file.part(
-        checkpoint_file.read(checkpoint_file.find("runs/classes")), "classifier."
+    built = load_noisy_classifier("runs/classes", beside=beside)
+    saved = select_prefix(
+        read_checkpoint(find_checkpoint("runs/classes")),
+        "classifier.",
     )
     assert built.state_dict().keys() == saved.keys()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in built.state_dict().items())
     assert built.text.names == NAMES
     assert not any(weight.requires_grad for weight in built.parameters())
     assert not built.training
-    own = Labels(NAMES)
-    assert classifier.restore("runs/classes", beside=replace(beside, text=own)).text is own
+    own = LabelTextEncoder(NAMES)
+    assert load_noisy_classifier("runs/classes", beside=replace(beside, text=own)).text is own
 
 
 def test_a_classifier_of_another_space_is_refused(beside):
     elsewhere = replace(beside, autoencoder=small_autoencoder())
     with pytest.raises(UsageError, match="on the latents of another autoencoder than the model's"):
-        classifier.restore("runs/classes", beside=elsewhere)
+        load_noisy_classifier("runs/classes", beside=elsewhere)
     config = OmegaConf.load("runs/none/config.yaml")
     config.scheduler = {"_target_": "ldm.diffusion.schedules.linear"}
-    elsewhere = replace(beside, objective=components.objective(config))
+    elsewhere = replace(beside, objective=build_objective(config))
     with pytest.raises(UsageError, match="on another noise schedule than the model"):
-        classifier.restore("runs/classes", beside=elsewhere)
+        load_noisy_classifier("runs/classes", beside=elsewhere)
     with pytest.raises(UsageError, match="comes from stage=autoencoder: a classifier is what"):
-        classifier.restore("runs/ae", beside=beside)
+        load_noisy_classifier("runs/ae", beside=beside)
 
 
 @pytest.mark.parametrize("in_a_list", [False, True])
 def test_a_checkpoint_that_names_other_code_is_refused(beside, tmp_path, in_a_list):
-    payload = checkpoint_file.read(checkpoint_file.find("runs/classes"))
+    payload = read_checkpoint(find_checkpoint("runs/classes"))
     config = OmegaConf.create(payload["ldm"]["config"])
     call = {"_target_": "os.mkdir", "path": str(tmp_path / "pwned")}
     config.text_encoder.names = [call] if in_a_list else call
     payload["ldm"]["config"] = OmegaConf.to_yaml(config)
     payload["ldm"]["frozen"]["text_encoder"] = "0"
-    checkpoint_file.write(payload, tmp_path / "bad.ckpt")
-    with pytest.raises(checkpoint_file.CheckpointError, match=r"run: text_encoder\.names "):
-        classifier.restore(str(tmp_path / "bad.ckpt"), beside=beside)
+    write_checkpoint(payload, tmp_path / "bad.ckpt")
+    with pytest.raises(CheckpointError, match=r"run: text_encoder\.names "):
+        load_noisy_classifier(str(tmp_path / "bad.ckpt"), beside=beside)
     assert "pwned" not in os.listdir(tmp_path)
 
 
 def test_names_that_have_changed_are_told(beside, tmp_path):
-    payload = checkpoint_file.read(checkpoint_file.find("runs/classes"))
+    payload = read_checkpoint(find_checkpoint("runs/classes"))
     config = OmegaConf.create(payload["ldm"]["config"])
     (tmp_path / "names.txt").write_text("\n".join(NAMES[::-1]))
     config.text_encoder.names = str(tmp_path / "names.txt")
     payload["ldm"]["config"] = OmegaConf.to_yaml(config)
-    checkpoint_file.write(payload, tmp_path / "moved.ckpt")
-    with pytest.raises(checkpoint_file.CheckpointError, match=r"its weights, or names, differ"):
-        classifier.restore(str(tmp_path / "moved.ckpt"), beside=beside)
+    write_checkpoint(payload, tmp_path / "moved.ckpt")
+    with pytest.raises(CheckpointError, match=r"its weights, or names, differ"):
+        load_noisy_classifier(str(tmp_path / "moved.ckpt"), beside=beside)
     (tmp_path / "names.txt").write_text("\n".join(NAMES))
-    assert classifier.restore(str(tmp_path / "moved.ckpt"), beside=beside).text.names == NAMES
+    assert load_noisy_classifier(str(tmp_path / "moved.ckpt"), beside=beside).text.names == NAMES
 
 
 def test_frozen_parts_that_lie_elsewhere(tmp_path):
@@ -163,21 +176,24 @@ def test_frozen_parts_that_lie_elsewhere(tmp_path):
         {
             "a": {"_target_": "x", "path": "runs/old"},
             "b": {"_target_": "x", "names": "old.txt"},
-            "c": {"_target_": "ldm.models.text.labels.NoText"},
+            "c": {"_target_": "ldm.models.text.labels.NullTextEncoder"},
         }
     )
-    components.move(config, "a", "runs/new")
-    components.move(config, "b", "new.txt")
+    set_component_location(config, "a", "runs/new")
+    set_component_location(config, "b", "new.txt")
     assert (config.a.path, config.b.names) == ("runs/new", "new.txt")
     with pytest.raises(UsageError, match="NoText, which is read from nowhere: leave it out"):
-        components.move(config, "c", "runs/new")
+        set_component_location(config, "c", "runs/new")
 
 
 def test_a_classifier_needs_something_to_compare_with(home, monkeypatch):
     config = OmegaConf.load(home / "runs" / "classes" / "config.yaml")
     with pytest.raises(ValueError, match="take text_encoder=tiny or labels"):
-        classifier.network(
-            config, small_autoencoder(), NoText(), components.objective(config).schedule
+        build_noisy_classifier(
+            config,
+            small_autoencoder(),
+            NullTextEncoder(),
+            build_objective(config).schedule,
         )
 
 

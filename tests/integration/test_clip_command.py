@@ -16,26 +16,27 @@ from PIL import Image
 from shell import run
 from torch.nn import functional as F
 
-from ldm.cli import clip
+from ldm.cli.clip import CLIP_TEXT_OPTIONS, answer_query, choose_query, read_option_list
 from ldm.config import command_line
-from ldm.data.scenes import world
-from ldm.data.scenes.draw import draw
+from ldm.data.scenes.draw import draw_scene
 from ldm.data.scenes.prepare import prepare_scenes
-from ldm.evaluation.clip_queries import Answers
-from ldm.evaluation.metrics import clip_directions, retrieval
+from ldm.data.scenes.world import BACKGROUNDS, Scene, SceneObject
+from ldm.evaluation.clip_queries import ClipQueries
+from ldm.evaluation.metrics.clip_directions import find_captions_with_word, find_common_words
+from ldm.evaluation.metrics.retrieval import compute_retrieval_ranks
 from ldm.utils.errors import UsageError
 
 COUNT = 12
-SCENE = world.Scene(
-    (world.Object("circle", "red", "large"), world.Object("cross", "yellow", "large")),
+SCENE = Scene(
+    (SceneObject("circle", "red", "large"), SceneObject("cross", "yellow", "large")),
     relation="left of",
     background="black",
     style="flat",
 )
 
 
-def paint(scene: world.Scene, path: Path) -> Path:
-    Image.fromarray(draw(scene, 64, np.random.default_rng(0))).save(path)
+def paint(scene: Scene, path: Path) -> Path:
+    Image.fromarray(draw_scene(scene, 64, np.random.default_rng(0))).save(path)
     return path
 
 
@@ -51,8 +52,8 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def about(home) -> Answers:
-    return Answers(data=str(home / "shards"), cache=home / "cache")
+def about(home) -> ClipQueries:
+    return ClipQueries(data=str(home / "shards"), cache=home / "cache")
 
 
 def ask(*words, home, expect=0):
@@ -67,7 +68,7 @@ def test_the_command_line_finds_words(home):
 
 def test_the_command_line_finds_pictures(home):
     key = "000000004"
-    caption = Answers(data=str(home / "shards")).told().firsts[4]
+    caption = ClipQueries(data=str(home / "shards")).told().firsts[4]
     said = ask("data=shards", f"text={caption}", "top=3", "out=page.png", home=home)
     rows = said.strip().splitlines()
     assert rows[1].split(maxsplit=2)[1:] == [key, caption]
@@ -111,7 +112,7 @@ def test_what_was_seen_is_kept_in_the_order_of_the_set(about, monkeypatch):
 def test_recall_counts_who_is_nearer_than_ones_own():
     queries, items = F.normalize(torch.randn(600, 8), dim=1), F.normalize(torch.randn(50, 8), dim=1)
     pairs = torch.stack([torch.arange(600).repeat(2), torch.randint(50, (1200,))], dim=1)
-    found = retrieval.ranks(queries, items, pairs)
+    found = compute_retrieval_ranks(queries, items, pairs)
     for i in range(0, 600, 37):
         own = pairs[pairs[:, 0] == i, 1]
         cosines = queries[i] @ items.T
@@ -125,13 +126,13 @@ def test_scenes_find_their_captions(about):
 
 
 def test_labels_are_probabilities_read_in_sentences(about, home):
-    names = list(world.BACKGROUNDS)
+    names = list(BACKGROUNDS)
     paths = [home / "few" / "teal.png", home / "black.png"]
-    packaged = Answers(cache=home / "cache")
+    packaged = ClipQueries(cache=home / "cache")
     found = packaged.labels(paths, names)
     torch.testing.assert_close(found.sum(1), torch.ones(2))
     assert [names[i] for i in found.argmax(1)] == ["teal", "black"]
-    plain = Answers(templates=["a picture of a {}"], cache=home / "cache")
+    plain = ClipQueries(templates=["a picture of a {}"], cache=home / "cache")
     said = plain.said([f"a picture of a {name}" for name in names])
     scale = plain.clip.clip.logit_scale
     torch.testing.assert_close(
@@ -149,16 +150,19 @@ def test_the_same_picture_has_no_word(about, home):
 def test_what_is_broken_in_a_folder_is_left_out_and_named(home, tmp_path, capsys):
     paint(SCENE, tmp_path / "a.png")
     (tmp_path / "torn.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
-    with initialize_config_dir(command_line.CONF, version_base="1.3"):
+    with initialize_config_dir(command_line.CONF_DIR, version_base="1.3"):
         cfg = compose("clip", overrides=[f"cache={home}/cache"])
-    asked = {name: cfg[name] for name in clip.TEXTS} | {"image": [str(tmp_path)], "text": ["x"]}
-    said = clip.answer(cfg, asked, "similarity")
+    asked = {name: cfg[name] for name in CLIP_TEXT_OPTIONS} | {
+        "image": [str(tmp_path)],
+        "text": ["x"],
+    }
+    said = answer_query(cfg, asked, "similarity")
     assert "a.png" in said
     assert "torn.png" not in said
     assert "torn.png': damaged PNG" in capsys.readouterr().err
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"a.png': no JPEG"):
-        clip.answer(cfg, asked, "similarity")
+        answer_query(cfg, asked, "similarity")
 
 
 CHANGES = {
@@ -171,7 +175,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("word", CHANGES)
 def test_the_word_of_a_difference_is_near_and_that_of_its_opposite_far(word, home, tmp_path):
-    packaged, path = Answers(cache=home / "cache"), paint(CHANGES[word], tmp_path / "a.png")
+    packaged, path = ClipQueries(cache=home / "cache"), paint(CHANGES[word], tmp_path / "a.png")
     there = packaged.difference(path, home / "black.png", None, most=300)
     words = [name for name, _ in there]
     assert words.index(word) < 5
@@ -181,7 +185,7 @@ def test_the_word_of_a_difference_is_near_and_that_of_its_opposite_far(word, hom
 
 
 def test_words_in_templates_are_taken_apart(home):
-    plain = Answers(templates=["a {}", "one {} thing"], cache=home / "cache")
+    plain = ClipQueries(templates=["a {}", "one {} thing"], cache=home / "cache")
     words = plain.words(["red", "blue"], apart=True)
     torch.testing.assert_close(words.directions[0], -words.directions[1])
     rows = plain.said(["a red", "one red thing", "a blue", "one blue thing"])
@@ -191,11 +195,11 @@ def test_words_in_templates_are_taken_apart(home):
 
 def test_vocabulary_is_the_commonest_words_that_set_captions_apart():
     captions = ["a red cat", "A red dog", "a blue dog's left-over", "a red-hot dog"]
-    words = clip_directions.vocabulary([*captions * 5, "a bird"], 3)
+    words = find_common_words([*captions * 5, "a bird"], 3)
     assert words == ["dog", "red", "blue"]
-    assert "bird" not in clip_directions.vocabulary([*captions * 5, "a bird"], 99)
-    assert clip_directions.holding(captions, "red") == [0, 1, 3]
-    assert clip_directions.holding(captions, "a red") == [0, 3], "phrases may be asked for"
+    assert "bird" not in find_common_words([*captions * 5, "a bird"], 99)
+    assert find_captions_with_word(captions, "red") == [0, 1, 3]
+    assert find_captions_with_word(captions, "a red") == [0, 3], "phrases may be asked for"
 
 
 QUESTIONS = {
@@ -209,27 +213,27 @@ QUESTIONS = {
 
 @pytest.mark.parametrize("kind", QUESTIONS)
 def test_what_is_given_is_the_question(kind):
-    assert clip.question(QUESTIONS[kind]) == kind
+    assert choose_query(QUESTIONS[kind]) == kind
     stray = "labels" if kind == "difference" else "words"
     with pytest.raises(UsageError, match=rf"{stray}=\.\. has no part in this: {kind} takes"):
-        clip.question(QUESTIONS[kind] | {stray})
+        choose_query(QUESTIONS[kind] | {stray})
 
 
 def test_no_question_is_told_what_to_give():
     for given in ({"image"}, {"text"}, set(), {"minus"}, {"labels"}):
         with pytest.raises(UsageError, match="data=DIR alone for recall"):
-            clip.question(given)
+            choose_query(given)
 
 
 def test_lists_come_from_commas_or_a_file(tmp_path):
     file = tmp_path / "labels.txt"
     file.write_text("a cat\n\n a dog \na cat\n")
-    assert clip.listed("labels", str(file)) == ["a cat", "a dog"]
-    assert clip.listed("labels", "[a cat, a dog]") == ["a cat", "a dog"]
+    assert read_option_list("labels", str(file)) == ["a cat", "a dog"]
+    assert read_option_list("labels", "[a cat, a dog]") == ["a cat", "a dog"]
     file.write_text("\n")
     for wrong in (str(file), ", ,"):
         with pytest.raises(UsageError, match=r"labels=.* names nothing"):
-            clip.listed("labels", wrong)
+            read_option_list("labels", wrong)
 
 
 def test_mistakes_are_told_before_torch_is_imported(home):

@@ -30,7 +30,10 @@ from shell import (
     wait_for,
 )
 
-from ldm.config import command_line, suggestions
+from ldm.config import command_line
+from ldm.config.command_line import pop_text_options, quote_override, run_command
+from ldm.config.suggestions import list_known_keys
+from ldm.utils.errors import suggest_nearest
 
 NASTY = 'a {dog\'s} "café", 50% = ${oops}\\ [x] (y): 🌊 --h\n$(touch pwned)'
 
@@ -337,7 +340,7 @@ def test_answers_come_before_torch_is_imported(argument, hint, tmp_path):
 def test_a_warning_of_ours_is_a_sentence(monkeypatch):
     monkeypatch.setattr("sys.argv", ["x"])
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # as it was, afterwards
-    command_line.run(lambda: None, "train")
+    run_command(lambda: None, "train")
     said = [
         warnings.formatwarning("!", UserWarning, at, 3)
         for at in (command_line.__file__, "/other.py")
@@ -365,17 +368,17 @@ def test_help_may_be_cut_short(tmp_path):
     ],
 )
 def test_a_file_of_ours_needs_no_quotes(word, read):
-    assert command_line.quoted(word) == read
+    assert quote_override(word) == read
 
 
 def test_one_edit_away_is_found():
-    keys, luck = suggestions.known_keys("train"), random.Random(0)
+    keys, luck = list_known_keys("train"), random.Random(0)
     leaves = [key for key in keys if len(key.rpartition(".")[2]) > 3 and "_target_" not in key]
     found = 0
     for key in luck.sample(leaves, 40):
         at = luck.randrange(key.rfind(".") + 1, len(key))
         wrong = key[:at] + luck.choice(["", "x", key[at] * 2]) + key[at + 1 :]
-        found += wrong in keys or f"did you mean {key}?" in suggestions.nearest(wrong, keys)
+        found += wrong in keys or f"did you mean {key}?" in suggest_nearest(wrong, keys)
     assert found >= 36
 
 
@@ -384,7 +387,7 @@ def test_text_is_taken_as_typed(text):
     before = sys.argv
     try:
         sys.argv = ["sample.py", f"prompt={text}", "n=2", "sampler=ddim"]
-        assert command_line.take_text(["prompt", "negative"]) == {"prompt": text}
+        assert pop_text_options(["prompt", "negative"]) == {"prompt": text}
         assert sys.argv == ["sample.py", "n=2", "sampler=ddim"]
     finally:
         sys.argv = before

@@ -9,10 +9,15 @@ import yaml
 from PIL import Image
 from shell import run
 
-from ldm.cli.compare import compare
-from ldm.experiments import ranking
-from ldm.experiments import ranking_plots as figures
-from ldm.utils.images import load_png, save_png, tile, untile
+from ldm.experiments.ranking import (
+    find_runs,
+    list_ranking_caveats,
+    read_run_record,
+    shorten_run_names,
+)
+from ldm.experiments.ranking_plots import plot_metric_curves
+from ldm.experiments.report import compare_runs
+from ldm.utils.images import load_png, make_image_grid, save_png, split_image_grid
 
 PROMPTS = ["a red circle", "a blue square", "a green star"]
 
@@ -50,7 +55,7 @@ def write_run(
     colours = torch.linspace(-1, 1, len(prompts))
     images = [torch.full((3, 8, 8), float(colour)) for colour in colours]
     facts = {"prompts": prompts, "seeds": [0] * len(prompts), "step": 10}
-    save_png(tile(images), directory / "samples" / "step=00000010.png", facts)
+    save_png(make_image_grid(images), directory / "samples" / "step=00000010.png", facts)
     return directory
 
 
@@ -70,7 +75,7 @@ def read(path):
 
 
 def test_the_best_stands_first_and_what_failed_last(sweep):
-    said = compare(ranking.find([sweep]), out=sweep)
+    said = compare_runs(find_runs([sweep]), out=sweep)
     table = read(sweep / "ranking.csv")
     runs = ["scheduler=cosine", "scheduler=linear", "scheduler=new", "scheduler=none"]
     assert [row["run"] for row in table] == runs
@@ -92,7 +97,7 @@ def test_the_best_stands_first_and_what_failed_last(sweep):
     )
     assert "samples.png" in said
 
-    compare(ranking.find([sweep]), out=sweep, direction="maximize")
+    compare_runs(find_runs([sweep]), out=sweep, direction="maximize")
     assert read(sweep / "ranking.csv")[0]["run"] == "scheduler=linear"
 
 
@@ -101,7 +106,7 @@ def test_what_is_the_same_for_all_weights_is_left_to_the_csv_file(tmp_path):
     constant = {"val/fd_clip_floor": 4, "val/clip_score_real": 33, "val/clip_score_chance": 20}
     for name in "ab":
         write_run(tmp_path / name, losses=[1, 2], measured=values | constant)
-    said = compare(ranking.find([tmp_path]), out=tmp_path / "out")
+    said = compare_runs(find_runs([tmp_path]), out=tmp_path / "out")
     [header] = [line for line in said.splitlines() if line.startswith("| rank")]
     words = header.replace("|", " ").split()
     assert [word for word in words if word.startswith("val/")] == [
@@ -113,7 +118,7 @@ def test_what_is_the_same_for_all_weights_is_left_to_the_csv_file(tmp_path):
     with Image.open(tmp_path / "out" / "curves.png") as picture:
         size = picture.size
     two = [(name, [(0, 1.0), (1, 2.0)]) for name in "ab"]
-    assert figures.curves(dict.fromkeys(("val/loss", *values), two)).size == size, "three"
+    assert plot_metric_curves(dict.fromkeys(("val/loss", *values), two)).size == size, "three"
 
 
 @pytest.mark.parametrize(
@@ -131,16 +136,16 @@ def test_only_what_was_measured_is_advised(tmp_path, measured, told):
     for name in ("linear", "cosine"):
         losses = [] if measured is None else [1]  # none: it has not come so far
         write_run(tmp_path / name, losses=losses, choices={"scheduler": name}, measured=measured)
-    found = [ranking.read(place) for place in ranking.find([tmp_path])]
-    [doubt] = ranking.doubts(found, "val/loss")
+    found = [read_run_record(place) for place in find_runs([tmp_path])]
+    [doubt] = list_ranking_caveats(found, "val/loss")
     assert "where scheduler differs" in doubt
     assert doubt.endswith(told)
-    assert not ranking.doubts(found, "val/scene_accuracy")
+    assert not list_ranking_caveats(found, "val/scene_accuracy")
 
 
 def test_each_column_of_the_page_shows_one_prompt(sweep, tmp_path):
     write_run(sweep / "scheduler=other", losses=[1, 0.1], prompts=["a horse"])
-    compare(ranking.find([sweep]), out=tmp_path / "out")
+    compare_runs(find_runs([sweep]), out=tmp_path / "out")
     page, facts = load_png(tmp_path / "out" / "samples.png")
     assert "scheduler=other" in facts["runs"]
     # Rows of runs begin at the left margin; each prompt's picture has one grey of its own.
@@ -155,18 +160,21 @@ def test_pictures_are_cut_where_they_were_joined():
     for n in range(1, 12):
         images = [torch.full((3, 5, 4), i / 12) for i in range(n)]
         for columns in (None, 3):
-            pieces = untile(tile(images, columns=columns), n, columns=columns)
+            pieces = split_image_grid(make_image_grid(images, columns=columns), n, columns=columns)
             for image, piece in zip(images, pieces, strict=True):
                 assert piece.size == (4, 5)
-                assert piece.getpixel((2, 2)) == tile([image]).getpixel((0, 0))
+                assert piece.getpixel((2, 2)) == make_image_grid([image]).getpixel((0, 0))
 
 
 def test_runs_from_anywhere_have_short_names(tmp_path):
     a = write_run(tmp_path / "x" / "runs" / "a", losses=[1])
     b = write_run(tmp_path / "y" / "runs" / "sweep" / "b=1", losses=[2])
-    found = ranking.find([a, tmp_path / "y", a])
+    found = find_runs([a, tmp_path / "y", a])
     assert found == [a, b]
-    assert ranking.names([ranking.read(d) for d in found]) == ["x/runs/a", "y/runs/sweep/b=1"]
+    assert shorten_run_names([read_run_record(d) for d in found]) == [
+        "x/runs/a",
+        "y/runs/sweep/b=1",
+    ]
 
 
 def test_the_command(sweep, tmp_path):

@@ -13,11 +13,11 @@ from PIL import Image
 from shell import run
 from test_compare import write_run
 
-from ldm.cli import explain
-from ldm.cli.compare import compare
-from ldm.experiments import ranking
-from ldm.utils import text as words
+from ldm.cli.explain import TEXT_TO_IMAGE_TARGET, find_newest_run
+from ldm.experiments.ranking import format_csv_table
+from ldm.experiments.report import compare_runs
 from ldm.utils.images import load_png, save_png
+from ldm.utils.text import escape_control_characters, format_csv_cell
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [*{old}, *{old}, *{old}, *{old}, *{old}, *{old}, *{old}, *{old}, *{old}]\n"
@@ -109,7 +109,7 @@ def test_damaged_runs_are_named_and_the_others_ranked(damaged):
         put(write_run(Path(f"runs/damaged{i:02}"), losses=[1, 0.5]) / name, held)
     for i, (name, held, _) in enumerate(ODD):
         put(write_run(Path(f"runs/odd{i:02}"), losses=[1, 0.5]) / name, held)
-    said = compare(sorted(Path("runs").iterdir()), out=Path("out"))
+    said = compare_runs(sorted(Path("runs").iterdir()), out=Path("out"))
     lines = said.splitlines()
     for i, (name, _, why) in enumerate(DAMAGED):
         [line] = [line for line in lines if f"runs/damaged{i:02}" in line]
@@ -136,11 +136,11 @@ def test_where_all_are_damaged_it_is_one_line(damaged):
 
 
 def test_the_newest_run_is_found_among_damaged_ones(damaged):
-    whole = {"stage": "diffusion", "task": {"_target_": explain.PLAIN}}
+    whole = {"stage": "diffusion", "task": {"_target_": TEXT_TO_IMAGE_TARGET}}
     write_run(Path("runs/good"), losses=[1], config=whole)
     for i, (name, held, _) in enumerate(DAMAGED):
         put(write_run(Path(f"runs/damaged{i:02}"), losses=[1]) / name, held)
-    assert explain.newest_run(Path("runs")) == Path("runs/good")
+    assert find_newest_run(Path("runs")) == Path("runs/good")
 
 
 def test_a_file_that_is_no_ranking_is_not_replaced(damaged):
@@ -149,31 +149,31 @@ def test_a_file_that_is_no_ranking_is_not_replaced(damaged):
         Path("out").mkdir(exist_ok=True)
         Path("out", name).write_text("mine")
         with pytest.raises(ValueError, match=rf"out/{name} is none of ldm.compare's: move it"):
-            compare([place], out=Path("out"))
+            compare_runs([place], out=Path("out"))
         assert Path("out", name).read_text() == "mine"
         Path("out", name).unlink()
     Path("out/ranking.csv").write_text("mine")
-    compare([place], out=Path("out"), overwrite=True)
-    compare([place], out=Path("out"))
+    compare_runs([place], out=Path("out"), overwrite=True)
+    compare_runs([place], out=Path("out"))
     assert Path("out/ranking.csv").read_text().startswith("rank,run,")
 
 
 @pytest.mark.parametrize("text", ["=cmd|' /C calc'!A0", "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1"])
 def test_what_a_spreadsheet_would_run_is_text(text):
-    assert words.cell(text).startswith("'")
-    assert ranking.as_csv(["a"], [[text], ["x" + text]]).splitlines()[1].lstrip('"')[0] == "'"
+    assert format_csv_cell(text).startswith("'")
+    assert format_csv_table(["a"], [[text], ["x" + text]]).splitlines()[1].lstrip('"')[0] == "'"
 
 
 def test_numbers_and_words_are_left_as_they_are():
     values = ["-1", "+2.5e-3", "-.5", "-inf", "a=b", "", -1, -1.5, None, "scheduler=cosine"]
-    assert [words.cell(value) for value in values] == values
+    assert [format_csv_cell(value) for value in values] == values
 
 
 def test_what_a_terminal_would_obey_is_an_escape():
-    assert words.printable("a\x1b[2Jb\r\x07\u202e\u2028\ud83d é 雪 👩‍🚀") == (
+    assert escape_control_characters("a\x1b[2Jb\r\x07\u202e\u2028\ud83d é 雪 👩‍🚀") == (
         r"a\x1b[2Jb\r\x07\u202e\u2028\ud83d é 雪 👩‍🚀"
     )
-    assert words.printable("a\nb\tc", keep="\n") == "a\nb\\tc"
+    assert escape_control_characters("a\nb\tc", keep="\n") == "a\nb\\tc"
 
 
 @pytest.mark.parametrize("kind", ["GIF", "JPEG", "TIFF", "BMP", "PPM", "WEBP"])
@@ -203,6 +203,6 @@ def test_a_log_of_a_terabyte_costs_its_own_place_alone(damaged):
     """A file with holes takes no room on the disk, and all memory where it is read."""
     write_run(Path("runs/good"), losses=[1, 0.5])
     os.truncate(write_run(Path("runs/large"), losses=[1]) / "metrics.csv", 2**40)
-    said = compare(sorted(Path("runs").iterdir()), out=Path("out"))
+    said = compare_runs(sorted(Path("runs").iterdir()), out=Path("out"))
     assert "1 run by val/loss" in said
     assert "runs/large is left out: runs/large/metrics.csv has more than" in said

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from test_cli import ROOT, run
 
-from ldm.cli.evaluate import scene_table
-from ldm.utils.images import captioned, from_uint8
+from ldm.cli.evaluate import format_scene_table
+from ldm.utils.images import from_uint8, make_captioned_grid
 
 SHORT = {
     "train.py": "logger=csv data.count=200 data.val_count=16 trainer.max_steps=4 "
@@ -41,7 +41,7 @@ def test_the_demo_ends_in_a_picture(tmp_path):
     assert list(said) == list(SHORT), "all of the target, in its order"
 
     metrics = json.loads((tmp_path / "runs/demo/metrics.json").read_text())["metrics"]
-    assert scene_table(metrics) in said["ldm.evaluate"]
+    assert format_scene_table(metrics) in said["ldm.evaluate"]
     picture = tmp_path / said["sample.py"].splitlines()[-1]
     prompts = (ROOT / "docs/demo.txt").read_text().splitlines()
     assert len(prompts) == 8
@@ -50,5 +50,5 @@ def test_the_demo_ends_in_a_picture(tmp_path):
     singles = sorted(picture.parent.glob(f"{picture.stem}_*.png"))
     assert [Image.open(single).text["prompt"] for single in singles] == prompts
     images = [from_uint8(np.array(Image.open(single))) for single in singles]
-    expected = captioned(images, prompts)
+    expected = make_captioned_grid(images, prompts)
     assert np.array_equal(np.asarray(Image.open(picture)), np.asarray(expected))

@@ -21,22 +21,27 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 from world import CAPTIONS, shape
 
-from ldm.cli.evaluate import TEXTS, VARIED, evaluate, scene_table
-from ldm.config import command_line
-from ldm.config.command_line import CONF
-from ldm.config.run import Job, build
+from ldm.cli.evaluate import (
+    EVALUATE_TEXT_OPTIONS,
+    VARIABLE_GROUPS,
+    evaluate_points,
+    format_scene_table,
+)
+from ldm.config.command_line import convert_to_usage_errors, pop_sweep_choices
+from ldm.config.run import TrainingJob, build_job
+from ldm.config.suggestions import CONF_DIR
 from ldm.data.image_decoding import ImageError
-from ldm.data.shards.reader import Shards, write_shard
-from ldm.evaluation.prompt_subset import Subset
-from ldm.evaluation.scenes.accuracy import NAMES, SUFFIXES
-from ldm.experiments import curves
+from ldm.data.shards.reader import ShardReader, write_shard
+from ldm.evaluation.prompt_subset import PromptSubset
+from ldm.evaluation.scenes.accuracy import METRIC_SUFFIXES, SCENE_METRICS
+from ldm.experiments.curves import read_curves
 from ldm.inference.pipeline import Pipeline
-from ldm.models.text.clip import ClipText
-from ldm.utils import checkpoint_file
+from ldm.models.text.clip import ClipTextEncoder
+from ldm.utils.checkpoint_file import manifest_path, read_checkpoint, write_checkpoint
 from ldm.utils.errors import UsageError
 from ldm.utils.hashing import hash_file
 
-KEYS = [f"scene_{name}{suffix}" for suffix in SUFFIXES for name in NAMES]
+KEYS = [f"scene_{name}{suffix}" for suffix in METRIC_SUFFIXES for name in SCENE_METRICS]
 TINY = [
     "trainer=cpu",
     "trainer.log_every_n_steps=1",
@@ -86,11 +91,11 @@ class Home:
             places.append(f"data.folder={self.path}/data")
         return [*data, *TINY, *places, *overrides]
 
-    def train(self, name: str, *overrides: str, data: list[str] = SCENES) -> Job:
-        with initialize_config_dir(CONF, version_base="1.3"):
+    def train(self, name: str, *overrides: str, data: list[str] = SCENES) -> TrainingJob:
+        with initialize_config_dir(CONF_DIR, version_base="1.3"):
             given = self.options(f"name={name}", *overrides, data=data)
             cfg = compose("train", overrides=given)
-        job = build(cfg, self.path / "runs" / name)
+        job = build_job(cfg, self.path / "runs" / name)
         job.trainer.validate(job.module, datamodule=job.data, verbose=False)
         job.trainer.fit(job.module, datamodule=job.data)
         return job
@@ -108,7 +113,7 @@ def home(tiny_clip, tmp_path_factory) -> Home:
 
 
 @pytest.fixture(scope="module")
-def measured(home) -> Job:
+def measured(home) -> TrainingJob:
     """Three steps of two batches, each validated, every other one with pictures."""
     steps = ["trainer.max_steps=3", "trainer.val_check_interval=1"]
     few = [
@@ -180,19 +185,21 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def composed(*overrides: str):
-    with initialize_config_dir(CONF, version_base="1.3"):
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
         return compose("evaluate", overrides=["steps=2", "device=cpu", *overrides])
 
 
 def asked(**given: str | Path) -> dict[str, str | None]:
-    return dict.fromkeys(TEXTS) | {name: str(value) for name, value in given.items()}
+    return dict.fromkeys(EVALUATE_TEXT_OPTIONS) | {
+        name: str(value) for name, value in given.items()
+    }
 
 
 def measure(*overrides: str, **given: str | Path) -> dict:
     """What one evaluation leaves, by a quick network."""
     out = Path("measured.json")
     points = [({}, composed("count=8", "overwrite=true", *COLOURS, *overrides))]
-    evaluate(points, asked(out=out, **given))
+    evaluate_points(points, asked(out=out, **given))
     return json.loads(out.read_text())
 
 
@@ -210,7 +217,7 @@ def test_the_verb_leaves_numbers_and_says_them(home, measured):
         "count": 3, "seed": 0, "steps": 2, "size": 16, "weights": "ema",
     }  # fmt: skip
     assert facts["versions"]["torch"] == torch.__version__
-    assert scene_table(facts["metrics"]) in said
+    assert format_scene_table(facts["metrics"]) in said
     assert not [*(home.path / "runs/measured/eval").glob("pieces-*")]
     # Same weights, prompts, seeds and steps: what the run itself has measured at its end.
     last = home.rows("measured")[-1]
@@ -222,7 +229,7 @@ def test_the_verb_takes_settings(home, measured, tmp_path, capsys):
     ckpt = str(home.path / "runs" / "measured")
     out = str(tmp_path / "new" / "m.json")
     point = composed("count=3", "raw=true", "guidance.scale=1", "seed=5")
-    evaluate([({}, point)], asked(ckpt=ckpt, out=out))
+    evaluate_points([({}, point)], asked(ckpt=ckpt, out=out))
     settings = json.loads(Path(out).read_text())["settings"]
     assert (settings["weights"], settings["guidance"]["scale"], settings["seed"]) == ("raw", 1, 5)
     said = capsys.readouterr().out
@@ -230,7 +237,7 @@ def test_the_verb_takes_settings(home, measured, tmp_path, capsys):
     assert "guidance ClassifierFree scale 1 interval [0.0, 1.0] rescale 0.0, weights raw" in said
     assert said.endswith(f"{out}\n")
     with pytest.raises(ValueError, match="count=2"):
-        evaluate([({}, composed("count=1"))], asked(ckpt=ckpt))
+        evaluate_points([({}, composed("count=1"))], asked(ckpt=ckpt))
 
 
 def test_a_run_is_compared_with_its_own_pictures(shards_run, real):
@@ -267,7 +274,9 @@ def test_more_pictures_than_captions_are_told(shards_run, real, capsys):
 
 def test_numbers_of_other_settings_are_kept(shards_run, capsys):
     def again(*overrides: str) -> dict:
-        evaluate([({}, composed("count=8", *COLOURS, *overrides))], asked(ckpt=shards_run, out="x"))
+        evaluate_points(
+            [({}, composed("count=8", *COLOURS, *overrides))], asked(ckpt=shards_run, out="x")
+        )
         return json.loads(Path("x/metrics.json").read_text())
 
     first = again()
@@ -297,15 +306,15 @@ def test_a_file_is_not_replaced_unless_that_is_asked_for(shards_run, capsys):
     Path("kept/0000000.png").write_text("mine")
     point = ({}, composed("count=8", *COLOURS))
     with pytest.raises(UsageError, match=r"keep=kept is no empty folder: .* overwrite=true"):
-        evaluate([point], asked(ckpt=shards_run, out="x.json", keep="kept"))
-    evaluate([point], asked(ckpt=shards_run, out="x.json", keep="new"))
+        evaluate_points([point], asked(ckpt=shards_run, out="x.json", keep="kept"))
+    evaluate_points([point], asked(ckpt=shards_run, out="x.json", keep="new"))
     assert (Path("x.json").read_text(), Path("kept/0000000.png").read_text()) == ("mine", "mine")
     assert json.loads(Path("x-2.json").read_text())["metrics"]
     assert capsys.readouterr().out.endswith("x-2.json\n")
     Path("curve_steps.png").write_text("mine")
     points = [({"steps": steps}, composed(*COLOURS, f"steps={steps}")) for steps in ("1", "2")]
     with pytest.raises(UsageError, match=r"none of ldm.evaluate's \(curve_steps.png is"):
-        evaluate(points, asked(ckpt=shards_run, out="."))
+        evaluate_points(points, asked(ckpt=shards_run, out="."))
 
 
 def test_scenes_are_both_read_and_compared(home, measured):
@@ -323,18 +332,18 @@ def test_real_pictures_have_the_size_of_the_painted_ones(shards_run):
 
 def test_a_checkpoint_from_elsewhere_needs_pictures(shards_run, real, tmp_path):
     last = (shards_run / "checkpoints" / "last.ckpt").resolve()
-    for path in (last, checkpoint_file.manifest_path(last)):
+    for path in (last, manifest_path(last)):
         shutil.copy(path, tmp_path / path.name.replace(last.stem, "mine"))
     ckpt = tmp_path / "mine.ckpt"
     assert measure(ckpt=ckpt)["metrics"] == measure(ckpt=shards_run)["metrics"]
     facts = measure(ckpt=ckpt, data=real / "val")
     assert facts["protocol"]["compared"] == facts["protocol"]["data"]  # a half of what was given
-    evaluate([({}, composed("count=8", *COLOURS))], asked(ckpt=ckpt, data=real / "val"))
+    evaluate_points([({}, composed("count=8", *COLOURS))], asked(ckpt=ckpt, data=real / "val"))
     assert (tmp_path / "evaluated" / "mine" / "metrics.json").is_file()
-    payload = checkpoint_file.read(ckpt)
+    payload = read_checkpoint(ckpt)
     settings = payload["ldm"]["config"]
     payload["ldm"]["config"] = re.sub(r"(train|val): /.*", r"\1: gone", settings)
-    checkpoint_file.write(payload, ckpt)
+    write_checkpoint(payload, ckpt)
     with pytest.raises(UsageError, match=r"not here \(.*gone.*\): give data=DIR"):
         measure(ckpt=ckpt)
     assert measure(ckpt=ckpt, data=real / "val")["metrics"] == facts["metrics"]
@@ -343,7 +352,7 @@ def test_a_checkpoint_from_elsewhere_needs_pictures(shards_run, real, tmp_path):
 def test_a_checkpoint_builds_nothing_but_data(shards_run, real, tmp_path):
     """Even inside ldm.data there are functions that write files."""
     last = (shards_run / "checkpoints" / "last.ckpt").resolve()
-    payload = checkpoint_file.read(last)
+    payload = read_checkpoint(last)
     settings = payload["ldm"]["config"]
     path = "{{_target_: pathlib.Path, _args_: [{}]}}"
     evil = f"{{{{_target_: ldm.data.shards.reader.write_shard, path: {path}, samples: []}}}}"
@@ -356,7 +365,7 @@ def test_a_checkpoint_builds_nothing_but_data(shards_run, real, tmp_path):
         changed = re.sub(r"(?m)^data:\n(  .*\n)*", f"data: {data.format(victim)}\n", settings)
         assert str(victim) in changed
         payload["ldm"]["config"] = changed
-        checkpoint_file.write(payload, tmp_path / f"{name}.ckpt")
+        write_checkpoint(payload, tmp_path / f"{name}.ckpt")
         with pytest.raises(
             ValueError, match=r"asks to call ldm.data.shards.reader|does not say what it"
         ):
@@ -415,7 +424,7 @@ def test_a_curve_looks_at_real_pictures_and_captions_once(shards_run):
     said = []  # captions that the text encoder was given
 
     def told(module, inputs, output):
-        if isinstance(module, ClipText):
+        if isinstance(module, ClipTextEncoder):
             said.extend(inputs[0])
 
     hook = register_module_forward_hook(told)
@@ -425,11 +434,11 @@ def test_a_curve_looks_at_real_pictures_and_captions_once(shards_run):
         for scale in ("1", "3") for sampler in ("ddim", "ddpm")
     ]  # fmt: skip
     try:
-        evaluate(points, asked(ckpt=shards_run, out="curve"))
+        evaluate_points(points, asked(ckpt=shards_run, out="curve"))
     finally:
         hook.remove()
     assert len(Colours.pictures) == 20 + 8 + 4 * 8  # others, real, and four points
-    [(name, found)] = curves.read(Path("curve")).items()
+    [(name, found)] = read_curves(Path("curve")).items()
     assert name == "curve_guidance_sampler"
     assert [point["varied"] for point in found] == [varied for varied, _ in points]
     assert len({point["metrics"]["fd_colours"] for point in found}) == 4
@@ -447,7 +456,7 @@ def test_points_of_a_curve_are_kept_apart(shards_run):
     points = [
         ({"steps": steps}, composed("count=8", *COLOURS, f"steps={steps}")) for steps in ("1", "2")
     ]
-    evaluate(points, asked(ckpt=shards_run, out="curve", keep="kept"))
+    evaluate_points(points, asked(ckpt=shards_run, out="curve", keep="kept"))
     for steps in (1, 2):
         assert len([*Path("kept", f"steps={steps}").glob("*.png")]) == 8
 
@@ -475,14 +484,14 @@ def test_points_of_a_curve_are_kept_apart(shards_run):
     ],
 )
 def test_what_cannot_be_measured_is_told(shards_run, real, given, overrides, message):
-    Subset.drawn(Shards(real / "train"), 8).save(Path("other.json"))  # of other pictures
+    PromptSubset.drawn(ShardReader(real / "train"), 8).save(Path("other.json"))  # of other pictures
     places = {"RUN": str(shards_run), "OTHER": "other.json"}
     given = {name: places.get(value, value) for name, value in given.items()}
     point = composed("count=8", *COLOURS, *overrides)
     if any("features=" in override for override in overrides):
         point = composed("count=8", *overrides)
-    with pytest.raises(UsageError, match=message), command_line.told_plainly():
-        evaluate([({}, point)], asked(**given))
+    with pytest.raises(UsageError, match=message), convert_to_usage_errors():
+        evaluate_points([({}, point)], asked(**given))
 
 
 def test_mistakes_cost_seconds_and_one_line(home, measured):
@@ -525,10 +534,10 @@ def test_several_values_are_points(monkeypatch):
         "raw=true",
     ]
     monkeypatch.setattr("sys.argv", [*words, "--help", "broken=[", "y=interval(1,2)"])
-    assert command_line.take_choices() == {"steps": ["5", "10"], "guidance.scale": ["1", "2"]}
+    assert pop_sweep_choices() == {"steps": ["5", "10"], "guidance.scale": ["1", "2"]}
     left = ["evaluate", "features=[clip]", "raw=true", "--help", "broken=[", "y=interval(1,2)"]
     assert sys.argv == left
-    assert set(VARIED) == {"run", "peer", "images"}
+    assert set(VARIABLE_GROUPS) == {"run", "peer", "images"}
 
 
 def pieces(run_dir: Path) -> list[Path]:
@@ -593,7 +602,7 @@ def test_processes_without_torchrun_are_told_of_it(shards_run, monkeypatch):
 
 
 def test_the_table_is_aligned():
-    table = scene_table({key: i / 20 for i, key in enumerate(KEYS)}).splitlines()
+    table = format_scene_table({key: i / 20 for i, key in enumerate(KEYS)}).splitlines()
     assert len({len(line) for line in table}) == 1
     assert [line.split("  ")[0] for line in table[1:]] == [
         "whole caption", "color", "shape", "size", "relation", "background", "style",
@@ -610,7 +619,7 @@ def test_two_processes_count_what_one_does(home):
         "eval.scenes.steps=2",
         "metric=val/scene_accuracy",
     ]
-    root = Path(CONF).parent
+    root = Path(CONF_DIR).parent
     for name, more in {
         "one": [],
         "two": ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"],

@@ -14,19 +14,45 @@ from omegaconf import OmegaConf
 from PIL import Image
 from world import SIZE, pipeline
 
-from ldm.cli import explain, explain_figures
-from ldm.config import components as parts
-from ldm.config.command_line import CONF
-from ldm.diffusion.guidance.base import ClassifierFree
-from ldm.diffusion.samplers.base import DDIM
+from ldm.cli.explain import find_newest_run, main
+from ldm.cli.explain_figures import (
+    BASE_SCENE,
+    GUIDANCE_SCALES,
+    PROCESS_COLUMNS,
+    SCENE_CHANGES,
+    SCENE_VOCABULARY,
+    RecordingGuidance,
+    SamplingSettings,
+    SharedNoiseTextToImage,
+    _change_scene,
+    _compute_word_directions,
+    _render_scene_object,
+    decode_to_cpu,
+    plot_clip_space,
+    plot_forward_process,
+    plot_guidance_scales,
+    plot_noise_injection,
+    plot_reverse_process,
+    render_scene,
+    select_evenly,
+)
+from ldm.config.components import (
+    FROZEN_GROUPS,
+    build_all_schedules,
+    build_denoiser,
+    build_frozen_encoders,
+)
+from ldm.config.suggestions import CONF_DIR
+from ldm.diffusion.guidance.base import ClassifierFreeGuidance
+from ldm.diffusion.samplers.base import DDIMSampler
 from ldm.diffusion.tasks.base import TextToImage
 from ldm.inference.pipeline import Pipeline
-from ldm.utils import checkpoint_file
+from ldm.utils.checkpoint_file import link_last_checkpoint, write_checkpoint
 from ldm.utils.hashing import hash_module
 from ldm.utils.images import to_pil
-from ldm.utils.plots import MARGIN, SIDE, Row, grid, shown
+from ldm.utils.plots import FIGURE_IMAGE_SIZE, MARGIN, ImageRow, draw_image_grid, resize_longer_side
 
-AT = explain_figures.Settings(seed=3, size=SIZE, steps=12)
+AT = SamplingSettings(seed=3, size=SIZE, steps=12)
 PROMPT = "a red circle"
 STRANGE = "$x_{ 100% \\frac $$ 🦊 \ud83d ${oops} " + 40 * "long "
 PICTURES = ["clip.png", "forward.png", "guidance.png", "noise.png", "reverse.png"]
@@ -56,102 +82,107 @@ def steps():
 
 def test_pixels_stay_as_they_are():
     image = torch.rand(3, 16, 16) * 2 - 1
-    picture = shown(image)
-    assert picture.size == (SIDE, SIDE)
+    picture = resize_longer_side(image)
+    assert picture.size == (FIGURE_IMAGE_SIZE, FIGURE_IMAGE_SIZE)
     assert picture.getpixel((8 * 8 - 1, 3)) == to_pil(image).getpixel((7, 0))
-    assert places(grid("", "", [Row("", [image])]), picture)[0][0] == MARGIN
-    assert shown(torch.zeros(3, 200, 300)).size == (SIDE, 85)
+    assert places(draw_image_grid("", "", [ImageRow("", [image])]), picture)[0][0] == MARGIN
+    assert resize_longer_side(torch.zeros(3, 200, 300)).size == (FIGURE_IMAGE_SIZE, 85)
 
 
 def test_the_forward_process_begins_with_the_picture_and_ends_in_noise():
-    image, _ = explain_figures.scene(0, 64)
-    schedules = parts.schedules()
+    image, _ = render_scene(0, 64)
+    schedules = build_all_schedules()
     assert {"linear", "scaled_linear", "cosine", "flow"} <= set(schedules)
-    page = explain_figures.forward(image, schedules, seed=5)
-    assert [x for x, _ in places(page, shown(image))] == [MARGIN] * len(schedules)
-    flow = explain_figures.forward(image, {"flow": schedules["flow"]}, seed=5)
+    page = plot_forward_process(image, schedules, seed=5)
+    assert [x for x, _ in places(page, resize_longer_side(image))] == [MARGIN] * len(schedules)
+    flow = plot_forward_process(image, {"flow": schedules["flow"]}, seed=5)
     noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(5))[0]
-    assert len(places(flow, shown(noise))) == 1, "flow ends in the noise itself"
-    half = len(places(flow, shown((image + noise) / 2)))
+    assert len(places(flow, resize_longer_side(noise))) == 1, "flow ends in the noise itself"
+    half = len(places(flow, resize_longer_side((image + noise) / 2)))
     assert half == 1, "and is half noise in the middle"
 
 
 def test_watching_changes_nothing(tiny_text):
     pipe = pipeline(tiny_text, eta=1.0)
-    watched = explain_figures.Watched(pipe.guidance)
+    watched = RecordingGuidance(pipe.guidance)
     images = painted(pipe, guidance=watched)
     assert torch.equal(images, painted(pipe))
     times = [moment.t for moment in watched.moments]
     assert len(times) == AT.steps
     assert times[0] == 1
     assert times == sorted(times, reverse=True)
-    assert torch.equal(explain_figures.decode(pipe, watched.moments[-1].x0_hat), images)
-    shown_times = [moment.t for moment in explain_figures.spread(watched.moments)]
-    assert len(shown_times) == explain_figures.MOMENTS
+    assert torch.equal(decode_to_cpu(pipe, watched.moments[-1].x0_hat), images)
+    shown_times = [moment.t for moment in select_evenly(watched.moments)]
+    assert len(shown_times) == PROCESS_COLUMNS
     assert (shown_times[0], shown_times[-1]) == (times[0], times[-1])
-    assert len(explain_figures.spread(watched.moments[:4])) == 4
+    assert len(select_evenly(watched.moments[:4])) == 4
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_the_reverse_process_ends_in_the_picture(tiny_text, dtype):
     pipe, (seen, on_step) = replace(pipeline(tiny_text), dtype=dtype), steps()
-    page = explain_figures.reverse(pipe, PROMPT, AT, on_step=on_step)
+    page = plot_reverse_process(pipe, PROMPT, AT, on_step=on_step)
     assert len(seen) == AT.steps
-    assert len(places(page, shown(painted(pipe)[0]))) == 1
+    assert len(places(page, resize_longer_side(painted(pipe)[0]))) == 1
 
 
 def test_from_one_start_only_added_noise_leads_elsewhere(tiny_text):
     pipe = pipeline(tiny_text)
-    start = explain_figures.OneStart()
+    start = SharedNoiseTextToImage()
     same = painted(pipe, [3, 4], task=start)
     torch.testing.assert_close(same[0], painted(pipe)[0], atol=1e-5, rtol=0)
     assert torch.equal(same[0], same[1])
-    first, second = painted(pipe, [3, 4], task=start, sampler=DDIM(eta=1.0))
+    first, second = painted(pipe, [3, 4], task=start, sampler=DDIMSampler(eta=1.0))
     assert (first - second).abs().max() > 1e-2
-    page = explain_figures.reinjected(pipe, PROMPT, AT, on_step=steps()[1])
-    assert len(places(page, shown(same[0]))) == 2, "both rows without noise"
-    assert len(places(page, shown(first))) == len(places(page, shown(second))) == 1
+    page = plot_noise_injection(pipe, PROMPT, AT, on_step=steps()[1])
+    assert len(places(page, resize_longer_side(same[0]))) == 2, "both rows without noise"
+    assert (
+        len(places(page, resize_longer_side(first)))
+        == len(places(page, resize_longer_side(second)))
+        == 1
+    )
 
 
 def test_guidance_goes_over_all_scales(tiny_text):
     pipe, (seen, on_step) = pipeline(tiny_text), steps()
-    page = explain_figures.guided(pipe, [PROMPT, "a blue square"], AT, on_step=on_step)
-    assert len(seen) == AT.steps * len(explain_figures.SCALES)
+    page = plot_guidance_scales(pipe, [PROMPT, "a blue square"], AT, on_step=on_step)
+    assert len(seen) == AT.steps * len(GUIDANCE_SCALES)
     columns = []
     for scale in (0, 3, 10):
-        images = painted(pipe, [3, 3], guidance=ClassifierFree(scale=scale))
-        columns += [x for x, _ in places(page, shown(images[0]))]
-    lefts = [MARGIN + i * (SIDE + 8) for i in (0, 3, 6)]
+        images = painted(pipe, [3, 3], guidance=ClassifierFreeGuidance(scale=scale))
+        columns += [x for x, _ in places(page, resize_longer_side(images[0]))]
+    lefts = [MARGIN + i * (FIGURE_IMAGE_SIZE + 8) for i in (0, 3, 6)]
     assert columns == [lefts[0]] * 2 + lefts[1:], "without the prompt, both rows are alike"
 
 
 def test_a_clip_is_drawn(tiny_clip):
-    page = explain_figures.space(tiny_clip)
-    base = explain_figures._painted(explain_figures.BASE, SIZE, np.random.default_rng(0))
-    assert len(places(page, shown(base))) == len(explain_figures.PAIRS)
-    assert explain_figures.scene(2, SIZE)[1] == explain_figures.scene(2, 64)[1]
+    page = plot_clip_space(tiny_clip)
+    base = _render_scene_object(BASE_SCENE, SIZE, np.random.default_rng(0))
+    assert len(places(page, resize_longer_side(base))) == len(SCENE_CHANGES)
+    assert render_scene(2, SIZE)[1] == render_scene(2, 64)[1]
 
 
 def test_a_pair_differs_in_one_thing_and_has_its_word(tiny_clip):
-    words = explain_figures._word_directions(tiny_clip)
+    words = _compute_word_directions(tiny_clip)
     assert not {"red", "circle", "large", "black", "flat"} & set(words), "they change nothing"
-    for name, value in explain_figures.PAIRS.items():
+    for name, value in SCENE_CHANGES.items():
         assert value in words
-        assert value in explain_figures.VOCABULARY[name]
-        changed = explain_figures._changed(name, value)
+        assert value in SCENE_VOCABULARY[name]
+        changed = _change_scene(name, value)
         assert changed.split() != "unseen"
         both = [
-            explain_figures._painted(s, 64, np.random.default_rng(0))
-            for s in (explain_figures.BASE, changed)
+            _render_scene_object(s, 64, np.random.default_rng(0)) for s in (BASE_SCENE, changed)
         ]
         share = (both[0] != both[1]).any(0).float().mean()
         assert 0.02 < share < (1 if name == "background" else 0.3)
 
 
 def test_any_text_is_set(tiny_text):
-    page = grid("a title", STRANGE, [Row(STRANGE, [torch.zeros(3, 8, 8)], [STRANGE[:5]])])
+    page = draw_image_grid(
+        "a title", STRANGE, [ImageRow(STRANGE, [torch.zeros(3, 8, 8)], [STRANGE[:5]])]
+    )
     assert page.width == 760 + 2 * MARGIN
-    explain_figures.reverse(pipeline(tiny_text), STRANGE, AT, on_step=steps()[1])
+    plot_reverse_process(pipeline(tiny_text), STRANGE, AT, on_step=steps()[1])
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +191,7 @@ def home(tiny_clip, tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("home")
     tiny_clip.save(home / "clip")
     net = ["channels=16", "multipliers=[1]", "blocks=1", "attention=[true]", "heads=2"]
-    with initialize_config_dir(CONF, version_base="1.3"):
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
         cfg = compose(
             "train",
             [
@@ -170,20 +201,20 @@ def home(tiny_clip, tmp_path_factory) -> Path:
             ],
         )
     OmegaConf.resolve(cfg)
-    frozen = parts.frozen(cfg)
-    network = parts.denoiser(cfg, *frozen, TextToImage())
+    frozen = build_frozen_encoders(cfg)
+    network = build_denoiser(cfg, *frozen, TextToImage())
     payload = {
         "state_dict": {f"ema.module.{k}": v for k, v in network.state_dict().items()},
         "global_step": 7,
         "ldm": {
             "stage": "diffusion",
             "config": OmegaConf.to_yaml(cfg),
-            "frozen": dict(zip(parts.FROZEN, map(hash_module, frozen), strict=True)),
+            "frozen": dict(zip(FROZEN_GROUPS, map(hash_module, frozen), strict=True)),
         },
     }
     run = home / "runs" / "first"
-    checkpoint_file.write(payload, run / "checkpoints" / "step=00000007.ckpt")
-    checkpoint_file.link_last(run / "checkpoints" / "step=00000007.ckpt")
+    write_checkpoint(payload, run / "checkpoints" / "step=00000007.ckpt")
+    link_last_checkpoint(run / "checkpoints" / "step=00000007.ckpt")
     OmegaConf.save(cfg, run / "config.yaml")
     (run / "result.json").write_text('{"status": "finished"}')
     return home
@@ -199,7 +230,7 @@ def call(home, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", command)
         code = 0
         try:
-            explain.main(command)
+            main(command)
         except SystemExit as end:
             code = end.code
         printed = capsys.readouterr()
@@ -235,7 +266,7 @@ def test_a_text_encoder_without_images_costs_one_picture(call, home, tiny_text):
     assert sorted(path.name for path in (home / "no clip").iterdir()) == PICTURES[1:]
     teal = torch.tensor([0, 128, 128])[:, None, None] / 127.5 - 1
     page = Image.open(home / "no clip" / "forward.png")
-    assert places(page, shown(teal.expand(3, SIZE, SIZE)))
+    assert places(page, resize_longer_side(teal.expand(3, SIZE, SIZE)))
 
 
 def test_mistakes_are_told_plainly(call, tmp_path):
@@ -255,6 +286,6 @@ def test_the_newest_finished_diffusion_run_is_taken(tmp_path):
         (tmp_path / name / "result.json").write_text(json.dumps({"status": status}))
         if stage:
             (tmp_path / name / "config.yaml").write_text(f"stage: {stage}\n")
-    other = "stage: diffusion\ntask: {_target_: ldm.diffusion.tasks.base.Inpaint}\n"
+    other = "stage: diffusion\ntask: {_target_: ldm.diffusion.tasks.base.Inpainting}\n"
     (tmp_path / "e/config.yaml").write_text(other)
-    assert explain.newest_run(tmp_path) == tmp_path / "sweep/b"
+    assert find_newest_run(tmp_path) == tmp_path / "sweep/b"

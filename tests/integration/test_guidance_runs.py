@@ -9,9 +9,9 @@ from hydra import compose, initialize_config_dir
 from PIL import Image, ImageDraw
 from shell import ROOT, run, train
 
-from ldm.config import command_line
-from ldm.config import pipeline as pipelines
-from ldm.config.command_line import CONF
+from ldm.config.command_line import quote_override
+from ldm.config.pipeline import load_pipeline
+from ldm.config.suggestions import CONF_DIR
 from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.errors import UsageError
 
@@ -38,11 +38,11 @@ def inside(home, monkeypatch):
 
 def painted(*overrides):
     """Two pictures by a configuration, in this process."""
-    with initialize_config_dir(CONF, version_base="1.3"):
-        words = [command_line.quoted(word) for word in ("ckpt=x", "device=cpu", *overrides)]
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
+        words = [quote_override(word) for word in ("ckpt=x", "device=cpu", *overrides)]
         cfg = compose("sample", overrides=words)
     asked = {"autoencoder": None, "text_encoder": None}
-    pipeline = pipelines.restore(cfg, "runs/model", asked).pipeline
+    pipeline = load_pipeline(cfg, "runs/model", asked).pipeline
     return pipeline(PROMPTS, seeds=[0, 1], size=16, steps=3)
 
 

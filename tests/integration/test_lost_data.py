@@ -11,8 +11,13 @@ from shell import ROOT, processes, rows, run, wait_for
 from test_resume import assert_same
 from test_worlds import RUN, write
 
-from ldm.data.position_sampler import Order
-from ldm.utils import checkpoint_file
+from ldm.data.position_sampler import ShuffledOrder
+from ldm.utils.checkpoint_file import (
+    find_checkpoint,
+    find_newest_checkpoint,
+    parse_checkpoint_step,
+    read_checkpoint,
+)
 
 BATCH, STEPS, BREAK_AT = 12, 12, 2
 SIZES = (70, *[1] * 20, 70)  # the shards of one sample are read by one rank alone
@@ -32,7 +37,7 @@ def train(home: Path, *more: str, expect: int = 0) -> str:
 
 def place(rank: int, *, micro_step: int) -> tuple[int, int]:
     """A shard of one sample that this rank reads late, and the steps that come before it."""
-    order, micro = Order(SIZES, seed=0, window=len(SIZES)), BATCH // (2 * 2)
+    order, micro = ShuffledOrder(SIZES, seed=0, window=len(SIZES)), BATCH // (2 * 2)
     ends = [sum(SIZES[: i + 1]) for i in range(len(SIZES))]
     for position in range(STEPS * BATCH):
         step, within = divmod(position, BATCH)
@@ -85,17 +90,17 @@ def test_what_was_trained_is_saved_by_the_rank_that_lost_its_data(
     if rank:
         assert f"the first error was {result['error']}\n" in said, "the first rank says so"
     wait_for(lambda: not processes(f"name={NAME}"), seconds=20)
-    newest = checkpoint_file.newest(run_dir / "checkpoints")
-    assert (result["steps"], checkpoint_file.step(newest)) == (steps, steps)
+    newest = find_newest_checkpoint(run_dir / "checkpoints")
+    assert (result["steps"], parse_checkpoint_step(newest)) == (steps, steps)
     assert result["checkpoint"] == f"checkpoints/{newest.name}"
-    assert checkpoint_file.read(newest)["ldm"]["images_seen"] == steps * BATCH
+    assert read_checkpoint(newest)["ldm"]["images_seen"] == steps * BATCH
     assert not list((run_dir / "checkpoints").glob("*.tmp"))
     assert [int(row["step"]) for row in rows(run_dir)] == list(range(1, steps + 1))
 
     shutil.copy2(whole / lost, tmp_path / lost)
     assert "resumes" in train(tmp_path, *options)
-    ends = [checkpoint_file.find(str(home / "runs" / NAME)) for home in (whole, tmp_path)]
-    one, other = map(checkpoint_file.read, ends)
+    ends = [find_checkpoint(str(home / "runs" / NAME)) for home in (whole, tmp_path)]
+    one, other = map(read_checkpoint, ends)
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
         assert_same(one[part], other[part], part)
     assert other["ldm"]["images_seen"] == STEPS * BATCH
@@ -112,4 +117,4 @@ def test_a_rank_with_a_part_of_the_weights_says_what_is_not_saved(tmp_path, whol
     assert f"what was trained after step {saved} is not saved: no rank has all weights" in said
     run_dir = tmp_path / "runs" / NAME
     assert json.loads((run_dir / "result.json").read_text())["error"].startswith("ShardError: ")
-    assert checkpoint_file.step(checkpoint_file.newest(run_dir / "checkpoints")) == saved
+    assert parse_checkpoint_step(find_newest_checkpoint(run_dir / "checkpoints")) == saved

@@ -11,9 +11,12 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from ldm.config import command_line, components, pipeline
+from ldm.config import command_line
+from ldm.config.command_line import convert_to_usage_errors
+from ldm.config.components import build_denoiser, build_frozen_encoders
+from ldm.config.pipeline import load_pipeline
 from ldm.diffusion.tasks.base import TextToImage
-from ldm.utils import checkpoint_file
+from ldm.utils.checkpoint_file import manifest_path
 from ldm.utils.errors import UsageError
 from ldm.utils.hashing import hash_file, hash_module
 
@@ -24,17 +27,17 @@ OVERRIDES += ["model.multipliers=[1]", "model.attention=[false]", "data.size=16"
 
 @pytest.fixture(scope="module")
 def sampling():
-    with initialize_config_dir(command_line.CONF, version_base="1.3"):
+    with initialize_config_dir(command_line.CONF_DIR, version_base="1.3"):
         return OmegaConf.create(OmegaConf.to_container(compose("sample"), resolve=True))
 
 
 @pytest.fixture(scope="module")
 def honest() -> dict:
     """The payload of an untrained run of the smallest size."""
-    with initialize_config_dir(command_line.CONF, version_base="1.3"):
+    with initialize_config_dir(command_line.CONF_DIR, version_base="1.3"):
         cfg = compose("train", overrides=OVERRIDES)
-    encoder, text = components.frozen(cfg)
-    net = components.denoiser(cfg, encoder, text, TextToImage())
+    encoder, text = build_frozen_encoders(cfg)
+    net = build_denoiser(cfg, encoder, text, TextToImage())
     digests = {
         "autoencoder": hash_module(encoder),
         "text_encoder": hash_module(text),
@@ -95,10 +98,10 @@ def restored(payload: object, place: Path, sampling) -> str | None:
     torch.save(payload, file)
     path.write_bytes(file.getvalue())
     manifest = {"size": path.stat().st_size, "sha256": hash_file(path)}
-    checkpoint_file.manifest_path(path).write_text(json.dumps(manifest))
+    manifest_path(path).write_text(json.dumps(manifest))
     try:
-        with command_line.told_plainly():
-            pipeline.restore(sampling, str(path), {})
+        with convert_to_usage_errors():
+            load_pipeline(sampling, str(path), {})
     except UsageError as error:
         return str(error)
     return None

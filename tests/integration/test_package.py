@@ -12,14 +12,19 @@ from omegaconf import OmegaConf
 from test_cli import ROOT, run
 from world import write_shapes
 
-from ldm.cli import package
-from ldm.config import components, packaging
-from ldm.config.command_line import CONF
-from ldm.data.scenes.world import sample
+from ldm.cli.package import describe_training
+from ldm.config.components import build_frozen_encoders
+from ldm.config.packaging import (
+    measure_caption_recall,
+    measure_scene_reconstruction,
+    package_autoencoder,
+)
+from ldm.config.suggestions import CONF_DIR
+from ldm.data.scenes.world import sample_scene
 from ldm.models.clip import Clip
-from ldm.utils import checkpoint_file
+from ldm.utils.checkpoint_file import write_checkpoint
 from ldm.utils.errors import UsageError
-from ldm.utils.files import located
+from ldm.utils.files import resolve_path
 
 ASSETS = {
     "autoencoder": {"diffusion_pytorch_model.safetensors"},
@@ -53,32 +58,32 @@ def check_card(folder, name):
 
 @pytest.mark.parametrize("name", ASSETS)
 def test_the_card_file_and_digest_agree(name):
-    text = check_card(located("packaged:"), name)
+    text = check_card(resolve_path("packaged:"), name)
     assert f"experiment={name}_tiny" in text, "`make assets` makes it"
 
 
 def test_the_parts_are_small():
-    folder = located("packaged:")
+    folder = resolve_path("packaged:")
     assert {path.name for path in folder.iterdir()} == set(ASSETS)
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 8e6
 
 
 def test_the_packaged_clip_finds_the_captions():
     clip = Clip.load("packaged:clip")
-    assert packaging.recall(clip, [[sample(i, split="val") for i in HELD_OUT]]) >= 0.9
+    assert measure_caption_recall(clip, [[sample_scene(i, split="val") for i in HELD_OUT]]) >= 0.9
 
 
 def test_the_packaged_clip_reads_the_sentence_and_not_the_words_alone():
     families = [
-        [sample(i, split="train", seed=2, family=10) for i in range(first, first + 10)]
+        [sample_scene(i, split="train", seed=2, family=10) for i in range(first, first + 10)]
         for first in range(0, 200, 10)
     ]
-    assert packaging.recall(Clip.load("packaged:clip"), families) >= 0.8
+    assert measure_caption_recall(Clip.load("packaged:clip"), families) >= 0.8
 
 
 def test_the_packaged_autoencoder_keeps_what_pictures_show():
-    autoencoder, _ = frozen(located("packaged:"))
-    figures = packaging.scene_figures(autoencoder, HELD_OUT, size=64)
+    autoencoder, _ = frozen(resolve_path("packaged:"))
+    figures = measure_scene_reconstruction(autoencoder, HELD_OUT, size=64)
     assert figures["psnr_scenes_db"] >= 28
     assert figures["reader_whole_scene"] >= 0.97
 
@@ -107,8 +112,8 @@ def test_runs_become_parts(tmp_path):
 def frozen(folder):
     """The autoencoder and text encoder that a run takes from `folder`."""
     places = [f"autoencoder.path={folder}/autoencoder", f"text_encoder.path={folder}/clip"]
-    with initialize_config_dir(CONF, version_base="1.3"):
-        return components.frozen(compose("train", overrides=["name=x", *places]))
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
+        return build_frozen_encoders(compose("train", overrides=["name=x", *places]))
 
 
 def test_a_folder_of_other_things_is_not_replaced(tmp_path):
@@ -126,7 +131,7 @@ def test_nothing_to_package_is_told(tmp_path):
 
 def autoencoder_run(folder, val):
     """A run of stage=autoencoder whose configuration says so of its validation pictures."""
-    with initialize_config_dir(CONF, version_base="1.3"):
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
         cfg = OmegaConf.to_container(compose("train", overrides=["name=x"]), resolve=True)
     trained = instantiate(cfg["autoencoder"])
     cfg["data"] |= {"val": val, "size": 16}
@@ -135,14 +140,14 @@ def autoencoder_run(folder, val):
     state = {f"autoencoder.{name}": value for name, value in trained.state_dict().items()}
     facts = {"stage": "autoencoder", "config": "", "frozen": {}}
     payload = {"state_dict": state, "global_step": 1, "ldm": facts}
-    checkpoint_file.write(payload, folder / "checkpoints" / "step=00000001.ckpt")
+    write_checkpoint(payload, folder / "checkpoints" / "step=00000001.ckpt")
     return folder
 
 
 def test_the_pictures_that_a_run_names_are_looked_at_and_nothing_is_written(tmp_path):
     pictures = write_shapes(tmp_path / "mine" / "val", range(2))
     run_dir = autoencoder_run(tmp_path / "run", ["scenes", str(pictures)])
-    figures = packaging.autoencoder(run_dir, tmp_path / "out", scenes=2)
+    figures = package_autoencoder(run_dir, tmp_path / "out", scenes=2)
     assert figures["psnr_mine_db"] > 10
     assert [path.name for path in pictures.iterdir()] == ["00000.tar"]
 
@@ -153,7 +158,7 @@ def test_no_server_that_a_run_names_is_asked(tmp_path, monkeypatch):
     )
     run_dir = autoencoder_run(tmp_path / "run", ["scenes", "http://127.0.0.1:9/a.tar"])
     with pytest.raises(UsageError, match="is on a server"):
-        packaging.autoencoder(run_dir, tmp_path / "out", scenes=2)
+        package_autoencoder(run_dir, tmp_path / "out", scenes=2)
     assert not (tmp_path / "out").exists()
 
 
@@ -173,11 +178,11 @@ def test_a_run_that_does_not_say_how_it_was_trained_is_no_part(tmp_path, case):
     (tmp_path / "result.json").write_text('{"steps": 1, "images_seen": 4, "seconds": 60}')
     (tmp_path / ".hydra/overrides.yaml").write_text("- seed=3\n")
     (tmp_path / "config.yaml").write_text("seed: 3\n")
-    assert "`python train.py seed=3` (seed 3)" in package.training("clip", tmp_path)
+    assert "`python train.py seed=3` (seed 3)" in describe_training("clip", tmp_path)
     if text is None:
         (tmp_path / name).unlink()
         os.mkfifo(tmp_path / name)
     else:
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=said):
-        package.training("clip", tmp_path)
+        describe_training("clip", tmp_path)

@@ -9,12 +9,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 from shell import ROOT, run
 
-from ldm.config import command_line
-from ldm.data.prepare.prompts import Lines
-from ldm.data.shards.cache import Cache
-from ldm.data.shards.locations import locate
-from ldm.models.text.labels import Labels
-from ldm.utils.files import located
+from ldm.config.command_line import pop_text_options, quote_override, read_prompts
+from ldm.data.prepare.prompts import PromptFile
+from ldm.data.shards.cache import ShardCache
+from ldm.data.shards.locations import locate_shards
+from ldm.models.text.labels import LabelTextEncoder
+from ldm.utils.files import resolve_path
 
 LATIN = os.fsdecode(b"caf\xe9")  # typed in an old locale: no UTF-8
 
@@ -33,37 +33,40 @@ def test_home_is_meant_wherever_a_path_is(home, monkeypatch):
     (home / "shards").mkdir()
     (home / "shards" / "a.tar").touch()
     (home / "names.txt").write_text("cat\ndog\n")
-    assert locate("~/shards") == locate(["~/shards"]) == locate("~/*/a.tar")
-    assert locate("~/shards") == [home / "shards" / "a.tar"]
-    assert Labels("~/names.txt").names == ["cat", "dog"]
-    assert Cache("~/cache", gigabytes=1).folder == home / "cache"
+    assert locate_shards("~/shards") == locate_shards(["~/shards"]) == locate_shards("~/*/a.tar")
+    assert locate_shards("~/shards") == [home / "shards" / "a.tar"]
+    assert LabelTextEncoder("~/names.txt").names == ["cat", "dog"]
+    assert ShardCache("~/cache", gigabytes=1).folder == home / "cache"
     monkeypatch.setattr("sys.argv", ["x", "out=~/o", "data=~nobody-is-called-so/x", "text=~/a"])
-    taken = command_line.take_text(["out", "data", "text"])
+    taken = pop_text_options(["out", "data", "text"])
     assert taken == {"out": f"{home}/o", "data": "~nobody-is-called-so/x", "text": "~/a"}
-    assert located("~nobody-is-called-so/x") == Path("~nobody-is-called-so/x")
+    assert resolve_path("~nobody-is-called-so/x") == Path("~nobody-is-called-so/x")
 
 
 def test_paths_of_any_bytes_stay_as_typed(monkeypatch):
     monkeypatch.setattr("sys.argv", ["x", f"image={LATIN}", f"prompt={LATIN}"])
-    assert command_line.take_text(["image", "prompt"]) == {"image": LATIN, "prompt": "caf\ufffd"}
+    assert pop_text_options(["image", "prompt"]) == {
+        "image": LATIN,
+        "prompt": "caf\ufffd",
+    }
 
 
 @pytest.mark.parametrize("value", ["~/a b", "café/雪", LATIN, "a/step=250.ckpt", "~/x=1/a*.tar"])
 def test_paths_need_no_quotes_for_the_grammar(value):
     parser = OverridesParser.create()
-    assert parser.parse_override(command_line.quoted(f"data.train={value}")).value() == value
-    assert command_line.quoted(f"x='{value}'") == f"x='{value}'"
+    assert parser.parse_override(quote_override(f"data.train={value}")).value() == value
+    assert quote_override(f"x='{value}'") == f"x='{value}'"
 
 
 def test_captions_in_a_file_of_another_system_are_read(tmp_path):
     (tmp_path / "a.txt").write_text("a cat\tcat\r\na dog\tdog\r\n", encoding="utf-16")
     (tmp_path / "b.txt").write_text("a cat\tcat\na dog\tdog\n", encoding="utf-8-sig")
-    assert Lines(tmp_path / "a.txt").prompts == Lines(tmp_path / "b.txt").prompts
+    assert PromptFile(tmp_path / "a.txt").prompts == PromptFile(tmp_path / "b.txt").prompts
     (tmp_path / "names.txt").write_text("cat\ndog\n", encoding="utf-8-sig")
-    assert Labels(str(tmp_path / "names.txt")).names == ["cat", "dog"]
+    assert LabelTextEncoder(str(tmp_path / "names.txt")).names == ["cat", "dog"]
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n", encoding="utf-16")
     given = {"prompt": "", "prompts": str(tmp_path / "prompts.txt")}
-    assert command_line.read_prompts(given) == ["a cat", "a dog"]
+    assert read_prompts(given) == ["a cat", "a dog"]
 
 
 @pytest.mark.parametrize(

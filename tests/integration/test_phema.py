@@ -13,11 +13,16 @@ from safetensors.torch import load_file
 from shell import ROOT, run
 from test_evaluate import COLOURS, Home, measure
 
-from ldm.cli import phema
-from ldm.config.command_line import CONF
-from ldm.experiments import curves
-from ldm.training.power_ema import Profile, mixture
-from ldm.utils import checkpoint_file
+from ldm.cli.phema import PHEMA_TEXT_OPTIONS, synthesize_ema
+from ldm.config.suggestions import CONF_DIR
+from ldm.experiments.curves import read_curves
+from ldm.training.power_ema import EMAProfile, solve_mixture
+from ldm.utils.checkpoint_file import (
+    find_newest_checkpoint,
+    read_checkpoint,
+    select_prefix,
+    write_checkpoint,
+)
 from ldm.utils.errors import UsageError
 
 STEPS, EVERY = 9, 2
@@ -49,14 +54,14 @@ def kept(home, tmp_path) -> Path:
 
 
 def choose(*overrides: str, **given: str | Path) -> None:
-    with initialize_config_dir(CONF, version_base="1.3"):
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
         cfg = compose("phema", overrides=["steps=2", "device=cpu", "count=8", *COLOURS, *overrides])
-    asked = {name: cfg[name] for name in phema.TEXTS}
-    phema.choose(cfg, asked | {name: str(value) for name, value in given.items()})
+    asked = {name: cfg[name] for name in PHEMA_TEXT_OPTIONS}
+    synthesize_ema(cfg, asked | {name: str(value) for name, value in given.items()})
 
 
 def weights(ckpt: Path, place: str = "ema.module.") -> dict[str, torch.Tensor]:
-    return checkpoint_file.part(checkpoint_file.read(ckpt), place)
+    return select_prefix(read_checkpoint(ckpt), place)
 
 
 def test_snapshots_lie_in_the_run(kept):
@@ -78,15 +83,15 @@ def test_a_length_that_nobody_kept_is_a_sum_of_snapshots(kept, tmp_path, capsys)
     out = tmp_path / "elsewhere" / "mine.ckpt"
     choose("length=0.2", ckpt=kept, out=out)
     assert capsys.readouterr().out.splitlines()[-1] == str(out)
-    at = [Profile(length, step) for step in (2, 4, 6, 8, 9) for length in LENGTHS]
-    made = mixture(at, Profile(0.2, STEPS))
-    payload = checkpoint_file.read(out)
+    at = [EMAProfile(length, step) for step in (2, 4, 6, 8, 9) for length in LENGTHS]
+    made = solve_mixture(at, EMAProfile(0.2, STEPS))
+    payload = read_checkpoint(out)
     facts = {"length": 0.2, "step": STEPS, "snapshots": 10, "misfit": made.misfit}
     assert payload["ldm"]["phema"] == facts
     assert payload["global_step"] == STEPS
     assert (
         payload["ldm"]["config"]
-        == checkpoint_file.read(kept / "checkpoints" / "last.ckpt")["ldm"]["config"]
+        == read_checkpoint(kept / "checkpoints" / "last.ckpt")["ldm"]["config"]
     )
     averages = []
     for _, step in at[::2]:
@@ -120,12 +125,12 @@ def test_lengths_are_measured_drawn_and_the_best_is_stored(kept, capsys):
     with (kept / "curve_length.csv").open() as file:
         assert [row["length"] for row in csv.DictReader(file)] == ["0.05", "0.1", "0.2"]
     assert Image.open(kept / "curve_length.png").width > 600
-    assert curves.read(kept) == {"curve_length": points}
+    assert read_curves(kept) == {"curve_length": points}
     ckpt = kept / "checkpoints" / "phema.ckpt"
-    facts = checkpoint_file.read(ckpt)["ldm"]["phema"]
+    facts = read_checkpoint(ckpt)["ldm"]["phema"]
     assert (facts["length"], facts["metric"]) == (float(best), "fd_colours")
     # The run goes on from its own, and both are what ldm.evaluate says.
-    assert checkpoint_file.newest(kept / "checkpoints").name == "step=00000009_end.ckpt"
+    assert find_newest_checkpoint(kept / "checkpoints").name == "step=00000009_end.ckpt"
     chosen = next(point for point in points if point["varied"]["length"] == best)
     assert measure(ckpt=ckpt)["metrics"] == chosen["metrics"]
     own = measure(ckpt=kept)["metrics"]
@@ -143,12 +148,10 @@ def test_scenes_decide_where_there_are_any(kept, capsys):
 
 
 def test_an_earlier_checkpoint_is_averaged_up_to_its_step(home, kept):
-    payload = checkpoint_file.read(kept / "checkpoints" / "last.ckpt")
-    checkpoint_file.write(
-        {**payload, "global_step": 7}, kept / "checkpoints" / "step=00000007.ckpt"
-    )
+    payload = read_checkpoint(kept / "checkpoints" / "last.ckpt")
+    write_checkpoint({**payload, "global_step": 7}, kept / "checkpoints" / "step=00000007.ckpt")
     choose("length=0.1", ckpt=kept / "checkpoints" / "step=00000007.ckpt")
-    facts = checkpoint_file.read(kept / "checkpoints" / "phema.ckpt")["ldm"]["phema"]
+    facts = read_checkpoint(kept / "checkpoints" / "phema.ckpt")["ldm"]["phema"]
     assert (facts["step"], facts["snapshots"]) == (6, 6)
 
 

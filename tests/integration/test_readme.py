@@ -14,11 +14,11 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
-from ldm.cli.augment import TEXTS as AUGMENT
-from ldm.cli.clip import TEXTS as CLIP
-from ldm.cli.evaluate import TEXTS as EVALUATE
-from ldm.cli.phema import TEXTS as PHEMA
-from ldm.config.command_line import CONF
+from ldm.cli.augment import AUGMENT_TEXT_OPTIONS as AUGMENT
+from ldm.cli.clip import CLIP_TEXT_OPTIONS as CLIP
+from ldm.cli.evaluate import EVALUATE_TEXT_OPTIONS as EVALUATE
+from ldm.cli.phema import PHEMA_TEXT_OPTIONS as PHEMA
+from ldm.config.suggestions import CONF_DIR
 
 ROOT = Path(__file__).parents[2]
 COCO = ROOT.parent / "shared" / "data" / "coco_mini"
@@ -69,7 +69,7 @@ def test_command_composes(command):
     if root == "compare":
         assert all(a.startswith(("runs/", "metric=", "out=")) for a in arguments)
         return
-    assert Path(CONF, f"{root}.yaml").is_file()
+    assert Path(CONF_DIR, f"{root}.yaml").is_file()
     if root == "prepare":
         arguments[0] = f"source={arguments[0]}"
     own = {"evaluate": EVALUATE, "phema": PHEMA, "clip": CLIP, "augment": AUGMENT}
@@ -78,7 +78,7 @@ def test_command_composes(command):
         a for a in arguments if a not in ("...", "-m") and a.partition("=")[0] not in texts
     ]
     assert all("=" in a for a in overrides)
-    with initialize_config_dir(CONF, version_base="1.3"):
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
         many = "-m" in arguments or root == "evaluate"
         for job in jobs(overrides) if many else [overrides]:
             assert compose(root, overrides=job)
@@ -91,7 +91,7 @@ def test_every_option_is_told():
     more += ["weighting", "loss", "time_sampler", "task", "style_encoder"]
     for group in [*told.split(), *more]:
         row = re.search(rf"\| .*`{group}`.*\|", table[1])[0]
-        for path in Path(CONF, group).glob("*.yaml"):
+        for path in Path(CONF_DIR, group).glob("*.yaml"):
             assert f"`{path.stem}`" in row, f"the README does not tell of {group}={path.stem}"
 
 

@@ -30,9 +30,9 @@ from shell import (
     wait_for,
 )
 
-from ldm.experiments import sweep
-from ldm.experiments.launchers.local import Machine
-from ldm.utils import locks
+from ldm.experiments.launchers.local import LocalMachine
+from ldm.experiments.sweep import SweepJob, format_job_label
+from ldm.utils.locks import InUseError, is_directory_locked, lock_directory
 
 QUICK = [*ANEW, "trainer.max_steps=4", "trainer.val_check_interval=2", "checkpoint.every=1"]
 TIMED = ("perf/images_per_s", "perf/data_wait", "perf/eval_share")
@@ -305,17 +305,17 @@ TEXT = st.text(st.characters(codec="utf-8"), max_size=40)
 
 @given(settings=st.dictionaries(st.sampled_from(["a.b", "model", "seed"]), TEXT), other=TEXT)
 def test_labels_are_names_of_directories(settings, other):
-    label = sweep.label(settings)
+    label = format_job_label(settings)
     assert label not in (".", "..")
     assert "/" not in label
     assert len(label.encode()) < 200
-    assert label == sweep.label(dict(reversed(settings.items())))
+    assert label == format_job_label(dict(reversed(settings.items())))
     if settings.get("seed") not in (None, other):
-        assert label != sweep.label({**settings, "seed": other})
+        assert label != format_job_label({**settings, "seed": other})
 
 
 def job(label="a", *, devices=1, accelerator="gpu", nodes=1):
-    return sweep.Job(
+    return SweepJob(
         name=label,
         label=label,
         overrides=(),
@@ -339,13 +339,13 @@ def test_jobs_get_gpus_of_their_own(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3,GPU-5")
     monkeypatch.setenv("NAP", "0.5")
     monkeypatch.chdir(tmp_path)
-    machine = Machine(n_jobs=2)
+    machine = LocalMachine(n_jobs=2)
     with pytest.raises(ValueError, match="wants 4 GPUs, and there are 3"):
         machine.check(job(devices=4))
     with pytest.raises(ValueError, match="hydra/launcher=slurm"):
         machine.check(job(nodes=2))
     with pytest.raises(ValueError, match=r"devices=2, and fewer GPUs by hydra.launcher.dev"):
-        Machine(n_jobs=2, devices=1).check(job(devices=2))
+        LocalMachine(n_jobs=2, devices=1).check(job(devices=2))
     first = machine.start(job("first", devices=2))
     assert machine.start(job("third", devices=2)) is None, "one GPU is free"
     second = machine.start(job("second"))
@@ -370,7 +370,7 @@ def test_jobs_get_gpus_of_their_own(monkeypatch, tmp_path):
 def test_a_claim_ends_with_its_process(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from ldm.utils import locks;"
-        "kept = locks.claim(Path(sys.argv[1])); print('mine', flush=True); time.sleep(60)"
+        "kept = locks.lock_directory(Path(sys.argv[1])); print('mine', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)],
@@ -381,11 +381,11 @@ def test_a_claim_ends_with_its_process(tmp_path):
     )
     try:
         assert other.stdout.readline() == "mine\n"
-        assert locks.claimed(tmp_path)
-        with pytest.raises(locks.InUseError, match=f"process {other.pid} on"):
-            locks.claim(tmp_path)
+        assert is_directory_locked(tmp_path)
+        with pytest.raises(InUseError, match=f"process {other.pid} on"):
+            lock_directory(tmp_path)
     finally:
         other.kill()
         other.wait()
-    assert not locks.claimed(tmp_path)
-    locks.claim(tmp_path).close()
+    assert not is_directory_locked(tmp_path)
+    lock_directory(tmp_path).close()

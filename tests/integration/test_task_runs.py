@@ -8,10 +8,11 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from shell import ROOT, run, train
 
-from ldm.config import command_line, pipeline
-from ldm.config.command_line import CONF
-from ldm.diffusion.guidance.base import ClassifierFree
-from ldm.diffusion.guidance.compositional import Composed
+from ldm.config.command_line import quote_override
+from ldm.config.pipeline import load_cascade
+from ldm.config.suggestions import CONF_DIR
+from ldm.diffusion.guidance.base import ClassifierFreeGuidance
+from ldm.diffusion.guidance.compositional import CompositionalGuidance
 
 pytestmark = pytest.mark.slow  # each test is processes
 FEW = ["trainer.max_steps=2", "trainer.val_check_interval=2", "logger=csv"]
@@ -80,14 +81,18 @@ def test_later_stages_of_a_cascade_read_the_parts_of_a_prompt(home, monkeypatch)
     monkeypatch.chdir(home)
     asked = dict.fromkeys(("autoencoder", "text_encoder"))
     for words, kind in {
-        ("guidance=compose",): Composed,
-        ("guidance=clip", "guidance@guidance.inner=compose", "guidance.judge=runs/clip"): Composed,
-        ("guidance=cfg",): ClassifierFree,
+        ("guidance=compose",): CompositionalGuidance,
+        (
+            "guidance=clip",
+            "guidance@guidance.inner=compose",
+            "guidance.judge=runs/clip",
+        ): CompositionalGuidance,
+        ("guidance=cfg",): ClassifierFreeGuidance,
     }.items():
-        with initialize_config_dir(CONF, version_base="1.3"):
+        with initialize_config_dir(CONF_DIR, version_base="1.3"):
             words = ["ckpt=x", "device=cpu", "enlarging=1.5", *words]
-            cfg = compose("sample", overrides=[command_line.quoted(word) for word in words])
-        _, later = pipeline.cascade(cfg, ["runs/model", "runs/superres"], asked)
+            cfg = compose("sample", overrides=[quote_override(word) for word in words])
+        _, later = load_cascade(cfg, ["runs/model", "runs/superres"], asked)
         assert later.pipeline.guidance == kind(scale=1.5)
 
 

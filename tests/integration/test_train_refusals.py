@@ -5,9 +5,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from test_evaluate import Home
 
-from ldm.config import components, denoising
-from ldm.config.command_line import CONF
-from ldm.config.run import build
+from ldm.config.components import suggest_overrides
+from ldm.config.denoising import build_training_components
+from ldm.config.run import build_job
+from ldm.config.suggestions import CONF_DIR
 from ldm.utils.errors import UsageError
 
 MOVING = ["data=moving_scenes", "data.count=4", "data.val_count=2", "data.frames=2"]
@@ -30,7 +31,7 @@ def style(home: Home) -> list[str]:
 
 
 def composed(home: Home, *overrides: str):
-    with initialize_config_dir(CONF, version_base="1.3"):
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
         given = home.options("trainer.max_steps=1", "eval=none", "data.count=9", *overrides)
         return compose("train", overrides=given)
 
@@ -52,23 +53,23 @@ def composed(home: Home, *overrides: str):
 def test_it_is_told_before_data_are_drawn(home, tmp_path, words, message):
     cfg = composed(home, f"data.folder={tmp_path}/data", *words)
     with pytest.raises(ValueError, match=message):
-        build(cfg, tmp_path / "run")
+        build_job(cfg, tmp_path / "run")
     assert not (tmp_path / "data").exists()
 
 
 def test_data_without_frames_are_told_of_other_data(home):
     data = ["data=coco", "data.size=16"]
-    with initialize_config_dir(CONF, version_base="1.3"):
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
         cfg = compose("train", overrides=home.options("task=video", data=data))
     with pytest.raises(UsageError, match=r"take data=moving_scenes, or data=shards of videos$"):
-        denoising.built(cfg, home.path / "runs/new")
+        build_training_components(cfg, home.path / "runs/new")
 
 
 def test_another_beginning_is_told_with_what_to_add(home):
     def refusal(ckpt: str, *words: str) -> str:
         cfg = composed(home, f"init={home.path}/runs/{ckpt}", *words)
         with pytest.raises(UsageError) as told:
-            denoising.built(cfg, home.path / "runs/new")
+            build_training_components(cfg, home.path / "runs/new")
         return str(told.value)
 
     said = refusal("plain", "scheduler=linear", "autoencoder=tiny")
@@ -81,17 +82,17 @@ def test_another_beginning_is_told_with_what_to_add(home):
     assert said.endswith(f"another style_encoder: add {' '.join(style(home))}")
     for ckpt, words in (("plain", []), ("plain", style(home)), ("styled", style(home))):
         begun = composed(home, f"init={home.path}/runs/{ckpt}", *same, *words)
-        assert denoising.built(begun, home.path / "runs/new").network is not None
+        assert build_training_components(begun, home.path / "runs/new").network is not None
 
 
 def test_settings_are_said_as_they_are_typed():
     cfg = OmegaConf.create(
         {"task": {"_target_": "ldm.diffusion.tasks.superres.SuperResolution", "scales": [2, 8]}}
     )
-    assert components.as_typed(cfg, "task") == ["task=superres", "task.scales=[2, 8]"]
+    assert suggest_overrides(cfg, "task") == ["task=superres", "task.scales=[2, 8]"]
 
 
 def test_videos_are_counted_as_videos(home):
     words = ["task=video", "eval=motion", "trainer.max_steps=1", "data.batch_size=2"]
-    job = build(composed(home, *MOVING[1:], *words), home.path / "runs/moving")
+    job = build_job(composed(home, *MOVING[1:], *words), home.path / "runs/moving")
     assert "on 4 videos (2 for validation): 1 steps of 2 videos on" in job.describe()

@@ -10,9 +10,9 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from shell import ROOT, TRAIN, rows, run, tensors
 
-from ldm.config import command_line
-from ldm.config import pipeline as pipelines
-from ldm.config.command_line import CONF
+from ldm.config.command_line import quote_override
+from ldm.config.pipeline import load_pipeline
+from ldm.config.suggestions import CONF_DIR
 from ldm.utils.errors import UsageError
 
 pytestmark = pytest.mark.slow  # each test is processes
@@ -114,11 +114,11 @@ def test_pictures_and_videos_are_not_confused(home):
 
 def painted(home, option, *overrides):
     """A video of three frames under a guidance, in this process."""
-    with initialize_config_dir(CONF, version_base="1.3"):
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
         words = ["ckpt=x", "device=cpu", f"guidance={option}", *overrides]
-        cfg = compose("sample", overrides=[command_line.quoted(word) for word in words])
+        cfg = compose("sample", overrides=[quote_override(word) for word in words])
     asked = {"autoencoder": None, "text_encoder": None}
-    pipeline = pipelines.restore(cfg, str(home / "runs/video"), asked).pipeline
+    pipeline = load_pipeline(cfg, str(home / "runs/video"), asked).pipeline
     prompts = ["a red star AND a blue circle :0.5", "a star"]
     return pipeline(prompts, seeds=[0, 1], size=32, steps=2)
 
@@ -128,7 +128,7 @@ def test_every_guidance_guides_videos_or_says_that_it_does_not(home):
         "autoguidance": f"guidance.guide={home / 'runs/video'}",
         "classifier": f"guidance.classifier={home / 'runs/images'}",
     }
-    options = {path.stem for path in Path(CONF, "guidance").glob("*.yaml")}
+    options = {path.stem for path in Path(CONF_DIR, "guidance").glob("*.yaml")}
     made = {}
     for option in sorted(options - {"classifier"}):
         made[option] = painted(home, option, *([models[option]] if option in models else []))

@@ -16,14 +16,14 @@ from string import Formatter
 
 import numpy as np
 
-from ldm.data.captions import clean
-from ldm.data.position_sampler import PROMPT, draws
-from ldm.data.shards.reader import Shards
+from ldm.data.captions import clean_caption
+from ldm.data.position_sampler import PROMPT_STREAM, draw_random_bits
+from ldm.data.shards.reader import ShardReader
 from ldm.utils.files import read_text
 
-LABEL = "label"  # the slot, and the field of a file's lines, that say a picture's class
+LABEL_FIELD = "label"  # the slot, and the field of a file's lines, that say a picture's class
 
-Prompts = Callable[[int], "Prompt"]
+PromptSource = Callable[[int], "Prompt"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Prompt:
     slots: dict[str, str] = field(default_factory=dict)
 
 
-class Template:
+class PromptTemplate:
     """Texts such as "a {size} {colour} {label}" with a word for each name in braces.
 
     In as many positions as a slot has words, each is taken once, in an order drawn anew each time.
@@ -49,11 +49,11 @@ class Template:
         try:
             self._parts = list(Formatter().parse(text))
         except ValueError as error:
-            raise ValueError(f"template={text}: {error}; {_BRACES}") from error
+            raise ValueError(f"template={text}: {error}; {_SLOT_SYNTAX}") from error
         for _, name, rule, conversion in self._parts:
             if name is not None and (rule or conversion or not re.fullmatch(r"[^\W\d]\w*", name)):
-                raise ValueError(f"template={text}: '{{{name}}}' is no slot; {_BRACES}")
-        if not clean(text):
+                raise ValueError(f"template={text}: '{{{name}}}' is no slot; {_SLOT_SYNTAX}")
+        if not clean_caption(text):
             raise ValueError("template= is empty")
         self.text, self.slots = text, {name: list(words) for name, words in slots.items()}
         names = dict.fromkeys(name for _, name, _, _ in self._parts if name is not None)
@@ -77,11 +77,13 @@ class Template:
         chosen = {}
         for family, names in self._families.items():
             words = self.slots[family]
-            first = taken(position, len(words), family)[1]
-            others = [i for i in _shuffled(len(words), f"{family}/others", position) if i != first]
+            first = draw_in_turn(position, len(words), family)[1]
+            others = [
+                i for i in _shuffle_indices(len(words), f"{family}/others", position) if i != first
+            ]
             chosen |= zip(names, (words[i] for i in (first, *others)), strict=False)
         text = "".join(start + chosen.get(name, "") for start, name, _, _ in self._parts)
-        return Prompt(clean(text), chosen.get(LABEL), chosen)
+        return Prompt(clean_caption(text), chosen.get(LABEL_FIELD), chosen)
 
     @property
     def facts(self) -> dict:
@@ -89,7 +91,7 @@ class Template:
         return {"template": self.text, "slots": self.slots}
 
 
-class Lines:
+class PromptFile:
     """The prompts of a text file in their order, again and again: caption, or caption TAB label.
 
     A .jsonl file has a line such as {"caption": "a cat", "label": "cat"}. Raises OSError where
@@ -99,7 +101,7 @@ class Lines:
 
     def __init__(self, path: Path) -> None:
         lines = read_text(path).split("\n")
-        read = _object if path.suffix == ".jsonl" else _columns
+        read = _parse_json_line if path.suffix == ".jsonl" else _parse_text_line
         self.prompts, labelled = [], None
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -123,17 +125,17 @@ class Lines:
         return {"captions": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]}
 
 
-class OfSet:
+class DatasetPrompts:
     """The captions of a set of pictures, each picture once in an order drawn anew each time.
 
     Round k takes its k-th caption, and begins again where there are no more.
     """
 
-    def __init__(self, shards: Shards) -> None:
+    def __init__(self, shards: ShardReader) -> None:
         self.shards = shards
 
     def __call__(self, position: int) -> Prompt:
-        turn, i = taken(position, len(self.shards), "captions")
+        turn, i = draw_in_turn(position, len(self.shards), "captions")
         captions = self.shards.read(i).captions
         return Prompt(captions[turn % len(captions)])
 
@@ -143,36 +145,36 @@ class OfSet:
         return {"captions": self.shards.index.fingerprint}
 
 
-def taken(position: int, count: int, name: str) -> tuple[int, int]:
+def draw_in_turn(position: int, count: int, name: str) -> tuple[int, int]:
     """(turn, which of `count`) of a position: all of them in each turn, in an order of its own."""
     turn, place = divmod(position, count)
-    return turn, _shuffled(count, name, turn)[place]
+    return turn, _shuffle_indices(count, name, turn)[place]
 
 
 @lru_cache(maxsize=64)
-def _shuffled(count: int, name: str, turn: int) -> list[int]:
-    bits = draws(count, PROMPT, zlib.crc32(name.encode("utf-8", "replace")), turn)
+def _shuffle_indices(count: int, name: str, turn: int) -> list[int]:
+    bits = draw_random_bits(count, PROMPT_STREAM, zlib.crc32(name.encode("utf-8", "replace")), turn)
     return np.argsort(bits, kind="stable").tolist()
 
 
-_BRACES = (
+_SLOT_SYNTAX = (
     "a slot is a name in braces, as in {colour}, whose words are slots.colour=red,blue; a brace "
     "that belongs to the text is written twice"
 )
 
 
-def _columns(line: str, where: str) -> Prompt:
+def _parse_text_line(line: str, where: str) -> Prompt:
     text, *rest = line.split("\t")
-    if len(rest) > 1 or not clean(text) or (rest and not clean(rest[0])):
+    if len(rest) > 1 or not clean_caption(text) or (rest and not clean_caption(rest[0])):
         raise ValueError(f"{where} is neither a caption nor caption TAB label")
-    return Prompt(clean(text), clean(rest[0]) if rest else None)
+    return Prompt(clean_caption(text), clean_caption(rest[0]) if rest else None)
 
 
-def _object(line: str, where: str) -> Prompt:
+def _parse_json_line(line: str, where: str) -> Prompt:
     try:
         found = json.loads(line)
-        text, label = clean(found["caption"]), found.get(LABEL)
-        label = clean(label) if isinstance(label, str) else label
+        text, label = clean_caption(found["caption"]), found.get(LABEL_FIELD)
+        label = clean_caption(label) if isinstance(label, str) else label
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         text, label = "", None
     if not text or isinstance(label, bool | float | list | dict) or label == "":

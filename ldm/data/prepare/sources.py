@@ -9,20 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
-from ldm.data.captions import clean_all
+from ldm.data.captions import clean_captions
 from ldm.utils.files import read_text
 
-Part = Literal["all", "train", "val"]
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp")
+FolderPart = Literal["all", "train", "val"]
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp")
 # What Pillow has no reader for, or one that is not needed often enough to trust it with any file.
-UNREAD = (
+UNSUPPORTED_SUFFIXES = (
     *(".avif", ".heic", ".heif", ".jxl", ".jp2", ".tif", ".tiff", ".svg", ".psd", ".tga", ".ppm"),
     *(".ico", ".dng", ".cr2", ".nef", ".arw", ".exr", ".mp4", ".mov", ".webm", ".mkv", ".avi"),
 )
 
 
 @dataclass(frozen=True)
-class Record:
+class ImageRecord:
     """A picture file that exists, its captions (at least one), and further fields to keep."""
 
     path: Path
@@ -32,16 +32,16 @@ class Record:
 
 
 @dataclass
-class Records:
+class ImageRecords:
     """What a source holds: usable records, and the names of the others by reason."""
 
     root: Path
-    found: list[Record] = field(default_factory=list)
+    found: list[ImageRecord] = field(default_factory=list)
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, file_name: str, texts: list[Any], fields: dict[str, Any]) -> None:
         """Take a picture by its name inside the root, or note why not."""
-        captions = clean_all(texts)
+        captions = clean_captions(texts)
         path = self.root / file_name
         if not _is_inside(file_name):
             self.skip("unsafe name", file_name)
@@ -50,24 +50,24 @@ class Records:
         elif not captions:
             self.skip("no caption", file_name)
         else:
-            self.found.append(Record(path, file_name, captions, fields))
+            self.found.append(ImageRecord(path, file_name, captions, fields))
 
     def skip(self, reason: str, file_name: str) -> None:
         """Leave a picture out."""
         self.skipped.setdefault(reason, []).append(file_name)
 
 
-def coco_records(images: Path, annotations: Path) -> Records:
+def read_coco_records(images: Path, annotations: Path) -> ImageRecords:
     """The pictures of a COCO captions file (.json or .json.gz), in its order.
 
     Raises FileNotFoundError where folder, file or all pictures are missing, ValueError where the
     file holds no COCO captions.
     """
-    records = _records_in(images)
-    coco = _read_json(annotations)
+    records = _open_records(images)
+    coco = _read_annotations(annotations)
     rows = coco.get("images") if isinstance(coco, dict) else None
     notes = coco.get("annotations") if isinstance(coco, dict) else None
-    if not _have(rows, "id", "file_name") or not _have(notes, "image_id", "caption"):
+    if not _have_keys(rows, "id", "file_name") or not _have_keys(notes, "image_id", "caption"):
         raise ValueError(
             f"{annotations} is no COCO captions file: it needs 'images' with id and file_name and "
             "'annotations' with image_id and caption, as captions_train2017.json has"
@@ -79,10 +79,12 @@ def coco_records(images: Path, annotations: Path) -> Records:
         url = row.get("flickr_url") or row.get("coco_url")
         fields = {"image_id": row["id"], "url": url}
         records.add(str(row["file_name"]), texts.get(row["id"], []), fields)
-    return _some(records, f"named by {annotations} with a caption")
+    return _require_usable(records, f"named by {annotations} with a caption")
 
 
-def folder_records(images: Path, *, part: Part = "all", caption_key: str = "text") -> Records:
+def read_folder_records(
+    images: Path, *, part: FolderPart = "all", caption_key: str = "text"
+) -> ImageRecords:
     """The pictures of a folder: those its metadata.jsonl names, else all, in order of name.
 
     A line of metadata.jsonl has file_name and, under `caption_key`, a caption or a list of them.
@@ -93,32 +95,35 @@ def folder_records(images: Path, *, part: Part = "all", caption_key: str = "text
     Raises FileNotFoundError where there is no folder or no picture with a caption, ValueError for
     a line that is not as described.
     """
-    if part not in get_args(Part):
-        raise ValueError(f"part must be {', '.join(get_args(Part))}, got '{part}'")
-    records = _records_in(images)
+    if part not in get_args(FolderPart):
+        raise ValueError(f"part must be {', '.join(get_args(FolderPart))}, got '{part}'")
+    records = _open_records(images)
     metadata = images / "metadata.jsonl"
     if metadata.is_file():
-        for file_name, text in _metadata_rows(metadata, caption_key):
-            if part in ("all", _part(file_name)):
+        for file_name, text in _iterate_metadata(metadata, caption_key):
+            if part in ("all", _choose_part(file_name)):
                 records.add(file_name, text if isinstance(text, list) else [text], {})
-        return _some(records, f"named by {metadata} with a '{caption_key}'")
-    for path in sorted(_walk(images)):
+        return _require_usable(records, f"named by {metadata} with a '{caption_key}'")
+    for path in sorted(_walk_files(images)):
         file_name = path.relative_to(images).as_posix()
         suffix = path.suffix.lower()
-        if suffix not in SUFFIXES + UNREAD or part not in ("all", _part(file_name)):
+        if suffix not in IMAGE_SUFFIXES + UNSUPPORTED_SUFFIXES or part not in (
+            "all",
+            _choose_part(file_name),
+        ):
             continue
         if is_hidden(file_name):
             records.skip("hidden", file_name)
-        elif suffix in UNREAD:
+        elif suffix in UNSUPPORTED_SUFFIXES:
             records.skip(f"in {suffix[1:]}, which is not read", file_name)
         else:
             _add_with_text(records, file_name)
-    return _some(records, "with a .txt of its name (or a line in metadata.jsonl)")
+    return _require_usable(records, "with a .txt of its name (or a line in metadata.jsonl)")
 
 
-def pictures_in(folder: Path) -> list[Path]:
+def list_image_files(folder: Path) -> list[Path]:
     """The picture files that lie in a folder itself, in order of name, without hidden ones."""
-    found = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    found = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     return sorted(path for path in found if not is_hidden(path.name))
 
 
@@ -128,7 +133,7 @@ def is_hidden(file_name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
-def _add_with_text(records: Records, file_name: str) -> None:
+def _add_with_text(records: ImageRecords, file_name: str) -> None:
     """Take a picture with the text of the .txt file beside it."""
     text = (records.root / file_name).with_suffix(".txt")
     try:
@@ -139,7 +144,7 @@ def _add_with_text(records: Records, file_name: str) -> None:
         records.add(file_name, texts, {})
 
 
-def _walk(root: Path) -> Iterator[Path]:
+def _walk_files(root: Path) -> Iterator[Path]:
     """All files below a folder, each folder once: those that lie there, then linked ones."""
     seen, links = set(), [root]
     while links:
@@ -152,28 +157,28 @@ def _walk(root: Path) -> Iterator[Path]:
             yield from (Path(folder, name) for name in files)
             linked = sorted(path for name in names if (path := Path(folder, name)).is_symlink())
             # A folder that holds this one would bring it in again, with all that lies beside it.
-            links += [path for path in linked if not _holds(path, place)]
+            links += [path for path in linked if not _contains(path, place)]
 
 
-def _holds(link: Path, place: str) -> bool:
+def _contains(link: Path, place: str) -> bool:
     return Path(place).is_relative_to(os.path.realpath(link))
 
 
-def _part(file_name: str) -> Part:
+def _choose_part(file_name: str) -> FolderPart:
     return "train" if zlib.crc32(file_name.encode("utf-8", "replace")) % 10 else "val"
 
 
-def _records_in(images: Path) -> Records:
+def _open_records(images: Path) -> ImageRecords:
     if not images.is_dir():
         raise FileNotFoundError(f"image folder not found: {images}")
-    return Records(images)
+    return ImageRecords(images)
 
 
-def _some(records: Records, wanted: str) -> Records:
+def _require_usable(records: ImageRecords, wanted: str) -> ImageRecords:
     if not records.found:
         counts = {reason: len(names) for reason, names in records.skipped.items()}
         unread = any(reason.endswith("not read") for reason in counts)
-        remedy = f" (convert to one of {', '.join(SUFFIXES)})" if unread else ""
+        remedy = f" (convert to one of {', '.join(IMAGE_SUFFIXES)})" if unread else ""
         raise FileNotFoundError(f"no image in {records.root} {wanted}; left out: {counts}{remedy}")
     return records
 
@@ -183,7 +188,7 @@ def _is_inside(file_name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts
 
 
-def _have(rows: Any, *keys: str) -> bool:
+def _have_keys(rows: Any, *keys: str) -> bool:
     """Whether rows is a list, not empty, of objects that all have these keys."""
     return (
         isinstance(rows, list)
@@ -192,7 +197,7 @@ def _have(rows: Any, *keys: str) -> bool:
     )
 
 
-def _read_json(path: Path) -> Any:
+def _read_annotations(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"annotation file not found: {path}")
     data = path.read_bytes()
@@ -202,7 +207,7 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"{path} is no JSON file: {error}") from error
 
 
-def _metadata_rows(path: Path, caption_key: str) -> Iterator[tuple[str, Any]]:
+def _iterate_metadata(path: Path, caption_key: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue

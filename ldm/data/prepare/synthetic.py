@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.data.prepare.prompts import LABEL
+from ldm.data.prepare.prompts import LABEL_FIELD
 from ldm.data.prepare.writer import write_json
 from ldm.data.shards.reader import write_shard
 from ldm.utils.hashing import hash_file
 
-MOST = 10_000  # a key is five digits of shard, four of sample
+MAX_SAMPLES_PER_SHARD = 10_000  # a key is five digits of shard, four of sample
 
 
 @dataclass(frozen=True)
-class Painted:
+class GeneratedSample:
     """An encoded picture and what its json says: its prompt, seed, score and label, at least."""
 
     image: bytes
@@ -32,7 +32,7 @@ class Painted:
 
 
 @dataclass(frozen=True)
-class Sift:
+class ScoreFilter:
     """Which pictures of a shard stay: by score, those from `least` on, and the best `share`.
 
     share: of the shard's pictures, in (0, 1]. None leaves none out.
@@ -51,7 +51,7 @@ class Sift:
 
 
 @dataclass(frozen=True)
-class Part:
+class GeneratedShard:
     """One shard of a set: which pictures, by number, it is made of."""
 
     folder: Path
@@ -69,9 +69,9 @@ class Part:
 
     def write(
         self,
-        paint: Callable[[Sequence[int]], Iterable[Painted]],
+        paint: Callable[[Sequence[int]], Iterable[GeneratedSample]],
         *,
-        sift: Sift,
+        sift: ScoreFilter,
         suffix: str,
         batch: int,
     ) -> None:
@@ -91,7 +91,7 @@ class Part:
 
         self._tar.unlink(missing_ok=True)
         written = write_shard(self._tar, samples()) if any(stays) else 0
-        labels = [one.fields[LABEL] for one, stay in zip(made, stays, strict=True) if stay]
+        labels = [one.fields[LABEL_FIELD] for one, stay in zip(made, stays, strict=True) if stay]
         stats = {
             "count": len(made),
             "successes": written,
@@ -110,22 +110,25 @@ class Part:
         return self.folder / f"{self.number:05d}_stats.json"
 
 
-def parts(folder: Path, *, count: int, each: int) -> list[Part]:
+def plan_shards(folder: Path, *, count: int, each: int) -> list[GeneratedShard]:
     """The shards of `count` pictures, `each` in one.
 
     Raises ValueError for numbers that make no set.
     """
-    for name, value, most in (("samples_per_shard", each, MOST), ("n", count, 10**5 * each)):
+    for name, value, most in (
+        ("samples_per_shard", each, MAX_SAMPLES_PER_SHARD),
+        ("n", count, 10**5 * each),
+    ):
         if not 1 <= value <= most:
             raise ValueError(f"{name} must be in 1..{most:,}, got {value:,}")
     firsts = range(0, count, each)
     return [
-        Part(folder, number, range(first, min(first + each, count)))
+        GeneratedShard(folder, number, range(first, min(first + each, count)))
         for number, first in enumerate(firsts)
     ]
 
 
-def summed(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def sum_shard_stats(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What became of all shards: counts, kept pictures by label, and scores where there are any."""
     labels = sum((Counter(one["labels"]) for one in stats), Counter())
     scores = [score for one in stats for score in one["scores"] if score is not None]

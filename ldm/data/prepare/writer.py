@@ -24,26 +24,33 @@ from tqdm import tqdm
 
 from ldm.data.image_decoding import (
     ImageError,
-    is_plain,
-    read_bytes,
+    needs_no_conversion,
     read_frames,
     read_image,
-    resize_short,
+    read_image_bytes,
+    resize_short_side,
 )
-from ldm.data.prepare.sources import Part, Record, Records, coco_records, folder_records
-from ldm.data.shards.index import open_index, scan_shard
+from ldm.data.prepare.sources import (
+    FolderPart,
+    ImageRecord,
+    ImageRecords,
+    read_coco_records,
+    read_folder_records,
+)
+from ldm.data.shards.index import open_index
 from ldm.data.shards.reader import write_shard
-from ldm.utils.files import forget_temporary, located, replacing
+from ldm.data.shards.tar_headers import scan_shard
+from ldm.utils.files import delete_temporary_files, replace_file, resolve_path
 
-Format = Literal["jpg", "png", "webp"]
+ImageFormat = Literal["jpg", "png", "webp"]
 
-_PILLOW = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+_PILLOW_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _MAX_PER_SHARD = 10_000  # a key is five digits of shard, four of sample
-_AHEAD = 32
+_MAX_PENDING = 32
 
 
 @dataclass(frozen=True)
-class Report:
+class PreparationReport:
     """The number of samples written, and the file names left out, by reason."""
 
     written: int
@@ -56,12 +63,12 @@ def prepare_coco(
     annotations: str,
     out: str,
     size: int | None = 512,
-    format: Format = "jpg",
+    format: ImageFormat = "jpg",
     quality: int = 95,
     samples_per_shard: int = 1000,
     workers: int = 2,
     limit: int | None = None,
-) -> Report:
+) -> PreparationReport:
     """Write shards of a COCO captions file (.json or .json.gz) and its image folder.
 
     size: pixels of the short side at most (None keeps all); quality: 1..100, for jpg and webp;
@@ -71,12 +78,12 @@ def prepare_coco(
     there, are of the wrong kind, or `out` holds shards of other settings.
     """
     options = _Options(size, format, quality, samples_per_shard, limit)
-    records = coco_records(located(images), located(annotations))
+    records = read_coco_records(resolve_path(images), resolve_path(annotations))
     places = {
-        "images": str(located(images).resolve()),
-        "annotations": str(located(annotations).resolve()),
+        "images": str(resolve_path(images).resolve()),
+        "annotations": str(resolve_path(annotations).resolve()),
     }
-    return _prepare(records, located(out), places, options, workers)
+    return _write_shards(records, resolve_path(out), places, options, workers)
 
 
 def prepare_folder(
@@ -84,15 +91,15 @@ def prepare_folder(
     images: str,
     out: str,
     size: int | None = 512,
-    format: Format = "jpg",
+    format: ImageFormat = "jpg",
     quality: int = 95,
     samples_per_shard: int = 1000,
     workers: int = 2,
     limit: int | None = None,
-    part: Part = "all",
+    part: FolderPart = "all",
     frames: int | None = None,
     caption_key: str = "text",
-) -> Report:
+) -> PreparationReport:
     """Write shards of a folder with a metadata.jsonl, or with a.txt beside each a.jpg.
 
     caption_key: the name that captions have in metadata.jsonl.
@@ -101,23 +108,25 @@ def prepare_folder(
     Everything else is as in `prepare_coco`; `folder_records` says what the files hold.
     """
     options = _Options(size, format, quality, samples_per_shard, limit, frames)
-    records = folder_records(located(images), part=part, caption_key=caption_key)
-    places = {"images": str(located(images).resolve()), "part": part}
-    return _prepare(records, located(out), places, options, workers)
+    records = read_folder_records(resolve_path(images), part=part, caption_key=caption_key)
+    places = {"images": str(resolve_path(images).resolve()), "part": part}
+    return _write_shards(records, resolve_path(out), places, options, workers)
 
 
 @dataclass(frozen=True)
 class _Options:
     size: int | None
-    format: Format
+    format: ImageFormat
     quality: int
     samples_per_shard: int
     limit: int | None
     frames: int | None = None
 
     def __post_init__(self) -> None:
-        if self.format not in _PILLOW:
-            raise ValueError(f"format must be one of {', '.join(_PILLOW)}, got '{self.format}'")
+        if self.format not in _PILLOW_FORMATS:
+            raise ValueError(
+                f"format must be one of {', '.join(_PILLOW_FORMATS)}, got '{self.format}'"
+            )
         if not 1 <= self.samples_per_shard <= _MAX_PER_SHARD:
             raise ValueError(
                 f"samples_per_shard must be in 1..{_MAX_PER_SHARD}, got {self.samples_per_shard}"
@@ -132,13 +141,13 @@ class _Options:
                 raise ValueError(f"{name} must be 1 or more, or null, got {value}")
 
 
-def _prepare(
-    records: Records, out: Path, places: dict[str, str], options: _Options, workers: int
-) -> Report:
+def _write_shards(
+    records: ImageRecords, out: Path, places: dict[str, str], options: _Options, workers: int
+) -> PreparationReport:
     if workers < 1:
         raise ValueError(f"workers must be 1 or more, got {workers}")
     found = records.found[: options.limit]
-    claim(out, {**places, **asdict(options), "records": _digest(found)})
+    claim_output_folder(out, {**places, **asdict(options), "records": _hash_records(found)})
     step = options.samples_per_shard
     stats = []
     shown = {"desc": "Preparing", "unit": "image" if options.frames is None else "video"}
@@ -150,7 +159,7 @@ def _prepare(
     skipped = dict(records.skipped)
     for name, reason in (item for stat in stats for item in stat["broken"].items()):
         skipped[reason] = [*skipped.get(reason, []), name]
-    report = Report(sum(stat["successes"] for stat in stats), skipped)
+    report = PreparationReport(sum(stat["successes"] for stat in stats), skipped)
     write_json(out / "report.json", asdict(report))
     if report.written == 0:
         raise ValueError(f"none of the {len(found)} images could be read, see {out}/report.json")
@@ -158,7 +167,7 @@ def _prepare(
     return report
 
 
-def claim(out: Path, settings: dict[str, Any]) -> None:
+def claim_output_folder(out: Path, settings: dict[str, Any]) -> None:
     """Make `out` ours for these settings, or say what stands against it."""
     path = out / "prepare.json"
     if path.is_file():
@@ -170,11 +179,11 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
     elif others := [*out.glob("*.tar"), *out.glob("report.json"), *out.glob("index.npz")]:
         raise FileExistsError(f"{others[0]} came from elsewhere: use another out")
     out.mkdir(parents=True, exist_ok=True)
-    forget_temporary(out, "*" if path.is_file() else f"{path.name}.*")
+    delete_temporary_files(out, "*" if path.is_file() else f"{path.name}.*")
     write_json(path, settings)
 
 
-def _digest(records: list[Record]) -> str:
+def _hash_records(records: list[ImageRecord]) -> str:
     digest = hashlib.sha256()
     for record in records:
         digest.update(json.dumps([record.file_name, record.captions, record.fields]).encode())
@@ -185,7 +194,7 @@ def _digest(records: list[Record]) -> str:
 class _Shard:
     out: Path
     number: int
-    records: list[Record]
+    records: list[ImageRecord]
 
     @property
     def tar(self) -> Path:
@@ -210,15 +219,17 @@ class _Shard:
         """Write the shard, then its statistics."""
         broken: dict[str, str] = {}  # names and reasons
 
-        def make(job: tuple[int, Record]) -> tuple[str, Record, dict[str, bytes] | ImageError]:
+        def make(
+            job: tuple[int, ImageRecord],
+        ) -> tuple[str, ImageRecord, dict[str, bytes] | ImageError]:
             key = f"{self.number:05d}{job[0]:04d}"
             try:
-                return key, job[1], _members(job[1], key, options)
+                return key, job[1], _encode_record(job[1], key, options)
             except ImageError as error:
                 return key, job[1], error
 
         def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
-            for key, record, members in _in_order(pool, make, enumerate(self.records)):
+            for key, record, members in _map_in_order(pool, make, enumerate(self.records)):
                 bar.update()
                 if isinstance(members, ImageError):
                     broken[record.file_name] = members.reason
@@ -239,30 +250,30 @@ class _Shard:
         return stats
 
 
-def _in_order(pool: ThreadPoolExecutor, fn: Callable, items: Iterable) -> Iterator:
+def _map_in_order(pool: ThreadPoolExecutor, fn: Callable, items: Iterable) -> Iterator:
     """pool.map that holds few results at a time, so a slow disk does not fill the memory."""
     pending = deque()
     for item in items:
         pending.append(pool.submit(fn, item))
-        if len(pending) > _AHEAD:
+        if len(pending) > _MAX_PENDING:
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
 
 
-def _members(record: Record, key: str, options: _Options) -> dict[str, bytes]:
+def _encode_record(record: ImageRecord, key: str, options: _Options) -> dict[str, bytes]:
     """The tar members of one picture; ImageError where it is broken."""
-    source, count = read_bytes(record.path), options.frames
+    source, count = read_image_bytes(record.path), options.frames
     images = [read_image(source)] if count is None else list(read_frames(source, count))
     original_width, original_height = images[0].size
     fits = options.size is None or min(images[0].size) <= options.size
     if not fits:
-        images = [resize_short(image, options.size) for image in images]
+        images = [resize_short_side(image, options.size) for image in images]
     image = images[0]
-    if fits and count is None and is_plain(source, _PILLOW[options.format]):
+    if fits and count is None and needs_no_conversion(source, _PILLOW_FORMATS[options.format]):
         data = source
     else:
-        data = _encode(images, options)
+        data = _encode_images(images, options)
     fields = {
         "key": key,
         "status": "success",
@@ -280,14 +291,14 @@ def _members(record: Record, key: str, options: _Options) -> dict[str, bytes]:
     return {options.format: data, "txt": record.captions[0].encode(), "json": text}
 
 
-def _encode(images: list[Image.Image], options: _Options) -> bytes:
+def _encode_images(images: list[Image.Image], options: _Options) -> bytes:
     file = io.BytesIO()
     moving = {"save_all": True, "append_images": images[1:]} if len(images) > 1 else {}
-    kind = _PILLOW[options.format]
+    kind = _PILLOW_FORMATS[options.format]
     images[0].save(file, kind, quality=options.quality, **moving)  # PNG ignores the quality
     return file.getvalue()
 
 
 def write_json(path: Path, value: Any) -> None:
-    with replacing(path) as file:
+    with replace_file(path) as file:
         file.write(json.dumps(value, indent=1).encode())

@@ -2,10 +2,10 @@
 
 from ldm.data.datamodule import TextImageData
 from ldm.data.scenes.prepare import prepare_scenes
-from ldm.utils.files import located
+from ldm.utils.files import resolve_path
 
 
-def scene_folders(
+def locate_scene_folders(
     *,
     folder: str,
     count: int,
@@ -15,7 +15,7 @@ def scene_folders(
     frames: int | None = None,
 ) -> tuple[str, str]:
     """The folders of the training and the validation scenes of these settings."""
-    place = located(folder) / (f"{size}px" if frames is None else f"{size}px-{frames}-frames")
+    place = resolve_path(folder) / (f"{size}px" if frames is None else f"{size}px-{frames}-frames")
     train = place / (f"train-{count}" if family == 1 else f"train-{count}-by-{family}")
     return str(train), str(place / f"val-{val_count}")
 
@@ -42,7 +42,7 @@ def scenes_data(
     right are what the captions are about. With `frames`, the first object of each scene moves, in a
     video of so many pictures (see `motion.py`).
     """
-    train, val = scene_folders(
+    train, val = locate_scene_folders(
         folder=folder, count=count, val_count=val_count, size=size, family=family, frames=frames
     )
     prepare_scenes(out=train, count=count, size=size, split="train", family=family, frames=frames)

@@ -8,46 +8,46 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ldm.data.scenes.world import BACKGROUNDS, COLOURS, RADIUS, Scene
+from ldm.data.scenes.world import BACKGROUNDS, COLOURS, OBJECT_RADIUS, Scene
 
 WHITE = (250, 248, 244)
-SHADE = 0.12  # the background runs from so much lighter at the top to so much darker
+BACKGROUND_SHADE = 0.12  # the background runs from so much lighter at the top to so much darker
 
-MARGIN = 0.035
-GAP = (0.035, 0.06)
-ACROSS = 0.05  # how far out of line two objects may be, as a share of their distance
-WANDER = 0.04  # how much of the free room the pair wanders about in, around the middle
-OUTER, _INNER = 0.024, 0.014  # an outline's parts outside and inside the edge
+SCENE_MARGIN = 0.035
+OBJECT_GAP = (0.035, 0.06)
+MAX_MISALIGNMENT = 0.05  # how far out of line two objects may be, as a share of their distance
+CENTRE_JITTER = 0.04  # how much of the free room the pair wanders about in, around the middle
+OUTER_OUTLINE, _INNER_OUTLINE = 0.024, 0.014  # an outline's parts outside and inside the edge
 _STRIPE, _STRIPE_WIDTH = 0.115, 0.048
 _DOT, _DOT_RADIUS = 0.108, 0.033
 
-Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
-Place = tuple[float, float, float]  # centre x, y and radius
+SignedDistance = Callable[[np.ndarray, np.ndarray], np.ndarray]
+ObjectLocation = tuple[float, float, float]  # centre x, y and radius
 
 
-def draw(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
+def draw_scene(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
     """The picture, uint8 (S, S, 3), with objects placed at random where the relation allows."""
-    return draw_at(scene, placed(scene, rng), size)
+    return draw_scene_at(scene, arrange_objects(scene, rng), size)
 
 
-def draw_at(scene: Scene, places: Sequence[Place], size: int) -> np.ndarray:
+def draw_scene_at(scene: Scene, places: Sequence[ObjectLocation], size: int) -> np.ndarray:
     """The picture, uint8 (S, S, 3), with objects in given places; it draws nothing at random."""
-    shade = np.linspace(1 + SHADE, 1 - SHADE, size)[:, None, None]
+    shade = np.linspace(1 + BACKGROUND_SHADE, 1 - BACKGROUND_SHADE, size)[:, None, None]
     picture = np.tile(shade * BACKGROUNDS[scene.background], (1, size, 1))  # (S, S, 3)
     for one, (x, y, radius) in zip(scene.objects, places, strict=True):
-        reach = radius + OUTER
+        reach = radius + OUTER_OUTLINE
         rows = slice(max(int((y - reach) * size), 0), int((y + reach) * size) + 2)
         columns = slice(max(int((x - reach) * size), 0), int((x + reach) * size) + 2)
         window = picture[rows, columns]  # (h, w, 3)
         dy = (np.arange(size)[rows, None] + 0.5) / size - y
         dx = (np.arange(size)[None, columns] + 0.5) / size - x
-        body, white = layers(one.shape, scene.style, dx, dy, radius=radius, size=size)
+        body, white = compute_coverage(one.shape, scene.style, dx, dy, radius=radius, size=size)
         window += body[..., None] * (COLOURS[one.colour] - window)
         window += white[..., None] * (WHITE - window)
     return (picture + 0.5).astype(np.uint8)
 
 
-def layers(
+def compute_coverage(
     shape: str, style: str, dx: np.ndarray, dy: np.ndarray, *, radius: float, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """What an object covers, and what of that is white: coverages (h, w) in [0, 1].
@@ -60,8 +60,8 @@ def layers(
 
     edge = radius * _DISTANCE[shape](dx / radius, dy / radius)
     if style == "outlined":
-        body = cover(edge - OUTER)
-        return body, body * (1 - cover(edge + _INNER))
+        body = cover(edge - OUTER_OUTLINE)
+        return body, body * (1 - cover(edge + _INNER_OUTLINE))
     body = cover(edge)
     if style == "striped":
         return body, body * cover(_to_grid((dx + dy) / 2**0.5, _STRIPE) - _STRIPE_WIDTH / 2)
@@ -70,23 +70,23 @@ def layers(
     return body, np.zeros_like(body)
 
 
-def placed(scene: Scene, rng: np.random.Generator) -> list[Place]:
+def arrange_objects(scene: Scene, rng: np.random.Generator) -> list[ObjectLocation]:
     """Both objects, inside the picture and clear of one another."""
-    radii = [RADIUS[one.size] * rng.uniform(0.96, 1.04) for one in scene.objects]
-    reach = sum(radii) + 2 * OUTER
-    room = 1 - 2 * MARGIN - 2 * reach
-    along = reach + rng.uniform(GAP[0], min(GAP[1], room))
-    across = ACROSS * along * rng.uniform(-1, 1)
+    radii = [OBJECT_RADIUS[one.size] * rng.uniform(0.96, 1.04) for one in scene.objects]
+    reach = sum(radii) + 2 * OUTER_OUTLINE
+    room = 1 - 2 * SCENE_MARGIN - 2 * reach
+    along = reach + rng.uniform(OBJECT_GAP[0], min(OBJECT_GAP[1], room))
+    across = MAX_MISALIGNMENT * along * rng.uniform(-1, 1)
     step = np.array([across, along] if scene.relation in ("above", "below") else [along, across])
     if scene.relation in ("right of", "below"):
         step = -step
     # The box around both, put near the middle: where things lie is not what captions tell, and the
     # more of it is left to chance, the longer a model takes to learn what they do tell.
     points = np.array([np.zeros(2), step])
-    extents = np.array(radii)[:, None] + OUTER
+    extents = np.array(radii)[:, None] + OUTER_OUTLINE
     low, high = (points - extents).min(0), (points + extents).max(0)
-    free = 1 - 2 * MARGIN - (high - low)
-    points += MARGIN - low + free * (0.5 + WANDER * rng.uniform(-1, 1, size=2))
+    free = 1 - 2 * SCENE_MARGIN - (high - low)
+    points += SCENE_MARGIN - low + free * (0.5 + CENTRE_JITTER * rng.uniform(-1, 1, size=2))
     return [(x, y, radius) for (x, y), radius in zip(points.tolist(), radii, strict=True)]
 
 
@@ -95,7 +95,7 @@ def _to_grid(u: np.ndarray, period: float) -> np.ndarray:
     return np.abs((u + period / 2) % period - period / 2)
 
 
-def _polygon(corners: list[tuple[float, float]]) -> Distance:
+def _polygon(corners: list[tuple[float, float]]) -> SignedDistance:
     """The signed distance to a closed polygon, negative inside."""
     start = np.array(corners)
     end = np.roll(start, -1, axis=0)
@@ -112,11 +112,11 @@ def _polygon(corners: list[tuple[float, float]]) -> Distance:
     return distance
 
 
-def _circle(radius: float, cx: float = 0, cy: float = 0) -> Distance:
+def _circle(radius: float, cx: float = 0, cy: float = 0) -> SignedDistance:
     return lambda x, y: np.hypot(x - cx, y - cy) - radius
 
 
-def _union(*parts: Distance) -> Distance:
+def _union(*parts: SignedDistance) -> SignedDistance:
     return lambda x, y: np.minimum.reduce([part(x, y) for part in parts])
 
 
@@ -127,7 +127,7 @@ def _star_corners(points: int, outer: float, inner: float) -> list[tuple[float, 
 
 
 _ARM = 0.36  # half the width of the cross's arms
-_DISTANCE: dict[str, Distance] = {
+_DISTANCE: dict[str, SignedDistance] = {
     "circle": _circle(0.97),
     "square": _polygon([(-0.87, -0.87), (0.87, -0.87), (0.87, 0.87), (-0.87, 0.87)]),
     "triangle": _polygon([(0, -0.92), (1, 0.82), (-1, 0.82)]),

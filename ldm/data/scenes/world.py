@@ -11,16 +11,23 @@ from typing import Literal
 
 import numpy as np
 
-VERSION = 3  # raised with every change of what is drawn or said: shards of another are not reused
+WORLD_VERSION = (
+    3  # raised with every change of what is drawn or said: shards of another are not reused
+)
 
 RGB = tuple[int, int, int]
-Split = Literal["train", "val", "unseen"]
+SceneSplit = Literal["train", "val", "unseen"]
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 STYLES = ("flat", "outlined", "striped", "dotted")
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-RELATIONS = tuple(OPPOSITE)
-RADIUS = {"small": 0.13, "large": 0.19}  # half the width, in widths of the picture
+OPPOSITE_RELATION = {
+    "left of": "right of",
+    "right of": "left of",
+    "above": "below",
+    "below": "above",
+}
+RELATIONS = tuple(OPPOSITE_RELATION)
+OBJECT_RADIUS = {"small": 0.13, "large": 0.19}  # half the width, in widths of the picture
 
 # No tone is near white, which is what outlines, stripes and dots are drawn in.
 COLOURS: dict[str, RGB] = {
@@ -42,7 +49,7 @@ BACKGROUNDS: dict[str, RGB] = {
 }
 
 # The split: these never occur in "train" and "val", and every scene of "unseen" has one or two.
-UNSEEN = (
+UNSEEN_PAIRS = (
     ("red", "heart"),
     ("orange", "square"),
     ("yellow", "triangle"),
@@ -52,7 +59,7 @@ UNSEEN = (
 )
 _VAL_SHARE = 10  # one in so many of the other scenes is kept for "val"
 
-WORDS = {
+SYNONYMS = {
     "small": ("small", "little"),
     "large": ("large", "big"),
     "left of": ("to the left of", "left of"),
@@ -74,7 +81,7 @@ _SENTENCES = (
 
 
 @dataclass(frozen=True)
-class Object:
+class SceneObject:
     """One thing in a picture: names from SHAPES, COLOURS and RADIUS."""
 
     shape: str
@@ -86,7 +93,7 @@ class Object:
 class Scene:
     """Two objects of unlike colour; the first is `relation` the second."""
 
-    objects: tuple[Object, Object]
+    objects: tuple[SceneObject, SceneObject]
     relation: str
     background: str
     style: str
@@ -96,18 +103,18 @@ class Scene:
         if self.relation in ("left of", "above"):
             return self
         first, second = self.objects
-        return Scene((second, first), OPPOSITE[self.relation], self.background, self.style)
+        return Scene((second, first), OPPOSITE_RELATION[self.relation], self.background, self.style)
 
-    def split(self) -> Split:
+    def split(self) -> SceneSplit:
         """The one split this scene may occur in."""
-        if any((one.colour, one.shape) in UNSEEN for one in self.objects):
+        if any((one.colour, one.shape) in UNSEEN_PAIRS for one in self.objects):
             return "unseen"
         text = repr(astuple(self.ordered()))
         return "train" if zlib.crc32(text.encode()) % _VAL_SHARE else "val"
 
 
-def sample(
-    index: int, *, split: Split, seed: int = 0, family: int = 1
+def sample_scene(
+    index: int, *, split: SceneSplit, seed: int = 0, family: int = 1
 ) -> tuple[Scene, np.random.Generator]:
     """Scene `index` (0 and up) of a split, and the generator that places and words it.
 
@@ -122,19 +129,19 @@ def sample(
         raise ValueError(f"families of 1, and of more in 'train' alone, not {family} in '{split}'")
     if family > 1:
         number, member = divmod(index, family)
-        first, rng = sample(number, split=split, seed=seed)
-        scene = next(islice(_relatives(first, rng), member, None))
+        first, rng = sample_scene(number, split=split, seed=seed)
+        scene = next(islice(_iterate_family(first, rng), member, None))
         return scene, np.random.default_rng([seed, zlib.crc32(b"family"), index])
     if split not in ("train", "val", "unseen"):
         raise ValueError(f"split must be train, val or unseen, got '{split}'")
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
     while True:
-        scene = _any_scene(rng)
+        scene = _draw_random_scene(rng)
         if scene.split() == split:
             return scene, rng
 
 
-def _relatives(scene: Scene, rng: np.random.Generator) -> Iterator[Scene]:
+def _iterate_family(scene: Scene, rng: np.random.Generator) -> Iterator[Scene]:
     """The scene, then others of its split: first those of the same words, each told at random."""
     yield scene
     told = {scene.ordered()}
@@ -146,7 +153,7 @@ def _relatives(scene: Scene, rng: np.random.Generator) -> Iterator[Scene]:
         for i in rng.permutation(len(ways)):
             *turns, relation = ways[i]
             shapes, colours, sizes = (n[::turn] for n, turn in zip(names, turns, strict=True))
-            objects = tuple(map(Object, shapes, colours, sizes))
+            objects = tuple(map(SceneObject, shapes, colours, sizes))
             other = Scene(objects, relation, background, scene.style)
             if other.split() == "train" and other.ordered() not in told:
                 told.add(other.ordered())
@@ -159,20 +166,22 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     def pick(options: tuple[str, ...]) -> str:
         return options[rng.integers(len(options))]
 
-    first, second = (f"{pick(WORDS[f.size])} {f.colour} {f.shape}" for f in scene.objects)
+    first, second = (f"{pick(SYNONYMS[f.size])} {f.colour} {f.shape}" for f in scene.objects)
     return pick(_SENTENCES).format(
         first=first,
         second=second,
-        relation=pick(WORDS[scene.relation]),
-        style=pick(WORDS[scene.style]),
+        relation=pick(SYNONYMS[scene.relation]),
+        style=pick(SYNONYMS[scene.style]),
         background=scene.background,
     )
 
 
-def _any_scene(rng: np.random.Generator) -> Scene:
-    colours, backgrounds, sizes = tuple(COLOURS), tuple(BACKGROUNDS), tuple(RADIUS)
+def _draw_random_scene(rng: np.random.Generator) -> Scene:
+    colours, backgrounds, sizes = tuple(COLOURS), tuple(BACKGROUNDS), tuple(OBJECT_RADIUS)
     choices = (SHAPES, SHAPES, colours, colours[1:], sizes, sizes, RELATIONS, backgrounds, STYLES)
     pick = rng.integers([len(names) for names in choices])
     hues = pick[2], (pick[2] + 1 + pick[3]) % len(colours)  # never the same twice
-    first, second = (Object(SHAPES[pick[i]], colours[hues[i]], sizes[pick[4 + i]]) for i in (0, 1))
+    first, second = (
+        SceneObject(SHAPES[pick[i]], colours[hues[i]], sizes[pick[4 + i]]) for i in (0, 1)
+    )
     return Scene((first, second), RELATIONS[pick[6]], backgrounds[pick[7]], STYLES[pick[8]])

@@ -19,19 +19,23 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
-from ldm.data.shards.remote import Remote, download
-from ldm.utils.files import located, write_text
+from ldm.data.shards.remote import RemoteShard, download_shard
+from ldm.utils.files import resolve_path, write_text
 
-PART = ".part"
-MARKER = ".ldm-cache"
-SHARD = re.compile(rf"[0-9a-f]{{16}}-([0-9]{{1,18}})-[\w.-]{{0,80}}?({re.escape(PART)})?")
+PARTIAL_SUFFIX = ".part"
+CACHE_MARKER = ".ldm-cache"
+CACHED_SHARD_PATTERN = re.compile(
+    rf"[0-9a-f]{{16}}-([0-9]{{1,18}})-[\w.-]{{0,80}}?({re.escape(PARTIAL_SUFFIX)})?"
+)
 # What else lies in a cache: of indices, of the locks, of `ldm.clip` and of `ldm.evaluate`.
-OTHERS = re.compile(rf"index-[0-9a-f]{{16}}\.npz(\..*)?|locks|clip|real|{re.escape(MARKER)}.*")
+CACHE_FILE_PATTERN = re.compile(
+    rf"index-[0-9a-f]{{16}}\.npz(\..*)?|locks|clip|real|{re.escape(CACHE_MARKER)}.*"
+)
 _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+def hold_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold a file's or folder's lock; BlockingIOError where another does and `wait` is off."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -44,7 +48,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         os.close(descriptor)
 
 
-class Cache:
+class ShardCache:
     """Shards of servers, as local files.
 
     Raises ValueError where the bound is not above 0.
@@ -53,11 +57,11 @@ class Cache:
     def __init__(self, folder: str | Path, *, gigabytes: float) -> None:
         if not gigabytes > 0:
             raise ValueError(f"cache_gb must be above 0, got {gigabytes}")
-        self.folder = located(folder)
+        self.folder = resolve_path(folder)
         self.bytes = int(gigabytes * 1e9)
         self._told = False
 
-    def open(self, remote: Remote) -> FileIO:
+    def open(self, remote: RemoteShard) -> FileIO:
         """The shard, downloaded first where it is not there; to be closed by `Cache.close`.
 
         Raises RemoteError, FileNotFoundError as `download`, ValueError where it is larger than the
@@ -69,13 +73,13 @@ class Cache:
                 return file
             self._claim()
             (self.folder / "locks").mkdir(parents=True, exist_ok=True)
-            with locked(self._lock(path.name)):
+            with hold_lock(self._lock(path.name)):
                 if path.exists():
                     continue  # somebody else has just fetched it
-                part = path.with_name(path.name + PART)
+                part = path.with_name(path.name + PARTIAL_SUFFIX)
                 self._make_room(remote, part)
                 try:
-                    download(remote, part)
+                    download_shard(remote, part)
                 except OSError as error:
                     if error.errno is not None and error.filename is None:
                         raise OSError(error.errno, error.strerror, str(part)) from None
@@ -108,29 +112,35 @@ class Cache:
 
     def _claim(self) -> None:
         """Mark the folder as a cache, out of which shards may leave."""
-        if (self.folder / MARKER).is_file():
+        if (self.folder / CACHE_MARKER).is_file():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         names = sorted(os.listdir(self.folder))
-        foreign = [name for name in names if not (SHARD.fullmatch(name) or OTHERS.fullmatch(name))]
+        foreign = [
+            name
+            for name in names
+            if not (CACHED_SHARD_PATTERN.fullmatch(name) or CACHE_FILE_PATTERN.fullmatch(name))
+        ]
         if foreign:
             raise ValueError(
                 f"data.cache={self.folder} holds {foreign[0]!r}, and is no cache: give a new or "
                 "empty folder, out of which shards may be deleted"
             )
-        write_text(self.folder / MARKER, "Shards in this folder are copies, and ldm deletes them\n")
+        write_text(
+            self.folder / CACHE_MARKER, "Shards in this folder are copies, and ldm deletes them\n"
+        )
 
     def _lock(self, name: str) -> Path:
         return self.folder / "locks" / name
 
-    def _make_room(self, remote: Remote, part: Path) -> None:
+    def _make_room(self, remote: RemoteShard, part: Path) -> None:
         """Let others leave until this one fits, and create `part`, which keeps its room."""
         if remote.size > self.bytes:
             raise ValueError(
                 f"{remote} has {remote.size / 1e9:.2f} GB and does not fit into a cache of "
                 f"{self.bytes / 1e9:.2f} GB: raise data.cache_gb"
             )
-        with locked(self.folder / "locks" / "room"):
+        with hold_lock(self.folder / "locks" / "room"):
             part.touch()
             present = self._present()
             total = sum(size for _, size, _ in present)
@@ -152,7 +162,7 @@ class Cache:
         """(time of last use, bytes once it is whole, path) of all shards and parts."""
         found = []
         for entry in os.scandir(self.folder):
-            named = SHARD.fullmatch(entry.name)
+            named = CACHED_SHARD_PATTERN.fullmatch(entry.name)
             if named and entry.is_file(follow_symlinks=False):
                 with suppress(FileNotFoundError):
                     found.append((entry.stat().st_mtime_ns, int(named[1]), Path(entry.path)))
@@ -160,9 +170,13 @@ class Cache:
 
     def _leave(self, path: Path) -> bool:
         """Remove a shard that nobody reads, or a part that nobody writes."""
-        held = self._lock(path.name.removesuffix(PART)) if path.name.endswith(PART) else path
+        held = (
+            self._lock(path.name.removesuffix(PARTIAL_SUFFIX))
+            if path.name.endswith(PARTIAL_SUFFIX)
+            else path
+        )
         try:
-            with locked(held, wait=False):
+            with hold_lock(held, wait=False):
                 path.unlink(missing_ok=True)
         except BlockingIOError:
             return False

@@ -16,14 +16,15 @@ from typing import Any, Literal
 import numpy as np
 
 from ldm.data.captions import CaptionCount
-from ldm.data.shards.cache import Cache, locked
-from ldm.data.shards.locations import Source, locate, shown
-from ldm.data.shards.parallel_scan import BLOCK, measure_all, scan_all
-from ldm.data.shards.remote import Remote
-from ldm.data.shards.tar_headers import MAX_IMAGE, MAX_TEXT, SPARSE, ShardError, scan_shard
-from ldm.utils.files import located, replacing
-
-__all__ = ["MAX_IMAGE", "MAX_TEXT", "Index", "ShardError", "open_index", "scan_shard"]
+from ldm.data.shards.cache import ShardCache, hold_lock
+from ldm.data.shards.locations import ShardSource, locate_shards, redact_source
+from ldm.data.shards.parallel_scan import TAR_BLOCK_BYTES, measure_short_sides, scan_in_parallel
+from ldm.data.shards.remote import RemoteShard
+from ldm.data.shards.tar_headers import (
+    SPARSE_MEMBER,
+    ShardError,
+)
+from ldm.utils.files import replace_file, resolve_path
 
 INDEX_NAME = "index.npz"
 
@@ -33,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Index:
+class ShardIndex:
     """The samples of a list of shards, in shard order.
 
     paths: the S shards, local or on servers; stamps: (size in bytes, mtime in ns, or the server's
@@ -49,7 +50,7 @@ class Index:
     where nobody has asked for it yet.
     """
 
-    paths: list[Path | Remote]
+    paths: list[Path | RemoteShard]
     stamps: list[list[Any]]
     shard: np.ndarray
     members: np.ndarray
@@ -71,7 +72,7 @@ class Index:
 
     def places(self, i: int) -> list[tuple[int, int]]:
         """(offset, size) in bytes of sample i's image, txt and json; (0, 0) where absent."""
-        return [(block * BLOCK, size) for block, size in self.members[i].tolist()]
+        return [(block * TAR_BLOCK_BYTES, size) for block, size in self.members[i].tolist()]
 
     def shard_sizes(self) -> list[int]:
         """The number of samples in each of the S shards."""
@@ -90,7 +91,7 @@ class Index:
         digest.update(self.members[:, :, 1].astype("<u4").tobytes())
         return digest.hexdigest()[:16]
 
-    def where(self, keep: np.ndarray, *, skipped: dict[str, int]) -> "Index":
+    def where(self, keep: np.ndarray, *, skipped: dict[str, int]) -> "ShardIndex":
         """Only the samples for which keep (N,) bool is true; `skipped` says why not the others."""
         lengths = np.diff(self.key_ends, prepend=0)
         return replace(
@@ -105,14 +106,14 @@ class Index:
 
 
 def open_index(
-    source: Source,
+    source: ShardSource,
     *,
     min_size: int | None = None,
-    cache: Cache | None = None,
+    cache: ShardCache | None = None,
     read_only: bool = False,
     caption_key: str | None = None,
     on_error: Literal["stop", "skip"] = "stop",
-) -> Index:
+) -> ShardIndex:
     """The index of what `locate` finds: of a folder's .tar files, of one file, URL or list.
 
     What a list names twice has twice the weight. Samples without a caption member are left out;
@@ -131,17 +132,20 @@ def open_index(
         raise ValueError(f"min_size must be 1 pixel or more, or null, got {min_size}")
     if not isinstance(caption_key, str | None):
         raise ValueError(f"caption_key is a name or null, got {caption_key!r}")
-    paths = locate(source)
-    if cache is None and any(isinstance(path, Remote) for path in paths):
-        raise ValueError(f"{shown(source)}: shards on servers need data.cache=FOLDER to be kept in")
-    home, measured = _home(source, paths, cache), min_size is not None
-    index = _opened(paths, home, cache, measured=measured, read_only=read_only)
+    paths = locate_shards(source)
+    if cache is None and any(isinstance(path, RemoteShard) for path in paths):
+        raise ValueError(
+            f"{redact_source(source)}: shards on servers need data.cache=FOLDER to be kept in"
+        )
+    home, measured = _find_index_path(source, paths, cache), min_size is not None
+    index = _load_or_build_index(paths, home, cache, measured=measured, read_only=read_only)
     index = replace(index, caption_key=caption_key)
     if index.sparse and on_error != "skip":
         raise ShardError(
-            f"{index.sparse[0]} is a {SPARSE}, as `tar -S` writes files with holes, and cannot "
+            f"{index.sparse[0]} is a {SPARSE_MEMBER}, as `tar -S` writes files with holes, "
+            "and cannot "
             "be read: make the tar without -S (--sparse), or leave such samples out "
-            f"({index.skipped[SPARSE]}) with data.on_error=skip"
+            f"({index.skipped[SPARSE_MEMBER]}) with data.on_error=skip"
         )
     if min_size is not None:
         keep = index.short >= min_size
@@ -150,17 +154,18 @@ def open_index(
         reasons["unreadable header"] = unread
         index = index.where(keep, skipped={why: n for why, n in reasons.items() if n})
     if index.skipped:
-        _log.warning("%s: samples left out: %s", shown(source), index.skipped)
+        _log.warning("%s: samples left out: %s", redact_source(source), index.skipped)
     if len(index) == 0:
         raise ShardError(
-            f"{shown(source)}: no sample has both image and caption (left out: {index.skipped}); "
+            f"{redact_source(source)}: no sample has both image and caption (left out: "
+            f"{index.skipped}); "
             "the members of a sample share their name up to the first dot and follow one another"
         )
-    _tell_captions(index, shown(source))
+    _warn_about_captions(index, redact_source(source))
     return index
 
 
-def _tell_captions(index: Index, name: str) -> None:
+def _warn_about_captions(index: ShardIndex, name: str) -> None:
     """Warn of captions that are empty or no text; ShardError where a key was named in vain."""
     count, key = index.captions, index.caption_key
     if key is not None and count.without(key) == count.samples:
@@ -177,68 +182,76 @@ def _tell_captions(index: Index, name: str) -> None:
         )
 
 
-def _home(source: Source, paths: list[Path | Remote], cache: Cache | None) -> Path | None:
+def _find_index_path(
+    source: ShardSource, paths: list[Path | RemoteShard], cache: ShardCache | None
+) -> Path | None:
     """Where the index is kept."""
-    if isinstance(source, (str, Path)) and (folder := located(source)).is_dir():
+    if isinstance(source, (str, Path)) and (folder := resolve_path(source)).is_dir():
         return folder / INDEX_NAME
     if cache is None:
         return None
-    digest = hashlib.sha256("\n".join(_names(paths)).encode("utf-8", "surrogateescape"))
+    digest = hashlib.sha256("\n".join(_list_shard_names(paths)).encode("utf-8", "surrogateescape"))
     cache.folder.mkdir(parents=True, exist_ok=True)
     return cache.folder / f"index-{digest.hexdigest()[:16]}.npz"
 
 
-def _names(paths: Sequence[Path | Remote]) -> list[str]:
-    return [str(path if isinstance(path, Remote) else path.absolute()) for path in paths]
+def _list_shard_names(paths: Sequence[Path | RemoteShard]) -> list[str]:
+    return [str(path if isinstance(path, RemoteShard) else path.absolute()) for path in paths]
 
 
-def _opened(
-    paths: list[Path | Remote],
+def _load_or_build_index(
+    paths: list[Path | RemoteShard],
     home: Path | None,
-    cache: Cache | None,
+    cache: ShardCache | None,
     *,
     measured: bool,
     read_only: bool,
-) -> Index:
-    stamps = [_stamp(path) for path in paths]
-    if home and (index := _load(home, paths, stamps)) and (not measured or index.short is not None):
+) -> ShardIndex:
+    stamps = [_read_stamp(path) for path in paths]
+    if (
+        home
+        and (index := _load_index(home, paths, stamps))
+        and (not measured or index.short is not None)
+    ):
         return index
-    with _alone(home):
-        index = _load(home, paths, stamps) if home else None
+    with _lock_index(home):
+        index = _load_index(home, paths, stamps) if home else None
         if index is None:
-            index = _build(paths, stamps, cache)
+            index = _build_index(paths, stamps, cache)
         elif not measured or index.short is not None:
             return index
         if measured:
             index = replace(
-                index, short=measure_all(index.paths, index.shard, index.members, cache)
+                index, short=measure_short_sides(index.paths, index.shard, index.members, cache)
             )
         if home and not read_only:
-            _save(index, home)
+            _save_index(index, home)
     return index
 
 
 @contextmanager
-def _alone(home: Path | None) -> Iterator[None]:
+def _lock_index(home: Path | None) -> Iterator[None]:
     """One process of the machine makes an index, the others wait for it and load it."""
     with ExitStack() as stack:
         if home:
             with suppress(OSError):  # a file system without locks
-                stack.enter_context(locked(home.parent))
+                stack.enter_context(hold_lock(home.parent))
         yield
 
 
-def _stamp(path: Path | Remote) -> list[Any]:
-    if isinstance(path, Remote):
+def _read_stamp(path: Path | RemoteShard) -> list[Any]:
+    if isinstance(path, RemoteShard):
         return [path.size, path.etag]
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _build(paths: list[Path | Remote], stamps: list[list[Any]], cache: Cache | None) -> Index:
+def _build_index(
+    paths: list[Path | RemoteShard], stamps: list[list[Any]], cache: ShardCache | None
+) -> ShardIndex:
     shard, members, keys, lengths, skipped = [], [], [], [], Counter()
     captions, sparse = CaptionCount(), []
-    for number, scanned in enumerate(scan_all(paths, cache)):
+    for number, scanned in enumerate(scan_in_parallel(paths, cache)):
         keys.append(scanned.key_bytes)
         lengths.append(scanned.key_lengths)
         members.append(scanned.members)
@@ -246,7 +259,7 @@ def _build(paths: list[Path | Remote], stamps: list[list[Any]], cache: Cache | N
         skipped.update(scanned.skipped)
         captions.update(scanned.captions)
         sparse += [f"{paths[number]}: '{scanned.sparse}'"] if scanned.sparse else []
-    return Index(
+    return ShardIndex(
         paths=paths,
         stamps=stamps,
         shard=np.concatenate(shard),
@@ -259,7 +272,7 @@ def _build(paths: list[Path | Remote], stamps: list[list[Any]], cache: Cache | N
     )
 
 
-def _save(index: Index, home: Path) -> None:
+def _save_index(index: ShardIndex, home: Path) -> None:
     meta = {
         "version": _VERSION,
         "shards": _meta_names(index.paths, home),
@@ -275,7 +288,7 @@ def _save(index: Index, home: Path) -> None:
         _log.warning("%s is no index of ours, and stays: the new one is kept in memory only", home)
         return
     try:
-        with replacing(home) as file:
+        with replace_file(home) as file:
             np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
     except OSError as error:
         _log.info("%s: index kept in memory only: %s", home, error)
@@ -288,13 +301,15 @@ def _is_foreign(home: Path) -> bool:
     return False
 
 
-def _meta_names(paths: list[Path | Remote], home: Path) -> list[str]:
+def _meta_names(paths: list[Path | RemoteShard], home: Path) -> list[str]:
     """A folder may move with its index, so its shards go by their names there."""
     beside = home.name == INDEX_NAME
-    return [path.name for path in paths] if beside else _names(paths)
+    return [path.name for path in paths] if beside else _list_shard_names(paths)
 
 
-def _load(home: Path, paths: list[Path | Remote], stamps: list[list[Any]]) -> Index | None:
+def _load_index(
+    home: Path, paths: list[Path | RemoteShard], stamps: list[list[Any]]
+) -> ShardIndex | None:
     """The saved index where it is whole and speaks of exactly these shards; it is made in minutes.
 
     numpy reads as much of an array as its header says, so that its checksum may go unread.
@@ -313,7 +328,7 @@ def _load(home: Path, paths: list[Path | Remote], stamps: list[list[Any]]) -> In
             rest["short"] = arrays.get("short")
             rest["captions"] = CaptionCount(**meta["captions"])
             told = {"skipped": meta["skipped"], "sparse": meta["sparse"]}
-            return Index(paths=paths, stamps=stamps, **told, **rest)
+            return ShardIndex(paths=paths, stamps=stamps, **told, **rest)
     except Exception as error:  # zipfile and numpy have many ways to say that a file is damaged
         _log.info("%s is made anew: %r", home, error)
         return None

@@ -17,16 +17,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 
-from ldm.data.shards.cache import Cache
-from ldm.data.shards.remote import Remote
-from ldm.utils.signals import withheld
+from ldm.data.shards.cache import ShardCache
+from ldm.data.shards.remote import RemoteShard
+from ldm.utils.signals import block_stop_signals
 
-AT_ONCE = 4  # downloads of a process
-_MOST = 16  # shards ahead, beyond the window in use
+MAX_CONCURRENT_DOWNLOADS = 4  # downloads of a process
+_MAX_SHARDS_AHEAD = 16  # shards ahead, beyond the window in use
 _log = logging.getLogger(__name__)
 
 
-class Ahead:
+class ShardPrefetcher:
     """Fetches what a run needs next, up to half of the cache.
 
     upcoming: (position from which on it is no longer needed, shard) in the order of their use,
@@ -34,11 +34,11 @@ class Ahead:
     """
 
     def __init__(
-        self, cache: Cache, upcoming: Iterator[tuple[int, Remote]], *, window: int
+        self, cache: ShardCache, upcoming: Iterator[tuple[int, RemoteShard]], *, window: int
     ) -> None:
         self._cache, self._upcoming = cache, upcoming
-        self._most = window + _MOST
-        self._sent: deque[tuple[int, Remote]] = deque()
+        self._most = window + _MAX_SHARDS_AHEAD
+        self._sent: deque[tuple[int, RemoteShard]] = deque()
         self._next = next(upcoming)
         self._process: subprocess.Popen | None = None
         self._lost = False
@@ -63,7 +63,7 @@ class Ahead:
                 self._process.stdin.close()
             self._process = None
 
-    def _send(self, shard: Remote) -> None:
+    def _send(self, shard: RemoteShard) -> None:
         if self._lost:
             return
         if self._process is None:
@@ -73,7 +73,7 @@ class Ahead:
                 "ldm.data.shards.prefetch",
                 str(self._cache.folder.absolute()),
             ]
-            with withheld():  # they are for the run, which saves first
+            with block_stop_signals():  # they are for the run, which saves first
                 self._process = subprocess.Popen(
                     [*command, str(self._cache.bytes)],
                     stdin=subprocess.PIPE,
@@ -90,13 +90,13 @@ class Ahead:
 
 def main() -> None:
     """Fetch the shards that standard input names, side by side, until it ends."""
-    cache = Cache(sys.argv[1], gigabytes=int(sys.argv[2]) / 1e9)
+    cache = ShardCache(sys.argv[1], gigabytes=int(sys.argv[2]) / 1e9)
 
     def fetch(line: str) -> None:
         with suppress(OSError, ValueError):  # who needs the shard will find the same, and say so
-            cache.close(cache.open(Remote(**json.loads(line))))
+            cache.close(cache.open(RemoteShard(**json.loads(line))))
 
-    pool = ThreadPoolExecutor(AT_ONCE)
+    pool = ThreadPoolExecutor(MAX_CONCURRENT_DOWNLOADS)
     for line in sys.stdin:
         pool.submit(fetch, line)
     pool.shutdown(wait=False, cancel_futures=True)

@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 from webdataset import TarWriter
 
-from ldm.data.captions import sample_captions
-from ldm.data.shards.cache import Cache
-from ldm.data.shards.index import ShardError, open_index
-from ldm.data.shards.locations import Source
-from ldm.data.shards.remote import Remote
-from ldm.utils.files import replacing
+from ldm.data.captions import read_sample_captions
+from ldm.data.shards.cache import ShardCache
+from ldm.data.shards.index import open_index
+from ldm.data.shards.locations import ShardSource
+from ldm.data.shards.remote import RemoteShard
+from ldm.data.shards.tar_headers import ShardError
+from ldm.utils.files import replace_file
 
 _MAX_OPEN = 64
 _MAX_OPEN_REMOTE = 8  # an open one cannot leave the cache
@@ -39,14 +40,14 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
     The same samples give the same bytes. A shard under its final name is complete.
     """
     count = 0
-    with replacing(path) as file, TarWriter(file, encoder=False, mtime=0) as tar:
+    with replace_file(path) as file, TarWriter(file, encoder=False, mtime=0) as tar:
         for key, members in samples:
             tar.write({"__key__": key, **members})
             count += 1
     return count
 
 
-class Shards:
+class ShardReader:
     """Random access to the samples of a folder, URL or list of .tar shards.
 
     What lies on servers is read from whole copies in the `cache`. `caption_key`: see
@@ -55,10 +56,10 @@ class Shards:
 
     def __init__(
         self,
-        source: Source,
+        source: ShardSource,
         *,
         min_size: int | None = None,
-        cache: Cache | None = None,
+        cache: ShardCache | None = None,
         read_only: bool = False,
         caption_key: str | None = None,
         on_error: Literal["stop", "skip"] = "stop",
@@ -67,7 +68,7 @@ class Shards:
         self.index = open_index(source, **how, caption_key=caption_key, read_only=read_only)
         self._cache = cache
         self._files: dict[int, FileIO] = {}
-        remote = any(isinstance(path, Remote) for path in self.index.paths)
+        remote = any(isinstance(path, RemoteShard) for path in self.index.paths)
         self._most = _MAX_OPEN_REMOTE if remote else _MAX_OPEN
 
     def __len__(self) -> int:
@@ -82,7 +83,7 @@ class Shards:
         image, txt, record = (
             self._member(shard, offset, size) for offset, size in self.index.places(i)
         )
-        captions = sample_captions(txt, record, key=self.index.caption_key)
+        captions = read_sample_captions(txt, record, key=self.index.caption_key)
         return Sample(self.index.key(i), image or b"", captions)
 
     def name(self, i: int) -> str:
@@ -99,7 +100,7 @@ class Shards:
         try:
             data = os.pread(self._file(shard).fileno(), size, offset)
         except OSError as error:
-            if isinstance(path, Remote):
+            if isinstance(path, RemoteShard):
                 raise
             raise ShardError(f"{path} cannot be read: {error.strerror}") from error
         if len(data) != size:
@@ -109,11 +110,11 @@ class Shards:
     def _file(self, shard: int) -> FileIO:
         path = self.index.paths[shard]
         if shard not in self._files:
-            file = self._cache.open(path) if isinstance(path, Remote) else FileIO(path)
+            file = self._cache.open(path) if isinstance(path, RemoteShard) else FileIO(path)
             if len(self._files) >= self._most:
                 self._close(next(iter(self._files)))
             self._files[shard] = file
-        if not isinstance(path, Remote):
+        if not isinstance(path, RemoteShard):
             stat = os.fstat(self._files[shard].fileno())
             if [stat.st_size, stat.st_mtime_ns] != self.index.stamps[shard]:
                 self._close(shard)
@@ -122,7 +123,7 @@ class Shards:
 
     def _close(self, shard: int) -> None:
         file = self._files.pop(shard)
-        if isinstance(self.index.paths[shard], Remote):
+        if isinstance(self.index.paths[shard], RemoteShard):
             self._cache.close(file)
         else:
             file.close()

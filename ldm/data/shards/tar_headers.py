@@ -13,27 +13,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ldm.data.captions import CaptionCount
-from ldm.data.image_decoding import MAX_BYTES as MAX_IMAGE
-from ldm.data.shards.remote import Remote, read_range
+from ldm.data.image_decoding import MAX_IMAGE_BYTES
+from ldm.data.shards.remote import RemoteShard, read_range
 
-MAX_TEXT = 2**20
-MAX_HEADER = 2**20
+MAX_TEXT_BYTES = 2**20
+MAX_HEADER_BYTES = 2**20
 
 _MEMBERS = ("image", "txt", "json")
 _COLUMN = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2}
 _TEXTS = ("txt", "json")
-_LIMITS = (MAX_IMAGE, MAX_TEXT, MAX_TEXT)
+_LIMITS = (MAX_IMAGE_BYTES, MAX_TEXT_BYTES, MAX_TEXT_BYTES)
 _MAX_PADDING = 16 * 2**20  # tar pads to 10 KiB unless told otherwise
 _END = bytes(2 * tarfile.BLOCKSIZE)
 
-SPARSE = "sparse member"
+SPARSE_MEMBER = "sparse member"
 
 
 class ShardError(ValueError):
     """A shard that is no intact tar archive, or shards without a single usable sample."""
 
 
-class Member(NamedTuple):
+class TarMember(NamedTuple):
     """A regular file of an archive; text: what it holds, where that may be a caption."""
 
     key: str
@@ -44,7 +44,7 @@ class Member(NamedTuple):
     is_sparse: bool
 
 
-class Scan(NamedTuple):
+class ShardScan(NamedTuple):
     """What a shard holds: usable samples, and the others by reason.
 
     rows: members (offset, size) x (image, txt, json) of each key. captions: what the usable samples
@@ -65,18 +65,20 @@ def scan_shard(path: Path) -> tuple[list[str], list[list[tuple[int, int]]], Coun
     Links and devices are no members. Raises ShardError where the archive is damaged.
     """
     with FileIO(path) as file:
-        return scan(file, str(path))[:3]
+        return scan_tar(file, str(path))[:3]
 
 
-def scan(file: RawIOBase, name: str) -> Scan:
+def scan_tar(file: RawIOBase, name: str) -> ShardScan:
     """The same of an open file, called `name` in messages, and what its captions are."""
     keys, rows, skipped, captions, sparse = {}, [], Counter(), CaptionCount(), None
-    for key, members in itertools.groupby(_members(file, name), key=lambda member: member.key):
+    for key, members in itertools.groupby(
+        _iterate_members(file, name), key=lambda member: member.key
+    ):
         group = list(members)
-        row, reason = _place(group)
+        row, reason = _locate_members(group)
         if not reason and key in keys:
             reason = "key seen before in its shard"
-        if reason == SPARSE:
+        if reason == SPARSE_MEMBER:
             sparse = sparse or next(f"{key}.{one.suffix}" for one in group if one.is_sparse)
         if reason:
             skipped[reason] += 1
@@ -85,13 +87,13 @@ def scan(file: RawIOBase, name: str) -> Scan:
             rows.append(row)
             texts = {_COLUMN[one.suffix]: one.text for one in group if one.suffix in _COLUMN}
             captions.add(texts.get(1), texts.get(2))
-    return Scan(list(keys), rows, skipped, captions, sparse)
+    return ShardScan(list(keys), rows, skipped, captions, sparse)
 
 
 class RemoteFile(RawIOBase):
     """A shard on its server as a file that is read in blocks; errors as `read_range` has them."""
 
-    def __init__(self, remote: Remote, block: int = 2**16) -> None:
+    def __init__(self, remote: RemoteShard, block: int = 2**16) -> None:
         self._remote, self._block = remote, block
         self._at, self._first, self._data = 0, 0, b""
 
@@ -122,7 +124,7 @@ class RemoteFile(RawIOBase):
         return count
 
 
-def _place(group: list[Member]) -> tuple[list[tuple[int, int]], str | None]:
+def _locate_members(group: list[TarMember]) -> tuple[list[tuple[int, int]], str | None]:
     """The members of one sample by column, and the reason where it cannot be used."""
     row = [(0, 0)] * 3
     for _, suffix, offset, size, _, is_sparse in group:
@@ -130,7 +132,7 @@ def _place(group: list[Member]) -> tuple[list[tuple[int, int]], str | None]:
         if column is None:
             continue
         if is_sparse:
-            return row, SPARSE
+            return row, SPARSE_MEMBER
         if row[column] != (0, 0):
             return row, f"more than one {_MEMBERS[column]}"
         if size > _LIMITS[column]:
@@ -142,14 +144,14 @@ def _place(group: list[Member]) -> tuple[list[tuple[int, int]], str | None]:
     return row, "no caption" if txt == record == (0, 0) else None
 
 
-def _members(raw: RawIOBase, name: str) -> Iterator[Member]:
+def _iterate_members(raw: RawIOBase, name: str) -> Iterator[TarMember]:
     """The regular files of an archive that is whole."""
     length = raw.seek(0, io.SEEK_END)
     raw.seek(0)
     file = _HeaderReader(raw)
     try:
         with tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape") as tar:
-            for member in _walk(tar):
+            for member in _iterate_headers(tar):
                 is_sparse = _is_sparse(member)  # its size is not that of its bytes
                 if not is_sparse and not 0 <= member.size <= length - member.offset_data:
                     raise ShardError(f"member '{member.name}' ends outside the file")
@@ -158,22 +160,22 @@ def _members(raw: RawIOBase, name: str) -> Iterator[Member]:
                 if stem and dot and member.isreg():
                     key, suffix = folder + slash + stem, suffix.lower()
                     text = None
-                    if suffix in _TEXTS and not is_sparse and member.size <= MAX_TEXT:
+                    if suffix in _TEXTS and not is_sparse and member.size <= MAX_TEXT_BYTES:
                         file.seek(member.offset_data)
                         text = file.read(member.size)
                     place = (member.offset_data, member.size)
-                    yield Member(key, suffix, *place, text, is_sparse)
+                    yield TarMember(key, suffix, *place, text, is_sparse)
             _check_end(file, tar.offset, length)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise ShardError(
-            f"{name} is no intact tar archive ({_what(raw) or error}); "
+            f"{name} is no intact tar archive ({_identify_file(raw) or error}); "
             "fetch or write it again, or move it out of the folder"
         ) from error
     finally:
         file.detach()  # it would close what is not its own
 
 
-def _walk(tar: tarfile.TarFile) -> Iterable[tarfile.TarInfo]:
+def _iterate_headers(tar: tarfile.TarFile) -> Iterable[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
         tar.members.clear()  # a million headers need not stay in memory
         yield member
@@ -191,12 +193,12 @@ def _check_end(file: BufferedReader, offset: int, length: int) -> None:
         raise ShardError(f"no end mark after the last member, at byte {offset}")
     if length - offset > _MAX_PADDING:
         raise ShardError(f"{length - offset:,} bytes from the end mark at byte {offset} on")
-    while chunk := file.read(MAX_HEADER):
+    while chunk := file.read(MAX_HEADER_BYTES):
         if chunk.count(0) != len(chunk):
             raise ShardError(f"data after the end mark at byte {offset}; are two archives joined?")
 
 
-def _what(raw: RawIOBase) -> str | None:
+def _identify_file(raw: RawIOBase) -> str | None:
     """What a file that is no tar archive plainly is instead."""
     raw.seek(0)
     head = raw.read(2)
@@ -209,6 +211,6 @@ class _HeaderReader(BufferedReader):
     """A file for tarfile that refuses a header which claims to be gigabytes long."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= MAX_HEADER:
+        if size is None or not 0 <= size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header claims {size} bytes")
         return super().read(size)

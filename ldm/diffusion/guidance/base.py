@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.conditioning import Condition
-from ldm.diffusion.schedules import expand
+from ldm.diffusion.schedules import expand_dims_like
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, h, w), t () or (B,) -> x0_hat
-DenoiseWith = Callable[[Tensor, Tensor, Condition], Tensor]
+ConditionalDenoiser = Callable[[Tensor, Tensor, Condition], Tensor]
 Difference = Callable[[Tensor, Tensor, Tensor], Tensor]  # x0_hat with and without cond, t -> to go
 
 
 @dataclass(frozen=True)
-class Words:
+class GuidancePrompts:
     """What was asked for in words, for guidance that reads it for itself.
 
     prompts: one an image. encode: the text encoder's, captions to a Condition.
@@ -35,14 +35,18 @@ class Guidance(Protocol):
     """What all guidance is: `uncond` may be of a negative prompt."""
 
     def __call__(
-        self, denoise: DenoiseWith, cond: Condition, uncond: Condition, words: Words | None = None
+        self,
+        denoise: ConditionalDenoiser,
+        cond: Condition,
+        uncond: Condition,
+        words: GuidancePrompts | None = None,
     ) -> Denoise: ...
 
     def reads_negative(self, prompts: Sequence[str]) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierFree:
+class ClassifierFreeGuidance:
     """Away from the unconditional answer, towards the conditional one (Ho and Salimans 2022).
 
     x0_hat = uncond + scale (cond - uncond); scale 1 is the plain conditional model and costs half.
@@ -62,12 +66,16 @@ class ClassifierFree:
     at_zero: Denoise | None = None
 
     def __post_init__(self) -> None:
-        check_interval(self.interval)
+        check_guidance_interval(self.interval)
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance.rescale goes from 0 (none) to 1, not {self.rescale}")
 
     def __call__(
-        self, denoise: DenoiseWith, cond: Condition, uncond: Condition, words: Words | None = None
+        self,
+        denoise: ConditionalDenoiser,
+        cond: Condition,
+        uncond: Condition,
+        words: GuidancePrompts | None = None,
     ) -> Denoise:
         def plain(x_t: Tensor, t: Tensor) -> Tensor:
             return denoise(x_t, t, cond)
@@ -82,7 +90,7 @@ class ClassifierFree:
             x0_hat = x0_cond + (self.scale - 1) * difference(x0_cond, x0_uncond, t)
             return self.rescaled(x0_hat, x0_cond, x_t, t)
 
-        return within(self.interval, guided, plain)
+        return restrict_to_interval(self.interval, guided, plain)
 
     def reads_negative(self, prompts: Sequence[str]) -> bool:
         """Whether `uncond` counts for anything."""
@@ -94,7 +102,7 @@ class ClassifierFree:
             return x0_hat
         # At one x_t the output is a multiple of the distance from where it is 0, the same for both.
         zero = torch.zeros_like(x_t) if self.at_zero is None else self.at_zero(x_t, t)
-        return zero + rescaled(x0_hat - zero, like=like - zero, share=self.rescale)
+        return zero + rescale_std(x0_hat - zero, like=like - zero, share=self.rescale)
 
     def difference(self) -> Difference:
         """Where to go from the conditional answer, for one way from noise to data."""
@@ -102,7 +110,7 @@ class ClassifierFree:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Projected(ClassifierFree):
+class AdaptiveProjectedGuidance(ClassifierFreeGuidance):
     """Adaptive projected guidance, APG: large scales without burnt colours.
 
     The difference of the two answers is added to what it was a step before times `momentum`; then
@@ -134,10 +142,10 @@ class Projected(ClassifierFree):
         def projected(x0_cond: Tensor, x0_uncond: Tensor, t: Tensor) -> Tensor:
             difference = momentum(x0_cond - x0_uncond, float(t.max()))
             if self.bound is not None:
-                size = expand(difference.square().flatten(1).mean(1).sqrt(), difference)
+                size = expand_dims_like(difference.square().flatten(1).mean(1).sqrt(), difference)
                 difference = difference * (self.bound / size).clamp(max=1)
-            share = (difference * x0_cond).flatten(1).sum(1) / square(x0_cond)  # (B,)
-            return difference - (1 - self.parallel) * expand(share, x0_cond) * x0_cond
+            share = (difference * x0_cond).flatten(1).sum(1) / squared_norm(x0_cond)  # (B,)
+            return difference - (1 - self.parallel) * expand_dims_like(share, x0_cond) * x0_cond
 
         return projected
 
@@ -167,7 +175,7 @@ class Momentum:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Auto:
+class Autoguidance:
     """Away from what a worse model of the same kind says, where both have the same condition.
 
     x0_hat = guide + scale (inner - guide): what the two share in faults is taken away, and variety
@@ -177,16 +185,20 @@ class Auto:
     Raises ValueError for an interval that is none.
     """
 
-    guide: DenoiseWith
+    guide: ConditionalDenoiser
     inner: Guidance
     scale: float = 2.0
     interval: Sequence[float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        check_interval(self.interval)
+        check_guidance_interval(self.interval)
 
     def __call__(
-        self, denoise: DenoiseWith, cond: Condition, uncond: Condition, words: Words | None = None
+        self,
+        denoise: ConditionalDenoiser,
+        cond: Condition,
+        uncond: Condition,
+        words: GuidancePrompts | None = None,
     ) -> Denoise:
         inner = self.inner(denoise, cond, uncond, words)
         if self.scale == 1:
@@ -195,14 +207,14 @@ class Auto:
         def guided(x_t: Tensor, t: Tensor) -> Tensor:
             return torch.lerp(self.guide(x_t, t, cond), inner(x_t, t), self.scale)
 
-        return within(self.interval, guided, inner)
+        return restrict_to_interval(self.interval, guided, inner)
 
     def reads_negative(self, prompts: Sequence[str]) -> bool:
         """Whether the inner one does."""
         return self.inner.reads_negative(prompts)
 
 
-def within(interval: Sequence[float], guided: Denoise, plain: Denoise) -> Denoise:
+def restrict_to_interval(interval: Sequence[float], guided: Denoise, plain: Denoise) -> Denoise:
     """`guided` at times in the interval, ends included, `plain` elsewhere; each where needed."""
     low, high = interval
     if low <= 0 and high >= 1:
@@ -214,12 +226,12 @@ def within(interval: Sequence[float], guided: Denoise, plain: Denoise) -> Denois
             return guided(x_t, t)
         if not bool(inside.any()):
             return plain(x_t, t)
-        return torch.where(expand(inside, x_t), guided(x_t, t), plain(x_t, t))
+        return torch.where(expand_dims_like(inside, x_t), guided(x_t, t), plain(x_t, t))
 
     return chosen
 
 
-def check_interval(interval: Sequence[float]) -> None:
+def check_guidance_interval(interval: Sequence[float]) -> None:
     """ValueError unless two rising times from 0 to 1."""
     low, high = interval if isinstance(interval, Sequence) and len(interval) == 2 else (0, 0)
     if not 0 <= low < high <= 1:
@@ -229,12 +241,12 @@ def check_interval(interval: Sequence[float]) -> None:
         )
 
 
-def rescaled(out: Tensor, *, like: Tensor, share: float) -> Tensor:
+def rescale_std(out: Tensor, *, like: Tensor, share: float) -> Tensor:
     """An output (B, ...) with its deviation brought, by `share`, to that of `like`, each image."""
     ratio = like.flatten(1).std(1) / out.flatten(1).std(1)  # (B,)
-    return out * expand(1 + share * (ratio - 1), out)
+    return out * expand_dims_like(1 + share * (ratio - 1), out)
 
 
-def square(x: Tensor) -> Tensor:
+def squared_norm(x: Tensor) -> Tensor:
     """The squared length (B,) of each image, never 0."""
     return x.flatten(1).square().sum(1).clamp(min=torch.finfo(x.dtype).tiny)

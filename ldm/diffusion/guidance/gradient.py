@@ -14,30 +14,30 @@ from torch import Tensor
 
 from ldm.diffusion.conditioning import Condition
 from ldm.diffusion.guidance.base import (
+    ConditionalDenoiser,
     Denoise,
-    DenoiseWith,
     Guidance,
-    Words,
-    check_interval,
-    within,
+    GuidancePrompts,
+    check_guidance_interval,
+    restrict_to_interval,
 )
-from ldm.diffusion.samplers.spacing import time_at
-from ldm.diffusion.schedules import Schedule, expand
+from ldm.diffusion.samplers.spacing import find_timesteps_at_ratio
+from ldm.diffusion.schedules import Schedule, expand_dims_like
 
 # The least alpha / sigma at which a gradient is taken. Where alpha goes to 0 the gradient goes to 0
 # as well and its factor to infinity; their product has a limit. At this ratio it is 3e-4 from that
 # limit on the mixture of the tests, and float32 has digits enough for it.
-LEAST_SIGNAL = 1e-3
+MIN_GRADIENT_SIGNAL = 1e-3
 
 # Prompts, one an image, to a function of x_t (B, C, h, w) and t: log p(prompt | x_t), (B,)
 Classify = Callable[[Sequence[str]], Callable[[Tensor, Tensor], Tensor]]
 # Prompts, one an image, to a function of x0_hat (B, C, h, w): how well it fits, (B,), as log p
-Judge = Callable[[Sequence[str]], Callable[[Tensor], Tensor]]
-Look = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # x_t, t -> x0_hat, log p (B,)
+RewardModel = Callable[[Sequence[str]], Callable[[Tensor], Tensor]]
+LogProbFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # x_t, t -> x0_hat, log p (B,)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steered(ABC):
+class GradientGuidance(ABC):
     """What both kinds of steering share. A scale of 1 is Bayes' rule, 0 leaves `inner` as it is.
 
     inner: the guidance of the denoiser itself. interval: the times that are steered, from 0 (data)
@@ -51,17 +51,23 @@ class Steered(ABC):
     interval: Sequence[float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        check_interval(self.interval)
+        check_guidance_interval(self.interval)
 
     def __call__(
-        self, denoise: DenoiseWith, cond: Condition, uncond: Condition, words: Words | None = None
+        self,
+        denoise: ConditionalDenoiser,
+        cond: Condition,
+        uncond: Condition,
+        words: GuidancePrompts | None = None,
     ) -> Denoise:
         inner = self.inner(denoise, cond, uncond, words)
         if self.scale == 0:
             return inner
-        look = self.look(inner, asked(words))
-        most = torch.tensor(1 / LEAST_SIGNAL, dtype=torch.float64)
-        latest = time_at(self.schedule, most).item()  # 1 where all times have more signal
+        look = self.look(inner, require_prompts(words))
+        most = torch.tensor(1 / MIN_GRADIENT_SIGNAL, dtype=torch.float64)
+        latest = find_timesteps_at_ratio(
+            self.schedule, most
+        ).item()  # 1 where all times have more signal
 
         def steered(x_t: Tensor, t: Tensor) -> Tensor:
             t = t.clamp(max=latest)
@@ -71,21 +77,21 @@ class Steered(ABC):
                 (gradient,) = torch.autograd.grad(log_p.sum(), x)
             alpha, sigma = self.schedule(t.to(x_t.device))
             lean = self.scale * sigma.square() / alpha
-            return x0_hat.detach() + expand(lean, x_t).to(x_t.dtype) * gradient
+            return x0_hat.detach() + expand_dims_like(lean, x_t).to(x_t.dtype) * gradient
 
-        return within(self.interval, steered, inner)
+        return restrict_to_interval(self.interval, steered, inner)
 
     def reads_negative(self, prompts: Sequence[str]) -> bool:
         """Whether the inner one does."""
         return self.inner.reads_negative(prompts)
 
     @abstractmethod
-    def look(self, inner: Denoise, prompts: Sequence[str]) -> Look:
+    def look(self, inner: Denoise, prompts: Sequence[str]) -> LogProbFunction:
         """From x_t and t to the inner x0_hat and log p (B,), whose gradient reaches x_t."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classifier(Steered):
+class ClassifierGuidance(GradientGuidance):
     """Classifier guidance: the gradient of a classifier that was trained on noisy latents.
 
     Where the classifier is exact and the scale 1, pictures are of the conditional distribution,
@@ -94,7 +100,7 @@ class Classifier(Steered):
 
     classifier: Classify
 
-    def look(self, inner: Denoise, prompts: Sequence[str]) -> Look:
+    def look(self, inner: Denoise, prompts: Sequence[str]) -> LogProbFunction:
         """The classifier sees x_t itself."""
         opinion = self.classifier(prompts)
 
@@ -107,7 +113,7 @@ class Classifier(Steered):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged(Steered):
+class ClipGuidance(GradientGuidance):
     """CLIP guidance: the gradient, through x0_hat, of something that knows clean pictures alone.
 
     A judge such as CLIP needs no training on noise: what it is shown is the denoiser's own answer,
@@ -115,9 +121,9 @@ class Judged(Steered):
     arXiv:2302.07121, section 3.1). A step costs about three calls of the network.
     """
 
-    judge: Judge
+    judge: RewardModel
 
-    def look(self, inner: Denoise, prompts: Sequence[str]) -> Look:
+    def look(self, inner: Denoise, prompts: Sequence[str]) -> LogProbFunction:
         """The judge sees what the denoiser makes of x_t."""
         opinion = self.judge(prompts)
 
@@ -128,7 +134,7 @@ class Judged(Steered):
         return through
 
 
-def asked(words: Words | None) -> Sequence[str]:
+def require_prompts(words: GuidancePrompts | None) -> Sequence[str]:
     """The prompts to be steered to; ValueError where there are none to be read."""
     if words is None:
         raise ValueError("guidance by a gradient reads the prompts: call it with words=Words(...)")

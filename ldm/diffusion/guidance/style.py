@@ -9,11 +9,17 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.conditioning import Condition
-from ldm.diffusion.guidance.base import ClassifierFree, Denoise, DenoiseWith, Words, within
+from ldm.diffusion.guidance.base import (
+    ClassifierFreeGuidance,
+    ConditionalDenoiser,
+    Denoise,
+    GuidancePrompts,
+    restrict_to_interval,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Styled(ClassifierFree):
+class StyleGuidance(ClassifierFreeGuidance):
     """Classifier-free guidance by two conditions, the text and, given the text, the style picture.
 
     x0_hat = uncond + scale (text - uncond) + style_scale (both - text), which with equal scales is
@@ -25,7 +31,11 @@ class Styled(ClassifierFree):
     style_scale: float = 2.0
 
     def __call__(
-        self, denoise: DenoiseWith, cond: Condition, uncond: Condition, words: Words | None = None
+        self,
+        denoise: ConditionalDenoiser,
+        cond: Condition,
+        uncond: Condition,
+        words: GuidancePrompts | None = None,
     ) -> Denoise:
         if cond.style is None:
             return super().__call__(denoise, cond, uncond, words)
@@ -44,4 +54,4 @@ class Styled(ClassifierFree):
             towards = self.scale * (x0_text - x0_uncond) + self.style_scale * (x0_both - x0_text)
             return self.rescaled(x0_uncond + towards, x0_both, x_t, t)
 
-        return within(self.interval, guided, plain)
+        return restrict_to_interval(self.interval, guided, plain)

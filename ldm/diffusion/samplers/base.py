@@ -19,33 +19,39 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.guidance.base import Denoise
-from ldm.diffusion.samplers import spacing as grids
+from ldm.diffusion.samplers.spacing import SPACINGS, space_timesteps
 from ldm.diffusion.schedules import Schedule
 
 Noise = Callable[[Tensor], Tensor]  # like torch.randn_like
 OnStep = Callable[[int, Tensor], None]  # step number from 0, x0_hat
-Level = tuple[float, float]  # (alpha, sigma) at one time
-Walk = Iterator[tuple[Tensor, Tensor]]  # after each step: x_s and the step's x0_hat
+NoiseLevel = tuple[float, float]  # (alpha, sigma) at one time
+StepIterator = Iterator[tuple[Tensor, Tensor]]  # after each step: x_s and the step's x0_hat
 
 
-def step(
-    x_t: Tensor, d: Tensor, now: Level, then: Level, *, up: float = 0.0, z: Tensor | None = None
+def take_step(
+    x_t: Tensor,
+    d: Tensor,
+    now: NoiseLevel,
+    then: NoiseLevel,
+    *,
+    up: float = 0.0,
+    z: Tensor | None = None,
 ) -> Tensor:
     """x_s from x_t along the data estimate `d`: the only update there is.
 
     `up` is the part of sigma_s that is fresh noise `z` (Song et al. 2021, DDIM, equation 12).
     """
-    ratio = kept(now, then, up=up)
+    ratio = sigma_ratio(now, then, up=up)
     x_s = ratio * x_t + (then[0] - now[0] * ratio) * d
     return x_s if z is None else x_s + up * z
 
 
-def kept(now: Level, then: Level, *, up: float = 0.0) -> float:
+def sigma_ratio(now: NoiseLevel, then: NoiseLevel, *, up: float = 0.0) -> float:
     """The part of x_t that stays in x_s: sigma_s without its fresh part `up`, over sigma_t."""
     return math.sqrt(max(then[1] ** 2 - up**2, 0.0)) / now[1]
 
 
-def posterior_std(now: Level, then: Level) -> float:
+def posterior_std(now: NoiseLevel, then: NoiseLevel) -> float:
     """Standard deviation of x_s given x_t and x0 (Ho et al. 2020, equation 7, any schedule)."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = now, then
     added = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2  # variance that t has over s
@@ -58,19 +64,19 @@ def check_eta(eta: float) -> None:
         raise ValueError(f"eta goes from 0 (no fresh noise) to 1 (ancestral), not {eta}")
 
 
-def levels(schedule: Schedule, times: Tensor) -> list[Level]:
+def compute_noise_levels(schedule: Schedule, times: Tensor) -> list[NoiseLevel]:
     """(alpha, sigma) at each time, as plain numbers: no step has to wait for the device."""
     return list(zip(*(part.tolist() for part in schedule(times.double().cpu())), strict=True))
 
 
 @dataclass(frozen=True)
-class Path:
+class Trajectory:
     """One way from noise to data: what a sampler has while it goes."""
 
     estimate: Denoise  # x_t, t -> x0_hat, within its bounds
     schedule: Schedule
     times: Tensor  # (steps + 1,) on the host, where guidance may look at them without waiting
-    levels: list[Level]  # the same places, as plain numbers
+    levels: list[NoiseLevel]  # the same places, as plain numbers
     noise: Noise
 
     def x0_hat(self, x: Tensor, i: int) -> Tensor:
@@ -94,8 +100,8 @@ class Sampler(ABC):
     quantile: float | None = None
 
     def __post_init__(self) -> None:
-        if self.spacing not in grids.SPACINGS:
-            raise ValueError(f"spacing '{self.spacing}' is none of {', '.join(grids.SPACINGS)}")
+        if self.spacing not in SPACINGS:
+            raise ValueError(f"spacing '{self.spacing}' is none of {', '.join(SPACINGS)}")
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip must be above 0, or null for no bound, not {self.clip}")
         if self.quantile is not None and (self.clip is None or not 0 < self.quantile <= 1):
@@ -106,7 +112,7 @@ class Sampler(ABC):
 
     def times(self, schedule: Schedule, steps: int, *, start: float = 1.0) -> Tensor:
         """The sampler's own grid (steps + 1,), in float64 on the CPU, falling from `start` to 0."""
-        return grids.times(schedule, steps, start=start, spacing=self.spacing)
+        return space_timesteps(schedule, steps, start=start, spacing=self.spacing)
 
     def one_of(self, steps: int) -> "Sampler":
         """The sampler for one step of as many, gone alone."""
@@ -127,11 +133,11 @@ class Sampler(ABC):
 
         `noise` is called where a sampler draws afresh, once a step. `on_step` sees each x0_hat.
         """
-        path = Path(
-            lambda x_t, t: bounded(denoise(x_t, t), self.clip, self.quantile),
+        path = Trajectory(
+            lambda x_t, t: clip_x0_hat(denoise(x_t, t), self.clip, self.quantile),
             schedule,
             times,
-            levels(schedule, times),
+            compute_noise_levels(schedule, times),
             noise,
         )
         x_s = x
@@ -141,11 +147,11 @@ class Sampler(ABC):
         return x_s
 
     @abstractmethod
-    def walk(self, x: Tensor, path: Path) -> Walk:
+    def walk(self, x: Tensor, path: Trajectory) -> StepIterator:
         """From `x` along the path, step by step."""
 
 
-def bounded(x0_hat: Tensor, clip: float | None, quantile: float | None) -> Tensor:
+def clip_x0_hat(x0_hat: Tensor, clip: float | None, quantile: float | None) -> Tensor:
     """x0_hat (B, ...) within [-clip, clip], by cutting or by dynamic thresholding."""
     if clip is None:
         return x0_hat
@@ -158,7 +164,7 @@ def bounded(x0_hat: Tensor, clip: float | None, quantile: float | None) -> Tenso
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDIM(Sampler):
+class DDIMSampler(Sampler):
     """d = x0_hat; `eta` goes from the ODE (0, DDIM) to the posterior's own noise (1, DDPM).
 
     With eta = 1 this is ancestral sampling (Ho et al. 2020, algorithm 2, with the smaller of their
@@ -172,16 +178,16 @@ class DDIM(Sampler):
         super().__post_init__()
         check_eta(self.eta)
 
-    def walk(self, x: Tensor, path: Path) -> Walk:
+    def walk(self, x: Tensor, path: Trajectory) -> StepIterator:
         for i, (now, then) in enumerate(pairwise(path.levels)):
             x0_hat = path.x0_hat(x, i)
             up = self.eta * posterior_std(now, then)
-            x = step(x, x0_hat, now, then, up=up, z=path.noise(x) if up > 0 else None)
+            x = take_step(x, x0_hat, now, then, up=up, z=path.noise(x) if up > 0 else None)
             yield x, x0_hat
 
 
 @dataclass(frozen=True, kw_only=True)
-class Consistency(Sampler):
+class ConsistencySampler(Sampler):
     """For networks distilled to answer in a few steps: d = x0_hat, and all noise drawn afresh.
 
     Multistep consistency sampling (Song et al. 2023, arXiv:2303.01469, algorithm 1; Luo et al.
@@ -212,9 +218,9 @@ class Consistency(Sampler):
         grid[1:-1] = (left - (torch.arange(1, steps) * left).div(steps).floor()) / self.origin
         return grid
 
-    def walk(self, x: Tensor, path: Path) -> Walk:
+    def walk(self, x: Tensor, path: Trajectory) -> StepIterator:
         for i, (now, then) in enumerate(pairwise(path.levels)):
             x0_hat = path.x0_hat(x, i)
             up = then[1]
-            x = step(x, x0_hat, now, then, up=up, z=path.noise(x) if up > 0 else None)
+            x = take_step(x, x0_hat, now, then, up=up, z=path.noise(x) if up > 0 else None)
             yield x, x0_hat

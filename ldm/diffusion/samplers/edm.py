@@ -10,8 +10,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ldm.diffusion.samplers import spacing
-from ldm.diffusion.samplers.base import Level, Path, Sampler, Walk, levels, step
+from ldm.diffusion.samplers.base import (
+    NoiseLevel,
+    Sampler,
+    StepIterator,
+    Trajectory,
+    compute_noise_levels,
+    take_step,
+)
+from ldm.diffusion.samplers.spacing import find_timesteps_at_ratio
 
 # Heun's rule takes the mean of the slopes at a step's two ends: of what slope, against what.
 SLOPES = {
@@ -22,7 +29,7 @@ SLOPES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class EDM(Sampler):
+class EDMSampler(Sampler):
     """Order 1 is Euler: d = x0_hat. Order 2 is Heun, which asks at the end of a step as well.
 
     There d = x0_hat + w (x0_hat at the end - x0_hat) with w = c_t / 2 c_s, where c belongs to
@@ -56,27 +63,27 @@ class EDM(Sampler):
         """As it is, with a step's part of the churn."""
         return replace(self, churn=self.churn / steps)
 
-    def walk(self, x: Tensor, path: Path) -> Walk:
+    def walk(self, x: Tensor, path: Trajectory) -> StepIterator:
         times, starts = self.raised(path)
         for i, (before, then) in enumerate(pairwise(path.levels)):
             now = starts[i]
             if now != before:
-                x = noisier(x, before, now, self.churn_noise * path.noise(x))
+                x = renoise(x, before, now, self.churn_noise * path.noise(x))
             x0_hat = path.estimate(x, times[i])
-            x_s = step(x, x0_hat, now, then)
+            x_s = take_step(x, x0_hat, now, then)
             if self.order == 2 and then[1] > 0:
                 at_end = path.x0_hat(x_s, i + 1)
-                x_s = step(x, torch.lerp(x0_hat, at_end, self.weight(now, then)), now, then)
+                x_s = take_step(x, torch.lerp(x0_hat, at_end, self.weight(now, then)), now, then)
             x = x_s
             yield x, x0_hat
 
-    def weight(self, now: Level, then: Level) -> float:
+    def weight(self, now: NoiseLevel, then: NoiseLevel) -> float:
         """How far d goes from x0_hat at the beginning of a step to x0_hat at its end."""
         coordinate = SLOPES[self.slope]
         w = coordinate(*now) / coordinate(*then) / 2
         return w if math.isfinite(w) else 0.0  # EDM's r has no slope at pure noise: Euler
 
-    def raised(self, path: Path) -> tuple[Tensor, list[Level]]:
+    def raised(self, path: Trajectory) -> tuple[Tensor, list[NoiseLevel]]:
         """Where each step begins once churn has added its noise: times, and their levels."""
         if self.churn == 0:
             return path.times, path.levels
@@ -86,13 +93,15 @@ class EDM(Sampler):
         gamma = min(self.churn / len(r), math.sqrt(2) - 1)
         most = math.inf if self.churn_max is None else self.churn_max
         churned = r.isfinite() & (r >= self.churn_min) & (r <= most)
-        up = spacing.time_at(path.schedule, r * (1 + gamma))
-        starts = zip(churned.tolist(), levels(path.schedule, up), path.levels, strict=False)
+        up = find_timesteps_at_ratio(path.schedule, r * (1 + gamma))
+        starts = zip(
+            churned.tolist(), compute_noise_levels(path.schedule, up), path.levels, strict=False
+        )
         times = torch.where(churned, up.to(path.times), path.times[:-1])
         return times, [high if yes else low for yes, high, low in starts]
 
 
-def noisier(x: Tensor, before: Level, now: Level, z: Tensor) -> Tensor:
+def renoise(x: Tensor, before: NoiseLevel, now: NoiseLevel, z: Tensor) -> Tensor:
     """x at a level brought to a noisier one with the noise `z`."""
     keep = now[0] / before[0]
     return keep * x + math.sqrt(max(now[1] ** 2 - (keep * before[1]) ** 2, 0.0)) * z

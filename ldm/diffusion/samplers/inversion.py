@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.guidance.base import Denoise
-from ldm.diffusion.samplers.base import Level, OnStep, levels, step
-from ldm.diffusion.schedules import Schedule, expand
+from ldm.diffusion.samplers.base import NoiseLevel, OnStep, compute_noise_levels, take_step
+from ldm.diffusion.schedules import Schedule, expand_dims_like
 
 
 @torch.no_grad()
-def invert(
+def invert_ddim(
     denoise: Denoise,
     x0: Tensor,
     schedule: Schedule,
@@ -36,13 +36,13 @@ def invert(
     if rounds < 1:
         raise ValueError(f"inversion takes one round or more, not {rounds}")
     ascending = times.flip(0)
-    places = levels(schedule, ascending)
+    places = compute_noise_levels(schedule, ascending)
     x = x0
     for i, (clean, noisy) in enumerate(pairwise(places)):
         end, last = x, None
         for _ in range(rounds):
             x0_hat = denoise(end, ascending[i + 1])
-            found = back(x, end, x0_hat, clean, noisy)
+            found = step_back(x, end, x0_hat, clean, noisy)
             miss = found - end
             end = found if last is None else secant(found, miss, *last)
             last = found, miss
@@ -52,7 +52,9 @@ def invert(
     return x
 
 
-def back(x: Tensor, end: Tensor, x0_hat: Tensor, clean: Level, noisy: Level) -> Tensor:
+def step_back(
+    x: Tensor, end: Tensor, x0_hat: Tensor, clean: NoiseLevel, noisy: NoiseLevel
+) -> Tensor:
     """x at `clean` taken to `noisy`, with what the network says at the guess `end`.
 
     The update rule may hold x0_hat fixed or, with alpha and sigma in each other's places, eps. The
@@ -60,9 +62,9 @@ def back(x: Tensor, end: Tensor, x0_hat: Tensor, clean: Level, noisy: Level) -> 
     noise, from data on.
     """
     if clean[0] * noisy[0] < clean[1] * noisy[1]:
-        return step(x, x0_hat, clean, noisy)
+        return take_step(x, x0_hat, clean, noisy)
     eps = (end - noisy[0] * x0_hat) / noisy[1]
-    return step(x, eps, clean[::-1], noisy[::-1])
+    return take_step(x, eps, clean[::-1], noisy[::-1])
 
 
 def secant(found: Tensor, miss: Tensor, last_found: Tensor, last_miss: Tensor) -> Tensor:
@@ -71,4 +73,4 @@ def secant(found: Tensor, miss: Tensor, last_found: Tensor, last_miss: Tensor) -
     least = torch.finfo(change.dtype).tiny
     share = (miss.flatten(1) * change).sum(1) / change.square().sum(1).clamp(min=least)  # (B,)
     # Where rounding is all that is left of the misses, their quotient says nothing.
-    return found - expand(share.clamp(-5, 5), found) * (found - last_found)
+    return found - expand_dims_like(share.clamp(-5, 5), found) * (found - last_found)

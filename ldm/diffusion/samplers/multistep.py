@@ -17,29 +17,29 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.samplers.base import (
-    Level,
-    Path,
+    NoiseLevel,
     Sampler,
-    Walk,
+    StepIterator,
+    Trajectory,
     check_eta,
-    kept,
     posterior_std,
-    step,
+    sigma_ratio,
+    take_step,
 )
 
-ORDERS = (1, 2, 3)  # beyond, the polynomials swing
+SOLVER_ORDERS = (1, 2, 3)  # beyond, the polynomials swing
 
 
 @dataclass(frozen=True)
 class Point:
     """What the denoiser made of the latents at a level: x0_hat (B, C, h, w)."""
 
-    level: Level
+    level: NoiseLevel
     x0_hat: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPMSolver(Sampler):
+class DPMSolverSampler(Sampler):
     """DPM-Solver++ (multistep) of order 1 to 3; order 2 is their algorithm 2, known as 2M.
 
     `eta` goes from the ODE (0) to the SDE (1, SDE-DPM-Solver++, Lu et al. 2022, section 5), as in
@@ -56,23 +56,23 @@ class DPMSolver(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_order(self.order)
+        check_solver_order(self.order)
         check_eta(self.eta)
 
-    def walk(self, x: Tensor, path: Path) -> Walk:
+    def walk(self, x: Tensor, path: Trajectory) -> StepIterator:
         past: list[Point] = []
         steps = len(path.levels) - 1
         for i, (now, then) in enumerate(pairwise(path.levels)):
             x0_hat = path.x0_hat(x, i)
             past = [*past, Point(now, x0_hat)][-self.order :]
             up = self.eta * posterior_std(now, then)
-            d = average(past[-order_at(i, steps, self.order) :], now, then, up=up)
-            x = step(x, d, now, then, up=up, z=path.noise(x) if up > 0 else None)
+            d = average_x0_hat(past[-order_at(i, steps, self.order) :], now, then, up=up)
+            x = take_step(x, d, now, then, up=up, z=path.noise(x) if up > 0 else None)
             yield x, x0_hat
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniPC(Sampler):
+class UniPCSampler(Sampler):
     """UniPC with B2(h), multistep, of order 1 to 3 (Zhao et al. 2023, algorithms 1 and 2).
 
     Once the network has spoken at the end of a step, the step is done again with its answer there,
@@ -84,9 +84,9 @@ class UniPC(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_order(self.order)
+        check_solver_order(self.order)
 
-    def walk(self, x: Tensor, path: Path) -> Walk:
+    def walk(self, x: Tensor, path: Trajectory) -> StepIterator:
         past: list[Point] = []
         used: list[Point] = []  # by the step that led here, from `before`
         before = x
@@ -96,17 +96,17 @@ class UniPC(Sampler):
             here = Point(now, x0_hat)
             if used:
                 last = used[-1].level
-                x = step(before, average([*used, here], last, now), last, now)
+                x = take_step(before, average_x0_hat([*used, here], last, now), last, now)
             past = [*past, here][-self.order :]
             used, before = past[-order_at(i, steps, self.order) :], x
-            x = step(x, average(used, now, then), now, then)
+            x = take_step(x, average_x0_hat(used, now, then), now, then)
             yield x, x0_hat
 
 
-def check_order(order: int) -> None:
+def check_solver_order(order: int) -> None:
     """Raise ValueError for an order that there is not."""
-    if order not in ORDERS:
-        raise ValueError(f"order {order} is none of {', '.join(map(str, ORDERS))}")
+    if order not in SOLVER_ORDERS:
+        raise ValueError(f"order {order} is none of {', '.join(map(str, SOLVER_ORDERS))}")
 
 
 def order_at(i: int, steps: int, order: int) -> int:
@@ -114,7 +114,9 @@ def order_at(i: int, steps: int, order: int) -> int:
     return min(order, i + 1, steps - i)
 
 
-def average(points: Sequence[Point], now: Level, then: Level, *, up: float = 0.0) -> Tensor:
+def average_x0_hat(
+    points: Sequence[Point], now: NoiseLevel, then: NoiseLevel, *, up: float = 0.0
+) -> Tensor:
     """x0_hat (B, C, h, w), on average over the step from `now` to `then`.
 
     points: from old to new, one of them at `now`; one at `then` may be the last. With fresh noise
@@ -122,21 +124,21 @@ def average(points: Sequence[Point], now: Level, then: Level, *, up: float = 0.0
     """
     if len(points) == 1:
         return points[0].x0_hat
-    places = [place(point.level, now, then) for point in points]
+    places = [locate_in_step(point.level, now, then) for point in points]
     # Pure noise lies infinitely far away: no slope can be told from there.
     known = [j for j, at in enumerate(places) if math.isfinite(at)]
-    shares = weights([places[j] for j in known], now, then, up=up)
+    shares = quadrature_weights([places[j] for j in known], now, then, up=up)
     return sum(share * points[j].x0_hat for j, share in zip(known, shares, strict=True))
 
 
-def place(level: Level, now: Level, then: Level) -> float:
+def locate_in_step(level: NoiseLevel, now: NoiseLevel, then: NoiseLevel) -> float:
     """Where a level lies in lambda, if `now` is 0 and `then` is 1."""
     if level in (now, then):
         return float(level == then)
-    return (log_ratio(level) - log_ratio(now)) / (log_ratio(then) - log_ratio(now))
+    return (half_log_snr(level) - half_log_snr(now)) / (half_log_snr(then) - half_log_snr(now))
 
 
-def log_ratio(level: Level) -> float:
+def half_log_snr(level: NoiseLevel) -> float:
     """lambda = log(alpha / sigma), infinite where there is no signal or no noise."""
     alpha, sigma = level
     if alpha <= 0 or sigma <= 0:
@@ -144,7 +146,9 @@ def log_ratio(level: Level) -> float:
     return math.log(alpha / sigma)
 
 
-def weights(places: Sequence[float], now: Level, then: Level, *, up: float = 0.0) -> list[float]:
+def quadrature_weights(
+    places: Sequence[float], now: NoiseLevel, then: NoiseLevel, *, up: float = 0.0
+) -> list[float]:
     """How much the value at each place counts for the average over the step from 0 to 1.
 
     One value stands for all. Two make a line, which is read in the middle of the step, as in 2M and
@@ -155,7 +159,7 @@ def weights(places: Sequence[float], now: Level, then: Level, *, up: float = 0.0
         moments = [1.0, 0.5][:n]
     else:
         # e^-decay is what x_s / alpha_s keeps of x_t / alpha_t.
-        decay = -math.log(kept(now, then, up=up) * now[0] / then[0])
+        decay = -math.log(sigma_ratio(now, then, up=up) * now[0] / then[0])
         moments = [1.0]  # of u^k over [0, 1], weighted by e^(decay u), by parts
         for k in range(1, n):
             moments.append(-1 / math.expm1(-decay) - k / decay * moments[-1])

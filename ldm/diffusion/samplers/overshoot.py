@@ -12,11 +12,13 @@ from torch import Tensor
 from ldm.diffusion.samplers.base import Sampler
 from ldm.diffusion.schedules import Schedule
 
-STD = 0.3  # of the normal data; latents have about 1 in all, and less given the words
-MOST = 1.2  # times as much deviation is worth a word
+DATA_STD = 0.3  # of the normal data; latents have about 1 in all, and less given the words
+MAX_OVERSHOOT = 1.2  # times as much deviation is worth a word
 
 
-def excess(sampler: Sampler, schedule: Schedule, steps: int, *, start: float = 1.0) -> float:
+def measure_overshoot(
+    sampler: Sampler, schedule: Schedule, steps: int, *, start: float = 1.0
+) -> float:
     """The deviation of normal data as the sampler paints it, over its own: 1 is right.
 
     Exact, as all is linear here: one image follows the noise at the start, others a draw each.
@@ -27,31 +29,33 @@ def excess(sampler: Sampler, schedule: Schedule, steps: int, *, start: float = 1
     x = torch.zeros(steps + 1, 1, 1, 1, dtype=torch.float64)
     alpha, sigma = schedule(times[0])
     # What begins at t = 1 begins with noise alone; a picture is noised to its time.
-    x[0] = 1.0 if start == 1 else ((alpha * STD).square() + sigma.square()).sqrt()
+    x[0] = 1.0 if start == 1 else ((alpha * DATA_STD).square() + sigma.square()).sqrt()
     draws = iter(range(1, steps + 1))
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = schedule(t)
-        return alpha * STD**2 / ((alpha * STD).square() + sigma.square()) * x_t
+        return alpha * DATA_STD**2 / ((alpha * DATA_STD).square() + sigma.square()) * x_t
 
     def noise(x_t: Tensor) -> Tensor:
         drawn = torch.zeros_like(x_t)
         drawn[next(draws)] = 1.0
         return drawn
 
-    return sampler(denoise, x, schedule, times, noise=noise).square().sum().sqrt().item() / STD
+    return sampler(denoise, x, schedule, times, noise=noise).square().sum().sqrt().item() / DATA_STD
 
 
-def caveat(sampler: Sampler, schedule: Schedule, steps: int, *, start: float = 1.0) -> str | None:
+def format_overshoot_warning(
+    sampler: Sampler, schedule: Schedule, steps: int, *, start: float = 1.0
+) -> str | None:
     """A line where the sampler paints with far too much contrast; None elsewhere.
 
     Raises ValueError where the steps make no grid.
     """
-    found = excess(sampler, schedule, steps, start=start)
-    if found <= MOST:
+    found = measure_overshoot(sampler, schedule, steps, start=start)
+    if found <= MAX_OVERSHOOT:
         return None
     other = "" if sampler.spacing == "trailing" else " or sampler.spacing=trailing"
     return (
         f"this sampler overshoots in {steps} steps with spacing={sampler.spacing}: normal data of "
-        f"deviation {STD} gets {found * STD:.2f}. Take more steps{other}"
+        f"deviation {DATA_STD} gets {found * DATA_STD:.2f}. Take more steps{other}"
     )

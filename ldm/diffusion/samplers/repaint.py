@@ -10,13 +10,13 @@ from itertools import pairwise
 from torch import Tensor
 
 from ldm.diffusion.guidance.base import Denoise
-from ldm.diffusion.samplers.base import Noise, OnStep, Sampler, levels
-from ldm.diffusion.samplers.edm import noisier
+from ldm.diffusion.samplers.base import Noise, OnStep, Sampler, compute_noise_levels
+from ldm.diffusion.samplers.edm import renoise
 from ldm.diffusion.schedules import Schedule
 
 
 @dataclass(frozen=True)
-class Resampled:
+class RePaintSampler:
     """A sampler that goes each of its steps `rounds` times.
 
     Between two rounds x is taken back to where the step began. As every step begins anew, samplers
@@ -42,7 +42,7 @@ class Resampled:
     ) -> Tensor:
         """As the sampler; `on_step` sees the last round's x0_hat of each step."""
         sampler = self.sampler.one_of(len(times) - 1)
-        for i, (now, then) in enumerate(pairwise(levels(schedule, times))):
+        for i, (now, then) in enumerate(pairwise(compute_noise_levels(schedule, times))):
             for left in reversed(range(self.rounds)):
 
                 def report(_: int, x0_hat: Tensor, i: int = i, left: int = left) -> None:
@@ -51,5 +51,5 @@ class Resampled:
 
                 step = times[i : i + 2]
                 x_s = sampler(denoise, x, schedule, step, noise=noise, on_step=report)
-                x = noisier(x_s, then, now, noise(x)) if left else x_s
+                x = renoise(x_s, then, now, noise(x)) if left else x_s
         return x

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.conditioning import Condition
-from ldm.diffusion.guidance.base import DenoiseWith
+from ldm.diffusion.guidance.base import ConditionalDenoiser
 
 
 @dataclass(frozen=True)
-class Tiled:
+class TiledDenoiser:
     """A denoiser of any grid out of one for `side` x `side` cells.
 
     At each call the windows' x0_hats are averaged where they overlap, with weights that fall
@@ -23,7 +23,7 @@ class Tiled:
     Raises ValueError where the overlap is no part of a window, or a grid is smaller than one.
     """
 
-    denoise: DenoiseWith
+    denoise: ConditionalDenoiser
     side: int
     overlap: int
 
@@ -33,10 +33,10 @@ class Tiled:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """x0_hat (B, C, h, w); `cond.concat` (B, E, h, w) is cut as x_t is."""
-        rows, columns = (starts(n, self.side, self.overlap) for n in x_t.shape[-2:])
+        rows, columns = (compute_window_starts(n, self.side, self.overlap) for n in x_t.shape[-2:])
         if len(rows) == len(columns) == 1:
             return self.denoise(x_t, t, cond)
-        window = ramp(self.side, self.overlap).to(x_t)
+        window = make_window_weights(self.side, self.overlap).to(x_t)
         window = window[:, None] * window  # (side, side)
         total, weight = torch.zeros_like(x_t), torch.zeros_like(x_t[:1, :1])
         for top in rows:
@@ -48,7 +48,7 @@ class Tiled:
         return total / weight
 
 
-def starts(length: int, side: int, overlap: int) -> list[int]:
+def compute_window_starts(length: int, side: int, overlap: int) -> list[int]:
     """Where windows begin so that they cover `length` cells, evenly; ValueError if too short."""
     if length < side:
         raise ValueError(f"a grid of {length} cells is smaller than a window of {side}")
@@ -56,7 +56,7 @@ def starts(length: int, side: int, overlap: int) -> list[int]:
     return [round(i * (length - side) / more) for i in range(more + 1)] if more else [0]
 
 
-def ramp(side: int, overlap: int) -> Tensor:
+def make_window_weights(side: int, overlap: int) -> Tensor:
     """Weights (side,) that rise over the overlap from near 0 to 1, and fall likewise."""
     at = torch.arange(side) + 1.0
     return torch.minimum(at, at.flip(0)).clamp(max=overlap + 1) / (overlap + 1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.diffusion.rng import Generators
-from ldm.diffusion.samplers.base import Noise, levels
+from ldm.diffusion.samplers.base import Noise, compute_noise_levels
 from ldm.diffusion.schedules import Schedule
 from ldm.diffusion.tasks.masks import random_masks
 
@@ -53,7 +53,7 @@ class Start:
     latents: Callable[[Tensor], Tensor] | None = None
 
 
-class Plain:
+class BaseTask:
     """A task of a network that is told nothing but the text: no extra channels."""
 
     name: str  # the option of conf/task
@@ -99,7 +99,7 @@ class Plain:
         return None
 
 
-class TextToImage(Plain):
+class TextToImage(BaseTask):
     """A picture from pure noise and a prompt."""
 
     name = "text2img"
@@ -114,7 +114,7 @@ class TextToImage(Plain):
         return Start(x=noise(request.latents), t=1.0)
 
 
-class ImageToImage(Plain):
+class ImageToImage(BaseTask):
     """A picture out of another: it is taken to t = strength, and painted from there on.
 
     With drawn noise (Meng et al. 2022, SDEdit, arXiv:2108.01073), or, with `invert`, with the noise
@@ -140,10 +140,10 @@ class ImageToImage(Plain):
         if self.invert:
             check_strength(t)
             return Start(x=request.invert(x0, t), t=t)
-        return Start(x=noised(x0, request, schedule, noise), t=t)
+        return Start(x=add_noise_at_strength(x0, request, schedule, noise), t=t)
 
 
-class ProjectedInpaint(Plain):
+class ProjectedInpainting(BaseTask):
     """New pixels where the mask is 1, by any text-to-image model: what is known stays known.
 
     Each x0_hat gets the known latents put back, so that samplers of any kind go towards them. The
@@ -165,11 +165,11 @@ class ProjectedInpaint(Plain):
 
         Raises ValueError without a picture or a mask.
         """
-        x, project = kept(request, encode, schedule, noise, task=self)
+        x, project = project_known(request, encode, schedule, noise, task=self)
         return Start(x=x, t=request.strength, project=project, rounds=self.rounds)
 
 
-class Inpaint(Plain):
+class Inpainting(BaseTask):
     """New pixels where the mask is 1, by a network that is shown the mask and the rest.
 
     Extra channels, as Stable Diffusion's inpainting network has them: the mask on the latent grid,
@@ -185,29 +185,29 @@ class Inpaint(Plain):
 
     def unfit(self, trained: object) -> str | None:
         """It takes a network of this very task."""
-        return None if isinstance(trained, Inpaint) else "the network was never shown a mask"
+        return None if isinstance(trained, Inpainting) else "the network was never shown a mask"
 
     def example(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
         """The pictures, and random masks."""
-        return {"image": images, "mask": random_masks_of(images, generator)}
+        return {"image": images, "mask": random_masks_like(images, generator)}
 
     def train_concat(
         self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
     ) -> Tensor:
         """Random masks and the latents of what they leave, (B, 1 + C, h, w)."""
-        return shown(images, random_masks_of(images, generator), encode, like=latents)
+        return mask_channels(images, random_masks_like(images, generator), encode, like=latents)
 
     def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
         """The picture noised to t = strength, what the network is shown, and what is kept.
 
         Raises ValueError without a picture or a mask.
         """
-        x, project = kept(request, encode, schedule, noise, task=self)
-        concat = shown(request.image, request.mask, encode, like=request.latents)
+        x, project = project_known(request, encode, schedule, noise, task=self)
+        concat = mask_channels(request.image, request.mask, encode, like=request.latents)
         return Start(x=x, t=request.strength, concat=concat, project=project)
 
 
-def kept(
+def project_known(
     request: Request, encode: Encode, schedule: Schedule, noise: Noise, *, task: object
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The picture noised to t = strength, and what puts its known part into an x0_hat.
@@ -216,39 +216,39 @@ def kept(
     """
     if request.image is None or request.mask is None:
         raise ValueError(f"task={task.name} takes a picture and a mask: image=FILE mask=FILE")
-    known, hidden = encode(request.image), on_grid(request.mask, like=request.latents)
+    known, hidden = encode(request.image), downsample_mask(request.mask, like=request.latents)
 
     def project(x0_hat: Tensor) -> Tensor:
         return torch.where(hidden > 0, x0_hat, known)
 
-    return noised(known, request, schedule, noise), project
+    return add_noise_at_strength(known, request, schedule, noise), project
 
 
-def shown(images: Tensor, mask: Tensor, encode: Encode, *, like: Tensor) -> Tensor:
+def mask_channels(images: Tensor, mask: Tensor, encode: Encode, *, like: Tensor) -> Tensor:
     """(B, 1 + C, h, w): the mask (B, 1, H, W) on the grid of `like`, and the rest's latents."""
     rest = encode(torch.where(mask > 0, 0.0, images))
-    return torch.cat([on_grid(mask, like=like).to(rest), rest], dim=1)
+    return torch.cat([downsample_mask(mask, like=like).to(rest), rest], dim=1)
 
 
-def on_grid(mask: Tensor, *, like: Tensor) -> Tensor:
+def downsample_mask(mask: Tensor, *, like: Tensor) -> Tensor:
     """A mask (B, 1, H, W) on the latent grid: a cell is hidden where any of its pixels is."""
     return F.adaptive_max_pool2d(mask, like.shape[-2:])
 
 
-def random_masks_of(images: Tensor, generator: Generators) -> Tensor:
+def random_masks_like(images: Tensor, generator: Generators) -> Tensor:
     """A random mask (B, 1, H, W) for each picture."""
     n, _, *size = images.shape
     return random_masks(n, *size, generator=generator, device=images.device)
 
 
-def noised(x0: Tensor, request: Request, schedule: Schedule, noise: Noise) -> Tensor:
+def add_noise_at_strength(x0: Tensor, request: Request, schedule: Schedule, noise: Noise) -> Tensor:
     """x_t (B, C, h, w) of x0 where sampling begins: exactly there, or its noise is misjudged.
 
     Raises what `check_strength` raises, and ValueError where the steps do not fit the strength.
     """
     check_strength(request.strength)
     t = torch.tensor([request.first(request.strength)], dtype=torch.float64)
-    ((alpha, sigma),) = levels(schedule, t)
+    ((alpha, sigma),) = compute_noise_levels(schedule, t)
     return alpha * x0 + sigma * noise(x0)
 
 

@@ -11,9 +11,13 @@ from torch import Tensor
 
 from ldm.diffusion.rng import Generators, rand
 
-CORNERS = 4  # of a stroke
-KINDS = (0.35, 0.6, 0.85)  # where rectangles, strokes and half-planes end; the rest hides all
-_DRAWN = 1 + 2 * CORNERS  # numbers a mask, as many as a stroke takes
+STROKE_CORNERS = 4  # of a stroke
+MASK_KIND_BOUNDS = (
+    0.35,
+    0.6,
+    0.85,
+)  # where rectangles, strokes and half-planes end; the rest hides all
+_NUMBERS_PER_MASK = 1 + 2 * STROKE_CORNERS  # numbers a mask, as many as a stroke takes
 
 
 def random_masks(
@@ -29,12 +33,16 @@ def random_masks(
     The kinds are those that people draw, and one in seven hides the whole picture, which keeps the
     model able to paint from words alone. Each hides one pixel or more.
     """
-    kind, *u = rand((n, 1 + _DRAWN), generator, device=device).float().unbind(1)  # (B,) each
+    kind, *u = (
+        rand((n, 1 + _NUMBERS_PER_MASK), generator, device=device).float().unbind(1)
+    )  # (B,) each
     y = (torch.arange(height, device=device) + 0.5)[None, :, None] / height  # (1, H, 1)
     x = (torch.arange(width, device=device) + 0.5)[None, None, :] / width  # (1, 1, W)
     u = [part[:, None, None] for part in u]  # (B, 1, 1) each
     hidden = torch.ones(n, height, width, dtype=torch.bool, device=device)
-    for shape, end in reversed(list(zip((_rectangle, _stroke, _half_plane), KINDS, strict=True))):
+    for shape, end in reversed(
+        list(zip((_rectangle, _stroke, _half_plane), MASK_KIND_BOUNDS, strict=True))
+    ):
         hidden = torch.where((kind < end)[:, None, None], shape(x, y, u), hidden)
     hidden[:, height // 2, width // 2] |= ~hidden.flatten(1).any(1)
     return hidden[:, None].float()

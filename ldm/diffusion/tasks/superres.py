@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.diffusion.rng import Generators, other, rand, randn
+from ldm.diffusion.rng import Generators, derive_generators, rand, randn
 from ldm.diffusion.samplers.base import Noise
-from ldm.diffusion.schedules import Schedule, expand
-from ldm.diffusion.tasks.base import Encode, Plain, Request, Start
+from ldm.diffusion.schedules import Schedule, expand_dims_like
+from ldm.diffusion.tasks.base import BaseTask, Encode, Request, Start
 
 
-class SuperResolution(Plain):
+class SuperResolution(BaseTask):
     """A picture `scale` times as wide, by a network that is shown the small one.
 
     Extra channels: the latents of the small picture, enlarged smoothly and with some noise; how
@@ -83,7 +83,7 @@ class SuperResolution(Plain):
 
     def example(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
         """The pictures `scale` times smaller."""
-        return {"image": shrunk(images, self.scale)}
+        return {"image": downsample_images(images, self.scale)}
 
     def train_pair(
         self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
@@ -91,7 +91,7 @@ class SuperResolution(Plain):
         """What each picture lacks once one of `scales` made it smaller, and (B, C + 2, h, w)."""
         small, level, scale = self._small(images, generator)
         x0 = encode(small)  # (B, C, h, w)
-        noise = randn(latents.shape, other(generator, "small"), device=latents.device)
+        noise = randn(latents.shape, derive_generators(generator, "small"), device=latents.device)
         concat = self._shown(x0, noise.to(latents), self.most * level, scale)
         return (latents - x0) / self.residual, concat
 
@@ -108,7 +108,7 @@ class SuperResolution(Plain):
         """
         if request.image is None or request.mask is not None or request.strength != 1:
             raise ValueError("task=superres takes a small image, no mask and no strength")
-        x0 = encode(enlarged(request.image, self.scale))  # (B, C, h, w)
+        x0 = encode(upsample_images(request.image, self.scale))  # (B, C, h, w)
         like = x0.new_ones(len(x0))
         concat = self._shown(x0, noise(x0), self.level * like, self.scale * like)
 
@@ -123,30 +123,32 @@ class SuperResolution(Plain):
         choice = (choice * len(self.scales)).long()  # (B,)
         small = torch.empty_like(images)
         for i, scale in enumerate(self.scales):
-            small = torch.where(expand(choice == i, images), blurred(images, scale), small)
+            small = torch.where(
+                expand_dims_like(choice == i, images), degrade_images(images, scale), small
+            )
         return small, level, torch.tensor(self.scales, device=images.device)[choice]
 
     def _shown(self, x0: Tensor, noise: Tensor, level: Tensor, scale: Tensor) -> Tensor:
         """(B, C + 2, h, w); level and scale (B,)."""
-        share = expand(level.to(x0), x0)
+        share = expand_dims_like(level.to(x0), x0)
         noisy = (1 - share.square()).sqrt() * x0 + share * noise
         told = torch.stack([level.to(x0), scale.to(x0).log2() - 1], dim=1)  # (B, 2)
         told = told[:, :, None, None].expand(-1, -1, *x0.shape[-2:])
         return torch.cat([noisy, told], dim=1)
 
 
-def shrunk(images: Tensor, scale: int) -> Tensor:
+def downsample_images(images: Tensor, scale: int) -> Tensor:
     """Pictures (B, 3, H, W), each pixel the mean of scale x scale; ValueError where none fit."""
     if any(side % scale for side in images.shape[-2:]):
         raise ValueError(f"pictures of {tuple(images.shape[-2:])} cannot be shrunk {scale} times")
     return F.avg_pool2d(images, scale)
 
 
-def enlarged(images: Tensor, scale: int) -> Tensor:
+def upsample_images(images: Tensor, scale: int) -> Tensor:
     """Pictures `scale` times as wide, by a bicubic that stays in [-1, 1]."""
     return F.interpolate(images, scale_factor=scale, mode="bicubic").clamp(-1, 1)
 
 
-def blurred(images: Tensor, scale: int) -> Tensor:
+def degrade_images(images: Tensor, scale: int) -> Tensor:
     """What is left of pictures (B, 3, H, W) that were shrunk and enlarged."""
-    return enlarged(shrunk(images, scale), scale)
+    return upsample_images(downsample_images(images, scale), scale)

@@ -11,10 +11,10 @@ from torch import Tensor
 from ldm.diffusion.rng import Generators, rand
 from ldm.diffusion.samplers.base import Noise
 from ldm.diffusion.schedules import Schedule
-from ldm.diffusion.tasks.base import Encode, Plain, Request, Start
+from ldm.diffusion.tasks.base import BaseTask, Encode, Request, Start
 
 
-class TextToVideo(Plain):
+class TextToVideo(BaseTask):
     """A video from pure noise and a prompt; with a picture, one that begins with it.
 
     Extra channels: whether the first frame is shown, then its latents, the same for all frames, so
@@ -58,7 +58,7 @@ class TextToVideo(Plain):
     ) -> Tensor:
         """The first frames of some of the videos, (B, 1 + C, F, h, w)."""
         given = rand(len(latents), generator, device=latents.device) < self.given
-        return shown(latents[:, :, 0], given, like=latents)
+        return first_frame_channels(latents[:, :, 0], given, like=latents)
 
     def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
         """Noise of unit variance at t = 1, and the first frame where there is one, which is kept.
@@ -70,16 +70,18 @@ class TextToVideo(Plain):
         x = noise(request.latents)  # (B, C, F, h, w)
         told = torch.full((len(x),), request.image is not None, device=x.device)
         if request.image is None:
-            return Start(x=x, t=1.0, concat=shown(torch.zeros_like(x[:, :, 0]), told, like=x))
+            return Start(
+                x=x, t=1.0, concat=first_frame_channels(torch.zeros_like(x[:, :, 0]), told, like=x)
+            )
         first = encode(request.image)  # (B, C, h, w)
 
         def project(x0_hat: Tensor) -> Tensor:
             return torch.cat([first[:, :, None], x0_hat[:, :, 1:]], dim=2)
 
-        return Start(x=x, t=1.0, concat=shown(first, told, like=x), project=project)
+        return Start(x=x, t=1.0, concat=first_frame_channels(first, told, like=x), project=project)
 
 
-def shown(first: Tensor, given: Tensor, *, like: Tensor) -> Tensor:
+def first_frame_channels(first: Tensor, given: Tensor, *, like: Tensor) -> Tensor:
     """(B, 1 + C, F, h, w) of first frames (B, C, h, w), zeros where `given` (B,) is not True."""
     told = given.to(first)[:, None, None, None].expand(-1, 1, *first.shape[2:])
     both = torch.cat([told, first * told], dim=1)  # (B, 1 + C, h, w)

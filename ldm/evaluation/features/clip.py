@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPImageProcessorPil
 
-from ldm.evaluation.features.base import Features
+from ldm.evaluation.features.base import FeatureExtractor
 from ldm.models.clip import PIXEL_MEAN, PIXEL_STD, Clip
-from ldm.models.huggingface import quiet
+from ldm.models.huggingface import silence_transformers
 
 
-class ClipFeatures(Features):
+class ClipFeatures(FeatureExtractor):
     """The projected image embeddings of a CLIP, not normalised, and its captions' beside them.
 
     path: `packaged:clip` (comes with ldm), a CLIP or run folder, or a name on the hub. Pixels are
@@ -94,7 +94,7 @@ def _pixel_statistics(model: nn.Module) -> tuple[Sequence[float], Sequence[float
     """Mean and standard deviation in [0, 1], a number a channel, beside a loaded model."""
     place = model.name_or_path
     try:
-        with quiet():
+        with silence_transformers():
             rule, _ = CLIPImageProcessorPil.get_image_processor_dict(
                 place, local_files_only=Path(place).is_dir()
             )

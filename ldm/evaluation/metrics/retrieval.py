@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ldm.data.dataset import TextImages
-from ldm.data.shards.reader import Shards
-from ldm.evaluation import tensor_cache
+from ldm.data.dataset import TextImageDataset
+from ldm.data.shards.reader import ShardReader
 from ldm.evaluation.features.clip import ClipFeatures
-from ldm.evaluation.prompt_subset import shuffled
-from ldm.evaluation.reference import find, real_features
+from ldm.evaluation.prompt_subset import shuffle_indices
+from ldm.evaluation.reference import compute_real_features, find_feature_table
+from ldm.evaluation.tensor_cache import hash_facts, write_tensor_file
 
-VERSION = 1  # of the kept captions: another one computes anew
-CHUNK = 256  # queries at once against all there is
-Done = Callable[[range], None]
+CAPTION_FEATURES_VERSION = 1  # of the kept captions: another one computes anew
+QUERIES_PER_CHUNK = 256  # queries at once against all there is
+RetrievalProgress = Callable[[range], None]
 
 
 @dataclass(frozen=True)
-class Told:
+class ImageCaptionPairs:
     """What a shard set says: captions (U), and pairs (P, 2) of a picture's and a caption's number.
 
     firsts: the first caption of each picture, for people.
@@ -35,7 +35,9 @@ class Told:
     firsts: list[str]
 
 
-def told(shards: Shards, *, done: Done = lambda items: None) -> Told:
+def read_image_caption_pairs(
+    shards: ShardReader, *, done: RetrievalProgress = lambda items: None
+) -> ImageCaptionPairs:
     """All captions of all pictures, read from the disk."""
     number: dict[str, int] = {}
     pairs, firsts = [], []
@@ -44,17 +46,17 @@ def told(shards: Shards, *, done: Done = lambda items: None) -> Told:
         firsts.append(captions[0])
         pairs += [(i, number.setdefault(text, len(number))) for text in dict.fromkeys(captions)]
         done(range(i, i + 1))
-    return Told(list(number), torch.tensor(pairs), firsts)
+    return ImageCaptionPairs(list(number), torch.tensor(pairs), firsts)
 
 
-def picture_vectors(
+def compute_image_vectors(
     clip: ClipFeatures,
-    pictures: TextImages,
+    pictures: TextImageDataset,
     *,
     batch: int,
     cache: Path,
     device: torch.device,
-    done: Done = lambda items: None,
+    done: RetrievalProgress = lambda items: None,
 ) -> Tensor:
     """Unit vectors (N, D) on the host, in the set's order; kept in `cache` as `real_features` does.
 
@@ -62,33 +64,33 @@ def picture_vectors(
     """
     places = range(len(pictures))
     how = {"size": clip.size, "batch": batch, "cache": cache, "device": device, "done": done}
-    table = real_features([clip], pictures, places, **how)[clip.name]
+    table = compute_real_features([clip], pictures, places, **how)[clip.name]
     vectors = torch.empty_like(table)
-    vectors[shuffled(len(pictures))] = F.normalize(table, dim=1)
+    vectors[shuffle_indices(len(pictures))] = F.normalize(table, dim=1)
     return vectors
 
 
-def caption_vectors(
+def compute_caption_vectors(
     clip: ClipFeatures,
     captions: Sequence[str],
     *,
     batch: int,
     cache: Path,
     device: torch.device,
-    done: Done = lambda items: None,
+    done: RetrievalProgress = lambda items: None,
 ) -> Tensor:
     """Unit vectors (U, D) on the host, kept in a file of `cache` and read from there.
 
     Raises ValueError where the file says of itself that it is of something else.
     """
     facts = {
-        "version": VERSION,
+        "version": CAPTION_FEATURES_VERSION,
         "network_digest": clip.digest,
-        "captions": tensor_cache.digest(list(captions)),
+        "captions": hash_facts(list(captions)),
         "places": [0, len(captions)],
     }
-    path = cache / f"captions-{clip.name}-{tensor_cache.digest(facts)}.safetensors"
-    if (table := find(path, facts, width=clip.width)) is not None:
+    path = cache / f"captions-{clip.name}-{hash_facts(facts)}.safetensors"
+    if (table := find_feature_table(path, facts, width=clip.width)) is not None:
         return table
     parts = []
     for first in range(0, len(captions), batch):
@@ -96,19 +98,19 @@ def caption_vectors(
         parts.append(clip.texts(captions[items.start : items.stop], device=device).cpu())
         done(items)
     table = torch.cat(parts)
-    tensor_cache.write(path, {"features": table}, facts=facts)
+    write_tensor_file(path, {"features": table}, facts=facts)
     return table
 
 
-def ranks(queries: Tensor, items: Tensor, pairs: Tensor) -> Tensor:
+def compute_retrieval_ranks(queries: Tensor, items: Tensor, pairs: Tensor) -> Tensor:
     """How many items are nearer to each query (n,) than the nearest one of its own.
 
     queries (n, D), items (m, D): unit vectors; pairs (P, 2): numbers of a query and of an item that
     is its own. Each query has one or more.
     """
     found = []
-    for first in range(0, len(queries), CHUNK):
-        cosines = queries[first : first + CHUNK] @ items.T  # (c, m)
+    for first in range(0, len(queries), QUERIES_PER_CHUNK):
+        cosines = queries[first : first + QUERIES_PER_CHUNK] @ items.T  # (c, m)
         own = pairs[(pairs[:, 0] >= first) & (pairs[:, 0] < first + len(cosines))]
         rows, best = own[:, 0] - first, cosines.new_full((len(cosines),), -torch.inf)
         best.scatter_reduce_(0, rows, cosines[rows, own[:, 1]], "amax")

@@ -8,15 +8,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
-from ldm.data.scenes.world import Scene, caption, sample
-from ldm.evaluation.scenes.reader import ATTRIBUTES, Reading, read, right
+from ldm.data.scenes.world import Scene, caption, sample_scene
+from ldm.evaluation.scenes.reader import SCENE_ATTRIBUTES, SceneReading, match_scene, read_scenes
 from ldm.utils.images import to_uint8
 
-Paint = Callable[..., Tensor]  # (prompts, seeds=...) -> images (n, 3, H, W) in [-1, 1]
+PromptImageGenerator = Callable[
+    ..., Tensor
+]  # (prompts, seeds=...) -> images (n, 3, H, W) in [-1, 1]
 
-NAMES = ("accuracy", *ATTRIBUTES)
-SPLITS = ("val", "unseen")
-SUFFIXES = ("", "_unseen", "_chance")  # the rows of a tally
+SCENE_METRICS = ("accuracy", *SCENE_ATTRIBUTES)
+ACCURACY_SPLITS = ("val", "unseen")
+METRIC_SUFFIXES = ("", "_unseen", "_chance")  # the rows of a tally
 
 
 class PromptAccuracy:
@@ -41,7 +43,7 @@ class PromptAccuracy:
         if batch < 1:
             raise ValueError(f"batch={batch}: it takes batch=1 or more")
         self.count, self.batch = count, batch
-        drawn = [self.drawn(i, split) for split in SPLITS for i in range(count)]
+        drawn = [self.drawn(i, split) for split in ACCURACY_SPLITS for i in range(count)]
         self.scenes = [scene for scene, _ in drawn]
         self.prompts = [prompt for _, prompt in drawn]
         self.seeds = [seed + i % count for i in range(len(drawn))]
@@ -62,13 +64,13 @@ class PromptAccuracy:
         """What of `names` is right in the picture of a scene; for chance, as if of the other."""
         raise NotImplementedError
 
-    def tally(self, paint: Paint, items: Sequence[int]) -> np.ndarray:
+    def tally(self, paint: PromptImageGenerator, items: Sequence[int]) -> np.ndarray:
         """Counts (3, A), int64, of what is right in pictures of `items`: seen, unseen, by chance.
 
         Chance is those pictures against the next prompts in their list. The tallies of a partition
         of `range(len(self))` add up to the tally of the whole.
         """
-        counts = np.zeros((len(SUFFIXES), len(self.names)), np.int64)
+        counts = np.zeros((len(METRIC_SUFFIXES), len(self.names)), np.int64)
         for first in range(0, len(items), self.batch):
             part = items[first : first + self.batch]
             images = paint([self.prompts[i] for i in part], seeds=[self.seeds[i] for i in part])
@@ -87,12 +89,12 @@ class PromptAccuracy:
         totals = (self.count, self.count, len(self) * len(self.rolls))
         return {
             f"{self.kind}_{name}{suffix}": float(number / total)
-            for suffix, row, total in zip(SUFFIXES, counts, totals, strict=True)
+            for suffix, row, total in zip(METRIC_SUFFIXES, counts, totals, strict=True)
             for name, number in zip(self.names, row, strict=True)
         }
 
 
-class SceneAccuracy(PromptAccuracy):
+class ScenePromptAccuracy(PromptAccuracy):
     """The first `count` scenes of either split, always the same ones.
 
     scene_accuracy (the whole caption), scene_color, scene_shape, scene_size, scene_relation,
@@ -100,20 +102,20 @@ class SceneAccuracy(PromptAccuracy):
     Raises ValueError where count is below 2 or batch below 1.
     """
 
-    kind, names, most_rolls = "scene", NAMES, 8
+    kind, names, most_rolls = "scene", SCENE_METRICS, 8
 
     def __init__(self, *, count: int, batch: int = 32, seed: int = 0) -> None:
         super().__init__(count=count, batch=batch, seed=seed)
 
     def drawn(self, i: int, split: str) -> tuple[Scene, str]:
         """Scene i of a split, and its caption."""
-        scene, rng = sample(i, split=split)
+        scene, rng = sample_scene(i, split=split)
         return scene, caption(scene, rng)
 
-    def readings(self, images: Tensor) -> list[Reading]:
+    def readings(self, images: Tensor) -> list[SceneReading]:
         """Of images (n, 3, H, W) in [-1, 1]."""
-        return read(to_uint8(images))
+        return read_scenes(to_uint8(images))
 
-    def judge(self, reading: Reading, scene: Scene, other: Scene) -> Sequence[bool]:
+    def judge(self, reading: SceneReading, scene: Scene, other: Scene) -> Sequence[bool]:
         """As `right`, of the other scene."""
-        return right(reading, other)
+        return match_scene(reading, other)

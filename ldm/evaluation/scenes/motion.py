@@ -8,18 +8,29 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from ldm.data.scenes.motion import DIRECTIONS, Moving, caption, sample_moving
+from ldm.data.scenes.motion import (
+    DIRECTIONS,
+    MovingScene,
+    caption_moving_scene,
+    sample_moving_scene,
+)
 from ldm.evaluation.scenes.accuracy import PromptAccuracy
-from ldm.evaluation.scenes.reader import ATTRIBUTES, SIDE, Reading, read, right
-from ldm.models.temporal import fold
+from ldm.evaluation.scenes.reader import (
+    READER_SIZE,
+    SCENE_ATTRIBUTES,
+    SceneReading,
+    match_scene,
+    read_scenes,
+)
+from ldm.models.temporal import fold_frames
 from ldm.utils.images import to_uint8
 
-NAMES = ("accuracy", "direction", "rest", "kept", "objects")
+MOTION_METRICS = ("accuracy", "direction", "rest", "kept", "objects")
 
-_LEAST = 0.08  # of the picture's width: less is no motion; moving scenes go 0.22 or more
+_MIN_TRAVEL = 0.08  # of the picture's width: less is no motion; moving scenes go 0.22 or more
 
 
-def travel(readings: Sequence[Reading], colour: str) -> np.ndarray | None:
+def measure_travel(readings: Sequence[SceneReading], colour: str) -> np.ndarray | None:
     """How far the object of a colour goes from the first frame to the last, (down, across).
 
     In widths of the picture, along the straight line that fits best; None where fewer than half of
@@ -34,20 +45,20 @@ def travel(readings: Sequence[Reading], colour: str) -> np.ndarray | None:
     if len({i for i, _ in seen}) < max(2, len(readings) / 2):
         return None
     times, places = (np.array(part, float) for part in zip(*seen, strict=True))
-    speed = np.polyfit(times, places / SIDE, 1)[0]  # (2,)
+    speed = np.polyfit(times, places / READER_SIZE, 1)[0]  # (2,)
     return speed * (len(readings) - 1)
 
 
-def direction(readings: Sequence[Reading], colour: str) -> str | None:
+def classify_direction(readings: Sequence[SceneReading], colour: str) -> str | None:
     """Where the object of a colour goes, of DIRECTIONS, or "nowhere"; None as in `travel`."""
-    gone = travel(readings, colour)
-    if gone is None or np.abs(gone).max() < _LEAST:
+    gone = measure_travel(readings, colour)
+    if gone is None or np.abs(gone).max() < _MIN_TRAVEL:
         return None if gone is None else "nowhere"
     down, across = gone
     return max(DIRECTIONS, key=lambda name: np.dot(DIRECTIONS[name], (across, down)))
 
 
-def judged(readings: Sequence[Reading], moving: Moving) -> tuple[bool, ...]:
+def match_motion(readings: Sequence[SceneReading], moving: MovingScene) -> tuple[bool, ...]:
     """Whether the frames of a video show what was asked for, as in NAMES.
 
     direction: the first object goes where it shall. rest: the second goes nowhere. kept: all frames
@@ -56,36 +67,38 @@ def judged(readings: Sequence[Reading], moving: Moving) -> tuple[bool, ...]:
     style in that frame.
     """
     first, second = (one.colour for one in moving.scene.objects)
-    goes = direction(readings, first) == moving.direction
-    rests = direction(readings, second) == "nowhere"
+    goes = classify_direction(readings, first) == moving.direction
+    rests = classify_direction(readings, second) == "nowhere"
     shown = {frozenset((one.colour, one.shape) for one in each.objects) for each in readings}
     kept = len(shown) == 1 and all(len(each.objects) == 2 for each in readings)
-    whole, *parts = right(readings[len(readings) // 2], moving.scene)
-    objects = all(parts[ATTRIBUTES.index(name)] for name in ("color", "shape"))
+    whole, *parts = match_scene(readings[len(readings) // 2], moving.scene)
+    objects = all(parts[SCENE_ATTRIBUTES.index(name)] for name in ("color", "shape"))
     return goes and rests and kept and whole, goes, rests, kept, objects
 
 
-class MotionAccuracy(PromptAccuracy):
+class MotionPromptAccuracy(PromptAccuracy):
     """The first `count` moving scenes of either split; by chance: with another's direction.
 
     motion_accuracy, motion_direction, motion_rest, motion_kept, motion_objects: see `judged`.
     Raises ValueError where count is below 2 or batch below 1.
     """
 
-    kind, names, most_rolls = "motion", NAMES, 4
+    kind, names, most_rolls = "motion", MOTION_METRICS, 4
 
     def __init__(self, *, count: int, batch: int = 16, seed: int = 0) -> None:
         super().__init__(count=count, batch=batch, seed=seed)
 
-    def drawn(self, i: int, split: str) -> tuple[Moving, str]:
+    def drawn(self, i: int, split: str) -> tuple[MovingScene, str]:
         """Moving scene i of a split, and its caption."""
-        moving, rng = sample_moving(i, split=split)
-        return moving, caption(moving, rng)
+        moving, rng = sample_moving_scene(i, split=split)
+        return moving, caption_moving_scene(moving, rng)
 
-    def readings(self, videos: Tensor) -> list[list[Reading]]:
+    def readings(self, videos: Tensor) -> list[list[SceneReading]]:
         """Of all frames of videos (n, 3, F, H, W) in [-1, 1]."""
-        return [read(to_uint8(fold(video[None]))) for video in videos]
+        return [read_scenes(to_uint8(fold_frames(video[None]))) for video in videos]
 
-    def judge(self, reading: Sequence[Reading], scene: Moving, other: Moving) -> tuple[bool, ...]:
+    def judge(
+        self, reading: Sequence[SceneReading], scene: MovingScene, other: MovingScene
+    ) -> tuple[bool, ...]:
         """As `judged`, of the scene, going as the other does."""
-        return judged(reading, Moving(scene.scene, other.direction))
+        return match_motion(reading, MovingScene(scene.scene, other.direction))

@@ -13,48 +13,50 @@ from itertools import product
 import numpy as np
 from PIL import Image
 
-from ldm.data.scenes.draw import SHADE, WHITE, layers
+from ldm.data.scenes.draw import BACKGROUND_SHADE, WHITE, compute_coverage
 from ldm.data.scenes.world import (
     BACKGROUNDS,
     COLOURS,
-    OPPOSITE,
-    RADIUS,
+    OBJECT_RADIUS,
+    OPPOSITE_RELATION,
     SHAPES,
     STYLES,
-    Object,
     Scene,
+    SceneObject,
 )
 
-ATTRIBUTES = ("color", "shape", "size", "relation", "background", "style")
+SCENE_ATTRIBUTES = ("color", "shape", "size", "relation", "background", "style")
 
-SIDE = 48  # enough to tell the kinds apart, and half the work of 64
+READER_SIZE = 48  # enough to tell the kinds apart, and half the work of 64
 _EDGE = 6  # no object is centred so near the border, in pixels
-_GRID = SIDE - 2 * _EDGE
+_GRID = READER_SIZE - 2 * _EDGE
 _BLUR = 1 / 64  # standard deviation, in widths of the picture
-_LIKENESS = 0.45  # the least share of an object's own square that it must explain
-_LEAST = 1e5  # and the least square: the faintest object has ten times that, a shadow less
-_APART = 1.1  # times the sum of two radii, between centres; the world keeps them further apart
+_MIN_EXPLAINED_SHARE = 0.45  # the least share of an object's own square that it must explain
+_MIN_ENERGY = 1e5  # and the least square: the faintest object has ten times that, a shadow less
+_MIN_SEPARATION = (
+    1.1  # times the sum of two radii, between centres; the world keeps them further apart
+)
 _MAX_OBJECTS = 4
-_FAR = 60.0  # from the nearest background's tone, Euclidean in RGB
-_KINDS = tuple(product(SHAPES, RADIUS, STYLES))
+_MAX_TONE_DISTANCE = 60.0  # from the nearest background's tone, Euclidean in RGB
+_KINDS = tuple(product(SHAPES, OBJECT_RADIUS, STYLES))
 
 
 @dataclass(frozen=True)
-class Reading:
+class SceneReading:
     """What is seen: objects from left (or top) on, and None for what cannot be said.
 
     `relation` is the first object's to the second, "left of" or "above", where there are two.
     `places` are the objects' centres (row, column), of SIDE; readings are equal without them.
     """
 
-    objects: tuple[Object, ...]
+    objects: tuple[SceneObject, ...]
     relation: str | None
     background: str | None
     style: str | None
     places: tuple[tuple[int, int], ...] = field(default=(), compare=False)
 
 
-def read(images: np.ndarray) -> list[Reading]:
+def read_scenes(images: np.ndarray) -> list[SceneReading]:
     """Readings of pictures, uint8 (n, H, W, 3) of any size; they are looked at in 48 x 48.
 
     Raises ValueError for another shape or type.
@@ -64,18 +66,20 @@ def read(images: np.ndarray) -> list[Reading]:
     return [_read_one(image) for image in images]
 
 
-def accuracy(readings: Sequence[Reading], scenes: Sequence[Scene]) -> dict[str, float]:
+def compute_scene_accuracy(
+    readings: Sequence[SceneReading], scenes: Sequence[Scene]
+) -> dict[str, float]:
     """The share of scenes, in [0, 1], read right as a whole and in each attribute; see `right`.
 
     Raises ValueError where the numbers differ or are 0.
     """
     if len(readings) != len(scenes) or not scenes:
         raise ValueError(f"{len(readings)} readings for {len(scenes)} scenes")
-    rows = [right(reading, scene) for reading, scene in zip(readings, scenes, strict=True)]
-    return dict(zip(("scene", *ATTRIBUTES), np.mean(rows, axis=0).tolist(), strict=True))
+    rows = [match_scene(reading, scene) for reading, scene in zip(readings, scenes, strict=True)]
+    return dict(zip(("scene", *SCENE_ATTRIBUTES), np.mean(rows, axis=0).tolist(), strict=True))
 
 
-def right(reading: Reading, scene: Scene) -> tuple[bool, ...]:
+def match_scene(reading: SceneReading, scene: Scene) -> tuple[bool, ...]:
     """Whether the whole scene is read right, then each of ATTRIBUTES.
 
     An attribute of the objects counts where both are right; which of them is named first makes no
@@ -86,7 +90,7 @@ def right(reading: Reading, scene: Scene) -> tuple[bool, ...]:
     if len(reading.objects) != 2:
         return (False,) * 5 + shared
 
-    def compare(objects: tuple[Object, ...], relation: str | None) -> tuple[bool, ...]:
+    def compare(objects: tuple[SceneObject, ...], relation: str | None) -> tuple[bool, ...]:
         pairs = list(zip(objects, scene.objects, strict=True))
         return (
             all(a.colour == b.colour for a, b in pairs),
@@ -96,16 +100,18 @@ def right(reading: Reading, scene: Scene) -> tuple[bool, ...]:
         )
 
     told = compare(reading.objects, reading.relation)
-    turned = compare(reading.objects[::-1], OPPOSITE[reading.relation])
+    turned = compare(reading.objects[::-1], OPPOSITE_RELATION[reading.relation])
     each = max(told, turned, key=sum) + shared
     return (all(each), *each)
 
 
-def _read_one(image: np.ndarray) -> Reading:
-    small = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+def _read_one(image: np.ndarray) -> SceneReading:
+    small = Image.fromarray(image).resize((READER_SIZE, READER_SIZE), Image.Resampling.BICUBIC)
     pixels = np.asarray(small, np.float32)  # (S, S, 3)
     tone = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
-    shade = np.linspace(1 + SHADE, 1 - SHADE, SIDE, dtype=np.float32)[:, None, None]
+    shade = np.linspace(1 + BACKGROUND_SHADE, 1 - BACKGROUND_SHADE, READER_SIZE, dtype=np.float32)[
+        :, None, None
+    ]
     found = _find(pixels - shade * tone, tone)
     apart = np.ptp([place for _, _, place in found], axis=0) if found else np.zeros(2)
     axis = int(apart.argmax())  # 0 down, 1 across
@@ -113,30 +119,32 @@ def _read_one(image: np.ndarray) -> Reading:
     styles = {style for _, style, _ in found}
     distances = {name: np.linalg.norm(tone - rgb) for name, rgb in BACKGROUNDS.items()}
     background = min(distances, key=distances.get)
-    return Reading(
+    return SceneReading(
         objects=tuple(one for one, _, _ in found),
         relation=("above", "left of")[axis] if len(found) == 2 else None,
-        background=background if distances[background] < _FAR else None,
+        background=background if distances[background] < _MAX_TONE_DISTANCE else None,
         style=styles.pop() if len(styles) == 1 else None,
         places=tuple(place for _, _, place in found),
     )
 
 
-def _find(residual: np.ndarray, tone: np.ndarray) -> list[tuple[Object, str, tuple[int, int]]]:
+def _find(residual: np.ndarray, tone: np.ndarray) -> list[tuple[SceneObject, str, tuple[int, int]]]:
     """Objects that explain what the background leaves (S, S, 3), with style and (row, column)."""
     gains, energies = _gains(residual, tone)  # (K, C, P), (K, C)
     rows, columns = np.divmod(np.arange(_GRID**2), _GRID)
-    reach = np.array([RADIUS[size] for _, size, _ in _KINDS]) * SIDE  # (K,)
+    reach = np.array([OBJECT_RADIUS[size] for _, size, _ in _KINDS]) * READER_SIZE  # (K,)
     found = []
     while len(found) < _MAX_OBJECTS:
         kind, colour, place = np.unravel_index(gains.argmax(), gains.shape)
-        if gains[kind, colour, place] < max(_LIKENESS * energies[kind, colour], _LEAST):
+        if gains[kind, colour, place] < max(
+            _MIN_EXPLAINED_SHARE * energies[kind, colour], _MIN_ENERGY
+        ):
             break
         shape, size, style = _KINDS[kind]
         at = int(rows[place]), int(columns[place])
-        found.append((Object(shape, tuple(COLOURS)[colour], size), style, at))
+        found.append((SceneObject(shape, tuple(COLOURS)[colour], size), style, at))
         distance = np.hypot(rows - at[0], columns - at[1])  # (P,)
-        taken = distance < _APART * (reach + reach[kind])[:, None]  # (K, P)
+        taken = distance < _MIN_SEPARATION * (reach + reach[kind])[:, None]  # (K, P)
         gains.transpose(0, 2, 1)[taken] = -np.inf
     return found
 
@@ -146,9 +154,11 @@ def _gains(residual: np.ndarray, tone: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
     Of a residual r, an object t explains |r|^2 - |r - t|^2 = 2 <r, t> - |t|^2.
     """
-    spectra, kinds, gram = _bank()
+    spectra, kinds, gram = _build_template_bank()
     seen = np.fft.rfft2(residual.transpose(2, 0, 1))
-    products = np.fft.irfft2(seen * spectra[:, None], s=(SIDE, SIDE))  # (masks, 3, S, S)
+    products = np.fft.irfft2(
+        seen * spectra[:, None], s=(READER_SIZE, READER_SIZE)
+    )  # (masks, 3, S, S)
     inside = products[..., _EDGE:-_EDGE, _EDGE:-_EDGE].reshape(len(spectra), 3, -1)
     colours = np.array(list(COLOURS.values()), np.float32)
     # A body changes the tone into its colour, white changes that colour into white.
@@ -160,23 +170,30 @@ def _gains(residual: np.ndarray, tone: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 @cache
-def _bank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _build_template_bank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The masks of all kinds of object, smoothed so that a little blur makes no difference.
 
     Returns their spectra for correlation (masks, S, S // 2 + 1), each kind's masks for body and
     white (K, 2), and the inner products of those two (K, 2, 2).
     """
-    offsets = np.fft.fftfreq(SIDE)  # from the corner that stands for the centre, both ways
+    offsets = np.fft.fftfreq(READER_SIZE)  # from the corner that stands for the centre, both ways
     stacks = [
-        layers(shape, style, offsets[None], offsets[:, None], radius=RADIUS[size], size=SIDE)
+        compute_coverage(
+            shape,
+            style,
+            offsets[None],
+            offsets[:, None],
+            radius=OBJECT_RADIUS[size],
+            size=READER_SIZE,
+        )
         for shape, size, style in _KINDS
     ]
     flat = np.array(stacks, np.float32).reshape(2 * len(_KINDS), -1)
     masks, kinds = np.unique(flat, axis=0, return_inverse=True)  # three styles share their body
-    frequency = np.hypot(np.fft.fftfreq(SIDE)[:, None], np.fft.rfftfreq(SIDE))
-    smooth = np.exp(-2 * (np.pi * _BLUR * SIDE * frequency) ** 2).astype(np.float32)
-    spectra = smooth * np.fft.rfft2(masks.reshape(-1, SIDE, SIDE))
-    masks = np.fft.irfft2(spectra, s=(SIDE, SIDE))
+    frequency = np.hypot(np.fft.fftfreq(READER_SIZE)[:, None], np.fft.rfftfreq(READER_SIZE))
+    smooth = np.exp(-2 * (np.pi * _BLUR * READER_SIZE * frequency) ** 2).astype(np.float32)
+    spectra = smooth * np.fft.rfft2(masks.reshape(-1, READER_SIZE, READER_SIZE))
+    masks = np.fft.irfft2(spectra, s=(READER_SIZE, READER_SIZE))
     kinds = kinds.reshape(-1, 2)
     pairs = masks[kinds]  # (K, 2, S, S)
     gram = np.einsum("kars,kbrs->kab", pairs, pairs)

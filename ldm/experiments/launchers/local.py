@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-from ldm.experiments.sweep import OUTPUT, Job
+from ldm.experiments.sweep import JOB_OUTPUT_FILE, SweepJob
 
-PARENT = "LDM_PARENT"
+PARENT_PID_VARIABLE = "LDM_PARENT"
 
 
-class Machine:
+class LocalMachine:
     """Starts jobs as processes while there is room.
 
     devices: GPUs of each job; None: its trainer.devices, or a fair share where that is no number.
@@ -26,14 +26,14 @@ class Machine:
             raise ValueError(f"hydra.launcher.n_jobs={n_jobs} must be a number of jobs, 1 or more")
         self.n_jobs = n_jobs
         self.devices = devices
-        self.gpus = gpus()
+        self.gpus = list_gpus()
         self.free_gpus = list(self.gpus)
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         # Equal parts; where there are more jobs than cores, some share one.
         shares = [cores[i::n_jobs] or cores[i % len(cores) :][:1] for i in range(n_jobs)]
         self.free_cores = shares if cores else [[]] * n_jobs
 
-    def check(self, job: Job) -> None:
+    def check(self, job: SweepJob) -> None:
         """Raise ValueError where a job would never fit."""
         if job.nodes > 1:
             raise ValueError(
@@ -48,7 +48,7 @@ class Machine:
                 f"hydra.launcher.devices={count}"
             )
 
-    def start(self, job: Job) -> "Process | None":
+    def start(self, job: SweepJob) -> "LocalProcess | None":
         """Start a job; None where others must leave first."""
         count = self._count(job)
         if count > len(self.free_gpus):
@@ -62,19 +62,19 @@ class Machine:
 
         # A job on this machine starts its own ranks, even where SLURM has lent the machine.
         environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
-        environment[PARENT] = str(os.getpid())
+        environment[PARENT_PID_VARIABLE] = str(os.getpid())
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
-        return Process(job, environment, cores, give_back)
+        return LocalProcess(job, environment, cores, give_back)
 
-    def _count(self, job: Job) -> int:
+    def _count(self, job: SweepJob) -> int:
         """GPUs of a job."""
         if not self.gpus or job.accelerator == "cpu":
             return 0
         return self.devices or job.devices or max(len(self.gpus) // self.n_jobs, 1)
 
 
-class Process:
+class LocalProcess:
     """A job as a process, in a session of its own: what a terminal sends reaches the sweep alone.
 
     It dies with this process, even if that is killed (`follow_parent`).
@@ -82,14 +82,14 @@ class Process:
 
     def __init__(
         self,
-        job: Job,
+        job: SweepJob,
         environment: dict[str, str],
         cores: list[int],
         give_back: Callable[[], None],
     ) -> None:
         self.give_back = give_back
         job.directory.mkdir(parents=True, exist_ok=True)
-        with (job.directory / OUTPUT).open("ab") as output:
+        with (job.directory / JOB_OUTPUT_FILE).open("ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, os.path.abspath(sys.argv[0]), *job.arguments],
                 env=environment,
@@ -119,7 +119,7 @@ class Process:
             self.give_back()
 
 
-def gpus() -> list[str]:
+def list_gpus() -> list[str]:
     """The GPUs that may be used, as CUDA_VISIBLE_DEVICES writes them; found without torch."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
@@ -130,13 +130,13 @@ def gpus() -> list[str]:
     return found.stdout.split() if found.returncode == 0 else []
 
 
-def follow_parent() -> None:
+def die_with_parent() -> None:
     """Have this process killed with the one that started it, where that is a sweep or its job.
 
     Otherwise a sweep that is killed would leave jobs behind, which nobody watches.
     """
-    if PARENT in os.environ and sys.platform == "linux":
+    if PARENT_PID_VARIABLE in os.environ and sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-        if "LOCAL_RANK" not in os.environ and os.getppid() != int(os.environ[PARENT]):
+        if "LOCAL_RANK" not in os.environ and os.getppid() != int(os.environ[PARENT_PID_VARIABLE]):
             sys.exit("the sweep ended while this job began")

@@ -6,18 +6,18 @@ import sys
 import time
 from pathlib import Path
 
-from ldm.experiments.sweep import OUTPUT, Job
+from ldm.experiments.sweep import JOB_OUTPUT_FILE, SweepJob
 from ldm.utils.files import write_text
 
-NOT_SBATCH = {"_target_", "submitit_folder", "array_parallelism", "max_num_timeout"}
+NON_SBATCH_SETTINGS = {"_target_", "submitit_folder", "array_parallelism", "max_num_timeout"}
 # submitit's names for any cluster; the others are SLURM's own.
-COMMON = {
+SUBMITIT_SETTINGS = {
     *("name", "timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node"),
     *("mem_gb", "nodes", "stderr_to_stdout"),
 }
 
 
-class Task:
+class SlurmTask:
     """One rank of a job: it becomes the ordinary command.
 
     It takes the place of submitit's process, so that SLURM's signals reach the run itself: a
@@ -35,7 +35,7 @@ class Task:
         os.execv(self.command[0], self.command)
 
 
-class Queue:
+class SlurmQueue:
     """Submits jobs; one that is in the queue from an earlier call is watched, not submitted again.
 
     Raises OSError where there is no SLURM, or it does not take a job.
@@ -47,7 +47,7 @@ class Queue:
         if problem := self.look(at_most=0):
             raise OSError(f"SLURM does not answer: {problem}")
 
-    def check(self, job: Job) -> None:
+    def check(self, job: SweepJob) -> None:
         """Raise ValueError where the number of tasks is not known in advance."""
         if job.devices is None:
             raise ValueError(
@@ -55,30 +55,30 @@ class Queue:
                 "know how many: give trainer.devices=N"
             )
 
-    def start(self, job: Job) -> "Queued":
+    def start(self, job: SweepJob) -> "SlurmJob":
         """Submit a job, or find it again."""
         path = job.directory / "slurm_job_id"
         self.look(at_most=0)
         if not path.is_file() or path.read_text().strip() not in self.present:
             job.directory.mkdir(parents=True, exist_ok=True)
             write_text(path, self._submit(job) + "\n")
-        return Queued(job, path.read_text().strip(), self)
+        return SlurmJob(job, path.read_text().strip(), self)
 
-    def _submit(self, job: Job) -> str:
+    def _submit(self, job: SweepJob) -> str:
         import submitit
 
         executor = submitit.AutoExecutor(folder=self.folder / "%j", cluster="slurm")
-        settings = {k: v for k, v in job.settings.items() if k not in NOT_SBATCH}
+        settings = {k: v for k, v in job.settings.items() if k not in NON_SBATCH_SETTINGS}
         settings |= {"tasks_per_node": job.devices, "nodes": job.nodes, "name": job.label[:60]}
         if job.accelerator == "gpu" and settings.get("gpus_per_node") is None:
             settings["gpus_per_node"] = job.devices
-        named = {k if k in COMMON else f"slurm_{k}": v for k, v in settings.items()}
+        named = {k if k in SUBMITIT_SETTINGS else f"slurm_{k}": v for k, v in settings.items()}
         executor.update_parameters(**{k: v for k, v in named.items() if v is not None})
         # A rank that fails takes the others along: they would wait for it.
         executor.update_parameters(slurm_srun_args=["--kill-on-bad-exit=1"])
         script = os.path.abspath(sys.argv[0])
-        output = (job.directory / OUTPUT).absolute()
-        task = Task([sys.executable, script, *job.arguments], str(output))
+        output = (job.directory / JOB_OUTPUT_FILE).absolute()
+        task = SlurmTask([sys.executable, script, *job.arguments], str(output))
         try:
             submitted = executor.submit(task)
         except submitit.core.utils.FailedJobError as error:
@@ -108,10 +108,10 @@ class Queue:
         return None
 
 
-class Queued:
+class SlurmJob:
     """A job that waits or runs in SLURM; requeued after a preemption it is still the same."""
 
-    def __init__(self, job: Job, number: str, queue: Queue) -> None:
+    def __init__(self, job: SweepJob, number: str, queue: SlurmQueue) -> None:
         self.job, self.number, self.queue = job, number, queue
 
     def poll(self) -> int | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ldm.diffusion.conditioning import Condition
-from ldm.models.text.labels import listed
+from ldm.models.text.labels import ensure_caption_list
 
 
 class CaptionTokenizer:
@@ -37,7 +37,10 @@ class CaptionTokenizer:
     def masked(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """As when called, and where the ids are no padding, (B, L) bool."""
         # A lone surrogate (a cut emoji, an undecodable argument) has no UTF-8 and becomes "?".
-        texts = [each.encode("utf-8", "replace").decode("utf-8") for each in listed(captions)]
+        texts = [
+            each.encode("utf-8", "replace").decode("utf-8")
+            for each in ensure_caption_list(captions)
+        ]
         rows = self.tokenizer(texts, verbose=False)["input_ids"]
         lengths = [len(row) for row in rows]
         self._count(lengths, texts)
@@ -62,7 +65,7 @@ class CaptionTokenizer:
         self.truncated += len(long)
 
 
-class FrozenText(nn.Module):
+class FrozenTextEncoder(nn.Module):
     """A text encoder that is not trained: captions to a Condition, by `forward`."""
 
     def __init__(self, model: nn.Module, tokenize: CaptionTokenizer) -> None:
@@ -90,6 +93,6 @@ class FrozenText(nn.Module):
                 self._null[key] = self([""])
         return self._null[key].map(lambda part: part.expand(n, *part.shape[1:]))
 
-    def train(self, mode: bool = True) -> "FrozenText":
+    def train(self, mode: bool = True) -> "FrozenTextEncoder":
         """Stays in eval mode whatever the module around it is told."""
         return super().train(False)

@@ -7,7 +7,7 @@ import torch
 from ldm.diffusion.conditioning import Condition
 
 
-class Remembered:
+class CachedTextEncoder:
     """What `text` makes of captions, kept on the host up to `gib`, for captions that come again.
 
     The same prompts are painted at each evaluation, and a large text encoder is slower than it

@@ -14,15 +14,15 @@ from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from ldm.diffusion.conditioning import Condition
-from ldm.models.huggingface import pretrained
-from ldm.models.text.base import CaptionTokenizer, FrozenText
-from ldm.models.whitening import FILE, Whitening
-from ldm.utils.files import located
+from ldm.models.huggingface import load_pretrained_model
+from ldm.models.text.base import CaptionTokenizer, FrozenTextEncoder
+from ldm.models.whitening import WHITENING_FILE, Whitening
+from ldm.utils.files import resolve_path
 
-Model = TypeVar("Model", CLIPTextModel, CLIPModel)
+ClipModelType = TypeVar("Model", CLIPTextModel, CLIPModel)
 
 
-class ClipText(FrozenText):
+class ClipTextEncoder(FrozenTextEncoder):
     """A frozen CLIP text encoder with its own tokenizer, as Stable Diffusion 1.x uses it.
 
     `path` is a folder with a CLIPTextModel or a whole CLIPModel and its tokenizer, a diffusers
@@ -40,8 +40,8 @@ class ClipText(FrozenText):
         super().__init__(model, CaptionTokenizer(tokenizer, length))
         self.width = model.config.hidden_size
         self.pooled_width = self.width if pooled else 0
-        folder = _places(located(path))[0]
-        whitened = pooled and (folder / FILE).is_file()
+        folder = _find_clip_folders(resolve_path(path))[0]
+        whitened = pooled and (folder / WHITENING_FILE).is_file()
         self.whiten = Whitening.load(folder, width=self.width) if whitened else nn.Identity()
 
     @torch.no_grad()
@@ -56,20 +56,20 @@ class ClipText(FrozenText):
         return Condition(tokens=out.last_hidden_state, pooled=pooled)  # (B, L, D)
 
 
-def load_clip(kind: type[Model], path: str) -> tuple[Model, CLIPTokenizer]:
+def load_clip(kind: type[ClipModelType], path: str) -> tuple[ClipModelType, CLIPTokenizer]:
     """A CLIP model in float32 with its tokenizer, from a folder or by its name on the hub.
 
     A folder is never looked up on the hub, and no pickle is executed.
     Raises OSError where there is no such model or its files cannot be read, and ValueError where
     the weights or the tokenizer do not belong to the model.
     """
-    folder = located(path)
+    folder = resolve_path(path)
     local = folder.is_dir()
-    model_at, tokenizer_at = _places(folder) if local else (path, path)
+    model_at, tokenizer_at = _find_clip_folders(folder) if local else (path, path)
     # The model first: without a network a hub name fails here within seconds, while the tokenizer
     # retries for minutes and then comes back empty.
     try:
-        model = pretrained(kind, model_at, local=local)
+        model = load_pretrained_model(kind, model_at, local=local)
     except (OSError, SafetensorError, UnpicklingError) as error:
         raise OSError(
             f"no CLIP model at '{path}': {error}\nGive a folder with config.json, "
@@ -87,7 +87,7 @@ def load_clip(kind: type[Model], path: str) -> tuple[Model, CLIPTokenizer]:
     return model, tokenizer
 
 
-def _places(folder: Path) -> tuple[Path, Path]:
+def _find_clip_folders(folder: Path) -> tuple[Path, Path]:
     """Where a model and its tokenizer lie in a folder: pipeline, run directory, or plain."""
     if (folder / "text_encoder").is_dir():
         return folder / "text_encoder", folder / "tokenizer"

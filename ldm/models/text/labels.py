@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.diffusion.conditioning import Condition
-from ldm.utils.files import located, read_text
+from ldm.utils.files import read_text, resolve_path
 
-MOST = 2**24  # bytes of a list of names, whose path a checkpoint may bring
+MAX_LABEL_FILE_BYTES = 2**24  # bytes of a list of names, whose path a checkpoint may bring
 
 
-class NoText(nn.Module):
+class NullTextEncoder(nn.Module):
     """No condition whatever the caption says: what is trained on it is unconditional.
 
     `seen` counts the captions so far; none is ever cut.
@@ -33,7 +33,7 @@ class NoText(nn.Module):
 
     def forward(self, captions: Sequence[str]) -> Condition:
         """A condition without parts; TypeError where `captions` is one string."""
-        self.seen += len(listed(captions))
+        self.seen += len(ensure_caption_list(captions))
         return Condition()
 
     def null(self, n: int) -> Condition:
@@ -41,7 +41,7 @@ class NoText(nn.Module):
         return Condition()
 
 
-class Labels(nn.Module):
+class LabelTextEncoder(nn.Module):
     """One of K names for each caption, as a one-hot `pooled`: class-conditional models.
 
     A caption has the name that comes first in it, in whole words, of any case; where two begin at
@@ -56,7 +56,11 @@ class Labels(nn.Module):
 
     def __init__(self, names: Sequence[str] | str) -> None:
         super().__init__()
-        given = read_text(located(names), most=MOST) if isinstance(names, str) else None
+        given = (
+            read_text(resolve_path(names), most=MAX_LABEL_FILE_BYTES)
+            if isinstance(names, str)
+            else None
+        )
         rows = names if given is None else filter(str.strip, given.splitlines())
         self.names = [" ".join(str(name).split()) for name in rows]
         folded = [name.casefold() for name in self.names]
@@ -77,7 +81,7 @@ class Labels(nn.Module):
 
     def forward(self, captions: Sequence[str]) -> Condition:
         """`pooled` alone, one-hot (B, K); what `index` raises."""
-        rows = [self.index(caption) for caption in listed(captions)]
+        rows = [self.index(caption) for caption in ensure_caption_list(captions)]
         self.seen += len(rows)
         numbers = torch.tensor([0 if row is None else row for row in rows])
         known = torch.tensor([row is not None for row in rows])
@@ -113,7 +117,7 @@ class Labels(nn.Module):
         return torch.eye(self.pooled_width, device=self.spelled.device)
 
 
-def listed(captions: Sequence[str]) -> Sequence[str]:
+def ensure_caption_list(captions: Sequence[str]) -> Sequence[str]:
     """The captions; TypeError where they are one string, which would read as a list of letters."""
     if isinstance(captions, str):
         raise TypeError(f"captions is a list, not one string: write [{captions[:40]!r}]")

@@ -13,14 +13,14 @@ from safetensors import SafetensorError
 from transformers import T5EncoderModel, T5Tokenizer
 
 from ldm.diffusion.conditioning import Condition
-from ldm.models.huggingface import pretrained, quiet
-from ldm.models.text.base import CaptionTokenizer, FrozenText
-from ldm.utils.files import located
+from ldm.models.huggingface import load_pretrained_model, silence_transformers
+from ldm.models.text.base import CaptionTokenizer, FrozenTextEncoder
+from ldm.utils.files import resolve_path
 
-TOKENIZERS = ("tokenizer.json", "spiece.model")
+T5_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 
-class T5Text(FrozenText):
+class T5TextEncoder(FrozenTextEncoder):
     """A frozen T5 encoder with its own tokenizer, from a folder or by its name on the hub.
 
     `path` is a folder with a T5 model and its tokenizer, a diffusers pipeline folder whose
@@ -76,11 +76,13 @@ def load_t5(path: str, *, dtype: torch.dtype) -> tuple[T5EncoderModel, T5Tokeniz
 
     Raises what `T5Text` raises.
     """
-    folder = located(path)
+    folder = resolve_path(path)
     local = folder.is_dir()
-    model_at, tokenizer_at = _places(folder) if local else (path, path)
+    model_at, tokenizer_at = _find_t5_folders(folder) if local else (path, path)
     try:
-        model = pretrained(T5EncoderModel, model_at, local=local, dtype=dtype, use_safetensors=True)
+        model = load_pretrained_model(
+            T5EncoderModel, model_at, local=local, dtype=dtype, use_safetensors=True
+        )
     except (OSError, SafetensorError) as error:
         why = str(error).splitlines()[0]
         raise OSError(
@@ -88,12 +90,12 @@ def load_t5(path: str, *, dtype: torch.dtype) -> tuple[T5EncoderModel, T5Tokeniz
             "model.safetensors and tokenizer.json, or the name of a model on huggingface.co that "
             "has safetensors, such as google/flan-t5-base"
         ) from error
-    return model, _tokenizer(tokenizer_at, model.config.vocab_size, local=local)
+    return model, _load_tokenizer(tokenizer_at, model.config.vocab_size, local=local)
 
 
-def _tokenizer(place: Path | str, vocab_size: int, *, local: bool) -> T5Tokenizer:
+def _load_tokenizer(place: Path | str, vocab_size: int, *, local: bool) -> T5Tokenizer:
     try:
-        with quiet():
+        with silence_transformers():
             tokenizer = T5Tokenizer.from_pretrained(place, local_files_only=local)
     except (ImportError, ValueError) as error:  # it looks for another reader, and names that one
         raise ValueError(
@@ -102,7 +104,7 @@ def _tokenizer(place: Path | str, vocab_size: int, *, local: bool) -> T5Tokenize
         ) from error
     # transformers makes an empty tokenizer of missing files without a word. Published embeddings
     # are longer than their vocabulary, up to a multiple of 128.
-    lacking = local and not any(Path(place, name).is_file() for name in TOKENIZERS)
+    lacking = local and not any(Path(place, name).is_file() for name in T5_TOKENIZER_FILES)
     if lacking or not vocab_size - 128 < len(tokenizer) <= vocab_size:
         raise ValueError(
             f"the tokenizer in '{place}' has {len(tokenizer)} tokens, the model's embedding "
@@ -111,7 +113,7 @@ def _tokenizer(place: Path | str, vocab_size: int, *, local: bool) -> T5Tokenize
     return tokenizer
 
 
-def _places(folder: Path) -> tuple[Path, Path]:
+def _find_t5_folders(folder: Path) -> tuple[Path, Path]:
     """Where a model and its tokenizer lie in a folder: the T5 of a pipeline, or plain."""
     for part in sorted(folder.glob("text_encoder*/config.json")):
         if json.loads(part.read_text()).get("model_type") == "t5":

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
-from ldm.utils import checkpoint_file as files
+from ldm.utils.checkpoint_file import delete_checkpoint, read_checkpoint, write_checkpoint
 
 
 class SafeCheckpointIO(CheckpointIO):
@@ -23,16 +23,16 @@ class SafeCheckpointIO(CheckpointIO):
         path,
         storage_options: Callable[[dict, Path], None] | None = None,
     ) -> None:
-        (storage_options or files.write)(checkpoint, Path(path))
+        (storage_options or write_checkpoint)(checkpoint, Path(path))
 
     def load_checkpoint(self, path, map_location=None, weights_only: bool | None = None) -> dict:
-        return files.read(Path(path))
+        return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path) -> None:
-        files.remove(Path(path))
+        delete_checkpoint(Path(path))
 
 
-def recount(loops: dict, batches: int) -> None:
+def reset_loop_progress(loops: dict, batches: int) -> None:
     """Have Lightning's loops go on after so many micro-steps, with no validation under way.
 
     They count micro-steps and not steps: where a step had another number of them, the next would
@@ -48,7 +48,7 @@ def recount(loops: dict, batches: int) -> None:
         count.update(dict.fromkeys(count, 0))
 
 
-def on_host(value: object, pool: dict[str, Tensor], at: str = "") -> object:
+def copy_to_host(value: object, pool: dict[str, Tensor], at: str = "") -> object:
     """A copy of a checkpoint's state in memory of the host.
 
     The tensors of `pool`, by place in the state, are used again: fresh memory costs the kernel
@@ -62,8 +62,8 @@ def on_host(value: object, pool: dict[str, Tensor], at: str = "") -> object:
         return to.copy_(value.detach(), non_blocking=True)
     if isinstance(value, dict):
         same = copy(value)  # an OrderedDict remains one
-        same.update({key: on_host(part, pool, f"{at}/{key}") for key, part in value.items()})
+        same.update({key: copy_to_host(part, pool, f"{at}/{key}") for key, part in value.items()})
         return same
     if isinstance(value, list | tuple):
-        return type(value)(on_host(part, pool, f"{at}/{i}") for i, part in enumerate(value))
+        return type(value)(copy_to_host(part, pool, f"{at}/{i}") for i, part in enumerate(value))
     return value

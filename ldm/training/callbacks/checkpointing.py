@@ -17,18 +17,41 @@ from torch import Tensor
 
 from ldm.data.bad_samples import TooManySkippedError
 from ldm.data.image_decoding import ImageError
-from ldm.data.shards.index import ShardError
 from ldm.data.shards.remote import RemoteError
-from ldm.training import distributed
-from ldm.training.callbacks import nonfinite
-from ldm.training.callbacks.checkpoint_payload import on_host, recount
-from ldm.utils import checkpoint_file as files
+from ldm.data.shards.tar_headers import ShardError
+from ldm.training.callbacks.checkpoint_payload import copy_to_host, reset_loop_progress
+from ldm.training.callbacks.nonfinite import (
+    are_weights_finite,
+    check_finite_weights,
+    find_first_skipped_step,
+    find_non_finite_metrics,
+)
+from ldm.training.distributed import (
+    detach_ranks,
+    has_sharded_weights,
+    lock_checkpoint_writer,
+    wait_for_file,
+)
+from ldm.utils.checkpoint_file import (
+    CheckpointError,
+    count_tensor_bytes,
+    export_weights,
+    find_last_good_checkpoint,
+    is_valid_checkpoint,
+    link_checkpoint,
+    link_last_checkpoint,
+    manifest_path,
+    prune_checkpoints,
+    write_checkpoint,
+)
 from ldm.utils.files import write_text
 
-LOST_DATA = (RemoteError, ShardError, ImageError, TooManySkippedError)
-OWN = re.compile(r"step=\d{8,}(_end)?\.ckpt")  # names of ours, which lead to no other folder
-BEST = "best.json"  # which files validated best, and their values
-AT_ONCE = {
+DATA_ERRORS = (RemoteError, ShardError, ImageError, TooManySkippedError)
+CHECKPOINT_NAME_PATTERN = re.compile(
+    r"step=\d{8,}(_end)?\.ckpt"
+)  # names of ours, which lead to no other folder
+BEST_CHECKPOINTS_FILE = "best.json"  # which files validated best, and their values
+IMMEDIATE_EXIT_CODES = {
     128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 }
 
@@ -124,7 +147,7 @@ class Checkpoints(L.Callback):
         if trainer.state.fn != "fit":
             return
         self.validated = trainer.global_step
-        if nonfinite.not_finite(trainer.callback_metrics, self.metric):
+        if find_non_finite_metrics(trainer.callback_metrics, self.metric):
             self.unsound_from = self.unsound_from or self.sound + 1
         else:
             self.sound, self.unsound_from = self.validated, None
@@ -144,7 +167,7 @@ class Checkpoints(L.Callback):
             return  # on_train_end saves it
         if self.saved != trainer.global_step:
             self.save(trainer)
-        elif trainer.is_global_zero and files.manifest_path(self.folder / name).is_file():
+        elif trainer.is_global_zero and manifest_path(self.folder / name).is_file():
             self._start(None, self.folder / name)
         else:  # it could not be saved
             self.best_next = self.best
@@ -155,22 +178,22 @@ class Checkpoints(L.Callback):
         self.save(trainer, suffix="_end")
         self.wait()
         if problem := trainer.strategy.broadcast(self.problem):
-            raise files.CheckpointError(f"the run's last checkpoint is missing: {problem}")
+            raise CheckpointError(f"the run's last checkpoint is missing: {problem}")
 
     def on_exception(self, trainer: L.Trainer, module, exception: BaseException) -> None:
         # A second signal ends the run at once (see preemption.py): its exit code is 128 or more.
-        if isinstance(exception, SystemExit) and exception.code in AT_ONCE:
+        if isinstance(exception, SystemExit) and exception.code in IMMEDIATE_EXIT_CODES:
             return
-        self.started = distributed.release(trainer)
+        self.started = detach_ranks(trainer)
         self.wait()
         # Data that is lost says nothing against what was trained.
-        if isinstance(exception, LOST_DATA) and trainer.state.fn == "fit" and self.saved >= 0:
+        if isinstance(exception, DATA_ERRORS) and trainer.state.fn == "fit" and self.saved >= 0:
             self.save_alone(trainer, module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module, checkpoint: dict) -> None:
         facts = {"images_seen": self.seen, "validated": not self._is_due(trainer), "finite": True}
         checkpoint["ldm"] = {**self.facts, **trainer.datamodule.rules(), **facts}
-        doubts = self.unsound_from, nonfinite.row_began(trainer)
+        doubts = self.unsound_from, find_first_skipped_step(trainer)
         self.doubtful_from = min((step for step in doubts if step is not None), default=None)
         if self.doubtful_from is not None:
             checkpoint["ldm"]["doubtful_from"] = self.doubtful_from
@@ -185,7 +208,7 @@ class Checkpoints(L.Callback):
         self.loaded = checkpoint["global_step"]
         self._take_best(checkpoint["ldm"].get("best", {}))
         loops = checkpoint["loops"]["fit_loop"]
-        recount(loops, checkpoint["global_step"] * trainer.accumulate_grad_batches)
+        reset_loop_progress(loops, checkpoint["global_step"] * trainer.accumulate_grad_batches)
 
     def _batches(self, trainer: L.Trainer) -> int:
         """Micro-steps of the run so far."""
@@ -199,12 +222,16 @@ class Checkpoints(L.Callback):
     def _read_best(self) -> None:
         """Go on with the best that are written down."""
         with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
-            self._take_best(json.loads((self.folder / BEST).read_text()))
+            self._take_best(json.loads((self.folder / BEST_CHECKPOINTS_FILE).read_text()))
 
     def _take_best(self, found: dict) -> None:
         """Go on with the best of before that are there, where they are so by the same metric."""
         if found.get("metric") == self.metric and self.keep_best:
-            ours = (n for n in found["values"] if OWN.fullmatch(n) and (self.folder / n).is_file())
+            ours = (
+                n
+                for n in found["values"]
+                if CHECKPOINT_NAME_PATTERN.fullmatch(n) and (self.folder / n).is_file()
+            )
             self.best = self.best_next = {name: float(found["values"][name]) for name in ours}
 
     def save_now(self, trainer: L.Trainer) -> None:
@@ -218,7 +245,7 @@ class Checkpoints(L.Callback):
 
         Raises NotFiniteError where its weights are not finite.
         """
-        nonfinite.check_weights(trainer, self.folder)
+        check_finite_weights(trainer, self.folder)
         self.saved = trainer.global_step
         for logger in trainer.loggers:
             logger.save()  # what belongs to this step must not be younger than its checkpoint
@@ -233,23 +260,27 @@ class Checkpoints(L.Callback):
         step = trainer.global_step
         if self.saved == step:  # the first rank has done so, or is about it
             if step > self.begun and not trainer.is_global_zero:
-                distributed.wait_for(files.manifest_path(self.path(step)))
+                wait_for_file(manifest_path(self.path(step)))
             return
-        if not nonfinite.are_finite(module.parameters()):
+        if not are_weights_finite(module.parameters()):
             print(f"what was trained after step {self.saved} is not saved: it is not finite")
             return
-        if self.several and distributed.is_divided(module):
+        if self.several and has_sharded_weights(module):
             print(f"what was trained after step {self.saved} is not saved: no rank has all weights")
             return
         for logger in trainer.loggers:
             logger.save()
-        with distributed.one_writer(self.folder) if self.several else nullcontext():
-            if files.is_whole(self.path(step)):
+        with lock_checkpoint_writer(self.folder) if self.several else nullcontext():
+            if is_valid_checkpoint(self.path(step)):
                 return  # another rank has failed as well, and was faster
             self._read_best()
             # What trainer.save_checkpoint stores, without its waiting for all ranks.
             payload = trainer._checkpoint_connector.dump_checkpoint()
-            self.problem, self.target, self.needed = None, self.path(step), files.size(payload)
+            self.problem, self.target, self.needed = (
+                None,
+                self.path(step),
+                count_tensor_bytes(payload),
+            )
             self._write(payload, self.target)
         self.wait()
 
@@ -268,7 +299,7 @@ class Checkpoints(L.Callback):
         if not isinstance(error, OSError):
             raise error
         self.best_next = self.best
-        good = files.last_good(self.folder) or "none yet"
+        good = find_last_good_checkpoint(self.folder) or "none yet"
         free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
         self.problem = (
             f"saving {self.target} failed ({error.strerror or error}): it takes "
@@ -281,7 +312,7 @@ class Checkpoints(L.Callback):
         """What Lightning calls on rank 0 with the state of all ranks."""
         self.wait()
         if self.background:
-            payload = on_host(payload, self.pool)
+            payload = copy_to_host(payload, self.pool)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
         self._start(payload, path)
@@ -289,7 +320,7 @@ class Checkpoints(L.Callback):
     def _start(self, payload: dict | None, path: Path) -> None:
         self.wait()
         self.problem, self.target = None, path
-        self.needed = files.size(payload or {})
+        self.needed = count_tensor_bytes(payload or {})
         if self.background:
             self.writing = threading.Thread(target=self._turn, args=(payload, path), daemon=True)
             self.writing.start()
@@ -298,24 +329,24 @@ class Checkpoints(L.Callback):
             self.wait()
 
     def _turn(self, payload: dict | None, path: Path) -> None:
-        with distributed.one_writer(self.folder) if self.several else nullcontext():
+        with lock_checkpoint_writer(self.folder) if self.several else nullcontext():
             self._write(payload, path)
 
     def _write(self, payload: dict | None, path: Path) -> None:
         """All of a save that is slow; without a payload `path` is there. `wait` tells of errors."""
         try:
             if payload is not None:
-                files.write(payload, path)
-                files.link_last(path)
+                write_checkpoint(payload, path)
+                link_last_checkpoint(path)
             if self.best_next is not self.best:
                 content = {"metric": self.metric, "values": self.best_next}
-                write_text(self.folder / BEST, json.dumps(content) + "\n")
-                files.link(self.folder / next(iter(self.best_next)), "best.ckpt")
+                write_text(self.folder / BEST_CHECKPOINTS_FILE, json.dumps(content) + "\n")
+                link_checkpoint(self.folder / next(iter(self.best_next)), "best.ckpt")
                 self.best = self.best_next
             how = {"spare": self.best, "doubtful_from": self.doubtful_from}
-            files.keep_newest(self.folder, self.keep, **how)
+            prune_checkpoints(self.folder, self.keep, **how)
             if self.weights and payload is not None:
                 name = f"{path.stem}.safetensors"
-                files.export(payload, self.folder.parent / "weights" / name)
+                export_weights(payload, self.folder.parent / "weights" / name)
         except BaseException as error:
             self.error = error

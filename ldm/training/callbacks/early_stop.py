@@ -6,11 +6,13 @@ from statistics import median
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping
 
-from ldm.experiments import run_dir as runs
-from ldm.utils.files import located
+from ldm.experiments.run_dir import read_metrics
+from ldm.utils.files import resolve_path
 
 
-def patience(*, metric: str, direction: str, validations: int, least: float = 0.0) -> EarlyStopping:
+def patience_stopping(
+    *, metric: str, direction: str, validations: int, least: float = 0.0
+) -> EarlyStopping:
     """Stops after so many validations without a gain of more than `least`.
 
     Those without the metric, which may be measured more rarely, do not count.
@@ -19,7 +21,7 @@ def patience(*, metric: str, direction: str, validations: int, least: float = 0.
     return EarlyStopping(monitor=metric, mode=direction[:3], **how)
 
 
-class Median(L.Callback):
+class MedianStopping(L.Callback):
     """Stops a sweep's job whose best value so far is behind the others' median at the same step.
 
     The median stopping rule (Golovin et al. 2017, Vizier, section 3.2.2), on the metrics.csv of the
@@ -30,7 +32,7 @@ class Median(L.Callback):
     def __init__(
         self, run_dir: str, *, metric: str, direction: str, others: int = 3, begin: int = 0
     ) -> None:
-        self.run_dir = located(run_dir)
+        self.run_dir = resolve_path(run_dir)
         self.metric = metric
         self.others = others
         self.begin = begin
@@ -63,7 +65,7 @@ class Median(L.Callback):
 
     def _by(self, directory: Path, step: int) -> float | None:
         """The best value of a run up to a step; None where it has not come so far."""
-        rows = [row for row in runs.read_metrics(directory) if self.metric in row]
+        rows = [row for row in read_metrics(directory) if self.metric in row]
         if not rows or rows[-1]["step"] < step:
             return None
         return self.best(row[self.metric] for row in rows if not step or row["step"] <= step)

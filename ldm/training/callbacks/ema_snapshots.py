@@ -5,10 +5,10 @@ from pathlib import Path
 
 import lightning as L
 
-from ldm.utils import ema_files
+from ldm.utils.ema_files import delete_snapshots_after, write_snapshot
 
 
-class Snapshots(L.Callback):
+class EMASnapshots(L.Callback):
     """Writes <folder>/step=*.safetensors every `every` optimizer steps and at the end.
 
     A snapshot that cannot be written, on a full disk, is told once, and the training goes on: those
@@ -26,7 +26,7 @@ class Snapshots(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.written = 0  # there is no average of no step
         if trainer.is_global_zero:  # later ones are of a try that left no checkpoint
-            ema_files.forget(self.folder, after=trainer.global_step)
+            delete_snapshots_after(self.folder, after=trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx) -> None:
         if trainer.global_step % self.every == 0:
@@ -45,7 +45,7 @@ class Snapshots(L.Callback):
             for each, track in zip(averages.lengths, averages.tracks, strict=True)
         }
         try:
-            ema_files.write(self.folder, trainer.global_step, states)
+            write_snapshot(self.folder, trainer.global_step, states)
         except OSError as error:
             if not self.told:
                 said = f"a snapshot cannot be written to {self.folder} ({error.strerror or error})"

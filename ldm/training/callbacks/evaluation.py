@@ -12,22 +12,22 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ldm.data.dataset import TextImages
-from ldm.evaluation import tensor_cache
-from ldm.evaluation.distributed import Ranks
-from ldm.evaluation.features.base import Features
-from ldm.evaluation.protocol import Quality, captions_to_paint
-from ldm.evaluation.scenes.accuracy import SceneAccuracy
-from ldm.evaluation.scenes.motion import MotionAccuracy
+from ldm.data.dataset import TextImageDataset
+from ldm.evaluation.distributed import ProcessGroup
+from ldm.evaluation.features.base import FeatureExtractor
+from ldm.evaluation.protocol import EvaluationProtocol, select_prompt_subset
+from ldm.evaluation.scenes.accuracy import ScenePromptAccuracy
+from ldm.evaluation.scenes.motion import MotionPromptAccuracy
+from ldm.evaluation.tensor_cache import hash_facts
 from ldm.inference.pipeline import Pipeline
-from ldm.models.text.cached import Remembered
-from ldm.training.callbacks.preemption import StopOnSignal
-from ldm.training.fsdp import Sharded
-from ldm.utils.files import located
+from ldm.models.text.cached import CachedTextEncoder
+from ldm.training.callbacks.preemption import PreemptionHandler
+from ldm.training.fsdp import FullyShardedStrategy
+from ldm.utils.files import resolve_path
 from ldm.utils.hashing import hash_module
 
 
-class SceneCheck(L.Callback):
+class SceneAccuracy(L.Callback):
     """Logs SceneAccuracy's metrics as val/scene_* at every `every`-th validation and at the last.
 
     Validations are counted from the run's beginning, the one before the first step included. Each
@@ -52,12 +52,12 @@ class SceneCheck(L.Callback):
         self.size = size
         self.steps = steps
         self.every = every
-        kind = MotionAccuracy if moving else SceneAccuracy
+        kind = MotionPromptAccuracy if moving else ScenePromptAccuracy
         self.scenes = kind(count=count, batch=batch)
         self.logged: set[str] = set()
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        forget(trainer, self.logged)
+        drop_stale_metrics(trainer, self.logged)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not self.is_due(trainer):
@@ -87,7 +87,7 @@ class SceneCheck(L.Callback):
         return validations % self.every == 0
 
 
-class ImageCheck(L.Callback):
+class ImageQuality(L.Callback):
     """Logs Quality's metrics as val/*: of the averaged weights, and with `raw` of the others too.
 
     It does so at the first validation and at the last, and at each that comes after a multiple of
@@ -104,10 +104,10 @@ class ImageCheck(L.Callback):
     def __init__(
         self,
         pipeline: Pipeline,
-        networks: Sequence[Features],
+        networks: Sequence[FeatureExtractor],
         *,
-        pictures: TextImages,
-        others: TextImages,
+        pictures: TextImageDataset,
+        others: TextImageDataset,
         size: int,
         folder: Path,
         settings: str,
@@ -122,30 +122,30 @@ class ImageCheck(L.Callback):
     ) -> None:
         if every < 0:
             raise ValueError(f"every is a number of images, 0 or more, got {every}")
-        pipeline = replace(pipeline, text=Remembered(pipeline.text))
+        pipeline = replace(pipeline, text=CachedTextEncoder(pipeline.text))
         self.pipelines = {"": pipeline}
         if raw:
             self.pipelines["_raw"] = replace(pipeline, denoiser=raw_denoiser)
         self.size, self.steps, self.every = size, steps, every
         self.folder, self.settings = folder, settings
         self.logged: set[str] = set()
-        self.quality = Quality(
+        self.quality = EvaluationProtocol(
             networks,
             pictures=pictures,
             others=others,
-            subset=captions_to_paint(pictures, others, count),
+            subset=select_prompt_subset(pictures, others, count),
             size=size,
-            cache=located(cache),
+            cache=resolve_path(cache),
             at_most=real,
             batch=batch,
         )
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        if len(self.pipelines) > 1 and isinstance(trainer.strategy, Sharded):
+        if len(self.pipelines) > 1 and isinstance(trainer.strategy, FullyShardedStrategy):
             raise ValueError("strategy=fsdp measures the average alone: take eval.images.raw=false")
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        forget(trainer, self.logged)
+        drop_stale_metrics(trainer, self.logged)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not self.is_due(trainer):
@@ -173,8 +173,8 @@ class ImageCheck(L.Callback):
         All ranks take part.
         """
         facts = [self.quality.facts(), self.settings, self.size, self.steps]
-        weights = Ranks().share(hash_module(denoiser) if Ranks().rank == 0 else None)
-        return self.folder / f"step={step:08d}-{tensor_cache.digest([*facts, weights])}"
+        weights = ProcessGroup().share(hash_module(denoiser) if ProcessGroup().rank == 0 else None)
+        return self.folder / f"step={step:08d}-{hash_facts([*facts, weights])}"
 
     def is_due(self, trainer: L.Trainer) -> bool:
         """A function of the step alone, so that a resumed run measures when it would have."""
@@ -187,7 +187,7 @@ class ImageCheck(L.Callback):
     def _done(self, trainer: L.Trainer, bar: tqdm, items: range) -> None:
         bar.update(len(items))
         for callback in trainer.callbacks:
-            if isinstance(callback, StopOnSignal):
+            if isinstance(callback, PreemptionHandler):
                 callback.leave_if_told(trainer)
 
     def _clear(self, step: int) -> None:
@@ -212,7 +212,7 @@ class ImageCheck(L.Callback):
                 self.logged.add(f"val/{name}{suffix}")
 
 
-def forget(trainer: L.Trainer, names: set[str]) -> None:
+def drop_stale_metrics(trainer: L.Trainer, names: set[str]) -> None:
     """What an earlier validation has measured is no value of this one, which may leave it out.
 
     What keeps the best checkpoint and what ends a run early would take it for one.

@@ -11,13 +11,13 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from PIL import Image
 
-from ldm.diffusion.rng import mixed
-from ldm.models.random_layers import assign, random_layers
+from ldm.diffusion.rng import derive_seed
+from ldm.models.random_layers import assign_image_positions, find_random_layers
 from ldm.training.loggers.csv import CsvLog
 from ldm.utils.images import save_png
 
 
-class Meter(L.Callback):
+class ThroughputMonitor(L.Callback):
     """Counts images, and logs loss and speed as means over the steps between two logging steps.
 
     Nothing is read from the device in between. Metrics: train/loss, images_seen, data/skipped
@@ -126,7 +126,7 @@ class Meter(L.Callback):
         self.skipped = state["skipped"]
 
 
-class ModuleNoise(L.Callback):
+class RandomLayerSeeding(L.Callback):
     """What networks draw in training (dropout) is a function of the seed and of each image.
 
     Their random layers are told the positions of the images. What a layer of another library draws
@@ -138,17 +138,17 @@ class ModuleNoise(L.Callback):
         self.seed = seed
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.layers = random_layers(module)
+        self.layers = find_random_layers(module)
 
     def on_train_batch_start(self, trainer: L.Trainer, module, batch: dict, batch_idx: int) -> None:
-        torch.manual_seed(mixed(self.seed, batch["position"][0], stream="modules"))
-        assign(self.layers, self.seed, batch["position"])
+        torch.manual_seed(derive_seed(self.seed, batch["position"][0], stream="modules"))
+        assign_image_positions(self.layers, self.seed, batch["position"])
 
 
 class ProgressBar(TQDMProgressBar):
     """One bar for the run: optimizer steps' batches out of all, with loss and speed."""
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: ThroughputMonitor) -> None:
         # In a file, where a bar cannot be drawn over, a line now and then.
         super().__init__(refresh_rate=1 if sys.stdout.isatty() else meter.every)
         self.meter = meter
@@ -181,7 +181,7 @@ class ProgressBar(TQDMProgressBar):
         return shown
 
 
-class Pictures(L.Callback):
+class SampleImages(L.Callback):
     """After each validation, one picture of the same things: <folder>/step=*.png, and the loggers.
 
     `draw` returns the picture and the facts that the file carries. A file that cannot be written,

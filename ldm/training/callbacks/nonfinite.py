@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from ldm.training.callbacks.monitoring import Meter
-from ldm.utils import checkpoint_file
+from ldm.training.callbacks.monitoring import ThroughputMonitor
+from ldm.utils.checkpoint_file import find_last_good_checkpoint
 from ldm.utils.files import write_text
 
 
@@ -24,41 +24,42 @@ class NotFiniteError(RuntimeError):
     """The training met numbers that are not finite, step after step."""
 
 
-REMEDY = "take a lower optimizer.lr or trainer.precision=32-true"
+NON_FINITE_REMEDY = "take a lower optimizer.lr or trainer.precision=32-true"
 
 
-def are_finite(weights: Iterable[Tensor]) -> bool:
+def are_weights_finite(weights: Iterable[Tensor]) -> bool:
     """Whether this rank's part of the weights is finite; waits for the device once."""
     parts = (w.to_local() if isinstance(w, DTensor) else w for w in weights)
     return bool(torch.stack([part.detach().isfinite().all() for part in parts]).all())
 
 
-def check_weights(trainer: L.Trainer, folder: Path) -> None:
+def check_finite_weights(trainer: L.Trainer, folder: Path) -> None:
     """Raise NotFiniteError on all ranks where the weights are not finite."""
-    finite = are_finite(trainer.lightning_module.parameters())
+    finite = are_weights_finite(trainer.lightning_module.parameters())
     if not trainer.strategy.reduce_boolean_decision(finite, all=True):
         raise NotFiniteError(
             f"the weights are not finite after step {trainer.global_step}, and not saved. "
-            f"{last_good(folder, row_began(trainer))}; {REMEDY}"
+            f"{format_last_good_checkpoint(folder, find_first_skipped_step(trainer))}; "
+            f"{NON_FINITE_REMEDY}"
         )
 
 
-def last_good(folder: Path, before: int | None) -> str:
+def format_last_good_checkpoint(folder: Path, before: int | None) -> str:
     """A sentence about the newest checkpoint from before a step."""
-    path = checkpoint_file.last_good(folder, before=before)
+    path = find_last_good_checkpoint(folder, before=before)
     return f"The last good checkpoint is {path or 'none yet'}"
 
 
-def row_began(trainer: L.Trainer) -> int | None:
+def find_first_skipped_step(trainer: L.Trainer) -> int | None:
     """The first of the steps that are left out by now, in a row; None where there is none."""
     for callback in trainer.callbacks:
-        if isinstance(callback, SkipNonFinite):
+        if isinstance(callback, NonFiniteStepSkipper):
             callback.look()
             return trainer.global_step - callback.in_a_row + 1 if callback.in_a_row else None
     return None
 
 
-def not_finite(metrics: Mapping[str, object], metric: str) -> list[str]:
+def find_non_finite_metrics(metrics: Mapping[str, object], metric: str) -> list[str]:
     """The names of values that tell of ruined weights: of the validation loss and of `metric`.
 
     Means over training steps do not: they hold those of steps that were left out.
@@ -68,7 +69,7 @@ def not_finite(metrics: Mapping[str, object], metric: str) -> list[str]:
     return [n for n, value in found.items() if value is not None and not math.isfinite(value)]
 
 
-class SkipNonFinite(L.Callback):
+class NonFiniteStepSkipper(L.Callback):
     """Leaves an update out, on all ranks alike, where a loss or the gradient is NaN or infinite.
 
     Weights, moments and averages stay what they were, bit for bit; step number, learning rate and
@@ -77,7 +78,7 @@ class SkipNonFinite(L.Callback):
     `stop_after` such steps in a row it raises NotFiniteError on all ranks.
     """
 
-    def __init__(self, report: Path, *, meter: Meter, stop_after: int) -> None:
+    def __init__(self, report: Path, *, meter: ThroughputMonitor, stop_after: int) -> None:
         if stop_after < 1:
             raise ValueError(f"stop_after_skips={stop_after} must be 1 or more")
         self.report = report
@@ -169,16 +170,18 @@ class SkipNonFinite(L.Callback):
         too_many = self.in_a_row >= self.stop_after
         if trainer.is_global_zero:
             try:
-                write_text(self.report, json.dumps(side_by_side(of_ranks), indent=1) + "\n")
+                write_text(self.report, json.dumps(merge_rank_reports(of_ranks), indent=1) + "\n")
             except OSError as error:
                 said += f", or would: {error.strerror}"
             if not too_many:
                 warnings.warn(said, stacklevel=2)
         if too_many:
-            good = last_good(self.report.parent / "checkpoints", row_began(trainer))
+            good = format_last_good_checkpoint(
+                self.report.parent / "checkpoints", find_first_skipped_step(trainer)
+            )
             raise NotFiniteError(
                 f"{said}. {self.stop_after} in a row are too many (stop_after_skips). {good}. Look "
-                f"at the samples, or {REMEDY}"
+                f"at the samples, or {NON_FINITE_REMEDY}"
             )
 
     def state_dict(self) -> dict:
@@ -190,7 +193,7 @@ class SkipNonFinite(L.Callback):
         self.in_a_row = state.get("in_a_row", 0)
 
 
-def side_by_side(of_ranks: list[list[dict]]) -> list[dict]:
+def merge_rank_reports(of_ranks: list[list[dict]]) -> list[dict]:
     """The same steps as seen by each rank, one after another, as one list of steps."""
     return [
         {

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import lightning as L
 
-from ldm.utils.signals import Signals
+from ldm.utils.signals import StopSignals
 
 
-class StopOnSignal(L.Callback):
+class PreemptionHandler(L.Callback):
     """Ends the training after the step, with a checkpoint, once `signals` has received one.
 
     One process may get it or all: several agree where the training begins and every `every` steps,
@@ -26,14 +26,14 @@ class StopOnSignal(L.Callback):
         *,
         every: int,
         max_hours: float | None = None,
-        signals: Signals | None = None,
+        signals: StopSignals | None = None,
     ) -> None:
         if max_hours is not None and not max_hours > 0:
             raise ValueError(f"trainer.max_hours={max_hours} must be above 0")
         self.save = save
         self.every = every
         self.ends_at = math.inf if max_hours is None else time.monotonic() + max_hours * 3600
-        self.signals = signals or Signals()
+        self.signals = signals or StopSignals()
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         # Lightning calls it before each of its stages, and has no switch for it.

@@ -12,15 +12,21 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from ldm.experiments.run_dir import wandb_id
+from ldm.experiments.run_dir import get_wandb_id
 from ldm.utils.files import write_text
 
-STEP = "trainer/global_step"  # Lightning's name; every row of numbers has it
-SEEN = "images_seen"
+WANDB_STEP_KEY = "trainer/global_step"  # Lightning's name; every row of numbers has it
+IMAGES_SEEN_KEY = "images_seen"
 # W&B looks through these in no fixed order, so no two may fit one name.
-AXES = {"train/*": STEP, "perf/*": STEP, SEEN: STEP, "val/*": SEEN, "samples": SEEN}
+WANDB_METRIC_AXES = {
+    "train/*": WANDB_STEP_KEY,
+    "perf/*": WANDB_STEP_KEY,
+    IMAGES_SEEN_KEY: WANDB_STEP_KEY,
+    "val/*": IMAGES_SEEN_KEY,
+    "samples": IMAGES_SEEN_KEY,
+}
 # Seconds to wait for a server, where the environment does not say otherwise.
-PATIENCE = {"init_timeout": 15.0, "finish_timeout": 60.0}
+WANDB_TIMEOUTS = {"init_timeout": 15.0, "finish_timeout": 60.0}
 
 
 def wandb_logger(
@@ -40,7 +46,7 @@ def wandb_logger(
     if os.path.expanduser("~") == "~":  # no home directory, without which W&B does not even begin
         os.environ["HOME"] = "/nonexistent"
     if offline is None and "WANDB_MODE" not in os.environ:
-        offline = not has_key()
+        offline = not has_wandb_key()
     group, _, own = str(name).rpartition("/")
     differing = [text for text in overrides if text in own]  # in a sweep, all of them name a job
     tags = dict.fromkeys(
@@ -75,7 +81,7 @@ class WandbRun(WandbLogger):
             try:
                 run = self._start("must" if kept.is_file() else "allow", mode=None)
             except Exception as error:
-                print(f"W&B cannot be used: {first_line(error)}", flush=True)
+                print(f"W&B cannot be used: {format_first_line(error)}", flush=True)
                 with suppress(Exception, SystemExit):
                     wandb.teardown()  # its process keeps the id of the run that failed
         run = self._experiment = run or self._start("allow", mode="offline")
@@ -84,8 +90,8 @@ class WandbRun(WandbLogger):
         elif run.url:
             write_text(kept, f"{run.url}\n")
         run.config.update({"overrides": self.overrides}, allow_val_change=True)
-        run.define_metric(STEP)
-        for metric, axis in AXES.items():
+        run.define_metric(WANDB_STEP_KEY)
+        for metric, axis in WANDB_METRIC_AXES.items():
             run.define_metric(metric, step_metric=axis, step_sync=True)
         return run
 
@@ -95,20 +101,24 @@ class WandbRun(WandbLogger):
             reinit="finish_previous",  # of a job before this one, in the same process
             finish_timeout_raises=True,
             x_transaction_log_flush_interval=1.0,  # what a kill may cost, in seconds
-            **{k: v for k, v in PATIENCE.items() if f"WANDB_{k.upper()}" not in os.environ},
+            **{k: v for k, v in WANDB_TIMEOUTS.items() if f"WANDB_{k.upper()}" not in os.environ},
         )
-        run = self.run | {"id": wandb_id(self.run_dir), "dir": self.run_dir}
+        run = self.run | {"id": get_wandb_id(self.run_dir), "dir": self.run_dir}
         return wandb.init(**run, resume=resume, mode=mode, settings=settings)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, object], step: int | None = None) -> None:
         """A row, with the latest images_seen; the first that W&B fails to take is told."""
-        self.seen = {SEEN: metrics[SEEN]} if SEEN in metrics else self.seen
+        self.seen = (
+            {IMAGES_SEEN_KEY: metrics[IMAGES_SEEN_KEY]} if IMAGES_SEEN_KEY in metrics else self.seen
+        )
         try:
             super().log_metrics(self.seen | dict(metrics), step)
         except Exception as error:
             if not self.failed:
-                print(f"W&B did not take {', '.join(metrics)}: {first_line(error)}", flush=True)
+                print(
+                    f"W&B did not take {', '.join(metrics)}: {format_first_line(error)}", flush=True
+                )
             self.failed = True
 
     def finish(self, *, failed: bool) -> None:
@@ -117,20 +127,20 @@ class WandbRun(WandbLogger):
             if self._experiment is not None:
                 self._experiment.finish(exit_code=int(failed))
         except Exception as error:
-            what = f"W&B did not take everything ({first_line(error)})"
-            self._tell(what, "--include-online ", f"*run-*-{wandb_id(self.run_dir)}")
+            what = f"W&B did not take everything ({format_first_line(error)})"
+            self._tell(what, "--include-online ", f"*run-*-{get_wandb_id(self.run_dir)}")
 
     def _tell(self, what: str, option: str, folders: str) -> None:
         where = shlex.quote(f"{self.run_dir}/wandb/")
         print(f"{what}; `wandb sync {option}{where}{folders}` sends the run later", flush=True)
 
 
-def first_line(error: Exception) -> str:
+def format_first_line(error: Exception) -> str:
     """What went wrong, without what W&B has to say beyond."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def has_key() -> bool:
+def has_wandb_key() -> bool:
     """Whether a W&B API key is set, in the environment or where `wandb login` puts it."""
     server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     host = server.partition("://")[2].partition("/")[0] or server

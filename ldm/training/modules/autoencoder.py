@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from ldm.diffusion.rng import generators
+from ldm.diffusion.rng import make_generators
 from ldm.models.autoencoder import AutoencoderKL
 
 
@@ -39,7 +39,9 @@ class AutoencoderTraining(L.LightningModule):
     def reconstruct(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (B,), reconstructions (B, 3, H, W) and raw latents z (B, C, h, w)."""
         images = batch["images"]
-        draws = generators(self.seed, batch["position"], stream="posterior", device=self.device)
+        draws = make_generators(
+            self.seed, batch["position"], stream="posterior", device=self.device
+        )
         mean, logvar = self.autoencoder.posterior(images)  # (B, C, h, w)
         z = self.autoencoder.draw(mean, logvar, generator=draws)
         restored = self.autoencoder.decode_unscaled(z)  # (B, 3, H, W)

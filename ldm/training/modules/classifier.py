@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from ldm.diffusion.rng import generators, rand, randn
-from ldm.diffusion.schedules import expand
+from ldm.diffusion.rng import make_generators, rand, randn
+from ldm.diffusion.schedules import expand_dims_like
 from ldm.models.noisy_classifier import NoisyClassifier
 
-BANDS = 8  # val/recall_t0 .. t7: the same equal parts of t as LatentDiffusion's
+NUM_RECALL_BANDS = 8  # val/recall_t0 .. t7: the same equal parts of t as LatentDiffusion's
 
 
 class ClassifierTraining(L.LightningModule):
@@ -38,7 +38,7 @@ class ClassifierTraining(L.LightningModule):
         self.make_optimizer = optimizer
         self.seed = seed
         self.right = "accuracy" if classifier.has_names else "recall"
-        names = ("loss", *(f"{self.right}_t{band}" for band in range(BANDS)))
+        names = ("loss", *(f"{self.right}_t{band}" for band in range(NUM_RECALL_BANDS)))
         self.val = nn.ModuleDict({name: MeanMetric() for name in names})
         self.val_right = MeanMetric()
 
@@ -59,7 +59,7 @@ class ClassifierTraining(L.LightningModule):
         """The tower's vectors (B, S) of latents made noisy at t (B,), snapped to the schedule."""
         tower = self.classifier.tower
         t = tower.schedule.snap(t)
-        alpha, sigma = (expand(part, x0).to(x0.dtype) for part in tower.schedule(t))
+        alpha, sigma = (expand_dims_like(part, x0).to(x0.dtype) for part in tower.schedule(t))
         return tower(alpha * x0 + sigma * eps, t)
 
     def loss(self, images: Tensor, pooled: Tensor, captions: Sequence[str]) -> Tensor:
@@ -67,19 +67,19 @@ class ClassifierTraining(L.LightningModule):
         if self.classifier.has_names:
             return F.cross_entropy(self.classifier.log_names(images), pooled)
         texts = self.classifier.encode_texts(pooled)
-        said = numbers(captions).to(images.device)
+        said = hash_captions(captions).to(images.device)
         if self.training and self.trainer.world_size > 1:
             images = self.all_gather(images, sync_grads=True).flatten(0, 1)  # (G, S)
             texts = self.all_gather(texts, sync_grads=True).flatten(0, 1)  # (G, S)
             said = self.all_gather(said).flatten(0, 1)  # (G,)
-        return multiple_contrastive(self.classifier.similarity(images, texts), said)
+        return multi_positive_contrastive_loss(self.classifier.similarity(images, texts), said)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         x0, pooled = self.encode(batch)
         eps = randn(x0.shape, self.draws(batch, "val noise"), device=x0.device, dtype=x0.dtype)
         within = rand(len(x0), self.draws(batch, "val time"), device=x0.device)
-        for band in range(BANDS):
-            images = self.look(x0, (band + within) / BANDS, eps)
+        for band in range(NUM_RECALL_BANDS):
+            images = self.look(x0, (band + within) / NUM_RECALL_BANDS, eps)
             loss = self.loss(images, pooled, batch["captions"])
             right = self.found(images, pooled, batch["captions"])
             self.val["loss"].update(loss, weight=len(x0))
@@ -91,7 +91,10 @@ class ClassifierTraining(L.LightningModule):
         if self.classifier.has_names:
             best = self.classifier.log_names(images).argmax(1)  # (B,)
             return pooled.gather(1, best[:, None]).mean()
-        texts, said = self.classifier.encode_texts(pooled), numbers(captions).to(images.device)
+        texts, said = (
+            self.classifier.encode_texts(pooled),
+            hash_captions(captions).to(images.device),
+        )
         best = self.classifier.similarity(images, texts).argmax(1)  # (B,)
         return (said[best] == said).float().mean()
 
@@ -103,7 +106,7 @@ class ClassifierTraining(L.LightningModule):
 
     def draws(self, batch: dict, stream: str) -> list[torch.Generator]:
         """One generator an image, for one use."""
-        return generators(self.seed, batch["position"], stream=stream, device=self.device)
+        return make_generators(self.seed, batch["position"], stream=stream, device=self.device)
 
     def on_fit_start(self) -> None:
         for part in self.frozen:
@@ -117,13 +120,13 @@ class ClassifierTraining(L.LightningModule):
         return self.make_optimizer(self.classifier.parameters(), steps=self.trainer.max_steps)
 
 
-def numbers(captions: Sequence[str]) -> Tensor:
+def hash_captions(captions: Sequence[str]) -> Tensor:
     """A number (B,), int64, for each caption, which equal ones share on any rank."""
     digests = (blake2b(caption.encode("utf-8", "replace"), digest_size=8) for caption in captions)
     return torch.tensor([int.from_bytes(d.digest(), "big", signed=True) for d in digests])
 
 
-def multiple_contrastive(logits: Tensor, said: Tensor) -> Tensor:
+def multi_positive_contrastive_loss(logits: Tensor, said: Tensor) -> Tensor:
     """Symmetric InfoNCE () where row i and column j (G, G) are a pair if said[i] == said[j].
 
     With captions that all differ it is CLIP's loss; the rows of equal ones share their target.

@@ -52,7 +52,7 @@ class ClipTraining(L.LightningModule):
         return self.make_optimizer(self.clip.parameters(), steps=self.trainer.max_steps)
 
 
-class SaveClip(L.Callback):
+class ClipFolderWriter(L.Callback):
     """Writes the model as a transformers folder after each validation, for `text_encoder=clip`.
 
     captions: some thousands of the training's, on which the whitening of its states is measured.

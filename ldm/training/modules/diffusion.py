@@ -13,11 +13,11 @@ from torchmetrics import MeanMetric
 
 from ldm.diffusion.conditioning import Condition
 from ldm.diffusion.objective import Objective
-from ldm.diffusion.rng import generators, rand, randn
+from ldm.diffusion.rng import make_generators, rand, randn
 from ldm.training.ema import EMA
 from ldm.training.power_ema import PowerEMA
 
-BANDS = 8  # val/loss_t0 .. t7: equal parts of t
+NUM_LOSS_BANDS = 8  # val/loss_t0 .. t7: equal parts of t
 
 
 class LatentDiffusion(L.LightningModule):
@@ -65,7 +65,7 @@ class LatentDiffusion(L.LightningModule):
             {
                 f"{name}{suffix}": MeanMetric(nan_strategy="disable")  # else it is left out
                 for suffix in suffixes
-                for name in ("loss", *(f"loss_t{band}" for band in range(BANDS)))
+                for name in ("loss", *(f"loss_t{band}" for band in range(NUM_LOSS_BANDS)))
             }
         )
 
@@ -111,8 +111,8 @@ class LatentDiffusion(L.LightningModule):
         eps = randn(x0.shape, self.draws(batch, "val noise"), device=x0.device, dtype=x0.dtype)
         eps = self.task.mix(eps)
         within = rand(len(x0), self.draws(batch, "val time"), device=x0.device)
-        for band in range(BANDS):
-            t = (band + within) / BANDS
+        for band in range(NUM_LOSS_BANDS):
+            t = (band + within) / NUM_LOSS_BANDS
             self._validate(self.ema.module, "", band, x0, cond, t, eps)
             if "loss_raw" in self.val_losses:
                 self._validate(self.denoiser, "_raw", band, x0, cond, t, eps)
@@ -131,7 +131,7 @@ class LatentDiffusion(L.LightningModule):
     def draws(self, batch: dict, stream: str, *, device=None) -> list[torch.Generator]:
         """One generator an image, for one use."""
         device = self.device if device is None else device
-        return generators(self.seed, batch["position"], stream=stream, device=device)
+        return make_generators(self.seed, batch["position"], stream=stream, device=device)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
         # Here and not in a hook after the batch: checkpoints are saved before those.

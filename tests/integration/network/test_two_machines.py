@@ -11,8 +11,8 @@ from machines import Pair
 from shell import BRIEF, FROZEN, TRAIN, tensors, train, wait_for
 from test_kills import measured, same
 
-from ldm.experiments import run_dir
-from ldm.utils import checkpoint_file
+from ldm.experiments.run_dir import read_result
+from ldm.utils.checkpoint_file import find_newest_checkpoint, parse_checkpoint_step
 
 pytestmark = pytest.mark.slow
 
@@ -74,7 +74,7 @@ class Job:
     def saved(self) -> int:
         """The step of the newest checkpoint."""
         found = (self.run_dir / "checkpoints").glob("step=*.ckpt.json")
-        return max(map(checkpoint_file.step, found), default=0)
+        return max(map(parse_checkpoint_step, found), default=0)
 
     def ended(self) -> bool:
         """Whether an agent has gone."""
@@ -103,7 +103,7 @@ class Job:
         told = self.told()
         assert told.count(f"{self.run_dir.name} begins: ") == 1
         assert told.count(f"{self.run_dir.name} resumes: ") >= lives - 1, told
-        assert run_dir.read_result(self.run_dir)["status"] == "finished"
+        assert read_result(self.run_dir)["status"] == "finished"
         assert not list(self.run_dir.glob("**/*.tmp"))
         whole = self.home / "runs" / "whole"
         assert measured(self.run_dir) == measured(whole)
@@ -123,7 +123,7 @@ def test_a_machine_that_vanishes(pair, home):
     seconds = job.seconds_until_gone("node-a", left)
     print(f"node-a ended {seconds:.1f} s after node-b had vanished")
     assert seconds < TIMEOUT + 10
-    failed = run_dir.read_result(job.run_dir)
+    failed = read_result(job.run_dir)
     assert failed["status"] == "failed"
     assert f"Timed out waiting {TIMEOUT}000ms" in failed["error"]
     pair.mend()
@@ -179,9 +179,9 @@ def test_a_network_that_is_cut(pair, home):
         seconds = time.monotonic() - cut_at
         print(f"{machine} ended {seconds:.1f} s after the cut")
         assert seconds < TIMEOUT + 10
-    newest = checkpoint_file.newest(job.run_dir / "checkpoints")
-    assert checkpoint_file.step(newest) >= 40
-    assert run_dir.read_result(job.run_dir)["status"] == "failed"
+    newest = find_newest_checkpoint(job.run_dir / "checkpoints")
+    assert parse_checkpoint_step(newest) >= 40
+    assert read_result(job.run_dir)["status"] == "failed"
     time.sleep(5)
     assert not job.ended(), "the agents wait for one another"
     pair.mend()

@@ -10,14 +10,16 @@ from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 from torch.nn.parallel import DistributedDataParallel
 
-from ldm.config import components
-from ldm.config.command_line import CONF
-from ldm.config.guidance import guidance
-from ldm.config.registry import MODEL, admit
-from ldm.diffusion.rng import generators
+from ldm.config.components import Components, build_denoiser, build_objective
+from ldm.config.guidance import build_guidance
+from ldm.config.registry import DIFFUSION_GROUPS, validate_file_config
+from ldm.config.suggestions import CONF_DIR
+from ldm.diffusion.rng import make_generators
 
-LEAVES = sorted(path for path in Path(CONF).glob("*/*.yaml") if path.parent.name != "experiment")
-EXPERIMENTS = sorted(Path(CONF, "experiment").glob("*.yaml"))
+LEAVES = sorted(
+    path for path in Path(CONF_DIR).glob("*/*.yaml") if path.parent.name != "experiment"
+)
+EXPERIMENTS = sorted(Path(CONF_DIR, "experiment").glob("*.yaml"))
 GROUPS = sorted({path.parent.name for path in LEAVES})
 # What build.py hands over beside the YAML.
 OURS = {"trainer": {"max_hours"}}  # what build.py takes for itself
@@ -35,7 +37,7 @@ HANDED = {
 
 @pytest.fixture(autouse=True)
 def hydra_home():
-    with initialize_config_dir(CONF, version_base="1.3"):
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
         yield
 
 
@@ -75,7 +77,7 @@ def test_leaf_binds(path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(Path(CONF, "experiment").glob("*.yaml")), ids=lambda p: p.stem
+    "path", sorted(Path(CONF_DIR, "experiment").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_experiment_composes_and_names_only_known_keys(path):
     cfg, plain = compose("train", overrides=[f"experiment={path.stem}"]), train()
@@ -83,7 +85,7 @@ def test_experiment_composes_and_names_only_known_keys(path):
     for key in cfg:
         assert key in plain
     assert set(cfg.trainer) == set(plain.trainer)
-    sources = [OmegaConf.load(file) for file in Path(CONF, "data").glob("*.yaml")]
+    sources = [OmegaConf.load(file) for file in Path(CONF_DIR, "data").glob("*.yaml")]
     assert any(set(cfg.data) == set(source) - {"defaults"} for source in sources)
 
 
@@ -97,8 +99,8 @@ ZERO = [f"{name} scheduler.zero_terminal_snr=true" for name in ("linear", "cosin
 def loss(cfg):
     """Of sixteen images somewhere in a run."""
     x = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    draws = generators(cfg.seed, range(50, 66), stream="noise")
-    return components.objective(cfg).loss(lambda x, t, c: x, x, None, generator=draws)
+    draws = make_generators(cfg.seed, range(50, 66), stream="noise")
+    return build_objective(cfg).loss(lambda x, t, c: x, x, None, generator=draws)
 
 
 @pytest.mark.parametrize("scheduler", [*options("scheduler"), *ZERO])
@@ -107,7 +109,7 @@ def test_schedules_and_objectives_combine(scheduler, objective):
     cfg = train(*f"scheduler={scheduler}".split(), f"objective={objective}")
     if objective == "eps" and scheduler in ("flow", "laplace", *ZERO):
         with pytest.raises(Exception, match="take objective=v"):
-            components.objective(cfg)
+            build_objective(cfg)
         return
     found = loss(cfg)
     assert found.shape == (16,)
@@ -136,10 +138,10 @@ def test_training_options_combine(choice, objective):
 def test_time_power_is_that_of_every_spread():
     for sampler in ("power", "stratified", "sobol"):
         cfg = train(f"time_sampler={sampler}", "time_power=2", "data.batch_size=12")
-        built = components.objective(cfg).time_sampler
+        built = build_objective(cfg).time_sampler
         assert (built.power, built.uniforms.spread) == (2, sampler.replace("power", "independent"))
         assert built.uniforms.batch == 12
-    built = components.objective(train("time_sampler=logit_normal", "time_sampler.spread=sobol"))
+    built = build_objective(train("time_sampler=logit_normal", "time_sampler.spread=sobol"))
     assert built.time_sampler.uniforms.spread == "sobol"
 
 
@@ -154,7 +156,7 @@ def test_a_configuration_of_before_these_were_groups_means_what_it_did():
     name = "ldm.diffusion.objective"
     old.objective.weighting = {"_target_": f"{name}.UniformWeighting"}
     old.objective.time_sampler = {"_target_": f"{name}.PowerTimes", "power": 2}
-    read = admit(OmegaConf.to_yaml(old), Path("old.ckpt"), needed=MODEL)
+    read = validate_file_config(OmegaConf.to_yaml(old), Path("old.ckpt"), needed=DIFFUSION_GROUPS)
     assert read.objective.weighting._target_ == "ldm.diffusion.weightings.UniformWeighting"
     read.seed = cfg.seed
     assert torch.equal(loss(read), loss(cfg))
@@ -172,7 +174,7 @@ def test_any_model_fits_any_autoencoder(model, autoencoder):
         cfg.autoencoder.path = None
     with torch.device("meta"):
         encoder, task = instantiate(cfg.autoencoder), instantiate(cfg.task)
-        net = components.denoiser(cfg, encoder, Text(), task)
+        net = build_denoiser(cfg, encoder, Text(), task)
     assert net.conv_in.in_channels == encoder.channels
     assert net.conv_out.out_channels == encoder.channels
 
@@ -183,7 +185,7 @@ def test_base_is_stable_diffusions_shape():
     text.width = 768
     with torch.device("meta"):
         encoder = instantiate(cfg.autoencoder)
-        net = components.denoiser(cfg, encoder, text, instantiate(cfg.task))
+        net = build_denoiser(cfg, encoder, text, instantiate(cfg.task))
     assert sum(p.numel() for p in net.parameters()) == 859_520_964
     assert sum(p.numel() for p in encoder.parameters()) == 83_653_863
 
@@ -208,14 +210,14 @@ def test_all_samplers_take_the_same_bounds_and_grids(option):
 @pytest.mark.parametrize("option", ["cfg", "interval", "apg", "compose", "style"])
 def test_rescaling_knows_what_the_network_predicts(option):
     """x0_hat where eps is 0 is x_t / alpha."""
-    objective = components.objective(train("objective=eps", "scheduler=linear"))
-    beside = components.Beside(None, None, objective, None, torch.device("cpu"))
+    objective = build_objective(train("objective=eps", "scheduler=linear"))
+    beside = Components(None, None, objective, None, torch.device("cpu"))
     x_t, t = torch.randn(2, 4, 8, 8), torch.tensor(0.6)
     cfg = compose("sample", [f"guidance={option}", "guidance.rescale=0.7"])
-    found = guidance(cfg.guidance, beside).at_zero(x_t, t)
+    found = build_guidance(cfg.guidance, beside).at_zero(x_t, t)
     torch.testing.assert_close(found, x_t / objective.schedule(t)[0])
     plain = compose("sample", [f"guidance={option}"])
-    assert guidance(plain.guidance, beside).at_zero is None
+    assert build_guidance(plain.guidance, beside).at_zero is None
 
 
 def test_data_chooses_what_is_measured_unless_the_user_does():

@@ -8,10 +8,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from shell import ROOT, TRAIN, run
 
-from ldm.config import command_line, ranges
+from ldm.config import command_line
+from ldm.config.command_line import check_config
+from ldm.config.ranges import SETTING_RANGES, find_setting_rule, format_invalid_value
 from ldm.utils.errors import UsageError
 
-COMMANDS = sorted(path.stem for path in Path(command_line.CONF).glob("*.yaml"))
+COMMANDS = sorted(path.stem for path in Path(command_line.CONF_DIR).glob("*.yaml"))
 ODD = [float("nan"), float("inf"), -1, 0, 1.5, None, 1e30, "many", True]
 # What is taken though it looks odd, and what it means.
 NULL_MEANS = {
@@ -58,8 +60,8 @@ def is_number(value):
 def known():
     """Command, key and default of every setting of every file below conf/."""
     found = []
-    for path in sorted(Path(command_line.CONF).glob("**/*.yaml")):
-        place = path.relative_to(command_line.CONF).parent.as_posix().replace("/", ".")
+    for path in sorted(Path(command_line.CONF_DIR).glob("**/*.yaml")):
+        place = path.relative_to(command_line.CONF_DIR).parent.as_posix().replace("/", ".")
         node = OmegaConf.to_container(OmegaConf.load(path))
         command = path.stem if place == "." else "train"
         node.pop("hydra", None)
@@ -71,27 +73,31 @@ def known():
 def test_every_number_of_every_file_has_a_range_in_which_it_lies():
     for command, key, value in known():
         if is_number(value):
-            assert ranges.rule(key, command) is not None, f"{key} is not in ldm/config/ranges.py"
-        if ranges.rule(key, command) is not None and "${" not in str(value):
-            assert not ranges.flaw(key, value, command, default=value)
+            assert find_setting_rule(key, command) is not None, (
+                f"{key} is not in ldm/config/ranges.py"
+            )
+        if find_setting_rule(key, command) is not None and "${" not in str(value):
+            assert not format_invalid_value(key, value, command, default=value)
 
 
 def test_odd_values_are_one_line_or_have_a_meaning():
     taken = {}
-    for name in ranges.RANGES:
+    for name in SETTING_RANGES:
         command, _, key = name.rpartition(" ")
         command = command or "train"
         for value in ODD:
-            said = ranges.flaw(key, value, command, default=0)
+            said = format_invalid_value(key, value, command, default=0)
             assert "\n" not in said
             assert not said or said.startswith(f"{key}=")
             if not said:
                 taken.setdefault(repr(value), set()).add(name)
-        rules = ranges.rule(key, command)
+        rules = find_setting_rule(key, command)
         for value in ([float("nan")], [], [1, "a"], {"a": 1}):
             may_be_empty = value == [] and name == "phema.lengths"
-            assert ranges.flaw(key, value, command, default=0) or may_be_empty
-        assert any(str(rule) in ranges.flaw(key, "many", command, default=0) for rule in rules)
+            assert format_invalid_value(key, value, command, default=0) or may_be_empty
+        assert any(
+            str(rule) in format_invalid_value(key, "many", command, default=0) for rule in rules
+        )
     assert {"nan", "inf", "'many'", "True"} & taken.keys() == set()
     assert taken["None"] == NULL_MEANS.keys()
     assert taken["1e+30"] == HUGE_MEANS.keys()
@@ -102,27 +108,27 @@ def test_odd_values_are_one_line_or_have_a_meaning():
 def test_each_number_of_a_command_is_checked(command):
     """All of its numbers, also those that are null, once each through what the command calls."""
     given = ["source=x", "images=x", "out=x"] if command == "prepare" else []
-    with initialize_config_dir(command_line.CONF, version_base="1.3"):
+    with initialize_config_dir(command_line.CONF_DIR, version_base="1.3"):
         cfg = compose(command, given)
-        command_line.check(cfg, command, given)
+        check_config(cfg, command, given)
         plain, found = OmegaConf.to_container(cfg), 0
         for key, value in leaves(plain):
-            if ranges.rule(key, command) is None:
+            if find_setting_rule(key, command) is None:
                 assert not is_number(value), key
                 continue
             found += 1
             OmegaConf.update(cfg, key, float("nan"))
             with pytest.raises(UsageError, match=f"^{key}=nan must be"):
-                command_line.check(cfg, command, given)
+                check_config(cfg, command, given)
             OmegaConf.update(cfg, key, value)
     assert found or command in ("compare",)
 
 
 def refusal(command, *words):
-    with initialize_config_dir(command_line.CONF, version_base="1.3"):
+    with initialize_config_dir(command_line.CONF_DIR, version_base="1.3"):
         cfg = compose(command, list(words))
         with pytest.raises(UsageError) as error:
-            command_line.check(cfg, command, words)
+            check_config(cfg, command, words)
     return str(error.value)
 
 
@@ -150,12 +156,12 @@ def test_what_cannot_be_meant_is_named(words):
 
 
 def test_classes_from_elsewhere_have_no_ranges():
-    with initialize_config_dir(command_line.CONF, version_base="1.3"):
+    with initialize_config_dir(command_line.CONF_DIR, version_base="1.3"):
         words = ["sampler._target_=own.Sampler", "sampler.eta=7", "+sampler.more=null"]
-        command_line.check(compose("sample", words), "sample", words)
+        check_config(compose("sample", words), "sample", words)
         words.append("sampler.eta=nan")
         with pytest.raises(UsageError, match=r"^sampler.eta=nan must be a finite number"):
-            command_line.check(compose("sample", words), "sample", words)
+            check_config(compose("sample", words), "sample", words)
 
 
 @pytest.mark.parametrize(

@@ -15,23 +15,32 @@ from omegaconf import OmegaConf
 from tiny_t5 import save_tiny_t5
 from world import small_autoencoder, write_shapes
 
-from ldm.cli import attempt, explain
-from ldm.config import (
-    classifier,
-    command_line,
-    components,
-    evaluation,
-    packaging,
-    pipeline,
-    registry,
-    training_images,
+from ldm.cli.attempt import check_config_unchanged
+from ldm.cli.explain import is_text_to_image_run
+from ldm.config import command_line
+from ldm.config.classifier import load_noisy_classifier
+from ldm.config.components import (
+    Components,
+    build_objective,
+    load_diffusion_checkpoint,
+    warm_start_from_run,
 )
-from ldm.config.guidance import guide
+from ldm.config.evaluation import build_evaluation_source
+from ldm.config.guidance import load_guide_denoiser
+from ldm.config.packaging import package_autoencoder
+from ldm.config.pipeline import LoadedPipeline, load_cascade, load_pipeline
+from ldm.config.registry import (
+    COMPONENT_GROUPS,
+    DIFFUSION_GROUPS,
+    FORMER_NAMES,
+    list_component_targets,
+    validate_component,
+)
+from ldm.config.training_images import SCENES_TARGET, open_run_images
 from ldm.diffusion.schedules import cosine
 from ldm.diffusion.tasks.base import TextToImage
-from ldm.models.text.labels import NoText
-from ldm.utils import checkpoint_file
-from ldm.utils.checkpoint_file import CheckpointError
+from ldm.models.text.labels import NullTextEncoder
+from ldm.utils.checkpoint_file import CheckpointError, write_checkpoint
 from ldm.utils.errors import UsageError
 
 CLIP_SAVE = {
@@ -41,7 +50,7 @@ CLIP_SAVE = {
 }
 MKDIR = {"_target_": "os.mkdir", "path": "made"}
 UNIFORM = "ldm.diffusion.weightings.UniformWeighting"
-MIN_SNR = {"_target_": "ldm.diffusion.weightings.MinSnr", "gamma": 5.0}
+MIN_SNR = {"_target_": "ldm.diffusion.weightings.MinSNRWeighting", "gamma": 5.0}
 ROOT = "precious/thesis.txt"
 
 # What is changed in the configuration of an honest run: key, value, words of the refusal.
@@ -49,8 +58,8 @@ HOSTILE = {
     "a method": ("weighting", CLIP_SAVE, "asks to call 'ldm.models.clip.Clip.save'"),
     "a function that writes": (
         "loss",
-        {"_target_": "ldm.utils.checkpoint_file.export", "payload": {}, "path": "made"},
-        "asks to call 'ldm.utils.checkpoint_file.export'",
+        {"_target_": "ldm.utils.checkpoint_file.export_weights", "payload": {}, "path": "made"},
+        "asks to call 'ldm.utils.checkpoint_file.export_weights'",
     ),
     "a component of another group": (
         "scheduler",
@@ -102,7 +111,7 @@ HOSTILE = {
 @pytest.fixture
 def honest() -> dict:
     """The configuration of a run, as its checkpoint has it."""
-    with initialize_config_dir(command_line.CONF, version_base="1.3"):
+    with initialize_config_dir(command_line.CONF_DIR, version_base="1.3"):
         cfg = compose("train", overrides=["name=x"])
     return OmegaConf.to_container(cfg, resolve=True)
 
@@ -132,9 +141,7 @@ def written(config: object, place: Path, *, stage: str = "diffusion") -> Path:
     path = place / "run" / "checkpoints" / "step=00000001.ckpt"
     frozen = {"autoencoder": "0", "text_encoder": "0"}
     payload = {"state_dict": {"w": torch.zeros(1)}, "global_step": 1}
-    checkpoint_file.write(
-        {**payload, "ldm": {"stage": stage, "config": text, "frozen": frozen}}, path
-    )
+    write_checkpoint({**payload, "ldm": {"stage": stage, "config": text, "frozen": frozen}}, path)
     return path
 
 
@@ -182,8 +189,8 @@ def test_an_audit_hears_of_files(tmp_path):
 
 
 def test_an_honest_configuration_is_admitted_as_it_is(honest, place):
-    read = components.opened(str(written(honest, place))).config
-    for group in registry.MODEL:
+    read = load_diffusion_checkpoint(str(written(honest, place))).config
+    for group in DIFFUSION_GROUPS:
         assert OmegaConf.to_container(read[group]) == honest[group]
     assert read.data == honest["data"]
     assert "optimizer" not in read, "what no model is built of is left out"
@@ -195,7 +202,7 @@ def test_a_hostile_configuration_builds_nothing(case, honest, place):
     path = written(changed(honest, key, value), place)
     before = everything(place)
     with audited() as heard, pytest.raises(CheckpointError) as refused:
-        components.opened(str(path))
+        load_diffusion_checkpoint(str(path))
     assert heard == []
     assert everything(place) == before
     assert words in str(refused.value)
@@ -221,22 +228,22 @@ def test_a_text_that_is_no_configuration_is_refused(case, place):
     text, words = TEXTS[case]
     path = written(text, place)
     with pytest.raises(CheckpointError, match=words) as refused:
-        components.opened(str(path))
+        load_diffusion_checkpoint(str(path))
     assert "\n" not in str(refused.value)
     assert not Path("made").exists()
 
 
-def beside() -> components.Beside:
-    objective = components.objective(OmegaConf.create(OBJECTIVE))
-    return components.Beside(
-        small_autoencoder(), NoText(), objective, TextToImage(), torch.device("cpu")
+def beside() -> Components:
+    objective = build_objective(OmegaConf.create(OBJECTIVE))
+    return Components(
+        small_autoencoder(), NullTextEncoder(), objective, TextToImage(), torch.device("cpu")
     )
 
 
 OBJECTIVE = {
     "scheduler": {"_target_": "ldm.diffusion.schedules.cosine"},
     "weighting": {"_target_": UNIFORM},
-    "time_sampler": {"_target_": "ldm.diffusion.timesteps.PowerTimes"},
+    "time_sampler": {"_target_": "ldm.diffusion.timesteps.PowerTimestepSampler"},
     "objective": {
         "_target_": "ldm.diffusion.objective.Objective",
         "prediction": {"_target_": "ldm.diffusion.objective.Prediction", "kind": "v"},
@@ -248,21 +255,21 @@ OBJECTIVE = {
 def evaluated(ckpt: str) -> object:
     cfg = OmegaConf.create({"features": {}, "device": "cpu"})
     asked = {"ckpt": ckpt, "autoencoder": None, "text_encoder": None}
-    return evaluation.source(cfg, asked, kind="run")
+    return build_evaluation_source(cfg, asked, kind="run")
 
 
 DOORS = {
-    "sample, explain, augment": lambda run: pipeline.restore(
+    "sample, explain, augment": lambda run: load_pipeline(
         OmegaConf.create({"device": "cpu"}), run, {}
     ),
-    "cascade": lambda run: pipeline.cascade(
+    "cascade": lambda run: load_cascade(
         OmegaConf.create({"device": "cpu", "enlarging": 1.0, "guidance": {}}), [run, run], {}
     ),
     "evaluate, phema": evaluated,
-    "guide": lambda run: guide(run, beside()),
-    "init": lambda run: components.begin_from(run, None, {}, cosine()),
-    "classifier": lambda run: classifier.restore(run, beside=beside()),
-    "package": lambda run: packaging.autoencoder(Path(run), Path("made"), scenes=1),
+    "guide": lambda run: load_guide_denoiser(run, beside()),
+    "init": lambda run: warm_start_from_run(run, None, {}, cosine()),
+    "classifier": lambda run: load_noisy_classifier(run, beside=beside()),
+    "package": lambda run: package_autoencoder(Path(run), Path("made"), scenes=1),
 }
 
 
@@ -285,20 +292,20 @@ def test_a_run_directory_is_looked_at_without_looking_anything_up(honest, place,
     honest["autoencoder"]["path"] = "${oc.env:SECRET}"
     run = written(honest, place).parent.parent
     (run / "config.yaml").write_text(yaml.safe_dump(honest))
-    with initialize_config_dir(command_line.CONF, version_base="1.3"):
+    with initialize_config_dir(command_line.CONF_DIR, version_base="1.3"):
         cfg = compose("train", overrides=["name=x"])
         with pytest.raises(UsageError, match=r"autoencoder\.path was") as refused:
-            attempt.check_unchanged(cfg, run)
+            check_config_unchanged(cfg, run)
         assert "a secret" not in str(refused.value)
         (run / "config.yaml").write_text("a: &a [x]\nb: [*a]")
         with pytest.raises(UsageError, match="YAML alias"):
-            attempt.check_unchanged(cfg, run)
-    assert explain.paints_text(run / "config.yaml") is False
+            check_config_unchanged(cfg, run)
+    assert is_text_to_image_run(run / "config.yaml") is False
 
 
 SHARDS = {"_target_": "ldm.data.datamodule.TextImageData", "size": 16, "batch_size": 4}
 DRAWN = {
-    "_target_": training_images.SCENES,
+    "_target_": SCENES_TARGET,
     "folder": "chosen",
     "count": 8,
     "val_count": 4,
@@ -317,10 +324,10 @@ ELSEWHERE = {
 }
 
 
-def of(data: dict, place: Path) -> pipeline.Restored:
+def of(data: dict, place: Path) -> LoadedPipeline:
     """What of a run says what it was trained on."""
     node = OmegaConf.create(data)
-    return pipeline.Restored(None, 16, place / "x.ckpt", 1, None, node, "float32", {}, {})
+    return LoadedPipeline(None, 16, place / "x.ckpt", 1, None, node, "float32", {}, {})
 
 
 @pytest.mark.parametrize("case", ELSEWHERE)
@@ -329,7 +336,7 @@ def test_a_checkpoint_brings_no_pictures(case, place):
     write_shapes(place / "shards", range(4))
     before = everything(place)
     with audited() as heard, pytest.raises(ValueError, match=r"[gG]ive data=DIR"):
-        training_images.own_pictures(of(ELSEWHERE[case], place), 16)
+        open_run_images(of(ELSEWHERE[case], place), 16)
     assert heard == []
     assert everything(place) == before
 
@@ -338,27 +345,27 @@ def test_pictures_that_are_here_are_read_and_nothing_is_left_beside_them(place):
     write_shapes(place / "shards", range(4))
     before = everything(place)
     data = SHARDS | {"train": "shards", "val": ["shards/*.tar"], "min_size": 8} | CACHED
-    val, train = training_images.own_pictures(of(data, place), 16)
+    val, train = open_run_images(of(data, place), 16)
     assert (len(val), len(train)) == (4, 4)
     assert everything(place) == before
     write_shapes(Path("chosen/16px/train-8"), range(3))
     write_shapes(Path("chosen/16px/val-4"), range(2))
-    val, train = training_images.own_pictures(of(ELSEWHERE["a world to be drawn"], place), 16)
+    val, train = open_run_images(of(ELSEWHERE["a world to be drawn"], place), 16)
     assert (len(val), len(train)) == (2, 3)
 
 
 def test_former_names_lead_to_components():
-    for old, new in registry.FORMER_NAMES.items():
-        assert any(new in targets for targets in registry.components().values()), new
+    for old, new in FORMER_NAMES.items():
+        assert any(new in targets for targets in list_component_targets().values()), new
         with pytest.raises(Exception, match=old.rpartition(".")[2]):
             get_object(old)
 
 
 def options(group: str) -> list[str]:
-    return [path.stem for path in sorted(Path(command_line.CONF, group).glob("*.yaml"))]
+    return [path.stem for path in sorted(Path(command_line.CONF_DIR, group).glob("*.yaml"))]
 
 
-LEAVES = [(group, option) for group in registry.GROUPS for option in options(group)]
+LEAVES = [(group, option) for group in COMPONENT_GROUPS for option in options(group)]
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +375,7 @@ def t5(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("group", "option"), LEAVES, ids=lambda part: part)
 def test_what_may_be_built_writes_nothing(group, option, place, t5):
-    with initialize_config_dir(command_line.CONF, version_base="1.3"):
+    with initialize_config_dir(command_line.CONF_DIR, version_base="1.3"):
         cfg = compose("train", overrides=["name=x", f"{group}={option}"])
     cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     if "path" in cfg[group] and not str(cfg[group].path).startswith("packaged:"):
@@ -376,7 +383,7 @@ def test_what_may_be_built_writes_nothing(group, option, place, t5):
         cfg[group].path = str(t5) if option == "t5" else near
     large = group == "model" or option == "sd"
     node = OmegaConf.to_container(cfg[group])
-    admitted = registry.admit_component(node, group) if node else None
+    admitted = validate_component(node, group) if node else None
     before = everything(place)
     with audited() as heard, torch.device("meta" if large else "cpu"):
         handed = {}
@@ -385,7 +392,7 @@ def test_what_may_be_built_writes_nothing(group, option, place, t5):
         if group == "classifier":
             handed = {"in_channels": 4, "schedule": cosine()}
         if group in ("objective", "weighting", "loss", "time_sampler"):
-            components.objective(cfg)
+            build_objective(cfg)
         elif admitted:
             instantiate(OmegaConf.create(admitted), **handed, _convert_="all")
     assert heard == []
@@ -397,10 +404,10 @@ def test_every_component_that_a_file_may_name_is_one_of_these():
     walked = set()
     for group, option in LEAVES:
         walked |= targets(
-            yaml.safe_load(Path(command_line.CONF, group, f"{option}.yaml").read_text())
+            yaml.safe_load(Path(command_line.CONF_DIR, group, f"{option}.yaml").read_text())
         )
-    for place, allowed in registry.components().items():
-        if place.split(".")[0] in registry.GROUPS:
+    for place, allowed in list_component_targets().items():
+        if place.split(".")[0] in COMPONENT_GROUPS:
             assert allowed <= walked
     assert all(get_object(target).__module__.startswith("ldm.") for target in walked)
 

@@ -8,21 +8,24 @@ import pytest
 from hydra import compose, initialize_config_dir
 from shell import ROOT, run
 
-from ldm.config import command_line, sample_options, suggestions
+from ldm.config import command_line
+from ldm.config.command_line import check_config, read_prompts
+from ldm.config.sample_options import SAMPLE_TEXT_OPTIONS, check_sample_options, list_cascade_runs
+from ldm.config.suggestions import format_unknown_setting
 from ldm.utils.errors import UsageError
 
 
 def check(*words):
     """`asked.checked` of a command line whose numbers are right."""
     typed = dict(
-        word.split("=", 1) for word in words if word.partition("=")[0] in sample_options.TEXTS
+        word.split("=", 1) for word in words if word.partition("=")[0] in SAMPLE_TEXT_OPTIONS
     )
-    others = [word for word in words if word.partition("=")[0] not in sample_options.TEXTS]
-    with initialize_config_dir(command_line.CONF, version_base="1.3"):
+    others = [word for word in words if word.partition("=")[0] not in SAMPLE_TEXT_OPTIONS]
+    with initialize_config_dir(command_line.CONF_DIR, version_base="1.3"):
         cfg = compose("sample", overrides=others)
-        command_line.check(cfg, "sample", others)
-    return sample_options.checked(
-        cfg, {**{name: cfg[name] for name in sample_options.TEXTS}, **typed}, typed
+        check_config(cfg, "sample", others)
+    return check_sample_options(
+        cfg, {**{name: cfg[name] for name in SAMPLE_TEXT_OPTIONS}, **typed}, typed
     )
 
 
@@ -101,13 +104,13 @@ def test_what_can_be_meant_passes(home, capsys):
 
 
 def test_a_cascade_of_one_needs_no_brackets(home):
-    with initialize_config_dir(command_line.CONF, version_base="1.3"):
+    with initialize_config_dir(command_line.CONF_DIR, version_base="1.3"):
         for word, wanted in (
             ("cascade='~/base'", [f"{home}/base"]),
             ("cascade=[runs/a,'~/b']", ["runs/a", f"{home}/b"]),
             ("cascade=[]", []),
         ):
-            assert sample_options.runs_of(compose("sample", overrides=[word])) == wanted
+            assert list_cascade_runs(compose("sample", overrides=[word])) == wanted
 
 
 @pytest.mark.parametrize(
@@ -121,13 +124,13 @@ def test_a_cascade_of_one_needs_no_brackets(home):
 )
 def test_a_setting_of_another_option_comes_with_that_option(key, hint, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sample.py"])
-    assert hint in suggestions.missing(key, "sample")
+    assert hint in format_unknown_setting(key, "sample")
 
 
 def test_ctrl_c_is_one_line(tmp_path):
     code = "import sys; from ldm.config import command_line as cli\n"
     code += "def main(): raise KeyboardInterrupt\n"
-    code += "sys.argv = ['a/sample.py']; cli.run(main, 'sample', goes_on={})"
+    code += "sys.argv = ['a/sample.py']; cli.run_command(main, 'sample', goes_on={})"
     for goes_on, more in ((False, ""), (True, "; the same command goes on from here")):
         said = run("-c", code.format(goes_on), cwd=tmp_path, expect=130)
         assert said == f"\nsample.py: interrupted{more}\n"
@@ -136,7 +139,7 @@ def test_ctrl_c_is_one_line(tmp_path):
 def test_prompts_that_are_no_text_are_named(home):
     Path("p.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match=r"prompts=p\.txt is neither UTF-8 nor UTF-16"):
-        command_line.read_prompts({"prompt": "", "prompts": "p.txt"})
+        read_prompts({"prompt": "", "prompts": "p.txt"})
 
 
 def test_help_says_what_settings_mean(tmp_path):

@@ -12,12 +12,12 @@ from material import encoded, picture, samples, tar_bytes
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ldm.data.bad_samples import ALWAYS_ALLOWED, Skip, Skips, TooManySkippedError
+from ldm.data.bad_samples import MIN_ALLOWED_SKIPS, BadSample, BadSampleCounter, TooManySkippedError
 from ldm.data.datamodule import TextImageData
-from ldm.data.dataset import TextImages, collate
+from ldm.data.dataset import TextImageDataset, collate
 from ldm.data.image_decoding import ImageError
-from ldm.data.position_sampler import Order, PositionBatches
-from ldm.data.shards.reader import Shards
+from ldm.data.position_sampler import PositionBatchSampler, ShuffledOrder
+from ldm.data.shards.reader import ShardReader
 
 CUT = encoded(Image.linear_gradient("L"), "JPEG")[:-100]
 BAD = {3: b"no image", 4: CUT, 9: b""}  # by index; 3 and 4 side by side, 9 the last
@@ -44,8 +44,8 @@ def damaged(tmp_path):
     return folder_of(tmp_path, images(BAD))
 
 
-def open_set(folder, on_error: str = "skip") -> TextImages:
-    return TextImages(Shards(folder), size=8, seed=0, train=True, on_error=on_error)
+def open_set(folder, on_error: str = "skip") -> TextImageDataset:
+    return TextImageDataset(ShardReader(folder), size=8, seed=0, train=True, on_error=on_error)
 
 
 def test_the_next_one_that_can_be_decoded_stands_in(damaged):
@@ -71,9 +71,11 @@ def test_the_next_one_that_can_be_decoded_stands_in(damaged):
 def stream(folder, *, start: int, batch: int, world: int, workers: int, steps: int) -> list[tuple]:
     """(position, key, pixels) that all ranks together see."""
     data, ranks = open_set(folder), []
-    order = Order(data.shards.index.shard_sizes(), seed=2)
+    order = ShuffledOrder(data.shards.index.shard_sizes(), seed=2)
     for rank in range(world):
-        batches = PositionBatches(order, batch=batch, rank=rank, world=world, start=lambda: start)
+        batches = PositionBatchSampler(
+            order, batch=batch, rank=rank, world=world, start=lambda: start
+        )
         loader = DataLoader(data, batch_sampler=batches, num_workers=workers, collate_fn=collate)
         ranks.append(list(islice(iter(loader), steps)))
     return [
@@ -157,7 +159,7 @@ def test_too_many_stop_the_run_with_the_counts(damaged):
         fit(damaged, on_error="skip", workers=2)
     told = str(error.value)
     count, seen = map(int, re.search(r"training: (\d+) of (\d+) samples", told).groups())
-    assert ALWAYS_ALLOWED < count <= ALWAYS_ALLOWED + 3
+    assert MIN_ALLOWED_SKIPS < count <= MIN_ALLOWED_SKIPS + 3
     assert 35 <= seen <= 40
     assert "damaged JPEG: " in told
     assert "data.max_skipped=0.01" in told
@@ -173,12 +175,12 @@ def test_nothing_but_damage_is_told_at_once(tmp_path, workers):
 
 
 def test_one_in_a_hundred_is_borne_two_are_not():
-    bad = Skip("damaged JPEG", "shard: sample 'x'")
-    skips = Skips("training", limit=0.01)
-    skips.add(64, [bad] * ALWAYS_ALLOWED)
+    bad = BadSample("damaged JPEG", "shard: sample 'x'")
+    skips = BadSampleCounter("training", limit=0.01)
+    skips.add(64, [bad] * MIN_ALLOWED_SKIPS)
     with pytest.raises(TooManySkippedError, match="damaged JPEG: 11"):
         skips.add(64, [bad])
-    skips = Skips("training", limit=0.01)
+    skips = BadSampleCounter("training", limit=0.01)
     for _ in range(1000):
         skips.add(100, [bad])
     assert skips.total == 1000
@@ -186,7 +188,7 @@ def test_one_in_a_hundred_is_borne_two_are_not():
         skips.add(100, [bad, bad])
     for wrong in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="max_skipped is a share"):
-            Skips("training", limit=wrong)
+            BadSampleCounter("training", limit=wrong)
 
 
 def test_small_pictures_and_missing_captions_are_left_out_of_the_index(tmp_path, caplog):
@@ -209,7 +211,7 @@ def test_small_pictures_and_missing_captions_are_left_out_of_the_index(tmp_path,
     )
 
     def kept(min_size: int | None) -> list[str]:
-        index = Shards(tmp_path / "in", min_size=min_size).index
+        index = ShardReader(tmp_path / "in", min_size=min_size).index
         return [index.key(i) for i in range(len(index))]
 
     assert kept(None) == ["0", "1", "2", "3", "4", "5", "6", "0000", "0001", "0002", "8"]
@@ -221,7 +223,7 @@ def test_small_pictures_and_missing_captions_are_left_out_of_the_index(tmp_path,
     assert kept(64) == ["5"]
     assert kept(None)[2] == "2"
     assert (tmp_path / "in" / "index.npz").stat().st_mtime_ns == saved  # measured once
-    shards = Shards(tmp_path / "in", min_size=20)
+    shards = ShardReader(tmp_path / "in", min_size=20)
     assert shards.index.shard_sizes() == [4, 0, 1]
     assert [shards.read(i).captions for i in range(5)] == [["0"], ["1"], ["3"], ["5"], ["8"]]
     with pytest.raises(ValueError, match="short side under 1000 px"):

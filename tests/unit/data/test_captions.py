@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.data.captions import CaptionCount, clean, clean_all, sample_captions
+from ldm.data.captions import CaptionCount, clean_caption, clean_captions, read_sample_captions
 
 
 @pytest.mark.parametrize(
@@ -20,11 +20,11 @@ from ldm.data.captions import CaptionCount, clean, clean_all, sample_captions
     ],
 )
 def test_clean(text, cleaned):
-    assert clean(text) == cleaned
+    assert clean_caption(text) == cleaned
 
 
 def test_what_is_no_text_is_dropped():
-    assert clean_all(["a", 3, None, " ", ["b"], "c "]) == ["a", "c"]
+    assert clean_captions(["a", 3, None, " ", ["b"], "c "]) == ["a", "c"]
 
 
 @pytest.mark.parametrize(
@@ -42,21 +42,21 @@ def test_what_is_no_text_is_dropped():
     ],
 )
 def test_captions_list_then_caption_then_txt(record, captions):
-    assert sample_captions(b"txt\ncaption\n", json.dumps(record).encode()) == captions
+    assert read_sample_captions(b"txt\ncaption\n", json.dumps(record).encode()) == captions
 
 
 def test_absent_or_unreadable_members_leave_an_empty_caption():
-    assert sample_captions(None, None) == [""]
-    assert sample_captions(b" \n", b'{"caption": " "}') == [""]
-    assert sample_captions(None, b"{broken") == [""]
-    assert sample_captions(None, b"[" * 100_000) == [""]
+    assert read_sample_captions(None, None) == [""]
+    assert read_sample_captions(b" \n", b'{"caption": " "}') == [""]
+    assert read_sample_captions(None, b"{broken") == [""]
+    assert read_sample_captions(None, b"[" * 100_000) == [""]
 
 
 def test_bytes_that_are_no_utf8_are_replaced():
-    assert sample_captions(b"caf\xe9 noir", None) == ["caf\ufffd noir"]
-    assert sample_captions(b"\xef\xbb\xbfmarked", None) == ["marked"]
-    assert sample_captions(None, b'\xef\xbb\xbf{"caption": "marked"}') == ["marked"]
-    assert sample_captions("wide café".encode("utf-16"), None) == ["wide café"]
+    assert read_sample_captions(b"caf\xe9 noir", None) == ["caf\ufffd noir"]
+    assert read_sample_captions(b"\xef\xbb\xbfmarked", None) == ["marked"]
+    assert read_sample_captions(None, b'\xef\xbb\xbf{"caption": "marked"}') == ["marked"]
+    assert read_sample_captions("wide café".encode("utf-16"), None) == ["wide café"]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_bytes_that_are_no_utf8_are_replaced():
     ],
 )
 def test_a_key_of_the_json_may_hold_the_captions(record, captions):
-    assert sample_captions(b"txt", json.dumps(record).encode(), key="text") == captions
+    assert read_sample_captions(b"txt", json.dumps(record).encode(), key="text") == captions
 
 
 def test_captions_are_counted_and_the_key_that_has_them_is_named():
@@ -91,6 +91,6 @@ def test_captions_are_counted_and_the_key_that_has_them_is_named():
 
 @given(st.binary() | st.none(), st.binary() | st.none())
 def test_any_bytes_give_captions_that_can_be_encoded(txt, record):
-    captions = sample_captions(txt, record)
+    captions = read_sample_captions(txt, record)
     assert captions
     assert all(caption.encode() is not None for caption in captions)

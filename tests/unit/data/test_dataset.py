@@ -8,21 +8,21 @@ from material import encoded, picture, tar_bytes
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ldm.data.dataset import TextImages, collate
+from ldm.data.dataset import TextImageDataset, collate
 from ldm.data.image_decoding import ImageError
-from ldm.data.position_sampler import Order, PositionBatches, strided_batches
-from ldm.data.shards.reader import Shards
+from ldm.data.position_sampler import PositionBatchSampler, ShuffledOrder, split_strided_batches
+from ldm.data.shards.reader import ShardReader
 
 CAPTIONS = [f"caption {n}" for n in range(5)]
 
 
-def write(folder, images: list[bytes]) -> Shards:
+def write(folder, images: list[bytes]) -> ShardReader:
     record = json.dumps({"captions": CAPTIONS}).encode()
     members = []
     for n, image in enumerate(images):
         members += [(f"{n:03}.png", image), (f"{n:03}.json", record)]
     (folder / "0.tar").write_bytes(tar_bytes(members))
-    return Shards(folder)
+    return ShardReader(folder)
 
 
 def ramp(width: int, height: int) -> bytes:
@@ -30,12 +30,12 @@ def ramp(width: int, height: int) -> bytes:
 
 
 @pytest.fixture
-def shards(tmp_path) -> Shards:
+def shards(tmp_path) -> ShardReader:
     return write(tmp_path, [ramp(40, 20), ramp(20, 50), picture(3, (7, 5)), picture(4, (1, 300))])
 
 
 def test_items_have_the_asked_size_whatever_the_source(shards):
-    data = TextImages(shards, size=16, seed=0, train=False)
+    data = TextImageDataset(shards, size=16, seed=0, train=False)
     for i in range(4):
         item = data[i, i]
         assert (item["images"].shape, item["images"].dtype) == ((3, 16, 16), torch.uint8)
@@ -44,26 +44,26 @@ def test_items_have_the_asked_size_whatever_the_source(shards):
 
 def test_a_thin_picture_is_not_scaled_up_whole(tmp_path):
     shards = write(tmp_path, [encoded(Image.new("RGB", (1, 20_000), "red"))])
-    images = TextImages(shards, size=256, seed=0, train=True, crop="random")[0, 0]["images"]
+    images = TextImageDataset(shards, size=256, seed=0, train=True, crop="random")[0, 0]["images"]
     assert (images == torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None]).all()
 
 
 def test_the_centre_is_cut_without_training(shards):
-    plain = TextImages(shards, size=20, seed=0, train=False, crop="random", flip=1.0)
+    plain = TextImageDataset(shards, size=20, seed=0, train=False, crop="random", flip=1.0)
     centre = Image.open(io.BytesIO(shards.read(0).image)).crop((10, 0, 30, 20))
     expected = torch.tensor(list(centre.convert("L").tobytes()), dtype=torch.uint8).view(20, 20)
     for position in range(5):
         assert (plain[0, position]["images"] == expected).all()
-    training = TextImages(shards, size=8, seed=3, train=True, crop="random", flip=0.5)
+    training = TextImageDataset(shards, size=8, seed=3, train=True, crop="random", flip=0.5)
     assert torch.equal(training.plain(size=20)[0, 1]["images"], plain[0, 0]["images"])
     assert training.plain()[0, 0]["images"].shape == (3, 8, 8)
 
 
 def test_what_is_drawn_depends_on_seed_and_position_only(shards):
-    def data(seed: int) -> TextImages:
-        return TextImages(shards, size=8, seed=seed, train=True, crop="random", flip=0.5)
+    def data(seed: int) -> TextImageDataset:
+        return TextImageDataset(shards, size=8, seed=seed, train=True, crop="random", flip=0.5)
 
-    def drawn(data: TextImages, positions) -> list[tuple]:
+    def drawn(data: TextImageDataset, positions) -> list[tuple]:
         items = [data[0, p] for p in positions]
         return [(item["captions"], item["images"].tolist()) for item in items]
 
@@ -83,7 +83,7 @@ def test_runs_begun_before_keep_their_crops(tmp_path):
     shards = write(tmp_path, [encoded(source)])
     shares = {}
     for even in (True, False):
-        data = TextImages(shards, size=4, seed=0, train=True, crop="random")
+        data = TextImageDataset(shards, size=4, seed=0, train=True, crop="random")
         assert data.even_crops  # a new run's
         data.even_crops = even
         right = [bool(data[0, p]["images"].max() > 200) for p in range(600)]
@@ -93,7 +93,7 @@ def test_runs_begun_before_keep_their_crops(tmp_path):
 
 
 def test_the_caption_is_drawn_once_an_epoch(shards):
-    data = TextImages(shards, size=8, seed=0, train=True)
+    data = TextImageDataset(shards, size=8, seed=0, train=True)
     within = {data[1, p]["captions"] for p in range(4)}  # positions of epoch 0
     assert len(within) == 1
     chosen = [data[1, 4 * epoch]["captions"] for epoch in range(200)]
@@ -102,8 +102,8 @@ def test_the_caption_is_drawn_once_an_epoch(shards):
 
 
 def test_half_of_the_pictures_are_flipped(shards):
-    data = TextImages(shards, size=8, seed=0, train=True, flip=0.5)
-    plain = TextImages(shards, size=8, seed=0, train=False)[0, 0]["images"]
+    data = TextImageDataset(shards, size=8, seed=0, train=True, flip=0.5)
+    plain = TextImageDataset(shards, size=8, seed=0, train=False)[0, 0]["images"]
     flipped = [data[0, p]["images"].equal(plain.flip(-1)) for p in range(200)]
     assert not plain.equal(plain.flip(-1))
     assert 70 <= sum(flipped) <= 130
@@ -111,7 +111,7 @@ def test_half_of_the_pictures_are_flipped(shards):
 
 @pytest.mark.parametrize("image", [b"", b"no image", picture()[:40], ramp(40, 20)[:-60]])
 def test_a_damaged_picture_is_named(tmp_path, image):
-    data = TextImages(write(tmp_path, [picture(), image]), size=8, seed=0, train=True)
+    data = TextImageDataset(write(tmp_path, [picture(), image]), size=8, seed=0, train=True)
     assert data[0, 0]["key"] == "000"
     with pytest.raises(ImageError, match=r"0\.tar: sample '001'"):
         data[1, 1]
@@ -120,13 +120,13 @@ def test_a_damaged_picture_is_named(tmp_path, image):
 def test_arguments_out_of_range_are_refused(shards):
     for wrong in ({"size": 0}, {"size": 8, "crop": "centre"}, {"size": 8, "flip": 2.0}):
         with pytest.raises(ValueError, match="got"):
-            TextImages(shards, seed=0, train=True, **wrong)
+            TextImageDataset(shards, seed=0, train=True, **wrong)
 
 
-def take(shards: Shards, *, workers: int, context: str | None = None) -> list[dict]:
-    data = TextImages(shards, size=8, seed=5, train=True, crop="random", flip=0.5)
-    order = Order(shards.index.shard_sizes(), seed=5)
-    batches = PositionBatches(order, batch=3, rank=0, world=1, start=lambda: 2)
+def take(shards: ShardReader, *, workers: int, context: str | None = None) -> list[dict]:
+    data = TextImageDataset(shards, size=8, seed=5, train=True, crop="random", flip=0.5)
+    order = ShuffledOrder(shards.index.shard_sizes(), seed=5)
+    batches = PositionBatchSampler(order, batch=3, rank=0, world=1, start=lambda: 2)
     loader = DataLoader(
         data,
         batch_sampler=batches,
@@ -150,10 +150,10 @@ def test_workers_change_nothing(shards, context):
 
 
 def test_validation_batches_through_a_loader(shards):
-    data = TextImages(shards, size=8, seed=0, train=False)
+    data = TextImageDataset(shards, size=8, seed=0, train=False)
     loader = DataLoader(
         data,
-        batch_sampler=strided_batches(len(data), batch=3, rank=0, world=1),
+        batch_sampler=split_strided_batches(len(data), batch=3, rank=0, world=1),
         collate_fn=collate,
     )
     batches = list(loader)

@@ -19,11 +19,12 @@ from material import encoded, picture, samples, tar_bytes
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ldm.data.dataset import TextImages, collate
-from ldm.data.image_decoding import ImageError, read_image, short_side
-from ldm.data.position_sampler import Order, PositionBatches
-from ldm.data.shards.index import ShardError, open_index
-from ldm.data.shards.reader import Shards
+from ldm.data.dataset import TextImageDataset, collate
+from ldm.data.image_decoding import ImageError, read_image, read_short_side
+from ldm.data.position_sampler import PositionBatchSampler, ShuffledOrder
+from ldm.data.shards.index import open_index
+from ldm.data.shards.reader import ShardReader
+from ldm.data.shards.tar_headers import ShardError
 
 
 class Payload:
@@ -44,9 +45,9 @@ def write(folder, members: list[tuple[str, bytes]], name: str = "0.tar"):
 
 def epoch(folder, *, workers: int = 0, on_error: str = "stop", batch: int = 2) -> list[dict]:
     """The batches of an epoch, or a little more."""
-    data = TextImages(Shards(folder), size=8, seed=0, train=True, on_error=on_error)
-    order = Order(data.shards.index.shard_sizes(), seed=0)
-    batches = PositionBatches(order, batch=batch, rank=0, world=1, start=lambda: 0)
+    data = TextImageDataset(ShardReader(folder), size=8, seed=0, train=True, on_error=on_error)
+    order = ShuffledOrder(data.shards.index.shard_sizes(), seed=0)
+    batches = PositionBatchSampler(order, batch=batch, rank=0, world=1, start=lambda: 0)
     loader = DataLoader(data, batch_sampler=batches, num_workers=workers, collate_fn=collate)
     return list(islice(iter(loader), -(-len(data) // batch)))
 
@@ -207,7 +208,7 @@ def test_bombs_cost_nothing(name):
     assert told.startswith("refused") or (name == "iCCP" and told == "(8, 8)")
     assert seconds < 2
     assert mib < 200
-    assert cost_of(lambda: short_side(BOMBS[name]))[2] < 200
+    assert cost_of(lambda: read_short_side(BOMBS[name]))[2] < 200
 
 
 def test_archives_that_blow_up_cost_nothing(tmp_path):
@@ -228,7 +229,7 @@ def test_archives_that_blow_up_cost_nothing(tmp_path):
 def test_a_shard_replaced_while_the_run_lasts_stops_it(tmp_path, how):
     """Also by one of the same size: its members may lie elsewhere. Skipping is for pictures."""
     folder = write(tmp_path / "in", samples(40))
-    data = TextImages(Shards(folder), size=8, seed=0, train=True, on_error="skip")
+    data = TextImageDataset(ShardReader(folder), size=8, seed=0, train=True, on_error="skip")
     assert data[0, 0]["key"] == "0000"
     path = folder / "0.tar"
     old = path.read_bytes()
@@ -249,7 +250,7 @@ def test_a_shard_replaced_while_the_run_lasts_stops_it(tmp_path, how):
 
 def test_a_shard_removed_while_the_run_lasts_is_named(tmp_path):
     folder = write(tmp_path / "in", samples(4))
-    data = TextImages(Shards(folder), size=8, seed=0, train=True)
+    data = TextImageDataset(ShardReader(folder), size=8, seed=0, train=True)
     (folder / "0.tar").unlink()
     with pytest.raises(ShardError, match=r"0\.tar cannot be read: No such file"):
         data[0, 0]

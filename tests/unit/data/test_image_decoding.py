@@ -14,17 +14,17 @@ from PIL import Image, ImageCms, ImageOps
 from profiles import SRGB, SRGB_CURVE, grey_profile, ink_profile, rgb_profile
 
 from ldm.data.image_decoding import (
-    MAX_BYTES,
+    MAX_IMAGE_BYTES,
     ImageError,
-    crop,
-    is_plain,
-    read_bytes,
+    crop_and_resize,
+    crop_square,
+    needs_no_conversion,
+    pil_to_tensor,
     read_frames,
     read_image,
+    read_image_bytes,
     read_mask,
-    resize_short,
-    square,
-    to_tensor,
+    resize_short_side,
 )
 
 
@@ -128,7 +128,7 @@ def test_exif_orientation_is_applied(orientation):
     with Image.open(io.BytesIO(data)) as stored:
         expected = ImageOps.exif_transpose(stored)
     assert difference(read_image(data), expected) == 0
-    assert is_plain(data, "PNG") == (orientation == 1)
+    assert needs_no_conversion(data, "PNG") == (orientation == 1)
 
 
 def test_every_frame_is_turned_as_a_picture_is():
@@ -165,7 +165,7 @@ def test_profiles_are_converted_to_srgb(mode, color, profile, expected):
     image = read_image(data)
     assert np.abs(np.subtract(image.getpixel((4, 4)), expected)).max() <= 1
     assert image.info == {}
-    assert not is_plain(data, "PNG")
+    assert not needs_no_conversion(data, "PNG")
 
 
 def test_colors_are_converted_before_they_are_laid_on_white():
@@ -190,7 +190,7 @@ PLAIN = {
 def test_srgb_and_broken_profiles_change_no_bit(profile):
     data = encoded(gradient(), icc_profile=profile)
     assert read_image(data) == gradient()
-    assert is_plain(data, "PNG")
+    assert needs_no_conversion(data, "PNG")
 
 
 @settings(max_examples=60, deadline=None)
@@ -214,7 +214,7 @@ def test_only_the_first_frame_of_an_animation_counts():
         options = {"lossless": True} if format == "WEBP" else {}
         data = encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
         assert read_image(data).getpixel((0, 0)) == (255, 0, 0), format
-        assert not is_plain(data, format), format
+        assert not needs_no_conversion(data, format), format
 
 
 @pytest.mark.parametrize("cut", [0, 1, 10, 100, 400])
@@ -252,12 +252,12 @@ def test_compressed_text_bomb_is_refused():
 
 def test_too_many_encoded_bytes_are_refused(tmp_path):
     with pytest.raises(ImageError, match="encoded bytes"):
-        read_image(picture() + bytes(MAX_BYTES))
+        read_image(picture() + bytes(MAX_IMAGE_BYTES))
     path = tmp_path / "huge.png"
     with open(path, "wb") as file:
         file.truncate(2**40)  # a hole: nothing is on the disk
     with pytest.raises(ImageError, match="encoded bytes"):
-        read_bytes(path)
+        read_image_bytes(path)
 
 
 def test_path_and_bytes_give_the_same(tmp_path):
@@ -278,53 +278,55 @@ def test_damage_is_an_image_error_or_a_picture(data):
 
 
 def test_is_plain_wants_the_format_and_rgb():
-    assert is_plain(encoded(gradient(), "JPEG"), "JPEG")
-    assert not is_plain(encoded(gradient(), "JPEG"), "PNG")
-    assert not is_plain(encoded(gradient().convert("L"), "JPEG"), "JPEG")
-    assert not is_plain(encoded(gradient(), "PNG", transparency=(0, 0, 0)), "PNG")
+    assert needs_no_conversion(encoded(gradient(), "JPEG"), "JPEG")
+    assert not needs_no_conversion(encoded(gradient(), "JPEG"), "PNG")
+    assert not needs_no_conversion(encoded(gradient().convert("L"), "JPEG"), "JPEG")
+    assert not needs_no_conversion(encoded(gradient(), "PNG", transparency=(0, 0, 0)), "PNG")
 
 
 def test_resize_short_keeps_the_proportions():
-    assert resize_short(gradient(64, 48), 24).size == (32, 24)
-    assert resize_short(gradient(48, 64), 24).size == (24, 32)
-    assert resize_short(gradient(10, 7), 14).size == (20, 14)
-    assert resize_short(Image.new("RGB", (1000, 999)), 10).size == (10, 10)
+    assert resize_short_side(gradient(64, 48), 24).size == (32, 24)
+    assert resize_short_side(gradient(48, 64), 24).size == (24, 32)
+    assert resize_short_side(gradient(10, 7), 14).size == (20, 14)
+    assert resize_short_side(Image.new("RGB", (1000, 999)), 10).size == (10, 10)
 
 
 def test_resize_short_is_antialiased():
     checks = np.indices((64, 64)).sum(0) % 2 * 255
-    image = resize_short(Image.fromarray(checks.astype(np.uint8)).convert("RGB"), 8)
+    image = resize_short_side(Image.fromarray(checks.astype(np.uint8)).convert("RGB"), 8)
     assert abs(np.asarray(image, float) - 127.5).max() < 3
 
 
 def test_crop_runs_from_edge_to_edge():
     image = gradient(10, 4)
     for x, left in ((0, 0), (0.5, 3), (1, 6)):
-        assert crop(image, 4, x=x, y=0.5) == image.crop((left, 0, left + 4, 4))
-    assert crop(image, 2, x=0, y=1) == image.crop((0, 2, 2, 4))
+        assert crop_square(image, 4, x=x, y=0.5) == image.crop((left, 0, left + 4, 4))
+    assert crop_square(image, 2, x=0, y=1) == image.crop((0, 2, 2, 4))
     with pytest.raises(ValueError, match="10 x 4"):
-        crop(image, 5, x=0, y=0)
+        crop_square(image, 5, x=0, y=0)
 
 
 def test_even_crops_have_every_place_as_often():
     places = [gradient(6, 4).crop((left, 0, left + 4, 4)) for left in range(3)]
-    drawn = [crop(gradient(6, 4), 4, x=x, y=0.7, even=True) for x in np.arange(300) / 300]
+    drawn = [crop_square(gradient(6, 4), 4, x=x, y=0.7, even=True) for x in np.arange(300) / 300]
     assert [drawn.count(place) for place in places] == [100, 100, 100]
-    assert crop(gradient(6, 4), 4, x=1.0, y=1.0, even=True) == places[2]  # a draw may round to 1
+    assert (
+        crop_square(gradient(6, 4), 4, x=1.0, y=1.0, even=True) == places[2]
+    )  # a draw may round to 1
 
 
 def test_a_square_is_cut_then_scaled():
     image = gradient(10, 4)
     for x, left in ((0, 0), (0.5, 3), (1, 6)):
-        assert square(image, 8, x=x) == image.crop((left, 0, left + 4, 4)).resize(
+        assert crop_and_resize(image, 8, x=x) == image.crop((left, 0, left + 4, 4)).resize(
             (8, 8), Image.Resampling.BICUBIC
         )
-    assert square(image, 8) == square(image, 8, x=0.5, y=0.5)
-    assert square(gradient(1, 20000), 512).size == (512, 512), "in no time"
+    assert crop_and_resize(image, 8) == crop_and_resize(image, 8, x=0.5, y=0.5)
+    assert crop_and_resize(gradient(1, 20000), 512).size == (512, 512), "in no time"
 
 
 def test_to_tensor_has_channels_first():
-    pixels = to_tensor(gradient(5, 3))
+    pixels = pil_to_tensor(gradient(5, 3))
     assert (pixels.shape, pixels.dtype) == ((3, 3, 5), torch.uint8)
     assert tuple(pixels[:, 1, 4].tolist()) == gradient(5, 3).getpixel((4, 1))
 

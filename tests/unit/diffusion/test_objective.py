@@ -5,18 +5,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.diffusion.conditioning import Condition
-from ldm.diffusion.losses import PseudoHuber
+from ldm.diffusion.losses import PseudoHuberLoss
 from ldm.diffusion.objective import PREDICTIONS, Objective, Prediction
-from ldm.diffusion.rng import generators, other, randn
-from ldm.diffusion.schedules import Flow, Laplace, cosine, linear, scaled_linear, sigmoid
+from ldm.diffusion.rng import derive_generators, make_generators, randn
+from ldm.diffusion.schedules import (
+    FlowSchedule,
+    LaplaceSchedule,
+    cosine,
+    linear,
+    scaled_linear,
+    sigmoid,
+)
 from ldm.diffusion.tasks.video import TextToVideo
-from ldm.diffusion.timesteps import PowerTimes
-from ldm.diffusion.weightings import MinSnr, UniformWeighting
+from ldm.diffusion.timesteps import PowerTimestepSampler
+from ldm.diffusion.weightings import MinSNRWeighting, UniformWeighting
 
-SCHEDULES = [linear(), scaled_linear(), cosine(), sigmoid(), Flow(), Flow(shift=3.0), Laplace()]
+SCHEDULES = [
+    linear(),
+    scaled_linear(),
+    cosine(),
+    sigmoid(),
+    FlowSchedule(),
+    FlowSchedule(shift=3.0),
+    LaplaceSchedule(),
+]
 ENDING_IN_NOISE = [
-    Flow(),
-    Laplace(),
+    FlowSchedule(),
+    LaplaceSchedule(),
     linear(zero_terminal_snr=True),
     cosine(zero_terminal_snr=True),
 ]
@@ -24,7 +39,7 @@ ENDING_IN_NOISE = [
 
 def objective(schedule, kind, *, weighting=None, **options):
     weighting = weighting or UniformWeighting()
-    times = PowerTimes()
+    times = PowerTimestepSampler()
     return Objective(schedule, Prediction(kind), weighting=weighting, time_sampler=times, **options)
 
 
@@ -109,7 +124,7 @@ def test_loss_of_an_image_does_not_depend_on_its_batch():
         return x_t.sin() + timestep[:, None, None, None] / 1000
 
     def loss(part):
-        draws = generators(7, range(*part.indices(6)), stream="training")
+        draws = make_generators(7, range(*part.indices(6)), stream="training")
         return task.loss(net, x0[part], Condition(), generator=draws)
 
     whole = loss(slice(0, 6))
@@ -167,7 +182,7 @@ def watch(task, x0, draws):
 
 def test_offset_noise_is_one_number_a_channel():
     x0 = torch.zeros(512, 3, 8, 8)
-    draws = [generators(7, range(512), stream="noise") for _ in range(2)]
+    draws = [make_generators(7, range(512), stream="noise") for _ in range(2)]
     _, plain, _ = watch(objective(linear(), "eps"), x0, draws[0])
     loss, shifted, told = watch(objective(linear(), "eps", offset_noise=0.5), x0, draws[1])
     _, sigma = linear()((told + 1) / 1000)
@@ -183,7 +198,7 @@ def test_offset_noise_is_one_number_a_channel():
 
 def test_the_noise_that_is_shown_and_predicted_is_mixed_first():
     x0 = torch.zeros(4, 3, 8, 8)
-    draws = [generators(7, range(4), stream="noise") for _ in range(2)]
+    draws = [make_generators(7, range(4), stream="noise") for _ in range(2)]
     nets, task = [Watched(), Watched()], objective(linear(), "eps")
     plain = task.loss(nets[0], x0, Condition(), generator=draws[0])
     mixed = task.loss(nets[1], x0, Condition(), generator=draws[1], mix=lambda eps: 2 * eps)
@@ -193,7 +208,7 @@ def test_the_noise_that_is_shown_and_predicted_is_mixed_first():
 
 def test_input_perturbation_is_shown_and_not_predicted():
     x0 = torch.zeros(512, 3, 8, 8)
-    draws = [generators(7, range(512), stream="noise") for _ in range(2)]
+    draws = [make_generators(7, range(512), stream="noise") for _ in range(2)]
     plain_loss, plain, told = watch(objective(linear(), "eps"), x0, draws[0])
     task = objective(linear(), "eps", input_perturbation=0.2)
     loss, shown, _ = watch(task, x0, draws[1])
@@ -207,7 +222,7 @@ def test_input_perturbation_is_shown_and_not_predicted():
 def test_input_perturbation_is_of_the_kind_of_the_noise():
     """Where frames share a part of their noise they share as much of what is added to it."""
     x0, shown = torch.zeros(256, 2, 4, 8, 8), []
-    draws = generators(7, range(256), stream="noise")
+    draws = make_generators(7, range(256), stream="noise")
     task = objective(linear(), "eps", input_perturbation=100.0)
     mix = TextToVideo(shared_noise=0.49).mix
     task.loss(lambda x_t, t, c: shown.append(x_t) or x_t, x0, Condition(), generator=draws, mix=mix)
@@ -219,17 +234,17 @@ def test_input_perturbation_is_of_the_kind_of_the_noise():
 
 def test_options_are_drawn_by_image():
     x0 = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(3))
-    huber = PseudoHuber(schedule="snr")
+    huber = PseudoHuberLoss(schedule="snr")
     options = {"offset_noise": 0.1, "input_perturbation": 0.1, "penalty": huber}
-    task = objective(cosine(), "v", weighting=MinSnr(), **options)
+    task = objective(cosine(), "v", weighting=MinSNRWeighting(), **options)
 
     def loss(part):
-        draws = generators(7, range(*part.indices(6)), stream="noise")
+        draws = make_generators(7, range(*part.indices(6)), stream="noise")
         return task.loss(lambda x_t, t, c: x_t.sin(), x0[part], Condition(), generator=draws)
 
     whole = loss(slice(0, 6))
     assert torch.equal(whole, torch.cat([loss(slice(0, 1)), loss(slice(1, 6))]))
-    plain = generators(7, range(6), stream="noise")
+    plain = make_generators(7, range(6), stream="noise")
     without = objective(cosine(), "v").loss(lambda x, t, c: x.sin(), x0, None, generator=plain)
     assert not torch.isclose(whole, without).any()
 
@@ -250,8 +265,8 @@ def test_validation_has_no_options():
 def test_the_loss_is_the_penalty_times_the_weight():
     x0, eps = torch.randn(2, 5, 4, 4, 4, generator=torch.Generator().manual_seed(3))
     t = torch.rand(5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    penalty = PseudoHuber(0.2, schedule="exponential")
-    task = objective(Flow(), "flow", weighting=MinSnr(2.0), penalty=penalty)
+    penalty = PseudoHuberLoss(0.2, schedule="exponential")
+    task = objective(FlowSchedule(), "flow", weighting=MinSNRWeighting(2.0), penalty=penalty)
     loss = task.loss_at(lambda x_t, t, c: torch.zeros_like(x_t), x0, Condition(), t=t, eps=eps)
     c = 0.2 ** t[:, None, None, None]
     cost = 2 * c * (((eps - x0).double() ** 2 + c**2).sqrt() - c)
@@ -260,16 +275,16 @@ def test_the_loss_is_the_penalty_times_the_weight():
 
 
 def test_streams_of_an_image_do_not_share_their_numbers():
-    draws = generators(3, [5, 6], stream="noise")
-    again = generators(3, [5, 6], stream="noise")
-    offset = randn((2, 50), other(draws, "offset"))
+    draws = make_generators(3, [5, 6], stream="noise")
+    again = make_generators(3, [5, 6], stream="noise")
+    offset = randn((2, 50), derive_generators(draws, "offset"))
     assert torch.equal(randn((2, 50), draws), randn((2, 50), again)), "nothing was taken of these"
-    same = other(generators(3, [6], stream="noise"), "offset")
+    same = derive_generators(make_generators(3, [6], stream="noise"), "offset")
     assert torch.equal(offset[1:], randn((1, 50), same))
-    perturbation = randn((2, 50), other(again, "perturbation"))
+    perturbation = randn((2, 50), derive_generators(again, "perturbation"))
     assert not torch.isclose(offset, perturbation).any()
     plain = torch.Generator()
-    assert other(plain, "offset") is plain
+    assert derive_generators(plain, "offset") is plain
 
 
 @pytest.mark.parametrize("name", ["offset_noise", "input_perturbation"])

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from scipy.stats import kstest, laplace
 
 from ldm.diffusion.schedules import (
-    Flow,
-    Laplace,
-    Tabled,
+    DiscreteSchedule,
+    FlowSchedule,
+    LaplaceSchedule,
     cosine,
-    expand,
+    expand_dims_like,
     linear,
     scaled_linear,
     sigmoid,
@@ -34,9 +34,9 @@ TABLES = [linear, scaled_linear, cosine, sigmoid, sigmoid_alpha]
 ALL = [
     *(make() for make in TABLES),
     *(make(zero_terminal_snr=True) for make in TABLES),
-    Flow(),
-    Flow(shift=3.0),
-    Laplace(),
+    FlowSchedule(),
+    FlowSchedule(shift=3.0),
+    LaplaceSchedule(),
 ]
 
 
@@ -74,7 +74,7 @@ def test_sigmoid_alpha_is_that_of_its_paper():
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 7.0])
 def test_flow_is_that_of_diffusers(shift):
-    oracle, schedule = FlowMatchEulerDiscreteScheduler(shift=shift), Flow(shift=shift)
+    oracle, schedule = FlowMatchEulerDiscreteScheduler(shift=shift), FlowSchedule(shift=shift)
     t = torch.arange(1000, 0, -1, dtype=torch.float64) / 1000
     alpha, sigma = schedule(t)
     torch.testing.assert_close(sigma, oracle.sigmas.double(), rtol=0, atol=1e-6)
@@ -85,13 +85,13 @@ def test_flow_is_that_of_diffusers(shift):
         times = schedule.times(steps)
         oracle.set_timesteps(sigmas=times[:-1].tolist())
         torch.testing.assert_close(schedule(times)[1], oracle.sigmas.double(), rtol=0, atol=1e-6)
-    plain = Flow().log_snr(t[1:])
+    plain = FlowSchedule().log_snr(t[1:])
     torch.testing.assert_close(schedule.log_snr(t[1:]), plain - 2 * math.log(shift))
 
 
 def test_laplace_has_its_law():
     t = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    schedule = Laplace(location=0.7, scale=0.5)
+    schedule = LaplaceSchedule(location=0.7, scale=0.5)
     assert kstest(schedule.log_snr(t).numpy(), laplace(0.7, 0.5).cdf).statistic < 1e-4
     alpha, sigma = schedule(t)
     torch.testing.assert_close(2 * (alpha / sigma).log(), schedule.log_snr(t))
@@ -112,7 +112,7 @@ def test_add_noise_is_that_of_diffusers(name):
     x0, eps = torch.randn(2, 1000, 3, 2, 2, generator=generator, dtype=torch.float64)
     k = torch.arange(1000)
     alpha, sigma = schedule((k + 1).double() / 1000)
-    ours = expand(alpha, x0) * x0 + expand(sigma, x0) * eps
+    ours = expand_dims_like(alpha, x0) * x0 + expand_dims_like(sigma, x0) * eps
     torch.testing.assert_close(ours, oracle.add_noise(x0, eps, k), rtol=0, atol=1e-5)
 
 
@@ -166,7 +166,7 @@ def test_leading_from_a_later_start_has_a_whole_stride_too():
         times = linear().times(steps, start=strength, spacing="leading")
         assert (times[0] * 1000).item() == pytest.approx(first + 1, abs=1e-9)
     # Without a table there are no whole numbers to keep to.
-    even = Flow().times(3, spacing="leading")
+    even = FlowSchedule().times(3, spacing="leading")
     torch.testing.assert_close(even[:-1] - 1e-3, torch.tensor([2 / 3, 1 / 3, 0]).double())
 
 
@@ -188,8 +188,8 @@ def test_impossible_grids_are_refused():
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (partial(Tabled, torch.tensor([0.1, 1.0])), "between 0 and 1"),
-        (partial(Tabled, torch.tensor([])), "between 0 and 1"),
+        (partial(DiscreteSchedule, torch.tensor([0.1, 1.0])), "between 0 and 1"),
+        (partial(DiscreteSchedule, torch.tensor([])), "between 0 and 1"),
         (partial(linear, end=1.5), "between 0 and 1"),
         (partial(scaled_linear, start=-0.1), "between 0 and 1"),
         (partial(linear, start=0.5, end=1e-30), "too small"),
@@ -201,10 +201,10 @@ def test_impossible_grids_are_refused():
         (partial(sigmoid_alpha, tau=0), "tau > 0"),
         (partial(sigmoid_alpha, start=3, end=-3), "start < end"),
         (partial(linear, steps=1, zero_terminal_snr=True), "at least two steps"),
-        (partial(Flow, shift=0), "shift must be above 0"),
-        (partial(Flow, shift=-3), "shift must be above 0"),
-        (partial(Laplace, scale=0), "scale must be above 0"),
-        (partial(Laplace, location=math.inf), "finite"),
+        (partial(FlowSchedule, shift=0), "shift must be above 0"),
+        (partial(FlowSchedule, shift=-3), "shift must be above 0"),
+        (partial(LaplaceSchedule, scale=0), "scale must be above 0"),
+        (partial(LaplaceSchedule, location=math.inf), "finite"),
     ],
 )
 def test_impossible_schedules_are_refused(make, said):
@@ -255,9 +255,9 @@ LEGAL = st.one_of(
         st.floats(0.3, 2),
         ZERO,
     ),
-    st.builds(lambda shift: Flow(shift=shift), st.floats(0.01, 100)),
+    st.builds(lambda shift: FlowSchedule(shift=shift), st.floats(0.01, 100)),
     st.builds(
-        lambda location, scale: Laplace(location=location, scale=scale),
+        lambda location, scale: LaplaceSchedule(location=location, scale=scale),
         st.floats(-5, 5),
         st.floats(0.05, 3),
     ),
@@ -274,7 +274,7 @@ def test_any_legal_schedule_falls_from_data_to_noise(schedule):
     assert sigma.isfinite().all()
     assert (alpha >= 0).all()
     assert (alpha[0], sigma[0]) == (1, 0)
-    if isinstance(schedule, Flow):
+    if isinstance(schedule, FlowSchedule):
         assert torch.allclose(alpha + sigma, torch.ones_like(t))
     else:
         assert (alpha.square() + sigma.square() - 1).abs().max() < 1e-12

@@ -6,15 +6,21 @@ from scipy.special import logit
 from scipy.stats import kstest, norm
 from torch.quasirandom import SobolEngine
 
-from ldm.diffusion.rng import generators
-from ldm.diffusion.timesteps import SPREADS, LogitNormalTimes, PowerTimes, Uniforms, scrambled
+from ldm.diffusion.rng import make_generators
+from ldm.diffusion.timesteps import (
+    SPREADS,
+    LogitNormalTimestepSampler,
+    PowerTimestepSampler,
+    Uniforms,
+    owen_scramble,
+)
 
 LAWS = {
-    "uniform": (PowerTimes, {}, lambda t: t),
-    "power": (PowerTimes, {"power": 3.0}, lambda t: t**3),
-    "rare": (PowerTimes, {"power": 0.5}, lambda t: t**0.5),
+    "uniform": (PowerTimestepSampler, {}, lambda t: t),
+    "power": (PowerTimestepSampler, {"power": 3.0}, lambda t: t**3),
+    "rare": (PowerTimestepSampler, {"power": 0.5}, lambda t: t**0.5),
     "logit_normal": (
-        LogitNormalTimes,
+        LogitNormalTimestepSampler,
         {"mean": 0.5, "std": 1.5},
         lambda t: norm.cdf((logit(t) - 0.5) / 1.5),
     ),
@@ -22,7 +28,7 @@ LAWS = {
 
 
 def draws(positions, seed=0):
-    return generators(seed, positions, stream="noise")
+    return make_generators(seed, positions, stream="noise")
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -42,11 +48,11 @@ def test_times_have_the_law_they_claim(law, spread):
 
 
 def test_the_law_test_can_tell():
-    times = LogitNormalTimes(0.5, 1.6)(20_000, draws(range(20_000)))
+    times = LogitNormalTimestepSampler(0.5, 1.6)(20_000, draws(range(20_000)))
     assert kstest(times.numpy(), LAWS["logit_normal"][2]).pvalue < 1e-3
 
 
-@pytest.mark.parametrize("make", [PowerTimes, LogitNormalTimes])
+@pytest.mark.parametrize("make", [PowerTimestepSampler, LogitNormalTimestepSampler])
 @pytest.mark.parametrize("spread", SPREADS)
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
@@ -107,14 +113,14 @@ def van_der_corput(n):
 
 def test_scrambling_depends_on_the_seed_and_looks_like_chance():
     """Each image's number over seeds, and the places of neighbours within their parts."""
-    first = torch.tensor([scrambled(0, key=f"{i}") / 2**53 for i in range(2000)])
+    first = torch.tensor([owen_scramble(0, key=f"{i}") / 2**53 for i in range(2000)])
     assert kstest(first.numpy(), "uniform").pvalue > 0.01
     drawn = Uniforms("sobol")(4096, draws(range(4096)))
     within = (drawn * 4096) % 1
     assert kstest(within.numpy(), "uniform").pvalue > 0.01
     assert abs(torch.corrcoef(torch.stack([within[:-1], within[1:]]))[0, 1]) < 0.06
     for bit in range(53):  # every bit of the number is turned for half of all seeds
-        turned = [scrambled(2**45 + 12345, key=f"{i}") >> bit & 1 for i in range(400)]
+        turned = [owen_scramble(2**45 + 12345, key=f"{i}") >> bit & 1 for i in range(400)]
         assert 140 < sum(turned) < 260
 
 
@@ -139,7 +145,7 @@ def test_steps_of_a_sobol_run_fill_one_anothers_gaps():
     """Over 64 steps of 16 the mean is far steadier than that of as many stratified steps."""
 
     def error(spread):
-        times = PowerTimes(spread=spread, batch=16)
+        times = PowerTimestepSampler(spread=spread, batch=16)
         means = [times(1024, draws(range(1024), seed)).mean() for seed in range(20)]
         return (torch.stack(means) - 0.5).square().mean()
 
@@ -149,15 +155,15 @@ def test_steps_of_a_sobol_run_fill_one_anothers_gaps():
 
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match=r"time_power must be above 0, got 0\.0"):
-        PowerTimes(0.0)
+        PowerTimestepSampler(0.0)
     with pytest.raises(ValueError, match=r"time_sampler\.std must be above 0"):
-        LogitNormalTimes(std=0.0)
+        LogitNormalTimestepSampler(std=0.0)
     with pytest.raises(ValueError, match="'halton' is none of independent, stratified, sobol"):
-        PowerTimes(spread="halton")
+        PowerTimestepSampler(spread="halton")
     with pytest.raises(ValueError, match="images of an optimizer step"):
-        PowerTimes(spread="stratified")
+        PowerTimestepSampler(spread="stratified")
     for spread in ("stratified", "sobol"):
         with pytest.raises(ValueError, match="needs to know which images"):
-            PowerTimes(spread=spread, batch=4)(4, torch.Generator())
+            PowerTimestepSampler(spread=spread, batch=4)(4, torch.Generator())
         with pytest.raises(ValueError, match="3 generators for a batch of 4"):
-            PowerTimes(spread=spread, batch=4)(4, draws(range(3)))
+            PowerTimestepSampler(spread=spread, batch=4)(4, draws(range(3)))

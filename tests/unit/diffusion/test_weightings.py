@@ -8,17 +8,45 @@ from hypothesis import strategies as st
 from ldm.diffusion.conditioning import Condition
 from ldm.diffusion.objective import PREDICTIONS, Objective, Prediction
 from ldm.diffusion.rng import randn
-from ldm.diffusion.schedules import Flow, Laplace, cosine, expand, linear, scaled_linear, sigmoid
-from ldm.diffusion.timesteps import PowerTimes
-from ldm.diffusion.weightings import P2, Debiased, Edm, MinSnr, SoftMinSnr, UniformWeighting
+from ldm.diffusion.schedules import (
+    FlowSchedule,
+    LaplaceSchedule,
+    cosine,
+    expand_dims_like,
+    linear,
+    scaled_linear,
+    sigmoid,
+)
+from ldm.diffusion.timesteps import PowerTimestepSampler
+from ldm.diffusion.weightings import (
+    DebiasedWeighting,
+    EDMWeighting,
+    MinSNRWeighting,
+    P2Weighting,
+    SoftMinSNRWeighting,
+    UniformWeighting,
+)
 
-DEFINED_ON_X0 = [MinSnr(), SoftMinSnr(), P2(), P2(gamma=0.5, k=2.0), Edm(), Debiased()]
-SCHEDULES = [linear(), cosine(), scaled_linear(zero_terminal_snr=True), Flow(shift=3.0), Laplace()]
+DEFINED_ON_X0 = [
+    MinSNRWeighting(),
+    SoftMinSNRWeighting(),
+    P2Weighting(),
+    P2Weighting(gamma=0.5, k=2.0),
+    EDMWeighting(),
+    DebiasedWeighting(),
+]
+SCHEDULES = [
+    linear(),
+    cosine(),
+    scaled_linear(zero_terminal_snr=True),
+    FlowSchedule(shift=3.0),
+    LaplaceSchedule(),
+]
 T = torch.arange(1, 1001, dtype=torch.float64) / 1000
 
 
 def objective(schedule, kind, weighting):
-    times = PowerTimes()
+    times = PowerTimestepSampler()
     return Objective(schedule, Prediction(kind), weighting=weighting, time_sampler=times)
 
 
@@ -52,7 +80,7 @@ def test_min_snr_is_that_of_diffusers(make, zero, gamma):
     if not zero:  # 0 / 0 at the end over there, refused here
         expected["eps"] = least / snr
     for kind, weight in expected.items():
-        ours = weights(schedule, kind, MinSnr(gamma))
+        ours = weights(schedule, kind, MinSNRWeighting(gamma))
         torch.testing.assert_close(ours, weight, rtol=1e-5, atol=1e-12)
 
 
@@ -61,20 +89,20 @@ def test_min_snr_is_that_of_diffusers(make, zero, gamma):
     [
         (UniformWeighting(), lambda r: r**0, lambda r: r**0, lambda r: r**0),
         (
-            SoftMinSnr(4.0),
+            SoftMinSNRWeighting(4.0),
             lambda r: 4 / (r + 4),
             lambda r: 4 * r / (r + 4) / (r + 1),
             lambda r: 4 * r / (r + 4),
         ),
         (
-            P2(gamma=0.5, k=2.0),
+            P2Weighting(gamma=0.5, k=2.0),
             lambda r: (2 + r) ** -0.5,
             lambda r: r / (r + 1) * (2 + r) ** -0.5,
             lambda r: r * (2 + r) ** -0.5,
         ),
-        (Edm(0.5), lambda r: (r + 4) / r, lambda r: (r + 4) / (r + 1), lambda r: r + 4),
-        (Edm(1.0), lambda r: (r + 1) / r, lambda r: r**0, lambda r: r + 1),
-        (Debiased(), lambda r: r**-0.5, lambda r: r**0.5 / (r + 1), lambda r: r**0.5),
+        (EDMWeighting(0.5), lambda r: (r + 4) / r, lambda r: (r + 4) / (r + 1), lambda r: r + 4),
+        (EDMWeighting(1.0), lambda r: (r + 1) / r, lambda r: r**0, lambda r: r + 1),
+        (DebiasedWeighting(), lambda r: r**-0.5, lambda r: r**0.5 / (r + 1), lambda r: r**0.5),
     ],
 )
 def test_published_forms(weighting, eps, v, x0):
@@ -90,7 +118,7 @@ def test_edm_is_edms():
     alpha, sigma = cosine()(T)
     theirs = (sigma / alpha) ** 2
     published = (theirs + 0.25) / (theirs * 0.25)
-    torch.testing.assert_close(weights(cosine(), "x0", Edm()), published)
+    torch.testing.assert_close(weights(cosine(), "x0", EDMWeighting()), published)
 
 
 @settings(deadline=None)
@@ -112,12 +140,14 @@ def test_gain_is_what_it_says(kind, schedule, t, seed):
 
 
 @pytest.mark.parametrize("weighting", DEFINED_ON_X0, ids=lambda w: type(w).__name__)
-@pytest.mark.parametrize("schedule", [linear(), sigmoid(), cosine(zero_terminal_snr=True), Flow()])
+@pytest.mark.parametrize(
+    "schedule", [linear(), sigmoid(), cosine(zero_terminal_snr=True), FlowSchedule()]
+)
 def test_one_estimate_has_one_loss_whatever_is_predicted(schedule, weighting):
     """Networks that mean the same x0_hat, in other words: the weights know the words apart."""
     x0, eps = randn((2, 64, 2, 4, 4), torch.Generator().manual_seed(5), dtype=torch.float64)
     t = torch.linspace(0.02, 0.98, 64, dtype=torch.float64)
-    alpha, sigma = (expand(part, x0) for part in schedule(schedule.snap(t)))
+    alpha, sigma = (expand_dims_like(part, x0) for part in schedule(schedule.snap(t)))
 
     def loss(kind):
         task = objective(schedule, kind, weighting)
@@ -135,11 +165,11 @@ def test_one_estimate_has_one_loss_whatever_is_predicted(schedule, weighting):
 
 LAWS = st.one_of(
     st.just(UniformWeighting()),
-    st.builds(MinSnr, st.floats(0.01, 100)),
-    st.builds(SoftMinSnr, st.floats(0.01, 100)),
-    st.builds(P2, st.floats(0, 3), st.floats(0.01, 10)),
-    st.builds(Edm, st.floats(0.1, 10)),
-    st.just(Debiased()),
+    st.builds(MinSNRWeighting, st.floats(0.01, 100)),
+    st.builds(SoftMinSNRWeighting, st.floats(0.01, 100)),
+    st.builds(P2Weighting, st.floats(0, 3), st.floats(0.01, 10)),
+    st.builds(EDMWeighting, st.floats(0.1, 10)),
+    st.just(DebiasedWeighting()),
 )
 
 
@@ -169,34 +199,34 @@ def test_v_and_flow_take_any_weighting(kind, schedule, law):
     weight = weights(schedule, kind, law)
     assert weight.isfinite().all()
     assert weight.max() > 0.1
-    if schedule(torch.ones(1))[0] == 0 and isinstance(law, MinSnr):
+    if schedule(torch.ones(1))[0] == 0 and isinstance(law, MinSNRWeighting):
         assert weight[-1] < 1e-20, "nothing of the end is trained"
 
 
 def test_limits_are_those_of_the_laws():
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)  # SNR infinite, then 0
     for law, expected in {
-        MinSnr(5.0): [0.0, 0.0],
-        P2(): [0.0, 0.0],
-        Edm(0.5): [1.0, 4.0],
-        Debiased(): [0.0, 0.0],
+        MinSNRWeighting(5.0): [0.0, 0.0],
+        P2Weighting(): [0.0, 0.0],
+        EDMWeighting(0.5): [1.0, 4.0],
+        DebiasedWeighting(): [0.0, 0.0],
         UniformWeighting(): [1.0, 1.0],
     }.items():
         for kind in ("v", "flow"):
             limits = torch.tensor(expected, dtype=torch.float64)
-            found = weights(Flow(), kind, law, ends)
+            found = weights(FlowSchedule(), kind, law, ends)
             torch.testing.assert_close(found, limits, rtol=1e-9, atol=1e-9)
-    x0 = weights(Flow(), "x0", MinSnr(5.0), ends)
+    x0 = weights(FlowSchedule(), "x0", MinSNRWeighting(5.0), ends)
     torch.testing.assert_close(x0, torch.tensor([5.0, 0.0], dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
     ("schedule", "kind", "law"),
     [
-        (Flow(), "x0", Edm()),
-        (Flow(), "x0", Debiased()),
-        (Laplace(), "x0", P2(gamma=0.5)),
-        (cosine(), "eps", Edm()),
+        (FlowSchedule(), "x0", EDMWeighting()),
+        (FlowSchedule(), "x0", DebiasedWeighting()),
+        (LaplaceSchedule(), "x0", P2Weighting(gamma=0.5)),
+        (cosine(), "eps", EDMWeighting()),
     ],
 )
 def test_weights_without_bound_are_refused(schedule, kind, law):
@@ -208,13 +238,13 @@ def test_weights_without_bound_are_refused(schedule, kind, law):
 @pytest.mark.parametrize(
     ("make", "value", "name"),
     [
-        (MinSnr, 0.0, "gamma"),
-        (SoftMinSnr, -1.0, "gamma"),
-        (SoftMinSnr, float("nan"), "gamma"),
-        (P2, -0.1, "gamma"),
-        (lambda k: P2(1.0, k), 0.0, "k"),
-        (Edm, 0.0, "sigma_data"),
-        (MinSnr, float("inf"), "gamma"),
+        (MinSNRWeighting, 0.0, "gamma"),
+        (SoftMinSNRWeighting, -1.0, "gamma"),
+        (SoftMinSNRWeighting, float("nan"), "gamma"),
+        (P2Weighting, -0.1, "gamma"),
+        (lambda k: P2Weighting(1.0, k), 0.0, "k"),
+        (EDMWeighting, 0.0, "sigma_data"),
+        (MinSNRWeighting, float("inf"), "gamma"),
     ],
 )
 def test_laws_without_sense_are_refused(make, value, name):

@@ -10,9 +10,15 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
 from PIL import Image
 
-from ldm.data.image_decoding import ImageError, crop, read_image, resize_short, to_tensor
-from ldm.evaluation.external import Folder, Peer
-from ldm.utils.images import to_bytes
+from ldm.data.image_decoding import (
+    ImageError,
+    crop_square,
+    pil_to_tensor,
+    read_image,
+    resize_short_side,
+)
+from ldm.evaluation.external import DiffusersPipeline, ImageFolder
+from ldm.utils.images import to_uint8_tensor
 
 CPU = torch.device("cpu")
 
@@ -27,11 +33,11 @@ def picture(path: Path, size: tuple[int, int], colour: str = "red") -> Path:
 
 def test_pictures_come_in_order_of_name_and_lose_nothing(tmp_path):
     paths = [picture(tmp_path / name, (16, 16), name[:-5]) for name in ("red1.png", "blue0.png")]
-    folder = Folder(tmp_path)
+    folder = ImageFolder(tmp_path)
     assert [path.name for path in folder.paths] == ["blue0.png", "red1.png"]
     assert (len(folder), folder.size, folder.captions) == (2, 16, None)
-    pixels = [to_tensor(read_image(path)) for path in reversed(paths)]
-    assert torch.equal(to_bytes(folder([0, 1])), torch.stack(pixels))
+    pixels = [pil_to_tensor(read_image(path)) for path in reversed(paths)]
+    assert torch.equal(to_uint8_tensor(folder([0, 1])), torch.stack(pixels))
     assert torch.equal(folder([1]), folder([0, 1])[1:])
 
 
@@ -40,11 +46,11 @@ def test_the_centre_is_measured_at_the_size_asked_for(tmp_path):
     wide = picture(tmp_path / "wide.png", (48, 32))
     picture(tmp_path / "tall.jpg", (20, 30))
     with pytest.raises(ValueError, match=r"has 20 pixels and .*wide.png' 32: say with size="):
-        Folder(tmp_path)
-    folder = Folder(tmp_path, size=24)
+        ImageFolder(tmp_path)
+    folder = ImageFolder(tmp_path, size=24)
     assert folder([0, 1]).shape == (2, 3, 24, 24)
-    wanted = resize_short(crop(read_image(wide), 32, x=0.5, y=0.5), 24)
-    assert torch.equal(to_bytes(folder([1]))[0], to_tensor(wanted))
+    wanted = resize_short_side(crop_square(read_image(wide), 32, x=0.5, y=0.5), 24)
+    assert torch.equal(to_uint8_tensor(folder([1]))[0], pil_to_tensor(wanted))
 
 
 def test_captions_lie_beside_all_pictures_or_none(tmp_path):
@@ -52,15 +58,15 @@ def test_captions_lie_beside_all_pictures_or_none(tmp_path):
         picture(tmp_path / f"{name}.png", (8, 8))
     (tmp_path / "a.txt").write_text("two\n lines\n")
     with pytest.raises(ValueError, match=r"b\.txt' is missing, and 0 more"):
-        Folder(tmp_path)
+        ImageFolder(tmp_path)
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"b\.txt is neither UTF-8 nor UTF-16"):
-        Folder(tmp_path)
+        ImageFolder(tmp_path)
     for text in (b"\xef\xbb\xbfcaf\xc3\xa9", "café".encode("utf-16")):
         (tmp_path / "b.txt").write_bytes(text)
-        assert Folder(tmp_path).captions == ["two lines", "café"]
+        assert ImageFolder(tmp_path).captions == ["two lines", "café"]
     picture(tmp_path / "._a.png", (8, 8))  # of macOS
-    assert len(Folder(tmp_path)) == 2
+    assert len(ImageFolder(tmp_path)) == 2
 
 
 def test_another_folder_has_another_digest(tmp_path):
@@ -68,23 +74,23 @@ def test_another_folder_has_another_digest(tmp_path):
     picture(tmp_path / "b" / "x.png", (8, 8))
     picture(tmp_path / "c" / "y.png", (8, 8))
     picture(tmp_path / "d" / "x.png", (8, 8), "blue")
-    a, b, c, d = (Folder(tmp_path / name).digest for name in "abcd")
+    a, b, c, d = (ImageFolder(tmp_path / name).digest for name in "abcd")
     assert a == b
     assert len({a, c, d}) == 3
 
 
 def test_what_is_no_picture_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no pictures in"):
-        Folder(tmp_path)
+        ImageFolder(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
-        Folder(tmp_path / "nowhere")
+        ImageFolder(tmp_path / "nowhere")
     whole = picture(tmp_path / "whole.png", (64, 64)).read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ImageError, match=r"cut\.png': damaged PNG"):
-        Folder(tmp_path)([0])
+        ImageFolder(tmp_path)([0])
     (tmp_path / "notes.png").write_text("no picture")
     with pytest.raises(ImageError, match=r"notes\.png': no JPEG, PNG"):
-        Folder(tmp_path)
+        ImageFolder(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +99,7 @@ def diffusion(tmp_path_factory) -> Path:
 
 
 def test_a_peer_paints_what_diffusers_paints(diffusion):
-    peer = Peer(diffusion, CPU)
+    peer = DiffusersPipeline(diffusion, CPU)
     assert peer.size == peers.SIDE
     images = peer(peers.CAPTIONS, seeds=[3, 4, 5], size=16, steps=3, scale=4.0)
     pipe = StableDiffusionPipeline.from_pretrained(diffusion)
@@ -104,14 +110,14 @@ def test_a_peer_paints_what_diffusers_paints(diffusion):
         guidance_scale=4.0,
         output_type="pt",
     ).images
-    assert torch.equal(to_bytes(images), (255 * wanted).round().byte())
+    assert torch.equal(to_uint8_tensor(images), (255 * wanted).round().byte())
     assert images.std() > 0.05, "a blank picture shows nothing"
     again = peer(peers.CAPTIONS[1:2], seeds=[4], size=16, steps=3, scale=4.0)
     torch.testing.assert_close(again, images[1:2], atol=1e-4, rtol=0)  # whatever its batch
 
 
 def test_a_scale_of_one_is_no_guidance(diffusion):
-    peer = Peer(diffusion, CPU)
+    peer = DiffusersPipeline(diffusion, CPU)
     rows = []
     peer.pipe.unet.register_forward_pre_hook(lambda unet, inputs: rows.append(len(inputs[0])))
     for scale in (1.0, 2.0):
@@ -122,17 +128,17 @@ def test_a_scale_of_one_is_no_guidance(diffusion):
 
 
 def test_what_a_peer_is_can_be_written_down(diffusion, tmp_path):
-    facts = Peer(diffusion, CPU).facts
+    facts = DiffusersPipeline(diffusion, CPU).facts
     assert json.loads(json.dumps(facts)) == facts
     assert facts["pipeline"] == "StableDiffusionPipeline"
     assert facts["sampler"]["name"] == "DDIMScheduler"
     assert facts["sampler"]["prediction_type"] == "epsilon"
     other = peers.pixart(tmp_path / "other")
-    assert Peer(other, CPU).facts["digest"] != facts["digest"]
+    assert DiffusersPipeline(other, CPU).facts["digest"] != facts["digest"]
 
 
 def test_a_peer_may_be_a_transformer(tmp_path):
-    peer = Peer(peers.pixart(tmp_path / "pixart"), CPU)
+    peer = DiffusersPipeline(peers.pixart(tmp_path / "pixart"), CPU)
     assert peer.size == 256
     images = peer(["a red circle"], seeds=[0], size=peer.size, steps=1, scale=2.0)
     assert images.shape == (1, 3, 256, 256)
@@ -143,12 +149,14 @@ def test_pictures_are_not_blackened(tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     once = {"num_inference_steps": 1, "output_type": "pt"}
     assert not pipe("a red circle", **once).images.any(), "the checker of this test is too lenient"
-    images = Peer(folder, CPU)(["a red circle"], seeds=[0], size=16, steps=1, scale=1.0)
+    images = DiffusersPipeline(folder, CPU)(
+        ["a red circle"], seeds=[0], size=16, steps=1, scale=1.0
+    )
     assert images.std() > 0.05
 
 
 def test_weights_in_half_precision_are_found(tmp_path):
-    peer = Peer(peers.stable_diffusion(tmp_path / "half", variant="fp16"), CPU)
+    peer = DiffusersPipeline(peers.stable_diffusion(tmp_path / "half", variant="fp16"), CPU)
     assert peer.pipe.unet.dtype == torch.float32
 
 
@@ -168,13 +176,13 @@ def test_nothing_that_a_folder_brings_is_run(diffusion, tmp_path, monkeypatch):
         for place in (folder / "evil.py", folder / "unet" / "evil.py"):
             place.write_text(code)
         with pytest.raises(ValueError, match=r"brings code of its own \(evil.py\)"):
-            Peer(folder, CPU)
+            DiffusersPipeline(folder, CPU)
     (tmp_path / "evil.py").write_text(code)  # where python -m would find it
     folder = tmp_path / "imported"
     shutil.copytree(diffusion, folder)
     (folder / "model_index.json").write_text(json.dumps(index | {"unet": ["evil", "Evil"]}))
     with pytest.raises((ValueError, OSError)):
-        Peer(folder, CPU)
+        DiffusersPipeline(folder, CPU)
     assert not ran.exists()
     folder = tmp_path / "kernel"
     shutil.copytree(diffusion, folder)
@@ -182,7 +190,7 @@ def test_nothing_that_a_folder_brings_is_run(diffusion, tmp_path, monkeypatch):
     config["_attn_implementation"] = "stranger/kernel"
     (folder / "text_encoder" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"asks for code from elsewhere \(stranger/kernel\)"):
-        Peer(folder, CPU)
+        DiffusersPipeline(folder, CPU)
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
@@ -194,7 +202,7 @@ def test_pickles_are_left_shut(diffusion, tmp_path, part):
     if part == "text_encoder":
         weights.with_suffix(".bin").rename(weights.with_name("pytorch_model.bin"))
     with pytest.raises((ValueError, OSError), match="safetensors"):
-        Peer(tmp_path / "pickled", CPU)
+        DiffusersPipeline(tmp_path / "pickled", CPU)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -209,4 +217,4 @@ def test_a_pipeline_of_another_kind_is_refused(tmp_path):
     )
     DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match=r"a DDPMPipeline, which does not paint from prompts"):
-        Peer(tmp_path / "plain", CPU)
+        DiffusersPipeline(tmp_path / "plain", CPU)

@@ -10,8 +10,8 @@ import torch
 from several import several
 from torch import Tensor
 
-from ldm.evaluation import tensor_cache
 from ldm.evaluation.feature_table import tabulate
+from ldm.evaluation.tensor_cache import write_tensor_file
 
 COLUMNS = {"squares": 2, "halves": 1}
 
@@ -107,7 +107,7 @@ def flip(seed: int) -> Callable[[Path], object]:
 
 
 def other(tables: dict[str, Tensor], items: tuple[int, int] = (3, 6)) -> Callable[[Path], object]:
-    return lambda path: tensor_cache.write(path, tables, facts={"items": list(items)})
+    return lambda path: write_tensor_file(path, tables, facts={"items": list(items)})
 
 
 GOOD = {name: table.float() for name, table in rows(range(3, 6)).items()}

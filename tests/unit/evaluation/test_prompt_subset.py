@@ -6,8 +6,8 @@ from collections import Counter
 import balls
 import pytest
 
-from ldm.data.shards.reader import Shards
-from ldm.evaluation.prompt_subset import Subset, shuffled
+from ldm.data.shards.reader import ShardReader
+from ldm.evaluation.prompt_subset import PromptSubset, shuffle_indices
 
 
 @pytest.fixture(scope="module")
@@ -18,19 +18,19 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def shards(folder):
-    return Shards(str(folder))
+    return ShardReader(str(folder))
 
 
 def test_the_order_is_frozen():
     """The published numbers hang on it: another order is another version of the protocol."""
-    assert shuffled(10) == [0, 9, 8, 6, 1, 3, 2, 4, 7, 5]
-    assert sorted(shuffled(1000)) == list(range(1000))
-    first = shuffled(1000)[:100]
+    assert shuffle_indices(10) == [0, 9, 8, 6, 1, 3, 2, 4, 7, 5]
+    assert sorted(shuffle_indices(1000)) == list(range(1000))
+    first = shuffle_indices(1000)[:100]
     assert len({place // 100 for place in first}) == 10, "the first ones are from all of the set"
 
 
 def test_a_subset_is_the_beginning_of_a_larger_one(shards):
-    small, large = Subset.drawn(shards, 7), Subset.drawn(shards, 100)
+    small, large = PromptSubset.drawn(shards, 7), PromptSubset.drawn(shards, 100)
     assert (small.keys, small.captions) == (large.keys[:7], large.captions[:7])
     assert small.seeds == large.seeds[:7] == list(range(7))
     assert small.data == large.data == shards.index.fingerprint
@@ -38,7 +38,7 @@ def test_a_subset_is_the_beginning_of_a_larger_one(shards):
 
 
 def test_captions_are_those_of_their_samples(shards):
-    subset = Subset.drawn(shards, 45)
+    subset = PromptSubset.drawn(shards, 45)
     for key, caption in zip(subset.keys, subset.captions, strict=True):
         assert caption in balls.captions(int(key))
 
@@ -46,7 +46,7 @@ def test_captions_are_those_of_their_samples(shards):
 def test_each_caption_comes_once_before_any_comes_twice(tmp_path):
     """Eight pictures with five captions each."""
     balls.write(tmp_path / "shards", range(4, 40, 5), most=5)
-    subset = Subset.drawn(Shards(str(tmp_path / "shards")), 8 * 5 * 2 + 3)
+    subset = PromptSubset.drawn(ShardReader(str(tmp_path / "shards")), 8 * 5 * 2 + 3)
     rounds = [subset.captions[i : i + 8] for i in range(0, len(subset), 8)]
     for number, found in enumerate(rounds[:10]):
         assert found == [balls.captions(int(key))[number % 5] for key in subset.keys[:8]]
@@ -56,7 +56,7 @@ def test_each_caption_comes_once_before_any_comes_twice(tmp_path):
 
 
 def test_more_pictures_than_captions_are_painted_in_rounds(shards):
-    subset = Subset.drawn(shards, 50)
+    subset = PromptSubset.drawn(shards, 50)
     assert subset.keys[:20] == subset.keys[20:40]
     counts = Counter(subset.captions)
     both = [n for n in range(20) if n % 2]  # which have two captions
@@ -67,7 +67,7 @@ def test_more_pictures_than_captions_are_painted_in_rounds(shards):
 
 
 def test_the_seed_is_of_the_noise_alone(shards):
-    first, other = Subset.drawn(shards, 30), Subset.drawn(shards, 30, seed=100)
+    first, other = PromptSubset.drawn(shards, 30), PromptSubset.drawn(shards, 30, seed=100)
     assert (first.keys, first.captions) == (other.keys, other.captions)
     assert other.seeds == list(range(100, 130))
     assert first.digest != other.digest
@@ -78,14 +78,14 @@ def test_it_does_not_depend_on_where_the_shards_are(folder, shards, tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
     (copy / "moved.tar").write_bytes((folder / "00000.tar").read_bytes())
-    assert Subset.drawn(Shards(str(copy)), 30) == Subset.drawn(shards, 30)
+    assert PromptSubset.drawn(ShardReader(str(copy)), 30) == PromptSubset.drawn(shards, 30)
 
 
 def test_a_frozen_one_is_the_same(shards, tmp_path):
-    subset = Subset.drawn(shards, 30, seed=3)
+    subset = PromptSubset.drawn(shards, 30, seed=3)
     path = tmp_path / "new" / "subset.json"
     subset.save(path)
-    loaded = Subset.load(path)
+    loaded = PromptSubset.load(path)
     assert loaded == subset
     assert loaded.digest == subset.digest
     assert json.loads(path.read_text())["digest"] == subset.digest
@@ -95,9 +95,9 @@ CAPTIONS = ["half an emoji \ud83d", 'quotes " and \\', "line\nbreak", "Ω 漢字
 
 
 def test_any_caption_can_be_frozen(tmp_path):
-    subset = Subset("data", [f"k{i}" for i in range(6)], CAPTIONS, list(range(6)))
+    subset = PromptSubset("data", [f"k{i}" for i in range(6)], CAPTIONS, list(range(6)))
     subset.save(tmp_path / "subset.json")
-    assert Subset.load(tmp_path / "subset.json") == subset
+    assert PromptSubset.load(tmp_path / "subset.json") == subset
 
 
 @pytest.mark.parametrize(
@@ -114,12 +114,12 @@ def test_any_caption_can_be_frozen(tmp_path):
 )
 def test_an_edited_one_is_refused(shards, tmp_path, edit):
     path = tmp_path / "subset.json"
-    Subset.drawn(shards, 30).save(path)
+    PromptSubset.drawn(shards, 30).save(path)
     found = json.loads(path.read_text())
     edit(found)
     path.write_text(json.dumps(found))
     with pytest.raises(ValueError, match=f"{path} was changed after it was frozen"):
-        Subset.load(path)
+        PromptSubset.load(path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"captions": 3}', "\udcff", '"' * 5])
@@ -127,7 +127,7 @@ def test_what_is_no_subset_is_refused(tmp_path, text):
     path = tmp_path / "subset.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=f"{path} is no subset of captions"):
-        Subset.load(path)
+        PromptSubset.load(path)
 
 
 @pytest.mark.parametrize("count", [1, 0, -3])
@@ -135,4 +135,4 @@ def test_one_picture_cannot_be_compared(shards, count):
     with pytest.raises(
         ValueError, match=f"count=2 pictures or more to compare with others: {count}"
     ):
-        Subset.drawn(shards, count)
+        PromptSubset.drawn(shards, count)

@@ -15,9 +15,9 @@ from ldm.evaluation.features.clip import ClipFeatures, clip_score
 from ldm.evaluation.metrics.frechet import frechet_distance
 from ldm.evaluation.metrics.moments import Moments
 from ldm.evaluation.metrics.precision_recall import Manifold
-from ldm.evaluation.prompt_subset import Subset, shuffled
-from ldm.evaluation.protocol import Quality, TooFewError, captions_to_paint
-from ldm.utils.images import to_bytes
+from ldm.evaluation.prompt_subset import PromptSubset, shuffle_indices
+from ldm.evaluation.protocol import EvaluationProtocol, TooFewImagesError, select_prompt_subset
+from ldm.utils.images import to_uint8_tensor
 
 CPU = torch.device("cpu")
 BATCH = 4
@@ -40,12 +40,14 @@ def clip(tiny_clip, tmp_path) -> ClipFeatures:
     return ClipFeatures(str(tmp_path / "clip"))
 
 
-def quality(folders, clip, cache, *, real="real", others="others", count=22, **more) -> Quality:
+def quality(
+    folders, clip, cache, *, real="real", others="others", count=22, **more
+) -> EvaluationProtocol:
     pictures = balls.images(folders / real)
     beside = balls.images(folders / others) if others else None
-    subset = captions_to_paint(pictures, beside, count)
+    subset = select_prompt_subset(pictures, beside, count)
     how = {"subset": subset, "size": SIZE, "batch": BATCH, **more}
-    return Quality([clip], pictures=pictures, others=beside, cache=cache, **how)
+    return EvaluationProtocol([clip], pictures=pictures, others=beside, cache=cache, **how)
 
 
 class Painter:
@@ -74,7 +76,7 @@ def test_the_numbers_are_those_of_the_formulas(folders, clip, tiny_text, tmp_pat
     one, paint = quality(folders, clip, tmp_path), Painter(tiny_text)
     one.prepare(CPU)
     found = one.measure(one.see(paint))
-    order = shuffled(40)[:22]
+    order = shuffle_indices(40)[:22]
     prompts = [balls.captions(i)[0] for i in order]
 
     def seen(pictures, places) -> Tensor:
@@ -82,9 +84,9 @@ def test_the_numbers_are_those_of_the_formulas(folders, clip, tiny_text, tmp_pat
         return torch.cat([clip(torch.stack(part)) for part in parts])
 
     pictures, others = (balls.images(folders / name) for name in ("real", "others"))
-    real, floor = seen(others, shuffled(25)), seen(pictures, order)
+    real, floor = seen(others, shuffle_indices(25)), seen(pictures, order)
     images = [paint([prompts[n] for n in part], seeds=part) for part in batches(22)]
-    painted = torch.cat([clip(to_bytes(part)) for part in images])
+    painted = torch.cat([clip(to_uint8_tensor(part)) for part in images])
     texts = clip.texts(prompts)
     expected = {
         "fd_clip": frechet_distance(Moments.of(real), Moments.of(painted)),
@@ -104,7 +106,7 @@ def test_another_batch_size_moves_no_pixel_by_more_than_a_grey_level(tiny_text):
 
     def pixels(size: int) -> Tensor:
         images = [paint([prompts[n] for n in part], seeds=part) for part in batches(22, size)]
-        return to_bytes(torch.cat(images)).int()
+        return to_uint8_tensor(torch.cat(images)).int()
 
     moved = (pixels(22) - pixels(BATCH)).abs()
     assert moved.max() <= 1
@@ -155,7 +157,7 @@ def test_pictures_are_kept_as_they_are_seen(folders, clip, tiny_text, tmp_path):
     one.see(Painter(tiny_text), keep=keep)
     assert sorted(kept) == list(range(9))
     alone = Painter(tiny_text)([one.subset.captions[7]], seeds=[7])
-    assert (kept[7].int() - to_bytes(alone)[0].int()).abs().max() <= 1
+    assert (kept[7].int() - to_uint8_tensor(alone)[0].int()).abs().max() <= 1
 
 
 def test_real_pictures_are_scored_with_their_own_captions(folders, clip, tmp_path):
@@ -182,7 +184,7 @@ def test_without_captions_of_theirs_pictures_have_no_score(folders, clip, tiny_t
 def test_without_others_half_is_painted_and_half_compared_with(folders, clip, tmp_path):
     one = quality(folders, clip, tmp_path, others=None, count=30)
     assert (one.real_places, one.floor_places) == (range(20, 40), range(20))
-    order, index = shuffled(40), one.pictures.shards.index
+    order, index = shuffle_indices(40), one.pictures.shards.index
     assert set(one.subset.keys) == {index.key(i) for i in order[:20]}
     fewer = quality(folders, clip, tmp_path, others=None, count=10, at_most=15)
     assert (fewer.real_places, fewer.floor_places) == (range(20, 35), range(10))
@@ -194,7 +196,7 @@ def test_others_that_are_the_same_are_no_others(folders, clip, tmp_path):
     assert (one.real_places, one.floor_places) == (range(20, 40), range(10))
     one.prepare(CPU)
     assert one.scores.constant["fd_clip_floor"] > 0
-    whole = Subset.drawn(one.pictures.shards, 30)
+    whole = PromptSubset.drawn(one.pictures.shards, 30)
     with pytest.raises(ValueError, match="10 pictures that they would be compared with"):
         quality(folders, clip, tmp_path, others=None, subset=whole)
 
@@ -215,7 +217,7 @@ def test_real_pictures_of_the_captions_get_the_floor(folders, clip, tmp_path):
     """A model that paints what is there: whatever the size of what it is compared with."""
     one = quality(folders, clip, tmp_path, count=25)
     one.prepare(CPU)
-    number = dict(zip(one.subset.seeds, shuffled(40), strict=False))
+    number = dict(zip(one.subset.seeds, shuffle_indices(40), strict=False))
 
     def perfect(prompts, *, seeds) -> Tensor:
         images = [one.pictures[number[seed], 0]["images"] for seed in seeds]
@@ -236,21 +238,23 @@ def test_real_pictures_of_the_captions_get_the_floor(folders, clip, tmp_path):
     ],
 )
 def test_too_few_are_refused(folders, clip, tmp_path, change, told):
-    with pytest.raises(TooFewError, match=f"{told}.*: it takes 8 or more"):
+    with pytest.raises(TooFewImagesError, match=f"{told}.*: it takes 8 or more"):
         quality(folders, clip, tmp_path, **change)
 
 
 def test_captions_of_other_pictures_are_refused(folders, clip, tmp_path):
-    subset = Subset.drawn(balls.images(folders / "others").shards, 10)
+    subset = PromptSubset.drawn(balls.images(folders / "others").shards, 10)
     with pytest.raises(ValueError, match="captions to paint are of other pictures than data"):
         quality(folders, clip, tmp_path, subset=subset)
 
 
 def test_no_network_is_refused(folders, tmp_path):
     pictures = balls.images(folders / "real")
-    subset = Subset.drawn(pictures.shards, 10)
+    subset = PromptSubset.drawn(pictures.shards, 10)
     with pytest.raises(ValueError, match="there is no network to measure by"):
-        Quality([], pictures=pictures, others=None, subset=subset, size=SIZE, cache=tmp_path)
+        EvaluationProtocol(
+            [], pictures=pictures, others=None, subset=subset, size=SIZE, cache=tmp_path
+        )
 
 
 def test_facts_tell_apart_what_gives_other_numbers(folders, clip, tmp_path, tiny_clip):
@@ -270,7 +274,7 @@ def test_facts_tell_apart_what_gives_other_numbers(folders, clip, tmp_path, tiny
         {"real": "others", "others": "real"},
         {"clip": other},
         {"size": 32},
-        {"subset": Subset.drawn(pictures.shards, 22, seed=1)},
+        {"subset": PromptSubset.drawn(pictures.shards, 22, seed=1)},
     ]
     found = [facts(**change) for change in changes]
     for i, one in enumerate(found):

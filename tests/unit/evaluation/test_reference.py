@@ -8,9 +8,9 @@ import torch
 from several import several
 from torch import Tensor
 
-from ldm.evaluation import tensor_cache
-from ldm.evaluation.prompt_subset import shuffled
-from ldm.evaluation.reference import real_features
+from ldm.evaluation.prompt_subset import shuffle_indices
+from ldm.evaluation.reference import compute_real_features
+from ldm.evaluation.tensor_cache import read_tensor_file, write_tensor_file
 
 CPU = torch.device("cpu")
 
@@ -42,13 +42,13 @@ def pictures(folder):
 def features(network, pictures, cache, *, places=range(2, 13), size=16, **more) -> Tensor:
     networks = network if isinstance(network, list) else [network]
     how = {"size": size, "batch": 4, "cache": cache, "device": CPU, **more}
-    tables = real_features(networks, pictures, places, **how)
+    tables = compute_real_features(networks, pictures, places, **how)
     assert tables.keys() == {one.name for one in networks}
     return tables[networks[0].name]
 
 
 def expected(pictures, places=range(2, 13)) -> Tensor:
-    order = shuffled(len(pictures))
+    order = shuffle_indices(len(pictures))
     images = torch.stack([pictures[order[i], 0]["images"] for i in places])
     return Corners()(images)
 
@@ -119,14 +119,14 @@ def test_a_file_that_says_it_is_of_something_else_is_refused(pictures, tmp_path,
     """As one is that was renamed or copied over another."""
     features(Corners(), pictures, tmp_path)
     (path,) = tmp_path.iterdir()
-    tables, facts = tensor_cache.read(path)
+    tables, facts = read_tensor_file(path)
     assert facts.keys() == FACTS.keys()
-    tensor_cache.write(path, tables, facts={**facts, name: FACTS[name]})
+    write_tensor_file(path, tables, facts={**facts, name: FACTS[name]})
     told = rf"{path} is of something else \({name} .* for .*\): delete it"
     with pytest.raises(ValueError, match=told):
         features(Corners(), pictures, tmp_path)
     del facts[name]
-    tensor_cache.write(path, tables, facts=facts)
+    write_tensor_file(path, tables, facts=facts)
     with pytest.raises(ValueError, match=f"{name} None for"):
         features(Corners(), pictures, tmp_path)
 
@@ -137,7 +137,7 @@ def test_a_file_that_says_it_is_of_something_else_is_refused(pictures, tmp_path,
 def test_a_file_of_another_shape_is_refused(pictures, tmp_path, tables):
     features(Corners(), pictures, tmp_path)
     (path,) = tmp_path.iterdir()
-    tensor_cache.write(path, tables, facts=tensor_cache.read(path)[1])
+    write_tensor_file(path, tables, facts=read_tensor_file(path)[1])
     with pytest.raises(ValueError, match=f"{path} is of something else .*: delete it"):
         features(Corners(), pictures, tmp_path)
 

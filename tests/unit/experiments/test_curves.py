@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 from test_compare import write_run
 
-from ldm.cli.compare import compare
-from ldm.cli.evaluate import image_table
-from ldm.experiments import curves, ranking
-from ldm.experiments.curve_plots import figure
+from ldm.cli.evaluate import format_image_table
+from ldm.experiments.curve_plots import plot_quality_curve
+from ldm.experiments.curves import format_curve_table, read_curves, write_curve
+from ldm.experiments.ranking import find_runs
+from ldm.experiments.report import compare_runs
 
 PROTOCOL = {"painted": 8, "real": 20, "floor": 8, "subset": "abc", "data": "def"}
 
@@ -49,7 +50,7 @@ def lines(axes) -> dict[str, tuple[list, list]]:
 
 
 def test_distance_is_drawn_against_clip_score_in_the_order_of_the_scales():
-    [axes] = figure({"": guided(["8", "1", "2"])}).axes
+    [axes] = plot_quality_curve({"": guided(["8", "1", "2"])}).axes
     assert axes.get_xlabel() == "CLIP score (higher is better)"
     assert axes.get_ylabel() == "Frechet distance, clip features (lower is better)"
     drawn = next(
@@ -63,7 +64,7 @@ def test_distance_is_drawn_against_clip_score_in_the_order_of_the_scales():
 
 
 def test_quality_is_drawn_against_steps_a_line_a_sampler():
-    far, score = figure({"": STEPS}).axes
+    far, score = plot_quality_curve({"": STEPS}).axes
     assert (far.get_xlabel(), score.get_xlabel()) == ("steps", "steps")
     assert far.get_xscale() == "log"
     assert [tick.get_text() for tick in far.get_xticklabels()] == ["5", "20"]
@@ -86,7 +87,7 @@ def test_other_curves_find_their_axes(varied, kept, panels):
     for one in points:
         every = {**one["metrics"], "scene_accuracy": 0.5, "fid": 3.0}
         one["metrics"] = {key: value for key, value in every.items() if key in kept}
-    found = figure({"": points}).axes
+    found = plot_quality_curve({"": points}).axes
     words = [(axes.get_xlabel(), axes.get_ylabel()) for axes in found]
     assert [(x.partition(" (")[0], y.partition(" (")[0]) for x, y in words] == panels
 
@@ -94,7 +95,7 @@ def test_other_curves_find_their_axes(varied, kept, panels):
 def test_metrics_are_drawn_against_lengths_beside_what_was_trained():
     points = [point(i, length=length) for i, length in enumerate(["0.2", "0.05"])]
     points = [{**one, "own": {"fd_clip": 9.5, "kid": 0.1}} for one in points]
-    kid, far, score = figure({"": points}, metric="kid").axes
+    kid, far, score = plot_quality_curve({"": points}, metric="kid").axes
     assert [axes.get_xlabel() for axes in (kid, far, score)] == ["length"] * 3
     assert [axes.get_ylabel().split()[0] for axes in (kid, far, score)] == [
         "kid",
@@ -107,12 +108,12 @@ def test_metrics_are_drawn_against_lengths_beside_what_was_trained():
     assert any([*line.get_ydata()] == [9.5, 9.5] for line in far.lines)
     assert "as trained" in [text.get_text() for text in far.texts]
     assert "as trained" not in [text.get_text() for text in score.texts], "it was not measured"
-    assert curves.table(points, metric="precision") == curves.table(points)
-    assert curves.table(points, metric="kid").split()[1] == "kid"
+    assert format_curve_table(points, metric="precision") == format_curve_table(points)
+    assert format_curve_table(points, metric="kid").split()[1] == "kid"
 
 
 def test_lines_and_their_intervals_stand_beside_one_another():
-    far, _ = figure({"": STEPS}).axes
+    far, _ = plot_quality_curve({"": STEPS}).axes
     low, high = far.get_ylim()
     assert low < 9, "all intervals are in the picture"
     assert 15 < high < 18
@@ -131,7 +132,7 @@ def test_what_is_nought_everywhere_is_left_out():
     points = [
         {**one, "metrics": {**one["metrics"], "scene_accuracy": 0.0}} for one in guided(["1", "3"])
     ]
-    assert [axes.get_xlabel() for axes in figure({"": points}).axes] == [
+    assert [axes.get_xlabel() for axes in plot_quality_curve({"": points}).axes] == [
         "CLIP score (higher is better)"
     ]
     for kept, shown in {
@@ -139,13 +140,13 @@ def test_what_is_nought_everywhere_is_left_out():
         ("scene_accuracy",): "scene",
     }.items():
         some = [{**one, "metrics": {k: one["metrics"][k] for k in kept}} for one in points]
-        [axes] = figure({"": some}).axes
+        [axes] = plot_quality_curve({"": some}).axes
         assert axes.get_xlabel() == "guidance.scale"
         assert axes.get_ylabel().startswith(shown), "there is nothing else"
 
 
 def test_files_hold_all_that_is_known(tmp_path):
-    files = curves.write(STEPS, tmp_path)
+    files = write_curve(STEPS, tmp_path)
     assert [path.name for path in files] == [
         "curve_sampler_steps.json", "curve_sampler_steps.csv", "curve_sampler_steps.png",
     ]  # fmt: skip
@@ -158,40 +159,40 @@ def test_files_hold_all_that_is_known(tmp_path):
     assert all(math.isfinite(float(v)) for row in rows for k, v in row.items() if k != "sampler")
     with Image.open(files[2]) as image:
         assert image.width > 600
-    assert curves.read(tmp_path) == {"curve_sampler_steps": STEPS}
-    curves.write(guided(["1", "2"]), tmp_path)
-    assert set(curves.read(tmp_path)) == {"curve_sampler_steps", "curve_guidance"}
+    assert read_curves(tmp_path) == {"curve_sampler_steps": STEPS}
+    write_curve(guided(["1", "2"]), tmp_path)
+    assert set(read_curves(tmp_path)) == {"curve_sampler_steps", "curve_guidance"}
 
 
 def test_points_that_are_not_measured_again_are_kept(tmp_path, capsys):
-    curves.write(guided(["1", "2", "4"]), tmp_path)
-    curves.write(guided(["1", "2", "4", "8"]), tmp_path)
+    write_curve(guided(["1", "2", "4"]), tmp_path)
+    write_curve(guided(["1", "2", "4", "8"]), tmp_path)
     assert not list(tmp_path.glob("former_*")), "all of it is there again"
-    curves.write(guided(["3"]), tmp_path)
+    write_curve(guided(["3"]), tmp_path)
     [told] = capsys.readouterr().out.splitlines()
     assert told.startswith("the former curve_guidance (4 points of other settings) is kept as ")
     kept = sorted(path.name for path in tmp_path.glob(f"{told.split()[-1]}.*"))
     assert [name.rpartition(".")[2] for name in kept] == ["csv", "json", "png"]
     assert len(json.loads((tmp_path / kept[1]).read_text())) == 4
-    assert curves.read(tmp_path) == {"curve_guidance": guided(["3"])}
+    assert read_curves(tmp_path) == {"curve_guidance": guided(["3"])}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[1]", '[{"varied": {}, "metrics": {}}]'])
 def test_a_file_that_is_no_curve_is_named(tmp_path, text):
     (tmp_path / "curve_steps.json").write_text(text)
     with pytest.raises(ValueError, match=r"curve_steps.json is no curve of ldm.evaluate"):
-        curves.read(tmp_path)
+        read_curves(tmp_path)
 
 
 def test_the_table_has_a_row_a_point():
-    rows = curves.table(STEPS).splitlines()
+    rows = format_curve_table(STEPS).splitlines()
     assert rows[0].split() == ["steps", "sampler", "fd_clip", "clip_score", "kid"]
     assert rows[-1].split() == ["5", "ddpm", "13", "21", "-0.0001"]
     assert len({len(row) for row in rows}) == 1
 
 
 def test_real_pictures_and_chance_stand_beside_a_metric():
-    rows = image_table(point(1)).splitlines()
+    rows = format_image_table(point(1)).splitlines()
     assert rows[1].split() == ["fd_clip", "11", "10", "..", "13", "4"]
     assert rows[3].split() == ["clip_score", "29", "0", "..", "60", "33", "20"]
     assert rows[2].split() == ["kid", "-1.0e-04", "0"]
@@ -203,23 +204,25 @@ def runs(tmp_path) -> list[Path]:
     places = [write_run(tmp_path / "runs" / name, losses=[1, 0.5]) for name in "abcd"]
     for place, scales in zip(places, (["1", "3"], ["1", "2", "5"], ["1", "3"]), strict=False):
         other = {} if place.name != "c" else {"protocol": {**PROTOCOL, "painted": 500}}
-        curves.write(guided(scales, **other), place)
+        write_curve(guided(scales, **other), place)
     return places
 
 
 def test_compare_draws_curves_of_several_runs_in_one_picture(runs, tmp_path):
-    said = compare(ranking.find(runs), out=tmp_path)
+    said = compare_runs(find_runs(runs), out=tmp_path)
     assert "quality_guidance.png: curve_guidance of a, b; c: of other pictures" in said
     assert str(tmp_path / "quality_guidance.png") in said
     with Image.open(tmp_path / "quality_guidance.png") as image:
         assert json.loads(image.text["runs"]) == ["a", "b"]
-    shown = figure({name: curves.read(tmp_path / "runs" / name)["curve_guidance"] for name in "ab"})
+    shown = plot_quality_curve(
+        {name: read_curves(tmp_path / "runs" / name)["curve_guidance"] for name in "ab"}
+    )
     assert {name: len(xs) for name, (xs, _) in lines(shown.axes[0]).items()} == {"a": 2, "b": 3}
 
 
 def test_compare_says_where_curves_cannot_stand_together(runs, tmp_path):
-    said = compare(ranking.find([runs[0], runs[2], runs[3]]), out=tmp_path)
+    said = compare_runs(find_runs([runs[0], runs[2], runs[3]]), out=tmp_path)
     assert "not in one picture: curve_guidance of a; c: of other pictures, networks" in said
     assert not (tmp_path / "quality_guidance.png").exists()
-    alone = compare(ranking.find([runs[0], runs[3]]), out=tmp_path)
+    alone = compare_runs(find_runs([runs[0], runs[3]]), out=tmp_path)
     assert "curve_guidance" not in alone

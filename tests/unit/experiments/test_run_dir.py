@@ -5,7 +5,20 @@ import re
 
 import pytest
 
-from ldm.experiments import run_dir
+from ldm.experiments.run_dir import (
+    get_launcher_layout,
+    get_launcher_rank,
+    get_train_log_path,
+    get_wandb_id,
+    infer_metric_direction,
+    list_config_changes,
+    make_run_stamp,
+    read_last_value,
+    read_metrics,
+    read_result,
+    select_on_first_rank,
+    write_result,
+)
 
 LAUNCHERS = (
     "LDM_RUN_STAMP",
@@ -25,17 +38,17 @@ def no_launcher(monkeypatch):
 
 
 def test_a_stamp_is_a_time_and_stays(monkeypatch):
-    stamp = run_dir.stamp()
+    stamp = make_run_stamp()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", stamp)
     assert os.environ["LDM_RUN_STAMP"] == stamp  # for the processes that this one starts
     monkeypatch.setattr("time.strftime", lambda *_: "later")
-    assert run_dir.stamp() == stamp
+    assert make_run_stamp() == stamp
 
 
 def test_a_stamp_is_taken_from_the_process_that_started_this_one(monkeypatch):
     monkeypatch.setenv("LDM_RUN_STAMP", "2026-01-01_00-00-00")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
-    assert run_dir.stamp() == "2026-01-01_00-00-00"
+    assert make_run_stamp() == "2026-01-01_00-00-00"
 
 
 @pytest.mark.parametrize(
@@ -52,7 +65,7 @@ def test_a_launcher_gives_all_its_processes_one_stamp(monkeypatch, launcher, exp
     monkeypatch.setattr("time.strftime", lambda *_: "now")
     for name, value in launcher.items():
         monkeypatch.setenv(name, value)
-    assert run_dir.stamp() == expected
+    assert make_run_stamp() == expected
 
 
 @pytest.mark.parametrize("more", [{"WORLD_SIZE": "2"}, {"TORCHELASTIC_MAX_RESTARTS": "3"}])
@@ -61,7 +74,7 @@ def test_torchrun_without_an_id_gives_ranks_and_restarts_no_common_name(monkeypa
     for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "1", **more}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="give name=my-run, or torchrun --rdzv-id=my-run"):
-        run_dir.stamp()
+        make_run_stamp()
 
 
 @pytest.mark.parametrize(
@@ -77,45 +90,50 @@ def test_torchrun_without_an_id_gives_ranks_and_restarts_no_common_name(monkeypa
 def test_the_rank_is_the_one_among_all_processes(monkeypatch, launcher, rank):
     for name, value in launcher.items():
         monkeypatch.setenv(name, value)
-    assert run_dir.rank() == rank
-    assert run_dir.if_first(".hydra") == (None if rank else ".hydra")
-    assert run_dir.log_file("runs/x") == (os.devnull if rank else "runs/x/train.log")
+    assert get_launcher_rank() == rank
+    assert select_on_first_rank(".hydra") == (None if rank else ".hydra")
+    assert get_train_log_path("runs/x") == (os.devnull if rank else "runs/x/train.log")
 
 
 def test_the_wandb_id_is_kept(tmp_path):
     run = tmp_path / "runs" / "first"
-    made = run_dir.wandb_id(run)
+    made = get_wandb_id(run)
     assert re.fullmatch(r"[0-9a-f]{8}", made)
-    assert run_dir.wandb_id(run) == made
-    assert run_dir.wandb_id(tmp_path / "runs" / "second") != made
+    assert get_wandb_id(run) == made
+    assert get_wandb_id(tmp_path / "runs" / "second") != made
 
 
 def test_a_result_is_read_back_and_replaced(tmp_path):
-    assert run_dir.read_result(tmp_path) == {}
-    run_dir.write_result(tmp_path, {"status": "failed", "value": None})
-    run_dir.write_result(tmp_path, {"status": "finished", "value": 0.1 + 0.2, "steps": 3})
-    assert run_dir.read_result(tmp_path) == {"status": "finished", "value": 0.1 + 0.2, "steps": 3}
+    assert read_result(tmp_path) == {}
+    write_result(tmp_path, {"status": "failed", "value": None})
+    write_result(tmp_path, {"status": "finished", "value": 0.1 + 0.2, "steps": 3})
+    assert read_result(tmp_path) == {"status": "finished", "value": 0.1 + 0.2, "steps": 3}
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_changes_name_what_a_run_must_not_change():
     old = {"seed": 0, "trainer": {"max_steps": 1}, "data": {"workers": 0, "size": 8}, "gone": 1}
     new = {"seed": 0, "trainer": {"max_steps": 9}, "data": {"workers": 2, "size": 16}, "new": None}
-    assert run_dir.changes(old, new) == ["data.size was 8, is 16", "gone was 1, is None"]
-    assert run_dir.changes(old, old) == []
+    assert list_config_changes(old, new) == [
+        "data.size was 8, is 16",
+        "gone was 1, is None",
+    ]
+    assert list_config_changes(old, old) == []
 
 
 def test_a_setting_that_came_later_may_have_its_default():
     old = {"guidance": {"scale": 2}, "steps": 3}
     new = {"guidance": {"scale": 2, "interval": [0, 1]}, "steps": 3, "kept": {"lengths": []}}
-    assert run_dir.changes(old, new, new) == []
-    assert len(run_dir.changes(old, new)) == 2
+    assert list_config_changes(old, new, new) == []
+    assert len(list_config_changes(old, new)) == 2
     other = {"guidance": {"scale": 2, "interval": [0.2, 1]}, "steps": 3, "kept": {"lengths": [1]}}
-    assert run_dir.changes(old, other, new) == [
+    assert list_config_changes(old, other, new) == [
         "guidance.interval was None, is [0.2, 1]",
         "kept was None, is {'lengths': [1]}",
     ]
-    assert run_dir.changes(old, {**old, "steps": 4}, {**new, "steps": 4}) == ["steps was 3, is 4"]
+    assert list_config_changes(old, {**old, "steps": 4}, {**new, "steps": 4}) == [
+        "steps was 3, is 4"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +152,7 @@ def test_who_has_started_the_processes(monkeypatch, environment, expected):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert run_dir.launched() == expected
+    assert get_launcher_layout() == expected
 
 
 @pytest.mark.parametrize(
@@ -155,17 +173,17 @@ def test_who_has_started_the_processes(monkeypatch, environment, expected):
     ],
 )
 def test_which_way_is_better(metric, expected):
-    assert run_dir.direction(metric) == expected
+    assert infer_metric_direction(metric) == expected
 
 
 def test_metrics_are_read_from_the_end_and_through_tears(tmp_path):
     lines = [f"{i},{i / 8}," for i in range(5000)]
     torn = "5000,0."
     (tmp_path / "metrics.csv").write_text("\n".join(["step,val/loss,b", *lines, torn]))
-    assert len(run_dir.read_metrics(tmp_path)) == 5000
-    last = run_dir.read_metrics(tmp_path, tail=100)
+    assert len(read_metrics(tmp_path)) == 5000
+    last = read_metrics(tmp_path, tail=100)
     assert 2 < len(last) < 12
     assert last[-1] == {"step": 4999.0, "val/loss": 4999 / 8}
-    assert run_dir.value(tmp_path, "val/loss") == 4999 / 8
-    assert run_dir.value(tmp_path, "b") is None
-    assert run_dir.read_metrics(tmp_path / "none") == []
+    assert read_last_value(tmp_path, "val/loss") == 4999 / 8
+    assert read_last_value(tmp_path, "b") is None
+    assert read_metrics(tmp_path / "none") == []

@@ -6,12 +6,16 @@ import pytest
 import torch
 from world import SIZE, pipeline
 
-from ldm.diffusion.guidance.base import Auto, ClassifierFree, Projected
-from ldm.diffusion.guidance.compositional import Composed
-from ldm.diffusion.guidance.gradient import Judged
-from ldm.diffusion.samplers.multistep import DPMSolver
-from ldm.diffusion.tasks.base import ProjectedInpaint
-from ldm.models.autoencoder import Identity
+from ldm.diffusion.guidance.base import (
+    AdaptiveProjectedGuidance,
+    Autoguidance,
+    ClassifierFreeGuidance,
+)
+from ldm.diffusion.guidance.compositional import CompositionalGuidance
+from ldm.diffusion.guidance.gradient import ClipGuidance
+from ldm.diffusion.samplers.multistep import DPMSolverSampler
+from ldm.diffusion.tasks.base import ProjectedInpainting
+from ldm.models.autoencoder import IdentityAutoencoder
 
 PROMPTS = ["a red circle", "a blue square", "a white circle"]
 
@@ -101,7 +105,7 @@ def test_text_to_image_takes_nothing_else(tiny_text, extra):
 
 def test_a_picture_goes_to_its_noise_and_back(tiny_text):
     """What is painted of the noise that was found is the picture; with other words, another."""
-    pipe = replace(pipeline(tiny_text, scale=1.5), autoencoder=Identity())
+    pipe = replace(pipeline(tiny_text, scale=1.5), autoencoder=IdentityAutoencoder())
     images = 0.8 * torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) - 0.4
     noise = pipe.invert(images, PROMPTS[:1], steps=20)
     assert distance(noise, images) > 0.1
@@ -129,10 +133,10 @@ def test_a_judge_steers_towards_what_it_likes(tiny_text):
     def brightness(prompts):
         return lambda x0_hat: 300 * x0_hat.flatten(1).mean(1)
 
-    plain = replace(pipeline(tiny_text, scale=1.0), autoencoder=Identity())
+    plain = replace(pipeline(tiny_text, scale=1.0), autoencoder=IdentityAutoencoder())
     inner, schedule = plain.guidance, plain.objective.schedule
     images = plain(PROMPTS[:2], seeds=[0, 1], size=SIZE, steps=8)
-    judged = Judged(judge=brightness, schedule=schedule, inner=inner)
+    judged = ClipGuidance(judge=brightness, schedule=schedule, inner=inner)
     steered = replace(plain, guidance=judged)(PROMPTS[:2], seeds=[0, 1], size=SIZE, steps=8)
     assert (steered.flatten(1).mean(1) > images.flatten(1).mean(1) + 0.05).all()
     assert not steered.requires_grad
@@ -141,17 +145,17 @@ def test_a_judge_steers_towards_what_it_likes(tiny_text):
 def test_a_word_where_a_negative_prompt_says_nothing(tiny_text):
     """It is told by the guidance that is asked, and the word is true: pictures are the same."""
     pipe = pipeline(tiny_text)
-    plain, guided = ClassifierFree(scale=1.0), ClassifierFree(scale=3.0)
+    plain, guided = ClassifierFreeGuidance(scale=1.0), ClassifierFreeGuidance(scale=3.0)
     cases = [
         (plain, "a dog", True),
         (guided, "a dog", False),
-        (ClassifierFree(scale=0.0), "a dog", False),
-        (Projected(scale=1.0), "a dog", True),
-        (Auto(guide=pipe.denoise, inner=plain, scale=3.0), "a dog", True),
-        (Auto(guide=pipe.denoise, inner=guided, scale=3.0), "a dog", False),
-        (Composed(scale=1.0), "a dog", True),
-        (Composed(scale=1.0), "a dog AND a cat", False),
-        (Composed(scale=2.0), "a dog :0.25 AND a cat :0.25", True),
+        (ClassifierFreeGuidance(scale=0.0), "a dog", False),
+        (AdaptiveProjectedGuidance(scale=1.0), "a dog", True),
+        (Autoguidance(guide=pipe.denoise, inner=plain, scale=3.0), "a dog", True),
+        (Autoguidance(guide=pipe.denoise, inner=guided, scale=3.0), "a dog", False),
+        (CompositionalGuidance(scale=1.0), "a dog", True),
+        (CompositionalGuidance(scale=1.0), "a dog AND a cat", False),
+        (CompositionalGuidance(scale=2.0), "a dog :0.25 AND a cat :0.25", True),
     ]
     for guidance, prompt, useless in cases:
         pipe = replace(pipe, guidance=guidance)
@@ -167,8 +171,8 @@ def test_a_word_where_a_negative_prompt_says_nothing(tiny_text):
 def test_a_word_for_a_sampler_that_overshoots_at_these_steps(tiny_text):
     pipe = pipeline(tiny_text)
     assert pipe.caveats(30) == []
-    pipe = replace(pipe, sampler=DPMSolver(eta=1.0, spacing="leading"))
+    pipe = replace(pipe, sampler=DPMSolverSampler(eta=1.0, spacing="leading"))
     (word,) = pipe.caveats(30)
     assert "overshoots in 30 steps with spacing=leading" in word
-    pipe = replace(pipe, task=ProjectedInpaint(rounds=2))  # of first order
+    pipe = replace(pipe, task=ProjectedInpainting(rounds=2))  # of first order
     assert pipe.caveats(30) == []

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ldm.models.autoencoder import AutoencoderKL, Identity
-from ldm.models.diffusers_format import autoencoder_config, to_diffusers
+from ldm.models.autoencoder import AutoencoderKL, IdentityAutoencoder
+from ldm.models.diffusers_format import export_autoencoder_config, to_diffusers
 
 SMALL = {"latent_channels": 5, "channels": 8, "multipliers": (1, 2, 3), "blocks": 1, "groups": 4}
 
@@ -39,7 +39,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 @torch.no_grad()
 def assert_same_as_diffusers(net: AutoencoderKL, images: Tensor) -> None:
     with torch.device("meta"):
-        oracle = diffusers.AutoencoderKL(**autoencoder_config(net))
+        oracle = diffusers.AutoencoderKL(**export_autoencoder_config(net))
     oracle.load_state_dict(to_diffusers(net.state_dict()), assign=True)
     posterior = oracle.eval().encode(images).latent_dist
     mean, logvar = net.posterior(images)
@@ -158,7 +158,7 @@ def test_bad_scale_is_named(net, scale):
 
 
 def test_identity_returns_pixels():
-    net, images = Identity(), pictures(2, 3, 5, 7)
+    net, images = IdentityAutoencoder(), pictures(2, 3, 5, 7)
     assert net.encode(images, generator=torch.Generator()) is images
     assert net.decode(images) is images
     assert (net.channels, net.factor) == (3, 1)
@@ -194,4 +194,4 @@ def test_without_normalisation_blocks_begin_as_their_shortcut():
 def test_what_diffusers_cannot_build_is_refused():
     for changed in ({"patch": 2}, {"groups": 0}):
         with pytest.raises(ValueError, match="diffusers has no such autoencoder"):
-            autoencoder_config(AutoencoderKL(**SMALL | changed))
+            export_autoencoder_config(AutoencoderKL(**SMALL | changed))

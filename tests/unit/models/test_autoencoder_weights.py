@@ -2,9 +2,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL as Oracle
 
-from ldm.models.autoencoder_weights import autoencoder
-from ldm.models.diffusers_format import autoencoder_config, save_autoencoder
-from ldm.utils import checkpoint_file
+from ldm.models.autoencoder_weights import make_autoencoder_kl
+from ldm.models.diffusers_format import export_autoencoder_config, save_autoencoder
+from ldm.utils.checkpoint_file import CheckpointError, write_checkpoint
 from ldm.utils.hashing import hash_module
 
 SIZES = {
@@ -19,7 +19,7 @@ SIZES = {
 
 def trained():
     torch.manual_seed(3)
-    built = autoencoder(path=None, **SIZES)
+    built = make_autoencoder_kl(path=None, **SIZES)
     built.set_scale(torch.tensor([0.1, 0.2, 0.3]), 2.0)
     return built
 
@@ -28,21 +28,19 @@ def test_from_a_run(tmp_path):
     built = trained()
     state = {f"autoencoder.{name}": tensor for name, tensor in built.state_dict().items()}
     file = tmp_path / "run" / "checkpoints" / "step=00000001.ckpt"
-    checkpoint_file.write({"state_dict": state | {"other": torch.zeros(1)}}, file)
+    write_checkpoint({"state_dict": state | {"other": torch.zeros(1)}}, file)
     for path in (tmp_path / "run", file):
-        read = autoencoder(path=str(path), **SIZES)
+        read = make_autoencoder_kl(path=str(path), **SIZES)
         assert hash_module(read) == hash_module(built)
-    with pytest.raises(
-        checkpoint_file.CheckpointError, match=r"\(16, .*in the file and \(32, .*here"
-    ):
-        autoencoder(path=str(file), **{**SIZES, "multipliers": (1, 4)})
+    with pytest.raises(CheckpointError, match=r"\(16, .*in the file and \(32, .*here"):
+        make_autoencoder_kl(path=str(file), **{**SIZES, "multipliers": (1, 4)})
 
 
 def test_from_a_diffusers_folder(tmp_path):
     built = trained()
-    oracle = Oracle(**autoencoder_config(built), scaling_factor=0.5)
+    oracle = Oracle(**export_autoencoder_config(built), scaling_factor=0.5)
     oracle.save_pretrained(tmp_path / "vae")
-    read = autoencoder(path=str(tmp_path / "vae"), **SIZES)
+    read = make_autoencoder_kl(path=str(tmp_path / "vae"), **SIZES)
     images = torch.rand(1, 3, 8, 8) * 2 - 1
     with torch.no_grad():
         expected = oracle.encode(images).latent_dist.mean * 0.5
@@ -51,27 +49,27 @@ def test_from_a_diffusers_folder(tmp_path):
 
 def test_what_does_not_come_with_ldm_is_told_what_does():
     with pytest.raises(FileNotFoundError, match=r"which has packaged:autoencoder, packaged:clip"):
-        autoencoder(path="packaged:autoencodr", **SIZES)
+        make_autoencoder_kl(path="packaged:autoencodr", **SIZES)
 
 
 def test_what_is_nowhere_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"'nobody/nothing' is neither here nor"):
-        autoencoder(path="nobody/nothing", **SIZES)
+        make_autoencoder_kl(path="nobody/nothing", **SIZES)
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(checkpoint_file.CheckpointError, match="has no checkpoint"):
-        autoencoder(path=str(tmp_path), **SIZES)
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        make_autoencoder_kl(path=str(tmp_path), **SIZES)
 
 
 def test_a_saved_folder_in_half_precision(tmp_path):
     sizes = SIZES | {"groups": 0, "attention": False, "patch": 2}
     torch.manual_seed(3)
-    built = autoencoder(path=None, **sizes)
+    built = make_autoencoder_kl(path=None, **sizes)
     built.set_scale(torch.tensor([0.1, 0.2, 0.3]), torch.tensor([1.0, 2.0, 3.0]))
     save_autoencoder(built, tmp_path, dtype=torch.float16)
-    read = autoencoder(path=str(tmp_path), **sizes)
+    read = make_autoencoder_kl(path=str(tmp_path), **sizes)
     images = torch.rand(1, 3, 8, 8) * 2 - 1
     with torch.no_grad():
         torch.testing.assert_close(read.encode(images), built.encode(images), rtol=0, atol=5e-3)
     with pytest.raises(ValueError, match="patch_size is 2 there, 4 here"):
-        autoencoder(path=str(tmp_path), **sizes | {"patch": 4})
+        make_autoencoder_kl(path=str(tmp_path), **sizes | {"patch": 4})

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from ldm.models.clip import Clip, contrastive_loss, retrieval_accuracy, train_tokenizer
-from ldm.models.text.clip import ClipText
+from ldm.models.text.clip import ClipTextEncoder
 
 CAPTIONS = ["a red circle", "a blue square above a circle", "", "the red square"]
 TOKENIZER = train_tokenizer(CAPTIONS * 3, vocab_size=530)
@@ -121,7 +121,7 @@ def test_a_saved_clip_loads_here_and_as_a_text_encoder(tmp_path):
     images = torch.rand(2, 3, 16, 16)
     assert torch.equal(loaded.encode_images(images), clip.encode_images(images))
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    text = ClipText(str(tmp_path / "clip"))
+    text = ClipTextEncoder(str(tmp_path / "clip"))
     with torch.no_grad():
         states = clip.model.text_model(clip.tokenize(CAPTIONS)).last_hidden_state
     assert torch.equal(text(CAPTIONS).tokens, states)

@@ -9,12 +9,12 @@ import torch
 from ldm.diffusion.conditioning import Condition
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusers_format import (
-    autoencoder_config,
+    export_autoencoder_config,
+    export_unet_config,
     from_diffusers,
     load_autoencoder,
     load_unet,
     to_diffusers,
-    unet_config,
 )
 from ldm.models.unet import UNet
 
@@ -31,13 +31,13 @@ def make_autoencoder(**changes) -> AutoencoderKL:
 
 @pytest.fixture
 def unet_folder(tmp_path):
-    diffusers.UNet2DConditionModel(**unet_config(make_unet())).save_pretrained(tmp_path)
+    diffusers.UNet2DConditionModel(**export_unet_config(make_unet())).save_pretrained(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def autoencoder_folder(tmp_path):
-    config = autoencoder_config(make_autoencoder())
+    config = export_autoencoder_config(make_autoencoder())
     diffusers.AutoencoderKL(**config, scaling_factor=0.3).save_pretrained(tmp_path)
     return tmp_path
 
@@ -66,7 +66,7 @@ def test_autoencoder_from_a_folder(autoencoder_folder):
 
 
 def test_pickled_weights_from_a_file(tmp_path):
-    config = unet_config(make_unet())
+    config = export_unet_config(make_unet())
     theirs = diffusers.UNet2DConditionModel(**config)
     theirs.save_pretrained(tmp_path, safe_serialization=False)
     ours = make_unet()
@@ -152,9 +152,9 @@ def test_other_weights_are_refused_and_listed(unet_folder):
 
 def test_some_networks_have_no_counterpart():
     with pytest.raises(ValueError, match="context_dim must not be 0"):
-        unet_config(make_unet(context_dim=0))
+        export_unet_config(make_unet(context_dim=0))
     with pytest.raises(ValueError, match="waves must be 0"):
-        unet_config(make_unet(waves=2))
+        export_unet_config(make_unet(waves=2))
 
 
 def test_missing_files_are_named(tmp_path, unet_folder):

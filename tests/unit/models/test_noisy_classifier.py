@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ldm.diffusion.schedules import Flow, cosine
+from ldm.diffusion.schedules import FlowSchedule, cosine
 from ldm.models.noisy_classifier import NoisyClassifier, NoisyTower
-from ldm.models.text.labels import Labels, NoText
+from ldm.models.text.labels import LabelTextEncoder, NullTextEncoder
 
 NAMES = ["circle", "square", "star"]
 SIZES = {"width": 8, "channels": 16, "heads": 2, "groups": 4, "waves": 2}
@@ -15,7 +15,7 @@ def classifier(text=None, *, schedule=None, channels: int = 3) -> NoisyClassifie
     """Always the same weights, none of them the silence of a fresh network."""
     torch.manual_seed(0)
     tower = NoisyTower(schedule=schedule or cosine(), in_channels=channels, **SIZES)
-    built = NoisyClassifier(tower, text or Labels(NAMES)).eval().requires_grad_(False)
+    built = NoisyClassifier(tower, text or LabelTextEncoder(NAMES)).eval().requires_grad_(False)
     for weight in built.tower.parameters():
         weight += 0.05 * torch.randn(weight.shape)
     return built
@@ -40,10 +40,10 @@ def test_its_gradient_is_that_of_finite_differences(prompts, t):
 
 
 def test_captions_have_a_gradient_as_well(tiny_clip, tmp_path):
-    from ldm.models.text.clip import ClipText
+    from ldm.models.text.clip import ClipTextEncoder
 
     tiny_clip.save(tmp_path / "clip")
-    built = classifier(ClipText(str(tmp_path / "clip"), pooled=True)).double()
+    built = classifier(ClipTextEncoder(str(tmp_path / "clip"), pooled=True)).double()
     assert not built.has_names
     log_p = built.aim(["a red circle", "a blue square"])
     x, d = (torch.randn(2, 3, 4, 4, dtype=torch.float64) for _ in range(2))
@@ -60,7 +60,7 @@ def test_captions_have_a_gradient_as_well(tiny_clip, tmp_path):
     )
 
 
-@pytest.mark.parametrize("schedule", [Flow(), cosine(), cosine(zero_terminal_snr=True)])
+@pytest.mark.parametrize("schedule", [FlowSchedule(), cosine(), cosine(zero_terminal_snr=True)])
 def test_in_deep_noise_its_gradient_fades_as_the_signal_does(schedule):
     """So that sigma^2 / alpha times it stays finite, and goes to no infinity at the end."""
     log_p = classifier(schedule=schedule).double().aim(["a star"] * 4)
@@ -105,7 +105,7 @@ def test_the_text_encoder_is_no_part_of_its_state():
 
 def test_what_does_not_fit_is_told():
     with pytest.raises(ValueError, match=r"take text_encoder=tiny or labels"):
-        classifier(NoText())
+        classifier(NullTextEncoder())
     built = classifier()
     with pytest.raises(ValueError, match="latents of another autoencoder, or on another size"):
         built.tower(torch.zeros(1, 4, 8, 8), torch.tensor(0.5))

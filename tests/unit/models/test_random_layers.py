@@ -7,13 +7,18 @@ import torch
 from torch import nn
 from world import latent_diffusion, shapes_data, val_batch
 
-from ldm.models.random_layers import Dropout, GaussianNoise, assign, random_layers
+from ldm.models.random_layers import (
+    Dropout,
+    GaussianNoise,
+    assign_image_positions,
+    find_random_layers,
+)
 from ldm.models.style_attention import StyleTokens
 from ldm.models.unet import UNet
 
 
 def layer_for(layer: nn.Module, positions, seed: int = 0) -> nn.Module:
-    assign(random_layers(nn.ModuleDict({"layer": layer})), seed, positions)
+    assign_image_positions(find_random_layers(nn.ModuleDict({"layer": layer})), seed, positions)
     return layer
 
 
@@ -31,7 +36,7 @@ def test_numbers_follow_seed_layer_and_image_alone(layer):
     assert torch.equal(layer_for(layer, [7, 8, 9, 10])(fast), whole)
     assert not torch.equal(layer_for(layer, [7, 8, 9, 10], seed=1)(x), whole)
     assert not torch.equal(whole[0], whole[1])
-    assign(random_layers(nn.ModuleDict({"other": layer})), 0, [7, 8, 9, 10])
+    assign_image_positions(find_random_layers(nn.ModuleDict({"other": layer})), 0, [7, 8, 9, 10])
     assert not torch.equal(layer(x), whole)
 
 
@@ -68,11 +73,11 @@ def test_a_copy_of_a_network_has_its_images():
 def test_the_noise_of_a_style_follows_the_image():
     torch.manual_seed(0)
     tokens, style = StyleTokens(6, code=4, width=8, time_dim=8), torch.randn(4, 5, 6)
-    layers = random_layers(tokens)
+    layers = find_random_layers(tokens)
     assert list(layers) == ["noise"]
-    assign(layers, 0, range(4))
+    assign_image_positions(layers, 0, range(4))
     whole, _ = tokens(style)
-    assign(layers, 0, range(2, 4))
+    assign_image_positions(layers, 0, range(2, 4))
     torch.testing.assert_close(tokens(style[2:])[0], whole[2:])
     assert not torch.allclose(tokens.eval()(style)[0], whole)
 
@@ -88,13 +93,13 @@ def test_loss_and_gradients_do_not_depend_on_how_a_batch_is_split(shapes, tiny_t
     )  # fmt: skip
     net.load_state_dict(module.denoiser.state_dict())
     module.denoiser, found = net, []
-    layers = random_layers(module)
+    layers = find_random_layers(module)
     for batches in ([range(6)], [range(4), range(4, 6)], [[i] for i in range(6)]):
         net.zero_grad()
         losses = []
         for part in batches:
             batch = val_batch(data, list(part))
-            assign(layers, 0, batch["position"])
+            assign_image_positions(layers, 0, batch["position"])
             loss = module.training_step(batch, 0) * len(part) / 6
             loss.backward()
             losses.append(float(loss.detach()))
@@ -103,6 +108,8 @@ def test_loss_and_gradients_do_not_depend_on_how_a_batch_is_split(shapes, tiny_t
         assert loss == pytest.approx(found[0][0], rel=1e-5)
         for one, other in zip(found[0][1], gradients, strict=True):
             torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-6)
-    assign(layers, 1, range(6))  # other masks make another loss: it is dropout that was held
+    assign_image_positions(
+        layers, 1, range(6)
+    )  # other masks make another loss: it is dropout that was held
     other = float(module.training_step(val_batch(data, [*range(6)]), 0))
     assert other != pytest.approx(found[0][0], rel=1e-3)

@@ -5,10 +5,10 @@ import torch
 from world import CAPTIONS, SIZE, latent_diffusion, shapes_data, unet, val_batch
 
 from ldm.diffusion.conditioning import Condition
-from ldm.models.diffusers_format import unet_config
-from ldm.models.style import ClipStyle, shuffled
+from ldm.models.diffusers_format import export_unet_config
+from ldm.models.style import ClipStyleEncoder, shuffle_tiles
 from ldm.models.unet import UNet
-from ldm.models.warm_start import begin
+from ldm.models.warm_start import warm_start
 from ldm.utils.checkpoint_file import CheckpointError
 
 WORDS = ["striped", "flat", "both", "drawn", "oil on canvas", "oil"]
@@ -44,13 +44,13 @@ def without(cond: Condition) -> Condition:
 def test_begins_as_the_network_without_style_bit_for_bit(context_dim):
     source, net = network(context_dim=context_dim, style_dim=0), network(context_dim=context_dim)
     assert source.added == ()
-    begin(net, {k: 2 * v for k, v in source.state_dict().items()}, what="x")
-    begin(source, {k: 2 * v for k, v in source.state_dict().items()}, what="x")
+    warm_start(net, {k: 2 * v for k, v in source.state_dict().items()}, what="x")
+    warm_start(source, {k: 2 * v for k, v in source.state_dict().items()}, what="x")
     x, t, cond = question(context_dim=context_dim)
     assert torch.equal(net(x, t, cond), source(x, t, without(cond)))
     assert source(x, t, cond).std() > 0.01
     with pytest.raises(CheckpointError, match="unknown here"):
-        begin(source, net.state_dict(), what="x")
+        warm_start(source, net.state_dict(), what="x")
 
 
 def trained(net: UNet) -> UNet:
@@ -106,7 +106,7 @@ def test_refuses_features_of_another_encoder():
     with pytest.raises(ValueError, match=r"cond\.style for 3 images, 6 wide"):
         network()(x, t, cond)
     with pytest.raises(ValueError, match="style_dim must be 0"):
-        unet_config(network())
+        export_unet_config(network())
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def pictures(n=4):
 
 def test_tiles_change_places_and_stay_whole():
     images = torch.arange(2 * 3 * 64.0).reshape(2, 3, 8, 8)
-    mixed = shuffled(images, 2, draws(2))
+    mixed = shuffle_tiles(images, 2, draws(2))
     assert not torch.equal(mixed, images)
     for image, other in zip(images, mixed, strict=True):
         quarters = [
@@ -133,23 +133,26 @@ def test_tiles_change_places_and_stay_whole():
             for one in (image, other)
         ]
         assert quarters[0] == quarters[1]
-    assert torch.equal(shuffled(images, 1, draws(2)), images)
+    assert torch.equal(shuffle_tiles(images, 1, draws(2)), images)
 
 
 def test_features_depend_on_an_images_own_numbers(folder):
-    encoder = ClipStyle(folder, tiles=2)
+    encoder = ClipStyleEncoder(folder, tiles=2)
     images = pictures()
     together = encoder(images, draws(4))
     assert together.shape == (4, (SIZE // 8) ** 2, encoder.width)
     alone = encoder(images[2:3], draws(1, seed=2))
     torch.testing.assert_close(alone[0], together[2])
     assert not torch.equal(encoder(images, draws(4, seed=9)), together)
-    whole = ClipStyle(folder, tiles=1)
+    whole = ClipStyleEncoder(folder, tiles=1)
     assert torch.equal(whole(images, draws(4)), whole(images, draws(4, seed=9)))
 
 
 def test_recolouring_is_of_training_alone(folder):
-    plain, encoder = ClipStyle(folder, tiles=1), ClipStyle(folder, tiles=1, recolour=True)
+    plain, encoder = (
+        ClipStyleEncoder(folder, tiles=1),
+        ClipStyleEncoder(folder, tiles=1, recolour=True),
+    )
     images = pictures()
     assert torch.equal(encoder(images, draws(4)), plain(images, draws(4)))
     found = encoder(images, draws(4), training=True)
@@ -178,10 +181,10 @@ def test_recolouring_is_of_training_alone(folder):
     ],
 )
 def test_captions_fall_silent_about_style(folder, said, left):
-    encoder = ClipStyle(folder, words=WORDS, silence=0.5)
+    encoder = ClipStyleEncoder(folder, words=WORDS, silence=0.5)
     assert encoder.without(said) == left
     assert encoder.silenced([said] * 2, torch.tensor([0.49, 0.5])) == [left, said]
-    assert ClipStyle(folder, silence=1.0).silenced([said], torch.zeros(1)) == [said]
+    assert ClipStyleEncoder(folder, silence=1.0).silenced([said], torch.zeros(1)) == [said]
 
 
 @pytest.mark.parametrize(
@@ -198,12 +201,12 @@ def test_captions_fall_silent_about_style(folder, said, left):
 )
 def test_what_makes_no_sense_is_refused(folder, wrong, told):
     with pytest.raises(ValueError, match=told):
-        ClipStyle(folder, **wrong)
+        ClipStyleEncoder(folder, **wrong)
 
 
 def test_training_drops_style_apart_from_captions(tiny_text, folder, shapes):
     """Each image by its own number; a validation drops neither, and hears every word."""
-    encoder = ClipStyle(folder, dropout=0.5, silence=1.0, words=["circle"])
+    encoder = ClipStyleEncoder(folder, dropout=0.5, silence=1.0, words=["circle"])
     module = latent_diffusion(tiny_text, style_encoder=encoder, caption_dropout=0.5)
     batch = val_batch(shapes_data(shapes), range(10))
     heard = []

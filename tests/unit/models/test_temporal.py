@@ -5,9 +5,9 @@ import torch
 
 from ldm.diffusion.conditioning import Condition
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.frames import Frames
+from ldm.models.frames import FramewiseAutoencoder
 from ldm.models.unet import UNet
-from ldm.models.warm_start import begin
+from ldm.models.warm_start import warm_start
 
 FRAMES = 5
 T = torch.tensor([10.0, 700.0])
@@ -38,7 +38,7 @@ def videos(batch=2, frames=FRAMES, channels=3):
 def test_at_first_a_video_is_its_frames_as_the_image_network_has_them():
     images = unet()
     network = unet(in_channels=7, seed=1, move=False, temporal=True)
-    assert begin(network, images.state_dict(), what="x") == ["4 input channels", "temporal"]
+    assert warm_start(network, images.state_dict(), what="x") == ["4 input channels", "temporal"]
     x, cond = videos(), told(concat=100 * videos(channels=4))
     each = [images(frame, T, told()) for frame in x.unbind(2)]
     torch.testing.assert_close(network(x, T, cond), torch.stack(each, dim=2), rtol=0, atol=1e-5)
@@ -117,7 +117,7 @@ def test_an_autoencoder_has_each_frame_by_itself():
     torch.manual_seed(0)
     sizes = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "groups": 4, "attention": False}
     one = AutoencoderKL(latent_channels=4, **sizes).eval()
-    many, x = Frames(one), videos()
+    many, x = FramewiseAutoencoder(one), videos()
     assert (many.channels, many.factor) == (one.channels, one.factor)
     latents = many.encode(x)
     assert latents.shape == (2, 4, FRAMES, 4, 4)
@@ -133,7 +133,7 @@ def test_an_autoencoder_has_each_frame_by_itself():
 def test_what_is_drawn_for_a_video_is_its_own():
     torch.manual_seed(0)
     sizes = {"channels": 8, "multipliers": (1,), "blocks": 1, "groups": 4, "attention": False}
-    many, x = Frames(AutoencoderKL(latent_channels=4, **sizes).eval()), videos()
+    many, x = FramewiseAutoencoder(AutoencoderKL(latent_channels=4, **sizes).eval()), videos()
 
     def drawn(which):
         seeds = [torch.Generator().manual_seed(i) for i in which]

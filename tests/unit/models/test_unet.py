@@ -11,8 +11,9 @@ from scipy.fft import idctn
 from torch import Tensor, nn
 
 from ldm.diffusion.conditioning import Condition
-from ldm.models.diffusers_format import to_diffusers, unet_config
-from ldm.models.layers import PlaceMap, timestep_embedding
+from ldm.models.diffusers_format import export_unet_config, to_diffusers
+from ldm.models.layers import timestep_embedding
+from ldm.models.positional_map import PositionalMap
 from ldm.models.unet import UNet
 
 SMALL = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "heads": 2, "groups": 8}
@@ -57,7 +58,7 @@ def test_the_timestep_embedding_is_that_of_stable_diffusion_to_the_last_bit(widt
 @torch.no_grad()
 def assert_same_as_diffusers(net: UNet, x: Tensor, t: Tensor, cond: Condition) -> None:
     with torch.device("meta"):
-        oracle = UNet2DConditionModel(**unet_config(net))
+        oracle = UNet2DConditionModel(**export_unet_config(net))
     oracle.load_state_dict(to_diffusers(net.state_dict()), assign=True)
     expected = oracle.eval()(
         x, t, cond.tokens, class_labels=cond.pooled, encoder_attention_mask=cond.mask
@@ -187,7 +188,7 @@ def test_pooled_and_tokens_each_matter():
 
 @torch.no_grad()
 def test_a_place_map_is_a_cosine_transform():
-    place = randomise(PlaceMap(5, 2, waves=3))
+    place = randomise(PositionalMap(5, 2, waves=3))
     emb = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     weights = place.proj(emb).reshape(4, 3, 3, 2)
     low = weights.permute(0, 3, 1, 2).double().numpy()  # (B, C, waves, waves)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.models.whitening import FILE, FLOOR, Whitening
+from ldm.models.whitening import VARIANCE_FLOOR, WHITENING_FILE, Whitening
 
 
 def states(scales=(3.0, 1.0, 0.5)):
@@ -23,14 +23,14 @@ def test_every_direction_has_unit_variance():
     got = covariance(white)
     assert np.abs(got - np.diag(np.diag(got))).max() < 1e-3
     mean = np.trace(covariance(states())) / 3
-    expected = [v / (v + FLOOR * mean) for v in np.linalg.eigvalsh(covariance(states()))]
+    expected = [v / (v + VARIANCE_FLOOR * mean) for v in np.linalg.eigvalsh(covariance(states()))]
     np.testing.assert_allclose(np.sort(np.diag(got)), np.sort(expected), rtol=1e-3)
 
 
 def test_what_does_not_vary_is_not_blown_up():
     whiten = Whitening.measured(states(scales=(1.0, 1.0, 0.0)))
     assert whiten(states() * 100).isfinite().all()
-    assert whiten.matrix.abs().max() < 1.5 / FLOOR**0.5
+    assert whiten.matrix.abs().max() < 1.5 / VARIANCE_FLOOR**0.5
     one = Whitening.measured(torch.ones(1, 3))
     assert one(torch.ones(2, 3)).abs().max() == 0
 
@@ -41,6 +41,6 @@ def test_the_file_is_read_back_or_refused(tmp_path):
     assert torch.equal(Whitening.load(tmp_path, width=3)(states()), whiten(states()))
     with pytest.raises(ValueError, match="not for states 4 wide"):
         Whitening.load(tmp_path, width=4)
-    (tmp_path / FILE).write_bytes(b"not a tensor")
-    with pytest.raises(OSError, match=FILE):
+    (tmp_path / WHITENING_FILE).write_bytes(b"not a tensor")
+    with pytest.raises(OSError, match=WHITENING_FILE):
         Whitening.load(tmp_path, width=3)

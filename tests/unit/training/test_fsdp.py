@@ -10,8 +10,8 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from test_cli import ROOT, run
 
-from ldm.config.command_line import CONF
-from ldm.config.run import build
+from ldm.config.run import build_job
+from ldm.config.suggestions import CONF_DIR
 
 TINY = [
     "trainer=cpu",
@@ -47,7 +47,7 @@ import json, sys
 import lightning as L
 from world import latent_diffusion, shapes_data
 from ldm.models.text.clip.clip import ClipText
-from ldm.training.fsdp import Sharded
+from ldm.training.fsdp import FullyShardedStrategy
 
 def size(tensors):
     local = [getattr(t, "_local_tensor", t) for t in tensors]
@@ -63,7 +63,8 @@ class Weigh(L.Callback):
 
 quiet = {f"enable_{what}": False for what in ("checkpointing", "model_summary", "progress_bar")}
 trainer = L.Trainer(
-    accelerator="cpu", devices=2, strategy=Sharded(), max_steps=2, val_check_interval=1,
+    accelerator="cpu", devices=2, strategy=FullyShardedStrategy(), max_steps=2,
+    val_check_interval=1,
     check_val_every_n_epoch=None, use_distributed_sampler=False, logger=False,
     callbacks=[Weigh()], **quiet
 )
@@ -165,8 +166,8 @@ def test_each_device_stores_its_half(shapes, tiny_clip, tmp_path):
     ],
 )
 def test_what_cannot_be_sharded_is_told(tmp_path, overrides, said):
-    with initialize_config_dir(CONF, version_base="1.3"):
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
         options = [*TINY, "name=x", "strategy=fsdp", f"data.folder={tmp_path}/data", *overrides]
         cfg = compose("train", overrides=options)
     with pytest.raises(ValueError, match=said):
-        build(cfg, tmp_path / "runs" / "x")
+        build_job(cfg, tmp_path / "runs" / "x")

@@ -17,7 +17,7 @@ from test_classifier_training import training as classifier_training
 from torch import Tensor, distributed
 from world import latent_diffusion, make_trainer, shapes_data, small_autoencoder
 
-from ldm.models.text.clip import ClipText
+from ldm.models.text.clip import ClipTextEncoder
 from ldm.training.modules.clip import ClipTraining
 from ldm.training.optimizers import AdamW
 
@@ -45,7 +45,7 @@ def test_two_processes_have_the_gradients_of_one(shapes, tiny_clip, tmp_path, st
     tiny_clip.save(tmp_path / "clip")
 
     def module() -> L.LightningModule:
-        text = ClipText(str(tmp_path / "clip"), pooled=True)
+        text = ClipTextEncoder(str(tmp_path / "clip"), pooled=True)
         match stage:
             case "diffusion":
                 return latent_diffusion(text, autoencoder=small_autoencoder())

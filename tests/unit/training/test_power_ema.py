@@ -6,11 +6,18 @@ import torch
 from scipy.integrate import quad
 from test_ema import Net, steps
 
-from ldm.training import power_ema
-from ldm.training.power_ema import PowerEMA, Profile, exponent_of, length_of, mixture, overlaps
+from ldm.training.power_ema import (
+    MAX_EMA_LENGTH,
+    EMAProfile,
+    PowerEMA,
+    exponent_to_length,
+    length_to_exponent,
+    profile_inner_products,
+    solve_mixture,
+)
 
 STEPS, EVERY, TRACKS = 800, 40, (0.05, 0.10)
-SOME = [Profile(0.05, 30), Profile(0.25, 70), Profile(0.1, 70), Profile(0.02, 500)]
+SOME = [EMAProfile(0.05, 30), EMAProfile(0.25, 70), EMAProfile(0.1, 70), EMAProfile(0.02, 500)]
 
 
 def walk(size: int = 500) -> np.ndarray:
@@ -21,38 +28,38 @@ def walk(size: int = 500) -> np.ndarray:
 
 def average(weights: np.ndarray, length: float) -> np.ndarray:
     """The average after each step, all steps at once: bins of the profile, from its integral."""
-    power = exponent_of(length) + 1
+    power = length_to_exponent(length) + 1
     ends = np.arange(len(weights) + 1) ** power
     return np.cumsum(np.diff(ends)[:, None] * weights, axis=0) / ends[1:, None]
 
 
 @pytest.mark.parametrize("length", [0.001, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.28])
 def test_length_and_exponent_are_each_others_inverse(length):
-    assert length_of(exponent_of(length)) == pytest.approx(length, rel=1e-9)
+    assert exponent_to_length(length_to_exponent(length)) == pytest.approx(length, rel=1e-9)
 
 
 def test_lengths_are_those_of_the_paper():
     """Its table of sigma_rel 0.05, 0.10: gamma 16.97, 6.94; and the deviation of the profile."""
-    assert exponent_of(0.05) == pytest.approx(16.97, abs=0.005)
-    assert exponent_of(0.10) == pytest.approx(6.94, abs=0.005)
-    assert exponent_of(power_ema.LONGEST) == pytest.approx(0, abs=1e-6)
+    assert length_to_exponent(0.05) == pytest.approx(16.97, abs=0.005)
+    assert length_to_exponent(0.10) == pytest.approx(6.94, abs=0.005)
+    assert length_to_exponent(MAX_EMA_LENGTH) == pytest.approx(0, abs=1e-6)
     gamma = 3.5
     mean, square = (quad(lambda s, n=n: (gamma + 1) * s ** (gamma + n), 0, 1)[0] for n in (1, 2))
-    assert length_of(gamma) == pytest.approx((square - mean**2) ** 0.5)
+    assert exponent_to_length(gamma) == pytest.approx((square - mean**2) ** 0.5)
 
 
 @pytest.mark.parametrize("length", [0, -0.1, 0.29, 1, float("nan")])
 def test_a_length_out_of_range_is_refused(length):
     with pytest.raises(ValueError, match=r"above 0 and at most 0.2887 .*, not"):
-        exponent_of(length)
+        length_to_exponent(length)
 
 
 def test_overlaps_are_integrals():
-    def profile(one: Profile, s: float) -> float:
-        gamma = exponent_of(one.length)
+    def profile(one: EMAProfile, s: float) -> float:
+        gamma = length_to_exponent(one.length)
         return (gamma + 1) * s**gamma / one.step ** (gamma + 1) * (s <= one.step)
 
-    found = overlaps(SOME, SOME)
+    found = profile_inner_products(SOME, SOME)
     assert np.array_equal(found, found.T)
     for i, a in enumerate(SOME):
         for j, b in enumerate(SOME):
@@ -62,28 +69,28 @@ def test_overlaps_are_integrals():
 
 
 def test_long_runs_do_not_overflow():
-    kept = [Profile(each, 10**7 + step) for step in (0, 10**5) for each in (0.001, 0.1)]
-    assert np.isfinite(overlaps(kept, kept)).all()
-    assert mixture(kept, kept[2]).misfit < 1e-6
+    kept = [EMAProfile(each, 10**7 + step) for step in (0, 10**5) for each in (0.001, 0.1)]
+    assert np.isfinite(profile_inner_products(kept, kept)).all()
+    assert solve_mixture(kept, kept[2]).misfit < 1e-6
 
 
 def test_what_is_kept_is_had_as_it_is():
     for i, wanted in enumerate(SOME):
-        made = mixture(SOME, wanted)
+        made = solve_mixture(SOME, wanted)
         np.testing.assert_allclose(made.shares, np.eye(len(SOME))[i], atol=1e-9)
         assert made.misfit < 1e-6
 
 
 @pytest.mark.parametrize("length", [0.01, 0.07, 0.2, 0.28])
 def test_shares_add_up_to_one(length):
-    assert mixture(SOME, Profile(length, 500)).shares.sum() == pytest.approx(1, abs=1e-9)
+    assert solve_mixture(SOME, EMAProfile(length, 500)).shares.sum() == pytest.approx(1, abs=1e-9)
 
 
 def test_no_shares_that_add_up_to_one_fit_better():
-    wanted = Profile(0.07, 500)
-    shares, misfit = mixture(SOME, wanted)
-    gram, target = overlaps(SOME, SOME), overlaps(SOME, [wanted])[:, 0]
-    own = overlaps([wanted], [wanted])[0, 0]
+    wanted = EMAProfile(0.07, 500)
+    shares, misfit = solve_mixture(SOME, wanted)
+    gram, target = profile_inner_products(SOME, SOME), profile_inner_products(SOME, [wanted])[:, 0]
+    own = profile_inner_products([wanted], [wanted])[0, 0]
     rng = np.random.default_rng(0)
     for _ in range(100):
         change = rng.standard_normal(len(SOME)) * 1e-3
@@ -96,26 +103,26 @@ def test_kept_averages_make_any_other():
     """On a random walk, within a few percent of what the average itself differs from others."""
     weights = walk()
     tracks = {each: average(weights, each) for each in TRACKS}
-    at = [Profile(each, step) for step in range(EVERY, STEPS + 1, EVERY) for each in TRACKS]
+    at = [EMAProfile(each, step) for step in range(EVERY, STEPS + 1, EVERY) for each in TRACKS]
     kept = np.stack([tracks[length][step - 1] for length, step in at])
     last = tracks[0.05][-1]
     for length in (0.03, 0.07, 0.13, 0.15, 0.2):
-        shares, misfit = mixture(at, Profile(length, STEPS))
+        shares, misfit = solve_mixture(at, EMAProfile(length, STEPS))
         expected = average(weights, length)[-1]
         error = np.linalg.norm(shares @ kept - expected)
         assert error < 0.03 * np.linalg.norm(expected - last), length
         assert misfit < 0.1
-    shares, misfit = mixture(at, Profile(0.005, STEPS))
+    shares, misfit = solve_mixture(at, EMAProfile(0.005, STEPS))
     assert misfit > 0.3, "what is out of reach says so"
-    alone = mixture([one for one in at if one.length == 0.05], Profile(0.15, STEPS))
-    assert alone.misfit > 3 * mixture(at, Profile(0.15, STEPS)).misfit
+    alone = solve_mixture([one for one in at if one.length == 0.05], EMAProfile(0.15, STEPS))
+    assert alone.misfit > 3 * solve_mixture(at, EMAProfile(0.15, STEPS)).misfit
 
 
 def test_nothing_makes_nothing():
     with pytest.raises(ValueError, match="different profiles"):
-        mixture([], SOME[0])
+        solve_mixture([], SOME[0])
     with pytest.raises(ValueError, match="different profiles"):
-        mixture([SOME[0], SOME[0]], SOME[1])
+        solve_mixture([SOME[0], SOME[0]], SOME[1])
 
 
 def test_tracks_are_the_closed_form():

@@ -11,10 +11,10 @@ import torch
 from world import SIZE, latent_diffusion, make_trainer, shape, shapes_data, write_shapes
 
 from ldm.data.datamodule import TextImageData
-from ldm.data.shards.index import ShardError
 from ldm.data.shards.reader import write_shard
+from ldm.data.shards.tar_headers import ShardError
 from ldm.training.callbacks.checkpointing import Checkpoints
-from ldm.utils import checkpoint_file
+from ldm.utils.checkpoint_file import link_last_checkpoint, read_checkpoint, write_checkpoint
 
 
 class Validations(L.Callback):
@@ -76,7 +76,7 @@ def assert_same(a, b, where: str = "") -> None:
 
 
 def assert_same_training(a: Path, b: Path) -> None:
-    a, b = checkpoint_file.read(a), checkpoint_file.read(b)
+    a, b = read_checkpoint(a), read_checkpoint(b)
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "ldm"):
         assert_same(a[part], b[part], part)
 
@@ -115,8 +115,8 @@ def test_a_run_that_ended_goes_on(
 def test_a_run_that_was_killed_goes_on(tmp_path, shapes, tiny_text, whole, accumulate):
     """From a checkpoint that was written on the way, just before a validation: it comes first."""
     left = tmp_path / "step=00000003.ckpt"
-    checkpoint_file.write(checkpoint_file.read(whole / left.name), left)
-    checkpoint_file.link_last(left)
+    write_checkpoint(read_checkpoint(whole / left.name), left)
+    link_last_checkpoint(left)
     assert train(tmp_path, shapes, tiny_text, steps=8, accumulate=accumulate) == [3, 6, 8]
     assert_same_training(whole / "last.ckpt", tmp_path / "last.ckpt")
 
@@ -126,8 +126,8 @@ def test_a_validation_that_was_owed_is_of_all_its_batches(tmp_path, shapes, tiny
     whole, late = Validations(), Validations()
     train(tmp_path / "whole", shapes, tiny_text, **how, seen=whole)
     left = tmp_path / "killed" / "step=00000006.ckpt"  # the second validation comes after it
-    checkpoint_file.write(checkpoint_file.read(tmp_path / "whole" / left.name), left)
-    checkpoint_file.link_last(left)
+    write_checkpoint(read_checkpoint(tmp_path / "whole" / left.name), left)
+    link_last_checkpoint(left)
     train(tmp_path / "killed", shapes, tiny_text, **how, seen=late)
     assert whole.losses.keys() == {3, 6, 7}
     assert late.losses == {step: whole.losses[step] for step in (6, 7)}
@@ -138,7 +138,7 @@ def test_a_run_may_go_on_with_other_micro_steps(tmp_path, shapes, tiny_text, bef
     """No step is cut short, none is left out, and validations stay where they were."""
     assert train(tmp_path, shapes, tiny_text, steps=5, accumulate=before) == [3, 5]
     assert train(tmp_path, shapes, tiny_text, steps=8, accumulate=after) == [6, 8]
-    payload = checkpoint_file.read(tmp_path / "last.ckpt")
+    payload = read_checkpoint(tmp_path / "last.ckpt")
     assert (payload["global_step"], payload["ldm"]["images_seen"]) == (8, 32)
 
 
@@ -170,15 +170,15 @@ def test_a_run_goes_on_with_the_crops_that_it_began_with(tmp_path, shapes, tiny_
         resume = {"ckpt_path": last if last.exists() else None, "weights_only": True}
         trainer = make_trainer(steps=steps, callbacks=[keeper])
         trainer.fit(latent_diffusion(tiny_text), datamodule=data, **resume)
-        assert checkpoint_file.read(last)["ldm"]["even_crops"] == data.train_set.even_crops
+        assert read_checkpoint(last)["ldm"]["even_crops"] == data.train_set.even_crops
         return data.train_set.even_crops
 
     assert fit(1)
     assert fit(2)
     last = (tmp_path / "last.ckpt").resolve()
-    payload = checkpoint_file.read(last)
+    payload = read_checkpoint(last)
     del payload["ldm"]["even_crops"]  # as those of before
-    checkpoint_file.write(payload, last)
+    write_checkpoint(payload, last)
     assert not fit(3)
     assert not fit(4)
 
@@ -218,7 +218,7 @@ def test_data_that_is_lost_in_a_validation_loses_no_step(tmp_path, shapes, tiny_
     whole = fit(tmp_path / "whole")
     with pytest.raises(ShardError, match=r"00001.tar changed since it was indexed; restart"):
         fit(tmp_path / "broken", Cut(hurt / "00001.tar", after=5))
-    assert checkpoint_file.read(tmp_path / "broken" / "last.ckpt")["global_step"] == 6
+    assert read_checkpoint(tmp_path / "broken" / "last.ckpt")["global_step"] == 6
     shutil.copy2(good, hurt / "00001.tar")
     assert fit(tmp_path / "broken") == {step: whole[step] for step in (6, 8)}
     assert_same_training(tmp_path / "whole" / "last.ckpt", tmp_path / "broken" / "last.ckpt")

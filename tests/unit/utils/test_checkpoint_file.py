@@ -19,8 +19,23 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ldm.training.callbacks.checkpoint_payload import SafeCheckpointIO
-from ldm.utils import checkpoint_file
-from ldm.utils.checkpoint_file import CheckpointError
+from ldm.utils.checkpoint_file import (
+    CheckpointError,
+    delete_checkpoint,
+    export_weights,
+    find_checkpoint,
+    find_last_good_checkpoint,
+    find_newest_checkpoint,
+    link_checkpoint,
+    link_last_checkpoint,
+    load_module_state,
+    manifest_path,
+    parse_checkpoint_step,
+    prune_checkpoints,
+    read_checkpoint,
+    select_prefix,
+    write_checkpoint,
+)
 from ldm.utils.files import check_writable
 from ldm.utils.hashing import hash_file, hash_module
 
@@ -36,12 +51,12 @@ def payload(step: int = 1, *, numbers: int = 3000) -> dict:
 @pytest.fixture
 def file(tmp_path) -> Path:
     path = tmp_path / "checkpoints" / "step=00000001.ckpt"
-    checkpoint_file.write(payload(), path)
+    write_checkpoint(payload(), path)
     return path
 
 
 def test_what_is_written_is_read(file):
-    got = checkpoint_file.read(file)
+    got = read_checkpoint(file)
     assert torch.equal(got["state_dict"].pop("a.weight"), torch.ones(3000))
     assert torch.equal(got["state_dict"].pop("b"), torch.arange(4))
     assert got == {"state_dict": {}, "global_step": 1, "ldm": payload()["ldm"]}
@@ -49,9 +64,9 @@ def test_what_is_written_is_read(file):
 
 
 def test_a_save_that_fails_leaves_nothing(file):
-    checkpoint_file.remove(file)
+    delete_checkpoint(file)
     with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
-        checkpoint_file.write({"state_dict": {"a": torch.ones(9)}, "bad": lambda: None}, file)
+        write_checkpoint({"state_dict": {"a": torch.ones(9)}, "bad": lambda: None}, file)
     assert list(file.parent.iterdir()) == []
 
 
@@ -71,7 +86,7 @@ def into_a_directory(path: Path) -> None:
 
 
 def manifest(text: str) -> Callable[[Path], object]:
-    return lambda path: checkpoint_file.manifest_path(path).write_text(text)
+    return lambda path: manifest_path(path).write_text(text)
 
 
 SIZE = r"it has \d+ bytes where its manifest says \d+"
@@ -84,7 +99,7 @@ DAMAGE = {
     "directory": (into_a_directory, "there is no such file"),
     "no file": (Path.unlink, "there is no such file"),
     "no manifest": (
-        lambda path: checkpoint_file.manifest_path(path).unlink(),
+        lambda path: manifest_path(path).unlink(),
         "its manifest step=00000001.ckpt.json is missing",
     ),
     "empty manifest": (manifest(""), "its manifest step=00000001.ckpt.json is damaged"),
@@ -98,13 +113,13 @@ DAMAGE = {
 def test_a_damaged_file_is_named_with_the_reason(file, damage, reason):
     damage(file)
     with pytest.raises(CheckpointError, match=f"{file} cannot be used: {reason}"):
-        checkpoint_file.read(file)
+        read_checkpoint(file)
 
 
 def forge(path: Path) -> None:
     """A manifest that fits what is there."""
     facts = {"size": path.stat().st_size, "sha256": hash_file(path)}
-    checkpoint_file.manifest_path(path).write_text(json.dumps(facts))
+    manifest_path(path).write_text(json.dumps(facts))
 
 
 def flipped(data: bytes, rng: random.Random) -> bytes:
@@ -122,16 +137,16 @@ def test_200_damages_are_found_and_the_one_before_is_taken(tmp_path, what):
     for step in (1, 2):
         save(tmp_path, step)
     before, path = (tmp_path / f"step={step:08d}.ckpt" for step in (1, 2))
-    victim = checkpoint_file.manifest_path(path) if what == "manifest flipped" else path
+    victim = manifest_path(path) if what == "manifest flipped" else path
     good = victim.read_bytes()
     for _ in range(200):
         bad = good[: rng.randrange(len(good))] if what == "cut" else flipped(good, rng)
         victim.write_bytes(bad)
-        assert checkpoint_file.newest(tmp_path) == before
+        assert find_newest_checkpoint(tmp_path) == before
         with pytest.raises(CheckpointError, match=rf"{path} cannot be used: it"):
-            checkpoint_file.read(path)
+            read_checkpoint(path)
     victim.write_bytes(good)
-    assert checkpoint_file.newest(tmp_path) == path
+    assert find_newest_checkpoint(tmp_path) == path
 
 
 @pytest.mark.parametrize("what", ["cut", "flipped"])
@@ -146,7 +161,7 @@ def test_200_damages_under_a_forged_manifest_do_no_harm(tmp_path, what):
         path.write_bytes(good[: rng.randrange(len(good))] if what == "cut" else flipped(good, rng))
         forge(path)
         try:
-            assert isinstance(checkpoint_file.read(path), dict)
+            assert isinstance(read_checkpoint(path), dict)
         except CheckpointError as error:
             refused.append(str(error))
     assert len(refused) == 200 if what == "cut" else len(refused) > 20
@@ -154,15 +169,15 @@ def test_200_damages_under_a_forged_manifest_do_no_harm(tmp_path, what):
 
 
 def test_a_manifest_of_a_terabyte_is_damaged(file):
-    os.truncate(checkpoint_file.manifest_path(file), 2**40)
+    os.truncate(manifest_path(file), 2**40)
     with pytest.raises(CheckpointError, match=r"its manifest .* is damaged"):
-        checkpoint_file.read(file)
+        read_checkpoint(file)
 
 
 def test_a_manifest_that_nests_without_end_is_damaged(file):
-    checkpoint_file.manifest_path(file).write_text("[" * 100_000)
+    manifest_path(file).write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match=r"its manifest .* is damaged"):
-        checkpoint_file.read(file)
+        read_checkpoint(file)
 
 
 class Touch:
@@ -176,7 +191,7 @@ class Touch:
 
 
 def saved_by_torch(bad: Touch, path: Path) -> None:
-    checkpoint_file.write({"state_dict": {"a": torch.ones(2)}, "bad": bad}, path)
+    write_checkpoint({"state_dict": {"a": torch.ones(2)}, "bad": bad}, path)
 
 
 def saved_by_old_torch(bad: Touch, path: Path) -> None:
@@ -188,7 +203,7 @@ def plain_pickle(bad: Touch, path: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [saved_by_torch, saved_by_old_torch, plain_pickle])
-@pytest.mark.parametrize("read", [checkpoint_file.read, SafeCheckpointIO().load_checkpoint])
+@pytest.mark.parametrize("read", [read_checkpoint, SafeCheckpointIO().load_checkpoint])
 def test_code_in_place_of_data_is_not_run(tmp_path, save, read):
     path = tmp_path / "evil.ckpt"
     save(Touch(tmp_path / "executed"), path)
@@ -201,9 +216,9 @@ def test_code_in_place_of_data_is_not_run(tmp_path, save, read):
 def save(folder: Path, step: int, *, numbers: int = 10) -> None:
     """What training does at a save."""
     path = folder / f"step={step:08d}.ckpt"
-    checkpoint_file.write(payload(step, numbers=numbers), path)
-    checkpoint_file.link_last(path)
-    checkpoint_file.keep_newest(folder, 2)
+    write_checkpoint(payload(step, numbers=numbers), path)
+    link_last_checkpoint(path)
+    prune_checkpoints(folder, 2)
 
 
 def in_child(work: Callable[[], None]) -> multiprocessing.Process:
@@ -214,7 +229,7 @@ def in_child(work: Callable[[], None]) -> multiprocessing.Process:
 
 def whole(path: Path) -> int:
     """The step of a checkpoint, after a look at its content."""
-    got = checkpoint_file.read(path)
+    got = read_checkpoint(path)
     assert (got["state_dict"]["a.weight"] == got["global_step"]).all()
     return got["global_step"]
 
@@ -243,11 +258,11 @@ def test_a_kill_at_any_file_operation_leaves_a_checkpoint(tmp_path, step):
         save(folder, 2)
         child = in_child(lambda n=n: save_until(n))
         child.join()
-        found = {whole(checkpoint_file.newest(folder))}
+        found = {whole(find_newest_checkpoint(folder))}
         found |= {whole(folder / "last.ckpt")} if step > 2 else set()
         assert found <= {1, 2, step}, f"killed at operation {n}"
         save(folder, step)
-        assert whole(checkpoint_file.newest(folder)) == whole(folder / "last.ckpt") == step
+        assert whole(find_newest_checkpoint(folder)) == whole(folder / "last.ckpt") == step
         if child.exitcode == 0:
             break
     assert child.exitcode == 0
@@ -272,10 +287,8 @@ def test_a_kill_at_any_time_leaves_a_checkpoint(tmp_path):
         child.join()
         before, step = step, whole(tmp_path / "last.ckpt")
         assert step >= before
-        checkpoint_file.keep_newest(
-            tmp_path, 2
-        )  # a newer one without manifest would be passed over
-        assert whole(checkpoint_file.newest(tmp_path)) >= step
+        prune_checkpoints(tmp_path, 2)  # a newer one without manifest would be passed over
+        assert whole(find_newest_checkpoint(tmp_path)) >= step
     save(tmp_path, step + 1, numbers=numbers)
     assert whole(tmp_path / "last.ckpt") == step + 1
     assert len(list(tmp_path.glob("step=*.ckpt"))) == 2
@@ -290,7 +303,7 @@ def test_a_damaged_newest_is_passed_over_aloud(tmp_path):
         match=r"step=00000002.ckpt is passed over: its content does.* step=00000001.ckpt is taken "
         "in its place: what was trained from step 1 to 2 is lost",
     ):
-        assert whole(checkpoint_file.newest(tmp_path)) == 1
+        assert whole(find_newest_checkpoint(tmp_path)) == 1
 
 
 @pytest.mark.filterwarnings("ignore:checkpoint .* is passed over")
@@ -299,34 +312,34 @@ def test_where_all_are_damaged_nothing_begins_in_silence(tmp_path):
         save(tmp_path, step)
         cut(0.5)(tmp_path / f"step={step:08d}.ckpt")
     with pytest.raises(CheckpointError, match=rf"none of the 2 checkpoints in {tmp_path} is whole"):
-        checkpoint_file.newest(tmp_path)
+        find_newest_checkpoint(tmp_path)
     assert len(list(tmp_path.glob("step=*.ckpt"))) == 2
 
 
 def test_where_there_is_none_there_is_none(tmp_path):
-    assert checkpoint_file.newest(tmp_path / "nothing") is None
+    assert find_newest_checkpoint(tmp_path / "nothing") is None
 
 
 def test_one_of_a_last_step_comes_after_one_on_the_way(tmp_path):
     save(tmp_path, 1)
-    checkpoint_file.write(payload(2), tmp_path / "step=00000001_end.ckpt")
-    assert whole(checkpoint_file.newest(tmp_path)) == 2
+    write_checkpoint(payload(2), tmp_path / "step=00000001_end.ckpt")
+    assert whole(find_newest_checkpoint(tmp_path)) == 2
 
 
 def test_last_is_a_link_that_survives_a_move(file, tmp_path):
-    checkpoint_file.link_last(file)
+    link_last_checkpoint(file)
     second = file.with_name("step=00000002.ckpt")
-    checkpoint_file.write(payload(2), second)
-    checkpoint_file.link_last(second)
+    write_checkpoint(payload(2), second)
+    link_last_checkpoint(second)
     (tmp_path / "checkpoints").rename(tmp_path / "moved")
-    assert checkpoint_file.read(tmp_path / "moved" / "last.ckpt")["global_step"] == 2
+    assert read_checkpoint(tmp_path / "moved" / "last.ckpt")["global_step"] == 2
 
 
 def test_what_is_spared_stays_beside_the_newest(tmp_path):
     for step in range(1, 6):
-        checkpoint_file.write(payload(step), tmp_path / f"step={step:08d}.ckpt")
+        write_checkpoint(payload(step), tmp_path / f"step={step:08d}.ckpt")
     (tmp_path / "step=00000000.ckpt").mkdir()  # nothing of ours
-    checkpoint_file.keep_newest(tmp_path, 2, spare=["step=00000002.ckpt"])
+    prune_checkpoints(tmp_path, 2, spare=["step=00000002.ckpt"])
     left = sorted(path.name for path in tmp_path.glob("step=*.ckpt"))
     assert [int(name[5:13]) for name in left] == [0, 2, 4, 5]
 
@@ -345,11 +358,11 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_keeps_what_it_has(small_disk):
     first, second = (small_disk / f"step={step:08d}.ckpt" for step in (1, 2))
-    checkpoint_file.write(payload(1, numbers=150_000), first)
+    write_checkpoint(payload(1, numbers=150_000), first)
     with pytest.raises(OSError, match=r"No space left on device \(\d+ bytes are free\)"):
-        checkpoint_file.write(payload(2, numbers=150_000), second)
+        write_checkpoint(payload(2, numbers=150_000), second)
     assert sorted(path.name for path in small_disk.iterdir()) == [first.name, f"{first.name}.json"]
-    assert whole(checkpoint_file.newest(small_disk)) == 1
+    assert whole(find_newest_checkpoint(small_disk)) == 1
 
 
 def test_a_folder_that_takes_no_files_is_told_at_once(tmp_path, small_disk):
@@ -368,7 +381,7 @@ def test_a_folder_that_takes_no_files_is_told_at_once(tmp_path, small_disk):
 def test_weights_alone_are_exported(tmp_path):
     average = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
     full = payload() | {"state_dict": {"denoiser.a": torch.ones(1), "ema.module.a": average}}
-    checkpoint_file.export(full, tmp_path / "weights" / "x.safetensors")
+    export_weights(full, tmp_path / "weights" / "x.safetensors")
     weights = load_file(tmp_path / "weights" / "x.safetensors")
     assert weights.keys() == {"a"}
     assert torch.equal(weights["a"], average)
@@ -377,33 +390,33 @@ def test_weights_alone_are_exported(tmp_path):
 
 
 def test_find_takes_a_file_or_a_run(file, tmp_path):
-    checkpoint_file.link_last(file)
-    assert checkpoint_file.find(str(tmp_path)) == file
-    assert checkpoint_file.find(str(file)) == file
-    checkpoint_file.link(file, "best.ckpt")
-    assert checkpoint_file.find(f"{file.parent}/best.ckpt").resolve() == file
+    link_last_checkpoint(file)
+    assert find_checkpoint(str(tmp_path)) == file
+    assert find_checkpoint(str(file)) == file
+    link_checkpoint(file, "best.ckpt")
+    assert find_checkpoint(f"{file.parent}/best.ckpt").resolve() == file
 
 
 def test_find_says_what_is_there_instead(file, tmp_path, monkeypatch):
     (tmp_path / "new").mkdir()
     with pytest.raises(CheckpointError, match=r"new' has no checkpoint \(yet\) in .*/checkpoints"):
-        checkpoint_file.find(str(tmp_path / "new"))
+        find_checkpoint(str(tmp_path / "new"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         CheckpointError, match=r"ckpt='typo' is neither a run directory nor a file$"
     ):
-        checkpoint_file.find("typo")
+        find_checkpoint("typo")
     other = tmp_path / "runs" / "first" / "checkpoints" / "step=00000001.ckpt"
-    checkpoint_file.write(payload(), other)
-    checkpoint_file.link_last(other)
+    write_checkpoint(payload(), other)
+    link_last_checkpoint(other)
     with pytest.raises(CheckpointError, match=r"neither .*; the nearest here: runs/first$"):
-        checkpoint_file.find("typo")
+        find_checkpoint("typo")
 
 
 def test_remove_takes_the_manifest_along(file):
-    checkpoint_file.remove(file)
+    delete_checkpoint(file)
     assert list(file.parent.iterdir()) == []
-    checkpoint_file.remove(file)
+    delete_checkpoint(file)
 
 
 def holder(**tensors: torch.Tensor) -> nn.Module:
@@ -440,7 +453,7 @@ def test_a_digest_is_the_same_in_any_layout_and_order():
 def test_load_into_loads():
     linear = nn.Linear(2, 3)
     state = {"weight": torch.ones(3, 2), "bias": torch.zeros(3)}
-    checkpoint_file.load_into(linear, state, what="x")
+    load_module_state(linear, state, what="x")
     assert (linear.weight == 1).all()
 
 
@@ -448,50 +461,50 @@ def test_load_into_names_what_does_not_fit():
     net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
     state = {"0.weight": torch.ones(5, 2), "extra": torch.ones(1), "1.weight": torch.ones(4, 3)}
     with pytest.raises(CheckpointError) as caught:
-        checkpoint_file.load_into(net, state, what="run/last.ckpt")
+        load_module_state(net, state, what="run/last.ckpt")
     assert str(caught.value) == (
         "run/last.ckpt does not fit: 0.bias is missing; 1.bias is missing; extra is unknown "
         "and 1 more"
     )
     with pytest.raises(CheckpointError, match=r"weight is \(5, 2\) in the file and \(3, 2\) here"):
-        checkpoint_file.load_into(
+        load_module_state(
             nn.Linear(2, 3), {"weight": torch.ones(5, 2), "bias": torch.ones(3)}, what="x"
         )
 
 
 def test_part_takes_what_begins_with_a_prefix():
     state = {"net.a": 1, "net.net.b": 2, "network.c": 3, "ema.net.a": 4}
-    assert checkpoint_file.part({"state_dict": state}, "net.") == {"a": 1, "net.b": 2}
+    assert select_prefix({"state_dict": state}, "net.") == {"a": 1, "net.b": 2}
 
 
 def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path):
     good, bad = (tmp_path / f"step=0000000{n}.ckpt" for n in (1, 2))
-    checkpoint_file.write(payload(1), good)
+    write_checkpoint(payload(1), good)
     ruined = payload(2)
     ruined["state_dict"]["a.weight"][7] = torch.nan
-    checkpoint_file.write(ruined, bad)  # as runs from before the check have left them
+    write_checkpoint(ruined, bad)  # as runs from before the check have left them
     with pytest.raises(
         CheckpointError,
         match=r"step=00000002.ckpt cannot be used: its weights are not finite: .* good one beside "
         r"it is step=00000001.ckpt$",
     ):
-        checkpoint_file.read(bad)
+        read_checkpoint(bad)
     with pytest.warns(UserWarning, match=r"passed over: its weights are not finite.* 1 to 2 is lo"):
-        assert checkpoint_file.newest(tmp_path) == good
-    assert checkpoint_file.last_good(tmp_path) == good
+        assert find_newest_checkpoint(tmp_path) == good
+    assert find_last_good_checkpoint(tmp_path) == good
 
 
 def test_a_manifest_tells_that_the_weights_are_finite(tmp_path):
     path = tmp_path / "x.ckpt"
     told = payload()
     told["ldm"]["finite"] = True
-    checkpoint_file.write(told, path)
-    assert json.loads(checkpoint_file.manifest_path(path).read_text())["finite"] is True
+    write_checkpoint(told, path)
+    assert json.loads(manifest_path(path).read_text())["finite"] is True
 
 
 def test_doubtful_files_do_not_thin_out_those_from_before(tmp_path):
     for step in range(1, 8):
-        checkpoint_file.write(payload(step), tmp_path / f"step=0000000{step}.ckpt")
-    checkpoint_file.keep_newest(tmp_path, 2, doubtful_from=4)
-    assert [checkpoint_file.step(path) for path in sorted(tmp_path.glob("*.ckpt"))] == [2, 3, 7]
-    assert checkpoint_file.last_good(tmp_path, before=4).name == "step=00000003.ckpt"
+        write_checkpoint(payload(step), tmp_path / f"step=0000000{step}.ckpt")
+    prune_checkpoints(tmp_path, 2, doubtful_from=4)
+    assert [parse_checkpoint_step(path) for path in sorted(tmp_path.glob("*.ckpt"))] == [2, 3, 7]
+    assert find_last_good_checkpoint(tmp_path, before=4).name == "step=00000003.ckpt"

@@ -6,10 +6,10 @@ from errno import ENOSPC
 
 import pytest
 
-from ldm.config import command_line
-from ldm.utils.checkpoint_file import keep_newest
+from ldm.config.command_line import convert_to_usage_errors
+from ldm.utils.checkpoint_file import prune_checkpoints
 from ldm.utils.errors import UsageError
-from ldm.utils.files import check_writable, forget_temporary, read_text, replacing
+from ldm.utils.files import check_writable, delete_temporary_files, read_text, replace_file
 
 TEXT = "a fox 🦊\nschön\n"
 
@@ -48,7 +48,7 @@ def test_what_is_no_text_is_refused_by_name(tmp_path, data):
 
 
 def test_what_a_kill_has_left_goes_and_nothing_of_others(tmp_path):
-    with replacing(tmp_path / "a.tar") as file:
+    with replace_file(tmp_path / "a.tar") as file:
         left = file.name.rpartition("/")[2]
         (tmp_path / f"{left}.tmp").touch()
     (tmp_path / left).touch()
@@ -57,16 +57,16 @@ def test_what_a_kill_has_left_goes_and_nothing_of_others(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "b.0a1b2c3d.tmp").mkdir()  # not ours to empty
     check_writable(tmp_path)
-    keep_newest(tmp_path, 1)
-    forget_temporary(tmp_path)
+    prune_checkpoints(tmp_path, 1)
+    delete_temporary_files(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "b.0a1b2c3d.tmp", *others}
 
 
 def test_a_full_disk_is_told_with_the_file(tmp_path):
     with (
         pytest.raises(UsageError, match=rf"^{tmp_path}/a\.png: No space left on device \["),
-        command_line.told_plainly(),
-        replacing(tmp_path / "a.png"),
+        convert_to_usage_errors(),
+        replace_file(tmp_path / "a.png"),
     ):
         raise OSError(ENOSPC, os.strerror(ENOSPC))
     assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.utils.images import captioned, font, save_png, tile, to_pil, to_uint8, wrap
+from ldm.utils.images import (
+    load_font,
+    make_captioned_grid,
+    make_image_grid,
+    save_png,
+    to_pil,
+    to_uint8,
+    wrap_text,
+)
 
 WHITE = (255, 255, 255)
 
@@ -41,7 +49,7 @@ def test_colours_and_sides_stay_where_they_are():
 
 
 def test_a_tile_is_filled_row_by_row():
-    picture = tile([grey(value) for value in (10, 20, 30, 40, 50)])
+    picture = make_image_grid([grey(value) for value in (10, 20, 30, 40, 50)])
     assert picture.size == (3 * 6 + 2 * 2, 2 * 4 + 2)
     corners = [picture.getpixel((x, y))[0] for y in (0, 6) for x in (0, 8, 16)]
     assert corners == [10, 20, 30, 40, 50, 255]
@@ -53,19 +61,19 @@ def test_a_tile_is_filled_row_by_row():
 @pytest.mark.parametrize(("n", "columns", "size"), [(1, None, (6, 4)), (4, None, (13, 9))])
 @pytest.mark.parametrize("kind", [list, torch.stack])
 def test_a_tile_is_as_square_as_goes(n, columns, size, kind):
-    assert tile(kind([grey(0)] * n), columns=columns, gap=1).size == size
+    assert make_image_grid(kind([grey(0)] * n), columns=columns, gap=1).size == size
 
 
 def test_a_tile_takes_columns_and_gap():
-    assert tile([grey(0)] * 4, columns=4, gap=0).size == (24, 4)
-    assert tile([grey(0)] * 4, columns=1, gap=3).size == (6, 25)
+    assert make_image_grid([grey(0)] * 4, columns=4, gap=0).size == (24, 4)
+    assert make_image_grid([grey(0)] * 4, columns=1, gap=3).size == (6, 25)
 
 
 @pytest.mark.parametrize(("side", "enlarged"), [(64, 192), (100, 200), (256, 256)])
 def test_captioned_pictures_are_large_enough_to_be_seen(side, enlarged):
     images = [grey(value, height=side, width=side) for value in (10, 90, 170)]
     captions = ["short", "a caption of two lines or more, as it says many things", ""]
-    picture = captioned(images, captions, columns=2)
+    picture = make_captioned_grid(images, captions, columns=2)
     assert picture.width == 2 * enlarged + 12
     pixels = np.array(picture)[..., 0]
     assert (pixels[:enlarged, :enlarged] == 10).all()
@@ -77,15 +85,15 @@ def test_captioned_pictures_are_large_enough_to_be_seen(side, enlarged):
 
 def test_captions_take_as_many_rows_as_the_longest_needs():
     images = [grey(10, height=64, width=64)] * 2
-    one = captioned(images, ["short", ""], columns=2)
-    two = captioned(images, ["short", "one two three four five six"], columns=2)
-    most = captioned(images, ["short", "word " * 100], columns=2)
+    one = make_captioned_grid(images, ["short", ""], columns=2)
+    two = make_captioned_grid(images, ["short", "one two three four five six"], columns=2)
+    most = make_captioned_grid(images, ["short", "word " * 100], columns=2)
     assert one.height < two.height < most.height < 2 * 192
 
 
 def test_lines_fit_and_lose_no_word():
-    letters, text = font(15), "a big\nred circle  left of a\tsmall star, both striped"
-    lines = wrap(text, 90, letters, most=9)
+    letters, text = load_font(15), "a big\nred circle  left of a\tsmall star, both striped"
+    lines = wrap_text(text, 90, letters, most=9)
     assert " ".join(lines) == " ".join(text.split())
     assert max(map(letters.getlength, lines)) <= 90
     for line, following in pairwise(lines):
@@ -93,21 +101,21 @@ def test_lines_fit_and_lose_no_word():
 
 
 def test_too_long_a_text_or_word_is_cut():
-    letters = font(15)
-    lines = wrap("word " * 1000, 100, letters, most=3)
+    letters = load_font(15)
+    lines = wrap_text("word " * 1000, 100, letters, most=3)
     assert len(lines) == 3
     assert lines[2].endswith("d ...")
-    lines = wrap("ab" * 40, 100, letters, most=9)
+    lines = wrap_text("ab" * 40, 100, letters, most=9)
     assert "".join(lines) == "ab" * 40
     assert max(map(letters.getlength, lines)) <= 100
-    assert len(wrap("x" * 9999, 100, letters, most=2)) == 2
-    assert wrap("one", 1, letters, most=3) == ["o", "n", "e"]
+    assert len(wrap_text("x" * 9999, 100, letters, most=2)) == 2
+    assert wrap_text("one", 1, letters, most=3) == ["o", "n", "e"]
 
 
 @pytest.mark.parametrize("text", ["", "  ", "half an emoji \ud83d", "Привет, 雪 🦊"])
 def test_any_text_is_wrapped_and_drawn(text):
-    assert len(wrap(text, 300, font(15), most=2)) == 1
-    captioned([grey(1)], [text])
+    assert len(wrap_text(text, 300, load_font(15), most=2)) == 1
+    make_captioned_grid([grey(1)], [text])
 
 
 TEXTS = {
@@ -155,4 +163,4 @@ def test_a_png_replaces_another_as_a_whole(tmp_path):
 @pytest.mark.parametrize(("n", "shape"), [(4, (2, 2)), (5, (3, 2)), (8, (4, 2)), (9, (3, 3))])
 def test_a_grid_is_square_or_one_wider_where_that_leaves_fewer_holes(n, shape):
     columns, rows = shape
-    assert tile(torch.zeros(n, 3, 10, 10), gap=0).size == (10 * columns, 10 * rows)
+    assert make_image_grid(torch.zeros(n, 3, 10, 10), gap=0).size == (10 * columns, 10 * rows)

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 import pytest
 from shell import ROOT, environment
 
-from ldm.utils import locks
+from ldm.utils.locks import InUseError, is_directory_locked, lock_directory, machine_id
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from ldm.utils import locks
-file = locks.claim(Path(sys.argv[1]))
+file = locks.lock_directory(Path(sys.argv[1]))
 if sys.argv[2]:  # as the process of another machine would have signed
     file.seek(0)
     file.truncate()
@@ -48,10 +48,10 @@ def held(directory, *, machine="", seconds=60.0):
 def test_a_process_of_this_machine_is_not_waited_for(tmp_path):
     with held(tmp_path) as other:
         began = time.monotonic()
-        with pytest.raises(locks.InUseError, match=f"process {other.pid} on [^\n]*: wait for it"):
-            locks.claim(tmp_path)
+        with pytest.raises(InUseError, match=f"process {other.pid} on [^\n]*: wait for it"):
+            lock_directory(tmp_path)
         assert time.monotonic() < began + 5
-    assert not locks.claimed(tmp_path)
+    assert not is_directory_locked(tmp_path)
 
 
 def test_a_link_is_no_lock(tmp_path):
@@ -59,14 +59,14 @@ def test_a_link_is_no_lock(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     (tmp_path / "run/.lock").symlink_to("../thesis.txt")
     with pytest.raises(ValueError, match=r"\.lock is a link to \.\./thesis\.txt"):
-        locks.claim(tmp_path / "run")
+        lock_directory(tmp_path / "run")
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
 def test_the_lock_of_another_machine_is_waited_for(tmp_path, capsys):
     """A file server keeps the locks of a machine that has died for a while."""
     with held(tmp_path, machine="another", seconds=2):
-        locks.claim(tmp_path, patience=30).close()
+        lock_directory(tmp_path, patience=30).close()
     said = capsys.readouterr().out
     assert "process 7 on elsewhere" in said
     assert said.count("\n") == 1, "said once"
@@ -75,16 +75,16 @@ def test_the_lock_of_another_machine_is_waited_for(tmp_path, capsys):
 def test_patience_ends_with_a_remedy(tmp_path):
     with (
         held(tmp_path, machine="another"),
-        pytest.raises(locks.InUseError, match=r"process 7 on elsewhere.*delete .*/\.lock"),
+        pytest.raises(InUseError, match=r"process 7 on elsewhere.*delete .*/\.lock"),
     ):
-        locks.claim(tmp_path, patience=1)
+        lock_directory(tmp_path, patience=1)
 
 
 def test_a_machine_that_was_started_anew_is_another(tmp_path):
-    locks.claim(tmp_path).close()
+    lock_directory(tmp_path).close()
     signed = (tmp_path / ".lock").read_text().splitlines()
     assert signed[0].startswith(f"process {os.getpid()} on ")
-    assert signed[1] == locks.machine()
+    assert signed[1] == machine_id()
 
 
 def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch):
@@ -95,5 +95,5 @@ def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with pytest.warns(UserWarning, match="knows no locks .* nothing keeps a second process"):
-        locks.claim(tmp_path).close()
-    assert not locks.claimed(tmp_path)
+        lock_directory(tmp_path).close()
+    assert not is_directory_locked(tmp_path)

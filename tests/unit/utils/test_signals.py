@@ -14,7 +14,7 @@ from shell import ROOT, TRAIN, environment, processes, run, wait_for
 from test_kills import same
 from world import shapes_data
 
-from ldm.utils.signals import STOPS, Signals, withheld
+from ldm.utils.signals import STOP_SIGNALS, StopSignals, block_stop_signals
 
 RUN = [
     *("trainer=cpu", "trainer.log_every_n_steps=1", "trainer.val_check_interval=1000"),
@@ -36,14 +36,14 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the sender of a sign
 @pytest.fixture(autouse=True)
 def handlers():
     """Signals as they were."""
-    before = {number: signal.getsignal(number) for number in STOPS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 def test_the_first_signal_is_noted_and_the_second_ends(capfd):
-    signals = Signals()
+    signals = StopSignals()
     signals.listen()
     signal.raise_signal(signal.SIGUSR1)
     signal.raise_signal(signal.SIGTERM)  # SLURM sends some in pairs
@@ -57,7 +57,7 @@ def test_the_first_signal_is_noted_and_the_second_ends(capfd):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_what_came_before_the_training_ends_at_once(number, code):
-    early, late = Signals(), Signals(at_once=True)
+    early, late = StopSignals(), StopSignals(at_once=True)
     early.listen()
     signal.raise_signal(number)
     with pytest.raises(SystemExit) as ended:
@@ -78,7 +78,7 @@ def test_what_a_library_makes_of_a_signal_does_not_matter(error):
             if error:
                 raise error from None
 
-    signals = Signals(at_once=True)
+    signals = StopSignals(at_once=True)
     signals.listen()
     with pytest.raises(SystemExit) as ended, signals.obey():
         work()
@@ -86,7 +86,7 @@ def test_what_a_library_makes_of_a_signal_does_not_matter(error):
 
 
 def test_a_fork_takes_signals_as_any_program_does():
-    Signals(at_once=True).listen()
+    StopSignals(at_once=True).listen()
     child = os.fork()
     if child == 0:
         signal.raise_signal(signal.SIGTERM)
@@ -107,13 +107,13 @@ def test_data_workers_end_by_their_parent_alone(shapes):
     batches = iter(data.val_dataloader())
     workers = [each for each in multiprocessing.active_children() if each not in others]
     assert len(workers) == 2
-    for number in STOPS:
+    for number in STOP_SIGNALS:
         for worker in workers:
             send(number, worker.pid)
     assert len(next(batches)["key"]) == 10
-    with withheld():
+    with block_stop_signals():
         pass
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(STOPS)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(STOP_SIGNALS)
     for worker in workers:
         worker.terminate()
         worker.join(10)

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from ldm.data.image_decoding import read_frames
-from ldm.inference import outputs
-from ldm.utils import files, output_path
-from ldm.utils import video as films
+from ldm.inference.outputs import save_outputs
+from ldm.utils.files import reserve_files
 from ldm.utils.images import load_png
+from ldm.utils.output_path import prepare_output_file
+from ldm.utils.video import join_frames, save_video, save_videos, to_pil_frames
 
 FACTS = {"prompt": "a red ball rolls, “naïvely”", "seed": 3}
 
@@ -36,16 +37,16 @@ def difference(path, wanted):
 
 def test_strip_and_pages():
     one, two = video(), video(seed=1)
-    strip = films.strip(one)
+    strip = join_frames(one)
     assert strip.shape == (3, 32, 5 * 48)
     assert torch.equal(strip[:, :, 48:96], one[:, 1])
-    assert [page.size for page in films.pages([one])] == [(48, 32)] * 5
-    assert [page.size for page in films.pages([one, two])] == [(48 * 2 + 2, 32)] * 5
+    assert [page.size for page in to_pil_frames([one])] == [(48, 32)] * 5
+    assert [page.size for page in to_pil_frames([one, two])] == [(48 * 2 + 2, 32)] * 5
 
 
 def test_webp_is_what_was_painted_and_says_how(tmp_path):
-    path, pages = tmp_path / "a.webp", films.pages([video()])
-    films.save_film(pages, path, FACTS, fps=8)
+    path, pages = tmp_path / "a.webp", to_pil_frames([video()])
+    save_video(pages, path, FACTS, fps=8)
     assert difference(path, pages).max() == 0
     with Image.open(path) as image:
         assert json.loads(image.getexif()[0x010E]) == FACTS
@@ -56,8 +57,8 @@ def test_webp_is_what_was_painted_and_says_how(tmp_path):
 
 
 def test_gif_has_the_same_colours_in_all_frames(tmp_path):
-    path, pages = tmp_path / "a.gif", films.pages([video()])
-    films.save_film(pages, path, FACTS, fps=10)
+    path, pages = tmp_path / "a.gif", to_pil_frames([video()])
+    save_video(pages, path, FACTS, fps=10)
     assert difference(path, pages).mean() < 8
     with Image.open(path) as image:
         assert json.loads(image.info["comment"]) == FACTS
@@ -66,8 +67,8 @@ def test_gif_has_the_same_colours_in_all_frames(tmp_path):
 
 @pytest.mark.parametrize("size", [(32, 48), (33, 47)])
 def test_mp4_is_h264_and_says_how(tmp_path, size):
-    path, pages = tmp_path / "a.mp4", films.pages([video(size=size)])
-    films.save_film(pages, path, FACTS, fps=12.5)
+    path, pages = tmp_path / "a.mp4", to_pil_frames([video(size=size)])
+    save_video(pages, path, FACTS, fps=12.5)
     with av.open(path) as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, float(stream.average_rate)) == ("h264", 12.5)
@@ -80,7 +81,7 @@ def test_mp4_is_h264_and_says_how(tmp_path, size):
 
 def test_all_of_a_kind(tmp_path):
     singles = [{"seed": 0}, {"seed": 1}]
-    films.save([video(), video(seed=1)], tmp_path / "new/x.webp", singles, {"seed": [0, 1]}, fps=8)
+    save_videos([video(), video(seed=1)], tmp_path / "new/x.webp", singles, {"seed": [0, 1]}, fps=8)
     names = sorted(path.name for path in (tmp_path / "new").iterdir())
     assert names == ["x.webp", "x_000.webp", "x_001.webp"]
     with Image.open(tmp_path / "new/x_001.webp") as image:
@@ -95,7 +96,7 @@ def test_out_is_a_file_with_an_ending_or_a_folder(tmp_path, monkeypatch):
     moving = {"a": "a.gif", "a.WEBP": "a.webp", "o.mp4": "o.mp4", "there": "there/red.gif"}
     for kind, wanted in ((False, still), (True, moving)):
         for out, path in wanted.items():
-            assert output_path.place(out, Path("runs/red.png"), moving=kind) == Path(path)
+            assert prepare_output_file(out, Path("runs/red.png"), moving=kind) == Path(path)
     assert not list(Path("new").iterdir())
 
 
@@ -115,12 +116,13 @@ def test_where_nothing_can_be_written_is_told(tmp_path, monkeypatch, out, moving
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     with pytest.raises(ValueError, match=f"out={out}.*{said}"):
-        output_path.place(out, Path("runs/red.png"), moving=moving)
+        prepare_output_file(out, Path("runs/red.png"), moving=moving)
 
 
 def test_without_a_writer_mp4_is_refused_in_a_line(tmp_path):
     (tmp_path / "av.py").write_text("raise ImportError('none')")  # as if it were not installed
-    code = "from ldm.utils.output_path import check_writer; from pathlib import Path; "
+    code = "from ldm.utils.output_path import check_video_writer as check_writer\n"
+    code += "from pathlib import Path; "
     code += "check_writer(Path('a.gif')); print('.gif'); check_writer(Path('a.mp4'))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
@@ -133,12 +135,12 @@ def test_names_that_no_file_can_have_are_refused_before_anything_is_painted(tmp_
     monkeypatch.chdir(tmp_path)
     for long in ("n" * 250 + ".png", "é" * 125, "d" * 256 + "/x.png", "/".join(["d" * 99] * 42)):
         with pytest.raises(ValueError, match=r"out=.* bytes too long for a file's name"):
-            output_path.place(long, Path("x.png"), moving=False)
+            prepare_output_file(long, Path("x.png"), moving=False)
     assert not list(tmp_path.iterdir())
-    out = output_path.place("n" * 225, Path("x.png"), moving=False)
+    out = prepare_output_file("n" * 225, Path("x.png"), moving=False)
     images = [video()[:, 0], video(seed=1)[:, 0]]
     for _ in range(2):
-        outputs.save(images, [("a", 0), ("a", 1)], out, {}, guesses=[images])
+        save_outputs(images, [("a", 0), ("a", 1)], out, {}, guesses=[images])
     assert len(list(tmp_path.iterdir())) == 8
 
 
@@ -147,19 +149,19 @@ def test_pictures_replace_none_and_share_a_number(tmp_path, capsys, taken):
     (tmp_path / taken).write_text("mine")
     (tmp_path / "x-2.png").write_text("mine as well")
     images, jobs = [video()[:, 0], video(seed=1)[:, 0]], [("a", 0), ("a", 1)]
-    first = outputs.save(images, jobs, tmp_path / "x.png", {}, guesses=[images])
+    first = save_outputs(images, jobs, tmp_path / "x.png", {}, guesses=[images])
     assert first == tmp_path / "x-3.png"
     assert "x.png is there already: now" in capsys.readouterr().out
     new = ["x-3.png", "x-3_000.png", "x-3_001.png", "x-3_previews.png"]
     assert {path.name for path in tmp_path.iterdir()} == {*new, taken, "x-2.png"}
     assert (tmp_path / taken).read_text() == "mine"
-    assert outputs.save(images, jobs, tmp_path / "x.png", {}, overwrite=True) == tmp_path / "x.png"
+    assert save_outputs(images, jobs, tmp_path / "x.png", {}, overwrite=True) == tmp_path / "x.png"
     assert (tmp_path / "x.png").read_bytes() == (tmp_path / "x-3.png").read_bytes()
 
 
 def test_videos_replace_none_either(tmp_path):
     (tmp_path / "x_000.gif").touch()
-    first = outputs.save([video()], [("a", 0)], tmp_path / "x.gif", {})
+    first = save_outputs([video()], [("a", 0)], tmp_path / "x.gif", {})
     assert first == tmp_path / "x-2.gif"
     names = {path.name for path in tmp_path.iterdir()} - {"x_000.gif"}
     assert names == {"x-2.gif", "x-2.png", "x-2_000.gif", "x-2_000.png"}
@@ -167,7 +169,7 @@ def test_videos_replace_none_either(tmp_path):
 
 def test_two_at_the_same_time_write_different_files(tmp_path):
     def save(seed: int) -> Path:
-        return outputs.save([video(seed=seed)[:, 0]], [("a", seed)], tmp_path / "x.png", {})
+        return save_outputs([video(seed=seed)[:, 0]], [("a", seed)], tmp_path / "x.png", {})
 
     with ThreadPoolExecutor(8) as pool:
         paths = list(pool.map(save, range(8)))
@@ -178,6 +180,6 @@ def test_two_at_the_same_time_write_different_files(tmp_path):
 
 
 def test_what_fails_leaves_no_empty_file(tmp_path):
-    with pytest.raises(TypeError), files.reserve(lambda n: [tmp_path / f"x{n}"]):
+    with pytest.raises(TypeError), reserve_files(lambda n: [tmp_path / f"x{n}"]):
         raise TypeError
     assert not list(tmp_path.iterdir())

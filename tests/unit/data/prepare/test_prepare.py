@@ -14,14 +14,14 @@ from tqdm import tqdm
 
 from ldm.data.image_decoding import read_image
 from ldm.data.prepare.writer import prepare_coco, prepare_folder
-from ldm.data.shards.reader import Shards
+from ldm.data.shards.reader import ShardReader
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "index.npz"}
 
 
-def fields(shards: Shards, i: int) -> dict:
+def fields(shards: ShardReader, i: int) -> dict:
     shard, (offset, size) = shards.index.paths[shards.index.shard[i]], shards.index.places(i)[2]
     return json.loads(shard.read_bytes()[offset : offset + size])
 
@@ -50,7 +50,7 @@ def test_shards_of_a_folder(folder, tmp_path):
         "written": 7,
         "skipped": report.skipped,
     }
-    shards = Shards(tmp_path / "out")
+    shards = ShardReader(tmp_path / "out")
     keys = [shards.index.key(i) for i in range(len(shards))]
     assert keys == [f"0000{n // 2}000{n % 2}" for n in (0, 1, 2, 4, 5, 8, 9)]
     assert shards.read(3).captions == ["number 4 the 4th"]
@@ -84,7 +84,7 @@ def test_a_second_call_finishes_what_is_missing(folder, tmp_path, lost):
     (tmp_path / "out/00004.tar.0a1b2c3d.tmp").write_bytes(b"half a shard")
     assert prepare(folder, tmp_path / "out") == whole
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert len(Shards(tmp_path / "out")) == 7
+    assert len(ShardReader(tmp_path / "out")) == 7
 
 
 def test_finished_shards_are_not_written_again_and_damaged_ones_are(folder, tmp_path):
@@ -209,7 +209,7 @@ def test_only_fitting_pictures_are_copied(tmp_path, format):
         (folder / f"{name}.{format}").write_bytes(data)
         (folder / f"{name}.txt").write_text(name)
     prepare(folder, tmp_path / "out", format=format)
-    shards = Shards(tmp_path / "out")
+    shards = ShardReader(tmp_path / "out")
     images = [shards.read(i).image for i in range(4)]
     assert [a == b for a, b in zip(images, sources.values(), strict=True)] == [1, 0, 0, 0]
     pictures = [Image.open(io.BytesIO(image)) for image in images]
@@ -227,7 +227,7 @@ def test_real_coco(real_data, tmp_path):
         samples_per_shard=50,
     )
     assert (report.written, report.skipped) == (103, {})
-    shards = Shards(tmp_path)
+    shards = ShardReader(tmp_path)
     assert shards.index.shard_sizes() == [50, 50, 3]
     grey = 0
     for i in range(103):
@@ -259,6 +259,6 @@ def test_real_emoji(real_data, tmp_path):
     emoji = real_data("emoji64")
     report = prepare_folder(images=str(emoji), out=str(tmp_path), size=32)
     assert (report.written, report.skipped) == (459, {})
-    sample = Shards(tmp_path).read(0)
+    sample = ShardReader(tmp_path).read(0)
     assert sample.captions == ["grinning face"]
     assert min(read_image(sample.image).getpixel((0, 0))) > 250  # transparent corners are white

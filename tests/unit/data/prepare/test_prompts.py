@@ -5,19 +5,19 @@ from collections import Counter
 import pytest
 from world import CAPTIONS
 
-from ldm.data.prepare.prompts import Lines, OfSet, Prompt, Template
-from ldm.data.shards.reader import Shards
+from ldm.data.prepare.prompts import DatasetPrompts, Prompt, PromptFile, PromptTemplate
+from ldm.data.shards.reader import ShardReader
 
 COLOURS = ["red", "blue", "green"]
 
 
 def test_a_template_is_filled_and_says_with_what():
-    made = Template("a {colour} {label},  flat", {"colour": ["red"], "label": ["star"]})(0)
+    made = PromptTemplate("a {colour} {label},  flat", {"colour": ["red"], "label": ["star"]})(0)
     assert made == Prompt("a red star, flat", "star", {"colour": "red", "label": "star"})
 
 
 def test_each_word_once_before_any_twice_and_in_all_pairs():
-    template = Template("{a} {b}", {"a": ["1", "2", "3", "4"], "b": ["x", "y", "z", "w"]})
+    template = PromptTemplate("{a} {b}", {"a": ["1", "2", "3", "4"], "b": ["x", "y", "z", "w"]})
     found = [template(i).text for i in range(400)]
     for first in range(0, 400, 4):
         for side in (0, 1):
@@ -27,16 +27,16 @@ def test_each_word_once_before_any_twice_and_in_all_pairs():
 
 
 def test_numbered_slots_share_words_and_never_one_word():
-    template = Template("{colour} {colour2} {colour10}", {"colour": COLOURS})
+    template = PromptTemplate("{colour} {colour2} {colour10}", {"colour": COLOURS})
     for i in range(50):
         assert sorted(template(i).text.split()) == sorted(COLOURS)
-    own = Template("{c} {c2}", {"c": ["x", "y"], "c2": ["x", "y"]})
+    own = PromptTemplate("{c} {c2}", {"c": ["x", "y"], "c2": ["x", "y"]})
     assert len({own(i).text for i in range(50)}) == 4, "words of its own make it independent"
 
 
 def test_words_are_put_in_as_they_are():
     nasty = ["{label}", "${oops}", "a\nb", "%s", "🌊"]
-    made = {Template("{{{x}}}", {"x": nasty})(i).text for i in range(5)}
+    made = {PromptTemplate("{{{x}}}", {"x": nasty})(i).text for i in range(5)}
     assert made == {"{{label}}", "{${oops}}", "{a b}", "{%s}", "{🌊}"}
 
 
@@ -64,13 +64,13 @@ def test_words_are_put_in_as_they_are():
 )
 def test_hostile_and_mistaken_templates_are_told(text, slots, message):
     with pytest.raises(ValueError, match=message):
-        Template(text, slots)
+        PromptTemplate(text, slots)
 
 
 def test_lines_of_a_file_again_and_again(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbf a  cat \tcat\r\n\r\na dog\tdog\n")
-    lines = Lines(path)
+    lines = PromptFile(path)
     assert [lines(i) for i in (0, 1, 2)] == [
         Prompt("a cat", "cat"),
         Prompt("a dog", "dog"),
@@ -80,10 +80,10 @@ def test_lines_of_a_file_again_and_again(tmp_path):
     same.write_text(
         '{"caption": "a cat", "label": "cat"}\n\n{"caption": "a dog", "label": "dog"}\n'
     )
-    assert Lines(same).facts == lines.facts
+    assert PromptFile(same).facts == lines.facts
     same.write_text('{"caption": "a cat", "label": 3}\n{"caption": "b", "label": 0, "more": []}')
-    assert [prompt.label for prompt in Lines(same).prompts] == [3, 0]
-    assert Lines(same).facts != lines.facts
+    assert [prompt.label for prompt in PromptFile(same).prompts] == [3, 0]
+    assert PromptFile(same).facts != lines.facts
 
 
 @pytest.mark.parametrize(
@@ -106,11 +106,11 @@ def test_lines_of_a_file_again_and_again(tmp_path):
 def test_files_without_prompts_are_told(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        Lines(tmp_path / name)
+        PromptFile(tmp_path / name)
 
 
 def test_captions_of_a_set_each_once_a_turn(shapes):
-    prompts = OfSet(Shards(shapes))
+    prompts = DatasetPrompts(ShardReader(shapes))
     turns = [[prompts(i).text for i in range(first, first + 10)] for first in (0, 10)]
     assert turns[0] != turns[1]
     assert sorted(turns[0]) == sorted(turns[1]) == sorted(CAPTIONS)

@@ -4,7 +4,7 @@ import json
 import pytest
 from material import picture
 
-from ldm.data.prepare.sources import coco_records, folder_records, pictures_in
+from ldm.data.prepare.sources import list_image_files, read_coco_records, read_folder_records
 
 
 def coco(*images: dict, captions: dict) -> dict:
@@ -33,7 +33,7 @@ def test_coco_records_and_what_is_left_out(images, tmp_path):
     captions = {n: ["  one\n", "two  words", " "] for n in range(len(names)) if n != 4}
     path = tmp_path / "captions.json"
     path.write_text(json.dumps(coco(*rows, captions=captions)))
-    records = coco_records(images, path)
+    records = read_coco_records(images, path)
     (found,) = records.found
     assert (found.path, found.file_name) == (images / "b.png", "b.png")
     assert found.captions == ["one", "two words"]
@@ -70,7 +70,7 @@ def test_a_file_that_holds_no_coco_captions_is_named(images, tmp_path, content):
     path = tmp_path / "annotations.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"annotations\.json is no (COCO captions|JSON) file"):
-        coco_records(images, path)
+        read_coco_records(images, path)
 
 
 def test_a_damaged_gzip_is_named(images, tmp_path):
@@ -79,18 +79,18 @@ def test_a_damaged_gzip_is_named(images, tmp_path):
         path = tmp_path / "captions.json.gz"
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"captions\.json\.gz is no JSON file"):
-            coco_records(images, path)
+            read_coco_records(images, path)
 
 
 def test_what_is_not_there_is_named(images, tmp_path):
     path = tmp_path / "captions.json"
     with pytest.raises(FileNotFoundError, match=r"image folder not found: .*absent"):
-        coco_records(tmp_path / "absent", path)
+        read_coco_records(tmp_path / "absent", path)
     with pytest.raises(FileNotFoundError, match=r"annotation file not found: .*captions\.json"):
-        coco_records(images, path)
+        read_coco_records(images, path)
     path.write_text(json.dumps(coco({"id": 1, "file_name": "zzz.jpg"}, captions={1: ["a"]})))
     with pytest.raises(FileNotFoundError, match=r"no image in .*images .*'missing': 1"):
-        coco_records(images, path)
+        read_coco_records(images, path)
 
 
 def test_a_folder_with_texts_beside_the_pictures(images):
@@ -100,7 +100,7 @@ def test_a_folder_with_texts_beside_the_pictures(images):
     for name, text in {"latin": b"caf\xe9\n", "unmarked": "wide".encode("utf-16-le")}.items():
         (images / f"{name}.jpg").write_bytes(picture())
         (images / f"{name}.txt").write_bytes(text)
-    records = folder_records(images)
+    records = read_folder_records(images)
     assert [(r.file_name, r.captions) for r in records.found] == [
         ("a.jpg", ["first second"]),
         ("sub/c.JPEG", ["café"]),
@@ -131,7 +131,7 @@ def test_linked_folders_are_followed_each_once(tmp_path):
     (elsewhere / "back").symlink_to(root)
     (elsewhere / "self").symlink_to(".")
     (root / "nowhere").symlink_to("absent")
-    records = folder_records(root)
+    records = read_folder_records(root)
     assert [record.file_name for record in records.found] == ["again/b.jpg", "real/a.jpg"]
     assert records.skipped == {}
 
@@ -140,7 +140,7 @@ def test_hidden_files_and_formats_that_are_not_read_are_named(tmp_path):
     names = ("ok.jpg", "._ok.jpg", ".ipynb_checkpoints/ok.jpg", "__MACOSX/a/._ok.jpg")
     for name in (*names, "a.avif", "sub/b.AVIF", "c.tiff", "d.md"):
         captioned(tmp_path / name)
-    records = folder_records(tmp_path)
+    records = read_folder_records(tmp_path)
     assert [record.file_name for record in records.found] == ["ok.jpg"]
     assert {reason: sorted(names) for reason, names in records.skipped.items()} == {
         "hidden": sorted(names[1:]),
@@ -149,15 +149,15 @@ def test_hidden_files_and_formats_that_are_not_read_are_named(tmp_path):
     }
     (tmp_path / "ok.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"in avif, which is not read': 2.*convert to"):
-        folder_records(tmp_path)
-    assert [path.name for path in pictures_in(tmp_path)] == []
+        read_folder_records(tmp_path)
+    assert [path.name for path in list_image_files(tmp_path)] == []
 
 
 def test_a_column_of_another_name_holds_the_captions(images):
     (images / "metadata.jsonl").write_text('{"file_name": "a.jpg", "prompt": "one"}')
     with pytest.raises(FileNotFoundError, match="with a 'text'"):
-        folder_records(images)
-    assert folder_records(images, caption_key="prompt").found[0].captions == ["one"]
+        read_folder_records(images)
+    assert read_folder_records(images, caption_key="prompt").found[0].captions == ["one"]
 
 
 def test_a_folder_with_metadata(images):
@@ -169,7 +169,7 @@ def test_a_folder_with_metadata(images):
     ]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (images / "metadata.jsonl").write_text("\ufeff" + lines + "\n\n")
-    records = folder_records(images)
+    records = read_folder_records(images)
     assert [(r.file_name, r.captions) for r in records.found] == [
         ("sub/c.JPEG", ["one", "two"]),
         ("a.jpg", ["three"]),
@@ -181,14 +181,14 @@ def test_a_folder_with_metadata(images):
 def test_a_bad_line_of_metadata_is_named(images, line):
     (images / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "t"}\n' + line)
     with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2"):
-        folder_records(images)
+        read_folder_records(images)
 
 
 def test_a_folder_without_captioned_pictures_is_named(images, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no image in .*images .*'no caption': 3"):
-        folder_records(images)
+        read_folder_records(images)
     with pytest.raises(FileNotFoundError, match="image folder not found"):
-        folder_records(tmp_path / "absent")
+        read_folder_records(tmp_path / "absent")
 
 
 def test_parts_of_a_folder(tmp_path):
@@ -197,7 +197,7 @@ def test_parts_of_a_folder(tmp_path):
         (tmp_path / row["file_name"]).write_bytes(b"")
 
     def names(part: str) -> list[str]:
-        return [record.file_name for record in folder_records(tmp_path, part=part).found]
+        return [record.file_name for record in read_folder_records(tmp_path, part=part).found]
 
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     train, val = names("train"), names("val")

@@ -8,22 +8,22 @@ import pytest
 from PIL import Image
 
 from ldm.data import image_decoding
-from ldm.data.dataset import TextImages
+from ldm.data.dataset import TextImageDataset
 from ldm.data.image_decoding import ImageError, read_frames, read_image
 from ldm.data.prepare.writer import prepare_folder
 from ldm.data.scenes.datamodule import scenes_data
 from ldm.data.scenes.motion import (
     DIRECTIONS,
-    Moving,
-    caption,
-    film,
-    has_room,
-    sample_moving,
+    MovingScene,
+    caption_moving_scene,
+    draw_moving_scene,
+    has_room_to_move,
+    sample_moving_scene,
 )
 from ldm.data.scenes.prepare import prepare_scenes
-from ldm.data.scenes.world import COLOURS, Object, Scene, sample
-from ldm.data.shards.reader import Shards
-from ldm.models.text.clip import ClipText
+from ldm.data.scenes.world import COLOURS, Scene, SceneObject, sample_scene
+from ldm.data.shards.reader import ShardReader
+from ldm.models.text.clip import ClipTextEncoder
 
 
 def animation(frames, kind="WEBP", **options):
@@ -46,11 +46,11 @@ def centre(picture, colour):
 def test_what_is_said_is_what_moves_and_the_other_rests():
     seen = set()
     for i in range(150):
-        moving, rng = sample_moving(i, split="train")
-        assert moving.scene == sample(i, split="train")[0]
-        objects = [Object(one.shape, one.colour, one.size) for one in moving.scene.objects]
+        moving, rng = sample_moving_scene(i, split="train")
+        assert moving.scene == sample_scene(i, split="train")[0]
+        objects = [SceneObject(one.shape, one.colour, one.size) for one in moving.scene.objects]
         flat = Scene(tuple(objects), moving.scene.relation, moving.scene.background, "flat")
-        pictures = film(Moving(flat, moving.direction), 5, 64, rng)
+        pictures = draw_moving_scene(MovingScene(flat, moving.direction), 5, 64, rng)
         first, second = (
             np.array([centre(picture, one.colour) for picture in pictures]) for one in objects
         )
@@ -67,24 +67,26 @@ def test_what_is_said_is_what_moves_and_the_other_rests():
 
 def test_objects_stay_in_the_picture_and_apart():
     for i in range(150):
-        moving, rng = sample_moving(i, split="val")
-        for picture in film(moving, 3, 64, rng):
+        moving, rng = sample_moving_scene(i, split="val")
+        for picture in draw_moving_scene(moving, 3, 64, rng):
             edge = np.concatenate([picture[:2], picture[-2:], picture[:, :2].swapaxes(0, 1)])
             assert np.abs(np.diff(edge.astype(int), axis=1)).max() < 3, moving
 
 
 def test_there_is_no_room_for_large_objects_to_part():
-    pair = Object("circle", "red", "large"), Object("square", "blue", "large")
-    free = [name for name in DIRECTIONS if has_room(Scene(pair, "above", "navy", "flat"), name)]
+    pair = SceneObject("circle", "red", "large"), SceneObject("square", "blue", "large")
+    free = [
+        name for name in DIRECTIONS if has_room_to_move(Scene(pair, "above", "navy", "flat"), name)
+    ]
     assert free == ["left", "right"]
 
 
 def test_captions_say_it_all_in_what_the_packaged_text_encoder_reads():
-    text = ClipText("packaged:clip")
+    text = ClipTextEncoder("packaged:clip")
     captions = set()
     for i in range(300):
-        moving, rng = sample_moving(i, split="train")
-        said = caption(moving, rng)
+        moving, rng = sample_moving_scene(i, split="train")
+        said = caption_moving_scene(moving, rng)
         first, second = moving.scene.objects
         for word in (first.colour, first.shape, second.colour, second.shape):
             assert word in said
@@ -97,12 +99,12 @@ def test_captions_say_it_all_in_what_the_packaged_text_encoder_reads():
 def test_shards_of_videos_are_what_was_drawn(tmp_path):
     out = tmp_path / "moving"
     assert prepare_scenes(out=str(out), count=7, size=16, frames=4).written == 7
-    shards = Shards(out)
-    moving, rng = sample_moving(5, split="train")
-    drawn = film(moving, 4, 16, rng)
+    shards = ShardReader(out)
+    moving, rng = sample_moving_scene(5, split="train")
+    drawn = draw_moving_scene(moving, 4, 16, rng)
     read = [np.asarray(frame) for frame in read_frames(shards.read(5).image, 4)]
     assert np.array_equal(read, drawn)
-    assert shards.read(5).captions == [caption(moving, rng) for _ in range(3)]
+    assert shards.read(5).captions == [caption_moving_scene(moving, rng) for _ in range(3)]
     assert np.array_equal(np.asarray(read_image(shards.read(5).image)), drawn[0])
     with pytest.raises(ValueError, match="frames was 4"):
         prepare_scenes(out=str(out), count=7, size=16, frames=5)
@@ -115,8 +117,8 @@ def test_batches_of_videos(tmp_path):
     data = scenes_data(**settings, frames=4, workers=0)
     item = data.val_set[1, 0]
     assert item["images"].shape == (3, 4, 16, 16)
-    moving, rng = sample_moving(1, split="val")
-    assert np.array_equal(item["images"].permute(1, 2, 3, 0), film(moving, 4, 16, rng))
+    moving, rng = sample_moving_scene(1, split="val")
+    assert np.array_equal(item["images"].permute(1, 2, 3, 0), draw_moving_scene(moving, 4, 16, rng))
     assert data.train_set.plain().frames == data.frames == 4
     still = scenes_data(**settings, workers=0)  # beside them, not instead of them
     assert still.val_set[1, 0]["images"].shape == (3, 16, 16)
@@ -145,7 +147,7 @@ def test_a_picture_is_no_video():
 
 
 def test_a_film_of_too_many_pixels_is_refused_before_one_is_decoded(monkeypatch):
-    monkeypatch.setattr(image_decoding, "MAX_FILM", 10 * 8 * 8)
+    monkeypatch.setattr(image_decoding, "MAX_VIDEO_PIXELS", 10 * 8 * 8)
     assert len(list(read_frames(animation(noise(10)), 2))) == 2
     with pytest.raises(ImageError, match="too many pixels: 11 frames of 8 x 8"):
         next(read_frames(animation(noise(11)), 2))
@@ -176,7 +178,7 @@ def test_a_folder_of_animations_becomes_shards(tmp_path):
         prepare_folder(**out)
     report = prepare_folder(**out, format="webp")
     assert (report.written, report.skipped) == (3, {"too few frames": ["still.png"]})
-    data = TextImages(Shards(tmp_path / "out"), size=16, frames=3, seed=0, train=False)
+    data = TextImageDataset(ShardReader(tmp_path / "out"), size=16, frames=3, seed=0, train=False)
     for i in range(3):
         item = data[i, 0]
         assert item["images"].shape == (3, 3, 16, 16)

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from ldm.data.image_decoding import read_image
-from ldm.data.scenes.draw import draw
+from ldm.data.scenes.draw import draw_scene
 from ldm.data.scenes.prepare import prepare_scenes
 from ldm.data.scenes.world import (
     BACKGROUNDS,
@@ -14,21 +14,24 @@ from ldm.data.scenes.world import (
     RELATIONS,
     SHAPES,
     STYLES,
-    UNSEEN,
-    Object,
+    UNSEEN_PAIRS,
     Scene,
+    SceneObject,
     caption,
-    sample,
+    sample_scene,
 )
-from ldm.data.shards.reader import Shards
+from ldm.data.shards.reader import ShardReader
 
 SCENE = Scene(
-    (Object("heart", "pink", "large"), Object("star", "cyan", "small")), "above", "navy", "flat"
+    (SceneObject("heart", "pink", "large"), SceneObject("star", "cyan", "small")),
+    "above",
+    "navy",
+    "flat",
 )
 
 
 def scenes(split, count, seed=0):
-    return [sample(i, split=split, seed=seed)[0] for i in range(count)]
+    return [sample_scene(i, split=split, seed=seed)[0] for i in range(count)]
 
 
 def pairs(scene):
@@ -47,7 +50,9 @@ def contents(folder):
 
 def test_train_has_every_name_and_every_pair_that_is_not_held_out():
     train = scenes("train", 2000)
-    assert set().union(*map(pairs, train)) == {(c, s) for c in COLOURS for s in SHAPES} - {*UNSEEN}
+    assert set().union(*map(pairs, train)) == {(c, s) for c in COLOURS for s in SHAPES} - {
+        *UNSEEN_PAIRS
+    }
     assert {scene.relation for scene in train} == set(RELATIONS)
     assert {scene.background for scene in train} == set(BACKGROUNDS)
     assert {scene.style for scene in train} == set(STYLES)
@@ -56,26 +61,26 @@ def test_train_has_every_name_and_every_pair_that_is_not_held_out():
 
 def test_what_is_held_out():
     train, val, unseen = scenes("train", 2000), scenes("val", 200), scenes("unseen", 200)
-    assert all(pairs(scene) & {*UNSEEN} for scene in unseen)
-    assert not any(pairs(scene) & {*UNSEEN} for scene in val)
+    assert all(pairs(scene) & {*UNSEEN_PAIRS} for scene in unseen)
+    assert not any(pairs(scene) & {*UNSEEN_PAIRS} for scene in val)
     # Not even told the other way round does a scene of val occur in train, whatever the seed.
     assert not {s.ordered() for s in val} & {s.ordered() for s in train + scenes("train", 500, 1)}
 
 
 def test_a_scene_is_a_function_of_split_seed_and_index():
     (scene, rng), (again, rng_again) = (
-        sample(7, split="val", seed=3),
-        sample(7, split="val", seed=3),
+        sample_scene(7, split="val", seed=3),
+        sample_scene(7, split="val", seed=3),
     )
     assert scene == again
-    assert np.array_equal(draw(scene, 32, rng), draw(again, 32, rng_again))
+    assert np.array_equal(draw_scene(scene, 32, rng), draw_scene(again, 32, rng_again))
     assert len(set(scenes("val", 9) + scenes("val", 9, seed=1) + scenes("train", 9))) == 27
     with pytest.raises(ValueError, match="train, val or unseen"):
-        sample(0, split="test")
+        sample_scene(0, split="test")
 
 
 def test_a_family_is_the_same_words_otherwise_arranged():
-    drawn = [sample(i, split="train", family=10)[0] for i in range(400)]
+    drawn = [sample_scene(i, split="train", family=10)[0] for i in range(400)]
     families = [drawn[i : i + 10] for i in range(0, len(drawn), 10)]
     assert [family[0] for family in families] == scenes("train", 40)
     same_words = 0
@@ -86,12 +91,12 @@ def test_a_family_is_the_same_words_otherwise_arranged():
         same_words += sum(words(scene) == words(family[0]) for scene in family)
     assert same_words > 0.7 * len(drawn)
     assert {scene.relation for scene in drawn} == set(RELATIONS)
-    again, rng = sample(13, split="train", family=10)
+    again, rng = sample_scene(13, split="train", family=10)
     assert again == drawn[13]
-    assert rng.integers(2**60) == sample(13, split="train", family=10)[1].integers(2**60)
+    assert rng.integers(2**60) == sample_scene(13, split="train", family=10)[1].integers(2**60)
     for wrong in ({"split": "val", "family": 2}, {"split": "train", "family": 0}):
         with pytest.raises(ValueError, match="families of 1"):
-            sample(0, **wrong)
+            sample_scene(0, **wrong)
 
 
 def test_ordered_tells_the_same_picture():
@@ -116,15 +121,15 @@ def test_captions_say_all_of_it_in_many_ways():
 @pytest.mark.parametrize("style", STYLES)
 def test_a_picture_is_the_same_at_any_size(style):
     scene = replace(SCENE, style=style)
-    large, small = (draw(scene, size, np.random.default_rng(1)) for size in (512, 64))
+    large, small = (draw_scene(scene, size, np.random.default_rng(1)) for size in (512, 64))
     shrunk = np.asarray(Image.fromarray(large).reduce(8), np.float32)
     assert np.abs(shrunk - small).mean() < 1
 
 
 def test_objects_keep_to_their_side_of_the_picture_and_of_each_other():
     for i in range(200):
-        scene, rng = sample(i, split="train")
-        picture = draw(replace(scene, style="flat"), 64, rng).astype(int)
+        scene, rng = sample_scene(i, split="train")
+        picture = draw_scene(replace(scene, style="flat"), 64, rng).astype(int)
         colours = [COLOURS[one.colour] for one in scene.ordered().objects]
         found = [np.nonzero(np.abs(picture - colour).max(-1) < 2) for colour in colours]
         rows, columns = zip(*found, strict=True)
@@ -137,16 +142,16 @@ def test_objects_keep_to_their_side_of_the_picture_and_of_each_other():
 def test_shards(tmp_path):
     report = prepare_scenes(out=str(tmp_path / "one"), count=505, size=16, workers=1)
     assert (report.written, report.skipped) == (505, {})
-    shards = Shards(tmp_path / "one")
+    shards = ShardReader(tmp_path / "one")
     assert len(shards) == 505
-    scene, rng = sample(503, split="train")
+    scene, rng = sample_scene(503, split="train")
     read = shards.read(503)
     assert read.key == "000010003"
-    assert np.array_equal(np.asarray(read_image(read.image)), draw(scene, 16, rng))
+    assert np.array_equal(np.asarray(read_image(read.image)), draw_scene(scene, 16, rng))
     assert read.captions == [caption(scene, rng) for _ in range(3)]
     offset, length = shards.index.places(503)[2]
     fields = json.loads((tmp_path / "one/00001.tar").read_bytes()[offset : offset + length])
-    assert [Object(**one) for one in fields["objects"]] == list(scene.objects)
+    assert [SceneObject(**one) for one in fields["objects"]] == list(scene.objects)
     assert [fields[name] for name in ("relation", "background", "style", "index")] == [
         scene.relation, scene.background, scene.style, 503,
     ]  # fmt: skip

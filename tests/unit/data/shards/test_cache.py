@@ -9,32 +9,32 @@ import pytest
 from material import samples, tar_bytes
 
 from ldm.data.shards import remote
-from ldm.data.shards.cache import MARKER, Cache
-from ldm.data.shards.reader import Shards
-from ldm.data.shards.remote import Remote, RemoteError, describe
+from ldm.data.shards.cache import CACHE_MARKER, ShardCache
+from ldm.data.shards.reader import ShardReader
+from ldm.data.shards.remote import RemoteError, RemoteShard, describe_urls
 
 SIZE = len(tar_bytes(samples(3)))
 
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch):
-    monkeypatch.setattr(remote, "WAIT", 0.01)
-    monkeypatch.setattr(remote, "STALL", 0.4)
+    monkeypatch.setattr(remote, "RETRY_WAIT", 0.01)
+    monkeypatch.setattr(remote, "STALL_TIMEOUT", 0.4)
 
 
 @pytest.fixture
-def shards(web) -> list[Remote]:
+def shards(web) -> list[RemoteShard]:
     """Six shards of three samples."""
     for n in range(6):
         web.files[f"/{n}.tar"] = tar_bytes(samples(3, first=3 * n))
-    return describe([web.url(name) for name in web.files])
+    return describe_urls([web.url(name) for name in web.files])
 
 
-def room_for(tmp_path: Path, count: int) -> Cache:
-    return Cache(tmp_path / "cache", gigabytes=(count * SIZE + 10) / 1e9)
+def room_for(tmp_path: Path, count: int) -> ShardCache:
+    return ShardCache(tmp_path / "cache", gigabytes=(count * SIZE + 10) / 1e9)
 
 
-def held(cache: Cache) -> list[str]:
+def held(cache: ShardCache) -> list[str]:
     return sorted(path.name.split("-")[-1] for path in cache.folder.glob("*.tar*"))
 
 
@@ -72,9 +72,9 @@ def test_what_does_not_fit_is_told(tmp_path, shards):
     with pytest.raises(
         ValueError, match=r"0\.tar has .* GB and does not fit .* raise data.cache_gb"
     ):
-        Cache(tmp_path / "cache", gigabytes=(SIZE - 1) / 1e9).open(shards[0])
+        ShardCache(tmp_path / "cache", gigabytes=(SIZE - 1) / 1e9).open(shards[0])
     with pytest.raises(ValueError, match="cache_gb must be above 0"):
-        Cache(tmp_path, gigabytes=0)
+        ShardCache(tmp_path, gigabytes=0)
 
 
 def test_a_damaged_copy_is_fetched_again(tmp_path, shards):
@@ -96,7 +96,7 @@ def test_a_failed_download_leaves_no_shard_and_no_lock(tmp_path, shards, web):
     assert held(cache) == ["0.tar"]
 
 
-def many(cache: Cache, shards: list[Remote], order: list[int], out) -> None:
+def many(cache: ShardCache, shards: list[RemoteShard], order: list[int], out) -> None:
     for n in order:
         file = cache.open(shards[n])
         out.put((n, file.read() == tar_bytes(samples(3, first=3 * n))))
@@ -109,7 +109,7 @@ def test_processes_share_a_cache(tmp_path, shards, web):
     web.delay = 0.05
     context = multiprocessing.get_context("fork")
     for room in (6, 3):
-        cache = Cache(tmp_path / str(room), gigabytes=(room * SIZE + 10) / 1e9)
+        cache = ShardCache(tmp_path / str(room), gigabytes=(room * SIZE + 10) / 1e9)
         web.seen.clear()
         out = context.SimpleQueue()
         orders = [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [0, 2, 4, 1, 3, 5]]
@@ -127,7 +127,7 @@ def test_processes_share_a_cache(tmp_path, shards, web):
 
 def test_a_killed_download_blocks_nobody_and_goes_on(tmp_path, shards, web, monkeypatch):
     monkeypatch.setattr(remote, "_CHUNK", 1024)
-    monkeypatch.setattr(remote, "STALL", 30)
+    monkeypatch.setattr(remote, "STALL_TIMEOUT", 30)
     web.fault = lambda method, name, span: "stall" if span and span >= "bytes=4096" else None
     cache = room_for(tmp_path, 2)
     context = multiprocessing.get_context("fork")
@@ -189,21 +189,21 @@ def test_a_folder_of_others_is_no_cache(tmp_path, shards, web):
 def test_a_cache_of_before_there_was_a_marker_is_one_still(tmp_path, shards):
     cache = room_for(tmp_path, 1)
     cache.close(cache.open(shards[0]))
-    (cache.folder / MARKER).unlink()
+    (cache.folder / CACHE_MARKER).unlink()
     (cache.folder / "index-0123456789abcdef.npz").write_bytes(b"")
     (cache.folder / "clip").mkdir()
     cache.close(cache.open(shards[1]))
     assert held(cache) == ["1.tar"]
-    assert (cache.folder / MARKER).is_file()
+    assert (cache.folder / CACHE_MARKER).is_file()
 
 
 def test_shards_are_read_through_a_small_cache(tmp_path, shards, web):
     cache = room_for(tmp_path, 9)
-    read = Shards([shard.url for shard in shards], cache=cache)
+    read = ShardReader([shard.url for shard in shards], cache=cache)
     assert len(read) == 18
     for i in (17, 0, 9, 4, 13, 2, 6, 17):
         sample = read.read(i)
         assert (sample.key, sample.captions) == (f"{i:04}", [f"number {i}"])
     assert read.name(17).endswith("/5.tar: sample '0017'")
     with pytest.raises(ValueError, match=r"data\.cache=FOLDER"):
-        Shards(shards[0].url)
+        ShardReader(shards[0].url)

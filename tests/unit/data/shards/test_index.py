@@ -11,10 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from material import picture, samples, tar_bytes
 
-from ldm.config.stages import readable
+from ldm.config.stages import check_captions_readable
 from ldm.data.datamodule import TextImageData
-from ldm.data.shards.index import MAX_IMAGE, MAX_TEXT, Index, ShardError, open_index, scan_shard
-from ldm.models.text.labels import NoText
+from ldm.data.image_decoding import MAX_IMAGE_BYTES
+from ldm.data.shards.index import ShardIndex, open_index
+from ldm.data.shards.tar_headers import MAX_TEXT_BYTES, ShardError, scan_shard
+from ldm.models.text.labels import NullTextEncoder
 from ldm.utils.errors import UsageError
 
 GOOD = tar_bytes(samples(3))
@@ -133,8 +135,8 @@ def test_unusable_samples_cost_only_themselves(tmp_path):
         ("c.txt", b"c"),
         ("d.jpg", image), ("d.png", image), ("d.txt", b"d"),
         ("a.webp", image), ("a.json", b"{}"),
-        ("e.png", image), ("e.txt", bytes(MAX_TEXT + 1)),
-        ("f.png", bytes(MAX_IMAGE + 1)), ("f.txt", b"f"),
+        ("e.png", image), ("e.txt", bytes(MAX_TEXT_BYTES + 1)),
+        ("f.png", bytes(MAX_IMAGE_BYTES + 1)), ("f.txt", b"f"),
         ("g.cls", b"1"), ("g.PNG", image), ("g.pickle", b"x"), ("g.JSON", b"{}"),
         ("h.png", image), ("h.seg.png", image), ("h.txt", b"h"),
     ]  # fmt: skip
@@ -250,7 +252,7 @@ def test_no_usable_sample_is_an_error_that_counts(tmp_path):
         open_index(tmp_path)
 
 
-def arrays(index: Index) -> tuple:
+def arrays(index: ShardIndex) -> tuple:
     parts = (index.shard, index.members, index.key_bytes, index.key_ends)
     told = index.paths, index.stamps, index.skipped, index.captions, index.sparse
     return *told, [part.tolist() for part in parts]
@@ -349,9 +351,9 @@ def test_no_caption_at_all_stops_what_learns_from_captions(tmp_path):
     how = {"train": str(tmp_path), "val": str(tmp_path), "size": 8, "batch_size": 1}
     data = TextImageData(**how)
     with pytest.raises(UsageError, match=r"1 of 1 samples .*caption_key=text.*text_encoder=none"):
-        readable(torch.nn.Identity(), data)
-    readable(NoText(), data)
-    readable(torch.nn.Identity(), TextImageData(**how, caption_key="text"))
+        check_captions_readable(torch.nn.Identity(), data)
+    check_captions_readable(NullTextEncoder(), data)
+    check_captions_readable(torch.nn.Identity(), TextImageData(**how, caption_key="text"))
 
 
 def test_arrays_of_others_under_its_name_stay(tmp_path, caplog):

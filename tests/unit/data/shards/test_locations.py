@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 from material import samples, tar_bytes
 
-from ldm.data.shards.cache import Cache
+from ldm.data.shards.cache import ShardCache
 from ldm.data.shards.index import open_index
-from ldm.data.shards.locations import locate
-from ldm.data.shards.remote import Remote
+from ldm.data.shards.locations import locate_shards
+from ldm.data.shards.remote import RemoteShard
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 def names(source) -> list[str]:
-    return [str(place) for place in locate(source)]
+    return [str(place) for place in locate_shards(source)]
 
 
 def test_globs_ranges_folders_and_files(here):
@@ -56,7 +56,7 @@ def test_a_name_is_taken_as_it_is_where_it_exists(here):
 )
 def test_what_is_not_there_is_named(here, source, told):
     with pytest.raises(FileNotFoundError, match=told):
-        locate(source)
+        locate_shards(source)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_what_is_not_there_is_named(here, source, told):
 )
 def test_what_cannot_be_is_told_with_a_remedy(here, source, told):
     with pytest.raises(ValueError, match=told) as error:
-        locate(source)
+        locate_shards(source)
     assert "s3cret" not in str(error.value)
 
 
@@ -86,19 +86,21 @@ def test_what_cannot_be_is_told_with_a_remedy(here, source, told):
 def test_commands_are_refused_and_not_run(here, command):
     for source in (command, ["data/a", command]):
         with pytest.raises(ValueError, match="may not do: stage the shards"):
-            locate(source)
+            locate_shards(source)
     for harmless in ("$(touch marker)", "`touch marker`", "a;touch marker", "a\ntouch marker"):
         with pytest.raises(FileNotFoundError):
-            locate(harmless)
+            locate_shards(harmless)
     assert not (here / "marker").exists()
 
 
 def test_servers_and_folders_in_one_list(here, web):
     web.files = {f"/r-{n}.tar": tar_bytes(samples(2, first=10 * n)) for n in range(2)}
     source = ["data/a", web.url("/r-{0..1}.tar"), "data/b/train-0001.tar"]
-    places = locate(source)
-    assert [isinstance(place, Remote) for place in places] == [False] * 3 + [True] * 2 + [False]
-    index = open_index(source, cache=Cache("cache", gigabytes=1))
+    places = locate_shards(source)
+    assert [isinstance(place, RemoteShard) for place in places] == [False] * 3 + [True] * 2 + [
+        False
+    ]
+    index = open_index(source, cache=ShardCache("cache", gigabytes=1))
     keys = ["0000", "0001", "0002", "0000", "0001", "0010", "0011", "0001"]
     assert [index.key(i) for i in range(len(index))] == keys
 
@@ -111,14 +113,14 @@ def test_any_other_file_system_can_be_searched(here):
     for n in range(2):
         memory.pipe(f"/bucket/{n}.tar", tar_bytes(samples(2, first=2 * n)))
     for source in ("memory://bucket", "memory://bucket/*.tar", "memory://bucket/{0..1}.tar"):
-        index = open_index(source, cache=Cache(here / "cache", gigabytes=1))
+        index = open_index(source, cache=ShardCache(here / "cache", gigabytes=1))
         assert [index.key(i) for i in range(4)] == ["0000", "0001", "0002", "0003"]
     with pytest.raises(FileNotFoundError, match=r"no \.tar shards at memory://empty"):
-        locate("memory://empty")
+        locate_shards("memory://empty")
 
 
 def test_the_index_of_a_glob_is_kept_in_the_cache(here):
-    cache = Cache("cache", gigabytes=1)
+    cache = ShardCache("cache", gigabytes=1)
     assert len(open_index("data/*/*.tar", cache=cache)) == 6
     (kept,) = cache.folder.glob("index-*.npz")
     stamp = kept.stat().st_mtime_ns
@@ -132,4 +134,4 @@ def test_a_pipe_among_shards_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
     for source in (tmp_path, f"{tmp_path}/*.tar"):
         with pytest.raises(ValueError, match=r"a\.tar is no file"):
-            locate(source)
+            locate_shards(source)

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from material import samples, tar_bytes
 from test_skips import fit
 
-from ldm.data.position_sampler import Order
+from ldm.data.position_sampler import ShuffledOrder
 from ldm.data.shards import remote
-from ldm.data.shards.cache import Cache
-from ldm.data.shards.prefetch import Ahead
-from ldm.data.shards.remote import RemoteError, describe
+from ldm.data.shards.cache import ShardCache
+from ldm.data.shards.prefetch import ShardPrefetcher
+from ldm.data.shards.remote import RemoteError, describe_urls
 
 SIZE = len(tar_bytes(samples(3)))
 
@@ -39,7 +39,7 @@ def served(web, tmp_path, count: int, per_shard: int = 3) -> tuple[str, str]:
     st.integers(1, 9), st.integers(0, 99), st.booleans(),
 )  # fmt: skip
 def test_upcoming_shards_are_those_that_the_order_reads(sizes, window, position, shuffle):
-    order = Order(sizes, seed=4, window=window, shuffle=shuffle)
+    order = ShuffledOrder(sizes, seed=4, window=window, shuffle=shuffle)
     shard_of = [shard for shard, size in enumerate(sizes) for _ in range(size)]
     horizon = (position // len(order) + 3) * len(order)
     upcoming = list(itertools.takewhile(lambda x: x[0] <= horizon, order.shards_from(position)))
@@ -51,10 +51,12 @@ def test_upcoming_shards_are_those_that_the_order_reads(sizes, window, position,
 
 
 def test_the_next_shards_come_in_order_and_not_too_many(web, tmp_path):
-    shards = describe(_urls(web, 12))
+    shards = describe_urls(_urls(web, 12))
     web.seen.clear()
-    cache = Cache(tmp_path / "cache", gigabytes=(8 * SIZE + 10) / 1e9)
-    ahead = Ahead(cache, ((3 * n + 3, shards[n % 12]) for n in itertools.count()), window=1)
+    cache = ShardCache(tmp_path / "cache", gigabytes=(8 * SIZE + 10) / 1e9)
+    ahead = ShardPrefetcher(
+        cache, ((3 * n + 3, shards[n % 12]) for n in itertools.count()), window=1
+    )
     try:
         ahead.reached(0)
         wait_for(lambda: len(list(cache.folder.glob("*.tar"))) == 4)  # half of the cache
@@ -75,9 +77,11 @@ def _urls(web, count: int) -> list[str]:
 
 
 def test_the_process_ends_with_who_started_it(web, tmp_path):
-    shards = describe(_urls(web, 2))
-    ahead = Ahead(
-        Cache(tmp_path, gigabytes=1), ((n, shards[n % 2]) for n in itertools.count(1)), window=1
+    shards = describe_urls(_urls(web, 2))
+    ahead = ShardPrefetcher(
+        ShardCache(tmp_path, gigabytes=1),
+        ((n, shards[n % 2]) for n in itertools.count(1)),
+        window=1,
     )
     ahead.reached(0)
     process = ahead._process
@@ -101,7 +105,7 @@ def test_a_run_on_a_server_sees_what_a_local_run_sees(web, tmp_path, workers):
 
 
 def test_a_server_lost_in_mid_run_is_named(web, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "WAIT", 0.01)
+    monkeypatch.setattr(remote, "RETRY_WAIT", 0.01)
     url, _ = served(web, tmp_path, 9)
     options = {"window": 1, "cache": str(tmp_path / "cache"), "cache_gb": (3 * SIZE + 10) / 1e9}
     fit(url, steps=1, workers=0, **options)  # the index is there, and some of the shards

@@ -7,8 +7,8 @@ import pytest
 import webdataset
 from material import picture, samples, tar_bytes
 
-from ldm.data.shards.index import ShardError
-from ldm.data.shards.reader import Shards, write_shard
+from ldm.data.shards.reader import ShardReader, write_shard
+from ldm.data.shards.tar_headers import ShardError
 
 
 def by_webdataset(*paths: Path) -> list[dict]:
@@ -35,7 +35,7 @@ def test_reads_what_webdataset_reads(tmp_path):
         members.insert(where[-1] + 1, (key, b'{"caption": "of %s"}' % key.encode()))
     path = tmp_path / "0.tar"
     path.write_bytes(tar_bytes(members))
-    shards = Shards(tmp_path)
+    shards = ShardReader(tmp_path)
     ours = {sample.key: sample.image for sample in map(shards.read, range(len(shards)))}
     theirs = {}
     for sample in by_webdataset(path):
@@ -52,7 +52,7 @@ def test_what_was_written_is_read_by_both(tmp_path):
         for n in range(5)
     ]
     assert write_shard(tmp_path / "00000.tar", iter(written)) == 5
-    shards = Shards(tmp_path)
+    shards = ShardReader(tmp_path)
     for n, theirs in enumerate(by_webdataset(tmp_path / "00000.tar")):
         ours = shards.read(n)
         assert (ours.key, ours.image) == (theirs["__key__"], theirs["png"])
@@ -76,12 +76,12 @@ def test_a_failed_write_leaves_the_old_shard(tmp_path):
 
     with pytest.raises(RuntimeError):
         write_shard(path, failing())
-    assert Shards(path).read(0).key == "old"
+    assert ShardReader(path).read(0).key == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["0.tar"]
 
 
 def test_any_order_of_reading(shard_folder):
-    shards = Shards(shard_folder(3, 1, 4))
+    shards = ShardReader(shard_folder(3, 1, 4))
     for i in (7, 0, 3, 2, 7, 4):
         sample = shards.read(i)
         assert (sample.key, sample.image) == (f"{i:04}", picture(i))
@@ -90,7 +90,7 @@ def test_any_order_of_reading(shard_folder):
 
 
 def test_many_shards_need_few_open_files(shard_folder):
-    shards = Shards(shard_folder(*[1] * 100))
+    shards = ShardReader(shard_folder(*[1] * 100))
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(2):
         assert [shards.read(i).key for i in range(100)] == [f"{i:04}" for i in range(100)]
@@ -98,7 +98,7 @@ def test_many_shards_need_few_open_files(shard_folder):
 
 
 def test_open_files_do_not_travel(shard_folder):
-    shards = Shards(shard_folder(2, 2))
+    shards = ShardReader(shard_folder(2, 2))
     shards.read(3)
     copy = pickle.loads(pickle.dumps(shards))
     assert copy.read(3) == shards.read(3)
@@ -106,7 +106,7 @@ def test_open_files_do_not_travel(shard_folder):
 
 def test_a_shard_that_changes_in_use_is_an_error(shard_folder):
     folder = shard_folder(2, 2)
-    shards = Shards(folder)
+    shards = ShardReader(folder)
     shards.read(0)
     with open(folder / "00000.tar", "r+b") as file:
         file.truncate(600)

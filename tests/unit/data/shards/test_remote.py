@@ -8,16 +8,16 @@ from material import picture, samples, tar_bytes
 from web import FAULTS
 
 from ldm.data.shards import remote
-from ldm.data.shards.cache import Cache
+from ldm.data.shards.cache import ShardCache
 from ldm.data.shards.index import open_index
 from ldm.data.shards.remote import (
     NoRangesError,
-    Remote,
     RemoteError,
-    describe,
-    download,
+    RemoteShard,
+    describe_urls,
+    download_shard,
     read_range,
-    redacted,
+    redact_url,
 )
 
 SHARD = tar_bytes(samples(3))
@@ -26,14 +26,14 @@ SECRETS = "?X-Amz-Signature=s3cret&part=1"
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch):
-    monkeypatch.setattr(remote, "WAIT", 0.01)
-    monkeypatch.setattr(remote, "STALL", 0.4)
+    monkeypatch.setattr(remote, "RETRY_WAIT", 0.01)
+    monkeypatch.setattr(remote, "STALL_TIMEOUT", 0.4)
 
 
 @pytest.fixture
-def shard(web) -> Remote:
+def shard(web) -> RemoteShard:
     web.files["/a.tar"] = SHARD
-    return describe([web.url("/a.tar")])[0]
+    return describe_urls([web.url("/a.tar")])[0]
 
 
 def test_a_server_describes_a_shard_and_gives_its_bytes(web, shard):
@@ -47,21 +47,24 @@ def test_what_passes_is_borne(web, shard, tmp_path, fault):
     web.first(fault, 2)
     assert read_range(shard, 100, 900) == SHARD[100:900]
     web.first(fault, 2)
-    download(shard, tmp_path / "a.part")
+    download_shard(shard, tmp_path / "a.part")
     assert (tmp_path / "a.part").read_bytes() == SHARD
     if fault != "short":
         web.first(fault, 1, method="HEAD")
-        assert describe([shard.url]) == [shard]
+        assert describe_urls([shard.url]) == [shard]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_does_not_pass_is_named_without_credentials(web, shard, tmp_path, fault):
     url = web.url("/a.tar", user="joe:passw0rd@") + SECRETS
-    shard = Remote(url, len(SHARD), shard.etag)
+    shard = RemoteShard(url, len(SHARD), shard.etag)
     web.first(fault, 1000)
     web.seen.clear()
     begun = time.perf_counter()
-    for action in (lambda: read_range(shard, 0, 600), lambda: download(shard, tmp_path / "p")):
+    for action in (
+        lambda: read_range(shard, 0, 600),
+        lambda: download_shard(shard, tmp_path / "p"),
+    ):
         with pytest.raises(RemoteError, match=r"could not be read: .*tried 3 times") as error:
             action()
         for secret in ("joe", "passw0rd", "s3cret"):
@@ -69,7 +72,7 @@ def test_what_does_not_pass_is_named_without_credentials(web, shard, tmp_path, f
         assert f"http://127.0.0.1:{web.server_port}/a.tar" in str(error.value)
         assert error.value.__suppress_context__
     # aiohttp for itself tries again where a connection in use is reset.
-    assert 2 * remote.TRIES <= len(web.seen) <= 4 * remote.TRIES
+    assert 2 * remote.MAX_TRIES <= len(web.seen) <= 4 * remote.MAX_TRIES
     assert time.perf_counter() - begun < 8
 
 
@@ -80,7 +83,7 @@ def test_what_will_not_pass_is_not_tried_again(web, shard, name):
     web.seen.clear()
     wanted = (FileNotFoundError, "HTTP 404") if "absent" in name else (RemoteError, "HTTP 403")
     with pytest.raises(wanted[0], match=wanted[1]):
-        describe([web.url(name)])
+        describe_urls([web.url(name)])
     assert len(web.seen) == 2  # HEAD, and GET for servers that know no HEAD
 
 
@@ -90,7 +93,7 @@ def test_a_lost_server_is_named():
     with pytest.raises(
         RemoteError, match=rf"{port}/a\.tar could not be read: ClientConnector.*3 times"
     ):
-        describe([f"http://127.0.0.1:{port}/a.tar"])
+        describe_urls([f"http://127.0.0.1:{port}/a.tar"])
 
 
 def test_passwords_come_from_netrc_or_the_url(web, tmp_path, monkeypatch):
@@ -98,11 +101,11 @@ def test_passwords_come_from_netrc_or_the_url(web, tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login joe password passw0rd")
     basic = "Basic " + base64.b64encode(b"joe:passw0rd").decode()
-    describe([web.url("/a.tar")])
+    describe_urls([web.url("/a.tar")])
     assert web.users == {basic}
     (tmp_path / "netrc").write_text("")
     web.users.clear()
-    (shard,) = describe([web.url("/a.tar", user="joe:passw0rd@")])
+    (shard,) = describe_urls([web.url("/a.tar", user="joe:passw0rd@")])
     read_range(shard, 0, 9)
     assert web.users == {basic}
 
@@ -112,11 +115,11 @@ def test_a_download_goes_on_where_it_was(web, shard, tmp_path, monkeypatch):
     web.fault = lambda method, name, span: "500" if span and span >= "bytes=3000" else None
     part = tmp_path / "a.part"
     with pytest.raises(RemoteError):
-        download(shard, part)
+        download_shard(shard, part)
     assert part.read_bytes() == SHARD[:3000]
     web.fault = lambda *request: None
     web.seen.clear()
-    download(shard, part)
+    download_shard(shard, part)
     assert part.read_bytes() == SHARD
     assert web.seen[0] == ("GET", "/a.tar", "bytes=3000-3999")
 
@@ -126,28 +129,28 @@ def test_a_server_without_ranges(web, shard, tmp_path):
     with pytest.raises(NoRangesError):
         read_range(shard, 512, 600)
     (tmp_path / "a.part").write_bytes(SHARD[:1000])
-    download(shard, tmp_path / "a.part")
+    download_shard(shard, tmp_path / "a.part")
     assert (tmp_path / "a.part").read_bytes() == SHARD
-    cache = Cache(tmp_path / "cache", gigabytes=1)
+    cache = ShardCache(tmp_path / "cache", gigabytes=1)
     assert len(open_index(shard.url, cache=cache)) == 3
 
 
 def test_a_part_that_is_too_long_is_begun_again(shard, tmp_path):
     (tmp_path / "a.part").write_bytes(SHARD + b"x")
-    download(shard, tmp_path / "a.part")
+    download_shard(shard, tmp_path / "a.part")
     assert (tmp_path / "a.part").read_bytes() == SHARD
 
 
 def test_a_shard_replaced_on_the_server_is_an_error(web, shard, tmp_path):
     web.version = 2
     with pytest.raises(RemoteError, match="replaced on its server"):
-        download(shard, tmp_path / "a.part")
+        download_shard(shard, tmp_path / "a.part")
     assert not (tmp_path / "a.part").exists()
 
 
 def test_copies_are_named_by_what_they_are():
     def name(url: str, size: int = 5, etag: str = "e") -> str:
-        return Remote(url, size, etag).name
+        return RemoteShard(url, size, etag).name
 
     plain = name("https://h/a.tar?part=1")
     assert name("https://joe:pw@h/a.tar?part=1&X-Amz-Signature=1&X-Amz-Date=2") == plain
@@ -161,7 +164,7 @@ def test_copies_are_named_by_what_they_are():
     ):
         assert "/" not in name(hostile)
         assert len(name(hostile)) < 200
-    assert redacted("s3://key:secret@bucket/a.tar?sig=1") == "s3://bucket/a.tar"
+    assert redact_url("s3://key:secret@bucket/a.tar?sig=1") == "s3://bucket/a.tar"
 
 
 def test_the_index_takes_headers_alone_and_is_kept(web, tmp_path):
@@ -170,7 +173,7 @@ def test_the_index_takes_headers_alone_and_is_kept(web, tmp_path):
     web.files |= {"/00.tar": tar_bytes(big), "/01.tar": SHARD}
     for name, data in web.files.items():
         (tmp_path / name[1:]).write_bytes(data)
-    cache = Cache(tmp_path / "cache", gigabytes=1)
+    cache = ShardCache(tmp_path / "cache", gigabytes=1)
     source = web.url("/{00..01}.tar")
     index = open_index(source, cache=cache)
     local = open_index(tmp_path)
@@ -191,6 +194,6 @@ def test_pictures_are_measured_by_ranges(web, tmp_path):
         [(f"{n}.{kind}", data) for n in range(4) for kind, data in
          (("png", picture(size=(40, 10 + n))), ("txt", b"x"))]
     )  # fmt: skip
-    cache = Cache(tmp_path / "cache", gigabytes=1)
+    cache = ShardCache(tmp_path / "cache", gigabytes=1)
     index = open_index(web.url("/a.tar"), min_size=12, cache=cache)
     assert [index.key(i) for i in range(len(index))] == ["2", "3"]

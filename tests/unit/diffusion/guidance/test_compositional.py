@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldm.diffusion.conditioning import Condition
-from ldm.diffusion.guidance.base import ClassifierFree, Words
-from ldm.diffusion.guidance.compositional import Composed, parse
+from ldm.diffusion.guidance.base import ClassifierFreeGuidance, GuidancePrompts
+from ldm.diffusion.guidance.compositional import CompositionalGuidance, parse_prompt
 
 
 @pytest.mark.parametrize(
@@ -23,19 +23,19 @@ from ldm.diffusion.guidance.compositional import Composed, parse
     ],
 )
 def test_parts_are_read(prompt, parts):
-    assert parse(prompt) == parts
+    assert parse_prompt(prompt) == parts
 
 
 @pytest.mark.parametrize("prompt", ["a AND  AND b", ":2", "a AND :2", "a NOT"])
 def test_a_part_without_words_is_refused(prompt):
     with pytest.raises(ValueError, match="no words"):
-        parse(prompt)
+        parse_prompt(prompt)
 
 
 @given(st.text(st.characters(blacklist_categories=["Cs", "Lu"])))
 def test_any_other_text_is_one_part(text):
     if ":" not in text:
-        assert parse(text) == [(text.strip(), 1.0)]
+        assert parse_prompt(text) == [(text.strip(), 1.0)]
 
 
 def encode(captions):
@@ -56,8 +56,8 @@ def composed(prompts, x_t, t, **settings):
         -1, 1, 4, 4
     )
     cond, uncond = (Condition(pooled=each.pooled, concat=picture) for each in (cond, uncond))
-    words = Words(prompts, encode)
-    return Composed(**settings)(denoise, cond, uncond, words)(x_t, t), (cond, uncond)
+    words = GuidancePrompts(prompts, encode)
+    return CompositionalGuidance(**settings)(denoise, cond, uncond, words)(x_t, t), (cond, uncond)
 
 
 @pytest.mark.parametrize("t", [torch.tensor(0.4), torch.tensor([0.1, 0.4, 0.9])])
@@ -72,14 +72,16 @@ def test_parts_are_added_with_their_weights(t):
             return denoise(x_t[i : i + 1], t if t.ndim == 0 else t[i : i + 1], told)
 
         empty = alone([""])
-        truth = empty + 3 * sum(w * (alone([text]) - empty) for text, w in parse(prompt))
+        truth = empty + 3 * sum(w * (alone([text]) - empty) for text, w in parse_prompt(prompt))
         torch.testing.assert_close(found[i : i + 1], truth)
 
 
 def test_one_part_is_classifier_free_guidance_bit_for_bit():
     x_t, t = torch.randn(2, 2, 4, 4, dtype=torch.float64), torch.tensor(0.3)
     found, pair = composed(["a cat", "a dog"], x_t, t, scale=4.0, rescale=0.5)
-    assert torch.equal(found, ClassifierFree(scale=4.0, rescale=0.5)(denoise, *pair)(x_t, t))
+    assert torch.equal(
+        found, ClassifierFreeGuidance(scale=4.0, rescale=0.5)(denoise, *pair)(x_t, t)
+    )
 
 
 def test_and_is_the_product_of_what_both_allow():
@@ -98,12 +100,14 @@ def test_and_is_the_product_of_what_both_allow():
         return Condition(pooled=torch.tensor([[means[c]] for c in captions], dtype=torch.float64))
 
     x_t = torch.randn(1, 1, 1, 1, dtype=torch.float64)
-    words = Words(["a AND b"], told)
-    found = Composed(scale=1.0)(gaussian, told(["a"]), told([""]), words)(x_t, torch.tensor(0.5))
+    words = GuidancePrompts(["a AND b"], told)
+    found = CompositionalGuidance(scale=1.0)(gaussian, told(["a"]), told([""]), words)(
+        x_t, torch.tensor(0.5)
+    )
     product = Condition(pooled=torch.tensor([[0.8]], dtype=torch.float64))
     torch.testing.assert_close(found, gaussian(x_t, None, product))
 
 
 def test_words_are_needed():
     with pytest.raises(ValueError, match="words=Words"):
-        Composed()(denoise, encode(["a"]), encode([""]))
+        CompositionalGuidance()(denoise, encode(["a"]), encode([""]))

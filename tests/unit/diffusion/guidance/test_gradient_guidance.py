@@ -6,13 +6,13 @@ import torch
 from scipy.stats import ks_1samp, norm
 
 from ldm.diffusion.conditioning import Condition
-from ldm.diffusion.guidance.base import ClassifierFree, Words
-from ldm.diffusion.guidance.gradient import Classifier, Judged
-from ldm.diffusion.samplers.base import DDIM
-from ldm.diffusion.schedules import Flow, Laplace, cosine, linear
+from ldm.diffusion.guidance.base import ClassifierFreeGuidance, GuidancePrompts
+from ldm.diffusion.guidance.gradient import ClassifierGuidance, ClipGuidance
+from ldm.diffusion.samplers.base import DDIMSampler
+from ldm.diffusion.schedules import FlowSchedule, LaplaceSchedule, cosine, linear
 
-NONE = ClassifierFree(scale=1.0)
-WORDS = Words(["0", "1", "2", "1"], None)
+NONE = ClassifierFreeGuidance(scale=1.0)
+WORDS = GuidancePrompts(["0", "1", "2", "1"], None)
 EMPTY = Condition()
 
 
@@ -52,11 +52,13 @@ def of_component(schedule, wanted):
     return denoise
 
 
-@pytest.mark.parametrize("schedule", [linear(), Flow()], ids=["linear", "flow"])
+@pytest.mark.parametrize("schedule", [linear(), FlowSchedule()], ids=["linear", "flow"])
 @pytest.mark.parametrize("t", [0.05, 0.4, 0.9, 0.995])
 def test_the_exact_classifier_gives_the_conditional_denoiser(schedule, t):
     x_t = torch.randn(4, 2, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    guidance = Classifier(classifier=exact(schedule), schedule=schedule, inner=NONE, scale=1.0)
+    guidance = ClassifierGuidance(
+        classifier=exact(schedule), schedule=schedule, inner=NONE, scale=1.0
+    )
     t = torch.tensor(t, dtype=torch.float64)
     with torch.no_grad():  # as samplers call it
         steered = guidance(marginal(schedule), EMPTY, EMPTY, WORDS)(x_t, t)
@@ -69,9 +71,9 @@ BARELY_ANY_SIGNAL = {
     "linear to nothing": linear(zero_terminal_snr=True),
     "cosine": cosine(),
     "cosine to nothing": cosine(zero_terminal_snr=True),
-    "flow": Flow(),
-    "flow, shifted": Flow(shift=3.0),
-    "laplace": Laplace(),
+    "flow": FlowSchedule(),
+    "flow, shifted": FlowSchedule(shift=3.0),
+    "laplace": LaplaceSchedule(),
 }
 
 
@@ -81,27 +83,27 @@ def test_the_classifier_decides_from_pure_noise_on(schedule):
     n, generator = 300, torch.Generator().manual_seed(1)
     x_t = torch.randn(n, 2, 1, 1, dtype=torch.float64, generator=generator)
     wanted = [i % 3 for i in range(n)]
-    guidance = Classifier(classifier=exact(schedule), schedule=schedule, inner=NONE)
+    guidance = ClassifierGuidance(classifier=exact(schedule), schedule=schedule, inner=NONE)
     steered = guidance(
-        marginal(schedule), EMPTY, EMPTY, Words([str(number) for number in wanted], None)
+        marginal(schedule), EMPTY, EMPTY, GuidancePrompts([str(number) for number in wanted], None)
     )
     for t in (1.0, 0.9999, 0.9995, 0.999, 0.99):
         t = torch.tensor(t, dtype=torch.float64)
         truth = of_component(schedule, wanted)(x_t, t)
         with torch.no_grad():
             assert (steered(x_t, t) - truth).abs().max() < 4e-4
-    grid = DDIM().times(schedule, 1)
-    once = DDIM()(steered, x_t, schedule, grid, noise=None)
+    grid = DDIMSampler().times(schedule, 1)
+    once = DDIMSampler()(steered, x_t, schedule, grid, noise=None)
     assert (once - of_component(schedule, wanted)(x_t, grid[0])).abs().max() < 4e-4
 
 
 def test_an_unconditional_model_paints_what_the_classifier_says():
     """The samples are the component's own normal distribution, along each axis."""
     schedule, n = linear(), 1500
-    guidance = Classifier(classifier=exact(schedule), schedule=schedule, inner=NONE)
-    denoise = guidance(marginal(schedule), EMPTY, EMPTY, Words(["1"] * n, None))
+    guidance = ClassifierGuidance(classifier=exact(schedule), schedule=schedule, inner=NONE)
+    denoise = guidance(marginal(schedule), EMPTY, EMPTY, GuidancePrompts(["1"] * n, None))
     x = torch.randn(n, 2, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    x0 = DDIM()(denoise, x, schedule, DDIM().times(schedule, 200), noise=None)
+    x0 = DDIMSampler()(denoise, x, schedule, DDIMSampler().times(schedule, 200), noise=None)
     for axis in range(2):
         law = norm(float(mixture.MEANS[1, axis]), mixture.STD)
         assert ks_1samp(x0[:, axis, 0, 0].numpy(), law.cdf).pvalue > 0.01
@@ -117,7 +119,7 @@ def test_a_judge_of_clean_data_steers_through_the_denoiser():
     def opinion(x0):
         return -(x0 - goal).square().flatten(1).sum(1)
 
-    guidance = Judged(judge=lambda prompts: opinion, schedule=schedule, inner=NONE, scale=0.7)
+    guidance = ClipGuidance(judge=lambda prompts: opinion, schedule=schedule, inner=NONE, scale=0.7)
     with torch.no_grad():
         moved = guidance(denoise, EMPTY, EMPTY, WORDS)(x_t, t) - denoise(x_t, t, EMPTY)
     alpha, sigma = schedule(t)
@@ -133,11 +135,11 @@ def test_they_compose_and_keep_to_their_interval():
     """Classifier in classifier: both gradients; outside of its interval, the inner one's alone."""
     schedule = linear()
     x_t = torch.randn(4, 2, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    once = Classifier(classifier=exact(schedule), schedule=schedule, inner=NONE)
-    late = Classifier(
+    once = ClassifierGuidance(classifier=exact(schedule), schedule=schedule, inner=NONE)
+    late = ClassifierGuidance(
         classifier=exact(schedule), schedule=schedule, inner=once, interval=[0.5, 1.0]
     )
-    twice = Classifier(classifier=exact(schedule), schedule=schedule, inner=NONE, scale=2.0)
+    twice = ClassifierGuidance(classifier=exact(schedule), schedule=schedule, inner=NONE, scale=2.0)
     call = (marginal(schedule), EMPTY, EMPTY, WORDS)
     for t, same in ((0.3, once), (0.5, twice), (0.8, twice)):
         t = torch.tensor(t, dtype=torch.float64)
@@ -147,7 +149,7 @@ def test_they_compose_and_keep_to_their_interval():
     def at(guidance):
         return guidance(lambda x, t, c: x, EMPTY, EMPTY, WORDS)(x_t, mixed.flatten())
 
-    flat = Classifier(
+    flat = ClassifierGuidance(
         classifier=lambda prompts: lambda x, t: x.flatten(1).sum(1),
         schedule=schedule,
         inner=NONE,
@@ -157,13 +159,13 @@ def test_they_compose_and_keep_to_their_interval():
 
 
 def test_at_scale_zero_and_without_signal_nothing_blows_up():
-    schedule = Flow()
+    schedule = FlowSchedule()
     x_t = torch.randn(4, 2, 1, 1, dtype=torch.float64)
-    guidance = Classifier(classifier=exact(schedule), schedule=schedule, inner=NONE)
+    guidance = ClassifierGuidance(classifier=exact(schedule), schedule=schedule, inner=NONE)
     assert (
         guidance(marginal(schedule), EMPTY, EMPTY, WORDS)(x_t, torch.tensor(1.0)).isfinite().all()
     )
-    off = Classifier(classifier=exact(schedule), schedule=schedule, inner=NONE, scale=0.0)
+    off = ClassifierGuidance(classifier=exact(schedule), schedule=schedule, inner=NONE, scale=0.0)
     assert torch.equal(
         off(marginal(schedule), EMPTY, EMPTY)(x_t, torch.tensor(0.5)),
         marginal(schedule)(x_t, torch.tensor(0.5), EMPTY),
@@ -171,8 +173,8 @@ def test_at_scale_zero_and_without_signal_nothing_blows_up():
 
 
 def test_prompts_are_needed():
-    guidance = Classifier(classifier=exact(linear()), schedule=linear(), inner=NONE)
+    guidance = ClassifierGuidance(classifier=exact(linear()), schedule=linear(), inner=NONE)
     with pytest.raises(ValueError, match="reads the prompts"):
         guidance(marginal(linear()), EMPTY, EMPTY)
     with pytest.raises(ValueError, match=r"interval=\[0.9, 0.1\]"):
-        Judged(judge=None, schedule=linear(), inner=NONE, interval=[0.9, 0.1])
+        ClipGuidance(judge=None, schedule=linear(), inner=NONE, interval=[0.9, 0.1])

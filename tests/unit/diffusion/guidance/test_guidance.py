@@ -7,17 +7,22 @@ from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normal
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from ldm.diffusion.conditioning import Condition
-from ldm.diffusion.guidance.base import Auto, ClassifierFree, Projected, Words
-from ldm.diffusion.guidance.compositional import Composed
-from ldm.diffusion.guidance.style import Styled
+from ldm.diffusion.guidance.base import (
+    AdaptiveProjectedGuidance,
+    Autoguidance,
+    ClassifierFreeGuidance,
+    GuidancePrompts,
+)
+from ldm.diffusion.guidance.compositional import CompositionalGuidance
+from ldm.diffusion.guidance.style import StyleGuidance
 from ldm.diffusion.objective import PREDICTIONS, Objective, Prediction
-from ldm.diffusion.samplers.base import DDIM
-from ldm.diffusion.samplers.edm import EDM
-from ldm.diffusion.samplers.inversion import invert
-from ldm.diffusion.samplers.multistep import DPMSolver, UniPC
-from ldm.diffusion.samplers.repaint import Resampled
-from ldm.diffusion.schedules import Flow, linear
-from ldm.diffusion.timesteps import PowerTimes
+from ldm.diffusion.samplers.base import DDIMSampler
+from ldm.diffusion.samplers.edm import EDMSampler
+from ldm.diffusion.samplers.inversion import invert_ddim
+from ldm.diffusion.samplers.multistep import DPMSolverSampler, UniPCSampler
+from ldm.diffusion.samplers.repaint import RePaintSampler
+from ldm.diffusion.schedules import FlowSchedule, linear
+from ldm.diffusion.timesteps import PowerTimestepSampler
 from ldm.diffusion.weightings import UniformWeighting
 
 
@@ -33,7 +38,7 @@ def denoise(x_t, t, c):
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.5])
 def test_guides_every_channel(scale, t):
     x_t = torch.randn(2, 7, 4, 4)
-    guided = ClassifierFree(scale=scale)(denoise, cond(2.0), cond(0.5))(x_t, t)
+    guided = ClassifierFreeGuidance(scale=scale)(denoise, cond(2.0), cond(0.5))(x_t, t)
     u, c = denoise(x_t, t, cond(0.5)), denoise(x_t, t, cond(2.0))
     torch.testing.assert_close(guided, u + scale * (c - u))
 
@@ -45,7 +50,7 @@ def test_scale_one_asks_the_network_once():
         batches.append(len(x_t))
         return denoise(x_t, t, c)
 
-    ClassifierFree(scale=1.0)(counted, cond(2.0), cond(0.5))(
+    ClassifierFreeGuidance(scale=1.0)(counted, cond(2.0), cond(0.5))(
         torch.zeros(2, 1, 1, 1), torch.tensor(1.0)
     )
     assert batches == [2]
@@ -73,14 +78,14 @@ def test_conditions_merge_and_refuse():
 TIMES = [torch.tensor(0.5), torch.tensor([0.25, 0.75])]
 
 
-@pytest.mark.parametrize("guidance", [ClassifierFree, Projected])
+@pytest.mark.parametrize("guidance", [ClassifierFreeGuidance, AdaptiveProjectedGuidance])
 def test_scale_one_is_conditional_sampling_bit_for_bit(guidance):
     """Through a whole sampling, whatever else is set."""
     schedule, x = linear(), torch.randn(2, 3, 4, 4)
 
     def sampled(denoise):
-        grid = DDIM().times(schedule, 7)
-        return DDIM()(denoise, x, schedule, grid, noise=torch.zeros_like)
+        grid = DDIMSampler().times(schedule, 7)
+        return DDIMSampler()(denoise, x, schedule, grid, noise=torch.zeros_like)
 
     def network(x_t, t, c):
         return torch.tanh(x_t * 0.7 + c.tokens.mean((1, 2))[:, None, None, None] * t)
@@ -96,8 +101,8 @@ def test_outside_of_the_interval_it_is_the_conditional_model_at_half_the_cost():
         batches.append(len(x_t))
         return denoise(x_t, t, c)
 
-    some = ClassifierFree(scale=3.0, interval=[0.3, 0.7])(counted, cond(2.0), cond(0.5))
-    always = ClassifierFree(scale=3.0)(denoise, cond(2.0), cond(0.5))
+    some = ClassifierFreeGuidance(scale=3.0, interval=[0.3, 0.7])(counted, cond(2.0), cond(0.5))
+    always = ClassifierFreeGuidance(scale=3.0)(denoise, cond(2.0), cond(0.5))
     for t, inside in ((0.0, False), (0.29, False), (0.3, True), (0.7, True), (1.0, False)):
         t = torch.tensor(t)
         expected = always(x_t, t) if inside else denoise(x_t, t, cond(2.0))
@@ -111,14 +116,17 @@ def test_outside_of_the_interval_it_is_the_conditional_model_at_half_the_cost():
 @pytest.mark.parametrize("t", [torch.tensor(0.9), torch.tensor([0.05, 0.6])])
 @pytest.mark.parametrize(
     ("schedule", "kind"),
-    [*product([linear()], PREDICTIONS), *product([Flow()], ("x0", "v", "flow"))],
+    [*product([linear()], PREDICTIONS), *product([FlowSchedule()], ("x0", "v", "flow"))],
 )
 def test_rescaling_is_that_of_the_paper(schedule, kind, t):
     """diffusers' own function on what the network says, whatever that is."""
     uncond, conditional, x_t = torch.randn(3, 2, 4, 8, 8, dtype=torch.float64)
     t = t.double()
     objective = Objective(
-        schedule, Prediction(kind), weighting=UniformWeighting(), time_sampler=PowerTimes(1.0)
+        schedule,
+        Prediction(kind),
+        weighting=UniformWeighting(),
+        time_sampler=PowerTimestepSampler(1.0),
     )
     out = uncond + 7.5 * (conditional - uncond)
 
@@ -128,7 +136,7 @@ def test_rescaling_is_that_of_the_paper(schedule, kind, t):
     for share in (0.0, 0.4, 0.7, 1.0):
         theirs = rescale_noise_cfg(out, conditional, share)
         expected = objective.denoised(lambda *_, out=theirs: out, x_t, t, None)
-        guidance = ClassifierFree(scale=7.5, rescale=share, at_zero=objective.at_zero)
+        guidance = ClassifierFreeGuidance(scale=7.5, rescale=share, at_zero=objective.at_zero)
         found = guidance(denoise, cond(2.0), cond(0.5))(x_t, t)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
@@ -138,7 +146,7 @@ def test_all_guidance_of_classifier_free_kind_rescales_the_output():
     alpha, sigma = linear()(torch.tensor(0.6).double())
     x_t = torch.randn(2, 4, 8, 8, dtype=torch.float64)
     style, none = torch.ones(2, 3, 3).double(), torch.zeros(2, 3, 3).double()
-    words = Words(["a AND b", "c"], lambda texts: cond(1.5, n=len(texts)))
+    words = GuidancePrompts(["a AND b", "c"], lambda texts: cond(1.5, n=len(texts)))
     fixed = torch.randn(2, 4, 8, 8, dtype=torch.float64)
 
     def network(x_t, told):
@@ -157,10 +165,10 @@ def test_all_guidance_of_classifier_free_kind_rescales_the_output():
     given = {"scale": 9.0, "rescale": 1.0, "at_zero": lambda x_t, t: x_t / alpha}
     t = torch.tensor(0.6).double()
     for guidance, with_style in (
-        (ClassifierFree(**given), False),
-        (Projected(**given), False),
-        (Styled(style_scale=5.0, **given), True),
-        (Composed(**given), False),
+        (ClassifierFreeGuidance(**given), False),
+        (AdaptiveProjectedGuidance(**given), False),
+        (StyleGuidance(style_scale=5.0, **given), True),
+        (CompositionalGuidance(**given), False),
     ):
         pair = cond(2.0), cond(0.5)
         if with_style:
@@ -177,7 +185,7 @@ def test_projected_guidance_is_diffusers_own_over_several_steps():
     answers = torch.randn(5, 2, 2, 4, 8, 8, dtype=torch.float64)  # step, (uncond, cond), batch ..
     step = iter(range(5))
     times = torch.linspace(1, 0.2, 5)
-    ours = Projected(**settings)(
+    ours = AdaptiveProjectedGuidance(**settings)(
         lambda x_t, t, c: answers[next(step)].flatten(0, 1), cond(2.0), cond(0.5)
     )
     buffer = MomentumBuffer(settings["momentum"])
@@ -197,15 +205,21 @@ def test_projected_guidance_is_diffusers_own_over_several_steps():
 
 def test_projected_guidance_holds_classifier_free_guidance():
     x_t, t = torch.randn(2, 7, 4, 4, dtype=torch.float64), torch.tensor(0.5)
-    same = Projected(scale=3.5, parallel=1.0, momentum=0.0)(denoise, cond(2.0), cond(0.5))
+    same = AdaptiveProjectedGuidance(scale=3.5, parallel=1.0, momentum=0.0)(
+        denoise, cond(2.0), cond(0.5)
+    )
     for _ in range(2):
         torch.testing.assert_close(
-            same(x_t, t), ClassifierFree(scale=3.5)(denoise, cond(2.0), cond(0.5))(x_t, t)
+            same(x_t, t), ClassifierFreeGuidance(scale=3.5)(denoise, cond(2.0), cond(0.5))(x_t, t)
         )
 
 
 def test_a_new_picture_knows_nothing_of_the_momentum_of_the_last():
-    guidance, x_t, t = Projected(scale=3.0), torch.randn(2, 3, 4, 4), torch.tensor(0.5)
+    guidance, x_t, t = (
+        AdaptiveProjectedGuidance(scale=3.0),
+        torch.randn(2, 3, 4, 4),
+        torch.tensor(0.5),
+    )
     first, again = (guidance(denoise, cond(2.0), cond(0.5)) for _ in range(2))
     before = first(x_t, t)
     assert not torch.equal(first(x_t, t / 2), again(x_t, t / 2))
@@ -213,16 +227,16 @@ def test_a_new_picture_knows_nothing_of_the_momentum_of_the_last():
 
 
 TEN_STEPS = {
-    "ddim": DDIM(),
-    "dpmpp_2m": DPMSolver(),
-    "unipc": UniPC(),
-    "heun": EDM(),
-    "heun, karras": EDM(spacing="karras"),
-    "heun, churn": EDM(churn=2.0),
-    "euler, churn": EDM(order=1, churn=30.0),
-    "rounds": Resampled(DDIM(eta=1.0), 3),
-    "rounds of heun": Resampled(EDM(), 3),
-    "rounds of heun, churn": Resampled(EDM(churn=2.0), 3),
+    "ddim": DDIMSampler(),
+    "dpmpp_2m": DPMSolverSampler(),
+    "unipc": UniPCSampler(),
+    "heun": EDMSampler(),
+    "heun, karras": EDMSampler(spacing="karras"),
+    "heun, churn": EDMSampler(churn=2.0),
+    "euler, churn": EDMSampler(order=1, churn=30.0),
+    "rounds": RePaintSampler(DDIMSampler(eta=1.0), 3),
+    "rounds of heun": RePaintSampler(EDMSampler(), 3),
+    "rounds of heun, churn": RePaintSampler(EDMSampler(churn=2.0), 3),
 }
 
 
@@ -233,17 +247,21 @@ def test_momentum_advances_once_a_step(name):
     def network(x_t, t, c):
         return c.tokens.mean((1, 2))[:, None, None, None].expand_as(x_t)
 
-    guided = Projected(scale=2.0, parallel=1.0, momentum=0.5)(network, cond(2.0), cond(1.0))
+    guided = AdaptiveProjectedGuidance(scale=2.0, parallel=1.0, momentum=0.5)(
+        network, cond(2.0), cond(1.0)
+    )
     seen, schedule = [], linear()
     x = torch.randn(2, 1, 2, 2, dtype=torch.float64)
-    sampler = TEN_STEPS.get(name, DDIM())
+    sampler = TEN_STEPS.get(name, DDIMSampler())
     more = {"on_step": lambda i, x0_hat: seen.append(float(x0_hat.mean()) - 2)}
     for _ in range(2):  # a second way begins anew
         seen.clear()
         times = sampler.times(schedule, 10)
         if name == "inversion":
-            guided = Projected(scale=2.0, parallel=1.0, momentum=0.5)(network, cond(2.0), cond(1.0))
-            invert(guided, x, schedule, times, **more)
+            guided = AdaptiveProjectedGuidance(scale=2.0, parallel=1.0, momentum=0.5)(
+                network, cond(2.0), cond(1.0)
+            )
+            invert_ddim(guided, x, schedule, times, **more)
         else:
             sampler(guided, x, schedule, times, noise=torch.randn_like, **more)
         assert seen == pytest.approx([2 - 0.5**i for i in range(10)])
@@ -256,26 +274,26 @@ def test_autoguidance_leads_away_from_the_worse_model(t):
     def worse(x_t, t, c):
         return denoise(x_t, t, c) + 0.1 * x_t
 
-    inner = ClassifierFree(scale=2.0)
-    auto = Auto(guide=worse, inner=inner, scale=3.0)(denoise, cond(2.0), cond(0.5))
+    inner = ClassifierFreeGuidance(scale=2.0)
+    auto = Autoguidance(guide=worse, inner=inner, scale=3.0)(denoise, cond(2.0), cond(0.5))
     better = inner(denoise, cond(2.0), cond(0.5))(x_t, t)
     bad = worse(x_t, t, cond(2.0))
     torch.testing.assert_close(auto(x_t, t), bad + 3 * (better - bad))
-    off = Auto(guide=None, inner=inner, scale=1.0)(denoise, cond(2.0), cond(0.5))
+    off = Autoguidance(guide=None, inner=inner, scale=1.0)(denoise, cond(2.0), cond(0.5))
     assert torch.equal(off(x_t, t), better)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ClassifierFree(interval=[0.5, 0.5]), "two rising times"),
-        (lambda: ClassifierFree(interval=[0.5]), "two rising times"),
-        (lambda: ClassifierFree(interval=0.5), "interval=0.5 must be two rising times"),
-        (lambda: ClassifierFree(interval=[0, 2]), "two rising times"),
-        (lambda: ClassifierFree(rescale=1.5), "rescale goes from 0"),
-        (lambda: Projected(momentum=-1.0), "never fade"),
-        (lambda: Projected(bound=0.0), "above 0"),
-        (lambda: Auto(guide=None, inner=None, interval=[1, 0]), "two rising times"),
+        (lambda: ClassifierFreeGuidance(interval=[0.5, 0.5]), "two rising times"),
+        (lambda: ClassifierFreeGuidance(interval=[0.5]), "two rising times"),
+        (lambda: ClassifierFreeGuidance(interval=0.5), "interval=0.5 must be two rising times"),
+        (lambda: ClassifierFreeGuidance(interval=[0, 2]), "two rising times"),
+        (lambda: ClassifierFreeGuidance(rescale=1.5), "rescale goes from 0"),
+        (lambda: AdaptiveProjectedGuidance(momentum=-1.0), "never fade"),
+        (lambda: AdaptiveProjectedGuidance(bound=0.0), "above 0"),
+        (lambda: Autoguidance(guide=None, inner=None, interval=[1, 0]), "two rising times"),
     ],
 )
 def test_what_means_nothing_is_refused(make, message):

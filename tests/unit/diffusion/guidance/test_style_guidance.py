@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ldm.diffusion.conditioning import Condition
-from ldm.diffusion.guidance.base import ClassifierFree, Words
-from ldm.diffusion.guidance.compositional import Composed
-from ldm.diffusion.guidance.style import Styled
+from ldm.diffusion.guidance.base import ClassifierFreeGuidance, GuidancePrompts
+from ldm.diffusion.guidance.compositional import CompositionalGuidance
+from ldm.diffusion.guidance.style import StyleGuidance
 
 
 def cond(text, style=None, n=2):
@@ -28,7 +28,7 @@ TIMES = [torch.tensor(0.5), torch.tensor([0.25, 0.75])]
 
 @pytest.mark.parametrize("t", TIMES)
 def test_each_condition_has_its_scale(t):
-    found = Styled(scale=3, style_scale=1.5)(denoise, cond(2, 1), cond(0.5, 0))(X, t)
+    found = StyleGuidance(scale=3, style_scale=1.5)(denoise, cond(2, 1), cond(0.5, 0))(X, t)
     none, text, both = (denoise(X, t, c) for c in (cond(0.5, 0), cond(2, 0), cond(2, 1)))
     torch.testing.assert_close(found, none + 3 * (text - none) + 1.5 * (both - text))
 
@@ -38,15 +38,17 @@ def test_each_condition_has_its_scale(t):
 def test_equal_scales_are_classifier_free(scale, t):
     more = {"interval": [0.3, 0.9], "rescale": 0.4}
     pair = cond(2, 1), cond(0.5, 0)
-    found = Styled(scale=scale, style_scale=scale, **more)(denoise, *pair)(X, t)
-    torch.testing.assert_close(found, ClassifierFree(scale=scale, **more)(denoise, *pair)(X, t))
+    found = StyleGuidance(scale=scale, style_scale=scale, **more)(denoise, *pair)(X, t)
+    torch.testing.assert_close(
+        found, ClassifierFreeGuidance(scale=scale, **more)(denoise, *pair)(X, t)
+    )
 
 
 @pytest.mark.parametrize("t", TIMES)
 def test_without_a_style_picture_it_is_classifier_free(t):
     pair = cond(2), cond(0.5)
-    found = Styled(scale=3, style_scale=9, rescale=0.3)(denoise, *pair)(X, t)
-    assert torch.equal(found, ClassifierFree(scale=3, rescale=0.3)(denoise, *pair)(X, t))
+    found = StyleGuidance(scale=3, style_scale=9, rescale=0.3)(denoise, *pair)(X, t)
+    assert torch.equal(found, ClassifierFreeGuidance(scale=3, rescale=0.3)(denoise, *pair)(X, t))
 
 
 def test_it_asks_no_more_than_it_must():
@@ -57,7 +59,9 @@ def test_it_asks_no_more_than_it_must():
         return denoise(x_t, t, c)
 
     for scales in ((1, 1), (1, 2), (2, 2)):
-        guided = Styled(scale=scales[0], style_scale=scales[1])(counted, cond(2, 1), cond(0, 0))
+        guided = StyleGuidance(scale=scales[0], style_scale=scales[1])(
+            counted, cond(2, 1), cond(0, 0)
+        )
         guided(X, torch.tensor(0.5))
     assert batches == [2, 6, 6]
 
@@ -79,6 +83,6 @@ def test_parts_of_a_prompt_have_the_style_of_their_image():
 
     style = torch.tensor([1.0, 2.0])[:, None, None].expand(2, 4, 6)
     told = Condition(cond(2).tokens, style=style)
-    words = Words(["a AND b", "c"], lambda captions: cond(1, n=len(captions)))
-    Composed(scale=2.0)(noted, told, cond(0, 0), words)(X, torch.tensor(0.5))
+    words = GuidancePrompts(["a AND b", "c"], lambda captions: cond(1, n=len(captions)))
+    CompositionalGuidance(scale=2.0)(noted, told, cond(0, 0), words)(X, torch.tensor(0.5))
     assert seen == [[0, 0, 1, 1, 2]]

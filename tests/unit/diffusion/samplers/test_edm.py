@@ -20,10 +20,15 @@ from oracle import (
 from test_samplers import sample
 
 from ldm.diffusion.rng import ImageNoise
-from ldm.diffusion.samplers import spacing as grids
-from ldm.diffusion.samplers.base import DDIM
-from ldm.diffusion.samplers.edm import EDM
-from ldm.diffusion.schedules import Flow, linear
+from ldm.diffusion.samplers.base import DDIMSampler
+from ldm.diffusion.samplers.edm import EDMSampler
+from ldm.diffusion.samplers.spacing import (
+    SPACINGS,
+    find_timesteps_at_ratio,
+    noise_to_signal_ratio,
+    space_timesteps,
+)
+from ldm.diffusion.schedules import FlowSchedule, linear
 
 GRIDS = {
     **{name: {"timestep_spacing": name} for name in ("trailing", "leading", "linspace")},
@@ -32,9 +37,9 @@ GRIDS = {
 EULER, HEUN = diffusers.EulerDiscreteScheduler, diffusers.HeunDiscreteScheduler
 ANCESTRAL = diffusers.EulerAncestralDiscreteScheduler
 CASES = {
-    "euler": (EULER, EDM(order=1)),
-    "euler_ancestral": (ANCESTRAL, DDIM(eta=1.0)),
-    "heun": (HEUN, EDM(slope="edm")),
+    "euler": (EULER, EDMSampler(order=1)),
+    "euler_ancestral": (ANCESTRAL, DDIMSampler(eta=1.0)),
+    "heun": (HEUN, EDMSampler(slope="edm")),
 }
 
 
@@ -62,9 +67,9 @@ def test_euler_of_flow_matching_is_that_of_diffusers(spacing, monkeypatch):
     in_double(monkeypatch, diffusers.FlowMatchEulerDiscreteScheduler)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     for steps in STEPS:
-        sigmas = grids.times(Flow(), steps, spacing=spacing)[:-1].tolist()
+        sigmas = space_timesteps(FlowSchedule(), steps, spacing=spacing)[:-1].tolist()
         their = theirs(scheduler, steps, sigmas=sigmas)
-        assert_same(ours(EDM(order=1), Flow(), "flow", scheduler), their)
+        assert_same(ours(EDMSampler(order=1), FlowSchedule(), "flow", scheduler), their)
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
@@ -73,28 +78,30 @@ def test_heun_of_flow_matching_is_that_of_diffusers(shift, monkeypatch):
     scheduler = diffusers.FlowMatchHeunDiscreteScheduler(shift=shift)
     for steps in STEPS:
         their = theirs(scheduler, steps)
-        assert_same(ours(EDM(), Flow(), "flow", scheduler), their)
+        assert_same(ours(EDMSampler(), FlowSchedule(), "flow", scheduler), their)
 
 
 def test_euler_is_ddim_and_heun_asks_twice():
-    schedule, denoise = Flow(), ideal_denoiser(Flow())
+    schedule, denoise = FlowSchedule(), ideal_denoiser(FlowSchedule())
     x = start().reshape(-1, 2, 1, 1)
-    for spacing in grids.SPACINGS:
-        times = grids.times(schedule, 6, spacing=spacing)
-        euler, ddim = (s(denoise, x, schedule, times, noise=None) for s in (EDM(order=1), DDIM()))
+    for spacing in SPACINGS:
+        times = space_timesteps(schedule, 6, spacing=spacing)
+        euler, ddim = (
+            s(denoise, x, schedule, times, noise=None) for s in (EDMSampler(order=1), DDIMSampler())
+        )
         assert torch.equal(euler, ddim)
     calls = []
-    EDM()(lambda x, t: calls.append(t) or x, x, schedule, times, noise=None)
+    EDMSampler()(lambda x, t: calls.append(t) or x, x, schedule, times, noise=None)
     assert len(calls) == 2 * 6 - 1
 
 
 def algorithm_2(denoise, x, schedule, times, *, churn, s_min, s_max, s_noise, order, draw):
     """Karras et al. 2022, algorithm 2, in x / alpha and r = sigma / alpha, as it is printed."""
-    r = [grids.ratio(schedule, t).item() for t in times]
+    r = [noise_to_signal_ratio(schedule, t).item() for t in times]
     n = len(r) - 1
 
     def ask(y, level):
-        t = grids.time_at(schedule, torch.tensor(level, dtype=torch.float64))
+        t = find_timesteps_at_ratio(schedule, torch.tensor(level, dtype=torch.float64))
         return denoise(schedule(t)[0] * y, t)
 
     y = x / schedule(times[0])[0]
@@ -113,7 +120,7 @@ def algorithm_2(denoise, x, schedule, times, *, churn, s_min, s_max, s_noise, or
 
 
 @pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("schedule", [linear(), Flow()])
+@pytest.mark.parametrize("schedule", [linear(), FlowSchedule()])
 def test_churn_is_algorithm_2(schedule, order):
     times = schedule.times(9, start=0.9)
     settings = {"churn": 3.0, "s_min": 0.05, "s_max": 2.0, "s_noise": 1.01, "order": order}
@@ -127,21 +134,21 @@ def test_churn_is_algorithm_2(schedule, order):
         return torch.randn(x.shape, generator=g, dtype=x.dtype)
 
     expected = algorithm_2(denoise, start(), schedule, times, **settings, draw=draw)
-    sampler = EDM(
+    sampler = EDMSampler(
         order=order, slope="edm", churn=3.0, churn_min=0.05, churn_max=2.0, churn_noise=1.01
     )
     g = generator()
     result = sampler(denoise, start(), schedule, times, noise=draw)
     torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
-    quiet = EDM(order=order, slope="edm")(denoise, start(), schedule, times, noise=draw)
+    quiet = EDMSampler(order=order, slope="edm")(denoise, start(), schedule, times, noise=draw)
     assert (quiet - result).abs().max() > 1e-2
 
 
 def test_churn_reaches_the_mixture_where_that_of_diffusers_does_not():
     """Theirs adds the noise after the network has been asked (EulerDiscreteScheduler.step)."""
     schedule, steps = linear(), 60
-    assert agreement(sample(EDM(churn=30.0), schedule, steps=steps)) > 0.01
-    assert agreement(sample(EDM(churn=30.0, churn_noise=1.3), schedule, steps=steps)) < 1e-4
+    assert agreement(sample(EDMSampler(churn=30.0), schedule, steps=steps)) > 0.01
+    assert agreement(sample(EDMSampler(churn=30.0, churn_noise=1.3), schedule, steps=steps)) < 1e-4
     table = SCHEDULES["linear"][1]
     theirs = EULER(**table, prediction_type="sample", timestep_spacing="trailing")
     for churn, right in ((0.0, True), (30.0, False)):
@@ -162,15 +169,15 @@ def test_churn_reaches_the_mixture_where_that_of_diffusers_does_not():
 )
 def test_impossible_settings_are_refused(settings, told):
     with pytest.raises(ValueError, match=told):
-        EDM(**settings)
+        EDMSampler(**settings)
 
 
 def test_churn_draws_for_an_image_alone():
-    schedule, x = Flow(), start()[:, :2]
+    schedule, x = FlowSchedule(), start()[:, :2]
 
     def run(part, seeds):
         times = schedule.times(6)
-        return EDM(churn=4.0)(
+        return EDMSampler(churn=4.0)(
             lambda x, t: x.tanh(), x[part], schedule, times, noise=ImageNoise(seeds)
         )
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from oracle import KINDS, SCHEDULES, STEPS, assert_same, generator, in_double, ours, theirs
 
-from ldm.diffusion.samplers.base import DDIM
-from ldm.diffusion.samplers.multistep import DPMSolver, UniPC, weights
+from ldm.diffusion.samplers.base import DDIMSampler
+from ldm.diffusion.samplers.multistep import DPMSolverSampler, UniPCSampler, quadrature_weights
 
 GRIDS = {
     **{name: {"timestep_spacing": name} for name in ("trailing", "leading", "linspace")},
@@ -37,15 +37,15 @@ class WholeLastTerm(diffusers.DPMSolverMultistepScheduler):
 
 
 CASES = {
-    "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}, DPMSolver()),
+    "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}, DPMSolverSampler()),
     "dpmpp_2m_sde": (
         diffusers.DPMSolverMultistepScheduler,
         {"algorithm_type": "sde-dpmsolver++"},
-        DPMSolver(eta=1.0),
+        DPMSolverSampler(eta=1.0),
     ),
-    "dpmpp_3m": (WholeLastTerm, {"solver_order": 3}, DPMSolver(order=3)),
-    "unipc_2": (diffusers.UniPCMultistepScheduler, {"solver_order": 2}, UniPC(order=2)),
-    "unipc": (diffusers.UniPCMultistepScheduler, {"solver_order": 3}, UniPC()),
+    "dpmpp_3m": (WholeLastTerm, {"solver_order": 3}, DPMSolverSampler(order=3)),
+    "unipc_2": (diffusers.UniPCMultistepScheduler, {"solver_order": 2}, UniPCSampler(order=2)),
+    "unipc": (diffusers.UniPCMultistepScheduler, {"solver_order": 3}, UniPCSampler()),
 }
 
 
@@ -78,7 +78,7 @@ def test_order_one_is_ddim_bit_for_bit():
     x = torch.randn(2, 3, 4, 4, generator=generator())
     for eta in (0.0, 1.0):
         results = []
-        for sampler in (DPMSolver(order=1, eta=eta), DDIM(eta=eta)):
+        for sampler in (DPMSolverSampler(order=1, eta=eta), DDIMSampler(eta=eta)):
             noise = generator()
             times = sampler.times(schedule, 8)
             results.append(
@@ -105,13 +105,13 @@ def test_weights_average_polynomials_exactly(h, eta):
     counts = (decay * u).exp()
     for power in range(3):
         mean = (counts * u**power).sum() / counts.sum()
-        shares = weights(places, now, then, up=up)
+        shares = quadrature_weights(places, now, then, up=up)
         assert sum(w * p**power for w, p in zip(shares, places, strict=True)) == pytest.approx(
             mean.item(), rel=1e-6, abs=1e-9
         )
 
 
-@pytest.mark.parametrize("make", [DPMSolver, UniPC])
+@pytest.mark.parametrize("make", [DPMSolverSampler, UniPCSampler])
 @pytest.mark.parametrize("order", [0, 4, 2.5])
 def test_other_orders_are_refused(make, order):
     with pytest.raises(ValueError, match="none of 1, 2, 3"):

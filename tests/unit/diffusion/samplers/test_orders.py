@@ -10,23 +10,23 @@ from oracle import SCHEDULES, in_double
 from scipy.integrate import solve_ivp
 from test_multistep import WholeLastTerm
 
-from ldm.diffusion.samplers import spacing
-from ldm.diffusion.samplers.base import DDIM
-from ldm.diffusion.samplers.edm import EDM
-from ldm.diffusion.samplers.multistep import DPMSolver, UniPC
+from ldm.diffusion.samplers.base import DDIMSampler
+from ldm.diffusion.samplers.edm import EDMSampler
+from ldm.diffusion.samplers.multistep import DPMSolverSampler, UniPCSampler
+from ldm.diffusion.samplers.spacing import find_timesteps_at_ratio, noise_to_signal_ratio
 
 N, START, END = 32, 0.99, 0.02  # points, where they begin in t, where they end in sigma / alpha
 STEPS = [120, 240]
 SLOPES = {
-    "ddim": (DDIM(), 1),
-    "euler": (EDM(order=1), 1),
-    "heun": (EDM(), 2),
-    "heun, edm": (EDM(slope="edm"), 2),
-    "heun, x0": (EDM(slope="x0"), 2),
-    "dpmpp_2m": (DPMSolver(), 2),
-    "unipc 1": (UniPC(order=1), 2),
-    "dpmpp_3m": (DPMSolver(order=3), 3),
-    "unipc 2": (UniPC(order=2), 3),
+    "ddim": (DDIMSampler(), 1),
+    "euler": (EDMSampler(order=1), 1),
+    "heun": (EDMSampler(), 2),
+    "heun, edm": (EDMSampler(slope="edm"), 2),
+    "heun, x0": (EDMSampler(slope="x0"), 2),
+    "dpmpp_2m": (DPMSolverSampler(), 2),
+    "unipc 1": (UniPCSampler(order=1), 2),
+    "dpmpp_3m": (DPMSolverSampler(order=3), 3),
+    "unipc 2": (UniPCSampler(order=2), 3),
 }
 
 
@@ -41,9 +41,9 @@ def begin(schedule):
 def places(schedule, steps):
     """Times even in log(alpha / sigma), from START to END."""
     t = torch.tensor([START], dtype=torch.float64)
-    first = spacing.ratio(schedule, t).log().item()
+    first = noise_to_signal_ratio(schedule, t).log().item()
     r = torch.linspace(first, math.log(END), steps + 1, dtype=torch.float64).exp()
-    return torch.cat([t, spacing.time_at(schedule, r[1:])])
+    return torch.cat([t, find_timesteps_at_ratio(schedule, r[1:])])
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def truth():
         schedule = SCHEDULES[name][0]
         first, last = schedule(places(schedule, 1))[0]
         y = (begin(schedule) / first).flatten().numpy()
-        span = spacing.ratio(schedule, places(schedule, 1)).log().tolist()
+        span = noise_to_signal_ratio(schedule, places(schedule, 1)).log().tolist()
         ode = solve_ivp(velocity, span, y, method="DOP853", rtol=1e-9, atol=1e-11)
         ends[name] = last * torch.from_numpy(ode.y[:, -1].copy()).reshape(N, 2, 1, 1)
     return ends
@@ -94,7 +94,7 @@ def test_errors_fall_with_the_order(case, name, truth):
 @pytest.mark.parametrize("name", ["linear", "flow"])
 def test_the_third_order_of_unipc_is_above_it(name, truth):
     """Its corrector is of fourth order; what is left are the first two steps."""
-    assert slope(errors_of(UniPC(), SCHEDULES[name][0], truth[name])) > 2.8
+    assert slope(errors_of(UniPCSampler(), SCHEDULES[name][0], truth[name])) > 2.8
 
 
 @pytest.mark.parametrize("cls", [diffusers.DPMSolverMultistepScheduler, WholeLastTerm])
@@ -109,7 +109,7 @@ def test_the_published_third_order_is_of_second(cls, truth, monkeypatch):
     for steps in (2 * STEPS[0], 2 * STEPS[1]):
         times, x = places(schedule, steps), begin(schedule)
         scheduler.set_timesteps(steps)
-        scheduler.sigmas = spacing.ratio(schedule, times)
+        scheduler.sigmas = noise_to_signal_ratio(schedule, times)
         scheduler.set_begin_index(0)
         for t in times[:-1]:
             x = scheduler.step(ideal_denoiser(schedule)(x, t), t, x).prev_sample

@@ -4,10 +4,10 @@ import torch
 from mixture import MEANS, STD, ideal_denoiser
 from scipy.stats import ks_1samp, norm
 
-from ldm.diffusion.samplers.base import DDIM
-from ldm.diffusion.samplers.edm import EDM
-from ldm.diffusion.samplers.repaint import Resampled
-from ldm.diffusion.samplers.spacing import ratio
+from ldm.diffusion.samplers.base import DDIMSampler
+from ldm.diffusion.samplers.edm import EDMSampler
+from ldm.diffusion.samplers.repaint import RePaintSampler
+from ldm.diffusion.samplers.spacing import noise_to_signal_ratio
 from ldm.diffusion.schedules import linear
 
 
@@ -27,8 +27,8 @@ def test_rounds_bring_the_new_part_in_line_with_the_known_one():
 
     def second(rounds):
         x = seeded()(torch.empty(n, 2, 1, 1).double())
-        times = DDIM().times(schedule, 10)
-        sampler = Resampled(DDIM(eta=1.0), rounds)
+        times = DDIMSampler().times(schedule, 10)
+        sampler = RePaintSampler(DDIMSampler(eta=1.0), rounds)
         return sampler(denoise, x, schedule, times, noise=seeded(5))[:, 1, 0, 0]
 
     # Given x = -1, the components are weighed by WEIGHTS N(x; mean, STD): all but the second and
@@ -47,11 +47,11 @@ def test_rounds_bring_the_new_part_in_line_with_the_known_one():
 
 def test_one_round_is_the_sampler_itself():
     schedule = linear()
-    denoise, times = ideal_denoiser(schedule), DDIM().times(schedule, 9)
+    denoise, times = ideal_denoiser(schedule), DDIMSampler().times(schedule, 9)
     x = seeded()(torch.empty(5, 2, 1, 1).double())
     seen = []
-    plain = DDIM(eta=1.0)(denoise, x, schedule, times, noise=seeded(2))
-    same = Resampled(DDIM(eta=1.0), 1)(
+    plain = DDIMSampler(eta=1.0)(denoise, x, schedule, times, noise=seeded(2))
+    same = RePaintSampler(DDIMSampler(eta=1.0), 1)(
         denoise, x, schedule, times, noise=seeded(2), on_step=lambda i, _: seen.append(i)
     )
     assert torch.equal(plain, same)
@@ -60,7 +60,7 @@ def test_one_round_is_the_sampler_itself():
 
 def test_churn_is_the_same_a_step_however_many_rounds_it_is_gone():
     """The denoiser is asked at the levels of the sampler itself, once a round."""
-    schedule, sampler = linear(), EDM(order=1, churn=1.0)
+    schedule, sampler = linear(), EDMSampler(order=1, churn=1.0)
     times = sampler.times(schedule, 10)
 
     def levels(sampler):
@@ -74,7 +74,7 @@ def test_churn_is_the_same_a_step_however_many_rounds_it_is_gone():
         sampler(denoise, x, schedule, times, noise=seeded(2))
         return seen
 
-    plain, r = levels(sampler), ratio(schedule, times)
-    assert levels(Resampled(sampler, 3)) == [t for t in plain for _ in range(3)]
-    raised = ratio(schedule, torch.tensor(plain[1:]).double())
+    plain, r = levels(sampler), noise_to_signal_ratio(schedule, times)
+    assert levels(RePaintSampler(sampler, 3)) == [t for t in plain for _ in range(3)]
+    raised = noise_to_signal_ratio(schedule, torch.tensor(plain[1:]).double())
     torch.testing.assert_close(raised, 1.1 * r[1:-1], rtol=1e-6, atol=0)

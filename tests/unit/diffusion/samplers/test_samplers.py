@@ -20,25 +20,27 @@ from oracle import (
     theirs,
 )
 
-from ldm.config.command_line import CONF
+from ldm.config.suggestions import CONF_DIR
 from ldm.diffusion.rng import ImageNoise
-from ldm.diffusion.samplers import spacing as grids
-from ldm.diffusion.samplers.base import DDIM, Consistency
-from ldm.diffusion.samplers.edm import EDM
-from ldm.diffusion.samplers.multistep import DPMSolver, UniPC
-from ldm.diffusion.schedules import Flow, Laplace, cosine, linear
+from ldm.diffusion.samplers.base import ConsistencySampler, DDIMSampler
+from ldm.diffusion.samplers.edm import EDMSampler
+from ldm.diffusion.samplers.multistep import DPMSolverSampler, UniPCSampler
+from ldm.diffusion.samplers.spacing import SPACINGS, space_timesteps
+from ldm.diffusion.schedules import FlowSchedule, LaplaceSchedule, cosine, linear
 
-OPTIONS = {path.stem: OmegaConf.load(path) for path in sorted(Path(CONF, "sampler").glob("*.yaml"))}
+OPTIONS = {
+    path.stem: OmegaConf.load(path) for path in sorted(Path(CONF_DIR, "sampler").glob("*.yaml"))
+}
 VARIANTS = {  # what else is worth a look: all that draws, bounds or corrects
-    "ddim, half": DDIM(eta=0.5),
-    "euler, churn": EDM(order=1, churn=5.0),
-    "heun, edm, churn": EDM(slope="edm", churn=5.0),
-    "heun, x0": EDM(slope="x0"),
-    "dpmpp_3m_sde": DPMSolver(order=3, eta=1.0),
-    "unipc 1": UniPC(order=1),
-    "lcm, any time": Consistency(origin=None),
-    "clipped": UniPC(clip=2.0),
-    "dynamic": DPMSolver(eta=1.0, clip=1.0, quantile=0.9),
+    "ddim, half": DDIMSampler(eta=0.5),
+    "euler, churn": EDMSampler(order=1, churn=5.0),
+    "heun, edm, churn": EDMSampler(slope="edm", churn=5.0),
+    "heun, x0": EDMSampler(slope="x0"),
+    "dpmpp_3m_sde": DPMSolverSampler(order=3, eta=1.0),
+    "unipc 1": UniPCSampler(order=1),
+    "lcm, any time": ConsistencySampler(origin=None),
+    "clipped": UniPCSampler(clip=2.0),
+    "dynamic": DPMSolverSampler(eta=1.0, clip=1.0, quantile=0.9),
 }
 SAMPLERS = {**{name: instantiate(cfg) for name, cfg in OPTIONS.items()}, **VARIANTS}
 
@@ -60,7 +62,7 @@ def test_ddim_is_that_of_diffusers(kind, eta, spacing, monkeypatch):
     )
     for steps in STEPS:
         their = theirs(scheduler, steps, eta=eta, generator=generator())
-        assert_same(ours(DDIM(eta=eta), schedule, kind, scheduler), their)
+        assert_same(ours(DDIMSampler(eta=eta), schedule, kind, scheduler), their)
         own = schedule.times(steps, spacing=spacing)[:-1]
         assert torch.equal(schedule.timestep(own).round().long(), scheduler.timesteps)
 
@@ -75,7 +77,7 @@ def test_ddpm_is_that_of_diffusers(kind, spacing, monkeypatch):
     )
     for steps in [*STEPS, 1000] if spacing == "trailing" and kind == "eps" else STEPS:
         their = theirs(scheduler, steps, generator=generator())
-        assert_same(ours(DDIM(eta=1.0), schedule, kind, scheduler), their)
+        assert_same(ours(DDIMSampler(eta=1.0), schedule, kind, scheduler), their)
 
 
 @pytest.mark.parametrize("kind", ["eps", "v", "x0"])
@@ -88,7 +90,7 @@ def test_lcm_is_that_of_diffusers(kind, monkeypatch):
     )
     for steps in (1, 4, *STEPS):
         their = theirs(scheduler, steps, generator=generator())
-        sampler = Consistency()
+        sampler = ConsistencySampler()
         assert_same(ours(sampler, schedule, kind, scheduler), their)
         own = sampler.times(schedule, steps)[:-1]
         assert torch.equal(schedule.timestep(own).round().long(), scheduler.timesteps)
@@ -98,9 +100,9 @@ def test_lcm_of_flow_matching_is_that_of_diffusers(monkeypatch):
     in_double(monkeypatch, diffusers.FlowMatchLCMScheduler)
     scheduler = diffusers.FlowMatchLCMScheduler()
     for steps in STEPS:
-        sigmas = Flow().times(steps)[:-1].tolist()
+        sigmas = FlowSchedule().times(steps)[:-1].tolist()
         their = theirs(scheduler, steps, sigmas=sigmas, generator=generator())
-        assert_same(ours(Consistency(), Flow(), "flow", scheduler), their)
+        assert_same(ours(ConsistencySampler(), FlowSchedule(), "flow", scheduler), their)
 
 
 def test_dynamic_thresholding_is_that_of_diffusers(monkeypatch):
@@ -110,11 +112,11 @@ def test_dynamic_thresholding_is_that_of_diffusers(monkeypatch):
     told = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1e9}
     scheduler = diffusers.DDIMScheduler(**table, **told, timestep_spacing="trailing")
     their = theirs(scheduler, 20, use_clipped_model_output=True)
-    sampler = DDIM(clip=1.0, quantile=0.9)
+    sampler = DDIMSampler(clip=1.0, quantile=0.9)
     assert_same(ours(sampler, schedule, "eps", scheduler), their)
     scheduler = diffusers.DDIMScheduler(**table, clip_sample=True, timestep_spacing="trailing")
     their = theirs(scheduler, 20, use_clipped_model_output=True)
-    assert_same(ours(DDIM(clip=1.0), schedule, "eps", scheduler), their)
+    assert_same(ours(DDIMSampler(clip=1.0), schedule, "eps", scheduler), their)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -124,10 +126,10 @@ def test_bounds_are_an_images_own(dtype):
     seen = []
 
     def run(**settings):
-        DDIM(**settings)(
+        DDIMSampler(**settings)(
             lambda x_t, t: x_t,
             x,
-            Flow(),
+            FlowSchedule(),
             torch.tensor([0.5, 0.0]),
             noise=None,
             on_step=lambda i, x0_hat: seen.append(x0_hat),
@@ -149,17 +151,17 @@ def sample(sampler, schedule, *, steps, n=4000):
 
 
 # scaled_linear keeps 7 % of signal at t = 1, so that its prior is not quite N(0, 1).
-@pytest.mark.parametrize("schedule", [linear(), Flow()], ids=["linear", "flow"])
+@pytest.mark.parametrize("schedule", [linear(), FlowSchedule()], ids=["linear", "flow"])
 @pytest.mark.parametrize(
     ("sampler", "steps"),
     [
-        (DDIM(), 100),
-        (DDIM(eta=1.0), 200),
-        (DPMSolver(spacing="ays"), 30),
-        (DPMSolver(eta=1.0, spacing="ays"), 80),
-        (DPMSolver(order=3, eta=0.7, spacing="ays"), 60),
-        (UniPC(spacing="ays"), 25),
-        (EDM(spacing="ays", churn=20.0), 40),
+        (DDIMSampler(), 100),
+        (DDIMSampler(eta=1.0), 200),
+        (DPMSolverSampler(spacing="ays"), 30),
+        (DPMSolverSampler(eta=1.0, spacing="ays"), 80),
+        (DPMSolverSampler(order=3, eta=0.7, spacing="ays"), 60),
+        (UniPCSampler(spacing="ays"), 25),
+        (EDMSampler(spacing="ays", churn=20.0), 40),
     ],
     ids=str,
 )
@@ -167,9 +169,9 @@ def test_samplers_reach_the_mixture(schedule, sampler, steps):
     assert agreement(sample(sampler, schedule, steps=steps)) > 0.01
 
 
-@pytest.mark.parametrize("sampler", [DDIM(eta=1.0), DPMSolver(eta=1.0)], ids=str)
+@pytest.mark.parametrize("sampler", [DDIMSampler(eta=1.0), DPMSolverSampler(eta=1.0)], ids=str)
 def test_the_two_sample_test_can_tell(sampler):
-    assert agreement(sample(DDIM(), cosine(), steps=4)) < 1e-4
+    assert agreement(sample(DDIMSampler(), cosine(), steps=4)) < 1e-4
 
     class Louder(ImageNoise):
         def __call__(self, x):
@@ -191,7 +193,7 @@ def test_few_steps_are_exact_where_the_network_is_consistent(steps):
         return mean + std * (x_t - alpha * mean) / (alpha**2 * std**2 + sigma**2).sqrt()
 
     x = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(1)).double()
-    sampler, noise = Consistency(), ImageNoise([7])
+    sampler, noise = ConsistencySampler(), ImageNoise([7])
     times = sampler.times(schedule, steps)
     x0 = sampler(consistent, x, schedule, times, noise=lambda x: noise(x[None])[0])
     assert abs(x0.mean() - mean) < 4 * std / math.sqrt(len(x0))
@@ -199,20 +201,20 @@ def test_few_steps_are_exact_where_the_network_is_consistent(steps):
 
 
 def test_ddim_is_euler_on_the_flow_schedule():
-    schedule, denoise = Flow(), ideal_denoiser(Flow())
+    schedule, denoise = FlowSchedule(), ideal_denoiser(FlowSchedule())
     x = start().reshape(-1, 2, 1, 1)
     times = schedule.times(10)
-    result = DDIM()(denoise, x, schedule, times, noise=torch.randn_like)
+    result = DDIMSampler()(denoise, x, schedule, times, noise=torch.randn_like)
     for t, s in pairwise(times):
         velocity = (x - denoise(x, t)) / t  # eps - x0
         x = x + (s - t) * velocity
     assert (result - x).abs().max() < 1e-12
 
 
-ALL_ENDS = [linear(zero_terminal_snr=True), Flow(shift=3.0), Laplace()]
+ALL_ENDS = [linear(zero_terminal_snr=True), FlowSchedule(shift=3.0), LaplaceSchedule()]
 
 
-@pytest.mark.parametrize("spacing", grids.SPACINGS)
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_all_is_finite_where_there_is_no_noise_or_no_signal(name, spacing):
     """And each step is reported, and what came in is left as it was."""
@@ -225,7 +227,7 @@ def test_all_is_finite_where_there_is_no_noise_or_no_signal(name, spacing):
                 ideal(schedule),
                 x,
                 schedule,
-                grids.times(schedule, steps, spacing=spacing),
+                space_timesteps(schedule, steps, spacing=spacing),
                 noise=noise,
                 on_step=lambda i, x0_hat, seen=seen: seen.append((i, x0_hat)),
             )
@@ -274,8 +276,8 @@ def test_no_step_waits_for_the_device(name):
 def test_a_sampler_keeps_latents_in_their_precision():
     for sampler in SAMPLERS.values():
         x = start().bfloat16()
-        times = sampler.times(Flow(), 5)
-        x0 = sampler(lambda x, t: x.tanh(), x, Flow(), times, noise=torch.randn_like)
+        times = sampler.times(FlowSchedule(), 5)
+        x0 = sampler(lambda x, t: x.tanh(), x, FlowSchedule(), times, noise=torch.randn_like)
         assert x0.dtype == torch.bfloat16
 
 
@@ -289,32 +291,32 @@ def test_a_sampler_keeps_latents_in_their_precision():
     ],
 )
 def test_impossible_settings_are_refused(settings, told):
-    for make in (DDIM, DPMSolver, UniPC, EDM, Consistency):
+    for make in (DDIMSampler, DPMSolverSampler, UniPCSampler, EDMSampler, ConsistencySampler):
         with pytest.raises(ValueError, match=told):
             make(**settings)
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1])
 def test_more_noise_than_there_is_is_refused(eta):
-    for make in (DDIM, DPMSolver):
+    for make in (DDIMSampler, DPMSolverSampler):
         with pytest.raises(ValueError, match=r"from 0 .* to 1"):
             make(eta=eta)
 
 
 def test_distilled_networks_keep_to_their_times():
-    for schedule in (linear(), Flow()):
+    for schedule in (linear(), FlowSchedule()):
         for steps, begin in ((1, 1.0), (4, 1.0), (49, 1.0), (3, 0.5), (2, 0.51)):
-            times = Consistency().times(schedule, steps, start=begin)
+            times = ConsistencySampler().times(schedule, steps, start=begin)
             assert times[0] == begin
             assert (times.diff() < 0).all()
             assert torch.allclose((times * 50).round() / 50, times) == (begin != 0.51)
     with pytest.raises(ValueError, match="1 or more"):
-        Consistency(origin=0)
+        ConsistencySampler(origin=0)
     for sampler, steps, begin in (
-        (Consistency(), 51, 1.0),
-        (Consistency(), 26, 0.5),
-        (Consistency(spacing="karras"), 4, 1.0),
+        (ConsistencySampler(), 51, 1.0),
+        (ConsistencySampler(), 26, 0.5),
+        (ConsistencySampler(spacing="karras"), 4, 1.0),
     ):
         with pytest.raises(ValueError, match="distilled at 50 even times"):
             sampler.times(linear(), steps, start=begin)
-    assert Consistency(spacing="karras", origin=None).times(linear(), 60).shape == (61,)
+    assert ConsistencySampler(spacing="karras", origin=None).times(linear(), 60).shape == (61,)

@@ -7,11 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import SCHEDULES, STEPS, in_double
 
-from ldm.diffusion.samplers import spacing as grids
-from ldm.diffusion.samplers.base import DDIM
+from ldm.diffusion.samplers.base import DDIMSampler
+from ldm.diffusion.samplers.spacing import (
+    MAX_NOISE_RATIO,
+    SPACING_TRANSFORMS,
+    SPACINGS,
+    find_timesteps_at_ratio,
+    noise_to_signal_ratio,
+    space_timesteps,
+)
 from ldm.diffusion.schedules import (
-    Flow,
-    Laplace,
+    FlowSchedule,
+    LaplaceSchedule,
     cosine,
     linear,
     scaled_linear,
@@ -23,7 +30,7 @@ TABLES = [linear, scaled_linear, cosine, sigmoid, sigmoid_alpha]
 ALL = [
     *(make() for make in TABLES),
     *(make(zero_terminal_snr=True) for make in TABLES),
-    *(Flow(), Flow(shift=3.0), Laplace()),
+    *(FlowSchedule(), FlowSchedule(shift=3.0), LaplaceSchedule()),
 ]
 
 
@@ -32,30 +39,32 @@ ALL = [
     st.sampled_from(ALL),
     st.integers(1, 100),
     st.floats(0.2, 1.0),
-    st.sampled_from(grids.SPACINGS),
+    st.sampled_from(SPACINGS),
 )
 def test_grids_fall_from_their_start_to_zero(schedule, steps, start, spacing):
-    times = grids.times(schedule, steps, start=start, spacing=spacing)
+    times = space_timesteps(schedule, steps, start=start, spacing=spacing)
     assert times.shape == (steps + 1,)
     assert times.dtype == torch.float64
     assert times[-1] == 0
     assert (times.diff() < 0).all()
     assert times[0] <= start + 1e-3
-    if spacing in grids.EVEN_IN:
+    if spacing in SPACING_TRANSFORMS:
         assert times[0] == start
-        r = grids.ratio(schedule, times[1:-1])
+        r = noise_to_signal_ratio(schedule, times[1:-1])
         assert r.isfinite().all()
-        assert (r <= grids.MOST * (1 + 1e-9)).all()
+        assert (r <= MAX_NOISE_RATIO * (1 + 1e-9)).all()
 
 
 @settings(max_examples=50)
 @given(st.sampled_from(ALL), st.floats(-8, 5))
 def test_times_are_found_by_their_level(schedule, log_r):
     r = torch.tensor([math.exp(log_r)], dtype=torch.float64)
-    t = grids.time_at(schedule, r)
-    least, most = grids.ratio(schedule, torch.tensor([1e-9, 1.0], dtype=torch.float64)).tolist()
+    t = find_timesteps_at_ratio(schedule, r)
+    least, most = noise_to_signal_ratio(
+        schedule, torch.tensor([1e-9, 1.0], dtype=torch.float64)
+    ).tolist()
     if least < r < most:
-        torch.testing.assert_close(grids.ratio(schedule, t), r, rtol=1e-6, atol=0)
+        torch.testing.assert_close(noise_to_signal_ratio(schedule, t), r, rtol=1e-6, atol=0)
     else:
         assert t in (0, 1) or r < least
 
@@ -63,7 +72,7 @@ def test_times_are_found_by_their_level(schedule, log_r):
 def test_no_noise_is_at_the_beginning_and_too_much_at_the_end():
     for schedule in ALL:
         r = torch.tensor([0.0, math.inf], dtype=torch.float64)
-        assert grids.time_at(schedule, r).tolist() == [0, 1]
+        assert find_timesteps_at_ratio(schedule, r).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("name", ["linear", "scaled_linear"])
@@ -71,8 +80,8 @@ def test_karras_is_that_of_diffusers(name, monkeypatch):
     in_double(monkeypatch, diffusers.EulerDiscreteScheduler, diffusers.DPMSolverMultistepScheduler)
     schedule, table = SCHEDULES[name]
     for steps in STEPS:
-        times = grids.times(schedule, steps, spacing="karras")
-        r = grids.ratio(schedule, times)
+        times = space_timesteps(schedule, steps, spacing="karras")
+        r = noise_to_signal_ratio(schedule, times)
         # Theirs ends at the ends of its own grid, which are those of the table with linspace.
         for cls in (diffusers.EulerDiscreteScheduler, diffusers.DPMSolverMultistepScheduler):
             oracle = cls(**table, use_karras_sigmas=True, timestep_spacing="linspace")
@@ -91,20 +100,22 @@ def test_logsnr_is_that_of_diffusers(name, monkeypatch):
         oracle = diffusers.DPMSolverMultistepScheduler(**table, **{told: True})
         for steps in STEPS:
             oracle.set_timesteps(steps)
-            r = grids.ratio(schedule, grids.times(schedule, steps, spacing="logsnr"))
+            r = noise_to_signal_ratio(schedule, space_timesteps(schedule, steps, spacing="logsnr"))
             torch.testing.assert_close(r, oracle.sigmas, rtol=1e-9, atol=1e-12)
 
 
 def test_ays_is_even_in_the_angle():
-    times = grids.times(Flow(), 8, spacing="ays")
-    angle = grids.ratio(Flow(), times).atan()
+    times = space_timesteps(FlowSchedule(), 8, spacing="ays")
+    angle = noise_to_signal_ratio(FlowSchedule(), times).atan()
     assert (angle[1:].diff() - angle[1:].diff().mean()).abs().max() < 1e-9
     # The angle of cosine is even in t, but for the offset at its end.
     trailing = cosine().times(10)
-    assert (grids.times(cosine(), 10, spacing="ays") - trailing).abs().max() < 0.01
+    assert (space_timesteps(cosine(), 10, spacing="ays") - trailing).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("schedule", [linear(), scaled_linear(), Flow()], ids=["l", "s", "f"])
+@pytest.mark.parametrize(
+    "schedule", [linear(), scaled_linear(), FlowSchedule()], ids=["l", "s", "f"]
+)
 def test_no_grid_is_better_than_ays_for_ddim_on_normal_data(schedule):
     def denoise(x_t, t):
         alpha, sigma = schedule(t)
@@ -112,16 +123,16 @@ def test_no_grid_is_better_than_ays_for_ddim_on_normal_data(schedule):
 
     def error(times):
         """Of the scale; data of unit variance keeps that of x at t = 1 for ever."""
-        x0 = DDIM()(denoise, torch.ones(1, 1, 1, 1).double(), schedule, times, noise=None)
+        x0 = DDIMSampler()(denoise, torch.ones(1, 1, 1, 1).double(), schedule, times, noise=None)
         return 1 - x0.item() / exact
 
     alpha, sigma = schedule(torch.ones((), dtype=torch.float64))
     exact = (alpha**2 + sigma**2).rsqrt().item()
     generator = torch.Generator().manual_seed(0)
     for steps in (5, 10, 20):
-        best = grids.times(schedule, steps, spacing="ays")
-        for spacing in {*grids.SPACINGS} - {"ays", "leading"}:  # which does not begin in noise
-            assert error(grids.times(schedule, steps, spacing=spacing)) > error(best) > 0
+        best = space_timesteps(schedule, steps, spacing="ays")
+        for spacing in {*SPACINGS} - {"ays", "leading"}:  # which does not begin in noise
+            assert error(space_timesteps(schedule, steps, spacing=spacing)) > error(best) > 0
         for _ in range(20):
             moved = best * (1 + 0.02 * torch.randn(steps + 1, generator=generator))
             moved[0] = best[0]
@@ -130,11 +141,11 @@ def test_no_grid_is_better_than_ays_for_ddim_on_normal_data(schedule):
 
 def test_impossible_grids_are_refused():
     with pytest.raises(ValueError, match=r"none of trailing, .*karras"):
-        grids.times(linear(), 10, spacing="trialing")
-    for spacing in grids.SPACINGS:
+        space_timesteps(linear(), 10, spacing="trialing")
+    for spacing in SPACINGS:
         with pytest.raises(ValueError, match="steps >= 1"):
-            grids.times(linear(), 0, spacing=spacing)
+            space_timesteps(linear(), 0, spacing=spacing)
         with pytest.raises(ValueError, match="start <= 1"):
-            grids.times(linear(), 5, start=0.0, spacing=spacing)
+            space_timesteps(linear(), 5, start=0.0, spacing=spacing)
     with pytest.raises(ValueError, match="take fewer steps"):
-        grids.times(linear(), 5, start=0.0005, spacing="karras")
+        space_timesteps(linear(), 5, start=0.0005, spacing="karras")

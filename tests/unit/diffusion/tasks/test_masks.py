@@ -2,12 +2,12 @@
 
 import torch
 
-from ldm.diffusion.rng import generators
-from ldm.diffusion.tasks.masks import KINDS, random_masks
+from ldm.diffusion.rng import make_generators
+from ldm.diffusion.tasks.masks import MASK_KIND_BOUNDS, random_masks
 
 
 def masks(positions, *, height=32, width=48):
-    draws = generators(0, positions, stream="task")
+    draws = make_generators(0, positions, stream="task")
     return random_masks(len(positions), height, width, generator=draws)
 
 
@@ -21,7 +21,7 @@ def test_a_mask_is_of_zeros_and_ones_and_hides_something():
 def test_one_in_seven_hides_everything_and_the_others_do_not():
     share = masks(range(2000)).flatten(1).mean(1)
     everything = float((share == 1).double().mean())
-    assert abs(everything - (1 - KINDS[-1])) < 0.03
+    assert abs(everything - (1 - MASK_KIND_BOUNDS[-1])) < 0.03
     assert 0.2 < share[share < 1].mean() < 0.5
 
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 from world import SIZE, pipeline
 
-from ldm.diffusion.rng import generators
-from ldm.diffusion.tasks.base import Inpaint, Request, TextToImage
-from ldm.diffusion.tasks.superres import SuperResolution, enlarged, shrunk
-from ldm.inference.inputs import continued
-from ldm.models.autoencoder import Identity
+from ldm.diffusion.rng import make_generators
+from ldm.diffusion.tasks.base import Inpainting, Request, TextToImage
+from ldm.diffusion.tasks.superres import SuperResolution, downsample_images, upsample_images
+from ldm.inference.inputs import prepare_upscaling_inputs
+from ldm.models.autoencoder import IdentityAutoencoder
 from ldm.models.unet import UNet
 
 
 def shown(task, images, positions):
-    draws = generators(0, positions, stream="task")
+    draws = make_generators(0, positions, stream="task")
     return task.train_concat(images, images, lambda x: x, generator=draws)
 
 
@@ -34,7 +34,7 @@ def wide_pipeline(text, task):
     with torch.no_grad():
         for parameter in net.parameters():
             parameter += 0.03 * torch.randn(parameter.shape)
-    parts = {"denoiser": net.eval(), "autoencoder": Identity(), "task": task}
+    parts = {"denoiser": net.eval(), "autoencoder": IdentityAutoencoder(), "task": task}
     return replace(pipe, **parts, trained_size=SIZE)
 
 
@@ -48,7 +48,7 @@ def test_the_network_is_told_what_was_done_to_the_picture():
     assert level.min() >= 0
     assert 0.4 < level.max() < 0.5
     for i in range(200):
-        small = enlarged(shrunk(images[i : i + 1], int(scale[i])), int(scale[i]))
+        small = upsample_images(downsample_images(images[i : i + 1], int(scale[i])), int(scale[i]))
         rest = concat[i, :3] - (1 - level[i] ** 2).sqrt() * small[0]
         assert abs(float(rest.std()) - float(level[i])) < 0.25 * float(level[i]) + 1e-5
 
@@ -59,7 +59,7 @@ def test_sampling_shows_what_training_shows(tiny_text):
     seen = []
     pipe = wide_pipeline(tiny_text, task)
     pipe.denoiser.register_forward_pre_hook(lambda net, args: seen.append(args[2].concat))
-    pipe(["a"] * 3, seeds=[0, 1, 2], size=SIZE, steps=1, image=shrunk(images, 2))
+    pipe(["a"] * 3, seeds=[0, 1, 2], size=SIZE, steps=1, image=downsample_images(images, 2))
     trained = shown(SuperResolution(scales=[2], most=0.0), images, range(3))
     torch.testing.assert_close(seen[0], trained)
 
@@ -67,13 +67,13 @@ def test_sampling_shows_what_training_shows(tiny_text):
 def test_what_is_learnt_is_what_the_small_picture_lacks(tiny_text):
     """A network that knew it would give the picture back; one that says nothing, the small one."""
     task, images = SuperResolution(scales=[2], most=0.0), 2 * torch.rand(2, 3, SIZE, SIZE) - 1
-    draws = {"generator": generators(0, range(2), stream="task")}
+    draws = {"generator": make_generators(0, range(2), stream="task")}
     lacking, _ = task.train_pair(images, images, lambda x: x, **draws)
-    small = shrunk(images, 2)
+    small = downsample_images(images, 2)
     request = Request(torch.empty_like(images), image=small)
     start = task.start(request, lambda x: x, None, noise=torch.zeros_like)
     torch.testing.assert_close(start.latents(lacking), images)
-    torch.testing.assert_close(start.latents(torch.zeros_like(images)), enlarged(small, 2))
+    torch.testing.assert_close(start.latents(torch.zeros_like(images)), upsample_images(small, 2))
 
 
 def test_the_guesses_on_the_way_are_pictures(tiny_text):
@@ -82,7 +82,7 @@ def test_the_guesses_on_the_way_are_pictures(tiny_text):
     how = {"size": SIZE, "steps": 2, "on_step": lambda i, x0_hat: seen.append(x0_hat)}
     image = pipe(["a"], seeds=[0], image=small, **how)
     torch.testing.assert_close(seen[-1].clamp(-1, 1), image)
-    assert (image - enlarged(small, 2)).abs().mean() < 0.5
+    assert (image - upsample_images(small, 2)).abs().mean() < 0.5
 
 
 def test_a_picture_in_windows_has_no_seam(tiny_text):
@@ -101,7 +101,7 @@ def test_a_picture_in_windows_has_no_seam(tiny_text):
 def test_a_small_picture_of_any_shape_is_enlarged_whole(tiny_text):
     pipe = wide_pipeline(tiny_text, SuperResolution(scale=4, overlap=0.5))
     small = torch.rand(2, 3, 5, 3)
-    given = continued(pipe, small)
+    given = prepare_upscaling_inputs(pipe, small)
     assert given.size == (20, 16)
     assert given.shown == (20, 12)
     images = pipe(["a", "b"], seeds=[0, 1], size=given.size, steps=2, **given.pictures())
@@ -115,7 +115,7 @@ def test_a_small_picture_of_any_shape_is_enlarged_whole(tiny_text):
         (lambda: SuperResolution(scale=3), "task.scale=3 is none of"),
         (lambda: SuperResolution(level=1.0), "task.level=1.0 is a share"),
         (lambda: SuperResolution(residual=0), "task.residual=0 is the size"),
-        (lambda: shrunk(torch.zeros(1, 3, 7, 8), 2), "cannot be shrunk 2 times"),
+        (lambda: downsample_images(torch.zeros(1, 3, 7, 8), 2), "cannot be shrunk 2 times"),
     ],
 )
 def test_what_cannot_be_is_refused(make, message):
@@ -128,8 +128,8 @@ def test_a_network_does_what_it_was_trained_for_and_no_other():
     assert x2.unfit(SuperResolution()) is None
     assert "trained for [2]" in SuperResolution(scale=4).unfit(x2)
     assert "task.residual=0.1" in SuperResolution(residual=1).unfit(x2)
-    assert "never shown a small picture" in x2.unfit(Inpaint())
-    assert "never shown a mask" in Inpaint().unfit(TextToImage())
+    assert "never shown a small picture" in x2.unfit(Inpainting())
+    assert "never shown a mask" in Inpainting().unfit(TextToImage())
     assert "shown more than noise" in TextToImage().unfit(x2)
 
 
@@ -144,10 +144,10 @@ def test_without_its_picture_there_is_nothing_to_enlarge(tiny_text):
 
 def test_pixels_folded_into_channels_lose_nothing():
     images = torch.rand(2, 3, 8, 12)
-    coder = Identity(patch=4)
+    coder = IdentityAutoencoder(patch=4)
     latents = coder.encode(images)
     assert latents.shape == (2, coder.channels, 2, 3)
     assert coder.factor == 4
     assert torch.equal(coder.decode(latents), images)
     with pytest.raises(ValueError, match="patch=0"):
-        Identity(patch=0)
+        IdentityAutoencoder(patch=0)

@@ -9,12 +9,18 @@ import torch
 from PIL import Image
 from world import SIZE, pipeline
 
-from ldm.diffusion.rng import ImageNoise, generators
-from ldm.diffusion.samplers.base import DDIM
+from ldm.diffusion.rng import ImageNoise, make_generators
+from ldm.diffusion.samplers.base import DDIMSampler
 from ldm.diffusion.schedules import cosine, linear
-from ldm.diffusion.tasks.base import ImageToImage, Inpaint, ProjectedInpaint, Request, TextToImage
-from ldm.inference import inputs
-from ldm.models.autoencoder import Identity
+from ldm.diffusion.tasks.base import (
+    ImageToImage,
+    Inpainting,
+    ProjectedInpainting,
+    Request,
+    TextToImage,
+)
+from ldm.inference.inputs import read_pipeline_inputs, read_square_option
+from ldm.models.autoencoder import IdentityAutoencoder
 from ldm.utils.images import from_uint8
 
 PROMPTS = ["a red circle", "a blue square"]
@@ -27,7 +33,7 @@ def seeded(seed=0):
 
 def pixels(text, task, *, scale=1.5):
     """A pipeline without an autoencoder's error."""
-    return replace(pipeline(text, scale=scale), autoencoder=Identity(), task=task)
+    return replace(pipeline(text, scale=scale), autoencoder=IdentityAutoencoder(), task=task)
 
 
 def picture(n=1):
@@ -53,7 +59,7 @@ def test_strength_is_the_time_it_starts_from():
     assert start.t == 0.4
 
 
-class Watched(DDIM):
+class Watched(DDIMSampler):
     """Remembers where it was begun."""
 
     def walk(self, x, path):
@@ -65,7 +71,9 @@ BEGUN = []
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace", "karras"])
-@pytest.mark.parametrize("task", [ImageToImage(), ProjectedInpaint()], ids=lambda task: task.name)
+@pytest.mark.parametrize(
+    "task", [ImageToImage(), ProjectedInpainting()], ids=lambda task: task.name
+)
 def test_a_picture_is_noised_to_the_first_time_of_the_grid(tiny_text, task, spacing):
     pipe = pixels(tiny_text, task)
     pipe = replace(pipe, sampler=Watched(spacing=spacing))
@@ -105,7 +113,7 @@ def test_inverted_with_its_own_words_a_picture_stays_what_it_is(tiny_text):
 
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_what_the_mask_keeps_is_kept(tiny_text, rounds):
-    pipe = pixels(tiny_text, ProjectedInpaint(rounds=rounds))
+    pipe = pixels(tiny_text, ProjectedInpainting(rounds=rounds))
     images = paint(pipe, image=picture(), mask=left_half())
     kept = left_half().expand_as(images) == 0
     assert torch.equal(images[kept], picture().expand_as(images)[kept])
@@ -113,7 +121,7 @@ def test_what_the_mask_keeps_is_kept(tiny_text, rounds):
 
 
 def test_paste_is_to_the_last_bit_whatever_the_autoencoder_does(tiny_text):
-    pipe = replace(pipeline(tiny_text), task=ProjectedInpaint())
+    pipe = replace(pipeline(tiny_text), task=ProjectedInpainting())
     given = {"image": picture(), "mask": left_half()}
     kept = left_half().expand(2, 3, SIZE, SIZE) == 0
     assert not torch.equal(paint(pipe, **given)[kept], picture().expand(2, -1, -1, -1)[kept])
@@ -122,7 +130,7 @@ def test_paste_is_to_the_last_bit_whatever_the_autoencoder_does(tiny_text):
 
 
 def test_an_image_depends_on_its_own_seed_alone(tiny_text):
-    pipe = pixels(tiny_text, ProjectedInpaint(rounds=2))
+    pipe = pixels(tiny_text, ProjectedInpainting(rounds=2))
     given = {"image": picture(), "mask": left_half(), "size": SIZE, "steps": 4}
     together = pipe(PROMPTS, seeds=[3, 4], **given)
     alone = pipe(PROMPTS[1:], seeds=[4], **given)
@@ -137,15 +145,15 @@ def test_an_image_depends_on_its_own_seed_alone(tiny_text):
         (ImageToImage(), {"image": picture(), "mask": left_half()}, "and no mask"),
         (ImageToImage(), {"image": picture(), "strength": 0.0}, "strength=0.0 must be above 0"),
         (ImageToImage(), {"image": picture(), "strength": math.inf}, "strength=inf"),
-        (ProjectedInpaint(), {"image": picture()}, "takes a picture and a mask"),
-        (ProjectedInpaint(), {"mask": left_half()}, "takes a picture and a mask"),
+        (ProjectedInpainting(), {"image": picture()}, "takes a picture and a mask"),
+        (ProjectedInpainting(), {"mask": left_half()}, "takes a picture and a mask"),
         (
-            ProjectedInpaint(),
+            ProjectedInpainting(),
             {"image": picture(), "mask": left_half(), "strength": 2.0},
             "strength=2",
         ),
         (ImageToImage(), {"image": picture()[..., 1:]}, "where size=16"),
-        (Inpaint(), {"image": picture()}, "task=inpaint takes a picture and a mask"),
+        (Inpainting(), {"image": picture()}, "task=inpaint takes a picture and a mask"),
     ],
 )
 def test_what_a_task_lacks_is_told(tiny_text, task, given, message):
@@ -155,14 +163,14 @@ def test_what_a_task_lacks_is_told(tiny_text, task, given, message):
 
 def test_rounds_below_one_are_refused():
     with pytest.raises(ValueError, match="once or more"):
-        ProjectedInpaint(rounds=0)
+        ProjectedInpainting(rounds=0)
 
 
 def inpainting(text):
     """A pipeline in pixels whose network is shown mask and rest."""
-    pipe = pixels(text, Inpaint(), scale=1.0)
+    pipe = pixels(text, Inpainting(), scale=1.0)
     plain = pipe.denoiser.conv_in
-    pipe.denoiser.in_channels += Inpaint().extra_channels(3)
+    pipe.denoiser.in_channels += Inpainting().extra_channels(3)
     wide = torch.nn.Conv2d(pipe.denoiser.in_channels, plain.out_channels, 3, padding=1)
     pipe.denoiser.conv_in = wide
     return pipe
@@ -190,9 +198,9 @@ def test_a_white_mask_paints_from_words_alone(tiny_text):
 
 def test_training_shows_what_sampling_shows():
     images = 2 * torch.rand(5, 3, SIZE, SIZE) - 1
-    draws = {"generator": generators(0, range(5), stream="task")}
-    concat = Inpaint().train_concat(images[:, :, ::2, ::2], images, halved, **draws)
-    given = Inpaint().example(images, generator=generators(0, range(5), stream="task"))
+    draws = {"generator": make_generators(0, range(5), stream="task")}
+    concat = Inpainting().train_concat(images[:, :, ::2, ::2], images, halved, **draws)
+    given = Inpainting().example(images, generator=make_generators(0, range(5), stream="task"))
     cells = torch.nn.functional.max_pool2d(given["mask"], 2)
     assert torch.equal(concat[:, :1], cells)
     assert torch.equal(concat[:, 1:], halved(images * (1 - given["mask"])))
@@ -217,11 +225,11 @@ def photo(folder, width=16, height=16):
 
 
 def asking(pipe, file, **more):
-    return inputs.read(pipe, trained=SIZE, image=file, **more)
+    return read_pipeline_inputs(pipe, trained=SIZE, image=file, **more)
 
 
 def test_a_picture_inside_a_larger_one_is_whole(tiny_text, tmp_path):
-    pipe, file = pixels(tiny_text, ProjectedInpaint()), photo(tmp_path)
+    pipe, file = pixels(tiny_text, ProjectedInpainting()), photo(tmp_path)
     given = asking(pipe, file, pad=[4, 0, 2, 8])
     assert given.size == (SIZE + 8, SIZE + 6)
     canvas, mask = given.image[0], given.mask[0, 0]
@@ -235,7 +243,7 @@ def test_a_picture_inside_a_larger_one_is_whole(tiny_text, tmp_path):
 
 
 def test_with_size_the_picture_is_scaled_into_what_is_left(tiny_text, tmp_path):
-    pipe, file = pixels(tiny_text, ProjectedInpaint()), photo(tmp_path, 40, 20)
+    pipe, file = pixels(tiny_text, ProjectedInpainting()), photo(tmp_path, 40, 20)
     given = asking(pipe, file, pad=[2, 4, 4, 2], size=[16, 26])
     inside = given.image[0, :, 4:-2, 2:-4]
     assert inside.shape == (3, 10, 20)
@@ -271,17 +279,17 @@ def test_a_size_that_will_not_do_is_told_with_one_that_will(tiny_text, tmp_path,
 
 def test_a_size_of_two_numbers_is_height_and_width(tiny_text):
     pipe = pixels(tiny_text, TextToImage())
-    given = inputs.read(pipe, trained=SIZE, size=[16, 24])
+    given = read_pipeline_inputs(pipe, trained=SIZE, size=[16, 24])
     assert paint(pipe, size=given.size).shape[-2:] == (16, 24)
 
 
 def test_files_that_are_no_pictures_are_named_by_their_option(tiny_text, tmp_path):
-    pipe, good, bad = pixels(tiny_text, ProjectedInpaint()), photo(tmp_path), tmp_path / "b.png"
+    pipe, good, bad = pixels(tiny_text, ProjectedInpainting()), photo(tmp_path), tmp_path / "b.png"
     bad.write_text("no picture")
     for asked in ({"image": bad}, {"image": bad, "pad": [2, 0, 0, 0]}):
         with pytest.raises(ValueError, match=r"image=.*b\.png: no JPEG"):
-            inputs.read(pipe, trained=SIZE, **asked)
+            read_pipeline_inputs(pipe, trained=SIZE, **asked)
     with pytest.raises(ValueError, match=r"mask=.*b\.png: no JPEG"):
         asking(pipe, good, mask=bad)
     with pytest.raises(ValueError, match=r"style=.*b\.png: no JPEG"):
-        inputs.square_of("style", bad, SIZE)
+        read_square_option("style", bad, SIZE)

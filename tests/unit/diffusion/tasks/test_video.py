@@ -6,15 +6,15 @@ import pytest
 import torch
 from world import SIZE, objective, small_autoencoder
 
-from ldm.diffusion.guidance.base import ClassifierFree
-from ldm.diffusion.rng import generators
-from ldm.diffusion.samplers.base import DDIM
+from ldm.diffusion.guidance.base import ClassifierFreeGuidance
+from ldm.diffusion.rng import make_generators
+from ldm.diffusion.samplers.base import DDIMSampler
 from ldm.diffusion.schedules import linear
 from ldm.diffusion.tasks.base import ImageToImage, Request, TextToImage
 from ldm.diffusion.tasks.video import TextToVideo
 from ldm.inference.pipeline import Pipeline
-from ldm.models.frames import Frames
-from ldm.models.temporal import zeroed
+from ldm.models.frames import FramewiseAutoencoder
+from ldm.models.temporal import zero_module
 from ldm.models.unet import UNet
 
 FRAMES = 3
@@ -35,12 +35,12 @@ def network(text):
 def pipeline(text, *, eta=0.0):
     return Pipeline(
         network(text),
-        autoencoder=Frames(small_autoencoder().eval()),
+        autoencoder=FramewiseAutoencoder(small_autoencoder().eval()),
         text=text,
         objective=objective(),
         task=TextToVideo(),
-        sampler=DDIM(eta=eta),
-        guidance=ClassifierFree(scale=2.0),
+        sampler=DDIMSampler(eta=eta),
+        guidance=ClassifierFreeGuidance(scale=2.0),
         frames=FRAMES,
     )
 
@@ -55,7 +55,7 @@ def seeded(x):
 
 def test_a_share_of_the_training_videos_shows_its_first_frame_to_all_frames():
     latents = torch.randn(400, 3, FRAMES, 4, 4)
-    draws = generators(0, range(400), stream="task")
+    draws = make_generators(0, range(400), stream="task")
     told = TextToVideo(given=0.25).train_concat(latents, None, None, generator=draws)
     assert told.shape == (400, 4, FRAMES, 4, 4)
     given = told[:, 0].flatten(1)
@@ -65,7 +65,7 @@ def test_a_share_of_the_training_videos_shows_its_first_frame_to_all_frames():
     assert not told[~given].any()
     assert torch.equal(told[given, 1:], latents[given, :, :1].expand(-1, -1, FRAMES, -1, -1))
     again = TextToVideo(given=0.25).train_concat(
-        latents[7:9], None, None, generator=generators(0, (7, 8), stream="task")
+        latents[7:9], None, None, generator=make_generators(0, (7, 8), stream="task")
     )
     assert torch.equal(again, told[7:9])  # a function of the position
     with pytest.raises(ValueError, match=r"given=1.5 is a share"):
@@ -86,8 +86,8 @@ def test_the_noise_of_frames_is_shared_to_a_given_degree(share):
 def test_frames_of_one_noise_are_one_picture_to_a_network_of_pictures(tiny_text, eta):
     pipe = pipeline(tiny_text, eta=eta)
     for block in pipe.denoiser.temporal.blocks:
-        zeroed(block.conv), zeroed(block.attn.to_out)
-    zeroed(pipe.denoiser.temporal.number[-1])
+        zero_module(block.conv), zero_module(block.attn.to_out)
+    zero_module(pipe.denoiser.temporal.number[-1])
     apart = pipe(PROMPTS, seeds=[3, 4], size=SIZE, steps=3).var(dim=2).max()
     pipe = replace(pipe, task=TextToVideo(shared_noise=1.0))
     made = pipe(PROMPTS, seeds=[3, 4], size=SIZE, steps=3)

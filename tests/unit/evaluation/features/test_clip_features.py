@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel
 
-from ldm.data.scenes.draw import draw
-from ldm.data.scenes.world import caption, sample
+from ldm.data.scenes.draw import draw_scene
+from ldm.data.scenes.world import caption, sample_scene
 from ldm.evaluation.features.clip import ClipFeatures, clip_score
-from ldm.evaluation.features.resize import resize
+from ldm.evaluation.features.resize import resize_for_network
 from ldm.models.clip import PIXEL_MEAN, PIXEL_STD
-from ldm.utils.files import located
+from ldm.utils.files import resolve_path
 
-PACKAGED = located("packaged:clip")
+PACKAGED = resolve_path("packaged:clip")
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,8 @@ def features() -> ClipFeatures:
 
 def scenes(n: int) -> tuple[Tensor, list[str]]:
     """Pictures (n, 3, 64, 64) with what they show."""
-    drawn = [sample(i, split="val") for i in range(n)]
-    pictures = np.stack([draw(scene, 64, rng) for scene, rng in drawn])
+    drawn = [sample_scene(i, split="val") for i in range(n)]
+    pictures = np.stack([draw_scene(scene, 64, rng) for scene, rng in drawn])
     captions = [caption(scene, rng) for scene, rng in drawn]
     return torch.from_numpy(pictures).permute(0, 3, 1, 2), captions
 
@@ -46,7 +46,7 @@ def test_features_are_the_projected_embeddings_of_transformers(features):
     images = torch.cat([images, images.flip(3)])
     large = torch.nn.functional.interpolate(images, (160, 96))  # squashed to a square again
     mean, std = (torch.tensor(part).reshape(3, 1, 1) for part in (PIXEL_MEAN, PIXEL_STD))
-    pixels = (resize(large, 64) / 255 - mean) / std
+    pixels = (resize_for_network(large, 64) / 255 - mean) / std
     with torch.no_grad():
         net = CLIPModel.from_pretrained(PACKAGED, dtype=torch.float32).eval()
         expected = net.get_image_features(pixel_values=pixels).pooler_output

@@ -9,8 +9,8 @@ import torch
 from real_pictures import coco
 from transformers import Dinov2Config, Dinov2Model
 
-from ldm.evaluation.features.dinov2 import MEAN, STD, Dinov2Features
-from ldm.evaluation.features.resize import resize
+from ldm.evaluation.features.dinov2 import IMAGENET_MEAN, IMAGENET_STD, Dinov2Features
+from ldm.evaluation.features.resize import resize_for_network
 
 WIDTH, PATCH = 24, 14
 
@@ -31,10 +31,10 @@ def model(tmp_path_factory) -> Path:
 def test_features_are_the_class_token_as_transformers_computes_it(model):
     features = Dinov2Features(str(model))
     assert (features.name, features.width) == ("dinov2", WIDTH)
-    mean, std = (torch.tensor(part).reshape(3, 1, 1) for part in (MEAN, STD))
+    mean, std = (torch.tensor(part).reshape(3, 1, 1) for part in (IMAGENET_MEAN, IMAGENET_STD))
     net = Dinov2Model.from_pretrained(model).eval()
     for picture in coco(2):
-        pixels = (resize(picture[None], 224) / 255 - mean) / std
+        pixels = (resize_for_network(picture[None], 224) / 255 - mean) / std
         with torch.no_grad():
             expected = net(pixels).last_hidden_state[:, 0]
         torch.testing.assert_close(features(picture[None]), expected, rtol=1e-4, atol=1e-4)

@@ -4,18 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.evaluation.features.base import Features, digest
+from ldm.evaluation.features.base import FeatureExtractor, hash_feature_extractor
 
 WIDTH, SIZE = 5, 16
 
 
-def network(*, seed: int = 0, **changes) -> Features:
+def network(*, seed: int = 0, **changes) -> FeatureExtractor:
     """A small untrained one with a normalisation and dropout, which training mode would betray."""
     torch.manual_seed(seed)
     layers = nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.Dropout(), nn.Flatten()
     net = nn.Sequential(*layers, nn.Linear(8 * 7 * 7, WIDTH))
     rule = {"name": "tiny", "size": SIZE, "mean": (128.0,) * 3, "std": (64.0,) * 3, "reads": "all"}
-    return Features(net, net, width=WIDTH, **rule | changes)
+    return FeatureExtractor(net, net, width=WIDTH, **rule | changes)
 
 
 @pytest.fixture
@@ -98,10 +98,10 @@ def test_the_digest_is_that_of_weights_and_rule():
 
 def test_the_digest_changes_with_any_weight():
     net = nn.Conv2d(3, 4, 3)
-    one = digest(net, "rule")
+    one = hash_feature_extractor(net, "rule")
     for part in net.parameters():
         part.data.flatten()[1] += 1e-6
-        assert digest(net, "rule") != one
+        assert hash_feature_extractor(net, "rule") != one
         part.data.flatten()[1] -= 1e-6
 
 

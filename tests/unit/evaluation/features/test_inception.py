@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ldm.evaluation.features import inception
-from ldm.evaluation.features.base import Features
+from ldm.evaluation.features.base import FeatureExtractor
 from ldm.evaluation.features.inception import InceptionFeatures
-from ldm.evaluation.features.inception_v3 import Inception
+from ldm.evaluation.features.inception_v3 import InceptionV3
 
 # What torch-fidelity's FeatureExtractorInceptionV3 makes of `pictures()` with the weights of
 # `filled()`: every 341st feature, and every 211th of "logits_unbiased".
@@ -30,9 +30,9 @@ LOGITS = [
 unpublished = pytest.mark.filterwarnings("ignore:.*is not the published file")
 
 
-def filled() -> Inception:
+def filled() -> InceptionV3:
     """Weights that are a function of their names alone, the same on any machine."""
-    net = Inception()
+    net = InceptionV3()
     for name, part in net.state_dict().items():
         if not part.is_floating_point():
             continue
@@ -68,7 +68,7 @@ def file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def features(file) -> Features:
+def features(file) -> FeatureExtractor:
     with pytest.warns(UserWarning, match="is not the published file.*no published FID"):
         return InceptionFeatures(str(file))
 
@@ -159,10 +159,10 @@ def test_a_path_to_nothing_says_where_to_get_it(tmp_path):
 
 
 def test_without_a_network_it_says_where_the_file_goes(cache, monkeypatch):
-    monkeypatch.setattr(inception, "URL", "http://127.0.0.1:9/weights.pth")
+    monkeypatch.setattr(inception, "INCEPTION_URL", "http://127.0.0.1:9/weights.pth")
     with pytest.raises(FileNotFoundError) as error:
         InceptionFeatures()
-    assert f"put it at '{cache / inception.NAMES[0]}'" in str(error.value)
+    assert f"put it at '{cache / inception.INCEPTION_FILE_NAMES[0]}'" in str(error.value)
     assert "refused" in str(error.value)
 
 
@@ -170,8 +170,8 @@ def test_a_silent_network_is_given_up(cache, monkeypatch):
     """A server that takes the connection and says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}/weights.pth"
-        monkeypatch.setattr(inception, "URL", address)
-        monkeypatch.setattr(inception, "PATIENCE", 0.2)
+        monkeypatch.setattr(inception, "INCEPTION_URL", address)
+        monkeypatch.setattr(inception, "INCEPTION_TIMEOUT", 0.2)
         with pytest.raises(FileNotFoundError, match=r"cannot be fetched .*timed out"):
             InceptionFeatures()
 
@@ -179,7 +179,7 @@ def test_a_silent_network_is_given_up(cache, monkeypatch):
 @pytest.mark.parametrize("place", [0, 1])
 def test_the_file_of_torch_fidelity_or_pytorch_fid_is_found(file, features, cache, place):
     cache.mkdir(parents=True)
-    (cache / inception.NAMES[place]).symlink_to(file)
+    (cache / inception.INCEPTION_FILE_NAMES[place]).symlink_to(file)
     with pytest.warns(UserWarning, match="not the published file"):
         assert InceptionFeatures().digest == features.digest
 
@@ -189,12 +189,12 @@ def test_it_is_fetched_once_and_checked(file, features, cache, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}/{file.name}"
-        monkeypatch.setattr(inception, "URL", address)
+        monkeypatch.setattr(inception, "INCEPTION_URL", address)
         with pytest.raises(FileNotFoundError, match="invalid hash value"):
             InceptionFeatures()
         assert not list(cache.glob("*")), "nothing of it is left"
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        monkeypatch.setattr(inception, "SHA256", digest[:8])
+        monkeypatch.setattr(inception, "INCEPTION_SHA256_PREFIX", digest[:8])
         assert InceptionFeatures().digest == features.digest
         server.shutdown()
     assert InceptionFeatures().digest == features.digest, "the server is gone"

@@ -7,7 +7,7 @@ from PIL import Image
 from real_pictures import coco, emoji
 from torch import Tensor
 
-from ldm.evaluation.features.resize import resize
+from ldm.evaluation.features.resize import resize_for_network
 
 NEAR = 0.02  # grey levels; measured: 0.0062 at worst
 
@@ -33,7 +33,7 @@ PICTURES = {"emoji": lambda: emoji(12), "photographs": lambda: coco(8), "noise":
 @pytest.mark.parametrize("kind", PICTURES)
 def test_it_is_pillows_resize_of_floats_up_and_down(kind, size):
     for picture in PICTURES[kind]():
-        expected, got = clean_fid(picture, size), resize(picture[None], size)[0]
+        expected, got = clean_fid(picture, size), resize_for_network(picture[None], size)[0]
         assert got.dtype == torch.float32
         torch.testing.assert_close(got, expected, rtol=0, atol=NEAR)
 
@@ -42,7 +42,7 @@ def test_values_are_clipped_but_not_rounded():
     stripes = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     stripes[..., ::2] = 255
     for size in (48, 299):
-        got = resize(stripes, size)
+        got = resize_for_network(stripes, size)
         assert got.min() >= 0
         assert got.max() <= 255
         assert (got != got.round()).float().mean() > 0.5
@@ -50,10 +50,10 @@ def test_values_are_clipped_but_not_rounded():
 
 def test_a_picture_of_the_right_size_comes_back_as_it_is():
     picture = noise()[1][None]
-    assert torch.equal(resize(picture, 256), picture.float())
+    assert torch.equal(resize_for_network(picture, 256), picture.float())
 
 
 def test_no_picture_depends_on_its_batch():
     pictures = torch.stack(noise()[1:2] + [noise()[1].flip(1)] * 4)
-    alone = torch.cat([resize(picture[None], 99) for picture in pictures])
-    assert torch.equal(resize(pictures, 99), alone)
+    alone = torch.cat([resize_for_network(picture[None], 99) for picture in pictures])
+    assert torch.equal(resize_for_network(pictures, 99), alone)

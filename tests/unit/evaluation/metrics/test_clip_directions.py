@@ -23,13 +23,13 @@ from PIL import Image, ImageFilter
 from real_pictures import emoji, folder
 from torch import Tensor
 
-from ldm.data.dataset import TextImages
-from ldm.data.image_decoding import to_tensor
+from ldm.data.dataset import TextImageDataset
+from ldm.data.image_decoding import pil_to_tensor
 from ldm.data.scenes.prepare import prepare_scenes
-from ldm.data.shards.reader import Shards
+from ldm.data.shards.reader import ShardReader
 from ldm.evaluation.features.clip import ClipFeatures
-from ldm.evaluation.prompt_subset import Subset, shuffled
-from ldm.evaluation.protocol import Quality
+from ldm.evaluation.prompt_subset import PromptSubset, shuffle_indices
+from ldm.evaluation.protocol import EvaluationProtocol
 from ldm.evaluation.scores import Scores
 
 ALL, REAL, SOME = 459, 229, 120  # emoji, those compared with, and those of the rest made worse
@@ -40,7 +40,7 @@ def pil(image: Tensor) -> Image.Image:
 
 
 def blurred(image: Tensor, radius: float) -> Tensor:
-    return to_tensor(pil(image).filter(ImageFilter.GaussianBlur(radius)))
+    return pil_to_tensor(pil(image).filter(ImageFilter.GaussianBlur(radius)))
 
 
 def noisy(image: Tensor, sigma: float) -> Tensor:
@@ -57,7 +57,7 @@ def greyed(image: Tensor, share: float) -> Tensor:
 def compressed(image: Tensor, quality: int) -> Tensor:
     file = io.BytesIO()
     pil(image).save(file, "JPEG", quality=quality)
-    return to_tensor(Image.open(file).convert("RGB"))
+    return pil_to_tensor(Image.open(file).convert("RGB"))
 
 
 WORSE: dict[str, tuple[Callable, tuple]] = {
@@ -202,16 +202,16 @@ def test_clip_tells_lost_colour(by_clip):
 
 
 @pytest.fixture(scope="session")
-def scenes(tmp_path_factory) -> TextImages:
+def scenes(tmp_path_factory) -> TextImageDataset:
     """200 pictures of the drawn world, which the packaged CLIP knows."""
     place = tmp_path_factory.mktemp("scenes") / "val"
     prepare_scenes(out=str(place), count=200, size=64, split="val")
-    return TextImages(Shards(str(place)), size=64, seed=0, train=False)
+    return TextImageDataset(ShardReader(str(place)), size=64, seed=0, train=False)
 
 
 def test_with_others_captions_the_clip_score_is_that_of_chance(scenes, tmp_path):
-    subset, order = Subset.drawn(scenes.shards, 100), shuffled(200)
-    one = Quality(
+    subset, order = PromptSubset.drawn(scenes.shards, 100), shuffle_indices(200)
+    one = EvaluationProtocol(
         [ClipFeatures()], pictures=scenes, others=None, subset=subset, size=64, cache=tmp_path
     )
     one.prepare(torch.device("cpu"))

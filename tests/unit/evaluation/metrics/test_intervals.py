@@ -7,7 +7,7 @@ import torch
 from gaussians import gaussian_rows
 
 from ldm.evaluation.metrics.frechet import frechet_distance, frechet_estimate
-from ldm.evaluation.metrics.intervals import Estimate, bootstrap_mean, jackknife, wilson
+from ldm.evaluation.metrics.intervals import Estimate, bootstrap_mean, jackknife, wilson_interval
 from ldm.evaluation.metrics.moments import Moments
 from ldm.evaluation.metrics.precision_recall import Manifold
 
@@ -43,13 +43,13 @@ def test_the_bootstrap_holds_the_mean_as_often_as_it_says():
 def test_wilsons_interval_is_scipys(count):
     for right in {0, 1, count // 3, count - 1, count}:
         scipys = scipy.stats.binomtest(right, count).proportion_ci(method="wilson")
-        assert wilson(right / count, count) == pytest.approx(tuple(scipys), abs=1e-12)
-    low, high = wilson(1.0, count, level=0.9)
+        assert wilson_interval(right / count, count) == pytest.approx(tuple(scipys), abs=1e-12)
+    low, high = wilson_interval(1.0, count, level=0.9)
     assert low == pytest.approx(1 / (1 + scipy.stats.norm.ppf(0.95) ** 2 / count))
     assert high == 1
     for share, of in ((1.1, count), (0.5, 0)):
         with pytest.raises(ValueError, match="no share"):
-            wilson(share, of)
+            wilson_interval(share, of)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.95, 0.98, 0.99, 0.995])
@@ -57,7 +57,7 @@ def test_wilsons_interval_is_scipys(count):
 def test_wilsons_interval_holds_shares_near_1(share, count):
     """By the exact chances of each count; single pairs lie a little off, as counts are whole."""
     right = np.arange(count + 1)
-    ends = np.array([wilson(k / count, count) for k in right])
+    ends = np.array([wilson_interval(k / count, count) for k in right])
     inside = (ends[:, 0] <= share) & (share <= ends[:, 1])
     chance = scipy.stats.binom.pmf(right, count, share)
     assert 0.925 < chance[inside].sum() < 0.99
@@ -65,10 +65,10 @@ def test_wilsons_interval_holds_shares_near_1(share, count):
 
 def test_dependent_shares_have_the_interval_of_their_error():
     error = (0.2 * 0.8 / 50) ** 0.5  # that of 50 independent values
-    assert Estimate(0.2, error).share_interval(400) == pytest.approx(wilson(0.2, 50))
-    assert Estimate(0.2, 1e-4).share_interval(400) == pytest.approx(wilson(0.2, 400))
-    assert Estimate(1.0, 0.0).share_interval(400) == pytest.approx(wilson(1.0, 400))
-    assert Estimate(0.2, error, 19).share_interval(400).high > wilson(0.2, 50).high
+    assert Estimate(0.2, error).share_interval(400) == pytest.approx(wilson_interval(0.2, 50))
+    assert Estimate(0.2, 1e-4).share_interval(400) == pytest.approx(wilson_interval(0.2, 400))
+    assert Estimate(1.0, 0.0).share_interval(400) == pytest.approx(wilson_interval(1.0, 400))
+    assert Estimate(0.2, error, 19).share_interval(400).high > wilson_interval(0.2, 50).high
 
 
 @pytest.mark.parametrize("n", [200, 213])  # 13 rows are in no group

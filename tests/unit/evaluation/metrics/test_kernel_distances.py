@@ -70,7 +70,9 @@ def test_cmmd_is_its_formula_whatever_the_blocks(real, generated, monkeypatch):
     expected = plain_cmmd(real, generated)
     assert expected > 0.01
     assert cmmd(real, generated).value == pytest.approx(expected, rel=1e-9)
-    monkeypatch.setattr(kernel_distances, "_PAIRS", 1000)  # blocks of three to five rows
+    monkeypatch.setattr(
+        kernel_distances, "_KERNEL_PAIRS_PER_BLOCK", 1000
+    )  # blocks of three to five rows
     assert cmmd(real, generated).value == pytest.approx(expected, rel=1e-9)
     assert cmmd(3 * real, 0.2 * generated).value == pytest.approx(expected, rel=1e-9)
 

@@ -39,7 +39,9 @@ def test_all_four_are_those_of_all_distances(n, m, dtype, offset, monkeypatch):
     expected = brute_force(real, generated)
     assert all(0.01 < value < 0.99 for value in expected.values())
     assert Manifold(real).compare(generated) == pytest.approx(expected, rel=1e-12)
-    monkeypatch.setattr(precision_recall, "_PAIRS", 700)  # blocks of five to fourteen rows
+    monkeypatch.setattr(
+        precision_recall, "_DISTANCES_PER_BLOCK", 700
+    )  # blocks of five to fourteen rows
     assert Manifold(real).compare(generated) == pytest.approx(expected, rel=1e-12)
 
 

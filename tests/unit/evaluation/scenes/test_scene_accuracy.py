@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.data.scenes.draw import draw
-from ldm.data.scenes.world import UNSEEN
-from ldm.evaluation.scenes.accuracy import NAMES, SUFFIXES, SceneAccuracy
+from ldm.data.scenes.draw import draw_scene
+from ldm.data.scenes.world import UNSEEN_PAIRS
+from ldm.evaluation.scenes.accuracy import METRIC_SUFFIXES, SCENE_METRICS, ScenePromptAccuracy
 
 COUNT = 24
 
 
 @pytest.fixture(scope="module")
 def scenes():
-    return SceneAccuracy(count=COUNT, batch=10)
+    return ScenePromptAccuracy(count=COUNT, batch=10)
 
 
 def painter(scenes, change=lambda scene: scene):
@@ -25,7 +25,8 @@ def painter(scenes, change=lambda scene: scene):
     def paint(prompts, *, seeds):
         rngs = [np.random.default_rng(seed) for seed in seeds]
         pictures = [
-            draw(change(told[prompt]), 64, rng) for prompt, rng in zip(prompts, rngs, strict=True)
+            draw_scene(change(told[prompt]), 64, rng)
+            for prompt, rng in zip(prompts, rngs, strict=True)
         ]
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
 
@@ -47,8 +48,10 @@ def swapped_colours(scene):
 
 def test_a_perfect_painter_is_right_and_others_captions_are_met_by_chance(scenes):
     metrics = scenes.metrics(scenes.tally(painter(scenes), everything(scenes)))
-    assert set(metrics) == {f"scene_{name}{suffix}" for name in NAMES for suffix in SUFFIXES}
-    for name in NAMES:
+    assert set(metrics) == {
+        f"scene_{name}{suffix}" for name in SCENE_METRICS for suffix in METRIC_SUFFIXES
+    }
+    for name in SCENE_METRICS:
         assert metrics[f"scene_{name}"] == metrics[f"scene_{name}_unseen"] == 1.0
     assert metrics["scene_accuracy_chance"] == 0
     # One in five and one in four; COUNT scenes a split leave a standard error of some 0.03.
@@ -62,7 +65,7 @@ def test_swapped_colours_lose_the_colours_and_the_whole(scenes):
     wrong = painter(scenes, swapped_colours)
     metrics = scenes.metrics(scenes.tally(wrong, everything(scenes)))
     for suffix in ("", "_unseen"):
-        lost = {name for name in NAMES if metrics[f"scene_{name}{suffix}"] < 1}
+        lost = {name for name in SCENE_METRICS if metrics[f"scene_{name}{suffix}"] < 1}
         assert lost == {"accuracy", "color"}
         assert metrics[f"scene_accuracy{suffix}"] == metrics[f"scene_color{suffix}"] == 0
 
@@ -79,7 +82,7 @@ def test_seen_and_unseen_are_told_apart(scenes):
 
 
 def test_prompts_are_fixed_and_split():
-    few, more = SceneAccuracy(count=3), SceneAccuracy(count=5, seed=7)
+    few, more = ScenePromptAccuracy(count=3), ScenePromptAccuracy(count=5, seed=7)
     assert few.prompts == more.prompts[:3] + more.prompts[5:8]
     assert few.prompts[0] == (
         "on a brown background, a large purple circle left of a little blue star, both rimmed"
@@ -88,7 +91,7 @@ def test_prompts_are_fixed_and_split():
     for scene in more.scenes[:5]:
         assert scene.split() == "val"
     for scene in more.scenes[5:]:
-        assert any((one.colour, one.shape) in UNSEEN for one in scene.objects)
+        assert any((one.colour, one.shape) in UNSEEN_PAIRS for one in scene.objects)
 
 
 @pytest.mark.parametrize("world", [1, 3, 5])
@@ -107,6 +110,6 @@ def test_shares_of_any_number_of_ranks_add_up(scenes, world):
 
 def test_numbers_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="count=2"):
-        SceneAccuracy(count=1)
+        ScenePromptAccuracy(count=1)
     with pytest.raises(ValueError, match="batch=1"):
-        SceneAccuracy(count=2, batch=0)
+        ScenePromptAccuracy(count=2, batch=0)

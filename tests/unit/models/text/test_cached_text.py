@@ -4,19 +4,19 @@ import pytest
 import torch
 from world import CAPTIONS
 
-from ldm.models.text.cached import Remembered
-from ldm.models.text.clip import ClipText
+from ldm.models.text.cached import CachedTextEncoder
+from ldm.models.text.clip import ClipTextEncoder
 
 
-def encoded(text: ClipText) -> int:
+def encoded(text: ClipTextEncoder) -> int:
     """How many captions it has encoded so far."""
     return text.tokenize.seen
 
 
 @pytest.fixture(params=[False, True], ids=["tokens", "pooled"])
-def text(request, tiny_clip, tmp_path) -> ClipText:
+def text(request, tiny_clip, tmp_path) -> ClipTextEncoder:
     tiny_clip.save(tmp_path / "clip")
-    text = ClipText(str(tmp_path / "clip"), pooled=request.param)
+    text = ClipTextEncoder(str(tmp_path / "clip"), pooled=request.param)
     text.null(1)  # which is encoded once
     return text
 
@@ -32,14 +32,14 @@ def assert_same(a, b) -> None:
     "captions", [CAPTIONS[:1], CAPTIONS[:5], CAPTIONS[3:8], [*CAPTIONS[:2], *CAPTIONS[:3]], [""]]
 )
 def test_it_says_what_the_encoder_says(text, captions):
-    remembered = Remembered(text)
+    remembered = CachedTextEncoder(text)
     remembered(CAPTIONS[2:4])
     for _ in range(2):
         assert_same(remembered(captions), text(captions))
 
 
 def test_a_caption_is_encoded_once(text):
-    remembered, before = Remembered(text), encoded(text)
+    remembered, before = CachedTextEncoder(text), encoded(text)
     first = remembered(CAPTIONS[:4])
     assert encoded(text) - before == 4
     again = remembered(CAPTIONS[:4])
@@ -51,7 +51,7 @@ def test_a_caption_is_encoded_once(text):
 
 def test_it_takes_no_more_memory_than_it_may(text):
     row = sum(part.nbytes for part in text(CAPTIONS[:1]).parts() if part is not None)
-    remembered = Remembered(text, gib=2.5 * row / 2**30)
+    remembered = CachedTextEncoder(text, gib=2.5 * row / 2**30)
     for _ in range(2):
         assert_same(remembered(CAPTIONS[:4]), text(CAPTIONS[:4]))
     assert list(remembered.kept) == CAPTIONS[:2]
@@ -60,9 +60,9 @@ def test_it_takes_no_more_memory_than_it_may(text):
 
 
 def test_the_empty_caption_is_the_encoders_own(text):
-    assert_same(Remembered(text).null(3), text.null(3))
+    assert_same(CachedTextEncoder(text).null(3), text.null(3))
 
 
 def test_one_string_is_no_list_of_captions(text):
     with pytest.raises(TypeError, match="a list, not one string"):
-        Remembered(text)("a red circle")
+        CachedTextEncoder(text)("a red circle")

@@ -15,7 +15,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from ldm.models.clip import Clip, train_tokenizer
 from ldm.models.text.base import CaptionTokenizer
-from ldm.models.text.clip import ClipText, load_clip
+from ldm.models.text.clip import ClipTextEncoder, load_clip
 
 L = 12
 SHORT, LONG = ["a red circle", "", "a Blue\tsquare!"], "one two three " * 20
@@ -42,8 +42,8 @@ def clip_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def text(clip_folder) -> ClipText:
-    return ClipText(str(clip_folder), pooled=True)
+def text(clip_folder) -> ClipTextEncoder:
+    return ClipTextEncoder(str(clip_folder), pooled=True)
 
 
 def encode_as_transformers_does(folder: Path, captions: list[str]):
@@ -67,7 +67,7 @@ def test_states_are_those_of_transformers(text, clip_folder):
 
 def test_sizes_are_the_models(text, clip_folder):
     assert (text.width, text.pooled_width, text.max_length) == (16, 16, L)
-    plain = ClipText(str(clip_folder))
+    plain = ClipTextEncoder(str(clip_folder))
     assert plain.pooled_width == 0
     assert plain(SHORT).pooled is None
 
@@ -80,7 +80,7 @@ def test_stays_frozen_inside_a_module_in_training(text):
 
 
 def test_null_is_the_empty_caption_encoded_once(clip_folder):
-    text = ClipText(str(clip_folder), pooled=True)
+    text = ClipTextEncoder(str(clip_folder), pooled=True)
     null, expected = text.null(3), text(["", "", ""])
     assert torch.equal(null.tokens, expected.tokens)
     assert torch.equal(null.pooled, expected.pooled)
@@ -92,7 +92,7 @@ def test_null_is_the_empty_caption_encoded_once(clip_folder):
 
 
 def test_null_from_a_validation_serves_in_training(clip_folder):
-    text = ClipText(str(clip_folder))
+    text = ClipTextEncoder(str(clip_folder))
     with torch.inference_mode():
         text.null(1)
     layer = torch.nn.Linear(16, 1)
@@ -147,10 +147,10 @@ def test_pooled_states_are_whitened_where_the_folder_says_how(text, clip_folder,
     clip = Clip.load(str(clip_folder))
     whiten = clip.whitening([*SHORT, "a dog", "a red dog"])
     clip.save(folder, whiten)
-    got = ClipText(str(tmp_path / "run"), pooled=True)(SHORT)
+    got = ClipTextEncoder(str(tmp_path / "run"), pooled=True)(SHORT)
     assert torch.equal(got.tokens, text(SHORT).tokens)
     torch.testing.assert_close(got.pooled, whiten(text(SHORT).pooled), rtol=0, atol=1e-5)
-    assert ClipText(str(folder))(SHORT).pooled is None
+    assert ClipTextEncoder(str(folder))(SHORT).pooled is None
 
 
 def test_text_model_pipeline_and_run_directories_load(text, clip_folder, tmp_path):
@@ -161,7 +161,9 @@ def test_text_model_pipeline_and_run_directories_load(text, clip_folder, tmp_pat
     TOKENIZER.save_pretrained(tmp_path / "tower")
     shutil.copytree(clip_folder, tmp_path / "run" / "clip")
     for layout in ("tower", "pipeline", "run"):
-        assert torch.equal(ClipText(str(tmp_path / layout))(SHORT).tokens, text(SHORT).tokens)
+        assert torch.equal(
+            ClipTextEncoder(str(tmp_path / layout))(SHORT).tokens, text(SHORT).tokens
+        )
 
 
 def test_vocab_and_merges_files_and_half_precision_weights_load(text, clip_folder, tmp_path):
@@ -171,16 +173,15 @@ def test_vocab_and_merges_files_and_half_precision_weights_load(text, clip_folde
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     merges = "\n".join(" ".join(pair) for pair in model["merges"])
     (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
-    tokens = ClipText(str(tmp_path))(SHORT).tokens
+    tokens = ClipTextEncoder(str(tmp_path))(SHORT).tokens
     assert tokens.dtype == torch.float32
     torch.testing.assert_close(tokens, text(SHORT).tokens, rtol=0, atol=1e-2)
 
 
 def test_folders_are_never_looked_up_on_the_hub(clip_folder):
     """With a hub that refuses every connection a look-up would fail or take minutes of retries."""
-    code = (
-        "import sys; from ldm.models.text.clip import ClipText; print(ClipText(sys.argv[1]).width)"
-    )
+    code = "import sys; from ldm.models.text.clip import ClipTextEncoder\n"
+    code += "print(ClipTextEncoder(sys.argv[1]).width)"
     env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     env.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, "-c", code, str(clip_folder)]
@@ -212,13 +213,13 @@ def test_how_a_model_computes_is_not_the_files(clip_folder, tmp_path, nested):
     for node in (config["text_config"], config["vision_config"]) if nested else (config,):
         node |= OTHERS_CODE
     (folder / "config.json").write_text(json.dumps(config))
-    plain = ClipText(str(clip_folder))
+    plain = ClipTextEncoder(str(clip_folder))
     for kind in (CLIPModel, CLIPTextModel):
         model, _ = load_clip(kind, str(folder))
         for each in (model, *(m for m in model.modules() if hasattr(m, "config"))):
             assert each.config._attn_implementation == plain.model.config._attn_implementation
             assert not set(vars(each.config)) & {"auto_map", "quantization_config", "to_dict"}
-    found = ClipText(str(folder))
+    found = ClipTextEncoder(str(folder))
     assert torch.equal(found(["a red ball"]).tokens, plain(["a red ball"]).tokens)
 
 
@@ -227,7 +228,7 @@ def test_a_config_that_is_none_is_told(clip_folder, tmp_path, config):
     folder = shutil.copytree(clip_folder, tmp_path / "clip")
     (folder / "config.json").write_text(config)
     with pytest.raises((OSError, ValueError)):
-        ClipText(str(folder))
+        ClipTextEncoder(str(folder))
 
 
 def test_weights_of_another_kind_are_refused(clip_folder, tmp_path):
@@ -243,7 +244,7 @@ def test_weights_of_another_size_are_refused(clip_folder, tmp_path):
     config["text_config"]["max_position_embeddings"] = 77
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"another shape, such as .*position_embedding.weight"):
-        ClipText(str(folder))
+        ClipTextEncoder(str(folder))
 
 
 def test_a_pickle_is_not_executed(clip_folder, tmp_path):
@@ -251,23 +252,23 @@ def test_a_pickle_is_not_executed(clip_folder, tmp_path):
     folder = shutil.copytree(clip_folder, tmp_path / "clip")
     (folder / "model.safetensors").unlink()
     torch.save(CLIPModel.from_pretrained(clip_folder).state_dict(), folder / "pytorch_model.bin")
-    assert ClipText(str(folder)).width == 16
+    assert ClipTextEncoder(str(folder)).width == 16
     torch.save({"weight": Touch(tmp_path / "executed")}, folder / "pytorch_model.bin")
     with pytest.raises(OSError, match=r"no CLIP model at(.|\n)*Unsupported"):
-        ClipText(str(folder))
+        ClipTextEncoder(str(folder))
     assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("path", ["runs/../nothing/here/at/all", "/no/such/folder", "", "a b"])
 def test_a_path_that_is_nothing_says_what_to_give(path):
     with pytest.raises(OSError, match=f"no CLIP model at '{path}'(.|\n)*model.safetensors"):
-        ClipText(path)
+        ClipTextEncoder(path)
 
 
 def test_an_unreachable_hub_says_what_to_give(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match=r"no CLIP model at 'no-such-owner/clip'(.|\n)*config.json"):
-        ClipText("no-such-owner/clip")
+        ClipTextEncoder("no-such-owner/clip")
 
 
 def test_unreadable_weights_name_the_folder(clip_folder, tmp_path):
@@ -275,7 +276,7 @@ def test_unreadable_weights_name_the_folder(clip_folder, tmp_path):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(OSError, match=r"no CLIP model at '.*cut'"):
-        ClipText(str(folder))
+        ClipTextEncoder(str(folder))
 
 
 def test_missing_tokenizer_files_are_refused(clip_folder, tmp_path):
@@ -283,4 +284,4 @@ def test_missing_tokenizer_files_are_refused(clip_folder, tmp_path):
     for file in folder.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(ValueError, match=r"has 2 tokens, the model's embedding 5\d\d: put"):
-        ClipText(str(folder))
+        ClipTextEncoder(str(folder))

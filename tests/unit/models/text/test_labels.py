@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from world import latent_diffusion, make_trainer, shapes_data, small_autoencoder, unet
 
-from ldm.data.scenes.world import SHAPES, caption, sample
+from ldm.data.scenes.world import SHAPES, caption, sample_scene
 from ldm.diffusion.conditioning import Condition
-from ldm.diffusion.guidance.base import ClassifierFree
-from ldm.models.text.cached import Remembered
-from ldm.models.text.labels import Labels, NoText
+from ldm.diffusion.guidance.base import ClassifierFreeGuidance
+from ldm.models.text.cached import CachedTextEncoder
+from ldm.models.text.labels import LabelTextEncoder, NullTextEncoder
 from ldm.models.unet import UNet
 from ldm.utils.hashing import hash_module
 
@@ -33,7 +33,7 @@ NAMES = ["cat", "dog", "hot dog", "Großer Bär"]
     ],
 )
 def test_a_caption_is_the_first_name_in_it(said, name):
-    pooled = Labels(NAMES)([said]).pooled
+    pooled = LabelTextEncoder(NAMES)([said]).pooled
     assert torch.equal(pooled, torch.eye(4)[[NAMES.index(name)]])
 
 
@@ -41,12 +41,15 @@ def test_a_caption_is_the_first_name_in_it(said, name):
 def test_a_caption_without_a_name_is_told_with_the_nearest(said):
     nearest = "dog" if said == "dogs" else "cat"
     with pytest.raises(ValueError, match=f"{said}.*the nearest is '{nearest}'.*text_encoder.names"):
-        Labels(NAMES)(["a cat", said])
+        LabelTextEncoder(NAMES)(["a cat", said])
 
 
 @given(st.text(max_size=30))
 def test_any_string_has_a_name_or_is_refused(said):
-    labels, within = Labels(NAMES), any(name.casefold() in said.casefold() for name in NAMES)
+    labels, within = (
+        LabelTextEncoder(NAMES),
+        any(name.casefold() in said.casefold() for name in NAMES),
+    )
     if not said.strip():
         assert labels.index(said) is None
     elif not within:
@@ -56,10 +59,10 @@ def test_any_string_has_a_name_or_is_refused(said):
 
 def test_names_come_from_a_file_as_well(tmp_path):
     (tmp_path / "names.txt").write_text("cat\n\n dog \nhot  dog\nGroßer Bär\n", encoding="utf-8")
-    read = Labels(str(tmp_path / "names.txt"))
+    read = LabelTextEncoder(str(tmp_path / "names.txt"))
     assert read.names == NAMES
-    assert hash_module(read) == hash_module(Labels(NAMES))
-    assert hash_module(read) != hash_module(Labels(NAMES[::-1]))
+    assert hash_module(read) == hash_module(LabelTextEncoder(NAMES))
+    assert hash_module(read) != hash_module(LabelTextEncoder(NAMES[::-1]))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +70,7 @@ def test_names_come_from_a_file_as_well(tmp_path):
 )
 def test_lists_that_are_none_are_refused(names, match):
     with pytest.raises(ValueError, match=match):
-        Labels(names)
+        LabelTextEncoder(names)
 
 
 def test_names_from_a_device_or_a_pipe_are_not_waited_for(tmp_path):
@@ -75,20 +78,22 @@ def test_names_from_a_device_or_a_pipe_are_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in ("/dev/zero", str(tmp_path / "pipe")):
         with pytest.raises(ValueError, match=f"{path} is no file"):
-            Labels(path)
+            LabelTextEncoder(path)
     began = time.monotonic()
-    assert Labels([str(n) for n in range(50_000)]).pooled_width == 50_000
+    assert LabelTextEncoder([str(n) for n in range(50_000)]).pooled_width == 50_000
     assert time.monotonic() < began + 10
 
 
 def test_every_caption_of_the_drawn_world_has_its_shape():
-    labels = Labels(SHAPES)
+    labels = LabelTextEncoder(SHAPES)
     for i in range(300):
-        scene, rng = sample(i, split="val")
+        scene, rng = sample_scene(i, split="val")
         assert SHAPES[labels.index(caption(scene, rng))] == scene.objects[0].shape
 
 
-@pytest.mark.parametrize("text", [NoText(), Labels(NAMES)], ids=["none", "labels"])
+@pytest.mark.parametrize(
+    "text", [NullTextEncoder(), LabelTextEncoder(NAMES)], ids=["none", "labels"]
+)
 def test_nothing_said_is_the_null_condition(text):
     empty, null = text(["", " \n"]), text.null(2)
     for a, b in zip(empty.parts(), null.parts(), strict=True):
@@ -101,13 +106,15 @@ def test_nothing_said_is_the_null_condition(text):
         text("a cat")
 
 
-@pytest.mark.parametrize("text", [NoText(), Labels(NAMES)], ids=["none", "labels"])
+@pytest.mark.parametrize(
+    "text", [NullTextEncoder(), LabelTextEncoder(NAMES)], ids=["none", "labels"]
+)
 def test_what_they_say_is_merged_chosen_and_remembered(text):
     cond = text(["a dog", "a cat"])
     width = text.pooled_width
     both = text.null(2).cat(cond)
     mixed = cond.where(torch.tensor([True, False]), text.null(2))
-    kept = Remembered(text)
+    kept = CachedTextEncoder(text)
     twice = [kept(["a dog", "a cat", "a dog"]) for _ in range(2)]
     if not width:
         assert both == mixed == twice[0] == twice[1] == Condition()
@@ -119,10 +126,10 @@ def test_what_they_say_is_merged_chosen_and_remembered(text):
 
 @torch.no_grad()
 def test_without_text_guidance_changes_nothing():
-    net, text = unet(NoText()), NoText()
+    net, text = unet(NullTextEncoder()), NullTextEncoder()
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 900.0])
     answers = [
-        ClassifierFree(scale=scale)(net, text(["a", "b"]), text.null(2))(x, t)
+        ClassifierFreeGuidance(scale=scale)(net, text(["a", "b"]), text.null(2))(x, t)
         for scale in (1, 2, 7)
     ]
     for answer in answers:
@@ -134,7 +141,7 @@ def test_a_label_is_heard():
     torch.manual_seed(0)
     sizes = {"channels": 16, "multipliers": (1,), "blocks": 1, "heads": 2, "groups": 8}
     channels = {"in_channels": 3, "out_channels": 3}
-    text = Labels(NAMES)
+    text = LabelTextEncoder(NAMES)
     net = UNet(**channels, **sizes, attention=(True,), context_dim=0, pooled_dim=text.pooled_width)
     for parameter in net.parameters():
         parameter += 0.03 * torch.randn(parameter.shape)
@@ -145,7 +152,7 @@ def test_a_label_is_heard():
 
 
 def test_an_unconditional_model_learns(shapes):
-    module = latent_diffusion(NoText(), autoencoder=small_autoencoder(), lr=3e-3)
+    module = latent_diffusion(NullTextEncoder(), autoencoder=small_autoencoder(), lr=3e-3)
     data, trainer = shapes_data(shapes), make_trainer(steps=25)
     (before,) = trainer.validate(module, datamodule=data, verbose=False)
     trainer.fit(module, datamodule=data)

@@ -14,7 +14,7 @@ from tiny_t5 import save_tiny_t5
 from transformers import CLIPTextModel, T5EncoderModel, T5Tokenizer
 from world import CAPTIONS
 
-from ldm.models.text.t5 import T5Text
+from ldm.models.text.t5 import T5TextEncoder
 
 L = 24
 SHORT, LONG = ["a red circle", "", "A blue\tsquare! ☃"], "red circle blue " * 20
@@ -26,8 +26,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def text(folder) -> T5Text:
-    return T5Text(str(folder), max_length=L)
+def text(folder) -> T5TextEncoder:
+    return T5TextEncoder(str(folder), max_length=L)
 
 
 def test_states_are_those_of_transformers_without_any_padding(text, folder):
@@ -46,14 +46,14 @@ def test_states_are_those_of_transformers_without_any_padding(text, folder):
 
 
 def test_padding_changes_nothing(text, folder):
-    longer = T5Text(str(folder), max_length=3 * L)(SHORT)
+    longer = T5TextEncoder(str(folder), max_length=3 * L)(SHORT)
     torch.testing.assert_close(longer.tokens[:, :L], text(SHORT).tokens, rtol=0, atol=1e-5)
     torch.testing.assert_close(longer.pooled, text(SHORT).pooled, rtol=0, atol=1e-5)
 
 
 def test_sizes_are_the_models_and_it_stays_frozen(text, folder):
     assert (text.width, text.pooled_width, text.max_length) == (16, 16, L)
-    plain = T5Text(str(folder), max_length=L, pooled=False)
+    plain = T5TextEncoder(str(folder), max_length=L, pooled=False)
     assert (plain.pooled_width, plain(SHORT).pooled) == (0, None)
     torch.nn.ModuleList([text]).train()
     assert not any(module.training for module in text.modules())
@@ -61,7 +61,7 @@ def test_sizes_are_the_models_and_it_stays_frozen(text, folder):
 
 
 def test_null_is_the_empty_caption_encoded_once(folder):
-    text = T5Text(str(folder), max_length=L)
+    text = T5TextEncoder(str(folder), max_length=L)
     with torch.inference_mode():  # of a validation
         null = text.null(3)
     expected, seen = text(["", "", ""]), text.seen
@@ -77,7 +77,7 @@ def test_null_is_the_empty_caption_encoded_once(folder):
 
 
 def test_long_captions_keep_their_end_are_counted_and_told_once(folder):
-    text = T5Text(str(folder), max_length=8)
+    text = T5TextEncoder(str(folder), max_length=8)
     with pytest.warns(UserWarning, match="is cut to 8: 'red circle blue red") as caught:
         conds = [text(captions) for captions in (["a", LONG], [LONG])]
     assert len(caught) == 1
@@ -87,7 +87,7 @@ def test_long_captions_keep_their_end_are_counted_and_told_once(folder):
 
 
 def test_bfloat16_halves_the_weights_and_gives_float32(text, folder):
-    half = T5Text(str(folder), max_length=L, dtype="bfloat16")
+    half = T5TextEncoder(str(folder), max_length=L, dtype="bfloat16")
     assert half.model.shared.weight.dtype == torch.bfloat16
     cond = half(SHORT)
     assert cond.tokens.dtype == cond.pooled.dtype == torch.float32
@@ -98,7 +98,7 @@ def test_bfloat16_halves_the_weights_and_gives_float32(text, folder):
         states = text(SHORT).tokens
     assert torch.equal(states, text(SHORT).tokens), "a trainer's precision is not T5's"
     with pytest.raises(ValueError, match="overflow in float16"):
-        T5Text(str(folder), dtype="float16")
+        T5TextEncoder(str(folder), dtype="float16")
 
 
 def test_the_t5_of_a_pipeline_is_found(text, folder, tmp_path):
@@ -107,7 +107,7 @@ def test_the_t5_of_a_pipeline_is_found(text, folder, tmp_path):
     )
     T5EncoderModel.from_pretrained(folder).save_pretrained(tmp_path / "text_encoder_2")
     T5Tokenizer.from_pretrained(folder).save_pretrained(tmp_path / "tokenizer_2")
-    found = T5Text(str(tmp_path), max_length=L)
+    found = T5TextEncoder(str(tmp_path), max_length=L)
     assert torch.equal(found(SHORT).tokens, text(SHORT).tokens)
 
 
@@ -124,19 +124,19 @@ def test_one_string_is_refused(text):
 
 def test_what_is_no_t5_is_told_with_a_remedy(folder, tmp_path):
     with pytest.raises(OSError, match=r"(?s)no T5 encoder at .*text_encoder\.path="):
-        T5Text(str(tmp_path))
+        T5TextEncoder(str(tmp_path))
     other = shutil.copytree(folder, tmp_path / "wide")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"d_model": 32}))
     with pytest.raises(ValueError, match=r"not those of the T5EncoderModel in its config\.json"):
-        T5Text(str(other))
+        T5TextEncoder(str(other))
     bare = shutil.copytree(folder, tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"put the model's own tokenizer\.json there"):
-        T5Text(str(bare))
+        T5TextEncoder(str(bare))
     (bare / "spiece.model").write_bytes(b"sentences")
     with pytest.raises(ValueError, match="pip install sentencepiece"):
-        T5Text(str(bare))
+        T5TextEncoder(str(bare))
 
 
 def test_a_pickle_is_not_opened(folder, tmp_path):
@@ -145,12 +145,13 @@ def test_a_pickle_is_not_opened(folder, tmp_path):
     (other / "model.safetensors").unlink()
     torch.save(model.state_dict(), other / "pytorch_model.bin")
     with pytest.raises(OSError, match="no T5 encoder"):
-        T5Text(str(other))
+        T5TextEncoder(str(other))
 
 
 @pytest.mark.slow
 def test_folders_are_never_looked_up_on_the_hub(folder):
-    code = "import sys; from ldm.models.text.t5 import T5Text; print(T5Text(sys.argv[1]).width)"
+    code = "import sys; from ldm.models.text.t5 import T5TextEncoder\n"
+    code += "print(T5TextEncoder(sys.argv[1]).width)"
     env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     env.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, "-c", code, str(folder)]

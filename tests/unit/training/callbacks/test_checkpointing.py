@@ -13,11 +13,17 @@ from safetensors.torch import load_file
 from test_resume import Validations, assert_same, assert_same_training
 from world import latent_diffusion, make_trainer, shapes_data
 
-from ldm.training.callbacks.checkpoint_payload import on_host
+from ldm.training.callbacks.checkpoint_payload import copy_to_host
 from ldm.training.callbacks.checkpointing import Checkpoints
-from ldm.training.callbacks.monitoring import Pictures
-from ldm.utils import checkpoint_file
-from ldm.utils.checkpoint_file import CheckpointError
+from ldm.training.callbacks.monitoring import SampleImages
+from ldm.utils.checkpoint_file import (
+    CheckpointError,
+    find_newest_checkpoint,
+    link_last_checkpoint,
+    read_checkpoint,
+    select_prefix,
+    write_checkpoint,
+)
 
 WAYS = pytest.mark.parametrize("background", [False, True], ids=["at once", "in background"])
 
@@ -106,13 +112,13 @@ def test_the_last_save_must_not_fail(tmp_path, shapes, tiny_text, unlimited, bac
     unlimited()
     assert names(tmp_path) == ["last.ckpt", "step=00000001.ckpt", "step=00000002.ckpt"]
     train(tmp_path, shapes, tiny_text, steps=3)
-    assert checkpoint_file.newest(tmp_path).name == "step=00000003_end.ckpt"
+    assert find_newest_checkpoint(tmp_path).name == "step=00000003_end.ckpt"
 
 
 def test_pictures_without_room_are_told_once_and_the_training_goes_on(
     tmp_path, shapes, tiny_text, unlimited, recwarn
 ):
-    pictures = Pictures(tmp_path / "samples", lambda: (Image.effect_noise((16, 16), 9), {}))
+    pictures = SampleImages(tmp_path / "samples", lambda: (Image.effect_noise((16, 16), 9), {}))
     room = At({3: lambda: limit_files(50), 7: unlimited}, wait=False)
     how = {"steps": 8, "every": 99}
     train(tmp_path / "checkpoints", shapes, tiny_text, room, pictures, **how)
@@ -128,7 +134,7 @@ def test_in_the_background_the_same_checkpoints_come_about(tmp_path, shapes, tin
         train(folder, shapes, tiny_text, steps=7, keep=9, background=folder.name == "True")
     for a, b in zip(*(sorted(folder.glob("step=*.ckpt")) for folder in folders), strict=True):
         assert a.name == b.name
-        assert_same(checkpoint_file.read(a), checkpoint_file.read(b))
+        assert_same(read_checkpoint(a), read_checkpoint(b))
     assert a.name == "step=00000007_end.ckpt"
 
 
@@ -138,7 +144,7 @@ def test_an_error_waits_for_the_save(tmp_path, shapes, tiny_text):
 
     with pytest.raises(ZeroDivisionError):
         train(tmp_path, shapes, tiny_text, At({3: fail}, wait=False), steps=6, background=True)
-    assert checkpoint_file.read(tmp_path / "last.ckpt")["global_step"] == 2
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 2
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -155,7 +161,7 @@ def test_a_copy_on_the_host_is_of_now_and_its_memory_is_used_again():
     laid_out = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     state = {"a": [laid_out, {"b": torch.arange(3)}], "c": ("x", 1, None)}
     pool = {}
-    copy = on_host(state, pool)
+    copy = copy_to_host(state, pool)
     expected = laid_out.clone()
     laid_out.zero_()
     state["a"].append(1)
@@ -163,13 +169,13 @@ def test_a_copy_on_the_host_is_of_now_and_its_memory_is_used_again():
     assert len(copy["a"]) == 2
     assert torch.equal(copy["a"][0], expected)
     assert copy["a"][0].stride() == laid_out.stride()
-    again = on_host(state, pool)
+    again = copy_to_host(state, pool)
     assert again["a"][0].data_ptr() == copy["a"][0].data_ptr()
     assert (again["a"][0] == 0).all()
     state["a"][0] = torch.ones(7)
-    assert torch.equal(on_host(state, pool)["a"][0], torch.ones(7))
+    assert torch.equal(copy_to_host(state, pool)["a"][0], torch.ones(7))
     module = torch.nn.Linear(2, 2).state_dict()
-    assert on_host(module, {})._metadata == module._metadata
+    assert copy_to_host(module, {})._metadata == module._metadata
 
 
 class Score(L.Callback):
@@ -203,7 +209,7 @@ def test_the_best_stays_beside_the_newest(tmp_path, shapes, tiny_text, backgroun
     assert names(tmp_path) == [*links, "step=00000006.ckpt", sound, "step=00000010_end.ckpt"]
     assert best(tmp_path) == "step=00000006.ckpt"
     told = {"metric": "val/score", "values": {"step=00000006.ckpt": 5.0}}
-    assert checkpoint_file.read(tmp_path / "last.ckpt")["ldm"]["best"] == told
+    assert read_checkpoint(tmp_path / "last.ckpt")["ldm"]["best"] == told
     go_on({12: 3.0})
     assert names(tmp_path) == [*links, "step=00000006.ckpt", "step=00000012_end.ckpt"]
     (tmp_path / "best.json").unlink()  # the checkpoint knows it as well
@@ -212,7 +218,7 @@ def test_the_best_stays_beside_the_newest(tmp_path, shapes, tiny_text, backgroun
     go_on({18: 6.0})
     assert names(tmp_path) == [*links, "step=00000018_end.ckpt"]
     assert best(tmp_path) == "step=00000018_end.ckpt"
-    assert checkpoint_file.read(tmp_path / "best.ckpt")["global_step"] == 18
+    assert read_checkpoint(tmp_path / "best.ckpt")["global_step"] == 18
 
 
 def test_several_of_the_best_are_kept(tmp_path, shapes, tiny_text):
@@ -234,7 +240,7 @@ def test_a_best_that_could_not_be_saved_does_not_drive_out_the_one_that_was(
     how = {**BEST, "keep_best": 1, "every": 7, "background": background}
     train(tmp_path, shapes, tiny_text, full, values, steps=8, **how)
     assert best(tmp_path) == "step=00000003.ckpt"
-    assert checkpoint_file.read(tmp_path / "best.ckpt")["global_step"] == 3
+    assert read_checkpoint(tmp_path / "best.ckpt")["global_step"] == 3
 
 
 def test_a_best_of_another_folder_is_none(tmp_path, shapes, tiny_text):
@@ -260,8 +266,8 @@ def test_a_run_goes_on_from_its_best_as_if_it_had_not_stopped(
     whole, other = tmp_path / "whole", tmp_path / "other"
     train(whole, shapes, tiny_text, Score({}), steps=8, **how)
     first = whole / "step=00000003.ckpt"
-    checkpoint_file.write(checkpoint_file.read(first), other / first.name)
-    checkpoint_file.link_last(other / first.name)
+    write_checkpoint(read_checkpoint(first), other / first.name)
+    link_last_checkpoint(other / first.name)
     seen = Validations()
     train(other, shapes, tiny_text, seen, steps=8, **how)
     assert seen.steps == [6, 8]
@@ -276,7 +282,7 @@ def test_each_save_exports_the_average_on_demand(tmp_path, shapes, tiny_text):
     exported = sorted(path.name for path in (tmp_path / "weights").glob("*.safetensors"))
     assert exported == [f"step=0000000{i}.safetensors" for i in ("1", "2", "2_end")]
     weights = load_file(tmp_path / "weights" / exported[-1])
-    average = checkpoint_file.part(checkpoint_file.read(folder / "last.ckpt"), "ema.module.")
+    average = select_prefix(read_checkpoint(folder / "last.ckpt"), "ema.module.")
     assert weights.keys() == average.keys()
     assert all(torch.equal(weights[name], average[name]) for name in average)
     said = json.loads((tmp_path / "weights" / "step=00000002_end.json").read_text())

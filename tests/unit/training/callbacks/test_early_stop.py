@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ldm.training.callbacks.early_stop import Median
+from ldm.training.callbacks.early_stop import MedianStopping
 
 
 def write(directory, values):
@@ -28,22 +28,22 @@ def others(tmp_path):
 
 
 def test_behind_the_median_at_the_same_step(others):
-    rule = Median(str(others / "mine"), metric="val/loss", direction="minimize", others=2)
+    rule = MedianStopping(str(others / "mine"), metric="val/loss", direction="minimize", others=2)
     assert rule.is_behind(at(10, 0.61))
     assert not rule.is_behind(at(10, 0.6)), "equal is not behind"
     assert not rule.is_behind(at(10, 0.59))
     assert rule.is_behind(at(20, 0.16)), "the median of those that came as far"
     assert not rule.is_behind(at(30, 9.0)), "nobody came as far"
-    rule = Median(str(others / "mine"), metric="val/loss", direction="maximize", others=2)
+    rule = MedianStopping(str(others / "mine"), metric="val/loss", direction="maximize", others=2)
     assert not rule.is_behind(at(10, 0.1)), "1.0 was the best of all"
 
 
 def test_its_best_so_far_counts(others):
     write(others / "good", {0: 1.0, 10: 0.01})
-    rule = Median(str(others / "good"), metric="val/loss", direction="minimize", others=2)
+    rule = MedianStopping(str(others / "good"), metric="val/loss", direction="minimize", others=2)
     assert not rule.is_behind(at(20, 0.9))
 
 
 def test_too_few_to_compare_with(others):
-    rule = Median(str(others / "mine"), metric="val/loss", direction="minimize", others=4)
+    rule = MedianStopping(str(others / "mine"), metric="val/loss", direction="minimize", others=4)
     assert not rule.is_behind(at(10, 9.0))

@@ -13,12 +13,17 @@ from test_stability import Spoil
 from world import latent_diffusion, make_trainer, shapes_data
 
 from ldm.training.callbacks.checkpointing import Checkpoints
-from ldm.training.callbacks.ema_snapshots import Snapshots
-from ldm.training.callbacks.nonfinite import SkipNonFinite
-from ldm.training.fsdp import Sharded
+from ldm.training.callbacks.ema_snapshots import EMASnapshots
+from ldm.training.callbacks.nonfinite import NonFiniteStepSkipper
+from ldm.training.fsdp import FullyShardedStrategy
 from ldm.training.modules.diffusion import LatentDiffusion
-from ldm.utils import ema_files
-from ldm.utils.ema_files import Snapshot, SnapshotError
+from ldm.utils.ema_files import (
+    Snapshot,
+    SnapshotError,
+    combine_snapshots,
+    find_snapshots,
+    write_snapshot,
+)
 
 LENGTHS = [0.05, 0.1]
 
@@ -31,7 +36,7 @@ def train(
     keeper = Checkpoints(folder / "checkpoints", every=4, keep=9, facts={})
     trainer = make_trainer(
         steps=steps,
-        callbacks=[*callbacks, Snapshots(folder / "phema", every=3), keeper],
+        callbacks=[*callbacks, EMASnapshots(folder / "phema", every=3), keeper],
         accumulate=accumulate,
     )
     last = folder / "checkpoints" / "last.ckpt"
@@ -68,16 +73,16 @@ def test_a_run_that_was_broken_off_keeps_the_same(tmp_path, shapes, tiny_text):
         found = [(run / "phema" / name).read_bytes() for run in (whole, broken)]
         assert found[0] == found[1], name
     assert_same_training(*(run / "checkpoints" / "last.ckpt" for run in (whole, broken)))
-    kept = ema_files.find(broken / "phema", until=99)
+    kept = find_snapshots(broken / "phema", until=99)
     assert [one[:2] for one in kept[-2:]] == [(0.05, 8), (0.1, 8)]
     for i, track in enumerate(module.phema.tracks):
-        state = ema_files.mixed(
+        state = combine_snapshots(
             kept, [float(one.length == LENGTHS[i]) * (one.step == 8) for one in kept]
         )
         for name, tensor in track.state_dict().items():
             assert torch.equal(state[name], tensor), name
         assert not torch.equal(state["conv_in.weight"], module.denoiser.conv_in.weight)
-    assert [one.step for one in ema_files.find(broken / "phema", until=5)] == [3, 3, 5, 5]
+    assert [one.step for one in find_snapshots(broken / "phema", until=5)] == [3, 3, 5, 5]
 
 
 def test_keeping_averages_changes_no_training(tmp_path, shapes, tiny_text):
@@ -93,7 +98,7 @@ def test_keeping_averages_changes_no_training(tmp_path, shapes, tiny_text):
 def test_a_step_that_is_left_out_leaves_averages_finite(tmp_path, shapes, tiny_text):
     module = latent_diffusion(tiny_text, phema_lengths=[0.1])
     trainer = make_trainer(steps=4, callbacks=[Spoil(0, 2, gradient=True)])
-    skip = SkipNonFinite(tmp_path / "bad.json", meter=trainer.callbacks[0], stop_after=3)
+    skip = NonFiniteStepSkipper(tmp_path / "bad.json", meter=trainer.callbacks[0], stop_after=3)
     trainer.callbacks.append(skip)
     trainer.fit(module, datamodule=shapes_data(shapes))
     assert skip.skipped == 2
@@ -111,7 +116,7 @@ def test_a_full_disk_is_told_once_and_the_training_goes_on(
 ):
     folder = tmp_path / "phema"
     room = At({2: lambda: limit_files(5_000), 5: unlimited}, wait=False)
-    trainer = make_trainer(steps=6, callbacks=[room, Snapshots(folder, every=1)])
+    trainer = make_trainer(steps=6, callbacks=[room, EMASnapshots(folder, every=1)])
     module = latent_diffusion(tiny_text, phema_lengths=[0.1])
     trainer.fit(module, datamodule=shapes_data(shapes))
     told = [str(w.message) for w in recwarn if "a snapshot" in str(w.message)]
@@ -129,14 +134,14 @@ def kept(tmp_path) -> list[Snapshot]:
             each: {"a.b": torch.randn(4, 5, generator=draw), "n": torch.tensor(step)}
             for each in lengths
         }
-        ema_files.write(tmp_path, step, state)
-    return ema_files.find(tmp_path, until=6)
+        write_snapshot(tmp_path, step, state)
+    return find_snapshots(tmp_path, until=6)
 
 
 def test_averages_are_added_up_in_their_shares(kept):
     seen = []
-    parts = [ema_files.mixed([one], [1.0])["a.b"] for one in kept]
-    total = ema_files.mixed(kept, [0.5, -1.5, 2.0], done=lambda: seen.append(1))
+    parts = [combine_snapshots([one], [1.0])["a.b"] for one in kept]
+    total = combine_snapshots(kept, [0.5, -1.5, 2.0], done=lambda: seen.append(1))
     expected = 0.5 * parts[0].double() - 1.5 * parts[1].double() + 2 * parts[2].double()
     assert torch.equal(total["a.b"], expected.float())
     assert total["n"] == 6
@@ -145,10 +150,10 @@ def test_averages_are_added_up_in_their_shares(kept):
 
 
 def test_averages_of_two_networks_are_not_added(kept, tmp_path):
-    ema_files.write(tmp_path, 9, {0.05: {"a.b": torch.zeros(5, 4), "n": torch.tensor(9)}})
-    found = ema_files.find(tmp_path, until=9)
+    write_snapshot(tmp_path, 9, {0.05: {"a.b": torch.zeros(5, 4), "n": torch.tensor(9)}})
+    found = find_snapshots(tmp_path, until=9)
     with pytest.raises(SnapshotError, match=r"step=00000009.safetensors is of another network"):
-        ema_files.mixed(found, [0.25] * 4)
+        combine_snapshots(found, [0.25] * 4)
 
 
 @pytest.mark.parametrize("harm", ["cut", "empty", "other"])
@@ -159,16 +164,16 @@ def test_a_damaged_snapshot_is_named(kept, tmp_path, harm):
     else:
         path.write_bytes(path.read_bytes()[: -40 if harm == "cut" else 0])
     with pytest.raises(SnapshotError, match=r"step=00000006.safetensors is no snapshot, .*delete"):
-        ema_files.find(tmp_path, until=6)
-    assert len(ema_files.find(tmp_path, until=5)) == 2
+        find_snapshots(tmp_path, until=6)
+    assert len(find_snapshots(tmp_path, until=5)) == 2
 
 
 def test_shards_are_refused(tiny_text):
     with pytest.raises(ValueError, match=r"fsdp keeps no averages .*: take phema.lengths=\[\]"):
-        Sharded.check(latent_diffusion(tiny_text, phema_lengths=LENGTHS))
-    Sharded.check(latent_diffusion(tiny_text))
+        FullyShardedStrategy.check(latent_diffusion(tiny_text, phema_lengths=LENGTHS))
+    FullyShardedStrategy.check(latent_diffusion(tiny_text))
 
 
 def test_never_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"phema.every=0 must be 1 or more"):
-        Snapshots(tmp_path, every=0)
+        EMASnapshots(tmp_path, every=0)

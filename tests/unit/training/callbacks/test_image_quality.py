@@ -14,19 +14,19 @@ from torch import Tensor
 from world import SIZE, latent_diffusion, make_trainer, objective
 
 from ldm.data.datamodule import TextImageData
-from ldm.diffusion.guidance.base import ClassifierFree
-from ldm.diffusion.samplers.base import DDIM
+from ldm.diffusion.guidance.base import ClassifierFreeGuidance
+from ldm.diffusion.samplers.base import DDIMSampler
 from ldm.diffusion.tasks.base import TextToImage
 from ldm.evaluation.features.clip import ClipFeatures
 from ldm.inference.pipeline import Pipeline
-from ldm.models.autoencoder import Identity
+from ldm.models.autoencoder import IdentityAutoencoder
 from ldm.training.callbacks.checkpointing import Checkpoints
-from ldm.training.callbacks.early_stop import patience
-from ldm.training.callbacks.evaluation import ImageCheck
-from ldm.training.callbacks.preemption import StopOnSignal
-from ldm.training.fsdp import Sharded
+from ldm.training.callbacks.early_stop import patience_stopping
+from ldm.training.callbacks.evaluation import ImageQuality
+from ldm.training.callbacks.preemption import PreemptionHandler
+from ldm.training.fsdp import FullyShardedStrategy
 from ldm.training.loggers.csv import CsvLog
-from ldm.utils import checkpoint_file
+from ldm.utils.checkpoint_file import delete_checkpoint, find_newest_checkpoint
 
 COUNT, BATCH = 10, 4  # pictures in three pieces
 METRICS = ("fd_clip", "kid", "precision", "recall", "density", "coverage", "cmmd")
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-class Canvas(Identity):
+class Canvas(IdentityAutoencoder):
     """Pixels as latents; it counts the pictures, and a signal comes with one of them."""
 
     def __init__(self, signal_at: int | None = None) -> None:
@@ -99,14 +99,14 @@ class Run:
         data, self.canvas = self.home.data(), Canvas(self.signal_at)
         self.module = latent_diffusion(self.home.text, lr=self.lr)
         keeper = Checkpoints(self.folder / "checkpoints", every=self.every, keep=2, facts={})
-        callbacks = [keeper, StopOnSignal(keeper.save_now, every=1), *self.watch]
+        callbacks = [keeper, PreemptionHandler(keeper.save_now, every=1), *self.watch]
         if self.check:
             callbacks.insert(0, self.image_check(data))
         self.trainer = make_trainer(
             steps=self.steps, callbacks=callbacks, validate_every=2, accumulate=self.accumulate
         )
         self.trainer.loggers = [CsvLog(self.folder / "metrics.csv")]
-        begun = checkpoint_file.newest(self.folder / "checkpoints")
+        begun = find_newest_checkpoint(self.folder / "checkpoints")
         how = {"datamodule": data}
         try:
             if begun is None:
@@ -115,18 +115,18 @@ class Run:
         except SystemExit as end:
             self.left = end.code
 
-    def image_check(self, data: TextImageData) -> ImageCheck:
+    def image_check(self, data: TextImageData) -> ImageQuality:
         pipeline = Pipeline(
             self.module.ema.module,
             autoencoder=self.canvas,
             text=self.home.text,
             objective=objective(),
             task=TextToImage(),
-            sampler=DDIM(),
-            guidance=ClassifierFree(scale=2.0),
+            sampler=DDIMSampler(),
+            guidance=ClassifierFreeGuidance(scale=2.0),
         )
         options = {"count": COUNT, "steps": 1, "every": 0, "real": 100, "batch": BATCH}
-        return ImageCheck(
+        return ImageQuality(
             pipeline,
             [ClipFeatures(str(self.home.path / "clip"))],
             pictures=data.val_set,
@@ -260,12 +260,12 @@ def test_a_last_step_without_a_validation_gets_one(home):
     """A run that is to end earlier than it was to: step 5 was saved on the way."""
     first = home.run("lowered", steps=6, every=1, signal_at=3 * COUNT + 5)
     assert first.left == 75
-    checkpoint_file.remove(first.folder / "checkpoints" / "step=00000006.ckpt")
+    delete_checkpoint(first.folder / "checkpoints" / "step=00000006.ckpt")
     again = home.run("lowered", steps=5)
     assert again.left is None
     assert again.canvas.painted == COUNT
     assert {step for step, row in home.metrics("lowered").items() if row} == {0, 2, 4, 5}
-    assert checkpoint_file.newest(again.folder / "checkpoints").name == "step=00000005_end.ckpt"
+    assert find_newest_checkpoint(again.folder / "checkpoints").name == "step=00000005_end.ckpt"
     assert again.trainer.global_step == again.trainer.max_steps == 5
 
 
@@ -282,7 +282,10 @@ class Known(L.Callback):
 def test_a_value_is_of_its_own_validation_alone(home):
     """Neither is the best checkpoint chosen by an old one, nor patience lost on it."""
     known = Known()
-    watch = [known, patience(metric="val/fd_clip", direction="minimize", validations=1, least=-1e9)]
+    watch = [
+        known,
+        patience_stopping(metric="val/fd_clip", direction="minimize", validations=1, least=-1e9),
+    ]
     # 8, 16, 24, 32 and 40 images: 16 and 32 are multiples, and the last one is measured always.
     run = home.run("rarely", steps=10, options={"every": 16}, watch=watch)
     assert known.at == {0: True, 2: False, 4: True, 6: False, 8: True, 10: True}
@@ -294,7 +297,7 @@ def test_a_value_is_of_its_own_validation_alone(home):
 
 def due(every: int, *, interval: int, accumulate: int = 1, batch: int = 8, last: int = 40):
     """The steps at which it is due, of those at which there is a validation."""
-    check = ImageCheck.__new__(ImageCheck)
+    check = ImageQuality.__new__(ImageQuality)
     check.every = every
     steps = [*range(0, last, interval), last]
     trainer = SimpleNamespace(
@@ -321,8 +324,8 @@ def test_it_is_due_after_so_many_images(accumulate):
 def test_what_cannot_be_is_refused(home):
     with pytest.raises(ValueError, match="0 or more, got -1"):
         home.run("wrong", options={"every": -1})
-    check = ImageCheck.__new__(ImageCheck)
+    check = ImageQuality.__new__(ImageQuality)
     check.pipelines = {"": None, "_raw": None}
-    trainer = SimpleNamespace(strategy=Sharded())
+    trainer = SimpleNamespace(strategy=FullyShardedStrategy())
     with pytest.raises(ValueError, match=r"fsdp .* take eval.images.raw=false"):
         check.setup(trainer, L.LightningModule(), "fit")

@@ -12,13 +12,13 @@ from test_resume import assert_same
 from test_signals import RUN as TINY
 from world import latent_diffusion, make_trainer, shapes_data
 
-from ldm.experiments import run_dir
+from ldm.experiments.run_dir import read_metrics
 from ldm.training.callbacks.checkpointing import Checkpoints
-from ldm.training.callbacks.nonfinite import NotFiniteError, SkipNonFinite
-from ldm.training.ema import move
+from ldm.training.callbacks.nonfinite import NonFiniteStepSkipper, NotFiniteError
+from ldm.training.ema import lerp_by_tensor
 from ldm.training.loggers.csv import CsvLog
 from ldm.training.modules.diffusion import LatentDiffusion
-from ldm.utils import checkpoint_file
+from ldm.utils.checkpoint_file import parse_checkpoint_step, read_checkpoint
 from ldm.utils.hashing import hash_module
 
 
@@ -66,11 +66,11 @@ def train(
     clip: float = 1.0,
     keep: int = 9,
     validate_every: int | None = None,
-) -> SkipNonFinite:
+) -> NonFiniteStepSkipper:
     trainer = make_trainer(steps=steps, callbacks=[], accumulate=accumulate, clip=clip)
     [meter] = trainer.callbacks[:1]
     meter.every = every
-    skip = SkipNonFinite(folder / "bad_batches.json", meter=meter, stop_after=stop_after)
+    skip = NonFiniteStepSkipper(folder / "bad_batches.json", meter=meter, stop_after=stop_after)
     keeper = Checkpoints(folder / "checkpoints", every=2, keep=keep, facts={})
     trainer.callbacks += [*callbacks, skip, keeper]
     trainer.val_check_interval = validate_every or trainer.val_check_interval
@@ -100,7 +100,7 @@ def test_a_run_is_the_one_without_that_update(
     module.omitted = step
     assert train(tmp_path / "b", shapes, module, **how).skipped == 0
     one, other = (
-        checkpoint_file.read(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("a", "b")
+        read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("a", "b")
     )
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "ldm"):
         assert_same(one[part], other[part], part)
@@ -145,33 +145,33 @@ def test_too_many_in_a_row_stop_with_the_samples_written_down(tmp_path, shapes, 
         assert batch["loss"] == "nan"
         assert batch["rank"] == 0
         assert batch["keys"] == spoil.keys[bad["step"] - 1]
-    state = checkpoint_file.read(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
+    state = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
     assert all(value.isfinite().all() for value in state.values())
 
 
 @pytest.mark.filterwarnings("ignore:the loss or the gradient was not finite")
 def test_the_count_is_logged_and_goes_on_with_the_run(tmp_path, shapes, tiny_text):
     train(tmp_path, shapes, latent_diffusion(tiny_text), Spoil(0, 2), steps=4, every=3)
-    logged = [row["train/skipped_steps"] for row in run_dir.read_metrics(tmp_path)]
+    logged = [row["train/skipped_steps"] for row in read_metrics(tmp_path)]
     assert logged == [2, 2]  # at step 3, and at 4 before its validation
     skip = train(tmp_path, shapes, latent_diffusion(tiny_text), Spoil(0), steps=6, every=3)
     assert skip.skipped == 3
-    assert run_dir.read_metrics(tmp_path)[-1]["train/skipped_steps"] == 3
+    assert read_metrics(tmp_path)[-1]["train/skipped_steps"] == 3
 
 
 def test_on_a_device_the_average_moves_by_what_the_device_says():
     averages, weights = ([torch.randn(n, 2) for n in range(1, 40)] for _ in range(2))
     before = [average.clone() for average in averages]
-    move(averages, weights, 0.25 * (1 - torch.tensor(1.0)))
+    lerp_by_tensor(averages, weights, 0.25 * (1 - torch.tensor(1.0)))
     assert_same(averages, before)
-    move(averages, weights, 0.25 * (1 - torch.tensor(0.0)))
+    lerp_by_tensor(averages, weights, 0.25 * (1 - torch.tensor(0.0)))
     for now, then, weight in zip(averages, before, weights, strict=True):
         torch.testing.assert_close(now, then.lerp(weight, 0.25))
 
 
 def test_stopping_after_none_is_refused(tmp_path):
     with pytest.raises(ValueError, match="stop_after_skips=0 must be 1 or more"):
-        SkipNonFinite(tmp_path, meter=None, stop_after=0)
+        NonFiniteStepSkipper(tmp_path, meter=None, stop_after=0)
 
 
 class SpoilWeights(L.Callback):
@@ -187,7 +187,7 @@ class SpoilWeights(L.Callback):
 
 def steps_in(folder: Path) -> list[int]:
     return sorted(
-        checkpoint_file.step(path) for path in (folder / "checkpoints").glob("step=*.ckpt")
+        parse_checkpoint_step(path) for path in (folder / "checkpoints").glob("step=*.ckpt")
     )
 
 
@@ -198,7 +198,7 @@ def test_saves_in_a_row_of_left_out_steps_thin_out_none_from_before(tmp_path, sh
     with pytest.raises(NotFiniteError, match=r"good checkpoint is .*/step=00000006.ckpt"):
         train(tmp_path, shapes, latent_diffusion(tiny_text), spoil, steps=20, stop_after=5, **how)
     assert steps_in(tmp_path) == [4, 6, 10]
-    facts = checkpoint_file.read(tmp_path / "checkpoints" / "last.ckpt")["ldm"]
+    facts = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["ldm"]
     assert facts["finite"] is True
     assert facts["doubtful_from"] == 7
     with pytest.raises(NotFiniteError, match=r"good checkpoint is .*/step=00000006.ckpt"):
@@ -232,7 +232,7 @@ def test_a_validation_that_is_not_finite_keeps_what_was_before(tmp_path, shapes,
     how = {"keep": 1, "steps": 12, "stop_after": 99, "validate_every": 4}
     train(tmp_path, shapes, latent_diffusion(tiny_text), Ruin(), **how)
     assert steps_in(tmp_path) == [4, 12]
-    assert checkpoint_file.read(tmp_path / "checkpoints" / "last.ckpt")["ldm"]["doubtful_from"] == 5
+    assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["ldm"]["doubtful_from"] == 5
 
 
 @pytest.mark.slow
@@ -253,7 +253,7 @@ from world import latent_diffusion, shapes_data, SafeCheckpointIO, Meter
 from ldm.utils import checkpoint_file as checkpoint
 from ldm.models.text.clip.clip import ClipText
 from ldm.training.callbacks.monitoring.checkpointing import Checkpoints
-from ldm.training.fsdp import Sharded
+from ldm.training.fsdp import FullyShardedStrategy
 from ldm.training.callbacks.monitoring.nonfinite import SkipNonFinite
 
 class Spoil(L.Callback):
@@ -274,7 +274,8 @@ meter, watch = Meter(every=1), Watch()
 skip = SkipNonFinite(checkpoint.Path("bad.json"), meter=meter, stop_after=stop_after)
 keeper = Checkpoints(checkpoint.Path("checkpoints"), every=1, keep=9, facts={}, background=True)
 trainer = L.Trainer(
-    accelerator="cpu", devices=2, strategy={"ddp": "ddp", "fsdp": Sharded()}[sys.argv[3]],
+    accelerator="cpu", devices=2,
+    strategy={"ddp": "ddp", "fsdp": FullyShardedStrategy()}[sys.argv[3]],
     max_steps=4, check_val_every_n_epoch=None, use_distributed_sampler=False, logger=False,
     gradient_clip_val=1.0, limit_val_batches=0, plugins=[SafeCheckpointIO()],
     callbacks=[meter, Spoil(), skip, watch, keeper], **quiet
@@ -286,7 +287,7 @@ if trainer.is_global_zero:
     assert all(torch.equal(first[name], second[name]) for name in first), "the step was taken"
     assert any(not torch.equal(second[name], third[name]) for name in first)
     assert all(value.isfinite().all() for value in third.values())
-    whole = checkpoint.read(checkpoint.Path("checkpoints/last.ckpt"))
+    whole = checkpoint.read_checkpoint(checkpoint.Path("checkpoints/last.ckpt"))
     assert all(torch.equal(whole["state_dict"][name], _[name]) for name in first)
 """
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from world import latent_diffusion, make_trainer, shapes_data
 
-from ldm.training.callbacks.monitoring import Meter, Pictures, ProgressBar
+from ldm.training.callbacks.monitoring import ProgressBar, SampleImages, ThroughputMonitor
 from ldm.training.loggers.csv import CsvLog
 
 SLOW = 0.5  # seconds that pictures take
@@ -32,11 +32,11 @@ def draw() -> tuple[Image.Image, dict]:
 
 
 @pytest.fixture(scope="module")
-def told(shapes, tiny_text, tmp_path_factory) -> tuple[list[dict], float, Meter]:
+def told(shapes, tiny_text, tmp_path_factory) -> tuple[list[dict], float, ThroughputMonitor]:
     """What was logged, how many seconds it took in all, and the meter."""
     folder, seconds, said = tmp_path_factory.mktemp("run"), Seconds(), []
     trainer = make_trainer(
-        steps=STEPS, callbacks=[Pictures(folder, draw), seconds], validate_every=2
+        steps=STEPS, callbacks=[SampleImages(folder, draw), seconds], validate_every=2
     )
     log = CsvLog(folder / "metrics.csv")
     trainer.loggers = [log]

@@ -14,7 +14,7 @@ import wandb_files
 from PIL import Image
 from wandb_server import serving
 
-from ldm.training.loggers.wandb import has_key, wandb_logger
+from ldm.training.loggers.wandb import has_wandb_key, wandb_logger
 
 ROOT = Path(__file__).parents[4]
 OVERRIDES = ["scheduler=cosine", "optimizer.lr=1e-3", f"samples.prompts=[{'red ' * 30}ball]"]
@@ -216,7 +216,7 @@ def test_without_a_home_directory_a_run_is_offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "")  # is put back afterwards
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", nobody)
-    assert not has_key()
+    assert not has_wandb_key()
     log_steps(tmp_path, range(3))
     (run,) = wandb_files.of_run(tmp_path)
     assert set(run.series("train/loss")) == {0, 1, 2}
@@ -264,9 +264,9 @@ def test_a_killed_run_can_be_read(tmp_path):
 
 
 def test_a_key_in_the_environment(monkeypatch):
-    assert not has_key()
+    assert not has_wandb_key()
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert has_key()
+    assert has_wandb_key()
 
 
 @pytest.mark.parametrize(
@@ -282,18 +282,18 @@ def test_a_key_where_wandb_login_puts_it(monkeypatch, tmp_path, base_url, host):
     if base_url:
         monkeypatch.setenv("WANDB_BASE_URL", base_url)
     login(tmp_path / "home" / ".netrc", "elsewhere.org")
-    assert not has_key()
+    assert not has_wandb_key()
     login(tmp_path / "home" / ".netrc", host)
-    assert has_key()
+    assert has_wandb_key()
 
 
 def test_a_key_in_another_netrc(monkeypatch, tmp_path):
     login(tmp_path / "my" / "keys", "127.0.0.1:9")
-    assert not has_key()
+    assert not has_wandb_key()
     monkeypatch.setenv("NETRC", str(tmp_path / "my" / "keys"))
-    assert has_key()
+    assert has_wandb_key()
 
 
 def test_a_broken_netrc_is_no_key(tmp_path):
     login(tmp_path / "home" / ".netrc", "a b c d")
-    assert not has_key()
+    assert not has_wandb_key()

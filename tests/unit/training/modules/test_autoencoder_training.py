@@ -5,11 +5,11 @@ import torch
 from torchmetrics.image import PeakSignalNoiseRatio
 from world import make_trainer, shapes_data, small_autoencoder, val_batch
 
-from ldm.diffusion.rng import generators
+from ldm.diffusion.rng import make_generators
 from ldm.training.callbacks.checkpointing import Checkpoints
 from ldm.training.modules.autoencoder import AutoencoderTraining
 from ldm.training.optimizers import AdamW
-from ldm.utils import checkpoint_file
+from ldm.utils.checkpoint_file import find_newest_checkpoint, read_checkpoint
 
 
 def autoencoder_training(*, kl_weight: float = 1e-3) -> AutoencoderTraining:
@@ -19,7 +19,7 @@ def autoencoder_training(*, kl_weight: float = 1e-3) -> AutoencoderTraining:
 
 def draws(n: int) -> list[torch.Generator]:
     """What a validation draws the latents of samples 0..n-1 with."""
-    return generators(0, range(n), stream="posterior")
+    return make_generators(0, range(n), stream="posterior")
 
 
 def encoded(module: AutoencoderTraining, batch: dict) -> torch.Tensor:
@@ -41,7 +41,7 @@ def test_it_learns_and_leaves_latents_of_unit_variance(shapes, tmp_path):
     torch.testing.assert_close(latents.mean(1), torch.zeros(3), rtol=0, atol=1e-4)
     torch.testing.assert_close(latents.std(1, correction=0), torch.ones(3), rtol=0, atol=1e-4)
 
-    stored = checkpoint_file.read(checkpoint_file.newest(tmp_path))["state_dict"]
+    stored = read_checkpoint(find_newest_checkpoint(tmp_path))["state_dict"]
     assert torch.equal(stored["autoencoder.scale"], module.autoencoder.scale)
     assert torch.equal(stored["autoencoder.shift"], module.autoencoder.shift)
 

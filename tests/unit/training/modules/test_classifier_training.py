@@ -7,13 +7,17 @@ import torch
 from world import CAPTIONS, make_trainer, shapes_data, small_autoencoder, val_batch
 
 from ldm.diffusion.schedules import cosine
-from ldm.models.autoencoder import Identity
+from ldm.models.autoencoder import IdentityAutoencoder
 from ldm.models.clip import contrastive_loss
 from ldm.models.noisy_classifier import NoisyClassifier, NoisyTower
-from ldm.models.text.clip import ClipText
-from ldm.models.text.labels import Labels
+from ldm.models.text.clip import ClipTextEncoder
+from ldm.models.text.labels import LabelTextEncoder
 from ldm.training.callbacks.checkpointing import Checkpoints
-from ldm.training.modules.classifier import ClassifierTraining, multiple_contrastive, numbers
+from ldm.training.modules.classifier import (
+    ClassifierTraining,
+    hash_captions,
+    multi_positive_contrastive_loss,
+)
 from ldm.training.optimizers import AdamW
 from ldm.utils.hashing import hash_module
 
@@ -22,19 +26,21 @@ SIZES = {"width": 16, "channels": 16, "heads": 2, "groups": 4}
 
 
 @pytest.fixture(scope="module")
-def pooled_text(tiny_clip, tmp_path_factory) -> ClipText:
+def pooled_text(tiny_clip, tmp_path_factory) -> ClipTextEncoder:
     folder = tmp_path_factory.mktemp("clip") / "clip"
     tiny_clip.save(folder)
-    return ClipText(str(folder), pooled=True)
+    return ClipTextEncoder(str(folder), pooled=True)
 
 
 def training(text=None, *, autoencoder=None, lr=3e-3, seed=0) -> ClassifierTraining:
     """In pixel space, unless there is an autoencoder; always the same weights."""
     torch.manual_seed(0)
     tower = NoisyTower(schedule=cosine(), in_channels=3, **SIZES)
-    classifier = NoisyClassifier(tower, text or Labels(COLOURS))
+    classifier = NoisyClassifier(tower, text or LabelTextEncoder(COLOURS))
     optimizer = AdamW(lr=lr, warmup=2)
-    return ClassifierTraining(classifier, autoencoder or Identity(), optimizer=optimizer, seed=seed)
+    return ClassifierTraining(
+        classifier, autoencoder or IdentityAutoencoder(), optimizer=optimizer, seed=seed
+    )
 
 
 def test_it_learns_names_where_they_can_be_seen(shapes):
@@ -69,16 +75,16 @@ def test_it_learns_captions_where_they_can_be_seen(shapes, pooled_text):
 def test_equal_captions_are_equally_right():
     torch.manual_seed(0)
     logits = torch.randn(4, 4)
-    said = numbers(["a cat", "a dog", "a cat", "a bird"])
+    said = hash_captions(["a cat", "a dog", "a cat", "a bird"])
     assert said.tolist().count(said[0]) == 2
     shared = torch.tensor([[0.5, 0, 0.5, 0], [0, 1, 0, 0], [0.5, 0, 0.5, 0], [0, 0, 0, 1]])
     expected = [-(shared * part.log_softmax(1)).sum(1).mean() for part in (logits, logits.T)]
-    torch.testing.assert_close(multiple_contrastive(logits, said), sum(expected) / 2)
+    torch.testing.assert_close(multi_positive_contrastive_loss(logits, said), sum(expected) / 2)
 
 
 def test_captions_that_differ_make_clips_loss(pooled_text):
     a, b = (torch.nn.functional.normalize(torch.randn(5, 8), dim=1) for _ in range(2))
-    ours = multiple_contrastive(7 * a @ b.T, numbers([str(i) for i in range(5)]))
+    ours = multi_positive_contrastive_loss(7 * a @ b.T, hash_captions([str(i) for i in range(5)]))
     torch.testing.assert_close(ours, contrastive_loss(a, b, torch.tensor(7.0)))
 
 

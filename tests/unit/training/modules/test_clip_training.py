@@ -8,8 +8,8 @@ import torch
 from world import CAPTIONS, make_trainer, shapes_data, val_batch
 
 from ldm.models.clip import Clip, contrastive_loss
-from ldm.models.text.clip import ClipText
-from ldm.training.modules.clip import ClipTraining, SaveClip
+from ldm.models.text.clip import ClipTextEncoder
+from ldm.training.modules.clip import ClipFolderWriter, ClipTraining
 from ldm.training.optimizers import AdamW
 
 
@@ -20,16 +20,16 @@ def module(tiny_clip) -> ClipTraining:
 
 def test_it_learns_to_tell_the_shapes_apart(shapes, module, tmp_path):
     data, folder = shapes_data(shapes, batch_size=10), tmp_path / "run" / "clip"
-    trainer = make_trainer(steps=60, callbacks=[SaveClip(folder, CAPTIONS)])
+    trainer = make_trainer(steps=60, callbacks=[ClipFolderWriter(folder, CAPTIONS)])
     (before,) = trainer.validate(module, datamodule=data, verbose=False)
-    untrained = ClipText(str(folder))(CAPTIONS).tokens
+    untrained = ClipTextEncoder(str(folder))(CAPTIONS).tokens
     trainer.fit(module, datamodule=data)
     after = trainer.callback_metrics
     assert before["val/loss"] > 0.9 * math.log(10)  # of choosing one in ten blindly
     assert after["val/loss"] < 0.5 * math.log(10)
     assert after["val/recall_at_1"] > before["val/recall_at_1"]
 
-    assert (ClipText(str(folder.parent))(CAPTIONS).tokens - untrained).abs().max() > 0.01
+    assert (ClipTextEncoder(str(folder.parent))(CAPTIONS).tokens - untrained).abs().max() > 0.01
     with torch.no_grad():
         saved = Clip.load(str(folder)).encode_texts(CAPTIONS)
         torch.testing.assert_close(saved, module.clip.eval().encode_texts(CAPTIONS))

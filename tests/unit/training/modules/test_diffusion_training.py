@@ -16,7 +16,7 @@ from world import (
     write_shapes,
 )
 
-from ldm.data.position_sampler import strided_batches
+from ldm.data.position_sampler import split_strided_batches
 from ldm.training.modules.diffusion import LatentDiffusion
 from ldm.utils.hashing import hash_module
 
@@ -68,7 +68,7 @@ def test_the_loss_is_the_mean_of_its_bands(shapes, module):
 @pytest.mark.parametrize(("batch", "world"), [(1, 1), (3, 1), (2, 3), (4, 7)])
 def test_a_validation_does_not_depend_on_batches_and_ranks(shapes, module, batch, world):
     data = shapes_data(shapes)
-    shares = [strided_batches(10, batch=batch, rank=r, world=world) for r in range(world)]
+    shares = [split_strided_batches(10, batch=batch, rank=r, world=world) for r in range(world)]
     batches = [[i for i, _ in pairs] for share in shares for pairs in share]
     at_once, split = (validated(module, data, b) for b in ([list(range(10))], batches))
     assert split == pytest.approx(at_once, rel=1e-5)

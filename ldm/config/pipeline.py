@@ -27,8 +27,8 @@ from ldm.utils.errors import UsageError
 from ldm.utils.hashing import hash_module
 
 TRAIN_TASK_HINT = "Train one: python train.py task={task} init={ckpt} name=my-{task}"
-CLASSIFIER_FREE_TARGET = "ldm.diffusion.guidance.base.ClassifierFree"
-COMPOSITIONAL_TARGET = "ldm.diffusion.guidance.compositional.Composed"
+CLASSIFIER_FREE_TARGET = "ldm.diffusion.guidance.base.ClassifierFreeGuidance"
+COMPOSITIONAL_TARGET = "ldm.diffusion.guidance.compositional.CompositionalGuidance"
 TEXT_TO_IMAGE_HINT = (
     "Give a run of task=text2img; `python sample.py` without task= does what this one can"
 )

@@ -63,7 +63,7 @@ HOSTILE = {
     ),
     "a component of another group": (
         "scheduler",
-        {"_target_": "ldm.models.text.clip.ClipText", "path": "packaged:clip"},
+        {"_target_": "ldm.models.text.clip.ClipTextEncoder", "path": "packaged:clip"},
         "which is no scheduler of ours",
     ),
     "the class behind a function": (

@@ -90,7 +90,7 @@ def cascade(base: str, sr: str, prompts: Sequence[str], scenes: Sequence[Scene])
     bicubic = to_uint8(upsample_images(small, scale))
     yield {"pictures": f"base and bicubic, {scale * side} px", **shares(bicubic, scenes)}
     for level in (0.0, 0.1, 0.2):
-        pipe = opened(sr, "guidance.scale=1", "task=superres", f"task.level={level}")
+        pipe = opened(sr, "guidance.scale=1", "task=superres", f"task.noise_level={level}")
 
         def enlarge(s, i, pipe=pipe):
             given = prepare_upscaling_inputs(pipe, small[s])
@@ -98,7 +98,7 @@ def cascade(base: str, sr: str, prompts: Sequence[str], scenes: Sequence[Scene])
             return torch.stack(given.cut(pipe(prompts[s], seeds=i, **how)))
 
         images = batches(f"level {level}", enlarge, len(prompts))
-        name = f"cascade, {scale * side} px, task.level={level}"
+        name = f"cascade, {scale * side} px, task.noise_level={level}"
         yield {"pictures": name, **shares(images, scenes)}
 
 

@@ -63,7 +63,7 @@ RUNS = {  # runs that differ as experiments do
     "few-steps": short(200),
     "flow": short(300, "scheduler=flow", "objective=flow"),
     "eps-linear": short(300, "scheduler=linear", "objective=eps"),
-    "no-place-maps": short(300, "model.waves=0"),
+    "no-place-maps": short(300, "model.positional_waves=0"),
     "sigmoid": short(200, "scheduler=sigmoid", "caption_dropout=0.2"),
     "linear": short(700, "scheduler=linear"),
     "low-rate": short(700, "optimizer.lr=1e-3"),

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ldm.config.command_line import check_config, check_run_name, convert_to_usage_errors
 from ldm.config.leftovers import register_new_directories
+from ldm.experiments.former_names import former_setting
 from ldm.experiments.run_dir import get_launcher_layout, read_last_value
 from ldm.experiments.sweep import (
     JobHost,
@@ -113,9 +114,11 @@ class SweepPlan:
             ]
             # Where nothing is swept there is one job: what was typed first names it.
             own = [o for o in parsed if o.get_key_element() not in self.same] or parsed[:1]
-            label = format_job_label(
-                {o.get_key_element(): o.get_value_element_as_str() for o in own}
-            )
+            settings = {o.get_key_element(): o.get_value_element_as_str() for o in own}
+            label = format_job_label(settings)
+            former = format_job_label({former_setting(key): settings[key] for key in settings})
+            if Path("runs", self.name, former).is_dir():  # begun when a setting had another name
+                label = former
             if label not in found:
                 found[label] = self._job(label, [o.input_line for o in parsed])
             jobs.append(found[label])

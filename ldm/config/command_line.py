@@ -29,7 +29,8 @@ from ldm.config.suggestions import (
     format_unknown_setting,
     is_config_group,
 )
-from ldm.experiments.run_dir import HYDRA_RESOLVERS, parse_number
+from ldm.experiments.former_names import update_override
+from ldm.experiments.run_dir import HYDRA_RESOLVERS, get_launcher_rank, parse_number
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_path_length, read_text
 from ldm.utils.locks import InUseError
@@ -42,6 +43,16 @@ HELP_FLAGS = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
 
 for _name, _resolver in HYDRA_RESOLVERS.items():
     OmegaConf.register_new_resolver(_name, _resolver, replace=True)
+
+
+def update_former_settings() -> None:
+    """Gives the settings of the command line their names of today; says so once for each."""
+    for i, word in enumerate(sys.argv[1:], start=1):
+        if (updated := update_override(word)) != word:
+            sys.argv[i] = updated
+            if get_launcher_rank() == 0:
+                old, new = word.partition("=")[0], updated.partition("=")[0]
+                print(f"note: the setting {old} is called {new} now", file=sys.stderr)
 
 
 def pop_text_options(names: Iterable[str]) -> dict[str, str]:
@@ -85,6 +96,7 @@ def pop_sweep_choices() -> dict[str, list[str]]:
 
     Names with the values, as typed, each once.
     """
+    update_former_settings()
     parser, taken, left = OverridesParser.create(), {}, []
     for argument in sys.argv[1:]:
         left.append(argument)
@@ -134,6 +146,7 @@ def run_command(main: Callable[[], None], config_name: str, *, goes_on: bool = F
     configure_output_encoding()
     if HELP_FLAGS & set(sys.argv):  # its reader may leave early, as `head` does
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    update_former_settings()
     # argparse, which Hydra uses, wants overrides in one piece: -m may stand anywhere.
     words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     sys.argv[1:] = map(quote_override, words)

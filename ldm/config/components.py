@@ -86,11 +86,11 @@ def build_denoiser(
 
 def build_objective(cfg: DictConfig) -> Objective:
     """Schedule, prediction, weighting, loss and time sampler."""
-    groups = {"schedule": "scheduler", "weighting": "weighting", "penalty": "loss"}
+    groups = {"schedule": "scheduler", "weighting": "weighting", "loss": "loss"}
     # Checkpoints of before these were groups have them in `objective`, or not at all.
     built = {name: instantiate(cfg[group]) for name, group in groups.items() if group in cfg}
-    if "time_sampler" in cfg:
-        built["time_sampler"] = instantiate(cfg.time_sampler, batch=cfg.data.batch_size)
+    if "timestep_sampler" in cfg:
+        built["timestep_sampler"] = instantiate(cfg.timestep_sampler, batch=cfg.data.batch_size)
     return instantiate(cfg.objective, **built)
 
 

@@ -28,14 +28,14 @@ def build_guidance(cfg: DictConfig, beside: Components) -> Guidance:
         "inner": build_guidance,
         "guide": load_guide_denoiser,
         "classifier": load_classifier_guide,
-        "judge": load_clip_reward,
+        "reward_model": load_clip_reward,
     }
     needed = {name: make for name, make in makers.items() if name in cfg}
     for name in needed:
         if cfg[name] is None:
             raise UsageError(f"guidance.{name} is needed: {GUIDANCE_MODEL_HINTS[name]}")
     built = {name: make(cfg[name], beside) for name, make in needed.items()}
-    if "classifier" in built or "judge" in built:
+    if "classifier" in built or "reward_model" in built:
         built["schedule"] = beside.objective.schedule
     if cfg.get("rescale"):
         built["at_zero"] = beside.objective.at_zero
@@ -47,7 +47,7 @@ def build_guidance(cfg: DictConfig, beside: Components) -> Guidance:
 GUIDANCE_MODEL_HINTS = {
     "guide": "a checkpoint of a worse run of the same kind",
     "classifier": "a run of stage=classifier, as experiment=classifier_scenes trains",
-    "judge": "a CLIP: packaged:clip, a folder, or a name on the hub",
+    "reward_model": "a CLIP: packaged:clip, a folder, or a name on the hub",
 }
 
 

@@ -139,8 +139,8 @@ def load_cascade(
     """Pipelines of which each enlarges what the one before has painted.
 
     The first is guided as `cfg` says and does what it was trained for; the others are of `cfg`'s
-    task, or of their own, and guided by `cfg.enlarging`: by the parts of the prompt where the first
-    is, by all of its words otherwise. A single one is as `cfg` says.
+    task, or of their own, with guidance scale `cfg.cascade_guidance_scale`: by the parts of the
+    prompt where the first is, by all of its words otherwise. A single one is as `cfg` says.
     Raises what `restore` raises, and UsageError where the first paints videos or a later one
     enlarges nothing.
     """
@@ -149,7 +149,7 @@ def load_cascade(
     first = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "task"])
     later = OmegaConf.merge(cfg)
     target = COMPOSITIONAL_TARGET if is_compositional(cfg.guidance) else CLASSIFIER_FREE_TARGET
-    later.guidance = {"_target_": target, "scale": cfg.enlarging}
+    later.guidance = {"_target_": target, "scale": cfg.cascade_guidance_scale}
     stages: list[LoadedPipeline] = []
     for ckpt in ckpts:
         stages.append(load_pipeline(later if stages else first, ckpt, asked))

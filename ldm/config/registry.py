@@ -15,24 +15,25 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.ranges import format_invalid_value
 from ldm.config.suggestions import CONF_DIR
+from ldm.experiments.former_names import update_names
 from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.plain_yaml import parse_plain_mapping
 
 # Groups that a model is built of.
 DIFFUSION_GROUPS = ("autoencoder", "text_encoder", "model", "scheduler", "objective", "task")
-OPTIONAL_GROUPS = ("style_encoder", "weighting", "loss", "time_sampler")  # not in older checkpoints
+OPTIONAL_GROUPS = (
+    "style_encoder",
+    "weighting",
+    "loss",
+    "timestep_sampler",
+)  # not in older checkpoints
 CLASSIFIER_GROUPS = ("text_encoder", "scheduler", "classifier")
 COMPONENT_GROUPS = tuple(dict.fromkeys((*DIFFUSION_GROUPS, *OPTIONAL_GROUPS, *CLASSIFIER_GROUPS)))
 
-# Where components had other names, the names of today; old checkpoints say the old ones.
-FORMER_NAMES = {
-    "ldm.diffusion.objective.PowerTimes": "ldm.diffusion.timesteps.PowerTimestepSampler",
-    "ldm.diffusion.objective.UniformWeighting": "ldm.diffusion.weightings.UniformWeighting",
-}
 # Components within others that are options of a group.
 NESTED_GROUPS = {
     "objective.weighting": "weighting",  # in checkpoints of before these were groups
-    "objective.time_sampler": "time_sampler",
+    "objective.timestep_sampler": "timestep_sampler",
 }
 # Values of other groups that the parts of a model are built with, and of which type they are.
 SIZE_SETTINGS = {
@@ -69,7 +70,7 @@ def validate_file_config(text: object, where: Path, *, needed: tuple[str, ...]) 
     the file says is left out. Raises CheckpointError, which names `where` and what is wrong.
     """
     try:
-        config = parse_plain_mapping(text)
+        config = update_names(parse_plain_mapping(text))
         for group in needed:
             if not config.get(group):
                 raise ValueError(f"it says nothing of {group}")
@@ -94,7 +95,6 @@ def validate_component(node: object, place: str) -> dict:
     target = node.get("_target_")
     if not isinstance(target, str):
         raise ValueError(f"{place} asks to call {_shorten_repr(target)}, which is no name of ours")
-    target = FORMER_NAMES.get(target, target)
     if target not in list_component_targets().get(place, ()):
         raise ValueError(f"it asks to call {_shorten_repr(target)}, which is no {place} of ours")
     takes = list_target_arguments(target)

@@ -63,7 +63,7 @@ class Prediction:
 class Objective(nn.Module):
     """A schedule, a prediction, and how much what counts at which times: the training target.
 
-    `penalty` is what an element's error costs, its square where there is none. `offset_noise` adds
+    `loss` is what an element's error costs, its square where there is none. `offset_noise` adds
     to eps that many times a normal number that all places of a channel share, so that a picture's
     mean is trained as well (Guttenberg 2023, crosslabs.org). `input_perturbation` shows the network
     a noise that many times a normal number off the one that it is to predict (Ning et al. 2023,
@@ -77,8 +77,8 @@ class Objective(nn.Module):
         prediction: Prediction,
         *,
         weighting: Weighting,
-        time_sampler: TimestepSampler,
-        penalty: ElementwiseLoss | None = None,
+        timestep_sampler: TimestepSampler,
+        loss: ElementwiseLoss | None = None,
         offset_noise: float = 0.0,
         input_perturbation: float = 0.0,
     ) -> None:
@@ -97,8 +97,8 @@ class Objective(nn.Module):
         self.schedule = schedule
         self.prediction = prediction
         self.weighting = weighting
-        self.time_sampler = time_sampler
-        self.penalty = penalty or SquaredLoss()
+        self.timestep_sampler = timestep_sampler
+        self.loss_function = loss or SquaredLoss()
         self.offset_noise = offset_noise
         self.input_perturbation = input_perturbation
         self._check_weights()
@@ -117,7 +117,7 @@ class Objective(nn.Module):
         mix: what becomes of white noise (B, C, h, w) before it is used; see `Plain.mix` of a task.
         """
         like = {"device": x0.device, "dtype": x0.dtype}
-        t = self.time_sampler(len(x0), generator).to(x0.device)
+        t = self.timestep_sampler(len(x0), generator).to(x0.device)
         eps = randn(x0.shape, generator, **like)
         if mix is not None:
             eps = mix(eps)
@@ -154,7 +154,7 @@ class Objective(nn.Module):
         x_t = expand_dims_like(alpha, x0) * x0 + expand_dims_like(sigma, x0) * shown  # (B, C, h, w)
         out = net(x_t, self.schedule.timestep(t).to(x0.dtype), cond)  # (B, C, h, w)
         error = out - self.prediction.target(x0, eps, alpha, sigma)
-        cost = self.penalty(error, t, self.schedule.log_snr(t))
+        cost = self.loss_function(error, t, self.schedule.log_snr(t))
         return cost.flatten(1).mean(1) * self.weight(t)
 
     def _check_weights(self) -> None:

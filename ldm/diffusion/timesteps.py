@@ -36,10 +36,11 @@ class Uniforms:
 
     def __init__(self, spread: str = "independent", *, batch: int | None = None) -> None:
         if spread not in SPREADS:
-            raise ValueError(f"time_sampler.spread '{spread}' is none of {', '.join(SPREADS)}")
+            raise ValueError(f"timestep_sampler.spread '{spread}' is none of {', '.join(SPREADS)}")
         if spread == "stratified" and (batch is None or batch < 1):
             raise ValueError(
-                f"time_sampler.spread=stratified needs the images of an optimizer step, got {batch}"
+                f"timestep_sampler.spread=stratified needs the images of an optimizer "
+                f"step, got {batch}"
             )
         self.spread, self.batch = spread, batch
 
@@ -48,7 +49,7 @@ class Uniforms:
             return rand(n, generator)
         if not isinstance(generator, ImageGenerators):
             raise ValueError(
-                f"time_sampler.spread={self.spread} needs to know which images these are: give "
+                f"timestep_sampler.spread={self.spread} needs to know which images these are: give "
                 "it the generators of ldm.diffusion.rng.make_generators"
             )
         if len(generator) != n:
@@ -138,7 +139,7 @@ class LogitNormalTimestepSampler:
         batch: int | None = None,
     ) -> None:
         if std <= 0:
-            raise ValueError(f"time_sampler.std must be above 0, got {std}")
+            raise ValueError(f"timestep_sampler.std must be above 0, got {std}")
         self.mean, self.std = mean, std
         self.uniforms = Uniforms(spread, batch=batch)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.experiments.curves import check_curve_files
+from ldm.experiments.former_names import update_names
 from ldm.experiments.run_dir import list_config_changes
 from ldm.utils.errors import UsageError
 
@@ -45,7 +46,7 @@ def rename_former_metrics(path: Path, facts: dict) -> str:
     from ldm.evaluation.tensor_cache import hash_facts
 
     try:
-        former = json.loads(path.read_text())
+        former = update_names(json.loads(path.read_text()))
         own, other = (
             {name: value for name, value in one.items() if name not in RESULT_KEYS}
             for one in (json.loads(json.dumps(facts)), former)

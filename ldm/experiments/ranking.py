@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from ldm.experiments.former_names import update_names
 from ldm.experiments.run_dir import (
     SWEEP_FILE,
     find_last_value,
@@ -82,7 +83,7 @@ def read_run_record(directory: Path) -> RunRecord:
     """
     result = read_result(directory)
     about = read_yaml_settings(directory / ".hydra" / "hydra.yaml")
-    choices = _inner(_inner(_inner(about, "hydra"), "runtime"), "choices")
+    choices = update_names(_inner(_inner(_inner(about, "hydra"), "runtime"), "choices"))
     config = read_yaml_settings(directory / "config.yaml")
     _inner(config, "data")
     begun = any((directory / name).exists() for name in ("config.yaml", "output.log"))

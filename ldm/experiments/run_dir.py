@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from ldm.experiments.former_names import update_names
 from ldm.utils.files import read_regular_file, write_text
 from ldm.utils.plain_yaml import parse_plain_mapping
 
@@ -135,7 +136,8 @@ def read_yaml_settings(path: Path) -> dict:
     if not os.path.lexists(path):
         return {}
     try:
-        return parse_plain_mapping(read_regular_file(path, most=MAX_CONFIG_BYTES).decode())
+        text = read_regular_file(path, most=MAX_CONFIG_BYTES).decode()
+        return update_names(parse_plain_mapping(text))
     except ValueError as error:
         raise ValueError(f"{path} holds no settings: {error}") from error
 

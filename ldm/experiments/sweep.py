@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from ldm.experiments.former_names import update_names
 from ldm.experiments.progress import ProgressLines, print_above_progress
 from ldm.experiments.run_dir import (
     SWEEP_FILE,
@@ -114,7 +115,11 @@ def merge_shared_settings(directory: Path, base: dict, *, swept: Sequence[str]) 
         # What is swept now or was swept before is not shared.
         groups = {*swept, *old["swept"]}
         free = {*groups, *base["resume"]["allow"]}
-        own = [c for c in list_config_changes(old["base"], base) if not change_concerns(c, free)]
+        own = [
+            c
+            for c in list_config_changes(update_names(old["base"]), base)
+            if not change_concerns(c, free)
+        ]
         if own:
             raise UsageError(
                 f"the sweep {directory} was begun with other settings: {'; '.join(own[:5])}. Give "

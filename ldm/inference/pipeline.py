@@ -217,9 +217,9 @@ class Pipeline:
         no_style = None if style is None else torch.zeros_like(style)
         uncond = replace(uncond, concat=concat, style=no_style)
         denoise: ConditionalDenoiser = self.denoise
-        if self.task.overlap is not None and self.trained_size is not None:
+        if self.task.tile_overlap is not None and self.trained_size is not None:
             side = self.trained_size // self.autoencoder.factor
-            denoise = TiledDenoiser(denoise, side, round(side * self.task.overlap))
+            denoise = TiledDenoiser(denoise, side, round(side * self.task.tile_overlap))
         return self.guidance(denoise, cond, uncond, GuidancePrompts(prompts, self.text))
 
     def _styled(self, style: Tensor | None, seeds: Sequence[int]) -> Tensor | None:

@@ -96,8 +96,8 @@ def export_unet_config(unet: UNet) -> dict[str, object]:
         raise ValueError("diffusers has no such network without text: context_dim must not be 0")
     if unet.style_dim:
         raise ValueError("diffusers keeps style apart from its network: style_dim must be 0")
-    if unet.waves:
-        raise ValueError("diffusers' network has no place maps: waves must be 0")
+    if unet.positional_waves:
+        raise ValueError("diffusers' network has no place maps: positional_waves must be 0")
     down = ["CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in unet.attention]
     up = ["CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in unet.attention[::-1]]
     config = {

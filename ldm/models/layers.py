@@ -42,7 +42,7 @@ class ResBlock(nn.Module):
 
     scale_shift: the embedding also scales what it is added to, after the normalisation ("Diffusion
     Models Beat GANs on Image Synthesis", Dhariwal and Nichol 2021, section 3.1: AdaGN).
-    waves: above 0, the result gets a PlaceMap.
+    positional_waves: above 0, the result gets a PlaceMap.
     With groups=0 nothing is normalised, and the block begins as its shortcut: what holds deep
     networks together without normalisation ("Fixup Initialization", Zhang et al. 2019).
     Source: "Denoising Diffusion Probabilistic Models" (Ho et al., 2020), appendix B.
@@ -58,7 +58,7 @@ class ResBlock(nn.Module):
         eps: float,
         dropout: float = 0.0,
         scale_shift: bool = False,
-        waves: int = 0,
+        positional_waves: int = 0,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
@@ -66,7 +66,11 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         width = 2 * out_channels if scale_shift else out_channels
         self.time_proj = nn.Linear(time_dim, width) if time_dim else None
-        self.place = PositionalMap(time_dim, out_channels, waves) if time_dim and waves else None
+        self.place = (
+            PositionalMap(time_dim, out_channels, positional_waves)
+            if time_dim and positional_waves
+            else None
+        )
         self.norm2 = make_group_norm(groups, out_channels, eps)
         self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)

@@ -32,7 +32,7 @@ class NoisyTower(nn.Module):
 
     in_channels: C. width: S. Level i has channels * multipliers[i] features on half the grid of
     i - 1, `blocks` residual blocks, and transformers of `depth` where `attention` says so; the last
-    grid gets one more of each. groups, heads, embedding, waves, dropout: as in the UNet.
+    grid gets one more of each. groups, heads, embedding, positional_waves, dropout: as in the UNet.
     Raises ValueError where `attention` and `multipliers` differ in length, and where features
     cannot be divided into `heads` or `groups`.
     """
@@ -51,7 +51,7 @@ class NoisyTower(nn.Module):
         depth: int = 1,
         groups: int = 8,
         embedding: int | None = None,
-        waves: int = 0,
+        positional_waves: int = 0,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class NoisyTower(nn.Module):
         self.in_channels, self.width, self.channels = in_channels, width, channels
         self.multiple = 2 ** (len(multipliers) - 1)  # what h and w must be multiples of
         time_dim = embedding or 4 * channels
-        told = {"time_dim": time_dim, "scale_shift": True, "waves": waves}
+        told = {"time_dim": time_dim, "scale_shift": True, "positional_waves": positional_waves}
         block = partial(ResBlock, **told, groups=groups, eps=1e-5, dropout=dropout)
         look = partial(SpatialTransformer, context_dim=0, heads=heads, depth=depth, groups=groups)
         self.time_mlp = build_mlp(channels, time_dim)

@@ -25,8 +25,8 @@ class ClipStyleEncoder(nn.Module):
     1 is none. code: in how many numbers the denoiser is told: few have room for what captions leave
     out alone, and styles that differ in more want more.
     Of training alone: recolour exchanges red, green and blue; `dropout` is the share of images that
-    get no style; `silence` the share whose captions lose `words`, those that name a style, so that
-    there is something to be learnt from the picture.
+    get no style; `word_dropout` the share whose captions lose `style_words`, those that name
+    a style, so that there is something to be learnt from the picture.
     `width` is F. Raises ValueError for numbers out of range, and what `Clip.load` raises.
     """
 
@@ -39,11 +39,11 @@ class ClipStyleEncoder(nn.Module):
         code: int = 8,
         recolour: bool = False,
         dropout: float = 0.1,
-        silence: float = 0.0,
-        words: Sequence[str] = (),
+        word_dropout: float = 0.0,
+        style_words: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        for name, share in (("dropout", dropout), ("silence", silence)):
+        for name, share in (("dropout", dropout), ("word_dropout", word_dropout)):
             if not 0 <= share <= 1:
                 raise ValueError(f"style_encoder.{name} is a share from 0 to 1, got {share}")
         if code < 2:
@@ -64,8 +64,8 @@ class ClipStyleEncoder(nn.Module):
         tower.encoder.layers = blocks[:layer]
         self.width = tower.config.hidden_size
         self.tiles, self.code, self.recolour = tiles, code, recolour
-        self.dropout, self.silence = dropout, silence
-        longest = sorted((word.strip() for word in words), key=len, reverse=True)
+        self.dropout, self.word_dropout = dropout, word_dropout
+        longest = sorted((word.strip() for word in style_words), key=len, reverse=True)
         listed = "|".join(re.escape(word) for word in longest if word)
         self.named = re.compile(rf"(?<!\w)(?:{listed})(?!\w)", re.IGNORECASE) if listed else None
 
@@ -82,12 +82,12 @@ class ClipStyleEncoder(nn.Module):
         return states[:, 1:]  # without the class token
 
     def silenced(self, captions: Sequence[str], shares: Tensor) -> list[str]:
-        """The captions, without `words` where a share (B,), from 0 to 1, is below `silence`."""
-        quiet = (shares < self.silence).tolist()
+        """Removes `style_words` from captions whose share, one of (B,), is below `word_dropout`."""
+        quiet = (shares < self.word_dropout).tolist()
         return [self.without(c) if drop else c for c, drop in zip(captions, quiet, strict=True)]
 
     def without(self, caption: str) -> str:
-        """A caption that does not name its style: no `words`, nor the commas around them."""
+        """A caption that does not name its style: no `style_words`, nor the commas around them."""
         if self.named is None:
             return caption
         text = " ".join(self.named.sub("", caption).split())

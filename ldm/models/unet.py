@@ -40,11 +40,11 @@ class UNet(nn.Module):
     attention: which levels have transformers; the middle always has one.
     depth: transformer blocks in each transformer. groups: of every group normalisation.
     embedding: width T of what residual blocks are told, 4 * channels where None.
-    scale_shift, waves: how they are told, see ResBlock; small networks learn faster with both.
+    scale_shift, positional_waves: see ResBlock; small networks learn faster with both.
     temporal: layers over time, see Temporal: it takes videos, and pictures as before.
 
     Raises ValueError where `attention` and `multipliers` differ in length, a level's features
-    cannot be divided into `heads` or `groups`, or `waves` is negative.
+    cannot be divided into `heads` or `groups`, or `positional_waves` is negative.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         embedding: int | None = None,
         scale_shift: bool = False,
-        waves: int = 0,
+        positional_waves: int = 0,
         temporal: bool = False,
     ) -> None:
         super().__init__()
@@ -75,8 +75,10 @@ class UNet(nn.Module):
                 f"multipliers {tuple(multipliers)} make {len(multipliers)} levels, but attention "
                 f"{tuple(attention)} is for {len(attention)}: give one value a level"
             )
-        if waves < 0:
-            raise ValueError(f"waves must be 0 (no place maps) or more, got {waves}")
+        if positional_waves < 0:
+            raise ValueError(
+                f"positional_waves must be 0 (no place maps) or more, got {positional_waves}"
+            )
         self.in_channels, self.out_channels = in_channels, out_channels
         self.context_dim, self.pooled_dim, self.style_dim = context_dim, pooled_dim, style_dim
         self.widths = [channels * m for m in multipliers]
@@ -85,7 +87,7 @@ class UNet(nn.Module):
 
         width = self.widths[0]
         self.embedding = time_dim = embedding or 4 * width
-        self.scale_shift, self.waves = scale_shift, waves
+        self.scale_shift, self.positional_waves = scale_shift, positional_waves
         self.time_mlp = build_mlp(width, time_dim)
         self.pooled_mlp = build_mlp(pooled_dim, time_dim) if pooled_dim else None
         told = context_dim or style_dim
@@ -101,7 +103,7 @@ class UNet(nn.Module):
                 eps=1e-5,
                 dropout=dropout,
                 scale_shift=scale_shift,
-                waves=waves,
+                positional_waves=positional_waves,
             ),
             partial(
                 SpatialTransformer,

@@ -12,7 +12,7 @@ import lightning as L
 # For a command whose PYTHONPATH has this folder: the place of a run's own callback is its early
 # stop, whose settings these replace.
 NAMED = ["early_stop=patience", "early_stop._target_=recorder.Recorder", "+early_stop.folder=seen"]
-NAMED += [f"~early_stop.{key}" for key in ("metric", "direction", "validations", "least")]
+NAMED += [f"~early_stop.{key}" for key in ("metric", "direction", "validations", "min_delta")]
 
 
 class Recorder(L.Callback):

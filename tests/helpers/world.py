@@ -75,7 +75,7 @@ def val_batch(data: TextImageData, indices: Sequence[int]) -> Batch:
 
 def objective() -> Objective:
     weighting, times = UniformWeighting(), PowerTimestepSampler()
-    return Objective(scaled_linear(), Prediction("v"), weighting=weighting, time_sampler=times)
+    return Objective(scaled_linear(), Prediction("v"), weighting=weighting, timestep_sampler=times)
 
 
 def unet(text: ClipTextEncoder) -> UNet:

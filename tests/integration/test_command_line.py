@@ -118,7 +118,7 @@ def test_the_same_command_again_resumes(home):
 
 @pytest.mark.slow
 def test_a_run_that_does_not_get_better_ends_early(home):
-    early = ["early_stop=patience", "early_stop.validations=2", "early_stop.least=1e3"]
+    early = ["early_stop=patience", "early_stop.validations=2", "early_stop.min_delta=1e3"]
     early += ["samples.n=0"]
     options = [*ANEW, *early, "name=early", "trainer.max_steps=99", "trainer.val_check_interval=1"]
     train(*options, cwd=home)

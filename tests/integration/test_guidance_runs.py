@@ -64,7 +64,7 @@ def test_a_clip_steers_around_other_guidance():
     cfg = painted("guidance=cfg", "guidance.scale=3")
     off = painted("guidance=clip", *inner, "guidance.scale=0")
     assert torch.equal(off, cfg)
-    on = painted("guidance=clip", *inner, "guidance.scale=5", "guidance.judge=runs/clip")
+    on = painted("guidance=clip", *inner, "guidance.scale=5", "guidance.reward_model=runs/clip")
     assert (on - cfg).abs().max() > 1e-4
 
 

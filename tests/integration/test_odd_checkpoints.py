@@ -21,7 +21,7 @@ from ldm.utils.errors import UsageError
 from ldm.utils.hashing import hash_file, hash_module
 
 OVERRIDES = ["name=x", "autoencoder=identity", "text_encoder=none", "model.channels=8"]
-OVERRIDES += ["model.groups=4", "model.embedding=16", "model.waves=0", "model.heads=2"]
+OVERRIDES += ["model.groups=4", "model.embedding=16", "model.positional_waves=0", "model.heads=2"]
 OVERRIDES += ["model.multipliers=[1]", "model.attention=[false]", "data.size=16"]
 
 
@@ -55,7 +55,7 @@ ENTRIES = ("state_dict", "global_step", "ldm", "ldm.stage", "ldm.config", "ldm.f
 ENTRIES += ("ldm.frozen.autoencoder", "ldm.frozen.text_encoder")
 ODD = [(entry, value) for entry in ENTRIES for value in (GONE, *TYPES)]
 CONFIG = ("model", "model.channels", "model.multipliers", "model.heads", "scheduler.steps", "task")
-CONFIG += ("objective.prediction", "objective.prediction.kind", "time_sampler.power", "data")
+CONFIG += ("objective.prediction", "objective.prediction.kind", "timestep_sampler.power", "data")
 CONFIG += ("data.size", "data.batch_size", "data.frames", "trainer", "trainer.precision")
 CONFIG += ("autoencoder", "autoencoder.patch", "text_encoder", "weighting", "style_encoder")
 VALUES = (GONE, None, 5, -1, 0, "text", [], ["a"], {}, True, float("nan"), float("inf"), 10**30)

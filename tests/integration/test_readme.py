@@ -88,7 +88,7 @@ def test_every_option_is_told():
     table = re.search(r"\| group \| options \|\n(.*?)\n\n", (ROOT / "README.md").read_text(), re.S)
     told = "data scheduler objective sampler guidance model autoencoder text_encoder eval trainer"
     more = ["strategy", "logger", "early_stop", "hydra/launcher", "features"]
-    more += ["weighting", "loss", "time_sampler", "task", "style_encoder"]
+    more += ["weighting", "loss", "timestep_sampler", "task", "style_encoder"]
     for group in [*told.split(), *more]:
         row = re.search(rf"\| .*`{group}`.*\|", table[1])[0]
         for path in Path(CONF_DIR, group).glob("*.yaml"):

@@ -20,7 +20,7 @@ def home(prepared, tmp_path_factory):
     home = tmp_path_factory.mktemp("home") / "home"
     shutil.copytree(prepared, home, symlinks=True)
     train(*BRIEF, "name=model", "trainer.max_steps=2", cwd=home)
-    more = ["init=runs/model", "style_encoder.silence=0.5", "style_encoder.words=[red]"]
+    more = ["init=runs/model", "style_encoder.word_dropout=0.5", "style_encoder.style_words=[red]"]
     said = train(*BRIEF, *STYLE, *more, "name=style", "trainer.max_steps=4", cwd=home)
     assert "without effect as yet: style" in said
     for name, fill in (("a", "orange"), ("b", "blue")):

@@ -85,12 +85,12 @@ def test_later_stages_of_a_cascade_read_the_parts_of_a_prompt(home, monkeypatch)
         (
             "guidance=clip",
             "guidance@guidance.inner=compose",
-            "guidance.judge=runs/clip",
+            "guidance.reward_model=runs/clip",
         ): CompositionalGuidance,
         ("guidance=cfg",): ClassifierFreeGuidance,
     }.items():
         with initialize_config_dir(CONF_DIR, version_base="1.3"):
-            words = ["ckpt=x", "device=cpu", "enlarging=1.5", *words]
+            words = ["ckpt=x", "device=cpu", "cascade_guidance_scale=1.5", *words]
             cfg = compose("sample", overrides=[quote_override(word) for word in words])
         _, later = load_cascade(cfg, ["runs/model", "runs/superres"], asked)
         assert later.pipeline.guidance == kind(scale=1.5)

@@ -121,11 +121,11 @@ class ClipGuidance(GradientGuidance):
     arXiv:2302.07121, section 3.1). A step costs about three calls of the network.
     """
 
-    judge: RewardModel
+    reward_model: RewardModel
 
     def look(self, inner: Denoise, prompts: Sequence[str]) -> LogProbFunction:
         """The judge sees what the denoiser makes of x_t."""
-        opinion = self.judge(prompts)
+        opinion = self.reward_model(prompts)
 
         def through(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             x0_hat = inner(x, t)

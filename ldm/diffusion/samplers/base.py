@@ -191,31 +191,35 @@ class ConsistencySampler(Sampler):
     """For networks distilled to answer in a few steps: d = x0_hat, and all noise drawn afresh.
 
     Multistep consistency sampling (Song et al. 2023, arXiv:2303.01469, algorithm 1; Luo et al.
-    2023, LCM, algorithm 3), exact where x0_hat is where the ODE ends. `origin`: how many even times
-    the network was distilled at, 50 for LCMs: the grid keeps to them. None: any time.
-    Raises ValueError where the origin is below 1.
+    2023, LCM, algorithm 3), exact where x0_hat is where the ODE ends. `original_steps`: how
+    many even timesteps the network was distilled at, 50 for LCMs: the grid keeps to them. None:
+    any timestep. Raises ValueError where `original_steps` is below 1.
     """
 
-    origin: int | None = 50
+    original_steps: int | None = 50
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.origin is not None and self.origin < 1:
-            raise ValueError(f"origin must be 1 or more, or null for any time, not {self.origin}")
+        if self.original_steps is not None and self.original_steps < 1:
+            raise ValueError(
+                f"original_steps must be 1 or more, or null for any time, not {self.original_steps}"
+            )
 
     def times(self, schedule: Schedule, steps: int, *, start: float = 1.0) -> Tensor:
-        """As for all samplers; without an origin of any spacing, else `trailing` on its times."""
+        """As for all samplers; with `original_steps`, `trailing` steps on its grid."""
         grid = super().times(schedule, steps, start=start)
-        if self.origin is None:
+        if self.original_steps is None:
             return grid
-        left = math.floor(start * self.origin + 1e-6)  # of its times, up to the start
+        left = math.floor(start * self.original_steps + 1e-6)  # of its times, up to the start
         if self.spacing != "trailing" or steps > left:
             raise ValueError(
                 f"{steps} {self.spacing} steps from t = {start} for a network that was distilled "
-                f"at {self.origin} even times: take fewer steps, sampler.spacing=trailing, or "
-                "sampler.origin=null where it knows all times"
+                f"at {self.original_steps} even times: take fewer steps, sampler.spacing=trailing, "
+                "or sampler.original_steps=null where it knows all times"
             )
-        grid[1:-1] = (left - (torch.arange(1, steps) * left).div(steps).floor()) / self.origin
+        grid[1:-1] = (
+            left - (torch.arange(1, steps) * left).div(steps).floor()
+        ) / self.original_steps
         return grid
 
     def walk(self, x: Tensor, path: Trajectory) -> StepIterator:

@@ -63,7 +63,7 @@ class BaseTask:
     scale = 1  # how many times wider the result is than the picture that it is asked with
     strength = 1.0  # where none is asked for
     rounds = 1  # how often each step is gone
-    overlap: float | None = None  # of windows, as a share; None: any size in one piece
+    tile_overlap: float | None = None  # of windows, as a share; None: any size in one piece
 
     def extra_channels(self, channels: int) -> int:
         """E, where latents have `channels`: none."""

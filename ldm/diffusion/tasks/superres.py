@@ -26,12 +26,13 @@ class SuperResolution(BaseTask):
     What is learnt is not the picture but what the small one lacks, so that a network of few
     features need not carry it through (Li et al. 2022, SRDiff, arXiv:2104.14951, section 3.2).
 
-    scales: those that are trained, one drawn for each picture. scale: the one that is asked for.
-    most: the highest share of noise in training; level: that of sampling. overlap: of the windows
-    in which pictures are painted that are larger than those of the training, as a share of them.
-    residual: the usual size of what is lacking, in the units of latents, by which it is divided.
-    Raises ValueError for shares outside 0 to 1, a scale that is none of `scales`, and a residual
-    of 0 or less.
+    scales: the factors of training, one drawn for each image. scale: the factor of sampling.
+    max_noise_level: the largest share of noise on the small image in training; noise_level: the
+    share in sampling. tile_overlap: the share of a window that overlaps the next one, for images
+    larger than those of training. residual_std: the standard deviation of the difference between
+    large and small image, in the units of latents, by which it is divided.
+    Raises ValueError for shares outside 0 to 1, a `scale` that is none of `scales`, and a
+    `residual_std` of 0 or less.
     """
 
     name = "superres"
@@ -42,22 +43,24 @@ class SuperResolution(BaseTask):
         *,
         scales: Sequence[int] = (2, 4),
         scale: int = 2,
-        most: float = 0.3,
-        level: float = 0.0,
-        overlap: float = 0.25,
-        residual: float = 0.1,
+        max_noise_level: float = 0.3,
+        noise_level: float = 0.0,
+        tile_overlap: float = 0.25,
+        residual_std: float = 0.1,
     ) -> None:
         if not scales or any(each < 2 for each in scales):
             raise ValueError(f"task.scales={list(scales)}: each is 2 or more")
         if scale not in scales:
             raise ValueError(f"task.scale={scale} is none of task.scales={list(scales)}")
-        for what, share in {"most": most, "level": level, "overlap": overlap}.items():
+        shares = {"max_noise_level": max_noise_level, "noise_level": noise_level}
+        for what, share in {**shares, "tile_overlap": tile_overlap}.items():
             if not 0 <= share < 1:
                 raise ValueError(f"task.{what}={share} is a share: from 0 to below 1")
-        if not residual > 0:
-            raise ValueError(f"task.residual={residual} is the size of what is lacking: above 0")
-        self.scales, self.scale, self.residual = tuple(scales), scale, residual
-        self.most, self.level, self.overlap = most, level, overlap
+        if not residual_std > 0:
+            raise ValueError(f"task.residual_std={residual_std} is a standard deviation: above 0")
+        self.scales, self.scale, self.residual_std = tuple(scales), scale, residual_std
+        self.max_noise_level, self.noise_level = max_noise_level, noise_level
+        self.tile_overlap = tile_overlap
 
     def extra_channels(self, channels: int) -> int:
         """C + 2."""
@@ -69,8 +72,8 @@ class SuperResolution(BaseTask):
             return "the network was never shown a small picture"
         if self.scale not in trained.scales:
             return f"task.scale={self.scale}, and it was trained for {list(trained.scales)}"
-        if self.residual != trained.residual:
-            return f"it was trained with task.residual={trained.residual}"
+        if self.residual_std != trained.residual_std:
+            return f"it was trained with task.residual_std={trained.residual_std}"
         return None
 
     def check_size(self, size: int) -> None:
@@ -92,8 +95,8 @@ class SuperResolution(BaseTask):
         small, level, scale = self._small(images, generator)
         x0 = encode(small)  # (B, C, h, w)
         noise = randn(latents.shape, derive_generators(generator, "small"), device=latents.device)
-        concat = self._shown(x0, noise.to(latents), self.most * level, scale)
-        return (latents - x0) / self.residual, concat
+        concat = self._shown(x0, noise.to(latents), self.max_noise_level * level, scale)
+        return (latents - x0) / self.residual_std, concat
 
     def train_concat(
         self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
@@ -110,10 +113,10 @@ class SuperResolution(BaseTask):
             raise ValueError("task=superres takes a small image, no mask and no strength")
         x0 = encode(upsample_images(request.image, self.scale))  # (B, C, h, w)
         like = x0.new_ones(len(x0))
-        concat = self._shown(x0, noise(x0), self.level * like, self.scale * like)
+        concat = self._shown(x0, noise(x0), self.noise_level * like, self.scale * like)
 
         def whole(lacking: Tensor) -> Tensor:
-            return x0 + self.residual * lacking
+            return x0 + self.residual_std * lacking
 
         return Start(x=noise(request.latents), t=1.0, concat=concat, latents=whole)
 

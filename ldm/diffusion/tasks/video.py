@@ -19,21 +19,23 @@ class TextToVideo(BaseTask):
 
     Extra channels: whether the first frame is shown, then its latents, the same for all frames, so
     that each can be compared with it (Blattmann et al. 2023, Stable Video Diffusion,
-    arXiv:2311.15127, section 4.3). given: the share of training videos whose first frame is shown.
+    arXiv:2311.15127, section 4.3). first_frame_prob: the share of training
+    videos whose first frame is an input.
     shared_noise: the share of the noise's variance that all frames have in common. A network of
     pictures makes like frames of like noise, and what stays the same need not be learnt (Ge et al.
     2023, "Preserve Your Own Correlation", arXiv:2305.10474, section 4.1).
-    Raises ValueError where `given` or `shared_noise` is no share.
+    Raises ValueError where `first_frame_prob` or `shared_noise` is no share.
     """
 
     name = "video"
     temporal = True
 
-    def __init__(self, *, given: float = 0.5, shared_noise: float = 0.0) -> None:
-        for name, share in {"given": given, "shared_noise": shared_noise}.items():
+    def __init__(self, *, first_frame_prob: float = 0.5, shared_noise: float = 0.0) -> None:
+        shares = {"first_frame_prob": first_frame_prob, "shared_noise": shared_noise}
+        for name, share in shares.items():
             if not 0 <= share <= 1:
                 raise ValueError(f"task.{name}={share} is a share: from 0 to 1")
-        self.given, self.shared_noise = given, shared_noise
+        self.first_frame_prob, self.shared_noise = first_frame_prob, shared_noise
 
     def extra_channels(self, channels: int) -> int:
         """1 + C."""
@@ -57,7 +59,7 @@ class TextToVideo(BaseTask):
         self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
     ) -> Tensor:
         """The first frames of some of the videos, (B, 1 + C, F, h, w)."""
-        given = rand(len(latents), generator, device=latents.device) < self.given
+        given = rand(len(latents), generator, device=latents.device) < self.first_frame_prob
         return first_frame_channels(latents[:, :, 0], given, like=latents)
 
     def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:

@@ -11,13 +11,13 @@ from ldm.utils.files import resolve_path
 
 
 def patience_stopping(
-    *, metric: str, direction: str, validations: int, least: float = 0.0
+    *, metric: str, direction: str, validations: int, min_delta: float = 0.0
 ) -> EarlyStopping:
-    """Stops after so many validations without a gain of more than `least`.
+    """Stops after so many validations without a gain of more than `min_delta`.
 
     Those without the metric, which may be measured more rarely, do not count.
     """
-    how = {"patience": validations, "min_delta": least, "strict": False}
+    how = {"patience": validations, "min_delta": min_delta, "strict": False}
     return EarlyStopping(monitor=metric, mode=direction[:3], **how)
 
 
@@ -25,21 +25,21 @@ class MedianStopping(L.Callback):
     """Stops a sweep's job whose best value so far is behind the others' median at the same step.
 
     The median stopping rule (Golovin et al. 2017, Vizier, section 3.2.2), on the metrics.csv of the
-    directories beside this run's. `others` of them must have come as far, and `begin` optimizer
+    directories beside this run's. `others` of them must have come as far, and `min_steps` optimizer
     steps are always taken. Which jobs stop depends on the order in which they run.
     """
 
     def __init__(
-        self, run_dir: str, *, metric: str, direction: str, others: int = 3, begin: int = 0
+        self, run_dir: str, *, metric: str, direction: str, others: int = 3, min_steps: int = 0
     ) -> None:
         self.run_dir = resolve_path(run_dir)
         self.metric = metric
         self.others = others
-        self.begin = begin
+        self.min_steps = min_steps
         self.best = min if direction == "minimize" else max
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.global_step < max(self.begin, 1):
+        if trainer.state.fn != "fit" or trainer.global_step < max(self.min_steps, 1):
             return
         behind = trainer.is_global_zero and self.is_behind(trainer)
         if trainer.strategy.broadcast(behind):

@@ -28,6 +28,8 @@ class ThroughputMonitor(L.Callback):
     absent without one).
     """
 
+    state_key = "Meter"  # its former name, under which checkpoints hold its state
+
     def __init__(self, *, every: int) -> None:
         self.every = every
         self.latest: dict[str, float] = {}

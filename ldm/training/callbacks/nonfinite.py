@@ -78,6 +78,8 @@ class NonFiniteStepSkipper(L.Callback):
     `stop_after` such steps in a row it raises NotFiniteError on all ranks.
     """
 
+    state_key = "SkipNonFinite"  # its former name, under which checkpoints hold its state
+
     def __init__(self, report: Path, *, meter: ThroughputMonitor, stop_after: int) -> None:
         if stop_after < 1:
             raise ValueError(f"stop_after_skips={stop_after} must be 1 or more")

@@ -25,7 +25,7 @@ GROUPS = sorted({path.parent.name for path in LEAVES})
 OURS = {"trainer": {"max_hours"}}  # what build.py takes for itself
 HANDED = {
     "model": {"in_channels", "out_channels", "context_dim"},
-    "objective": {"schedule", "weighting", "time_sampler"},
+    "objective": {"schedule", "weighting", "timestep_sampler"},
     "clip": {"tokenizer"},
     "classifier": {"schedule", "in_channels"},
     "logger": {"run_dir", "name", "overrides"},
@@ -121,41 +121,46 @@ def test_schedules_and_objectives_combine(scheduler, objective):
     "choice",
     [
         f"{group}={name}"
-        for group in ("weighting", "loss", "time_sampler")
+        for group in ("weighting", "loss", "timestep_sampler")
         for name in options(group)
     ],
 )
 def test_training_options_combine(choice, objective):
     cfg, default = (
         train("scheduler=linear", f"objective={objective}", "time_power=1", *more)
-        for more in ([choice], ["time_sampler=power"])
+        for more in ([choice], ["timestep_sampler=power"])
     )
     assert loss(cfg).isfinite().all()
-    defaults = ("weighting=uniform", "loss=squared", "time_sampler=power", "time_sampler=uniform")
+    defaults = (
+        "weighting=uniform",
+        "loss=squared",
+        "timestep_sampler=power",
+        "timestep_sampler=uniform",
+    )
     assert torch.equal(loss(cfg), loss(default)) == (choice in defaults)
 
 
 def test_time_power_is_that_of_every_spread():
     for sampler in ("power", "stratified", "sobol"):
-        cfg = train(f"time_sampler={sampler}", "time_power=2", "data.batch_size=12")
-        built = build_objective(cfg).time_sampler
+        cfg = train(f"timestep_sampler={sampler}", "time_power=2", "data.batch_size=12")
+        built = build_objective(cfg).timestep_sampler
         assert (built.power, built.uniforms.spread) == (2, sampler.replace("power", "independent"))
         assert built.uniforms.batch == 12
-    built = build_objective(train("time_sampler=logit_normal", "time_sampler.spread=sobol"))
-    assert built.time_sampler.uniforms.spread == "sobol"
+    built = build_objective(train("timestep_sampler=logit_normal", "timestep_sampler.spread=sobol"))
+    assert built.timestep_sampler.uniforms.spread == "sobol"
 
 
 def test_a_configuration_of_before_these_were_groups_means_what_it_did():
     cfg = train("objective=eps", "time_power=2")
     old = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    for group in ("weighting", "loss", "time_sampler"):
+    for group in ("weighting", "loss", "timestep_sampler"):
         del old[group]
     for key in ("offset_noise", "input_perturbation"):
         del old.objective[key]
     del old.scheduler.zero_terminal_snr
     name = "ldm.diffusion.objective"
     old.objective.weighting = {"_target_": f"{name}.UniformWeighting"}
-    old.objective.time_sampler = {"_target_": f"{name}.PowerTimes", "power": 2}
+    old.objective.timestep_sampler = {"_target_": f"{name}.PowerTimes", "power": 2}
     read = validate_file_config(OmegaConf.to_yaml(old), Path("old.ckpt"), needed=DIFFUSION_GROUPS)
     assert read.objective.weighting._target_ == "ldm.diffusion.weightings.UniformWeighting"
     read.seed = cfg.seed

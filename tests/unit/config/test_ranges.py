@@ -18,14 +18,14 @@ ODD = [float("nan"), float("inf"), -1, 0, 1.5, None, 1e30, "many", True]
 # What is taken though it looks odd, and what it means.
 NULL_MEANS = {
     "prepare size": "as large as it is",
-    "sampler.origin": "any time",
+    "sampler.original_steps": "any time",
     "trainer.gradient_clip_val": "no bound",
     "hydra.devices": "a fair share",
     "hydra.seed": "another one each time",
 }
 HUGE_MEANS = {  # 1e30
     "data.cache_gb": "all that there is",
-    "early_stop.least": "never good enough",
+    "early_stop.min_delta": "never good enough",
     "guidance.bound": "no bound",
     "sampler.clip": "no bound",
     "sampler.churn_min": "no step",
@@ -35,10 +35,12 @@ HUGE_MEANS = {  # 1e30
 }
 NEGATIVE_MEANS = {  # -1
     "trainer.devices": "all",
-    **dict.fromkeys(("enlarging", "guidance.scale", "guidance.style_scale"), "away from it"),
+    **dict.fromkeys(
+        ("cascade_guidance_scale", "guidance.scale", "guidance.style_scale"), "away from it"
+    ),
     "guidance.parallel": "turned round",
     **dict.fromkeys(("scheduler.start", "scheduler.end"), "of sigmoid_alpha's curve"),
-    **dict.fromkeys(("scheduler.location", "time_sampler.mean"), "to the other side"),
+    **dict.fromkeys(("scheduler.location", "timestep_sampler.mean"), "to the other side"),
 }
 
 

@@ -32,13 +32,13 @@ from ldm.config.pipeline import LoadedPipeline, load_cascade, load_pipeline
 from ldm.config.registry import (
     COMPONENT_GROUPS,
     DIFFUSION_GROUPS,
-    FORMER_NAMES,
     list_component_targets,
     validate_component,
 )
 from ldm.config.training_images import SCENES_TARGET, open_run_images
 from ldm.diffusion.schedules import cosine
 from ldm.diffusion.tasks.base import TextToImage
+from ldm.experiments.former_names import FORMER_TARGETS
 from ldm.models.text.labels import NullTextEncoder
 from ldm.utils.checkpoint_file import CheckpointError, write_checkpoint
 from ldm.utils.errors import UsageError
@@ -243,7 +243,7 @@ def beside() -> Components:
 OBJECTIVE = {
     "scheduler": {"_target_": "ldm.diffusion.schedules.cosine"},
     "weighting": {"_target_": UNIFORM},
-    "time_sampler": {"_target_": "ldm.diffusion.timesteps.PowerTimestepSampler"},
+    "timestep_sampler": {"_target_": "ldm.diffusion.timesteps.PowerTimestepSampler"},
     "objective": {
         "_target_": "ldm.diffusion.objective.Objective",
         "prediction": {"_target_": "ldm.diffusion.objective.Prediction", "kind": "v"},
@@ -263,7 +263,9 @@ DOORS = {
         OmegaConf.create({"device": "cpu"}), run, {}
     ),
     "cascade": lambda run: load_cascade(
-        OmegaConf.create({"device": "cpu", "enlarging": 1.0, "guidance": {}}), [run, run], {}
+        OmegaConf.create({"device": "cpu", "cascade_guidance_scale": 1.0, "guidance": {}}),
+        [run, run],
+        {},
     ),
     "evaluate, phema": evaluated,
     "guide": lambda run: load_guide_denoiser(run, beside()),
@@ -355,7 +357,7 @@ def test_pictures_that_are_here_are_read_and_nothing_is_left_beside_them(place):
 
 
 def test_former_names_lead_to_components():
-    for old, new in FORMER_NAMES.items():
+    for old, new in FORMER_TARGETS.items():
         assert any(new in targets for targets in list_component_targets().values()), new
         with pytest.raises(Exception, match=old.rpartition(".")[2]):
             get_object(old)
@@ -391,7 +393,7 @@ def test_what_may_be_built_writes_nothing(group, option, place, t5):
             handed = {"in_channels": 4, "out_channels": 4, "context_dim": 8}
         if group == "classifier":
             handed = {"in_channels": 4, "schedule": cosine()}
-        if group in ("objective", "weighting", "loss", "time_sampler"):
+        if group in ("objective", "weighting", "loss", "timestep_sampler"):
             build_objective(cfg)
         elif admitted:
             instantiate(OmegaConf.create(admitted), **handed, _convert_="all")

@@ -40,7 +40,9 @@ ENDING_IN_NOISE = [
 def objective(schedule, kind, *, weighting=None, **options):
     weighting = weighting or UniformWeighting()
     times = PowerTimestepSampler()
-    return Objective(schedule, Prediction(kind), weighting=weighting, time_sampler=times, **options)
+    return Objective(
+        schedule, Prediction(kind), weighting=weighting, timestep_sampler=times, **options
+    )
 
 
 @settings(deadline=None)
@@ -235,7 +237,7 @@ def test_input_perturbation_is_of_the_kind_of_the_noise():
 def test_options_are_drawn_by_image():
     x0 = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(3))
     huber = PseudoHuberLoss(schedule="snr")
-    options = {"offset_noise": 0.1, "input_perturbation": 0.1, "penalty": huber}
+    options = {"offset_noise": 0.1, "input_perturbation": 0.1, "loss": huber}
     task = objective(cosine(), "v", weighting=MinSNRWeighting(), **options)
 
     def loss(part):
@@ -266,7 +268,7 @@ def test_the_loss_is_the_penalty_times_the_weight():
     x0, eps = torch.randn(2, 5, 4, 4, 4, generator=torch.Generator().manual_seed(3))
     t = torch.rand(5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     penalty = PseudoHuberLoss(0.2, schedule="exponential")
-    task = objective(FlowSchedule(), "flow", weighting=MinSNRWeighting(2.0), penalty=penalty)
+    task = objective(FlowSchedule(), "flow", weighting=MinSNRWeighting(2.0), loss=penalty)
     loss = task.loss_at(lambda x_t, t, c: torch.zeros_like(x_t), x0, Condition(), t=t, eps=eps)
     c = 0.2 ** t[:, None, None, None]
     cost = 2 * c * (((eps - x0).double() ** 2 + c**2).sqrt() - c)

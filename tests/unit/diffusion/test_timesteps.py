@@ -156,7 +156,7 @@ def test_steps_of_a_sobol_run_fill_one_anothers_gaps():
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match=r"time_power must be above 0, got 0\.0"):
         PowerTimestepSampler(0.0)
-    with pytest.raises(ValueError, match=r"time_sampler\.std must be above 0"):
+    with pytest.raises(ValueError, match=r"timestep_sampler\.std must be above 0"):
         LogitNormalTimestepSampler(std=0.0)
     with pytest.raises(ValueError, match="'halton' is none of independent, stratified, sobol"):
         PowerTimestepSampler(spread="halton")

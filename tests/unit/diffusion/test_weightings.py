@@ -47,7 +47,7 @@ T = torch.arange(1, 1001, dtype=torch.float64) / 1000
 
 def objective(schedule, kind, weighting):
     times = PowerTimestepSampler()
-    return Objective(schedule, Prediction(kind), weighting=weighting, time_sampler=times)
+    return Objective(schedule, Prediction(kind), weighting=weighting, timestep_sampler=times)
 
 
 def legal(schedule, weighting):

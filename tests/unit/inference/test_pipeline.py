@@ -136,7 +136,7 @@ def test_a_judge_steers_towards_what_it_likes(tiny_text):
     plain = replace(pipeline(tiny_text, scale=1.0), autoencoder=IdentityAutoencoder())
     inner, schedule = plain.guidance, plain.objective.schedule
     images = plain(PROMPTS[:2], seeds=[0, 1], size=SIZE, steps=8)
-    judged = ClipGuidance(judge=brightness, schedule=schedule, inner=inner)
+    judged = ClipGuidance(reward_model=brightness, schedule=schedule, inner=inner)
     steered = replace(plain, guidance=judged)(PROMPTS[:2], seeds=[0, 1], size=SIZE, steps=8)
     assert (steered.flatten(1).mean(1) > images.flatten(1).mean(1) + 0.05).all()
     assert not steered.requires_grad

@@ -153,8 +153,8 @@ def test_other_weights_are_refused_and_listed(unet_folder):
 def test_some_networks_have_no_counterpart():
     with pytest.raises(ValueError, match="context_dim must not be 0"):
         export_unet_config(make_unet(context_dim=0))
-    with pytest.raises(ValueError, match="waves must be 0"):
-        export_unet_config(make_unet(waves=2))
+    with pytest.raises(ValueError, match="positional_waves must be 0"):
+        export_unet_config(make_unet(positional_waves=2))
 
 
 def test_missing_files_are_named(tmp_path, unet_folder):

@@ -8,7 +8,7 @@ from ldm.models.noisy_classifier import NoisyClassifier, NoisyTower
 from ldm.models.text.labels import LabelTextEncoder, NullTextEncoder
 
 NAMES = ["circle", "square", "star"]
-SIZES = {"width": 8, "channels": 16, "heads": 2, "groups": 4, "waves": 2}
+SIZES = {"width": 8, "channels": 16, "heads": 2, "groups": 4, "positional_waves": 2}
 
 
 def classifier(text=None, *, schedule=None, channels: int = 3) -> NoisyClassifier:

@@ -12,7 +12,14 @@ from ldm.models.warm_start import warm_start
 from ldm.utils.checkpoint_file import CheckpointError
 
 WORDS = ["striped", "flat", "both", "drawn", "oil on canvas", "oil"]
-SIZES = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "heads": 2, "groups": 8, "waves": 2}
+SIZES = {
+    "channels": 16,
+    "multipliers": (1, 2),
+    "blocks": 1,
+    "heads": 2,
+    "groups": 8,
+    "positional_waves": 2,
+}
 SIZES |= {"in_channels": 3, "out_channels": 3, "pooled_dim": 5, "attention": (True, True)}
 
 
@@ -181,10 +188,10 @@ def test_recolouring_is_of_training_alone(folder):
     ],
 )
 def test_captions_fall_silent_about_style(folder, said, left):
-    encoder = ClipStyleEncoder(folder, words=WORDS, silence=0.5)
+    encoder = ClipStyleEncoder(folder, style_words=WORDS, word_dropout=0.5)
     assert encoder.without(said) == left
     assert encoder.silenced([said] * 2, torch.tensor([0.49, 0.5])) == [left, said]
-    assert ClipStyleEncoder(folder, silence=1.0).silenced([said], torch.zeros(1)) == [said]
+    assert ClipStyleEncoder(folder, word_dropout=1.0).silenced([said], torch.zeros(1)) == [said]
 
 
 @pytest.mark.parametrize(
@@ -196,7 +203,7 @@ def test_captions_fall_silent_about_style(folder, said, left):
         ({"layer": -1}, "has 1 blocks"),
         ({"code": 1}, "takes 2 numbers or more"),
         ({"dropout": 1.5}, "style_encoder.dropout is a share"),
-        ({"silence": -0.1}, "style_encoder.silence is a share"),
+        ({"word_dropout": -0.1}, "style_encoder.word_dropout is a share"),
     ],
 )
 def test_what_makes_no_sense_is_refused(folder, wrong, told):
@@ -206,7 +213,7 @@ def test_what_makes_no_sense_is_refused(folder, wrong, told):
 
 def test_training_drops_style_apart_from_captions(tiny_text, folder, shapes):
     """Each image by its own number; a validation drops neither, and hears every word."""
-    encoder = ClipStyleEncoder(folder, dropout=0.5, silence=1.0, words=["circle"])
+    encoder = ClipStyleEncoder(folder, dropout=0.5, word_dropout=1.0, style_words=["circle"])
     module = latent_diffusion(tiny_text, style_encoder=encoder, caption_dropout=0.5)
     batch = val_batch(shapes_data(shapes), range(10))
     heard = []

@@ -188,10 +188,10 @@ def test_pooled_and_tokens_each_matter():
 
 @torch.no_grad()
 def test_a_place_map_is_a_cosine_transform():
-    place = randomise(PositionalMap(5, 2, waves=3))
+    place = randomise(PositionalMap(5, 2, positional_waves=3))
     emb = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     weights = place.proj(emb).reshape(4, 3, 3, 2)
-    low = weights.permute(0, 3, 1, 2).double().numpy()  # (B, C, waves, waves)
+    low = weights.permute(0, 3, 1, 2).double().numpy()  # (B, C, positional_waves, positional_waves)
     spectrum = np.zeros((4, 2, 6, 8))
     spectrum[:, :, :3, :3] = low
     expected = idctn(spectrum, axes=(2, 3), norm="ortho") * np.sqrt(6 * 8)
@@ -203,8 +203,10 @@ def test_a_place_map_is_a_cosine_transform():
 @torch.no_grad()
 def test_only_place_maps_know_where_they_are():
     """In the middle, away from the border that convolutions feel."""
-    for waves, moved in ((0, False), (2, True)):
-        net = small(waves=waves, multipliers=(1,), attention=(False,), pooled_dim=5)
+    for positional_waves, moved in ((0, False), (2, True)):
+        net = small(
+            positional_waves=positional_waves, multipliers=(1,), attention=(False,), pooled_dim=5
+        )
         net.mid.attentions = nn.ModuleList()
         cond = inputs(net)[2].map(lambda part: part[:1])
         out = net(torch.zeros(1, 4, 40, 40), torch.tensor([9.0]), cond)[0, :, 18:22, 18:22]
@@ -241,13 +243,13 @@ def test_channels_last_is_kept_and_changes_nothing():
 
 
 def test_every_parameter_gets_a_gradient():
-    net = small(pooled_dim=5, scale_shift=True, waves=2)
+    net = small(pooled_dim=5, scale_shift=True, positional_waves=2)
     net(*inputs(net)).square().mean().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 def test_compiles_without_graph_breaks():
-    net = small(pooled_dim=5, scale_shift=True, waves=2)
+    net = small(pooled_dim=5, scale_shift=True, positional_waves=2)
     x, t, cond = inputs(net)
     compiled = torch.compile(net, backend="eager", fullgraph=True)
     with torch.no_grad():
@@ -282,7 +284,7 @@ def test_bad_input_is_named(x, cond, message):
     [
         ({"attention": (True,)}, "2 levels, but attention .* is for 1"),
         ({"heads": 3}, "cannot have 3 heads"),
-        ({"waves": -1}, "waves must be 0"),
+        ({"positional_waves": -1}, "positional_waves must be 0"),
     ],
 )
 def test_bad_construction_is_named(changes, message):

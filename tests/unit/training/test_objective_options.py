@@ -14,7 +14,7 @@ OPTIONS = [
     "scheduler.zero_terminal_snr=true",
     "weighting=min_snr",
     "loss=huber",
-    "time_sampler=sobol",
+    "timestep_sampler=sobol",
     "objective.offset_noise=0.1",
     "objective.input_perturbation=0.1",
 ]

@@ -119,7 +119,9 @@ def test_a_judge_of_clean_data_steers_through_the_denoiser():
     def opinion(x0):
         return -(x0 - goal).square().flatten(1).sum(1)
 
-    guidance = ClipGuidance(judge=lambda prompts: opinion, schedule=schedule, inner=NONE, scale=0.7)
+    guidance = ClipGuidance(
+        reward_model=lambda prompts: opinion, schedule=schedule, inner=NONE, scale=0.7
+    )
     with torch.no_grad():
         moved = guidance(denoise, EMPTY, EMPTY, WORDS)(x_t, t) - denoise(x_t, t, EMPTY)
     alpha, sigma = schedule(t)
@@ -177,4 +179,4 @@ def test_prompts_are_needed():
     with pytest.raises(ValueError, match="reads the prompts"):
         guidance(marginal(linear()), EMPTY, EMPTY)
     with pytest.raises(ValueError, match=r"interval=\[0.9, 0.1\]"):
-        ClipGuidance(judge=None, schedule=linear(), inner=NONE, interval=[0.9, 0.1])
+        ClipGuidance(reward_model=None, schedule=linear(), inner=NONE, interval=[0.9, 0.1])

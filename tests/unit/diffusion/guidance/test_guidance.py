@@ -126,7 +126,7 @@ def test_rescaling_is_that_of_the_paper(schedule, kind, t):
         schedule,
         Prediction(kind),
         weighting=UniformWeighting(),
-        time_sampler=PowerTimestepSampler(1.0),
+        timestep_sampler=PowerTimestepSampler(1.0),
     )
     out = uncond + 7.5 * (conditional - uncond)
 

@@ -38,7 +38,7 @@ VARIANTS = {  # what else is worth a look: all that draws, bounds or corrects
     "heun, x0": EDMSampler(slope="x0"),
     "dpmpp_3m_sde": DPMSolverSampler(order=3, eta=1.0),
     "unipc 1": UniPCSampler(order=1),
-    "lcm, any time": ConsistencySampler(origin=None),
+    "lcm, any time": ConsistencySampler(original_steps=None),
     "clipped": UniPCSampler(clip=2.0),
     "dynamic": DPMSolverSampler(eta=1.0, clip=1.0, quantile=0.9),
 }
@@ -311,7 +311,7 @@ def test_distilled_networks_keep_to_their_times():
             assert (times.diff() < 0).all()
             assert torch.allclose((times * 50).round() / 50, times) == (begin != 0.51)
     with pytest.raises(ValueError, match="1 or more"):
-        ConsistencySampler(origin=0)
+        ConsistencySampler(original_steps=0)
     for sampler, steps, begin in (
         (ConsistencySampler(), 51, 1.0),
         (ConsistencySampler(), 26, 0.5),
@@ -319,4 +319,6 @@ def test_distilled_networks_keep_to_their_times():
     ):
         with pytest.raises(ValueError, match="distilled at 50 even times"):
             sampler.times(linear(), steps, start=begin)
-    assert ConsistencySampler(spacing="karras", origin=None).times(linear(), 60).shape == (61,)
+    assert ConsistencySampler(spacing="karras", original_steps=None).times(linear(), 60).shape == (
+        61,
+    )

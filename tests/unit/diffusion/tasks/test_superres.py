@@ -39,7 +39,7 @@ def wide_pipeline(text, task):
 
 
 def test_the_network_is_told_what_was_done_to_the_picture():
-    task = SuperResolution(scales=[2, 4], most=0.5)
+    task = SuperResolution(scales=[2, 4], max_noise_level=0.5)
     images = 2 * torch.rand(200, 3, 8, 8) - 1
     concat = shown(task, images, range(200))
     level, scale = concat[:, 3, 0, 0], 2 ** (concat[:, 4, 0, 0] + 1)
@@ -54,19 +54,22 @@ def test_the_network_is_told_what_was_done_to_the_picture():
 
 
 def test_sampling_shows_what_training_shows(tiny_text):
-    task = SuperResolution(scale=2, most=0.0)
+    task = SuperResolution(scale=2, max_noise_level=0.0)
     images = 2 * torch.rand(3, 3, SIZE, SIZE) - 1
     seen = []
     pipe = wide_pipeline(tiny_text, task)
     pipe.denoiser.register_forward_pre_hook(lambda net, args: seen.append(args[2].concat))
     pipe(["a"] * 3, seeds=[0, 1, 2], size=SIZE, steps=1, image=downsample_images(images, 2))
-    trained = shown(SuperResolution(scales=[2], most=0.0), images, range(3))
+    trained = shown(SuperResolution(scales=[2], max_noise_level=0.0), images, range(3))
     torch.testing.assert_close(seen[0], trained)
 
 
 def test_what_is_learnt_is_what_the_small_picture_lacks(tiny_text):
     """A network that knew it would give the picture back; one that says nothing, the small one."""
-    task, images = SuperResolution(scales=[2], most=0.0), 2 * torch.rand(2, 3, SIZE, SIZE) - 1
+    task, images = (
+        SuperResolution(scales=[2], max_noise_level=0.0),
+        2 * torch.rand(2, 3, SIZE, SIZE) - 1,
+    )
     draws = {"generator": make_generators(0, range(2), stream="task")}
     lacking, _ = task.train_pair(images, images, lambda x: x, **draws)
     small = downsample_images(images, 2)
@@ -87,7 +90,7 @@ def test_the_guesses_on_the_way_are_pictures(tiny_text):
 
 def test_a_picture_in_windows_has_no_seam(tiny_text):
     """Where windows meet, neighbours differ as they do elsewhere."""
-    pipe = wide_pipeline(tiny_text, SuperResolution(overlap=0.5))
+    pipe = wide_pipeline(tiny_text, SuperResolution(tile_overlap=0.5))
     big = (3 * SIZE, 2 * SIZE)
     small = torch.nn.functional.interpolate(torch.randn(1, 3, 4, 4), (24, 16), mode="bicubic")
     image = pipe(["a"], seeds=[0], size=big, steps=4, image=small.clamp(-1, 1))[0]
@@ -99,7 +102,7 @@ def test_a_picture_in_windows_has_no_seam(tiny_text):
 
 
 def test_a_small_picture_of_any_shape_is_enlarged_whole(tiny_text):
-    pipe = wide_pipeline(tiny_text, SuperResolution(scale=4, overlap=0.5))
+    pipe = wide_pipeline(tiny_text, SuperResolution(scale=4, tile_overlap=0.5))
     small = torch.rand(2, 3, 5, 3)
     given = prepare_upscaling_inputs(pipe, small)
     assert given.size == (20, 16)
@@ -113,8 +116,8 @@ def test_a_small_picture_of_any_shape_is_enlarged_whole(tiny_text):
     [
         (lambda: SuperResolution(scales=[]), "each is 2 or more"),
         (lambda: SuperResolution(scale=3), "task.scale=3 is none of"),
-        (lambda: SuperResolution(level=1.0), "task.level=1.0 is a share"),
-        (lambda: SuperResolution(residual=0), "task.residual=0 is the size"),
+        (lambda: SuperResolution(noise_level=1.0), "task.noise_level=1.0 is a share"),
+        (lambda: SuperResolution(residual_std=0), "task.residual_std=0 is a standard deviation"),
         (lambda: downsample_images(torch.zeros(1, 3, 7, 8), 2), "cannot be shrunk 2 times"),
     ],
 )
@@ -127,7 +130,7 @@ def test_a_network_does_what_it_was_trained_for_and_no_other():
     x2 = SuperResolution(scales=[2], scale=2)
     assert x2.unfit(SuperResolution()) is None
     assert "trained for [2]" in SuperResolution(scale=4).unfit(x2)
-    assert "task.residual=0.1" in SuperResolution(residual=1).unfit(x2)
+    assert "task.residual_std=0.1" in SuperResolution(residual_std=1).unfit(x2)
     assert "never shown a small picture" in x2.unfit(Inpainting())
     assert "never shown a mask" in Inpainting().unfit(TextToImage())
     assert "shown more than noise" in TextToImage().unfit(x2)

@@ -56,7 +56,7 @@ def seeded(x):
 def test_a_share_of_the_training_videos_shows_its_first_frame_to_all_frames():
     latents = torch.randn(400, 3, FRAMES, 4, 4)
     draws = make_generators(0, range(400), stream="task")
-    told = TextToVideo(given=0.25).train_concat(latents, None, None, generator=draws)
+    told = TextToVideo(first_frame_prob=0.25).train_concat(latents, None, None, generator=draws)
     assert told.shape == (400, 4, FRAMES, 4, 4)
     given = told[:, 0].flatten(1)
     assert ((given == 0).all(1) | (given == 1).all(1)).all()
@@ -64,12 +64,12 @@ def test_a_share_of_the_training_videos_shows_its_first_frame_to_all_frames():
     assert 0.18 < given.float().mean() < 0.32
     assert not told[~given].any()
     assert torch.equal(told[given, 1:], latents[given, :, :1].expand(-1, -1, FRAMES, -1, -1))
-    again = TextToVideo(given=0.25).train_concat(
+    again = TextToVideo(first_frame_prob=0.25).train_concat(
         latents[7:9], None, None, generator=make_generators(0, (7, 8), stream="task")
     )
     assert torch.equal(again, told[7:9])  # a function of the position
-    with pytest.raises(ValueError, match=r"given=1.5 is a share"):
-        TextToVideo(given=1.5)
+    with pytest.raises(ValueError, match=r"first_frame_prob=1.5 is a share"):
+        TextToVideo(first_frame_prob=1.5)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.8, 1.0])
@@ -119,7 +119,7 @@ def test_it_needs_a_network_of_its_own():
     assert video.unfit(text) == "the network knows no frames"
     assert "shown more than noise" in text.unfit(video)
     assert "shown more than noise" in ImageToImage().unfit(video)
-    assert video.unfit(TextToVideo(given=0.1)) is None
+    assert video.unfit(TextToVideo(first_frame_prob=0.1)) is None
     assert "trained with task.shared_noise=0.7" in video.unfit(TextToVideo(shared_noise=0.7))
 
 

@@ -284,7 +284,9 @@ def test_a_value_is_of_its_own_validation_alone(home):
     known = Known()
     watch = [
         known,
-        patience_stopping(metric="val/fd_clip", direction="minimize", validations=1, least=-1e9),
+        patience_stopping(
+            metric="val/fd_clip", direction="minimize", validations=1, min_delta=-1e9
+        ),
     ]
     # 8, 16, 24, 32 and 40 images: 16 and 32 are multiples, and the last one is measured always.
     run = home.run("rarely", steps=10, options={"every": 16}, watch=watch)

@@ -1,0 +1,121 @@
+"""Names that components and settings had before: runs and checkpoints of then say them.
+
+A component that moves or changes its name gets a line in `FORMER_TARGETS`, a setting one in
+`FORMER_SETTINGS`. Files are read with the names of today; on the command line a former setting
+works and says once what it is called now.
+"""
+
+FORMER_TARGETS = {
+    "ldm.data.scenes.data.scenes_data": "ldm.data.scenes.datamodule.scenes_data",
+    "ldm.diffusion.composition.Composed": (
+        "ldm.diffusion.guidance.compositional.CompositionalGuidance"
+    ),
+    "ldm.diffusion.edm.EDM": "ldm.diffusion.samplers.edm.EDMSampler",
+    "ldm.diffusion.guidance.Auto": "ldm.diffusion.guidance.base.Autoguidance",
+    "ldm.diffusion.guidance.ClassifierFree": "ldm.diffusion.guidance.base.ClassifierFreeGuidance",
+    "ldm.diffusion.guidance.Projected": "ldm.diffusion.guidance.base.AdaptiveProjectedGuidance",
+    "ldm.diffusion.multistep.DPMSolver": "ldm.diffusion.samplers.multistep.DPMSolverSampler",
+    "ldm.diffusion.multistep.UniPC": "ldm.diffusion.samplers.multistep.UniPCSampler",
+    "ldm.diffusion.objective.PowerTimes": "ldm.diffusion.timesteps.PowerTimestepSampler",
+    "ldm.diffusion.objective.UniformWeighting": "ldm.diffusion.weightings.UniformWeighting",
+    "ldm.diffusion.penalty.PseudoHuber": "ldm.diffusion.losses.PseudoHuberLoss",
+    "ldm.diffusion.penalty.Squared": "ldm.diffusion.losses.SquaredLoss",
+    "ldm.diffusion.samplers.Consistency": "ldm.diffusion.samplers.base.ConsistencySampler",
+    "ldm.diffusion.samplers.DDIM": "ldm.diffusion.samplers.base.DDIMSampler",
+    "ldm.diffusion.schedule.Flow": "ldm.diffusion.schedules.FlowSchedule",
+    "ldm.diffusion.schedule.Laplace": "ldm.diffusion.schedules.LaplaceSchedule",
+    "ldm.diffusion.schedule.cosine": "ldm.diffusion.schedules.cosine",
+    "ldm.diffusion.schedule.linear": "ldm.diffusion.schedules.linear",
+    "ldm.diffusion.schedule.scaled_linear": "ldm.diffusion.schedules.scaled_linear",
+    "ldm.diffusion.schedule.sigmoid": "ldm.diffusion.schedules.sigmoid",
+    "ldm.diffusion.schedule.sigmoid_alpha": "ldm.diffusion.schedules.sigmoid_alpha",
+    "ldm.diffusion.steering.Classifier": "ldm.diffusion.guidance.gradient.ClassifierGuidance",
+    "ldm.diffusion.steering.Judged": "ldm.diffusion.guidance.gradient.ClipGuidance",
+    "ldm.diffusion.styling.Styled": "ldm.diffusion.guidance.style.StyleGuidance",
+    "ldm.diffusion.times.LogitNormalTimes": "ldm.diffusion.timesteps.LogitNormalTimestepSampler",
+    "ldm.diffusion.times.PowerTimes": "ldm.diffusion.timesteps.PowerTimestepSampler",
+    "ldm.diffusion.weighting.Debiased": "ldm.diffusion.weightings.DebiasedWeighting",
+    "ldm.diffusion.weighting.Edm": "ldm.diffusion.weightings.EDMWeighting",
+    "ldm.diffusion.weighting.MinSnr": "ldm.diffusion.weightings.MinSNRWeighting",
+    "ldm.diffusion.weighting.P2": "ldm.diffusion.weightings.P2Weighting",
+    "ldm.diffusion.weighting.SoftMinSnr": "ldm.diffusion.weightings.SoftMinSNRWeighting",
+    "ldm.diffusion.weighting.UniformWeighting": "ldm.diffusion.weightings.UniformWeighting",
+    "ldm.metrics.clip_features.ClipFeatures": "ldm.evaluation.features.clip.ClipFeatures",
+    "ldm.metrics.dinov2.Dinov2Features": "ldm.evaluation.features.dinov2.Dinov2Features",
+    "ldm.metrics.efficientnet.EfficientNetFeatures": (
+        "ldm.evaluation.features.efficientnet.EfficientNetFeatures"
+    ),
+    "ldm.metrics.inception_features.InceptionFeatures": (
+        "ldm.evaluation.features.inception.InceptionFeatures"
+    ),
+    "ldm.models.autoencoder.Identity": "ldm.models.autoencoder.IdentityAutoencoder",
+    "ldm.models.classifier.NoisyTower": "ldm.models.noisy_classifier.NoisyTower",
+    "ldm.models.labels.Labels": "ldm.models.text.labels.LabelTextEncoder",
+    "ldm.models.labels.NoText": "ldm.models.text.labels.NullTextEncoder",
+    "ldm.models.style.ClipStyle": "ldm.models.style.ClipStyleEncoder",
+    "ldm.models.t5.T5Text": "ldm.models.text.t5.T5TextEncoder",
+    "ldm.models.text.ClipText": "ldm.models.text.clip.ClipTextEncoder",
+    "ldm.models.weights.autoencoder": "ldm.models.autoencoder_weights.make_autoencoder_kl",
+    "ldm.superres.SuperResolution": "ldm.diffusion.tasks.superres.SuperResolution",
+    "ldm.tasks.ImageToImage": "ldm.diffusion.tasks.base.ImageToImage",
+    "ldm.tasks.Inpaint": "ldm.diffusion.tasks.base.Inpainting",
+    "ldm.tasks.ProjectedInpaint": "ldm.diffusion.tasks.base.ProjectedInpainting",
+    "ldm.tasks.TextToImage": "ldm.diffusion.tasks.base.TextToImage",
+    "ldm.training.early_stop.Median": "ldm.training.callbacks.early_stop.MedianStopping",
+    "ldm.training.early_stop.patience": "ldm.training.callbacks.early_stop.patience_stopping",
+    "ldm.training.evaluation.ImageCheck": "ldm.training.callbacks.evaluation.ImageQuality",
+    "ldm.training.evaluation.SceneCheck": "ldm.training.callbacks.evaluation.SceneAccuracy",
+    "ldm.training.fsdp.Sharded": "ldm.training.fsdp.FullyShardedStrategy",
+    "ldm.training.optimizer.AdamW": "ldm.training.optimizers.AdamW",
+    "ldm.training.wandb_log.wandb_logger": "ldm.training.loggers.wandb.wandb_logger",
+    "ldm.video.TextToVideo": "ldm.diffusion.tasks.video.TextToVideo",
+}
+
+FORMER_SETTINGS = {
+    "time_sampler": "timestep_sampler",
+    "objective.time_sampler": "objective.timestep_sampler",
+    "model.waves": "model.positional_waves",
+    "classifier.waves": "classifier.positional_waves",
+    "style_encoder.words": "style_encoder.style_words",
+    "style_encoder.silence": "style_encoder.word_dropout",
+    "task.most": "task.max_noise_level",
+    "task.level": "task.noise_level",
+    "task.overlap": "task.tile_overlap",
+    "task.residual": "task.residual_std",
+    "task.given": "task.first_frame_prob",
+    "early_stop.least": "early_stop.min_delta",
+    "early_stop.begin": "early_stop.min_steps",
+    "sampler.origin": "sampler.original_steps",
+    "guidance.judge": "guidance.reward_model",
+    "enlarging": "cascade_guidance_scale",
+}
+
+
+def update_names(config: dict, prefix: str = "") -> dict:
+    """Returns the settings of a file with the names of today."""
+    updated: dict = {}
+    for key, value in config.items():
+        former = f"{prefix}{key}"
+        name = FORMER_SETTINGS.get(former, former)
+        if key == "_target_" and isinstance(value, str):
+            value = FORMER_TARGETS.get(value, value)
+        elif isinstance(value, dict):
+            value = update_names(value, f"{name}.")
+        updated[key if name == former else name.rpartition(".")[2]] = value
+    return updated
+
+
+def former_setting(name: str) -> str:
+    """Returns the former name of a setting; `name` itself if it had none."""
+    return next((old for old, new in FORMER_SETTINGS.items() if new == name), name)
+
+
+def update_override(override: str) -> str:
+    """Returns a `key=value` of the command line with the key of today."""
+    key, equals, value = override.partition("=")
+    sign = key[: len(key) - len(key.lstrip("+~"))]
+    parts = key[len(sign) :].split(".")
+    for end in range(len(parts), 0, -1):
+        if (name := FORMER_SETTINGS.get(".".join(parts[:end]))) is not None:
+            return f"{sign}{'.'.join([name, *parts[end:]])}{equals}{value}"
+    return override

@@ -40,12 +40,11 @@ COMMANDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def former(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("former")
+@pytest.fixture
+def former(tmp_path) -> Path:
     with tarfile.open(FORMER / "runs.tar.xz") as archive:
-        archive.extractall(home, filter="data")
-    return home
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path
 
 
 @pytest.mark.slow
@@ -65,7 +64,7 @@ def test_the_command_of_before_resumes_a_former_run(name, former):
 
 @pytest.mark.slow
 def test_a_former_run_samples(former):
-    words = ["ckpt=runs/diffusion", "prompt=red", "steps=2", "n=1", "sampler=lcm"]
+    words = ["ckpt=runs/diffusion", "prompt=circle", "steps=2", "n=1", "sampler=lcm"]
     said = run(str(ROOT / "sample.py"), *words, "sampler.origin=50", "out=a.png", cwd=former)
     assert "note: the setting sampler.origin is called sampler.original_steps now" in said
     assert (former / "a.png").is_file()

@@ -68,7 +68,7 @@ def drawn(numbers: range, split: str, seed: int) -> Set:
     for i in numbers:
         scene, rng = sample_scene(i, split=split, seed=seed)
         pictures.append(draw_scene(scene, SIDE, rng))
-        classes.append(SHAPES.index(scene.ordered().objects[0].shape))
+        classes.append(SHAPES.index(scene.canonical().objects[0].shape))
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), torch.tensor(classes)
 
 

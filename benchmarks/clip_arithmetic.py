@@ -59,13 +59,13 @@ def main() -> None:
     prepare_scenes(out=DATA, count=250, size=SIZE, split="val")
     clip, captions = ClipQueries(data=DATA), sample_scene_captions()
     names = find_common_words(captions, 300)
-    vectors = clip.caption_vectors(captions)
+    vectors = clip.embed_captions(captions)
     lowered = [caption.lower() for caption in captions]
     means = torch.stack([vectors[find_captions_with_word(lowered, word)].mean(0) for word in names])
     own = [word for values in VALUES.values() for value in values for word in said(value)]
     ways = {
         "word in a template": embed_words_in_templates(
-            clip.clip, [DEFAULT_LABEL_TEMPLATE], names, apart=True
+            clip.clip, [DEFAULT_LABEL_TEMPLATE], names, subtract_mean=True
         ),
         "mean of its captions": WordDirections(names, means - vectors.mean(0)),
         "the same, whitened": ClipQueries().words(names, apart=True),
@@ -74,7 +74,7 @@ def main() -> None:
     found = {"pairs": given.pairs, "words": len(names), "top": TOP, "seed": SEED}
     found["arithmetic"] = arithmetic(clip, ways, given.pairs)
     found["labels"] = labels(clip, given.pairs)
-    found["recall"] = clip.recall()
+    found["recall"] = clip.compute_recall()
     given.out.write_text(json.dumps(found, indent=1) + "\n")
     tell(found)
     print(given.out)
@@ -89,7 +89,11 @@ def arithmetic(
         first, second, right = pairs(attribute, count)
         after, before = embedded(clip, first), embedded(clip, second)
         for way, words in ways.items():
-            order = words.between(after, before).argsort(1, descending=True)[:, :TOP].tolist()
+            order = (
+                words.difference_cosines(after, before)
+                .argsort(1, descending=True)[:, :TOP]
+                .tolist()
+            )
             hits = [
                 [words.words[i] in said(value) for i in row]
                 for row, value in zip(order, right, strict=True)

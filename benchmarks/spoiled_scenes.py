@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,10 @@ from ldm.models.autoencoder_weights import make_autoencoder_kl
 from ldm.utils.images import from_uint8, to_uint8
 
 
+def take_images(images: torch.Tensor, start: int, prompts: list, seeds: list) -> torch.Tensor:
+    return images[[seed - start for seed in seeds]]
+
+
 def spoiled(*, count: int, at_most: int, size: int) -> dict[str, dict[str, float]]:
     """What the metrics say of real pictures in which one thing is wrong, by what that is."""
     train, val = (
@@ -30,7 +35,7 @@ def spoiled(*, count: int, at_most: int, size: int) -> dict[str, dict[str, float
     )
     quality = EvaluationProtocol(
         [ClipFeatures(), EfficientNetFeatures()],
-        pictures=val,
+        dataset=val,
         others=train,
         subset=select_prompt_subset(val, train, count),
         size=size,
@@ -79,7 +84,8 @@ def spoiled(*, count: int, at_most: int, size: int) -> dict[str, dict[str, float
     for what, shown in sets.items():
         images = torch.stack([from_uint8(picture) for picture in shown])
         start = quality.subset.seeds[0]
-        seen = quality.see(lambda prompts, seeds: images[[seed - start for seed in seeds]])  # noqa: B023
+        generate = partial(take_images, images, start)
+        seen = quality.extract_features(generate)
         right = compute_scene_accuracy(read_scenes(to_uint8(images)), scenes)["scene"]
         found[what] = {"truth": right, **quality.measure(seen)}
     return found

@@ -141,13 +141,13 @@ class SweepPlan:
             settings=OmegaConf.to_container(cfg.hydra.launcher, resolve=True),
         )
 
-    def carry_out(
+    def run_jobs(
         self, job_overrides: Sequence[Sequence[str]], host: JobHost, *, most: int
     ) -> list[JobReturn]:
         """Run the sweeper's jobs; the value of a job that did not finish is None."""
         jobs = self.jobs(job_overrides)
         with convert_to_usage_errors():
-            run_sweep_jobs(list(dict.fromkeys(jobs)), host, most=most, shared=self.shared)
+            run_sweep_jobs(list(dict.fromkeys(jobs)), host, max_jobs=most, shared=self.shared)
         return [
             # Completed in Hydra's eyes even where it failed: a sweeper must go on with the others.
             JobReturn(

@@ -37,4 +37,4 @@ class LocalLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Carry out a batch of jobs."""
-        return self.plan.carry_out(job_overrides, self.machine, most=self.n_jobs)
+        return self.plan.run_jobs(job_overrides, self.machine, max_jobs=self.n_jobs)

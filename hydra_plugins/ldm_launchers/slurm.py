@@ -37,4 +37,4 @@ class SlurmLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Carry out a batch of jobs."""
-        return self.plan.carry_out(job_overrides, self.queue, most=self.most)
+        return self.plan.run_jobs(job_overrides, self.queue, max_jobs=self.most)

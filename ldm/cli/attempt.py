@@ -28,7 +28,7 @@ def build_interruptible_job(cfg: DictConfig, run_dir: Path, signals: StopSignals
     """Build the run's parts; where a signal ends that, result.json says so."""
     first = get_launcher_rank() == 0
     try:
-        with signals.obey():
+        with signals.exit_on_signal():
             if first:
                 write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
             from ldm.config.run import (
@@ -65,7 +65,7 @@ def train_job(cfg: DictConfig, job, run_dir: Path, signals: StopSignals) -> None
     spent = read_result(run_dir).get("seconds", 0.0)
     began, ended = time.time(), {"status": "failed"}
     try:
-        with signals.obey():
+        with signals.exit_on_signal():
             if first:
                 (run_dir / "result.json").unlink(missing_ok=True)  # of an earlier, shorter call
                 begins = "resumes" if job.resume else "begins"

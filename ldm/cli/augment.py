@@ -72,7 +72,7 @@ def main() -> None:
         get_launcher_layout() is None
     ):  # torchrun ends its processes, also those that wait for another
         signal.signal(signal.SIGTERM, raise_keyboard_interrupt)
-    run_command(composed, "augment", goes_on=True)
+    run_command(composed, "augment", resumable=True)
 
 
 def split_slot_words(words: str) -> list[str]:
@@ -83,14 +83,14 @@ def split_slot_words(words: str) -> list[str]:
 
 
 def augment_dataset(
-    cfg: DictConfig, asked: dict[str, str | None], words: dict[str, list[str]]
+    cfg: DictConfig, options: dict[str, str | None], words: dict[str, list[str]]
 ) -> None:
     """Paint the set `asked["out"]`, or what is missing of it; every process paints whole shards.
 
     words: of each slot of the template. Raises UsageError and ValueError for what cannot be done.
     """
-    check_augment_options(cfg, asked, words)
-    ckpt, out = (require_option(asked, name) for name in ("ckpt", "out"))
+    check_augment_options(cfg, options, words)
+    ckpt, out = (require_option(options, name) for name in ("ckpt", "out"))
     check_augment_folder(out := Path(out))
     check_checkpoints_and_device(cfg, ckpt)
 
@@ -104,43 +104,43 @@ def augment_dataset(
     from ldm.data.prepare.writer import claim_output_folder
     from ldm.evaluation.distributed import ProcessGroup
 
-    found = plan_shards(out, count=cfg.n, each=cfg.samples_per_shard)
+    found = plan_shards(out, count=cfg.n, samples_per_shard=cfg.samples_per_shard)
     prompts = (
         None
-        if asked["template"] is None and not asked["captions"]
-        else create_prompts(asked, words)
+        if options["template"] is None and not options["captions"]
+        else create_prompts(options, words)
     )
     device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     device, ranks = join_process_group(device), ProcessGroup()
     cfg = OmegaConf.merge(cfg, {"device": str(device)})
-    restored = load_pipeline(cfg, ckpt, asked)
+    restored = load_pipeline(cfg, ckpt, options)
     check_text_to_image(restored, "augment")
-    prompts = prompts or create_training_prompts(cfg, asked, restored)
-    score, judge = create_clip_scorer(asked["clip"], restored)
+    prompts = prompts or create_training_prompts(cfg, options, restored)
+    score, judge = create_clip_scorer(options["clip"], restored)
     size = cfg.size or restored.size
     facts = {name: cfg[name] for name in AUGMENT_SETTINGS} | {"size": size, "clip": judge}
-    facts |= {"negative": asked["negative"], "checkpoint": read_checkpoint_digest(restored.path)}
+    facts |= {"negative": options["negative"], "checkpoint": read_checkpoint_digest(restored.path)}
     facts |= {"step": restored.step, "precision": restored.precision, **restored.settings}
     facts |= {"template": None, "slots": {}, "captions": None, **prompts.facts}
     with lock_augment_folder(out) if ranks.rank == 0 else nullcontext():
         if ranks.rank == 0:
             claim_output_folder(out, json.loads(json.dumps(facts)))
         ranks.any(False)  # all wait until it is ours, and rid of what a kill has left
-        mine = found[ranks.rank :: ranks.world]
+        mine = found[ranks.rank :: ranks.world_size]
         if ranks.rank == 0:
-            words_of = {"prompts": [prompts(cfg.seed).text], "negative": asked["negative"]}
-            for line in restored.pipeline.caveats(cfg.steps, **words_of):
+            words_of = {"prompts": [prompts(cfg.seed).text], "negative": options["negative"]}
+            for line in restored.pipeline.collect_warnings(cfg.steps, **words_of):
                 print(line, file=sys.stderr, flush=True)
         bar = partial(
             tqdm, unit="image", disable=ranks.rank != 0, mininterval=get_progress_interval()
         )
         with bar(total=sum(len(part.pictures) for part in mine), desc="Painting") as shown:
-            pipeline = partial(restored.pipeline, size=size, negative=asked["negative"])
+            pipeline = partial(restored.pipeline, size=size, negative=options["negative"])
             brush = partial(generate_shard_samples, cfg, pipeline, prompts, score, shown.update)
             sift = ScoreFilter(cfg.min_score, cfg.keep)
             for part in mine:
                 if part.finished() is None:
-                    part.write(brush, sift=sift, suffix=cfg.format, batch=cfg.batch)
+                    part.write(brush, score_filter=sift, suffix=cfg.format, batch=cfg.batch)
                 else:
                     shown.update(len(part.pictures))
         ranks.any(False)
@@ -153,17 +153,17 @@ def augment_dataset(
 
 
 def check_augment_options(
-    cfg: DictConfig, asked: dict[str, str | None], words: dict[str, list[str]]
+    cfg: DictConfig, options: dict[str, str | None], words: dict[str, list[str]]
 ) -> None:
     """Refuse settings that make no sense, before anything heavy is imported; raises UsageError."""
-    if asked["template"] is not None and asked["captions"]:
+    if options["template"] is not None and options["captions"]:
         raise UsageError("prompts come from template=... or from captions=..., not from both")
-    if words and asked["template"] is None:
+    if words and options["template"] is None:
         raise UsageError(f"slots.{min(words)} is for a template: give template=...")
     if cfg.format not in AUGMENT_FORMATS:
         raise UsageError(f"format={cfg.format} is none of {', '.join(AUGMENT_FORMATS)}")
     for name in ("min_score", "keep"):
-        if cfg[name] is not None and lacks_clip_score(asked):
+        if cfg[name] is not None and lacks_clip_score(options):
             raise UsageError(f"{name}={cfg[name]} is by CLIP score: give clip=..., or leave it out")
 
 
@@ -181,23 +181,23 @@ def check_augment_folder(out: Path) -> None:
             )
 
 
-def lacks_clip_score(asked: dict[str, str | None]) -> bool:
+def lacks_clip_score(options: dict[str, str | None]) -> bool:
     """Whether no CLIP is to measure."""
-    return asked["clip"] in (None, "", "none", "null")
+    return options["clip"] in (None, "", "none", "null")
 
 
-def create_prompts(asked: dict[str, str | None], words: dict[str, list[str]]):
+def create_prompts(options: dict[str, str | None], words: dict[str, list[str]]):
     """The prompts of the template or of `captions`; raises what they raise."""
     from ldm.data.prepare.prompts import DatasetPrompts, PromptFile, PromptTemplate
     from ldm.data.shards.reader import ShardReader
 
-    if asked["template"] is not None:
-        return PromptTemplate(asked["template"], words)
-    place = Path(asked["captions"])
+    if options["template"] is not None:
+        return PromptTemplate(options["template"], words)
+    place = Path(options["captions"])
     return DatasetPrompts(ShardReader(place)) if place.is_dir() else PromptFile(place)
 
 
-def create_training_prompts(cfg: DictConfig, asked: dict[str, str | None], restored):
+def create_training_prompts(cfg: DictConfig, options: dict[str, str | None], restored):
     """The captions of the run's own training pictures; UsageError where they are not here."""
     from ldm.config.training_images import open_run_images
     from ldm.data.prepare.prompts import DatasetPrompts
@@ -206,7 +206,7 @@ def create_training_prompts(cfg: DictConfig, asked: dict[str, str | None], resto
         return DatasetPrompts(open_run_images(restored, restored.size)[1].shards)
     except (UsageError, FileNotFoundError) as error:
         raise UsageError(
-            f"the training captions of {asked['ckpt']} are not here: give template=... or "
+            f"the training captions of {options['ckpt']} are not here: give template=... or "
             f"captions=... ({error})"
         ) from error
 
@@ -284,7 +284,7 @@ def generate_shard_samples(
         done(1)
 
 
-def write_augment_report(out: Path, told: dict, source: dict, versions: dict) -> None:
+def write_augment_report(out: Path, report: dict, source: dict, versions: dict) -> None:
     """Leave report.json, an index and the contact sheet, and say what became of it.
 
     Raises UsageError where no picture has stayed.
@@ -294,13 +294,13 @@ def write_augment_report(out: Path, told: dict, source: dict, versions: dict) ->
     from ldm.data.shards.reader import ShardReader
     from ldm.utils.images import make_captioned_grid, save_png
 
-    write_json(out / "report.json", {**told, **source, "versions": versions})
-    scores = told.get("score", {})
+    write_json(out / "report.json", {**report, **source, "versions": versions})
+    scores = report.get("score", {})
     spoken = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-    if not told["written"]:
+    if not report["written"]:
         raise UsageError(
-            f"none of {told['painted']} pictures has stayed (CLIP scores: {spoken}): give a lower "
-            "min_score and another out"
+            f"none of {report['painted']} pictures has stayed (CLIP scores: {spoken}): give a "
+            "lower min_score and another out"
         )
     shards = ShardReader(out)
     first = [shards.read(i) for i in range(min(NUM_SHEET_IMAGES, len(shards)))]
@@ -308,13 +308,13 @@ def write_augment_report(out: Path, told: dict, source: dict, versions: dict) ->
     sheet = make_captioned_grid(
         images, [one.captions[0] for one in first], columns=min(6, len(first))
     )
-    save_png(sheet, out / "sheet.png", {**told, **source})
-    print(f"{told['painted']} painted, {told['dropped']} left out by the filter")
+    save_png(sheet, out / "sheet.png", {**report, **source})
+    print(f"{report['painted']} painted, {report['dropped']} left out by the filter")
     if scores:
         print(f"CLIP scores of all: {spoken}")
-    if 0 < len(told["labels"]) <= 12:
-        print("by label: " + ", ".join(f"{name} {n}" for name, n in told["labels"].items()))
-    print(f"{out / 'sheet.png'}\n{told['written']} samples in {out}")
+    if 0 < len(report["labels"]) <= 12:
+        print("by label: " + ", ".join(f"{name} {n}" for name, n in report["labels"].items()))
+    print(f"{out / 'sheet.png'}\n{report['written']} samples in {out}")
 
 
 if __name__ == "__main__":

@@ -71,57 +71,59 @@ def read_repeated_option(name: str) -> list[str]:
     ]
 
 
-def choose_query(given: set[str]) -> str:
+def choose_query(names: set[str]) -> str:
     """What is asked, by the names of what is given; UsageError where that is no question."""
-    given = {"text" if name == "texts" else name for name in given} - {"clip"}
-    if "minus" in given:
+    names = {"text" if name == "texts" else name for name in names} - {"clip"}
+    if "minus" in names:
         kind = "difference"
-    elif "labels" in given:
+    elif "labels" in names:
         kind = "label"
-    elif "data" in given:
-        kind = "search" if given & {"image", "text"} else "recall"
+    elif "data" in names:
+        kind = "search" if names & {"image", "text"} else "recall"
     else:
         kind = "similarity"
     needed, more = CLIP_QUERY_OPTIONS[kind]
-    if not set(needed) <= given:
+    if not set(needed) <= names:
         raise UsageError(
             "give image=.. and text=.. (or texts=FILE) for their similarity; data=DIR and one of "
             "them for a search; data=DIR alone for recall; image=.. and labels=a,b,c for "
             "probabilities; image=.. and minus=.. for the words that differ"
         )
-    if stray := sorted(given - {*needed, *more}):
+    if stray := sorted(names - {*needed, *more}):
         raise UsageError(
             f"{stray[0]}=.. has no part in this: {kind} takes {', '.join([*needed, *more])}"
         )
     return kind
 
 
-def answer_query(cfg: DictConfig, asked: dict, kind: str) -> str:
+def answer_query(cfg: DictConfig, options: dict, kind: str) -> str:
     """The lines to print; a search leaves a picture as well.
 
     Raises UsageError for what cannot be asked, OSError and ValueError where files are not what they
     should be.
     """
-    paths = [path for name in asked["image"] or () for path in find_option_images("image", name)]
-    others = find_option_images("minus", asked["minus"]) if kind == "difference" else []
+    paths = [path for name in options["image"] or () for path in find_option_images("image", name)]
+    others = find_option_images("minus", options["minus"]) if kind == "difference" else []
     texts = [
-        *(asked["text"] or ()),
-        *(read_option_lines("texts", asked["texts"]) if asked["texts"] else ()),
+        *(options["text"] or ()),
+        *(read_option_lines("texts", options["texts"]) if options["texts"] else ()),
     ]
-    words = read_option_list("words", asked["words"]) if asked["words"] else None
-    labels = read_option_list("labels", asked["labels"]) if kind == "label" else []
-    templates = [asked["template"] or ""]
+    words = read_option_list("words", options["words"]) if options["words"] else None
+    labels = read_option_list("labels", options["labels"]) if kind == "label" else []
+    templates = [options["template"] or ""]
     if "{}" not in templates[0]:
-        templates = read_option_lines("template", asked["template"]) if asked["template"] else []
+        templates = (
+            read_option_lines("template", options["template"]) if options["template"] else []
+        )
     if any("{}" not in template for template in templates):
-        raise UsageError(f"template={asked['template']} has a line without {{}} for the word")
+        raise UsageError(f"template={options['template']} has a line without {{}} for the word")
     if kind == "difference" and len(paths) + len(others) > 2:
         raise UsageError("image=.. and minus=.. are one picture each, and no folders")
     if kind == "search" and len(paths) + len(texts) > 1:
         raise UsageError("a search is for one text or one picture: give one of them")
 
     check_checkpoints_and_device(cfg)
-    wanted = prepare_output_file(asked["out"], Path("retrieved.png"), moving=False)
+    wanted = prepare_output_file(options["out"], Path("retrieved.png"), moving=False)
     from ldm.evaluation.clip_queries import (  # with torch and transformers: seconds
         RECALL_CUTOFFS,
         ClipQueries,
@@ -129,7 +131,7 @@ def answer_query(cfg: DictConfig, asked: dict, kind: str) -> str:
     from ldm.utils.images import save_png
 
     how = {"cache": resolve_path(cfg.cache), "batch": cfg.batch, "device": cfg.device}
-    clip = ClipQueries(asked["clip"], data=asked["data"], templates=templates, **how)
+    clip = ClipQueries(options["clip"], data=options["data"], templates=templates, **how)
     if len(paths) > 1:  # a folder may hold what is none
         paths = clip.readable(paths) or paths[:1]
     if kind == "similarity":
@@ -137,7 +139,7 @@ def answer_query(cfg: DictConfig, asked: dict, kind: str) -> str:
         rows = [[f"{v:.3f}", f"{100 * max(v, 0):.1f}", *rest] for v, *rest in rows]
         return format_columns(["cosine", "CLIP score", "picture", "text"], rows)
     if kind == "label":
-        rows = sort_pairs_by_value(paths, labels, clip.labels(paths, labels).tolist())
+        rows = sort_pairs_by_value(paths, labels, clip.classify_labels(paths, labels).tolist())
         return format_columns(
             ["share", "picture", "label"], [[f"{v:.3f}", *rest] for v, *rest in rows]
         )
@@ -147,10 +149,12 @@ def answer_query(cfg: DictConfig, asked: dict, kind: str) -> str:
             ["cosine", "word"], [[f"{v:.3f}", word] for word, v in found[: cfg.top]]
         )
     if kind == "recall":
-        rows = [[*(f"{v:.3f}" for v in shares), way] for way, shares in clip.recall().items()]
+        rows = [
+            [*(f"{v:.3f}" for v in shares), way] for way, shares in clip.compute_recall().items()
+        ]
         return format_columns([*(f"at {k}" for k in RECALL_CUTOFFS), "from"], rows)
     found, page = clip.search([*paths, *texts][0], top=cfg.top)
-    facts = {"clip": asked["clip"], "data": asked["data"], "found": found}
+    facts = {"clip": options["clip"], "data": options["data"], "found": found}
     with reserve_files(lambda n: [wanted.with_stem(wanted.stem + n)], overwrite=cfg.overwrite) as [
         out
     ]:
@@ -178,47 +182,47 @@ def format_columns(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
-def find_option_images(name: str, place: str) -> list[Path]:
+def find_option_images(name: str, value: str) -> list[Path]:
     """A picture's path, or those in a folder, in order of name; UsageError where there is none."""
-    path = Path(place)
+    path = Path(value)
     if not path.exists():
-        raise UsageError(f"{name}={place} does not exist")
+        raise UsageError(f"{name}={value} does not exist")
     if not path.is_dir():
         return [path]
     found = list_image_files(path)
     if not found:
         raise UsageError(
-            f"{name}={place} is a folder without pictures ({', '.join(IMAGE_SUFFIXES)})"
+            f"{name}={value} is a folder without pictures ({', '.join(IMAGE_SUFFIXES)})"
         )
     return found
 
 
-def read_option_lines(name: str, place: str) -> list[str]:
+def read_option_lines(name: str, path: str) -> list[str]:
     """The lines with text of a file; UsageError where there are none."""
     try:
-        text = read_text(place)
+        text = read_text(path)
     except OSError as error:
-        raise UsageError(f"{name}={place}: {error.strerror}") from error
+        raise UsageError(f"{name}={path}: {error.strerror}") from error
     except ValueError as error:
         raise UsageError(f"{name}={error}") from error
-    return clean_option_list(name, place, text.splitlines())
+    return clean_option_list(name, path, text.splitlines())
 
 
-def read_option_list(name: str, typed: str) -> list[str]:
+def read_option_list(name: str, value: str) -> list[str]:
     """The lines of a file, or what stands between commas; UsageError where that is nothing."""
-    is_file = typed.endswith(".txt") or (len(typed) < 256 and Path(typed).is_file())
+    is_file = value.endswith(".txt") or (len(value) < 256 and Path(value).is_file())
     return (
-        read_option_lines(name, typed)
+        read_option_lines(name, value)
         if is_file
-        else clean_option_list(name, typed, replace_invalid_bytes(typed).strip(" []").split(","))
+        else clean_option_list(name, value, replace_invalid_bytes(value).strip(" []").split(","))
     )
 
 
-def clean_option_list(name: str, typed: str, parts: list[str]) -> list[str]:
+def clean_option_list(name: str, value: str, parts: list[str]) -> list[str]:
     """Each different part once, without blanks around it; UsageError where there is none."""
     found = list(dict.fromkeys(part.strip() for part in parts if part.strip()))
     if not found:
-        raise UsageError(f"{name}={typed} names nothing: give {name}=a,b,c or a file of lines")
+        raise UsageError(f"{name}={value} names nothing: give {name}=a,b,c or a file of lines")
     return found
 
 

@@ -47,8 +47,7 @@ def main() -> None:
         check_path_length("out", out, more=len("/quality.png"))
         print(
             escape_control_characters(
-                compare_runs(find_runs(places), out=out, **texts),
-                keep=LAYOUT_CHARACTERS,
+                compare_runs(find_runs(places), out=out, **texts), keep=LAYOUT_CHARACTERS
             )
         )
     except (ValueError, OSError) as error:

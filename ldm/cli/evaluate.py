@@ -68,7 +68,7 @@ def main() -> None:
         get_launcher_layout() is None
     ):  # torchrun ends its processes, also those that wait for another
         signal.signal(signal.SIGTERM, raise_keyboard_interrupt)
-    run_command(composed, "evaluate", goes_on=True)
+    run_command(composed, "evaluate", resumable=True)
 
 
 def raise_keyboard_interrupt(number: int, frame: object) -> None:
@@ -76,43 +76,45 @@ def raise_keyboard_interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt("stopped", 128 + number)
 
 
-def choose_source_kind(asked: dict[str, str | None]) -> str:
+def choose_source_kind(options: dict[str, str | None]) -> str:
     """What is to be measured: "run" or "peer" (`ckpt`), or "images".
 
     Raises UsageError where neither or both are given, or there is no such folder.
     """
-    if (asked["ckpt"] is None) == (asked["images"] is None):
+    if (options["ckpt"] is None) == (options["images"] is None):
         raise UsageError(
             "give ckpt=... (a run, a checkpoint, a folder of a diffusers pipeline) or images=... "
             "(a folder of pictures)"
         )
-    if asked["images"] is None:
-        is_peer = Path(asked["ckpt"]).joinpath("model_index.json").is_file()
+    if options["images"] is None:
+        is_peer = Path(options["ckpt"]).joinpath("model_index.json").is_file()
         return "peer" if is_peer else "run"
-    if asked["keep"] is not None:
+    if options["keep"] is not None:
         raise UsageError("keep=... is for pictures that are painted; those of images=... exist")
     return "images"
 
 
 def evaluate_points(
-    points: list[tuple[dict[str, str], DictConfig]], asked: dict[str, str | None]
+    points: list[tuple[dict[str, str], DictConfig]], options: dict[str, str | None]
 ) -> None:
     """Measure each point: what differs from the others, and its configuration.
 
     One leaves metrics.json and prints a table; several leave curve_*.csv, .json and .png. What is
     painted waits as features beside the results until all is done.
     """
-    check_checkpoints_and_device(points[0][1], *([] if asked["ckpt"] is None else [asked["ckpt"]]))
+    check_checkpoints_and_device(
+        points[0][1], *([] if options["ckpt"] is None else [options["ckpt"]])
+    )
 
     from ldm.config.evaluation import build_evaluation_source
     from ldm.evaluation.distributed import ProcessGroup
 
-    source = build_evaluation_source(points[0][1], asked, kind=choose_source_kind(asked))
-    out = resolve_path(asked["out"] or source.home)
+    source = build_evaluation_source(points[0][1], options, kind=choose_source_kind(options))
+    out = resolve_path(options["out"] or source.home)
     single = out.suffix == ".json"
     if single and len(points) > 1:
         raise UsageError(f"out={out} is a file, and a curve leaves three: give a folder")
-    if asked["keep"] is not None and source.quality is None:
+    if options["keep"] is not None and source.quality is None:
         raise UsageError("keep=... keeps what is painted for `features`, of which there is none")
     (out.parent if single else out).mkdir(parents=True, exist_ok=True)
     first, found, waiting = ProcessGroup().rank == 0, [], []
@@ -120,13 +122,15 @@ def evaluate_points(
     if first and not overwrite:
         if not single:
             check_result_location([varied for varied, _ in points], out)
-        for varied, cfg in points if asked["keep"] else ():
-            pieces = describe_point(source, cfg, asked)[1]
-            check_image_folder(locate_point_images(asked["keep"], varied), going_on=pieces.is_dir())
+        for varied, cfg in points if options["keep"] else ():
+            pieces = describe_point(source, cfg, options)[1]
+            check_image_folder(
+                locate_point_images(options["keep"], varied), going_on=pieces.is_dir()
+            )
     for varied, cfg in points:
         if varied and first:
             print(format_point(varied), flush=True)
-        facts, pieces = measure_point(source, cfg, varied, asked)
+        facts, pieces = measure_point(source, cfg, varied, options)
         found.append(facts)
         waiting.append(pieces)
     if not first:
@@ -151,7 +155,7 @@ def evaluate_points(
         shutil.rmtree(pieces, ignore_errors=True)
 
 
-def describe_point(source, cfg: DictConfig, asked: dict[str, str | None]) -> tuple[dict, Path]:
+def describe_point(source, cfg: DictConfig, options: dict[str, str | None]) -> tuple[dict, Path]:
     """What is known of a point before it is measured, and where its pieces wait."""
     from ldm.evaluation.tensor_cache import hash_facts
 
@@ -160,11 +164,11 @@ def describe_point(source, cfg: DictConfig, asked: dict[str, str | None]) -> tup
     if source.quality is not None:
         known["protocol"] = source.quality.facts()
     # Other settings, weights or pictures make other pieces.
-    return known, source.home / "eval" / f"pieces-{hash_facts([known, asked['keep']])}"
+    return known, source.home / "eval" / f"pieces-{hash_facts([known, options['keep']])}"
 
 
 def measure_point(
-    source, cfg: DictConfig, varied: dict[str, str], asked: dict[str, str | None]
+    source, cfg: DictConfig, varied: dict[str, str], options: dict[str, str | None]
 ) -> tuple[dict, Path]:
     """All that is known of one point, as plain values, and where its pieces wait."""
     from tqdm import tqdm
@@ -173,17 +177,17 @@ def measure_point(
 
     quality, ranks, home = source.quality, ProcessGroup(), source.home / "eval"
     bar = partial(tqdm, unit="image", disable=ranks.rank != 0, mininterval=get_progress_interval())
-    known, pieces = describe_point(source, cfg, asked)
+    known, pieces = describe_point(source, cfg, options)
     if ranks.rank == 0 and pieces.is_dir():
         print(f"going on with what was painted before the last call ended ({pieces})", flush=True)
-    elif ranks.rank == 0 and asked["keep"]:
+    elif ranks.rank == 0 and options["keep"]:
         pieces.mkdir(parents=True)  # says that the pictures which are kept are of this call
     found = {"varied": varied} if varied else {}
     found["metrics"] = {}
-    paint = source.paint(cfg)  # before a bar is drawn: it may have something to say
+    paint = source.generate(cfg)  # before a bar is drawn: it may have something to say
     if source.scenes is not None:
         with bar(
-            total=count_images_per_rank(len(source.scenes), ranks.world), desc="Scenes"
+            total=count_images_per_rank(len(source.scenes), ranks.world_size), desc="Scenes"
         ) as shown:
             found["metrics"] |= measure_scene_accuracy(source.scenes, paint, pieces, shown.update)
     if quality is not None:
@@ -191,15 +195,15 @@ def measure_point(
             quality.subset.save(home / f"subset-{quality.subset.digest}.json")
         with bar(desc="Reference") as shown:
             quality.prepare(source.device, done=lambda items: shown.update(len(items)))
-        folder = asked["keep"] and locate_point_images(asked["keep"], varied)
+        folder = options["keep"] and locate_point_images(options["keep"], varied)
         with bar(
-            total=count_images_per_rank(len(quality.subset), ranks.world), desc="Pictures"
+            total=count_images_per_rank(len(quality.subset), ranks.world_size), desc="Pictures"
         ) as shown:
-            seen = quality.see(
+            seen = quality.extract_features(
                 paint,
                 folder=pieces / "features",
                 done=lambda items: shown.update(len(items)),
-                keep=partial(save_point_images, folder, quality.subset)
+                on_images=partial(save_point_images, folder, quality.subset)
                 if folder
                 else lambda items, images: None,
             )
@@ -209,7 +213,7 @@ def measure_point(
 
 
 def measure_scene_accuracy(
-    scenes, paint: Callable, pieces: Path, done: Callable[[int], object]
+    scenes, generate: Callable, pieces: Path, done: Callable[[int], object]
 ) -> dict[str, float]:
     """SceneAccuracy's metrics; every process paints a share, and what is counted waits in `pieces`.
 
@@ -224,7 +228,7 @@ def measure_scene_accuracy(
     items = [range(first, min(first + scenes.batch, len(scenes))) for first in batches]
     found = tabulate(
         len(batches),
-        lambda row: {"tally": from_numpy(scenes.tally(paint, items[row.start])).reshape(1, -1)},
+        lambda row: {"tally": from_numpy(scenes.tally(generate, items[row.start])).reshape(1, -1)},
         columns={"tally": len(METRIC_SUFFIXES) * len(SCENE_METRICS)},
         batch=1,
         folder=pieces / f"scenes-{scenes.batch}",

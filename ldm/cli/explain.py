@@ -41,19 +41,16 @@ def main(argv: Sequence[str]) -> None:
     run_command(explain, "explain")
 
 
-def draw_explain_figures(cfg: DictConfig, asked: dict[str, str | None]) -> Path:
+def draw_explain_figures(cfg: DictConfig, options: dict[str, str | None]) -> Path:
     """Draw all pictures of asked["ckpt"], or of the newest run; the folder that they are in.
 
     It is asked["out"], with a number where that holds such pictures already.
     """
-    if asked["ckpt"] is None:
-        asked["ckpt"] = str(find_newest_run(Path("runs")))
-        print(f"ckpt={asked['ckpt']}, the newest finished run")
-    check_checkpoints_and_device(cfg, asked["ckpt"])
-    prompts, out = (
-        read_prompts(asked),
-        resolve_path(require_option(asked, "out")),
-    )
+    if options["ckpt"] is None:
+        options["ckpt"] = str(find_newest_run(Path("runs")))
+        print(f"ckpt={options['ckpt']}, the newest finished run")
+    check_checkpoints_and_device(cfg, options["ckpt"])
+    prompts, out = (read_prompts(options), resolve_path(require_option(options, "out")))
     check_path_length("out", out, more=len("-000"))
 
     from tqdm import tqdm
@@ -73,13 +70,13 @@ def draw_explain_figures(cfg: DictConfig, asked: dict[str, str | None]) -> Path:
     from ldm.data.image_decoding import read_square_image
     from ldm.utils.images import save_png
 
-    restored = load_pipeline(cfg, asked["ckpt"], asked)
+    restored = load_pipeline(cfg, options["ckpt"], options)
     check_text_to_image(restored, "explain")
     pipeline, size = restored.pipeline, cfg.size or restored.size
     prompts = prompts or [render_scene(i, 16)[1] for i in EXAMPLE_SCENES]
     image = render_scene(EXAMPLE_SCENES[0], size)[0]
-    if asked["image"]:
-        image = read_square_image(asked["image"], size)
+    if options["image"]:
+        image = read_square_image(options["image"], size)
     at = SamplingSettings(cfg.seed, size, cfg.steps)
     facts = {
         "ckpt": str(restored.path),
@@ -88,7 +85,7 @@ def draw_explain_figures(cfg: DictConfig, asked: dict[str, str | None]) -> Path:
         "seed": cfg.seed,
         "steps": cfg.steps,
         "size": size,
-        "image": asked["image"],
+        "image": options["image"],
         **restored.settings,
     }
 

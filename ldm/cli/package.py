@@ -35,10 +35,7 @@ def main(argv: Sequence[str]) -> None:
             from ldm.config.packaging import package_autoencoder, package_clip
 
             for name in given:
-                write = {
-                    "autoencoder": package_autoencoder,
-                    "clip": package_clip,
-                }[name]
+                write = {"autoencoder": package_autoencoder, "clip": package_clip}[name]
                 run = Path(paths[name])
                 trained = describe_training(name, run)
                 figures = write(run, out / name, scenes=cfg.scenes)
@@ -66,7 +63,7 @@ def describe_training(name: str, run: Path) -> str:
     try:
         steps, images = (int(result[key]) for key in ("steps", "images_seen"))
         seed, minutes = int(config["seed"]), float(result["seconds"]) / 60
-        words = parse_plain_yaml(read_text(overrides, most=MAX_CONFIG_BYTES))
+        words = parse_plain_yaml(read_text(overrides, max_bytes=MAX_CONFIG_BYTES))
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise ValueError(f"{overrides} is no list of words")
     except (KeyError, TypeError, OverflowError) as error:
@@ -78,7 +75,7 @@ def describe_training(name: str, run: Path) -> str:
     )
 
 
-def format_model_card(name: str, trained: str, folder: Path, figures: dict[str, float]) -> str:
+def format_model_card(name: str, training: str, folder: Path, figures: dict[str, float]) -> str:
     """What the part in `folder` is, what made it and what was measured, as Markdown."""
     digests = {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
@@ -87,7 +84,7 @@ def format_model_card(name: str, trained: str, folder: Path, figures: dict[str, 
     lines = [
         f"# {name}, packaged with ldm",
         "",
-        trained,
+        training,
         "Weights are stored as float16 and used as float32. Figures of the stored weights:",
         "",
         *(f"- {key}: {value:.4g}" for key, value in figures.items()),

@@ -48,16 +48,16 @@ def main() -> None:
         with convert_to_usage_errors():
             synthesize_ema(cfg, asked)
 
-    run_command(composed, "phema", goes_on=True)
+    run_command(composed, "phema", resumable=True)
 
 
-def synthesize_ema(cfg: DictConfig, asked: dict[str, str | None]) -> None:
+def synthesize_ema(cfg: DictConfig, options: dict[str, str | None]) -> None:
     """Store the average of `length`; without one that of `lengths` which measures best."""
-    tried = parse_ema_lengths(asked["lengths"])
-    check_checkpoints_and_device(cfg, require_option(asked, "ckpt"))
-    run = load_snapshot_run(require_option(asked, "ckpt"))
-    out = resolve_average_path(asked["out"], run)
-    new = asked["out"] is not None and not cfg.overwrite
+    tried = parse_ema_lengths(options["lengths"])
+    check_checkpoints_and_device(cfg, require_option(options, "ckpt"))
+    run = load_snapshot_run(require_option(options, "ckpt"))
+    out = resolve_average_path(options["out"], run)
+    new = options["out"] is not None and not cfg.overwrite
     if cfg.length is not None:
         average = run.average(cfg.length)
         out = run.save(average, out, {}, new=new)
@@ -69,7 +69,7 @@ def synthesize_ema(cfg: DictConfig, asked: dict[str, str | None]) -> None:
             check_curve_files([{"varied": {"length": None}}], run.home)
         except ValueError as error:
             raise UsageError(f"{error}: move it, or give overwrite=true") from error
-    measure_lengths(cfg, asked, run, tried, out, new=new)
+    measure_lengths(cfg, options, run, tried, out, new=new)
 
 
 def parse_ema_lengths(text: str) -> list[float]:
@@ -143,7 +143,7 @@ class SnapshotRun:
             )
         how = {"disable": get_launcher_rank() != 0, "mininterval": get_progress_interval()}
         with tqdm(total=len(kept), desc="Averaging", **how) as bar:
-            state = combine_snapshots(self.snapshots, made.shares, done=bar.update)
+            state = combine_snapshots(self.snapshots, made.shares, on_progress=bar.update)
         own = select_prefix(self.payload, "ema.module.")
         if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in own.items()}:
             folder = self.snapshots[-1].path.parent
@@ -153,7 +153,7 @@ class SnapshotRun:
         facts = {"length": length, "step": self.step}
         return PostHocAverage(state, {**facts, "snapshots": len(kept), "misfit": made.misfit})
 
-    def save(self, average: PostHocAverage, out: Path, measured: dict, *, new: bool) -> Path:
+    def save(self, average: PostHocAverage, out: Path, result: dict, *, new: bool) -> Path:
         """A checkpoint that is sampled and evaluated like any other, and that no run goes on from.
 
         new: one that replaces none, under a name with a number where `out` is there already.
@@ -165,7 +165,7 @@ class SnapshotRun:
             return out
         places = ("denoiser.", "ema.module.")
         both = {f"{place}{name}": t for place in places for name, t in average.state.items()}
-        facts = {**self.payload["ldm"], "phema": {**average.facts, **measured}}
+        facts = {**self.payload["ldm"], "phema": {**average.facts, **result}}
         with reserve_files(lambda n: [out.with_stem(out.stem + n)], overwrite=not new) as [path]:
             write_checkpoint({"state_dict": both, "global_step": self.step, "ldm": facts}, path)
         return path
@@ -197,9 +197,9 @@ def load_snapshot_run(ckpt: str) -> SnapshotRun:
 
 def measure_lengths(
     cfg: DictConfig,
-    asked: dict[str, str | None],
+    options: dict[str, str | None],
     run: SnapshotRun,
-    tried: list[float],
+    lengths: list[float],
     out: Path,
     *,
     new: bool,
@@ -212,13 +212,10 @@ def measure_lengths(
     from ldm.utils.checkpoint_file import load_module_state
 
     cfg = OmegaConf.merge({"raw": False}, cfg)
-    asked = {**asked, "ckpt": str(run.path), "images": None, "keep": None}
-    source, first = (
-        build_evaluation_source(cfg, asked, kind="run"),
-        get_launcher_rank() == 0,
-    )
-    points, waiting, own, metric = [], [], {}, asked["metric"]
-    whole = [None, *tried] if run.step == run.payload["global_step"] else tried
+    options = {**options, "ckpt": str(run.path), "images": None, "keep": None}
+    source, first = (build_evaluation_source(cfg, options, kind="run"), get_launcher_rank() == 0)
+    points, waiting, own, metric = [], [], {}, options["metric"]
+    whole = [None, *lengths] if run.step == run.payload["global_step"] else lengths
     for length in whole:
         label = "as trained" if length is None else f"{length:g}"
         if first:
@@ -231,7 +228,7 @@ def measure_lengths(
             measuring = replace(
                 source, facts=lambda cfg, facts=facts: describe_average(source.facts(cfg), facts)
             )
-        found, pieces = measure_point(measuring, cfg, {"length": label}, asked)
+        found, pieces = measure_point(measuring, cfg, {"length": label}, options)
         waiting.append(pieces)
         metric = choose_metric(metric, found["metrics"])
         if length is None:
@@ -257,19 +254,19 @@ def describe_average(known: dict, facts: dict) -> dict:
     return {**known, "step": facts["step"], "settings": settings, "phema": facts}
 
 
-def choose_metric(metric: str | None, measured: dict[str, float]) -> str:
+def choose_metric(metric: str | None, metrics: dict[str, float]) -> str:
     """The metric to go by; UsageError where it is not measured."""
     if metric is None:
         there = [
             PREFERRED_METRICS[0],
-            select_distance_metric(measured),
+            select_distance_metric(metrics),
             *PREFERRED_METRICS[1:],
-            *measured,
+            *metrics,
         ]
-        return next(name for name in there if name in measured)
-    if (name := metric.removeprefix("val/")) not in measured:
-        near = suggest_nearest(name, measured)
-        raise UsageError(f"metric={metric} is not measured{near} There are: {', '.join(measured)}")
+        return next(name for name in there if name in metrics)
+    if (name := metric.removeprefix("val/")) not in metrics:
+        near = suggest_nearest(name, metrics)
+        raise UsageError(f"metric={metric} is not measured{near} There are: {', '.join(metrics)}")
     return name
 
 

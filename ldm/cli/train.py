@@ -30,7 +30,7 @@ def train(cfg: DictConfig) -> None:
     # A rank that Lightning has started does not leave alone: the first one would wait for it.
     signals = StopSignals(at_once=get_launcher_rank() == 0 or get_launcher_layout() is not None)
     signals.listen()
-    with signals.obey():
+    with signals.exit_on_signal():
         run_dir = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
         with convert_to_usage_errors():
             lock = (

@@ -31,7 +31,7 @@ def build_noisy_classifier(
     return NoisyClassifier(instantiate(cfg.classifier, **handed, _convert_="all"), text)
 
 
-def load_noisy_classifier(ckpt: str, *, beside: Components) -> NoisyClassifier:
+def load_noisy_classifier(ckpt: str, *, components: Components) -> NoisyClassifier:
     """The classifier of a run of stage=classifier, frozen, for a model on the same latents.
 
     Raises UsageError for a run of another stage, autoencoder or scheduler, CheckpointError where
@@ -47,18 +47,18 @@ def load_noisy_classifier(ckpt: str, *, beside: Components) -> NoisyClassifier:
         )
     config = validate_file_config(facts["config"], path, needed=CLASSIFIER_GROUPS)
     check_frozen_digests(facts, path, FROZEN_GROUPS)
-    if hash_module(beside.autoencoder) != facts["frozen"]["autoencoder"]:
+    if hash_module(components.autoencoder) != facts["frozen"]["autoencoder"]:
         raise UsageError(
             f"{path} was trained on the latents of another autoencoder than the model's: train a "
             "classifier with the model's autoencoder=..."
         )
     schedule = instantiate(config.scheduler)
-    if not is_same_schedule(schedule, beside.objective.schedule):
+    if not is_same_schedule(schedule, components.objective.schedule):
         raise UsageError(
             f"{path} was trained on another noise schedule than the model: train a classifier with "
             "the model's scheduler=..."
         )
-    text = beside.text
+    text = components.text
     if hash_module(text) != facts["frozen"]["text_encoder"]:
         text = instantiate(config.text_encoder)
         if hash_module(text) != facts["frozen"]["text_encoder"]:
@@ -66,6 +66,8 @@ def load_noisy_classifier(ckpt: str, *, beside: Components) -> NoisyClassifier:
                 f"{config.text_encoder.get('path', config.text_encoder._target_)} is not the "
                 f"text_encoder that {path} was trained with (its weights, or names, differ)"
             )
-    built = build_noisy_classifier(config, beside.autoencoder, text.to(beside.device), schedule)
+    built = build_noisy_classifier(
+        config, components.autoencoder, text.to(components.device), schedule
+    )
     load_module_state(built, select_prefix(payload, "classifier."), what=str(path))
-    return built.eval().requires_grad_(False).to(beside.device)
+    return built.eval().requires_grad_(False).to(components.device)

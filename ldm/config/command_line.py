@@ -134,7 +134,7 @@ def compose_combinations(
     return found
 
 
-def run_command(main: Callable[[], None], config_name: str, *, goes_on: bool = False) -> None:
+def run_command(main: Callable[[], None], config_name: str, *, resumable: bool = False) -> None:
     """Call a `hydra.main` function; what the user did wrong is told in one message, with a remedy.
 
     Exit code 2 for such a mistake, 130 for Ctrl-C; anything else keeps its full trace. goes_on: the
@@ -159,7 +159,7 @@ def run_command(main: Callable[[], None], config_name: str, *, goes_on: bool = F
         exit_with_usage_error(error, config_name)
     except KeyboardInterrupt as error:
         how, code = error.args or ("interrupted", 130)
-        more = "; the same command goes on from here" if goes_on else ""
+        more = "; the same command goes on from here" if resumable else ""
         print(f"\n{Path(sys.argv[0]).name}: {how}{more}", file=sys.stderr)
         sys.exit(code)
     except (OSError, ValueError) as error:
@@ -232,27 +232,27 @@ def convert_to_usage_errors() -> Iterator[None]:
         raise UsageError(f"{said} [{type(error).__name__}; LDM_TRACE=1 shows where]") from error
 
 
-def require_option(given: Mapping[str, str | None], name: str) -> str:
+def require_option(options: Mapping[str, str | None], name: str) -> str:
     """A text that must have been given; UsageError where it was not."""
-    if not given.get(name):
+    if not options.get(name):
         raise UsageError(f"{name} is needed: give {name}=...")
-    return given[name]
+    return options[name]
 
 
-def read_prompts(given: Mapping[str, str | None]) -> list[str]:
+def read_prompts(options: Mapping[str, str | None]) -> list[str]:
     """The lines with text of the file `prompts`, else the one `prompt`, else none.
 
     Raises UsageError where the file has no such line, OSError where there is no file.
     """
-    if given["prompts"] is None:
-        return [] if given["prompt"] is None else [given["prompt"]]
+    if options["prompts"] is None:
+        return [] if options["prompt"] is None else [options["prompt"]]
     try:
-        lines = read_text(given["prompts"]).splitlines()
+        lines = read_text(options["prompts"]).splitlines()
     except ValueError as error:
         raise UsageError(f"prompts={error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise UsageError(f"prompts={given['prompts']} has no line with text")
+        raise UsageError(f"prompts={options['prompts']} has no line with text")
     return prompts
 
 

@@ -46,16 +46,16 @@ def build_frozen_encoders(cfg: DictConfig) -> tuple[nn.Module, nn.Module]:
     return instantiate(cfg.autoencoder).eval(), instantiate(cfg.text_encoder)
 
 
-def set_component_location(cfg: DictConfig, name: str, place: str) -> None:
+def set_component_location(cfg: DictConfig, name: str, location: str) -> None:
     """Have a frozen part read from `place`; UsageError where it is read from nowhere."""
     part = cfg.get(name) or {}
     key = next((key for key in ("path", "names") if key in part), None)
     if key is None:
         raise UsageError(
-            f"{name}={place}: the run was trained with {part.get('_target_', 'none')}, which is "
+            f"{name}={location}: the run was trained with {part.get('_target_', 'none')}, which is "
             "read from nowhere: leave it out"
         )
-    cfg[name][key] = place
+    cfg[name][key] = location
 
 
 def build_style_encoder(cfg: DictConfig) -> nn.Module | None:
@@ -64,11 +64,7 @@ def build_style_encoder(cfg: DictConfig) -> nn.Module | None:
 
 
 def build_denoiser(
-    cfg: DictConfig,
-    autoencoder: nn.Module,
-    text: nn.Module,
-    task,
-    style: nn.Module | None = None,
+    cfg: DictConfig, autoencoder: nn.Module, text: nn.Module, task, style: nn.Module | None = None
 ) -> nn.Module:
     """The network of `cfg.model`, with the sizes of the parts around it."""
     more = {} if style is None else {"style_dim": style.width, "style_code": style.code}
@@ -173,7 +169,7 @@ def warm_start_from_run(
         raise UsageError(
             f"init={init} was trained with another {' and '.join(others)}: add {given}"
         )
-    new = warm_start(network, select_prefix(source.payload, "ema.module."), what=init)
+    new = warm_start(network, select_prefix(source.payload, "ema.module."), source=init)
     told = f"; new, and without effect as yet: {', '.join(new)}" if new else ""
     return f"init: the weights of {source.path}{told}"
 

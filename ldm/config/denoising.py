@@ -66,7 +66,7 @@ def build_training_components(cfg: DictConfig, run_dir: Path) -> TrainingCompone
     Raises UsageError and ValueError for what does not.
     """
     task = instantiate(cfg.task)
-    if task.of_any_run:
+    if task.sampling_only:
         raise UsageError(
             f"task={task.name} is a way of sampling from any run of text to image, and nothing to "
             f"train: leave it out here, then give `python sample.py ckpt=... task={task.name}`"
@@ -76,10 +76,7 @@ def build_training_components(cfg: DictConfig, run_dir: Path) -> TrainingCompone
         raise UsageError(f"task={task.name} takes no style pictures: leave style_encoder=.. out")
     task.check_size(cfg.data.size)
     autoencoder, text = build_frozen_encoders(cfg)
-    frozen, style = (
-        {"autoencoder": autoencoder, "text_encoder": text},
-        build_style_encoder(cfg),
-    )
+    frozen, style = ({"autoencoder": autoencoder, "text_encoder": text}, build_style_encoder(cfg))
     if style is not None:
         frozen[STYLE_GROUP] = style
     objective = build_objective(cfg)
@@ -93,16 +90,16 @@ def build_training_components(cfg: DictConfig, run_dir: Path) -> TrainingCompone
 
 
 def build_diffusion_module(
-    of: TrainingComponents, cfg: DictConfig, data: TextImageData, run_dir: Path
+    components: TrainingComponents, cfg: DictConfig, data: TextImageData, run_dir: Path
 ) -> tuple[LatentDiffusion, list[L.Callback], dict[str, nn.Module]]:
     """LatentDiffusion with its sample pictures, and the frozen parts it rests on."""
-    objective, task = of.objective, of.task
-    autoencoder, text = (of.frozen[name] for name in FROZEN_GROUPS)
-    style = of.frozen.get(STYLE_GROUP)
+    objective, task = components.objective, components.task
+    autoencoder, text = (components.frozen[name] for name in FROZEN_GROUPS)
+    style = components.frozen.get(STYLE_GROUP)
     check_captions_readable(text, data)
     autoencoder = autoencoder if data.frames is None else FramewiseAutoencoder(autoencoder)
     trained = LatentDiffusion(
-        of.network,
+        components.network,
         autoencoder,
         text,
         objective,
@@ -120,7 +117,7 @@ def build_diffusion_module(
     pipeline = Pipeline(
         trained.ema.module,
         autoencoder=autoencoder,
-        text=text,
+        text_encoder=text,
         objective=objective,
         task=task,
         sampler=instantiate(cfg.sampler),
@@ -131,7 +128,7 @@ def build_diffusion_module(
         if gpu
         else None,  # as pipelines.restore
         trained_size=data.size,
-        frames=data.frames,
+        num_frames=data.frames,
         style_encoder=style,
     )
     asked = cfg.samples.prompts or data.val_captions(cfg.samples.n)
@@ -148,16 +145,16 @@ def build_diffusion_module(
     )
     if get_launcher_rank() == 0:
         counts = {cfg.samples.steps, *(each.steps for each in (cfg.eval or {}).values())}
-        for line in (line for count in sorted(counts) for line in pipeline.caveats(count)):
+        for line in (line for count in sorted(counts) for line in pipeline.collect_warnings(count)):
             print_to_stderr(line)
     callbacks = [SampleImages(run_dir / "samples", draw)] if prompts else []
     if trained.phema is not None:
         callbacks.append(EMASnapshots(run_dir / "phema", every=cfg.phema.every))
-    if task.from_pictures and cfg.eval and get_launcher_rank() == 0:
+    if task.needs_image and cfg.eval and get_launcher_rank() == 0:
         print(f"eval: task={task.name} begins with a picture, so val/loss alone is measured")
-    if "scenes" in cfg.eval and not task.from_pictures:
+    if "scenes" in cfg.eval and not task.needs_image:
         callbacks.append(instantiate(cfg.eval.scenes, pipeline, size=data.size))
-    if "images" in cfg.eval and not task.from_pictures:
+    if "images" in cfg.eval and not task.needs_image:
         networks = [instantiate(network) for network in cfg.features.values()]
         seen = {"pictures": data.val_set, "others": data.train_set.plain(), "size": data.size}
         place = {"folder": run_dir / "eval", "raw_denoiser": trained.denoiser}
@@ -168,4 +165,4 @@ def build_diffusion_module(
         }
         place["settings"] = json.dumps(painted, sort_keys=True)
         callbacks.append(instantiate(cfg.eval.images, pipeline, networks, **seen, **place))
-    return trained, callbacks, of.frozen
+    return trained, callbacks, components.frozen

@@ -54,13 +54,15 @@ class EvaluationSource:
     device: torch.device
     scenes: ScenePromptAccuracy | None
     quality: EvaluationProtocol | None
-    paint: Callable[[DictConfig], PromptsToImages]
+    generate: Callable[[DictConfig], PromptsToImages]
     facts: Callable[[DictConfig], dict]
     foreign: bool = True
     network: nn.Module | None = None
 
 
-def build_evaluation_source(cfg: DictConfig, asked: TextOptions, *, kind: str) -> EvaluationSource:
+def build_evaluation_source(
+    cfg: DictConfig, options: TextOptions, *, kind: str
+) -> EvaluationSource:
     """What is asked for, one of `kind` "run", "peer" and "images"; torchrun's processes join here.
 
     Raises UsageError where there is nothing to compare with or nothing to measure, ValueError and
@@ -78,7 +80,7 @@ def build_evaluation_source(cfg: DictConfig, asked: TextOptions, *, kind: str) -
         "run": build_run_source,
         "peer": build_diffusers_source,
         "images": build_folder_source,
-    }[kind](cfg, asked, networks, device)
+    }[kind](cfg, options, networks, device)
     clip = cfg.features.get("clip", {}).get("path")
     if found.foreign and found.quality is not None and clip == PACKAGED_PREFIX + "clip":
         print_on_first_rank(
@@ -114,22 +116,25 @@ def join_process_group(device: torch.device) -> torch.device:
 
 
 def build_run_source(
-    cfg: DictConfig, asked: TextOptions, networks: Sequence[FeatureExtractor], device: torch.device
+    cfg: DictConfig,
+    options: TextOptions,
+    networks: Sequence[FeatureExtractor],
+    device: torch.device,
 ) -> EvaluationSource:
     """A training run of ours."""
     cfg = OmegaConf.merge(cfg, {"device": str(device)})
-    restored = load_pipeline(cfg, asked["ckpt"], asked)
+    restored = load_pipeline(cfg, options["ckpt"], options)
     check_text_to_image(restored, "measuring")
     size = cfg.size or restored.size
     drawn = restored.data.get("_target_") == SCENES_TARGET
     scenes = build_scene_accuracy(cfg) if cfg.scenes or (cfg.scenes is None and drawn) else None
     real = others = None
-    if asked["data"] is None and networks:
+    if options["data"] is None and networks:
         real, others = open_run_images(restored, size)
     measured_by = None
     try:
         if networks:
-            measured_by = build_quality(cfg, asked, networks, size=size, real=real, others=others)
+            measured_by = build_quality(cfg, options, networks, size=size, real=real, others=others)
     except TooFewImagesError as error:
         if scenes is None:
             raise
@@ -145,7 +150,7 @@ def build_run_source(
 
     def paint(cfg: DictConfig) -> PromptsToImages:
         pipeline = replace(replace_sampling(restored.pipeline, cfg), text=text)
-        for line in pipeline.caveats(cfg.steps):
+        for line in pipeline.collect_warnings(cfg.steps):
             if line not in said and ProcessGroup().rank == 0:
                 print(line, file=sys.stderr, flush=True)
             said.add(line)
@@ -161,16 +166,19 @@ def build_run_source(
     home = (
         find_run_of_checkpoint(restored.path) if inside else Path("evaluated", restored.path.stem)
     )
-    foreign = not drawn or asked["data"] is not None
+    foreign = not drawn or options["data"] is not None
     network = restored.pipeline.denoiser
     return EvaluationSource(home, device, scenes, measured_by, paint, facts, foreign, network)
 
 
 def build_diffusers_source(
-    cfg: DictConfig, asked: TextOptions, networks: Sequence[FeatureExtractor], device: torch.device
+    cfg: DictConfig,
+    options: TextOptions,
+    networks: Sequence[FeatureExtractor],
+    device: torch.device,
 ) -> EvaluationSource:
     """A pipeline of diffusers: its own sampler, our steps, guidance scale, prompts and seeds."""
-    painter = DiffusersPipeline(place := resolve_path(asked["ckpt"]), device)
+    painter = DiffusersPipeline(place := resolve_path(options["ckpt"]), device)
     if (size := cfg.size or painter.size) is None:
         raise UsageError(f"'{place}' does not say at which size it paints: give size=...")
 
@@ -186,31 +194,34 @@ def build_diffusers_source(
         home=Path("evaluated", place.resolve().name),
         device=device,
         scenes=build_scene_accuracy(cfg) if cfg.scenes else None,
-        quality=build_quality(cfg, asked, networks, size=size),
-        paint=lambda cfg: partial(painter, size=size, **settings(cfg)),
+        quality=build_quality(cfg, options, networks, size=size),
+        generate=lambda cfg: partial(painter, size=size, **settings(cfg)),
         facts=facts,
     )
 
 
 def build_folder_source(
-    cfg: DictConfig, asked: TextOptions, networks: Sequence[FeatureExtractor], device: torch.device
+    cfg: DictConfig,
+    options: TextOptions,
+    networks: Sequence[FeatureExtractor],
+    device: torch.device,
 ) -> EvaluationSource:
     """Pictures that are there, with captions of their own or, in order of name, of `subset`."""
-    pictures = ImageFolder(place := resolve_path(asked["images"]), size=cfg.size)
-    real = open_real_images(cfg, asked, "data", pictures.size)
-    if asked["subset"] is None:
+    pictures = ImageFolder(place := resolve_path(options["images"]), size=cfg.size)
+    real = open_real_images(cfg, options, "data", pictures.size)
+    if options["subset"] is None:
         names = [path.name for path in pictures.paths]
         captions = pictures.captions or [""] * len(names)
         subset = PromptSubset(real.shards.index.fingerprint, names, captions, [*range(len(names))])
     else:
-        subset = PromptSubset.load(resolve_path(asked["subset"]))
+        subset = PromptSubset.load(resolve_path(options["subset"]))
         if len(subset) != len(pictures):
             raise UsageError(
-                f"'{place}' has {len(pictures)} pictures, and {asked['subset']} {len(subset)} "
+                f"'{place}' has {len(pictures)} pictures, and {options['subset']} {len(subset)} "
                 "captions: picture i in order of name shows caption i"
             )
     number = {seed: i for i, seed in enumerate(subset.seeds)}
-    captioned = asked["subset"] is not None or pictures.captions is not None
+    captioned = options["subset"] is not None or pictures.captions is not None
     which = {"images": str(place.resolve()), "digest": pictures.digest}
     return EvaluationSource(
         home=Path("evaluated", place.resolve().name),
@@ -218,14 +229,14 @@ def build_folder_source(
         scenes=None,
         quality=build_quality(
             cfg,
-            asked,
+            options,
             networks,
             size=pictures.size,
             real=real,
             subset=subset,
-            captioned=captioned,
+            has_captions=captioned,
         ),
-        paint=lambda cfg: (
+        generate=lambda cfg: (
             lambda prompts, *, seeds: pictures([number[seed] for seed in seeds]).to(device)
         ),
         facts=lambda cfg: {**which, "settings": {"size": pictures.size}},
@@ -244,24 +255,24 @@ def build_scene_accuracy(cfg: DictConfig) -> ScenePromptAccuracy:
 
 def build_quality(
     cfg: DictConfig,
-    asked: TextOptions,
+    options: TextOptions,
     networks: Sequence[FeatureExtractor],
     *,
     size: int,
     real: TextImageDataset | None = None,
     others: TextImageDataset | None = None,
     subset: PromptSubset | None = None,
-    captioned: bool = True,
+    has_captions: bool = True,
 ) -> EvaluationProtocol:
     """The protocol; `data` and `others`, where they are given, come before `real` and `others`.
 
     UsageError where there are no pictures to compare with.
     """
-    real = real or open_real_images(cfg, asked, "data", size)
-    if asked["others"] is not None:
-        others = open_real_images(cfg, asked, "others", size)
-    if subset is None and asked["subset"] is not None:
-        subset = PromptSubset.load(resolve_path(asked["subset"]))
+    real = real or open_real_images(cfg, options, "data", size)
+    if options["others"] is not None:
+        others = open_real_images(cfg, options, "others", size)
+    if subset is None and options["subset"] is not None:
+        subset = PromptSubset.load(resolve_path(options["subset"]))
     elif subset is None:
         subset = select_prompt_subset(real, others, cfg.count, seed=cfg.seed)
         known = len({*zip(subset.keys, subset.captions, strict=True)})
@@ -272,34 +283,36 @@ def build_quality(
             )
     return EvaluationProtocol(
         networks,
-        pictures=real,
+        dataset=real,
         others=others,
         subset=subset,
         size=size,
         cache=resolve_path(cfg.cache) / "real",
         at_most=cfg.real,
         batch=cfg.batch,
-        captioned=captioned,
+        has_captions=has_captions,
     )
 
 
-def open_real_images(cfg: DictConfig, asked: TextOptions, name: str, size: int) -> TextImageDataset:
+def open_real_images(
+    cfg: DictConfig, options: TextOptions, name: str, size: int
+) -> TextImageDataset:
     """The shards that `data` or `others` names, as a validation sees them."""
-    if asked[name] is None:
+    if options[name] is None:
         raise UsageError(
             f"{name} is needed: give {name}=DIR, shards of real pictures with captions, as "
             "`python -m ldm.prepare` writes them"
         )
     if (
-        not resolve_path(asked[name]).exists()
-        and Path(CONF_DIR, "data", f"{asked[name]}.yaml").is_file()
+        not resolve_path(options[name]).exists()
+        and Path(CONF_DIR, "data", f"{options[name]}.yaml").is_file()
     ):
         raise UsageError(
-            f"{name}={asked[name]}: that is an option of train.py; here {name} is a folder with "
+            f"{name}={options[name]}: that is an option of train.py; here {name} is a folder with "
             f"shards of real pictures, such as {name}=data/coco/val"
         )
     return TextImageDataset(
-        ShardReader(asked[name], cache=ShardCache(cfg.cache, gigabytes=50.0)),
+        ShardReader(options[name], cache=ShardCache(cfg.cache, gigabytes=50.0)),
         size=size,
         seed=0,
         train=False,

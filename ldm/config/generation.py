@@ -24,7 +24,7 @@ class SampleOutput:
     """Pictures (3, H, W) or videos (3, F, H, W), the guesses on the way, and what decided them."""
 
     images: list[Tensor]
-    guesses: list[list[Tensor]]
+    previews: list[list[Tensor]]
     out: Path  # where they shall be saved
     settings: dict
 
@@ -32,27 +32,27 @@ class SampleOutput:
 def generate_samples(
     cfg: DictConfig,
     ckpts: Sequence[str],
-    asked: dict[str, str | None],
+    options: dict[str, str | None],
     jobs: Sequence[tuple[str, int]],
 ) -> SampleOutput:
     """What sample.py is asked for, with a bar; jobs: prompts and seeds.
 
     Raises what `pipelines.cascade`, `requests.read`, `outputs.place` and the task raise.
     """
-    stages = load_cascade(cfg, ckpts, asked)
+    stages = load_cascade(cfg, ckpts, options)
     first, last = stages[0], stages[-1]
     strength = first.pipeline.task.strength if cfg.strength is None else cfg.strength
-    more = {"strength": strength, "paste": cfg.paste, "source": asked["source"]}
-    if asked["style"]:
-        more["style"] = read_square_option("style", asked["style"], first.size)[None]
-    files = {"image": asked["image"], "mask": asked["mask"], "pad": list(cfg.pad)}
+    more = {"strength": strength, "paste": cfg.paste, "source": options["source"]}
+    if options["style"]:
+        more["style"] = read_square_option("style", options["style"], first.size)[None]
+    files = {"image": options["image"], "mask": options["mask"], "pad": list(cfg.pad)}
     given = read_pipeline_inputs(first.pipeline, trained=first.size, size=cfg.size, **files)
     default = make_image_path(last.path, jobs[0][0])
-    out = prepare_output_file(asked["out"], default, moving=first.pipeline.frames is not None)
+    out = prepare_output_file(options["out"], default, moving=first.pipeline.frames is not None)
 
     prompts = [prompt for prompt, _ in jobs]
-    asks = {"prompts": prompts, "negative": asked["negative"], "strength": strength}
-    for line in first.pipeline.caveats(cfg.steps, **asks):
+    asks = {"prompts": prompts, "negative": options["negative"], "strength": strength}
+    for line in first.pipeline.collect_warnings(cfg.steps, **asks):
         print_to_stderr(line)
 
     how = {"steps": cfg.steps, "batch": cfg.batch, "previews": cfg.previews}
@@ -61,13 +61,13 @@ def generate_samples(
         pipeline = restored.pipeline
         if images:
             given, more = prepare_upscaling_inputs(pipeline, torch.stack(images)), {}
-        call = partial(pipeline, size=given.size, negative=asked["negative"], **more)
+        call = partial(pipeline, size=given.size, negative=options["negative"], **more)
         how |= {"decode": pipeline.decode, "pictures": given.pictures()}
         images, guesses = generate_in_batches(call, jobs, **how)
         images = given.cut(images)
     settings = {
-        "negative": asked["negative"],
-        **{name: asked[name] for name in RECORDED_INPUT_OPTIONS if asked[name]},
+        "negative": options["negative"],
+        **{name: options[name] for name in RECORDED_INPUT_OPTIONS if options[name]},
         "strength": strength,
         "paste": cfg.paste,
         "pad": list(cfg.pad),

@@ -19,7 +19,7 @@ from ldm.utils.errors import UsageError
 from ldm.utils.hashing import hash_module
 
 
-def build_guidance(cfg: DictConfig, beside: Components) -> Guidance:
+def build_guidance(cfg: DictConfig, components: Components) -> Guidance:
     """The guidance of `cfg`, its inner ones and their models included.
 
     Raises UsageError where a model is not named, or is of another space than the denoiser.
@@ -34,11 +34,11 @@ def build_guidance(cfg: DictConfig, beside: Components) -> Guidance:
     for name in needed:
         if cfg[name] is None:
             raise UsageError(f"guidance.{name} is needed: {GUIDANCE_MODEL_HINTS[name]}")
-    built = {name: make(cfg[name], beside) for name, make in needed.items()}
+    built = {name: make(cfg[name], components) for name, make in needed.items()}
     if "classifier" in built or "reward_model" in built:
-        built["schedule"] = beside.objective.schedule
+        built["schedule"] = components.objective.schedule
     if cfg.get("rescale"):
-        built["at_zero"] = beside.objective.at_zero
+        built["x0_at_zero_output"] = components.objective.x0_at_zero_output
     leaf = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in built])
     # Handed to the call and not to instantiate, which would take apart what is a dataclass.
     return instantiate(leaf, _partial_=True, _convert_="all")(**built)
@@ -51,50 +51,52 @@ GUIDANCE_MODEL_HINTS = {
 }
 
 
-def load_guide_denoiser(path: str, beside: Components) -> ConditionalDenoiser:
+def load_guide_denoiser(path: str, components: Components) -> ConditionalDenoiser:
     """The averaged denoiser of a checkpoint, on the same latents, text and schedule as ours.
 
     Raises UsageError where it is of others, or of another task.
     """
     opened = load_diffusion_checkpoint(path, name="guidance.guide")
     trained = instantiate(opened.config.task)
-    if (why := beside.task.unfit(trained)) is not None:
+    if (why := components.task.incompatible_with(trained)) is not None:
         raise UsageError(
             f"guidance.guide={path} is of task={trained.name} and cannot guide "
-            f"task={beside.task.name}: {why}"
+            f"task={components.task.name}: {why}"
         )
-    for name, part in zip(FROZEN_GROUPS, (beside.autoencoder, beside.text), strict=True):
+    for name, part in zip(FROZEN_GROUPS, (components.autoencoder, components.text), strict=True):
         if hash_module(part) != opened.digests[name]:
             raise UsageError(
                 f"guidance.guide={path} was trained with another {name}: a guide answers for the "
                 "same latents and the same states of the text"
             )
     objective = build_objective(opened.config)
-    if not is_same_schedule(objective.schedule, beside.objective.schedule):
+    if not is_same_schedule(objective.schedule, components.objective.schedule):
         raise UsageError(f"guidance.guide={path} was trained on another scheduler")
     style = build_style_encoder(opened.config)
-    network = opened.network("ema.module.", beside.autoencoder, beside.text, beside.task, style)
-    network, objective = network.to(beside.device), objective.to(beside.device)
+    network = opened.network(
+        "ema.module.", components.autoencoder, components.text, components.task, style
+    )
+    network, objective = network.to(components.device), objective.to(components.device)
 
     def denoise(x_t, t, cond):
-        return objective.denoised(network, x_t, t.to(x_t.device), cond)
+        return objective.predict_x0(network, x_t, t.to(x_t.device), cond)
 
     return denoise
 
 
-def load_classifier_guide(path: str, beside: Components):
+def load_classifier_guide(path: str, components: Components):
     """The classifier of a run of stage=classifier, for ldm.diffusion.guidance.gradient.
 
     Raises UsageError where videos are painted.
     """
-    if beside.task.temporal:
+    if components.task.temporal:
         raise UsageError(
-            f"guidance=classifier reads pictures, and task={beside.task.name} is of videos: "
+            f"guidance=classifier reads pictures, and task={components.task.name} is of videos: "
             "guidance=clip and guidance=autoguidance guide these"
         )
-    return load_noisy_classifier(path, beside=beside).aim
+    return load_noisy_classifier(path, components=components).make_log_likelihood
 
 
-def load_clip_reward(path: str, beside: Components) -> ClipReward:
+def load_clip_reward(path: str, components: Components) -> ClipReward:
     """A CLIP that looks at decoded latents."""
-    return ClipReward(Clip.load(path).to(beside.device), beside.autoencoder.decode)
+    return ClipReward(Clip.load(path).to(components.device), components.autoencoder.decode)

@@ -42,7 +42,7 @@ def package_autoencoder(run: Path, out: Path, *, scenes: int) -> dict[str, float
     is the drawn world's.
     """
     place = run / "config.yaml"
-    text = read_text(place, most=MAX_CONFIG_BYTES)
+    text = read_text(place, max_bytes=MAX_CONFIG_BYTES)
     config = validate_file_config(text, place, needed=("autoencoder",))
     val = config.data.get("val")
     others = {

@@ -49,7 +49,7 @@ class LoadedPipeline:
     task: dict  # what it is asked to do, likewise
 
 
-def load_pipeline(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> LoadedPipeline:
+def load_pipeline(cfg: DictConfig, ckpt: str, locations: dict[str, str | None]) -> LoadedPipeline:
     """The pipeline of a diffusion run: networks from the checkpoint, sampling from `cfg`.
 
     `asked` says, under their names, where frozen parts are now if not where the training
@@ -63,16 +63,10 @@ def load_pipeline(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> L
     opened = load_diffusion_checkpoint(ckpt)
     trained = opened.config
     for name in (*FROZEN_GROUPS, STYLE_GROUP):
-        if asked.get(name) is not None:
-            set_component_location(trained, name, asked[name])
-    (autoencoder, text), style = (
-        build_frozen_encoders(trained),
-        build_style_encoder(trained),
-    )
-    frozen = {
-        **dict(zip(FROZEN_GROUPS, (autoencoder, text), strict=True)),
-        STYLE_GROUP: style,
-    }
+        if locations.get(name) is not None:
+            set_component_location(trained, name, locations[name])
+    (autoencoder, text), style = (build_frozen_encoders(trained), build_style_encoder(trained))
+    frozen = {**dict(zip(FROZEN_GROUPS, (autoencoder, text), strict=True)), STYLE_GROUP: style}
     for name, part in frozen.items():
         if part is not None and hash_module(part) != opened.digests[name]:
             raise CheckpointError(
@@ -81,7 +75,7 @@ def load_pipeline(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> L
                 f"one with {name}=..."
             )
     task, trained_task = instantiate(cfg.get("task") or trained.task), instantiate(trained.task)
-    if (why := task.unfit(trained_task)) is not None:
+    if (why := task.incompatible_with(trained_task)) is not None:
         hint = TEXT_TO_IMAGE_HINT
         if task.extra_channels(1):
             hint = TRAIN_TASK_HINT.format(task=task.name, ckpt=ckpt)
@@ -101,23 +95,19 @@ def load_pipeline(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> L
     dtype = get_autocast_dtype(trained.trainer.get("precision")) if device.type == "cuda" else None
     autoencoder = autoencoder if frames is None else FramewiseAutoencoder(autoencoder)
     beside = Components(
-        autoencoder.to(device),
-        text.to(device),
-        build_objective(trained).to(device),
-        task,
-        device,
+        autoencoder.to(device), text.to(device), build_objective(trained).to(device), task, device
     )
     pipeline = Pipeline(
         network.to(device),
         autoencoder=beside.autoencoder,
-        text=beside.text,
+        text_encoder=beside.text,
         objective=beside.objective,
         task=task,
         sampler=instantiate(cfg.sampler),
         guidance=build_guidance(cfg.guidance, beside),
         dtype=dtype,
         trained_size=trained.data.size,
-        frames=frames and (cfg.get("frames") or frames),
+        num_frames=frames and (cfg.get("frames") or frames),
         style_encoder=None if style is None else style.to(device),
     )
     return LoadedPipeline(
@@ -134,7 +124,7 @@ def load_pipeline(cfg: DictConfig, ckpt: str, asked: dict[str, str | None]) -> L
 
 
 def load_cascade(
-    cfg: DictConfig, ckpts: Sequence[str], asked: dict[str, str | None]
+    cfg: DictConfig, ckpts: Sequence[str], locations: dict[str, str | None]
 ) -> list[LoadedPipeline]:
     """Pipelines of which each enlarges what the one before has painted.
 
@@ -145,14 +135,14 @@ def load_cascade(
     enlarges nothing.
     """
     if len(ckpts) == 1:
-        return [load_pipeline(cfg, ckpts[0], asked)]
+        return [load_pipeline(cfg, ckpts[0], locations)]
     first = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "task"])
     later = OmegaConf.merge(cfg)
     target = COMPOSITIONAL_TARGET if is_compositional(cfg.guidance) else CLASSIFIER_FREE_TARGET
     later.guidance = {"_target_": target, "scale": cfg.cascade_guidance_scale}
     stages: list[LoadedPipeline] = []
     for ckpt in ckpts:
-        stages.append(load_pipeline(later if stages else first, ckpt, asked))
+        stages.append(load_pipeline(later if stages else first, ckpt, locations))
         task = stages[-1].pipeline.task
         if task.temporal:
             raise UsageError(
@@ -181,7 +171,7 @@ def check_text_to_image(restored: LoadedPipeline, verb: str) -> None:
             f"{verb} is for pictures, and {path} paints videos (task={task.name}): give a run of "
             "task=text2img. python sample.py paints videos, and training measures val/motion_*"
         )
-    if task.from_pictures or task.of_any_run:
+    if task.needs_image or task.sampling_only:
         raise UsageError(
             f"{verb} paints from prompts alone, and task={task.name} begins with a picture: "
             "take task=text2img and a run of it. python sample.py takes image=FILE"

@@ -223,7 +223,7 @@ def build_trainer(
     best = {"metric": cfg.metric, "direction": cfg.direction}
     keeper = Checkpoints(run_dir / "checkpoints", **cfg.checkpoint, **best, facts=facts)
     report = run_dir / "bad_batches.json"
-    skip = NonFiniteStepSkipper(report, meter=meter, stop_after=cfg.stop_after_skips)
+    skip = NonFiniteStepSkipper(report, monitor=meter, stop_after=cfg.stop_after_skips)
     when = {"every": meter.every, "max_hours": cfg.trainer.max_hours}
     stops = [PreemptionHandler(keeper.save_now, **when, signals=signals)]
     if cfg.early_stop:

@@ -17,40 +17,43 @@ SAMPLE_TEXT_OPTIONS = ("prompt", "negative", "source", *INPUT_FILE_OPTIONS, *LOC
 
 
 def check_sample_options(
-    cfg: DictConfig, asked: Mapping[str, str | None], typed: Mapping[str, str]
+    cfg: DictConfig, options: Mapping[str, str | None], command_line_options: Mapping[str, str]
 ) -> dict[str, str | None]:
     """`asked`, the texts, with `~` in paths expanded; typed: those of the command line.
 
     Raises UsageError for files that are not there, for an `out` that no picture can have, and for
     what contradicts.
     """
-    paths = {name: asked.get(name) or None for name in INPUT_FILE_OPTIONS + LOCATION_OPTIONS}
-    asked = {**asked, **{name: path and os.path.expanduser(path) for name, path in paths.items()}}
+    paths = {name: options.get(name) or None for name in INPUT_FILE_OPTIONS + LOCATION_OPTIONS}
+    options = {
+        **options,
+        **{name: path and os.path.expanduser(path) for name, path in paths.items()},
+    }
     for name in INPUT_FILE_OPTIONS:
-        check_input_file(name, asked[name])
+        check_input_file(name, options[name])
     try:
-        resolve_output_file(asked["out"], Path("picture"), moving=None)
+        resolve_output_file(options["out"], Path("picture"), moving=None)
     except ValueError as error:
         raise UsageError(str(error)) from error
     inverts = bool((cfg.get("task") or {}).get("invert"))
     contradictions = {
-        "ckpt and cascade: give either": cfg.cascade and asked.get("ckpt"),
-        "prompt and prompts: give either": "prompt" in typed and asked["prompts"],
+        "ckpt and cascade: give either": cfg.cascade and options.get("ckpt"),
+        "prompt and prompts: give either": "prompt" in command_line_options and options["prompts"],
         "source says what image shows for task=img2img task.invert=true alone: leave it out, or "
-        "add those": asked["source"] and not inverts,
+        "add those": options["source"] and not inverts,
         "paste=true is for what mask=FILE or pad=[..] keeps: give one of them": cfg.paste
-        and not (asked["mask"] or any(cfg.pad)),
+        and not (options["mask"] or any(cfg.pad)),
     }
     for said, applies in contradictions.items():
         if applies:
             raise UsageError(said)
-    if inverts and not asked["source"]:
+    if inverts and not options["source"]:
         print_to_stderr(
             'task.invert=true without source="what image shows": as if nothing were known of it'
         )
-    if "style_scale" in cfg.guidance and not asked["style"]:
+    if "style_scale" in cfg.guidance and not options["style"]:
         print_to_stderr("guidance.style_scale does nothing without style=FILE")
-    return asked
+    return options
 
 
 def check_checkpoints_and_device(cfg: DictConfig, *ckpts: str) -> None:
@@ -74,9 +77,9 @@ def check_input_file(name: str, path: str | None) -> None:
         raise UsageError(f"{name}={path}: {why}")
 
 
-def print_to_stderr(said: str) -> None:
+def print_to_stderr(message: str) -> None:
     """A line that is no error, beside what is printed for other programs to read."""
-    print(said, file=sys.stderr)
+    print(message, file=sys.stderr)
 
 
 def list_cascade_runs(cfg: DictConfig) -> list[str]:

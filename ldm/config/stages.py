@@ -33,7 +33,7 @@ def check_image_size(size: int, multiple: int) -> None:
         )
 
 
-def check_data_kind(cfg: DictConfig, told: str, *, temporal: bool) -> None:
+def check_data_kind(cfg: DictConfig, subject: str, *, temporal: bool) -> None:
     """UsageError where videos meet what is for pictures, or the other way round; told: which."""
     if temporal != (cfg.data.get("frames") is not None):
         have, want = ("pictures", "videos") if temporal else ("videos", "pictures")
@@ -42,7 +42,7 @@ def check_data_kind(cfg: DictConfig, told: str, *, temporal: bool) -> None:
             remedy = "data.frames=8" if "frames" in cfg.data else "data=shards of videos"
             still = any(not check.get("moving", False) for check in (cfg.eval or {}).values())
             remedy = f"data=moving_scenes, or {remedy}{' eval=motion' if still else ''}"
-        raise UsageError(f"{told} is of {want}, and the data are {have}: take {remedy}")
+        raise UsageError(f"{subject} is of {want}, and the data are {have}: take {remedy}")
     for name, check in (cfg.eval or {}).items():
         if check.get("moving", False) != temporal and cfg.stage == "diffusion":
             both = "eval=motion, or eval=none" if temporal else "another eval"

@@ -138,7 +138,7 @@ class TextImageData(L.LightningDataModule):
             rank=trainer.global_rank,
             world=trainer.world_size,
             start=lambda: self.position,
-            reached=self._fetch_ahead,
+            on_position=self._fetch_ahead,
         )
         length = trainer.max_steps * trainer.accumulate_grad_batches
         return FixedLengthLoader(
@@ -153,7 +153,7 @@ class TextImageData(L.LightningDataModule):
             shards = self.order.shards_from(position)
             remotes = ((end, self._remote[i]) for end, i in shards if i in self._remote)
             self._ahead = ShardPrefetcher(self.cache, remotes, window=self.order.window)
-        self._ahead.reached(position)
+        self._ahead.advance_to(position)
         self._ahead_at = position
 
     def teardown(self, stage: str) -> None:

@@ -110,7 +110,7 @@ class Objective(nn.Module):
         cond: Condition,
         *,
         generator: Generators,
-        mix: Callable[[Tensor], Tensor] | None = None,
+        shape_noise: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """The weighted error of each image (B,), at random times and noise.
 
@@ -119,8 +119,8 @@ class Objective(nn.Module):
         like = {"device": x0.device, "dtype": x0.dtype}
         t = self.timestep_sampler(len(x0), generator).to(x0.device)
         eps = randn(x0.shape, generator, **like)
-        if mix is not None:
-            eps = mix(eps)
+        if shape_noise is not None:
+            eps = shape_noise(eps)
         if self.offset_noise:
             shape = (*x0.shape[:2], *[1] * (x0.ndim - 2))
             eps = eps + self.offset_noise * randn(
@@ -129,7 +129,7 @@ class Objective(nn.Module):
         shown = eps
         if self.input_perturbation:
             off = randn(x0.shape, derive_generators(generator, "perturbation"), **like)
-            off = off if mix is None else mix(off)
+            off = off if shape_noise is None else shape_noise(off)
             shown = eps + self.input_perturbation * off
         return self._loss(net, x0, cond, t, eps, shown)
 
@@ -167,14 +167,14 @@ class Objective(nn.Module):
                     f"weight of {weight:.1g}, and nothing else would be trained: take objective=v"
                 )
 
-    def denoised(self, net: Network, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def predict_x0(self, net: Network, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """x0_hat (B, C, h, w) of x_t at t, () or (B,)."""
         alpha, sigma = (part.to(x_t.dtype) for part in self.schedule(t))
         timestep = self.schedule.timestep(t).to(x_t.dtype)
         out = net(x_t, timestep, cond).to(x_t.dtype)
         return self.prediction.to_x0(out, x_t, alpha, sigma)
 
-    def at_zero(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def x0_at_zero_output(self, x_t: Tensor, t: Tensor) -> Tensor:
         """x0_hat (B, C, h, w) of x_t at t, () or (B,), where the network's output is 0."""
         alpha, sigma = (part.to(x_t.dtype) for part in self.schedule(t.to(x_t.device)))
         return self.prediction.to_x0(torch.zeros_like(x_t), x_t, alpha, sigma)

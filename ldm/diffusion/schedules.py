@@ -205,11 +205,7 @@ class LaplaceSchedule(Schedule):
 
 
 def linear(
-    *,
-    steps: int = 1000,
-    start: float = 1e-4,
-    end: float = 0.02,
-    zero_terminal_snr: bool = False,
+    *, steps: int = 1000, start: float = 1e-4, end: float = 0.02, zero_terminal_snr: bool = False
 ) -> DiscreteSchedule:
     """DDPM's betas: evenly spaced from `start` to `end` (Ho et al. 2020, section 4)."""
     return DiscreteSchedule(linspace_steps(start, end, steps), zero_terminal_snr=zero_terminal_snr)
@@ -228,11 +224,7 @@ def scaled_linear(
 
 
 def sigmoid(
-    *,
-    steps: int = 1000,
-    start: float = 1e-4,
-    end: float = 0.02,
-    zero_terminal_snr: bool = False,
+    *, steps: int = 1000, start: float = 1e-4, end: float = 0.02, zero_terminal_snr: bool = False
 ) -> DiscreteSchedule:
     """Betas rise from `start` to `end` as a sigmoid from -6 to 6 (Xu et al. 2022, GeoDiff).
 

@@ -68,7 +68,7 @@ class ClipQueries:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.clip.move(self.device)
         self.kept = {"batch": batch, "cache": cache / "clip", "device": self.device}
-        self.by_path: dict[Path, Tensor] = {}  # of pictures in files
+        self.vectors_by_path: dict[Path, Tensor] = {}  # of pictures in files
         self.pictures = None
         if data is not None:
             shards = ShardReader(data, cache=ShardCache(cache, gigabytes=50.0))
@@ -84,7 +84,7 @@ class ClipQueries:
         Each with its key, cosine and first caption.
         """
         wanted = self.seen([query]) if isinstance(query, Path) else self.said([query])
-        cosines = self.vectors() @ wanted[0]  # (N,)
+        cosines = self.embed_images() @ wanted[0]  # (N,)
         best = cosines.argsort(descending=True, stable=True)[:top].tolist()
         page = self.pictures.plain(size=RESULT_IMAGE_SIZE)
         items = [page[i, i] for i in best]
@@ -97,10 +97,10 @@ class ClipQueries:
             images, [f"{one['cosine']:.3f}  {one['caption']}" for one in found]
         )
 
-    def recall(self) -> dict[str, list[float]]:
+    def compute_recall(self) -> dict[str, list[float]]:
         """The share of queries one of whose own is among the nearest 1, 5, 10; both ways."""
-        told, pictures = self.told(), self.vectors()
-        captions = self.caption_vectors(told.captions)
+        told, pictures = self.told(), self.embed_images()
+        captions = self.embed_captions(told.captions)
         ways = {
             f"picture to caption, of {len(captions)}": compute_retrieval_ranks(
                 pictures, captions, told.pairs
@@ -114,7 +114,7 @@ class ClipQueries:
             for way, rank in ways.items()
         }
 
-    def labels(self, paths: Sequence[Path], names: Sequence[str]) -> Tensor:
+    def classify_labels(self, paths: Sequence[Path], names: Sequence[str]) -> Tensor:
         """Probabilities (n, W) of labels, each against the others."""
         cosines = self.words(names, apart=False).of(self.seen(paths))
         return (self.clip.clip.logit_scale.cpu() * cosines).softmax(1)
@@ -131,7 +131,7 @@ class ClipQueries:
         if torch.equal(*pair):
             raise ValueError(f"'{path}' and '{other}' are the same to this CLIP: no word differs")
         words = self.words(names, apart=True, most=most)
-        cosines = words.between(*pair.split(1))[0]  # (W,)
+        cosines = words.difference_cosines(*pair.split(1))[0]  # (W,)
         return sorted(zip(words.words, cosines.tolist(), strict=True), key=lambda word: -word[1])
 
     def words(self, names: Sequence[str] | None, *, apart: bool, most: int = 0) -> WordDirections:
@@ -144,14 +144,14 @@ class ClipQueries:
                 self.told().captions if self.pictures is not None else sample_scene_captions()
             )
             names = names or find_common_words(captions, most)
-            return embed_words_in_captions(self.caption_vectors(captions), captions, names)
+            return embed_words_in_captions(self.embed_captions(captions), captions, names)
         if names is None:
             raise ValueError(
                 "words are needed: give words=a,b,c or a file of them, or data=DIR, whose captions "
                 "have some"
             )
         return embed_words_in_templates(
-            self.clip, self.templates or [DEFAULT_LABEL_TEMPLATE], names, apart=apart
+            self.clip, self.templates or [DEFAULT_LABEL_TEMPLATE], names, subtract_mean=apart
         )
 
     def readable(self, paths: Sequence[Path]) -> list[Path]:
@@ -172,13 +172,13 @@ class ClipQueries:
 
     def _vector(self, path: Path) -> Tensor:
         """What CLIP makes of a picture, (1, D), once."""
-        if path not in self.by_path:
+        if path not in self.vectors_by_path:
             try:
                 pixels = pil_to_tensor(crop_and_resize(read_image(path), self.clip.size))
             except ImageError as error:
                 raise ImageError(f"'{path}': {error}") from error
-            self.by_path[path] = self.clip(pixels[None].to(self.device)).cpu()
-        return self.by_path[path]
+            self.vectors_by_path[path] = self.clip(pixels[None].to(self.device)).cpu()
+        return self.vectors_by_path[path]
 
     def said(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors (m, D) of texts; ValueError for one that is longer than CLIP reads."""
@@ -199,14 +199,14 @@ class ClipQueries:
                 self.pictures.shards, done=lambda items: bar.update(len(items))
             )
 
-    def vectors(self) -> Tensor:
+    def embed_images(self) -> Tensor:
         """Unit vectors (N, D) of the data's pictures."""
         with _bar(total=len(self.pictures), desc="Pictures", unit="image") as bar:
             return compute_image_vectors(
                 self.clip, self.pictures, done=lambda items: bar.update(len(items)), **self.kept
             )
 
-    def caption_vectors(self, captions: Sequence[str]) -> Tensor:
+    def embed_captions(self, captions: Sequence[str]) -> Tensor:
         """Unit vectors (U, D) of captions; those that are too long lose their last words."""
         with _bar(total=len(captions), desc="Captions", unit="caption") as bar:
             return compute_caption_vectors(

@@ -81,9 +81,9 @@ class ImageFolder:
 
         Raises ImageError naming a file that is damaged.
         """
-        return torch.stack([self._picture(self.paths[n]) for n in numbers]) / 127.5 - 1
+        return torch.stack([self._read_image(self.paths[n]) for n in numbers]) / 127.5 - 1
 
-    def _picture(self, path: Path) -> Tensor:
+    def _read_image(self, path: Path) -> Tensor:
         try:
             image = read_image(path)
         except ImageError as error:

@@ -37,8 +37,8 @@ def tabulate(
         raise ValueError(f"batch={batch} must be 1 or more")
     ranks = ProcessGroup()
     tables = {name: torch.zeros(count, width) for name, width in columns.items()}
-    for number in range(math.ceil(count / batch / ranks.world)):
-        first = min((number * ranks.world + ranks.rank) * batch, count)
+    for number in range(math.ceil(count / batch / ranks.world_size)):
+        first = min((number * ranks.world_size + ranks.rank) * batch, count)
         items = range(first, min(first + batch, count))
         if items:
             for name, part in _piece(items, make, columns, folder).items():

@@ -32,15 +32,15 @@ class TooFewImagesError(ValueError):
 
 
 def select_prompt_subset(
-    pictures: TextImageDataset, others: TextImageDataset | None, count: int, *, seed: int = 0
+    dataset: TextImageDataset, others: TextImageDataset | None, count: int, *, seed: int = 0
 ) -> PromptSubset:
     """`Subset.drawn` of these pictures, or where there are no others to compare with, of a half.
 
     Raises TooFewError for a count that is too low.
     """
     check_image_count("pictures to measure", count)
-    within = len(pictures) // 2 if lacks_reference_images(pictures, others) else None
-    return PromptSubset.drawn(pictures.shards, count, seed=seed, within=within)
+    within = len(dataset) // 2 if lacks_reference_images(dataset, others) else None
+    return PromptSubset.drawn(dataset.shards, count, seed=seed, within=within)
 
 
 def check_image_count(what: str, count: int) -> None:
@@ -50,9 +50,9 @@ def check_image_count(what: str, count: int) -> None:
         raise TooFewImagesError(f"{count} {what}: it takes {MIN_IMAGES} or more")
 
 
-def lacks_reference_images(pictures: TextImageDataset, others: TextImageDataset | None) -> bool:
+def lacks_reference_images(dataset: TextImageDataset, others: TextImageDataset | None) -> bool:
     """Whether the others are none, or the very same pictures."""
-    own = pictures.shards.index.fingerprint
+    own = dataset.shards.index.fingerprint
     return others is None or others.shards.index.fingerprint == own
 
 
@@ -74,51 +74,51 @@ class EvaluationProtocol:
         self,
         networks: Sequence[FeatureExtractor],
         *,
-        pictures: TextImageDataset,
+        dataset: TextImageDataset,
         others: TextImageDataset | None,
         subset: PromptSubset,
         size: int,
         cache: Path,
         at_most: int = 10_000,
         batch: int = 32,
-        captioned: bool = True,
+        has_captions: bool = True,
     ) -> None:
         if not networks:
             raise ValueError("there is no network to measure by: give features=[clip]")
-        if subset.data != pictures.shards.index.fingerprint:
+        if subset.data != dataset.shards.index.fingerprint:
             raise ValueError("the captions to paint are of other pictures than data")
         self.networks = networks
-        self.pictures = pictures
+        self.pictures = dataset
         self.subset = subset
         self.size = size
         self.cache = cache
         self.batch = batch
-        self.captioned = captioned
-        if lacks_reference_images(pictures, others):
-            half = len(pictures) // 2
-            self.compared = pictures
-            self.real_places = range(half, min(len(pictures), half + at_most))
-            self.floor_places = range(min(len(subset), half))
-            order = shuffle_indices(len(pictures))
-            keys = [pictures.shards.index.key(i) for i in order]
+        self.has_captions = has_captions
+        if lacks_reference_images(dataset, others):
+            half = len(dataset) // 2
+            self.reference = dataset
+            self.real_indices = range(half, min(len(dataset), half + at_most))
+            self.floor_indices = range(min(len(subset), half))
+            order = shuffle_indices(len(dataset))
+            keys = [dataset.shards.index.key(i) for i in order]
             # Where each shard numbers its own, keys come again: those of both halves say nothing.
-            known = {keys[place] for place in self.real_places} - set(keys[:half])
+            known = {keys[place] for place in self.real_indices} - set(keys[:half])
             if both := known & set(subset.keys):
                 raise ValueError(
                     f"the captions to paint are of {len(both)} pictures that they would be "
                     "compared with: give others=DIR, or a subset that was drawn without them"
                 )
         else:
-            self.compared = others
-            self.real_places = range(min(at_most, len(others)))
-            self.floor_places = range(min(len(subset), len(pictures)))
+            self.reference = others
+            self.real_indices = range(min(at_most, len(others)))
+            self.floor_indices = range(min(len(subset), len(dataset)))
         for what, n in {
             "pictures to measure": len(subset),
-            "real pictures to compare with": len(self.real_places),
-            "real pictures for the floor": len(self.floor_places),
+            "real pictures to compare with": len(self.real_indices),
+            "real pictures for the floor": len(self.floor_indices),
         }.items():
             check_image_count(what, n)
-        self.prepared = False
+        self.is_prepared = False
         self.scores: Scores | None = None  # the first rank's, once prepared
 
     def prepare(self, device: torch.device, done: EvaluationProgress = lambda items: None) -> None:
@@ -126,18 +126,18 @@ class EvaluationProtocol:
 
         done: see `tabulate`.
         """
-        if self.prepared:
+        if self.is_prepared:
             return
         same = {"batch": self.batch, "cache": self.cache, "device": device, "done": done}
         same["size"] = self.size
-        real = compute_real_features(self.networks, self.compared, self.real_places, **same)
-        floor = compute_real_features(self.networks, self.pictures, self.floor_places, **same)
+        real = compute_real_features(self.networks, self.reference, self.real_indices, **same)
+        floor = compute_real_features(self.networks, self.pictures, self.floor_indices, **same)
         if ProcessGroup().rank == 0:
-            texts, floor_texts = self._captions(device) if self.captioned else ({}, {})
+            texts, floor_texts = self._captions(device) if self.has_captions else ({}, {})
             self.scores = Scores(self.networks, real, floor, texts, floor_texts)
-        self.prepared = True
+        self.is_prepared = True
 
-    def see(
+    def extract_features(
         self,
         paint: CaptionImageGenerator,
         *,
@@ -173,7 +173,9 @@ class EvaluationProtocol:
     ) -> tuple[dict[str, float], dict[str, Interval], dict[str, float]]:
         """The metrics likewise, their 95 % intervals, and the distances of the floor."""
         ranks, scores = ProcessGroup(), self.scores
-        found = (*scores.estimated(seen), scores.floor_distances) if ranks.rank == 0 else None
+        found = (
+            (*scores.estimate_metrics(seen), scores.floor_distances) if ranks.rank == 0 else None
+        )
         return ranks.share(found)
 
     def facts(self) -> dict:
@@ -182,10 +184,10 @@ class EvaluationProtocol:
             "protocol": PROTOCOL_VERSION,
             "painted": len(self.subset),
             "subset": self.subset.digest,
-            "real": len(self.real_places),
-            "floor": len(self.floor_places),
+            "real": len(self.real_indices),
+            "floor": len(self.floor_indices),
             "data": self.subset.data,
-            "compared": self.compared.shards.index.fingerprint,
+            "compared": self.reference.shards.index.fingerprint,
             "size": self.size,
             "crop": "center",
             "first": choose_main_network(self.networks),
@@ -199,7 +201,7 @@ class EvaluationProtocol:
         """
         own = [
             self.pictures.shards.read(i).captions[0]
-            for i in shuffle_indices(len(self.pictures))[: len(self.floor_places)]
+            for i in shuffle_indices(len(self.pictures))[: len(self.floor_indices)]
         ]
         captions = list(dict.fromkeys([*self.subset.captions, *own]))
         row = {caption: i for i, caption in enumerate(captions)}

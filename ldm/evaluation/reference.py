@@ -29,8 +29,8 @@ REAL_FEATURES_VERSION = 2  # of what is below: another one computes anew
 
 def compute_real_features(
     networks: Sequence[FeatureExtractor],
-    pictures: TextImageDataset,
-    places: range,
+    dataset: TextImageDataset,
+    indices: range,
     *,
     size: int,
     batch: int,
@@ -48,7 +48,7 @@ def compute_real_features(
     """
     tables, missing, files = {}, [], {}
     for network in networks:
-        facts = describe_real_features(network, pictures, places, size=size)
+        facts = describe_real_features(network, dataset, indices, size=size)
         path = cache / f"real-{network.name}-{hash_facts(facts)}.safetensors"
         files[network.name] = path, facts
         table = find_feature_table(path, facts, width=network.width)
@@ -58,10 +58,10 @@ def compute_real_features(
         else:
             tables[network.name] = table
     if missing:
-        order = shuffle_indices(len(pictures))[places.start : places.stop]
+        order = shuffle_indices(len(dataset))[indices.start : indices.stop]
 
         def make(items: range) -> Mapping[str, Tensor]:
-            images = torch.stack([pictures[order[i], order[i]]["images"] for i in items])
+            images = torch.stack([dataset[order[i], order[i]]["images"] for i in items])
             if images.shape[2:] != (size, size):
                 raise ValueError(
                     f"the real pictures are {tuple(images.shape[2:])} pixels, those to compare "
@@ -86,15 +86,15 @@ def compute_real_features(
 
 
 def describe_real_features(
-    network: FeatureExtractor, pictures: TextImageDataset, places: range, *, size: int
+    network: FeatureExtractor, dataset: TextImageDataset, indices: range, *, size: int
 ) -> dict:
     """All that real features depend on, as plain values."""
     return {
         "version": [REAL_FEATURES_VERSION, ORDER],
         "network": network.name,
         "network_digest": network.digest,
-        "data": pictures.shards.index.fingerprint,
-        "places": [places.start, places.stop],
+        "data": dataset.shards.index.fingerprint,
+        "places": [indices.start, indices.stop],
         "size": size,
         "crop": "center",
     }

@@ -64,9 +64,11 @@ class Scores:
         pictures with their own captions) and, of these pictures, clip_score_chance (with all the
         captions but their own).
         """
-        return self.distances(seen) | self._agreement(seen) | self.constant
+        return self.compute_distances(seen) | self._agreement(seen) | self.constant
 
-    def estimated(self, seen: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, Interval]]:
+    def estimate_metrics(
+        self, seen: Mapping[str, Tensor]
+    ) -> tuple[dict[str, float], dict[str, Interval]]:
         """`metrics`, and 95 % intervals for painting as many other pictures, by metric."""
         estimates = self._frechet(seen, errors=True) | self._others(seen, errors=True)
         intervals = {name: estimate.interval() for name, estimate in estimates.items()}
@@ -84,7 +86,7 @@ class Scores:
         found = _values(estimates) | self._inception_score(seen)
         return found | self._agreement(seen) | self.constant, intervals
 
-    def distances(self, seen: Mapping[str, Tensor]) -> dict[str, float]:
+    def compute_distances(self, seen: Mapping[str, Tensor]) -> dict[str, float]:
         """fid (Inception) or fd_<network>, kid, precision, recall, density, coverage, cmmd."""
         estimates = self._frechet(seen, errors=False) | self._others(seen, errors=False)
         return _values(estimates) | self._inception_score(seen)

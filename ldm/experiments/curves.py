@@ -38,11 +38,7 @@ def write_curve(points: CurvePoints, out: Path, *, metric: str | None = None) ->
     table = [[format_csv_cell(value) for value in row] for row in list_curve_rows(points)]
     csv.writer(text, lineterminator="\n").writerows(table)
     write_text(csv_file, text.getvalue())
-    save_png(
-        render_quality_curve({"": points}, metric=metric),
-        png_file,
-        {"points": len(points)},
-    )
+    save_png(render_quality_curve({"": points}, metric=metric), png_file, {"points": len(points)})
     return [json_file, csv_file, png_file]
 
 
@@ -106,7 +102,7 @@ def read_curves(run_dir: Path) -> dict[str, CurvePoints]:
     found = {}
     for path in sorted(run_dir.glob("curve_*.json")):
         try:
-            points = json.loads(read_regular_file(path, most=MAX_CURVE_BYTES))
+            points = json.loads(read_regular_file(path, max_bytes=MAX_CURVE_BYTES))
             if not points or not all(map(is_curve_point, points)):
                 raise ValueError("without points")
             if any(point["metrics"].keys() != points[0]["metrics"].keys() for point in points):

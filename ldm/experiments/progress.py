@@ -30,7 +30,7 @@ class ProgressLines:
 
     def __init__(self) -> None:
         self.bars: dict[MonitoredJob, tqdm] = {}
-        self.drawn = self.printed = time.monotonic()
+        self.drawn = self.printed_at = time.monotonic()
 
     def __enter__(self) -> "ProgressLines":
         return self
@@ -62,8 +62,8 @@ class ProgressLines:
         if now - self.drawn < 1:
             return
         self.drawn = now
-        aloud = not sys.stderr.isatty() and now - self.printed >= 60
-        self.printed = now if aloud else self.printed
+        aloud = not sys.stderr.isatty() and now - self.printed_at >= 60
+        self.printed_at = now if aloud else self.printed_at
         for job, bar in self.bars.items():
             rows = read_metrics(job.directory, tail=20_000)
             if not rows:

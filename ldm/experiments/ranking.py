@@ -55,7 +55,7 @@ class RunRecord:
     result: dict
     rows: list[dict[str, float]]  # of metrics.csv
 
-    def last(self, metric: str) -> float | None:
+    def last_value(self, metric: str) -> float | None:
         """The last value of a metric."""
         return find_last_value(self.rows, metric)
 
@@ -171,7 +171,7 @@ def rank_runs(compared: Sequence[RunRecord], metric: str, *, direction: str) -> 
     sign = 1 if direction == "minimize" else -1
 
     def place(run: RunRecord) -> tuple:
-        value = run.last(metric)
+        value = run.last_value(metric)
         known = value is not None and math.isfinite(value)
         return (run.state == "failed", not known, sign * value if known else 0.0, run.directory)
 
@@ -239,14 +239,14 @@ def build_ranking_table(
     rows = []
     for i, (run, name) in enumerate(zip(order, shorten_run_names(order), strict=True)):
         speeds = [row["perf/images_per_s"] for row in run.rows if "perf/images_per_s" in row]
-        seen, seconds = run.last("images_seen"), run.result.get("seconds")
+        seen, seconds = run.last_value("images_seen"), run.result.get("seconds")
         rows.append(
             [
                 i + 1,
                 name,
                 *(values[i] for values in differ.values()),
                 run.state,
-                *map(run.last, metrics),
+                *map(run.last_value, metrics),
                 int(seen) if seen is not None and abs(seen) < 2**63 else None,
                 median(speeds) if speeds else None,
                 seconds,

@@ -59,7 +59,7 @@ def plot_metric_curves(panels: Mapping[str, Sequence[tuple[str, MetricCurve]]]) 
 
 def draw_sample_page(
     title: str,
-    told: str,
+    subtitle: str,
     prompts: Sequence[str],
     rows: Sequence[tuple[str, Sequence[Image.Image]]],
     *,
@@ -68,14 +68,14 @@ def draw_sample_page(
     """A page with a row of pictures a run, the same prompt in each column."""
     width = max(len(prompts) * (side + GAP) - GAP, 760) + 2 * MARGIN
     line = round(NOTE_HEIGHT * 1.35)
-    heads = [wrap_paragraph(prompt, side, size=NOTE_HEIGHT, most=5) for prompt in prompts]
-    labels = [wrap_paragraph(label, (width - 2 * MARGIN) / 1.15, most=2) for label, _ in rows]
-    below = wrap_paragraph(told, width - 2 * MARGIN)
+    heads = [wrap_paragraph(prompt, side, size=NOTE_HEIGHT, max_lines=5) for prompt in prompts]
+    labels = [wrap_paragraph(label, (width - 2 * MARGIN) / 1.15, max_lines=2) for label, _ in rows]
+    below = wrap_paragraph(subtitle, width - 2 * MARGIN)
     top = MARGIN + round(TITLE_HEIGHT * 1.7) + len(below) * round(LABEL_HEIGHT * 1.35) + 2 * GAP
     head = max(map(len, heads)) * line + GAP
     heights = [len(label) * round(LABEL_HEIGHT * 1.35) + 4 + side + 2 * GAP for label in labels]
     page = Page(width, top + head + sum(heights) + MARGIN)
-    page.heading(title, told)
+    page.heading(title, subtitle)
     lefts = [MARGIN + i * (side + GAP) for i in range(len(prompts))]
     for x, words in zip(lefts, heads, strict=True):
         page.text(x, top, "\n".join(words), size=NOTE_HEIGHT, colour=GREY)

@@ -60,10 +60,7 @@ def compare_runs(
     if logged and metric not in logged:
         near = suggest_nearest(metric, logged)
         raise ValueError(f"metric={metric} was not logged by any of {len(compared)} runs{near}")
-    if (direction := direction or infer_metric_direction(metric)) not in (
-        "minimize",
-        "maximize",
-    ):
+    if (direction := direction or infer_metric_direction(metric)) not in ("minimize", "maximize"):
         raise ValueError(f"direction={direction} is neither minimize nor maximize")
     order = rank_runs(compared, metric, direction=direction)
     table = format_markdown_table(*build_ranking_table(order, metric))
@@ -183,7 +180,7 @@ def _draw_images(
 
 
 def _format_run_title(run: RunRecord, metric: str) -> str:
-    value = run.last(metric)
+    value = run.last_value(metric)
     return f"{'unknown' if value is None else f'{value:.4g}'}, {run.state} after {run.step} steps"
 
 

@@ -123,7 +123,7 @@ def _read_json_object(path: Path) -> dict:
     if not os.path.lexists(path):
         return {}
     try:
-        found = json.loads(read_regular_file(path, most=MAX_CONFIG_BYTES))
+        found = json.loads(read_regular_file(path, max_bytes=MAX_CONFIG_BYTES))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error})") from error
     if not isinstance(found, dict):
@@ -136,7 +136,7 @@ def read_yaml_settings(path: Path) -> dict:
     if not os.path.lexists(path):
         return {}
     try:
-        text = read_regular_file(path, most=MAX_CONFIG_BYTES).decode()
+        text = read_regular_file(path, max_bytes=MAX_CONFIG_BYTES).decode()
         return update_names(parse_plain_mapping(text))
     except ValueError as error:
         raise ValueError(f"{path} holds no settings: {error}") from error

@@ -129,7 +129,7 @@ def merge_shared_settings(directory: Path, base: dict, *, swept: Sequence[str]) 
     return {"swept": sorted(swept), "base": base}
 
 
-def run_sweep_jobs(jobs: Sequence[SweepJob], host: JobHost, *, most: int, shared: dict) -> None:
+def run_sweep_jobs(jobs: Sequence[SweepJob], host: JobHost, *, max_jobs: int, shared: dict) -> None:
     """Run the jobs that are not finished, `most` at once; each leaves its result.json.
 
     A job that fails is recorded, and the others go on. Signals that ask to stop are passed on
@@ -150,7 +150,7 @@ def run_sweep_jobs(jobs: Sequence[SweepJob], host: JobHost, *, most: int, shared
                 f"{len(jobs)} jobs, {len(jobs) - len(unfinished)} of them finished"
             )
         while running or (waiting and not received):
-            while waiting and not received and len(running) < most:
+            while waiting and not received and len(running) < max_jobs:
                 job = waiting[0]
                 if (started := host.start(job)) is None:
                     break

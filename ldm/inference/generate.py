@@ -25,7 +25,7 @@ def generate_in_batches(
     decode: Callable[[Tensor], Tensor],
     steps: int,
     batch: int,
-    pictures: Mapping[str, Tensor] | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
     previews: int = 0,
     quiet: bool = False,
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
@@ -52,7 +52,7 @@ def generate_in_batches(
             prompts, seeds = zip(*part, strict=True)
             mine = {
                 name: each if len(each) == 1 else each[first : first + batch]
-                for name, each in (pictures or {}).items()
+                for name, each in (inputs or {}).items()
             }
             images += pipeline(prompts, seeds=seeds, steps=steps, on_step=on_step, **mine).cpu()
             guesses += [list(row) for row in zip(*seen, strict=True)] if seen else []
@@ -60,7 +60,7 @@ def generate_in_batches(
 
 
 def generate_task_examples(
-    pipeline: Pipeline, pictures: TextImageDataset, prompts: Sequence[str], *, steps: int, seed: int
+    pipeline: Pipeline, dataset: TextImageDataset, prompts: Sequence[str], *, steps: int, seed: int
 ) -> tuple[Image.Image, dict]:
     """What a pipeline makes of prompts, as one picture, and the facts of it.
 
@@ -68,10 +68,10 @@ def generate_task_examples(
     what it was given: the small picture, or the part that the mask leaves.
     """
     n, seeds = len(prompts), list(range(len(prompts)))
-    real = [pictures[i % len(pictures), i]["images"] for i in range(n)]
+    real = [dataset[i % len(dataset), i]["images"] for i in range(n)]
     real = torch.stack(real).float() / 127.5 - 1  # (N, 3, H, W)
     draws = make_generators(seed, seeds, stream="examples")
-    given = pipeline.task.example(real, generator=draws)
+    given = pipeline.task.example_inputs(real, generator=draws)
     size = tuple(real.shape[-2:])
     images = pipeline(prompts, seeds=seeds, size=size, steps=steps, **given).cpu()
     facts = {"prompts": list(prompts), "seeds": seeds}

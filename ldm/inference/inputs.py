@@ -82,8 +82,10 @@ def read_pipeline_inputs(
     if any(pad):
         if mask is not None:
             raise ValueError("pad is a mask of its own: give either")
-        return prepare_outpainting_inputs(image, trained, size, pad, grid=pipeline.grid)
-    height, width = sides = parse_image_size(trained if size is None else size, pipeline.grid)
+        return prepare_outpainting_inputs(image, trained, size, pad, grid=pipeline.size_multiple)
+    height, width = sides = parse_image_size(
+        trained if size is None else size, pipeline.size_multiple
+    )
     if image is None:
         return PipelineInputs(sides)
     if height != width:
@@ -136,7 +138,7 @@ def prepare_upscaling_inputs(pipeline: Pipeline, images: Tensor) -> PipelineInpu
     size = tuple(-(-max(side, least) // step) * step for side in shown)
     more = [(full - side) // scale for full, side in zip(size, shown, strict=True)]
     whole = F.pad(images, (0, more[1], 0, more[0]), mode="replicate")
-    return PipelineInputs(size, whole, shown=shown)
+    return PipelineInputs(size, whole, output_size=shown)
 
 
 def prepare_outpainting_inputs(

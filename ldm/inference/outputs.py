@@ -19,7 +19,7 @@ def save_outputs(
     out: Path,
     settings: Mapping,
     *,
-    guesses: Sequence[Sequence[Tensor]] = (),
+    previews: Sequence[Sequence[Tensor]] = (),
     columns: int | None = None,
     fps: int = 8,
     overwrite: bool = False,
@@ -40,7 +40,7 @@ def save_outputs(
     facts = {"prompt": prompts, "seed": seeds, **settings}
     kinds = [out.suffix, ".png"] if moving else [".png"]
     beside = [f"_{i:03d}{kind}" for i in range(len(images)) for kind in kinds]
-    beside += ["_previews.png"] if guesses else []
+    beside += ["_previews.png"] if previews else []
 
     def family(number: str) -> list[Path]:
         return [out.with_name(f"{out.stem}{number}{end}") for end in [*kinds, *beside]]
@@ -50,17 +50,17 @@ def save_outputs(
         if moving:
             save_videos(images, first, singles, facts, fps=fps)
             images = [join_frames(video) for video in images]
-            guesses = [[join_frames(video) for video in row] for row in guesses]
+            previews = [[join_frames(video) for video in row] for row in previews]
         for i, (image, single) in enumerate(zip(images, singles, strict=True)):
             save_png(to_pil(image), grid.with_name(f"{grid.stem}_{i:03d}.png"), single)
         if len(set(prompts)) > 1:
             save_png(make_captioned_grid(images, prompts, columns=columns), grid, facts)
         else:
             save_png(make_image_grid(images, columns=1 if moving else None), grid, facts)
-        if guesses:
+        if previews:
             on_the_way = grid.with_name(f"{grid.stem}_previews.png")
-            rows = [guess for row in guesses for guess in row]
-            save_png(make_image_grid(rows, columns=len(guesses[0])), on_the_way, facts)
+            rows = [guess for row in previews for guess in row]
+            save_png(make_image_grid(rows, columns=len(previews[0])), on_the_way, facts)
             print(f"the model's guesses on the way: {on_the_way}")
     if len(images) > 1:
         print(f"{len(images)} {'videos' if moving else 'pictures'} beside {first}")

@@ -79,13 +79,13 @@ class Pipeline:
             white = ImageNoise(seeds, device=self.device)
 
             def noise(x: Tensor) -> Tensor:
-                return self.task.mix(white(x))
+                return self.task.shape_noise(white(x))
 
             schedule, encode = self.objective.schedule, self.autoencoder.encode
             size = (size, size) if isinstance(size, int) else tuple(size)
-            room = self._room(len(seeds), size)
-            image = self._fitted(image, len(seeds), size, smaller=self.task.scale)
-            mask = self._fitted(mask, len(seeds), size)
+            room = self._empty_latents(len(seeds), size)
+            image = self._prepare_image(image, len(seeds), size, smaller=self.task.scale)
+            mask = self._prepare_image(mask, len(seeds), size)
 
             def inverted(x0: Tensor, t: float) -> Tensor:
                 cond = self.text([source] * len(x0) if isinstance(source, str) else list(source))
@@ -97,7 +97,9 @@ class Pipeline:
 
             request = Request(room, image, mask, strength, inverted, first)
             start = self.task.start(request, encode, schedule, noise=noise)
-            guided = self._guided(prompts, negative, start.concat, self._styled(style, seeds))
+            guided = self._make_denoiser(
+                prompts, negative, start.concat, self._encode_style(style, seeds)
+            )
             denoise = guided
             if start.project is not None:
                 denoise = lambda x_t, t: start.project(guided(x_t, t))  # noqa: E731
@@ -115,7 +117,7 @@ class Pipeline:
             joined = torch.where(mask > 0, images, image)
             return joined if paste else self.decode(encode(joined))
 
-    def caveats(
+    def collect_warnings(
         self, steps: int, *, prompts: Sequence[str] = (), negative: str = "", strength: float = 1.0
     ) -> list[str]:
         """A line each for what has no effect as asked for, or a bad one.
@@ -154,11 +156,11 @@ class Pipeline:
             x0 = self.autoencoder.encode(images.to(self.device))
             schedule = self.objective.schedule
             times = self.sampler.times(schedule, steps)
-            guided = self._guided(prompts, negative)
+            guided = self._make_denoiser(prompts, negative)
             return invert_ddim(guided, x0, schedule, times, on_step=on_step)
 
     @torch.no_grad()
-    def repaint(
+    def generate_from_noise(
         self,
         noise: Tensor,
         prompts: Sequence[str],
@@ -174,7 +176,7 @@ class Pipeline:
         with self._autocast():
             schedule = self.objective.schedule
             x0 = DDIMSampler()(
-                self._guided(prompts, negative),
+                self._make_denoiser(prompts, negative),
                 noise,
                 schedule,
                 self.sampler.times(schedule, steps),
@@ -195,15 +197,15 @@ class Pipeline:
         return next(self.denoiser.parameters()).device
 
     @property
-    def grid(self) -> int:
+    def size_multiple(self) -> int:
         """Pixels that height and width of what is painted are multiples of."""
         return self.autoencoder.factor * self.denoiser.multiple
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """x0_hat (B, C, h, w) of x_t at t, () or (B,) on any device, without guidance."""
-        return self.objective.denoised(self.denoiser, x_t, t.to(x_t.device), cond)
+        return self.objective.predict_x0(self.denoiser, x_t, t.to(x_t.device), cond)
 
-    def _guided(
+    def _make_denoiser(
         self,
         prompts: Sequence[str],
         negative: str,
@@ -213,7 +215,7 @@ class Pipeline:
         prompts = list(prompts)
         n = len(prompts)
         cond = replace(self.text(prompts), concat=concat, style=style)
-        uncond = self._repeated(negative, n) if negative else self.text.null(n)
+        uncond = self._encode_repeated(negative, n) if negative else self.text.null(n)
         no_style = None if style is None else torch.zeros_like(style)
         uncond = replace(uncond, concat=concat, style=no_style)
         denoise: ConditionalDenoiser = self.denoise
@@ -222,7 +224,7 @@ class Pipeline:
             denoise = TiledDenoiser(denoise, side, round(side * self.task.tile_overlap))
         return self.guidance(denoise, cond, uncond, GuidancePrompts(prompts, self.text))
 
-    def _styled(self, style: Tensor | None, seeds: Sequence[int]) -> Tensor | None:
+    def _encode_style(self, style: Tensor | None, seeds: Sequence[int]) -> Tensor | None:
         """Features (B, N, F) of a style picture, shuffled anew for each seed."""
         if style is None:
             return None
@@ -235,7 +237,7 @@ class Pipeline:
         images = style.to(self.device).expand(len(seeds), *style.shape[1:])
         return self.style_encoder(images, generators)
 
-    def _fitted(
+    def _prepare_image(
         self, part: Tensor | None, n: int, size: tuple[int, int], *, smaller: int = 1
     ) -> Tensor | None:
         """A picture or a mask (1 or n, ...) on the device, once for each of n images."""
@@ -253,7 +255,7 @@ class Pipeline:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
-    def _room(self, n: int, size: tuple[int, int]) -> Tensor:
+    def _empty_latents(self, n: int, size: tuple[int, int]) -> Tensor:
         factor = self.autoencoder.factor
         if any(side % factor for side in size):
             raise ValueError(
@@ -264,7 +266,7 @@ class Pipeline:
         grid = grid if self.frames is None else [self.frames, *grid]
         return torch.empty((n, self.autoencoder.channels, *grid), device=self.device)
 
-    def _repeated(self, prompt: str, n: int) -> Condition:
+    def _encode_repeated(self, prompt: str, n: int) -> Condition:
         return self.text([prompt]).map(lambda part: part.expand(n, *part.shape[1:]))
 
 

@@ -90,12 +90,7 @@ class AutoencoderKL(nn.Module):
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)  # (B, C, h, w)
         return mean, logvar.clamp(-30, 20)
 
-    def encode(
-        self,
-        images: Tensor,
-        *,
-        generator: Generators = None,
-    ) -> Tensor:
+    def encode(self, images: Tensor, *, generator: Generators = None) -> Tensor:
         """Unit-variance latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1].
 
         A sample of the posterior drawn from `generator` (or a generator an image); its mean where
@@ -227,12 +222,7 @@ class IdentityAutoencoder(nn.Module):
             raise ValueError(f"autoencoder.patch={patch} must be 1 (pixels as they are) or more")
         self.factor, self.channels = patch, 3 * patch**2
 
-    def encode(
-        self,
-        images: Tensor,
-        *,
-        generator: Generators = None,
-    ) -> Tensor:
+    def encode(self, images: Tensor, *, generator: Generators = None) -> Tensor:
         """images (B, 3, H, W) folded; there is nothing to draw from `generator`."""
         return F.pixel_unshuffle(images, self.factor) if self.factor > 1 else images
 

@@ -105,10 +105,12 @@ class Clip(nn.Module):
 
         Another size than the model's is resized to it, and another shape than a square squashed.
         """
-        features = self.model.get_image_features(pixel_values=self.pixels(images)).pooler_output
+        features = self.model.get_image_features(
+            pixel_values=self.preprocess_images(images)
+        ).pooler_output
         return F.normalize(features, dim=-1)  # (B, P)
 
-    def pixels(self, images: Tensor) -> Tensor:
+    def preprocess_images(self, images: Tensor) -> Tensor:
         """What the image tower takes (B, 3, S, S) of images (B, 3, H, W) in [-1, 1]."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             size = (self.image_size, self.image_size)
@@ -126,14 +128,14 @@ class Clip(nn.Module):
         return F.normalize(features, dim=-1)
 
     @torch.no_grad()
-    def whitening(self, captions: Sequence[str]) -> Whitening:
+    def measure_whitening(self, captions: Sequence[str]) -> Whitening:
         """The whitening of the pooled states of a sample of the captions it was trained on."""
         parts = [captions[first : first + 256] for first in range(0, len(captions), 256)]
         states = [
             self.model.text_model(self.tokenize(part).to(self.model.device)).pooler_output.cpu()
             for part in parts
         ]
-        return Whitening.measured(torch.cat(states).float())
+        return Whitening.from_states(torch.cat(states).float())
 
     def save(self, folder: str | Path, whitening: Whitening | None = None) -> None:
         """Write or replace `folder`: config.json, model.safetensors, tokenizer and whitening.

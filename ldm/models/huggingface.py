@@ -15,7 +15,7 @@ HubModelType = TypeVar("Model", bound=PreTrainedModel)
 
 def load_pretrained_model(
     kind: type[HubModelType],
-    place: Path | str,
+    location: Path | str,
     *,
     local: bool,
     dtype: torch.dtype = torch.float32,
@@ -29,8 +29,8 @@ def load_pretrained_model(
     """
     with silence_transformers():
         model, report = kind.from_pretrained(
-            place,
-            config=read_model_config(kind, place, local=local),
+            location,
+            config=read_model_config(kind, location, local=local),
             local_files_only=local,
             trust_remote_code=False,
             weights_only=True,
@@ -43,14 +43,14 @@ def load_pretrained_model(
     misfits = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
     if misfits:
         raise ValueError(
-            f"the weights in '{place}' are not those of the {kind.__name__} in its config.json: "
+            f"the weights in '{location}' are not those of the {kind.__name__} in its config.json: "
             f"{len(misfits)} parameters are missing or of another shape, such as {min(misfits)}"
         )
     return model
 
 
 def read_model_config(
-    kind: type[HubModelType], place: Path | str, *, local: bool
+    kind: type[HubModelType], location: Path | str, *, local: bool
 ) -> PreTrainedConfig:
     """The config of a model, with the fields that its kind has, and no others of the file.
 
@@ -59,14 +59,16 @@ def read_model_config(
     Raises OSError and ValueError where there is no config of the kind.
     """
     own = kind.config_class
-    found, _ = own.get_config_dict(place, local_files_only=local)
+    found, _ = own.get_config_dict(location, local_files_only=local)
     if own.base_config_key and own.base_config_key in found:  # one tower of a whole CLIP
         found = found[own.base_config_key]
     try:
         return own.from_dict(_fields(own, found))
     except Exception as error:  # of other types from version to version
         why = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"the config.json in '{place}' is of no {kind.__name__}: {why}") from error
+        raise ValueError(
+            f"the config.json in '{location}' is of no {kind.__name__}: {why}"
+        ) from error
 
 
 def _fields(kind: type[PreTrainedConfig], found: object) -> dict[str, object]:

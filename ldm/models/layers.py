@@ -197,7 +197,7 @@ class SpatialTransformer(nn.Module):
         self.proj_in = nn.Conv2d(channels, channels, 1)
         sizes = {"context_dim": context_dim, "heads": heads}
         self.layers = nn.ModuleList(
-            TransformerBlock(channels, **sizes, beside=beside) for _ in range(depth)
+            TransformerBlock(channels, **sizes, extra_attention=beside) for _ in range(depth)
         )
         self.proj_out = nn.Conv2d(channels, channels, 1)
 

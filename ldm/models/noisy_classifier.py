@@ -155,11 +155,11 @@ class NoisyClassifier(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             return self.scale.to(images) * images @ texts.to(images).T
 
-    def log_names(self, images: Tensor) -> Tensor:
+    def class_log_probs(self, images: Tensor) -> Tensor:
         """log p (B, K) of each name by the tower's vectors, for an encoder that has names."""
         return self.similarity(images, self.encode_texts(self.text.every())).log_softmax(1)
 
-    def aim(self, prompts: Sequence[str]) -> Callable[[Tensor, Tensor], Tensor]:
+    def make_log_likelihood(self, prompts: Sequence[str]) -> Callable[[Tensor, Tensor], Tensor]:
         """The function of x_t (B, C, h, w) and t that is log p(prompt | x_t), (B,), by prompts (B).
 
         It has a gradient with respect to x_t. Captions' is the scaled similarity alone. An empty
@@ -174,7 +174,7 @@ class NoisyClassifier(nn.Module):
                 raise ValueError(f"{len(x_t)} pictures for {len(pooled)} prompts")
             images = self.tower(x_t, t)
             if self.has_names:
-                return (self.log_names(images) * pooled.to(images)).sum(1)
+                return (self.class_log_probs(images) * pooled.to(images)).sum(1)
             return self.scale.to(images) * (images * texts.to(images)).sum(1)
 
         return log_p

@@ -77,11 +77,11 @@ class ClipStyleEncoder(nn.Module):
         if training and self.recolour:
             turns = sample_permutations(3, generators, images.device)
             images = images.take_along_dim(turns[:, :, None, None], dim=1)
-        pixels = shuffle_tiles(self.clip.pixels(images), self.tiles, generators)
+        pixels = shuffle_tiles(self.clip.preprocess_images(images), self.tiles, generators)
         states = self.clip.model.vision_model(pixel_values=pixels).last_hidden_state
         return states[:, 1:]  # without the class token
 
-    def silenced(self, captions: Sequence[str], shares: Tensor) -> list[str]:
+    def drop_style_words(self, captions: Sequence[str], shares: Tensor) -> list[str]:
         """Removes `style_words` from captions whose share, one of (B,), is below `word_dropout`."""
         quiet = (shares < self.word_dropout).tolist()
         return [self.without(c) if drop else c for c, drop in zip(captions, quiet, strict=True)]

@@ -47,14 +47,14 @@ class TemporalLayers(nn.Module):
         Which frame it is, and the time and text together: where a thing is that moves.
         """
         emb = emb[:, None].expand(-1, frames, -1)  # (B, F, T)
-        numbers = self.numbers(frames, like=emb).expand(len(emb), -1, -1)
+        numbers = self.embed_frame_numbers(frames, like=emb).expand(len(emb), -1, -1)
         return (emb + self.number(torch.cat([emb, numbers], dim=2))).flatten(0, 1)
 
     def forward(self, x: Tensor, frames: int, *, stage: int) -> Tensor:
         """Features after a stage, (B F, C, h, w), each with a look at the other frames."""
-        return self.blocks[stage](x, self.numbers(frames, like=x))
+        return self.blocks[stage](x, self.embed_frame_numbers(frames, like=x))
 
-    def numbers(self, frames: int, *, like: Tensor) -> Tensor:
+    def embed_frame_numbers(self, frames: int, *, like: Tensor) -> Tensor:
         """(F, T): a fixed embedding of 0 .. F - 1."""
         return timestep_embedding(torch.arange(frames, device=like.device), self.time_dim).to(like)
 
@@ -99,6 +99,6 @@ def fold_frames(videos: Tensor) -> Tensor:
     return videos.transpose(1, 2).flatten(0, 1)
 
 
-def unfold_frames(pictures: Tensor, frames: int) -> Tensor:
+def unfold_frames(images: Tensor, frames: int) -> Tensor:
     """(B F, C, ...) -> videos (B, C, F, ...)."""
-    return pictures.unflatten(0, (-1, frames)).transpose(1, 2)
+    return images.unflatten(0, (-1, frames)).transpose(1, 2)

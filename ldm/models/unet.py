@@ -174,7 +174,7 @@ class UNet(nn.Module):
             nn.init.zeros_(conv.bias)
 
     @property
-    def added(self) -> tuple[str, ...]:
+    def extension_prefixes(self) -> tuple[str, ...]:
         """How the names begin of what a network for text and pictures has not.
 
         It acts as zero at first.
@@ -212,11 +212,7 @@ class UNet(nn.Module):
         return unfold_frames(self._run(fold_frames(x), F.silu(emb), context, frames), frames)
 
     def _run(
-        self,
-        x: Tensor,
-        emb: Tensor,
-        context: tuple[Tensor | None, ...],
-        frames: int | None = None,
+        self, x: Tensor, emb: Tensor, context: tuple[Tensor | None, ...], frames: int | None = None
     ) -> Tensor:
         """All input channels (B, C + E, h, w) to the output; frames: B are of videos of so many."""
 

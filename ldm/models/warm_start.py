@@ -11,7 +11,7 @@ from ldm.utils.checkpoint_file import CheckpointError
 WIDENABLE_WEIGHT = "conv_in.weight"  # (out, C, k, k): the one tensor that may be widened
 
 
-def warm_start(network: nn.Module, state: dict[str, Tensor], *, what: str) -> list[str]:
+def warm_start(network: nn.Module, state: dict[str, Tensor], *, source: str) -> list[str]:
     """Load the tensors of another network; afterwards this one's answers are equal to its.
 
     A first convolution with more input channels than the other's gets zeros for those, so that they
@@ -26,7 +26,7 @@ def warm_start(network: nn.Module, state: dict[str, Tensor], *, what: str) -> li
     for name, tensor in own.items():
         given = state.get(name, tensor)
         loaded[name] = given
-        if name not in state and name.startswith(tuple(network.added)):
+        if name not in state and name.startswith(tuple(network.extension_prefixes)):
             new[name.split(".")[0]] = None
         elif name not in state:
             wrong.append(f"{name} is missing there")
@@ -40,18 +40,18 @@ def warm_start(network: nn.Module, state: dict[str, Tensor], *, what: str) -> li
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(
-            f"init={what} is no smaller network of this kind: {'; '.join(wrong[:3])}{more}. "
+            f"init={source} is no smaller network of this kind: {'; '.join(wrong[:3])}{more}. "
             "Give the model=.. and its settings that it was trained with"
         )
     network.load_state_dict(loaded)
     return list(new)
 
 
-def is_widened(name: str, given: Tensor, tensor: Tensor) -> bool:
+def is_widened(name: str, loaded: Tensor, tensor: Tensor) -> bool:
     """Whether a tensor is the first convolution's, and differs in input channels alone, upwards."""
     return (
         name.endswith(WIDENABLE_WEIGHT)
-        and given.ndim == tensor.ndim
-        and given.shape[1] < tensor.shape[1]
-        and (given.shape[0], *given.shape[2:]) == (tensor.shape[0], *tensor.shape[2:])
+        and loaded.ndim == tensor.ndim
+        and loaded.shape[1] < tensor.shape[1]
+        and (loaded.shape[0], *loaded.shape[2:]) == (tensor.shape[0], *tensor.shape[2:])
     )

@@ -28,7 +28,7 @@ class Whitening(nn.Module):
         self.register_buffer("matrix", matrix)
 
     @classmethod
-    def measured(cls, states: Tensor) -> "Whitening":
+    def from_states(cls, states: Tensor) -> "Whitening":
         """The whitening (P,), (P, P) of the states (n, P) of a sample of captions."""
         mean = states.mean(0)
         centred = (states - mean).double()

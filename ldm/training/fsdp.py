@@ -30,7 +30,9 @@ class FullyShardedStrategy(DDPStrategy):
 
     def __init__(self, *, timeout: timedelta = timedelta(minutes=30)) -> None:
         super().__init__(timeout=timeout)
-        self.stored: list[tuple[nn.Module, str, nn.Parameter]] = []  # shards during a validation
+        self.parameter_shards: list[
+            tuple[nn.Module, str, nn.Parameter]
+        ] = []  # shards during a validation
 
     @staticmethod
     def check(module: L.LightningModule) -> None:
@@ -73,13 +75,13 @@ class FullyShardedStrategy(DDPStrategy):
         for part in self.lightning_module.ema.modules():
             for name, value in list(part.named_parameters(recurse=False)):
                 if isinstance(value, DTensor):
-                    self.stored.append((part, name, value))
+                    self.parameter_shards.append((part, name, value))
                     setattr(part, name, nn.Parameter(value.full_tensor(), requires_grad=False))
 
     def on_validation_end(self) -> None:
-        for part, name, value in self.stored:
+        for part, name, value in self.parameter_shards:
             setattr(part, name, value)
-        self.stored.clear()
+        self.parameter_shards.clear()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Whole tensors on rank 0; all ranks take part."""

@@ -56,10 +56,7 @@ class AdamW:
 
         optimizer.register_load_state_dict_post_hook(adapt)
         curve = ConfiguredLambdaLR(optimizer, lambda step: self.factor(step, steps))
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": curve, "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": curve, "interval": "step"}}
 
     def factor(self, step: int, steps: int) -> float:
         """The share of `lr` at a step counted from 0."""

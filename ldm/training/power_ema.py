@@ -78,19 +78,22 @@ def profile_inner_products(first: Sequence[EMAProfile], second: Sequence[EMAProf
     return (a + 1) * (b + 1) / (a + b + 1) * ratio**outlives / np.maximum(s, t)
 
 
-def solve_mixture(kept: Sequence[EMAProfile], wanted: EMAProfile) -> EMAMixture:
+def solve_mixture(profiles: Sequence[EMAProfile], target_profile: EMAProfile) -> EMAMixture:
     """The sum of kept profiles that is nearest to the wanted one, in the mean square over time.
 
     The shares are held to add up to 1, so that weights that never change stay as they are.
     Raises ValueError where nothing is kept, or a profile is kept twice.
     """
-    if not kept or len(set(kept)) < len(kept):
-        raise ValueError(f"it takes different profiles to make another, got {list(kept)}")
-    gram, target = profile_inner_products(kept, kept), profile_inner_products(kept, [wanted])[:, 0]
-    own = float(profile_inner_products([wanted], [wanted])[0, 0])
+    if not profiles or len(set(profiles)) < len(profiles):
+        raise ValueError(f"it takes different profiles to make another, got {list(profiles)}")
+    gram, target = (
+        profile_inner_products(profiles, profiles),
+        profile_inner_products(profiles, [target_profile])[:, 0],
+    )
+    own = float(profile_inner_products([target_profile], [target_profile])[0, 0])
     # Each profile at norm 1, for the sake of the solver; the last row is the sum of the shares.
     norm = np.sqrt(np.diagonal(gram))
-    n = len(kept)
+    n = len(profiles)
     system = np.zeros((n + 1, n + 1))
     system[:n, :n] = gram / norm[:, None] / norm
     system[n, :n] = system[:n, n] = norm.min() / norm

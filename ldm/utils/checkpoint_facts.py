@@ -45,10 +45,10 @@ def read_checkpoint_metadata(payload: object, path: Path) -> dict:
     return said
 
 
-def check_frozen_digests(said: dict, path: Path, names: Iterable[str]) -> None:
+def check_frozen_digests(metadata: dict, path: Path, names: Iterable[str]) -> None:
     """CheckpointError where a checkpoint has no digest of one of its frozen parts."""
     for name in names:
-        if not isinstance(said["frozen"].get(name), str):
+        if not isinstance(metadata["frozen"].get(name), str):
             raise CheckpointError(
                 f"{path} is damaged: it does not say which {name} it was trained with"
             )

@@ -151,7 +151,7 @@ def find_checkpoint_flaw(path: Path) -> str | None:
     if not manifest_path(path).is_file():
         return f"its manifest {manifest_path(path).name} is missing (a save that did not finish?)"
     try:
-        manifest = json.loads(read_regular_file(manifest_path(path), most=2**16))
+        manifest = json.loads(read_regular_file(manifest_path(path), max_bytes=2**16))
         size, digest = manifest["size"], manifest["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return f"its manifest {manifest_path(path).name} is damaged"

@@ -73,9 +73,9 @@ def find_snapshots(folder: Path, *, until: int) -> list[Snapshot]:
 
 def combine_snapshots(
     snapshots: Sequence[Snapshot],
-    shares: Sequence[float],
+    weights: Sequence[float],
     *,
-    done: Callable[[], object] = lambda: None,
+    on_progress: Callable[[], object] = lambda: None,
 ) -> dict[str, Tensor]:
     """The state dict that is the sum of the snapshots' times their shares, summed in float64.
 
@@ -84,7 +84,7 @@ def combine_snapshots(
     """
     total: dict[str, Tensor] = {}
     kinds: dict[str, torch.dtype] = {}
-    for snapshot, share in zip(snapshots, shares, strict=True):
+    for snapshot, share in zip(snapshots, weights, strict=True):
         prefix = f"{snapshot.length}/"
         with safe_open(snapshot.path, "pt") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
@@ -99,7 +99,7 @@ def combine_snapshots(
                 total[name].add_(tensor, alpha=share)
             else:
                 total[name] = tensor.double().mul_(share)
-        done()
+        on_progress()
     return {name: tensor.to(kinds[name]) for name, tensor in total.items()}
 
 

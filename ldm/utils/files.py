@@ -138,13 +138,17 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def read_text(path: str | Path, *, most: int | None = None) -> str:
+def read_text(path: str | Path, *, max_bytes: int | None = None) -> str:
     """The text of a user's file, in UTF-8 with or without byte order mark, or UTF-16 with one.
 
     most: bytes, where the path may come from anyone: a larger file, a pipe or a device is refused.
     Raises ValueError, which names the file, for anything else, and OSError where it is not there.
     """
-    data = Path(path).read_bytes() if most is None else read_regular_file(Path(path), most=most)
+    data = (
+        Path(path).read_bytes()
+        if max_bytes is None
+        else read_regular_file(Path(path), max_bytes=max_bytes)
+    )
     try:
         text = data.decode(detect_encoding(data))
     except UnicodeDecodeError:
@@ -160,7 +164,7 @@ def detect_encoding(data: bytes) -> str:
     return "utf-16" if is_wide else "utf-8-sig"
 
 
-def read_regular_file(path: Path, *, most: int) -> bytes:
+def read_regular_file(path: Path, *, max_bytes: int) -> bytes:
     """The bytes of a file that may come from anywhere, at most so many.
 
     Raises ValueError where it is larger or no file, as a pipe, which would be waited for.
@@ -170,9 +174,9 @@ def read_regular_file(path: Path, *, most: int) -> bytes:
         stat = os.fstat(descriptor)
         if not S_ISREG(stat.st_mode):
             raise ValueError(f"{path} is no file")
-        if stat.st_size > most:
-            raise ValueError(f"{path} has {stat.st_size} bytes, {most} are the most")
-        return open(descriptor, "rb", closefd=False).read(most)
+        if stat.st_size > max_bytes:
+            raise ValueError(f"{path} has {stat.st_size} bytes, {max_bytes} are the most")
+        return open(descriptor, "rb", closefd=False).read(max_bytes)
     finally:
         os.close(descriptor)
 

@@ -32,9 +32,9 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return to_uint8_tensor(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def from_uint8(picture: np.ndarray) -> Tensor:
+def from_uint8(image: np.ndarray) -> Tensor:
     """One picture's bytes (H, W, 3) as an image (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(picture).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -50,14 +50,14 @@ def make_image_grid(
 
 
 def split_image_grid(
-    picture: Image.Image, n: int, *, columns: int | None = None, gap: int = 2
+    grid: Image.Image, n: int, *, columns: int | None = None, gap: int = 2
 ) -> list[Image.Image]:
     """The n pictures that `tile` has put together."""
     columns = columns or _columns(n)
-    width = (picture.width + gap) // columns - gap
-    height = (picture.height + gap) // math.ceil(n / columns) - gap
+    width = (grid.width + gap) // columns - gap
+    height = (grid.height + gap) // math.ceil(n / columns) - gap
     corners = [(i % columns * (width + gap), i // columns * (height + gap)) for i in range(n)]
-    return [picture.crop((x, y, x + width, y + height)) for x, y in corners]
+    return [grid.crop((x, y, x + width, y + height)) for x, y in corners]
 
 
 def make_captioned_grid(
@@ -71,7 +71,7 @@ def make_captioned_grid(
     pictures = [to_pil(image) for image in images]
     width, height = (side * factor for side in pictures[0].size)
     letters, line = load_font(15), 20
-    texts = [wrap_text(caption, width, letters, most=4) for caption in captions]
+    texts = [wrap_text(caption, width, letters, max_lines=4) for caption in captions]
     cards = []
     for picture, lines in zip(pictures, texts, strict=True):
         tall = height + max(map(len, texts)) * line + 6
@@ -104,7 +104,9 @@ def load_font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 
 
-def wrap_text(text: str, width: float, font: ImageFont.FreeTypeFont, *, most: int) -> list[str]:
+def wrap_text(
+    text: str, width: float, font: ImageFont.FreeTypeFont, *, max_lines: int
+) -> list[str]:
     """`text` in at most `most` lines of `width` pixels.
 
     A word that is too long is cut in two, and a text that is too long ends in "...".
@@ -120,11 +122,11 @@ def wrap_text(text: str, width: float, font: ImageFont.FreeTypeFont, *, most: in
             else:
                 lines, line = [*lines, line], piece
     lines.append(line)
-    if len(lines) > most:
-        *words, last = lines[most - 1].split()
+    if len(lines) > max_lines:
+        *words, last = lines[max_lines - 1].split()
         while words and font.getlength(" ".join([*words, last, "..."])) > width:
             last = words.pop()
-        lines = [*lines[: most - 1], " ".join([*words, last, "..."])]
+        lines = [*lines[: max_lines - 1], " ".join([*words, last, "..."])]
     return lines
 
 
@@ -158,7 +160,7 @@ def load_png(path: Path) -> tuple[Image.Image, dict]:
     Raises ValueError, which names the file, for what is no PNG.
     """
     try:
-        data = io.BytesIO(read_regular_file(path, most=MAX_PNG_BYTES))
+        data = io.BytesIO(read_regular_file(path, max_bytes=MAX_PNG_BYTES))
         with warnings.catch_warnings(), Image.open(data, formats=["PNG"]) as image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             facts = {key: _fact(text) for key, text in image.text.items()}

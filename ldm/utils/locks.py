@@ -20,7 +20,7 @@ class InUseError(OSError):
     """A directory that another process works in."""
 
 
-def lock_directory(directory: Path, *, patience: float = LOCK_TIMEOUT) -> BinaryIO:
+def lock_directory(directory: Path, *, timeout: float = LOCK_TIMEOUT) -> BinaryIO:
     """Take a run or a sweep for this process, until it ends or the returned file is closed.
 
     A POSIX record lock: the kernel frees it with the process, however that ends; children do not
@@ -51,7 +51,7 @@ def lock_directory(directory: Path, *, patience: float = LOCK_TIMEOUT) -> Binary
             holder, _, where = file.read().decode().strip().partition("\n")
             remote = where not in ("", machine_id())
             waited = time.monotonic() - began
-            if waited > (patience if remote else 0.5):
+            if waited > (timeout if remote else 0.5):
                 file.close()
                 gone = f" (where that machine is gone for good, delete {path})" if remote else ""
                 raise InUseError(
@@ -61,7 +61,7 @@ def lock_directory(directory: Path, *, patience: float = LOCK_TIMEOUT) -> Binary
             if waited > 0.5 and not told:
                 told = True
                 print(
-                    f"{directory} is locked by {holder}: waiting up to {patience:.0f} s, in case "
+                    f"{directory} is locked by {holder}: waiting up to {timeout:.0f} s, in case "
                     "it has died and the file server is yet to notice",
                     flush=True,
                 )

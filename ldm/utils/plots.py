@@ -97,13 +97,13 @@ class Page:
         place = self.figure.transFigure
         self.figure.add_artist(Rectangle(corner, *sides, transform=place, lw=0, color=colour))
 
-    def heading(self, title: str, told: str) -> int:
+    def heading(self, title: str, description: str) -> int:
         """The title and a paragraph under it; returns where the next thing may begin."""
         self.text(MARGIN, MARGIN, title, size=TITLE_HEIGHT, bold=True, math=True)
         top = MARGIN + round(TITLE_HEIGHT * 1.7)
-        lines = wrap_paragraph(told, self.width - 2 * MARGIN)
+        lines = wrap_paragraph(description, self.width - 2 * MARGIN)
         self.text(MARGIN, top, "\n".join(lines), colour=GREY)
-        return measure_heading(told, self.width)
+        return measure_heading(description, self.width)
 
     def image(self) -> Image.Image:
         """The page as a picture."""
@@ -114,15 +114,15 @@ class Page:
 
 
 def wrap_paragraph(
-    text: str, width: float, *, size: int = LABEL_HEIGHT, most: int = 4
+    text: str, width: float, *, size: int = LABEL_HEIGHT, max_lines: int = 4
 ) -> list[str]:
     """`text` in lines of `width` pixels, not more than `most`."""
-    return wrap_text(text, width, load_font(size), most=most)
+    return wrap_text(text, width, load_font(size), max_lines=max_lines)
 
 
-def measure_heading(told: str, width: int) -> int:
+def measure_heading(description: str, width: int) -> int:
     """Pixels that a heading takes on a page of `width`."""
-    lines = wrap_paragraph(told, width - 2 * MARGIN)
+    lines = wrap_paragraph(description, width - 2 * MARGIN)
     return MARGIN + round(TITLE_HEIGHT * 1.7) + round(len(lines) * LABEL_HEIGHT * _LINE) + 2 * GAP
 
 
@@ -139,20 +139,20 @@ def resize_longer_side(image: Tensor, side: int = FIGURE_IMAGE_SIZE) -> Image.Im
 
 
 def draw_image_grid(
-    title: str, told: str, rows: Sequence[ImageRow], *, heads: Sequence[str] = ()
+    title: str, description: str, rows: Sequence[ImageRow], *, heads: Sequence[str] = ()
 ) -> Image.Image:
     """A page of rows of pictures; `heads` above the columns may have formulas between dollars."""
     columns = max(len(row.images) for row in rows)
     width = max(columns * (FIGURE_IMAGE_SIZE + GAP) - GAP, 760) + 2 * MARGIN
     line, note = round(LABEL_HEIGHT * _LINE), round(NOTE_HEIGHT * 1.5)
-    labels = [wrap_paragraph(row.label, (width - 2 * MARGIN) / _BOLD, most=2) for row in rows]
+    labels = [wrap_paragraph(row.label, (width - 2 * MARGIN) / _BOLD, max_lines=2) for row in rows]
     heights = [
         len(label) * line + FIGURE_IMAGE_SIZE + (note if row.notes else 0) + 3 * GAP
         for label, row in zip(labels, rows, strict=True)
     ]
     head = line + GAP if heads else 0
-    page = Page(width, measure_heading(told, width) + head + sum(heights) + GAP)
-    y = page.heading(title, told)
+    page = Page(width, measure_heading(description, width) + head + sum(heights) + GAP)
+    y = page.heading(title, description)
     lefts = [MARGIN + i * (FIGURE_IMAGE_SIZE + GAP) for i in range(columns)]
     for x, text in zip(lefts, heads, strict=False):
         page.text(x + FIGURE_IMAGE_SIZE / 2, y, text, align="center", math=True)
@@ -177,7 +177,7 @@ def draw_image_grid(
 
 def draw_similarity_matrix(
     title: str,
-    told: str,
+    description: str,
     images: Sequence[Tensor],
     captions: Sequence[str],
     cosines: np.ndarray,
@@ -193,18 +193,18 @@ def draw_similarity_matrix(
     width = 2 * MARGIN + words_wide + len(images) * (side + GAP)
     between = wrap_paragraph(below, width - 2 * MARGIN)
     block = 5 * round(NOTE_HEIGHT * 1.5) + round(LABEL_HEIGHT * 1.7) + 3 * GAP
-    top = measure_heading(told, width)
+    top = measure_heading(description, width)
     lower = top + side + GAP + len(captions) * (cell + 2) + 3 * GAP
     blocks = lower + round(len(between) * LABEL_HEIGHT * _LINE) + 2 * GAP
     page = Page(width, blocks + (len(changes) + 1) // 2 * block + MARGIN)
-    page.heading(title, told)
+    page.heading(title, description)
     lefts = [MARGIN + words_wide + GAP + i * (side + GAP) for i in range(len(images))]
     for x, image in zip(lefts, images, strict=True):
         page.picture(x, top, resize_longer_side(image, side))
     low, high = cosines.min(), cosines.max()
     for i, (caption, row) in enumerate(zip(captions, cosines, strict=True)):
         y = top + side + GAP + i * (cell + 2)
-        said = wrap_paragraph(caption, words_wide - GAP, size=NOTE_HEIGHT, most=3)
+        said = wrap_paragraph(caption, words_wide - GAP, size=NOTE_HEIGHT, max_lines=3)
         free = cell - len(said) * NOTE_HEIGHT * _LINE
         page.text(MARGIN, y + free / 2, "\n".join(said), size=NOTE_HEIGHT)
         for j, (x, value) in enumerate(zip(lefts, row, strict=True)):

@@ -43,7 +43,7 @@ class StopSignals:
             raise SystemExit(self.code())
 
     @contextmanager
-    def obey(self) -> Iterator[None]:
+    def exit_on_signal(self) -> Iterator[None]:
         """End this block by SystemExit where a signal came while `at_once` was true.
 
         Libraries catch what the signal raises in the midst of them, or make another error of it.

@@ -16,12 +16,12 @@ CONTROL_CATEGORIES = (
 FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
 
 
-def replace_invalid_bytes(typed: str) -> str:
+def replace_invalid_bytes(text: str) -> str:
     """A text of the command line for networks to read: a byte that is no UTF-8 becomes U+FFFD.
 
     Such bytes arrive as lone surrogates. They are kept in paths, which they belong to.
     """
-    return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def escape_control_characters(text: str, *, keep: str = "") -> str:

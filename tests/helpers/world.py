@@ -102,7 +102,7 @@ def pipeline(text: ClipTextEncoder, *, scale: float = 3.0, eta: float = 0.0) -> 
     return Pipeline(
         unet(text).eval(),
         autoencoder=small_autoencoder().eval(),
-        text=text,
+        text_encoder=text,
         objective=objective(),
         task=TextToImage(),
         sampler=DDIMSampler(eta=eta),

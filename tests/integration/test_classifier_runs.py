@@ -117,31 +117,28 @@ def beside(home, monkeypatch) -> Components:
 
 
 def test_a_classifier_comes_back_as_it_was(beside):
-    built = load_noisy_classifier("runs/classes", beside=beside)
-    saved = select_prefix(
-        read_checkpoint(find_checkpoint("runs/classes")),
-        "classifier.",
-    )
+    built = load_noisy_classifier("runs/classes", components=beside)
+    saved = select_prefix(read_checkpoint(find_checkpoint("runs/classes")), "classifier.")
     assert built.state_dict().keys() == saved.keys()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in built.state_dict().items())
     assert built.text.names == NAMES
     assert not any(weight.requires_grad for weight in built.parameters())
     assert not built.training
     own = LabelTextEncoder(NAMES)
-    assert load_noisy_classifier("runs/classes", beside=replace(beside, text=own)).text is own
+    assert load_noisy_classifier("runs/classes", components=replace(beside, text=own)).text is own
 
 
 def test_a_classifier_of_another_space_is_refused(beside):
     elsewhere = replace(beside, autoencoder=small_autoencoder())
     with pytest.raises(UsageError, match="on the latents of another autoencoder than the model's"):
-        load_noisy_classifier("runs/classes", beside=elsewhere)
+        load_noisy_classifier("runs/classes", components=elsewhere)
     config = OmegaConf.load("runs/none/config.yaml")
     config.scheduler = {"_target_": "ldm.diffusion.schedules.linear"}
     elsewhere = replace(beside, objective=build_objective(config))
     with pytest.raises(UsageError, match="on another noise schedule than the model"):
-        load_noisy_classifier("runs/classes", beside=elsewhere)
+        load_noisy_classifier("runs/classes", components=elsewhere)
     with pytest.raises(UsageError, match="comes from stage=autoencoder: a classifier is what"):
-        load_noisy_classifier("runs/ae", beside=beside)
+        load_noisy_classifier("runs/ae", components=beside)
 
 
 @pytest.mark.parametrize("in_a_list", [False, True])
@@ -154,7 +151,7 @@ def test_a_checkpoint_that_names_other_code_is_refused(beside, tmp_path, in_a_li
     payload["ldm"]["frozen"]["text_encoder"] = "0"
     write_checkpoint(payload, tmp_path / "bad.ckpt")
     with pytest.raises(CheckpointError, match=r"run: text_encoder\.names "):
-        load_noisy_classifier(str(tmp_path / "bad.ckpt"), beside=beside)
+        load_noisy_classifier(str(tmp_path / "bad.ckpt"), components=beside)
     assert "pwned" not in os.listdir(tmp_path)
 
 
@@ -166,9 +163,11 @@ def test_names_that_have_changed_are_told(beside, tmp_path):
     payload["ldm"]["config"] = OmegaConf.to_yaml(config)
     write_checkpoint(payload, tmp_path / "moved.ckpt")
     with pytest.raises(CheckpointError, match=r"its weights, or names, differ"):
-        load_noisy_classifier(str(tmp_path / "moved.ckpt"), beside=beside)
+        load_noisy_classifier(str(tmp_path / "moved.ckpt"), components=beside)
     (tmp_path / "names.txt").write_text("\n".join(NAMES))
-    assert load_noisy_classifier(str(tmp_path / "moved.ckpt"), beside=beside).text.names == NAMES
+    assert (
+        load_noisy_classifier(str(tmp_path / "moved.ckpt"), components=beside).text.names == NAMES
+    )
 
 
 def test_frozen_parts_that_lie_elsewhere(tmp_path):
@@ -190,10 +189,7 @@ def test_a_classifier_needs_something_to_compare_with(home, monkeypatch):
     config = OmegaConf.load(home / "runs" / "classes" / "config.yaml")
     with pytest.raises(ValueError, match="take text_encoder=tiny or labels"):
         build_noisy_classifier(
-            config,
-            small_autoencoder(),
-            NullTextEncoder(),
-            build_objective(config).schedule,
+            config, small_autoencoder(), NullTextEncoder(), build_objective(config).schedule
         )
 
 

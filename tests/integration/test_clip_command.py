@@ -68,7 +68,7 @@ def test_the_command_line_finds_words(home):
 
 def test_the_command_line_finds_pictures(home):
     key = "000000004"
-    caption = ClipQueries(data=str(home / "shards")).told().firsts[4]
+    caption = ClipQueries(data=str(home / "shards")).told().first_captions[4]
     said = ask("data=shards", f"text={caption}", "top=3", "out=page.png", home=home)
     rows = said.strip().splitlines()
     assert rows[1].split(maxsplit=2)[1:] == [key, caption]
@@ -94,19 +94,19 @@ def test_similarity_is_clips_own_cosine(about, home):
 
 
 def test_what_was_seen_is_kept_in_the_order_of_the_set(about, monkeypatch):
-    vectors, told = about.vectors(), about.told()
-    captions = about.caption_vectors(told.captions)
+    vectors, told = about.embed_images(), about.told()
+    captions = about.embed_captions(told.captions)
     shards = about.pictures.shards
     own = torch.stack([about.pictures[i, i]["images"] for i in range(COUNT)])
     torch.testing.assert_close(vectors, F.normalize(about.clip(own), dim=1), atol=1e-5, rtol=0)
-    assert told.firsts == [shards.read(i).captions[0] for i in range(COUNT)]
+    assert told.first_captions == [shards.read(i).captions[0] for i in range(COUNT)]
     assert {(int(i), told.captions[j]) for i, j in told.pairs.tolist()} == {
         (i, text) for i in range(COUNT) for text in shards.read(i).captions
     }
     monkeypatch.setattr(about.clip, "_features", None)  # nothing is seen anew
     monkeypatch.setattr(about.clip, "texts", None)
-    assert torch.equal(about.vectors(), vectors)
-    assert torch.equal(about.caption_vectors(told.captions), captions)
+    assert torch.equal(about.embed_images(), vectors)
+    assert torch.equal(about.embed_captions(told.captions), captions)
 
 
 def test_recall_counts_who_is_nearer_than_ones_own():
@@ -120,7 +120,7 @@ def test_recall_counts_who_is_nearer_than_ones_own():
 
 
 def test_scenes_find_their_captions(about):
-    for shares in about.recall().values():
+    for shares in about.compute_recall().values():
         assert shares[0] > 0.9
         assert shares[-1] == 1
 
@@ -129,17 +129,17 @@ def test_labels_are_probabilities_read_in_sentences(about, home):
     names = list(BACKGROUNDS)
     paths = [home / "few" / "teal.png", home / "black.png"]
     packaged = ClipQueries(cache=home / "cache")
-    found = packaged.labels(paths, names)
+    found = packaged.classify_labels(paths, names)
     torch.testing.assert_close(found.sum(1), torch.ones(2))
     assert [names[i] for i in found.argmax(1)] == ["teal", "black"]
     plain = ClipQueries(templates=["a picture of a {}"], cache=home / "cache")
     said = plain.said([f"a picture of a {name}" for name in names])
     scale = plain.clip.clip.logit_scale
     torch.testing.assert_close(
-        plain.labels(paths, names), (scale * plain.seen(paths) @ said.T).softmax(1)
+        plain.classify_labels(paths, names), (scale * plain.seen(paths) @ said.T).softmax(1)
     )
     with pytest.raises(ValueError, match="no caption holds 'gold'"):
-        about.labels(paths, ["gold"])
+        about.classify_labels(paths, ["gold"])
 
 
 def test_the_same_picture_has_no_word(about, home):

@@ -38,10 +38,7 @@ def honest() -> dict:
         cfg = compose("train", overrides=OVERRIDES)
     encoder, text = build_frozen_encoders(cfg)
     net = build_denoiser(cfg, encoder, text, TextToImage())
-    digests = {
-        "autoencoder": hash_module(encoder),
-        "text_encoder": hash_module(text),
-    }
+    digests = {"autoencoder": hash_module(encoder), "text_encoder": hash_module(text)}
     config = OmegaConf.to_container(cfg, resolve=True)
     weights = net.state_dict().items()
     state = {f"{at}.{name}": t for at in ("denoiser", "ema.module") for name, t in weights}

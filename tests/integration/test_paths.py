@@ -45,10 +45,7 @@ def test_home_is_meant_wherever_a_path_is(home, monkeypatch):
 
 def test_paths_of_any_bytes_stay_as_typed(monkeypatch):
     monkeypatch.setattr("sys.argv", ["x", f"image={LATIN}", f"prompt={LATIN}"])
-    assert pop_text_options(["image", "prompt"]) == {
-        "image": LATIN,
-        "prompt": "caf\ufffd",
-    }
+    assert pop_text_options(["image", "prompt"]) == {"image": LATIN, "prompt": "caf\ufffd"}
 
 
 @pytest.mark.parametrize("value", ["~/a b", "café/雪", LATIN, "a/step=250.ckpt", "~/x=1/a*.tar"])

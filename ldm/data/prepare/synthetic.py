@@ -38,16 +38,19 @@ class ScoreFilter:
     share: of the shard's pictures, in (0, 1]. None leaves none out.
     """
 
-    least: float | None = None
+    min_score: float | None = None
     share: float | None = None
 
     def __call__(self, scores: Sequence[float | None]) -> list[bool]:
         """Whether each stays; of equal scores the earlier ones."""
-        if self.least is None and self.share is None:
+        if self.min_score is None and self.share is None:
             return [True] * len(scores)
         best = sorted(range(len(scores)), key=lambda i: -scores[i])
         stay = set(best if self.share is None else best[: max(1, round(self.share * len(best)))])
-        return [i in stay and (self.least is None or s >= self.least) for i, s in enumerate(scores)]
+        return [
+            i in stay and (self.min_score is None or s >= self.min_score)
+            for i, s in enumerate(scores)
+        ]
 
 
 @dataclass(frozen=True)
@@ -69,17 +72,17 @@ class GeneratedShard:
 
     def write(
         self,
-        paint: Callable[[Sequence[int]], Iterable[GeneratedSample]],
+        generate: Callable[[Sequence[int]], Iterable[GeneratedSample]],
         *,
-        sift: ScoreFilter,
+        score_filter: ScoreFilter,
         suffix: str,
         batch: int,
     ) -> None:
         """Paint its pictures, `batch` at a time, and write those that stay; then its statistics."""
         firsts = range(0, len(self.pictures), batch)
-        made = [one for at in firsts for one in paint(self.pictures[at : at + batch])]
+        made = [one for at in firsts for one in generate(self.pictures[at : at + batch])]
         scores = [one.fields["score"] for one in made]
-        stays = sift(scores)
+        stays = score_filter(scores)
 
         def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
             for place, (one, stay) in enumerate(zip(made, stays, strict=True)):
@@ -110,20 +113,20 @@ class GeneratedShard:
         return self.folder / f"{self.number:05d}_stats.json"
 
 
-def plan_shards(folder: Path, *, count: int, each: int) -> list[GeneratedShard]:
+def plan_shards(folder: Path, *, count: int, samples_per_shard: int) -> list[GeneratedShard]:
     """The shards of `count` pictures, `each` in one.
 
     Raises ValueError for numbers that make no set.
     """
     for name, value, most in (
-        ("samples_per_shard", each, MAX_SAMPLES_PER_SHARD),
-        ("n", count, 10**5 * each),
+        ("samples_per_shard", samples_per_shard, MAX_SAMPLES_PER_SHARD),
+        ("n", count, 10**5 * samples_per_shard),
     ):
         if not 1 <= value <= most:
             raise ValueError(f"{name} must be in 1..{most:,}, got {value:,}")
-    firsts = range(0, count, each)
+    firsts = range(0, count, samples_per_shard)
     return [
-        GeneratedShard(folder, number, range(first, min(first + each, count)))
+        GeneratedShard(folder, number, range(first, min(first + samples_per_shard, count)))
         for number, first in enumerate(firsts)
     ]
 

@@ -30,11 +30,11 @@ def draw_scene(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
     return draw_scene_at(scene, arrange_objects(scene, rng), size)
 
 
-def draw_scene_at(scene: Scene, places: Sequence[ObjectLocation], size: int) -> np.ndarray:
+def draw_scene_at(scene: Scene, locations: Sequence[ObjectLocation], size: int) -> np.ndarray:
     """The picture, uint8 (S, S, 3), with objects in given places; it draws nothing at random."""
     shade = np.linspace(1 + BACKGROUND_SHADE, 1 - BACKGROUND_SHADE, size)[:, None, None]
     picture = np.tile(shade * BACKGROUNDS[scene.background], (1, size, 1))  # (S, S, 3)
-    for one, (x, y, radius) in zip(scene.objects, places, strict=True):
+    for one, (x, y, radius) in zip(scene.objects, locations, strict=True):
         reach = radius + OUTER_OUTLINE
         rows = slice(max(int((y - reach) * size), 0), int((y + reach) * size) + 2)
         columns = slice(max(int((x - reach) * size), 0), int((x + reach) * size) + 2)

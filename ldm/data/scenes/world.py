@@ -98,7 +98,7 @@ class Scene:
     background: str
     style: str
 
-    def ordered(self) -> "Scene":
+    def canonical(self) -> "Scene":
         """The same picture told from its left or upper object on."""
         if self.relation in ("left of", "above"):
             return self
@@ -109,7 +109,7 @@ class Scene:
         """The one split this scene may occur in."""
         if any((one.colour, one.shape) in UNSEEN_PAIRS for one in self.objects):
             return "unseen"
-        text = repr(astuple(self.ordered()))
+        text = repr(astuple(self.canonical()))
         return "train" if zlib.crc32(text.encode()) % _VAL_SHARE else "val"
 
 
@@ -144,7 +144,7 @@ def sample_scene(
 def _iterate_family(scene: Scene, rng: np.random.Generator) -> Iterator[Scene]:
     """The scene, then others of its split: first those of the same words, each told at random."""
     yield scene
-    told = {scene.ordered()}
+    told = {scene.canonical()}
     names = tuple(zip(*(astuple(one) for one in scene.objects), strict=True))
     ways = list(product((1, -1), (1, -1), (1, -1), RELATIONS))
     # Objects that are alike have few arrangements; the rest of a family has other backgrounds.
@@ -155,8 +155,8 @@ def _iterate_family(scene: Scene, rng: np.random.Generator) -> Iterator[Scene]:
             shapes, colours, sizes = (n[::turn] for n, turn in zip(names, turns, strict=True))
             objects = tuple(map(SceneObject, shapes, colours, sizes))
             other = Scene(objects, relation, background, scene.style)
-            if other.split() == "train" and other.ordered() not in told:
-                told.add(other.ordered())
+            if other.split() == "train" and other.canonical() not in told:
+                told.add(other.canonical())
                 yield other
 
 

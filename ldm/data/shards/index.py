@@ -20,10 +20,7 @@ from ldm.data.shards.cache import ShardCache, hold_lock
 from ldm.data.shards.locations import ShardSource, locate_shards, redact_source
 from ldm.data.shards.parallel_scan import TAR_BLOCK_BYTES, measure_short_sides, scan_in_parallel
 from ldm.data.shards.remote import RemoteShard
-from ldm.data.shards.tar_headers import (
-    SPARSE_MEMBER,
-    ShardError,
-)
+from ldm.data.shards.tar_headers import SPARSE_MEMBER, ShardError
 from ldm.utils.files import replace_file, resolve_path
 
 INDEX_NAME = "index.npz"

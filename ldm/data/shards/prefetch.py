@@ -43,7 +43,7 @@ class ShardPrefetcher:
         self._process: subprocess.Popen | None = None
         self._lost = False
 
-    def reached(self, position: int) -> None:
+    def advance_to(self, position: int) -> None:
         """Have fetched what is needed next, now that the run is at `position`."""
         while self._sent and self._sent[0][0] <= position:
             self._sent.popleft()

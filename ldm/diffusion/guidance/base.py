@@ -63,7 +63,7 @@ class ClassifierFreeGuidance:
     scale: float = 5.0
     interval: Sequence[float] = (0.0, 1.0)
     rescale: float = 0.0
-    at_zero: Denoise | None = None
+    x0_at_zero_output: Denoise | None = None
 
     def __post_init__(self) -> None:
         check_guidance_interval(self.interval)
@@ -88,7 +88,7 @@ class ClassifierFreeGuidance:
             twice = t if t.ndim == 0 else torch.cat([t, t])
             x0_uncond, x0_cond = denoise(torch.cat([x_t, x_t]), twice, both).chunk(2)
             x0_hat = x0_cond + (self.scale - 1) * difference(x0_cond, x0_uncond, t)
-            return self.rescaled(x0_hat, x0_cond, x_t, t)
+            return self.rescale_output(x0_hat, x0_cond, x_t, t)
 
         return restrict_to_interval(self.interval, guided, plain)
 
@@ -96,12 +96,16 @@ class ClassifierFreeGuidance:
         """Whether `uncond` counts for anything."""
         return self.scale != 1
 
-    def rescaled(self, x0_hat: Tensor, like: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def rescale_output(self, x0_hat: Tensor, like: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """x0_hat by `rescale` of the way to where its output deviates as that of `like` does."""
         if self.rescale == 0:
             return x0_hat
         # At one x_t the output is a multiple of the distance from where it is 0, the same for both.
-        zero = torch.zeros_like(x_t) if self.at_zero is None else self.at_zero(x_t, t)
+        zero = (
+            torch.zeros_like(x_t)
+            if self.x0_at_zero_output is None
+            else self.x0_at_zero_output(x_t, t)
+        )
         return zero + rescale_std(x0_hat - zero, like=like - zero, share=self.rescale)
 
     def difference(self) -> Difference:

@@ -88,7 +88,7 @@ class CompositionalGuidance(ClassifierFreeGuidance):
             )
             at_one = x0_uncond.index_add(0, image, towards)  # what scale 1 gives
             x0_hat = x0_uncond + scale * (at_one - x0_uncond)
-            return self.rescaled(x0_hat, at_one, x_t, t)
+            return self.rescale_output(x0_hat, at_one, x_t, t)
 
         return restrict_to_interval(self.interval, guided, plain)
 
@@ -99,8 +99,8 @@ class CompositionalGuidance(ClassifierFreeGuidance):
 
 
 def encode_prompt_parts(
-    words: GuidancePrompts, texts: list[str], cond: Condition, of_image: list[int]
+    prompts: GuidancePrompts, texts: list[str], cond: Condition, of_image: list[int]
 ) -> Condition:
     """The condition (K rows) of all parts, each with the extra channels and style of its image."""
     concat, style = (None if part is None else part[of_image] for part in (cond.concat, cond.style))
-    return replace(words.encode(texts), concat=concat, style=style)
+    return replace(prompts.encode(texts), concat=concat, style=style)

@@ -134,8 +134,8 @@ class ClipGuidance(GradientGuidance):
         return through
 
 
-def require_prompts(words: GuidancePrompts | None) -> Sequence[str]:
+def require_prompts(prompts: GuidancePrompts | None) -> Sequence[str]:
     """The prompts to be steered to; ValueError where there are none to be read."""
-    if words is None:
+    if prompts is None:
         raise ValueError("guidance by a gradient reads the prompts: call it with words=Words(...)")
-    return words.prompts
+    return prompts.prompts

@@ -52,6 +52,6 @@ class StyleGuidance(ClassifierFreeGuidance):
             each = t if t.ndim == 0 else torch.cat([t] * 3)
             x0_uncond, x0_text, x0_both = denoise(torch.cat([x_t] * 3), each, every).chunk(3)
             towards = self.scale * (x0_text - x0_uncond) + self.style_scale * (x0_both - x0_text)
-            return self.rescaled(x0_uncond + towards, x0_both, x_t, t)
+            return self.rescale_output(x0_uncond + towards, x0_both, x_t, t)
 
         return restrict_to_interval(self.interval, guided, plain)

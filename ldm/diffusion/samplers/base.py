@@ -64,9 +64,9 @@ def check_eta(eta: float) -> None:
         raise ValueError(f"eta goes from 0 (no fresh noise) to 1 (ancestral), not {eta}")
 
 
-def compute_noise_levels(schedule: Schedule, times: Tensor) -> list[NoiseLevel]:
+def compute_noise_levels(schedule: Schedule, timesteps: Tensor) -> list[NoiseLevel]:
     """(alpha, sigma) at each time, as plain numbers: no step has to wait for the device."""
-    return list(zip(*(part.tolist() for part in schedule(times.double().cpu())), strict=True))
+    return list(zip(*(part.tolist() for part in schedule(timesteps.double().cpu())), strict=True))
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Trajectory:
     estimate: Denoise  # x_t, t -> x0_hat, within its bounds
     schedule: Schedule
     times: Tensor  # (steps + 1,) on the host, where guidance may look at them without waiting
-    levels: list[NoiseLevel]  # the same places, as plain numbers
+    noise_levels: list[NoiseLevel]  # the same places, as plain numbers
     noise: Noise
 
     def x0_hat(self, x: Tensor, i: int) -> Tensor:
@@ -114,7 +114,7 @@ class Sampler(ABC):
         """The sampler's own grid (steps + 1,), in float64 on the CPU, falling from `start` to 0."""
         return space_timesteps(schedule, steps, start=start, spacing=self.spacing)
 
-    def one_of(self, steps: int) -> "Sampler":
+    def for_single_step(self, steps: int) -> "Sampler":
         """The sampler for one step of as many, gone alone."""
         return self
 
@@ -124,7 +124,7 @@ class Sampler(ABC):
         denoise: Denoise,
         x: Tensor,
         schedule: Schedule,
-        times: Tensor,
+        timesteps: Tensor,
         *,
         noise: Noise,
         on_step: OnStep | None = None,
@@ -136,8 +136,8 @@ class Sampler(ABC):
         path = Trajectory(
             lambda x_t, t: clip_x0_hat(denoise(x_t, t), self.clip, self.quantile),
             schedule,
-            times,
-            compute_noise_levels(schedule, times),
+            timesteps,
+            compute_noise_levels(schedule, timesteps),
             noise,
         )
         x_s = x
@@ -179,7 +179,7 @@ class DDIMSampler(Sampler):
         check_eta(self.eta)
 
     def walk(self, x: Tensor, path: Trajectory) -> StepIterator:
-        for i, (now, then) in enumerate(pairwise(path.levels)):
+        for i, (now, then) in enumerate(pairwise(path.noise_levels)):
             x0_hat = path.x0_hat(x, i)
             up = self.eta * posterior_std(now, then)
             x = take_step(x, x0_hat, now, then, up=up, z=path.noise(x) if up > 0 else None)
@@ -223,7 +223,7 @@ class ConsistencySampler(Sampler):
         return grid
 
     def walk(self, x: Tensor, path: Trajectory) -> StepIterator:
-        for i, (now, then) in enumerate(pairwise(path.levels)):
+        for i, (now, then) in enumerate(pairwise(path.noise_levels)):
             x0_hat = path.x0_hat(x, i)
             up = then[1]
             x = take_step(x, x0_hat, now, then, up=up, z=path.noise(x) if up > 0 else None)

@@ -59,13 +59,13 @@ class EDMSampler(Sampler):
         if self.churn < 0 or self.churn_noise < 0:
             raise ValueError("churn and churn_noise must be 0 or more")
 
-    def one_of(self, steps: int) -> Sampler:
+    def for_single_step(self, steps: int) -> Sampler:
         """As it is, with a step's part of the churn."""
         return replace(self, churn=self.churn / steps)
 
     def walk(self, x: Tensor, path: Trajectory) -> StepIterator:
-        times, starts = self.raised(path)
-        for i, (before, then) in enumerate(pairwise(path.levels)):
+        times, starts = self.apply_churn(path)
+        for i, (before, then) in enumerate(pairwise(path.noise_levels)):
             now = starts[i]
             if now != before:
                 x = renoise(x, before, now, self.churn_noise * path.noise(x))
@@ -83,19 +83,22 @@ class EDMSampler(Sampler):
         w = coordinate(*now) / coordinate(*then) / 2
         return w if math.isfinite(w) else 0.0  # EDM's r has no slope at pure noise: Euler
 
-    def raised(self, path: Trajectory) -> tuple[Tensor, list[NoiseLevel]]:
+    def apply_churn(self, path: Trajectory) -> tuple[Tensor, list[NoiseLevel]]:
         """Where each step begins once churn has added its noise: times, and their levels."""
         if self.churn == 0:
-            return path.times, path.levels
+            return path.times, path.noise_levels
         # All at once and beforehand: no step has to wait for the device.
-        now = torch.tensor(path.levels[:-1], dtype=torch.float64)  # (steps, 2)
+        now = torch.tensor(path.noise_levels[:-1], dtype=torch.float64)  # (steps, 2)
         r = now[:, 1] / now[:, 0]
         gamma = min(self.churn / len(r), math.sqrt(2) - 1)
         most = math.inf if self.churn_max is None else self.churn_max
         churned = r.isfinite() & (r >= self.churn_min) & (r <= most)
         up = find_timesteps_at_ratio(path.schedule, r * (1 + gamma))
         starts = zip(
-            churned.tolist(), compute_noise_levels(path.schedule, up), path.levels, strict=False
+            churned.tolist(),
+            compute_noise_levels(path.schedule, up),
+            path.noise_levels,
+            strict=False,
         )
         times = torch.where(churned, up.to(path.times), path.times[:-1])
         return times, [high if yes else low for yes, high, low in starts]

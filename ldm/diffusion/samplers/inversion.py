@@ -18,7 +18,7 @@ def invert_ddim(
     denoise: Denoise,
     x0: Tensor,
     schedule: Schedule,
-    times: Tensor,
+    timesteps: Tensor,
     *,
     rounds: int = 5,
     on_step: OnStep | None = None,
@@ -35,7 +35,7 @@ def invert_ddim(
     """
     if rounds < 1:
         raise ValueError(f"inversion takes one round or more, not {rounds}")
-    ascending = times.flip(0)
+    ascending = timesteps.flip(0)
     places = compute_noise_levels(schedule, ascending)
     x = x0
     for i, (clean, noisy) in enumerate(pairwise(places)):

@@ -61,8 +61,8 @@ class DPMSolverSampler(Sampler):
 
     def walk(self, x: Tensor, path: Trajectory) -> StepIterator:
         past: list[Point] = []
-        steps = len(path.levels) - 1
-        for i, (now, then) in enumerate(pairwise(path.levels)):
+        steps = len(path.noise_levels) - 1
+        for i, (now, then) in enumerate(pairwise(path.noise_levels)):
             x0_hat = path.x0_hat(x, i)
             past = [*past, Point(now, x0_hat)][-self.order :]
             up = self.eta * posterior_std(now, then)
@@ -90,8 +90,8 @@ class UniPCSampler(Sampler):
         past: list[Point] = []
         used: list[Point] = []  # by the step that led here, from `before`
         before = x
-        steps = len(path.levels) - 1
-        for i, (now, then) in enumerate(pairwise(path.levels)):
+        steps = len(path.noise_levels) - 1
+        for i, (now, then) in enumerate(pairwise(path.noise_levels)):
             x0_hat = path.x0_hat(x, i)
             here = Point(now, x0_hat)
             if used:
@@ -147,14 +147,14 @@ def half_log_snr(level: NoiseLevel) -> float:
 
 
 def quadrature_weights(
-    places: Sequence[float], now: NoiseLevel, then: NoiseLevel, *, up: float = 0.0
+    locations: Sequence[float], now: NoiseLevel, then: NoiseLevel, *, up: float = 0.0
 ) -> list[float]:
     """How much the value at each place counts for the average over the step from 0 to 1.
 
     One value stands for all. Two make a line, which is read in the middle of the step, as in 2M and
     B2(h). More make a polynomial, whose average is exact.
     """
-    n = len(places)
+    n = len(locations)
     if n <= 2:
         moments = [1.0, 0.5][:n]
     else:
@@ -163,5 +163,5 @@ def quadrature_weights(
         moments = [1.0]  # of u^k over [0, 1], weighted by e^(decay u), by parts
         for k in range(1, n):
             moments.append(-1 / math.expm1(-decay) - k / decay * moments[-1])
-    powers = torch.tensor(places, dtype=torch.float64) ** torch.arange(n)[:, None]
+    powers = torch.tensor(locations, dtype=torch.float64) ** torch.arange(n)[:, None]
     return torch.linalg.solve(powers, torch.tensor(moments, dtype=torch.float64)).tolist()

@@ -41,7 +41,7 @@ class RePaintSampler:
         on_step: OnStep | None = None,
     ) -> Tensor:
         """As the sampler; `on_step` sees the last round's x0_hat of each step."""
-        sampler = self.sampler.one_of(len(times) - 1)
+        sampler = self.sampler.for_single_step(len(times) - 1)
         for i, (now, then) in enumerate(pairwise(compute_noise_levels(schedule, times))):
             for left in reversed(range(self.rounds)):
 

@@ -57,8 +57,8 @@ class BaseTask:
     """A task of a network that is told nothing but the text: no extra channels."""
 
     name: str  # the option of conf/task
-    from_pictures = False  # whether there is no painting without a picture
-    of_any_run = False  # whether it is a way of sampling, for which no network is trained
+    needs_image = False  # whether there is no painting without a picture
+    sampling_only = False  # whether it is a way of sampling, for which no network is trained
     temporal = False  # whether it is of videos
     scale = 1  # how many times wider the result is than the picture that it is asked with
     strength = 1.0  # where none is asked for
@@ -69,7 +69,7 @@ class BaseTask:
         """E, where latents have `channels`: none."""
         return 0
 
-    def unfit(self, trained: object) -> str | None:
+    def incompatible_with(self, trained: object) -> str | None:
         """Why a network of the task `trained` cannot do this one; None where it can."""
         if trained.extra_channels(1):
             return f"a network of task={trained.name} is shown more than noise"
@@ -78,21 +78,21 @@ class BaseTask:
     def check_size(self, size: int) -> None:
         """ValueError where it cannot be trained on squares of `size` pixels."""
 
-    def example(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
+    def example_inputs(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
         """What of real pictures (B, 3, H, W) goes into a request for this task: nothing."""
         return {}
 
-    def mix(self, eps: Tensor) -> Tensor:
+    def shape_noise(self, eps: Tensor) -> Tensor:
         """The noise that pictures are trained and painted with, out of white noise: the same."""
         return eps
 
-    def train_pair(
+    def training_pair(
         self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
     ) -> tuple[Tensor, Tensor | None]:
         """The x0 (B, C, h, w) of a training batch, the latents, and its extra channels."""
-        return latents, self.train_concat(latents, images, encode, generator=generator)
+        return latents, self.training_concat(latents, images, encode, generator=generator)
 
-    def train_concat(
+    def training_concat(
         self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
     ) -> Tensor | None:
         """Extra input channels (B, E, h, w) of a training batch: none."""
@@ -123,7 +123,7 @@ class ImageToImage(BaseTask):
     """
 
     name = "img2img"
-    of_any_run = True
+    sampling_only = True
     strength = 0.7  # the best measured, docs/img2img.md
 
     def __init__(self, *, invert: bool = False) -> None:
@@ -153,7 +153,7 @@ class ProjectedInpainting(BaseTask):
     """
 
     name = "inpaint_projected"
-    of_any_run = True
+    sampling_only = True
 
     def __init__(self, *, rounds: int = 1) -> None:
         if rounds < 1:
@@ -177,21 +177,21 @@ class Inpainting(BaseTask):
     """
 
     name = "inpaint"
-    from_pictures = True
+    needs_image = True
 
     def extra_channels(self, channels: int) -> int:
         """1 + C."""
         return 1 + channels
 
-    def unfit(self, trained: object) -> str | None:
+    def incompatible_with(self, trained: object) -> str | None:
         """It takes a network of this very task."""
         return None if isinstance(trained, Inpainting) else "the network was never shown a mask"
 
-    def example(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
+    def example_inputs(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
         """The pictures, and random masks."""
         return {"image": images, "mask": random_masks_like(images, generator)}
 
-    def train_concat(
+    def training_concat(
         self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
     ) -> Tensor:
         """Random masks and the latents of what they leave, (B, 1 + C, h, w)."""

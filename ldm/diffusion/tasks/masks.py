@@ -21,12 +21,7 @@ _NUMBERS_PER_MASK = 1 + 2 * STROKE_CORNERS  # numbers a mask, as many as a strok
 
 
 def random_masks(
-    n: int,
-    height: int,
-    width: int,
-    *,
-    generator: Generators,
-    device: torch.device | str = "cpu",
+    n: int, height: int, width: int, *, generator: Generators, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Masks (B, 1, H, W) of 0 and 1, where 1 is hidden: rectangles, strokes, half-planes, or all.
 

@@ -36,7 +36,7 @@ class SuperResolution(BaseTask):
     """
 
     name = "superres"
-    from_pictures = True
+    needs_image = True
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class SuperResolution(BaseTask):
         """C + 2."""
         return channels + 2
 
-    def unfit(self, trained: object) -> str | None:
+    def incompatible_with(self, trained: object) -> str | None:
         """It takes a network of this task that was trained for the scale."""
         if not isinstance(trained, SuperResolution):
             return "the network was never shown a small picture"
@@ -84,25 +84,27 @@ class SuperResolution(BaseTask):
                 f"{wrong[0]} times, which does not divide it"
             )
 
-    def example(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
+    def example_inputs(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
         """The pictures `scale` times smaller."""
         return {"image": downsample_images(images, self.scale)}
 
-    def train_pair(
+    def training_pair(
         self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
     ) -> tuple[Tensor, Tensor]:
         """What each picture lacks once one of `scales` made it smaller, and (B, C + 2, h, w)."""
-        small, level, scale = self._small(images, generator)
+        small, level, scale = self._random_small_images(images, generator)
         x0 = encode(small)  # (B, C, h, w)
         noise = randn(latents.shape, derive_generators(generator, "small"), device=latents.device)
-        concat = self._shown(x0, noise.to(latents), self.max_noise_level * level, scale)
+        concat = self._conditioning_channels(
+            x0, noise.to(latents), self.max_noise_level * level, scale
+        )
         return (latents - x0) / self.residual_std, concat
 
-    def train_concat(
+    def training_concat(
         self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
     ) -> Tensor:
         """The second of `train_pair`."""
-        return self.train_pair(latents, images, encode, generator=generator)[1]
+        return self.training_pair(latents, images, encode, generator=generator)[1]
 
     def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
         """Noise of unit variance at t = 1, and the enlarged picture.
@@ -113,14 +115,18 @@ class SuperResolution(BaseTask):
             raise ValueError("task=superres takes a small image, no mask and no strength")
         x0 = encode(upsample_images(request.image, self.scale))  # (B, C, h, w)
         like = x0.new_ones(len(x0))
-        concat = self._shown(x0, noise(x0), self.noise_level * like, self.scale * like)
+        concat = self._conditioning_channels(
+            x0, noise(x0), self.noise_level * like, self.scale * like
+        )
 
         def whole(lacking: Tensor) -> Tensor:
             return x0 + self.residual_std * lacking
 
         return Start(x=noise(request.latents), t=1.0, concat=concat, latents=whole)
 
-    def _small(self, images: Tensor, generator: Generators) -> tuple[Tensor, Tensor, Tensor]:
+    def _random_small_images(
+        self, images: Tensor, generator: Generators
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Enlarged small pictures (B, 3, H, W), numbers for the level, and scales, (B,) each."""
         choice, level = rand((len(images), 2), generator, device=images.device).float().unbind(1)
         choice = (choice * len(self.scales)).long()  # (B,)
@@ -131,7 +137,9 @@ class SuperResolution(BaseTask):
             )
         return small, level, torch.tensor(self.scales, device=images.device)[choice]
 
-    def _shown(self, x0: Tensor, noise: Tensor, level: Tensor, scale: Tensor) -> Tensor:
+    def _conditioning_channels(
+        self, x0: Tensor, noise: Tensor, level: Tensor, scale: Tensor
+    ) -> Tensor:
         """(B, C + 2, h, w); level and scale (B,)."""
         share = expand_dims_like(level.to(x0), x0)
         noisy = (1 - share.square()).sqrt() * x0 + share * noise

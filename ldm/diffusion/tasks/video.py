@@ -41,7 +41,7 @@ class TextToVideo(BaseTask):
         """1 + C."""
         return 1 + channels
 
-    def unfit(self, trained: object) -> str | None:
+    def incompatible_with(self, trained: object) -> str | None:
         """It takes a network of this very task, and the noise that it was trained with."""
         if not isinstance(trained, TextToVideo):
             return "the network knows no frames"
@@ -49,13 +49,13 @@ class TextToVideo(BaseTask):
             return f"the network was trained with task.shared_noise={trained.shared_noise}"
         return None
 
-    def mix(self, eps: Tensor) -> Tensor:
+    def shape_noise(self, eps: Tensor) -> Tensor:
         """Noise (B, C, F, h, w) of unit variance; any two frames are correlated by the share."""
         own, root = math.sqrt(1 - self.shared_noise), math.sqrt(eps.shape[2])
         common = math.sqrt(own**2 / root**2 + self.shared_noise) - own / root
         return own * eps + common * eps.sum(dim=2, keepdim=True) / root
 
-    def train_concat(
+    def training_concat(
         self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
     ) -> Tensor:
         """The first frames of some of the videos, (B, 1 + C, F, h, w)."""
@@ -83,8 +83,8 @@ class TextToVideo(BaseTask):
         return Start(x=x, t=1.0, concat=first_frame_channels(first, told, like=x), project=project)
 
 
-def first_frame_channels(first: Tensor, given: Tensor, *, like: Tensor) -> Tensor:
+def first_frame_channels(first: Tensor, present: Tensor, *, like: Tensor) -> Tensor:
     """(B, 1 + C, F, h, w) of first frames (B, C, h, w), zeros where `given` (B,) is not True."""
-    told = given.to(first)[:, None, None, None].expand(-1, 1, *first.shape[2:])
+    told = present.to(first)[:, None, None, None].expand(-1, 1, *first.shape[2:])
     both = torch.cat([told, first * told], dim=1)  # (B, 1 + C, h, w)
     return both[:, :, None].expand(-1, -1, like.shape[2], -1, -1)

@@ -69,12 +69,12 @@ class InceptionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, in, H, W) -> (n, out, H', W')."""
-        values = {"in": x, "pool": self._pooled(x)}
+        values = {"in": x, "pool": self._apply_pool(x)}
         for name, source in self.sources.items():
             values[name] = self.get_submodule(name)(values[source])
         return cat([values[name] for name in self.outputs], dim=1)
 
-    def _pooled(self, x: Tensor) -> Tensor:
+    def _apply_pool(self, x: Tensor) -> Tensor:
         if self.pool == "mean":
             return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
         if self.pool == "max":

@@ -31,7 +31,7 @@ class WordDirections:
         """Cosines (n, W) of pictures, unit vectors (n, D), with each word."""
         return self._cosines(self.level(pictures))
 
-    def between(self, pictures: Tensor, others: Tensor) -> Tensor:
+    def difference_cosines(self, pictures: Tensor, others: Tensor) -> Tensor:
         """Cosines (n, W) of what pictures have and others have not, both (n, D), with each word."""
         return self._cosines(self.level(pictures) - self.level(others))
 
@@ -49,13 +49,13 @@ def embed_words_in_captions(
     captions apart, as Fisher's discriminant does: else what CLIP says loudest drowns the rest.
     Raises ValueError for a word that no caption holds.
     """
-    white, lowered = Whitening.measured(vectors), [caption.lower() for caption in captions]
+    white, lowered = Whitening.from_states(vectors), [caption.lower() for caption in captions]
     means = [vectors[find_captions_with_word(lowered, word)].mean(0) for word in words]
     return WordDirections(list(words), white(torch.stack(means)), white)
 
 
 def embed_words_in_templates(
-    clip: ClipFeatures, templates: Sequence[str], words: Sequence[str], *, apart: bool
+    clip: ClipFeatures, templates: Sequence[str], words: Sequence[str], *, subtract_mean: bool
 ) -> WordDirections:
     """A word is the mean of its texts, the templates with the word in the place of {}.
 
@@ -64,15 +64,15 @@ def embed_words_in_templates(
     """
     texts = [template.replace("{}", word) for word in words for template in templates]
     rows = clip.texts(texts).cpu().unflatten(0, (len(words), len(templates))).mean(1)  # (W, D)
-    return WordDirections(list(words), rows - rows.mean(0) if apart else rows)
+    return WordDirections(list(words), rows - rows.mean(0) if subtract_mean else rows)
 
 
-def find_common_words(captions: Sequence[str], most: int) -> list[str]:
+def find_common_words(captions: Sequence[str], max_words: int) -> list[str]:
     """The commonest words of captions, in lower case, without those in all or few of them."""
     counts = Counter(word for text in captions for word in set(WORD_PATTERN.findall(text.lower())))
     ordered = sorted(counts, key=lambda word: (-counts[word], word))
     return [word for word in ordered if MIN_CAPTIONS_PER_WORD <= counts[word] < len(captions)][
-        :most
+        :max_words
     ]
 
 

@@ -40,7 +40,7 @@ class Estimate(NamedTuple):
 
     value: float
     error: float
-    freedom: float = math.inf
+    degrees_of_freedom: float = math.inf
 
     def interval(self, *, level: float = 0.95) -> Interval:
         """value +- t error, where Student's t is taken to first order in 1 / freedom.
@@ -62,7 +62,7 @@ class Estimate(NamedTuple):
 
     def _student(self, level: float) -> float:
         z = NormalDist().inv_cdf(_tail(level))
-        return z + (z**3 + z) / (4 * self.freedom)
+        return z + (z**3 + z) / (4 * self.degrees_of_freedom)
 
 
 def wilson_interval(share: float, count: int, *, level: float = 0.95) -> Interval:

@@ -38,12 +38,7 @@ class Kid(NamedTuple):
 
 
 def kid(
-    real: Tensor,
-    generated: Tensor,
-    *,
-    seed: int,
-    subsets: int = 100,
-    subset_size: int = 1000,
+    real: Tensor, generated: Tensor, *, seed: int, subsets: int = 100, subset_size: int = 1000
 ) -> Kid:
     """KID of rows (n, D) and (m, D): k(x, y) = (x y / D + 1)^3, the unbiased estimate.
 

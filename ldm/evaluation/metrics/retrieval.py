@@ -32,7 +32,7 @@ class ImageCaptionPairs:
 
     captions: list[str]
     pairs: Tensor
-    firsts: list[str]
+    first_captions: list[str]
 
 
 def read_image_caption_pairs(
@@ -51,7 +51,7 @@ def read_image_caption_pairs(
 
 def compute_image_vectors(
     clip: ClipFeatures,
-    pictures: TextImageDataset,
+    dataset: TextImageDataset,
     *,
     batch: int,
     cache: Path,
@@ -62,11 +62,11 @@ def compute_image_vectors(
 
     pictures: of the network's own size. Raises what `real_features` raises.
     """
-    places = range(len(pictures))
+    places = range(len(dataset))
     how = {"size": clip.size, "batch": batch, "cache": cache, "device": device, "done": done}
-    table = compute_real_features([clip], pictures, places, **how)[clip.name]
+    table = compute_real_features([clip], dataset, places, **how)[clip.name]
     vectors = torch.empty_like(table)
-    vectors[shuffle_indices(len(pictures))] = F.normalize(table, dim=1)
+    vectors[shuffle_indices(len(dataset))] = F.normalize(table, dim=1)
     return vectors
 
 

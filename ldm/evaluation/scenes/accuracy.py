@@ -32,7 +32,7 @@ class PromptAccuracy:
 
     kind: str  # how the names of its metrics begin
     names: Sequence[str]
-    most_rolls: int  # how many others at most each picture is judged by, for chance
+    max_rolls: int  # how many others at most each picture is judged by, for chance
 
     def __init__(self, *, count: int, batch: int, seed: int = 0) -> None:
         if count < 2:
@@ -47,7 +47,7 @@ class PromptAccuracy:
         self.scenes = [scene for scene, _ in drawn]
         self.prompts = [prompt for _, prompt in drawn]
         self.seeds = [seed + i % count for i in range(len(drawn))]
-        self.rolls = range(1, min(self.most_rolls, count - 1) + 1)
+        self.rolls = range(1, min(self.max_rolls, count - 1) + 1)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -56,7 +56,7 @@ class PromptAccuracy:
         """What is to be seen of prompt i of a split, and that prompt."""
         raise NotImplementedError
 
-    def readings(self, images: Tensor) -> Sequence:
+    def read_batch(self, images: Tensor) -> Sequence:
         """What each of a batch of images shows."""
         raise NotImplementedError
 
@@ -64,7 +64,7 @@ class PromptAccuracy:
         """What of `names` is right in the picture of a scene; for chance, as if of the other."""
         raise NotImplementedError
 
-    def tally(self, paint: PromptImageGenerator, items: Sequence[int]) -> np.ndarray:
+    def tally(self, generate: PromptImageGenerator, items: Sequence[int]) -> np.ndarray:
         """Counts (3, A), int64, of what is right in pictures of `items`: seen, unseen, by chance.
 
         Chance is those pictures against the next prompts in their list. The tallies of a partition
@@ -73,8 +73,8 @@ class PromptAccuracy:
         counts = np.zeros((len(METRIC_SUFFIXES), len(self.names)), np.int64)
         for first in range(0, len(items), self.batch):
             part = items[first : first + self.batch]
-            images = paint([self.prompts[i] for i in part], seeds=[self.seeds[i] for i in part])
-            for i, reading in zip(part, self.readings(images), strict=True):
+            images = generate([self.prompts[i] for i in part], seeds=[self.seeds[i] for i in part])
+            for i, reading in zip(part, self.read_batch(images), strict=True):
                 split, place = divmod(i, self.count)
                 others = self.scenes[split * self.count :][: self.count]
                 scene = others[place]
@@ -102,7 +102,7 @@ class ScenePromptAccuracy(PromptAccuracy):
     Raises ValueError where count is below 2 or batch below 1.
     """
 
-    kind, names, most_rolls = "scene", SCENE_METRICS, 8
+    kind, names, max_rolls = "scene", SCENE_METRICS, 8
 
     def __init__(self, *, count: int, batch: int = 32, seed: int = 0) -> None:
         super().__init__(count=count, batch=batch, seed=seed)
@@ -112,7 +112,7 @@ class ScenePromptAccuracy(PromptAccuracy):
         scene, rng = sample_scene(i, split=split)
         return scene, caption(scene, rng)
 
-    def readings(self, images: Tensor) -> list[SceneReading]:
+    def read_batch(self, images: Tensor) -> list[SceneReading]:
         """Of images (n, 3, H, W) in [-1, 1]."""
         return read_scenes(to_uint8(images))
 

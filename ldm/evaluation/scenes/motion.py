@@ -83,7 +83,7 @@ class MotionPromptAccuracy(PromptAccuracy):
     Raises ValueError where count is below 2 or batch below 1.
     """
 
-    kind, names, most_rolls = "motion", MOTION_METRICS, 4
+    kind, names, max_rolls = "motion", MOTION_METRICS, 4
 
     def __init__(self, *, count: int, batch: int = 16, seed: int = 0) -> None:
         super().__init__(count=count, batch=batch, seed=seed)
@@ -93,7 +93,7 @@ class MotionPromptAccuracy(PromptAccuracy):
         moving, rng = sample_moving_scene(i, split=split)
         return moving, caption_moving_scene(moving, rng)
 
-    def readings(self, videos: Tensor) -> list[list[SceneReading]]:
+    def read_batch(self, videos: Tensor) -> list[list[SceneReading]]:
         """Of all frames of videos (n, 3, F, H, W) in [-1, 1]."""
         return [read_scenes(to_uint8(fold_frames(video[None]))) for video in videos]
 

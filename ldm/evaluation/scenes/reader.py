@@ -85,7 +85,7 @@ def match_scene(reading: SceneReading, scene: Scene) -> tuple[bool, ...]:
     An attribute of the objects counts where both are right; which of them is named first makes no
     difference, as the relation is turned with them.
     """
-    scene = scene.ordered()
+    scene = scene.canonical()
     shared = (reading.background == scene.background, reading.style == scene.style)
     if len(reading.objects) != 2:
         return (False,) * 5 + shared

@@ -43,7 +43,7 @@ class SlurmQueue:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.looked, self.present = 0.0, set()
+        self.refreshed_at, self.present = 0.0, set()
         if problem := self.look(at_most=0):
             raise OSError(f"SLURM does not answer: {problem}")
 
@@ -92,7 +92,7 @@ class SlurmQueue:
         One question for all jobs; a queue that does not answer has changed nothing, and its
         complaint is returned.
         """
-        if time.monotonic() - self.looked < at_most:
+        if time.monotonic() - self.refreshed_at < at_most:
             return None
         command = ["squeue", "--me", "--noheader", "--format=%i"]
         try:
@@ -101,7 +101,7 @@ class SlurmQueue:
             raise OSError("there is no SLURM on this machine: squeue is not found") from error
         except subprocess.TimeoutExpired as error:
             return str(error)
-        self.looked = time.monotonic()
+        self.refreshed_at = time.monotonic()
         if said.returncode:
             return said.stderr.strip()
         self.present = set(said.stdout.split())

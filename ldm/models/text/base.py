@@ -32,9 +32,9 @@ class CaptionTokenizer:
 
         Raises TypeError where `captions` is one string, which would read as a list of letters.
         """
-        return self.masked(captions)[0]
+        return self.tokenize_with_mask(captions)[0]
 
-    def masked(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def tokenize_with_mask(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """As when called, and where the ids are no padding, (B, L) bool."""
         # A lone surrogate (a cut emoji, an undecodable argument) has no UTF-8 and becomes "?".
         texts = [

@@ -28,7 +28,7 @@ class CachedTextEncoder:
             cond = self.text(new)
             for i, caption in enumerate(new):
                 rows[caption] = cond.map(lambda part, i=i: part[i : i + 1])
-                self._keep(caption, rows[caption])
+                self._store_in_cache(caption, rows[caption])
         # Where there are no parts at all, there is nothing to be moved.
         places = (part.device for part in self.null(1).parts() if part is not None)
         device = next(places, "cpu")
@@ -39,7 +39,7 @@ class CachedTextEncoder:
         """As the text encoder's own."""
         return self.text.null(n)
 
-    def _keep(self, caption: str, row: Condition) -> None:
+    def _store_in_cache(self, caption: str, row: Condition) -> None:
         size = sum(part.nbytes for part in row.parts() if part is not None)
         if size <= self.room:
             # A copy: a part of a batch would hold all of it.

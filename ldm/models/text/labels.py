@@ -57,7 +57,7 @@ class LabelTextEncoder(nn.Module):
     def __init__(self, names: Sequence[str] | str) -> None:
         super().__init__()
         given = (
-            read_text(resolve_path(names), most=MAX_LABEL_FILE_BYTES)
+            read_text(resolve_path(names), max_bytes=MAX_LABEL_FILE_BYTES)
             if isinstance(names, str)
             else None
         )

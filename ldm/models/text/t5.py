@@ -61,7 +61,9 @@ class T5TextEncoder(FrozenTextEncoder):
         Raises TypeError where `captions` is one string, which would read as a list of letters.
         """
         device = self.model.device
-        ids, mask = (part.to(device) for part in self.tokenize.masked(captions))  # (B, L)
+        ids, mask = (
+            part.to(device) for part in self.tokenize.tokenize_with_mask(captions)
+        )  # (B, L)
         # Under a trainer's float16 its layers would overflow.
         with torch.autocast(device.type, enabled=False):
             states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
@@ -93,21 +95,21 @@ def load_t5(path: str, *, dtype: torch.dtype) -> tuple[T5EncoderModel, T5Tokeniz
     return model, _load_tokenizer(tokenizer_at, model.config.vocab_size, local=local)
 
 
-def _load_tokenizer(place: Path | str, vocab_size: int, *, local: bool) -> T5Tokenizer:
+def _load_tokenizer(location: Path | str, vocab_size: int, *, local: bool) -> T5Tokenizer:
     try:
         with silence_transformers():
-            tokenizer = T5Tokenizer.from_pretrained(place, local_files_only=local)
+            tokenizer = T5Tokenizer.from_pretrained(location, local_files_only=local)
     except (ImportError, ValueError) as error:  # it looks for another reader, and names that one
         raise ValueError(
-            f"the tokenizer in '{place}' is a spiece.model, which takes one more library to read: "
-            "pip install sentencepiece, or put the model's tokenizer.json there"
+            f"the tokenizer in '{location}' is a spiece.model, which takes one more library "
+            "to read: pip install sentencepiece, or put the model's tokenizer.json there"
         ) from error
     # transformers makes an empty tokenizer of missing files without a word. Published embeddings
     # are longer than their vocabulary, up to a multiple of 128.
-    lacking = local and not any(Path(place, name).is_file() for name in T5_TOKENIZER_FILES)
+    lacking = local and not any(Path(location, name).is_file() for name in T5_TOKENIZER_FILES)
     if lacking or not vocab_size - 128 < len(tokenizer) <= vocab_size:
         raise ValueError(
-            f"the tokenizer in '{place}' has {len(tokenizer)} tokens, the model's embedding "
+            f"the tokenizer in '{location}' has {len(tokenizer)} tokens, the model's embedding "
             f"{vocab_size}: put the model's own tokenizer.json there"
         )
     return tokenizer

@@ -18,10 +18,7 @@ class SafeCheckpointIO(CheckpointIO):
     """
 
     def save_checkpoint(
-        self,
-        checkpoint: dict,
-        path,
-        storage_options: Callable[[dict, Path], None] | None = None,
+        self, checkpoint: dict, path, storage_options: Callable[[dict, Path], None] | None = None
     ) -> None:
         (storage_options or write_checkpoint)(checkpoint, Path(path))
 

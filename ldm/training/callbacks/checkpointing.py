@@ -102,11 +102,11 @@ class Checkpoints(L.Callback):
         self.weights = weights
         self.saved = self.loaded = -1
         self.seen = 0  # images, up to the last whole step
-        self.several = False  # ranks, any of which may come to write
+        self.is_distributed = False  # ranks, any of which may come to write
         self.started: list[Popen] = []  # the other ranks, once this one has failed
         self.validated = -1  # the step of the last validation
         self.owes_validation = False  # where a run was ended between a save and what it preceded
-        self.sound = -1  # the last step that validated well, or with which this process began
+        self.last_sound_step = -1  # the last one that validated well, or the first of this process
         self.unsound_from: int | None = None  # where a validation was not finite since
         self.doubtful_from: int | None = None  # the same, or where a row of left out steps began
         self.best: dict[str, float] = {}  # file name -> value, the best first
@@ -123,9 +123,9 @@ class Checkpoints(L.Callback):
             self.owes_validation, trainer.fit_loop.epoch_loop.max_steps = True, self.loaded + 1
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.begun = self.saved = self.sound = trainer.global_step
+        self.first_step = self.saved = self.last_sound_step = trainer.global_step
         self.seen = trainer.datamodule.position
-        self.several = trainer.world_size > 1
+        self.is_distributed = trainer.world_size > 1
         if trainer.is_global_zero:
             self._read_best()
         trainer.fit_loop.epoch_loop.max_steps = self.max_steps
@@ -148,9 +148,9 @@ class Checkpoints(L.Callback):
             return
         self.validated = trainer.global_step
         if find_non_finite_metrics(trainer.callback_metrics, self.metric):
-            self.unsound_from = self.unsound_from or self.sound + 1
+            self.unsound_from = self.unsound_from or self.last_sound_step + 1
         else:
-            self.sound, self.unsound_from = self.validated, None
+            self.last_sound_step, self.unsound_from = self.validated, None
         if not self.keep_best:
             return
         value = float(trainer.callback_metrics.get(self.metric, math.nan))
@@ -188,7 +188,7 @@ class Checkpoints(L.Callback):
         self.wait()
         # Data that is lost says nothing against what was trained.
         if isinstance(exception, DATA_ERRORS) and trainer.state.fn == "fit" and self.saved >= 0:
-            self.save_alone(trainer, module)
+            self.save_from_one_rank(trainer, module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, module, checkpoint: dict) -> None:
         facts = {"images_seen": self.seen, "validated": not self._is_due(trainer), "finite": True}
@@ -206,7 +206,7 @@ class Checkpoints(L.Callback):
         self.owes_validation = not checkpoint["ldm"].get("validated", True)
         self.unsound_from = checkpoint["ldm"].get("doubtful_from")
         self.loaded = checkpoint["global_step"]
-        self._take_best(checkpoint["ldm"].get("best", {}))
+        self._adopt_best(checkpoint["ldm"].get("best", {}))
         loops = checkpoint["loops"]["fit_loop"]
         reset_loop_progress(loops, checkpoint["global_step"] * trainer.accumulate_grad_batches)
 
@@ -222,9 +222,9 @@ class Checkpoints(L.Callback):
     def _read_best(self) -> None:
         """Go on with the best that are written down."""
         with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
-            self._take_best(json.loads((self.folder / BEST_CHECKPOINTS_FILE).read_text()))
+            self._adopt_best(json.loads((self.folder / BEST_CHECKPOINTS_FILE).read_text()))
 
-    def _take_best(self, found: dict) -> None:
+    def _adopt_best(self, found: dict) -> None:
         """Go on with the best of before that are there, where they are so by the same metric."""
         if found.get("metric") == self.metric and self.keep_best:
             ours = (
@@ -252,25 +252,25 @@ class Checkpoints(L.Callback):
         path = self.path(trainer.global_step, suffix)
         trainer.save_checkpoint(path, storage_options=self._store)
 
-    def save_alone(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def save_from_one_rank(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Have the last whole step saved by this rank, which has all of it; no other takes part.
 
         The others need not know: they wait for this one, until it has failed.
         """
         step = trainer.global_step
         if self.saved == step:  # the first rank has done so, or is about it
-            if step > self.begun and not trainer.is_global_zero:
+            if step > self.first_step and not trainer.is_global_zero:
                 wait_for_file(manifest_path(self.path(step)))
             return
         if not are_weights_finite(module.parameters()):
             print(f"what was trained after step {self.saved} is not saved: it is not finite")
             return
-        if self.several and has_sharded_weights(module):
+        if self.is_distributed and has_sharded_weights(module):
             print(f"what was trained after step {self.saved} is not saved: no rank has all weights")
             return
         for logger in trainer.loggers:
             logger.save()
-        with lock_checkpoint_writer(self.folder) if self.several else nullcontext():
+        with lock_checkpoint_writer(self.folder) if self.is_distributed else nullcontext():
             if is_valid_checkpoint(self.path(step)):
                 return  # another rank has failed as well, and was faster
             self._read_best()
@@ -322,14 +322,16 @@ class Checkpoints(L.Callback):
         self.problem, self.target = None, path
         self.needed = count_tensor_bytes(payload or {})
         if self.background:
-            self.writing = threading.Thread(target=self._turn, args=(payload, path), daemon=True)
+            self.writing = threading.Thread(
+                target=self._write_exclusively, args=(payload, path), daemon=True
+            )
             self.writing.start()
         else:
-            self._turn(payload, path)
+            self._write_exclusively(payload, path)
             self.wait()
 
-    def _turn(self, payload: dict | None, path: Path) -> None:
-        with lock_checkpoint_writer(self.folder) if self.several else nullcontext():
+    def _write_exclusively(self, payload: dict | None, path: Path) -> None:
+        with lock_checkpoint_writer(self.folder) if self.is_distributed else nullcontext():
             self._write(payload, path)
 
     def _write(self, payload: dict | None, path: Path) -> None:

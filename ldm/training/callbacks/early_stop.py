@@ -49,10 +49,13 @@ class MedianStopping(L.Callback):
         """Whether the median of the others' best values by now is better than this run's."""
         step = trainer.global_step
         beside = [d for d in self.run_dir.parent.iterdir() if d.is_dir() and d != self.run_dir]
-        found = [value for d in beside if (value := self._by(d, step)) is not None]
+        found = [value for d in beside if (value := self._best_until(d, step)) is not None]
         if len(found) < max(self.others, 1) or self.metric not in trainer.callback_metrics:
             return False
-        now, before = float(trainer.callback_metrics[self.metric]), self._by(self.run_dir, 0)
+        now, before = (
+            float(trainer.callback_metrics[self.metric]),
+            self._best_until(self.run_dir, 0),
+        )
         own = now if before is None else self.best(now, before)
         middle = median(found)
         if self.best(own, middle) == own:
@@ -63,7 +66,7 @@ class MedianStopping(L.Callback):
         )
         return True
 
-    def _by(self, directory: Path, step: int) -> float | None:
+    def _best_until(self, directory: Path, step: int) -> float | None:
         """The best value of a run up to a step; None where it has not come so far."""
         rows = [row for row in read_metrics(directory) if self.metric in row]
         if not rows or rows[-1]["step"] < step:

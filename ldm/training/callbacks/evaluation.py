@@ -106,8 +106,8 @@ class ImageQuality(L.Callback):
         pipeline: Pipeline,
         networks: Sequence[FeatureExtractor],
         *,
-        pictures: TextImageDataset,
-        others: TextImageDataset,
+        images: TextImageDataset,
+        reference_images: TextImageDataset,
         size: int,
         folder: Path,
         settings: str,
@@ -131,9 +131,9 @@ class ImageQuality(L.Callback):
         self.logged: set[str] = set()
         self.quality = EvaluationProtocol(
             networks,
-            pictures=pictures,
-            others=others,
-            subset=select_prompt_subset(pictures, others, count),
+            dataset=images,
+            others=reference_images,
+            subset=select_prompt_subset(images, reference_images, count),
             size=size,
             cache=resolve_path(cache),
             at_most=real,
@@ -151,22 +151,22 @@ class ImageQuality(L.Callback):
         if not self.is_due(trainer):
             return
         if trainer.is_global_zero:
-            self._tell_subset()
+            self._save_subset()
         hidden = None if trainer.is_global_zero else True
         with tqdm(desc="Reference", unit="image", leave=False, disable=hidden, delay=1) as bar:
-            self.quality.prepare(module.device, done=partial(self._done, trainer, bar))
+            self.quality.prepare(module.device, done=partial(self._update_progress, trainer, bar))
         share = -(-len(self.quality.subset) // trainer.world_size) * len(self.pipelines)
         with tqdm(total=share, desc="Painting", unit="image", leave=False, disable=hidden) as bar:
-            done = partial(self._done, trainer, bar)
+            done = partial(self._update_progress, trainer, bar)
             for suffix, pipeline in self.pipelines.items():
                 paint = partial(pipeline, size=self.size, steps=self.steps)
-                folder = self.pieces(trainer.global_step, pipeline.denoiser)
-                seen = self.quality.see(paint, folder=folder, done=done)
+                folder = self.find_feature_folder(trainer.global_step, pipeline.denoiser)
+                seen = self.quality.extract_features(paint, folder=folder, done=done)
                 self._log(module, self.quality.measure(seen), suffix)
         if trainer.is_global_zero:
             self._clear(trainer.global_step)
 
-    def pieces(self, step: int, denoiser: nn.Module) -> Path:
+    def find_feature_folder(self, step: int, denoiser: nn.Module) -> Path:
         """Where features of pictures of this step wait; another place for other pictures.
 
         The same step need not mean the same weights: a run may have been taken up again before it.
@@ -184,11 +184,11 @@ class ImageQuality(L.Callback):
         before = step - trainer.val_check_interval // trainer.accumulate_grad_batches
         return step * seen // self.every > before * seen // self.every
 
-    def _done(self, trainer: L.Trainer, bar: tqdm, items: range) -> None:
+    def _update_progress(self, trainer: L.Trainer, bar: tqdm, items: range) -> None:
         bar.update(len(items))
         for callback in trainer.callbacks:
             if isinstance(callback, PreemptionHandler):
-                callback.leave_if_told(trainer)
+                callback.exit_if_signalled(trainer)
 
     def _clear(self, step: int) -> None:
         """Remove what waits of this step, and of earlier ones whose measuring was not ended."""
@@ -196,7 +196,7 @@ class ImageQuality(L.Callback):
             if place.name <= f"step={step:08d}~":
                 shutil.rmtree(place, ignore_errors=True)
 
-    def _tell_subset(self) -> None:
+    def _save_subset(self) -> None:
         subset = self.quality.subset
         path = self.folder / f"subset-{subset.digest}.json"
         try:

@@ -80,11 +80,11 @@ class NonFiniteStepSkipper(L.Callback):
 
     state_key = "SkipNonFinite"  # its former name, under which checkpoints hold its state
 
-    def __init__(self, report: Path, *, meter: ThroughputMonitor, stop_after: int) -> None:
+    def __init__(self, report: Path, *, monitor: ThroughputMonitor, stop_after: int) -> None:
         if stop_after < 1:
             raise ValueError(f"stop_after_skips={stop_after} must be 1 or more")
         self.report = report
-        self.meter = meter
+        self.meter = monitor
         self.stop_after = stop_after
         self.skipped = self.told = 0
         self.in_a_row = 0
@@ -92,7 +92,7 @@ class NonFiniteStepSkipper(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.accumulate = trainer.accumulate_grad_batches
-        self.looked_at = trainer.global_step
+        self.last_checked_step = trainer.global_step
         # Since the last look: of this rank's micro-batches, and of the steps.
         self.losses: list[Tensor] = []
         self.batches: list[dict] = []
@@ -127,9 +127,12 @@ class NonFiniteStepSkipper(L.Callback):
             self._log(trainer)
 
     def _log(self, trainer: L.Trainer) -> None:
-        if self.meter.logged != trainer.global_step or self.looked_at == trainer.global_step:
+        if (
+            self.meter.logged != trainer.global_step
+            or self.last_checked_step == trainer.global_step
+        ):
             return
-        self.looked_at = trainer.global_step
+        self.last_checked_step = trainer.global_step
         self.look()
         for logger in trainer.loggers:
             logger.log_metrics({"train/skipped_steps": self.skipped}, step=trainer.global_step)

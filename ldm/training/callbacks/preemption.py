@@ -40,7 +40,7 @@ class PreemptionHandler(L.Callback):
         trainer._signal_connector.register_signal_handlers = self.signals.listen
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.asked_at = trainer.global_step
+        self.last_checked_step = trainer.global_step
         self.signals.listen()  # a logger may have begun to
         self.signals.at_once = False
         if trainer.strategy.reduce_boolean_decision(self.signals.received is not None, all=False):
@@ -48,14 +48,14 @@ class PreemptionHandler(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx) -> None:
         step = trainer.global_step
-        if step == self.asked_at or (trainer.world_size > 1 and step % self.every):
+        if step == self.last_checked_step or (trainer.world_size > 1 and step % self.every):
             return
         if step >= trainer.max_steps > 0:
             return  # it ends by itself, with a last validation and a checkpoint
-        self.asked_at = step
-        self.leave_if_told(trainer)
+        self.last_checked_step = step
+        self.exit_if_signalled(trainer)
 
-    def leave_if_told(self, trainer: L.Trainer) -> None:
+    def exit_if_signalled(self, trainer: L.Trainer) -> None:
         """Save and leave where any rank was told to; for long work, where all ranks come alike."""
         received = self.signals.received is not None
         told = received or time.monotonic() >= self.ends_at

@@ -86,7 +86,7 @@ class WandbRun(WandbLogger):
                     wandb.teardown()  # its process keeps the id of the run that failed
         run = self._experiment = run or self._start("allow", mode="offline")
         if run.offline:
-            self._tell("W&B is offline", "", "offline-run-*")
+            self._print_sync_command("W&B is offline", "", "offline-run-*")
         elif run.url:
             write_text(kept, f"{run.url}\n")
         run.config.update({"overrides": self.overrides}, allow_val_change=True)
@@ -128,9 +128,11 @@ class WandbRun(WandbLogger):
                 self._experiment.finish(exit_code=int(failed))
         except Exception as error:
             what = f"W&B did not take everything ({format_first_line(error)})"
-            self._tell(what, "--include-online ", f"*run-*-{get_wandb_id(self.run_dir)}")
+            self._print_sync_command(
+                what, "--include-online ", f"*run-*-{get_wandb_id(self.run_dir)}"
+            )
 
-    def _tell(self, what: str, option: str, folders: str) -> None:
+    def _print_sync_command(self, what: str, option: str, folders: str) -> None:
         where = shlex.quote(f"{self.run_dir}/wandb/")
         print(f"{what}; `wandb sync {option}{where}{folders}` sends the run later", flush=True)
 

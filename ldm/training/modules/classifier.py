@@ -40,19 +40,21 @@ class ClassifierTraining(L.LightningModule):
         self.right = "accuracy" if classifier.has_names else "recall"
         names = ("loss", *(f"{self.right}_t{band}" for band in range(NUM_RECALL_BANDS)))
         self.val = nn.ModuleDict({name: MeanMetric() for name in names})
-        self.val_right = MeanMetric()
+        self.val_accuracy = MeanMetric()
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         x0, pooled = self.encode(batch)
-        t = rand(len(x0), self.draws(batch, "time"), device=x0.device)
-        eps = randn(x0.shape, self.draws(batch, "noise"), device=x0.device, dtype=x0.dtype)
+        t = rand(len(x0), self.make_generators(batch, "time"), device=x0.device)
+        eps = randn(
+            x0.shape, self.make_generators(batch, "noise"), device=x0.device, dtype=x0.dtype
+        )
         return self.loss(self.look(x0, t, eps), pooled, batch["captions"])
 
     @torch.no_grad()
     def encode(self, batch: dict) -> tuple[Tensor, Tensor]:
         """Latents (B, C, h, w) of a batch, and the pooled states of its captions."""
         autoencoder, text = self.frozen
-        x0 = autoencoder.encode(batch["images"], generator=self.draws(batch, "posterior"))
+        x0 = autoencoder.encode(batch["images"], generator=self.make_generators(batch, "posterior"))
         return x0, text(batch["captions"]).pooled
 
     def look(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ class ClassifierTraining(L.LightningModule):
     def loss(self, images: Tensor, pooled: Tensor, captions: Sequence[str]) -> Tensor:
         """The mean over the global batch, (); all ranks take part where there are captions."""
         if self.classifier.has_names:
-            return F.cross_entropy(self.classifier.log_names(images), pooled)
+            return F.cross_entropy(self.classifier.class_log_probs(images), pooled)
         texts = self.classifier.encode_texts(pooled)
         said = hash_captions(captions).to(images.device)
         if self.training and self.trainer.world_size > 1:
@@ -76,20 +78,22 @@ class ClassifierTraining(L.LightningModule):
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         x0, pooled = self.encode(batch)
-        eps = randn(x0.shape, self.draws(batch, "val noise"), device=x0.device, dtype=x0.dtype)
-        within = rand(len(x0), self.draws(batch, "val time"), device=x0.device)
+        eps = randn(
+            x0.shape, self.make_generators(batch, "val noise"), device=x0.device, dtype=x0.dtype
+        )
+        within = rand(len(x0), self.make_generators(batch, "val time"), device=x0.device)
         for band in range(NUM_RECALL_BANDS):
             images = self.look(x0, (band + within) / NUM_RECALL_BANDS, eps)
             loss = self.loss(images, pooled, batch["captions"])
             right = self.found(images, pooled, batch["captions"])
             self.val["loss"].update(loss, weight=len(x0))
-            for metric in (self.val[f"{self.right}_t{band}"], self.val_right):
+            for metric in (self.val[f"{self.right}_t{band}"], self.val_accuracy):
                 metric.update(right, weight=len(x0))
 
     def found(self, images: Tensor, pooled: Tensor, captions: Sequence[str]) -> Tensor:
         """The share () whose likeliest name, or caption of this batch, is right."""
         if self.classifier.has_names:
-            best = self.classifier.log_names(images).argmax(1)  # (B,)
+            best = self.classifier.class_log_probs(images).argmax(1)  # (B,)
             return pooled.gather(1, best[:, None]).mean()
         texts, said = (
             self.classifier.encode_texts(pooled),
@@ -102,9 +106,9 @@ class ClassifierTraining(L.LightningModule):
         for name, metric in self.val.items():
             self.log(f"val/{name}", metric, prog_bar=name == "loss")
         whole = "accuracy" if self.classifier.has_names else "recall_at_1"
-        self.log(f"val/{whole}", self.val_right, prog_bar=True)
+        self.log(f"val/{whole}", self.val_accuracy, prog_bar=True)
 
-    def draws(self, batch: dict, stream: str) -> list[torch.Generator]:
+    def make_generators(self, batch: dict, stream: str) -> list[torch.Generator]:
         """One generator an image, for one use."""
         return make_generators(self.seed, batch["position"], stream=stream, device=self.device)
 
@@ -126,12 +130,12 @@ def hash_captions(captions: Sequence[str]) -> Tensor:
     return torch.tensor([int.from_bytes(d.digest(), "big", signed=True) for d in digests])
 
 
-def multi_positive_contrastive_loss(logits: Tensor, said: Tensor) -> Tensor:
+def multi_positive_contrastive_loss(logits: Tensor, caption_ids: Tensor) -> Tensor:
     """Symmetric InfoNCE () where row i and column j (G, G) are a pair if said[i] == said[j].
 
     With captions that all differ it is CLIP's loss; the rows of equal ones share their target.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        pairs = (said[:, None] == said).to(logits.dtype)  # (G, G)
+        pairs = (caption_ids[:, None] == caption_ids).to(logits.dtype)  # (G, G)
         targets = pairs / pairs.sum(1, keepdim=True)
         return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2

@@ -64,4 +64,4 @@ class ClipFolderWriter(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: ClipTraining) -> None:
         if trainer.is_global_zero:
-            module.clip.save(self.folder, module.clip.whitening(self.captions))
+            module.clip.save(self.folder, module.clip.measure_whitening(self.captions))

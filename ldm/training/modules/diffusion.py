@@ -71,9 +71,9 @@ class LatentDiffusion(L.LightningModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         x0, cond = self.encode(batch)
-        noise = self.draws(batch, "noise")
+        noise = self.make_generators(batch, "noise")
         return self.objective.loss(
-            self.denoiser, x0, cond, generator=noise, mix=self.task.mix
+            self.denoiser, x0, cond, generator=noise, shape_noise=self.task.shape_noise
         ).mean()
 
     @torch.no_grad()
@@ -86,31 +86,37 @@ class LatentDiffusion(L.LightningModule):
         images, captions, style = batch["images"], batch["captions"], None
         for encoder in styles:
             training = caption_dropout is None
-            style = encoder(images, self.draws(batch, "style", device="cpu"), training=training)
+            style = encoder(
+                images, self.make_generators(batch, "style", device="cpu"), training=training
+            )
             if training:
-                shares = rand(len(images), self.draws(batch, "style dropout", device="cpu"))
+                shares = rand(
+                    len(images), self.make_generators(batch, "style dropout", device="cpu")
+                )
                 style = style * (shares >= encoder.dropout).to(style)[:, None, None]
-                shares = rand(len(images), self.draws(batch, "style words", device="cpu"))
-                captions = encoder.silenced(captions, shares)
-        x0 = autoencoder.encode(images, generator=self.draws(batch, "posterior"))
+                shares = rand(len(images), self.make_generators(batch, "style words", device="cpu"))
+                captions = encoder.drop_style_words(captions, shares)
+        x0 = autoencoder.encode(images, generator=self.make_generators(batch, "posterior"))
         before = text.truncated
         cond = text(captions)
         self.captions += len(captions)
         self.cut += text.truncated - before
         rate = self.caption_dropout if caption_dropout is None else caption_dropout
         if rate > 0:
-            keep = rand(len(x0), self.draws(batch, "caption", device="cpu")) >= rate
+            keep = rand(len(x0), self.make_generators(batch, "caption", device="cpu")) >= rate
             cond = cond.where(keep.to(x0.device, non_blocking=True), text.null(len(x0)))
-        x0, concat = self.task.train_pair(
-            x0, images, autoencoder.encode, generator=self.draws(batch, "task")
+        x0, concat = self.task.training_pair(
+            x0, images, autoencoder.encode, generator=self.make_generators(batch, "task")
         )
         return x0, replace(cond, concat=concat, style=style)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         x0, cond = self.encode(batch, caption_dropout=0.0)
-        eps = randn(x0.shape, self.draws(batch, "val noise"), device=x0.device, dtype=x0.dtype)
-        eps = self.task.mix(eps)
-        within = rand(len(x0), self.draws(batch, "val time"), device=x0.device)
+        eps = randn(
+            x0.shape, self.make_generators(batch, "val noise"), device=x0.device, dtype=x0.dtype
+        )
+        eps = self.task.shape_noise(eps)
+        within = rand(len(x0), self.make_generators(batch, "val time"), device=x0.device)
         for band in range(NUM_LOSS_BANDS):
             t = (band + within) / NUM_LOSS_BANDS
             self._validate(self.ema.module, "", band, x0, cond, t, eps)
@@ -128,7 +134,7 @@ class LatentDiffusion(L.LightningModule):
         for name, metric in self.val_losses.items():
             self.log(f"val/{name}", metric, prog_bar=name == "loss")
 
-    def draws(self, batch: dict, stream: str, *, device=None) -> list[torch.Generator]:
+    def make_generators(self, batch: dict, stream: str, *, device=None) -> list[torch.Generator]:
         """One generator an image, for one use."""
         device = self.device if device is None else device
         return make_generators(self.seed, batch["position"], stream=stream, device=device)

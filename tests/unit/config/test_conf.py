@@ -219,10 +219,10 @@ def test_rescaling_knows_what_the_network_predicts(option):
     beside = Components(None, None, objective, None, torch.device("cpu"))
     x_t, t = torch.randn(2, 4, 8, 8), torch.tensor(0.6)
     cfg = compose("sample", [f"guidance={option}", "guidance.rescale=0.7"])
-    found = build_guidance(cfg.guidance, beside).at_zero(x_t, t)
+    found = build_guidance(cfg.guidance, beside).x0_at_zero_output(x_t, t)
     torch.testing.assert_close(found, x_t / objective.schedule(t)[0])
     plain = compose("sample", [f"guidance={option}"])
-    assert build_guidance(plain.guidance, beside).at_zero is None
+    assert build_guidance(plain.guidance, beside).x0_at_zero_output is None
 
 
 def test_data_chooses_what_is_measured_unless_the_user_does():

@@ -270,7 +270,7 @@ DOORS = {
     "evaluate, phema": evaluated,
     "guide": lambda run: load_guide_denoiser(run, beside()),
     "init": lambda run: warm_start_from_run(run, None, {}, cosine()),
-    "classifier": lambda run: load_noisy_classifier(run, beside=beside()),
+    "classifier": lambda run: load_noisy_classifier(run, components=beside()),
     "package": lambda run: package_autoencoder(Path(run), Path("made"), scenes=1),
 }
 
@@ -306,13 +306,7 @@ def test_a_run_directory_is_looked_at_without_looking_anything_up(honest, place,
 
 
 SHARDS = {"_target_": "ldm.data.datamodule.TextImageData", "size": 16, "batch_size": 4}
-DRAWN = {
-    "_target_": SCENES_TARGET,
-    "folder": "chosen",
-    "count": 8,
-    "val_count": 4,
-    "size": 16,
-}
+DRAWN = {"_target_": SCENES_TARGET, "folder": "chosen", "count": 8, "val_count": 4, "size": 16}
 CACHED = {"cache": "chosen", "cache_gb": 1e-9}
 ELSEWHERE = {
     "a world to be drawn": DRAWN | {"batch_size": 4},

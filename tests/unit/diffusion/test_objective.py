@@ -46,11 +46,7 @@ def objective(schedule, kind, *, weighting=None, **options):
 
 
 @settings(deadline=None)
-@given(
-    st.sampled_from(sorted(PREDICTIONS)),
-    st.sampled_from(SCHEDULES),
-    st.floats(0.001, 0.999),
-)
+@given(st.sampled_from(sorted(PREDICTIONS)), st.sampled_from(SCHEDULES), st.floats(0.001, 0.999))
 def test_predictions_round_trip(kind, schedule, t):
     generator = torch.Generator().manual_seed(1)
     x0, eps = torch.randn(2, 4, 3, 2, 2, generator=generator, dtype=torch.float64)
@@ -144,7 +140,7 @@ def test_the_network_is_told_the_index_of_the_table():
         return x_t
 
     task.loss(net, torch.zeros(500, 1, 1, 1), Condition(), generator=torch.Generator())
-    task.denoised(net, torch.zeros(1, 1, 1, 1), torch.tensor(1.0), Condition())
+    task.predict_x0(net, torch.zeros(1, 1, 1, 1), torch.tensor(1.0), Condition())
     assert torch.equal(told[0], told[0].round())
     assert told[0].min() >= 0
     assert told[0].max() <= 999
@@ -203,7 +199,7 @@ def test_the_noise_that_is_shown_and_predicted_is_mixed_first():
     draws = [make_generators(7, range(4), stream="noise") for _ in range(2)]
     nets, task = [Watched(), Watched()], objective(linear(), "eps")
     plain = task.loss(nets[0], x0, Condition(), generator=draws[0])
-    mixed = task.loss(nets[1], x0, Condition(), generator=draws[1], mix=lambda eps: 2 * eps)
+    mixed = task.loss(nets[1], x0, Condition(), generator=draws[1], shape_noise=lambda eps: 2 * eps)
     torch.testing.assert_close(nets[1].shown[0][0], 2 * nets[0].shown[0][0])
     torch.testing.assert_close(mixed, 4 * plain)
 
@@ -226,8 +222,14 @@ def test_input_perturbation_is_of_the_kind_of_the_noise():
     x0, shown = torch.zeros(256, 2, 4, 8, 8), []
     draws = make_generators(7, range(256), stream="noise")
     task = objective(linear(), "eps", input_perturbation=100.0)
-    mix = TextToVideo(shared_noise=0.49).mix
-    task.loss(lambda x_t, t, c: shown.append(x_t) or x_t, x0, Condition(), generator=draws, mix=mix)
+    mix = TextToVideo(shared_noise=0.49).shape_noise
+    task.loss(
+        lambda x_t, t, c: shown.append(x_t) or x_t,
+        x0,
+        Condition(),
+        generator=draws,
+        shape_noise=mix,
+    )
     frames = shown[0].transpose(1, 2).flatten(2)  # (B, F, N): each image at its own noise
     frames = (frames / frames.std((1, 2), keepdim=True)).transpose(0, 1).flatten(1)
     correlated = torch.corrcoef(frames)[~torch.eye(4, dtype=torch.bool)]

@@ -47,7 +47,7 @@ def quality(
     beside = balls.images(folders / others) if others else None
     subset = select_prompt_subset(pictures, beside, count)
     how = {"subset": subset, "size": SIZE, "batch": BATCH, **more}
-    return EvaluationProtocol([clip], pictures=pictures, others=beside, cache=cache, **how)
+    return EvaluationProtocol([clip], dataset=pictures, others=beside, cache=cache, **how)
 
 
 class Painter:
@@ -75,7 +75,7 @@ def test_the_numbers_are_those_of_the_formulas(folders, clip, tiny_text, tmp_pat
     """
     one, paint = quality(folders, clip, tmp_path), Painter(tiny_text)
     one.prepare(CPU)
-    found = one.measure(one.see(paint))
+    found = one.measure(one.extract_features(paint))
     order = shuffle_indices(40)[:22]
     prompts = [balls.captions(i)[0] for i in order]
 
@@ -118,7 +118,7 @@ def test_one_two_and_three_processes_measure_the_same(folders, clip, tiny_text, 
     def work():
         one, paint = quality(folders, clip, tmp_path / "cache", count=count), Painter(tiny_text)
         one.prepare(CPU)
-        return one.measure(one.see(paint)), paint.painted
+        return one.measure(one.extract_features(paint)), paint.painted
 
     alone, painted = work()
     assert painted == count
@@ -133,7 +133,7 @@ def test_one_two_and_three_processes_measure_the_same(folders, clip, tiny_text, 
 def test_what_was_painted_is_not_painted_again(folders, clip, tiny_text, tmp_path):
     one, whole = quality(folders, clip, tmp_path / "cache"), Painter(tiny_text)
     one.prepare(CPU)
-    expected = one.measure(one.see(whole))
+    expected = one.measure(one.extract_features(whole))
 
     def stop(items: range) -> None:
         if items.stop == 12:
@@ -141,10 +141,10 @@ def test_what_was_painted_is_not_painted_again(folders, clip, tiny_text, tmp_pat
 
     first, second = Painter(tiny_text), Painter(tiny_text)
     with pytest.raises(SystemExit):
-        one.see(first, folder=tmp_path / "pieces", done=stop)
+        one.extract_features(first, folder=tmp_path / "pieces", done=stop)
     again = quality(folders, clip, tmp_path / "cache")
     again.prepare(CPU)
-    assert again.measure(again.see(second, folder=tmp_path / "pieces")) == expected
+    assert again.measure(again.extract_features(second, folder=tmp_path / "pieces")) == expected
     assert (first.painted, second.painted) == (12, 10)
 
 
@@ -154,7 +154,7 @@ def test_pictures_are_kept_as_they_are_seen(folders, clip, tiny_text, tmp_path):
     def keep(items: range, images: Tensor) -> None:
         kept.update(zip(items, images, strict=True))
 
-    one.see(Painter(tiny_text), keep=keep)
+    one.extract_features(Painter(tiny_text), on_images=keep)
     assert sorted(kept) == list(range(9))
     alone = Painter(tiny_text)([one.subset.captions[7]], seeds=[7])
     assert (kept[7].int() - to_uint8_tensor(alone)[0].int()).abs().max() <= 1
@@ -176,24 +176,24 @@ def test_real_pictures_are_scored_with_their_own_captions(folders, clip, tmp_pat
 def test_without_captions_of_theirs_pictures_have_no_score(folders, clip, tiny_text, tmp_path):
     one = quality(folders, clip, tmp_path, captioned=False)
     one.prepare(CPU)
-    found = one.measure(one.see(Painter(tiny_text)))
+    found = one.measure(one.extract_features(Painter(tiny_text)))
     assert "fd_clip" in found
     assert not any("score" in name for name in found)
 
 
 def test_without_others_half_is_painted_and_half_compared_with(folders, clip, tmp_path):
     one = quality(folders, clip, tmp_path, others=None, count=30)
-    assert (one.real_places, one.floor_places) == (range(20, 40), range(20))
+    assert (one.real_indices, one.floor_indices) == (range(20, 40), range(20))
     order, index = shuffle_indices(40), one.pictures.shards.index
     assert set(one.subset.keys) == {index.key(i) for i in order[:20]}
     fewer = quality(folders, clip, tmp_path, others=None, count=10, at_most=15)
-    assert (fewer.real_places, fewer.floor_places) == (range(20, 35), range(10))
+    assert (fewer.real_indices, fewer.floor_indices) == (range(20, 35), range(10))
 
 
 def test_others_that_are_the_same_are_no_others(folders, clip, tmp_path):
     """As where training and validation set are one: compared with themselves, all are perfect."""
     one = quality(folders, clip, tmp_path, others="real", count=10)
-    assert (one.real_places, one.floor_places) == (range(20, 40), range(10))
+    assert (one.real_indices, one.floor_indices) == (range(20, 40), range(10))
     one.prepare(CPU)
     assert one.scores.constant["fd_clip_floor"] > 0
     whole = PromptSubset.drawn(one.pictures.shards, 30)
@@ -210,7 +210,7 @@ def test_keys_may_come_again_in_each_shard(clip, tmp_path):
         )
         write_shard(tmp_path / "all" / f"{shard}.tar", samples)
     one = quality(tmp_path, clip, tmp_path / "cache", real="all", others=None, count=20)
-    assert (one.real_places, one.floor_places) == (range(20, 40), range(20))
+    assert (one.real_indices, one.floor_indices) == (range(20, 40), range(20))
 
 
 def test_real_pictures_of_the_captions_get_the_floor(folders, clip, tmp_path):
@@ -223,7 +223,7 @@ def test_real_pictures_of_the_captions_get_the_floor(folders, clip, tmp_path):
         images = [one.pictures[number[seed], 0]["images"] for seed in seeds]
         return torch.stack(images) / 127.5 - 1
 
-    found = one.measure(one.see(perfect))
+    found = one.measure(one.extract_features(perfect))
     assert found["fd_clip"] == pytest.approx(found["fd_clip_floor"], rel=1e-6)
     assert found["clip_score"] == pytest.approx(found["clip_score_real"], rel=1e-6)
 
@@ -253,7 +253,7 @@ def test_no_network_is_refused(folders, tmp_path):
     subset = PromptSubset.drawn(pictures.shards, 10)
     with pytest.raises(ValueError, match="there is no network to measure by"):
         EvaluationProtocol(
-            [], pictures=pictures, others=None, subset=subset, size=SIZE, cache=tmp_path
+            [], dataset=pictures, others=None, subset=subset, size=SIZE, cache=tmp_path
         )
 
 

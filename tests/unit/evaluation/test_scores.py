@@ -105,7 +105,7 @@ def test_without_captions_there_is_no_clip_score():
     found = one.metrics(seen("efficientnet", "clip"))
     assert not any("clip_score" in name for name in found)
     assert {"fd_efficientnet", "fd_clip", "cmmd"} < found.keys()
-    assert found.keys() >= one.estimated(seen("efficientnet", "clip"))[1].keys()
+    assert found.keys() >= one.estimate_metrics(seen("efficientnet", "clip"))[1].keys()
 
 
 def test_another_clip_has_a_score_of_its_own():
@@ -124,8 +124,8 @@ def test_real_pictures_in_place_of_painted_ones_get_the_floor():
     one = scores("clip")
     found = one.metrics(one.floor)
     assert found["fd_clip"] == pytest.approx(found["fd_clip_floor"], rel=1e-9)
-    assert one.distances(one.floor)["fd_clip"] == pytest.approx(found["fd_clip"])
-    same = one.distances(one.real)
+    assert one.compute_distances(one.floor)["fd_clip"] == pytest.approx(found["fd_clip"])
+    same = one.compute_distances(one.real)
     assert same["fd_clip"] == pytest.approx(0, abs=1e-6)
     assert (same["precision"], same["recall"], same["coverage"]) == (1, 1, 1)
 
@@ -133,9 +133,9 @@ def test_real_pictures_in_place_of_painted_ones_get_the_floor():
 def test_what_is_measured_twice_is_the_same():
     one, painted = scores("clip", captioned=("clip",)), seen("clip")
     torch.manual_seed(1)
-    first = one.metrics(painted), one.estimated(painted)
+    first = one.metrics(painted), one.estimate_metrics(painted)
     torch.manual_seed(2)
-    assert (one.metrics(painted), one.estimated(painted)) == first
+    assert (one.metrics(painted), one.estimate_metrics(painted)) == first
 
 
 def test_what_takes_long_is_computed_once(monkeypatch):
@@ -150,20 +150,20 @@ def test_what_takes_long_is_computed_once(monkeypatch):
 
         monkeypatch.setattr(module, name, counted)
     one = scores("clip", captioned=("clip",))
-    one.estimated(seen("clip"))
+    one.estimate_metrics(seen("clip"))
     assert sorted(calls) == ["cmmd", "frechet_distance", "frechet_estimate", "kid"]
     calls.clear()
     floor = one.floor_distances
     assert one.floor_distances is floor
     assert sorted(calls) == ["cmmd", "kid"]
-    assert floor == one.distances(one.floor)
+    assert floor == one.compute_distances(one.floor)
     assert floor["fd_clip"] == one.constant["fd_clip_floor"]
 
 
 def test_intervals_hold_what_is_measured():
     names = ("clip", "inception")
     one, painted = scores(*names, captioned=("clip",)), seen(*names)
-    found, intervals = one.estimated(painted)
+    found, intervals = one.estimate_metrics(painted)
     metrics = one.metrics(painted)  # the same by another way, in a run
     assert found == pytest.approx(metrics, rel=1e-9)
     assert list(found) == list(metrics)
@@ -183,7 +183,7 @@ def test_few_pictures_are_enough(painted, real):
         tables = {"clip": table, "inception": table}
         found = one.metrics(tables)
         assert all(value == value for value in found.values()), found
-        for name, (low, high) in one.estimated(tables)[1].items():
+        for name, (low, high) in one.estimate_metrics(tables)[1].items():
             assert low <= high, name
 
 
@@ -197,7 +197,7 @@ def test_intervals_hold_the_shares_of_neighbours(width, real, count, spread):
     compared = Scores([Network("f")], {"f": fixed}, {"f": fixed}, {}, {})
     draws = [gaussian_rows(count, width, seed=seed, spread=spread) for seed in range(2, 402)]
     values = [compared.manifold.compare(rows) for rows in draws]
-    found = [compared.estimated({"f": rows})[1] for rows in draws[:200]]
+    found = [compared.estimate_metrics({"f": rows})[1] for rows in draws[:200]]
     for name in ("precision", "recall", "coverage"):
         truth = sum(one[name] for one in values) / len(values)
         inside = [one[name].low <= truth <= one[name].high for one in found]

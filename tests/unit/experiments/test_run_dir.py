@@ -114,10 +114,7 @@ def test_a_result_is_read_back_and_replaced(tmp_path):
 def test_changes_name_what_a_run_must_not_change():
     old = {"seed": 0, "trainer": {"max_steps": 1}, "data": {"workers": 0, "size": 8}, "gone": 1}
     new = {"seed": 0, "trainer": {"max_steps": 9}, "data": {"workers": 2, "size": 16}, "new": None}
-    assert list_config_changes(old, new) == [
-        "data.size was 8, is 16",
-        "gone was 1, is None",
-    ]
+    assert list_config_changes(old, new) == ["data.size was 8, is 16", "gone was 1, is None"]
     assert list_config_changes(old, old) == []
 
 

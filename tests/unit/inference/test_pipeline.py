@@ -109,8 +109,8 @@ def test_a_picture_goes_to_its_noise_and_back(tiny_text):
     images = 0.8 * torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) - 0.4
     noise = pipe.invert(images, PROMPTS[:1], steps=20)
     assert distance(noise, images) > 0.1
-    assert distance(pipe.repaint(noise, PROMPTS[:1], steps=20), images) < 1e-3
-    assert distance(pipe.repaint(noise, PROMPTS[1:2], steps=20), images) > 1e-2
+    assert distance(pipe.generate_from_noise(noise, PROMPTS[:1], steps=20), images) < 1e-3
+    assert distance(pipe.generate_from_noise(noise, PROMPTS[1:2], steps=20), images) > 1e-2
 
 
 def test_guidance_is_told_the_prompts(tiny_text):
@@ -159,8 +159,8 @@ def test_a_word_where_a_negative_prompt_says_nothing(tiny_text):
     ]
     for guidance, prompt, useless in cases:
         pipe = replace(pipe, guidance=guidance)
-        words = pipe.caveats(4, prompts=[prompt], negative="red")
-        assert words == pipe.caveats(4, prompts=[prompt]) + words[: int(useless)]
+        words = pipe.collect_warnings(4, prompts=[prompt], negative="red")
+        assert words == pipe.collect_warnings(4, prompts=[prompt]) + words[: int(useless)]
         assert ("negative= has no effect" in "".join(words)) == useless
         how = {"seeds": [0], "size": 16, "steps": 2}
         one, other = (pipe([prompt], negative=text, **how) for text in ("", "red"))
@@ -170,9 +170,9 @@ def test_a_word_where_a_negative_prompt_says_nothing(tiny_text):
 
 def test_a_word_for_a_sampler_that_overshoots_at_these_steps(tiny_text):
     pipe = pipeline(tiny_text)
-    assert pipe.caveats(30) == []
+    assert pipe.collect_warnings(30) == []
     pipe = replace(pipe, sampler=DPMSolverSampler(eta=1.0, spacing="leading"))
-    (word,) = pipe.caveats(30)
+    (word,) = pipe.collect_warnings(30)
     assert "overshoots in 30 steps with spacing=leading" in word
     pipe = replace(pipe, task=ProjectedInpainting(rounds=2))  # of first order
-    assert pipe.caveats(30) == []
+    assert pipe.collect_warnings(30) == []

@@ -29,7 +29,7 @@ def gradient(log_p, x, t):
 @pytest.mark.parametrize("prompts", [["a star", "a circle"], ["a star", ""]])
 @pytest.mark.parametrize("t", [torch.tensor(0.3), torch.tensor([0.1, 0.95])])
 def test_its_gradient_is_that_of_finite_differences(prompts, t):
-    log_p = classifier().double().aim(prompts)
+    log_p = classifier().double().make_log_likelihood(prompts)
     x, d = (torch.randn(2, 3, 4, 6, dtype=torch.float64) for _ in range(2))
     t, h = t.double(), 1e-5
     slope = (log_p(x + h * d, t) - log_p(x - h * d, t)) / (2 * h)  # (B,)
@@ -45,7 +45,7 @@ def test_captions_have_a_gradient_as_well(tiny_clip, tmp_path):
     tiny_clip.save(tmp_path / "clip")
     built = classifier(ClipTextEncoder(str(tmp_path / "clip"), pooled=True)).double()
     assert not built.has_names
-    log_p = built.aim(["a red circle", "a blue square"])
+    log_p = built.make_log_likelihood(["a red circle", "a blue square"])
     x, d = (torch.randn(2, 3, 4, 4, dtype=torch.float64) for _ in range(2))
     t, h = torch.tensor(0.5, dtype=torch.float64), 1e-5
     slope = (log_p(x + h * d, t) - log_p(x - h * d, t)) / (2 * h)
@@ -53,17 +53,17 @@ def test_captions_have_a_gradient_as_well(tiny_clip, tmp_path):
         (gradient(log_p, x, t) * d).flatten(1).sum(1), slope, rtol=1e-6, atol=1e-9
     )
     assert slope.abs().min() > 1e-4
-    swapped = built.aim(["a blue square", "a red circle"])(x.flip(0), t)
+    swapped = built.make_log_likelihood(["a blue square", "a red circle"])(x.flip(0), t)
     torch.testing.assert_close(swapped.flip(0), log_p(x, t))
     assert not torch.allclose(
-        built.aim(["a blue square"] * 2)(x[:1].repeat(2, 1, 1, 1), t), swapped
+        built.make_log_likelihood(["a blue square"] * 2)(x[:1].repeat(2, 1, 1, 1), t), swapped
     )
 
 
 @pytest.mark.parametrize("schedule", [FlowSchedule(), cosine(), cosine(zero_terminal_snr=True)])
 def test_in_deep_noise_its_gradient_fades_as_the_signal_does(schedule):
     """So that sigma^2 / alpha times it stays finite, and goes to no infinity at the end."""
-    log_p = classifier(schedule=schedule).double().aim(["a star"] * 4)
+    log_p = classifier(schedule=schedule).double().make_log_likelihood(["a star"] * 4)
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     pushes = []
     for t in (0.9, 0.97, 0.99, 0.999, 1.0):
@@ -80,9 +80,9 @@ def test_in_deep_noise_its_gradient_fades_as_the_signal_does(schedule):
 def test_names_are_likelihoods_of_one_choice():
     built, x = classifier(), torch.randn(3, 3, 8, 8)
     t = torch.tensor([0.2, 0.5, 0.8])
-    each = [built.aim([f"a {name}"] * 3)(x, t) for name in NAMES]
+    each = [built.make_log_likelihood([f"a {name}"] * 3)(x, t) for name in NAMES]
     torch.testing.assert_close(torch.stack(each).exp().sum(0), torch.ones(3))
-    assert built.aim([""] * 3)(x, t).abs().max() == 0
+    assert built.make_log_likelihood([""] * 3)(x, t).abs().max() == 0
 
 
 def test_an_image_is_read_by_itself_and_at_its_own_time():
@@ -112,8 +112,8 @@ def test_what_does_not_fit_is_told():
     with pytest.raises(ValueError, match="multiples of 2, not 3 on 7x8"):
         built.tower(torch.zeros(1, 3, 7, 8), torch.tensor(0.5))
     with pytest.raises(ValueError, match="3 pictures for 1 prompts"):
-        built.aim(["a star"])(torch.zeros(3, 3, 8, 8), torch.tensor(0.5))
+        built.make_log_likelihood(["a star"])(torch.zeros(3, 3, 8, 8), torch.tensor(0.5))
     with pytest.raises(ValueError, match="give one value a level"):
         NoisyTower(schedule=cosine(), in_channels=3, multipliers=(1, 2, 4))
     with pytest.raises(ValueError, match="none of the 3 names"):
-        built.aim(["a heart"])
+        built.make_log_likelihood(["a heart"])

@@ -29,7 +29,7 @@ def network(*, context_dim=12, style_dim=6, style_code=8, seed=0) -> UNet:
     net = UNet(context_dim=context_dim, style_dim=style_dim, style_code=style_code, **SIZES)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
-            if not name.startswith(net.added or ("none",)):
+            if not name.startswith(net.extension_prefixes or ("none",)):
                 parameter += 0.05 * torch.randn(parameter.shape)
     return net
 
@@ -50,14 +50,14 @@ def without(cond: Condition) -> Condition:
 @torch.no_grad()
 def test_begins_as_the_network_without_style_bit_for_bit(context_dim):
     source, net = network(context_dim=context_dim, style_dim=0), network(context_dim=context_dim)
-    assert source.added == ()
-    warm_start(net, {k: 2 * v for k, v in source.state_dict().items()}, what="x")
-    warm_start(source, {k: 2 * v for k, v in source.state_dict().items()}, what="x")
+    assert source.extension_prefixes == ()
+    warm_start(net, {k: 2 * v for k, v in source.state_dict().items()}, source="x")
+    warm_start(source, {k: 2 * v for k, v in source.state_dict().items()}, source="x")
     x, t, cond = question(context_dim=context_dim)
     assert torch.equal(net(x, t, cond), source(x, t, without(cond)))
     assert source(x, t, cond).std() > 0.01
     with pytest.raises(CheckpointError, match="unknown here"):
-        warm_start(source, net.state_dict(), what="x")
+        warm_start(source, net.state_dict(), source="x")
 
 
 def trained(net: UNet) -> UNet:
@@ -86,7 +86,7 @@ def test_style_learns_from_the_first_step_on():
     x, t, cond = question()
     net(x, t, cond).square().mean().backward()
     moved = [n for n, p in net.named_parameters() if p.grad is not None and p.grad.any()]
-    ways = [name for name in moved if name.startswith(net.added)]
+    ways = [name for name in moved if name.startswith(net.extension_prefixes)]
     assert "style.to_emb.weight" in ways
     assert sum("style_attn.attn.to_out" in name for name in ways) == 7  # of 2 + 1 + 4 transformers
 
@@ -190,8 +190,10 @@ def test_recolouring_is_of_training_alone(folder):
 def test_captions_fall_silent_about_style(folder, said, left):
     encoder = ClipStyleEncoder(folder, style_words=WORDS, word_dropout=0.5)
     assert encoder.without(said) == left
-    assert encoder.silenced([said] * 2, torch.tensor([0.49, 0.5])) == [left, said]
-    assert ClipStyleEncoder(folder, word_dropout=1.0).silenced([said], torch.zeros(1)) == [said]
+    assert encoder.drop_style_words([said] * 2, torch.tensor([0.49, 0.5])) == [left, said]
+    assert ClipStyleEncoder(folder, word_dropout=1.0).drop_style_words([said], torch.zeros(1)) == [
+        said
+    ]
 
 
 @pytest.mark.parametrize(
@@ -254,4 +256,4 @@ def test_a_model_without_style_gets_none(tiny_text, shapes):
     module = latent_diffusion(tiny_text)
     _, cond = module.encode(val_batch(shapes_data(shapes), range(4)))
     assert cond.style is None
-    assert unet(tiny_text).added == ()
+    assert unet(tiny_text).extension_prefixes == ()

@@ -38,7 +38,7 @@ def videos(batch=2, frames=FRAMES, channels=3):
 def test_at_first_a_video_is_its_frames_as_the_image_network_has_them():
     images = unet()
     network = unet(in_channels=7, seed=1, move=False, temporal=True)
-    assert warm_start(network, images.state_dict(), what="x") == ["4 input channels", "temporal"]
+    assert warm_start(network, images.state_dict(), source="x") == ["4 input channels", "temporal"]
     x, cond = videos(), told(concat=100 * videos(channels=4))
     each = [images(frame, T, told()) for frame in x.unbind(2)]
     torch.testing.assert_close(network(x, T, cond), torch.stack(each, dim=2), rtol=0, atol=1e-5)

@@ -23,7 +23,7 @@ def unet(in_channels=3, seed=0, **changes):
 def test_a_widened_network_equals_the_first_one_whatever_it_is_shown():
     """In double: a kernel for more channels may sum in another order, which is 1e-15 there."""
     small, wide = unet().double(), unet(7, seed=1).double()
-    told = warm_start(wide, small.state_dict(), what="runs/first")
+    told = warm_start(wide, small.state_dict(), source="runs/first")
     assert told == ["4 input channels"]
     x, t = torch.randn(2, 3, 8, 8).double(), torch.tensor([10.0, 700.0])
     tokens = torch.randn(2, 5, 6).double()
@@ -34,7 +34,7 @@ def test_a_widened_network_equals_the_first_one_whatever_it_is_shown():
 
 def test_the_new_channels_learn():
     wide = unet(5, seed=1)
-    warm_start(wide, unet().state_dict(), what="runs/first")
+    warm_start(wide, unet().state_dict(), source="runs/first")
     cond = Condition(tokens=torch.randn(1, 5, 6), concat=torch.randn(1, 2, 8, 8))
     wide(torch.randn(1, 3, 8, 8), torch.tensor([10.0]), cond).square().sum().backward()
     assert wide.conv_in.weight.grad[:, 3:].abs().min() > 0
@@ -42,7 +42,7 @@ def test_the_new_channels_learn():
 
 def test_the_same_network_is_copied():
     one, other = unet(), unet(seed=1)
-    assert warm_start(other, one.state_dict(), what="x") == []
+    assert warm_start(other, one.state_dict(), source="x") == []
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
@@ -57,4 +57,4 @@ def test_the_same_network_is_copied():
 )
 def test_another_kind_of_network_is_refused_by_name(net, state, message):
     with pytest.raises(CheckpointError, match=message):
-        warm_start(net(), state(), what="runs/first")
+        warm_start(net(), state(), source="runs/first")

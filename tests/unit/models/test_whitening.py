@@ -18,7 +18,7 @@ def covariance(x):
 
 
 def test_every_direction_has_unit_variance():
-    white = Whitening.measured(states())(states())
+    white = Whitening.from_states(states())(states())
     assert white.mean(0).abs().max() < 1e-4
     got = covariance(white)
     assert np.abs(got - np.diag(np.diag(got))).max() < 1e-3
@@ -28,15 +28,15 @@ def test_every_direction_has_unit_variance():
 
 
 def test_what_does_not_vary_is_not_blown_up():
-    whiten = Whitening.measured(states(scales=(1.0, 1.0, 0.0)))
+    whiten = Whitening.from_states(states(scales=(1.0, 1.0, 0.0)))
     assert whiten(states() * 100).isfinite().all()
     assert whiten.matrix.abs().max() < 1.5 / VARIANCE_FLOOR**0.5
-    one = Whitening.measured(torch.ones(1, 3))
+    one = Whitening.from_states(torch.ones(1, 3))
     assert one(torch.ones(2, 3)).abs().max() == 0
 
 
 def test_the_file_is_read_back_or_refused(tmp_path):
-    whiten = Whitening.measured(states())
+    whiten = Whitening.from_states(states())
     whiten.save(tmp_path)
     assert torch.equal(Whitening.load(tmp_path, width=3)(states()), whiten(states()))
     with pytest.raises(ValueError, match="not for states 4 wide"):

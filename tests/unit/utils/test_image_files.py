@@ -93,7 +93,7 @@ def test_captions_take_as_many_rows_as_the_longest_needs():
 
 def test_lines_fit_and_lose_no_word():
     letters, text = load_font(15), "a big\nred circle  left of a\tsmall star, both striped"
-    lines = wrap_text(text, 90, letters, most=9)
+    lines = wrap_text(text, 90, letters, max_lines=9)
     assert " ".join(lines) == " ".join(text.split())
     assert max(map(letters.getlength, lines)) <= 90
     for line, following in pairwise(lines):
@@ -102,19 +102,19 @@ def test_lines_fit_and_lose_no_word():
 
 def test_too_long_a_text_or_word_is_cut():
     letters = load_font(15)
-    lines = wrap_text("word " * 1000, 100, letters, most=3)
+    lines = wrap_text("word " * 1000, 100, letters, max_lines=3)
     assert len(lines) == 3
     assert lines[2].endswith("d ...")
-    lines = wrap_text("ab" * 40, 100, letters, most=9)
+    lines = wrap_text("ab" * 40, 100, letters, max_lines=9)
     assert "".join(lines) == "ab" * 40
     assert max(map(letters.getlength, lines)) <= 100
-    assert len(wrap_text("x" * 9999, 100, letters, most=2)) == 2
-    assert wrap_text("one", 1, letters, most=3) == ["o", "n", "e"]
+    assert len(wrap_text("x" * 9999, 100, letters, max_lines=2)) == 2
+    assert wrap_text("one", 1, letters, max_lines=3) == ["o", "n", "e"]
 
 
 @pytest.mark.parametrize("text", ["", "  ", "half an emoji \ud83d", "Привет, 雪 🦊"])
 def test_any_text_is_wrapped_and_drawn(text):
-    assert len(wrap_text(text, 300, load_font(15), most=2)) == 1
+    assert len(wrap_text(text, 300, load_font(15), max_lines=2)) == 1
     make_captioned_grid([grey(1)], [text])
 
 

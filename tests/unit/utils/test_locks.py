@@ -66,7 +66,7 @@ def test_a_link_is_no_lock(tmp_path):
 def test_the_lock_of_another_machine_is_waited_for(tmp_path, capsys):
     """A file server keeps the locks of a machine that has died for a while."""
     with held(tmp_path, machine="another", seconds=2):
-        lock_directory(tmp_path, patience=30).close()
+        lock_directory(tmp_path, timeout=30).close()
     said = capsys.readouterr().out
     assert "process 7 on elsewhere" in said
     assert said.count("\n") == 1, "said once"
@@ -77,7 +77,7 @@ def test_patience_ends_with_a_remedy(tmp_path):
         held(tmp_path, machine="another"),
         pytest.raises(InUseError, match=r"process 7 on elsewhere.*delete .*/\.lock"),
     ):
-        lock_directory(tmp_path, patience=1)
+        lock_directory(tmp_path, timeout=1)
 
 
 def test_a_machine_that_was_started_anew_is_another(tmp_path):

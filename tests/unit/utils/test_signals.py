@@ -80,7 +80,7 @@ def test_what_a_library_makes_of_a_signal_does_not_matter(error):
 
     signals = StopSignals(at_once=True)
     signals.listen()
-    with pytest.raises(SystemExit) as ended, signals.obey():
+    with pytest.raises(SystemExit) as ended, signals.exit_on_signal():
         work()
     assert ended.value.code == 75
 

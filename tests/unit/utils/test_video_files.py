@@ -140,7 +140,7 @@ def test_names_that_no_file_can_have_are_refused_before_anything_is_painted(tmp_
     out = prepare_output_file("n" * 225, Path("x.png"), moving=False)
     images = [video()[:, 0], video(seed=1)[:, 0]]
     for _ in range(2):
-        save_outputs(images, [("a", 0), ("a", 1)], out, {}, guesses=[images])
+        save_outputs(images, [("a", 0), ("a", 1)], out, {}, previews=[images])
     assert len(list(tmp_path.iterdir())) == 8
 
 
@@ -149,7 +149,7 @@ def test_pictures_replace_none_and_share_a_number(tmp_path, capsys, taken):
     (tmp_path / taken).write_text("mine")
     (tmp_path / "x-2.png").write_text("mine as well")
     images, jobs = [video()[:, 0], video(seed=1)[:, 0]], [("a", 0), ("a", 1)]
-    first = save_outputs(images, jobs, tmp_path / "x.png", {}, guesses=[images])
+    first = save_outputs(images, jobs, tmp_path / "x.png", {}, previews=[images])
     assert first == tmp_path / "x-3.png"
     assert "x.png is there already: now" in capsys.readouterr().out
     new = ["x-3.png", "x-3_000.png", "x-3_001.png", "x-3_previews.png"]

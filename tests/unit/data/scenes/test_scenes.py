@@ -64,7 +64,9 @@ def test_what_is_held_out():
     assert all(pairs(scene) & {*UNSEEN_PAIRS} for scene in unseen)
     assert not any(pairs(scene) & {*UNSEEN_PAIRS} for scene in val)
     # Not even told the other way round does a scene of val occur in train, whatever the seed.
-    assert not {s.ordered() for s in val} & {s.ordered() for s in train + scenes("train", 500, 1)}
+    assert not {s.canonical() for s in val} & {
+        s.canonical() for s in train + scenes("train", 500, 1)
+    }
 
 
 def test_a_scene_is_a_function_of_split_seed_and_index():
@@ -85,7 +87,7 @@ def test_a_family_is_the_same_words_otherwise_arranged():
     assert [family[0] for family in families] == scenes("train", 40)
     same_words = 0
     for family in families:
-        assert len({scene.ordered() for scene in family}) == len(family)
+        assert len({scene.canonical() for scene in family}) == len(family)
         assert {scene.split() for scene in family} == {"train"}
         assert len({words(replace(scene, background="")) for scene in family}) == 1
         same_words += sum(words(scene) == words(family[0]) for scene in family)
@@ -101,7 +103,7 @@ def test_a_family_is_the_same_words_otherwise_arranged():
 
 def test_ordered_tells_the_same_picture():
     below = replace(SCENE, objects=SCENE.objects[::-1], relation="below")
-    assert below.ordered() == SCENE == SCENE.ordered()
+    assert below.canonical() == SCENE == SCENE.canonical()
 
 
 def test_captions_say_all_of_it_in_many_ways():
@@ -130,7 +132,7 @@ def test_objects_keep_to_their_side_of_the_picture_and_of_each_other():
     for i in range(200):
         scene, rng = sample_scene(i, split="train")
         picture = draw_scene(replace(scene, style="flat"), 64, rng).astype(int)
-        colours = [COLOURS[one.colour] for one in scene.ordered().objects]
+        colours = [COLOURS[one.colour] for one in scene.canonical().objects]
         found = [np.nonzero(np.abs(picture - colour).max(-1) < 2) for colour in colours]
         rows, columns = zip(*found, strict=True)
         along = rows if scene.relation in ("above", "below") else columns

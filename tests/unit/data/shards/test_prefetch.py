@@ -58,9 +58,9 @@ def test_the_next_shards_come_in_order_and_not_too_many(web, tmp_path):
         cache, ((3 * n + 3, shards[n % 12]) for n in itertools.count()), window=1
     )
     try:
-        ahead.reached(0)
+        ahead.advance_to(0)
         wait_for(lambda: len(list(cache.folder.glob("*.tar"))) == 4)  # half of the cache
-        ahead.reached(6)
+        ahead.advance_to(6)
         wait_for(lambda: len(list(cache.folder.glob("*.tar"))) == 6)
         time.sleep(0.2)
         fetched = [name for method, name, _ in web.seen if method == "GET"]
@@ -83,7 +83,7 @@ def test_the_process_ends_with_who_started_it(web, tmp_path):
         ((n, shards[n % 2]) for n in itertools.count(1)),
         window=1,
     )
-    ahead.reached(0)
+    ahead.advance_to(0)
     process = ahead._process
     process.stdin.close()  # as the death of this process would
     assert process.wait(timeout=20) == 0

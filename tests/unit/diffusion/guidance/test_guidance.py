@@ -131,12 +131,14 @@ def test_rescaling_is_that_of_the_paper(schedule, kind, t):
     out = uncond + 7.5 * (conditional - uncond)
 
     def denoise(x_t, t, cond):
-        return objective.denoised(lambda *_: torch.cat([uncond, conditional]), x_t, t, cond)
+        return objective.predict_x0(lambda *_: torch.cat([uncond, conditional]), x_t, t, cond)
 
     for share in (0.0, 0.4, 0.7, 1.0):
         theirs = rescale_noise_cfg(out, conditional, share)
-        expected = objective.denoised(lambda *_, out=theirs: out, x_t, t, None)
-        guidance = ClassifierFreeGuidance(scale=7.5, rescale=share, at_zero=objective.at_zero)
+        expected = objective.predict_x0(lambda *_, out=theirs: out, x_t, t, None)
+        guidance = ClassifierFreeGuidance(
+            scale=7.5, rescale=share, x0_at_zero_output=objective.x0_at_zero_output
+        )
         found = guidance(denoise, cond(2.0), cond(0.5))(x_t, t)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 

@@ -8,17 +8,7 @@ import torch
 from hydra.utils import instantiate
 from mixture import agreement, ideal_denoiser
 from omegaconf import OmegaConf
-from oracle import (
-    KINDS,
-    SCHEDULES,
-    STEPS,
-    assert_same,
-    generator,
-    in_double,
-    ours,
-    start,
-    theirs,
-)
+from oracle import KINDS, SCHEDULES, STEPS, assert_same, generator, in_double, ours, start, theirs
 
 from ldm.config.suggestions import CONF_DIR
 from ldm.diffusion.rng import ImageNoise
@@ -50,8 +40,7 @@ TABLES = {"eps": "linear", "v": "cosine", "x0": "scaled_linear"}
 
 @pytest.mark.parametrize("kind", TABLES)
 @pytest.mark.parametrize(
-    ("eta", "spacing"),
-    [(0.0, "trailing"), (0.0, "leading"), (0.5, "trailing"), (1.0, "leading")],
+    ("eta", "spacing"), [(0.0, "trailing"), (0.0, "leading"), (0.5, "trailing"), (1.0, "leading")]
 )
 def test_ddim_is_that_of_diffusers(kind, eta, spacing, monkeypatch):
     # No linspace: theirs steps from a level to the one 1000 // steps below, wherever it asks next.

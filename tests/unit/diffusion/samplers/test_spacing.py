@@ -35,12 +35,7 @@ ALL = [
 
 
 @settings(max_examples=50)
-@given(
-    st.sampled_from(ALL),
-    st.integers(1, 100),
-    st.floats(0.2, 1.0),
-    st.sampled_from(SPACINGS),
-)
+@given(st.sampled_from(ALL), st.integers(1, 100), st.floats(0.2, 1.0), st.sampled_from(SPACINGS))
 def test_grids_fall_from_their_start_to_zero(schedule, steps, start, spacing):
     times = space_timesteps(schedule, steps, start=start, spacing=spacing)
     assert times.shape == (steps + 1,)

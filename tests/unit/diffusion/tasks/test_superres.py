@@ -16,7 +16,7 @@ from ldm.models.unet import UNet
 
 def shown(task, images, positions):
     draws = make_generators(0, positions, stream="task")
-    return task.train_concat(images, images, lambda x: x, generator=draws)
+    return task.training_concat(images, images, lambda x: x, generator=draws)
 
 
 def wide_pipeline(text, task):
@@ -71,7 +71,7 @@ def test_what_is_learnt_is_what_the_small_picture_lacks(tiny_text):
         2 * torch.rand(2, 3, SIZE, SIZE) - 1,
     )
     draws = {"generator": make_generators(0, range(2), stream="task")}
-    lacking, _ = task.train_pair(images, images, lambda x: x, **draws)
+    lacking, _ = task.training_pair(images, images, lambda x: x, **draws)
     small = downsample_images(images, 2)
     request = Request(torch.empty_like(images), image=small)
     start = task.start(request, lambda x: x, None, noise=torch.zeros_like)
@@ -128,12 +128,12 @@ def test_what_cannot_be_is_refused(make, message):
 
 def test_a_network_does_what_it_was_trained_for_and_no_other():
     x2 = SuperResolution(scales=[2], scale=2)
-    assert x2.unfit(SuperResolution()) is None
-    assert "trained for [2]" in SuperResolution(scale=4).unfit(x2)
-    assert "task.residual_std=0.1" in SuperResolution(residual_std=1).unfit(x2)
-    assert "never shown a small picture" in x2.unfit(Inpainting())
-    assert "never shown a mask" in Inpainting().unfit(TextToImage())
-    assert "shown more than noise" in TextToImage().unfit(x2)
+    assert x2.incompatible_with(SuperResolution()) is None
+    assert "trained for [2]" in SuperResolution(scale=4).incompatible_with(x2)
+    assert "task.residual_std=0.1" in SuperResolution(residual_std=1).incompatible_with(x2)
+    assert "never shown a small picture" in x2.incompatible_with(Inpainting())
+    assert "never shown a mask" in Inpainting().incompatible_with(TextToImage())
+    assert "shown more than noise" in TextToImage().incompatible_with(x2)
 
 
 def test_without_its_picture_there_is_nothing_to_enlarge(tiny_text):

@@ -63,7 +63,7 @@ class Watched(DDIMSampler):
     """Remembers where it was begun."""
 
     def walk(self, x, path):
-        BEGUN.append((x, path.levels[0]))
+        BEGUN.append((x, path.noise_levels[0]))
         return super().walk(x, path)
 
 
@@ -199,8 +199,10 @@ def test_a_white_mask_paints_from_words_alone(tiny_text):
 def test_training_shows_what_sampling_shows():
     images = 2 * torch.rand(5, 3, SIZE, SIZE) - 1
     draws = {"generator": make_generators(0, range(5), stream="task")}
-    concat = Inpainting().train_concat(images[:, :, ::2, ::2], images, halved, **draws)
-    given = Inpainting().example(images, generator=make_generators(0, range(5), stream="task"))
+    concat = Inpainting().training_concat(images[:, :, ::2, ::2], images, halved, **draws)
+    given = Inpainting().example_inputs(
+        images, generator=make_generators(0, range(5), stream="task")
+    )
     cells = torch.nn.functional.max_pool2d(given["mask"], 2)
     assert torch.equal(concat[:, :1], cells)
     assert torch.equal(concat[:, 1:], halved(images * (1 - given["mask"])))
@@ -260,10 +262,7 @@ def test_with_size_the_picture_is_scaled_into_what_is_left(tiny_text, tmp_path):
     ("given", "message"),
     [
         ({"pad": [3, 0, 0, 0]}, r"makes 19 x 16 pixels, and .* multiples of 2: pad=\[3,0,1,0\]"),
-        (
-            {"pad": [8, 0, 8, 0], "size": 16},
-            r"leave 0 x 16 .* of 16 x 16: size=\[8,24\] would fit",
-        ),
+        ({"pad": [8, 0, 8, 0], "size": 16}, r"leave 0 x 16 .* of 16 x 16: size=\[8,24\] would fit"),
         ({"pad": [4, 0, 0, 0], "size": 16}, r"leave 12 x 16 pixels .*: size=\[14,18\] would fit"),
         ({"pad": [4, 0, 0, 0], "size": 17}, "size=17: this run paints multiples of 2: size=18"),
         ({"size": 17}, "size=17: this run paints multiples of 2: size=18"),

@@ -36,12 +36,12 @@ def pipeline(text, *, eta=0.0):
     return Pipeline(
         network(text),
         autoencoder=FramewiseAutoencoder(small_autoencoder().eval()),
-        text=text,
+        text_encoder=text,
         objective=objective(),
         task=TextToVideo(),
         sampler=DDIMSampler(eta=eta),
         guidance=ClassifierFreeGuidance(scale=2.0),
-        frames=FRAMES,
+        num_frames=FRAMES,
     )
 
 
@@ -56,7 +56,7 @@ def seeded(x):
 def test_a_share_of_the_training_videos_shows_its_first_frame_to_all_frames():
     latents = torch.randn(400, 3, FRAMES, 4, 4)
     draws = make_generators(0, range(400), stream="task")
-    told = TextToVideo(first_frame_prob=0.25).train_concat(latents, None, None, generator=draws)
+    told = TextToVideo(first_frame_prob=0.25).training_concat(latents, None, None, generator=draws)
     assert told.shape == (400, 4, FRAMES, 4, 4)
     given = told[:, 0].flatten(1)
     assert ((given == 0).all(1) | (given == 1).all(1)).all()
@@ -64,7 +64,7 @@ def test_a_share_of_the_training_videos_shows_its_first_frame_to_all_frames():
     assert 0.18 < given.float().mean() < 0.32
     assert not told[~given].any()
     assert torch.equal(told[given, 1:], latents[given, :, :1].expand(-1, -1, FRAMES, -1, -1))
-    again = TextToVideo(first_frame_prob=0.25).train_concat(
+    again = TextToVideo(first_frame_prob=0.25).training_concat(
         latents[7:9], None, None, generator=make_generators(0, (7, 8), stream="task")
     )
     assert torch.equal(again, told[7:9])  # a function of the position
@@ -75,7 +75,7 @@ def test_a_share_of_the_training_videos_shows_its_first_frame_to_all_frames():
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.8, 1.0])
 def test_the_noise_of_frames_is_shared_to_a_given_degree(share):
     basis = torch.eye(FRAMES, dtype=torch.float64)[:, None, :, None, None]  # of all white noise
-    mixed = TextToVideo(shared_noise=share).mix(basis)[:, 0, :, 0, 0]
+    mixed = TextToVideo(shared_noise=share).shape_noise(basis)[:, 0, :, 0, 0]
     covariance = torch.full((FRAMES, FRAMES), share, dtype=torch.float64).fill_diagonal_(1)
     torch.testing.assert_close(mixed.T @ mixed, covariance)
     with pytest.raises(ValueError, match=r"shared_noise=-0.1 is a share"):
@@ -116,11 +116,13 @@ def test_it_starts_from_noise_and_keeps_the_first_frame():
 
 def test_it_needs_a_network_of_its_own():
     video, text = TextToVideo(), TextToImage()
-    assert video.unfit(text) == "the network knows no frames"
-    assert "shown more than noise" in text.unfit(video)
-    assert "shown more than noise" in ImageToImage().unfit(video)
-    assert video.unfit(TextToVideo(first_frame_prob=0.1)) is None
-    assert "trained with task.shared_noise=0.7" in video.unfit(TextToVideo(shared_noise=0.7))
+    assert video.incompatible_with(text) == "the network knows no frames"
+    assert "shown more than noise" in text.incompatible_with(video)
+    assert "shown more than noise" in ImageToImage().incompatible_with(video)
+    assert video.incompatible_with(TextToVideo(first_frame_prob=0.1)) is None
+    assert "trained with task.shared_noise=0.7" in video.incompatible_with(
+        TextToVideo(shared_noise=0.7)
+    )
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

@@ -95,7 +95,7 @@ class Emoji:
 
     def metrics(self, tables: list[Tensor]) -> dict[str, list[float]]:
         """By metric, of one table after another; fd_<network> as fd."""
-        found = [self.scores.distances({self.network.name: table}) for table in tables]
+        found = [self.scores.compute_distances({self.network.name: table}) for table in tables]
         rows = {name: [one[name] for one in found] for name in found[0]}
         return {("fd" if name.startswith("fd_") else name): row for name, row in rows.items()}
 
@@ -212,7 +212,7 @@ def scenes(tmp_path_factory) -> TextImageDataset:
 def test_with_others_captions_the_clip_score_is_that_of_chance(scenes, tmp_path):
     subset, order = PromptSubset.drawn(scenes.shards, 100), shuffle_indices(200)
     one = EvaluationProtocol(
-        [ClipFeatures()], pictures=scenes, others=None, subset=subset, size=64, cache=tmp_path
+        [ClipFeatures()], dataset=scenes, others=None, subset=subset, size=64, cache=tmp_path
     )
     one.prepare(torch.device("cpu"))
 
@@ -223,7 +223,7 @@ def test_with_others_captions_the_clip_score_is_that_of_chance(scenes, tmp_path)
             images = [scenes[order[places[seed]], 0]["images"] for seed in seeds]
             return torch.stack(images) / 127.5 - 1
 
-        return one.measure(one.see(paint))
+        return one.measure(one.extract_features(paint))
 
     own = measured(list(range(100)))
     assert own["clip_score"] == pytest.approx(own["clip_score_real"], rel=1e-6)

@@ -39,10 +39,7 @@ def everything(scenes):
 
 def swapped_colours(scene):
     first, second = scene.objects
-    objects = (
-        replace(first, colour=second.colour),
-        replace(second, colour=first.colour),
-    )
+    objects = (replace(first, colour=second.colour), replace(second, colour=first.colour))
     return replace(scene, objects=objects)
 
 

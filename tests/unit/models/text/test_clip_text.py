@@ -145,7 +145,7 @@ def test_one_string_is_refused(text):
 def test_pooled_states_are_whitened_where_the_folder_says_how(text, clip_folder, tmp_path):
     folder = tmp_path / "run" / "clip"
     clip = Clip.load(str(clip_folder))
-    whiten = clip.whitening([*SHORT, "a dog", "a red dog"])
+    whiten = clip.measure_whitening([*SHORT, "a dog", "a red dog"])
     clip.save(folder, whiten)
     got = ClipTextEncoder(str(tmp_path / "run"), pooled=True)(SHORT)
     assert torch.equal(got.tokens, text(SHORT).tokens)

@@ -98,7 +98,7 @@ def test_keeping_averages_changes_no_training(tmp_path, shapes, tiny_text):
 def test_a_step_that_is_left_out_leaves_averages_finite(tmp_path, shapes, tiny_text):
     module = latent_diffusion(tiny_text, phema_lengths=[0.1])
     trainer = make_trainer(steps=4, callbacks=[Spoil(0, 2, gradient=True)])
-    skip = NonFiniteStepSkipper(tmp_path / "bad.json", meter=trainer.callbacks[0], stop_after=3)
+    skip = NonFiniteStepSkipper(tmp_path / "bad.json", monitor=trainer.callbacks[0], stop_after=3)
     trainer.callbacks.append(skip)
     trainer.fit(module, datamodule=shapes_data(shapes))
     assert skip.skipped == 2
@@ -141,7 +141,7 @@ def kept(tmp_path) -> list[Snapshot]:
 def test_averages_are_added_up_in_their_shares(kept):
     seen = []
     parts = [combine_snapshots([one], [1.0])["a.b"] for one in kept]
-    total = combine_snapshots(kept, [0.5, -1.5, 2.0], done=lambda: seen.append(1))
+    total = combine_snapshots(kept, [0.5, -1.5, 2.0], on_progress=lambda: seen.append(1))
     expected = 0.5 * parts[0].double() - 1.5 * parts[1].double() + 2 * parts[2].double()
     assert torch.equal(total["a.b"], expected.float())
     assert total["n"] == 6

@@ -119,7 +119,7 @@ class Run:
         pipeline = Pipeline(
             self.module.ema.module,
             autoencoder=self.canvas,
-            text=self.home.text,
+            text_encoder=self.home.text,
             objective=objective(),
             task=TextToImage(),
             sampler=DDIMSampler(),
@@ -129,8 +129,8 @@ class Run:
         return ImageQuality(
             pipeline,
             [ClipFeatures(str(self.home.path / "clip"))],
-            pictures=data.val_set,
-            others=data.train_set.plain(),
+            images=data.val_set,
+            reference_images=data.train_set.plain(),
             size=SIZE,
             folder=self.folder / "eval",
             settings="all as ever",

@@ -70,7 +70,7 @@ def train(
     trainer = make_trainer(steps=steps, callbacks=[], accumulate=accumulate, clip=clip)
     [meter] = trainer.callbacks[:1]
     meter.every = every
-    skip = NonFiniteStepSkipper(folder / "bad_batches.json", meter=meter, stop_after=stop_after)
+    skip = NonFiniteStepSkipper(folder / "bad_batches.json", monitor=meter, stop_after=stop_after)
     keeper = Checkpoints(folder / "checkpoints", every=2, keep=keep, facts={})
     trainer.callbacks += [*callbacks, skip, keeper]
     trainer.val_check_interval = validate_every or trainer.val_check_interval
@@ -171,7 +171,7 @@ def test_on_a_device_the_average_moves_by_what_the_device_says():
 
 def test_stopping_after_none_is_refused(tmp_path):
     with pytest.raises(ValueError, match="stop_after_skips=0 must be 1 or more"):
-        NonFiniteStepSkipper(tmp_path, meter=None, stop_after=0)
+        NonFiniteStepSkipper(tmp_path, monitor=None, stop_after=0)
 
 
 class SpoilWeights(L.Callback):

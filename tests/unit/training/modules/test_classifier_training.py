@@ -67,7 +67,7 @@ def test_it_learns_captions_where_they_can_be_seen(shapes, pooled_text):
     assert after["val/recall_t7"] < after["val/recall_t0"]
     assert {"val/loss", "val/recall_at_1"} <= after.keys()
     x0, _ = module.encode(val_batch(data, range(10)))
-    log_p = module.classifier.eval().aim(CAPTIONS)
+    log_p = module.classifier.eval().make_log_likelihood(CAPTIONS)
     right = log_p(x0, torch.tensor(0.02)).mean()
     assert right > log_p(x0.roll(1, 0), torch.tensor(0.02)).mean() + 1
 

@@ -92,7 +92,7 @@ def main() -> None:
     pipeline, size = restored(args.run, args.scale)
     how = {"size": size, "steps": args.steps}
     accuracy = MotionPromptAccuracy(count=args.count)
-    real = drawn(accuracy, pipeline.frames, size)
+    real = drawn(accuracy, pipeline.num_frames, size)
 
     def stack(prompts: Sequence[str]) -> Tensor:
         return torch.stack([real[prompt] for prompt in prompts]).to(pipeline.device)
@@ -110,7 +110,7 @@ def main() -> None:
     subjects = {"text": from_text, "first frame": from_image, "drawn": through}
     if args.images:
         images, _ = restored(args.images, args.scale)
-        subjects["frame by frame"] = frame_by_frame(images, pipeline.frames, **how)
+        subjects["frame by frame"] = frame_by_frame(images, pipeline.num_frames, **how)
     found = {}
     for name, paint in subjects.items():
         found[name] = report(accuracy, paint)

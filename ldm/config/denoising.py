@@ -156,7 +156,11 @@ def build_diffusion_module(
         callbacks.append(instantiate(cfg.eval.scenes, pipeline, size=data.size))
     if "images" in cfg.eval and not task.needs_image:
         networks = [instantiate(network) for network in cfg.features.values()]
-        seen = {"pictures": data.val_set, "others": data.train_set.plain(), "size": data.size}
+        seen = {
+            "images": data.val_set,
+            "reference_images": data.train_set.plain(),
+            "size": data.size,
+        }
         place = {"folder": run_dir / "eval", "raw_denoiser": trained.denoiser}
         whole = OmegaConf.to_container(cfg, resolve=True)
         painted = {

@@ -144,7 +144,7 @@ def build_run_source(
             "features=none leaves scene accuracy alone, which is of runs on data=scenes: give "
             "features='[clip]'"
         )
-    text = CachedTextEncoder(restored.pipeline.text)
+    text = CachedTextEncoder(restored.pipeline.text_encoder)
 
     said: set[str] = set()
 

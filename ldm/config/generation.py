@@ -48,7 +48,7 @@ def generate_samples(
     files = {"image": options["image"], "mask": options["mask"], "pad": list(cfg.pad)}
     given = read_pipeline_inputs(first.pipeline, trained=first.size, size=cfg.size, **files)
     default = make_image_path(last.path, jobs[0][0])
-    out = prepare_output_file(options["out"], default, moving=first.pipeline.frames is not None)
+    out = prepare_output_file(options["out"], default, moving=first.pipeline.num_frames is not None)
 
     prompts = [prompt for prompt, _ in jobs]
     asks = {"prompts": prompts, "negative": options["negative"], "strength": strength}
@@ -62,7 +62,7 @@ def generate_samples(
         if images:
             given, more = prepare_upscaling_inputs(pipeline, torch.stack(images)), {}
         call = partial(pipeline, size=given.size, negative=options["negative"], **more)
-        how |= {"decode": pipeline.decode, "pictures": given.pictures()}
+        how |= {"decode": pipeline.decode, "inputs": given.pictures()}
         images, guesses = generate_in_batches(call, jobs, **how)
         images = given.cut(images)
     settings = {

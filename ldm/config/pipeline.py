@@ -181,7 +181,11 @@ def check_text_to_image(restored: LoadedPipeline, verb: str) -> None:
 def replace_sampling(pipeline: Pipeline, cfg: DictConfig) -> Pipeline:
     """The same networks with the sampler and guidance of `cfg`."""
     beside = Components(
-        pipeline.autoencoder, pipeline.text, pipeline.objective, pipeline.task, pipeline.device
+        pipeline.autoencoder,
+        pipeline.text_encoder,
+        pipeline.objective,
+        pipeline.task,
+        pipeline.device,
     )
     chosen = {"sampler": instantiate(cfg.sampler), "guidance": build_guidance(cfg.guidance, beside)}
     return replace(pipeline, **chosen)

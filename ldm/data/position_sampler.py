@@ -114,7 +114,7 @@ class PositionBatchSampler:
     """This rank's endless share of the order, as a batch sampler of (sample index, position).
 
     A micro-step takes the next batch * world positions, rank r the r-th slice of `batch` of them.
-    Each pass begins at the position that `start()` gives at that moment; `reached` is told the
+    Each pass begins at the position that `start()` gives at that moment; `on_position` is told the
     first position of every batch before it is given out.
     """
 
@@ -126,11 +126,11 @@ class PositionBatchSampler:
         rank: int,
         world: int,
         start: Callable[[], int],
-        reached: Callable[[int], None] = lambda position: None,
+        on_position: Callable[[int], None] = lambda position: None,
     ) -> None:
         if batch < 1 or not 0 <= rank < world:
             raise ValueError(f"need batch >= 1 and 0 <= rank < world, got {batch}, {rank}, {world}")
-        self._order, self._start, self._reached = order, start, reached
+        self._order, self._start, self._reached = order, start, on_position
         self._batch, self._rank, self._world = batch, rank, world
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

@@ -25,7 +25,7 @@ from ldm.inference.pipeline import Pipeline, format_image_size
 
 @dataclass(frozen=True)
 class PipelineInputs:
-    """Pictures as a pipeline takes them: what it paints is `size`, and `shown` of it is the result.
+    """Images as a pipeline takes them: it generates `size` and returns `output_size` of it.
 
     A network paints in multiples of its own grid, and in no less than it was trained on: a picture
     to be enlarged is continued to the right and below until it fits, and what comes of that is cut.
@@ -34,7 +34,7 @@ class PipelineInputs:
     size: tuple[int, int]  # H, W
     image: Tensor | None = None  # (1 or N, 3, H / scale, W / scale) in [-1, 1]
     mask: Tensor | None = None  # (1, 1, H, W)
-    shown: tuple[int, int] | None = None  # None: all of it
+    output_size: tuple[int, int] | None = None  # None: all of it
 
     def pictures(self) -> dict[str, Tensor]:
         """Those that there are, under the pipeline's names."""
@@ -43,7 +43,7 @@ class PipelineInputs:
 
     def cut(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Painted pictures (3, H, W) without what was continued."""
-        height, width = self.shown or self.size
+        height, width = self.output_size or self.size
         return [image[..., :height, :width] for image in images]
 
 

@@ -27,21 +27,21 @@ class Pipeline:
 
     Its parts are used where they are: the networks on one device, in eval mode. `dtype`: what they
     compute in, under autocast; None is float32. `trained_size`: of the denoiser's pictures, in
-    pixels; a task with windows paints larger ones in windows of that size. `frames`: of a video;
-    None paints pictures. `dataclasses.replace` makes one with other parts.
+    pixels; a task with windows paints larger ones in windows of that size. `num_frames`: of a
+    video; None paints pictures. `dataclasses.replace` makes one with other parts.
     """
 
     denoiser: nn.Module
     _: KW_ONLY
     autoencoder: nn.Module
-    text: Callable[[Sequence[str]], Condition]
+    text_encoder: Callable[[Sequence[str]], Condition]
     objective: Objective
     task: BaseTask
     sampler: Sampler
     guidance: Guidance
     dtype: torch.dtype | None = None
     trained_size: int | None = None
-    frames: int | None = None
+    num_frames: int | None = None
     style_encoder: nn.Module | None = None
 
     @torch.no_grad()
@@ -88,7 +88,9 @@ class Pipeline:
             mask = self._prepare_image(mask, len(seeds), size)
 
             def inverted(x0: Tensor, t: float) -> Tensor:
-                cond = self.text([source] * len(x0) if isinstance(source, str) else list(source))
+                cond = self.text_encoder(
+                    [source] * len(x0) if isinstance(source, str) else list(source)
+                )
                 times = self.sampler.times(schedule, steps, start=t)
                 return invert_ddim(lambda x, t: self.denoise(x, t, cond), x0, schedule, times)
 
@@ -214,15 +216,15 @@ class Pipeline:
     ) -> Denoise:
         prompts = list(prompts)
         n = len(prompts)
-        cond = replace(self.text(prompts), concat=concat, style=style)
-        uncond = self._encode_repeated(negative, n) if negative else self.text.null(n)
+        cond = replace(self.text_encoder(prompts), concat=concat, style=style)
+        uncond = self._encode_repeated(negative, n) if negative else self.text_encoder.null(n)
         no_style = None if style is None else torch.zeros_like(style)
         uncond = replace(uncond, concat=concat, style=no_style)
         denoise: ConditionalDenoiser = self.denoise
         if self.task.tile_overlap is not None and self.trained_size is not None:
             side = self.trained_size // self.autoencoder.factor
             denoise = TiledDenoiser(denoise, side, round(side * self.task.tile_overlap))
-        return self.guidance(denoise, cond, uncond, GuidancePrompts(prompts, self.text))
+        return self.guidance(denoise, cond, uncond, GuidancePrompts(prompts, self.text_encoder))
 
     def _encode_style(self, style: Tensor | None, seeds: Sequence[int]) -> Tensor | None:
         """Features (B, N, F) of a style picture, shuffled anew for each seed."""
@@ -263,11 +265,11 @@ class Pipeline:
                 "autoencoder's factor"
             )
         grid = [side // factor for side in size]
-        grid = grid if self.frames is None else [self.frames, *grid]
+        grid = grid if self.num_frames is None else [self.num_frames, *grid]
         return torch.empty((n, self.autoencoder.channels, *grid), device=self.device)
 
     def _encode_repeated(self, prompt: str, n: int) -> Condition:
-        return self.text([prompt]).map(lambda part: part.expand(n, *part.shape[1:]))
+        return self.text_encoder([prompt]).map(lambda part: part.expand(n, *part.shape[1:]))
 
 
 def format_image_size(size: tuple[int, int]) -> str:

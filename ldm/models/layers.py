@@ -147,11 +147,17 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the text (if `context_dim`), feed-forward; pre-norm.
 
-    beside: makes what is added to the text's attention, out of the width and the style's tokens.
+    extra_attention: makes a module of the width; its output is added to that of the text's
+    attention.
     """
 
     def __init__(
-        self, dim: int, *, context_dim: int, heads: int, beside: ExtraAttentionFactory | None = None
+        self,
+        dim: int,
+        *,
+        context_dim: int,
+        heads: int,
+        extra_attention: ExtraAttentionFactory | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
@@ -160,7 +166,7 @@ class TransformerBlock(nn.Module):
         self.cross_attn = (
             Attention(dim, context_dim=context_dim, heads=heads) if context_dim else None
         )
-        self.style_attn = beside(dim) if beside else None
+        self.style_attn = extra_attention(dim) if extra_attention else None
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
@@ -190,14 +196,15 @@ class SpatialTransformer(nn.Module):
         heads: int,
         depth: int,
         groups: int,
-        beside: ExtraAttentionFactory | None = None,
+        extra_attention: ExtraAttentionFactory | None = None,
     ) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         sizes = {"context_dim": context_dim, "heads": heads}
         self.layers = nn.ModuleList(
-            TransformerBlock(channels, **sizes, extra_attention=beside) for _ in range(depth)
+            TransformerBlock(channels, **sizes, extra_attention=extra_attention)
+            for _ in range(depth)
         )
         self.proj_out = nn.Conv2d(channels, channels, 1)
 

@@ -122,7 +122,7 @@ class ImageQuality(L.Callback):
     ) -> None:
         if every < 0:
             raise ValueError(f"every is a number of images, 0 or more, got {every}")
-        pipeline = replace(pipeline, text=CachedTextEncoder(pipeline.text))
+        pipeline = replace(pipeline, text_encoder=CachedTextEncoder(pipeline.text_encoder))
         self.pipelines = {"": pipeline}
         if raw:
             self.pipelines["_raw"] = replace(pipeline, denoiser=raw_denoiser)

@@ -111,7 +111,7 @@ class UNet(nn.Module):
                 heads=heads,
                 depth=depth,
                 groups=groups,
-                beside=beside,
+                extra_attention=beside,
             ),
         )
         self.norm_out = nn.GroupNorm(groups, width, eps=1e-5)

@@ -225,7 +225,7 @@ def test_a_schedule_that_ends_before_the_noise_says_so():
 
 STEPS = st.integers(2, 3000)
 ZERO = st.booleans()
-LEGAL = st.for_single_step(
+LEGAL = st.one_of(
     st.builds(
         lambda make, steps, start, more, zero: make(
             steps=steps, start=start, end=start + min(more, 300 / steps), zero_terminal_snr=zero

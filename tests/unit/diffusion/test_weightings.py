@@ -163,7 +163,7 @@ def test_one_estimate_has_one_loss_whatever_is_predicted(schedule, weighting):
     assert loss("v").std() > 0.01
 
 
-LAWS = st.for_single_step(
+LAWS = st.one_of(
     st.just(UniformWeighting()),
     st.builds(MinSNRWeighting, st.floats(0.01, 100)),
     st.builds(SoftMinSNRWeighting, st.floats(0.01, 100)),

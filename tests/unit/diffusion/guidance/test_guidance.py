@@ -164,7 +164,7 @@ def test_all_guidance_of_classifier_free_kind_rescales_the_output():
     def eps(x0_hat):
         return (x_t - alpha * x0_hat) / sigma
 
-    given = {"scale": 9.0, "rescale": 1.0, "at_zero": lambda x_t, t: x_t / alpha}
+    given = {"scale": 9.0, "rescale": 1.0, "x0_at_zero_output": lambda x_t, t: x_t / alpha}
     t = torch.tensor(0.6).double()
     for guidance, with_style in (
         (ClassifierFreeGuidance(**given), False),

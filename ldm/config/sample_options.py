@@ -4,12 +4,16 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from ldm.utils.checkpoint_file import format_unknown_checkpoint
 from ldm.utils.errors import UsageError
 from ldm.utils.output_path import resolve_output_file
+
+if TYPE_CHECKING:
+    import torch
 
 INPUT_FILE_OPTIONS = ("image", "mask", "style", "prompts")
 LOCATION_OPTIONS = ("ckpt", "out", "autoencoder", "text_encoder", "style_encoder")
@@ -65,9 +69,26 @@ def check_checkpoints_and_device(cfg: DictConfig, *ckpts: str) -> None:
         if ckpt is not None and not os.path.exists(os.path.expanduser(ckpt)):
             raise UsageError(format_unknown_checkpoint(ckpt, name))
     if cfg.device is not None:
-        from ldm.config.devices import select_device
-
         select_device(cfg.device)
+
+
+def select_device(name: str | None) -> "torch.device":
+    """The device of this name; without one a GPU where there is one.
+
+    Raises UsageError where there is no such device.
+    """
+    import torch  # not before the mistakes that need no torch
+
+    has_gpu = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if has_gpu else "cpu"))
+        if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+            raise ValueError
+        torch.empty(1, device=device)
+    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        options = "cpu, cuda" if has_gpu else "cpu"
+        raise UsageError(f"device={name} is not here: take one of {options}") from error
+    return device
 
 
 def check_input_file(name: str, path: str | None) -> None:

@@ -1,48 +1,45 @@
-"""From prompts to pictures.
+"""From prompts to images.
 
 Shapes: B batch, C latent channels, H W pixels, h w latent grid.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.diffusion.conditioning import Condition
 from ldm.diffusion.guidance.base import ConditionalDenoiser, Denoise, Guidance, GuidancePrompts
-from ldm.diffusion.objective import Objective
 from ldm.diffusion.rng import ImageNoise
 from ldm.diffusion.samplers.base import DDIMSampler, OnStep, Sampler
 from ldm.diffusion.samplers.inversion import invert_ddim
 from ldm.diffusion.samplers.overshoot import format_overshoot_warning
 from ldm.diffusion.samplers.repaint import RePaintSampler
 from ldm.diffusion.samplers.tiled import TiledDenoiser
-from ldm.diffusion.tasks.base import BaseTask, Request
+from ldm.diffusion.tasks.base import Request
+from ldm.inference.components import Components
 
 
 @dataclass(frozen=True, eq=False)
 class Pipeline:
     """Text encoder, task, guidance, sampler and decoder, in that order.
 
-    Its parts are used where they are: the networks on one device, in eval mode. `dtype`: what they
-    compute in, under autocast; None is float32. `trained_size`: of the denoiser's pictures, in
-    pixels; a task with windows paints larger ones in windows of that size. `num_frames`: of a
-    video; None paints pictures. `dataclasses.replace` makes one with other parts.
+    The components are on one device, in eval mode. `dtype`: the type of autocast; None is float32.
+    `trained_size`: the side of the training images, in pixels; a task with tiles generates larger
+    images in tiles of that size. `num_frames`: of a video; None generates images.
     """
 
-    denoiser: nn.Module
-    _: KW_ONLY
-    autoencoder: nn.Module
-    text_encoder: Callable[[Sequence[str]], Condition]
-    objective: Objective
-    task: BaseTask
+    components: Components
     sampler: Sampler
     guidance: Guidance
     dtype: torch.dtype | None = None
     trained_size: int | None = None
     num_frames: int | None = None
-    style_encoder: nn.Module | None = None
+
+    def replace_components(self, **changes: object) -> "Pipeline":
+        """The same pipeline with other components."""
+        return replace(self, components=replace(self.components, **changes))
 
     @torch.no_grad()
     def __call__(
@@ -79,16 +76,19 @@ class Pipeline:
             white = ImageNoise(seeds, device=self.device)
 
             def noise(x: Tensor) -> Tensor:
-                return self.task.shape_noise(white(x))
+                return self.components.task.shape_noise(white(x))
 
-            schedule, encode = self.objective.schedule, self.autoencoder.encode
+            schedule, encode = (
+                self.components.objective.schedule,
+                self.components.autoencoder.encode,
+            )
             size = (size, size) if isinstance(size, int) else tuple(size)
             room = self._empty_latents(len(seeds), size)
-            image = self._prepare_image(image, len(seeds), size, smaller=self.task.scale)
+            image = self._prepare_image(image, len(seeds), size, smaller=self.components.task.scale)
             mask = self._prepare_image(mask, len(seeds), size)
 
             def inverted(x0: Tensor, t: float) -> Tensor:
-                cond = self.text_encoder(
+                cond = self.components.text_encoder(
                     [source] * len(x0) if isinstance(source, str) else list(source)
                 )
                 times = self.sampler.times(schedule, steps, start=t)
@@ -98,7 +98,7 @@ class Pipeline:
                 return float(self.sampler.times(schedule, steps, start=t)[0])
 
             request = Request(room, image, mask, strength, inverted, first)
-            start = self.task.start(request, encode, schedule, noise=noise)
+            start = self.components.task.start(request, encode, schedule, noise=noise)
             guided = self._make_denoiser(
                 prompts, negative, start.concat, self._encode_style(style, seeds)
             )
@@ -132,9 +132,9 @@ class Pipeline:
                 "negative= has no effect: this guidance takes the answer for the prompt alone. "
                 "Give guidance=cfg guidance.scale=2, or another scale than 1"
             )
-        if self.task.rounds == 1:  # in rounds all steps are of first order
+        if self.components.task.rounds == 1:  # in rounds all steps are of first order
             word = format_overshoot_warning(
-                self.sampler, self.objective.schedule, steps, start=strength
+                self.sampler, self.components.objective.schedule, steps, start=strength
             )
             said += [word] if word else []
         return said
@@ -155,8 +155,8 @@ class Pipeline:
         `repaint` is the way back.
         """
         with self._autocast():
-            x0 = self.autoencoder.encode(images.to(self.device))
-            schedule = self.objective.schedule
+            x0 = self.components.autoencoder.encode(images.to(self.device))
+            schedule = self.components.objective.schedule
             times = self.sampler.times(schedule, steps)
             guided = self._make_denoiser(prompts, negative)
             return invert_ddim(guided, x0, schedule, times, on_step=on_step)
@@ -176,7 +176,7 @@ class Pipeline:
         With other prompts, what they say of them.
         """
         with self._autocast():
-            schedule = self.objective.schedule
+            schedule = self.components.objective.schedule
             x0 = DDIMSampler()(
                 self._make_denoiser(prompts, negative),
                 noise,
@@ -191,21 +191,23 @@ class Pipeline:
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] of latents (B, C, h, w), such as a step's x0_hat."""
         with self._autocast():
-            return self.autoencoder.decode(latents).clamp(-1, 1)
+            return self.components.autoencoder.decode(latents).clamp(-1, 1)
 
     @property
     def device(self) -> torch.device:
         """Where the denoiser is."""
-        return next(self.denoiser.parameters()).device
+        return self.components.device
 
     @property
     def size_multiple(self) -> int:
         """Pixels that height and width of what is painted are multiples of."""
-        return self.autoencoder.factor * self.denoiser.multiple
+        return self.components.autoencoder.factor * self.components.denoiser.multiple
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """x0_hat (B, C, h, w) of x_t at t, () or (B,) on any device, without guidance."""
-        return self.objective.predict_x0(self.denoiser, x_t, t.to(x_t.device), cond)
+        return self.components.objective.predict_x0(
+            self.components.denoiser, x_t, t.to(x_t.device), cond
+        )
 
     def _make_denoiser(
         self,
@@ -216,28 +218,32 @@ class Pipeline:
     ) -> Denoise:
         prompts = list(prompts)
         n = len(prompts)
-        cond = replace(self.text_encoder(prompts), concat=concat, style=style)
-        uncond = self._encode_repeated(negative, n) if negative else self.text_encoder.null(n)
+        cond = replace(self.components.text_encoder(prompts), concat=concat, style=style)
+        uncond = (
+            self._encode_repeated(negative, n) if negative else self.components.text_encoder.null(n)
+        )
         no_style = None if style is None else torch.zeros_like(style)
         uncond = replace(uncond, concat=concat, style=no_style)
         denoise: ConditionalDenoiser = self.denoise
-        if self.task.tile_overlap is not None and self.trained_size is not None:
-            side = self.trained_size // self.autoencoder.factor
-            denoise = TiledDenoiser(denoise, side, round(side * self.task.tile_overlap))
-        return self.guidance(denoise, cond, uncond, GuidancePrompts(prompts, self.text_encoder))
+        if self.components.task.tile_overlap is not None and self.trained_size is not None:
+            side = self.trained_size // self.components.autoencoder.factor
+            denoise = TiledDenoiser(denoise, side, round(side * self.components.task.tile_overlap))
+        return self.guidance(
+            denoise, cond, uncond, GuidancePrompts(prompts, self.components.text_encoder)
+        )
 
     def _encode_style(self, style: Tensor | None, seeds: Sequence[int]) -> Tensor | None:
         """Features (B, N, F) of a style picture, shuffled anew for each seed."""
         if style is None:
             return None
-        if self.style_encoder is None:
+        if self.components.style_encoder is None:
             raise ValueError(
                 "style=: this model was trained without style pictures; `python train.py "
                 "style_encoder=clip init=RUN` begins with it and trains one that takes them"
             )
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         images = style.to(self.device).expand(len(seeds), *style.shape[1:])
-        return self.style_encoder(images, generators)
+        return self.components.style_encoder(images, generators)
 
     def _prepare_image(
         self, part: Tensor | None, n: int, size: tuple[int, int], *, smaller: int = 1
@@ -258,7 +264,7 @@ class Pipeline:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def _empty_latents(self, n: int, size: tuple[int, int]) -> Tensor:
-        factor = self.autoencoder.factor
+        factor = self.components.autoencoder.factor
         if any(side % factor for side in size):
             raise ValueError(
                 f"size={format_image_size(size)} is not a multiple of {factor}, the "
@@ -266,10 +272,12 @@ class Pipeline:
             )
         grid = [side // factor for side in size]
         grid = grid if self.num_frames is None else [self.num_frames, *grid]
-        return torch.empty((n, self.autoencoder.channels, *grid), device=self.device)
+        return torch.empty((n, self.components.autoencoder.channels, *grid), device=self.device)
 
     def _encode_repeated(self, prompt: str, n: int) -> Condition:
-        return self.text_encoder([prompt]).map(lambda part: part.expand(n, *part.shape[1:]))
+        return self.components.text_encoder([prompt]).map(
+            lambda part: part.expand(n, *part.shape[1:])
+        )
 
 
 def format_image_size(size: tuple[int, int]) -> str:

@@ -15,18 +15,12 @@ from omegaconf import OmegaConf
 from tiny_t5 import save_tiny_t5
 from world import small_autoencoder, write_shapes
 
-from ldm.cli.attempt import check_config_unchanged
 from ldm.cli.explain import is_text_to_image_run
+from ldm.cli.train import check_config_unchanged
 from ldm.config import command_line
-from ldm.config.classifier import load_noisy_classifier
-from ldm.config.components import (
-    Components,
-    build_objective,
-    load_diffusion_checkpoint,
-    warm_start_from_run,
-)
+from ldm.config.components import build_objective, load_diffusion_checkpoint, warm_start_from_run
 from ldm.config.evaluation import build_evaluation_source
-from ldm.config.guidance import load_guide_denoiser
+from ldm.config.guidance import load_guide_denoiser, load_noisy_classifier
 from ldm.config.packaging import package_autoencoder
 from ldm.config.pipeline import LoadedPipeline, load_cascade, load_pipeline
 from ldm.config.registry import (
@@ -39,10 +33,12 @@ from ldm.config.training_images import SCENES_TARGET, open_run_images
 from ldm.diffusion.schedules import cosine
 from ldm.diffusion.tasks.base import TextToImage
 from ldm.experiments.former_names import FORMER_TARGETS
+from ldm.inference.components import Components
 from ldm.models.text.labels import NullTextEncoder
 from ldm.utils.checkpoint_file import CheckpointError, write_checkpoint
 from ldm.utils.errors import UsageError
 
+CPU = torch.device("cpu")
 CLIP_SAVE = {
     "_target_": "ldm.models.clip.Clip.save",
     "self": {"_target_": "ldm.models.clip.Clip.load", "path": "packaged:clip"},
@@ -235,9 +231,7 @@ def test_a_text_that_is_no_configuration_is_refused(case, place):
 
 def beside() -> Components:
     objective = build_objective(OmegaConf.create(OBJECTIVE))
-    return Components(
-        small_autoencoder(), NullTextEncoder(), objective, TextToImage(), torch.device("cpu")
-    )
+    return Components(None, small_autoencoder(), NullTextEncoder(), None, objective, TextToImage())
 
 
 OBJECTIVE = {
@@ -268,9 +262,9 @@ DOORS = {
         {},
     ),
     "evaluate, phema": evaluated,
-    "guide": lambda run: load_guide_denoiser(run, beside()),
-    "init": lambda run: warm_start_from_run(run, None, {}, cosine()),
-    "classifier": lambda run: load_noisy_classifier(run, components=beside()),
+    "guide": lambda run: load_guide_denoiser(run, beside(), device=CPU),
+    "init": lambda run: warm_start_from_run(run, beside()),
+    "classifier": lambda run: load_noisy_classifier(run, beside(), device=CPU),
     "package": lambda run: package_autoencoder(Path(run), Path("made"), scenes=1),
 }
 
@@ -322,8 +316,8 @@ ELSEWHERE = {
 
 def of(data: dict, place: Path) -> LoadedPipeline:
     """What of a run says what it was trained on."""
-    node = OmegaConf.create(data)
-    return LoadedPipeline(None, 16, place / "x.ckpt", 1, None, node, "float32", {}, {})
+    config = OmegaConf.create({"data": data})
+    return LoadedPipeline(None, place / "x.ckpt", 1, config, {}, {})
 
 
 @pytest.mark.parametrize("case", ELSEWHERE)

@@ -105,7 +105,7 @@ def test_text_to_image_takes_nothing_else(tiny_text, extra):
 
 def test_a_picture_goes_to_its_noise_and_back(tiny_text):
     """What is painted of the noise that was found is the picture; with other words, another."""
-    pipe = replace(pipeline(tiny_text, scale=1.5), autoencoder=IdentityAutoencoder())
+    pipe = pipeline(tiny_text, scale=1.5).replace_components(autoencoder=IdentityAutoencoder())
     images = 0.8 * torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) - 0.4
     noise = pipe.invert(images, PROMPTS[:1], steps=20)
     assert distance(noise, images) > 0.1
@@ -133,8 +133,9 @@ def test_a_judge_steers_towards_what_it_likes(tiny_text):
     def brightness(prompts):
         return lambda x0_hat: 300 * x0_hat.flatten(1).mean(1)
 
-    plain = replace(pipeline(tiny_text, scale=1.0), autoencoder=IdentityAutoencoder())
-    inner, schedule = plain.guidance, plain.objective.schedule
+    plain = pipeline(tiny_text, scale=1.0)
+    plain = plain.replace_components(autoencoder=IdentityAutoencoder())
+    inner, schedule = plain.guidance, plain.components.objective.schedule
     images = plain(PROMPTS[:2], seeds=[0, 1], size=SIZE, steps=8)
     judged = ClipGuidance(reward_model=brightness, schedule=schedule, inner=inner)
     steered = replace(plain, guidance=judged)(PROMPTS[:2], seeds=[0, 1], size=SIZE, steps=8)

@@ -33,7 +33,8 @@ def seeded(seed=0):
 
 def pixels(text, task, *, scale=1.5):
     """A pipeline without an autoencoder's error."""
-    return replace(pipeline(text, scale=scale), autoencoder=IdentityAutoencoder(), task=task)
+    pipe = pipeline(text, scale=scale)
+    return pipe.replace_components(autoencoder=IdentityAutoencoder(), task=task)
 
 
 def picture(n=1):
@@ -121,7 +122,7 @@ def test_what_the_mask_keeps_is_kept(tiny_text, rounds):
 
 
 def test_paste_is_to_the_last_bit_whatever_the_autoencoder_does(tiny_text):
-    pipe = replace(pipeline(tiny_text), task=ProjectedInpainting())
+    pipe = pipeline(tiny_text).replace_components(task=ProjectedInpainting())
     given = {"image": picture(), "mask": left_half()}
     kept = left_half().expand(2, 3, SIZE, SIZE) == 0
     assert not torch.equal(paint(pipe, **given)[kept], picture().expand(2, -1, -1, -1)[kept])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from world import SIZE, objective, small_autoencoder
+from world import SIZE, components, small_autoencoder
 
 from ldm.diffusion.guidance.base import ClassifierFreeGuidance
 from ldm.diffusion.rng import make_generators
@@ -34,11 +34,12 @@ def network(text):
 
 def pipeline(text, *, eta=0.0):
     return Pipeline(
-        network(text),
-        autoencoder=FramewiseAutoencoder(small_autoencoder().eval()),
-        text_encoder=text,
-        objective=objective(),
-        task=TextToVideo(),
+        components(
+            text,
+            denoiser=network(text),
+            autoencoder=FramewiseAutoencoder(small_autoencoder().eval()),
+            task=TextToVideo(),
+        ),
         sampler=DDIMSampler(eta=eta),
         guidance=ClassifierFreeGuidance(scale=2.0),
         num_frames=FRAMES,

@@ -61,7 +61,7 @@ def test_an_empty_negative_prompt_is_the_empty_caption(tiny_text):
 def test_scale_one_is_the_conditional_model_alone(tiny_text):
     """The negative prompt is not looked at, and the network sees each image once a step."""
     pipe, batches = pipeline(tiny_text, scale=1.0, eta=1.0), []
-    pipe.denoiser.register_forward_hook(lambda _, args, out: batches.append(len(out)))
+    pipe.components.denoiser.register_forward_hook(lambda _, args, out: batches.append(len(out)))
     images = pipe(PROMPTS[:2], seeds=[0, 1], size=SIZE, steps=3, negative="a green square")
     assert batches == [2, 2, 2]
     limit = sample(tiny_text, PROMPTS[:2], [0, 1], scale=1 + 1e-7)
@@ -175,5 +175,5 @@ def test_a_word_for_a_sampler_that_overshoots_at_these_steps(tiny_text):
     pipe = replace(pipe, sampler=DPMSolverSampler(eta=1.0, spacing="leading"))
     (word,) = pipe.collect_warnings(30)
     assert "overshoots in 30 steps with spacing=leading" in word
-    pipe = replace(pipe, task=ProjectedInpainting(rounds=2))  # of first order
+    pipe = pipe.replace_components(task=ProjectedInpainting(rounds=2))  # of first order
     assert pipe.collect_warnings(30) == []

@@ -35,7 +35,7 @@ def wide_pipeline(text, task):
         for parameter in net.parameters():
             parameter += 0.03 * torch.randn(parameter.shape)
     parts = {"denoiser": net.eval(), "autoencoder": IdentityAutoencoder(), "task": task}
-    return replace(pipe, **parts, trained_size=SIZE)
+    return replace(pipe.replace_components(**parts), trained_size=SIZE)
 
 
 def test_the_network_is_told_what_was_done_to_the_picture():
@@ -58,7 +58,9 @@ def test_sampling_shows_what_training_shows(tiny_text):
     images = 2 * torch.rand(3, 3, SIZE, SIZE) - 1
     seen = []
     pipe = wide_pipeline(tiny_text, task)
-    pipe.denoiser.register_forward_pre_hook(lambda net, args: seen.append(args[2].concat))
+    pipe.components.denoiser.register_forward_pre_hook(
+        lambda net, args: seen.append(args[2].concat)
+    )
     pipe(["a"] * 3, seeds=[0, 1, 2], size=SIZE, steps=1, image=downsample_images(images, 2))
     trained = shown(SuperResolution(scales=[2], max_noise_level=0.0), images, range(3))
     torch.testing.assert_close(seen[0], trained)

@@ -170,17 +170,19 @@ def test_rounds_below_one_are_refused():
 def inpainting(text):
     """A pipeline in pixels whose network is shown mask and rest."""
     pipe = pixels(text, Inpainting(), scale=1.0)
-    plain = pipe.denoiser.conv_in
-    pipe.denoiser.in_channels += Inpainting().extra_channels(3)
-    wide = torch.nn.Conv2d(pipe.denoiser.in_channels, plain.out_channels, 3, padding=1)
-    pipe.denoiser.conv_in = wide
+    plain = pipe.components.denoiser.conv_in
+    pipe.components.denoiser.in_channels += Inpainting().extra_channels(3)
+    wide = torch.nn.Conv2d(pipe.components.denoiser.in_channels, plain.out_channels, 3, padding=1)
+    pipe.components.denoiser.conv_in = wide
     return pipe
 
 
 def test_the_network_is_shown_the_mask_and_what_it_leaves(tiny_text):
     pipe = inpainting(tiny_text)
     seen = []
-    pipe.denoiser.register_forward_pre_hook(lambda net, args: seen.append(args[2].concat))
+    pipe.components.denoiser.register_forward_pre_hook(
+        lambda net, args: seen.append(args[2].concat)
+    )
     images = paint(pipe, image=picture(), mask=left_half(), steps=2)
     kept = left_half().expand_as(images) == 0
     assert torch.equal(images[kept], picture().expand_as(images)[kept])
@@ -191,7 +193,7 @@ def test_the_network_is_shown_the_mask_and_what_it_leaves(tiny_text):
 
 def test_a_white_mask_paints_from_words_alone(tiny_text):
     pipe = inpainting(tiny_text)
-    pipe.objective.schedule = cosine()  # which ends in noise
+    pipe.components.objective.schedule = cosine()  # which ends in noise
     whole = torch.ones(1, 1, SIZE, SIZE)
     one, other = (paint(pipe, image=x, mask=whole, steps=2) for x in (picture(), -picture()))
     torch.testing.assert_close(one, other, atol=1e-3, rtol=0)

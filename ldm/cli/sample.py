@@ -53,7 +53,7 @@ def generate_samples(
     first, last = loaded[0], loaded[-1]
     pipeline = first.pipeline
     if (strength := cfg.strength) is None:
-        strength = pipeline.components.task.strength
+        strength = pipeline.components.task.default_strength
     more = {"strength": strength, "paste": cfg.paste, "source": options["source"]}
     if options["style"]:
         more["style"] = read_square_option("style", options["style"], first.size)[None]

@@ -18,7 +18,7 @@ from ldm.config.registry import DIFFUSION_GROUPS, validate_file_config
 from ldm.config.suggestions import CONF_DIR
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedules import Schedule
-from ldm.diffusion.tasks.base import BaseTask
+from ldm.diffusion.tasks.base import Task
 from ldm.evaluation.features.base import FeatureExtractor
 from ldm.inference.components import Components
 from ldm.models.frames import FramewiseAutoencoder
@@ -37,12 +37,12 @@ FROZEN_GROUPS = ("autoencoder", "text_encoder")
 STYLE_GROUP = "style_encoder"  # frozen as well, where there is one
 
 
-def build_components(cfg: DictConfig, task: BaseTask) -> Components:
+def build_components(cfg: DictConfig, task: Task) -> Components:
     """All components of a model. Their order decides the random initial weights."""
     autoencoder, text_encoder = build_frozen_encoders(cfg)
     style_encoder = build_style_encoder(cfg)
     denoiser = build_denoiser(cfg, autoencoder, text_encoder, style_encoder, task)
-    if task.temporal:
+    if task.is_video:
         autoencoder = FramewiseAutoencoder(autoencoder)
     objective = build_objective(cfg)
     return Components(denoiser, autoencoder, text_encoder, style_encoder, objective, task)
@@ -70,10 +70,10 @@ def build_denoiser(
     autoencoder: nn.Module,
     text_encoder: nn.Module,
     style_encoder: nn.Module | None,
-    task: BaseTask,
+    task: Task,
 ) -> nn.Module:
     """The network of `cfg.model`, with the sizes of the components around it."""
-    sizes = {"temporal": True} if task.temporal else {}
+    sizes = {"temporal": True} if task.is_video else {}
     if style_encoder is not None:
         sizes |= {"style_dim": style_encoder.width, "style_code": style_encoder.code}
     return instantiate(

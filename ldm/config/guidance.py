@@ -118,7 +118,7 @@ def load_classifier_guide(
     path: str, components: Components, *, device: torch.device, trust: Sequence[str] | None = None
 ):
     """The log likelihoods of a run of stage=classifier; UsageError for tasks of videos."""
-    if components.task.temporal:
+    if components.task.is_video:
         raise UsageError(
             f"guidance=classifier reads pictures, and task={components.task.name} is of videos: "
             "guidance=clip and guidance=autoguidance guide these"

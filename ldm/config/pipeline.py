@@ -19,13 +19,13 @@ from ldm.config.components import (
 from ldm.config.guidance import build_guidance
 from ldm.config.registry import list_trusted_packages
 from ldm.config.sample_options import select_device
-from ldm.diffusion.tasks.base import BaseTask
+from ldm.diffusion.tasks.base import Task
 from ldm.inference.pipeline import Pipeline
 from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.errors import UsageError
 from ldm.utils.hashing import hash_module
 
-CLASSIFIER_FREE_TARGET = "ldm.diffusion.guidance.base.ClassifierFreeGuidance"
+CLASSIFIER_FREE_TARGET = "ldm.diffusion.guidance.cfg.ClassifierFreeGuidance"
 COMPOSITIONAL_TARGET = "ldm.diffusion.guidance.compositional.CompositionalGuidance"
 
 
@@ -119,7 +119,7 @@ def load_pipeline(cfg: DictConfig, ckpt: str, locations: dict[str, str | None]) 
     )
 
 
-def check_task(task: BaseTask, source: LoadedCheckpoint, ckpt: str) -> None:
+def check_task(task: Task, source: LoadedCheckpoint, ckpt: str) -> None:
     """UsageError where a checkpoint's network was not trained for what a task needs."""
     trained = instantiate(source.config.task)
     if (why := task.incompatible_with(trained)) is None:
@@ -151,7 +151,7 @@ def load_cascade(
     for ckpt in ckpts:
         stages.append(load_pipeline(later if stages else first, ckpt, locations))
         task = stages[-1].pipeline.components.task
-        if task.temporal:
+        if task.is_video:
             raise UsageError(
                 f"cascade: {ckpt} paints videos, and runs of task=superres enlarge pictures alone"
             )
@@ -173,7 +173,7 @@ def is_compositional(guidance: DictConfig) -> bool:
 def check_text_to_image(loaded: LoadedPipeline, verb: str) -> None:
     """UsageError unless a run generates images from prompts alone, which a verb needs."""
     task, path = loaded.pipeline.components.task, loaded.path
-    if task.temporal:
+    if task.is_video:
         raise UsageError(
             f"{verb} is for pictures, and {path} paints videos (task={task.name}): give a run of "
             "task=text2img. python sample.py paints videos, and training measures val/motion_*"

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ldm.diffusion.objective import Objective
-from ldm.diffusion.tasks.base import BaseTask
+from ldm.diffusion.tasks.base import Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +18,7 @@ class Components:
     text_encoder: nn.Module
     style_encoder: nn.Module | None
     objective: Objective
-    task: BaseTask
+    task: Task
 
     @property
     def frozen(self) -> dict[str, nn.Module]:

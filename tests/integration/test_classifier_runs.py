@@ -19,7 +19,7 @@ from ldm.config.components import (
     set_component_location,
 )
 from ldm.config.guidance import build_noisy_classifier, load_noisy_classifier
-from ldm.diffusion.tasks.base import TextToImage
+from ldm.diffusion.tasks.text_to_image import TextToImage
 from ldm.inference.components import Components
 from ldm.models.text.labels import LabelTextEncoder, NullTextEncoder
 from ldm.utils.checkpoint_file import (

@@ -14,7 +14,7 @@ from torch import Tensor
 from world import SIZE, components, latent_diffusion, make_trainer
 
 from ldm.data.datamodule import TextImageData
-from ldm.diffusion.guidance.base import ClassifierFreeGuidance
+from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.samplers.base import DDIMSampler
 from ldm.evaluation.features.clip import ClipFeatures
 from ldm.inference.pipeline import Pipeline

@@ -234,6 +234,7 @@ CHANGEABLE_SETTINGS = (
     "stop_after_skips",
     "samples",
     "resume",
+    "trust",
     "metric",
     "validate_first",
     "data.workers",

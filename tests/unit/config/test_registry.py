@@ -1,6 +1,8 @@
 """What files may build: exactly the components of conf/, whose construction writes nothing."""
 
+import math
 import os
+import re
 import sys
 from contextlib import contextmanager
 from copy import deepcopy
@@ -205,6 +207,77 @@ def test_a_hostile_configuration_builds_nothing(case, honest, place):
     assert str(path) in str(refused.value)
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 400 + len(str(path))
+
+
+@pytest.mark.parametrize("trust", [(), ("another",), ("ldm", "another")])
+@pytest.mark.parametrize("case", HOSTILE)
+def test_trust_in_another_package_opens_nothing(case, trust, honest, place):
+    key, value, words = HOSTILE[case]
+    path = written(changed(honest, key, value), place)
+    with audited() as heard, pytest.raises(CheckpointError, match=re.escape(words)):
+        load_diffusion_checkpoint(str(path), trust=trust)
+    assert heard == []
+    assert not Path("made").exists()
+
+
+OWN = {"_target_": "own_noise.schedules.PowerSchedule", "shift": -3.0}
+
+
+def test_a_component_of_a_trusted_package_is_admitted():
+    """Its numbers are its own affair: ours would refuse this shift."""
+    assert validate_component(OWN, "scheduler", trust=["own_noise"]) == OWN
+    flow = {"_target_": "own_noise.schedules.make_flow", "shift": 2.0}
+    assert validate_component(flow, "scheduler", trust=("other", "own_noise")) == flow
+
+
+@pytest.mark.parametrize("trust", [None, (), ("own", "own_noise.schedules", "another")])
+def test_a_package_that_is_not_trusted_is_not_imported(trust):
+    sys.modules.pop("own_noise.schedules", None)
+    with pytest.raises(ValueError, match=r"which is no scheduler of ours") as refused:
+        validate_component(OWN, "scheduler", trust=trust)
+    hint = "add trust=[own_noise] if you trust that package"
+    assert (hint in str(refused.value)) == (trust is not None), "not for commands without trust="
+    assert "own_noise.schedules" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("own_noise.schedules.mkdir", "no class or function that own_noise defines"),
+        ("own_noise.schedules.torch.load", "no class or function that own_noise defines"),
+        ("own_noise.schedules.FlowSchedule", "no class or function that own_noise defines"),
+        ("own_noise.schedules.PowerSchedule.forward", "no class or function that own_noise"),
+        ("own_noise.schedules", "no class or function that own_noise defines"),
+        ("own_noise.schedules.Nothing", "has no such name"),
+        ("own_noise", "no scheduler of ours"),
+    ],
+)
+def test_only_what_a_trusted_package_defines_may_be_built(target, words, place):
+    with pytest.raises(ValueError, match=words):
+        validate_component({"_target_": target}, "scheduler", trust=["own_noise"])
+    assert not Path("made").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ({"power": 2}, "the key 'power', which"),
+        ({"_partial_": True}, "the key '_partial_', which"),
+        ({"shift": MKDIR}, "is a component, where none can be"),
+        ({"shift": "${oc.env:HOME}"}, "to be looked up elsewhere"),
+        ({"shift": math.inf}, "must be a finite number"),
+    ],
+)
+def test_arguments_of_a_trusted_component_are_checked(argument, words):
+    with pytest.raises(ValueError, match=words):
+        validate_component(OWN | argument, "scheduler", trust=["own_noise"])
+
+
+def test_a_trusted_function_may_take_any_argument_of_its_own():
+    flow = {"_target_": "own_noise.schedules.make_flow", "power": 2.0}
+    assert validate_component(flow, "scheduler", trust=["own_noise"]) == flow
+    with pytest.raises(ValueError, match="the key '_partial_'"):
+        validate_component(flow | {"_partial_": True}, "scheduler", trust=["own_noise"])
 
 
 TEXTS = {

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from shell import ROOT, rows, run
-from test_worlds import RUN, write
+from world_size_runs import RUN, write
 
 STEPS = 6
 FULL = ["early_stop._target_=recorder.FillDisk", "~early_stop.folder"]

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+from same_training import assert_same
 from shell import ROOT, processes, rows, run, wait_for
-from test_resume import assert_same
-from test_worlds import RUN, write
+from world_size_runs import RUN, write
 
 from ldm.data.position_sampler import ShuffledOrder
 from ldm.utils.checkpoint_file import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
-from test_cli import ROOT, run
+from shell import ROOT, run
 
 from ldm.config.run import build_job
 from ldm.config.suggestions import CONF_DIR

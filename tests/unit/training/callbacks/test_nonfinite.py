@@ -7,9 +7,10 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from test_cli import ROOT, run
-from test_resume import assert_same
-from test_signals import RUN as TINY
+from same_training import assert_same
+from shell import ROOT, run
+from signalled_runs import RUN as TINY
+from spoiled_batches import Spoil
 from world import latent_diffusion, make_trainer, shapes_data
 
 from ldm.experiments.run_dir import read_metrics
@@ -20,26 +21,6 @@ from ldm.training.loggers.csv import CsvLog
 from ldm.training.modules.diffusion import LatentDiffusion
 from ldm.utils.checkpoint_file import parse_checkpoint_step, read_checkpoint
 from ldm.utils.hashing import hash_module
-
-
-class Spoil(L.Callback):
-    """Spoils the pictures, or the gradient, of certain micro-batches, counted from 0."""
-
-    def __init__(self, *batches: int, gradient: bool = False) -> None:
-        self.batches = batches
-        self.gradient = gradient
-        self.number = -1
-        self.keys: list[list[str]] = []
-
-    def on_train_batch_start(self, trainer, module, batch: dict, batch_idx: int) -> None:
-        self.number += 1
-        self.keys.append(batch["key"])
-        if self.number in self.batches and not self.gradient:
-            batch["images"][0, 0, 0, 0] = torch.nan
-
-    def on_after_backward(self, trainer, module: LatentDiffusion) -> None:
-        if self.number in self.batches and self.gradient:
-            module.denoiser.conv_in.bias.grad[0] = torch.inf
 
 
 class Omits(LatentDiffusion):

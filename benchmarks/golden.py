@@ -171,15 +171,12 @@ class Checkout:
         usual = ["-m", "ldm.evaluate", "ckpt=RUN", "count=24", "steps=5", f"out=eval_{name}"]
         if error := self.call(*usual, *words):
             return error
-        found = {
-            path.name: json.loads(path.read_text())
-            for path in Path(f"eval_{name}").iterdir()
-            if path.suffix == ".json"
-        }
-        return {
-            key: value.get("metrics", value) if isinstance(value, dict) else value
-            for key, value in found.items()
-        }
+        found = {}
+        for path in sorted(Path(f"eval_{name}").glob("*.json")):
+            points = json.loads(path.read_text())
+            points = points if isinstance(points, list) else [points]
+            found[path.name] = [point.get("metrics") for point in points]
+        return found
 
 
 def write(root: Path, run: Path, out: Path, pattern: str) -> None:

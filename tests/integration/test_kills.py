@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from payloads import same
 from shell import BRIEF, FROZEN, ROOT, rows, run
 
 KILLS = str(ROOT / "tests" / "kills.py")
@@ -22,17 +23,6 @@ RUN = [
     "model.channels=16",
     "optimizer.warmup=5",
 ]
-
-
-def same(a, b) -> bool:
-    """Whether two payloads hold the same plain values, and the same tensors bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def measured(run_dir):

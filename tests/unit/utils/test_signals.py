@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from payloads import same
 from shell import ROOT, TRAIN, environment, processes, run, wait_for
-from test_kills import same
 from world import shapes_data
 
 from ldm.utils.signals import STOP_SIGNALS, StopSignals, block_stop_signals

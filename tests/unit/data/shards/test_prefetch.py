@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from material import samples, tar_bytes
-from test_skips import fit
+from test_bad_samples import fit
 
 from ldm.data.position_sampler import ShuffledOrder
 from ldm.data.shards import remote

@@ -97,10 +97,10 @@ class AutoencoderKL(nn.Module):
         there is none. Raises ValueError as `posterior` does.
         """
         mean, logvar = self.posterior(images)
-        z = self.draw(mean, logvar, generator=generator)
+        z = self.sample_posterior(mean, logvar, generator=generator)
         return (z - self.shift[:, None, None]) * self.scale[:, None, None]
 
-    def draw(self, mean: Tensor, logvar: Tensor, *, generator: Generators) -> Tensor:
+    def sample_posterior(self, mean: Tensor, logvar: Tensor, *, generator: Generators) -> Tensor:
         """Unscaled latents z (B, C, h, w) from their posterior; its mean without a generator."""
         if generator is None:
             return mean

@@ -7,7 +7,7 @@ import pytest
 import torch
 from shell import BRIEF, FROZEN, ROOT, rows, run
 
-KILLS = str(ROOT / "tests" / "kills.py")
+KILLS = str(ROOT / "tests" / "helpers" / "kills.py")
 TIMED = ("perf/images_per_s", "perf/data_wait", "perf/eval_share")
 RUN = [
     *BRIEF,

@@ -171,7 +171,7 @@ def test_a_start_can_be_stopped_at_any_moment(tmp_path, number):
     """Of a run that begins and of one that resumes: 75, preempted, and the same end."""
 
     def lives(*command: str) -> list[dict]:
-        stops = (str(ROOT / "tests" / "stops.py"), number, str(MOMENTS))
+        stops = (str(ROOT / "tests" / "helpers" / "stops.py"), number, str(MOMENTS))
         said = run(*stops, *RUN, *command, cwd=tmp_path, seconds=600, OMP_NUM_THREADS="1")
         return json.loads(said.splitlines()[-1])
 

@@ -6,10 +6,9 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from faults import At, Spoil, limit_files
+from resuming import assert_same_training
 from safetensors.torch import save_file
-from test_resume import assert_same_training
-from test_saving import At, limit_files
-from test_stability import Spoil
 from world import latent_diffusion, make_trainer, shapes_data
 
 from ldm.training.callbacks.checkpointing import Checkpoints

@@ -13,8 +13,7 @@ from ldm.diffusion.schedules import linear
 from ldm.diffusion.tasks.base import ImageToImage, Request, TextToImage
 from ldm.diffusion.tasks.video import TextToVideo
 from ldm.inference.pipeline import Pipeline
-from ldm.models.frames import FramewiseAutoencoder
-from ldm.models.temporal import zero_module
+from ldm.models.temporal import FramewiseAutoencoder, zero_module
 from ldm.models.unet import UNet
 
 FRAMES = 3

@@ -4,8 +4,8 @@ import json
 import shutil
 
 import pytest
-from shard_runs import RUN, write
 from shell import ROOT, rows, run
+from world_size_runs import RUN, write
 
 STEPS = 6
 FULL = ["early_stop._target_=recorder.FillDisk", "~early_stop.folder"]

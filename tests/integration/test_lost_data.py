@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from resuming import assert_same
-from shard_runs import BATCH, RUN, write
+from same_training import assert_same
 from shell import ROOT, processes, run, wait_for
+from world_size_runs import BATCH, RUN, write
 
 from ldm.data.position_sampler import ShuffledOrder
 from ldm.utils.checkpoint_file import (

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import recorder
-from shard_runs import BATCH, RUN, write
 from shell import ROOT, TRAIN, rows, run, tensors
+from world_size_runs import BATCH, RUN, STEPS, write
 
-STEPS = 20
 MANY = [  # processes, data workers, accumulated micro-steps, the step it is left after, and how
     (2, 2, 2, 5, "SIGTERM"),
     (1, 0, 1, 9, "max_steps"),

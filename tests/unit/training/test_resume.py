@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from resuming import Validations, assert_same_training
+from same_training import Validations, assert_same_training
 from world import SIZE, latent_diffusion, make_trainer, shape, shapes_data, write_shapes
 
 from ldm.data.datamodule import TextImageData

@@ -106,7 +106,7 @@ def test_a_small_picture_of_any_shape_is_enlarged_whole(tiny_text):
     small = torch.rand(2, 3, 5, 3)
     given = prepare_upscaling_inputs(pipe, small)
     assert given.size == (20, 16)
-    assert given.shown == (20, 12)
+    assert given.output_size == (20, 12)
     images = pipe(["a", "b"], seeds=[0, 1], size=given.size, steps=2, **given.pictures())
     assert [tuple(image.shape) for image in given.cut(images)] == [(3, 20, 12)] * 2
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from faults import At, limit_files
+from checkpoint_limits import At, limit_files
 from PIL import Image
-from resuming import Validations, assert_same, assert_same_training
 from safetensors.torch import load_file
+from same_training import Validations, assert_same, assert_same_training
 from world import latent_diffusion, make_trainer, shapes_data
 
 from ldm.training.callbacks.checkpoint_storage import copy_to_host

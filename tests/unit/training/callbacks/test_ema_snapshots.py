@@ -6,9 +6,10 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from faults import At, Spoil, limit_files
-from resuming import assert_same_training
+from checkpoint_limits import At, limit_files
 from safetensors.torch import save_file
+from same_training import assert_same_training
+from spoiled_batches import Spoil
 from world import latent_diffusion, make_trainer, shapes_data
 
 from ldm.training.callbacks.checkpointing import Checkpoints

@@ -7,9 +7,10 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from faults import Spoil
-from resuming import assert_same
+from same_training import assert_same
 from shell import ROOT, run
+from signalled_runs import RUN as TINY
+from spoiled_batches import Spoil
 from world import latent_diffusion, make_trainer, shapes_data
 
 from ldm.experiments.run_dir import read_metrics
@@ -20,14 +21,6 @@ from ldm.training.loggers.csv import CsvLog
 from ldm.training.modules.diffusion import LatentDiffusion
 from ldm.utils.checkpoint_file import parse_checkpoint_step, read_checkpoint
 from ldm.utils.hashing import hash_module
-
-TINY = [
-    *("trainer=cpu", "trainer.log_every_n_steps=1", "trainer.val_check_interval=1000"),
-    *("logger=csv", "data=scenes", "data.count=30", "data.val_count=8", "data.size=16"),
-    *("data.batch_size=4", "autoencoder=identity", "model.channels=16", "model.groups=8"),
-    *("model.multipliers=[1]", "model.attention=[false]", "optimizer.warmup=1"),
-    *("optimizer.decay=constant", "samples.n=1", "samples.steps=1", "checkpoint.every=5"),
-]
 
 
 class Omits(LatentDiffusion):

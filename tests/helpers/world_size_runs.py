@@ -1,4 +1,4 @@
-"""A small run on several processes, on shards whose samples have keys of their own."""
+"""A tiny run for several world sizes, and its shards."""
 
 from pathlib import Path
 
@@ -7,7 +7,9 @@ from world import CAPTIONS, SIZE, shape
 
 from ldm.data.shards.reader import write_shard
 
-BATCH = 12
+BATCH, STEPS = 12, 20
+
+
 RUN = [
     "trainer=ddp",
     "trainer.accelerator=cpu",

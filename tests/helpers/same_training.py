@@ -1,4 +1,4 @@
-"""Whether a run that was broken off and resumed is the run that was not: bit for bit."""
+"""Equality of two trainings: checkpoints, batches and validations."""
 
 from pathlib import Path
 

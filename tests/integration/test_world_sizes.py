@@ -20,7 +20,7 @@ FEW = [(2, 0, 1, 7, "max_steps"), (4, 1, 3, STEPS, "max_steps")]
 def train(home: Path, devices: int, workers: int, accumulate: int, *more: str, expect=0) -> str:
     options = [f"trainer.devices={devices}", f"data.workers={workers}"]
     options += [f"trainer.accumulate_grad_batches={accumulate}", *more]
-    path = f"{ROOT}:{ROOT / 'tests'}"
+    path = f"{ROOT}:{ROOT / 'tests' / 'helpers'}"
     return run(TRAIN, *RUN, *options, cwd=home, expect=expect, PYTHONPATH=path, OMP_NUM_THREADS="1")
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from same_training import Validations, assert_same, assert_same_training
 from world import latent_diffusion, make_trainer, shapes_data
 
-from ldm.training.callbacks.checkpoint_payload import copy_to_host
+from ldm.training.callbacks.checkpoint_storage import copy_to_host
 from ldm.training.callbacks.checkpointing import Checkpoints
 from ldm.training.callbacks.monitoring import SampleImages
 from ldm.utils.checkpoint_file import (

@@ -170,8 +170,8 @@ def test_a_damaged_snapshot_is_named(kept, tmp_path, harm):
 
 def test_shards_are_refused(tiny_text):
     with pytest.raises(ValueError, match=r"fsdp keeps no averages .*: take phema.lengths=\[\]"):
-        FullyShardedStrategy.check(latent_diffusion(tiny_text, phema_lengths=LENGTHS))
-    FullyShardedStrategy.check(latent_diffusion(tiny_text))
+        FullyShardedStrategy.check_module(latent_diffusion(tiny_text, phema_lengths=LENGTHS))
+    FullyShardedStrategy.check_module(latent_diffusion(tiny_text))
 
 
 def test_never_is_refused(tmp_path):

@@ -230,12 +230,12 @@ def test_a_run_that_ends_with_ruined_weights_is_not_finished(tmp_path):
 RANKS = """
 import sys, torch, json
 import lightning as L
-from world import latent_diffusion, shapes_data, SafeCheckpointIO, Meter
+from world import latent_diffusion, shapes_data, SafeCheckpointIO, ThroughputMonitor
 from ldm.utils import checkpoint_file as checkpoint
-from ldm.models.text.clip.clip import ClipText
-from ldm.training.callbacks.monitoring.checkpointing import Checkpoints
+from ldm.models.text.clip import ClipTextEncoder
+from ldm.training.callbacks.checkpointing import Checkpoints
 from ldm.training.fsdp import FullyShardedStrategy
-from ldm.training.callbacks.monitoring.nonfinite import SkipNonFinite
+from ldm.training.callbacks.nonfinite import NonFiniteStepSkipper
 
 class Spoil(L.Callback):
     def on_train_batch_start(self, trainer, module, batch, i):
@@ -251,17 +251,17 @@ class Watch(L.Callback):
 
 BAD, stop_after = json.loads(sys.argv[4]), int(sys.argv[5])
 quiet = {f"enable_{what}": False for what in ("checkpointing", "model_summary", "progress_bar")}
-meter, watch = Meter(every=1), Watch()
-skip = SkipNonFinite(checkpoint.Path("bad.json"), meter=meter, stop_after=stop_after)
+monitor, watch = ThroughputMonitor(every=1), Watch()
+skip = NonFiniteStepSkipper(checkpoint.Path("bad.json"), monitor=monitor, stop_after=stop_after)
 keeper = Checkpoints(checkpoint.Path("checkpoints"), every=1, keep=9, facts={}, background=True)
 trainer = L.Trainer(
     accelerator="cpu", devices=2,
     strategy={"ddp": "ddp", "fsdp": FullyShardedStrategy()}[sys.argv[3]],
     max_steps=4, check_val_every_n_epoch=None, use_distributed_sampler=False, logger=False,
     gradient_clip_val=1.0, limit_val_batches=0, plugins=[SafeCheckpointIO()],
-    callbacks=[meter, Spoil(), skip, watch, keeper], **quiet
+    callbacks=[monitor, Spoil(), skip, watch, keeper], **quiet
 )
-trainer.fit(latent_diffusion(ClipText(sys.argv[2])), datamodule=shapes_data(sys.argv[1]))
+trainer.fit(latent_diffusion(ClipTextEncoder(sys.argv[2])), datamodule=shapes_data(sys.argv[1]))
 assert skip.skipped == 1
 if trainer.is_global_zero:
     first, second, third, _ = watch.seen
@@ -278,7 +278,7 @@ def ranks(tmp_path, shapes, tiny_clip):
     """Two processes; a second one's pictures are spoiled at certain steps, counted from 0."""
     tiny_clip.save(tmp_path / "clip")
     script = tmp_path / "rank.py"
-    script.write_text(f"import sys\nsys.path.append({str(ROOT / 'tests')!r})\n{RANKS}")
+    script.write_text(f"import sys\nsys.path.append({str(ROOT / 'tests' / 'helpers')!r})\n{RANKS}")
 
     def start(strategy: str, bad: list[int], stop_after: int) -> str:
         given = [str(shapes), str(tmp_path / "clip"), strategy, json.dumps(bad), str(stop_after)]

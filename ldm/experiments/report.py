@@ -111,7 +111,7 @@ def _overlay_curves(order: Sequence[RunRecord], out: Path) -> tuple[list[str], l
 
     Of runs that were measured in different ways, the largest number that agree are drawn.
     """
-    from ldm.experiments.curve_plots import render_quality_curve
+    from ldm.experiments.plots import render_quality_curve
     from ldm.utils.images import save_png
 
     names, files, said = shorten_run_names(order), [], []
@@ -142,7 +142,7 @@ def _draw_images(
     order: Sequence[RunRecord], metric: str, direction: str, out: Path
 ) -> tuple[list[str], list[str]]:
     """Draw what there is to draw; the names of the files, and what could not be read."""
-    from ldm.experiments.ranking_plots import draw_sample_page, plot_metric_curves
+    from ldm.experiments.plots import draw_sample_page, plot_metric_curves
     from ldm.utils.images import save_png
 
     written, names, unread = [], shorten_run_names(order), []

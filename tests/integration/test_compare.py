@@ -9,13 +9,13 @@ import yaml
 from PIL import Image
 from shell import run
 
+from ldm.experiments.plots import plot_metric_curves
 from ldm.experiments.ranking import (
     find_runs,
     list_ranking_caveats,
     read_run_record,
     shorten_run_names,
 )
-from ldm.experiments.ranking_plots import plot_metric_curves
 from ldm.experiments.report import compare_runs
 from ldm.utils.images import load_png, make_image_grid, save_png, split_image_grid
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_compare import write_run
+from run_dirs import write_run
 
 from ldm.cli.evaluate import format_image_table
 from ldm.experiments.curves import format_curve_table, read_curves, write_curve

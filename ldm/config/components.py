@@ -21,7 +21,7 @@ from ldm.diffusion.schedules import Schedule
 from ldm.diffusion.tasks.base import Task
 from ldm.evaluation.features.base import FeatureExtractor
 from ldm.inference.components import Components
-from ldm.models.frames import FramewiseAutoencoder
+from ldm.models.temporal import FramewiseAutoencoder
 from ldm.models.warm_start import warm_start
 from ldm.utils.checkpoint_facts import check_frozen_digests, read_checkpoint_metadata
 from ldm.utils.checkpoint_file import (

@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ldm.config.components import (
-    FROZEN_GROUPS,
     build_components,
     build_feature_extractors,
     get_autocast_dtype,
@@ -30,16 +29,19 @@ from ldm.config.stages import (
     build_autoencoder_training,
     build_classifier_training,
     build_clip_training,
+)
+from ldm.config.training_checks import (
     check_captions_readable,
     check_data_kind,
     check_image_size,
+    get_devices,
 )
 from ldm.data.datamodule import TextImageData
-from ldm.experiments.run_dir import get_launcher_layout, get_launcher_rank
+from ldm.experiments.run_dir import get_launcher_rank
 from ldm.inference.components import Components
 from ldm.inference.generate import generate_task_examples
 from ldm.inference.pipeline import Pipeline
-from ldm.training.callbacks.checkpoint_payload import SafeCheckpointIO
+from ldm.training.callbacks.checkpoint_storage import SafeCheckpointIO
 from ldm.training.callbacks.checkpointing import Checkpoints
 from ldm.training.callbacks.ema_snapshots import EMASnapshots
 from ldm.training.callbacks.monitoring import (
@@ -50,9 +52,9 @@ from ldm.training.callbacks.monitoring import (
 )
 from ldm.training.callbacks.nonfinite import NonFiniteStepSkipper
 from ldm.training.callbacks.preemption import PreemptionHandler
-from ldm.training.distributed import defer_launch_signals
 from ldm.training.fsdp import FullyShardedStrategy
 from ldm.training.job import TrainingJob, prepare_run_directory
+from ldm.training.lightning_adapter import defer_launch_signals
 from ldm.training.loggers.csv import CsvLog
 from ldm.training.modules.diffusion import LatentDiffusion
 from ldm.utils.checkpoint_file import find_newest_checkpoint
@@ -66,10 +68,16 @@ STAGE_BUILDERS = {  # the stages that train no denoiser
     "classifier": build_classifier_training,
 }
 # The groups that decide what a generated image looks like.
-GENERATION_GROUPS = (
-    *FROZEN_GROUPS,
-    *("model", "scheduler", "objective", "task", "sampler", "guidance"),
-)
+GENERATION_GROUPS = [
+    "autoencoder",
+    "text_encoder",
+    "model",
+    "scheduler",
+    "objective",
+    "task",
+    "sampler",
+    "guidance",
+]
 HIDDEN_WARNINGS = (
     "LeafSpec",  # Lightning's own affair
     "in eval mode at the start",  # the average and the text encoder are
@@ -111,7 +119,7 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
     # Refuses now a batch size that the devices cannot share.
     data.micro_batch(trainer.world_size, trainer.accumulate_grad_batches)
     if isinstance(trainer.strategy, FullyShardedStrategy):
-        trainer.strategy.check(module)
+        trainer.strategy.check_module(module)
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     return TrainingJob(data, module, trainer, monitor, resume)
@@ -296,26 +304,3 @@ def get_command_line_overrides() -> list[str]:
     """The settings of the command line, without the run's name."""
     task = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     return [text for text in task if not text.startswith("name=")]
-
-
-def get_devices(cfg: DictConfig) -> dict[str, int]:
-    """Devices and machines of torchrun or srun, where these started the processes; else nothing.
-
-    Raises UsageError where the configuration wants others, or all GPUs where there is none.
-    """
-    wanted = cfg.trainer.devices, cfg.trainer.num_nodes
-    started = get_launcher_layout()
-    if wanted[0] == -1 and (cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available()):
-        raise UsageError(
-            "trainer.devices=-1 means all GPUs, and there is none to use here: leave it out, or "
-            "give a number of processes"
-        )
-    if started is None:
-        return {}
-    if wanted[0] != "auto" and wanted not in ((1, 1), started):
-        raise UsageError(
-            f"{started[0]} processes on each of {started[1]} machines were started, and "
-            f"trainer.devices={wanted[0]}, trainer.num_nodes={wanted[1]} ask for others: leave "
-            "them out, the launcher's numbers are taken"
-        )
-    return {"devices": started[0], "num_nodes": started[1]}

@@ -9,19 +9,17 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
-from torch import nn
 from torch.utils.data import default_collate
 
 from ldm.config.components import build_frozen_encoders
 from ldm.config.guidance import build_noisy_classifier
+from ldm.config.training_checks import check_captions_readable, check_has_captions, check_image_size
 from ldm.data.datamodule import TextImageData
 from ldm.models.clip import Clip, train_tokenizer
-from ldm.models.text.labels import NullTextEncoder
 from ldm.training.callbacks.monitoring import SampleImages
 from ldm.training.modules.autoencoder import AutoencoderTraining
 from ldm.training.modules.classifier import ClassifierTraining
 from ldm.training.modules.clip import ClipFolderWriter, ClipTraining
-from ldm.utils.errors import UsageError
 from ldm.utils.images import make_image_grid
 
 
@@ -68,49 +66,3 @@ def build_classifier_training(cfg: DictConfig, data: TextImageData, run_dir: Pat
         net, autoencoder, optimizer=instantiate(cfg.optimizer), seed=cfg.seed
     )
     return module, [], {"autoencoder": autoencoder, "text_encoder": text_encoder}
-
-
-def check_image_size(size: int, multiple: int) -> None:
-    """UsageError where images of `size` do not go through the networks."""
-    if size % multiple:
-        raise UsageError(
-            f"data.size={size} must be a multiple of {multiple}, which the networks halve it to"
-        )
-
-
-def check_data_kind(cfg: DictConfig, subject: str, *, is_video: bool) -> None:
-    """UsageError where the data, or what is measured, are images and `subject` is for videos.
-
-    And the other way round.
-    """
-    if is_video != (cfg.data.get("frames") is not None):
-        have, want = ("pictures", "videos") if is_video else ("videos", "pictures")
-        remedy = "task=video, or other data"
-        if is_video:
-            remedy = "data.frames=8" if "frames" in cfg.data else "data=shards of videos"
-            still = any(not check.get("moving", False) for check in (cfg.eval or {}).values())
-            remedy = f"data=moving_scenes, or {remedy}{' eval=motion' if still else ''}"
-        raise UsageError(f"{subject} is of {want}, and the data are {have}: take {remedy}")
-    for name, check in (cfg.eval or {}).items():
-        if check.get("moving", False) != is_video and cfg.stage == "diffusion":
-            remedy = "eval=motion, or eval=none" if is_video else "another eval"
-            raise UsageError(f"eval.{name} does not measure what the data are: take {remedy}")
-
-
-def check_has_captions(data: TextImageData) -> None:
-    """UsageError where no training image has a caption."""
-    index = data.train_set.shards.index
-    if index.captions.without(index.caption_key) == index.captions.samples:
-        message = index.captions.describe(index.caption_key)
-        raise UsageError(f"data.train: {message}. To train without captions: text_encoder=none")
-
-
-def check_captions_readable(text_encoder: nn.Module, data: TextImageData) -> None:
-    """Refuses, before the first batches, captions that this text encoder cannot read.
-
-    UsageError where there are none, ValueError where they hold none of its names.
-    """
-    if not isinstance(text_encoder, NullTextEncoder):
-        check_has_captions(data)
-    if hasattr(text_encoder, "names"):
-        text_encoder(data.val_captions(64))

@@ -17,7 +17,6 @@ from ldm.experiments.run_dir import (
     read_partial_result,
     write_result,
 )
-from ldm.training.callbacks.checkpointing import Checkpoints
 from ldm.training.callbacks.monitoring import ThroughputMonitor
 from ldm.training.callbacks.nonfinite import (
     NON_FINITE_REMEDY,
@@ -25,12 +24,7 @@ from ldm.training.callbacks.nonfinite import (
     find_non_finite_metrics,
     format_last_good_checkpoint,
 )
-from ldm.training.distributed import (
-    format_exception,
-    record_first_error,
-    remove_first_error,
-    terminate_ranks,
-)
+from ldm.training.distributed import format_exception, record_first_error, remove_first_error
 from ldm.utils.checkpoint_facts import read_state_dict
 from ldm.utils.checkpoint_file import (
     check_module_state,
@@ -108,13 +102,9 @@ class TrainingJob:
                 rank_runs(jobs, metric, direction=direction), metric
             )
         for logger in self.trainer.loggers:
-            if is_sweep_job(run_dir) and hasattr(logger, "log_table"):
+            if is_sweep_job(run_dir):
                 logger.log_table("ranking", columns=columns, data=rows)
-            if hasattr(logger, "finish"):
-                logger.finish(failed=result["status"] == "failed")
-        for callback in self.trainer.callbacks:
-            if isinstance(callback, Checkpoints):
-                terminate_ranks(callback.started)
+            logger.finish(failed=result["status"] == "failed")
 
     def describe(self) -> str:
         """One line: what is trained, on what, how long."""

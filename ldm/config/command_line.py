@@ -21,8 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from ldm.config.leftovers import remove_new_directories
-from ldm.config.ranges import OWN_TARGET_PREFIXES, format_invalid_value
-from ldm.config.rules import format_setting_value
+from ldm.config.ranges import OWN_TARGET_PREFIXES, format_invalid_value, format_setting_value
 from ldm.config.suggestions import (
     CONF_DIR,
     explain_hydra_error,

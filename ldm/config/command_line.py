@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import NoReturn
 
+import hydra
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -30,7 +31,12 @@ from ldm.config.suggestions import (
     is_config_group,
 )
 from ldm.experiments.former_names import update_override
-from ldm.experiments.run_dir import HYDRA_RESOLVERS, get_launcher_rank, parse_number
+from ldm.experiments.run_dir import (
+    HYDRA_RESOLVERS,
+    get_launcher_layout,
+    get_launcher_rank,
+    parse_number,
+)
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_path_length, read_text
 from ldm.utils.locks import InUseError
@@ -172,6 +178,47 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
         exit_with_usage_error(
             UsageError(f"nothing can be written to {place} ({why.strerror})"), config_name
         )
+
+
+def command(
+    name: str,
+    *,
+    texts: Sequence[str],
+    read: Callable[[list[str]], Mapping[str, object]] = lambda words: {},
+    resumable: bool = False,
+) -> Callable[[Callable[..., None]], Callable[[], None]]:
+    """Turns `run(cfg, options)` into the `main()` of a verb with the settings of conf/<name>.yaml.
+
+    texts: the settings that are free text; `options` has their values. read: gets the words of the
+    command line, may take some out of sys.argv, and returns more keyword arguments for `run`.
+    resumable: the same command continues after an interruption.
+    """
+
+    def decorate(run: Callable[..., None]) -> Callable[[], None]:
+        def main() -> None:
+            words = sys.argv[1:]
+            typed = pop_text_options(texts)
+            more = read(words)
+
+            @hydra.main(config_path=CONF_DIR, config_name=name, version_base="1.3")
+            def composed(cfg: DictConfig) -> None:
+                defaults = {key: cfg[key] for key in texts if not OmegaConf.is_missing(cfg, key)}
+                with convert_to_usage_errors():
+                    run(cfg, defaults | typed, **more)
+
+            # torchrun ends its processes itself, also those that wait for another one.
+            if resumable and get_launcher_layout() is None:
+                signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
+            run_command(composed, name, resumable=resumable)
+
+        return main
+
+    return decorate
+
+
+def _raise_keyboard_interrupt(number: int, frame: object) -> None:
+    """Ends the command as Ctrl-C does, with the exit code that a shell expects."""
+    raise KeyboardInterrupt("stopped", 128 + number)
 
 
 USAGE_ERRORS = (HydraException, OmegaConfBaseException, UsageError)

@@ -1,4 +1,4 @@
-"""Tables of numbers on the disk, each with what it is of, so that none is taken for another."""
+"""Tables of numbers in files that say what they are of and whether they are intact."""
 
 import hashlib
 import json
@@ -14,16 +14,16 @@ from ldm.utils.files import replace_file
 
 
 class DamagedTensorFileError(ValueError):
-    """A file that does not hold what was written to it."""
+    """A file does not hold what was written to it."""
 
 
 def hash_facts(facts: object) -> str:
-    """Sixteen letters of plain values, which tell them from others in names of files."""
+    """Returns a digest of plain values, of 16 letters, for names of files."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_tensor_file(path: Path, tables: Mapping[str, Tensor], *, facts: dict) -> None:
-    """Replace a file by these tables, with plain values that say what they are of."""
+    """Replaces a file by these tables and plain values that say what they are of."""
     tables = {name: table.contiguous() for name, table in tables.items()}
     metadata = {"facts": json.dumps(facts), "sha256": _hash_tensors(tables)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def write_tensor_file(path: Path, tables: Mapping[str, Tensor], *, facts: dict) 
 
 
 def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tables and facts as they were written; DamagedError where the file is torn or changed."""
+    """Returns tables and facts; DamagedTensorFileError where the file was cut or changed."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -13,7 +13,7 @@ from io import StringIO
 from pathlib import Path
 
 from ldm.utils.files import read_regular_file, write_text
-from ldm.utils.text import format_csv_cell
+from ldm.utils.text import format_csv_cell, format_table
 
 CURVE_TABLE_METRICS = ("scene_accuracy", "clip_score", "precision", "recall", "cmmd", "kid")
 MAX_CURVE_BYTES = 2**26  # bytes of a file of points
@@ -150,8 +150,4 @@ def format_curve_table(points: CurvePoints, *, metric: str | None = None) -> str
     lines = [[*points[0]["varied"], *names]]
     for point in points:
         lines.append([*point["varied"].values(), *(f"{point['metrics'][n]:.4g}" for n in names)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
+    return format_table(lines, align=">")

@@ -484,7 +484,7 @@ def test_points_of_a_curve_are_kept_apart(shards_run):
     ],
 )
 def test_what_cannot_be_measured_is_told(shards_run, real, given, overrides, message):
-    PromptSubset.drawn(ShardReader(real / "train"), 8).save(Path("other.json"))  # of other pictures
+    PromptSubset.draw(ShardReader(real / "train"), 8).save(Path("other.json"))  # of other pictures
     places = {"RUN": str(shards_run), "OTHER": "other.json"}
     given = {name: places.get(value, value) for name, value in given.items()}
     point = composed("count=8", *COLOURS, *overrides)

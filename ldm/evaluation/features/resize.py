@@ -1,8 +1,6 @@
-"""The resize of the evaluation, which is clean-fid's.
+"""The resize of the evaluation, clean-fid's: antialiased bicubic, clipped to 0..255, not rounded.
 
-Antialiased bicubic on floating-point values, clipped to 0..255 and not rounded, with no JPEG in
-between (Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation").
-Shapes: n images, H W pixels, S the side of the result.
+Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation".
 """
 
 from torch import Tensor
@@ -12,10 +10,9 @@ RESIZE_RULE = "antialiased bicubic to {size} x {size} in float32, clipped to 0..
 
 
 def resize_for_network(images: Tensor, size: int) -> Tensor:
-    """Images (n, 3, H, W) with values in 0..255 as float32 (n, 3, S, S), on their device.
+    """Returns images (n, 3, H, W) with values in 0..255 as float32 (n, 3, size, size).
 
-    Another shape than a square is squashed, as every FID does it. A picture of S by S pixels comes
-    back as it is.
+    Images that are not square are squashed, as every FID does it.
     """
     pixels = images.float()
     if tuple(pixels.shape[-2:]) == (size, size):

@@ -1,4 +1,4 @@
-"""The inception score: confident about each picture, undecided about all of them together."""
+"""The inception score (Salimans et al. 2016): each image has a clear class, all have many."""
 
 from typing import NamedTuple
 
@@ -14,11 +14,11 @@ class InceptionScore(NamedTuple):
 
 
 def inception_score(probabilities: Tensor, *, seed: int, splits: int = 10) -> InceptionScore:
-    """exp of the mean KL divergence of p(class | picture) (n, classes) from its mean; 1 to classes.
+    """Returns exp of the mean KL divergence of p(class | image) (n, classes) from its mean.
 
-    Rows are shuffled by `seed`, cut into `splits` parts as torchmetrics cuts them, and the
-    deviation between parts is the sample's, as there; it is 0 for one part.
-    Raises ValueError where rows are no distributions, or fewer than two a part.
+    Rows are shuffled by `seed` and cut into `splits` parts as in torchmetrics; the deviation
+    between parts is the sample's, as there, and 0 for one part.
+    Raises ValueError where rows are no distributions, or a part has fewer than two.
     """
     n = len(probabilities)
     if probabilities.ndim != 2 or not torch.is_floating_point(probabilities):
@@ -26,7 +26,7 @@ def inception_score(probabilities: Tensor, *, seed: int, splits: int = 10) -> In
         raise ValueError(f"probabilities must be floating (n, classes), got {shape}")
     if splits < 1 or n < 2 * splits:
         raise ValueError(
-            f"{n} pictures are too few for {splits} splits: evaluate {2 * splits} or lower splits"
+            f"{n} images are too few for {splits} splits: evaluate {2 * splits} or lower splits"
         )
     rows = probabilities.detach().double()
     sums = rows.sum(dim=1)

@@ -1,9 +1,9 @@
-"""Mean and covariance of feature rows, gathered in float64 as the rows come.
+"""Mean and covariance of feature rows, accumulated in float64.
 
-Sums of x and of x x^T lose all digits of the covariance where features lie far from zero; centred
-second moments, joined by Chan's formula, lose none, whatever the batches and the ranks were.
+Sums of x and of x x^T lose the digits of the covariance where features lie far from zero; centred
+second moments, joined by Chan's formula, lose none.
 
-Shapes: n rows (pictures), D features, r rank.
+Shapes: n rows (images), D features, r rank.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def to_feature_matrix(features: Tensor) -> Tensor:
-    """Feature rows (n, D) in float64, on the device they are on.
+    """Returns feature rows (n, D) in float64, on their device.
 
     Raises ValueError for another shape, for half precision and for numbers that are not finite.
     """
@@ -27,16 +27,15 @@ def to_feature_matrix(features: Tensor) -> Tensor:
         bad = int((~features.isfinite()).any(dim=1).sum())
         raise ValueError(
             f"{bad} of {len(features)} feature rows hold NaN or infinity: "
-            "look at the pictures they came from"
+            "look at the images they came from"
         )
     return features.detach().double()
 
 
 class Moments:
-    """Count, mean (D,) and centred second moments (D, D) of feature rows, in float64.
+    """Count, mean (D,) and centred second moments `scatter` (D, D) of feature rows, in float64.
 
-    `scatter` is the sum of (x - mean)(x - mean)^T. Moments of parts of a set add up to the moments
-    of the set.
+    `scatter` is the sum of (x - mean)(x - mean)^T. Moments of disjoint sets add up.
     """
 
     def __init__(self, width: int, *, device: torch.device | str | None = None) -> None:
@@ -47,14 +46,14 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> "Moments":
-        """The moments of rows (n, D) that are all at hand. Raises ValueError as `matrix` does."""
+        """Returns the moments of rows (n, D)."""
         rows = to_feature_matrix(features)
         moments = cls(rows.shape[1], device=rows.device)
         moments.add(rows)
         return moments
 
     def add(self, features: Tensor) -> None:
-        """Takes in rows (n, D), on any device. Raises ValueError for bad rows or another D."""
+        """Adds rows (n, D), on any device."""
         rows = to_feature_matrix(features).to(self.mean.device)
         self._check(rows.shape[1])
         if len(rows):
@@ -64,7 +63,7 @@ class Moments:
             self.scatter.addmm_(centred.T, centred)
 
     def __add__(self, other: "Moments") -> "Moments":
-        """The moments of both sets of rows together. Raises ValueError where D differs."""
+        """Returns the moments of both sets of rows together."""
         self._check(len(other.mean))
         both = Moments(len(self.mean), device=self.mean.device)
         for one in (self, other):
@@ -74,18 +73,17 @@ class Moments:
         return both
 
     def covariance(self) -> Tensor:
-        """The unbiased covariance (D, D). Raises ValueError for fewer than two rows."""
+        """Returns the unbiased covariance (D, D); ValueError for fewer than two rows."""
         if self.count < 2:
             raise ValueError(
-                f"a covariance takes two rows or more, got {self.count}: evaluate more pictures"
+                f"a covariance takes two rows or more, got {self.count}: evaluate more images"
             )
         return self.scatter / (self.count - 1)
 
     def root(self) -> Tensor:
-        """A matrix (D, r) whose product with its transpose is the covariance; r < count, r <= D.
+        """Returns a matrix (D, r), r < count, whose product with its transpose is the covariance.
 
-        It costs an eigendecomposition, and is kept until rows are added.
-        Raises ValueError for fewer than two rows.
+        It costs an eigendecomposition, which is stored until rows are added.
         """
         if self._root is None:
             values, vectors = torch.linalg.eigh(self.covariance())
@@ -95,7 +93,7 @@ class Moments:
         return self._root
 
     def _join(self, count: int, mean: Tensor) -> None:
-        """Takes in `count` rows but for their own scatter, which the caller adds."""
+        """Adds `count` rows without their own scatter, which the caller adds."""
         total = self.count + count
         apart = mean - self.mean
         self.scatter.addr_(apart, apart, alpha=self.count * count / total)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ldm.config.command_line import command, compose_combinations, pop_sweep_choices
+from ldm.config.combinations import compose_combinations, pop_sweep_choices
+from ldm.config.command_line import command
 from ldm.config.sample_options import check_checkpoints_and_device
 from ldm.experiments.curves import format_curve_table, write_curve
 from ldm.experiments.evaluation_results import (

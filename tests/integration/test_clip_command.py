@@ -103,7 +103,7 @@ def test_what_was_seen_is_kept_in_the_order_of_the_set(about, monkeypatch):
     assert {(int(i), told.captions[j]) for i, j in told.pairs.tolist()} == {
         (i, text) for i in range(COUNT) for text in shards.read(i).captions
     }
-    monkeypatch.setattr(about.clip, "_features", None)  # nothing is seen anew
+    monkeypatch.setattr(about.clip, "_compute_features", None)  # nothing is seen anew
     monkeypatch.setattr(about.clip, "texts", None)
     assert torch.equal(about.embed_images(), vectors)
     assert torch.equal(about.embed_captions(told.captions), captions)
@@ -247,7 +247,7 @@ def test_mistakes_are_told_before_torch_is_imported(home):
     )
     wrong = {
         "image=no.png text=x": "image=no.png does not exist",
-        "image=shards text=x": "image=shards is a folder without pictures",
+        "image=shards text=x": "image=shards is a folder without images",
         "image=black.png labels=,": "labels=, names nothing",
         "image=black.png labels=no.txt": "labels=no.txt: No such file",
         "image=black.png texts=no.txt": "texts=no.txt: No such file",

@@ -27,7 +27,8 @@ from ldm.cli.evaluate import (
     evaluate_points,
     format_scene_table,
 )
-from ldm.config.command_line import convert_to_usage_errors, pop_sweep_choices
+from ldm.config.combinations import pop_sweep_choices
+from ldm.config.command_line import convert_to_usage_errors
 from ldm.config.run import TrainingJob, build_job
 from ldm.config.suggestions import CONF_DIR
 from ldm.data.image_decoding import ImageError

@@ -43,7 +43,7 @@ def frechet_estimate(reference: Moments, features: Tensor) -> Estimate:
     _check(reference, rows.shape[1])
     n, width = rows.shape
     if n < 2:
-        raise ValueError(f"a covariance takes two rows or more, got {n}: evaluate more pictures")
+        raise ValueError(f"a covariance takes two rows or more, got {n}: evaluate more images")
     mean = rows.mean(dim=0)
     centred = rows - mean
     if n <= width:

@@ -132,7 +132,5 @@ def test_what_is_no_subset_is_refused(tmp_path, text):
 
 @pytest.mark.parametrize("count", [1, 0, -3])
 def test_one_picture_cannot_be_compared(shards, count):
-    with pytest.raises(
-        ValueError, match=f"count=2 pictures or more to compare with others: {count}"
-    ):
+    with pytest.raises(ValueError, match=f"count=2 images or more to compare with others: {count}"):
         PromptSubset.draw(shards, count)

@@ -175,7 +175,7 @@ def test_real_pictures_are_scored_with_their_own_captions(folders, clip, tmp_pat
 
 
 def test_without_captions_of_theirs_pictures_have_no_score(folders, clip, tiny_text, tmp_path):
-    one = quality(folders, clip, tmp_path, captioned=False)
+    one = quality(folders, clip, tmp_path, has_captions=False)
     one.prepare(CPU)
     found = one.measure(one.extract_features(Painter(tiny_text)))
     assert "fd_clip" in found
@@ -198,7 +198,9 @@ def test_others_that_are_the_same_are_no_others(folders, clip, tmp_path):
     one.prepare(CPU)
     assert one.scores.constant["fd_clip_floor"] > 0
     whole = PromptSubset.draw(one.dataset.shards, 30)
-    with pytest.raises(ValueError, match="10 pictures that they would be compared with"):
+    with pytest.raises(
+        ValueError, match="10 captions of the subset are of images of the reference"
+    ):
         quality(folders, clip, tmp_path, others=None, subset=whole)
 
 
@@ -245,7 +247,7 @@ def test_too_few_are_refused(folders, clip, tmp_path, change, told):
 
 def test_captions_of_other_pictures_are_refused(folders, clip, tmp_path):
     subset = PromptSubset.draw(balls.images(folders / "others").shards, 10)
-    with pytest.raises(ValueError, match="captions to paint are of other pictures than data"):
+    with pytest.raises(ValueError, match="captions of the subset are of other images than data"):
         quality(folders, clip, tmp_path, subset=subset)
 
 

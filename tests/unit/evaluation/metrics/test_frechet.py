@@ -175,11 +175,11 @@ def test_the_rows_are_not_touched():
 def test_one_picture_or_another_network_is_refused():
     reference = Moments.of(gaussian_rows(20, 8, seed=0))
     one = gaussian_rows(1, 8, seed=0)
-    with pytest.raises(ValueError, match="evaluate more pictures"):
+    with pytest.raises(ValueError, match="evaluate more images"):
         frechet_distance(reference, Moments.of(one))
-    with pytest.raises(ValueError, match="evaluate more pictures"):
+    with pytest.raises(ValueError, match="evaluate more images"):
         frechet_distance(Moments.of(one), reference)
-    with pytest.raises(ValueError, match="evaluate more pictures"):
+    with pytest.raises(ValueError, match="evaluate more images"):
         frechet_estimate(reference, one)
     other = gaussian_rows(20, 9, seed=0)
     with pytest.raises(ValueError, match="same feature network"):

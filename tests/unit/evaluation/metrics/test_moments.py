@@ -87,7 +87,7 @@ def test_bad_features_are_refused(features, told):
 
 
 def test_one_row_has_no_covariance_and_other_widths_do_not_add():
-    with pytest.raises(ValueError, match="evaluate more pictures"):
+    with pytest.raises(ValueError, match="evaluate more images"):
         Moments.of(torch.ones(1, 3)).covariance()
     with pytest.raises(ValueError, match="do not go with"):
         Moments(3) + Moments(4)

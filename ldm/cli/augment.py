@@ -70,11 +70,11 @@ def augment_dataset(cfg: DictConfig, options: TextOptions, words: SlotWords) -> 
 
     from ldm.config.evaluation import join_process_group
     from ldm.config.pipeline import check_text_to_image, load_pipeline
-    from ldm.data.prepare.synthetic import ScoreFilter, plan_shards, sum_shard_stats
-    from ldm.data.prepare.writer import claim_output_folder
+    from ldm.data.prepare.synthetic import ScoreFilter, sum_shard_stats, write_generated_shard
+    from ldm.data.prepare.writer import claim_output_folder, plan_shards
     from ldm.evaluation.distributed import ProcessGroup
 
-    shards = plan_shards(out, count=cfg.n, samples_per_shard=cfg.samples_per_shard)
+    shards = plan_shards(out, range(cfg.n), samples_per_shard=cfg.samples_per_shard)
     prompts = create_prompts(cfg, options, words)
     device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     device, ranks = join_process_group(device), ProcessGroup()
@@ -97,7 +97,7 @@ def augment_dataset(cfg: DictConfig, options: TextOptions, words: SlotWords) -> 
             for line in restored.pipeline.collect_warnings(cfg.steps, **example):
                 print(line, file=sys.stderr, flush=True)
         own_shards = shards[ranks.rank :: ranks.world_size]
-        total, interval = sum(len(shard.pictures) for shard in own_shards), get_progress_interval()
+        total, interval = sum(len(shard.items) for shard in own_shards), get_progress_interval()
         bar = tqdm(
             total=total, desc="Painting", unit="image", disable=not first, mininterval=interval
         )
@@ -109,13 +109,13 @@ def augment_dataset(cfg: DictConfig, options: TextOptions, words: SlotWords) -> 
             score_filter = ScoreFilter(cfg.min_score, cfg.keep)
             how = {"score_filter": score_filter, "suffix": cfg.format, "batch": cfg.batch}
             for shard in own_shards:
-                if shard.finished() is None:
-                    shard.write(generate, **how)
+                if shard.read_stats() is None:
+                    write_generated_shard(shard, generate, **how)
                 else:
-                    progress.update(len(shard.pictures))
+                    progress.update(len(shard.items))
         ranks.any(False)
         if first:
-            report = sum_shard_stats([shard.finished() for shard in shards])
+            report = sum_shard_stats([shard.read_stats() for shard in shards])
             source = {"ckpt": str(restored.path), "device": format_device_name(device)}
             write_augment_report(out, report, source)
 
@@ -260,8 +260,8 @@ def write_augment_report(out: Path, report: dict, source: dict) -> None:
     Raises UsageError where the filter has left no image.
     """
     from ldm.data.image_decoding import pil_to_tensor, read_image
-    from ldm.data.prepare.writer import write_json
     from ldm.data.shards.reader import ShardReader
+    from ldm.utils.files import write_json
     from ldm.utils.images import make_captioned_grid, save_png
 
     versions = {name: version(name) for name in AUGMENT_LIBRARIES}

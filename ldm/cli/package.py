@@ -102,8 +102,7 @@ def package_autoencoder(run: Path, out: Path, *, scenes: int) -> dict[str, float
 
     from ldm.config.registry import validate_file_config
     from ldm.config.training_images import open_local_images
-    from ldm.models.autoencoder_weights import make_autoencoder_kl
-    from ldm.models.diffusers_format import load_autoencoder, save_autoencoder
+    from ldm.models.diffusers_format import load_autoencoder, make_autoencoder_kl, save_autoencoder
 
     file = run / "config.yaml"
     text = read_text(file, max_bytes=MAX_CONFIG_BYTES)

@@ -6,7 +6,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ldm.config.command_line import command, require_option
-from ldm.data.prepare.writer import PreparationReport, prepare_coco, prepare_folder
+from ldm.data.prepare.image_files import ImageSettings, prepare_coco, prepare_folder
+from ldm.data.prepare.writer import PreparationReport
 from ldm.data.scenes.prepare import prepare_scenes
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_path_length
@@ -37,16 +38,19 @@ def main(cfg: DictConfig, paths: dict[str, str | None]) -> None:
 
 def prepare_image_shards(cfg: DictConfig, paths: dict[str, str | None]) -> PreparationReport:
     """Writes shards of image files."""
-    names = ("size", "format", "quality", "samples_per_shard", "workers", "limit")
+    names = ("size", "format", "quality", "samples_per_shard", "limit", "frames")
     options = {name: require_option(paths, name) for name in ("images", "out")}
-    options |= {name: cfg[name] for name in names}
+    options["workers"] = cfg.workers
     if cfg.source == "coco":
         if cfg.frames is not None:
             raise UsageError("frames is for folder and scenes: COCO has images")
         if cfg.caption_key != "text":
             raise UsageError("caption_key is for folder: COCO's captions have their place")
-        return prepare_coco(annotations=require_option(paths, "annotations"), **options)
-    return prepare_folder(**options, part=cfg.part, frames=cfg.frames, caption_key=cfg.caption_key)
+        options["annotations"] = require_option(paths, "annotations")
+    options["settings"] = ImageSettings(**{name: cfg[name] for name in names})
+    if cfg.source == "coco":
+        return prepare_coco(**options)
+    return prepare_folder(**options, part=cfg.part, caption_key=cfg.caption_key)
 
 
 def prepare_scene_shards(cfg: DictConfig, paths: dict[str, str | None]) -> PreparationReport:

@@ -24,7 +24,7 @@ def frechet_distance(reference: Moments, generated: Moments) -> float:
     """
     covariance = generated.covariance().to(reference.mean.device)
     _check(reference, len(generated.mean))
-    root = reference.root()
+    root = reference.root
     values = torch.linalg.eigvalsh(root.T @ covariance @ root)
     roots = _roots(values, rank=generated.count - 1)
     apart = generated.mean.to(root.device) - reference.mean
@@ -51,7 +51,7 @@ def frechet_estimate(reference: Moments, features: Tensor) -> Estimate:
         roots = _roots(values / (n - 1), rank=min(n, reference.count) - 1)
         carried = (n - 1) * vectors[:, -len(roots) :].square() @ roots
     else:
-        root = reference.root()
+        root = reference.root
         covariance = centred.T @ centred / (n - 1)
         values, vectors = torch.linalg.eigh(root.T @ covariance @ root)
         roots = _roots(values, rank=n - 1)

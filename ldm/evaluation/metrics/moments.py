@@ -1,10 +1,10 @@
-"""Mean and covariance of feature rows, accumulated in float64.
-
-Sums of x and of x x^T lose the digits of the covariance where features lie far from zero; centred
-second moments, joined by Chan's formula, lose none.
+"""Mean and covariance of feature rows, in float64.
 
 Shapes: n rows (images), D features, r rank.
 """
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,45 +32,21 @@ def to_feature_matrix(features: Tensor) -> Tensor:
     return features.detach().double()
 
 
+@dataclass(frozen=True)
 class Moments:
-    """Count, mean (D,) and centred second moments `scatter` (D, D) of feature rows, in float64.
+    """Count, mean (D,) and `scatter` (D, D), the sum of (x - mean)(x - mean)^T, of feature rows."""
 
-    `scatter` is the sum of (x - mean)(x - mean)^T. Moments of disjoint sets add up.
-    """
-
-    def __init__(self, width: int, *, device: torch.device | str | None = None) -> None:
-        self.count = 0
-        self.mean = torch.zeros(width, dtype=torch.float64, device=device)
-        self.scatter = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self._root: Tensor | None = None
+    count: int
+    mean: Tensor
+    scatter: Tensor
 
     @classmethod
     def of(cls, features: Tensor) -> "Moments":
         """Returns the moments of rows (n, D)."""
         rows = to_feature_matrix(features)
-        moments = cls(rows.shape[1], device=rows.device)
-        moments.add(rows)
-        return moments
-
-    def add(self, features: Tensor) -> None:
-        """Adds rows (n, D), on any device."""
-        rows = to_feature_matrix(features).to(self.mean.device)
-        self._check(rows.shape[1])
-        if len(rows):
-            mean = rows.mean(dim=0)
-            centred = rows - mean
-            self._join(len(rows), mean)
-            self.scatter.addmm_(centred.T, centred)
-
-    def __add__(self, other: "Moments") -> "Moments":
-        """Returns the moments of both sets of rows together."""
-        self._check(len(other.mean))
-        both = Moments(len(self.mean), device=self.mean.device)
-        for one in (self, other):
-            if one.count:
-                both._join(one.count, one.mean.to(self.mean.device))
-                both.scatter += one.scatter.to(self.mean.device)
-        return both
+        mean = rows.mean(dim=0)
+        centred = rows - mean
+        return cls(len(rows), mean, centred.T @ centred)
 
     def covariance(self) -> Tensor:
         """Returns the unbiased covariance (D, D); ValueError for fewer than two rows."""
@@ -80,30 +56,10 @@ class Moments:
             )
         return self.scatter / (self.count - 1)
 
+    @cached_property
     def root(self) -> Tensor:
-        """Returns a matrix (D, r), r < count, whose product with its transpose is the covariance.
-
-        It costs an eigendecomposition, which is stored until rows are added.
-        """
-        if self._root is None:
-            values, vectors = torch.linalg.eigh(self.covariance())
-            # n centred rows span n - 1 directions at most: what is beyond is rounding.
-            rank = min(self.count - 1, len(values))
-            self._root = vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()
-        return self._root
-
-    def _join(self, count: int, mean: Tensor) -> None:
-        """Adds `count` rows without their own scatter, which the caller adds."""
-        total = self.count + count
-        apart = mean - self.mean
-        self.scatter.addr_(apart, apart, alpha=self.count * count / total)
-        self.mean.add_(apart, alpha=count / total)
-        self.count = total
-        self._root = None
-
-    def _check(self, width: int) -> None:
-        if width != len(self.mean):
-            raise ValueError(
-                f"{width} features do not go with {len(self.mean)}: "
-                "they come from different feature networks"
-            )
+        """A matrix (D, r), r < count, whose product with its transpose is the covariance."""
+        values, vectors = torch.linalg.eigh(self.covariance())
+        # n centred rows span n - 1 directions at most: all others are rounding errors.
+        rank = min(self.count - 1, len(values))
+        return vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()

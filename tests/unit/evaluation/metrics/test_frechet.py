@@ -89,10 +89,8 @@ def test_it_is_what_others_compute_at_full_width_of_few_pictures():
 
 
 def known(mean, covariance, count=1000):
-    moments = Moments(len(mean))
-    moments.count, moments.mean = count, torch.tensor(mean, dtype=torch.float64)
-    moments.scatter = torch.tensor(covariance, dtype=torch.float64) * (count - 1)
-    return moments
+    scatter = torch.tensor(covariance, dtype=torch.float64) * (count - 1)
+    return Moments(count, torch.tensor(mean, dtype=torch.float64), scatter)
 
 
 def test_it_is_the_closed_form_of_two_gaussians():

@@ -37,16 +37,7 @@ def draw_explain_figures(cfg: DictConfig, options: dict[str, str | None]) -> Pat
 
     from tqdm import tqdm
 
-    from ldm.cli.explain_figures import (
-        EXAMPLE_SCENES,
-        GUIDANCE_SCALES,
-        SamplingSettings,
-        plot_forward_process,
-        plot_guidance_scales,
-        plot_noise_injection,
-        plot_reverse_process,
-        render_scene,
-    )
+    from ldm.cli import explain_figures as figures
     from ldm.config.components import build_all_schedules
     from ldm.config.pipeline import check_text_to_image, load_pipeline
     from ldm.data.image_decoding import read_square_image
@@ -55,11 +46,12 @@ def draw_explain_figures(cfg: DictConfig, options: dict[str, str | None]) -> Pat
     restored = load_pipeline(cfg, options["ckpt"], options)
     check_text_to_image(restored, "explain")
     pipeline, size = restored.pipeline, cfg.size or restored.size
-    prompts = prompts or [render_scene(i, 16)[1] for i in EXAMPLE_SCENES]
-    image = render_scene(EXAMPLE_SCENES[0], size)[0]
+    prompts = prompts or [figures.render_scene(i, 16)[1] for i in figures.EXAMPLE_SCENES]
     if options["image"]:
         image = read_square_image(options["image"], size)
-    at = SamplingSettings(cfg.seed, size, cfg.steps)
+    else:
+        image = figures.render_scene(figures.EXAMPLE_SCENES[0], size)[0]
+    at = figures.SamplingSettings(cfg.seed, size, cfg.steps)
     facts = {
         "ckpt": str(restored.path),
         "step": restored.step,
@@ -74,7 +66,7 @@ def draw_explain_figures(cfg: DictConfig, options: dict[str, str | None]) -> Pat
     def family(number: str) -> list[Path]:
         return [Path(f"{out}{number}", f"{name}.png") for name in EXPLAIN_FIGURES]
 
-    total = cfg.steps * (1 + 2 + len(GUIDANCE_SCALES))
+    total = cfg.steps * (1 + 2 + len(figures.GUIDANCE_SCALES))
     with (
         reserve_files(family, overwrite=cfg.overwrite) as paths,
         tqdm(total=total, desc="Drawing", unit="step") as bar,
@@ -83,22 +75,18 @@ def draw_explain_figures(cfg: DictConfig, options: dict[str, str | None]) -> Pat
         def step(i: int, x0_hat) -> None:
             bar.update()
 
-        count = NUM_GUIDANCE_PROMPTS
-        figures = {
-            "forward": lambda: plot_forward_process(image, build_all_schedules(), seed=cfg.seed),
-            "reverse": lambda: plot_reverse_process(pipeline, prompts[0], at, on_step=step),
-            "noise": lambda: plot_noise_injection(pipeline, prompts[0], at, on_step=step),
-            "guidance": lambda: plot_guidance_scales(pipeline, prompts[:count], at, on_step=step),
-        }
-        own_facts = {
-            "noise": {"sampler": "DDIM, eta 0 and 1"},
-            "guidance": {"guidance": {"scale": GUIDANCE_SCALES}},
-        }
-        files = dict(zip(EXPLAIN_FIGURES, paths, strict=True))
-        for name, plot in figures.items():
-            save_png(plot(), files[name], facts | own_facts.get(name, {}))
+        forward, reverse, noise, guidance, clip = paths
+        figure = figures.plot_forward_process(image, build_all_schedules(), seed=cfg.seed)
+        save_png(figure, forward, facts)
+        figure = figures.plot_reverse_process(pipeline, prompts[0], at, on_step=step)
+        save_png(figure, reverse, facts)
+        figure = figures.plot_noise_injection(pipeline, prompts[0], at, on_step=step)
+        save_png(figure, noise, facts | {"sampler": "DDIM, eta 0 and 1"})
+        some = prompts[:NUM_GUIDANCE_PROMPTS]
+        figure = figures.plot_guidance_scales(pipeline, some, at, on_step=step)
+        save_png(figure, guidance, facts | {"guidance": {"scale": figures.GUIDANCE_SCALES}})
         if figure := draw_clip_space(restored.text_path):
-            save_png(figure, files["clip"], {"ckpt": facts["ckpt"], "clip": restored.text_path})
+            save_png(figure, clip, {"ckpt": facts["ckpt"], "clip": restored.text_path})
     return paths[0].parent
 
 

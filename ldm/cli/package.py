@@ -1,6 +1,5 @@
 """python -m ldm.package autoencoder=RUN clip=RUN: trained runs to the parts in ldm/assets"""
 
-import hashlib
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from ldm.config.command_line import command
 from ldm.experiments.run_dir import MAX_CONFIG_BYTES, read_result, read_yaml_settings
 from ldm.utils.errors import UsageError
 from ldm.utils.files import read_text, resolve_path, write_text
+from ldm.utils.hashing import hash_file
 from ldm.utils.plain_yaml import parse_plain_yaml
 
 PACKAGE_PATH_OPTIONS = ("autoencoder", "clip", "out")
@@ -75,7 +75,7 @@ def describe_training(name: str, run: Path) -> str:
 def format_model_card(name: str, training: str, folder: Path, figures: dict[str, float]) -> str:
     """Returns what the part in `folder` is, its training and its figures, as Markdown."""
     files = sorted(folder.glob("*.safetensors"))
-    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    digests = {file.name: hash_file(file) for file in files}
     lines = [
         f"# {name}, packaged with ldm",
         "",

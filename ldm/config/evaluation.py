@@ -311,9 +311,5 @@ def open_real_images(
             f"{name}={options[name]}: that is an option of train.py; here {name} is a folder with "
             f"shards of real pictures, such as {name}=data/coco/val"
         )
-    return TextImageDataset(
-        ShardReader(options[name], cache=ShardCache(cfg.cache, gigabytes=50.0)),
-        size=size,
-        seed=0,
-        train=False,
-    )
+    how = {"cache": ShardCache(cfg.cache, gigabytes=50.0), "caption_key": cfg.get("caption_key")}
+    return TextImageDataset(ShardReader(options[name], **how), size=size, seed=0, train=False)

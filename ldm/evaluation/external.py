@@ -3,7 +3,6 @@
 Shapes: n images, S their side.
 """
 
-import hashlib
 import inspect
 import json
 import warnings
@@ -25,7 +24,7 @@ from ldm.data.image_decoding import (
 from ldm.data.prepare.sources import IMAGE_SUFFIXES, list_image_files
 from ldm.models.huggingface import silence_transformers
 from ldm.utils.files import read_text
-from ldm.utils.hashing import hash_file
+from ldm.utils.hashing import hash_bytes, hash_file
 
 # The arguments of a text-to-image pipeline; not all have guidance_scale as well.
 DIFFUSERS_CALL_ARGUMENTS = (
@@ -51,14 +50,14 @@ class ImageFolder:
         if not self.paths:
             raise FileNotFoundError(f"no images in '{folder}' ({', '.join(IMAGE_SUFFIXES)})")
         self.captions = self._read_captions()
-        total, sides = hashlib.sha256(), {}
+        lines, sides = [], {}
         for path in self.paths:
             try:
                 data = read_image_bytes(path)
                 sides[read_short_side(data)] = path
             except ImageError as error:
                 raise ImageError(f"'{path}': {error}") from error
-            total.update(f"{path.name} {hashlib.sha256(data).hexdigest()}\n".encode())
+            lines.append(f"{path.name} {hash_bytes(data)}\n")
         if size is None and len(sides) > 1:
             least, most = min(sides), max(sides)
             raise ValueError(
@@ -66,7 +65,7 @@ class ImageFolder:
                 "which to compare them, size=.."
             )
         self.size = size or next(iter(sides))
-        self.digest = total.hexdigest()
+        self.digest = hash_bytes("".join(lines).encode())
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -124,7 +123,7 @@ class DiffusersPipeline:
         digests = [f"{path.relative_to(folder)} {hash_file(path)}" for path in files]
         self.facts = {
             "pipeline": type(self.pipe).__name__,
-            "digest": hashlib.sha256("\n".join(digests).encode()).hexdigest(),
+            "digest": hash_bytes("\n".join(digests).encode()),
             "sampler": {
                 "name": type(self.pipe.scheduler).__name__,
                 **_keep_json_values(dict(self.pipe.scheduler.config)),

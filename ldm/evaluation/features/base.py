@@ -3,15 +3,16 @@
 Shapes: n images, H W pixels, S the network's own side, D features.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ldm.evaluation.features.resize import RESIZE_RULE, resize_for_network
+from ldm.utils.hashing import hash_bytes
 
+RESIZE_RULE = "antialiased bicubic to {size} x {size} in float32, clipped to 0..255, not rounded"
 # Pixels at once on the CPU, at the network's size: larger batches leave its caches.
 _CPU_PIXELS = 200_000
 
@@ -121,6 +122,19 @@ class NetworkFeatures:
         return self.embed(pixels.contiguous(memory_format=torch.channels_last)).float()
 
 
+def resize_for_network(images: Tensor, size: int) -> Tensor:
+    """Returns images (n, 3, H, W) with values in 0..255 as float32 (n, 3, size, size).
+
+    The resize is clean-fid's (Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in
+    GAN Evaluation"). Images that are not square are squashed, as every FID does it.
+    """
+    pixels = images.float()
+    if tuple(pixels.shape[-2:]) == (size, size):
+        return pixels
+    pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
+    return pixels.clamp(0, 255)  # bicubic overshoots at edges
+
+
 def check_uint8_images(images: Tensor) -> None:
     """Raises TypeError unless these are uint8, ValueError unless they are (n, 3, H, W)."""
     kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
@@ -138,9 +152,8 @@ def check_uint8_images(images: Tensor) -> None:
 
 def hash_feature_extractor(net: nn.Module, rule: str) -> str:
     """Returns the sha256 of a network's weights, whatever their names, and of a text."""
-    parts = []
-    for tensor in net.state_dict().values():
-        raw = tensor.detach().cpu().contiguous()
-        head = f"{raw.dtype} {tuple(raw.shape)} ".encode()
-        parts.append(hashlib.sha256(head + raw.numpy().tobytes()).hexdigest())
-    return hashlib.sha256("\n".join([rule, *sorted(parts)]).encode()).hexdigest()
+    parts = [
+        hash_bytes(f"{tensor.dtype} {tuple(tensor.shape)} ".encode(), tensor.numpy().tobytes())
+        for tensor in (each.detach().cpu().contiguous() for each in net.state_dict().values())
+    ]
+    return hash_bytes("\n".join([rule, *sorted(parts)]).encode())

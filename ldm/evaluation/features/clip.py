@@ -4,7 +4,6 @@ OpenAI's published weights are MIT-licensed, `packaged:clip` is Apache-2.0.
 Shapes: n images or captions, D features (CLIP's projection width).
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from transformers import CLIPImageProcessorPil
 from ldm.evaluation.features.base import NetworkFeatures
 from ldm.models.clip import PIXEL_MEAN, PIXEL_STD, Clip
 from ldm.models.huggingface import silence_transformers
+from ldm.utils.hashing import hash_bytes
 
 
 class ClipFeatures(NetworkFeatures):
@@ -35,7 +35,7 @@ class ClipFeatures(NetworkFeatures):
         )
         # CLIP scores depend on the text encoder too, so the digest covers it.
         words = sorted(clip.tokenize.tokenizer.get_vocab().items(), key=lambda word: word[1])
-        vocabulary = hashlib.sha256(repr(words).encode("utf-8", "replace")).hexdigest()
+        vocabulary = hash_bytes(repr(words).encode("utf-8", "replace"))
         super().__init__(
             clip.model,
             self._embed,

@@ -12,8 +12,8 @@ from transformers import CLIPModel
 
 from ldm.data.scenes.draw import draw_scene
 from ldm.data.scenes.world import caption, sample_scene
+from ldm.evaluation.features.base import resize_for_network
 from ldm.evaluation.features.clip import ClipFeatures
-from ldm.evaluation.features.resize import resize_for_network
 from ldm.evaluation.metrics.clip_score import clip_score
 from ldm.models.clip import PIXEL_MEAN, PIXEL_STD
 from ldm.utils.files import resolve_path

@@ -255,10 +255,7 @@ def generate_shard_samples(
 
 
 def write_augment_report(out: Path, report: dict, source: dict) -> None:
-    """Writes report.json, an index and the contact sheet, and prints a summary.
-
-    Raises UsageError where the filter has left no image.
-    """
+    """Writes report.json, an index and the contact sheet, and prints a summary."""
     from ldm.data.image_decoding import pil_to_tensor, read_image
     from ldm.data.shards.reader import ShardReader
     from ldm.utils.files import write_json

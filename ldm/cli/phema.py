@@ -107,11 +107,7 @@ class SnapshotRun:
         return self.snapshots[-1].step
 
     def average(self, length: float) -> PostHocAverage:
-        """Returns the average of this length at the last snapshot.
-
-        Raises ValueError for a length out of range, CheckpointError where the snapshots are of
-        another network than the checkpoint.
-        """
+        """Returns the average of this length at the last snapshot."""
         from tqdm import tqdm
 
         from ldm.training.power_ema import EMAProfile, solve_mixture
@@ -159,10 +155,7 @@ class SnapshotRun:
 
 
 def load_snapshot_run(ckpt: str) -> SnapshotRun:
-    """Returns the run of `ckpt`, a directory or a checkpoint in it, with its snapshots.
-
-    Raises CheckpointError where there is no checkpoint, UsageError where there are no snapshots.
-    """
+    """Returns the run of `ckpt`, a directory or a checkpoint in it, with its snapshots."""
     from ldm.utils.checkpoint_facts import read_checkpoint_metadata
     from ldm.utils.checkpoint_file import find_checkpoint, read_checkpoint, select_prefix
     from ldm.utils.ema_files import find_snapshots
@@ -191,10 +184,7 @@ def measure_lengths(
     *,
     new: bool,
 ) -> None:
-    """Measures each length, draws the curve, stores the best average.
-
-    Raises UsageError for a metric that is not measured.
-    """
+    """Measures each length, draws the curve, stores the best average."""
     from ldm.config.evaluation import build_evaluation_source
     from ldm.utils.checkpoint_file import load_module_state
 

@@ -37,9 +37,6 @@ class ImageFolder:
 
     size: None for their own, if all have the same. `captions`: the texts of the .txt files with the
     images' names; None where there are none. `digest`: a sha256 of names and contents.
-    Raises FileNotFoundError where there is no image, ImageError naming a file that is none, and
-    ValueError where sizes differ, where only some images have a caption, or a caption's file is no
-    text.
     """
 
     def __init__(self, folder: Path, *, size: int | None = None) -> None:
@@ -102,8 +99,6 @@ class DiffusersPipeline:
     Only safetensors are opened, and no code of the folder is run; a safety checker, which blackens
     images, is left out. `size` is the side of its images (None where it does not say); `facts` are
     plain values that identify it.
-    Raises ValueError where diffusers is not installed, where the folder has code, or where the
-    pipeline is of another kind; OSError where files are missing.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -136,8 +131,7 @@ class DiffusersPipeline:
     ) -> Tensor:
         """Returns images (n, 3, S, S) in [-1, 1] on the CPU, each from its own seed.
 
-        scale: of the guidance; 1 is none. Raises ValueError for a scale below 1, which diffusers
-        takes as 1, or a size that the pipeline refuses.
+        scale: of the guidance; 1 is none.
         """
         if scale < 1:
             raise ValueError(f"guidance.scale={scale}: to pipelines of diffusers, 1 is none")

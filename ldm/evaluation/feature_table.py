@@ -29,8 +29,6 @@ def tabulate(
     Processes take pieces in turns, and all get the same tables. Pieces are saved in `folder` and
     read from there; a damaged piece is made again with a warning. `done(items)` is called after
     each round of a process, equally often in each.
-    Raises ValueError where `make` returns other tables than `columns` says, or numbers that are not
-    finite.
     """
     if batch < 1:
         raise ValueError(f"batch={batch} must be 1 or more")

@@ -33,10 +33,7 @@ class TooFewImagesError(ValueError):
 def select_prompt_subset(
     dataset: TextImageDataset, others: TextImageDataset | None, count: int, *, seed: int = 0
 ) -> PromptSubset:
-    """Draws `count` captions of the data set; of one half, where there are no other real images.
-
-    Raises TooFewImagesError for a count that is too low.
-    """
+    """Draws `count` captions of the data set; of one half, where there are no other real images."""
     check_image_count("pictures to measure", count)
     within = len(dataset) // 2 if lacks_reference_images(dataset, others) else None
     return PromptSubset.draw(dataset.shards, count, seed=seed, within=within)
@@ -63,8 +60,7 @@ class EvaluationProtocol:
     is the other half: a reference with the images of the captions would lower all distances.
     size: the side of all images, in pixels. cache: a folder for the features of real images.
     has_captions: whether generated images depend on the captions.
-    Raises ValueError where a subset is of another data set or of the reference, TooFewImagesError
-    where there are too few images.
+    Raises TooFewImagesError where there are too few images.
     """
 
     def __init__(

@@ -41,8 +41,7 @@ def compute_real_features(
 
     dataset: of a validation: centre crops, `size` pixels wide. `cache` has a file for each network,
     data set, indices and size, and the pieces of incomplete tables. A damaged file is made again
-    with a warning. Raises ValueError where a file is of something else than its name says, or where
-    the images have another size.
+    with a warning.
     """
     tables, missing, files = {}, [], {}
     for network in networks:

@@ -113,8 +113,7 @@ class Scores:
     def _estimate_others(self, generated: Tables, *, errors: bool) -> dict[str, Estimate]:
         rows, real = generated[self.first], self.real[self.first]
         size = min(KID_SUBSET_SIZE, len(rows) // 2, len(real) // 2)
-        of_subsets = kid(real, rows, seed=SCORES_SEED, subset_size=size)
-        estimates = {"kid": Estimate(of_subsets.mean, of_subsets.error)}
+        estimates = {"kid": kid(real, rows, seed=SCORES_SEED, subset_size=size)}
         if errors:
             groups = max(2, min(20, len(rows) // 8))
             estimates |= jackknife(self.manifold.compare, rows, seed=SCORES_SEED, groups=groups)
@@ -132,7 +131,7 @@ class Scores:
         probabilities = self.classifier.logits(table).softmax(dim=1)
         splits = min(10, len(table) // 2)
         score = inception_score(probabilities, seed=SCORES_SEED, splits=splits)
-        return {"inception_score": score.mean}
+        return {"inception_score": score}
 
     def _score_captions(self, generated: Tables) -> dict[str, float]:
         scores = {}

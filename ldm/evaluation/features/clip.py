@@ -63,7 +63,7 @@ class ClipFeatures(NetworkFeatures):
         """Returns unit vectors (n, D), float32, of captions, as one batch on the network's device.
 
         The network moves to `device`, if it is given. A caption that is longer than the context
-        loses its last words and keeps its end token. Raises TypeError where it is one string.
+        loses its last words and keeps its end token.
         """
         if device is not None:
             self.move(device)

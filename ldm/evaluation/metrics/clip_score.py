@@ -11,7 +11,6 @@ def clip_score(images: Tensor, texts: Tensor) -> Tensor:
     """Returns 100 max(cosine, 0) of each image (n, D) with its caption (n, D), (n,) in 0..100.
 
     Hessel et al. 2021, "CLIPScore", with the scale that text-to-image papers report.
-    Raises ValueError where they are not pairs.
     """
     if images.shape != texts.shape or images.ndim != 2:
         raise ValueError(

@@ -18,10 +18,7 @@ from ldm.evaluation.metrics.moments import Moments, to_feature_matrix
 
 
 def frechet_distance(reference: Moments, generated: Moments) -> float:
-    """Returns the squared Frechet distance of two Gaussians, >= 0; symmetric up to rounding.
-
-    Raises ValueError for fewer than two rows on a side, or another number of features.
-    """
+    """Returns the squared Frechet distance of two Gaussians, >= 0; symmetric up to rounding."""
     covariance = generated.covariance().to(reference.mean.device)
     _check(reference, len(generated.mean))
     root = reference.root

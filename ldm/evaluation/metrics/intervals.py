@@ -77,8 +77,7 @@ def bootstrap_mean(
 ) -> Interval:
     """Returns the percentile interval of the mean of independent numbers (n,), one an image.
 
-    Means of 0s and 1s are shares, for `wilson_interval`. Raises ValueError for fewer than two
-    numbers, for NaN or infinity.
+    Means of 0s and 1s are shares, for `wilson_interval`.
     """
     if values.ndim != 1 or len(values) < 2 or not values.isfinite().all():
         raise ValueError(

@@ -10,7 +10,6 @@ Shapes: n real rows, m generated rows, D features.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,26 +24,13 @@ _KERNEL_PAIRS_PER_BLOCK = 2**23  # evaluated at a time: 64 MiB
 Kernel = Callable[[Tensor, Tensor], Tensor]  # (a, D), (b, D) -> (a, b)
 
 
-class Kid(NamedTuple):
-    """Mean and standard deviation over subsets, as published, and the mean's standard error.
-
-    The deviation is that of one subset and does not shrink with the number of images; the error is
-    that of the mean over draws of as many images.
-    """
-
-    mean: float
-    std: float
-    error: float
-
-
 def kid(
     real: Tensor, generated: Tensor, *, seed: int, subsets: int = 100, subset_size: int = 1000
-) -> Kid:
+) -> Estimate:
     """Returns KID of rows (n, D) and (m, D): k(x, y) = (x y / D + 1)^3, the unbiased estimate.
 
     Subsets are drawn without replacement, as torchmetrics draws them after
-    `torch.manual_seed(seed)`; the deviation is the population's, as there. A mean may be below 0.
-    Raises ValueError where a subset is smaller than 2 or larger than a side, or features differ.
+    `torch.manual_seed(seed)`. It may be below 0. The error is over draws of as many images.
     """
     real, generated = _sides(real, generated)
     fewest = min(len(real), len(generated))
@@ -62,10 +48,9 @@ def kid(
         ]
         values.append(poly_mmd(*sides))
     each = torch.stack(values)
-    std = each.std(correction=0)
     influence = _means(generated, generated, _polynomial) - _means(generated, real, _polynomial)
-    error = (4 * influence.var() / len(generated) + std**2 / subsets).sqrt()
-    return Kid(float(each.mean()), float(std), float(error))
+    error = (4 * influence.var() / len(generated) + each.var(correction=0) / subsets).sqrt()
+    return Estimate(float(each.mean()), float(error))
 
 
 def cmmd(
@@ -77,7 +62,6 @@ def cmmd(
     k(x, y) = exp(-|x - y|^2 / (2 sigma^2)), pairs of a row with itself count (the biased, never
     negative estimate, though the paper calls it unbiased), times 1000. Published numbers are of
     OpenAI's ViT-L/14 at 336 pixels.
-    Raises ValueError for fewer than two rows on a side, for rows of length 0, or where D differs.
     """
     real, generated = _sides(real, generated)
     for side in (real, generated):

@@ -11,10 +11,7 @@ from torch import Tensor
 
 
 def to_feature_matrix(features: Tensor) -> Tensor:
-    """Returns feature rows (n, D) in float64, on their device.
-
-    Raises ValueError for another shape, for half precision and for numbers that are not finite.
-    """
+    """Returns feature rows (n, D) in float64, on their device; ValueError where they are bad."""
     if features.ndim != 2 or not features.is_floating_point():
         shape = tuple(features.shape)
         raise ValueError(f"features must be floating (n, D), got {features.dtype} {shape}")

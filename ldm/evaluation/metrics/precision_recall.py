@@ -40,10 +40,7 @@ class Manifold:
         self.inner, self.outer = _radii(self.rows, (K_PRECISION_RECALL, K_DENSITY))
 
     def compare(self, generated: Tensor) -> dict[str, float]:
-        """Returns precision, recall and coverage in [0, 1] and density, >= 0, of rows (m, D).
-
-        Raises ValueError for fewer than 4 rows, or another number of features.
-        """
+        """Returns precision, recall and coverage in [0, 1] and density, >= 0, of rows (m, D)."""
         rows = to_feature_matrix(generated).to(self.rows.device)
         if rows.shape[1] != self.rows.shape[1]:
             raise ValueError(

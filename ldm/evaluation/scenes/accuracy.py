@@ -25,7 +25,7 @@ class PromptAccuracy:
 
     "val" has combinations of colour and shape that training has, "unseen" has others: `count` of
     each, "val" first. Prompt i of either split has seed + i. `scenes`, `prompts` and `seeds` are
-    lists of `len(self)`. Raises ValueError where there is one prompt a split: chance needs another.
+    lists of `len(self)`.
     """
 
     kind: str  # the prefix of the metrics' names

@@ -313,5 +313,6 @@ def open_real_images(
             f"{name}={place}: that is an option of train.py; here {name} is a folder with "
             f"shards of real pictures, such as {name}=data/coco/val"
         )
-    shards = ShardReader(place, cache=ShardCache(cfg.cache, gigabytes=50.0))
+    cache = ShardCache(cfg.cache, gigabytes=50.0)
+    shards = ShardReader(place, cache=cache, caption_key=cfg.get("caption_key"))
     return TextImageDataset(shards, size=size, seed=0, train=False)

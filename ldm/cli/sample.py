@@ -3,17 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from ldm.config import command_line
-from ldm.config.command_line import (
-    convert_to_usage_errors,
-    pop_text_options,
-    read_prompts,
-    require_option,
-    run_command,
-)
+from ldm.config.command_line import command, read_prompts, require_option
 from ldm.config.sample_options import (
     SAMPLE_TEXT_OPTIONS,
     check_checkpoints_and_device,
@@ -25,19 +17,20 @@ from ldm.experiments.run_dir import make_image_path
 from ldm.utils.output_path import prepare_output_file
 
 RECORDED_OPTIONS = ("image", "mask", "source", "style")  # of the texts, if they are there
-texts = pop_text_options(SAMPLE_TEXT_OPTIONS)
 
 
-@hydra.main(config_path=command_line.CONF_DIR, config_name="sample", version_base="1.3")
-def sample(cfg: DictConfig) -> None:
-    """Checks the options, then generates."""
-    names = [name for name in SAMPLE_TEXT_OPTIONS if not OmegaConf.is_missing(cfg, name)]
-    options = check_sample_options(cfg, {name: cfg[name] for name in names} | texts, texts)
-    with convert_to_usage_errors():
-        prompts = read_prompts(options)
-        ckpts = list_cascade_runs(cfg) or [require_option(options, "ckpt")]
-        check_checkpoints_and_device(cfg, *ckpts)
-        print(generate_samples(cfg, ckpts, prompts, options))
+@command(
+    "sample",
+    texts=SAMPLE_TEXT_OPTIONS,
+    read=lambda words: {"has_prompt": any(word.startswith("prompt=") for word in words)},
+)
+def main(cfg: DictConfig, options: dict[str, str | None], *, has_prompt: bool) -> None:
+    """Checks the options, then generates; prints the file to look at first."""
+    options = check_sample_options(cfg, options, has_prompt=has_prompt)
+    prompts = read_prompts(options)
+    ckpts = list_cascade_runs(cfg) or [require_option(options, "ckpt")]
+    check_checkpoints_and_device(cfg, *ckpts)
+    print(generate_samples(cfg, ckpts, prompts, options))
 
 
 def generate_samples(
@@ -100,11 +93,6 @@ def generate_samples(
         fps=cfg.fps,
         overwrite=cfg.overwrite,
     )
-
-
-def main() -> None:
-    """Run the command."""
-    run_command(sample, "sample")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config import command_line
-from ldm.config.command_line import compose_default_config, convert_to_usage_errors, run_command
+from ldm.config.command_line import convert_to_usage_errors, run_command
+from ldm.config.config_check import compose_default_config
 from ldm.config.suggestions import set_optuna_defaults
 from ldm.experiments.launchers.local import die_with_parent
 from ldm.experiments.run_dir import (

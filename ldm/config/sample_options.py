@@ -21,7 +21,7 @@ SAMPLE_TEXT_OPTIONS = ("prompt", "negative", "source", *INPUT_FILE_OPTIONS, *LOC
 
 
 def check_sample_options(
-    cfg: DictConfig, options: Mapping[str, str | None], command_line_options: Mapping[str, str]
+    cfg: DictConfig, options: Mapping[str, str | None], *, has_prompt: bool
 ) -> dict[str, str | None]:
     """`asked`, the texts, with `~` in paths expanded; typed: those of the command line.
 
@@ -42,7 +42,7 @@ def check_sample_options(
     inverts = bool((cfg.get("task") or {}).get("invert"))
     contradictions = {
         "ckpt and cascade: give either": cfg.cascade and options.get("ckpt"),
-        "prompt and prompts: give either": "prompt" in command_line_options and options["prompts"],
+        "prompt and prompts: give either": has_prompt and options["prompts"],
         "source says what image shows for task=img2img task.invert=true alone: leave it out, or "
         "add those": options["source"] and not inverts,
         "paste=true is for what mask=FILE or pad=[..] keeps: give one of them": cfg.paste

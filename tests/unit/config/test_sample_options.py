@@ -9,7 +9,8 @@ from hydra import compose, initialize_config_dir
 from shell import ROOT, run
 
 from ldm.config import command_line
-from ldm.config.command_line import check_config, read_prompts
+from ldm.config.command_line import read_prompts
+from ldm.config.config_check import check_config
 from ldm.config.sample_options import SAMPLE_TEXT_OPTIONS, check_sample_options, list_cascade_runs
 from ldm.config.suggestions import format_unknown_setting
 from ldm.utils.errors import UsageError

@@ -1,4 +1,4 @@
-"""What sample.py is asked for: what cannot be meant is refused before anything is loaded."""
+"""The options of sample.py: mistakes are refused before anything is loaded."""
 
 import os
 import sys
@@ -23,16 +23,13 @@ SAMPLE_TEXT_OPTIONS = ("prompt", "negative", "source", *INPUT_FILE_OPTIONS, *LOC
 def check_sample_options(
     cfg: DictConfig, options: Mapping[str, str | None], *, has_prompt: bool
 ) -> dict[str, str | None]:
-    """`asked`, the texts, with `~` in paths expanded; typed: those of the command line.
+    """The text options with `~` in paths expanded; has_prompt: `prompt` is on the command line.
 
-    Raises UsageError for files that are not there, for an `out` that no picture can have, and for
-    what contradicts.
+    Raises UsageError for files that are not there, for an `out` that no image can have, and for
+    options that contradict each other.
     """
     paths = {name: options.get(name) or None for name in INPUT_FILE_OPTIONS + LOCATION_OPTIONS}
-    options = {
-        **options,
-        **{name: path and os.path.expanduser(path) for name, path in paths.items()},
-    }
+    options = dict(options) | {n: path and os.path.expanduser(path) for n, path in paths.items()}
     for name in INPUT_FILE_OPTIONS:
         check_input_file(name, options[name])
     try:
@@ -48,9 +45,9 @@ def check_sample_options(
         "paste=true is for what mask=FILE or pad=[..] keeps: give one of them": cfg.paste
         and not (options["mask"] or any(cfg.pad)),
     }
-    for said, applies in contradictions.items():
+    for message, applies in contradictions.items():
         if applies:
-            raise UsageError(said)
+            raise UsageError(message)
     if inverts and not options["source"]:
         print_to_stderr(
             'task.invert=true without source="what image shows": as if nothing were known of it'
@@ -61,7 +58,7 @@ def check_sample_options(
 
 
 def check_checkpoints_and_device(cfg: DictConfig, *ckpts: str) -> None:
-    """UsageError where a checkpoint or the device is not there, before seconds of imports."""
+    """UsageError where a checkpoint or the device is not there, before the slow imports."""
     guidance = cfg.get("guidance") or {}
     named = [("ckpt", ckpt) for ckpt in ckpts]
     named += [(f"guidance.{name}", guidance.get(name)) for name in ("guide", "classifier")]
@@ -92,14 +89,14 @@ def select_device(name: str | None) -> "torch.device":
 
 
 def check_input_file(name: str, path: str | None) -> None:
-    """UsageError, with the option's name, where a path that was given is no file."""
+    """UsageError, with the option's name, where a path is no file."""
     if path and not os.path.isfile(path):
         why = "is a folder, not a file" if os.path.isdir(path) else "there is no such file"
         raise UsageError(f"{name}={path}: {why}")
 
 
 def print_to_stderr(message: str) -> None:
-    """A line that is no error, beside what is printed for other programs to read."""
+    """Prints a note; standard output is for other programs to read."""
     print(message, file=sys.stderr)
 
 

@@ -17,7 +17,7 @@ from ldm.utils.errors import UsageError
 
 
 def check(*words):
-    """`asked.checked` of a command line whose numbers are right."""
+    """`check_sample_options` of a command line whose numbers are right."""
     typed = dict(
         word.split("=", 1) for word in words if word.partition("=")[0] in SAMPLE_TEXT_OPTIONS
     )
@@ -25,9 +25,8 @@ def check(*words):
     with initialize_config_dir(command_line.CONF_DIR, version_base="1.3"):
         cfg = compose("sample", overrides=others)
         check_config(cfg, "sample", others)
-    return check_sample_options(
-        cfg, {**{name: cfg[name] for name in SAMPLE_TEXT_OPTIONS}, **typed}, typed
-    )
+    options = {name: cfg[name] for name in SAMPLE_TEXT_OPTIONS} | typed
+    return check_sample_options(cfg, options, has_prompt="prompt" in typed)
 
 
 @pytest.fixture

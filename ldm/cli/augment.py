@@ -137,12 +137,10 @@ def augment_dataset(
         with bar(total=sum(len(part.items) for part in mine), desc="Painting") as shown:
             pipeline = partial(restored.pipeline, size=size, negative=options["negative"])
             brush = partial(generate_shard_samples, cfg, pipeline, prompts, score, shown.update)
-            sift = ScoreFilter(cfg.min_score, cfg.keep)
+            how = {"score_filter": ScoreFilter(cfg.min_score, cfg.keep), "suffix": cfg.format}
             for part in mine:
                 if part.read_stats() is None:
-                    write_generated_shard(
-                        part, brush, score_filter=sift, suffix=cfg.format, batch=cfg.batch
-                    )
+                    write_generated_shard(part, brush, **how, batch=cfg.batch)
                 else:
                     shown.update(len(part.items))
         ranks.any(False)

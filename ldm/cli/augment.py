@@ -68,9 +68,8 @@ def main() -> None:
         with convert_to_usage_errors():
             augment_dataset(cfg, asked, words)
 
-    if (
-        get_launcher_layout() is None
-    ):  # torchrun ends its processes, also those that wait for another
+    # torchrun ends its processes, also those that wait for another.
+    if get_launcher_layout() is None:
         signal.signal(signal.SIGTERM, raise_keyboard_interrupt)
     run_command(composed, "augment", resumable=True)
 

@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from evaluated_runs import Home
 from hydra import compose, initialize_config_dir
 from PIL import Image
 from several import several
 from shell import run, wait_for
-from test_evaluate import Home
 from world import CAPTIONS, write_shapes
 
 from ldm.cli.augment import AUGMENT_TEXT_OPTIONS, augment_dataset

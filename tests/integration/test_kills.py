@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
+from killed_runs import measured
 from payloads import same
-from shell import BRIEF, FROZEN, ROOT, rows, run
+from shell import BRIEF, FROZEN, ROOT, run
 
-KILLS = str(ROOT / "tests" / "kills.py")
-TIMED = ("perf/images_per_s", "perf/data_wait", "perf/eval_share")
+KILLS = str(ROOT / "tests" / "helpers" / "kills.py")
 RUN = [
     *BRIEF,
     *FROZEN,
@@ -23,11 +23,6 @@ RUN = [
     "model.channels=16",
     "optimizer.warmup=5",
 ]
-
-
-def measured(run_dir):
-    """metrics.csv without what a clock says."""
-    return [{k: v for k, v in row.items() if k not in TIMED} for row in rows(run_dir)]
 
 
 @pytest.mark.parametrize(

@@ -352,10 +352,12 @@ def test_no_caption_at_all_stops_what_learns_from_captions(tmp_path):
     write(tmp_path, tar_bytes([("a.png", picture()), ("a.json", b'{"text": "a dog"}')]))
     how = {"train": str(tmp_path), "val": str(tmp_path), "size": 8, "batch_size": 1}
     data = TextImageData(**how)
+    encoder = torch.nn.Identity()
+    encoder.names = None
     with pytest.raises(UsageError, match=r"1 of 1 samples .*caption_key=text.*text_encoder=none"):
-        check_captions_readable(torch.nn.Identity(), data)
+        check_captions_readable(encoder, data)
     check_captions_readable(NullTextEncoder(), data)
-    check_captions_readable(torch.nn.Identity(), TextImageData(**how, caption_key="text"))
+    check_captions_readable(encoder, TextImageData(**how, caption_key="text"))
 
 
 def test_arrays_of_others_under_its_name_stay(tmp_path, caplog):

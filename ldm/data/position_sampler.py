@@ -30,13 +30,7 @@ class ShuffledOrder:
     """
 
     def __init__(
-        self,
-        shard_sizes: Sequence[int],
-        *,
-        seed: int,
-        window: int = 4,
-        group: int = 1,
-        shuffle: bool = True,
+        self, shard_sizes: Sequence[int], *, seed: int, window: int = 4, group: int = 1
     ) -> None:
         if sum(shard_sizes) == 0:
             raise ValueError("cannot order 0 samples")
@@ -46,7 +40,7 @@ class ShuffledOrder:
             raise ValueError(f"a group must be 1 sample or more, got {group}")
         self._ends = np.cumsum(shard_sizes)
         self.window = window
-        self._seed, self._group, self._shuffle = seed, group, shuffle
+        self._seed, self._group = seed, group
         self._epochs: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -75,9 +69,7 @@ class ShuffledOrder:
 
     def _split_into_windows(self, epoch: int) -> list[np.ndarray]:
         count = len(self._ends)
-        shards = np.arange(count)
-        if self._shuffle:
-            shards = np.argsort(self._draw(count, epoch), kind="stable")
+        shards = np.argsort(self._draw(count, epoch), kind="stable")
         return [shards[first : first + self.window] for first in range(0, count, self.window)]
 
     def _draw(self, count: int, epoch: int) -> np.ndarray:
@@ -88,8 +80,7 @@ class ShuffledOrder:
         if epoch not in self._epochs:
             if len(self._epochs) == _CACHED_EPOCHS:
                 self._epochs.pop(next(iter(self._epochs)))
-            permutation = self._permute(epoch) if self._shuffle else np.arange(len(self))
-            self._epochs[epoch] = permutation
+            self._epochs[epoch] = self._permute(epoch)
         return self._epochs[epoch]
 
     def _permute(self, epoch: int) -> np.ndarray:

@@ -72,7 +72,7 @@ def compute_coverage(
 
 def arrange_objects(scene: Scene, rng: np.random.Generator) -> list[ObjectLocation]:
     """Returns locations inside the image and apart from each other."""
-    radii = [OBJECT_RADIUS[one.size] * rng.uniform(0.96, 1.04) for one in scene.objects]
+    radii = sample_radii(scene, rng)
     reach = sum(radii) + 2 * OUTER_OUTLINE
     room = 1 - 2 * SCENE_MARGIN - 2 * reach
     along = reach + rng.uniform(OBJECT_GAP[0], min(OBJECT_GAP[1], room))
@@ -80,14 +80,29 @@ def arrange_objects(scene: Scene, rng: np.random.Generator) -> list[ObjectLocati
     step = np.array([across, along] if scene.relation in ("above", "below") else [along, across])
     if scene.relation in ("right of", "below"):
         step = -step
-    # The box around both is near the centre: captions do not say where it is, and more randomness
-    # makes models learn more slowly what they do say.
-    points = np.array([np.zeros(2), step])
-    extents = np.array(radii)[:, None] + OUTER_OUTLINE
-    low, high = (points - extents).min(0), (points + extents).max(0)
-    free = 1 - 2 * SCENE_MARGIN - (high - low)
-    points += SCENE_MARGIN - low + free * (0.5 + CENTRE_JITTER * rng.uniform(-1, 1, size=2))
+    points = move_to_centre(np.array([np.zeros(2), step]), radii, rng)
     return [(x, y, radius) for (x, y), radius in zip(points.tolist(), radii, strict=True)]
+
+
+def sample_radii(scene: Scene, rng: np.random.Generator) -> list[float]:
+    return [OBJECT_RADIUS[one.size] * rng.uniform(0.96, 1.04) for one in scene.objects]
+
+
+def measure_box(points: np.ndarray, radii: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the corners of the box around objects at points (n, 2)."""
+    extents = np.array(radii)[:, None] + OUTER_OUTLINE
+    return (points - extents).min(0), (points + extents).max(0)
+
+
+def move_to_centre(points: np.ndarray, radii: list[float], rng: np.random.Generator) -> np.ndarray:
+    """Returns the points (n, 2) with the box around their objects near the centre of the image.
+
+    Captions do not say where it is, and more randomness makes models learn captions more slowly.
+    """
+    low, high = measure_box(points, radii)
+    free = np.maximum(1 - 2 * SCENE_MARGIN - (high - low), 0)
+    jitter = 0.5 + CENTRE_JITTER * rng.uniform(-1, 1, size=2)
+    return points + (SCENE_MARGIN - low + free * jitter)
 
 
 def _to_grid(u: np.ndarray, period: float) -> np.ndarray:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from ldm.data.scenes.draw import (
-    CENTRE_JITTER,
     MAX_MISALIGNMENT,
     OBJECT_GAP,
     OUTER_OUTLINE,
     SCENE_MARGIN,
-    ObjectLocation,
     draw_scene_at,
+    measure_box,
+    move_to_centre,
+    sample_radii,
 )
 from ldm.data.scenes.world import (
     OBJECT_RADIUS,
@@ -59,9 +60,9 @@ def sample_moving_scene(
 
 def has_room_to_move(scene: Scene, direction: str) -> bool:
     """Whether the first object can move so without leaving the image or touching the other."""
-    radii = [1.04 * OBJECT_RADIUS[one.size] for one in scene.objects]
-    points = _compute_path(scene, direction, radii, gap=OBJECT_GAP[0], across=0, travel=_TRAVEL[1])
-    low, high = _compute_box(points, radii)
+    first, second = (1.04 * OBJECT_RADIUS[one.size] for one in scene.objects)
+    points = _compute_path(scene, direction, first + second, across=0, travel=_TRAVEL[1])
+    low, high = measure_box(points, [first, first, second])
     return bool((high - low <= 1 - 2 * SCENE_MARGIN).all())
 
 
@@ -70,17 +71,13 @@ def draw_moving_scene(
 ) -> np.ndarray:
     """Returns the frames, uint8 (F, S, S, 3), at constant speed."""
     scene, direction = moving.scene, moving.direction
-    radii = [OBJECT_RADIUS[one.size] * rng.uniform(0.96, 1.04) for one in scene.objects]
-    how = {"across": MAX_MISALIGNMENT * rng.uniform(-1, 1), "travel": rng.uniform(*_TRAVEL)}
-    points = _compute_path(scene, direction, radii, gap=OBJECT_GAP[0], **how)
-    low, high = _compute_box(points, radii)
-    free = np.maximum(1 - 2 * SCENE_MARGIN - (high - low), 0)
-    points += SCENE_MARGIN - low + free * (0.5 + CENTRE_JITTER * rng.uniform(-1, 1, size=2))
-    start, end, rest = points
+    first, second = sample_radii(scene, rng)
+    across, travel = MAX_MISALIGNMENT * rng.uniform(-1, 1), rng.uniform(*_TRAVEL)
+    points = _compute_path(scene, direction, first + second, across=across, travel=travel)
+    start, end, rest = move_to_centre(points, [first, first, second], rng)
     images = []
     for done in np.linspace(0, 1, frames):
-        first = start + done * (end - start)
-        locations: list[ObjectLocation] = [(*first, radii[0]), (*rest, radii[1])]
+        locations = [(*(start + done * (end - start)), first), (*rest, second)]
         images.append(draw_scene_at(scene, locations, size))
     return np.stack(images)
 
@@ -100,22 +97,16 @@ def caption_moving_scene(moving: MovingScene, rng: np.random.Generator) -> str:
 
 
 def _compute_path(
-    scene: Scene, direction: str, radii: list[float], *, gap: float, across: float, travel: float
+    scene: Scene, direction: str, radii: float, *, across: float, travel: float
 ) -> np.ndarray:
     """Returns start and end of the first object and place of the second, (3, 2), for any origin.
 
-    At their nearest they are `gap` apart. A path across the line between them has its middle on
-    that line, so that the relation always holds.
+    radii: the sum of both. A path across the line between the objects has its middle on that line,
+    so that the relation always holds.
     """
     towards, way = np.array(_TOWARDS[scene.relation]), np.array(DIRECTIONS[direction])
-    near = sum(radii) + 2 * OUTER_OUTLINE + gap
+    near = radii + 2 * OUTER_OUTLINE + OBJECT_GAP[0]
     rest = near * (towards + across * np.abs(towards[::-1]))
     begins = {1: -1.0, 0: -0.5, -1: 0.0}[int(towards @ way)]  # in units of travel
     start = begins * travel * way
     return np.array([start, start + travel * way, rest])
-
-
-def _compute_box(points: np.ndarray, radii: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the corners of the box around everything in the video."""
-    extents = np.array([radii[0], radii[0], radii[1]])[:, None] + OUTER_OUTLINE
-    return (points - extents).min(0), (points + extents).max(0)

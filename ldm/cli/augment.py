@@ -68,9 +68,8 @@ def main() -> None:
         with convert_to_usage_errors():
             augment_dataset(cfg, asked, words)
 
-    if (
-        get_launcher_layout() is None
-    ):  # torchrun ends its processes, also those that wait for another
+    # torchrun ends its processes, also those that wait for another.
+    if get_launcher_layout() is None:
         signal.signal(signal.SIGTERM, raise_keyboard_interrupt)
     run_command(composed, "augment", resumable=True)
 
@@ -137,12 +136,10 @@ def augment_dataset(
         with bar(total=sum(len(part.items) for part in mine), desc="Painting") as shown:
             pipeline = partial(restored.pipeline, size=size, negative=options["negative"])
             brush = partial(generate_shard_samples, cfg, pipeline, prompts, score, shown.update)
-            sift = ScoreFilter(cfg.min_score, cfg.keep)
+            how = {"score_filter": ScoreFilter(cfg.min_score, cfg.keep), "suffix": cfg.format}
             for part in mine:
                 if part.read_stats() is None:
-                    write_generated_shard(
-                        part, brush, score_filter=sift, suffix=cfg.format, batch=cfg.batch
-                    )
+                    write_generated_shard(part, brush, **how, batch=cfg.batch)
                 else:
                     shown.update(len(part.items))
         ranks.any(False)

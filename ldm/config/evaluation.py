@@ -24,6 +24,7 @@ from ldm.config.suggestions import CONF_DIR
 from ldm.config.training_images import SCENES_TARGET, open_run_images
 from ldm.data.dataset import TextImageDataset
 from ldm.data.shards.cache import ShardCache
+from ldm.data.shards.index import ReadOptions
 from ldm.data.shards.reader import ShardReader
 from ldm.evaluation.distributed import ProcessGroup
 from ldm.evaluation.external import DiffusersPipeline, ImageFolder
@@ -312,7 +313,7 @@ def open_real_images(
             f"shards of real pictures, such as {name}=data/coco/val"
         )
     return TextImageDataset(
-        ShardReader(options[name], cache=ShardCache(cfg.cache, gigabytes=50.0)),
+        ShardReader(options[name], ReadOptions(cache=ShardCache(cfg.cache, gigabytes=50.0))),
         size=size,
         seed=0,
         train=False,

@@ -18,6 +18,7 @@ from ldm.data.dataset import TextImageDataset
 from ldm.data.image_decoding import ImageError, crop_and_resize, pil_to_tensor, read_image
 from ldm.data.scenes.world import caption, sample_scene
 from ldm.data.shards.cache import ShardCache
+from ldm.data.shards.index import ReadOptions
 from ldm.data.shards.reader import ShardReader
 from ldm.evaluation.features.clip import ClipFeatures
 from ldm.evaluation.metrics.clip_directions import (
@@ -71,7 +72,7 @@ class ClipQueries:
         self.vectors_by_path: dict[Path, Tensor] = {}  # of pictures in files
         self.pictures = None
         if data is not None:
-            shards = ShardReader(data, cache=ShardCache(cache, gigabytes=50.0))
+            shards = ShardReader(data, ReadOptions(cache=ShardCache(cache, gigabytes=50.0)))
             self.pictures = TextImageDataset(shards, size=self.clip.size, seed=0, train=False)
 
     def similarity(self, paths: Sequence[Path], texts: Sequence[str]) -> Tensor:
@@ -86,7 +87,7 @@ class ClipQueries:
         wanted = self.seen([query]) if isinstance(query, Path) else self.said([query])
         cosines = self.embed_images() @ wanted[0]  # (N,)
         best = cosines.argsort(descending=True, stable=True)[:top].tolist()
-        page = self.pictures.plain(size=RESULT_IMAGE_SIZE)
+        page = self.pictures.without_augmentation(size=RESULT_IMAGE_SIZE)
         items = [page[i, i] for i in best]
         found = [
             {"key": item["key"], "cosine": round(float(cosines[i]), 4), "caption": item["captions"]}

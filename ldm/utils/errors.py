@@ -22,12 +22,12 @@ def program_name() -> str:
 
 
 def suggest_nearest(key: str, known: Iterable[str]) -> str:
-    """' - did you mean ...?' for a mistyped key, or nothing."""
-    # What is above a key, and what calls a function, is not what was meant.
+    """Returns ' - did you mean ...?' for a mistyped key, or nothing."""
+    # The groups that contain the key, and targets, are not meant.
     known = [k for k in known if not f"{key}.".startswith(f"{k}.") and not k.endswith("._target_")]
     leaf = key.rpartition(".")[2]
     by_leaf = {k.rpartition(".")[2]: k for k in reversed(known)}
-    if leaf in by_leaf:  # the right name at the wrong place
+    if leaf in by_leaf:  # the right name in the wrong group
         close = [by_leaf[leaf]]
     elif not (close := difflib.get_close_matches(key, known, n=1, cutoff=0.6)):
         close = [by_leaf[m] for m in difflib.get_close_matches(leaf, list(by_leaf), n=1)]

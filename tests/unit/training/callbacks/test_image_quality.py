@@ -130,7 +130,7 @@ class Run:
             pipeline,
             [ClipFeatures(str(self.home.path / "clip"))],
             images=data.val_set,
-            reference_images=data.train_set.plain(),
+            reference_images=data.train_set.without_augmentation(),
             size=SIZE,
             folder=self.folder / "eval",
             settings="all as ever",

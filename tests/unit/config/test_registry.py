@@ -246,7 +246,7 @@ OBJECTIVE = {
     "timestep_sampler": {"_target_": "ldm.diffusion.timesteps.PowerTimestepSampler"},
     "objective": {
         "_target_": "ldm.diffusion.objective.Objective",
-        "prediction": {"_target_": "ldm.diffusion.objective.Prediction", "kind": "v"},
+        "prediction": {"_target_": "ldm.diffusion.predictions.Prediction", "kind": "v"},
     },
     "data": {"batch_size": 4},
 }

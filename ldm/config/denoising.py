@@ -31,7 +31,7 @@ from ldm.diffusion.objective import Objective
 from ldm.experiments.run_dir import get_launcher_rank
 from ldm.inference.generate import generate_task_examples
 from ldm.inference.pipeline import Pipeline
-from ldm.models.frames import FramewiseAutoencoder
+from ldm.models.temporal import FramewiseAutoencoder
 from ldm.training.callbacks.ema_snapshots import EMASnapshots
 from ldm.training.callbacks.monitoring import SampleImages
 from ldm.training.modules.diffusion import LatentDiffusion

@@ -21,7 +21,7 @@ from ldm.config.components import (
 from ldm.config.devices import select_device
 from ldm.config.guidance import build_guidance
 from ldm.inference.pipeline import Pipeline
-from ldm.models.frames import FramewiseAutoencoder
+from ldm.models.temporal import FramewiseAutoencoder
 from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.errors import UsageError
 from ldm.utils.hashing import hash_module

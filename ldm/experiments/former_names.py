@@ -56,7 +56,7 @@ FORMER_TARGETS = {
     "ldm.models.style.ClipStyle": "ldm.models.style.ClipStyleEncoder",
     "ldm.models.t5.T5Text": "ldm.models.text.t5.T5TextEncoder",
     "ldm.models.text.ClipText": "ldm.models.text.clip.ClipTextEncoder",
-    "ldm.models.weights.autoencoder": "ldm.models.autoencoder_weights.make_autoencoder_kl",
+    "ldm.models.weights.autoencoder": "ldm.models.diffusers_format.make_autoencoder_kl",
     "ldm.superres.SuperResolution": "ldm.diffusion.tasks.superres.SuperResolution",
     "ldm.tasks.ImageToImage": "ldm.diffusion.tasks.image_to_image.ImageToImage",
     "ldm.tasks.Inpaint": "ldm.diffusion.tasks.inpainting.Inpainting",

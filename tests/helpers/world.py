@@ -23,7 +23,7 @@ from ldm.inference.pipeline import Pipeline
 from ldm.models.autoencoder import AutoencoderKL, IdentityAutoencoder
 from ldm.models.text.clip import ClipTextEncoder
 from ldm.models.unet import UNet
-from ldm.training.callbacks.checkpoint_payload import SafeCheckpointIO
+from ldm.training.callbacks.checkpoint_storage import SafeCheckpointIO
 from ldm.training.callbacks.monitoring import ThroughputMonitor
 from ldm.training.modules.diffusion import LatentDiffusion
 from ldm.training.optimizers import AdamW

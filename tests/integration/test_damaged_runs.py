@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from run_dirs import write_run
 from shell import run
-from test_compare import write_run
 
 from ldm.cli.explain import TEXT_TO_IMAGE_TARGET, find_newest_run
 from ldm.experiments.ranking import format_csv_table

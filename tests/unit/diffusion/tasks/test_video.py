@@ -15,8 +15,7 @@ from ldm.diffusion.tasks.image_to_image import ImageToImage
 from ldm.diffusion.tasks.text_to_image import TextToImage
 from ldm.diffusion.tasks.video import TextToVideo
 from ldm.inference.pipeline import Pipeline
-from ldm.models.frames import FramewiseAutoencoder
-from ldm.models.temporal import zero_module
+from ldm.models.temporal import FramewiseAutoencoder, zero_module
 from ldm.models.unet import UNet
 
 FRAMES = 3

@@ -6,6 +6,7 @@ GPUs, draws the same numbers for each image.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from hashlib import blake2b
 
 import torch
@@ -18,12 +19,7 @@ class ImageGenerators(list[torch.Generator]):
     """One generator per image, for one use, which knows the images' positions."""
 
     def __init__(
-        self,
-        seed: int,
-        positions: Iterable[int],
-        *,
-        stream: str,
-        device: torch.device | str = "cpu",
+        self, seed: int, positions: Iterable[int], *, stream: str, device: torch.device | str
     ) -> None:
         self.seed, self.positions, self.stream = seed, tuple(positions), stream
         self.device = device
@@ -73,11 +69,7 @@ def rand(
 ) -> Tensor:
     """Uniform numbers in [0, 1), in float64; otherwise as `randn`."""
     shape = (shape,) if isinstance(shape, int) else shape
-
-    def uniform(shape, *, generator=None, device=None):
-        return torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
-
-    return _draw(uniform, shape, generator).to(device)
+    return _draw(partial(torch.rand, dtype=torch.float64), shape, generator).to(device)
 
 
 def _draw(fn, shape: Sequence[int], generator: Generators) -> Tensor:

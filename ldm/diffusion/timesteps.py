@@ -7,6 +7,7 @@ Shapes: B batch.
 """
 
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from hashlib import blake2b
 
 import torch
@@ -21,6 +22,7 @@ FRACTION_BITS = 53  # of a float64
 TREE_LEVELS = 8  # per digest: 255 nodes of a binary tree in its 512 bits
 
 
+@dataclass(frozen=True)
 class Uniforms:
     """One number in [0, 1) per image, each with uniform distribution, spread over a batch.
 
@@ -32,15 +34,20 @@ class Uniforms:
     a run complement one another.
     """
 
-    def __init__(self, spread: str = "independent", *, batch: int | None = None) -> None:
-        if spread not in SPREADS:
-            raise ValueError(f"timestep_sampler.spread '{spread}' is none of {', '.join(SPREADS)}")
-        if spread == "stratified" and (batch is None or batch < 1):
+    _: KW_ONLY
+    spread: str = "independent"
+    batch: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.spread not in SPREADS:
             raise ValueError(
-                f"timestep_sampler.spread=stratified needs the images of an optimizer "
-                f"step, got {batch}"
+                f"timestep_sampler.spread '{self.spread}' is none of {', '.join(SPREADS)}"
             )
-        self.spread, self.batch = spread, batch
+        if self.spread == "stratified" and (self.batch is None or self.batch < 1):
+            raise ValueError(
+                "timestep_sampler.spread=stratified needs the images of an optimizer "
+                f"step, got {self.batch}"
+            )
 
     def __call__(self, n: int, generator: Generators) -> Tensor:
         if self.spread == "independent":
@@ -97,47 +104,44 @@ def apply_elementwise(quantile: Callable[[Tensor], Tensor], u: Tensor) -> Tensor
     return torch.stack([quantile(each) for each in u]) if u.device.type == "cpu" else quantile(u)
 
 
-class PowerTimestepSampler:
+@dataclass(frozen=True)
+class PowerTimestepSampler(Uniforms):
     """t in [0, 1) with density proportional to t^(power - 1).
 
     1 is uniform (Ho et al. 2020, algorithm 1). Above 1 there are more noisy times, which decide the
-    layout of an image. `spread` and `batch`: see `Uniforms`.
+    layout of an image.
     """
 
-    def __init__(
-        self, power: float = 1.0, *, spread: str = "independent", batch: int | None = None
-    ) -> None:
-        if power <= 0:
-            raise ValueError(f"time_power must be above 0, got {power}")
-        self.power = power
-        self.uniforms = Uniforms(spread, batch=batch)
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.power <= 0:
+            raise ValueError(f"time_power must be above 0, got {self.power}")
 
     def __call__(self, n: int, generator: Generators) -> Tensor:
-        return apply_elementwise(lambda u: u ** (1 / self.power), self.uniforms(n, generator))
+        u = super().__call__(n, generator)
+        return apply_elementwise(lambda u: u ** (1 / self.power), u)
 
 
-class LogitNormalTimestepSampler:
+@dataclass(frozen=True)
+class LogitNormalTimestepSampler(Uniforms):
     """t in (0, 1) whose log(t / (1 - t)) is normal (Esser et al. 2024, section 3.1).
 
     arXiv:2403.03206. `mean` above 0 favours noisy times; a small `std` favours those around the
-    median. `spread` and `batch`: see `Uniforms`.
+    median.
     """
 
-    def __init__(
-        self,
-        mean: float = 0.0,
-        std: float = 1.0,
-        *,
-        spread: str = "independent",
-        batch: int | None = None,
-    ) -> None:
-        if std <= 0:
-            raise ValueError(f"timestep_sampler.std must be above 0, got {std}")
-        self.mean, self.std = mean, std
-        self.uniforms = Uniforms(spread, batch=batch)
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.std <= 0:
+            raise ValueError(f"timestep_sampler.std must be above 0, got {self.std}")
 
     def __call__(self, n: int, generator: Generators) -> Tensor:
         def quantile(u: Tensor) -> Tensor:
             return (self.mean + self.std * torch.special.ndtri(u)).sigmoid()
 
-        return apply_elementwise(quantile, self.uniforms(n, generator))
+        return apply_elementwise(quantile, super().__call__(n, generator))

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +31,7 @@ from ldm.diffusion.samplers.base import (
 SOLVER_ORDERS = (1, 2, 3)  # polynomials of higher order oscillate
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """The x0_hat (B, C, h, w) at a noise level."""
 
     level: NoiseLevel

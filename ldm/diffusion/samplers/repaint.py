@@ -42,14 +42,9 @@ class RePaintSampler:
         sampler = self.sampler.for_single_step(len(timesteps) - 1)
         for i, (now, then) in enumerate(pairwise(compute_noise_levels(schedule, timesteps))):
             for remaining in reversed(range(self.rounds)):
-
-                def report(_: int, x0_hat: Tensor, i: int = i) -> None:
-                    on_step(i, x0_hat)
-
-                last = on_step is not None and not remaining
-                step = timesteps[i : i + 2]
-                x_s = sampler(
-                    denoise, x, schedule, step, noise=noise, on_step=report if last else None
-                )
+                # The sampler counts its single step as number 0.
+                report = on_step and (lambda _, x0_hat, i=i: on_step(i, x0_hat))
+                options = {"noise": noise, "on_step": None if remaining else report}
+                x_s = sampler(denoise, x, schedule, timesteps[i : i + 2], **options)
                 x = renoise(x_s, then, now, noise(x)) if remaining else x_s
         return x

@@ -1,7 +1,4 @@
-"""Losses: how much an error of the network's output costs, element by element.
-
-Shapes: B batch, C latent channels, h w latent grid.
-"""
+"""Losses: how much an error of the network's output costs, element by element."""
 
 import math
 from collections.abc import Callable

@@ -1,7 +1,4 @@
-"""The training objective: a schedule, a prediction, a weighting and a loss.
-
-Shapes: B batch, C latent channels, h w latent grid.
-"""
+"""The training objective: a schedule, a prediction, a weighting and a loss."""
 
 import math
 from collections.abc import Callable

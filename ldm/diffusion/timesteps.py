@@ -2,8 +2,6 @@
 
 A distribution gives t as a function of a uniform number u, its quantile function; `Uniforms` draws
 the u of each image. Every t depends on the run's seed and the image's position alone.
-
-Shapes: B batch.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 A weight w(SNR) is that of the squared error of x0_hat. Training minimizes the squared error of the
 network's output, which is `Prediction.gain` times that of x0_hat, hence w / gain, for every
-prediction and schedule. SNR and gain are finite and above 0 (`Objective.weight`). Shapes: B batch.
+prediction and schedule. SNR and gain are finite and above 0 (`Objective.weight`).
 """
 
 import math

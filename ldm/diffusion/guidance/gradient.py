@@ -2,7 +2,7 @@
 
 By Bayes' rule x0_hat given y is x0_hat + sigma^2 / alpha times the gradient of log p(y | x_t) with
 respect to x_t (Dhariwal and Nichol 2021, arXiv:2105.05233, section 4, with Tweedie's formula), on
-any schedule. Shapes: B batch, C latent channels, h w latent grid.
+any schedule.
 """
 
 from abc import ABC, abstractmethod

@@ -12,8 +12,6 @@ DDIM, with d = x0_hat:
                 x0_hat = path.x0_hat(x, i)              # the denoiser at path.timesteps[i]
                 x = take_step(x, x0_hat, now, then)     # from noise level `now` to `then`
                 yield x, x0_hat
-
-Shapes: B batch, C latent channels, h w latent grid.
 """
 
 import math

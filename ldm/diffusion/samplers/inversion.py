@@ -1,7 +1,4 @@
-"""DDIM inversion: from an image to the noise from which DDIM generates it.
-
-Shapes: B batch, C latent channels, h w latent grid.
-"""
+"""DDIM inversion: from an image to the noise from which DDIM generates it."""
 
 from itertools import pairwise
 

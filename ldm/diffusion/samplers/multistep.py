@@ -5,7 +5,7 @@ With lambda = log(alpha / sigma) the update rule solves the ODE exactly if
     d = integral of e^lambda x0_hat(lambda) over the step / integral of e^lambda
 
 (Lu et al. 2022, DPM-Solver++, equation 8). A solver of order k takes x0_hat from the polynomial
-through k of its values. Shapes: B batch, C latent channels, h w latent grid.
+through k of its values.
 """
 
 import math

@@ -1,7 +1,6 @@
 """RePaint: each step several times, with fresh noise in between (Lugmayr et al. 2022, section 4.2).
 
 The known part that is put into x0_hat and the generated rest come to fit each other.
-Shapes: B batch, C latent channels, h w latent grid.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,4 @@
-"""A large image in windows of the size that the network was trained on.
-
-Shapes: B batch, C latent channels, h w latent grid, E extra channels.
-"""
+"""A large image in windows of the size that the network was trained on."""
 
 from dataclasses import dataclass, replace
 

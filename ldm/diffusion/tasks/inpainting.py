@@ -1,7 +1,4 @@
-"""Inpainting: new pixels where a mask is 1.
-
-Shapes: B batch, C latent channels, H W pixels, h w latent grid.
-"""
+"""Inpainting: new pixels where a mask is 1."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,4 @@
-"""Random masks for the training of inpainting.
-
-Shapes: B batch, H W pixels.
-"""
+"""Random masks for the training of inpainting."""
 
 import math
 from itertools import pairwise

@@ -1,7 +1,4 @@
-"""Super-resolution: an image from a smaller one.
-
-Shapes: B batch, C latent channels, H W pixels, h w latent grid.
-"""
+"""Super-resolution: an image from a smaller one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,4 @@
-"""Text to video, or a prompt and the first frame to video.
-
-Shapes: B batch, C latent channels, F frames, H W pixels, h w latent grid.
-"""
+"""Text to video, or a prompt and the first frame to video."""
 
 import math
 from dataclasses import dataclass

@@ -261,7 +261,7 @@ def _find_weights(path: Path | str) -> tuple[Path, dict[str, object]]:
         raise FileNotFoundError(f"no weights at {path}: looked for {', '.join(map(str, files))}")
     config = file.parent / "config.json"
     if not config.is_file():
-        raise FileNotFoundError(f"{file} needs its config.json beside it: copy it to {config}")
+        raise FileNotFoundError(f"{file} needs its config.json next to it: copy it to {config}")
     return file, json.loads(config.read_text())
 
 

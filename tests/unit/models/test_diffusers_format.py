@@ -161,5 +161,5 @@ def test_missing_files_are_named(tmp_path, unet_folder):
     with pytest.raises(FileNotFoundError, match=r"no weights at .*nowhere"):
         load_unet(make_unet(), tmp_path / "nowhere")
     (unet_folder / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"needs its config.json beside it"):
+    with pytest.raises(FileNotFoundError, match=r"needs its config.json next to it"):
         load_unet(make_unet(), unet_folder)

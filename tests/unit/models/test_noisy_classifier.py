@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_told():
         built.tower(torch.zeros(1, 4, 8, 8), torch.tensor(0.5))
     with pytest.raises(ValueError, match="multiples of 2, not 3 on 7x8"):
         built.tower(torch.zeros(1, 3, 7, 8), torch.tensor(0.5))
-    with pytest.raises(ValueError, match="3 pictures for 1 prompts"):
+    with pytest.raises(ValueError, match="3 images for 1 prompts"):
         built.make_log_likelihood(["a star"])(torch.zeros(3, 3, 8, 8), torch.tensor(0.5))
     with pytest.raises(ValueError, match="give one value a level"):
         NoisyTower(schedule=cosine(), in_channels=3, multipliers=(1, 2, 4))

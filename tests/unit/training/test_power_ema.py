@@ -10,7 +10,6 @@ from ldm.training.power_ema import (
     MAX_EMA_LENGTH,
     EMAProfile,
     PowerEMA,
-    exponent_to_length,
     length_to_exponent,
     profile_inner_products,
     solve_mixture,
@@ -18,6 +17,11 @@ from ldm.training.power_ema import (
 
 STEPS, EVERY, TRACKS = 800, 40, (0.05, 0.10)
 SOME = [EMAProfile(0.05, 30), EMAProfile(0.25, 70), EMAProfile(0.1, 70), EMAProfile(0.02, 500)]
+
+
+def exponent_to_length(gamma: float) -> float:
+    """The profile's standard deviation as a share of the run."""
+    return ((gamma + 1) / (gamma + 3)) ** 0.5 / (gamma + 2)
 
 
 def walk(size: int = 500) -> np.ndarray:

@@ -84,9 +84,9 @@ def test_null_is_the_empty_caption_encoded_once(clip_folder):
     null, expected = text.null(3), text(["", "", ""])
     assert torch.equal(null.tokens, expected.tokens)
     assert torch.equal(null.pooled, expected.pooled)
-    seen = text.seen
+    seen = text.tokenize.seen
     assert text.null(5).tokens.data_ptr() == null.tokens.data_ptr()
-    assert text.seen == seen
+    assert text.tokenize.seen == seen
     assert text.null(0).tokens.shape == (0, L, 16)
     assert text.to(torch.bfloat16).null(1).tokens.dtype == torch.bfloat16
 

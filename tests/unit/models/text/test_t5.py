@@ -64,11 +64,11 @@ def test_null_is_the_empty_caption_encoded_once(folder):
     text = T5TextEncoder(str(folder), max_length=L)
     with torch.inference_mode():  # of a validation
         null = text.null(3)
-    expected, seen = text(["", "", ""]), text.seen
+    expected, seen = text(["", "", ""]), text.tokenize.seen
     for name in ("tokens", "mask", "pooled"):
         assert torch.equal(getattr(null, name), getattr(expected, name))
     assert text.null(5).tokens.data_ptr() == null.tokens.data_ptr()
-    assert text.seen == seen
+    assert text.tokenize.seen == seen
     layer = torch.nn.Linear(16, 1)
     layer(text.null(1).tokens).sum().backward()
     assert layer.weight.grad.abs().sum() > 0
@@ -81,7 +81,7 @@ def test_long_captions_keep_the_end_token_and_warn_once(folder):
     with pytest.warns(UserWarning, match="is cut to 8: 'red circle blue red") as caught:
         conds = [text(captions) for captions in (["a", LONG], [LONG])]
     assert len(caught) == 1
-    assert (text.seen, text.truncated) == (3, 2)
+    assert (text.tokenize.seen, text.truncated) == (3, 2)
     assert conds[0].mask[1].all()
     assert text.tokenize([LONG])[0, -1] == text.tokenize.tokenizer.eos_token_id
 

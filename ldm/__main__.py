@@ -1,16 +1,37 @@
-"""ldm VERB ...: every command of ldm/cli under one name; `ldm` alone lists them."""
+"""The program `ldm VERB`, also `python -m ldm VERB`: each verb is a file of ldm/cli."""
 
+import runpy
 import sys
-from importlib import import_module
-from pathlib import Path
+
+from ldm.utils.errors import suggest_nearest
+
+VERBS = {
+    "train": "train one stage, or with -m a sweep over settings",
+    "sample": "generate images or videos from prompts",
+    "evaluate": "measure a run: FID, CLIP score, scene accuracy and more, with intervals",
+    "compare": "rank runs: a table, their curves, their samples",
+    "prepare": "write images with captions, or drawn scenes, into shards",
+    "phema": "choose the length of the EMA after the training",
+    "augment": "generate a data set: shards with captions and labels",
+    "clip": "compare images and texts with a CLIP: similarity, search, retrieval",
+    "explain": "draw the figures of an introduction to diffusion, from a run",
+    "package": "make trained runs into the parts in ldm/assets",
+}
 
 
 def main() -> None:
-    """Run the command that the first word names."""
-    verbs = sorted(p.stem for p in Path(__file__).parent.glob("cli/*.py"))
-    if len(sys.argv) < 2 or sys.argv[1] not in verbs:
-        sys.exit(f"ldm: give one of {', '.join(verbs)}")
-    import_module(f"ldm.cli.{sys.argv.pop(1)}").main()
+    """Runs the verb as `python -m ldm.cli.VERB`, so that the ranks of DDP start the same way."""
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in ("--help", "-h"):
+        lines = (f"  {name:<10}{text}" for name, text in VERBS.items())
+        print("ldm VERB ...   (ldm VERB --help says more)\n", *lines, sep="\n")
+    elif verb not in VERBS:
+        near = suggest_nearest(verb, VERBS) or "."
+        print(f"ldm: there is no verb '{verb}'{near} ldm --help lists them", file=sys.stderr)
+        sys.exit(2)
+    else:
+        del sys.argv[1]
+        runpy.run_module(f"ldm.cli.{verb}", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

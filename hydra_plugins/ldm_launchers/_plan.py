@@ -142,12 +142,12 @@ class SweepPlan:
         )
 
     def run_jobs(
-        self, job_overrides: Sequence[Sequence[str]], host: JobHost, *, most: int
+        self, job_overrides: Sequence[Sequence[str]], host: JobHost, *, max_jobs: int
     ) -> list[JobReturn]:
         """Run the sweeper's jobs; the value of a job that did not finish is None."""
         jobs = self.jobs(job_overrides)
         with convert_to_usage_errors():
-            run_sweep_jobs(list(dict.fromkeys(jobs)), host, max_jobs=most, shared=self.shared)
+            run_sweep_jobs(list(dict.fromkeys(jobs)), host, max_jobs=max_jobs, shared=self.shared)
         return [
             # Completed in Hydra's eyes even where it failed: a sweeper must go on with the others.
             JobReturn(

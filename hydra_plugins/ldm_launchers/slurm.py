@@ -19,7 +19,7 @@ class SlurmLauncher(Launcher):
     """
 
     def __init__(self, *, array_parallelism: int, **settings) -> None:
-        self.most = array_parallelism  # the others are read for each job
+        self.max_jobs = array_parallelism  # the other settings are read for each job
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -37,4 +37,4 @@ class SlurmLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Carry out a batch of jobs."""
-        return self.plan.run_jobs(job_overrides, self.queue, max_jobs=self.most)
+        return self.plan.run_jobs(job_overrides, self.queue, max_jobs=self.max_jobs)

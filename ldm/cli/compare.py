@@ -7,6 +7,7 @@ from pathlib import Path
 from ldm.config.command_line import LAYOUT_CHARACTERS, configure_output_encoding, pop_text_options
 from ldm.experiments.ranking import find_runs
 from ldm.experiments.report import compare_runs
+from ldm.utils.errors import program_name
 from ldm.utils.files import check_path_length, resolve_path
 from ldm.utils.text import escape_control_characters
 
@@ -52,7 +53,7 @@ def main() -> None:
         )
     except (ValueError, OSError) as error:
         said = escape_control_characters(str(error), keep=LAYOUT_CHARACTERS)
-        print(f"\npython -m ldm.compare: {said}", file=sys.stderr)
+        print(f"\n{program_name()}: {said}", file=sys.stderr)
         sys.exit(2)
 
 

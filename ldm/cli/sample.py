@@ -39,7 +39,7 @@ def sample(cfg: DictConfig) -> None:
         jobs = [(prompt, cfg.seed + i) for prompt in prompts for i in range(cfg.n)]
         done = generate_samples(cfg, ckpts, asked, jobs)
         columns = None if cfg.n == 1 else cfg.n
-        more = {"guesses": done.previews, "columns": columns, "fps": cfg.fps}
+        more = {"previews": done.previews, "columns": columns, "fps": cfg.fps}
         more["overwrite"] = cfg.overwrite
         print(save_outputs(done.images, jobs, done.out, done.settings, **more))
 

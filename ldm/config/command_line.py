@@ -31,7 +31,7 @@ from ldm.config.suggestions import (
 )
 from ldm.experiments.former_names import update_override
 from ldm.experiments.run_dir import HYDRA_RESOLVERS, get_launcher_rank, parse_number
-from ldm.utils.errors import UsageError
+from ldm.utils.errors import UsageError, program_name
 from ldm.utils.files import check_path_length, read_text
 from ldm.utils.locks import InUseError
 from ldm.utils.text import escape_control_characters, replace_invalid_bytes
@@ -160,7 +160,7 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
     except KeyboardInterrupt as error:
         how, code = error.args or ("interrupted", 130)
         more = "; the same command goes on from here" if resumable else ""
-        print(f"\n{Path(sys.argv[0]).name}: {how}{more}", file=sys.stderr)
+        print(f"\n{program_name()}: {how}{more}", file=sys.stderr)
         sys.exit(code)
     except (OSError, ValueError) as error:
         if "No trials are completed" in str(error):  # so optuna says that every job failed
@@ -181,7 +181,7 @@ def exit_with_usage_error(error: Exception, config_name: str) -> NoReturn:
     """Tell a refusal, delete what this call has left in a new run directory, and exit with 2."""
     text = str(error) if isinstance(error, UsageError) else explain_hydra_error(error, config_name)
     print(
-        f"\n{Path(sys.argv[0]).name}: {escape_control_characters(text, keep=LAYOUT_CHARACTERS)}",
+        f"\n{program_name()}: {escape_control_characters(text, keep=LAYOUT_CHARACTERS)}",
         file=sys.stderr,
     )
     remove_new_directories()

@@ -149,7 +149,7 @@ def build_run_source(
     said: set[str] = set()
 
     def paint(cfg: DictConfig) -> PromptsToImages:
-        pipeline = replace(replace_sampling(restored.pipeline, cfg), text=text)
+        pipeline = replace(replace_sampling(restored.pipeline, cfg), text_encoder=text)
         for line in pipeline.collect_warnings(cfg.steps):
             if line not in said and ProcessGroup().rank == 0:
                 print(line, file=sys.stderr, flush=True)

@@ -147,8 +147,8 @@ class EvaluationProtocol:
     ) -> dict[str, Tensor]:
         """float32 tables (N, D) by network, of the subset's captions painted; all ranks take part.
 
-        folder, done: see `tabulate`. on_images(items, images): what else is to be done with pictures
-        (n, 3, H, W), uint8.
+        folder, done: see `tabulate`. on_images(items, images): called with
+        images (n, 3, H, W), uint8.
         """
 
         def make(items: range) -> Mapping[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What an evaluation leaves, and what is there before it."""
+"""The files of an evaluation: what may be overwritten, and what gets another name."""
 
 import json
 from collections.abc import Sequence
@@ -9,15 +9,14 @@ from ldm.experiments.former_names import update_names
 from ldm.experiments.run_dir import list_config_changes
 from ldm.utils.errors import UsageError
 
-RESULT_KEYS = ("varied", "metrics", "intervals", "floor")  # what else is known says how
+RESULT_KEYS = ("varied", "metrics", "intervals", "floor")  # the other keys say how it was measured
 OUTPUT_HINT = "give another {}=.., or overwrite=true to replace what is there"
 
 
 def check_result_location(varied: Sequence[dict[str, str]], out: Path) -> None:
-    """UsageError where a file in `out` has the name of a result, and is none.
+    """Raises UsageError if a file in `out` has the name of a result and is none.
 
-    varied: what sets each point apart. Former results are in nobody's way: the same settings give
-    them again, and others are kept.
+    varied: the settings of each point. Former results may stay: they get another name.
     """
     path = out / "metrics.json"
     try:
@@ -32,31 +31,26 @@ def check_result_location(varied: Sequence[dict[str, str]], out: Path) -> None:
 
 
 def check_image_folder(folder: Path, *, going_on: bool) -> None:
-    """UsageError where pictures cannot be kept in a folder that holds files already.
-
-    going_on: these are of the call that is taken up again.
-    """
+    """Raises UsageError if the folder for images is not empty, unless this call resumes one."""
     is_empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not is_empty and not going_on:
         raise UsageError(f"keep={folder} is no empty folder: {OUTPUT_HINT.format('keep')}")
 
 
 def rename_former_metrics(path: Path, facts: dict) -> str:
-    """Give numbers that were not measured as these a name of their own; a line that says so."""
+    """Renames metrics that were measured in another way; returns a line that says so, or ""."""
     from ldm.evaluation.tensor_cache import hash_facts
 
+    def without_results(table: dict) -> dict:
+        return {name: value for name, value in table.items() if name not in RESULT_KEYS}
+
     try:
-        former = update_names(json.loads(path.read_text()))
-        own, other = (
-            {name: value for name, value in one.items() if name not in RESULT_KEYS}
-            for one in (json.loads(json.dumps(facts)), former)
-        )
-    except (OSError, ValueError, AttributeError):  # none, or none that can be read
+        former = without_results(update_names(json.loads(path.read_text())))
+    except (OSError, ValueError, AttributeError):  # no file, or no metrics
         return ""
-    if own == other:
+    if former == (own := without_results(json.loads(json.dumps(facts)))):
         return ""
-    place = path.with_name(f"{path.stem}-{hash_facts(other)}.json")
-    path.replace(place)
-    differing = [change for change in list_config_changes(other, own) if len(change) < 80]
-    told = f" ({', '.join(differing[:3])})" if differing else ""
-    return f"the former {path.name}{told} is kept as {place.name}\n"
+    renamed = path.replace(path.with_name(f"{path.stem}-{hash_facts(former)}.json"))
+    changes = [change for change in list_config_changes(former, own) if len(change) < 80]
+    why = f" ({', '.join(changes[:3])})" if changes else ""
+    return f"the former {path.name}{why} is kept as {renamed.name}\n"

@@ -1,4 +1,4 @@
-"""A ranking of runs as files: a table, their curves and their samples in one picture each."""
+"""A ranking of runs as files: tables, metric curves and samples."""
 
 import re
 from collections import Counter
@@ -25,7 +25,8 @@ from ldm.utils.files import write_text
 from ldm.utils.text import escape_control_characters
 
 FOREIGN_FILE_MESSAGE = "is none of ldm.compare's: move it, or give out=DIR or overwrite=true"
-LINES = "\n\t"
+FIRST_LINES = {"ranking.md": r"# \d+ runs? by ", "ranking.csv": "rank,run,"}
+MAX_REPORT_COLUMNS = 8  # of samples.png
 
 
 def compare_runs(
@@ -36,61 +37,65 @@ def compare_runs(
     direction: str | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Write the ranking of these runs into `out`; the table, and where the rest lies.
+    """Writes the ranking of these runs into `out`; returns the table and the names of the files.
 
-    A run whose files are damaged is left out, and so is a picture; a line says why.
-    Raises ValueError where runs have logged something, but not the metric, where none can be read,
-    and where a file in `out` has the name of a result and is none, unless `overwrite`.
+    A run with damaged files is left out, and so are damaged samples; a line says why.
+    Raises ValueError if no run can be read or has logged the metric, and unless `overwrite` if a
+    file in `out` has the name of one of ours and is none.
     """
     if not overwrite:
         check_report_files(out)
-    compared, damaged = [], []
+    runs, notes = [], []
     for directory in directories:
         try:
-            compared.append(read_run_record(directory))
+            runs.append(read_run_record(directory))
         except (ValueError, OSError) as error:
-            damaged.append(f"{directory} is left out: {error}")
-    if not compared:
-        raise ValueError("; ".join(damaged))
-    asked = Counter(
-        run.config["metric"] for run in compared if isinstance(run.config.get("metric"), str)
-    )
-    metric = metric or (asked.most_common(1)[0][0] if asked else "val/loss")
-    logged = collect_logged_metrics(compared)
+            notes.append(f"{directory} is left out: {error}")
+    if not runs:
+        raise ValueError("; ".join(notes))
+    metric = metric or _most_common_metric(runs)
+    logged = collect_logged_metrics(runs)
     if logged and metric not in logged:
         near = suggest_nearest(metric, logged)
-        raise ValueError(f"metric={metric} was not logged by any of {len(compared)} runs{near}")
+        raise ValueError(f"metric={metric} was not logged by any of {len(runs)} runs{near}")
     if (direction := direction or infer_metric_direction(metric)) not in ("minimize", "maximize"):
         raise ValueError(f"direction={direction} is neither minimize nor maximize")
-    order = rank_runs(compared, metric, direction=direction)
-    table = format_markdown_table(*build_ranking_table(order, metric))
-    columns, rows = build_ranking_table(order, metric, constant=True)
-    failed = [f"{run.directory}: {run.result['error']}" for run in order if "error" in run.result]
+    runs = rank_runs(runs, metric, direction=direction)
+    title = f"{len(runs)} run{'s' * (len(runs) > 1)} by {metric} ({direction})"
+    table = format_markdown_table(*build_ranking_table(runs, metric))
+    notes += list_ranking_caveats(runs, metric)
+    errors = [
+        f"```\n{run.directory}: {run.result['error']}\n```" for run in runs if "error" in run.result
+    ]
     out.mkdir(parents=True, exist_ok=True)
-    title = f"# {len(order)} run{'s' * (len(order) > 1)} by {metric} ({direction})"
-    notes = [*damaged, *list_ranking_caveats(order, metric)]
-    blocks = [title, table, *notes, *(f"```\n{words}\n```" for words in failed)]
-    write_text(
-        out / "ranking.md", escape_control_characters("\n\n".join(blocks), keep=LINES) + "\n"
-    )
-    more = [[str(run.directory), run.result.get("error")] for run in order]
-    in_full = [[*row, *rest] for row, rest in zip(rows, more, strict=True)]
-    text = format_csv_table([*columns, "directory", "error"], in_full)
-    write_text(out / "ranking.csv", text)
-    overlaid, said = _overlay_curves(order, out)
-    drawn, unread = _draw_images(order, metric, direction, out)
-    written = ["ranking.md", "ranking.csv", *drawn, *overlaid]
-    lines = [f"\n{title[2:]}\n\n{table}\n", *(f"{note}\n" for note in [*notes, *said, *unread])]
-    return "\n".join([*lines, "  ".join(str(out / name) for name in written)])
+    page = "\n\n".join([f"# {title}", table, *notes, *errors])
+    write_text(out / "ranking.md", escape_control_characters(page, keep="\n\t") + "\n")
+    columns, rows = build_ranking_table(runs, metric, constant=True)
+    rows = [
+        [*row, str(run.directory), run.result.get("error")]
+        for row, run in zip(rows, runs, strict=True)
+    ]
+    write_text(out / "ranking.csv", format_csv_table([*columns, "directory", "error"], rows))
+    quality, quality_notes = _draw_quality_curves(runs, out)
+    images, image_notes = _draw_curves_and_samples(runs, metric, direction, out)
+    written = ["ranking.md", "ranking.csv", *images, *quality]
+    lines = [f"{note}\n" for note in [*notes, *quality_notes, *image_notes]]
+    files = "  ".join(str(out / name) for name in written)
+    return "\n".join([f"\n{title}\n\n{table}\n", *lines, files])
+
+
+def _most_common_metric(runs: Sequence[RunRecord]) -> str:
+    metrics = [run.config.get("metric") for run in runs]
+    counts = Counter(metric for metric in metrics if isinstance(metric, str))
+    return counts.most_common(1)[0][0] if counts else "val/loss"
 
 
 def check_report_files(out: Path) -> None:
-    """ValueError where a file in `out` has the name of a result, and is none of an earlier call."""
-    begins = {"ranking.md": r"# \d+ runs? by ", "ranking.csv": "rank,run,"}
-    for name, words in begins.items():
+    """Raises ValueError if a file in `out` has the name of a report's and is none."""
+    for name, pattern in FIRST_LINES.items():
         if (path := out / name).is_file():
             with path.open(encoding="utf-8", errors="replace") as file:
-                if not re.match(words, file.readline(200)):
+                if not re.match(pattern, file.readline(200)):
                     raise ValueError(f"{path} {FOREIGN_FILE_MESSAGE}")
     for path in [out / "curves.png", out / "samples.png", *out.glob("quality_*.png")]:
         if path.is_file() and "runs" not in _read_png_facts(path):
@@ -98,7 +103,6 @@ def check_report_files(out: Path) -> None:
 
 
 def _read_png_facts(path: Path) -> dict:
-    """What a picture says of itself; nothing where it is no PNG."""
     from ldm.utils.images import load_png
 
     with suppress(ValueError):
@@ -106,77 +110,73 @@ def _read_png_facts(path: Path) -> dict:
     return {}
 
 
-def _overlay_curves(order: Sequence[RunRecord], out: Path) -> tuple[list[str], list[str]]:
-    """Draw the curves that ldm.evaluate has left, those of a name in one picture; files, and words.
+def _draw_quality_curves(runs: Sequence[RunRecord], out: Path) -> tuple[list[str], list[str]]:
+    """Draws the curves of ldm.evaluate, those of a name in one plot; returns files and notes.
 
-    Of runs that were measured in different ways, the largest number that agree are drawn.
+    Of runs that were measured in different ways, the largest group is drawn.
     """
-    from ldm.experiments.curve_plots import render_quality_curve
+    from ldm.experiments.plots import render_quality_curve
     from ldm.utils.images import save_png
 
-    names, files, said = shorten_run_names(order), [], []
-    found = []
-    for run in order:
+    files, notes, curves = [], [], {}
+    for run, name in zip(runs, shorten_run_names(runs), strict=True):
         try:
-            found.append(read_curves(run.directory))
+            curves[name] = read_curves(run.directory)
         except ValueError as error:
-            found.append({})
-            said.append(str(error))
-    for stem in sorted({stem for one in found for stem in one}):
-        having = {n: one[stem] for n, one in zip(names, found, strict=True) if stem in one}
-        most, _ = Counter(map(make_comparison_key, having.values())).most_common(1)[0]
-        lines = {n: points for n, points in having.items() if make_comparison_key(points) == most}
-        told = f"{stem} of {', '.join(lines)}"
-        if others := [name for name in having if name not in lines]:
-            told += f"; {', '.join(others)}: of other pictures, networks or settings"
+            notes.append(str(error))
+    for stem in sorted({stem for each in curves.values() for stem in each}):
+        keys = {n: make_comparison_key(each[stem]) for n, each in curves.items() if stem in each}
+        common, _ = Counter(keys.values()).most_common(1)[0]
+        lines = {name: curves[name][stem] for name, key in keys.items() if key == common}
+        note = f"{stem} of {', '.join(lines)}"
+        if others := [name for name in keys if name not in lines]:
+            note += f"; {', '.join(others)}: of other pictures, networks or settings"
         if len(lines) > 1:
             files.append(f"{stem.replace('curve', 'quality', 1)}.png")
             save_png(render_quality_curve(lines), out / files[-1], {"runs": list(lines)})
-            said.append(f"{files[-1]}: {told}")
+            notes.append(f"{files[-1]}: {note}")
         elif others:
-            said.append(f"not in one picture: {told}")
-    return files, said
+            notes.append(f"not in one picture: {note}")
+    return files, notes
 
 
-def _draw_images(
-    order: Sequence[RunRecord], metric: str, direction: str, out: Path
+def _draw_curves_and_samples(
+    runs: Sequence[RunRecord], metric: str, direction: str, out: Path
 ) -> tuple[list[str], list[str]]:
-    """Draw what there is to draw; the names of the files, and what could not be read."""
-    from ldm.experiments.ranking_plots import draw_sample_page, plot_metric_curves
+    """Draws curves.png and samples.png if there is anything to draw; returns files and notes."""
+    from ldm.experiments.plots import draw_sample_page, plot_metric_curves
     from ldm.utils.images import save_png
 
-    written, names, unread = [], shorten_run_names(order), []
-    drawn = {
-        key: [(n, run.curve(key)) for n, run in zip(names, order, strict=True) if run.curve(key)]
-        for key in dict.fromkeys([metric, *select_ranking_metrics(order)])
+    files, notes, names = [], [], shorten_run_names(runs)
+    panels = {
+        key: [(n, run.curve(key)) for n, run in zip(names, runs, strict=True) if run.curve(key)]
+        for key in dict.fromkeys([metric, *select_ranking_metrics(runs)])
     }
-    drawn = {key: lines for key, lines in drawn.items() if lines}
-    if drawn:
-        save_png(plot_metric_curves(drawn), out / "curves.png", {"runs": names})
-        written.append("curves.png")
-    painted = []
-    for run in order:
+    if panels := {key: lines for key, lines in panels.items() if lines}:
+        save_png(plot_metric_curves(panels), out / "curves.png", {"runs": names})
+        files.append("curves.png")
+    samples = []
+    for run in runs:
         try:
-            painted.append(_read_samples(run))
+            samples.append(_read_samples(run))
         except (ValueError, TypeError) as error:
-            painted.append(((), []))
-            unread.append(f"{run.directory} has no pictures to show: {error}")
-    # The pictures of a column must show the same: most runs say what, the others are left out.
-    heads = Counter(heads for heads, _ in painted if heads)
-    if heads:
-        shared = heads.most_common(1)[0][0][:8]
+            samples.append(((), []))
+            notes.append(f"{run.directory} has no pictures to show: {error}")
+    # The images of a column must show the same prompt: that of most runs; the others are left out.
+    if prompts := Counter(texts for texts, _ in samples if texts):
+        shared = prompts.most_common(1)[0][0][:MAX_REPORT_COLUMNS]
         rows = [
-            (f"{i + 1}. {_format_run_title(run, metric)}: {name}", pictures)
-            for i, (run, name) in enumerate(zip(order, names, strict=True))
-            if (pictures := painted[i][1]) and painted[i][0][:8] == shared
+            (f"{i + 1}. {_format_run_title(run, metric)}: {name}", images)
+            for i, (run, name, (texts, images)) in enumerate(zip(runs, names, samples, strict=True))
+            if images and texts[:MAX_REPORT_COLUMNS] == shared
         ]
-        others = len(order) - len(rows)
-        told = f"The same prompts and seeds for each run, best first by {metric} ({direction})."
-        told += f" {others} runs have no such pictures." if others else ""
-        page = draw_sample_page("Samples of each run", told, shared, rows)
+        others = len(runs) - len(rows)
+        text = f"The same prompts and seeds for each run, best first by {metric} ({direction})."
+        text += f" {others} runs have no such pictures." if others else ""
+        page = draw_sample_page("Samples of each run", text, shared, rows)
         save_png(page, out / "samples.png", {"runs": names})
-        written.append("samples.png")
-    return written, unread
+        files.append("samples.png")
+    return files, notes
 
 
 def _format_run_title(run: RunRecord, metric: str) -> str:
@@ -185,19 +185,18 @@ def _format_run_title(run: RunRecord, metric: str) -> str:
 
 
 def _read_samples(run: RunRecord) -> tuple[tuple[str, ...], list]:
-    """What the newest sample picture of a run shows, and its single pictures; both may be none."""
+    """Returns what the newest sample file of a run shows, and its images; both may be empty."""
     from ldm.utils.images import load_png, split_image_grid
 
     if not (files := sorted((run.directory / "samples").glob("step=*.png"))):
         return (), []
-    picture, facts = load_png(files[-1])
+    grid, facts = load_png(files[-1])
     texts = facts.get("prompts") or facts.get("keys") or []
     if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
         raise ValueError(f"{files[-1]} does not say what it shows")
-    if prompts := facts.get("prompts"):
-        return tuple(prompts), split_image_grid(picture, len(prompts))[:8]
-    if keys := facts.get("keys"):  # an autoencoder's: originals, and below them what it made
-        return tuple(keys), split_image_grid(picture, 2 * len(keys), columns=len(keys))[
-            len(keys) :
-        ][:8]
-    return (), []
+    count, images = len(texts), []
+    if facts.get("prompts"):
+        images = split_image_grid(grid, count)
+    elif texts:  # of an autoencoder: the originals, and below them their reconstructions
+        images = split_image_grid(grid, 2 * count, columns=count)[count:]
+    return tuple(texts), images[:MAX_REPORT_COLUMNS]

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,10 +27,11 @@ from ldm.experiments.run_dir import (
     read_result,
     write_result,
 )
-from ldm.utils.errors import UsageError
+from ldm.utils.errors import CLI_DIR, UsageError
 from ldm.utils.files import check_no_links, write_text
 
 JOB_OUTPUT_FILE = "output.log"  # what a job prints
+ERROR_PREFIX = re.compile(r"(train\.py|ldm train|python -m ldm\.train): ")  # of `program_name`
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,15 @@ class SweepJob:
         return is_run_finished(self.directory, self.steps, stops=self.stops)
 
     @property
-    def arguments(self) -> list[str]:
-        """What stands after `python train.py`."""
+    def command(self) -> list[str]:
+        """The command of this run, with the program that started the sweep."""
+        script = Path(sys.argv[0]).absolute()
+        # `python ldm/cli/train.py` would let the files of ldm/cli shadow other libraries.
+        program = (
+            ["-m", "ldm", script.stem] if script.parent.resolve() == CLI_DIR else [str(script)]
+        )
         quoted = self.name.replace("\\", "\\\\").replace("'", "\\'")
-        return [*self.overrides, f"name='{quoted}'"]
+        return [sys.executable, *program, *self.overrides, f"name='{quoted}'"]
 
 
 class RunningJob(Protocol):
@@ -281,6 +288,6 @@ def read_error_text(output: Path, *, lines: int = 6) -> str:
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).replace("\r", "\n")
     bar = re.compile(r"\d+/[\d?]+ \[|Error executing job with overrides")
     said = [line.rstrip() for line in text.split("\n") if line.strip() and not bar.search(line)]
-    told_at = max((i for i, line in enumerate(said) if line.startswith("train.py: ")), default=None)
-    told = said[-lines:] if told_at is None else said[told_at:][:lines]
-    return "\n".join(told).removeprefix("train.py: ")
+    starts = [i for i, line in enumerate(said) if ERROR_PREFIX.match(line)]
+    message = said[starts[-1] :][:lines] if starts else said[-lines:]
+    return ERROR_PREFIX.sub("", "\n".join(message), count=1)

@@ -1,11 +1,24 @@
 """Errors that a user can mend."""
 
 import difflib
+import sys
 from collections.abc import Iterable
+from pathlib import Path
+
+CLI_DIR = Path(__file__).resolve().parents[1] / "cli"
 
 
 class UsageError(ValueError):
     """A mistake that the user can mend: printed without a trace."""
+
+
+def program_name() -> str:
+    """Returns the program as the user typed it: train.py, python -m ldm.compare or ldm compare."""
+    program = Path(sys.argv[0])
+    if program.parent.resolve() != CLI_DIR:
+        return program.name
+    module = f"ldm.{program.stem}"
+    return f"python -m {module}" if module in sys.orig_argv else f"ldm {program.stem}"
 
 
 def suggest_nearest(key: str, known: Iterable[str]) -> str:

@@ -11,11 +11,11 @@ from PIL import Image, ImageDraw
 from ldm.data.datamodule import TextImageData
 from ldm.data.dataset import Batch, collate
 from ldm.data.shards.reader import write_shard
-from ldm.diffusion.guidance.base import ClassifierFreeGuidance
+from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.objective import Objective, Prediction
 from ldm.diffusion.samplers.base import DDIMSampler
 from ldm.diffusion.schedules import scaled_linear
-from ldm.diffusion.tasks.base import TextToImage
+from ldm.diffusion.tasks.text_to_image import TextToImage
 from ldm.diffusion.timesteps import PowerTimestepSampler
 from ldm.diffusion.weightings import UniformWeighting
 from ldm.inference.pipeline import Pipeline

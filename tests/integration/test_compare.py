@@ -5,16 +5,16 @@ import csv
 import pytest
 import torch
 from PIL import Image
-from run_files import write_run
+from run_dirs import write_run
 from shell import run
 
+from ldm.experiments.plots import plot_metric_curves
 from ldm.experiments.ranking import (
     find_runs,
     list_ranking_caveats,
     read_run_record,
     shorten_run_names,
 )
-from ldm.experiments.ranking_plots import plot_metric_curves
 from ldm.experiments.report import compare_runs
 from ldm.utils.images import load_png, make_image_grid, split_image_grid
 

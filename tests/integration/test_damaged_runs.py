@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from run_files import write_run
+from run_dirs import write_run
 from shell import run
 
 from ldm.cli.explain import TEXT_TO_IMAGE_TARGET, find_newest_run

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from killed_runs import measured, same
+from killed_runs import measured
+from payloads import same
 from shell import BRIEF, FROZEN, ROOT, run
 
 KILLS = str(ROOT / "tests" / "helpers" / "kills.py")

@@ -46,7 +46,7 @@ def rank(name):
 
 def test_nothing_lies_loose():
     loose = {path.name for path in (ROOT / "ldm").iterdir()} - {"__pycache__"}
-    assert loose == {*ROOMS, "assets", "__init__.py", "__main__.py"}
+    assert loose == {*ROOMS, "assets", "__init__.py", "__main__.py", "py.typed"}
 
 
 @pytest.mark.parametrize(("name", "tree"), modules(), ids=lambda x: x if isinstance(x, str) else "")

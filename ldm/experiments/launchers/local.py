@@ -91,7 +91,7 @@ class LocalProcess:
         job.directory.mkdir(parents=True, exist_ok=True)
         with (job.directory / JOB_OUTPUT_FILE).open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, os.path.abspath(sys.argv[0]), *job.arguments],
+                job.command,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

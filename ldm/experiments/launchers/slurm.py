@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -76,9 +75,8 @@ class SlurmQueue:
         executor.update_parameters(**{k: v for k, v in named.items() if v is not None})
         # A rank that fails takes the others along: they would wait for it.
         executor.update_parameters(slurm_srun_args=["--kill-on-bad-exit=1"])
-        script = os.path.abspath(sys.argv[0])
         output = (job.directory / JOB_OUTPUT_FILE).absolute()
-        task = SlurmTask([sys.executable, script, *job.arguments], str(output))
+        task = SlurmTask(job.command, str(output))
         try:
             submitted = executor.submit(task)
         except submitit.core.utils.FailedJobError as error:

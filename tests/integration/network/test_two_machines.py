@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from killed_runs import measured, same
+from killed_runs import measured
 from machines import Pair
+from payloads import same
 from shell import BRIEF, FROZEN, TRAIN, tensors, train, wait_for
 
 from ldm.experiments.run_dir import read_result

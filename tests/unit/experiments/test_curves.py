@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from run_files import write_run
+from run_dirs import write_run
 
 from ldm.cli.evaluate import format_image_table
-from ldm.experiments.curve_plots import plot_quality_curve
 from ldm.experiments.curves import format_curve_table, read_curves, write_curve
+from ldm.experiments.plots import plot_quality_curve
 from ldm.experiments.ranking import find_runs
 from ldm.experiments.report import compare_runs
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from killed_runs import same
+from payloads import same
 from shell import ROOT, TRAIN, environment, processes, run, wait_for
 from signalled_runs import RUN
 from world import shapes_data

@@ -1,4 +1,4 @@
-"""Run directories as training leaves them, without a training."""
+"""Run directories as train.py writes them, without a training."""
 
 import csv
 import json

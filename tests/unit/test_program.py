@@ -1,0 +1,53 @@
+"""The program `ldm`, its name in messages, and the package as Python code sees it."""
+
+import ast
+import sys
+
+import pytest
+from shell import ROOT, run
+
+import ldm
+from ldm.__main__ import VERBS
+from ldm.utils.errors import program_name
+
+CLI = ROOT / "ldm" / "cli"
+
+
+def test_each_file_of_cli_that_has_a_main_is_a_verb():
+    trees = {path.stem: ast.parse(path.read_text()) for path in CLI.glob("*.py")}
+    mains = {
+        stem
+        for stem, tree in trees.items()
+        if any(getattr(node, "name", None) == "main" for node in tree.body)
+    }
+    assert mains == set(VERBS)
+
+
+def test_the_verbs_are_listed(tmp_path):
+    printed = run("-m", "ldm", cwd=tmp_path)
+    assert run("-m", "ldm", "--help", cwd=tmp_path) == printed
+    assert all(f"  {verb} " in printed for verb in VERBS)
+    printed = run("-m", "ldm", "evalaute", cwd=tmp_path, expect=2)
+    assert printed.startswith("ldm: there is no verb 'evalaute' - did you mean evaluate?")
+
+
+@pytest.mark.parametrize(
+    ("program", "command", "name"),
+    [
+        ("train.py", ["python", "train.py"], "train.py"),
+        (f"{CLI}/compare.py", ["python", "-m", "ldm.compare", "runs/a"], "python -m ldm.compare"),
+        (f"{CLI}/compare.py", ["python", "/bin/ldm", "compare", "runs/a"], "ldm compare"),
+    ],
+)
+def test_a_message_begins_with_the_program_as_typed(monkeypatch, program, command, name):
+    monkeypatch.setattr(sys, "argv", [program, "runs/a"])
+    monkeypatch.setattr(sys, "orig_argv", command)
+    assert program_name() == name
+
+
+def test_the_import_of_ldm_is_quick(tmp_path):
+    heavy = "import sys, ldm; print({'torch', 'hydra', 'numpy'} & sys.modules.keys())"
+    assert run("-c", heavy, cwd=tmp_path) == "set()\n"
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        _ = ldm.lode
+    assert set(ldm.__all__) <= {*dir(ldm), *ldm._MODULES}

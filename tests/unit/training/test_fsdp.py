@@ -10,8 +10,8 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from shell import ROOT, run
 
+from ldm.config.command_line import CONF_DIR
 from ldm.config.run import build_job
-from ldm.config.suggestions import CONF_DIR
 
 TINY = [
     "trainer=cpu",

@@ -88,3 +88,11 @@ def test_files_are_of_a_size_to_be_read():
     for path in FILES:
         lines = len(path.read_text().splitlines())
         assert lines <= (80 if path.parent == ROOT else 320), f"{path} has {lines} lines"
+
+
+def test_private_parts_of_lightning_are_touched_in_one_file():
+    for path in FILES:
+        text = path.read_text()
+        if path.name != "lightning_adapter.py":
+            assert "trainer._" not in text, path
+            assert "fit_loop" not in text, path

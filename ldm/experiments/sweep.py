@@ -31,7 +31,7 @@ from ldm.utils.errors import CLI_DIR, UsageError
 from ldm.utils.files import check_no_links, write_text
 
 JOB_OUTPUT_FILE = "output.log"  # what a job prints
-ERROR_PREFIX = re.compile(r"(train\.py|ldm train|python -m ldm\.train): ")  # of `program_name`
+ERROR_PREFIX = re.compile(r"^(train\.py|ldm train|python -m ldm\.train): ")  # of `program_name`
 
 
 @dataclass(frozen=True)

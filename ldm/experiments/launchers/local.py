@@ -129,7 +129,7 @@ def list_gpus() -> list[str]:
 
 
 def die_with_parent() -> None:
-    """Has the kernel kill this process with its parent if that is a sweep, or the job of a sweep."""
+    """Has the kernel kill this process with its parent if that is a sweep or a job of a sweep."""
     if PARENT_PID_VARIABLE in os.environ and sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

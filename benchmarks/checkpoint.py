@@ -23,7 +23,7 @@ def measure(million: int, background: bool, folder: Path) -> dict:
     import torch
     from torch import nn
 
-    from ldm.training.callbacks.checkpoint_payload import SafeCheckpointIO
+    from ldm.training.callbacks.checkpoint_storage import CheckpointWriter, SafeCheckpointIO
     from ldm.training.callbacks.checkpointing import Checkpoints
     from ldm.training.ema import EMA
 
@@ -56,7 +56,7 @@ def measure(million: int, background: bool, folder: Path) -> dict:
 
         def on_train_batch_start(self, *args) -> None:
             self.at.append(time.perf_counter())
-            self.busy.append(keeper.writing is not None and keeper.writing.is_alive())
+            self.busy.append(keeper.writer.is_busy)
 
     class Timed(Checkpoints):
         def save(self, trainer, **suffix) -> None:
@@ -64,6 +64,7 @@ def measure(million: int, background: bool, folder: Path) -> dict:
             super().save(trainer, **suffix)
             stalls.append(time.perf_counter() - began)
 
+    class TimedWriter(CheckpointWriter):
         def _write(self, *args) -> None:
             began = time.perf_counter()
             super()._write(*args)
@@ -72,6 +73,7 @@ def measure(million: int, background: bool, folder: Path) -> dict:
     wrote: list[float] = []
     stalls: list[float] = []
     keeper = Timed(folder, every=EVERY, keep=2, facts={}, background=background)
+    keeper.writer.__class__ = TimedWriter
     clock = Clock()
     quiet = {f"enable_{what}": False for what in ("checkpointing", "model_summary", "progress_bar")}
     trainer = L.Trainer(

@@ -17,7 +17,7 @@ from ldm.evaluation.features.clip import ClipFeatures
 from ldm.evaluation.features.efficientnet import EfficientNetFeatures
 from ldm.evaluation.protocol import EvaluationProtocol, select_prompt_subset
 from ldm.evaluation.scenes.reader import compute_scene_accuracy, read_scenes
-from ldm.models.autoencoder_weights import make_autoencoder_kl
+from ldm.models.diffusers_format import make_autoencoder_kl
 from ldm.utils.images import from_uint8, to_uint8
 
 

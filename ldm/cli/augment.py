@@ -100,11 +100,11 @@ def augment_dataset(
 
     from ldm.config.evaluation import join_process_group
     from ldm.config.pipeline import check_text_to_image, load_pipeline
-    from ldm.data.prepare.synthetic import ScoreFilter, plan_shards, sum_shard_stats
-    from ldm.data.prepare.writer import claim_output_folder
+    from ldm.data.prepare.synthetic import ScoreFilter, sum_shard_stats, write_generated_shard
+    from ldm.data.prepare.writer import claim_output_folder, plan_shards
     from ldm.evaluation.distributed import ProcessGroup
 
-    found = plan_shards(out, count=cfg.n, samples_per_shard=cfg.samples_per_shard)
+    found = plan_shards(out, range(cfg.n), samples_per_shard=cfg.samples_per_shard)
     prompts = (
         None
         if options["template"] is None and not options["captions"]
@@ -134,21 +134,23 @@ def augment_dataset(
         bar = partial(
             tqdm, unit="image", disable=ranks.rank != 0, mininterval=get_progress_interval()
         )
-        with bar(total=sum(len(part.pictures) for part in mine), desc="Painting") as shown:
+        with bar(total=sum(len(part.items) for part in mine), desc="Painting") as shown:
             pipeline = partial(restored.pipeline, size=size, negative=options["negative"])
             brush = partial(generate_shard_samples, cfg, pipeline, prompts, score, shown.update)
             sift = ScoreFilter(cfg.min_score, cfg.keep)
             for part in mine:
-                if part.finished() is None:
-                    part.write(brush, score_filter=sift, suffix=cfg.format, batch=cfg.batch)
+                if part.read_stats() is None:
+                    write_generated_shard(
+                        part, brush, score_filter=sift, suffix=cfg.format, batch=cfg.batch
+                    )
                 else:
-                    shown.update(len(part.pictures))
+                    shown.update(len(part.items))
         ranks.any(False)
         if ranks.rank == 0:
             versions = {name: version(name) for name in AUGMENT_LIBRARIES}
             source = {"ckpt": str(restored.path), "device": format_device_name(device)}
             write_augment_report(
-                out, sum_shard_stats([part.finished() for part in found]), source, versions
+                out, sum_shard_stats([part.read_stats() for part in found]), source, versions
             )
 
 
@@ -290,8 +292,8 @@ def write_augment_report(out: Path, report: dict, source: dict, versions: dict) 
     Raises UsageError where no picture has stayed.
     """
     from ldm.data.image_decoding import pil_to_tensor, read_image
-    from ldm.data.prepare.writer import write_json
     from ldm.data.shards.reader import ShardReader
+    from ldm.utils.files import write_json
     from ldm.utils.images import make_captioned_grid, save_png
 
     write_json(out / "report.json", {**report, **source, "versions": versions})

@@ -22,7 +22,7 @@ from ldm.utils.errors import UsageError
 from ldm.utils.files import check_path_length, reserve_files, resolve_path
 
 EXPLAIN_TEXT_OPTIONS = ("ckpt", "out", "prompt", "prompts", "image", "autoencoder", "text_encoder")
-TEXT_TO_IMAGE_TARGET = "ldm.diffusion.tasks.base.TextToImage"
+TEXT_TO_IMAGE_TARGET = "ldm.diffusion.tasks.text_to_image.TextToImage"
 EXPLAIN_FIGURES = ("forward", "reverse", "noise", "guidance", "clip")
 NUM_GUIDANCE_PROMPTS = 3  # rows of guidance.png
 

@@ -24,17 +24,14 @@ from ldm.data.scenes.world import (
     caption,
     sample_scene,
 )
-from ldm.diffusion.conditioning import Condition
-from ldm.diffusion.guidance.base import (
-    ClassifierFreeGuidance,
-    ConditionalDenoiser,
-    Denoise,
-    GuidancePrompts,
-)
+from ldm.diffusion.conditioning import Conditioning
+from ldm.diffusion.guidance.base import ConditionalDenoiser, Denoise
+from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.rng import randn
 from ldm.diffusion.samplers.base import DDIMSampler, Noise, OnStep
 from ldm.diffusion.schedules import Schedule, expand_dims_like
-from ldm.diffusion.tasks.base import Encode, Request, Start, TextToImage
+from ldm.diffusion.tasks.base import Encode, Request, Start
+from ldm.diffusion.tasks.text_to_image import TextToImage
 from ldm.inference.pipeline import Pipeline
 from ldm.models.clip import Clip
 from ldm.utils.images import from_uint8
@@ -194,15 +191,9 @@ class RecordingGuidance:
         self.guidance = guidance
         self.moments: list[DenoisingStep] = []
 
-    def __call__(
-        self,
-        denoise: ConditionalDenoiser,
-        cond: Condition,
-        uncond: Condition,
-        words: GuidancePrompts | None = None,
-    ) -> Denoise:
+    def __call__(self, denoise: ConditionalDenoiser, conditioning: Conditioning) -> Denoise:
         """As the guidance."""
-        guided = self.guidance(denoise, cond, uncond, words)
+        guided = self.guidance(denoise, conditioning)
 
         def seen(x_t: Tensor, t: Tensor) -> Tensor:
             x0_hat = guided(x_t, t)

@@ -14,7 +14,8 @@ from ldm.config.command_line import (
     require_option,
     run_command,
 )
-from ldm.data.prepare.writer import PreparationReport, prepare_coco, prepare_folder
+from ldm.data.prepare.image_files import ImageSettings, prepare_coco, prepare_folder
+from ldm.data.prepare.writer import PreparationReport
 from ldm.data.scenes.prepare import prepare_scenes
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_path_length
@@ -49,15 +50,18 @@ def main(argv: Sequence[str]) -> None:
 
 def prepare_image_shards(cfg: DictConfig, paths: dict[str, str], out: str) -> PreparationReport:
     """Shards of pictures that are there."""
-    names = ("size", "format", "quality", "samples_per_shard", "workers", "limit")
-    options = {"images": require_option(paths, "images"), "out": out} | {n: cfg[n] for n in names}
+    names = ("size", "format", "quality", "samples_per_shard", "limit", "frames")
+    options = {"images": require_option(paths, "images"), "out": out, "workers": cfg.workers}
     if cfg.source == "coco":
         if cfg.frames is not None:
             raise UsageError("frames is for folder and scenes: COCO has pictures")
         if cfg.caption_key != "text":
             raise UsageError("caption_key is for folder: COCO's captions have their place")
-        return prepare_coco(annotations=require_option(paths, "annotations"), **options)
-    return prepare_folder(**options, part=cfg.part, frames=cfg.frames, caption_key=cfg.caption_key)
+        options["annotations"] = require_option(paths, "annotations")
+    options["settings"] = ImageSettings(**{name: cfg[name] for name in names})
+    if cfg.source == "coco":
+        return prepare_coco(**options)
+    return prepare_folder(**options, part=cfg.part, caption_key=cfg.caption_key)
 
 
 def prepare_scene_shards(cfg: DictConfig, out: str) -> PreparationReport:

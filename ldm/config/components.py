@@ -68,7 +68,7 @@ def build_denoiser(
 ) -> nn.Module:
     """The network of `cfg.model`, with the sizes of the parts around it."""
     more = {} if style is None else {"style_dim": style.width, "style_code": style.code}
-    more |= {"temporal": True} if task.temporal else {}
+    more |= {"temporal": True} if task.is_video else {}
     return instantiate(
         cfg.model,
         in_channels=autoencoder.channels + task.extra_channels(autoencoder.channels),

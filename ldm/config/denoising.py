@@ -31,7 +31,7 @@ from ldm.diffusion.objective import Objective
 from ldm.experiments.run_dir import get_launcher_rank
 from ldm.inference.generate import generate_task_examples
 from ldm.inference.pipeline import Pipeline
-from ldm.models.frames import FramewiseAutoencoder
+from ldm.models.temporal import FramewiseAutoencoder
 from ldm.training.callbacks.ema_snapshots import EMASnapshots
 from ldm.training.callbacks.monitoring import SampleImages
 from ldm.training.modules.diffusion import LatentDiffusion
@@ -71,8 +71,8 @@ def build_training_components(cfg: DictConfig, run_dir: Path) -> TrainingCompone
             f"task={task.name} is a way of sampling from any run of text to image, and nothing to "
             f"train: leave it out here, then give `python sample.py ckpt=... task={task.name}`"
         )
-    check_data_kind(cfg, f"task={task.name}", temporal=task.temporal)
-    if task.temporal and cfg.style_encoder:
+    check_data_kind(cfg, f"task={task.name}", temporal=task.is_video)
+    if task.is_video and cfg.style_encoder:
         raise UsageError(f"task={task.name} takes no style pictures: leave style_encoder=.. out")
     task.check_size(cfg.data.size)
     autoencoder, text = build_frozen_encoders(cfg)

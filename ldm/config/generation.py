@@ -41,7 +41,7 @@ def generate_samples(
     """
     stages = load_cascade(cfg, ckpts, options)
     first, last = stages[0], stages[-1]
-    strength = first.pipeline.task.strength if cfg.strength is None else cfg.strength
+    strength = first.pipeline.task.default_strength if cfg.strength is None else cfg.strength
     more = {"strength": strength, "paste": cfg.paste, "source": options["source"]}
     if options["style"]:
         more["style"] = read_square_option("style", options["style"], first.size)[None]

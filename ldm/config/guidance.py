@@ -89,7 +89,7 @@ def load_classifier_guide(path: str, components: Components):
 
     Raises UsageError where videos are painted.
     """
-    if components.task.temporal:
+    if components.task.is_video:
         raise UsageError(
             f"guidance=classifier reads pictures, and task={components.task.name} is of videos: "
             "guidance=clip and guidance=autoguidance guide these"

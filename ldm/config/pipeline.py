@@ -21,13 +21,13 @@ from ldm.config.components import (
 from ldm.config.devices import select_device
 from ldm.config.guidance import build_guidance
 from ldm.inference.pipeline import Pipeline
-from ldm.models.frames import FramewiseAutoencoder
+from ldm.models.temporal import FramewiseAutoencoder
 from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.errors import UsageError
 from ldm.utils.hashing import hash_module
 
 TRAIN_TASK_HINT = "Train one: python train.py task={task} init={ckpt} name=my-{task}"
-CLASSIFIER_FREE_TARGET = "ldm.diffusion.guidance.base.ClassifierFreeGuidance"
+CLASSIFIER_FREE_TARGET = "ldm.diffusion.guidance.cfg.ClassifierFreeGuidance"
 COMPOSITIONAL_TARGET = "ldm.diffusion.guidance.compositional.CompositionalGuidance"
 TEXT_TO_IMAGE_HINT = (
     "Give a run of task=text2img; `python sample.py` without task= does what this one can"
@@ -144,7 +144,7 @@ def load_cascade(
     for ckpt in ckpts:
         stages.append(load_pipeline(later if stages else first, ckpt, locations))
         task = stages[-1].pipeline.task
-        if task.temporal:
+        if task.is_video:
             raise UsageError(
                 f"cascade: {ckpt} paints videos, and runs of task=superres enlarge pictures alone"
             )
@@ -166,7 +166,7 @@ def is_compositional(guidance: DictConfig) -> bool:
 def check_text_to_image(restored: LoadedPipeline, verb: str) -> None:
     """UsageError unless a run paints pictures from prompts alone, which a verb needs."""
     task, path = restored.pipeline.task, restored.path
-    if task.temporal:
+    if task.is_video:
         raise UsageError(
             f"{verb} is for pictures, and {path} paints videos (task={task.name}): give a run of "
             "task=text2img. python sample.py paints videos, and training measures val/motion_*"

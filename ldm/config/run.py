@@ -32,7 +32,7 @@ from ldm.experiments.run_dir import (
     read_partial_result,
     write_result,
 )
-from ldm.training.callbacks.checkpoint_payload import SafeCheckpointIO
+from ldm.training.callbacks.checkpoint_storage import SafeCheckpointIO
 from ldm.training.callbacks.checkpointing import Checkpoints
 from ldm.training.callbacks.monitoring import ProgressBar, RandomLayerSeeding, ThroughputMonitor
 from ldm.training.callbacks.nonfinite import (
@@ -43,14 +43,9 @@ from ldm.training.callbacks.nonfinite import (
     format_last_good_checkpoint,
 )
 from ldm.training.callbacks.preemption import PreemptionHandler
-from ldm.training.distributed import (
-    defer_launch_signals,
-    format_exception,
-    record_first_error,
-    remove_first_error,
-    terminate_ranks,
-)
+from ldm.training.distributed import format_exception, record_first_error, remove_first_error
 from ldm.training.fsdp import FullyShardedStrategy
+from ldm.training.lightning_adapter import defer_launch_signals
 from ldm.training.loggers.csv import CsvLog
 from ldm.utils.checkpoint_facts import read_state_dict
 from ldm.utils.checkpoint_file import (
@@ -141,13 +136,9 @@ class TrainingJob:
             order = rank_runs(beside, metric, direction=direction)
             columns, rows = build_ranking_table(order, metric)
         for logger in self.trainer.loggers:
-            if is_sweep_job(run_dir) and hasattr(logger, "log_table"):
+            if is_sweep_job(run_dir):
                 logger.log_table("ranking", columns=columns, data=rows)
-            if hasattr(logger, "finish"):
-                logger.finish(failed=result["status"] == "failed")
-        for callback in self.trainer.callbacks:
-            if isinstance(callback, Checkpoints):
-                terminate_ranks(callback.started)
+            logger.finish(failed=result["status"] == "failed")
 
     def describe(self) -> str:
         """One line: what is trained, on what, how long."""
@@ -205,7 +196,7 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
     defer_launch_signals(built)
     data.micro_batch(built.world_size, built.accumulate_grad_batches)  # says now what is wrong
     if isinstance(built.strategy, FullyShardedStrategy):
-        built.strategy.check(module)
+        built.strategy.check_module(module)
     for logger in built.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     return TrainingJob(data, module, built, meter, resume)

@@ -64,7 +64,7 @@ def check_captions_readable(text: nn.Module, data: TextImageData) -> None:
     """
     if not isinstance(text, NullTextEncoder):
         check_has_captions(data)
-    if hasattr(text, "names"):
+    if text.names:
         text(data.val_captions(64))
 
 

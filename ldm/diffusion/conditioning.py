@@ -1,10 +1,10 @@
-"""What a denoiser is told beside the noisy latents.
+"""What a denoiser reads besides the noisy latents, and what guidance reads.
 
 Shapes: B batch, L text tokens, D text width, P pooled width, E extra channels, h w latent grid,
-N patches of a style picture, F their width.
+N patches of a style image, F their width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -13,13 +13,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Condition:
-    """The conditioning of a batch; every part is optional, and absent parts are None.
+    """The inputs of a denoiser for a batch; a part that is absent is None.
 
     tokens (B, L, D): text states for cross-attention.
     mask (B, L), bool: True where a token may be attended; None attends to all.
-    pooled (B, P): one vector an image, added to the time embedding.
+    pooled (B, P): one vector per image, added to the time embedding.
     concat (B, E, h, w): extra input channels, such as a mask and masked latents.
-    style (B, N, F): features of a style picture; all zeros where an image has none.
+    style (B, N, F): features of a style image; all zeros for an image without one.
     """
 
     tokens: Tensor | None = None
@@ -41,24 +41,20 @@ class Condition:
         return self.map(lambda part: part.to(device))
 
     def cat(self, other: "Condition") -> "Condition":
-        """Both batches after one another.
-
-        Raises ValueError where one has a part that the other lacks.
-        """
+        """Both batches one after the other; ValueError if only one has some part."""
         return self._zip(other, lambda a, b: torch.cat([a, b]))
 
     def where(self, keep: Tensor, other: "Condition") -> "Condition":
         """This condition's text where `keep` (B,) is True, the other's elsewhere.
 
-        Only what the text says is exchanged: `concat` (an image, a mask) and `style` stay.
+        `concat` and `style` stay those of this condition.
         """
 
         def choose(a: Tensor, b: Tensor) -> Tensor:
             return torch.where(keep.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
-        text, other_text = (replace(one, concat=None, style=None) for one in (self, other))
-        pictures = {"concat": self.concat, "style": self.style}
-        return replace(text._zip(other_text, choose), **pictures)
+        text, other_text = (replace(each, concat=None, style=None) for each in (self, other))
+        return replace(text._zip(other_text, choose), concat=self.concat, style=self.style)
 
     def _zip(self, other: "Condition", fn: Callable[[Tensor, Tensor], Tensor]) -> "Condition":
         merged = []
@@ -67,3 +63,31 @@ class Condition:
                 raise ValueError(f"only one of two conditions to be merged has '{field.name}'")
             merged.append(None if a is None else fn(a, b))
         return Condition(*merged)
+
+
+@dataclass(frozen=True)
+class GuidancePrompts:
+    """The prompts themselves, for guidance that reads them.
+
+    texts: one per image. encode: captions to a Condition, by the text encoder. parse: a prompt to
+    its parts, each a text and its weight.
+    """
+
+    texts: Sequence[str]
+    encode: Callable[[Sequence[str]], Condition]
+    parse: Callable[[str], list[tuple[str, float]]]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a guidance steers towards (`positive`) and away from (`negative`)."""
+
+    positive: Condition
+    negative: Condition
+    prompts: GuidancePrompts | None = None
+
+    def require_prompts(self, reader: str) -> GuidancePrompts:
+        """The prompts; ValueError without them, which names the guidance that reads them."""
+        if self.prompts is None:
+            raise ValueError(f"{reader} reads the prompts: give Conditioning(prompts=...)")
+        return self.prompts

@@ -139,23 +139,23 @@ class EvaluationProtocol:
 
     def extract_features(
         self,
-        paint: CaptionImageGenerator,
+        generate: CaptionImageGenerator,
         *,
         folder: Path | None = None,
         done: EvaluationProgress = lambda items: None,
-        keep: Callable[[range, Tensor], None] = lambda items, images: None,
+        on_images: Callable[[range, Tensor], None] = lambda items, images: None,
     ) -> dict[str, Tensor]:
         """float32 tables (N, D) by network, of the subset's captions painted; all ranks take part.
 
-        folder, done: see `tabulate`. keep(items, images): what else is to be done with pictures
-        (n, 3, H, W), uint8.
+        folder, done: see `tabulate`. on_images(items, images): called with
+        images (n, 3, H, W), uint8.
         """
 
         def make(items: range) -> Mapping[str, Tensor]:
             part = slice(items.start, items.stop)
-            images = paint(self.subset.captions[part], seeds=self.subset.seeds[part])
+            images = generate(self.subset.captions[part], seeds=self.subset.seeds[part])
             pixels = to_uint8_tensor(images)
-            keep(items, pixels)
+            on_images(items, pixels)
             return {network.name: network(pixels) for network in self.networks}
 
         columns = {network.name: network.width for network in self.networks}

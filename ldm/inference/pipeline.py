@@ -9,8 +9,8 @@ from dataclasses import KW_ONLY, dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.conditioning import Condition
-from ldm.diffusion.guidance.base import ConditionalDenoiser, Denoise, Guidance, GuidancePrompts
+from ldm.diffusion.conditioning import Condition, Conditioning, GuidancePrompts
+from ldm.diffusion.guidance.base import ConditionalDenoiser, Denoise, Guidance
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.rng import ImageNoise
 from ldm.diffusion.samplers.base import DDIMSampler, OnStep, Sampler
@@ -18,7 +18,8 @@ from ldm.diffusion.samplers.inversion import invert_ddim
 from ldm.diffusion.samplers.overshoot import format_overshoot_warning
 from ldm.diffusion.samplers.repaint import RePaintSampler
 from ldm.diffusion.samplers.tiled import TiledDenoiser
-from ldm.diffusion.tasks.base import BaseTask, Request
+from ldm.diffusion.tasks.base import Request, Task
+from ldm.inference.prompts import parse_prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,7 @@ class Pipeline:
     autoencoder: nn.Module
     text_encoder: Callable[[Sequence[str]], Condition]
     objective: Objective
-    task: BaseTask
+    task: Task
     sampler: Sampler
     guidance: Guidance
     dtype: torch.dtype | None = None
@@ -109,7 +110,7 @@ class Pipeline:
                 self.sampler if start.rounds == 1 else RePaintSampler(self.sampler, start.rounds)
             )
             times = sampler.times(schedule, steps, start=start.t)
-            latents = start.latents or (lambda x0: x0)
+            latents = start.to_latents or (lambda x0: x0)
             seen = on_step and (lambda i, x0_hat: on_step(i, latents(x0_hat)))
             x0 = sampler(denoise, start.x, schedule, times, noise=noise, on_step=seen)
             images = self.decode(latents(x0))
@@ -127,7 +128,7 @@ class Pipeline:
         Raises ValueError where steps and strength make no grid.
         """
         said = []
-        if negative and not self.guidance.reads_negative(prompts):
+        if negative and not self.guidance.reads_negative(self._guidance_prompts(prompts)):
             said.append(
                 "negative= has no effect: this guidance takes the answer for the prompt alone. "
                 "Give guidance=cfg guidance.scale=2, or another scale than 1"
@@ -224,7 +225,10 @@ class Pipeline:
         if self.task.tile_overlap is not None and self.trained_size is not None:
             side = self.trained_size // self.autoencoder.factor
             denoise = TiledDenoiser(denoise, side, round(side * self.task.tile_overlap))
-        return self.guidance(denoise, cond, uncond, GuidancePrompts(prompts, self.text_encoder))
+        return self.guidance(denoise, Conditioning(cond, uncond, self._guidance_prompts(prompts)))
+
+    def _guidance_prompts(self, prompts: Sequence[str]) -> GuidancePrompts:
+        return GuidancePrompts(prompts, self.text_encoder, parse_prompt)
 
     def _encode_style(self, style: Tensor | None, seeds: Sequence[int]) -> Tensor | None:
         """Features (B, N, F) of a style picture, shuffled anew for each seed."""

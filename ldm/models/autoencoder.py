@@ -1,4 +1,4 @@
-"""Images to latents and back.
+"""The autoencoder: images to latents and back.
 
 Shapes: B batch, C latent channels, H W pixels, h w latent grid (H / factor, W / factor).
 """
@@ -24,18 +24,18 @@ AUTOENCODER_NORM_EPS = 1e-6
 
 
 class AutoencoderKL(nn.Module):
-    """A convolutional variational autoencoder whose latents have unit variance a channel.
+    """A convolutional variational autoencoder whose latents have unit variance in each channel.
 
     The defaults are the autoencoder of Stable Diffusion 1.x ("High-Resolution Image Synthesis with
     Latent Diffusion Models", Rombach et al., section 3.1), without its weights or latent scale.
 
-    latent_channels: C, read back as the attribute `channels`; `factor` is H / h.
+    latent_channels: C, the attribute `channels`; `factor` is H / h.
     channels, multipliers: level i has channels * multipliers[i] features on half the grid of i - 1.
-    blocks: residual blocks a level in the encoder, one more in the decoder.
+    blocks: residual blocks of a level in the encoder; one more in the decoder.
     groups: of every group normalisation; 0 normalises nothing, which small networks learn faster.
     attention: self-attention at the lowest resolution.
-    patch: pixels a side that are folded into channels first and unfolded last, so that no feature
-    map has the size of the picture; it multiplies `factor`.
+    patch: pixels a side that are folded into channels first and unfolded last; it multiplies
+    `factor`.
     """
 
     def __init__(
@@ -64,10 +64,9 @@ class AutoencoderKL(nn.Module):
         self.register_buffer("scale", torch.ones(latent_channels))
 
     def set_scale(self, shift: Tensor | float, scale: Tensor | float) -> None:
-        """Lets `encode` return (z - shift) * scale; () or (C,) each.
+        """Sets shift and scale, () or (C,) each, of `encode`'s (z - shift) * scale.
 
-        For unit variance, shift is the mean and scale 1 / the standard deviation of the posterior's
-        samples a channel. Raises ValueError where a scale is not positive and finite.
+        For unit variance they are the mean and 1 / the standard deviation of each channel.
         """
         scale = torch.as_tensor(scale, dtype=self.scale.dtype)
         if not (scale.isfinite() & (scale > 0)).all():
@@ -76,13 +75,13 @@ class AutoencoderKL(nn.Module):
         self.scale.copy_(scale)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance (B, C, h, w) of the unscaled latents of images (B, 3, H, W).
+        """Returns mean and log-variance (B, C, h, w) of the unscaled latents of images.
 
-        The log-variance is clamped to [-30, 20]. Raises ValueError where the images do not have
-        three channels, or sides that are multiples of `factor`.
+        images (B, 3, H, W), H and W multiples of `factor`. The log-variance is clamped to
+        [-30, 20].
         """
-        _, colours, height, width = images.shape
-        if colours != 3 or height % self.factor or width % self.factor:
+        _, channels, height, width = images.shape
+        if channels != 3 or height % self.factor or width % self.factor:
             raise ValueError(
                 f"images must be (B, 3, H, W) with H and W multiples of {self.factor}, "
                 f"got {tuple(images.shape)}: crop or resize them"
@@ -91,27 +90,23 @@ class AutoencoderKL(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, images: Tensor, *, generator: Generators = None) -> Tensor:
-        """Unit-variance latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1].
+        """Returns unit-variance latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1].
 
-        A sample of the posterior drawn from `generator` (or a generator an image); its mean where
-        there is none. Raises ValueError as `posterior` does.
+        They are a sample of the posterior by `generator` (or one per image); without it, its mean.
         """
         mean, logvar = self.posterior(images)
-        z = self.draw(mean, logvar, generator=generator)
+        z = self.sample_posterior(mean, logvar, generator=generator)
         return (z - self.shift[:, None, None]) * self.scale[:, None, None]
 
-    def draw(self, mean: Tensor, logvar: Tensor, *, generator: Generators) -> Tensor:
-        """Unscaled latents z (B, C, h, w) from their posterior; its mean without a generator."""
+    def sample_posterior(self, mean: Tensor, logvar: Tensor, *, generator: Generators) -> Tensor:
+        """Returns unscaled latents z (B, C, h, w); the mean without a generator."""
         if generator is None:
             return mean
         noise = randn(mean.shape, generator, device=mean.device, dtype=mean.dtype)
         return mean + (0.5 * logvar).exp() * noise
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W), about [-1, 1] but not clamped, of the latents (B, C, h, w).
-
-        Raises ValueError where the latents do not have C channels.
-        """
+        """Returns images (B, 3, H, W), not clamped to [-1, 1], of latents (B, C, h, w)."""
         if latents.shape[1] != self.channels:
             raise ValueError(
                 f"the autoencoder decodes {self.channels} latent channels, got {latents.shape[1]}: "
@@ -120,7 +115,7 @@ class AutoencoderKL(nn.Module):
         return self.decode_unscaled(latents / self.scale[:, None, None] + self.shift[:, None, None])
 
     def decode_unscaled(self, z: Tensor) -> Tensor:
-        """As `decode`, of unscaled latents z (B, C, h, w)."""
+        """Returns the images of unscaled latents z (B, C, h, w)."""
         return self.decoder(self.post_quant_conv(z))
 
 
@@ -198,22 +193,16 @@ class Decoder(nn.Module):
 
 
 def build_mid_stage(width: int, *, groups: int, attention: bool) -> Stage:
-    """Block, attention (if wanted), block."""
-    blocks = [
-        ResBlock(width, width, time_dim=None, groups=groups, eps=AUTOENCODER_NORM_EPS)
-        for _ in range(2)
-    ]
-    return Stage(
-        blocks,
-        [SpatialAttention(width, groups=groups, eps=AUTOENCODER_NORM_EPS)] if attention else [],
-    )
+    """Returns block, attention (if `attention`), block."""
+    how = {"groups": groups, "eps": AUTOENCODER_NORM_EPS}
+    blocks = [ResBlock(width, width, time_dim=None, **how) for _ in range(2)]
+    return Stage(blocks, [SpatialAttention(width, **how)] if attention else [])
 
 
 class IdentityAutoencoder(nn.Module):
-    """The autoencoder of pixel-space diffusion: latents are the images, not a bit is lost.
+    """The autoencoder of pixel-space diffusion: latents are the images, without loss.
 
-    patch: pixels a side that are folded into channels, so that a network's grid is as much coarser;
-    1 leaves the pixels as they lie. Raises ValueError below 1.
+    patch: pixels a side that are folded into channels, which makes the grid coarser.
     """
 
     def __init__(self, *, patch: int = 1) -> None:
@@ -223,9 +212,9 @@ class IdentityAutoencoder(nn.Module):
         self.factor, self.channels = patch, 3 * patch**2
 
     def encode(self, images: Tensor, *, generator: Generators = None) -> Tensor:
-        """images (B, 3, H, W) folded; there is nothing to draw from `generator`."""
+        """Returns images (B, 3, H, W) folded; `generator` is not used."""
         return F.pixel_unshuffle(images, self.factor) if self.factor > 1 else images
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents (B, C, h, w) unfolded."""
+        """Returns latents (B, C, h, w) unfolded."""
         return F.pixel_shuffle(latents, self.factor) if self.factor > 1 else latents

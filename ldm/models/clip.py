@@ -1,4 +1,4 @@
-"""CLIP: images and captions to one space, to be trained here or loaded as published.
+"""CLIP: images and captions to one space, trained here or loaded as published.
 
 Shapes: B pairs, H W pixels, S the model's image size, L tokens, P projection width.
 """
@@ -20,7 +20,7 @@ from ldm.models.text.base import CaptionTokenizer
 from ldm.models.text.clip import load_clip
 from ldm.models.whitening import Whitening
 
-# The pixel statistics in [0, 1] that every published CLIP was trained with (openai/CLIP, clip.py).
+# The pixel statistics in [0, 1] of all published CLIPs (openai/CLIP, clip.py).
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -28,11 +28,9 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 class Clip(nn.Module):
     """An image and a text transformer of the same width, depth and heads, trained as a pair.
 
-    `image_size` and `patch_size` are pixels, `projection` is P, `max_length` is L. `max_scale`
-    bounds the inverse temperature: the lower it is, the further apart captions must lie that differ
-    in one word, and the plainer the states say what it was.
     Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
-    Raises ValueError where patches do not tile the image, or heads do not divide the width.
+    `image_size` and `patch_size` are pixels, `projection` is P, `max_length` is L. `max_scale`
+    bounds the inverse temperature: a lower bound separates captions that differ in one word more.
     """
 
     def __init__(
@@ -70,22 +68,18 @@ class Clip(nn.Module):
             vision_config=tower | {"image_size": image_size, "patch_size": patch_size},
             projection_dim=projection,
         )
-        self._hold(CLIPModel(config), tokenizer, max_scale)
+        self._set_model(CLIPModel(config), tokenizer, max_scale)
 
     @classmethod
     def load(cls, path: str) -> "Clip":
-        """A published or saved CLIP, frozen, from a folder or by its name on the hub.
-
-        Raises what `load_clip` raises.
-        """
+        """Loads a published or saved CLIP, frozen, from a folder or by its name on the hub."""
         clip = cls.__new__(cls)
         nn.Module.__init__(clip)
-        clip._hold(*load_clip(CLIPModel, path))
+        clip._set_model(*load_clip(CLIPModel, path), max_scale=100.0)
         return clip.requires_grad_(False).eval()
 
-    def _hold(self, model: CLIPModel, tokenizer: CLIPTokenizer, max_scale: float = 100.0) -> None:
-        self.model = model
-        self.max_scale = max_scale
+    def _set_model(self, model: CLIPModel, tokenizer: CLIPTokenizer, max_scale: float) -> None:
+        self.model, self.max_scale = model, max_scale
         self.image_size = model.config.vision_config.image_size
         self.max_length = model.config.text_config.max_position_embeddings
         self.tokenize = CaptionTokenizer(tokenizer, self.max_length)
@@ -94,24 +88,17 @@ class Clip(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """The learned inverse temperature (), at most `max_scale`.
-
-        Published models have a bound of 100 (Radford et al. 2021, section 2.5).
-        """
+        """The learned inverse temperature (), at most `max_scale` (100 in section 2.5)."""
         return self.model.logit_scale.clamp(max=math.log(self.max_scale)).exp()
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Unit vectors (B, P) of images (B, 3, H, W) in [-1, 1].
-
-        Another size than the model's is resized to it, and another shape than a square squashed.
-        """
-        features = self.model.get_image_features(
-            pixel_values=self.preprocess_images(images)
-        ).pooler_output
+        """Returns unit vectors (B, P) of images (B, 3, H, W) in [-1, 1], resized to a square."""
+        pixels = self.preprocess_images(images)
+        features = self.model.get_image_features(pixel_values=pixels).pooler_output
         return F.normalize(features, dim=-1)  # (B, P)
 
     def preprocess_images(self, images: Tensor) -> Tensor:
-        """What the image tower takes (B, 3, S, S) of images (B, 3, H, W) in [-1, 1]."""
+        """Returns the image tower's input (B, 3, S, S) for images (B, 3, H, W) in [-1, 1]."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             size = (self.image_size, self.image_size)
             images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
@@ -119,9 +106,9 @@ class Clip(nn.Module):
         return ((images + 1) / 2 - self.pixel_mean) / self.pixel_std
 
     def encode_texts(self, captions: Sequence[str]) -> Tensor:
-        """Unit vectors (B, P) of captions, read off each caption's end token."""
+        """Returns unit vectors (B, P) of captions, from the state of each caption's end token."""
         ids = self.tokenize(captions)  # (B, L)
-        # Attention is causal: what follows the last end token changes nothing, and is left out.
+        # Attention is causal: tokens after the last end token change nothing, and are left out.
         ends = (ids == self.tokenize.tokenizer.eos_token_id).int().argmax(dim=1)  # (B,)
         ids = ids[:, : ends.max() + 1].to(self.model.device)
         features = self.model.get_text_features(input_ids=ids).pooler_output  # (B, P)
@@ -129,7 +116,7 @@ class Clip(nn.Module):
 
     @torch.no_grad()
     def measure_whitening(self, captions: Sequence[str]) -> Whitening:
-        """The whitening of the pooled states of a sample of the captions it was trained on."""
+        """Returns the whitening of the pooled states of a sample of training captions."""
         parts = [captions[first : first + 256] for first in range(0, len(captions), 256)]
         states = [
             self.model.text_model(self.tokenize(part).to(self.model.device)).pooler_output.cpu()
@@ -138,10 +125,10 @@ class Clip(nn.Module):
         return Whitening.from_states(torch.cat(states).float())
 
     def save(self, folder: str | Path, whitening: Whitening | None = None) -> None:
-        """Write or replace `folder`: config.json, model.safetensors, tokenizer and whitening.
+        """Writes or replaces `folder`: config.json, model.safetensors, tokenizer and whitening.
 
-        The files are complete before the folder takes its name. `Clip.load`, `ClipText` and
-        transformers' own `from_pretrained` read it.
+        The files are complete before the folder gets its name. `Clip.load`, ClipTextEncoder and
+        transformers' `from_pretrained` read it.
         """
         folder = Path(folder)
         new, old = (folder.with_name(f".{folder.name}.{age}") for age in ("new", "old"))
@@ -159,11 +146,9 @@ class Clip(nn.Module):
 
 
 def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE () over unit vectors (B, P) whose rows are pairs.
+    """Symmetric InfoNCE () over unit vectors (B, P) whose rows are pairs, in float32.
 
-    The mean of picking each image's caption and each caption's image out of the batch
-    (Radford et al. 2021, figure 3). Computed in float32: in bfloat16 a logit near 100 has steps of
-    a half.
+    Radford et al. 2021, figure 3. In bfloat16 logits near 100 have steps of a half.
     """
     with torch.autocast(image_features.device.type, enabled=False):
         logits = logit_scale.float() * image_features.float() @ text_features.float().T  # (B, B)
@@ -174,23 +159,22 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale:
 def retrieval_accuracy(
     image_features: Tensor, text_features: Tensor, captions: Sequence[str]
 ) -> Tensor:
-    """The fraction () of images whose nearest caption of the batch says what their own says.
+    """Recall at 1 () from image to text, over unit vectors (B, P).
 
-    Recall at 1 from image to text, over unit vectors (B, P); equal captions are equally right.
+    A caption that equals the image's own is right too.
     """
     number = {caption: i for i, caption in enumerate(captions)}
-    says = torch.tensor([number[caption] for caption in captions], device=image_features.device)
+    ids = torch.tensor([number[caption] for caption in captions], device=image_features.device)
     nearest = (image_features @ text_features.T).argmax(dim=1)  # (B,)
-    return (says[nearest] == says).float().mean()
+    return (ids[nearest] == ids).float().mean()
 
 
 def train_tokenizer(captions: Iterable[str], *, vocab_size: int = 2048) -> CLIPTokenizer:
-    """A byte-level BPE tokenizer in CLIP's own format, learned from `captions`.
+    """Trains a byte-level BPE tokenizer in CLIP's format, a function of the captions only.
 
-    The vocabulary is laid out as CLIP's: 256 bytes, the same bytes ending a word, the merges, then
-    the begin and end token; so every string has ids, and the end token has the highest. It is
-    smaller than `vocab_size` where the captions have no more to merge, and depends on nothing but
-    the captions. Raises ValueError where `vocab_size` has no room for the bytes.
+    The vocabulary has CLIP's order: 256 bytes, the same bytes at the end of a word, the merges, the
+    begin and the end token. So every string has ids, and the end token has the highest. It is
+    smaller than `vocab_size` if the captions have no more merges.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(alphabet + [byte + "</w>" for byte in alphabet])}
@@ -207,13 +191,13 @@ def train_tokenizer(captions: Iterable[str], *, vocab_size: int = 2048) -> CLIPT
 
 
 def _learn_merges(captions: Iterable[str], base: list[str], size: int) -> list[tuple[str, str]]:
-    clip = CLIPTokenizer().backend_tokenizer  # empty, but it splits and lower-cases as CLIP does
+    clip = CLIPTokenizer().backend_tokenizer  # empty, but with CLIP's splits and lower case
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer, learner.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
     trainer = trainers.BpeTrainer(
         vocab_size=size,
-        # Named in advance, the base tokens have fixed ids. Otherwise those that end a word are
-        # numbered in the random order of a hash table, and ties between merges go by number.
+        # As special tokens the base tokens have fixed ids. Otherwise those that end a word get ids
+        # in the random order of a hash table, and ids decide ties between merges.
         special_tokens=base,
         end_of_word_suffix="</w>",
         show_progress=False,

@@ -1,4 +1,4 @@
-"""A CLIP that looks at latents: how well a picture agrees with its caption, for guidance.
+"""The reward of CLIP guidance: how well latents fit their prompts.
 
 Shapes: B batch, C latent channels, F frames, h w latent grid, P projection width.
 """
@@ -13,11 +13,11 @@ from ldm.models.temporal import fold_frames
 
 
 class ClipReward:
-    """Prompts to the function of x0_hat (B, C, h, w) that says how well it fits them, (B,).
+    """Maps prompts (B) to a function of x0_hat (B, C, h, w) that returns how well it fits, (B,).
 
-    Of videos, x0_hat (B, C, F, h, w), it is the mean over the frames.
-    That is CLIP's cosine over its temperature: the log-likelihood of a caption up to a constant of
-    the picture, as CLIP was trained (Radford et al. 2021, figure 3). decode: latents to images.
+    It is CLIP's cosine over its temperature: the log-likelihood of a caption up to a constant of
+    the image (Radford et al. 2021, figure 3). For videos x0_hat (B, C, F, h, w) it is the mean
+    over the frames. decode: latents to images.
     """
 
     def __init__(self, clip: Clip, decode: Callable[[Tensor], Tensor]) -> None:
@@ -30,8 +30,8 @@ class ClipReward:
 
         def log_p(x0_hat: Tensor) -> Tensor:
             decoded = self.decode(x0_hat)  # (B, 3, H, W) or (B, 3, F, H, W)
-            pictures = decoded if decoded.ndim == 4 else fold_frames(decoded)
-            images = self.clip.encode_images(pictures).unflatten(0, (len(texts), -1))  # (B, F, P)
-            return scale * (images * texts[:, None]).sum(2).mean(1)
+            images = decoded if decoded.ndim == 4 else fold_frames(decoded)
+            features = self.clip.encode_images(images).unflatten(0, (len(texts), -1))  # (B, F, P)
+            return scale * (features * texts[:, None]).sum(2).mean(1)
 
         return log_p

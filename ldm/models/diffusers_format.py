@@ -1,24 +1,32 @@
-"""Published weights: the layout of a diffusers model folder, both ways.
+"""Published weights: reads and writes diffusers model folders, and loads trained autoencoders.
 
 A folder holds config.json and diffusion_pytorch_model.safetensors (or .bin).
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.unet import UNet
-from ldm.utils.files import replace_file, write_text
+from ldm.utils.checkpoint_facts import read_state_dict
+from ldm.utils.checkpoint_file import (
+    find_checkpoint,
+    load_module_state,
+    read_checkpoint,
+    select_prefix,
+)
+from ldm.utils.files import replace_file, resolve_path, write_text
 
 DIFFUSERS_WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
-# diffusers' name, ours; # is a number. Applied from top to bottom, undone from bottom to top.
+# diffusers' name, ours; # is a number. Applied from top to bottom, reversed from bottom to top.
 DIFFUSERS_NAME_MAP = (
     ("down_blocks.", "down."),
     ("down.#.downsamplers.0.", "down.#.resample."),
@@ -63,22 +71,20 @@ def _rename(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' parameters of a UNet2DConditionModel or AutoencoderKL under our names."""
+    """Renames diffusers' parameters of a UNet2DConditionModel or AutoencoderKL to our names."""
     ours = {}
     for name, value in state.items():
-        if LEGACY_ATTENTION_PATTERN.search(name):
-            name = LEGACY_ATTENTION_PATTERN.sub(
-                lambda match: LEGACY_ATTENTION_NAMES[match[0]], name
-            )
+        if match := LEGACY_ATTENTION_PATTERN.search(name):
+            name = name[: match.start()] + LEGACY_ATTENTION_NAMES[match[0]] + name[match.end() :]
             value = value.flatten(1) if value.ndim == 4 else value  # (out, in, 1, 1) -> (out, in)
         ours[_rename(name, FROM_DIFFUSERS_RULES)] = value
     return ours
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our parameters of a UNet or AutoencoderKL under diffusers' names.
+    """Renames our parameters of a UNet or AutoencoderKL to diffusers' names.
 
-    The autoencoder's `shift` and `scale` are left out: diffusers keeps them in config.json.
+    The autoencoder's `shift` and `scale` are left out: diffusers has them in config.json.
     """
     return {
         _rename(name, TO_DIFFUSERS_RULES): value
@@ -88,16 +94,17 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export_unet_config(unet: UNet) -> dict[str, object]:
-    """The arguments of diffusers' UNet2DConditionModel that build the same network.
+    """Returns the arguments of diffusers' UNet2DConditionModel that build the same network.
 
-    Raises ValueError where there is none: without cross-attention, or with place maps or style.
+    Raises ValueError where there is none: without cross-attention, or with positional maps or
+    style.
     """
     if not unet.context_dim:
         raise ValueError("diffusers has no such network without text: context_dim must not be 0")
     if unet.style_dim:
         raise ValueError("diffusers keeps style apart from its network: style_dim must be 0")
     if unet.positional_waves:
-        raise ValueError("diffusers' network has no place maps: positional_waves must be 0")
+        raise ValueError("diffusers' network has no positional maps: positional_waves must be 0")
     down = ["CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in unet.attention]
     up = ["CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in unet.attention[::-1]]
     config = {
@@ -108,7 +115,7 @@ def export_unet_config(unet: UNet) -> dict[str, object]:
         "down_block_types": down,
         "up_block_types": up,
         "cross_attention_dim": unet.context_dim,
-        "attention_head_dim": unet.heads,  # so called for historical reasons: it counts heads
+        "attention_head_dim": unet.heads,  # despite its name, the number of heads
         "transformer_layers_per_block": unet.depth,
         "norm_num_groups": unet.groups,
         "norm_eps": 1e-5,
@@ -126,7 +133,7 @@ def export_unet_config(unet: UNet) -> dict[str, object]:
 
 
 def export_autoencoder_config(autoencoder: AutoencoderKL) -> dict[str, object]:
-    """The arguments of diffusers' AutoencoderKL that build the same network, but for its scale.
+    """Returns the arguments of diffusers' AutoencoderKL that build the same network, unscaled.
 
     Raises ValueError where there is none: it always normalises, and folds no pixels.
     """
@@ -139,7 +146,6 @@ def export_autoencoder_config(autoencoder: AutoencoderKL) -> dict[str, object]:
 
 
 def _autoencoder_config(autoencoder: AutoencoderKL) -> dict[str, object]:
-    """The same for any autoencoder of ours."""
     levels = len(autoencoder.widths)
     return {
         "in_channels": 3,
@@ -156,7 +162,7 @@ def _autoencoder_config(autoencoder: AutoencoderKL) -> dict[str, object]:
 
 
 def load_unet(unet: UNet, path: Path | str) -> None:
-    """Reads a diffusers UNet2DConditionModel, a folder or a weights file in one, into `unet`.
+    """Loads a diffusers UNet2DConditionModel, a folder or a weights file in one, into `unet`.
 
     Raises FileNotFoundError where weights or config.json are missing, and ValueError where they
     are of another network.
@@ -167,34 +173,84 @@ def load_unet(unet: UNet, path: Path | str) -> None:
 
 
 def load_autoencoder(autoencoder: AutoencoderKL, path: Path | str) -> None:
-    """Reads a diffusers AutoencoderKL, a folder or a weights file in one, and its latent scale.
-
-    Raises as `load_unet` does.
-    """
+    """Loads a diffusers AutoencoderKL and its latent scale; see `load_unet`."""
     file, config = _find_weights(path)
     _check_config(config, _autoencoder_config(autoencoder), file)
     scale = {"shift": autoencoder.shift, "scale": autoencoder.scale}
     _load_parameters(autoencoder, from_diffusers(_read_weights(file)) | scale, file)
-    # Old files of Stable Diffusion 1.x do not say their factor; diffusers assumes the same one.
+    # Old files of Stable Diffusion 1.x have no factor; diffusers assumes the same one.
     factor = config.get("scaling_factor", 0.18215)
     shift = torch.tensor(config.get("latents_mean") or config.get("shift_factor") or 0.0)
     autoencoder.set_scale(shift, factor / torch.tensor(config.get("latents_std") or 1.0))
 
 
 def save_autoencoder(autoencoder: AutoencoderKL, folder: Path, *, dtype: torch.dtype) -> None:
-    """Writes a folder that `load_autoencoder` reads, its weights in `dtype`."""
+    """Writes a folder that `load_autoencoder` reads, with weights in `dtype`."""
     scale = {
         "scaling_factor": 1.0,
         "latents_mean": autoencoder.shift.tolist(),
         "latents_std": (1 / autoencoder.scale).tolist(),
     }
-    config = {**_autoencoder_config(autoencoder), **scale}
+    config = _autoencoder_config(autoencoder) | scale
     folder.mkdir(parents=True, exist_ok=True)
     state = to_diffusers(autoencoder.state_dict())
     tensors = {name: value.to(dtype).contiguous() for name, value in state.items()}
     write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
     with replace_file(folder / DIFFUSERS_WEIGHT_FILES[0]) as file:
         file.write(save(tensors))
+
+
+def make_autoencoder_kl(
+    *,
+    path: str | None,
+    latent_channels: int,
+    channels: int,
+    multipliers: Sequence[int],
+    blocks: int,
+    groups: int,
+    attention: bool,
+    patch: int = 1,
+) -> AutoencoderKL:
+    """Makes an AutoencoderKL of these sizes, with the weights of `path` if it is not None.
+
+    path: `packaged:autoencoder` (comes with ldm), a run directory or checkpoint of
+    stage=autoencoder, a diffusers folder, or a name on the hub.
+    Raises CheckpointError, FileNotFoundError or ValueError where there are no weights of these
+    sizes.
+    """
+    autoencoder = AutoencoderKL(
+        latent_channels=latent_channels,
+        channels=channels,
+        multipliers=multipliers,
+        blocks=blocks,
+        groups=groups,
+        attention=attention,
+        patch=patch,
+    )
+    if path is None:
+        return autoencoder
+    location = resolve_path(path)
+    if location.suffix == ".ckpt" or (location / "checkpoints").is_dir():
+        payload = read_checkpoint(file := find_checkpoint(path, name="autoencoder.path"))
+        read_state_dict(payload, file)
+        state = select_prefix(payload, "autoencoder.")
+        load_module_state(autoencoder, state, what=f"autoencoder.path={path}")
+    else:
+        folder = location if location.exists() else download_autoencoder_files(path)
+        load_autoencoder(autoencoder, folder)
+    return autoencoder
+
+
+def download_autoencoder_files(name: str) -> Path:
+    """Returns the local copy of a model of the Hugging Face hub."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors"]))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"'{name}' is neither here nor to be had from huggingface.co "
+            f"({type(error).__name__}). Give autoencoder.path= a run of stage=autoencoder, or a "
+            "folder with config.json and diffusion_pytorch_model.safetensors"
+        ) from error
 
 
 def _find_weights(path: Path | str) -> tuple[Path, dict[str, object]]:
@@ -216,7 +272,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def _check_config(config: Mapping[str, object], ours: Mapping[str, object], file: Path) -> None:
-    """Refuses what the shapes of the weights would not show, such as a number of heads."""
+    """Refuses other settings that the weights' shapes do not show, such as a number of heads."""
     different = [
         f"{key} is {config[key]} there, {value} here"
         for key, value in ours.items()

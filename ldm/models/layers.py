@@ -1,4 +1,4 @@
-"""The blocks that the denoiser and the autoencoder are built from.
+"""The layers of denoiser, autoencoder and classifier.
 
 Shapes: B batch, C channels, h w grid, N = h * w positions, L text tokens, D text width,
 T time width.
@@ -11,20 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.diffusion.conditioning import Condition
 from ldm.models.positional_map import PositionalMap
 from ldm.models.random_layers import Dropout
 
-ExtraAttentionFactory = Callable[
-    [int], nn.Module
-]  # width -> an attention of x (B, N, C) to other tokens
+ExtraAttentionFactory = Callable[[int], nn.Module]  # width -> attention of (B, N, C) to tokens
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Cosines, then sines, of t (B,) at `dim / 2` frequencies from 1 towards 1/10000: (B, dim).
 
-    Always float32: half precision cannot tell neighbouring timesteps apart.
-    Source: "Attention is all you need", section 3.5, in the order of Stable Diffusion and with its
-    roundings: first the product, then the division.
+    float32: half precision cannot tell neighbouring timesteps apart. "Attention is all you need",
+    section 3.5, in the order of Stable Diffusion and with its roundings.
     """
     half = dim // 2
     steps = torch.arange(half, device=t.device, dtype=torch.float32)
@@ -33,19 +31,18 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def make_group_norm(groups: int, channels: int, eps: float) -> nn.Module:
-    """Group normalisation, or nothing where there are 0 groups."""
+    """Returns group normalisation, or the identity for 0 groups."""
     return nn.GroupNorm(groups, channels, eps) if groups else nn.Identity()
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, with the time embedding added between them.
+    """Two 3x3 convolutions and a shortcut, with the time embedding added between them.
 
-    scale_shift: the embedding also scales what it is added to, after the normalisation ("Diffusion
-    Models Beat GANs on Image Synthesis", Dhariwal and Nichol 2021, section 3.1: AdaGN).
-    positional_waves: above 0, the result gets a PlaceMap.
-    With groups=0 nothing is normalised, and the block begins as its shortcut: what holds deep
-    networks together without normalisation ("Fixup Initialization", Zhang et al. 2019).
-    Source: "Denoising Diffusion Probabilistic Models" (Ho et al., 2020), appendix B.
+    "Denoising Diffusion Probabilistic Models" (Ho et al. 2020), appendix B.
+    scale_shift: the embedding scales and shifts the normalised features (AdaGN, Dhariwal and Nichol
+    2021, section 3.1). positional_waves: above 0, a PositionalMap is added to the result.
+    groups: 0 normalises nothing, and the block starts as its shortcut ("Fixup Initialization",
+    Zhang et al. 2019).
     """
 
     def __init__(
@@ -66,11 +63,9 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         width = 2 * out_channels if scale_shift else out_channels
         self.time_proj = nn.Linear(time_dim, width) if time_dim else None
-        self.place = (
-            PositionalMap(time_dim, out_channels, positional_waves)
-            if time_dim and positional_waves
-            else None
-        )
+        self.place = None
+        if time_dim and positional_waves:
+            self.place = PositionalMap(time_dim, out_channels, positional_waves)
         self.norm2 = make_group_norm(groups, out_channels, eps)
         self.dropout = Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
@@ -83,23 +78,20 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """x (B, in, h, w), emb (B, T) after its activation -> (B, out, h, w)."""
         y = self.conv1(F.silu(self.norm1(x)))  # (B, out, h, w)
-        told = None if self.time_proj is None else self.time_proj(emb)[:, :, None, None]
-        if told is None:
+        time = None if self.time_proj is None else self.time_proj(emb)[:, :, None, None]
+        if time is None:
             y = self.norm2(y)
         elif self.scale_shift:
-            scale, shift = told.chunk(2, dim=1)  # (B, out, 1, 1) each
+            scale, shift = time.chunk(2, dim=1)  # (B, out, 1, 1) each
             y = torch.addcmul(shift, self.norm2(y), 1 + scale)
         else:
-            y = self.norm2(y + told)
+            y = self.norm2(y + time)
         y = self.shortcut(x) + self.conv2(self.dropout(F.silu(y)))
         return y if self.place is None else y + to_grid(self.place(emb, y.shape[2:]), like=y)
 
 
 class Attention(nn.Module):
-    """Multi-head attention from x to `context`, or to x itself where `context_dim` is None.
-
-    Raises ValueError where `dim` cannot be divided into `heads`.
-    """
+    """Multi-head attention from x to `context`, or to x itself if `context_dim` is None."""
 
     def __init__(
         self, dim: int, *, context_dim: int | None = None, heads: int, bias: bool = False
@@ -119,7 +111,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """x (B, N, dim), context (B, L, context_dim), mask (B, L) True where attended -> as x."""
+        """x (B, N, dim), context (B, L, context_dim), mask (B, L), True is attended -> as x."""
         context = x if context is None else context
         q, k, v = (
             y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N or L, dim / heads)
@@ -147,8 +139,7 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the text (if `context_dim`), feed-forward; pre-norm.
 
-    extra_attention: makes a module of the width; its output is added to that of the text's
-    attention.
+    extra_attention: makes an attention to style tokens, whose output is added to that of the text.
     """
 
     def __init__(
@@ -162,30 +153,28 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.self_attn = Attention(dim, heads=heads)
-        self.norm2 = nn.LayerNorm(dim) if context_dim else None
-        self.cross_attn = (
-            Attention(dim, context_dim=context_dim, heads=heads) if context_dim else None
-        )
+        self.norm2 = self.cross_attn = None
+        if context_dim:
+            self.norm2 = nn.LayerNorm(dim)
+            self.cross_attn = Attention(dim, context_dim=context_dim, heads=heads)
         self.style_attn = extra_attention(dim) if extra_attention else None
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(
-        self, x: Tensor, tokens: Tensor | None, mask: Tensor | None, style: Tensor | None = None
-    ) -> Tensor:
-        """x (B, N, dim), tokens (B, L, D), mask (B, L), style (B, K, D) -> (B, N, dim)."""
+    def forward(self, x: Tensor, cond: Condition) -> Tensor:
+        """x (B, N, dim) -> (B, N, dim); cond.style are style tokens (B, K, D)."""
         x = x + self.self_attn(self.norm1(x))
-        told = None if style is None else self.style_attn(x, style)
+        style = None if cond.style is None else self.style_attn(x, cond.style)
         if self.cross_attn is not None:
-            x = x + self.cross_attn(self.norm2(x), tokens, mask)
-        x = x if told is None else x + told
+            x = x + self.cross_attn(self.norm2(x), cond.tokens, cond.mask)
+        x = x if style is None else x + style
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """`depth` transformer blocks over the positions of a feature map, beside a shortcut.
+    """`depth` transformer blocks over the positions of a feature map, and a shortcut.
 
-    Source: "High-Resolution Image Synthesis with Latent Diffusion Models", section 3.3.
+    "High-Resolution Image Synthesis with Latent Diffusion Models", section 3.3.
     """
 
     def __init__(
@@ -201,38 +190,33 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
-        sizes = {"context_dim": context_dim, "heads": heads}
-        self.layers = nn.ModuleList(
-            TransformerBlock(channels, **sizes, extra_attention=extra_attention)
-            for _ in range(depth)
-        )
+        how = {"context_dim": context_dim, "heads": heads, "extra_attention": extra_attention}
+        self.layers = nn.ModuleList(TransformerBlock(channels, **how) for _ in range(depth))
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(
-        self, x: Tensor, tokens: Tensor | None, mask: Tensor | None, style: Tensor | None = None
-    ) -> Tensor:
-        """x (B, C, h, w), tokens (B, L, D), mask (B, L), style (B, K, D) -> (B, C, h, w)."""
+    def forward(self, x: Tensor, cond: Condition) -> Tensor:
+        """x (B, C, h, w) -> (B, C, h, w); cond.style are style tokens (B, K, D)."""
         y = to_sequence(self.proj_in(self.norm(x)))  # (B, N, C)
         for layer in self.layers:
-            y = layer(y, tokens, mask, style)
+            y = layer(y, cond)
         return x + self.proj_out(to_grid(y, like=x))
 
 
 class SpatialAttention(nn.Module):
-    """Single-head self-attention over the positions of a feature map, beside a shortcut."""
+    """Single-head self-attention over the positions of a feature map, and a shortcut."""
 
     def __init__(self, channels: int, *, groups: int, eps: float) -> None:
         super().__init__()
         self.group_norm = make_group_norm(groups, channels, eps)
         self.attn = Attention(channels, heads=1, bias=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, h, w) -> (B, C, h, w)."""
+    def forward(self, x: Tensor, cond: Condition | None = None) -> Tensor:
+        """x (B, C, h, w) -> (B, C, h, w); `cond` is not used."""
         return x + to_grid(self.attn(to_sequence(self.group_norm(x))), like=x)
 
 
 def to_sequence(x: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, N, C); a view where x is channels_last."""
+    """(B, C, h, w) -> (B, N, C); a view if x is channels_last."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
@@ -244,7 +228,7 @@ def to_grid(x: Tensor, *, like: Tensor) -> Tensor:
 class Downsample(nn.Module):
     """Halves the grid by a strided 3x3 convolution.
 
-    `asymmetric` pads below and on the right only, as Stable Diffusion's autoencoder does.
+    asymmetric: pads at the bottom and on the right only, as Stable Diffusion's autoencoder does.
     """
 
     def __init__(self, channels: int, *, asymmetric: bool = False) -> None:
@@ -270,9 +254,9 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """All that happens at one resolution: residual blocks, each followed by its attention, if any.
+    """The layers of one resolution: residual blocks, each followed by its attention, if any.
 
-    `attentions` may be shorter than `blocks` (the middle of a network has block, attention, block);
+    `attentions` may be shorter than `blocks`: the middle of a network is block, attention, block.
     `resample` leads to the next resolution.
     """
 
@@ -291,13 +275,14 @@ class Stage(nn.Module):
         self,
         x: Tensor,
         emb: Tensor | None = None,
-        context: tuple[Tensor | None, ...] = (),
+        cond: Condition | None = None,
         skips: Sequence[Tensor] = (),
+        temporal: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Tensor]:
         """x (B, C, h, w) -> the features after each block and after resampling, the result last.
 
-        emb (B, T): the time embedding. context: what the attentions take beside x: (tokens, mask,
-        style) or nothing. skips: features to be concatenated before each block, taken from the end.
+        emb (B, T): the time embedding. skips: features that are concatenated before each block,
+        from the end. temporal: mixes the frames of the result, if x are frames of videos.
         """
         features = []
         for i, block in enumerate(self.blocks):
@@ -305,8 +290,10 @@ class Stage(nn.Module):
                 x = torch.cat([x, skips[-1 - i]], dim=1)  # (B, C + C_skip, h, w)
             x = block(x, emb)
             if i < len(self.attentions):
-                x = self.attentions[i](x, *context)
+                x = self.attentions[i](x, cond)
             features.append(x)
         if self.resample is not None:
             features.append(self.resample(x))
+        if temporal is not None:
+            features[-1] = temporal(features[-1])
         return features

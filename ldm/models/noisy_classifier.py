@@ -1,4 +1,4 @@
-"""What noisy latents say of a caption: the networks of classifier guidance.
+"""The classifier on noisy latents that classifier guidance uses.
 
 Shapes: B batch, C latent channels, h w latent grid, P text width, S width of the shared space,
 K names, G captions to choose from.
@@ -12,29 +12,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.diffusion.conditioning import Condition
 from ldm.diffusion.schedules import Schedule, expand_dims_like
+from ldm.models.base import TextEncoder
 from ldm.models.layers import Downsample, ResBlock, SpatialTransformer, Stage, timestep_embedding
-from ldm.models.unet import build_mlp
+from ldm.models.unet import build_mlp, check_levels
 
-MIN_CLASSIFIER_ALPHA = (
-    1e-3  # below this alpha, latents are read as if they held so much of the picture
-)
+MIN_CLASSIFIER_ALPHA = 1e-3  # a smaller alpha counts as this one
 MAX_LOGIT_SCALE = 100.0  # of the inverse temperature, as CLIP's
 
 
 class NoisyTower(nn.Module):
-    """Noisy latents to a unit vector: the down half of a UNet, told the time as that is.
+    """Noisy latents to a unit vector, by the down half of a UNet.
 
-    It reads alpha x_t / (alpha^2 + sigma^2), the best linear guess at the picture, so that a
-    gradient with respect to x_t has the factor alpha by itself and guidance, which multiplies it
-    with sigma^2 / alpha, stays finite in pure noise.
-    Dhariwal and Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", section 4.
+    Dhariwal and Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", section 4. Its input
+    is alpha x_t / (alpha^2 + sigma^2), the best linear estimate of x0: the gradient with respect
+    to x_t then has a factor alpha, and guidance, which multiplies it with sigma^2 / alpha, is
+    finite in pure noise.
 
-    in_channels: C. width: S. Level i has channels * multipliers[i] features on half the grid of
-    i - 1, `blocks` residual blocks, and transformers of `depth` where `attention` says so; the last
-    grid gets one more of each. groups, heads, embedding, positional_waves, dropout: as in the UNet.
-    Raises ValueError where `attention` and `multipliers` differ in length, and where features
-    cannot be divided into `heads` or `groups`.
+    in_channels: C. width: S. The other arguments are those of UNet; the lowest grid gets one more
+    block and transformer.
     """
 
     def __init__(
@@ -55,18 +52,15 @@ class NoisyTower(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if len(attention) != len(multipliers):
-            raise ValueError(
-                f"multipliers {tuple(multipliers)} make {len(multipliers)} levels, but attention "
-                f"{tuple(attention)} is for {len(attention)}: give one value a level"
-            )
+        check_levels(multipliers, attention)
         self.schedule = schedule
         self.in_channels, self.width, self.channels = in_channels, width, channels
-        self.multiple = 2 ** (len(multipliers) - 1)  # what h and w must be multiples of
+        self.multiple = 2 ** (len(multipliers) - 1)  # of h and w
         time_dim = embedding or 4 * channels
-        told = {"time_dim": time_dim, "scale_shift": True, "positional_waves": positional_waves}
-        block = partial(ResBlock, **told, groups=groups, eps=1e-5, dropout=dropout)
-        look = partial(SpatialTransformer, context_dim=0, heads=heads, depth=depth, groups=groups)
+        how = {"time_dim": time_dim, "scale_shift": True, "positional_waves": positional_waves}
+        block = partial(ResBlock, **how, groups=groups, eps=1e-5, dropout=dropout)
+        sizes = {"context_dim": 0, "heads": heads, "depth": depth, "groups": groups}
+        transformer = partial(SpatialTransformer, **sizes)
         self.time_mlp = build_mlp(channels, time_dim)
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         stages, last = [], channels
@@ -74,19 +68,16 @@ class NoisyTower(nn.Module):
             out = channels * times
             ins = [last] + [out] * (blocks - 1)
             down = Downsample(out) if level < len(multipliers) - 1 else None
-            looks = [look(out) for _ in ins if attend]
-            stages.append(Stage([block(n, out) for n in ins], looks, down))
+            transformers = [transformer(out) for _ in ins if attend]
+            stages.append(Stage([block(n, out) for n in ins], transformers, down))
             last = out
-        stages.append(Stage([block(last, last)], [look(last)]))
+        stages.append(Stage([block(last, last)], [transformer(last)]))
         self.stages = nn.ModuleList(stages)
         self.norm_out = nn.GroupNorm(groups, last, eps=1e-5)
         self.proj_out = nn.Linear(last, width)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Unit vectors (B, S) of noisy latents x_t (B, C, h, w) at t, () or (B,), in [0, 1].
-
-        Raises ValueError where channels or grid do not fit.
-        """
+        """Returns unit vectors (B, S) of noisy latents x_t (B, C, h, w) at t, () or (B,)."""
         _, channels, *size = x_t.shape
         if channels != self.in_channels or any(n % self.multiple for n in size):
             raise ValueError(
@@ -97,27 +88,26 @@ class NoisyTower(nn.Module):
         t = t.to(x_t.device).expand(len(x_t))
         alpha, sigma = self.schedule(t)
         alpha = alpha.clamp(min=MIN_CLASSIFIER_ALPHA)
-        told = timestep_embedding(self.schedule.timestep(t), self.channels).to(x_t.dtype)
-        emb = F.silu(self.time_mlp(told))  # (B, T)
-        x = self.conv_in(
-            expand_dims_like(alpha / (alpha.square() + sigma.square()), x_t).to(x_t) * x_t
-        )
+        time = timestep_embedding(self.schedule.timestep(t), self.channels).to(x_t.dtype)
+        emb = F.silu(self.time_mlp(time))  # (B, T)
+        scale = expand_dims_like(alpha / (alpha.square() + sigma.square()), x_t).to(x_t)
+        x = self.conv_in(scale * x_t)
         for stage in self.stages:
-            x = stage(x, emb, (None, None))[-1]
+            x = stage(x, emb, Condition())[-1]
         pooled = F.silu(self.norm_out(x)).mean((2, 3))
         return F.normalize(self.proj_out(pooled).to(x_t.dtype), dim=-1)
 
 
 class NoisyClassifier(nn.Module):
-    """How likely noisy latents make a caption: a NoisyTower beside a frozen text encoder.
+    """The likelihood of captions given noisy latents: a NoisyTower and a frozen text encoder.
 
-    With an encoder of names (`Labels`) it is a classifier over all of them (Dhariwal and Nichol
-    2021); with others the image half of a CLIP that knows noise (Nichol et al. 2022, GLIDE, 2.4),
-    whose log-likelihoods are right up to a constant of the picture. `text` is neither stored nor
-    moved with the rest. Raises ValueError where it has no `pooled` state.
+    With an encoder of names (LabelTextEncoder) it is a classifier over all of them (Dhariwal and
+    Nichol 2021); else the image half of a CLIP for noisy images (Nichol et al. 2022, GLIDE, 2.4),
+    whose log-likelihoods are right up to a constant of the image. `text` is neither stored nor
+    moved with the rest.
     """
 
-    def __init__(self, tower: NoisyTower, text: nn.Module) -> None:
+    def __init__(self, tower: NoisyTower, text: TextEncoder) -> None:
         super().__init__()
         if not text.pooled_width:
             raise ValueError(
@@ -126,19 +116,19 @@ class NoisyClassifier(nn.Module):
                 "true with a CLIP"
             )
         self.tower = tower
-        self._text = (text,)  # a tuple, whose members torch does not take for its own
+        self._text = (text,)  # a tuple, whose members torch does not register
         self.project = nn.Linear(text.pooled_width, tower.width, bias=False)
         self.log_scale = nn.Parameter(torch.tensor([math.log(10.0)]))
 
     @property
-    def text(self) -> nn.Module:
+    def text(self) -> TextEncoder:
         """The frozen text encoder."""
         return self._text[0]
 
     @property
     def has_names(self) -> bool:
-        """Whether it chooses among a list of names."""
-        return hasattr(self.text, "names")
+        """Whether it chooses from a list of names."""
+        return bool(self.text.names)
 
     @property
     def scale(self) -> Tensor:
@@ -146,24 +136,25 @@ class NoisyClassifier(nn.Module):
         return self.log_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp()
 
     def encode_texts(self, pooled: Tensor) -> Tensor:
-        """Unit vectors (G, S) of the text encoder's pooled states (G, P)."""
+        """Returns unit vectors (G, S) of the text encoder's pooled states (G, P)."""
         return F.normalize(self.project(pooled.to(self.project.weight)), dim=-1)
 
     def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Scaled cosines (B, G) of the tower's and the texts' unit vectors."""
-        # In bfloat16 a number near the largest scale has steps of a half.
+        """Returns scaled cosines (B, G) of the tower's and the texts' unit vectors."""
+        # In bfloat16 numbers near the largest scale have steps of a half.
         with torch.autocast(images.device.type, enabled=False):
             return self.scale.to(images) * images @ texts.to(images).T
 
     def class_log_probs(self, images: Tensor) -> Tensor:
-        """log p (B, K) of each name by the tower's vectors, for an encoder that has names."""
-        return self.similarity(images, self.encode_texts(self.text.every())).log_softmax(1)
+        """Returns log p (B, K) of each name by the tower's vectors."""
+        labels = self.encode_texts(self.text.encode_all_labels())
+        return self.similarity(images, labels).log_softmax(1)
 
     def make_log_likelihood(self, prompts: Sequence[str]) -> Callable[[Tensor, Tensor], Tensor]:
-        """The function of x_t (B, C, h, w) and t that is log p(prompt | x_t), (B,), by prompts (B).
+        """Returns the function of x_t (B, C, h, w) and t that is log p(prompt | x_t), (B,).
 
-        It has a gradient with respect to x_t. Captions' is the scaled similarity alone. An empty
-        prompt, where there are names, says nothing: 0. Raises what the text encoder raises.
+        It has a gradient with respect to x_t. Without names it is the scaled similarity. With names
+        it is 0 for an empty prompt.
         """
         with torch.no_grad():
             pooled = self.text(prompts).pooled  # (B, P)

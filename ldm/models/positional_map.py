@@ -1,4 +1,4 @@
-"""What an embedding says of places.
+"""A map over the grid that an embedding controls.
 
 Shapes: B batch, C channels, h w grid, N = h * w positions, T time width.
 """
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 class PositionalMap(nn.Module):
-    """A map over the grid: the embedding weighs its lowest `positional_waves`^2 cosines.
+    """A sum of the lowest `positional_waves`^2 cosines over the grid, weighted by the embedding.
 
-    A caption's summary that is added everywhere cannot say "red, on the left": convolutions do not
-    know where they are. The cosines are those of the discrete cosine transform, at any grid size.
+    Convolutions do not know their position, so a caption's summary that is added everywhere cannot
+    say "red, on the left". The cosines are those of the discrete cosine transform of any grid size.
     """
 
     def __init__(self, time_dim: int, channels: int, positional_waves: int) -> None:
@@ -24,17 +24,15 @@ class PositionalMap(nn.Module):
 
     def forward(self, emb: Tensor, size: Sequence[int]) -> Tensor:
         """emb (B, T), size (h, w) -> (B, N, C)."""
-        weights = self.proj(emb).unflatten(
-            1, (self.positional_waves**2, -1)
-        )  # (B, positional_waves^2, C)
+        waves = self.positional_waves
+        weights = self.proj(emb).unflatten(1, (waves**2, -1))  # (B, waves^2, C)
         down, across = (self._cosines(n, emb.device) for n in size)
-        basis = torch.einsum("hi,wj->hwij", down, across).reshape(-1, self.positional_waves**2)
+        basis = torch.einsum("hi,wj->hwij", down, across).reshape(-1, waves**2)
         return basis.to(weights.dtype) @ weights
 
     def _cosines(self, n: int, device: torch.device) -> Tensor:
-        places = (torch.arange(n, device=device) + 0.5) / n
-        cosines = torch.cos(
-            math.pi * places[:, None] * torch.arange(self.positional_waves, device=device)
-        )
-        cosines[:, 1:] *= math.sqrt(2)  # a mean square of one, as the constant has
-        return cosines  # (n, positional_waves)
+        x = (torch.arange(n, device=device) + 0.5) / n
+        frequencies = torch.arange(self.positional_waves, device=device)
+        cosines = torch.cos(math.pi * x[:, None] * frequencies)
+        cosines[:, 1:] *= math.sqrt(2)  # the mean square is 1, as that of the constant
+        return cosines  # (n, waves)

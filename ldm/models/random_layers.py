@@ -1,4 +1,4 @@
-"""Layers that draw random numbers in training, for each image from a generator of its own.
+"""Layers that draw random numbers in training, from one generator per image.
 
 Shapes: B images, R rows, B or, where an image has several (frames of a video), a multiple of it.
 """
@@ -10,17 +10,15 @@ from torch import Tensor, nn
 
 from ldm.diffusion.rng import make_generators
 
-RandomFill = Callable[
-    [Tensor, torch.Generator | None], object
-]  # writes random numbers into a tensor
+RandomFill = Callable[[Tensor, torch.Generator | None], object]  # writes into a tensor
 
 
 class RandomLayer(nn.Module):
-    """A layer whose numbers are a function of (seed, stream, position of the image).
+    """A layer whose random numbers are a function of (seed, stream, position of the image).
 
-    So they depend neither on the number of devices nor on how a batch is split. `assign` says which
-    images come; before that, numbers come from the global random state. A second call for the
-    same images draws the same numbers.
+    They depend neither on the number of devices nor on the split of a batch. Two calls for the same
+    images draw the same numbers. Before `assign_image_positions` is called, the numbers come from
+    the global random state.
     """
 
     def __init__(self) -> None:
@@ -28,10 +26,7 @@ class RandomLayer(nn.Module):
         self.images: tuple[int, Sequence[int], str] | None = None  # seed, positions, stream
 
     def draw(self, like: Tensor, fill: RandomFill) -> Tensor:
-        """Random numbers (R, ...), float32, in the shape of `like`.
-
-        Raises ValueError where the rows are no multiple of the images.
-        """
+        """Returns random numbers (R, ...), float32, in the shape of `like`."""
         numbers = torch.empty(like.shape, device=like.device)  # contiguous, whatever `like` is
         if self.images is None:
             fill(numbers, None)
@@ -39,17 +34,14 @@ class RandomLayer(nn.Module):
         seed, positions, stream = self.images
         if len(like) % len(positions):
             raise ValueError(f"{len(like)} rows are no multiple of {len(positions)} images")
-        own = make_generators(seed, positions, stream=stream, device=like.device)
-        for rows, generator in zip(numbers.chunk(len(positions)), own, strict=True):
+        generators = make_generators(seed, positions, stream=stream, device=like.device)
+        for rows, generator in zip(numbers.chunk(len(positions)), generators, strict=True):
             fill(rows, generator)
         return numbers
 
 
 class Dropout(RandomLayer):
-    """In training, zeros with probability `p`; the rest is divided by 1 - p (Srivastava 2014).
-
-    Raises ValueError unless 0 <= p < 1.
-    """
+    """In training, zeros with probability `p`; the rest is divided by 1 - p (Srivastava 2014)."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -82,13 +74,13 @@ class GaussianNoise(RandomLayer):
 
 
 def find_random_layers(module: nn.Module) -> dict[str, RandomLayer]:
-    """The random layers of a module, by name."""
+    """Returns the random layers of a module by name."""
     return {n: layer for n, layer in module.named_modules() if isinstance(layer, RandomLayer)}
 
 
 def assign_image_positions(
     layers: dict[str, RandomLayer], seed: int, positions: Sequence[int]
 ) -> None:
-    """Say which images of the run the next batch has; the name of a layer is its stream."""
+    """Sets the positions of the next batch's images; the name of a layer is its stream."""
     for name, layer in layers.items():
         layer.images = (seed, tuple(positions), f"modules/{name}")

@@ -1,6 +1,9 @@
-"""A frozen style encoder: how a picture was drawn, apart from what it shows.
+"""Conditioning on the style of an image: its frozen encoder, and the denoiser's layers for it.
 
-Shapes: B pictures, H W pixels, S the encoder's image size, N patches, F their width.
+The style has tokens and an attention of its own, which is added to that of the text
+("IP-Adapter", Ye et al. 2023, arXiv:2308.06721, section 3.2.2).
+Shapes: B images, H W pixels, S the encoder's image size, N patches, F their width, Z values of the
+code, K style tokens, D their width, T time width, C channels, P positions.
 """
 
 import re
@@ -10,24 +13,27 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ldm.models.clip import Clip
+from ldm.models.layers import Attention
+from ldm.models.random_layers import GaussianNoise
+
+NUM_STYLE_TOKENS = 8
+STYLE_CODE_NOISE_STD = 0.4  # in training, of a code whose own standard deviation is 1
 
 
 class ClipStyleEncoder(nn.Module):
-    """The states of a CLIP's patches, of pictures whose content was shuffled away.
+    """The states of a CLIP's patches, of images whose content was shuffled away.
 
-    A denoiser sees its own training picture through this, and what survives is all that it can
-    copy of it: textures, but not places, and no colours where these are exchanged. The summary that
-    CLIP makes of a picture is of its content; `docs/style.md` has both measured.
+    A denoiser sees its own training image through this encoder, so it can only copy textures, not
+    positions, and no colours if these are exchanged. docs/style.md has measurements.
 
-    path: `packaged:clip`, a CLIP or run folder, or a name on the hub. layer: how many of the
-    tower's blocks are gone through: fewer know more of textures, and less of things; 0 is the
-    patches as they are embedded. tiles: pictures are cut into tiles x tiles, which change places;
-    1 is none. code: in how many numbers the denoiser is told: few have room for what captions leave
-    out alone, and styles that differ in more want more.
-    Of training alone: recolour exchanges red, green and blue; `dropout` is the share of images that
-    get no style; `word_dropout` the share whose captions lose `style_words`, those that name
-    a style, so that there is something to be learnt from the picture.
-    `width` is F. Raises ValueError for numbers out of range, and what `Clip.load` raises.
+    path: `packaged:clip`, a CLIP or run folder, or a name on the hub. layer: the number of the
+    tower's blocks that are used; fewer know more of textures and less of things, and 0 is the
+    embedded patches. tiles: images are cut into tiles x tiles, which are shuffled; 1 shuffles none.
+    code: the number of values that the denoiser gets. Few have room only for what captions leave
+    out, and styles that differ in more need more.
+    In training only: recolour permutes red, green and blue; `dropout` is the share of images
+    without style; `word_dropout` the share whose captions lose `style_words`, the names of styles,
+    so that there is something to learn from the image. `width` is F.
     """
 
     def __init__(
@@ -49,7 +55,7 @@ class ClipStyleEncoder(nn.Module):
         if code < 2:
             raise ValueError(f"style_encoder.code={code}: it takes 2 numbers or more")
         self.clip = clip = Clip.load(path)
-        del clip.model.text_model, clip.model.text_projection  # nothing is read here
+        del clip.model.text_model, clip.model.text_projection
         tower = clip.model.vision_model
         blocks = tower.encoder.layers
         if not 0 <= layer <= len(blocks):
@@ -65,41 +71,42 @@ class ClipStyleEncoder(nn.Module):
         self.width = tower.config.hidden_size
         self.tiles, self.code, self.recolour = tiles, code, recolour
         self.dropout, self.word_dropout = dropout, word_dropout
-        longest = sorted((word.strip() for word in style_words), key=len, reverse=True)
-        listed = "|".join(re.escape(word) for word in longest if word)
-        self.named = re.compile(rf"(?<!\w)(?:{listed})(?!\w)", re.IGNORECASE) if listed else None
+        longest_first = sorted((word.strip() for word in style_words), key=len, reverse=True)
+        words = "|".join(re.escape(word) for word in longest_first if word)
+        self.style_pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.I) if words else None
 
     @torch.no_grad()
     def forward(
         self, images: Tensor, generators: Sequence[Generator], *, training: bool = False
     ) -> Tensor:
-        """Features (B, N, F) of images (B, 3, H, W) in [-1, 1]; generators: one an image."""
+        """Returns features (B, N, F) of images (B, 3, H, W) in [-1, 1]; one generator per image."""
         if training and self.recolour:
-            turns = sample_permutations(3, generators, images.device)
-            images = images.take_along_dim(turns[:, :, None, None], dim=1)
+            order = sample_permutations(3, generators, images.device)
+            images = images.take_along_dim(order[:, :, None, None], dim=1)
         pixels = shuffle_tiles(self.clip.preprocess_images(images), self.tiles, generators)
         states = self.clip.model.vision_model(pixel_values=pixels).last_hidden_state
         return states[:, 1:]  # without the class token
 
     def drop_style_words(self, captions: Sequence[str], shares: Tensor) -> list[str]:
         """Removes `style_words` from captions whose share, one of (B,), is below `word_dropout`."""
-        quiet = (shares < self.word_dropout).tolist()
-        return [self.without(c) if drop else c for c, drop in zip(captions, quiet, strict=True)]
+        drops = (shares < self.word_dropout).tolist()
+        pairs = zip(captions, drops, strict=True)
+        return [self.strip_style_words(text) if drop else text for text, drop in pairs]
 
-    def without(self, caption: str) -> str:
-        """A caption that does not name its style: no `style_words`, nor the commas around them."""
-        if self.named is None:
+    def strip_style_words(self, caption: str) -> str:
+        """Removes `style_words` and the commas around them from a caption."""
+        if self.style_pattern is None:
             return caption
-        text = " ".join(self.named.sub("", caption).split())
+        text = " ".join(self.style_pattern.sub("", caption).split())
         return re.sub(r"( ?,)+", ",", text).strip(" ,")
 
     def train(self, mode: bool = True) -> "ClipStyleEncoder":
-        """Stays in eval mode whatever the module around it is told."""
+        """Stays in eval mode."""
         return super().train(False)
 
 
 def shuffle_tiles(images: Tensor, tiles: int, generators: Sequence[Generator]) -> Tensor:
-    """Images (B, C, S, S) cut into tiles x tiles, in an order of each image's own."""
+    """Cuts images (B, C, S, S) into tiles x tiles and shuffles them, by a generator per image."""
     cut = images.unflatten(3, (tiles, -1)).unflatten(2, (tiles, -1))  # (B, C, rows, y, columns, x)
     cut = cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (B, tiles^2, C, y, x)
     order = sample_permutations(tiles**2, generators, images.device)
@@ -108,5 +115,65 @@ def shuffle_tiles(images: Tensor, tiles: int, generators: Sequence[Generator]) -
 
 
 def sample_permutations(n: int, generators: Sequence[Generator], device: torch.device) -> Tensor:
-    """0 .. n - 1 in an order for each generator (B, n), which are the processor's."""
-    return torch.stack([torch.randperm(n, generator=each) for each in generators]).to(device)
+    """Returns a permutation of 0 .. n - 1 for each CPU generator, (B, n)."""
+    return torch.stack([torch.randperm(n, generator=own) for own in generators]).to(device)
+
+
+class StyleTokens(nn.Module):
+    """The features of a style image (B, N, F) to `NUM_STYLE_TOKENS` tokens (B, K, D).
+
+    Each patch goes through the same two layers; mean and maximum over the patches are reduced to a
+    code of a few values, with noise in training ("Deep Sets", Zaheer et al. 2017, section 3.1;
+    "Deep Variational Information Bottleneck", Alemi et al. 2017, with a fixed rate). The code has
+    no room for what the text says of the image. docs/style.md has measurements.
+    The tokens are also added to the time embedding ("Hierarchical Text-Conditional Image Generation
+    with CLIP Latents", Ramesh et al. 2022, section 2.1).
+    """
+
+    def __init__(self, style_dim: int, *, code: int, width: int, time_dim: int) -> None:
+        super().__init__()
+        self.read = nn.Sequential(
+            nn.LayerNorm(style_dim), nn.Linear(style_dim, width), nn.SiLU(), nn.Linear(width, width)
+        )
+        self.to_code = nn.Sequential(
+            nn.LayerNorm(2 * width),
+            nn.Linear(2 * width, code),
+            nn.LayerNorm(code, elementwise_affine=False),
+        )
+        self.noise = GaussianNoise(STYLE_CODE_NOISE_STD)
+        self.to_tokens = nn.Sequential(
+            nn.Linear(code, width), nn.SiLU(), nn.Linear(width, NUM_STYLE_TOKENS * width)
+        )
+        self.to_emb = zero_linear_weights(nn.Linear(NUM_STYLE_TOKENS * width, time_dim, bias=False))
+
+    def forward(self, style: Tensor) -> tuple[Tensor, Tensor]:
+        """style (B, N, F) -> tokens (B, K, D), and an addition to the time embedding (B, T).
+
+        Both are zero for an image whose features are all zero.
+        """
+        has_style = style.ne(0).any(dim=2).any(dim=1)[:, None]  # (B, 1)
+        patches = self.read(style)  # (B, N, D)
+        pooled = torch.cat([patches.mean(1), patches.amax(1)], dim=1)  # (B, 2 D)
+        code = self.noise(self.to_code(pooled))  # (B, Z)
+        tokens = self.to_tokens(code) * has_style  # (B, K D)
+        return tokens.unflatten(1, (NUM_STYLE_TOKENS, -1)), self.to_emb(tokens)
+
+
+class StyleAttention(nn.Module):
+    """Cross-attention to style tokens; its output is zero at first, and for tokens of zero."""
+
+    def __init__(self, dim: int, *, style_width: int, heads: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.attn = Attention(dim, context_dim=style_width, heads=heads)
+        self.attn.to_out = zero_linear_weights(nn.Linear(dim, dim, bias=False))
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """x (B, P, C), tokens (B, K, D) -> (B, P, C), to be added to x."""
+        return self.attn(self.norm(x), tokens)
+
+
+def zero_linear_weights(layer: nn.Linear) -> nn.Linear:
+    """Returns the layer with its weights set to zero."""
+    nn.init.zeros_(layer.weight)
+    return layer

@@ -1,24 +1,26 @@
-"""What a network for pictures needs to make videos: layers over time, without effect at first.
+"""Videos: layers over time for a network of images, and an autoencoder of images on each frame.
 
-Frames of a video are pictures of a batch to all other layers.
+All other layers see the frames of videos as a batch of images.
 Shapes: B videos, F frames, C channels, h w grid, N = h * w positions, T time width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
+from ldm.diffusion.rng import Generators
 from ldm.models.layers import Attention, timestep_embedding
 
 
 class TemporalLayers(nn.Module):
-    """A mixer of frames after each stage of a UNet, and what each frame is told of its number.
+    """A frame mixer after each stage of a UNet, and an embedding of each frame's number.
 
-    widths: channels after each stage. attend: which of them get attention beside the convolution.
-    With all of it at its initial values a video is its frames, each by itself ("Make-A-Video",
-    Singer et al. 2022, arXiv:2209.14792, section 3.2: pseudo-3D layers that begin as identities).
+    widths: channels after each stage. attend: which stages get temporal attention.
+    At its initial values each frame of a video is computed by itself ("Make-A-Video", Singer et al.
+    2022, arXiv:2209.14792, section 3.2: pseudo-3D layers that begin as identities).
     """
 
     def __init__(
@@ -41,21 +43,22 @@ class TemporalLayers(nn.Module):
             nn.Linear(2 * time_dim, time_dim), nn.SiLU(), zero_module(nn.Linear(time_dim, time_dim))
         )
 
-    def tell(self, emb: Tensor, frames: int) -> Tensor:
-        """What is told to each frame, (B F, T), out of what is told to each video, (B, T).
+    def embed_frames(self, emb: Tensor, frames: int) -> Tensor:
+        """Adds to the embedding of each video (B, T) that of each of its frames -> (B F, T).
 
-        Which frame it is, and the time and text together: where a thing is that moves.
+        The frame's embedding depends on time and text, which say where a moving thing is.
         """
         emb = emb[:, None].expand(-1, frames, -1)  # (B, F, T)
         numbers = self.embed_frame_numbers(frames, like=emb).expand(len(emb), -1, -1)
         return (emb + self.number(torch.cat([emb, numbers], dim=2))).flatten(0, 1)
 
-    def forward(self, x: Tensor, frames: int, *, stage: int) -> Tensor:
-        """Features after a stage, (B F, C, h, w), each with a look at the other frames."""
-        return self.blocks[stage](x, self.embed_frame_numbers(frames, like=x))
+    def mixers(self, frames: int, *, like: Tensor) -> list[Callable[[Tensor], Tensor]]:
+        """Returns the function of each stage that mixes the frames of features (B F, C, h, w)."""
+        numbers = self.embed_frame_numbers(frames, like=like)
+        return [partial(block, numbers=numbers) for block in self.blocks]
 
     def embed_frame_numbers(self, frames: int, *, like: Tensor) -> Tensor:
-        """(F, T): a fixed embedding of 0 .. F - 1."""
+        """Returns (F, T): a fixed embedding of 0 .. F - 1."""
         return timestep_embedding(torch.arange(frames, device=like.device), self.time_dim).to(like)
 
 
@@ -75,27 +78,60 @@ class TemporalBlock(nn.Module):
 
     def forward(self, x: Tensor, numbers: Tensor) -> Tensor:
         """x (B F, C, h, w), numbers (F, T) -> as x."""
-        # Seen as (B, C, F, N), which is channels_last where x is: nothing is copied.
+        # A view as (B, C, F, N), which is channels_last if x is: nothing is copied.
         y = x.permute(0, 2, 3, 1).unflatten(0, (-1, len(numbers))).flatten(2, 3)  # (B, F, N, C)
         y = y.permute(0, 3, 1, 2)  # (B, C, F, N)
         y = y + self.conv(F.silu(self.norm(y)))
         if self.attn is not None:
             tokens = y.permute(0, 3, 2, 1)  # (B, N, F, C)
-            seen = (self.attn_norm(tokens) + self.place(numbers)).flatten(0, 1)  # (B N, F, C)
-            y = y + self.attn(seen).unflatten(0, tokens.shape[:2]).permute(0, 3, 2, 1)
+            tokens = self.attn_norm(tokens) + self.place(numbers)
+            mixed = self.attn(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+            y = y + mixed.permute(0, 3, 2, 1)
         y = y.permute(0, 2, 3, 1).flatten(0, 1)  # (B F, N, C)
         return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
+class FramewiseAutoencoder(nn.Module):
+    """An autoencoder of images that encodes and decodes each frame of a video by itself."""
+
+    def __init__(self, autoencoder: nn.Module) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.channels, self.factor = autoencoder.channels, autoencoder.factor
+
+    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+        """Returns the autoencoder's own, so its digest is that of the autoencoder alone."""
+        return self.autoencoder.state_dict(*args, **kwargs)
+
+    def encode(self, images: Tensor, *, generator: Generators = None) -> Tensor:
+        """Returns latents (B, C, F, h, w) of videos (B, 3, F, H, W), or of images.
+
+        generator: one, or one for each video, which its frames share in order.
+        """
+        if images.ndim == 4:
+            return self.autoencoder.encode(images, generator=generator)
+        frames = images.shape[2]
+        if generator is not None and not isinstance(generator, Generator):
+            generator = [own for own in generator for _ in range(frames)]
+        latents = self.autoencoder.encode(fold_frames(images), generator=generator)
+        return unfold_frames(latents, frames)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Returns videos (B, 3, F, H, W) of latents (B, C, F, h, w), or images."""
+        if latents.ndim == 4:
+            return self.autoencoder.decode(latents)
+        return unfold_frames(self.autoencoder.decode(fold_frames(latents)), latents.shape[2])
+
+
 def zero_module(layer: nn.Module) -> nn.Module:
-    """The layer with zeros for parameters."""
+    """Returns the layer with all parameters set to zero."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 def fold_frames(videos: Tensor) -> Tensor:
-    """(B, C, F, ...) -> pictures (B F, C, ...)."""
+    """(B, C, F, ...) -> images (B F, C, ...)."""
     return videos.transpose(1, 2).flatten(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""The running average of the denoiser's weights."""
+"""The exponential moving average of the denoiser's weights."""
 
 import copy
 
@@ -7,11 +7,9 @@ from torch import Tensor, nn
 
 
 class EMA(nn.Module):
-    """A second denoiser whose weights are an exponential moving average of the first one's.
+    """A second network, `module`, whose weights are a moving average of the denoiser's.
 
-    The decay warms up as (1 + step) / (10 + step), so that early weights are soon forgotten
-    (TensorFlow's ExponentialMovingAverage). It is a network of its own, not a swap of weights:
-    nothing that happens during validation can mix the two up.
+    The decay warms up as (1 + step) / (10 + step), as in TensorFlow's ExponentialMovingAverage.
     """
 
     def __init__(self, denoiser: nn.Module, *, decay: float) -> None:
@@ -23,17 +21,15 @@ class EMA(nn.Module):
 
     @torch.no_grad()
     def update(self, denoiser: nn.Module, *, step: int, skipped: Tensor | None = None) -> None:
-        """Move towards `denoiser`, after optimizer step number `step`, counted from 1.
+        """Moves towards `denoiser` after optimizer step `step`, counted from 1.
 
-        skipped: () on the device, 1.0 where that step was left out and the average stays, else 0.0.
+        skipped: (), 1.0 if the step was skipped and the average stays, else 0.0.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
         averages, weights = list(self.module.parameters()), list(denoiser.parameters())
-        if skipped is None:
-            torch._foreach_lerp_(averages, weights, 1 - decay)
-        elif skipped.device.type != "cpu":
+        if skipped is not None and skipped.device.type != "cpu":  # reading it would wait
             lerp_by_tensor(averages, weights, (1 - decay) * (1 - skipped))
-        elif skipped == 0:  # which costs nothing to ask there, as waiting for a device would
+        elif skipped is None or skipped == 0:
             torch._foreach_lerp_(averages, weights, 1 - decay)
         for average, value in zip(self.module.buffers(), denoiser.buffers(), strict=True):
             average.copy_(value)
@@ -44,10 +40,7 @@ class EMA(nn.Module):
 
 
 def lerp_by_tensor(averages: list[Tensor], weights: list[Tensor], share: Tensor) -> None:
-    """Lerp in place by a share () that only the device knows; 0 moves nothing.
-
-    torch has no fused lerp for that. Some tensors at a time: the changes take memory.
-    """
+    """Lerps in place by a share () on the device, 16 tensors at a time to save memory."""
     for i in range(0, len(weights), 16):
         change = torch._foreach_sub(weights[i : i + 16], averages[i : i + 16])
         torch._foreach_mul_(change, share)

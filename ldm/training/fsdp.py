@@ -1,4 +1,4 @@
-"""Weights, averages and optimizer state in shards, one a device (torch's fully_shard, FSDP2)."""
+"""Weights, averages and optimizer state in one shard per device (torch's fully_shard, FSDP2)."""
 
 from datetime import timedelta
 from typing import Any
@@ -18,25 +18,24 @@ from ldm.training.modules.diffusion import LatentDiffusion
 
 
 class FullyShardedStrategy(DDPStrategy):
-    """LatentDiffusion with each weight, its gradient, average and optimizer state on one device.
+    """LatentDiffusion with weights, gradients, average and optimizer state divided over devices.
 
-    A block's weights come together while it computes. The averaged network is only stored in
-    shards: during a validation every device has all of it, and works by itself. Checkpoints are
-    those of any other strategy, so that a run may go on with another one.
+    A block's weights are gathered while it computes. During a validation every device has all of
+    the averaged network. Checkpoints are those of any other strategy, so a run may resume with
+    another one.
     """
 
-    # Lightning's ModelParallelStrategy shards before it loads and has a checkpoint format of its
-    # own. Here a whole network is loaded, then sharded, and Lightning's usual path serves.
+    # Lightning's ModelParallelStrategy shards before it loads, and has its own checkpoint format.
+    # Here a whole network is loaded, then sharded, by Lightning's usual code.
 
     def __init__(self, *, timeout: timedelta = timedelta(minutes=30)) -> None:
         super().__init__(timeout=timeout)
-        self.parameter_shards: list[
-            tuple[nn.Module, str, nn.Parameter]
-        ] = []  # shards during a validation
+        # The shards of the average, which are set aside during a validation.
+        self.parameter_shards: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     @staticmethod
-    def check(module: L.LightningModule) -> None:
-        """Raises ValueError where the module cannot be trained in shards."""
+    def check_module(module: L.LightningModule) -> None:
+        """Raises ValueError if the module cannot be trained in shards."""
         if not isinstance(module, LatentDiffusion):
             raise ValueError("strategy=fsdp is for stage=diffusion alone: take strategy=ddp")
         if "loss_raw" in module.val_losses:
@@ -48,13 +47,13 @@ class FullyShardedStrategy(DDPStrategy):
             )
 
     def configure_ddp(self) -> None:
-        """Shard, in place of wrapping for DDP."""
+        """Shards the module instead of wrapping it for DDP."""
         module = self.lightning_module
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         module.to(memory_format=torch.contiguous_format)  # channels_last cannot be sharded
         for tensor in module.state_dict().values():
             broadcast(tensor, src=0)
-        # Autocast alone would keep its copy of all weights until the backward pass.
+        # Autocast would hold its copy of all weights until the backward pass.
         low = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
         policy = MixedPrecisionPolicy(
             param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -66,10 +65,8 @@ class FullyShardedStrategy(DDPStrategy):
         weights = dict(denoiser.named_parameters())
         for path, part in average.named_modules():
             for name, value in list(part.named_parameters(recurse=False)):
-                weight = weights[f"{path}.{name}".lstrip(".")]
-                setattr(
-                    part, name, nn.Parameter(shard_tensor(value, like=weight), requires_grad=False)
-                )
+                shard = shard_tensor(value, like=weights[f"{path}.{name}".lstrip(".")])
+                setattr(part, name, nn.Parameter(shard, requires_grad=False))
 
     def on_validation_start(self) -> None:
         for part in self.lightning_module.ema.modules():
@@ -84,30 +81,28 @@ class FullyShardedStrategy(DDPStrategy):
         self.parameter_shards.clear()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole tensors on rank 0; all ranks take part."""
+        """Returns whole tensors on rank 0; all ranks take part."""
         state = super().lightning_module_state_dict()
-        return {name: self.whole(value) for name, value in state.items()}
+        return {name: self.gather_full_tensor(value) for name, value in state.items()}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As an optimizer without shards would have it, on rank 0; all ranks take part."""
+        """Returns the state of an optimizer without shards on rank 0; all ranks take part."""
         state = super().optimizer_state(optimizer)
         moments = {
-            i: {name: self.whole(value) for name, value in of_one.items()}
+            i: {name: self.gather_full_tensor(value) for name, value in of_one.items()}
             for i, of_one in state["state"].items()
         }
         return {**state, "state": moments}
 
-    def whole(self, value: Tensor) -> Tensor | None:
-        """The tensor that a shard is of, on the host; only rank 0 keeps it."""
+    def gather_full_tensor(self, value: Tensor) -> Tensor | None:
+        """Returns the whole tensor of a shard on the host of rank 0, and None on other ranks."""
         if not isinstance(value, DTensor):
             return value
         full = value.full_tensor()
-        if not self.is_global_zero:
-            return None
-        return full.cpu()
+        return full.cpu() if self.is_global_zero else None
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
-        """From the state of an optimizer without shards."""
+        """Loads the state of an optimizer without shards."""
         states = []
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             weights = [weight for group in optimizer.param_groups for weight in group["params"]]
@@ -122,12 +117,12 @@ class FullyShardedStrategy(DDPStrategy):
         super().load_optimizer_state_dict({"optimizer_states": states})
 
     def teardown(self) -> None:
-        # Lightning's would move shards to the host, where their mesh is not.
+        # Lightning's teardown would move shards to the host, which their mesh does not have.
         for part in (self.cluster_environment, self.precision_plugin, self.accelerator):
             part.teardown()
 
 
 def shard_tensor(value: Tensor, *, like: DTensor) -> DTensor:
-    """This rank's part of a tensor that all ranks have, divided as `like` is."""
+    """Returns this rank's part of a tensor that all ranks have, divided as `like` is."""
     whole = value.detach().contiguous()
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,4 +1,4 @@
-"""The optimizer and its learning-rate curve."""
+"""The optimizer and its learning-rate schedule."""
 
 import math
 from collections.abc import Iterable
@@ -6,13 +6,13 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ldm.training.lightning_adapter import allow_gradient_clipping
+
 
 class AdamW:
     """AdamW with linear warm-up, then a constant or a cosine-shaped learning rate.
 
-    Called with parameters and the number of steps, it returns what Lightning's
-    `configure_optimizers` wants. Biases and gains (one dimension) are not decayed.
-    Raises ValueError for an unknown `decay` and for numbers that are not finite.
+    Biases and gains (one dimension) have no weight decay.
     """
 
     def __init__(
@@ -30,14 +30,11 @@ class AdamW:
         for name, value in numbers.items():
             if not all(map(math.isfinite, value if name == "betas" else [value])):
                 raise ValueError(f"optimizer.{name}={value} is not finite")
-        self.lr = lr
-        self.betas = tuple(betas)
-        self.weight_decay = weight_decay
-        self.warmup = warmup
-        self.decay = decay
+        self.lr, self.betas, self.weight_decay = lr, tuple(betas), weight_decay
+        self.warmup, self.decay = warmup, decay
 
     def __call__(self, parameters: Iterable[nn.Parameter], *, steps: int) -> dict:
-        """Optimizer and per-step schedule over `steps` steps (-1: no end)."""
+        """Returns what `configure_optimizers` needs for `steps` steps (-1: no end)."""
         trained = [p for p in parameters if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
@@ -45,8 +42,7 @@ class AdamW:
         ]
         groups = [group for group in groups if group["params"]]
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
-        # Lightning refuses to clip gradients of an optimizer that could unscale them by itself.
-        optimizer._step_supports_amp_scaling = False
+        allow_gradient_clipping(optimizer)
         settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
 
         def adapt(optimizer: torch.optim.Optimizer) -> None:
@@ -59,7 +55,7 @@ class AdamW:
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": curve, "interval": "step"}}
 
     def factor(self, step: int, steps: int) -> float:
-        """The share of `lr` at a step counted from 0."""
+        """Returns the share of `lr` at a step counted from 0."""
         warm = min(1.0, (step + 1) / max(self.warmup, 1))
         if self.decay == "constant" or steps <= 0:
             return warm
@@ -68,10 +64,7 @@ class AdamW:
 
 
 class ConfiguredLambdaLR(torch.optim.lr_scheduler.LambdaLR):
-    """A learning-rate curve that goes on with the learning rate it was made with.
-
-    A state dict has the step alone to say: the rest is the configuration's, which may have changed.
-    """
+    """A schedule that takes only the step from a state dict, and learning rates from its own."""
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict({**state_dict, "base_lrs": self.base_lrs})
@@ -80,10 +73,10 @@ class ConfiguredLambdaLR(torch.optim.lr_scheduler.LambdaLR):
 
 
 def match_memory_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Lay loaded moments out in memory as their weights are.
+    """Gives loaded moments the memory layout of their weights.
 
-    The fused AdamW walks through memory and heeds no strides: moments from a file that was written
-    with another layout would go to other weights, without an error (seen with torch 2.13).
+    The fused AdamW ignores strides: moments of another layout would go to other weights, without
+    an error (torch 2.13).
     """
     for weight, state in optimizer.state.items():
         for name, value in state.items():

@@ -1,4 +1,4 @@
-"""SHA-256 of files and of weights."""
+"""SHA-256 digests of files, bytes and weights, in hexadecimal."""
 
 import hashlib
 from pathlib import Path
@@ -8,13 +8,20 @@ from torch import nn
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hash_bytes(*parts: bytes) -> str:
+    """Returns the digest of the parts, one after another."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part)
+    return total.hexdigest()
+
+
 def hash_module(module: nn.Module) -> str:
-    """SHA-256 of a module's names, types, shapes and values: which frozen part it was."""
+    """Returns the digest of a module's names, types, shapes and values."""
     total = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

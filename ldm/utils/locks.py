@@ -1,4 +1,7 @@
-"""Who works in a directory: one process at a time."""
+"""Kernel locks on files and directories: one process at a time.
+
+The kernel frees a lock when its process ends, however that happens.
+"""
 
 import errno
 import fcntl
@@ -6,35 +9,51 @@ import os
 import socket
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from ldm.utils.files import check_no_links
 
-LOCK_HELD_ERRNOS = (errno.EACCES, errno.EAGAIN)  # what else lockf says is about the file system
-# Longer than the 90 s for which an NFS server keeps the locks of a machine that fell silent.
-LOCK_TIMEOUT = 120.0
+LOCK_HELD_ERRNOS = (errno.EACCES, errno.EAGAIN)  # all others are about the file system
+LOCK_TIMEOUT = 120.0  # an NFS server holds the locks of a silent machine for 90 s
 
 
 class InUseError(OSError):
-    """A directory that another process works in."""
+    """Another process works in the directory."""
+
+
+@contextmanager
+def hold_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Holds the flock of a file (created if missing) or folder, among processes of one machine.
+
+    Raises BlockingIOError if another process holds it and `wait` is false.
+    """
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        # Closing is not enough: a child that was forked meanwhile shares the lock.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
 
 
 def lock_directory(directory: Path, *, timeout: float = LOCK_TIMEOUT) -> BinaryIO:
-    """Take a run or a sweep for this process, until it ends or the returned file is closed.
+    """Locks a run or a sweep for this process, until it ends or closes the returned file.
 
-    A POSIX record lock: the kernel frees it with the process, however that ends; children do not
-    inherit it, and NFS knows it. A holder on another machine, which may be dead without the file
-    server knowing, is waited for, `patience` seconds. Raises InUseError, which names the holder,
-    and ValueError where the file that is locked is a link.
-    Where the file system has no locks, it warns and takes the directory.
+    This is a POSIX record lock: children do not inherit it, and NFS supports it. A holder on
+    another machine may have died unnoticed, so it gets `timeout` seconds.
+    Raises InUseError, which names the holder, and ValueError if `.lock` is a link.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / ".lock"
     check_no_links(directory, [path.name])
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     file = os.fdopen(descriptor, "r+b", buffering=0)
-    began, told = time.monotonic(), False
+    start, is_announced = time.monotonic(), False
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -48,24 +67,24 @@ def lock_directory(directory: Path, *, timeout: float = LOCK_TIMEOUT) -> BinaryI
                 )
                 break
             file.seek(0)
-            holder, _, where = file.read().decode().strip().partition("\n")
-            remote = where not in ("", machine_id())
-            waited = time.monotonic() - began
-            if waited > (timeout if remote else 0.5):
+            holder, _, machine = file.read().decode().strip().partition("\n")
+            is_remote = machine not in ("", machine_id())
+            waited = time.monotonic() - start
+            if waited > (timeout if is_remote else 0.5):
                 file.close()
-                gone = f" (where that machine is gone for good, delete {path})" if remote else ""
+                gone = f" (if that machine is gone for good, delete {path})" if is_remote else ""
                 raise InUseError(
                     f"{directory} is being worked on by {holder or 'another process'}: wait for "
                     f"it, stop it, or give another name=...{gone}"
                 ) from error
-            if waited > 0.5 and not told:
-                told = True
+            if waited > 0.5 and not is_announced:
+                is_announced = True
                 print(
                     f"{directory} is locked by {holder}: waiting up to {timeout:.0f} s, in case "
-                    "it has died and the file server is yet to notice",
+                    "it has died and the file server has not noticed yet",
                     flush=True,
                 )
-            time.sleep(0.5 if told else 0.05)  # `claimed` may be looking
+            time.sleep(0.5 if is_announced else 0.05)  # `is_directory_locked` locks for a moment
     file.truncate(0)
     file.seek(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n{machine_id()}\n".encode())
@@ -73,12 +92,12 @@ def lock_directory(directory: Path, *, timeout: float = LOCK_TIMEOUT) -> BinaryI
 
 
 def is_directory_locked(directory: Path) -> bool:
-    """Whether another process works in a run's or a sweep's directory.
+    """Whether another process holds `lock_directory`.
 
-    To ask for a directory that this process has claimed is to give it up.
+    A process that calls this for a directory that it has locked itself loses its lock.
     """
     try:
-        if not (path := directory / ".lock").is_file():  # a pipe would be waited for
+        if not (path := directory / ".lock").is_file():  # opening a pipe would block
             return False
         with path.open("rb") as file:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -90,6 +109,6 @@ def is_directory_locked(directory: Path) -> bool:
 
 
 def machine_id() -> str:
-    """What tells a running kernel, which frees the locks of its dead, from any other's."""
+    """Returns the boot id of the running kernel, which alone frees the locks of its processes."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return boot.read_text().strip() if boot.is_file() else socket.gethostname()

@@ -39,7 +39,7 @@ def live(overrides: list[str], log: Path) -> int:
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.argv = ["train.py", *overrides]
-        run_command(train.main, "train")
+        run_command(train, "train")
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1

@@ -11,18 +11,18 @@ from PIL import Image, ImageDraw
 from ldm.data.datamodule import TextImageData
 from ldm.data.dataset import Batch, collate
 from ldm.data.shards.reader import write_shard
-from ldm.diffusion.guidance.base import ClassifierFreeGuidance
+from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.objective import Objective, Prediction
 from ldm.diffusion.samplers.base import DDIMSampler
 from ldm.diffusion.schedules import scaled_linear
-from ldm.diffusion.tasks.base import TextToImage
+from ldm.diffusion.tasks.text_to_image import TextToImage
 from ldm.diffusion.timesteps import PowerTimestepSampler
 from ldm.diffusion.weightings import UniformWeighting
 from ldm.inference.pipeline import Pipeline
 from ldm.models.autoencoder import AutoencoderKL, IdentityAutoencoder
 from ldm.models.text.clip import ClipTextEncoder
 from ldm.models.unet import UNet
-from ldm.training.callbacks.checkpoint_payload import SafeCheckpointIO
+from ldm.training.callbacks.checkpoint_storage import SafeCheckpointIO
 from ldm.training.callbacks.monitoring import ThroughputMonitor
 from ldm.training.modules.diffusion import LatentDiffusion
 from ldm.training.optimizers import AdamW

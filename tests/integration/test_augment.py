@@ -6,17 +6,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+from evaluated_runs import Home
 from hydra import compose, initialize_config_dir
 from PIL import Image
 from several import several
 from shell import run, wait_for
-from test_evaluate import Home
 from world import CAPTIONS, write_shapes
 
 from ldm.cli.augment import AUGMENT_TEXT_OPTIONS, augment_dataset
 from ldm.config.command_line import convert_to_usage_errors
 from ldm.config.suggestions import CONF_DIR
-from ldm.data.prepare.synthetic import GeneratedShard, ScoreFilter, plan_shards
+from ldm.data.prepare.synthetic import ScoreFilter
+from ldm.data.prepare.writer import OutputShard, plan_shards
 from ldm.data.shards.reader import ShardReader
 from ldm.utils.errors import UsageError
 from ldm.utils.locks import lock_directory
@@ -204,19 +205,19 @@ def test_the_filter_keeps_the_best(paint, capsys):
 
 def test_a_sift_by_scores():
     assert ScoreFilter()([None, None]) == [True, True]
-    assert ScoreFilter(share=0.5)([1, 3, 2, 3]) == [False, True, False, True]
-    assert ScoreFilter(share=0.25)([5, 5, 5, 5]) == [True, False, False, False]
-    assert ScoreFilter(share=0.01)([1, 2]) == [False, True], "one stays"
+    assert ScoreFilter(keep=0.5)([1, 3, 2, 3]) == [False, True, False, True]
+    assert ScoreFilter(keep=0.25)([5, 5, 5, 5]) == [True, False, False, False]
+    assert ScoreFilter(keep=0.01)([1, 2]) == [False, True], "one stays"
     assert ScoreFilter(min_score=2)([1, 2, 3]) == [False, True, True]
-    assert ScoreFilter(min_score=3, share=0.7)([1, 2, 3]) == [False, False, True]
+    assert ScoreFilter(min_score=3, keep=0.7)([1, 2, 3]) == [False, False, True]
 
 
 def test_parts_of_a_set():
-    found = plan_shards(Path("x"), count=5, samples_per_shard=2)
-    assert found[2] == GeneratedShard(Path("x"), 2, range(4, 5))
+    found = plan_shards(Path("x"), range(5), samples_per_shard=2)
+    assert found[2] == OutputShard(Path("x"), 2, range(4, 5))
     for count, each in ((0, 2), (5, 0), (5, 10_001), (200_001, 2)):
         with pytest.raises(ValueError, match="must be in 1"):
-            plan_shards(Path("x"), count=count, samples_per_shard=each)
+            plan_shards(Path("x"), range(count), samples_per_shard=each)
 
 
 def test_prompts_are_the_training_captions_where_none_are_given(home, paint):

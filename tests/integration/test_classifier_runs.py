@@ -20,7 +20,7 @@ from ldm.config.components import (
     load_diffusion_checkpoint,
     set_component_location,
 )
-from ldm.diffusion.tasks.base import TextToImage
+from ldm.diffusion.tasks.text_to_image import TextToImage
 from ldm.models.text.labels import LabelTextEncoder, NullTextEncoder
 from ldm.utils.checkpoint_file import (
     CheckpointError,

@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 from PIL import Image
-from test_cli import ROOT, run
+from shell import ROOT, run
 
 from ldm.cli.evaluate import format_scene_table
 from ldm.utils.images import from_uint8, make_captioned_grid

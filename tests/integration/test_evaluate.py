@@ -1,6 +1,5 @@
 """What is measured inside a run and after it, on runs of a few steps."""
 
-import csv
 import json
 import re
 import shutil
@@ -8,27 +7,21 @@ import signal
 import sys
 import time
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import peers
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from evaluated_runs import COLOURS, Home, asked, composed, measure
 from shell import run, start, wait_for
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 from world import CAPTIONS, shape
 
-from ldm.cli.evaluate import (
-    EVALUATE_TEXT_OPTIONS,
-    VARIABLE_GROUPS,
-    evaluate_points,
-    format_scene_table,
-)
+from ldm.cli.evaluate import VARIABLE_GROUPS, evaluate_points, format_scene_table
 from ldm.config.command_line import convert_to_usage_errors, pop_sweep_choices
-from ldm.config.run import TrainingJob, build_job
+from ldm.config.run import TrainingJob
 from ldm.config.suggestions import CONF_DIR
 from ldm.data.image_decoding import ImageError
 from ldm.data.shards.reader import ShardReader, write_shard
@@ -42,23 +35,6 @@ from ldm.utils.errors import UsageError
 from ldm.utils.hashing import hash_file
 
 KEYS = [f"scene_{name}{suffix}" for suffix in METRIC_SUFFIXES for name in SCENE_METRICS]
-TINY = [
-    "trainer=cpu",
-    "trainer.log_every_n_steps=1",
-    "logger=csv",
-    "data.size=16",
-    "data.batch_size=4",
-    "data.workers=0",
-    "model.channels=16",
-    "model.groups=8",
-    "model.multipliers=[1,2]",
-    "model.attention=[false,true]",
-    "autoencoder=identity",
-    "samples.n=1",
-    "samples.steps=1",
-]
-SCENES = ["data=scenes", "data.count=8", "data.val_count=12"]
-COLOURS = ["features=none", "+features.colours._target_=test_evaluate.Colours"]
 
 
 class Colours:
@@ -77,32 +53,6 @@ class Colours:
         self.captions += captions
         seeds = [torch.Generator().manual_seed(zlib.crc32(text.encode())) for text in captions]
         return torch.stack([torch.rand(self.width, generator=seed) for seed in seeds])
-
-
-@dataclass
-class Home:
-    """A folder with a text encoder, and runs in it."""
-
-    path: Path
-
-    def options(self, *overrides: str, data: list[str] = SCENES) -> list[str]:
-        places = [f"text_encoder.path={self.path}/clip"]
-        if data is SCENES:
-            places.append(f"data.folder={self.path}/data")
-        return [*data, *TINY, *places, *overrides]
-
-    def train(self, name: str, *overrides: str, data: list[str] = SCENES) -> TrainingJob:
-        with initialize_config_dir(CONF_DIR, version_base="1.3"):
-            given = self.options(f"name={name}", *overrides, data=data)
-            cfg = compose("train", overrides=given)
-        job = build_job(cfg, self.path / "runs" / name)
-        job.trainer.validate(job.module, datamodule=job.data, verbose=False)
-        job.trainer.fit(job.module, datamodule=job.data)
-        return job
-
-    def rows(self, name: str) -> list[dict[str, str]]:
-        with (self.path / "runs" / name / "metrics.csv").open() as file:
-            return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -182,25 +132,6 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Colours.pictures.clear()
     Colours.captions.clear()
-
-
-def composed(*overrides: str):
-    with initialize_config_dir(CONF_DIR, version_base="1.3"):
-        return compose("evaluate", overrides=["steps=2", "device=cpu", *overrides])
-
-
-def asked(**given: str | Path) -> dict[str, str | None]:
-    return dict.fromkeys(EVALUATE_TEXT_OPTIONS) | {
-        name: str(value) for name, value in given.items()
-    }
-
-
-def measure(*overrides: str, **given: str | Path) -> dict:
-    """What one evaluation leaves, by a quick network."""
-    out = Path("measured.json")
-    points = [({}, composed("count=8", "overwrite=true", *COLOURS, *overrides))]
-    evaluate_points(points, asked(out=out, **given))
-    return json.loads(out.read_text())
 
 
 def test_the_verb_leaves_numbers_and_says_them(home, measured):

@@ -43,9 +43,9 @@ from ldm.config.components import (
     build_frozen_encoders,
 )
 from ldm.config.suggestions import CONF_DIR
-from ldm.diffusion.guidance.base import ClassifierFreeGuidance
+from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.samplers.base import DDIMSampler
-from ldm.diffusion.tasks.base import TextToImage
+from ldm.diffusion.tasks.text_to_image import TextToImage
 from ldm.inference.pipeline import Pipeline
 from ldm.utils.checkpoint_file import link_last_checkpoint, write_checkpoint
 from ldm.utils.hashing import hash_module
@@ -286,6 +286,6 @@ def test_the_newest_finished_diffusion_run_is_taken(tmp_path):
         (tmp_path / name / "result.json").write_text(json.dumps({"status": status}))
         if stage:
             (tmp_path / name / "config.yaml").write_text(f"stage: {stage}\n")
-    other = "stage: diffusion\ntask: {_target_: ldm.diffusion.tasks.base.Inpainting}\n"
+    other = "stage: diffusion\ntask: {_target_: ldm.diffusion.tasks.inpainting.Inpainting}\n"
     (tmp_path / "e/config.yaml").write_text(other)
     assert find_newest_run(tmp_path) == tmp_path / "sweep/b"

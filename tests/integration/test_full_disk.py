@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from shell import ROOT, rows, run
-from test_worlds import RUN, write
+from world_size_runs import RUN, write
 
 STEPS = 6
 FULL = ["early_stop._target_=recorder.FillDisk", "~early_stop.folder"]
@@ -16,7 +16,7 @@ def train(home, *more: str, expect: int = 0) -> str:
     command = [str(ROOT / "train.py"), *RUN, "trainer.devices=1", "data.workers=0", "name=run"]
     command += [f"trainer.max_steps={STEPS}", "trainer.val_check_interval=4", "checkpoint.every=1"]
     command += ["checkpoint.background=false"]
-    path = f"{ROOT}:{ROOT / 'tests'}"
+    path = f"{ROOT}:{ROOT / 'tests' / 'helpers'}"
     return run(*command, *more, cwd=home, expect=expect, PYTHONPATH=path)
 
 

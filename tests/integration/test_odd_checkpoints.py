@@ -15,7 +15,7 @@ from ldm.config import command_line
 from ldm.config.command_line import convert_to_usage_errors
 from ldm.config.components import build_denoiser, build_frozen_encoders
 from ldm.config.pipeline import load_pipeline
-from ldm.diffusion.tasks.base import TextToImage
+from ldm.diffusion.tasks.text_to_image import TextToImage
 from ldm.utils.checkpoint_file import manifest_path
 from ldm.utils.errors import UsageError
 from ldm.utils.hashing import hash_file, hash_module

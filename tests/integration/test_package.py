@@ -9,7 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from test_cli import ROOT, run
+from shell import ROOT, run
 from world import write_shapes
 
 from ldm.cli.package import describe_training

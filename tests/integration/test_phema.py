@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from evaluated_runs import COLOURS, Home, measure
 from hydra import compose, initialize_config_dir
 from PIL import Image
 from safetensors.torch import load_file
 from shell import ROOT, run
-from test_evaluate import COLOURS, Home, measure
 
 from ldm.cli.phema import PHEMA_TEXT_OPTIONS, synthesize_ema
 from ldm.config.suggestions import CONF_DIR

@@ -1,4 +1,4 @@
-"""Networks that are shown more than noise, from training to picture, as a user types it."""
+"""Networks with more inputs than noise, from training to images, as a user types it."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from shell import ROOT, run, train
 from ldm.config.command_line import quote_override
 from ldm.config.pipeline import load_cascade
 from ldm.config.suggestions import CONF_DIR
-from ldm.diffusion.guidance.base import ClassifierFreeGuidance
+from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.guidance.compositional import CompositionalGuidance
 
 pytestmark = pytest.mark.slow  # each test is processes
@@ -119,9 +119,12 @@ def test_img2img_changes_a_part_where_no_strength_is_given(home, photo):
             ["ckpt=runs/model", "task=inpaint", "image=in.png", "mask=mask.png"],
             "python train.py task=inpaint init=runs/model",
         ),
-        (["ckpt=runs/inpaint", "task=text2img"], "more than noise. Give a run of task=text2img"),
-        (["ckpt=runs/inpaint", "task=superres", "image=in.png"], "never shown a small picture"),
-        (["ckpt=runs/inpaint"], "task=inpaint takes a picture and a mask"),
+        (
+            ["ckpt=runs/inpaint", "task=text2img"],
+            "more inputs than noise. Give a run of task=text2img",
+        ),
+        (["ckpt=runs/inpaint", "task=superres", "image=in.png"], "not trained with small images"),
+        (["ckpt=runs/inpaint"], "task=inpaint takes an image and a mask"),
         (["ckpt=runs/inpaint", "image=in.png", "pad=[9,0,9,0]", "size=16"], "leave -2 x 16 pixels"),
         (["ckpt=runs/inpaint", "image=in.png", "pad=[1,2]"], "of 4 values, each a whole number"),
         (["ckpt=runs/inpaint", "pad=[4,4,4,4]"], "is for a picture: image=FILE"),

@@ -1,9 +1,9 @@
 """What cannot be trained is told in one line, before data are drawn and with what would do."""
 
 import pytest
+from evaluated_runs import Home
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from test_evaluate import Home
 
 from ldm.config.components import suggest_overrides
 from ldm.config.denoising import build_training_components

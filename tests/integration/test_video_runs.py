@@ -101,7 +101,7 @@ def test_pictures_and_videos_are_not_confused(home):
     assert "task=video does not go with" in said
     assert "python train.py task=video init=runs/images" in said
     said = sample(home, "ckpt=runs/video", "task=img2img", "image=first.png", expect=2)
-    assert "a network of task=video is shown more than noise" in said
+    assert "a network of task=video takes more inputs than noise" in said
     said = sample(home, "cascade=[runs/video,runs/images]", "n=1", expect=2)
     assert "runs/video paints videos" in said
     assert "100%" not in said

@@ -6,11 +6,8 @@ from pathlib import Path
 import pytest
 import recorder
 from shell import ROOT, TRAIN, rows, run, tensors
-from world import CAPTIONS, SIZE, shape
+from world_size_runs import BATCH, RUN, STEPS, write
 
-from ldm.data.shards.reader import write_shard
-
-BATCH, STEPS = 12, 20
 MANY = [  # processes, data workers, accumulated micro-steps, the step it is left after, and how
     (2, 2, 2, 5, "SIGTERM"),
     (1, 0, 1, 9, "max_steps"),
@@ -18,45 +15,12 @@ MANY = [  # processes, data workers, accumulated micro-steps, the step it is lef
     (3, 2, 2, STEPS, "max_steps"),
 ]
 FEW = [(2, 0, 1, 7, "max_steps"), (4, 1, 3, STEPS, "max_steps")]
-RUN = [
-    "trainer=ddp",
-    "trainer.accelerator=cpu",
-    "trainer.log_every_n_steps=1",
-    "data=coco",
-    "data.train=shards",
-    "data.val=shards",
-    "data.val_limit=4",
-    f"data.size={SIZE}",
-    f"data.batch_size={BATCH}",
-    "data.window=2",
-    "autoencoder=identity",
-    "model.channels=16",
-    "+model.dropout=0.1",
-    "optimizer.warmup=1",
-    "optimizer.decay=constant",
-    "validate_first=false",
-    "samples.n=1",
-    "samples.steps=1",
-    "checkpoint.keep_best=0",
-    "logger=csv",
-    *recorder.NAMED,
-]
-
-
-def write(folder: Path, *sizes: int) -> int:
-    """Shards of so many samples, each with a key of its own; how many there are."""
-    folder.mkdir(parents=True)
-    for i in range(len(sizes)):
-        numbers = range(sum(sizes[:i]), sum(sizes[: i + 1]))
-        samples = ((n, {"png": shape(n % 10), "txt": CAPTIONS[n % 10].encode()}) for n in numbers)
-        write_shard(folder / f"{i:05}.tar", ((f"{n:04}", members) for n, members in samples))
-    return sum(sizes)
 
 
 def train(home: Path, devices: int, workers: int, accumulate: int, *more: str, expect=0) -> str:
     options = [f"trainer.devices={devices}", f"data.workers={workers}"]
     options += [f"trainer.accumulate_grad_batches={accumulate}", *more]
-    path = f"{ROOT}:{ROOT / 'tests'}"
+    path = f"{ROOT}:{ROOT / 'tests' / 'helpers'}"
     return run(TRAIN, *RUN, *options, cwd=home, expect=expect, PYTHONPATH=path, OMP_NUM_THREADS="1")
 
 

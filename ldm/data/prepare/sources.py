@@ -1,4 +1,4 @@
-"""Pictures with captions as people keep them, to a plain list of records."""
+"""Finds image files and their captions: COCO annotations, metadata.jsonl, or a .txt per image."""
 
 import gzip
 import json
@@ -14,7 +14,7 @@ from ldm.utils.files import read_text
 
 FolderPart = Literal["all", "train", "val"]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp")
-# What Pillow has no reader for, or one that is not needed often enough to trust it with any file.
+# Pillow cannot read these, or its reader is too rarely used to trust it with any file.
 UNSUPPORTED_SUFFIXES = (
     *(".avif", ".heic", ".heif", ".jxl", ".jp2", ".tif", ".tiff", ".svg", ".psd", ".tga", ".ppm"),
     *(".ico", ".dng", ".cr2", ".nef", ".arw", ".exr", ".mp4", ".mov", ".webm", ".mkv", ".avi"),
@@ -23,7 +23,7 @@ UNSUPPORTED_SUFFIXES = (
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """A picture file that exists, its captions (at least one), and further fields to keep."""
+    """An existing image file, its captions (at least one), and more fields for its JSON."""
 
     path: Path
     file_name: str
@@ -33,40 +33,39 @@ class ImageRecord:
 
 @dataclass
 class ImageRecords:
-    """What a source holds: usable records, and the names of the others by reason."""
+    """The usable records of a source, and the names of the others by reason."""
 
     root: Path
-    found: list[ImageRecord] = field(default_factory=list)
+    usable: list[ImageRecord] = field(default_factory=list)
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, file_name: str, texts: list[Any], fields: dict[str, Any]) -> None:
-        """Take a picture by its name inside the root, or note why not."""
+        """Adds an image by its name inside the root, or skips it with the reason."""
         captions = clean_captions(texts)
-        path = self.root / file_name
-        if not _is_inside(file_name):
+        path, name = self.root / file_name, PurePosixPath(file_name)
+        if name.is_absolute() or ".." in name.parts:
             self.skip("unsafe name", file_name)
-        elif not os.path.isfile(path):  # False, too, for names no file can have
+        elif not os.path.isfile(path):  # also False for names that no file can have
             self.skip("missing", file_name)
         elif not captions:
             self.skip("no caption", file_name)
         else:
-            self.found.append(ImageRecord(path, file_name, captions, fields))
+            self.usable.append(ImageRecord(path, file_name, captions, fields))
 
     def skip(self, reason: str, file_name: str) -> None:
-        """Leave a picture out."""
         self.skipped.setdefault(reason, []).append(file_name)
 
 
 def read_coco_records(images: Path, annotations: Path) -> ImageRecords:
-    """The pictures of a COCO captions file (.json or .json.gz), in its order.
+    """Returns the images of a COCO captions file (.json or .json.gz), in its order.
 
-    Raises FileNotFoundError where folder, file or all pictures are missing, ValueError where the
-    file holds no COCO captions.
+    Raises FileNotFoundError if folder, file or all images are missing, ValueError for other JSON.
     """
     records = _open_records(images)
     coco = _read_annotations(annotations)
-    rows = coco.get("images") if isinstance(coco, dict) else None
-    notes = coco.get("annotations") if isinstance(coco, dict) else None
+    rows, notes = (
+        coco.get(name) if isinstance(coco, dict) else None for name in ("images", "annotations")
+    )
     if not _have_keys(rows, "id", "file_name") or not _have_keys(notes, "image_id", "caption"):
         raise ValueError(
             f"{annotations} is no COCO captions file: it needs 'images' with id and file_name and "
@@ -85,15 +84,12 @@ def read_coco_records(images: Path, annotations: Path) -> ImageRecords:
 def read_folder_records(
     images: Path, *, part: FolderPart = "all", caption_key: str = "text"
 ) -> ImageRecords:
-    """The pictures of a folder: those its metadata.jsonl names, else all, in order of name.
+    """Returns the images that a folder's metadata.jsonl names, else all, in order of name.
 
     A line of metadata.jsonl has file_name and, under `caption_key`, a caption or a list of them.
-    Without that file the caption of a.jpg is a.txt beside it, whose lines are joined, as those of a
-    .txt in a shard are. Links to folders are followed; hidden ones are left out.
-    part: "val" is one in ten, by a checksum of the name, so that a picture that is added or taken
-    away moves no other; "train" is the rest.
-    Raises FileNotFoundError where there is no folder or no picture with a caption, ValueError for
-    a line that is not as described.
+    Without that file a.txt holds the caption of a.jpg. It follows links to folders.
+    part: "val" is one in ten, by a checksum of the name, so that adding an image moves no other.
+    Raises FileNotFoundError without folder or captioned image, ValueError for a bad line.
     """
     if part not in get_args(FolderPart):
         raise ValueError(f"part must be {', '.join(get_args(FolderPart))}, got '{part}'")
@@ -105,12 +101,10 @@ def read_folder_records(
                 records.add(file_name, text if isinstance(text, list) else [text], {})
         return _require_usable(records, f"named by {metadata} with a '{caption_key}'")
     for path in sorted(_walk_files(images)):
-        file_name = path.relative_to(images).as_posix()
-        suffix = path.suffix.lower()
-        if suffix not in IMAGE_SUFFIXES + UNSUPPORTED_SUFFIXES or part not in (
-            "all",
-            _choose_part(file_name),
-        ):
+        file_name, suffix = path.relative_to(images).as_posix(), path.suffix.lower()
+        if suffix not in IMAGE_SUFFIXES + UNSUPPORTED_SUFFIXES:
+            continue
+        if part not in ("all", _choose_part(file_name)):
             continue
         if is_hidden(file_name):
             records.skip("hidden", file_name)
@@ -122,19 +116,18 @@ def read_folder_records(
 
 
 def list_image_files(folder: Path) -> list[Path]:
-    """The picture files that lie in a folder itself, in order of name, without hidden ones."""
+    """Returns the image files directly in a folder, in order of name, without hidden ones."""
     found = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     return sorted(path for path in found if not is_hidden(path.name))
 
 
 def is_hidden(file_name: str) -> bool:
-    """Whether a file, or a folder on the way to it, is of a program's own: .name or __MACOSX."""
+    """Whether a part of the path is named .name or __MACOSX."""
     parts = PurePosixPath(file_name).parts
     return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
 def _add_with_text(records: ImageRecords, file_name: str) -> None:
-    """Take a picture with the text of the .txt file beside it."""
     text = (records.root / file_name).with_suffix(".txt")
     try:
         texts = [read_text(text)] if text.is_file() else []
@@ -145,23 +138,19 @@ def _add_with_text(records: ImageRecords, file_name: str) -> None:
 
 
 def _walk_files(root: Path) -> Iterator[Path]:
-    """All files below a folder, each folder once: those that lie there, then linked ones."""
+    """Yields all files below a folder, each folder once: its own first, then linked ones."""
     seen, links = set(), [root]
     while links:
         for folder, names, files in os.walk(links.pop(0)):
-            place = os.path.realpath(folder)
-            if place in seen:
+            real = os.path.realpath(folder)
+            if real in seen:
                 names.clear()
                 continue
-            seen.add(place)
+            seen.add(real)
             yield from (Path(folder, name) for name in files)
             linked = sorted(path for name in names if (path := Path(folder, name)).is_symlink())
-            # A folder that holds this one would bring it in again, with all that lies beside it.
-            links += [path for path in linked if not _contains(path, place)]
-
-
-def _contains(link: Path, place: str) -> bool:
-    return Path(place).is_relative_to(os.path.realpath(link))
+            # A link to a folder that contains this one would add all its other content.
+            links += [p for p in linked if not Path(real).is_relative_to(os.path.realpath(p))]
 
 
 def _choose_part(file_name: str) -> FolderPart:
@@ -175,7 +164,7 @@ def _open_records(images: Path) -> ImageRecords:
 
 
 def _require_usable(records: ImageRecords, wanted: str) -> ImageRecords:
-    if not records.found:
+    if not records.usable:
         counts = {reason: len(names) for reason, names in records.skipped.items()}
         unread = any(reason.endswith("not read") for reason in counts)
         remedy = f" (convert to one of {', '.join(IMAGE_SUFFIXES)})" if unread else ""
@@ -183,13 +172,8 @@ def _require_usable(records: ImageRecords, wanted: str) -> ImageRecords:
     return records
 
 
-def _is_inside(file_name: str) -> bool:
-    path = PurePosixPath(file_name)
-    return not path.is_absolute() and ".." not in path.parts
-
-
 def _have_keys(rows: Any, *keys: str) -> bool:
-    """Whether rows is a list, not empty, of objects that all have these keys."""
+    """Whether rows is a non-empty list of objects that all have these keys."""
     return (
         isinstance(rows, list)
         and len(rows) > 0

@@ -1,31 +1,23 @@
-"""Painted pictures to shards, laid out as `prepare.py` lays out pictures that come from files.
+"""Generated images to tar shards, laid out as writer.py says.
 
-    out/00000.tar          000000000.png 000000000.json 000000000.txt 000000001.png ...
-    out/00000_stats.json   what became of that shard, and its digest; written last
-    out/prepare.json       the settings, so that a second call resumes and none mixes
-    out/report.json        what was written and what was left out; out/index.npz: where samples lie
-
-A picture that is left out leaves a hole in the keys, so that keys stay numbers of pictures.
+Keys number the images: one that the score filter drops leaves a gap.
 """
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ldm.data.prepare.prompts import LABEL_FIELD
-from ldm.data.prepare.writer import write_json
-from ldm.data.shards.reader import write_shard
+from ldm.data.prepare.writer import OutputShard
+from ldm.utils.files import write_json
 from ldm.utils.hashing import hash_file
-
-MAX_SAMPLES_PER_SHARD = 10_000  # a key is five digits of shard, four of sample
 
 
 @dataclass(frozen=True)
 class GeneratedSample:
-    """An encoded picture and what its json says: its prompt, seed, score and label, at least."""
+    """An encoded image and its JSON fields: prompt, seed, score and label, at least."""
 
     image: bytes
     fields: dict[str, Any]
@@ -33,111 +25,66 @@ class GeneratedSample:
 
 @dataclass(frozen=True)
 class ScoreFilter:
-    """Which pictures of a shard stay: by score, those from `least` on, and the best `share`.
+    """Which images of a shard to write: those from `min_score` on, of the best share `keep`.
 
-    share: of the shard's pictures, in (0, 1]. None leaves none out.
+    keep: a share of the shard's images, in (0, 1]; None drops none.
     """
 
     min_score: float | None = None
-    share: float | None = None
+    keep: float | None = None
 
     def __call__(self, scores: Sequence[float | None]) -> list[bool]:
-        """Whether each stays; of equal scores the earlier ones."""
-        if self.min_score is None and self.share is None:
+        """Returns whether to write each image; of equal scores the earlier ones."""
+        if self.min_score is None and self.keep is None:
             return [True] * len(scores)
         best = sorted(range(len(scores)), key=lambda i: -scores[i])
-        stay = set(best if self.share is None else best[: max(1, round(self.share * len(best)))])
-        return [
-            i in stay and (self.min_score is None or s >= self.min_score)
-            for i, s in enumerate(scores)
-        ]
+        if self.keep is not None:
+            best = best[: max(1, round(self.keep * len(best)))]
+        chosen = set(best)
+        least = self.min_score
+        return [i in chosen and (least is None or s >= least) for i, s in enumerate(scores)]
 
 
-@dataclass(frozen=True)
-class GeneratedShard:
-    """One shard of a set: which pictures, by number, it is made of."""
+def write_generated_shard(
+    shard: OutputShard,
+    generate: Callable[[Sequence[int]], Iterable[GeneratedSample]],
+    *,
+    score_filter: ScoreFilter,
+    suffix: str,
+    batch: int,
+) -> None:
+    """Generates the images whose numbers are the shard's items; writes the shard and its stats."""
+    numbers = shard.items
+    firsts = range(0, len(numbers), batch)
+    samples = [sample for at in firsts for sample in generate(numbers[at : at + batch])]
+    scores = [sample.fields["score"] for sample in samples]
+    keep = score_filter(scores)
+    chosen = [(shard.key(i), sample) for i, sample in enumerate(samples) if keep[i]]
 
-    folder: Path
-    number: int
-    pictures: range
+    def encode(key: str, sample: GeneratedSample) -> dict[str, bytes]:
+        prompt = sample.fields["prompt"]
+        record = json.dumps({"key": key, "caption": prompt, **sample.fields})
+        return {suffix: sample.image, "txt": prompt.encode(), "json": record.encode()}
 
-    def finished(self) -> dict[str, Any] | None:
-        """What became of it, if an earlier call has finished it and it is still as it was."""
-        try:
-            stats = json.loads(self._stats.read_text())
-            whole = not stats["successes"] or hash_file(self._tar) == stats["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return stats if whole else None
-
-    def write(
-        self,
-        generate: Callable[[Sequence[int]], Iterable[GeneratedSample]],
-        *,
-        score_filter: ScoreFilter,
-        suffix: str,
-        batch: int,
-    ) -> None:
-        """Paint its pictures, `batch` at a time, and write those that stay; then its statistics."""
-        firsts = range(0, len(self.pictures), batch)
-        made = [one for at in firsts for one in generate(self.pictures[at : at + batch])]
-        scores = [one.fields["score"] for one in made]
-        stays = score_filter(scores)
-
-        def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
-            for place, (one, stay) in enumerate(zip(made, stays, strict=True)):
-                if stay:
-                    key = f"{self.number:05d}{place:04d}"
-                    text = one.fields["prompt"].encode()
-                    record = json.dumps({"key": key, "caption": one.fields["prompt"], **one.fields})
-                    yield key, {suffix: one.image, "txt": text, "json": record.encode()}
-
-        self._tar.unlink(missing_ok=True)
-        written = write_shard(self._tar, samples()) if any(stays) else 0
-        labels = [one.fields[LABEL_FIELD] for one, stay in zip(made, stays, strict=True) if stay]
-        stats = {
-            "count": len(made),
-            "successes": written,
-            "labels": Counter(str(label) for label in labels if label is not None),
-            "scores": scores,  # of all, so that a bar can be chosen by them
-            "sha256": hash_file(self._tar) if written else None,
-        }
-        write_json(self._stats, stats)
-
-    @property
-    def _tar(self) -> Path:
-        return self.folder / f"{self.number:05d}.tar"
-
-    @property
-    def _stats(self) -> Path:
-        return self.folder / f"{self.number:05d}_stats.json"
-
-
-def plan_shards(folder: Path, *, count: int, samples_per_shard: int) -> list[GeneratedShard]:
-    """The shards of `count` pictures, `each` in one.
-
-    Raises ValueError for numbers that make no set.
-    """
-    for name, value, most in (
-        ("samples_per_shard", samples_per_shard, MAX_SAMPLES_PER_SHARD),
-        ("n", count, 10**5 * samples_per_shard),
-    ):
-        if not 1 <= value <= most:
-            raise ValueError(f"{name} must be in 1..{most:,}, got {value:,}")
-    firsts = range(0, count, samples_per_shard)
-    return [
-        GeneratedShard(folder, number, range(first, min(first + samples_per_shard, count)))
-        for number, first in enumerate(firsts)
-    ]
+    written = shard.write((key, encode(key, sample)) for key, sample in chosen)
+    labels = [sample.fields[LABEL_FIELD] for _, sample in chosen]
+    stats = {
+        "count": len(samples),
+        "successes": written,
+        "labels": Counter(str(label) for label in labels if label is not None),
+        "scores": scores,  # of all images, to choose another min_score by
+        "sha256": hash_file(shard.tar) if written else None,
+    }
+    write_json(shard.stats, stats)
 
 
 def sum_shard_stats(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What became of all shards: counts, kept pictures by label, and scores where there are any."""
+    """Returns the report of all shards: counts, written images by label, and the scores if any."""
     labels = sum((Counter(one["labels"]) for one in stats), Counter())
     scores = [score for one in stats for score in one["scores"] if score is not None]
-    painted, written = (sum(one[name] for one in stats) for name in ("count", "successes"))
-    told = {"painted": painted, "written": written, "dropped": painted - written}
+    generated, written = (sum(one[name] for one in stats) for name in ("count", "successes"))
+    report = {"painted": generated, "written": written, "dropped": generated - written}
     if scores:
         mean = round(sum(scores) / len(scores), 3)
-        told["score"] = {"least": min(scores), "mean": mean, "most": max(scores)}
-    return told | {"labels": dict(sorted(labels.items()))}
+        report["score"] = {"least": min(scores), "mean": mean, "most": max(scores)}
+    return report | {"labels": dict(sorted(labels.items()))}

@@ -16,12 +16,13 @@ from typing import Any, Literal
 import numpy as np
 
 from ldm.data.captions import CaptionCount
-from ldm.data.shards.cache import ShardCache, hold_lock
+from ldm.data.shards.cache import ShardCache
 from ldm.data.shards.locations import ShardSource, locate_shards, redact_source
 from ldm.data.shards.parallel_scan import TAR_BLOCK_BYTES, measure_short_sides, scan_in_parallel
 from ldm.data.shards.remote import RemoteShard
 from ldm.data.shards.tar_headers import SPARSE_MEMBER, ShardError
 from ldm.utils.files import replace_file, resolve_path
+from ldm.utils.locks import hold_lock
 
 INDEX_NAME = "index.npz"
 

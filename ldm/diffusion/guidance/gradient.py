@@ -1,4 +1,4 @@
-"""Guidance by a gradient: towards what something else than the denoiser says of the picture.
+"""Guidance by the gradient of a classifier or of CLIP.
 
 By Bayes' rule x0_hat given y is x0_hat + sigma^2 / alpha times the gradient of log p(y | x_t) with
 respect to x_t (Dhariwal and Nichol 2021, arXiv:2105.05233, section 4, with Tweedie's formula), on
@@ -12,37 +12,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.diffusion.conditioning import Condition
+from ldm.diffusion.conditioning import Conditioning, GuidancePrompts
 from ldm.diffusion.guidance.base import (
     ConditionalDenoiser,
     Denoise,
     Guidance,
-    GuidancePrompts,
     check_guidance_interval,
     restrict_to_interval,
 )
 from ldm.diffusion.samplers.spacing import find_timesteps_at_ratio
 from ldm.diffusion.schedules import Schedule, expand_dims_like
 
-# The least alpha / sigma at which a gradient is taken. Where alpha goes to 0 the gradient goes to 0
-# as well and its factor to infinity; their product has a limit. At this ratio it is 3e-4 from that
-# limit on the mixture of the tests, and float32 has digits enough for it.
+# The smallest alpha / sigma at which a gradient is taken. As alpha goes to 0 the gradient goes to 0
+# and its factor to infinity; their product has a limit. This ratio is 3e-4 from that limit on the
+# mixture of the tests, and float32 has enough digits there.
 MIN_GRADIENT_SIGNAL = 1e-3
 
-# Prompts, one an image, to a function of x_t (B, C, h, w) and t: log p(prompt | x_t), (B,)
+# One prompt per image -> a function of x_t (B, C, h, w) and t: log p(prompt | x_t), (B,)
 Classify = Callable[[Sequence[str]], Callable[[Tensor, Tensor], Tensor]]
-# Prompts, one an image, to a function of x0_hat (B, C, h, w): how well it fits, (B,), as log p
+# One prompt per image -> a function of x0_hat (B, C, h, w): how well it fits, (B,), as log p
 RewardModel = Callable[[Sequence[str]], Callable[[Tensor], Tensor]]
 LogProbFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # x_t, t -> x0_hat, log p (B,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientGuidance(ABC):
-    """What both kinds of steering share. A scale of 1 is Bayes' rule, 0 leaves `inner` as it is.
+    """Adds scale sigma^2 / alpha times a gradient to the x0_hat of `inner`.
 
-    inner: the guidance of the denoiser itself. interval: the times that are steered, from 0 (data)
-    to 1. Where alpha / sigma is below LEAST_SIGNAL, x_t is taken for one of the time that has it.
-    Raises ValueError for an interval that is none.
+    Scale 1 is Bayes' rule, scale 0 is `inner` alone. inner: the guidance of the denoiser itself.
+    interval: the guided times, from 0 (data) to 1 (noise). Where alpha / sigma is below
+    MIN_GRADIENT_SIGNAL, x_t is treated as one at the time of that ratio.
     """
 
     schedule: Schedule
@@ -53,89 +52,72 @@ class GradientGuidance(ABC):
     def __post_init__(self) -> None:
         check_guidance_interval(self.interval)
 
-    def __call__(
-        self,
-        denoise: ConditionalDenoiser,
-        cond: Condition,
-        uncond: Condition,
-        words: GuidancePrompts | None = None,
-    ) -> Denoise:
-        inner = self.inner(denoise, cond, uncond, words)
+    def __call__(self, denoise: ConditionalDenoiser, conditioning: Conditioning) -> Denoise:
+        inner = self.inner(denoise, conditioning)
         if self.scale == 0:
             return inner
-        look = self.look(inner, require_prompts(words))
-        most = torch.tensor(1 / MIN_GRADIENT_SIGNAL, dtype=torch.float64)
-        latest = find_timesteps_at_ratio(
-            self.schedule, most
-        ).item()  # 1 where all times have more signal
+        prompts = conditioning.require_prompts("guidance by a gradient")
+        log_prob = self.make_log_prob(inner, prompts.texts)
+        ratio = torch.tensor(1 / MIN_GRADIENT_SIGNAL, dtype=torch.float64)
+        latest = find_timesteps_at_ratio(self.schedule, ratio).item()
 
-        def steered(x_t: Tensor, t: Tensor) -> Tensor:
+        def guided(x_t: Tensor, t: Tensor) -> Tensor:
             t = t.clamp(max=latest)
             with torch.enable_grad():
                 x = x_t.detach().requires_grad_()
-                x0_hat, log_p = look(x, t)
+                x0_hat, log_p = log_prob(x, t)
                 (gradient,) = torch.autograd.grad(log_p.sum(), x)
             alpha, sigma = self.schedule(t.to(x_t.device))
-            lean = self.scale * sigma.square() / alpha
-            return x0_hat.detach() + expand_dims_like(lean, x_t).to(x_t.dtype) * gradient
+            factor = expand_dims_like(self.scale * sigma.square() / alpha, x_t)
+            return x0_hat.detach() + factor.to(x_t.dtype) * gradient
 
-        return restrict_to_interval(self.interval, steered, inner)
+        return restrict_to_interval(self.interval, guided, inner)
 
-    def reads_negative(self, prompts: Sequence[str]) -> bool:
-        """Whether the inner one does."""
+    def reads_negative(self, prompts: GuidancePrompts) -> bool:
         return self.inner.reads_negative(prompts)
 
     @abstractmethod
-    def look(self, inner: Denoise, prompts: Sequence[str]) -> LogProbFunction:
-        """From x_t and t to the inner x0_hat and log p (B,), whose gradient reaches x_t."""
+    def make_log_prob(self, inner: Denoise, texts: Sequence[str]) -> LogProbFunction:
+        """x_t and t to the inner x0_hat and log p (B,), whose gradient reaches x_t."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierGuidance(GradientGuidance):
     """Classifier guidance: the gradient of a classifier that was trained on noisy latents.
 
-    Where the classifier is exact and the scale 1, pictures are of the conditional distribution,
-    whether or not the denoiser was ever told of a condition.
+    With an exact classifier and scale 1, images follow the conditional distribution, even if the
+    denoiser has no condition.
     """
 
     classifier: Classify
 
-    def look(self, inner: Denoise, prompts: Sequence[str]) -> LogProbFunction:
-        """The classifier sees x_t itself."""
-        opinion = self.classifier(prompts)
+    def make_log_prob(self, inner: Denoise, texts: Sequence[str]) -> LogProbFunction:
+        classify = self.classifier(texts)
 
-        def beside(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.no_grad():  # the denoiser keeps nothing for a gradient that it has not
+        def log_prob(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():  # the gradient does not pass through the denoiser
                 x0_hat = inner(x, t)
-            return x0_hat, opinion(x, t)
+            return x0_hat, classify(x, t)
 
-        return beside
+        return log_prob
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipGuidance(GradientGuidance):
-    """CLIP guidance: the gradient, through x0_hat, of something that knows clean pictures alone.
+    """CLIP guidance: the gradient, through x0_hat, of a model of clean images.
 
-    A judge such as CLIP needs no training on noise: what it is shown is the denoiser's own answer,
-    and its gradient goes back through the denoiser to x_t (Bansal et al. 2023, Universal Guidance,
+    The reward model reads the denoiser's x0_hat, so that it needs no training on noise; its
+    gradient goes back through the denoiser to x_t (Bansal et al. 2023, Universal Guidance,
     arXiv:2302.07121, section 3.1). A step costs about three calls of the network.
     """
 
     reward_model: RewardModel
 
-    def look(self, inner: Denoise, prompts: Sequence[str]) -> LogProbFunction:
-        """The judge sees what the denoiser makes of x_t."""
-        opinion = self.reward_model(prompts)
+    def make_log_prob(self, inner: Denoise, texts: Sequence[str]) -> LogProbFunction:
+        reward = self.reward_model(texts)
 
-        def through(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        def log_prob(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             x0_hat = inner(x, t)
-            return x0_hat, opinion(x0_hat)
+            return x0_hat, reward(x0_hat)
 
-        return through
-
-
-def require_prompts(prompts: GuidancePrompts | None) -> Sequence[str]:
-    """The prompts to be steered to; ValueError where there are none to be read."""
-    if prompts is None:
-        raise ValueError("guidance by a gradient reads the prompts: call it with words=Words(...)")
-    return prompts.prompts
+        return log_prob

@@ -1,4 +1,4 @@
-"""Random masks that inpainting is trained with.
+"""Random masks for the training of inpainting.
 
 Shapes: B batch, H W pixels.
 """
@@ -11,34 +11,27 @@ from torch import Tensor
 
 from ldm.diffusion.rng import Generators, rand
 
-STROKE_CORNERS = 4  # of a stroke
-MASK_KIND_BOUNDS = (
-    0.35,
-    0.6,
-    0.85,
-)  # where rectangles, strokes and half-planes end; the rest hides all
-_NUMBERS_PER_MASK = 1 + 2 * STROKE_CORNERS  # numbers a mask, as many as a stroke takes
+STROKE_CORNERS = 4
+MASK_KIND_BOUNDS = (0.35, 0.6, 0.85)  # shares of rectangles, strokes, half-planes; then all masked
+_NUMBERS_PER_MASK = 1 + 2 * STROKE_CORNERS  # those of a stroke, which takes the most
 
 
 def random_masks(
     n: int, height: int, width: int, *, generator: Generators, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Masks (B, 1, H, W) of 0 and 1, where 1 is hidden: rectangles, strokes, half-planes, or all.
+    """Masks (B, 1, H, W) of 0 and 1, where 1 is masked: rectangles, strokes, half-planes, or all.
 
-    The kinds are those that people draw, and one in seven hides the whole picture, which keeps the
-    model able to paint from words alone. Each hides one pixel or more.
+    The kinds are those that people draw; masks of the whole image keep the model able to generate
+    from text alone. Each mask has one pixel or more.
     """
-    kind, *u = (
-        rand((n, 1 + _NUMBERS_PER_MASK), generator, device=device).float().unbind(1)
-    )  # (B,) each
+    numbers = rand((n, 1 + _NUMBERS_PER_MASK), generator, device=device).float()
+    kind, *u = (part[:, None, None] for part in numbers.unbind(1))  # (B, 1, 1) each
     y = (torch.arange(height, device=device) + 0.5)[None, :, None] / height  # (1, H, 1)
     x = (torch.arange(width, device=device) + 0.5)[None, None, :] / width  # (1, 1, W)
-    u = [part[:, None, None] for part in u]  # (B, 1, 1) each
     hidden = torch.ones(n, height, width, dtype=torch.bool, device=device)
-    for shape, end in reversed(
-        list(zip((_rectangle, _stroke, _half_plane), MASK_KIND_BOUNDS, strict=True))
-    ):
-        hidden = torch.where((kind < end)[:, None, None], shape(x, y, u), hidden)
+    shapes = zip((_rectangle, _stroke, _half_plane), MASK_KIND_BOUNDS, strict=True)
+    for shape, end in reversed(list(shapes)):
+        hidden = torch.where(kind < end, shape(x, y, u), hidden)
     hidden[:, height // 2, width // 2] |= ~hidden.flatten(1).any(1)
     return hidden[:, None].float()
 
@@ -58,14 +51,14 @@ def _half_plane(x: Tensor, y: Tensor, u: list[Tensor]) -> Tensor:
 
 
 def _stroke(x: Tensor, y: Tensor, u: list[Tensor]) -> Tensor:
-    """A broken line between random corners, 0.1 to 0.25 thick."""
+    """A polyline between random corners, 0.1 to 0.25 thick."""
     radius = 0.05 + 0.075 * u[0]
     corners = list(zip(u[1::2], u[2::2], strict=True))
-    drawn = torch.zeros((), dtype=torch.bool, device=x.device)
+    stroke = torch.zeros((), dtype=torch.bool, device=x.device)
     for (x0, y0), (x1, y1) in pairwise(corners):
         dx, dy = x1 - x0, y1 - y0
         length = (dx.square() + dy.square()).clamp(min=1e-12)
         along = (((x - x0) * dx + (y - y0) * dy) / length).clamp(0, 1)
-        away = (x - x0 - along * dx).square() + (y - y0 - along * dy).square()
-        drawn = drawn | (away < radius.square())
-    return drawn
+        distance = (x - x0 - along * dx).square() + (y - y0 - along * dy).square()
+        stroke = stroke | (distance < radius.square())
+    return stroke

@@ -1,4 +1,4 @@
-"""What frozen text encoders share: captions to ids of one length, and the empty caption kept.
+"""What frozen text encoders share: a tokenizer with one fixed length, and a cached empty caption.
 
 Shapes: B captions, L tokens (`max_length`).
 """
@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ldm.diffusion.conditioning import Condition
-from ldm.models.text.labels import ensure_caption_list
 
 
 class CaptionTokenizer:
-    """Captions to token ids of one fixed length, the way published weights were trained.
+    """Captions to token ids of one fixed length, as published weights were trained with.
 
-    A row is a caption as its tokenizer has it, then padding. A caption that is too long loses its
-    last words and keeps the end token, off which CLIP reads its summary. `seen` counts the captions
-    so far, `truncated` those that were cut.
+    A row is a caption's tokens, then padding. A caption that is too long loses its last words but
+    not the end token, whose state is CLIP's summary. `seen` counts the captions so far, `truncated`
+    those that were cut.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
@@ -28,19 +27,16 @@ class CaptionTokenizer:
         self.seen = self.truncated = 0
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Token ids (B, L), int64, on the CPU; any string is accepted, also half an emoji.
+        """Returns token ids (B, L), int64, on the CPU; any string is accepted, also half an emoji.
 
-        Raises TypeError where `captions` is one string, which would read as a list of letters.
+        Raises TypeError where `captions` is one string.
         """
         return self.tokenize_with_mask(captions)[0]
 
     def tokenize_with_mask(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """As when called, and where the ids are no padding, (B, L) bool."""
+        """Returns ids (B, L) and a mask (B, L), False at the padding."""
         # A lone surrogate (a cut emoji, an undecodable argument) has no UTF-8 and becomes "?".
-        texts = [
-            each.encode("utf-8", "replace").decode("utf-8")
-            for each in ensure_caption_list(captions)
-        ]
+        texts = [text.encode("utf-8", "replace").decode() for text in ensure_caption_list(captions)]
         rows = self.tokenizer(texts, verbose=False)["input_ids"]
         lengths = [len(row) for row in rows]
         self._count(lengths, texts)
@@ -66,7 +62,9 @@ class CaptionTokenizer:
 
 
 class FrozenTextEncoder(nn.Module):
-    """A text encoder that is not trained: captions to a Condition, by `forward`."""
+    """A text encoder that is not trained; subclasses encode captions by `forward`."""
+
+    names = ()
 
     def __init__(self, model: nn.Module, tokenize: CaptionTokenizer) -> None:
         super().__init__()
@@ -85,14 +83,21 @@ class FrozenTextEncoder(nn.Module):
         return self.tokenize.truncated
 
     def null(self, n: int) -> Condition:
-        """The empty caption's condition `n` times: encoded once, then kept and expanded."""
+        """Returns the empty caption's condition `n` times; it is encoded once."""
         key = (self.model.device, self.model.dtype)
         if key not in self._null:
-            # First asked for under inference_mode (a validation), it must still serve in training.
+            # A validation may call this first, under inference_mode; training uses the result too.
             with torch.inference_mode(False):
                 self._null[key] = self([""])
         return self._null[key].map(lambda part: part.expand(n, *part.shape[1:]))
 
     def train(self, mode: bool = True) -> "FrozenTextEncoder":
-        """Stays in eval mode whatever the module around it is told."""
+        """Stays in eval mode."""
         return super().train(False)
+
+
+def ensure_caption_list(captions: Sequence[str]) -> Sequence[str]:
+    """Returns the captions; raises TypeError for one string, which is a sequence of letters."""
+    if isinstance(captions, str):
+        raise TypeError(f"captions is a list, not one string: write [{captions[:40]!r}]")
+    return captions

@@ -5,43 +5,50 @@ from collections.abc import Sequence
 import torch
 
 from ldm.diffusion.conditioning import Condition
+from ldm.models.base import TextEncoder
 
 
 class CachedTextEncoder:
-    """What `text` makes of captions, kept on the host up to `gib`, for captions that come again.
+    """Caches the conditions of `text` on the host, up to `gib`.
 
-    The same prompts are painted at each evaluation, and a large text encoder is slower than it
-    takes to fetch what it said.
+    Each evaluation uses the same prompts, and a large text encoder is slower than the transfer.
     """
 
-    def __init__(self, text, *, gib: float = 4.0) -> None:
+    def __init__(self, text: TextEncoder, *, gib: float = 4.0) -> None:
         self.text = text
-        self.room = gib * 2**30
-        self.kept: dict[str, Condition] = {}
+        self.width, self.pooled_width = text.width, text.pooled_width
+        self.max_length, self.names = text.max_length, text.names
+        self.free_bytes = gib * 2**30
+        self.cache: dict[str, Condition] = {}
+
+    @property
+    def truncated(self) -> int:
+        """The number of captions so far that were cut."""
+        return self.text.truncated
 
     def __call__(self, captions: Sequence[str]) -> Condition:
-        """As the text encoder's own, on the device where it is."""
+        """Returns the text encoder's condition, on its device."""
         if isinstance(captions, str) or not captions:
-            return self.text(captions)  # which says what is wrong
-        rows = {caption: self.kept[caption] for caption in captions if caption in self.kept}
+            return self.text(captions)  # which raises
+        rows = {caption: self.cache[caption] for caption in captions if caption in self.cache}
         if new := [caption for caption in dict.fromkeys(captions) if caption not in rows]:
             cond = self.text(new)
             for i, caption in enumerate(new):
                 rows[caption] = cond.map(lambda part, i=i: part[i : i + 1])
                 self._store_in_cache(caption, rows[caption])
-        # Where there are no parts at all, there is nothing to be moved.
-        places = (part.device for part in self.null(1).parts() if part is not None)
-        device = next(places, "cpu")
+        # The null condition is on the encoder's device; it may have no parts at all.
+        devices = (part.device for part in self.null(1).parts() if part is not None)
+        device = next(devices, "cpu")
         parts = zip(*(rows[caption].to(device).parts() for caption in captions), strict=True)
         return Condition(*(None if part[0] is None else torch.cat(part) for part in parts))
 
     def null(self, n: int) -> Condition:
-        """As the text encoder's own."""
+        """Returns the text encoder's null condition."""
         return self.text.null(n)
 
     def _store_in_cache(self, caption: str, row: Condition) -> None:
         size = sum(part.nbytes for part in row.parts() if part is not None)
-        if size <= self.room:
-            # A copy: a part of a batch would hold all of it.
-            self.kept[caption] = row.map(lambda part: part.detach().to("cpu", copy=True))
-            self.room -= size
+        if size <= self.free_bytes:
+            # A copy, as a slice would hold the memory of its whole batch.
+            self.cache[caption] = row.map(lambda part: part.detach().to("cpu", copy=True))
+            self.free_bytes -= size

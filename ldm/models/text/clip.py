@@ -1,4 +1,4 @@
-"""Frozen text encoders: captions to the states that a denoiser attends to.
+"""CLIP's text encoder, frozen: captions to the states that a denoiser attends to.
 
 Shapes: B captions, L tokens (`max_length`), D text width, P pooled width.
 """
@@ -25,13 +25,12 @@ ClipModelType = TypeVar("Model", CLIPTextModel, CLIPModel)
 class ClipTextEncoder(FrozenTextEncoder):
     """A frozen CLIP text encoder with its own tokenizer, as Stable Diffusion 1.x uses it.
 
-    `path` is a folder with a CLIPTextModel or a whole CLIPModel and its tokenizer, a diffusers
-    pipeline folder, a run directory with `clip/`, `packaged:clip` (comes with ldm), or the name of
-    a CLIP model on the hub.
-    `width` is D and `max_length` is L; `pooled_width` is P, 0 unless `pooled`. Pooled states are
-    whitened where the folder says how, as those that `train.py` writes do.
+    path: a folder with a CLIPTextModel or a whole CLIPModel and its tokenizer, a diffusers pipeline
+    folder, a run directory with `clip/`, `packaged:clip` (comes with ldm), or the name of a CLIP
+    model on the hub.
+    `width` is D, `max_length` is L, `pooled_width` is P, 0 unless `pooled`. Pooled states are
+    whitened if the folder has a whitening, as those of `train.py` do.
     Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", 3.3.
-    Raises what `load_clip` and `Whitening.load` raise.
     """
 
     def __init__(self, path: str, *, pooled: bool = False) -> None:
@@ -46,7 +45,7 @@ class ClipTextEncoder(FrozenTextEncoder):
 
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> Condition:
-        """The states after the last LayerNorm; if asked, that at the end token is `pooled`.
+        """Returns the states after the last LayerNorm; that of the end token may be `pooled`.
 
         `mask` is None: published denoisers were trained to attend to the padding as well.
         """
@@ -57,17 +56,17 @@ class ClipTextEncoder(FrozenTextEncoder):
 
 
 def load_clip(kind: type[ClipModelType], path: str) -> tuple[ClipModelType, CLIPTokenizer]:
-    """A CLIP model in float32 with its tokenizer, from a folder or by its name on the hub.
+    """Loads a CLIP model in float32 and its tokenizer, from a folder or by its name on the hub.
 
-    A folder is never looked up on the hub, and no pickle is executed.
-    Raises OSError where there is no such model or its files cannot be read, and ValueError where
-    the weights or the tokenizer do not belong to the model.
+    A folder is never searched on the hub, and no pickle is executed.
+    Raises OSError where the model cannot be read, and ValueError where weights or tokenizer do not
+    belong to it.
     """
     folder = resolve_path(path)
     local = folder.is_dir()
     model_at, tokenizer_at = _find_clip_folders(folder) if local else (path, path)
     # The model first: without a network a hub name fails here within seconds, while the tokenizer
-    # retries for minutes and then comes back empty.
+    # retries for minutes and is empty then.
     try:
         model = load_pretrained_model(kind, model_at, local=local)
     except (OSError, SafetensorError, UnpicklingError) as error:
@@ -78,7 +77,7 @@ def load_clip(kind: type[ClipModelType], path: str) -> tuple[ClipModelType, CLIP
         ) from error
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_at, local_files_only=local)
     vocab_size = model.config.get_text_config().vocab_size
-    # transformers makes an empty tokenizer of missing files without a word.
+    # transformers returns an empty tokenizer if files are missing.
     if len(tokenizer) != vocab_size:
         raise ValueError(
             f"the tokenizer in '{tokenizer_at}' has {len(tokenizer)} tokens, the model's embedding "
@@ -88,7 +87,7 @@ def load_clip(kind: type[ClipModelType], path: str) -> tuple[ClipModelType, CLIP
 
 
 def _find_clip_folders(folder: Path) -> tuple[Path, Path]:
-    """Where a model and its tokenizer lie in a folder: pipeline, run directory, or plain."""
+    """The folders of model and tokenizer in a pipeline folder, run directory or plain folder."""
     if (folder / "text_encoder").is_dir():
         return folder / "text_encoder", folder / "tokenizer"
     if (folder / "clip").is_dir():

@@ -1,4 +1,4 @@
-"""T5's encoder as a frozen text encoder: language alone, no pictures, as Imagen has it.
+"""T5's text encoder, frozen: trained on language only, as in Imagen.
 
 Shapes: B captions, L tokens (`max_length`), D text width.
 """
@@ -21,17 +21,15 @@ T5_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 
 class T5TextEncoder(FrozenTextEncoder):
-    """A frozen T5 encoder with its own tokenizer, from a folder or by its name on the hub.
+    """A frozen T5 encoder with its own tokenizer.
 
-    `path` is a folder with a T5 model and its tokenizer, a diffusers pipeline folder whose
-    `text_encoder` or `text_encoder_<n>` is one, or such as google/flan-t5-base. Only safetensors
-    are opened. `max_length` is L: T5 has no longest caption, and a denoiser attends to L tokens.
-    `dtype` is what it computes in; float16 is no choice, as published weights overflow in it.
-    With `pooled` the mean over a caption's tokens goes to the time embedding as well.
+    path: a folder with a T5 model and its tokenizer, a diffusers pipeline folder whose
+    `text_encoder` or `text_encoder_<n>` is one, or a name on the hub such as google/flan-t5-base.
+    Only safetensors are opened. max_length: L, as T5 has no longest caption. dtype: of the
+    computation; published weights overflow in float16. pooled: the mean over a caption's tokens is
+    added to the time embedding as well.
     Saharia et al. 2022, "Photorealistic Text-to-Image Diffusion Models with Deep Language
     Understanding", 2.1.
-    Raises OSError where there is no such model, ValueError where its files do not fit one another
-    or are of another model, and for another `dtype`.
     """
 
     def __init__(
@@ -56,15 +54,11 @@ class T5TextEncoder(FrozenTextEncoder):
 
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> Condition:
-        """The encoder's states, float32, 0 at the padding, which `mask` leaves out.
-
-        Raises TypeError where `captions` is one string, which would read as a list of letters.
-        """
+        """Returns the encoder's states, float32, 0 at the padding, which `mask` leaves out."""
         device = self.model.device
-        ids, mask = (
-            part.to(device) for part in self.tokenize.tokenize_with_mask(captions)
-        )  # (B, L)
-        # Under a trainer's float16 its layers would overflow.
+        parts = self.tokenize.tokenize_with_mask(captions)
+        ids, mask = (part.to(device) for part in parts)  # (B, L)
+        # In a trainer's float16 the layers would overflow.
         with torch.autocast(device.type, enabled=False):
             states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         weights = mask[..., None].float()  # (B, L, 1)
@@ -74,9 +68,10 @@ class T5TextEncoder(FrozenTextEncoder):
 
 
 def load_t5(path: str, *, dtype: torch.dtype) -> tuple[T5EncoderModel, T5Tokenizer]:
-    """A T5 encoder with its tokenizer; a folder is never looked up on the hub.
+    """Loads a T5 encoder and its tokenizer; a folder is never searched on the hub.
 
-    Raises what `T5Text` raises.
+    Raises OSError where the model cannot be read, and ValueError where weights or tokenizer do not
+    belong to it.
     """
     folder = resolve_path(path)
     local = folder.is_dir()
@@ -99,13 +94,13 @@ def _load_tokenizer(location: Path | str, vocab_size: int, *, local: bool) -> T5
     try:
         with silence_transformers():
             tokenizer = T5Tokenizer.from_pretrained(location, local_files_only=local)
-    except (ImportError, ValueError) as error:  # it looks for another reader, and names that one
+    except (ImportError, ValueError) as error:  # transformers names another library
         raise ValueError(
             f"the tokenizer in '{location}' is a spiece.model, which takes one more library "
             "to read: pip install sentencepiece, or put the model's tokenizer.json there"
         ) from error
-    # transformers makes an empty tokenizer of missing files without a word. Published embeddings
-    # are longer than their vocabulary, up to a multiple of 128.
+    # transformers returns an empty tokenizer if files are missing. Published embeddings are longer
+    # than their vocabulary, up to a multiple of 128.
     lacking = local and not any(Path(location, name).is_file() for name in T5_TOKENIZER_FILES)
     if lacking or not vocab_size - 128 < len(tokenizer) <= vocab_size:
         raise ValueError(
@@ -116,7 +111,7 @@ def _load_tokenizer(location: Path | str, vocab_size: int, *, local: bool) -> T5
 
 
 def _find_t5_folders(folder: Path) -> tuple[Path, Path]:
-    """Where a model and its tokenizer lie in a folder: the T5 of a pipeline, or plain."""
+    """The folders of model and tokenizer in a pipeline folder or plain folder."""
     for part in sorted(folder.glob("text_encoder*/config.json")):
         if json.loads(part.read_text()).get("model_type") == "t5":
             return part.parent, folder / part.parent.name.replace("text_encoder", "tokenizer")

@@ -11,9 +11,8 @@ from ldm.utils.ema_files import delete_snapshots_after, write_snapshot
 class EMASnapshots(L.Callback):
     """Writes <folder>/step=*.safetensors every `every` optimizer steps and at the end.
 
-    A snapshot that cannot be written, on a full disk, is told once, and the training goes on: those
-    that are there serve without it. What a resumed run repeats is written again, to the same bytes.
-    Raises ValueError where `every` is below 1.
+    A snapshot that cannot be written, on a full disk, gives one warning, and the training goes on.
+    A resumed run writes the snapshots of repeated steps again, with the same bytes.
     """
 
     def __init__(self, folder: Path, *, every: int) -> None:
@@ -21,11 +20,11 @@ class EMASnapshots(L.Callback):
             raise ValueError(f"phema.every={every} must be 1 or more")
         self.folder = folder
         self.every = every
-        self.told = False
+        self.has_warned = False
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.written = 0  # there is no average of no step
-        if trainer.is_global_zero:  # later ones are of a try that left no checkpoint
+        self.written = 0  # step 0 has no average
+        if trainer.is_global_zero:  # later snapshots are of a call that left no checkpoint
             delete_snapshots_after(self.folder, after=trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx) -> None:
@@ -39,15 +38,16 @@ class EMASnapshots(L.Callback):
         if trainer.global_step == self.written or not trainer.is_global_zero:
             return
         self.written = trainer.global_step
-        averages = module.phema
-        states = {
-            each: track.state_dict()
-            for each, track in zip(averages.lengths, averages.tracks, strict=True)
-        }
+        pairs = zip(module.phema.lengths, module.phema.tracks, strict=True)
+        states = {length: track.state_dict() for length, track in pairs}
         try:
             write_snapshot(self.folder, trainer.global_step, states)
         except OSError as error:
-            if not self.told:
-                said = f"a snapshot cannot be written to {self.folder} ({error.strerror or error})"
-                warnings.warn(f"{said}; the training goes on", stacklevel=2)
-            self.told = True
+            if not self.has_warned:
+                reason = error.strerror or error
+                warnings.warn(
+                    f"a snapshot cannot be written to {self.folder} ({reason}); the training goes "
+                    "on",
+                    stacklevel=2,
+                )
+            self.has_warned = True

@@ -1,4 +1,4 @@
-"""What is measured on pictures that a run paints while it trains."""
+"""Evaluation of generated images at the validations of a run."""
 
 import shutil
 import warnings
@@ -28,11 +28,11 @@ from ldm.utils.hashing import hash_module
 
 
 class SceneAccuracy(L.Callback):
-    """Logs SceneAccuracy's metrics as val/scene_* at every `every`-th validation and at the last.
+    """Logs val/scene_* of ScenePromptAccuracy at each `every`-th and at the last validation.
 
-    Validations are counted from the run's beginning, the one before the first step included. Each
-    rank paints a share of the prompts. The pictures depend on the weights alone: they draw nothing
-    from the random state of the training. `moving`: MotionAccuracy's, as val/motion_*.
+    Validations are counted from the start of the run, with the one before the first step. Each
+    rank generates a share of the images. The images depend on the weights only, not on the random
+    state of the training. moving: MotionPromptAccuracy's metrics, as val/motion_*.
     """
 
     def __init__(
@@ -49,37 +49,35 @@ class SceneAccuracy(L.Callback):
         if every < 1:
             raise ValueError(f"every must be 1 or more, got {every}")
         self.pipeline = pipeline
-        self.size = size
-        self.steps = steps
-        self.every = every
+        self.size, self.steps, self.every = size, steps, every
         kind = MotionPromptAccuracy if moving else ScenePromptAccuracy
         self.scenes = kind(count=count, batch=batch)
-        self.logged: set[str] = set()
+        self.logged_metrics: set[str] = set()
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        drop_stale_metrics(trainer, self.logged)
+        drop_stale_metrics(trainer, self.logged_metrics)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not self.is_due(trainer):
             return
         items = range(trainer.global_rank, len(self.scenes), trainer.world_size)
-        hidden = None if trainer.is_global_zero else True  # None: where nothing can be drawn over
+        hidden = None if trainer.is_global_zero else True  # None: hidden if not in a terminal
         total = len(items) * self.steps
         with tqdm(total=total, desc="Scenes", unit="step", leave=False, disable=hidden) as bar:
-            paint = partial(
+            generate = partial(
                 self.pipeline,
                 size=self.size,
                 steps=self.steps,
                 on_step=lambda i, x0_hat: bar.update(len(x0_hat)),
             )
-            counts = torch.from_numpy(self.scenes.tally(paint, items)).to(module.device)
+            counts = torch.from_numpy(self.scenes.tally(generate, items)).to(module.device)
         counts = trainer.strategy.reduce(counts, reduce_op="sum").cpu().numpy()
         for name, value in self.scenes.metrics(counts).items():
             module.log(f"val/{name}", value, sync_dist=True)  # the same on all ranks
-            self.logged.add(f"val/{name}")
+            self.logged_metrics.add(f"val/{name}")
 
     def is_due(self, trainer: L.Trainer) -> bool:
-        """A function of the step alone, so that a resumed run measures when it would have."""
+        """A function of the step only, so a resumed run measures at the same steps."""
         if trainer.global_step >= trainer.max_steps > 0:
             return True
         batches = trainer.global_step * trainer.accumulate_grad_batches
@@ -88,17 +86,14 @@ class SceneAccuracy(L.Callback):
 
 
 class ImageQuality(L.Callback):
-    """Logs Quality's metrics as val/*: of the averaged weights, and with `raw` of the others too.
+    """Logs EvaluationProtocol's metrics as val/*, of the averaged weights, and if `raw` of both.
 
-    It does so at the first validation and at the last, and at each that comes after a multiple of
-    `every` images seen (0: at each). `count` captions of `pictures` are painted in `steps` steps,
-    each rank a share, and compared with at most `real` of the `others`; `cache`: see `Quality`.
-    What is painted lies in `folder` as features until all of it is measured, so that a
-    run that is ended in between goes on there, where its weights and `settings` (all else that a
-    picture depends on, as text) are still the same; folder/subset-*.json says what captions they
-    are of.
-    Raises ValueError where `every` is negative, where raw weights lie in shards, and what Quality
-    raises.
+    It does so at the first validation, at the last, and at each one after a multiple of `every`
+    images seen (0: at each). It generates images of `count` captions of `images` in `steps` steps,
+    each rank a share, and compares them with at most `real` of `reference_images`.
+    `folder` holds the features of generated images until all of them are measured. A run that was
+    ended in between continues from them if its weights and `settings` (all else that an image
+    depends on, as text) are the same. folder/subset-*.json lists the captions.
     """
 
     def __init__(
@@ -128,7 +123,7 @@ class ImageQuality(L.Callback):
             self.pipelines["_raw"] = replace(pipeline, denoiser=raw_denoiser)
         self.size, self.steps, self.every = size, steps, every
         self.folder, self.settings = folder, settings
-        self.logged: set[str] = set()
+        self.logged_metrics: set[str] = set()
         self.quality = EvaluationProtocol(
             networks,
             dataset=images,
@@ -145,7 +140,7 @@ class ImageQuality(L.Callback):
             raise ValueError("strategy=fsdp measures the average alone: take eval.images.raw=false")
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        drop_stale_metrics(trainer, self.logged)
+        drop_stale_metrics(trainer, self.logged_metrics)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not self.is_due(trainer):
@@ -156,28 +151,27 @@ class ImageQuality(L.Callback):
         with tqdm(desc="Reference", unit="image", leave=False, disable=hidden, delay=1) as bar:
             self.quality.prepare(module.device, done=partial(self._update_progress, trainer, bar))
         share = -(-len(self.quality.subset) // trainer.world_size) * len(self.pipelines)
-        with tqdm(total=share, desc="Painting", unit="image", leave=False, disable=hidden) as bar:
+        with tqdm(total=share, desc="Generating", unit="image", leave=False, disable=hidden) as bar:
             done = partial(self._update_progress, trainer, bar)
             for suffix, pipeline in self.pipelines.items():
-                paint = partial(pipeline, size=self.size, steps=self.steps)
+                generate = partial(pipeline, size=self.size, steps=self.steps)
                 folder = self.find_feature_folder(trainer.global_step, pipeline.denoiser)
-                seen = self.quality.extract_features(paint, folder=folder, done=done)
+                seen = self.quality.extract_features(generate, folder=folder, done=done)
                 self._log(module, self.quality.measure(seen), suffix)
         if trainer.is_global_zero:
             self._clear(trainer.global_step)
 
     def find_feature_folder(self, step: int, denoiser: nn.Module) -> Path:
-        """Where features of pictures of this step wait; another place for other pictures.
+        """Returns the folder for features of this step's images; all ranks take part.
 
-        The same step need not mean the same weights: a run may have been taken up again before it.
-        All ranks take part.
+        Its name holds a digest of the weights, because a run may have resumed from before the step.
         """
         facts = [self.quality.facts(), self.settings, self.size, self.steps]
         weights = ProcessGroup().share(hash_module(denoiser) if ProcessGroup().rank == 0 else None)
         return self.folder / f"step={step:08d}-{hash_facts([*facts, weights])}"
 
     def is_due(self, trainer: L.Trainer) -> bool:
-        """A function of the step alone, so that a resumed run measures when it would have."""
+        """A function of the step only, so a resumed run measures at the same steps."""
         step, seen = trainer.global_step, trainer.datamodule.batch_size
         if self.every == 0 or step == 0 or step >= trainer.max_steps > 0:
             return True
@@ -191,31 +185,30 @@ class ImageQuality(L.Callback):
                 callback.exit_if_signalled(trainer)
 
     def _clear(self, step: int) -> None:
-        """Remove what waits of this step, and of earlier ones whose measuring was not ended."""
-        for place in self.folder.glob("step=*"):
-            if place.name <= f"step={step:08d}~":
-                shutil.rmtree(place, ignore_errors=True)
+        """Removes the features of this step, and of earlier steps that were not measured."""
+        for path in self.folder.glob("step=*"):
+            if path.name <= f"step={step:08d}~":
+                shutil.rmtree(path, ignore_errors=True)
 
     def _save_subset(self) -> None:
         subset = self.quality.subset
         path = self.folder / f"subset-{subset.digest}.json"
         try:
             subset.save(path)
-        except OSError as error:  # a full disk ends no training
+        except OSError as error:  # a full disk must not end the training
             warnings.warn(f"{path} cannot be written: {error.strerror or error}", stacklevel=2)
 
-    def _log(self, module: L.LightningModule, found: Mapping[str, float], suffix: str) -> None:
-        for name, value in found.items():
-            constant = name.endswith(("_floor", "_real"))
-            if not (suffix and constant):
+    def _log(self, module: L.LightningModule, metrics: Mapping[str, float], suffix: str) -> None:
+        for name, value in metrics.items():
+            if not (suffix and name.endswith(("_floor", "_real"))):
                 module.log(f"val/{name}{suffix}", value)
-                self.logged.add(f"val/{name}{suffix}")
+                self.logged_metrics.add(f"val/{name}{suffix}")
 
 
 def drop_stale_metrics(trainer: L.Trainer, names: set[str]) -> None:
-    """What an earlier validation has measured is no value of this one, which may leave it out.
+    """Removes metrics of an earlier validation, which this one may not measure.
 
-    What keeps the best checkpoint and what ends a run early would take it for one.
+    Best checkpoints and early stopping would take them for values of this validation.
     """
     for name in names:
         trainer.callback_metrics.pop(name, None)

@@ -1,4 +1,4 @@
-"""What is seen of a run while it trains: numbers, a progress bar and sample pictures."""
+"""What a run shows while it trains: metrics, a progress bar and sample images."""
 
 import sys
 import time
@@ -13,19 +13,18 @@ from PIL import Image
 
 from ldm.diffusion.rng import derive_seed
 from ldm.models.random_layers import assign_image_positions, find_random_layers
-from ldm.training.loggers.csv import CsvLog
+from ldm.training.lightning_adapter import count_resumed_batches
 from ldm.utils.images import save_png
 
 
 class ThroughputMonitor(L.Callback):
     """Counts images, and logs loss and speed as means over the steps between two logging steps.
 
-    Nothing is read from the device in between. Metrics: train/loss, images_seen, data/skipped
-    (samples of the run that could not be read, over all ranks; a resumed run goes on with what was
-    logged), perf/images_per_s, perf/data_wait (share of time spent waiting for data; both of the
-    time in which it trains), perf/eval_share (share of the time since this process began to train
-    that validations, metrics and sample pictures took), perf/memory_gib (peak of the accelerator;
-    absent without one).
+    Nothing is read from the device in between. Metrics: train/loss; images_seen; data/skipped
+    (samples of the run that could not be read, over all ranks); perf/images_per_s;
+    perf/data_wait (share of the training time spent waiting for data); perf/eval_share (share of
+    this process's time spent on validations, metrics and sample images); perf/memory_gib (peak of
+    the accelerator, absent without one).
     """
 
     state_key = "Meter"  # its former name, under which checkpoints hold its state
@@ -34,20 +33,19 @@ class ThroughputMonitor(L.Callback):
         self.every = every
         self.latest: dict[str, float] = {}
         self.skipped = 0  # of all ranks, at the last logging step
-        self.own_skipped = self.own_counted = 0  # of this process: by now, and those among them
+        self.own_skipped = self.own_counted = 0  # of this process: all, and those in `skipped`
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.logged = trainer.global_step
+        self.last_logged_step = trainer.global_step
         self.micro_steps = 0  # a run begins, and resumes, at a whole optimizer step
         for logger in trainer.loggers:
-            if isinstance(logger, CsvLog):
-                logger.rewind(trainer.global_step)
+            logger.rewind(trainer.global_step)
         self.since, self.evaluated = time.perf_counter(), 0.0
-        self.interrupted: float | None = None  # when the validation began that may not be over
+        self.interrupted: float | None = None  # when a validation began that may not be over
         self._restart()
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._go_on()
+        self._continue_training()
         share = {"perf/eval_share": self._eval_share()}
         self.latest = {**self.latest, **share}
         for logger in trainer.loggers:
@@ -57,8 +55,8 @@ class ThroughputMonitor(L.Callback):
         self.loss, self.batches, self.images, self.waited = 0.0, 0, 0, 0.0
         self.began = self.ended = time.perf_counter()
 
-    def _go_on(self) -> None:
-        """Training goes on; a validation is over when what follows it (sample pictures) is."""
+    def _continue_training(self) -> None:
+        """Ends a validation, which includes the sample images after it."""
         if self.interrupted is not None:
             self.evaluated += time.perf_counter() - self.interrupted
             self.interrupted = None
@@ -68,7 +66,7 @@ class ThroughputMonitor(L.Callback):
         return self.evaluated / (time.perf_counter() - self.since)
 
     def on_train_batch_start(self, trainer: L.Trainer, module, batch: dict, batch_idx: int) -> None:
-        self._go_on()
+        self._continue_training()
         self.waited += time.perf_counter() - self.ended
         completes = (self.micro_steps + 1) % trainer.accumulate_grad_batches == 0
         if completes and trainer.global_step + 1 >= trainer.max_steps > 0:
@@ -77,24 +75,24 @@ class ThroughputMonitor(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx) -> None:
         self.ended = time.perf_counter()
         self.micro_steps += 1
-        # Lightning hands over the loss divided by the number of accumulated batches.
+        # Lightning's outputs["loss"] is divided by the number of accumulated batches.
         self.loss = self.loss + outputs["loss"].detach() * trainer.accumulate_grad_batches
         self.batches += 1
         self.images += len(batch["captions"]) * trainer.world_size
         trainer.datamodule.position += len(batch["captions"]) * trainer.world_size
         self.own_skipped = trainer.datamodule.train_skips.total
-        if trainer.global_step >= self.logged + self.every:
+        if trainer.global_step >= self.last_logged_step + self.every:
             self._log(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.state.fn == "fit" and self.batches:
-            self._log(trainer)
-        elif trainer.state.fn == "validate":  # results are shown against it, the first ones too
+        if trainer.state.fn == "fit":
+            if self.batches:
+                self._log(trainer)
+            self.interrupted = time.perf_counter()
+        elif trainer.state.fn == "validate":  # W&B plots the first validation against it
             for logger in trainer.loggers:
                 seen = {"images_seen": trainer.datamodule.position}
                 logger.log_metrics(seen, step=trainer.global_step)
-        if trainer.state.fn == "fit":
-            self.interrupted = time.perf_counter()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         # Lightning would log a validation under the number of batches, which lags behind.
@@ -118,7 +116,7 @@ class ThroughputMonitor(L.Callback):
             self.latest["perf/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         for logger in trainer.loggers:
             logger.log_metrics(self.latest, step=trainer.global_step)
-        self.logged = trainer.global_step
+        self.last_logged_step = trainer.global_step
         self._restart()
 
     def state_dict(self) -> dict:
@@ -129,11 +127,11 @@ class ThroughputMonitor(L.Callback):
 
 
 class RandomLayerSeeding(L.Callback):
-    """What networks draw in training (dropout) is a function of the seed and of each image.
+    """Makes what networks draw in training (dropout) a function of the seed and of each image.
 
-    Their random layers are told the positions of the images. What a layer of another library draws
-    comes from the global random state, which no checkpoint keeps: it is seeded by the position of
-    the first image of this rank's batch, and so depends on the number of devices.
+    Our random layers get the positions of the images. Layers of other libraries use the global
+    random state: it is seeded by the position of the first image of this rank's batch, so their
+    numbers depend on the number of devices.
     """
 
     def __init__(self, seed: int) -> None:
@@ -148,24 +146,23 @@ class RandomLayerSeeding(L.Callback):
 
 
 class ProgressBar(TQDMProgressBar):
-    """One bar for the run: optimizer steps' batches out of all, with loss and speed."""
+    """One bar for the whole run, with loss and speed."""
 
-    def __init__(self, meter: ThroughputMonitor) -> None:
-        # In a file, where a bar cannot be drawn over, a line now and then.
-        super().__init__(refresh_rate=1 if sys.stdout.isatty() else meter.every)
-        self.meter = meter
+    def __init__(self, monitor: ThroughputMonitor) -> None:
+        # Output to a file gets a line now and then.
+        super().__init__(refresh_rate=1 if sys.stdout.isatty() else monitor.every)
+        self.monitor = monitor
 
     @property
     def total_train_batches(self) -> int | float:
-        """Those of the optimizer steps that are left; Lightning takes a step for a batch."""
+        """The batches of the remaining optimizer steps; Lightning takes a step for a batch."""
         left = self.trainer.max_steps - self.trainer.global_step
         batches = self.trainer.num_training_batches
         return min(batches, left * self.trainer.accumulate_grad_batches) if left > 0 else batches
 
     def on_train_start(self, trainer: L.Trainer, *args) -> None:
         super().on_train_start(trainer, *args)
-        if trainer.fit_loop.restarted_mid_epoch:  # no epoch starts, and batches are counted on
-            done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if (done := count_resumed_batches(trainer)) is not None:
             self.train_progress_bar.reset(total=done + self.total_train_batches)
             self.train_progress_bar.n = self.train_progress_bar.initial = done
 
@@ -174,39 +171,38 @@ class ProgressBar(TQDMProgressBar):
         self.train_progress_bar.set_description("Training")
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict:
-        shown = super().get_metrics(trainer, module)
-        shown.pop("v_num", None)
-        shown.pop("step", None)
-        if "train/loss" in self.meter.latest:
-            shown["loss"] = f"{self.meter.latest['train/loss']:.3f}"
-            shown["images/s"] = f"{self.meter.latest['perf/images_per_s']:.0f}"
-        return shown
+        metrics = super().get_metrics(trainer, module)
+        metrics.pop("v_num", None)
+        metrics.pop("step", None)
+        if "train/loss" in self.monitor.latest:
+            metrics["loss"] = f"{self.monitor.latest['train/loss']:.3f}"
+            metrics["images/s"] = f"{self.monitor.latest['perf/images_per_s']:.0f}"
+        return metrics
 
 
 class SampleImages(L.Callback):
-    """After each validation, one picture of the same things: <folder>/step=*.png, and the loggers.
+    """After each validation, writes one image to <folder>/step=*.png and to the loggers.
 
-    `draw` returns the picture and the facts that the file carries. A file that cannot be written,
-    on a full disk, is told once, and the training goes on.
+    draw: returns the image and the facts that its file carries. A file that cannot be written, on
+    a full disk, gives one warning, and the training goes on.
     """
 
     def __init__(self, folder: Path, draw: Callable[[], tuple[Image.Image, dict]]) -> None:
         self.folder = folder
         self.draw = draw
-        self.told = False
+        self.has_warned = False
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
-        picture, facts = self.draw()
+        image, facts = self.draw()
         path = self.folder / f"step={trainer.global_step:08d}.png"
         try:
-            save_png(picture, path, {**facts, "step": trainer.global_step})
+            save_png(image, path, {**facts, "step": trainer.global_step})
         except OSError as error:
-            if not self.told:
-                said = f"{path} cannot be written ({error.strerror or error})"
-                warnings.warn(f"{said}; the training goes on", stacklevel=2)
-            self.told = True
+            if not self.has_warned:
+                message = f"{path} cannot be written ({error.strerror or error})"
+                warnings.warn(f"{message}; the training goes on", stacklevel=2)
+            self.has_warned = True
         for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image("samples", [picture], step=trainer.global_step)
+            logger.log_image("samples", [image], step=trainer.global_step)

@@ -1,4 +1,4 @@
-"""metrics.csv: one row a step, kept when a run is resumed."""
+"""metrics.csv: one row for each optimizer step, also when a run is resumed."""
 
 import csv
 import io
@@ -10,24 +10,24 @@ from pathlib import Path
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from ldm.training.loggers.base import RunLogger
 from ldm.utils.files import write_text
 
 
-class CsvLog(Logger):
+class CsvLog(Logger, RunLogger):
     """Appends rows to `path`; a new metric adds a column.
 
-    A resumed run first drops the rows of steps that it will go through again, so that each step
-    stands there once. What belongs to the last step is added to its row.
-    A disk that takes no more is told once; rows then wait in memory, and are written when it does.
+    A resumed run first drops the rows of steps that it repeats, so that each step has one row.
+    A full disk gives one warning; the rows then wait in memory until there is space.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
         self.columns: list[str] = []
-        # Not on the disk for good: the row that is open, and those before it that found no room.
+        # The row of the current step, and rows before it that a full disk did not take.
         self.open_rows: list[dict[str, str]] = []
-        self.begins = 0  # where they begin in the file, in bytes
+        self.begins = 0  # their offset in the file, in bytes
         self.full = False
 
     @property
@@ -45,20 +45,20 @@ class CsvLog(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, *args, **kwargs) -> None:
-        """Nothing: config.yaml has them."""
+        """Does nothing: config.yaml holds them."""
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Drop what was logged after `step`."""
         rows = [row for row in self._rows() if int(row["step"]) <= step]
         last = rows.pop() if rows and int(rows[-1]["step"]) == step else {}
         self._rewrite(rows)
-        self.open_rows = [{name: value for name, value in last.items() if value}] if last else []
+        last = {name: value for name, value in last.items() if value}
+        self.open_rows = [last] if last else []
         self.save()
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Values of one step; calls for the same step share a row."""
+        """Adds values to the row of a step."""
         row = {name: f"{float(value):.9g}" for name, value in metrics.items() if name != "epoch"}
         if not row:
             return
@@ -72,14 +72,14 @@ class CsvLog(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Put the open rows on the disk, in place of what was there of them."""
+        """Writes the open rows over their older version on the disk."""
         try:
             self._write()
             self.full = False
         except OSError as error:
             if not self.full:
-                said = f"{self.path} cannot be written ({error.strerror or error})"
-                warnings.warn(f"{said}; the training goes on, and its rows wait", stacklevel=2)
+                message = f"{self.path} cannot be written ({error.strerror or error})"
+                warnings.warn(f"{message}; the training goes on, and its rows wait", stacklevel=2)
             self.full = True
 
     @rank_zero_only
@@ -116,7 +116,7 @@ class CsvLog(Logger):
         return rows
 
     def _rewrite(self, rows: list[dict[str, str]], *names: str) -> None:
-        """The file with these rows, and columns of these names besides those that it has."""
+        """Replaces the file by one with these rows, and with columns `names` added."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         columns = list(dict.fromkeys([*self.columns, *names]))
         text = io.StringIO()

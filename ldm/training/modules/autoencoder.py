@@ -1,4 +1,4 @@
-"""Training of the autoencoder: absolute error, and a little pressure towards a standard normal.
+"""Training of the autoencoder: absolute error plus a small KL term.
 
 Shapes: B batch, C latent channels, H W pixels, h w latent grid.
 """
@@ -16,8 +16,8 @@ from ldm.models.autoencoder import AutoencoderKL
 class AutoencoderTraining(L.LightningModule):
     """L1 + kl_weight KL (Rombach et al. 2022, appendix G, without its discriminator).
 
-    Each validation also measures mean and deviation of the latents, channel by channel, and
-    stores them in the autoencoder, which from then on encodes to unit variance.
+    Each validation also measures the latents' mean and standard deviation for each channel, and
+    stores them in the autoencoder, which then encodes to unit variance.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class AutoencoderTraining(L.LightningModule):
         self.make_optimizer = optimizer
         self.kl_weight = kl_weight
         self.seed = seed
-        how = {"nan_strategy": "disable"}  # else what is not a number is left out
+        how = {"nan_strategy": "disable"}  # the default drops NaN
         self.val_loss, self.val_psnr = MeanMetric(**how), MeanMetric(**how)
         self.moments: Tensor | None = None  # (3, C): count, sum and sum of squares
 
@@ -37,16 +37,15 @@ class AutoencoderTraining(L.LightningModule):
         return loss.mean()
 
     def reconstruct(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss (B,), reconstructions (B, 3, H, W) and raw latents z (B, C, h, w)."""
+        """Returns loss (B,), reconstructions (B, 3, H, W) and unscaled latents z (B, C, h, w)."""
         images = batch["images"]
-        draws = make_generators(
-            self.seed, batch["position"], stream="posterior", device=self.device
-        )
+        positions = batch["position"]
+        generators = make_generators(self.seed, positions, stream="posterior", device=self.device)
         mean, logvar = self.autoencoder.posterior(images)  # (B, C, h, w)
-        z = self.autoencoder.draw(mean, logvar, generator=draws)
+        z = self.autoencoder.sample_posterior(mean, logvar, generator=generators)
         restored = self.autoencoder.decode_unscaled(z)  # (B, 3, H, W)
         l1 = (restored - images).abs().flatten(1).mean(1)
-        # To N(0, 1), per latent element, so that the weight means the same at any size.
+        # To N(0, 1), per latent element, so kl_weight means the same at any size.
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1)
         return l1 + self.kl_weight * kl, restored, z
 

@@ -21,12 +21,12 @@ NUM_RECALL_BANDS = 8  # val/recall_t0 .. t7: the same equal parts of t as Latent
 
 
 class ClassifierTraining(L.LightningModule):
-    """Which caption, or which name, is it? At every noise alike: t is uniform.
+    """Classifies the caption, or its name, of latents at a uniform t.
 
-    With names it is cross-entropy over all of them (Dhariwal and Nichol 2021, section 4); else the
-    symmetric contrastive loss over the global batch, as ClipTraining's, where captions that are
-    equal are equally right. Autoencoder and text encoder are frozen, used and not stored. What is
-    drawn for an image depends on (seed, position of the image in the run) alone.
+    With names the loss is cross-entropy over all of them (Dhariwal and Nichol 2021, section 4);
+    else the symmetric contrastive loss over the global batch, in which equal captions are equally
+    right. Autoencoder and text encoder are frozen, used and not stored. Random numbers of an image
+    depend only on (seed, position of the image in the run).
     """
 
     def __init__(
@@ -37,70 +37,69 @@ class ClassifierTraining(L.LightningModule):
         self.frozen = (autoencoder.eval().requires_grad_(False), classifier.text)
         self.make_optimizer = optimizer
         self.seed = seed
-        self.right = "accuracy" if classifier.has_names else "recall"
-        names = ("loss", *(f"{self.right}_t{band}" for band in range(NUM_RECALL_BANDS)))
-        self.val = nn.ModuleDict({name: MeanMetric() for name in names})
+        self.accuracy_name = "accuracy" if classifier.has_names else "recall"
+        bands = (f"{self.accuracy_name}_t{band}" for band in range(NUM_RECALL_BANDS))
+        self.val = nn.ModuleDict({name: MeanMetric() for name in ("loss", *bands)})
         self.val_accuracy = MeanMetric()
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         x0, pooled = self.encode(batch)
         t = rand(len(x0), self.make_generators(batch, "time"), device=x0.device)
-        eps = randn(
-            x0.shape, self.make_generators(batch, "noise"), device=x0.device, dtype=x0.dtype
-        )
-        return self.loss(self.look(x0, t, eps), pooled, batch["captions"])
+        images = self.encode_noisy_latents(x0, t, self.draw_noise(batch, "noise", x0))
+        return self.loss(images, pooled, batch["captions"])
 
     @torch.no_grad()
     def encode(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """Latents (B, C, h, w) of a batch, and the pooled states of its captions."""
+        """Returns latents (B, C, h, w) of a batch, and the pooled states of its captions."""
         autoencoder, text = self.frozen
         x0 = autoencoder.encode(batch["images"], generator=self.make_generators(batch, "posterior"))
         return x0, text(batch["captions"]).pooled
 
-    def look(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The tower's vectors (B, S) of latents made noisy at t (B,), snapped to the schedule."""
+    def draw_noise(self, batch: dict, stream: str, x0: Tensor) -> Tensor:
+        """Returns normal noise in the shape of x0 (B, C, h, w)."""
+        generators = self.make_generators(batch, stream)
+        return randn(x0.shape, generators, device=x0.device, dtype=x0.dtype)
+
+    def encode_noisy_latents(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Returns the tower's vectors (B, S) of x_t at t (B,), snapped to the schedule."""
         tower = self.classifier.tower
         t = tower.schedule.snap(t)
         alpha, sigma = (expand_dims_like(part, x0).to(x0.dtype) for part in tower.schedule(t))
         return tower(alpha * x0 + sigma * eps, t)
 
     def loss(self, images: Tensor, pooled: Tensor, captions: Sequence[str]) -> Tensor:
-        """The mean over the global batch, (); all ranks take part where there are captions."""
+        """Returns the mean () over the global batch; without names all ranks take part."""
         if self.classifier.has_names:
             return F.cross_entropy(self.classifier.class_log_probs(images), pooled)
         texts = self.classifier.encode_texts(pooled)
-        said = hash_captions(captions).to(images.device)
+        ids = hash_captions(captions).to(images.device)
         if self.training and self.trainer.world_size > 1:
             images = self.all_gather(images, sync_grads=True).flatten(0, 1)  # (G, S)
             texts = self.all_gather(texts, sync_grads=True).flatten(0, 1)  # (G, S)
-            said = self.all_gather(said).flatten(0, 1)  # (G,)
-        return multi_positive_contrastive_loss(self.classifier.similarity(images, texts), said)
+            ids = self.all_gather(ids).flatten(0, 1)  # (G,)
+        return multi_positive_contrastive_loss(self.classifier.similarity(images, texts), ids)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         x0, pooled = self.encode(batch)
-        eps = randn(
-            x0.shape, self.make_generators(batch, "val noise"), device=x0.device, dtype=x0.dtype
-        )
+        eps = self.draw_noise(batch, "val noise", x0)
         within = rand(len(x0), self.make_generators(batch, "val time"), device=x0.device)
         for band in range(NUM_RECALL_BANDS):
-            images = self.look(x0, (band + within) / NUM_RECALL_BANDS, eps)
+            images = self.encode_noisy_latents(x0, (band + within) / NUM_RECALL_BANDS, eps)
             loss = self.loss(images, pooled, batch["captions"])
-            right = self.found(images, pooled, batch["captions"])
+            accuracy = self.measure_accuracy(images, pooled, batch["captions"])
             self.val["loss"].update(loss, weight=len(x0))
-            for metric in (self.val[f"{self.right}_t{band}"], self.val_accuracy):
-                metric.update(right, weight=len(x0))
+            for metric in (self.val[f"{self.accuracy_name}_t{band}"], self.val_accuracy):
+                metric.update(accuracy, weight=len(x0))
 
-    def found(self, images: Tensor, pooled: Tensor, captions: Sequence[str]) -> Tensor:
-        """The share () whose likeliest name, or caption of this batch, is right."""
+    def measure_accuracy(self, images: Tensor, pooled: Tensor, captions: Sequence[str]) -> Tensor:
+        """Returns the share () of images whose likeliest name (or batch caption) is right."""
         if self.classifier.has_names:
             best = self.classifier.class_log_probs(images).argmax(1)  # (B,)
             return pooled.gather(1, best[:, None]).mean()
-        texts, said = (
-            self.classifier.encode_texts(pooled),
-            hash_captions(captions).to(images.device),
-        )
+        ids = hash_captions(captions).to(images.device)
+        texts = self.classifier.encode_texts(pooled)
         best = self.classifier.similarity(images, texts).argmax(1)  # (B,)
-        return (said[best] == said).float().mean()
+        return (ids[best] == ids).float().mean()
 
     def on_validation_epoch_end(self) -> None:
         for name, metric in self.val.items():
@@ -109,31 +108,29 @@ class ClassifierTraining(L.LightningModule):
         self.log(f"val/{whole}", self.val_accuracy, prog_bar=True)
 
     def make_generators(self, batch: dict, stream: str) -> list[torch.Generator]:
-        """One generator an image, for one use."""
+        """Returns one generator per image for one stream of random numbers."""
         return make_generators(self.seed, batch["position"], stream=stream, device=self.device)
 
     def on_fit_start(self) -> None:
         for part in self.frozen:
             part.to(self.device)
 
-    def on_validation_start(self) -> None:
-        for part in self.frozen:
-            part.to(self.device)
+    on_validation_start = on_fit_start
 
     def configure_optimizers(self) -> dict:
         return self.make_optimizer(self.classifier.parameters(), steps=self.trainer.max_steps)
 
 
 def hash_captions(captions: Sequence[str]) -> Tensor:
-    """A number (B,), int64, for each caption, which equal ones share on any rank."""
+    """Returns a number (B,), int64, for each caption; equal captions share it on all ranks."""
     digests = (blake2b(caption.encode("utf-8", "replace"), digest_size=8) for caption in captions)
     return torch.tensor([int.from_bytes(d.digest(), "big", signed=True) for d in digests])
 
 
 def multi_positive_contrastive_loss(logits: Tensor, caption_ids: Tensor) -> Tensor:
-    """Symmetric InfoNCE () where row i and column j (G, G) are a pair if said[i] == said[j].
+    """Symmetric InfoNCE () where row i and column j (G, G) are a pair if their ids are equal.
 
-    With captions that all differ it is CLIP's loss; the rows of equal ones share their target.
+    If all captions differ, it is CLIP's loss; rows of equal captions share their target.
     """
     with torch.autocast(logits.device.type, enabled=False):
         pairs = (caption_ids[:, None] == caption_ids).to(logits.dtype)  # (G, G)

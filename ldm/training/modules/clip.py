@@ -16,8 +16,8 @@ from ldm.models.clip import Clip, contrastive_loss, retrieval_accuracy
 class ClipTraining(L.LightningModule):
     """The symmetric contrastive loss over the global batch (Radford et al. 2021, figure 3).
 
-    Features are gathered across ranks with their gradients: two ranks with half the batch learn
-    what one learns with all of it.
+    Features are gathered across ranks with their gradients, so the loss does not depend on the
+    number of ranks.
     """
 
     def __init__(self, clip: Clip, *, optimizer) -> None:
@@ -27,18 +27,18 @@ class ClipTraining(L.LightningModule):
         self.val_loss, self.val_recall = MeanMetric(), MeanMetric()
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        images, texts = self.features(batch)
+        images, texts = self.encode_pairs(batch)
         if self.trainer.world_size > 1:
             images = self.all_gather(images, sync_grads=True).flatten(0, 1)  # (G, P)
             texts = self.all_gather(texts, sync_grads=True).flatten(0, 1)  # (G, P)
         return contrastive_loss(images, texts, self.clip.logit_scale)
 
-    def features(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """Unit vectors (B, P) of the images and of their captions."""
+    def encode_pairs(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """Returns unit vectors (B, P) of the images and of their captions."""
         return self.clip.encode_images(batch["images"]), self.clip.encode_texts(batch["captions"])
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        images, texts = self.features(batch)
+        images, texts = self.encode_pairs(batch)
         loss = contrastive_loss(images, texts, self.clip.logit_scale)
         recall = retrieval_accuracy(images, texts, batch["captions"])
         self.val_loss.update(loss, weight=len(images))
@@ -55,7 +55,7 @@ class ClipTraining(L.LightningModule):
 class ClipFolderWriter(L.Callback):
     """Writes the model as a transformers folder after each validation, for `text_encoder=clip`.
 
-    captions: some thousands of the training's, on which the whitening of its states is measured.
+    captions: training captions from which the whitening of the text states is measured.
     """
 
     def __init__(self, folder: Path, captions: Sequence[str]) -> None:

@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+from killed_runs import measured
 from machines import Pair
+from payloads import same
 from shell import BRIEF, FROZEN, TRAIN, tensors, train, wait_for
-from test_kills import measured, same
 
 from ldm.experiments.run_dir import read_result
 from ldm.utils.checkpoint_file import find_newest_checkpoint, parse_checkpoint_step

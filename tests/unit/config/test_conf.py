@@ -31,7 +31,7 @@ HANDED = {
     "logger": {"run_dir", "name", "overrides"},
     "guidance": {"schedule"},
     "data": set(),
-    "eval": {"pipeline", "networks", "pictures", "others", "size", "folder", "settings"},
+    "eval": {"pipeline", "networks", "images", "reference_images", "size", "folder", "settings"},
 }
 
 

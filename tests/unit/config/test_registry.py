@@ -37,7 +37,7 @@ from ldm.config.registry import (
 )
 from ldm.config.training_images import SCENES_TARGET, open_run_images
 from ldm.diffusion.schedules import cosine
-from ldm.diffusion.tasks.base import TextToImage
+from ldm.diffusion.tasks.text_to_image import TextToImage
 from ldm.experiments.former_names import FORMER_TARGETS
 from ldm.models.text.labels import NullTextEncoder
 from ldm.utils.checkpoint_file import CheckpointError, write_checkpoint

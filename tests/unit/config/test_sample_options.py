@@ -130,7 +130,7 @@ def test_a_setting_of_another_option_comes_with_that_option(key, hint, monkeypat
 def test_ctrl_c_is_one_line(tmp_path):
     code = "import sys; from ldm.config import command_line as cli\n"
     code += "def main(): raise KeyboardInterrupt\n"
-    code += "sys.argv = ['a/sample.py']; cli.run_command(main, 'sample', goes_on={})"
+    code += "sys.argv = ['a/sample.py']; cli.run_command(main, 'sample', resumable={})"
     for goes_on, more in ((False, ""), (True, "; the same command goes on from here")):
         said = run("-c", code.format(goes_on), cwd=tmp_path, expect=130)
         assert said == f"\nsample.py: interrupted{more}\n"

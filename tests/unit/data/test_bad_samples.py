@@ -4,16 +4,14 @@ import re
 from collections import Counter
 from itertools import islice
 
-import lightning as L
 import numpy as np
 import pytest
-import torch
+from bad_sample_runs import fit
 from material import encoded, picture, samples, tar_bytes
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from ldm.data.bad_samples import MIN_ALLOWED_SKIPS, BadSample, BadSampleCounter, TooManySkippedError
-from ldm.data.datamodule import TextImageData
 from ldm.data.dataset import TextImageDataset, collate
 from ldm.data.image_decoding import ImageError
 from ldm.data.position_sampler import PositionBatchSampler, ShuffledOrder
@@ -100,40 +98,6 @@ def test_skipping_is_a_function_of_the_data_alone(damaged, tmp_path):
     differing = [i for i in range(36) if whole[i] != intact[i]]
     assert differing == [i for i in range(36) if int(intact[i][1]) in BAD]
     assert len(differing) >= 9
-
-
-class Counting(L.LightningModule):
-    """Remembers keys, and learns nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.keys, self.validated = [], []
-
-    def training_step(self, batch, batch_idx):
-        self.keys += batch["key"]
-        self.trainer.datamodule.position += len(batch["key"])
-        return self.weight.sum()
-
-    def validation_step(self, batch, batch_idx):
-        self.validated += batch["key"]
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def fit(folder, *, steps: int = 10, **options) -> tuple[TextImageData, Counting]:
-    data = TextImageData(
-        train=str(folder), val=str(folder), size=8, batch_size=5, val_batch_size=5, **options
-    )
-    module = Counting()
-    trainer = L.Trainer(
-        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        val_check_interval=steps, check_val_every_n_epoch=None, use_distributed_sampler=False,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=data)
-    return data, module
 
 
 def test_a_run_counts_and_tells_once(damaged, caplog):

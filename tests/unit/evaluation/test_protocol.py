@@ -174,7 +174,7 @@ def test_real_pictures_are_scored_with_their_own_captions(folders, clip, tmp_pat
 
 
 def test_without_captions_of_theirs_pictures_have_no_score(folders, clip, tiny_text, tmp_path):
-    one = quality(folders, clip, tmp_path, captioned=False)
+    one = quality(folders, clip, tmp_path, has_captions=False)
     one.prepare(CPU)
     found = one.measure(one.extract_features(Painter(tiny_text)))
     assert "fd_clip" in found

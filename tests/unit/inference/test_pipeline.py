@@ -6,7 +6,7 @@ import pytest
 import torch
 from world import SIZE, pipeline
 
-from ldm.diffusion.guidance.base import (
+from ldm.diffusion.guidance.cfg import (
     AdaptiveProjectedGuidance,
     Autoguidance,
     ClassifierFreeGuidance,
@@ -14,7 +14,7 @@ from ldm.diffusion.guidance.base import (
 from ldm.diffusion.guidance.compositional import CompositionalGuidance
 from ldm.diffusion.guidance.gradient import ClipGuidance
 from ldm.diffusion.samplers.multistep import DPMSolverSampler
-from ldm.diffusion.tasks.base import ProjectedInpainting
+from ldm.diffusion.tasks.inpainting import ProjectedInpainting
 from ldm.models.autoencoder import IdentityAutoencoder
 
 PROMPTS = ["a red circle", "a blue square", "a white circle"]
@@ -116,9 +116,10 @@ def test_a_picture_goes_to_its_noise_and_back(tiny_text):
 def test_guidance_is_told_the_prompts(tiny_text):
     pipe, heard = pipeline(tiny_text, scale=1.0), []
 
-    def listening(denoise, cond, uncond, words):
-        heard.append((words.prompts, words.encode(["a red circle"]).tokens))
-        return lambda x_t, t: denoise(x_t, t, cond)
+    def listening(denoise, conditioning):
+        prompts = conditioning.prompts
+        heard.append((prompts.texts, prompts.encode(["a red circle"]).tokens))
+        return lambda x_t, t: denoise(x_t, t, conditioning.positive)
 
     pipe = replace(pipe, guidance=listening)
     pipe(PROMPTS[:2], seeds=[0, 1], size=SIZE, steps=2)

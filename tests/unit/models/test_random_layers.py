@@ -13,7 +13,7 @@ from ldm.models.random_layers import (
     assign_image_positions,
     find_random_layers,
 )
-from ldm.models.style_attention import StyleTokens
+from ldm.models.style import StyleTokens
 from ldm.models.unet import UNet
 
 

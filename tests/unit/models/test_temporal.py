@@ -5,7 +5,7 @@ import torch
 
 from ldm.diffusion.conditioning import Condition
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.frames import FramewiseAutoencoder
+from ldm.models.temporal import FramewiseAutoencoder
 from ldm.models.unet import UNet
 from ldm.models.warm_start import warm_start
 

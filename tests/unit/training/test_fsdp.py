@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
-from test_cli import ROOT, run
+from shell import ROOT, run
 
 from ldm.config.run import build_job
 from ldm.config.suggestions import CONF_DIR
@@ -46,7 +46,7 @@ RANK = """
 import json, sys
 import lightning as L
 from world import latent_diffusion, shapes_data
-from ldm.models.text.clip.clip import ClipText
+from ldm.models.text.clip import ClipTextEncoder
 from ldm.training.fsdp import FullyShardedStrategy
 
 def size(tensors):
@@ -68,7 +68,7 @@ trainer = L.Trainer(
     check_val_every_n_epoch=None, use_distributed_sampler=False, logger=False,
     callbacks=[Weigh()], **quiet
 )
-trainer.fit(latent_diffusion(ClipText(sys.argv[2])), datamodule=shapes_data(sys.argv[1]))
+trainer.fit(latent_diffusion(ClipTextEncoder(sys.argv[2])), datamodule=shapes_data(sys.argv[1]))
 """
 
 
@@ -151,7 +151,7 @@ def test_one_device_holds_its_only_shard(home):
 def test_each_device_stores_its_half(shapes, tiny_clip, tmp_path):
     tiny_clip.save(tmp_path / "clip")
     script = tmp_path / "rank.py"
-    script.write_text(f"import sys\nsys.path.append({str(ROOT / 'tests')!r})\n{RANK}")
+    script.write_text(f"import sys\nsys.path.append({str(ROOT / 'tests' / 'helpers')!r})\n{RANK}")
     run(str(script), str(shapes), str(tmp_path / "clip"), cwd=tmp_path)
     shares = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     for of_both in zip(*shares, strict=True):

@@ -11,9 +11,9 @@ import os
 import lightning as L
 import pytest
 import torch
+from autoencoder_modules import autoencoder_training
+from classifier_modules import training as classifier_training
 from several import several
-from test_autoencoder_training import autoencoder_training
-from test_classifier_training import training as classifier_training
 from torch import Tensor, distributed
 from world import latent_diffusion, make_trainer, shapes_data, small_autoencoder
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ldm.training.callbacks.checkpoint_payload import SafeCheckpointIO
+from ldm.training.callbacks.checkpoint_storage import SafeCheckpointIO
 from ldm.utils.checkpoint_file import (
     CheckpointError,
     delete_checkpoint,

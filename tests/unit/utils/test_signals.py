@@ -10,25 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from payloads import same
 from shell import ROOT, TRAIN, environment, processes, run, wait_for
-from test_kills import same
+from signalled_runs import RUN
 from world import shapes_data
 
 from ldm.utils.signals import STOP_SIGNALS, StopSignals, block_stop_signals
 
-RUN = [
-    *("trainer=cpu", "trainer.log_every_n_steps=1", "trainer.val_check_interval=1000"),
-    *("logger=csv", "data=scenes", "data.count=30", "data.val_count=8", "data.size=16"),
-    *("data.batch_size=4", "data.workers=2", "autoencoder=identity", "model.channels=16"),
-    *("model.groups=8", "model.multipliers=[1]", "model.attention=[false]"),
-    *(
-        "optimizer.warmup=1",
-        "optimizer.decay=constant",
-        "samples.n=1",
-        "samples.steps=1",
-        "checkpoint.every=5",
-    ),
-]
 MOMENTS = 16
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the sender of a signal is not known")
 
@@ -171,7 +159,7 @@ def test_a_start_can_be_stopped_at_any_moment(tmp_path, number):
     """Of a run that begins and of one that resumes: 75, preempted, and the same end."""
 
     def lives(*command: str) -> list[dict]:
-        stops = (str(ROOT / "tests" / "stops.py"), number, str(MOMENTS))
+        stops = (str(ROOT / "tests" / "helpers" / "stops.py"), number, str(MOMENTS))
         said = run(*stops, *RUN, *command, cwd=tmp_path, seconds=600, OMP_NUM_THREADS="1")
         return json.loads(said.splitlines()[-1])
 

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.image_decoding import read_image
-from ldm.data.prepare.writer import prepare_coco, prepare_folder
+from ldm.data.prepare.image_files import ImageSettings, prepare_coco, prepare_folder
 from ldm.data.shards.reader import ShardReader
 
 
@@ -39,8 +39,9 @@ def folder(tmp_path) -> Path:
 
 
 def prepare(folder: Path, out: Path, **changed):
-    settings = {"size": 16, "samples_per_shard": 2, "workers": 3, **changed}
-    return prepare_folder(images=str(folder), out=str(out), **settings)
+    workers = changed.pop("workers", 3)
+    settings = ImageSettings(**{"size": 16, "samples_per_shard": 2, **changed})
+    return prepare_folder(images=str(folder), out=str(out), settings=settings, workers=workers)
 
 
 def test_shards_of_a_folder(folder, tmp_path):
@@ -223,8 +224,7 @@ def test_real_coco(real_data, tmp_path):
         images=str(coco / "val2017"),
         annotations=str(coco / "annotations/captions_val2017.json"),
         out=str(tmp_path),
-        size=64,
-        samples_per_shard=50,
+        settings=ImageSettings(size=64, samples_per_shard=50),
     )
     assert (report.written, report.skipped) == (103, {})
     shards = ShardReader(tmp_path)
@@ -248,8 +248,7 @@ def test_real_annotations_without_their_images(real_data, tmp_path):
         images=str(real_data("coco_mini") / "val2017"),
         annotations=str(real_data("coco_captions_val2017") / "captions_val2017.json.gz"),
         out=str(tmp_path),
-        size=64,
-        limit=10,
+        settings=ImageSettings(size=64, limit=10),
     )
     assert report.written == 10
     assert {reason: len(names) for reason, names in report.skipped.items()} == {"missing": 4897}
@@ -257,7 +256,7 @@ def test_real_annotations_without_their_images(real_data, tmp_path):
 
 def test_real_emoji(real_data, tmp_path):
     emoji = real_data("emoji64")
-    report = prepare_folder(images=str(emoji), out=str(tmp_path), size=32)
+    report = prepare_folder(images=str(emoji), out=str(tmp_path), settings=ImageSettings(size=32))
     assert (report.written, report.skipped) == (459, {})
     sample = ShardReader(tmp_path).read(0)
     assert sample.captions == ["grinning face"]

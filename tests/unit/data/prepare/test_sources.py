@@ -34,7 +34,7 @@ def test_coco_records_and_what_is_left_out(images, tmp_path):
     path = tmp_path / "captions.json"
     path.write_text(json.dumps(coco(*rows, captions=captions)))
     records = read_coco_records(images, path)
-    (found,) = records.found
+    (found,) = records.usable
     assert (found.path, found.file_name) == (images / "b.png", "b.png")
     assert found.captions == ["one", "two words"]
     assert found.fields == {"image_id": 0, "url": "http://f/b"}
@@ -101,7 +101,7 @@ def test_a_folder_with_texts_beside_the_pictures(images):
         (images / f"{name}.jpg").write_bytes(picture())
         (images / f"{name}.txt").write_bytes(text)
     records = read_folder_records(images)
-    assert [(r.file_name, r.captions) for r in records.found] == [
+    assert [(r.file_name, r.captions) for r in records.usable] == [
         ("a.jpg", ["first second"]),
         ("sub/c.JPEG", ["café"]),
     ]
@@ -132,7 +132,7 @@ def test_linked_folders_are_followed_each_once(tmp_path):
     (elsewhere / "self").symlink_to(".")
     (root / "nowhere").symlink_to("absent")
     records = read_folder_records(root)
-    assert [record.file_name for record in records.found] == ["again/b.jpg", "real/a.jpg"]
+    assert [record.file_name for record in records.usable] == ["again/b.jpg", "real/a.jpg"]
     assert records.skipped == {}
 
 
@@ -141,7 +141,7 @@ def test_hidden_files_and_formats_that_are_not_read_are_named(tmp_path):
     for name in (*names, "a.avif", "sub/b.AVIF", "c.tiff", "d.md"):
         captioned(tmp_path / name)
     records = read_folder_records(tmp_path)
-    assert [record.file_name for record in records.found] == ["ok.jpg"]
+    assert [record.file_name for record in records.usable] == ["ok.jpg"]
     assert {reason: sorted(names) for reason, names in records.skipped.items()} == {
         "hidden": sorted(names[1:]),
         "in avif, which is not read": ["a.avif", "sub/b.AVIF"],
@@ -157,7 +157,7 @@ def test_a_column_of_another_name_holds_the_captions(images):
     (images / "metadata.jsonl").write_text('{"file_name": "a.jpg", "prompt": "one"}')
     with pytest.raises(FileNotFoundError, match="with a 'text'"):
         read_folder_records(images)
-    assert read_folder_records(images, caption_key="prompt").found[0].captions == ["one"]
+    assert read_folder_records(images, caption_key="prompt").usable[0].captions == ["one"]
 
 
 def test_a_folder_with_metadata(images):
@@ -170,7 +170,7 @@ def test_a_folder_with_metadata(images):
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (images / "metadata.jsonl").write_text("\ufeff" + lines + "\n\n")
     records = read_folder_records(images)
-    assert [(r.file_name, r.captions) for r in records.found] == [
+    assert [(r.file_name, r.captions) for r in records.usable] == [
         ("sub/c.JPEG", ["one", "two"]),
         ("a.jpg", ["three"]),
     ]
@@ -197,7 +197,7 @@ def test_parts_of_a_folder(tmp_path):
         (tmp_path / row["file_name"]).write_bytes(b"")
 
     def names(part: str) -> list[str]:
-        return [record.file_name for record in read_folder_records(tmp_path, part=part).found]
+        return [record.file_name for record in read_folder_records(tmp_path, part=part).usable]
 
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     train, val = names("train"), names("val")

@@ -10,7 +10,7 @@ from PIL import Image
 from ldm.data import image_decoding
 from ldm.data.dataset import TextImageDataset
 from ldm.data.image_decoding import ImageError, read_frames, read_image
-from ldm.data.prepare.writer import prepare_folder
+from ldm.data.prepare.image_files import ImageSettings, prepare_folder
 from ldm.data.scenes.datamodule import scenes_data
 from ldm.data.scenes.motion import (
     DIRECTIONS,
@@ -108,7 +108,7 @@ def test_shards_of_videos_are_what_was_drawn(tmp_path):
     assert np.array_equal(np.asarray(read_image(shards.read(5).image)), drawn[0])
     with pytest.raises(ValueError, match="frames was 4"):
         prepare_scenes(out=str(out), count=7, size=16, frames=5)
-    with pytest.raises(ValueError, match="family=5 is for pictures"):
+    with pytest.raises(ValueError, match="family=5 is for images"):
         prepare_scenes(out=str(out), count=10, size=16, frames=4, family=5)
 
 
@@ -173,10 +173,10 @@ def test_a_folder_of_animations_becomes_shards(tmp_path):
         (folder / f"{i}.txt").write_text(f"film {i}")
     (folder / "still.png").write_bytes(animation(noise(1, 48), "PNG"))
     (folder / "still.txt").write_text("no film")
-    out = {"images": str(folder), "out": str(tmp_path / "out"), "size": 32, "frames": 3}
     with pytest.raises(ValueError, match="in format=webp"):
-        prepare_folder(**out)
-    report = prepare_folder(**out, format="webp")
+        ImageSettings(size=32, frames=3)
+    settings = ImageSettings(size=32, frames=3, format="webp")
+    report = prepare_folder(images=str(folder), out=str(tmp_path / "out"), settings=settings)
     assert (report.written, report.skipped) == (3, {"too few frames": ["still.png"]})
     data = TextImageDataset(ShardReader(tmp_path / "out"), size=16, frames=3, seed=0, train=False)
     for i in range(3):

@@ -2,10 +2,10 @@ import itertools
 import time
 
 import pytest
+from bad_sample_runs import fit
 from hypothesis import given
 from hypothesis import strategies as st
 from material import samples, tar_bytes
-from test_skips import fit
 
 from ldm.data.position_sampler import ShuffledOrder
 from ldm.data.shards import remote

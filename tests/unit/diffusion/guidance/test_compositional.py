@@ -1,41 +1,12 @@
-"""Prompts of several parts: how they are read, and what they are on the mixture."""
+"""Guidance by the parts of a prompt."""
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from ldm.diffusion.conditioning import Condition
-from ldm.diffusion.guidance.base import ClassifierFreeGuidance, GuidancePrompts
-from ldm.diffusion.guidance.compositional import CompositionalGuidance, parse_prompt
-
-
-@pytest.mark.parametrize(
-    ("prompt", "parts"),
-    [
-        ("a dog", [("a dog", 1.0)]),
-        ("", [("", 1.0)]),
-        ("a dog AND a ball :0.5 NOT grass", [("a dog", 1.0), ("a ball", 0.5), ("grass", -1.0)]),
-        ("a dog AND NOT a ball :.25", [("a dog", 1.0), ("a ball", -0.25)]),
-        ("NOT a dog", [("a dog", -1.0)]),
-        ("at 10:30 and not later", [("at 10:30 and not later", 1.0)]),
-        ("SAND AND ANDROIDS :2", [("SAND", 1.0), ("ANDROIDS", 2.0)]),
-    ],
-)
-def test_parts_are_read(prompt, parts):
-    assert parse_prompt(prompt) == parts
-
-
-@pytest.mark.parametrize("prompt", ["a AND  AND b", ":2", "a AND :2", "a NOT"])
-def test_a_part_without_words_is_refused(prompt):
-    with pytest.raises(ValueError, match="no words"):
-        parse_prompt(prompt)
-
-
-@given(st.text(st.characters(blacklist_categories=["Cs", "Lu"])))
-def test_any_other_text_is_one_part(text):
-    if ":" not in text:
-        assert parse_prompt(text) == [(text.strip(), 1.0)]
+from ldm.diffusion.conditioning import Condition, Conditioning, GuidancePrompts
+from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
+from ldm.diffusion.guidance.compositional import CompositionalGuidance
+from ldm.inference.prompts import parse_prompt
 
 
 def encode(captions):
@@ -56,8 +27,11 @@ def composed(prompts, x_t, t, **settings):
         -1, 1, 4, 4
     )
     cond, uncond = (Condition(pooled=each.pooled, concat=picture) for each in (cond, uncond))
-    words = GuidancePrompts(prompts, encode)
-    return CompositionalGuidance(**settings)(denoise, cond, uncond, words)(x_t, t), (cond, uncond)
+    words = GuidancePrompts(prompts, encode, parse_prompt)
+    return CompositionalGuidance(**settings)(denoise, Conditioning(cond, uncond, words))(x_t, t), (
+        cond,
+        uncond,
+    )
 
 
 @pytest.mark.parametrize("t", [torch.tensor(0.4), torch.tensor([0.1, 0.4, 0.9])])
@@ -80,7 +54,7 @@ def test_one_part_is_classifier_free_guidance_bit_for_bit():
     x_t, t = torch.randn(2, 2, 4, 4, dtype=torch.float64), torch.tensor(0.3)
     found, pair = composed(["a cat", "a dog"], x_t, t, scale=4.0, rescale=0.5)
     assert torch.equal(
-        found, ClassifierFreeGuidance(scale=4.0, rescale=0.5)(denoise, *pair)(x_t, t)
+        found, ClassifierFreeGuidance(scale=4.0, rescale=0.5)(denoise, Conditioning(*pair))(x_t, t)
     )
 
 
@@ -100,14 +74,14 @@ def test_and_is_the_product_of_what_both_allow():
         return Condition(pooled=torch.tensor([[means[c]] for c in captions], dtype=torch.float64))
 
     x_t = torch.randn(1, 1, 1, 1, dtype=torch.float64)
-    words = GuidancePrompts(["a AND b"], told)
-    found = CompositionalGuidance(scale=1.0)(gaussian, told(["a"]), told([""]), words)(
-        x_t, torch.tensor(0.5)
-    )
+    words = GuidancePrompts(["a AND b"], told, parse_prompt)
+    found = CompositionalGuidance(scale=1.0)(
+        gaussian, Conditioning(told(["a"]), told([""]), words)
+    )(x_t, torch.tensor(0.5))
     product = Condition(pooled=torch.tensor([[0.8]], dtype=torch.float64))
     torch.testing.assert_close(found, gaussian(x_t, None, product))
 
 
-def test_words_are_needed():
-    with pytest.raises(ValueError, match="words=Words"):
-        CompositionalGuidance()(denoise, encode(["a"]), encode([""]))
+def test_prompts_are_needed():
+    with pytest.raises(ValueError, match="compositional guidance reads the prompts"):
+        CompositionalGuidance()(denoise, Conditioning(encode(["a"]), encode([""])))

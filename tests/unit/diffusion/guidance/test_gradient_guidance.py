@@ -5,14 +5,14 @@ import pytest
 import torch
 from scipy.stats import ks_1samp, norm
 
-from ldm.diffusion.conditioning import Condition
-from ldm.diffusion.guidance.base import ClassifierFreeGuidance, GuidancePrompts
+from ldm.diffusion.conditioning import Condition, Conditioning, GuidancePrompts
+from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.guidance.gradient import ClassifierGuidance, ClipGuidance
 from ldm.diffusion.samplers.base import DDIMSampler
 from ldm.diffusion.schedules import FlowSchedule, LaplaceSchedule, cosine, linear
 
 NONE = ClassifierFreeGuidance(scale=1.0)
-WORDS = GuidancePrompts(["0", "1", "2", "1"], None)
+WORDS = GuidancePrompts(["0", "1", "2", "1"], None, None)
 EMPTY = Condition()
 
 
@@ -61,7 +61,7 @@ def test_the_exact_classifier_gives_the_conditional_denoiser(schedule, t):
     )
     t = torch.tensor(t, dtype=torch.float64)
     with torch.no_grad():  # as samplers call it
-        steered = guidance(marginal(schedule), EMPTY, EMPTY, WORDS)(x_t, t)
+        steered = guidance(marginal(schedule), Conditioning(EMPTY, EMPTY, WORDS))(x_t, t)
     truth = of_component(schedule, [0, 1, 2, 1])(x_t, t)
     torch.testing.assert_close(steered, truth, rtol=1e-6, atol=1e-6)
 
@@ -85,7 +85,8 @@ def test_the_classifier_decides_from_pure_noise_on(schedule):
     wanted = [i % 3 for i in range(n)]
     guidance = ClassifierGuidance(classifier=exact(schedule), schedule=schedule, inner=NONE)
     steered = guidance(
-        marginal(schedule), EMPTY, EMPTY, GuidancePrompts([str(number) for number in wanted], None)
+        marginal(schedule),
+        Conditioning(EMPTY, EMPTY, GuidancePrompts([str(number) for number in wanted], None, None)),
     )
     for t in (1.0, 0.9999, 0.9995, 0.999, 0.99):
         t = torch.tensor(t, dtype=torch.float64)
@@ -101,7 +102,9 @@ def test_an_unconditional_model_paints_what_the_classifier_says():
     """The samples are the component's own normal distribution, along each axis."""
     schedule, n = linear(), 1500
     guidance = ClassifierGuidance(classifier=exact(schedule), schedule=schedule, inner=NONE)
-    denoise = guidance(marginal(schedule), EMPTY, EMPTY, GuidancePrompts(["1"] * n, None))
+    denoise = guidance(
+        marginal(schedule), Conditioning(EMPTY, EMPTY, GuidancePrompts(["1"] * n, None, None))
+    )
     x = torch.randn(n, 2, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x0 = DDIMSampler()(denoise, x, schedule, DDIMSampler().times(schedule, 200), noise=None)
     for axis in range(2):
@@ -123,7 +126,9 @@ def test_a_judge_of_clean_data_steers_through_the_denoiser():
         reward_model=lambda prompts: opinion, schedule=schedule, inner=NONE, scale=0.7
     )
     with torch.no_grad():
-        moved = guidance(denoise, EMPTY, EMPTY, WORDS)(x_t, t) - denoise(x_t, t, EMPTY)
+        moved = guidance(denoise, Conditioning(EMPTY, EMPTY, WORDS))(x_t, t) - denoise(
+            x_t, t, EMPTY
+        )
     alpha, sigma = schedule(t)
     for axis in range(2):
         h = torch.zeros_like(x_t)
@@ -142,14 +147,14 @@ def test_they_compose_and_keep_to_their_interval():
         classifier=exact(schedule), schedule=schedule, inner=once, interval=[0.5, 1.0]
     )
     twice = ClassifierGuidance(classifier=exact(schedule), schedule=schedule, inner=NONE, scale=2.0)
-    call = (marginal(schedule), EMPTY, EMPTY, WORDS)
+    call = (marginal(schedule), Conditioning(EMPTY, EMPTY, WORDS))
     for t, same in ((0.3, once), (0.5, twice), (0.8, twice)):
         t = torch.tensor(t, dtype=torch.float64)
         torch.testing.assert_close(late(*call)(x_t, t), same(*call)(x_t, t))
     mixed = torch.tensor([0.2, 0.7, 0.7, 0.2], dtype=torch.float64)[:, None, None, None]
 
     def at(guidance):
-        return guidance(lambda x, t, c: x, EMPTY, EMPTY, WORDS)(x_t, mixed.flatten())
+        return guidance(lambda x, t, c: x, Conditioning(EMPTY, EMPTY, WORDS))(x_t, mixed.flatten())
 
     flat = ClassifierGuidance(
         classifier=lambda prompts: lambda x, t: x.flatten(1).sum(1),
@@ -165,11 +170,13 @@ def test_at_scale_zero_and_without_signal_nothing_blows_up():
     x_t = torch.randn(4, 2, 1, 1, dtype=torch.float64)
     guidance = ClassifierGuidance(classifier=exact(schedule), schedule=schedule, inner=NONE)
     assert (
-        guidance(marginal(schedule), EMPTY, EMPTY, WORDS)(x_t, torch.tensor(1.0)).isfinite().all()
+        guidance(marginal(schedule), Conditioning(EMPTY, EMPTY, WORDS))(x_t, torch.tensor(1.0))
+        .isfinite()
+        .all()
     )
     off = ClassifierGuidance(classifier=exact(schedule), schedule=schedule, inner=NONE, scale=0.0)
     assert torch.equal(
-        off(marginal(schedule), EMPTY, EMPTY)(x_t, torch.tensor(0.5)),
+        off(marginal(schedule), Conditioning(EMPTY, EMPTY))(x_t, torch.tensor(0.5)),
         marginal(schedule)(x_t, torch.tensor(0.5), EMPTY),
     )
 
@@ -177,6 +184,6 @@ def test_at_scale_zero_and_without_signal_nothing_blows_up():
 def test_prompts_are_needed():
     guidance = ClassifierGuidance(classifier=exact(linear()), schedule=linear(), inner=NONE)
     with pytest.raises(ValueError, match="reads the prompts"):
-        guidance(marginal(linear()), EMPTY, EMPTY)
+        guidance(marginal(linear()), Conditioning(EMPTY, EMPTY))
     with pytest.raises(ValueError, match=r"interval=\[0.9, 0.1\]"):
         ClipGuidance(reward_model=None, schedule=linear(), inner=NONE, interval=[0.9, 0.1])

@@ -6,12 +6,11 @@ import torch
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from ldm.diffusion.conditioning import Condition
-from ldm.diffusion.guidance.base import (
+from ldm.diffusion.conditioning import Condition, Conditioning, GuidancePrompts
+from ldm.diffusion.guidance.cfg import (
     AdaptiveProjectedGuidance,
     Autoguidance,
     ClassifierFreeGuidance,
-    GuidancePrompts,
 )
 from ldm.diffusion.guidance.compositional import CompositionalGuidance
 from ldm.diffusion.guidance.style import StyleGuidance
@@ -24,6 +23,7 @@ from ldm.diffusion.samplers.repaint import RePaintSampler
 from ldm.diffusion.schedules import FlowSchedule, linear
 from ldm.diffusion.timesteps import PowerTimestepSampler
 from ldm.diffusion.weightings import UniformWeighting
+from ldm.inference.prompts import parse_prompt
 
 
 def cond(value, n=2):
@@ -38,7 +38,9 @@ def denoise(x_t, t, c):
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.5])
 def test_guides_every_channel(scale, t):
     x_t = torch.randn(2, 7, 4, 4)
-    guided = ClassifierFreeGuidance(scale=scale)(denoise, cond(2.0), cond(0.5))(x_t, t)
+    guided = ClassifierFreeGuidance(scale=scale)(denoise, Conditioning(cond(2.0), cond(0.5)))(
+        x_t, t
+    )
     u, c = denoise(x_t, t, cond(0.5)), denoise(x_t, t, cond(2.0))
     torch.testing.assert_close(guided, u + scale * (c - u))
 
@@ -50,7 +52,7 @@ def test_scale_one_asks_the_network_once():
         batches.append(len(x_t))
         return denoise(x_t, t, c)
 
-    ClassifierFreeGuidance(scale=1.0)(counted, cond(2.0), cond(0.5))(
+    ClassifierFreeGuidance(scale=1.0)(counted, Conditioning(cond(2.0), cond(0.5)))(
         torch.zeros(2, 1, 1, 1), torch.tensor(1.0)
     )
     assert batches == [2]
@@ -90,7 +92,9 @@ def test_scale_one_is_conditional_sampling_bit_for_bit(guidance):
     def network(x_t, t, c):
         return torch.tanh(x_t * 0.7 + c.tokens.mean((1, 2))[:, None, None, None] * t)
 
-    guided = guidance(scale=1.0, rescale=0.7, interval=[0.1, 0.6])(network, cond(2.0), cond(0.5))
+    guided = guidance(scale=1.0, rescale=0.7, interval=[0.1, 0.6])(
+        network, Conditioning(cond(2.0), cond(0.5))
+    )
     assert torch.equal(sampled(guided), sampled(lambda x_t, t: network(x_t, t, cond(2.0))))
 
 
@@ -101,8 +105,10 @@ def test_outside_of_the_interval_it_is_the_conditional_model_at_half_the_cost():
         batches.append(len(x_t))
         return denoise(x_t, t, c)
 
-    some = ClassifierFreeGuidance(scale=3.0, interval=[0.3, 0.7])(counted, cond(2.0), cond(0.5))
-    always = ClassifierFreeGuidance(scale=3.0)(denoise, cond(2.0), cond(0.5))
+    some = ClassifierFreeGuidance(scale=3.0, interval=[0.3, 0.7])(
+        counted, Conditioning(cond(2.0), cond(0.5))
+    )
+    always = ClassifierFreeGuidance(scale=3.0)(denoise, Conditioning(cond(2.0), cond(0.5)))
     for t, inside in ((0.0, False), (0.29, False), (0.3, True), (0.7, True), (1.0, False)):
         t = torch.tensor(t)
         expected = always(x_t, t) if inside else denoise(x_t, t, cond(2.0))
@@ -139,7 +145,7 @@ def test_rescaling_is_that_of_the_paper(schedule, kind, t):
         guidance = ClassifierFreeGuidance(
             scale=7.5, rescale=share, x0_at_zero_output=objective.x0_at_zero_output
         )
-        found = guidance(denoise, cond(2.0), cond(0.5))(x_t, t)
+        found = guidance(denoise, Conditioning(cond(2.0), cond(0.5)))(x_t, t)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -148,7 +154,7 @@ def test_all_guidance_of_classifier_free_kind_rescales_the_output():
     alpha, sigma = linear()(torch.tensor(0.6).double())
     x_t = torch.randn(2, 4, 8, 8, dtype=torch.float64)
     style, none = torch.ones(2, 3, 3).double(), torch.zeros(2, 3, 3).double()
-    words = GuidancePrompts(["a AND b", "c"], lambda texts: cond(1.5, n=len(texts)))
+    words = GuidancePrompts(["a AND b", "c"], lambda texts: cond(1.5, n=len(texts)), parse_prompt)
     fixed = torch.randn(2, 4, 8, 8, dtype=torch.float64)
 
     def network(x_t, told):
@@ -175,9 +181,9 @@ def test_all_guidance_of_classifier_free_kind_rescales_the_output():
         pair = cond(2.0), cond(0.5)
         if with_style:
             pair = tuple(replace(c, style=s) for c, s in zip(pair, (style, none), strict=True))
-        found = eps(guidance(denoise, *pair, words)(x_t, t))
+        found = eps(guidance(denoise, Conditioning(*pair, words))(x_t, t))
         plain = replace(guidance, scale=1.0, **({"style_scale": 1.0} if with_style else {}))
-        like = eps(replace(plain, rescale=0.0)(denoise, *pair, words)(x_t, t))
+        like = eps(replace(plain, rescale=0.0)(denoise, Conditioning(*pair, words))(x_t, t))
         torch.testing.assert_close(found.flatten(1).std(1), like.flatten(1).std(1))
 
 
@@ -188,7 +194,7 @@ def test_projected_guidance_is_diffusers_own_over_several_steps():
     step = iter(range(5))
     times = torch.linspace(1, 0.2, 5)
     ours = AdaptiveProjectedGuidance(**settings)(
-        lambda x_t, t, c: answers[next(step)].flatten(0, 1), cond(2.0), cond(0.5)
+        lambda x_t, t, c: answers[next(step)].flatten(0, 1), Conditioning(cond(2.0), cond(0.5))
     )
     buffer = MomentumBuffer(settings["momentum"])
     for t, (uncond, conditional) in zip(times, answers, strict=True):
@@ -208,11 +214,12 @@ def test_projected_guidance_is_diffusers_own_over_several_steps():
 def test_projected_guidance_holds_classifier_free_guidance():
     x_t, t = torch.randn(2, 7, 4, 4, dtype=torch.float64), torch.tensor(0.5)
     same = AdaptiveProjectedGuidance(scale=3.5, parallel=1.0, momentum=0.0)(
-        denoise, cond(2.0), cond(0.5)
+        denoise, Conditioning(cond(2.0), cond(0.5))
     )
     for _ in range(2):
         torch.testing.assert_close(
-            same(x_t, t), ClassifierFreeGuidance(scale=3.5)(denoise, cond(2.0), cond(0.5))(x_t, t)
+            same(x_t, t),
+            ClassifierFreeGuidance(scale=3.5)(denoise, Conditioning(cond(2.0), cond(0.5)))(x_t, t),
         )
 
 
@@ -222,7 +229,7 @@ def test_a_new_picture_knows_nothing_of_the_momentum_of_the_last():
         torch.randn(2, 3, 4, 4),
         torch.tensor(0.5),
     )
-    first, again = (guidance(denoise, cond(2.0), cond(0.5)) for _ in range(2))
+    first, again = (guidance(denoise, Conditioning(cond(2.0), cond(0.5))) for _ in range(2))
     before = first(x_t, t)
     assert not torch.equal(first(x_t, t / 2), again(x_t, t / 2))
     assert torch.equal(first(x_t, t), before)
@@ -250,7 +257,7 @@ def test_momentum_advances_once_a_step(name):
         return c.tokens.mean((1, 2))[:, None, None, None].expand_as(x_t)
 
     guided = AdaptiveProjectedGuidance(scale=2.0, parallel=1.0, momentum=0.5)(
-        network, cond(2.0), cond(1.0)
+        network, Conditioning(cond(2.0), cond(1.0))
     )
     seen, schedule = [], linear()
     x = torch.randn(2, 1, 2, 2, dtype=torch.float64)
@@ -261,7 +268,7 @@ def test_momentum_advances_once_a_step(name):
         times = sampler.times(schedule, 10)
         if name == "inversion":
             guided = AdaptiveProjectedGuidance(scale=2.0, parallel=1.0, momentum=0.5)(
-                network, cond(2.0), cond(1.0)
+                network, Conditioning(cond(2.0), cond(1.0))
             )
             invert_ddim(guided, x, schedule, times, **more)
         else:
@@ -277,11 +284,15 @@ def test_autoguidance_leads_away_from_the_worse_model(t):
         return denoise(x_t, t, c) + 0.1 * x_t
 
     inner = ClassifierFreeGuidance(scale=2.0)
-    auto = Autoguidance(guide=worse, inner=inner, scale=3.0)(denoise, cond(2.0), cond(0.5))
-    better = inner(denoise, cond(2.0), cond(0.5))(x_t, t)
+    auto = Autoguidance(guide=worse, inner=inner, scale=3.0)(
+        denoise, Conditioning(cond(2.0), cond(0.5))
+    )
+    better = inner(denoise, Conditioning(cond(2.0), cond(0.5)))(x_t, t)
     bad = worse(x_t, t, cond(2.0))
     torch.testing.assert_close(auto(x_t, t), bad + 3 * (better - bad))
-    off = Autoguidance(guide=None, inner=inner, scale=1.0)(denoise, cond(2.0), cond(0.5))
+    off = Autoguidance(guide=None, inner=inner, scale=1.0)(
+        denoise, Conditioning(cond(2.0), cond(0.5))
+    )
     assert torch.equal(off(x_t, t), better)
 
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from ldm.diffusion.conditioning import Condition
-from ldm.diffusion.guidance.base import ClassifierFreeGuidance, GuidancePrompts
+from ldm.diffusion.conditioning import Condition, Conditioning, GuidancePrompts
+from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.guidance.compositional import CompositionalGuidance
 from ldm.diffusion.guidance.style import StyleGuidance
+from ldm.inference.prompts import parse_prompt
 
 
 def cond(text, style=None, n=2):
@@ -28,7 +29,9 @@ TIMES = [torch.tensor(0.5), torch.tensor([0.25, 0.75])]
 
 @pytest.mark.parametrize("t", TIMES)
 def test_each_condition_has_its_scale(t):
-    found = StyleGuidance(scale=3, style_scale=1.5)(denoise, cond(2, 1), cond(0.5, 0))(X, t)
+    found = StyleGuidance(scale=3, style_scale=1.5)(
+        denoise, Conditioning(cond(2, 1), cond(0.5, 0))
+    )(X, t)
     none, text, both = (denoise(X, t, c) for c in (cond(0.5, 0), cond(2, 0), cond(2, 1)))
     torch.testing.assert_close(found, none + 3 * (text - none) + 1.5 * (both - text))
 
@@ -38,17 +41,21 @@ def test_each_condition_has_its_scale(t):
 def test_equal_scales_are_classifier_free(scale, t):
     more = {"interval": [0.3, 0.9], "rescale": 0.4}
     pair = cond(2, 1), cond(0.5, 0)
-    found = StyleGuidance(scale=scale, style_scale=scale, **more)(denoise, *pair)(X, t)
+    found = StyleGuidance(scale=scale, style_scale=scale, **more)(denoise, Conditioning(*pair))(
+        X, t
+    )
     torch.testing.assert_close(
-        found, ClassifierFreeGuidance(scale=scale, **more)(denoise, *pair)(X, t)
+        found, ClassifierFreeGuidance(scale=scale, **more)(denoise, Conditioning(*pair))(X, t)
     )
 
 
 @pytest.mark.parametrize("t", TIMES)
 def test_without_a_style_picture_it_is_classifier_free(t):
     pair = cond(2), cond(0.5)
-    found = StyleGuidance(scale=3, style_scale=9, rescale=0.3)(denoise, *pair)(X, t)
-    assert torch.equal(found, ClassifierFreeGuidance(scale=3, rescale=0.3)(denoise, *pair)(X, t))
+    found = StyleGuidance(scale=3, style_scale=9, rescale=0.3)(denoise, Conditioning(*pair))(X, t)
+    assert torch.equal(
+        found, ClassifierFreeGuidance(scale=3, rescale=0.3)(denoise, Conditioning(*pair))(X, t)
+    )
 
 
 def test_it_asks_no_more_than_it_must():
@@ -60,7 +67,7 @@ def test_it_asks_no_more_than_it_must():
 
     for scales in ((1, 1), (1, 2), (2, 2)):
         guided = StyleGuidance(scale=scales[0], style_scale=scales[1])(
-            counted, cond(2, 1), cond(0, 0)
+            counted, Conditioning(cond(2, 1), cond(0, 0))
         )
         guided(X, torch.tensor(0.5))
     assert batches == [2, 6, 6]
@@ -83,6 +90,10 @@ def test_parts_of_a_prompt_have_the_style_of_their_image():
 
     style = torch.tensor([1.0, 2.0])[:, None, None].expand(2, 4, 6)
     told = Condition(cond(2).tokens, style=style)
-    words = GuidancePrompts(["a AND b", "c"], lambda captions: cond(1, n=len(captions)))
-    CompositionalGuidance(scale=2.0)(noted, told, cond(0, 0), words)(X, torch.tensor(0.5))
+    words = GuidancePrompts(
+        ["a AND b", "c"], lambda captions: cond(1, n=len(captions)), parse_prompt
+    )
+    CompositionalGuidance(scale=2.0)(noted, Conditioning(told, cond(0, 0), words))(
+        X, torch.tensor(0.5)
+    )
     assert seen == [[0, 0, 1, 1, 2]]

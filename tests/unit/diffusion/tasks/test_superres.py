@@ -7,8 +7,10 @@ import torch
 from world import SIZE, pipeline
 
 from ldm.diffusion.rng import make_generators
-from ldm.diffusion.tasks.base import Inpainting, Request, TextToImage
+from ldm.diffusion.tasks.base import Request
+from ldm.diffusion.tasks.inpainting import Inpainting
 from ldm.diffusion.tasks.superres import SuperResolution, downsample_images, upsample_images
+from ldm.diffusion.tasks.text_to_image import TextToImage
 from ldm.inference.inputs import prepare_upscaling_inputs
 from ldm.models.autoencoder import IdentityAutoencoder
 from ldm.models.unet import UNet
@@ -16,7 +18,7 @@ from ldm.models.unet import UNet
 
 def shown(task, images, positions):
     draws = make_generators(0, positions, stream="task")
-    return task.training_concat(images, images, lambda x: x, generator=draws)
+    return task.training_pair(images, images, lambda x: x, generator=draws)[1]
 
 
 def wide_pipeline(text, task):
@@ -75,8 +77,10 @@ def test_what_is_learnt_is_what_the_small_picture_lacks(tiny_text):
     small = downsample_images(images, 2)
     request = Request(torch.empty_like(images), image=small)
     start = task.start(request, lambda x: x, None, noise=torch.zeros_like)
-    torch.testing.assert_close(start.latents(lacking), images)
-    torch.testing.assert_close(start.latents(torch.zeros_like(images)), upsample_images(small, 2))
+    torch.testing.assert_close(start.to_latents(lacking), images)
+    torch.testing.assert_close(
+        start.to_latents(torch.zeros_like(images)), upsample_images(small, 2)
+    )
 
 
 def test_the_guesses_on_the_way_are_pictures(tiny_text):
@@ -106,7 +110,7 @@ def test_a_small_picture_of_any_shape_is_enlarged_whole(tiny_text):
     small = torch.rand(2, 3, 5, 3)
     given = prepare_upscaling_inputs(pipe, small)
     assert given.size == (20, 16)
-    assert given.shown == (20, 12)
+    assert given.output_size == (20, 12)
     images = pipe(["a", "b"], seeds=[0, 1], size=given.size, steps=2, **given.pictures())
     assert [tuple(image.shape) for image in given.cut(images)] == [(3, 20, 12)] * 2
 
@@ -131,9 +135,9 @@ def test_a_network_does_what_it_was_trained_for_and_no_other():
     assert x2.incompatible_with(SuperResolution()) is None
     assert "trained for [2]" in SuperResolution(scale=4).incompatible_with(x2)
     assert "task.residual_std=0.1" in SuperResolution(residual_std=1).incompatible_with(x2)
-    assert "never shown a small picture" in x2.incompatible_with(Inpainting())
-    assert "never shown a mask" in Inpainting().incompatible_with(TextToImage())
-    assert "shown more than noise" in TextToImage().incompatible_with(x2)
+    assert "not trained with small images" in x2.incompatible_with(Inpainting())
+    assert "not trained with masks" in Inpainting().incompatible_with(TextToImage())
+    assert "takes more inputs than noise" in TextToImage().incompatible_with(x2)
 
 
 def test_without_its_picture_there_is_nothing_to_enlarge(tiny_text):

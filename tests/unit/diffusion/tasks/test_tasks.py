@@ -12,13 +12,10 @@ from world import SIZE, pipeline
 from ldm.diffusion.rng import ImageNoise, make_generators
 from ldm.diffusion.samplers.base import DDIMSampler
 from ldm.diffusion.schedules import cosine, linear
-from ldm.diffusion.tasks.base import (
-    ImageToImage,
-    Inpainting,
-    ProjectedInpainting,
-    Request,
-    TextToImage,
-)
+from ldm.diffusion.tasks.base import Request
+from ldm.diffusion.tasks.image_to_image import ImageToImage
+from ldm.diffusion.tasks.inpainting import Inpainting, ProjectedInpainting
+from ldm.diffusion.tasks.text_to_image import TextToImage
 from ldm.inference.inputs import read_pipeline_inputs, read_square_option
 from ldm.models.autoencoder import IdentityAutoencoder
 from ldm.utils.images import from_uint8
@@ -145,15 +142,15 @@ def test_an_image_depends_on_its_own_seed_alone(tiny_text):
         (ImageToImage(), {"image": picture(), "mask": left_half()}, "and no mask"),
         (ImageToImage(), {"image": picture(), "strength": 0.0}, "strength=0.0 must be above 0"),
         (ImageToImage(), {"image": picture(), "strength": math.inf}, "strength=inf"),
-        (ProjectedInpainting(), {"image": picture()}, "takes a picture and a mask"),
-        (ProjectedInpainting(), {"mask": left_half()}, "takes a picture and a mask"),
+        (ProjectedInpainting(), {"image": picture()}, "takes an image and a mask"),
+        (ProjectedInpainting(), {"mask": left_half()}, "takes an image and a mask"),
         (
             ProjectedInpainting(),
             {"image": picture(), "mask": left_half(), "strength": 2.0},
             "strength=2",
         ),
         (ImageToImage(), {"image": picture()[..., 1:]}, "where size=16"),
-        (Inpainting(), {"image": picture()}, "task=inpaint takes a picture and a mask"),
+        (Inpainting(), {"image": picture()}, "task=inpaint takes an image and a mask"),
     ],
 )
 def test_what_a_task_lacks_is_told(tiny_text, task, given, message):
@@ -199,7 +196,7 @@ def test_a_white_mask_paints_from_words_alone(tiny_text):
 def test_training_shows_what_sampling_shows():
     images = 2 * torch.rand(5, 3, SIZE, SIZE) - 1
     draws = {"generator": make_generators(0, range(5), stream="task")}
-    concat = Inpainting().training_concat(images[:, :, ::2, ::2], images, halved, **draws)
+    concat = Inpainting().training_pair(images[:, :, ::2, ::2], images, halved, **draws)[1]
     given = Inpainting().example_inputs(
         images, generator=make_generators(0, range(5), stream="task")
     )

@@ -6,15 +6,16 @@ import pytest
 import torch
 from world import SIZE, objective, small_autoencoder
 
-from ldm.diffusion.guidance.base import ClassifierFreeGuidance
+from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.rng import make_generators
 from ldm.diffusion.samplers.base import DDIMSampler
 from ldm.diffusion.schedules import linear
-from ldm.diffusion.tasks.base import ImageToImage, Request, TextToImage
+from ldm.diffusion.tasks.base import Request
+from ldm.diffusion.tasks.image_to_image import ImageToImage
+from ldm.diffusion.tasks.text_to_image import TextToImage
 from ldm.diffusion.tasks.video import TextToVideo
 from ldm.inference.pipeline import Pipeline
-from ldm.models.frames import FramewiseAutoencoder
-from ldm.models.temporal import zero_module
+from ldm.models.temporal import FramewiseAutoencoder, zero_module
 from ldm.models.unet import UNet
 
 FRAMES = 3
@@ -56,7 +57,7 @@ def seeded(x):
 def test_a_share_of_the_training_videos_shows_its_first_frame_to_all_frames():
     latents = torch.randn(400, 3, FRAMES, 4, 4)
     draws = make_generators(0, range(400), stream="task")
-    told = TextToVideo(first_frame_prob=0.25).training_concat(latents, None, None, generator=draws)
+    _, told = TextToVideo(first_frame_prob=0.25).training_pair(latents, None, None, generator=draws)
     assert told.shape == (400, 4, FRAMES, 4, 4)
     given = told[:, 0].flatten(1)
     assert ((given == 0).all(1) | (given == 1).all(1)).all()
@@ -64,7 +65,7 @@ def test_a_share_of_the_training_videos_shows_its_first_frame_to_all_frames():
     assert 0.18 < given.float().mean() < 0.32
     assert not told[~given].any()
     assert torch.equal(told[given, 1:], latents[given, :, :1].expand(-1, -1, FRAMES, -1, -1))
-    again = TextToVideo(first_frame_prob=0.25).training_concat(
+    _, again = TextToVideo(first_frame_prob=0.25).training_pair(
         latents[7:9], None, None, generator=make_generators(0, (7, 8), stream="task")
     )
     assert torch.equal(again, told[7:9])  # a function of the position
@@ -116,9 +117,9 @@ def test_it_starts_from_noise_and_keeps_the_first_frame():
 
 def test_it_needs_a_network_of_its_own():
     video, text = TextToVideo(), TextToImage()
-    assert video.incompatible_with(text) == "the network knows no frames"
-    assert "shown more than noise" in text.incompatible_with(video)
-    assert "shown more than noise" in ImageToImage().incompatible_with(video)
+    assert video.incompatible_with(text) == "the network was not trained on videos"
+    assert "takes more inputs than noise" in text.incompatible_with(video)
+    assert "takes more inputs than noise" in ImageToImage().incompatible_with(video)
     assert video.incompatible_with(TextToVideo(first_frame_prob=0.1)) is None
     assert "trained with task.shared_noise=0.7" in video.incompatible_with(
         TextToVideo(shared_noise=0.7)

@@ -54,8 +54,8 @@ def test_it_takes_no_more_memory_than_it_may(text):
     remembered = CachedTextEncoder(text, gib=2.5 * row / 2**30)
     for _ in range(2):
         assert_same(remembered(CAPTIONS[:4]), text(CAPTIONS[:4]))
-    assert list(remembered.kept) == CAPTIONS[:2]
-    held = [part for row in remembered.kept.values() for part in row.parts() if part is not None]
+    assert list(remembered.cache) == CAPTIONS[:2]
+    held = [part for row in remembered.cache.values() for part in row.parts() if part is not None]
     assert sum(part.untyped_storage().nbytes() for part in held) == 2 * row
 
 

@@ -2,18 +2,19 @@
 
 import json
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+from checkpoint_limits import At, limit_files
 from PIL import Image
 from safetensors.torch import load_file
-from test_resume import Validations, assert_same, assert_same_training
+from same_training import Validations, assert_same, assert_same_training
 from world import latent_diffusion, make_trainer, shapes_data
 
-from ldm.training.callbacks.checkpoint_payload import copy_to_host
+from ldm.training.callbacks.checkpoint_storage import copy_to_host
 from ldm.training.callbacks.checkpointing import Checkpoints
 from ldm.training.callbacks.monitoring import SampleImages
 from ldm.utils.checkpoint_file import (
@@ -49,26 +50,6 @@ def train(
         ckpt_path=last if last.exists() else None,
         weights_only=True,
     )
-
-
-class At(L.Callback):
-    """Does things before certain steps, first waiting for what is being saved."""
-
-    def __init__(self, what: Mapping[int, Callable[[], object]], *, wait: bool = True) -> None:
-        self.what = what
-        self.wait = wait
-
-    def on_train_batch_start(self, trainer: L.Trainer, *args) -> None:
-        if trainer.global_step + 1 in self.what:
-            if self.wait:
-                trainer.callbacks[-1].wait()
-            self.what[trainer.global_step + 1]()
-
-
-def limit_files(size: int) -> None:
-    """The kernel refuses to let a file of this process grow larger."""
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
 
 @pytest.fixture

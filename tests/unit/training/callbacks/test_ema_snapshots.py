@@ -6,10 +6,10 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from checkpoint_limits import At, limit_files
 from safetensors.torch import save_file
-from test_resume import assert_same_training
-from test_saving import At, limit_files
-from test_stability import Spoil
+from same_training import assert_same_training
+from spoiled_batches import Spoil
 from world import latent_diffusion, make_trainer, shapes_data
 
 from ldm.training.callbacks.checkpointing import Checkpoints
@@ -170,8 +170,8 @@ def test_a_damaged_snapshot_is_named(kept, tmp_path, harm):
 
 def test_shards_are_refused(tiny_text):
     with pytest.raises(ValueError, match=r"fsdp keeps no averages .*: take phema.lengths=\[\]"):
-        FullyShardedStrategy.check(latent_diffusion(tiny_text, phema_lengths=LENGTHS))
-    FullyShardedStrategy.check(latent_diffusion(tiny_text))
+        FullyShardedStrategy.check_module(latent_diffusion(tiny_text, phema_lengths=LENGTHS))
+    FullyShardedStrategy.check_module(latent_diffusion(tiny_text))
 
 
 def test_never_is_refused(tmp_path):

@@ -14,9 +14,9 @@ from torch import Tensor
 from world import SIZE, latent_diffusion, make_trainer, objective
 
 from ldm.data.datamodule import TextImageData
-from ldm.diffusion.guidance.base import ClassifierFreeGuidance
+from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.samplers.base import DDIMSampler
-from ldm.diffusion.tasks.base import TextToImage
+from ldm.diffusion.tasks.text_to_image import TextToImage
 from ldm.evaluation.features.clip import ClipFeatures
 from ldm.inference.pipeline import Pipeline
 from ldm.models.autoencoder import IdentityAutoencoder

@@ -7,9 +7,10 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from test_cli import ROOT, run
-from test_resume import assert_same
-from test_signals import RUN as TINY
+from same_training import assert_same
+from shell import ROOT, run
+from signalled_runs import RUN as TINY
+from spoiled_batches import Spoil
 from world import latent_diffusion, make_trainer, shapes_data
 
 from ldm.experiments.run_dir import read_metrics
@@ -20,26 +21,6 @@ from ldm.training.loggers.csv import CsvLog
 from ldm.training.modules.diffusion import LatentDiffusion
 from ldm.utils.checkpoint_file import parse_checkpoint_step, read_checkpoint
 from ldm.utils.hashing import hash_module
-
-
-class Spoil(L.Callback):
-    """Spoils the pictures, or the gradient, of certain micro-batches, counted from 0."""
-
-    def __init__(self, *batches: int, gradient: bool = False) -> None:
-        self.batches = batches
-        self.gradient = gradient
-        self.number = -1
-        self.keys: list[list[str]] = []
-
-    def on_train_batch_start(self, trainer, module, batch: dict, batch_idx: int) -> None:
-        self.number += 1
-        self.keys.append(batch["key"])
-        if self.number in self.batches and not self.gradient:
-            batch["images"][0, 0, 0, 0] = torch.nan
-
-    def on_after_backward(self, trainer, module: LatentDiffusion) -> None:
-        if self.number in self.batches and self.gradient:
-            module.denoiser.conv_in.bias.grad[0] = torch.inf
 
 
 class Omits(LatentDiffusion):
@@ -249,12 +230,12 @@ def test_a_run_that_ends_with_ruined_weights_is_not_finished(tmp_path):
 RANKS = """
 import sys, torch, json
 import lightning as L
-from world import latent_diffusion, shapes_data, SafeCheckpointIO, Meter
+from world import latent_diffusion, shapes_data, SafeCheckpointIO, ThroughputMonitor
 from ldm.utils import checkpoint_file as checkpoint
-from ldm.models.text.clip.clip import ClipText
-from ldm.training.callbacks.monitoring.checkpointing import Checkpoints
+from ldm.models.text.clip import ClipTextEncoder
+from ldm.training.callbacks.checkpointing import Checkpoints
 from ldm.training.fsdp import FullyShardedStrategy
-from ldm.training.callbacks.monitoring.nonfinite import SkipNonFinite
+from ldm.training.callbacks.nonfinite import NonFiniteStepSkipper
 
 class Spoil(L.Callback):
     def on_train_batch_start(self, trainer, module, batch, i):
@@ -270,17 +251,17 @@ class Watch(L.Callback):
 
 BAD, stop_after = json.loads(sys.argv[4]), int(sys.argv[5])
 quiet = {f"enable_{what}": False for what in ("checkpointing", "model_summary", "progress_bar")}
-meter, watch = Meter(every=1), Watch()
-skip = SkipNonFinite(checkpoint.Path("bad.json"), meter=meter, stop_after=stop_after)
+monitor, watch = ThroughputMonitor(every=1), Watch()
+skip = NonFiniteStepSkipper(checkpoint.Path("bad.json"), monitor=monitor, stop_after=stop_after)
 keeper = Checkpoints(checkpoint.Path("checkpoints"), every=1, keep=9, facts={}, background=True)
 trainer = L.Trainer(
     accelerator="cpu", devices=2,
     strategy={"ddp": "ddp", "fsdp": FullyShardedStrategy()}[sys.argv[3]],
     max_steps=4, check_val_every_n_epoch=None, use_distributed_sampler=False, logger=False,
     gradient_clip_val=1.0, limit_val_batches=0, plugins=[SafeCheckpointIO()],
-    callbacks=[meter, Spoil(), skip, watch, keeper], **quiet
+    callbacks=[monitor, Spoil(), skip, watch, keeper], **quiet
 )
-trainer.fit(latent_diffusion(ClipText(sys.argv[2])), datamodule=shapes_data(sys.argv[1]))
+trainer.fit(latent_diffusion(ClipTextEncoder(sys.argv[2])), datamodule=shapes_data(sys.argv[1]))
 assert skip.skipped == 1
 if trainer.is_global_zero:
     first, second, third, _ = watch.seen
@@ -297,7 +278,7 @@ def ranks(tmp_path, shapes, tiny_clip):
     """Two processes; a second one's pictures are spoiled at certain steps, counted from 0."""
     tiny_clip.save(tmp_path / "clip")
     script = tmp_path / "rank.py"
-    script.write_text(f"import sys\nsys.path.append({str(ROOT / 'tests')!r})\n{RANKS}")
+    script.write_text(f"import sys\nsys.path.append({str(ROOT / 'tests' / 'helpers')!r})\n{RANKS}")
 
     def start(strategy: str, bad: list[int], stop_after: int) -> str:
         given = [str(shapes), str(tmp_path / "clip"), strategy, json.dumps(bad), str(stop_after)]

@@ -2,19 +2,14 @@
 
 import pytest
 import torch
+from autoencoder_modules import autoencoder_training
 from torchmetrics.image import PeakSignalNoiseRatio
-from world import make_trainer, shapes_data, small_autoencoder, val_batch
+from world import make_trainer, shapes_data, val_batch
 
 from ldm.diffusion.rng import make_generators
 from ldm.training.callbacks.checkpointing import Checkpoints
 from ldm.training.modules.autoencoder import AutoencoderTraining
-from ldm.training.optimizers import AdamW
 from ldm.utils.checkpoint_file import find_newest_checkpoint, read_checkpoint
-
-
-def autoencoder_training(*, kl_weight: float = 1e-3) -> AutoencoderTraining:
-    optimizer = AdamW(lr=3e-3, warmup=2)
-    return AutoencoderTraining(small_autoencoder(), optimizer=optimizer, kl_weight=kl_weight)
 
 
 def draws(n: int) -> list[torch.Generator]:

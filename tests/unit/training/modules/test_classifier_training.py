@@ -4,25 +4,14 @@ import math
 
 import pytest
 import torch
+from classifier_modules import training
 from world import CAPTIONS, make_trainer, shapes_data, small_autoencoder, val_batch
 
-from ldm.diffusion.schedules import cosine
-from ldm.models.autoencoder import IdentityAutoencoder
 from ldm.models.clip import contrastive_loss
-from ldm.models.noisy_classifier import NoisyClassifier, NoisyTower
 from ldm.models.text.clip import ClipTextEncoder
-from ldm.models.text.labels import LabelTextEncoder
 from ldm.training.callbacks.checkpointing import Checkpoints
-from ldm.training.modules.classifier import (
-    ClassifierTraining,
-    hash_captions,
-    multi_positive_contrastive_loss,
-)
-from ldm.training.optimizers import AdamW
+from ldm.training.modules.classifier import hash_captions, multi_positive_contrastive_loss
 from ldm.utils.hashing import hash_module
-
-COLOURS = ["red", "lime", "blue", "white", "magenta"]
-SIZES = {"width": 16, "channels": 16, "heads": 2, "groups": 4}
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +19,6 @@ def pooled_text(tiny_clip, tmp_path_factory) -> ClipTextEncoder:
     folder = tmp_path_factory.mktemp("clip") / "clip"
     tiny_clip.save(folder)
     return ClipTextEncoder(str(folder), pooled=True)
-
-
-def training(text=None, *, autoencoder=None, lr=3e-3, seed=0) -> ClassifierTraining:
-    """In pixel space, unless there is an autoencoder; always the same weights."""
-    torch.manual_seed(0)
-    tower = NoisyTower(schedule=cosine(), in_channels=3, **SIZES)
-    classifier = NoisyClassifier(tower, text or LabelTextEncoder(COLOURS))
-    optimizer = AdamW(lr=lr, warmup=2)
-    return ClassifierTraining(
-        classifier, autoencoder or IdentityAutoencoder(), optimizer=optimizer, seed=seed
-    )
 
 
 def test_it_learns_names_where_they_can_be_seen(shapes):

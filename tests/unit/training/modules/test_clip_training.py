@@ -42,7 +42,7 @@ def test_a_small_last_batch_counts_for_less(shapes, module):
     total = 0.0
     for indices in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9]):
         with torch.no_grad():
-            pairs = module.features(val_batch(data, indices))
+            pairs = module.encode_pairs(val_batch(data, indices))
             loss = contrastive_loss(*pairs, module.clip.logit_scale)
         total += len(indices) * float(loss)
     assert values["val/loss"] == pytest.approx(total / 10, rel=1e-5)
@@ -50,8 +50,8 @@ def test_a_small_last_batch_counts_for_less(shapes, module):
 
 @torch.no_grad()
 def test_a_pair_is_a_picture_and_its_own_caption(shapes, module):
-    images, texts = module.features(val_batch(shapes_data(shapes), [7, 2]))
+    images, texts = module.encode_pairs(val_batch(shapes_data(shapes), [7, 2]))
     torch.testing.assert_close(texts, module.clip.encode_texts([CAPTIONS[7], CAPTIONS[2]]))
-    alone, _ = module.features(val_batch(shapes_data(shapes), [2]))
+    alone, _ = module.encode_pairs(val_batch(shapes_data(shapes), [2]))
     torch.testing.assert_close(images[1:], alone)
     assert not torch.allclose(images[0], images[1])

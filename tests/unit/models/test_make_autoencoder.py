@@ -2,8 +2,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL as Oracle
 
-from ldm.models.autoencoder_weights import make_autoencoder_kl
-from ldm.models.diffusers_format import export_autoencoder_config, save_autoencoder
+from ldm.models.diffusers_format import (
+    export_autoencoder_config,
+    make_autoencoder_kl,
+    save_autoencoder,
+)
 from ldm.utils.checkpoint_file import CheckpointError, write_checkpoint
 from ldm.utils.hashing import hash_module
 

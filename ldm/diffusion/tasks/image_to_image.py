@@ -1,0 +1,37 @@
+"""Image to image: a variation of an image by any text-to-image model."""
+
+from ldm.diffusion.samplers.base import Noise
+from ldm.diffusion.schedules import Schedule
+from ldm.diffusion.tasks.base import (
+    Encode,
+    Request,
+    Start,
+    Task,
+    add_noise_at_strength,
+    check_strength,
+)
+
+
+class ImageToImage(Task):
+    """Adds noise to the image up to t = strength, and samples from there.
+
+    The noise is random (Meng et al. 2022, SDEdit, arXiv:2108.01073). With `invert` it is that from
+    which the model generates the image itself (DDIM inversion), which keeps what the prompt does
+    not mention.
+    """
+
+    name = "img2img"
+    sampling_only = True
+    default_strength = 0.7  # the best measured, docs/img2img.md
+
+    def __init__(self, *, invert: bool = False) -> None:
+        self.invert = invert
+
+    def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
+        if request.image is None or request.mask is not None:
+            raise ValueError("task=img2img takes an image and no mask: image=FILE")
+        x0, t = encode(request.image), request.strength  # (B, C, h, w)
+        if self.invert:
+            check_strength(t)
+            return Start(x=request.invert(x0, t), t=t)
+        return Start(x=add_noise_at_strength(x0, request, schedule, noise), t=t)

@@ -1,0 +1,99 @@
+"""Inpainting: new pixels where a mask is 1.
+
+Shapes: B batch, C latent channels, H W pixels, h w latent grid.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.diffusion.rng import Generators
+from ldm.diffusion.samplers.base import Noise
+from ldm.diffusion.schedules import Schedule
+from ldm.diffusion.tasks.base import Encode, Request, Start, Task, add_noise_at_strength
+from ldm.diffusion.tasks.masks import random_masks
+
+
+class ProjectedInpainting(Task):
+    """Inpainting by any text-to-image model: each x0_hat gets the known latents back.
+
+    The model does not see how its part fits the known part; `rounds` above 1 takes each step again,
+    with fresh noise (Lugmayr et al. 2022, RePaint, arXiv:2201.09865, algorithm 1).
+    """
+
+    name = "inpaint_projected"
+    sampling_only = True
+
+    def __init__(self, *, rounds: int = 1) -> None:
+        if rounds < 1:
+            raise ValueError(f"task.rounds={rounds}: each step is taken once or more")
+        self.rounds = rounds
+
+    def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
+        x, project = project_known(request, encode, schedule, noise, task=self)
+        return Start(x=x, t=request.strength, project=project, rounds=self.rounds)
+
+
+class Inpainting(Task):
+    """Inpainting by a network with the mask and the rest of the image as inputs.
+
+    Extra channels, as in Stable Diffusion's inpainting network: the mask on the latent grid, then
+    the latents of the image, grey where it is masked (Rombach et al. 2022, section 4.5).
+    """
+
+    name = "inpaint"
+    needs_image = True
+
+    def extra_channels(self, channels: int) -> int:
+        return 1 + channels
+
+    def incompatible_with(self, trained: Task) -> str | None:
+        return None if trained.name == self.name else "the network was not trained with masks"
+
+    def example_inputs(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
+        return {"image": images, "mask": random_masks_like(images, generator)}
+
+    def training_pair(
+        self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
+    ) -> tuple[Tensor, Tensor]:
+        """The latents, and random masks with the latents of the rest, (B, 1 + C, h, w)."""
+        mask = random_masks_like(images, generator)
+        return latents, mask_channels(images, mask, encode, like=latents)
+
+    def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
+        x, project = project_known(request, encode, schedule, noise, task=self)
+        concat = mask_channels(request.image, request.mask, encode, like=request.latents)
+        return Start(x=x, t=request.strength, concat=concat, project=project)
+
+
+def project_known(
+    request: Request, encode: Encode, schedule: Schedule, noise: Noise, *, task: Task
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The image with noise up to t = strength, and what puts its known part into an x0_hat."""
+    if request.image is None or request.mask is None:
+        raise ValueError(f"task={task.name} takes an image and a mask: image=FILE mask=FILE")
+    known, hidden = encode(request.image), downsample_mask(request.mask, like=request.latents)
+
+    def project(x0_hat: Tensor) -> Tensor:
+        return torch.where(hidden > 0, x0_hat, known)
+
+    return add_noise_at_strength(known, request, schedule, noise), project
+
+
+def mask_channels(images: Tensor, mask: Tensor, encode: Encode, *, like: Tensor) -> Tensor:
+    """(B, 1 + C, h, w): the mask (B, 1, H, W) on the grid of `like`, and the rest's latents."""
+    rest = encode(torch.where(mask > 0, 0.0, images))
+    return torch.cat([downsample_mask(mask, like=like).to(rest), rest], dim=1)
+
+
+def downsample_mask(mask: Tensor, *, like: Tensor) -> Tensor:
+    """A mask (B, 1, H, W) on the latent grid: a cell is masked if any of its pixels is."""
+    return F.adaptive_max_pool2d(mask, like.shape[-2:])
+
+
+def random_masks_like(images: Tensor, generator: Generators) -> Tensor:
+    """A random mask (B, 1, H, W) for each image."""
+    n, _, *size = images.shape
+    return random_masks(n, *size, generator=generator, device=images.device)

@@ -1,0 +1,27 @@
+"""Prompts of several parts: `a dog AND a red ball :0.5 NOT grass`."""
+
+import re
+
+PROMPT_OPERATOR = re.compile(r"(?<!\S)(AND NOT|AND|NOT)(?!\S)")
+PROMPT_PART_WEIGHT = re.compile(r"(?<!\S):(\d+\.?\d*|\.\d+)$")
+
+
+def parse_prompt(prompt: str) -> list[tuple[str, float]]:
+    """The parts of a prompt, each with its weight; one part of weight 1 if nothing joins parts.
+
+    AND and NOT, in capitals and between blanks, join parts. ` :0.5` at the end of a part is its
+    weight (1 by default); NOT makes it negative. Raises ValueError for a part without words.
+    """
+    first, *rest = PROMPT_OPERATOR.split(prompt)
+    joined = [("AND", first)] if first.strip() or not rest else []
+    joined += zip(rest[::2], rest[1::2], strict=True)
+    parts = []
+    for operator, text in joined:
+        text = text.strip()
+        match = PROMPT_PART_WEIGHT.search(text)
+        weight = float(match[1]) if match else 1.0
+        words = text[: match.start()].strip() if match else text
+        if not words and (rest or match):
+            raise ValueError(f"a part of the prompt has no words: '{prompt}'")
+        parts.append((words, -weight if "NOT" in operator else weight))
+    return parts

@@ -1,0 +1,46 @@
+"""The interfaces of the networks that a pipeline and a training are made of.
+
+Shapes: B images or captions, C latent channels, h w latent grid.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from ldm.diffusion.conditioning import Condition
+
+
+class Denoiser(Protocol):
+    """A network from noisy latents to the prediction's output.
+
+    in_channels counts extra channels. Height and width of the latents are multiples of `multiple`.
+    """
+
+    in_channels: int
+    out_channels: int
+    multiple: int
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """x (B, C, h, w), t () or (B,) on the scale 0..999 -> (B, out_channels, h, w)."""
+
+
+class TextEncoder(Protocol):
+    """A frozen encoder of captions.
+
+    width and pooled_width are those of `tokens` and `pooled`, 0 if the condition has none.
+    max_length: of the tokens, 0 for any. truncated: the number of captions so far that were cut.
+    names: the list of names that it tells apart; () for an encoder of free text.
+    """
+
+    width: int
+    pooled_width: int
+    max_length: int
+    truncated: int
+    names: Sequence[str]
+
+    def __call__(self, captions: Sequence[str]) -> Condition:
+        """Returns the condition of captions (B)."""
+
+    def null(self, n: int) -> Condition:
+        """Returns the condition of an empty caption, n times."""

@@ -1,0 +1,150 @@
+"""How a checkpoint gets to the disk: Lightning's plugin, and a writer that may use a thread."""
+
+import shutil
+import threading
+import warnings
+from collections.abc import Callable
+from copy import copy
+from pathlib import Path
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from torch import Tensor
+
+from ldm.training.callbacks.best_checkpoints import BestCheckpoints
+from ldm.utils.checkpoint_file import (
+    count_tensor_bytes,
+    delete_checkpoint,
+    export_weights,
+    find_last_good_checkpoint,
+    link_last_checkpoint,
+    prune_checkpoints,
+    read_checkpoint,
+    write_checkpoint,
+)
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Lightning's access to `ldm.utils.checkpoint_file`: verified files without pickled objects.
+
+    storage_options: a function of payload and path that replaces `write_checkpoint`.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict, path, storage_options: Callable[[dict, Path], None] | None = None
+    ) -> None:
+        (storage_options or write_checkpoint)(checkpoint, Path(path))
+
+    def load_checkpoint(self, path, map_location=None, weights_only: bool | None = None) -> dict:
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path) -> None:
+        delete_checkpoint(Path(path))
+
+
+class CheckpointWriter:
+    """Writes checkpoints, turns last.ckpt and best.ckpt to them, and deletes the older ones.
+
+    keep: the number of newest checkpoints that stay, besides `best`. background: a thread writes a
+    copy in host memory. weights: each save also writes weights/step=*.safetensors.
+    `problem` says why the last save failed for lack of space or rights; None if it did not.
+    """
+
+    def __init__(
+        self, folder: Path, *, keep: int, best: BestCheckpoints, background: bool, weights: bool
+    ) -> None:
+        self.folder, self.keep, self.best = folder, keep, best
+        self.background, self.weights = background, weights
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None  # of the last save, until `wait` reports it
+        self.problem: str | None = None
+        self.pool: dict[str, Tensor] = {}
+        self.doubtful_from: int | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is under way."""
+        return self.thread is not None and self.thread.is_alive()
+
+    def save(self, payload: dict, path: Path) -> None:
+        """Writes a checkpoint, or starts to; Lightning calls it on rank 0."""
+        self.wait()
+        if self.background:
+            payload = copy_to_host(payload, self.pool)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        self.doubtful_from = payload["ldm"].get("doubtful_from")
+        self._start(payload, path)
+
+    def save_best(self, path: Path) -> None:
+        """Records a checkpoint that is already written as one of the best."""
+        self.wait()
+        self._start(None, path)
+
+    def wait(self) -> None:
+        """Waits for the save that is under way, and warns if it failed.
+
+        An error other than OSError is raised.
+        """
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        error, self.error = self.error, None
+        if error is None:
+            return
+        if not isinstance(error, OSError):
+            raise error
+        self.best.cancel()
+        good = find_last_good_checkpoint(self.folder) or "none yet"
+        free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
+        self.problem = (
+            f"saving {self.path} failed ({error.strerror or error}): it takes "
+            f"{self.needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free. The last good "
+            f"checkpoint is {good}"
+        )
+        warnings.warn(f"{self.problem}; the training goes on", stacklevel=2)
+
+    def _start(self, payload: dict | None, path: Path) -> None:
+        self.problem, self.path = None, path
+        self.needed = count_tensor_bytes(payload or {})
+        if self.background:
+            self.thread = threading.Thread(target=self._write, args=(payload, path), daemon=True)
+            self.thread.start()
+        else:
+            self._write(payload, path)
+            self.wait()
+
+    def _write(self, payload: dict | None, path: Path) -> None:
+        try:
+            if payload is not None:
+                write_checkpoint(payload, path)
+                link_last_checkpoint(path)
+            self.best.commit()
+            spare = self.best.values
+            prune_checkpoints(self.folder, self.keep, spare=spare, doubtful_from=self.doubtful_from)
+            if self.weights and payload is not None:
+                name = f"{path.stem}.safetensors"
+                export_weights(payload, self.folder.parent / "weights" / name)
+        except BaseException as error:
+            self.error = error
+
+
+def copy_to_host(value: object, pool: dict[str, Tensor], at: str = "") -> object:
+    """Returns a copy of a checkpoint's state in host memory.
+
+    The tensors of `pool`, by their path in the state, are reused: fresh memory costs five times as
+    much as the copy. Copies from a device may be incomplete on return.
+    """
+    if isinstance(value, Tensor):
+        to = pool.get(at)
+        like = (value.shape, value.dtype, value.stride())
+        if to is None or (to.shape, to.dtype, to.stride()) != like:
+            to = pool[at] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return to.copy_(value.detach(), non_blocking=True)
+    if isinstance(value, dict):
+        same = copy(value)  # an OrderedDict remains one
+        same.update({key: copy_to_host(part, pool, f"{at}/{key}") for key, part in value.items()})
+        return same
+    if isinstance(value, list | tuple):
+        return type(value)(copy_to_host(part, pool, f"{at}/{i}") for i, part in enumerate(value))
+    return value

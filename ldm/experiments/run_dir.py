@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ldm.experiments.former_names import update_names
 from ldm.utils.files import read_regular_file, write_text
@@ -192,7 +193,7 @@ def is_sweep_job(run_dir: Path) -> bool:
     return (run_dir.parent / SWEEP_FILE).is_file()
 
 
-def parse_number(text: object) -> float | None:
+def parse_number(text: Any) -> float | None:
     """Returns the number in a cell or a setting, None if it holds none."""
     try:
         return float(text)

@@ -4,110 +4,32 @@ A job is the run <sweep>/<its settings>, in runs/<sweep>/<its settings>, and a u
 hand. A `JobHost` (this machine, SLURM) starts it.
 """
 
-import hashlib
 import json
 import re
 import signal
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from ldm.experiments.former_names import update_names
+from ldm.experiments.jobs import JOB_OUTPUT_FILE, JobHost, RunningJob, SweepJob
 from ldm.experiments.progress import ProgressLines, print_above_progress
 from ldm.experiments.run_dir import (
     SWEEP_FILE,
     change_concerns,
-    is_run_finished,
     list_config_changes,
     read_metrics,
     read_result,
     write_result,
 )
-from ldm.utils.errors import CLI_DIR, UsageError
+from ldm.utils.errors import UsageError
 from ldm.utils.files import check_no_links, write_text
 
-JOB_OUTPUT_FILE = "output.log"  # what a job prints
 ERROR_PREFIX = re.compile(r"^(train\.py|ldm train|python -m ldm\.train): ")  # of `program_name`
 
 
-@dataclass(frozen=True)
-class SweepJob:
-    """One run of a sweep."""
-
-    name: str
-    label: str  # what sets it apart in the sweep, such as scheduler=cosine
-    overrides: tuple[str, ...]  # its command line, without the name
-    metric: str
-    steps: int  # optimizer steps
-    stops: bool  # whether it may stop early
-    devices: int | None  # processes per machine; None: as many as there are devices
-    nodes: int
-    accelerator: str
-    settings: Mapping = field(default_factory=dict, compare=False)  # of the launcher
-
-    @property
-    def directory(self) -> Path:
-        return Path("runs", self.name)
-
-    @property
-    def is_finished(self) -> bool:
-        return is_run_finished(self.directory, self.steps, stops=self.stops)
-
-    @property
-    def command(self) -> list[str]:
-        """The command of this run: the program that started the sweep, with its settings."""
-        script = Path(sys.argv[0]).absolute()
-        # `python ldm/cli/train.py` would let the files of ldm/cli shadow other libraries.
-        program = (
-            ["-m", "ldm", script.stem] if script.parent.resolve() == CLI_DIR else [str(script)]
-        )
-        quoted = self.name.replace("\\", "\\\\").replace("'", "\\'")
-        return [sys.executable, *program, *self.overrides, f"name='{quoted}'"]
-
-
-class RunningJob(Protocol):
-    """A job that was started."""
-
-    def poll(self) -> int | None:
-        """Returns its exit code, None while it runs."""
-
-    def stop(self, number: int) -> None:
-        """Passes a signal on to it."""
-
-    def end(self) -> None:
-        """Kills it, and the processes that it has left."""
-
-
-class JobHost(Protocol):
-    """A machine or a cluster that runs jobs."""
-
-    def check(self, job: SweepJob) -> None:
-        """Raises ValueError for a job that could never run here."""
-
-    def start(self, job: SweepJob) -> RunningJob | None:
-        """Starts a job; None while there is no room for it."""
-
-
-def format_job_label(settings: Mapping[str, str]) -> str:
-    """Returns the directory name of a job: its settings, sorted by name.
-
-    A digest is appended if the settings are too long or have characters that are odd in a path.
-    """
-    text = ",".join(f"{key}={settings[key]}" for key in sorted(settings)) or "defaults"
-    plain = re.sub(r"[^\w.=,+@-]", "-", text, flags=re.ASCII)[:120]
-    return plain if plain == text else f"{plain}~{hash_texts([text])}"
-
-
-def hash_texts(texts: Sequence[str]) -> str:
-    """Returns a digest of six letters, the same for the texts in any order."""
-    return hashlib.sha256(json.dumps(sorted(texts)).encode()).hexdigest()[:6]
-
-
-def merge_shared_settings(directory: Path, base: dict, *, swept: Sequence[str]) -> dict:
+def merge_shared_settings(directory: Path, base: dict, *, swept: Collection[str]) -> dict:
     """Returns the settings that all jobs of a sweep share, for its sweep.json.
 
     Raises UsageError if the directory is a run's, or if the sweep began with other settings.
@@ -197,7 +119,7 @@ class SweepInterrupt(SystemExit):
 
 
 @contextmanager
-def _receive_signals() -> Iterator[list[int]]:
+def _receive_signals() -> Generator[list[int]]:
     """Collects the signals that arrive during the block."""
     received: list[int] = []
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-from ldm.experiments.sweep import JOB_OUTPUT_FILE, SweepJob
+from ldm.experiments.jobs import JOB_OUTPUT_FILE, SweepJob
 
 PARENT_PID_VARIABLE = "LDM_PARENT"
 

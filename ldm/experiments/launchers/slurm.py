@@ -5,7 +5,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from ldm.experiments.sweep import JOB_OUTPUT_FILE, SweepJob
+from ldm.experiments.jobs import JOB_OUTPUT_FILE, SweepJob
 from ldm.utils.files import write_text
 
 NON_SBATCH_SETTINGS = {"_target_", "submitit_folder", "array_parallelism", "max_num_timeout"}
@@ -61,6 +61,7 @@ class SlurmQueue:
 
     def _submit(self, job: SweepJob) -> str:
         import submitit
+        from submitit.core.utils import FailedJobError
 
         executor = submitit.AutoExecutor(folder=self.folder / "%j", cluster="slurm")
         settings = {k: v for k, v in job.settings.items() if k not in NON_SBATCH_SETTINGS}
@@ -75,7 +76,7 @@ class SlurmQueue:
         task = SlurmTask(job.command, str(output))
         try:
             submitted = executor.submit(task)
-        except submitit.core.utils.FailedJobError as error:
+        except FailedJobError as error:
             raise OSError(f"SLURM did not take {job.label}: {error}") from error
         self.present.add(submitted.job_id)
         return submitted.job_id

@@ -312,9 +312,8 @@ def open_real_images(
             f"{name}={options[name]}: that is an option of train.py; here {name} is a folder with "
             f"shards of real pictures, such as {name}=data/coco/val"
         )
-    return TextImageDataset(
-        ShardReader(options[name], ReadOptions(cache=ShardCache(cfg.cache, gigabytes=50.0))),
-        size=size,
-        seed=0,
-        train=False,
+    cache = ShardCache(cfg.cache, gigabytes=50.0)
+    shards = ShardReader(
+        options[name], ReadOptions(cache=cache, caption_key=cfg.get("caption_key"))
     )
+    return TextImageDataset(shards, size=size, seed=0, train=False)

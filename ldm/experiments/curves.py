@@ -13,7 +13,7 @@ from io import StringIO
 from pathlib import Path
 
 from ldm.utils.files import read_regular_file, write_text
-from ldm.utils.text import format_csv_cell
+from ldm.utils.text import format_csv_cell, format_table
 
 CURVE_TABLE_METRICS = ("scene_accuracy", "clip_score", "precision", "recall", "cmmd", "kid")
 CURVE_FILE_TYPES = ("json", "csv", "png")
@@ -147,5 +147,4 @@ def format_curve_table(points: CurvePoints, *, metric: str | None = None) -> str
     lines = [[*first["varied"], *names]]
     for point in points:
         lines.append([*point["varied"].values(), *(f"{point['metrics'][n]:.4g}" for n in names)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+    return format_table(lines, align=">")

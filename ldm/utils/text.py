@@ -3,6 +3,7 @@
 import re
 import sys
 import unicodedata
+from collections.abc import Sequence
 
 # Characters that change the direction of a line, so that it looks like another text.
 BIDI_CONTROLS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -34,6 +35,22 @@ def format_csv_cell(value: object) -> object:
     is_number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-](inf|nan)", value, re.I)
     text = value if is_number or not value.startswith(FORMULA_PREFIXES) else f"'{value}"
     return escape_control_characters(text, keep="\n\t")
+
+
+def format_table(
+    rows: Sequence[Sequence[str]], *, align: str, widths: Sequence[int] = (), gap: str = "  "
+) -> str:
+    """Returns rows of cells as lines, each column as wide as its widest cell.
+
+    align: `<` or `>` for each column; the last letter stands for all further columns. widths: the
+    least width of each column. gap: what separates two columns.
+    """
+    least = [*widths, *[0] * len(rows[0])]
+    columns = zip(*rows, strict=True)
+    fits = [max(least[i], *map(len, column)) for i, column in enumerate(columns)]
+    ways = [str.rjust if way == ">" else str.ljust for way in align.ljust(len(fits), align[-1])]
+    cells = ([way(*pair) for way, *pair in zip(ways, row, fits, strict=True)] for row in rows)
+    return "\n".join(gap.join(line).rstrip() for line in cells)
 
 
 def get_progress_interval() -> float:

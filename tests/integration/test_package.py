@@ -12,13 +12,13 @@ from omegaconf import OmegaConf
 from shell import ROOT, run
 from world import write_shapes
 
-from ldm.cli.package import describe_training
-from ldm.config.components import build_frozen_encoders
-from ldm.config.packaging import (
+from ldm.cli.package import (
+    describe_training,
     measure_caption_recall,
     measure_scene_reconstruction,
     package_autoencoder,
 )
+from ldm.config.components import build_frozen_encoders
 from ldm.config.suggestions import CONF_DIR
 from ldm.data.scenes.world import sample_scene
 from ldm.models.clip import Clip

@@ -153,6 +153,7 @@ def lacks_clip_score(clip: str | None) -> bool:
 def create_prompts(cfg: DictConfig, options: TextOptions, words: SlotWords):
     """Returns the prompts of the template or of `captions`; None where neither is given."""
     from ldm.data.prepare.prompts import DatasetPrompts, PromptFile, PromptTemplate
+    from ldm.data.shards.index import ReadOptions
     from ldm.data.shards.reader import ShardReader
 
     if options["template"] is not None:
@@ -162,7 +163,7 @@ def create_prompts(cfg: DictConfig, options: TextOptions, words: SlotWords):
     path = Path(options["captions"])
     if not path.is_dir():
         return PromptFile(path)
-    return DatasetPrompts(ShardReader(path, caption_key=cfg.get("caption_key")))
+    return DatasetPrompts(ShardReader(path, ReadOptions(caption_key=cfg.get("caption_key"))))
 
 
 def create_training_prompts(options: TextOptions, restored):

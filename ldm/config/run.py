@@ -236,7 +236,7 @@ def build_evaluation_callbacks(
             pipeline,
             build_feature_extractors(cfg),
             images=data.val_set,
-            reference_images=data.train_set.plain(),
+            reference_images=data.train_set.without_augmentation(),
             size=data.size,
             folder=run_dir / "eval",
             raw_denoiser=denoiser,

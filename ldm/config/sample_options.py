@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from ldm.utils.checkpoint_file import format_unknown_checkpoint
-from ldm.utils.errors import UsageError
+from ldm.utils.errors import UsageError, format_unknown_checkpoint
 from ldm.utils.output_path import resolve_output_file
 
 if TYPE_CHECKING:

@@ -63,7 +63,7 @@ def check_data_kind(cfg: DictConfig, subject: str, *, is_video: bool) -> None:
 def check_has_captions(data: TextImageData) -> None:
     """UsageError where no training image has a caption."""
     index = data.train_set.shards.index
-    if index.captions.without(index.caption_key) == index.captions.samples:
+    if index.captions.count_empty(index.caption_key) == index.captions.samples:
         message = index.captions.describe(index.caption_key)
         raise UsageError(f"data.train: {message}. To train without captions: text_encoder=none")
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from ldm.diffusion.conditioning import Condition, Conditioning, GuidancePrompts
 from ldm.diffusion.guidance.base import ConditionalDenoiser, Denoise, Guidance
 from ldm.diffusion.rng import ImageNoise
-from ldm.diffusion.samplers.base import DDIMSampler, OnStep, Sampler
+from ldm.diffusion.samplers.base import OnStep, Sampler
+from ldm.diffusion.samplers.ddim import DDIMSampler
 from ldm.diffusion.samplers.inversion import invert_ddim
 from ldm.diffusion.samplers.overshoot import format_overshoot_warning
 from ldm.diffusion.samplers.repaint import RePaintSampler
@@ -96,11 +97,11 @@ class Pipeline:
         def invert(x0: Tensor, t: float) -> Tensor:
             texts = [source] * len(x0) if isinstance(source, str) else list(source)
             cond = self.components.text_encoder(texts)
-            times = self.sampler.times(schedule, steps, start=t)
+            times = self.sampler.timesteps(schedule, steps, start=t)
             return invert_ddim(lambda x, t: self.denoise(x, t, cond), x0, schedule, times)
 
         def first_timestep(t: float) -> float:
-            return float(self.sampler.times(schedule, steps, start=t)[0])
+            return float(self.sampler.timesteps(schedule, steps, start=t)[0])
 
         with self._autocast():
             latents = self._empty_latents(len(seeds), size)
@@ -121,7 +122,7 @@ class Pipeline:
             sampler = self.sampler
             if start.rounds != 1:
                 sampler = RePaintSampler(sampler, start.rounds)
-            times = sampler.times(schedule, steps, start=start.t)
+            times = sampler.timesteps(schedule, steps, start=start.t)
             preview = on_step and (lambda i, x0_hat: on_step(i, to_latents(x0_hat)))
             x0 = sampler(denoise, start.x, schedule, times, noise=noise, on_step=preview)
             images = self.decode(to_latents(x0))
@@ -167,7 +168,7 @@ class Pipeline:
         schedule = self.components.objective.schedule
         with self._autocast():
             x0 = self.components.autoencoder.encode(images.to(self.device))
-            times = self.sampler.times(schedule, steps)
+            times = self.sampler.timesteps(schedule, steps)
             guided = self._make_denoiser(prompts, negative)
             return invert_ddim(guided, x0, schedule, times, on_step=on_step)
 
@@ -188,7 +189,7 @@ class Pipeline:
                 self._make_denoiser(prompts, negative),
                 noise,
                 schedule,
-                self.sampler.times(schedule, steps),
+                self.sampler.timesteps(schedule, steps),
                 noise=torch.randn_like,  # of which DDIM draws none
                 on_step=on_step,
             )

@@ -94,7 +94,8 @@ def build_objective(cfg: DictConfig) -> Objective:
     built = {name: instantiate(cfg[group]) for name, group in groups.items() if group in cfg}
     if "timestep_sampler" in cfg:
         built["timestep_sampler"] = instantiate(cfg.timestep_sampler, batch=cfg.data.batch_size)
-    return instantiate(cfg.objective, **built)
+    # Passed to the call: instantiate would turn dataclasses into configurations.
+    return instantiate(cfg.objective, _partial_=True)(**built)
 
 
 def build_all_schedules() -> dict[str, Schedule]:

@@ -16,11 +16,11 @@ ROOM_LINES = {
     "diffusion": 2850,
     "models": 2700,
     "data": 4050,
-    "inference": 700,
+    "inference": 760,
     "evaluation": 3150,
     "experiments": 1900,
-    "training": 2550,
-    "config": 3100,
+    "training": 2700,
+    "config": 2750,
     "cli": 2200,
 }
 ROOMS = tuple(ROOM_LINES)

@@ -31,10 +31,14 @@ from ldm.data.scenes.world import (
     Scene,
     sample_scene,
 )
-from ldm.evaluation.clip_queries import DEFAULT_LABEL_TEMPLATE, ClipQueries, sample_scene_captions
+from ldm.evaluation.clip_queries import (
+    DEFAULT_LABEL_TEMPLATE,
+    ClipQueries,
+    embed_words_in_templates,
+    sample_scene_captions,
+)
 from ldm.evaluation.metrics.clip_directions import (
     WordDirections,
-    embed_words_in_templates,
     find_captions_with_word,
     find_common_words,
 )
@@ -68,8 +72,8 @@ def main() -> None:
             clip.clip, [DEFAULT_LABEL_TEMPLATE], names, subtract_mean=True
         ),
         "mean of its captions": WordDirections(names, means - vectors.mean(0)),
-        "the same, whitened": ClipQueries().words(names, apart=True),
-        f"whitened, of {len(own)} words": ClipQueries().words(own, apart=True),
+        "the same, whitened": ClipQueries().embed_words(names, subtract_mean=True),
+        f"whitened, of {len(own)} words": ClipQueries().embed_words(own, subtract_mean=True),
     }
     found = {"pairs": given.pairs, "words": len(names), "top": TOP, "seed": SEED}
     found["arithmetic"] = arithmetic(clip, ways, given.pairs)
@@ -163,7 +167,12 @@ def labels(clip: ClipQueries, count: int) -> dict[str, dict[str, float]]:
         ways = {"template": [DEFAULT_LABEL_TEMPLATE], "captions": []}
         found[attribute] = {"chance": float(np.mean([len(set_) / len(values) for set_ in right]))}
         for way, templates in ways.items():
-            best = ClipQueries(templates=templates).words(values, apart=False).of(vectors).argmax(1)
+            best = (
+                ClipQueries(templates=templates)
+                .embed_words(values, subtract_mean=False)
+                .image_cosines(vectors)
+                .argmax(1)
+            )
             hits = [values[i] in set_ for i, set_ in zip(best.tolist(), right, strict=True)]
             found[attribute][way] = float(np.mean(hits))
     return found

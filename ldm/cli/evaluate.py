@@ -2,23 +2,16 @@
 
 import json
 import shutil
-import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-from ldm.config import command_line
-from ldm.config.command_line import (
-    compose_combinations,
-    convert_to_usage_errors,
-    pop_sweep_choices,
-    pop_text_options,
-    run_command,
-)
+from ldm.config.combinations import compose_combinations, pop_sweep_choices
+from ldm.config.command_line import command
 from ldm.config.sample_options import check_checkpoints_and_device
 from ldm.experiments.curves import format_curve_table, write_curve
 from ldm.experiments.evaluation_results import (
@@ -26,85 +19,58 @@ from ldm.experiments.evaluation_results import (
     check_result_location,
     rename_former_metrics,
 )
-from ldm.experiments.run_dir import get_launcher_layout
 from ldm.utils.errors import UsageError
 from ldm.utils.files import reserve_files, resolve_path, write_text
-from ldm.utils.text import get_progress_interval
+from ldm.utils.text import format_table, get_progress_interval
 
 EVALUATE_TEXT_OPTIONS = (
-    "ckpt",
-    "images",
-    "data",
-    "others",
-    "subset",
-    "out",
-    "keep",
-    "autoencoder",
-    "text_encoder",
+    *("ckpt", "images", "data", "others", "subset", "out", "keep"),
+    *("autoencoder", "text_encoder"),
 )
-VARIABLE_GROUPS = {  # what several values may be given for
+VARIABLE_GROUPS = {  # the settings that may have several values
     "run": ("guidance", "sampler", "steps"),
     "peer": ("guidance", "steps"),
     "images": (),
 }
 EVALUATE_LIBRARIES = ("ldm", "torch", "torchmetrics", "transformers", "numpy", "pillow")
+EvaluationPoint = tuple[dict[str, str], DictConfig]  # what differs from other points; all settings
 
 
-def main() -> None:
-    """Compose, once for each point of a curve, then evaluate."""
-    texts = pop_text_options(EVALUATE_TEXT_OPTIONS)
-    choices = pop_sweep_choices()
-
-    @hydra.main(config_path=command_line.CONF_DIR, config_name="evaluate", version_base="1.3")
-    def composed(cfg: DictConfig) -> None:
-        asked = {**{name: cfg[name] for name in EVALUATE_TEXT_OPTIONS}, **texts}
-        points = compose_combinations(
-            "evaluate", choices, may_vary=VARIABLE_GROUPS[choose_source_kind(asked)]
-        )
-        with convert_to_usage_errors():
-            evaluate_points(points, asked)
-
-    if (
-        get_launcher_layout() is None
-    ):  # torchrun ends its processes, also those that wait for another
-        signal.signal(signal.SIGTERM, raise_keyboard_interrupt)
-    run_command(composed, "evaluate", resumable=True)
-
-
-def raise_keyboard_interrupt(number: int, frame: object) -> None:
-    """End as for Ctrl-C, with the exit code of a shell."""
-    raise KeyboardInterrupt("stopped", 128 + number)
+@command(
+    "evaluate",
+    texts=EVALUATE_TEXT_OPTIONS,
+    read=lambda words: {"choices": pop_sweep_choices()},
+    resumable=True,
+)
+def main(cfg: DictConfig, options: dict[str, str | None], *, choices: dict[str, list[str]]) -> None:
+    """Composes the configuration of each point of a curve, then measures the points."""
+    kind = choose_source_kind(options)
+    points = compose_combinations("evaluate", choices, may_vary=VARIABLE_GROUPS[kind])
+    evaluate_points(points, options)
 
 
 def choose_source_kind(options: dict[str, str | None]) -> str:
-    """What is to be measured: "run" or "peer" (`ckpt`), or "images".
-
-    Raises UsageError where neither or both are given, or there is no such folder.
-    """
+    """Returns what is measured: "run" or "peer" (`ckpt`), or "images"; UsageError if unclear."""
     if (options["ckpt"] is None) == (options["images"] is None):
         raise UsageError(
             "give ckpt=... (a run, a checkpoint, a folder of a diffusers pipeline) or images=... "
-            "(a folder of pictures)"
+            "(a folder of images)"
         )
     if options["images"] is None:
         is_peer = Path(options["ckpt"]).joinpath("model_index.json").is_file()
         return "peer" if is_peer else "run"
     if options["keep"] is not None:
-        raise UsageError("keep=... is for pictures that are painted; those of images=... exist")
+        raise UsageError("keep=... saves generated images; those of images=... are files already")
     return "images"
 
 
-def evaluate_points(
-    points: list[tuple[dict[str, str], DictConfig]], options: dict[str, str | None]
-) -> None:
-    """Measure each point: what differs from the others, and its configuration.
+def evaluate_points(points: list[EvaluationPoint], options: dict[str, str | None]) -> None:
+    """Measures each point; writes metrics.json for one, curve_*.csv, .json, .png for several.
 
-    One leaves metrics.json and prints a table; several leave curve_*.csv, .json and .png. What is
-    painted waits as features beside the results until all is done.
+    Features of generated images wait in a folder next to the results until all points are done.
     """
-    check_checkpoints_and_device(
-        points[0][1], *([] if options["ckpt"] is None else [options["ckpt"]])
-    )
+    overwrite, ckpt, keep = points[0][1].overwrite, options["ckpt"], options["keep"]
+    check_checkpoints_and_device(points[0][1], *([] if ckpt is None else [ckpt]))
 
     from ldm.config.evaluation import build_evaluation_source
     from ldm.evaluation.distributed import ProcessGroup
@@ -113,155 +79,154 @@ def evaluate_points(
     out = resolve_path(options["out"] or source.home)
     single = out.suffix == ".json"
     if single and len(points) > 1:
-        raise UsageError(f"out={out} is a file, and a curve leaves three: give a folder")
-    if options["keep"] is not None and source.quality is None:
-        raise UsageError("keep=... keeps what is painted for `features`, of which there is none")
+        raise UsageError(f"out={out} is a file, and a curve has three files: give a folder")
+    if keep is not None and source.quality is None:
+        raise UsageError("keep=... saves images generated for `features`, and there are none")
     (out.parent if single else out).mkdir(parents=True, exist_ok=True)
-    first, found, waiting = ProcessGroup().rank == 0, [], []
-    overwrite = points[0][1].overwrite
+    first = ProcessGroup().rank == 0
     if first and not overwrite:
         if not single:
             check_result_location([varied for varied, _ in points], out)
-        for varied, cfg in points if options["keep"] else ():
-            pieces = describe_point(source, cfg, options)[1]
-            check_image_folder(
-                locate_point_images(options["keep"], varied), going_on=pieces.is_dir()
-            )
+        for varied, cfg in points if keep else ():
+            is_continued = describe_point(source, cfg, options)[1].is_dir()
+            check_image_folder(locate_point_images(keep, varied), going_on=is_continued)
+    results, waiting = [], []
     for varied, cfg in points:
         if varied and first:
             print(format_point(varied), flush=True)
         facts, pieces = measure_point(source, cfg, varied, options)
-        found.append(facts)
+        results.append(facts)
         waiting.append(pieces)
     if not first:
         return
     if len(points) == 1:
-        text = json.dumps(found[0], indent=2) + "\n"
-        if single:
-            with reserve_files(lambda n: [out.with_stem(out.stem + n)], overwrite=overwrite) as [
-                path
-            ]:
-                write_text(path, text)
-            said = ""
-        else:
-            path = out / "metrics.json"
-            said = rename_former_metrics(path, found[0])
-            write_text(path, text)
-        print(f"{format_evaluation(found[0])}\n{said}{path}")
+        print(write_evaluation(results[0], out, overwrite=overwrite))
     else:
-        written = write_curve(found, out)
-        print(f"{format_curve_table(found)}\n{'  '.join(map(str, written))}")
+        written = write_curve(results, out)
+        print(f"{format_curve_table(results)}\n{'  '.join(map(str, written))}")
     for pieces in waiting:
         shutil.rmtree(pieces, ignore_errors=True)
 
 
+def write_evaluation(facts: dict, out: Path, *, overwrite: bool) -> str:
+    """Writes the results of one point to `out`, a .json file or a folder; returns lines to print.
+
+    An existing file gets a number; in a folder, former results of other settings are renamed.
+    """
+    note, path = "", out / "metrics.json"
+    writing = nullcontext([path])
+    if out.suffix == ".json":
+        writing = reserve_files(lambda n: [out.with_stem(out.stem + n)], overwrite=overwrite)
+    else:
+        note = rename_former_metrics(path, facts)
+    with writing as [path]:
+        write_text(path, json.dumps(facts, indent=2) + "\n")
+    return f"{format_evaluation(facts)}\n{note}{path}"
+
+
 def describe_point(source, cfg: DictConfig, options: dict[str, str | None]) -> tuple[dict, Path]:
-    """What is known of a point before it is measured, and where its pieces wait."""
+    """Returns the facts of a point before it is measured, and the folder where its pieces wait."""
     from ldm.evaluation.tensor_cache import hash_facts
 
-    known = {**source.facts(cfg), "device": format_device_name(source.device)}
-    known["versions"] = {name: version(name) for name in EVALUATE_LIBRARIES}
+    facts = {**source.facts(cfg), "device": format_device_name(source.device)}
+    facts["versions"] = {name: version(name) for name in EVALUATE_LIBRARIES}
     if source.quality is not None:
-        known["protocol"] = source.quality.facts()
-    # Other settings, weights or pictures make other pieces.
-    return known, source.home / "eval" / f"pieces-{hash_facts([known, options['keep']])}"
+        facts["protocol"] = source.quality.facts()
+    # Other settings, weights or images make other pieces.
+    return facts, source.home / "eval" / f"pieces-{hash_facts([facts, options['keep']])}"
 
 
 def measure_point(
     source, cfg: DictConfig, varied: dict[str, str], options: dict[str, str | None]
 ) -> tuple[dict, Path]:
-    """All that is known of one point, as plain values, and where its pieces wait."""
+    """Returns the results of one point, as plain values, and the folder where its pieces wait."""
     from tqdm import tqdm
 
     from ldm.evaluation.distributed import ProcessGroup
 
-    quality, ranks, home = source.quality, ProcessGroup(), source.home / "eval"
+    quality, ranks, keep = source.quality, ProcessGroup(), options["keep"]
     bar = partial(tqdm, unit="image", disable=ranks.rank != 0, mininterval=get_progress_interval())
-    known, pieces = describe_point(source, cfg, options)
+    facts, pieces = describe_point(source, cfg, options)
     if ranks.rank == 0 and pieces.is_dir():
-        print(f"going on with what was painted before the last call ended ({pieces})", flush=True)
-    elif ranks.rank == 0 and options["keep"]:
-        pieces.mkdir(parents=True)  # says that the pictures which are kept are of this call
-    found = {"varied": varied} if varied else {}
-    found["metrics"] = {}
-    paint = source.generate(cfg)  # before a bar is drawn: it may have something to say
+        print(f"continues with what the last call has generated ({pieces})", flush=True)
+    elif ranks.rank == 0 and keep:
+        pieces.mkdir(parents=True)  # says that the saved images belong to this call
+    results = {"varied": varied} if varied else {}
+    results["metrics"] = {}
+    generate = source.generate(cfg)  # before a bar is drawn: it may print a warning
     if source.scenes is not None:
-        with bar(
-            total=count_images_per_rank(len(source.scenes), ranks.world_size), desc="Scenes"
-        ) as shown:
-            found["metrics"] |= measure_scene_accuracy(source.scenes, paint, pieces, shown.update)
+        total = -(-len(source.scenes) // ranks.world_size)
+        with bar(total=total, desc="Scenes") as progress:
+            results["metrics"] |= measure_scene_accuracy(
+                source.scenes, generate, pieces, progress.update
+            )
     if quality is not None:
         if ranks.rank == 0 and any(quality.subset.captions):
-            quality.subset.save(home / f"subset-{quality.subset.digest}.json")
-        with bar(desc="Reference") as shown:
-            quality.prepare(source.device, done=lambda items: shown.update(len(items)))
-        folder = options["keep"] and locate_point_images(options["keep"], varied)
-        with bar(
-            total=count_images_per_rank(len(quality.subset), ranks.world_size), desc="Pictures"
-        ) as shown:
-            seen = quality.extract_features(
-                paint,
+            quality.subset.save(source.home / "eval" / f"subset-{quality.subset.digest}.json")
+        with bar(desc="Reference") as progress:
+            quality.prepare(source.device, done=lambda items: progress.update(len(items)))
+        more = {}
+        if keep:
+            folder = locate_point_images(keep, varied)
+            more["on_images"] = partial(save_point_images, folder, quality.subset)
+        total = -(-len(quality.subset) // ranks.world_size)
+        with bar(total=total, desc="Pictures") as progress:
+            features = quality.extract_features(
+                generate,
                 folder=pieces / "features",
-                done=lambda items: shown.update(len(items)),
-                on_images=partial(save_point_images, folder, quality.subset)
-                if folder
-                else lambda items, images: None,
+                done=lambda items: progress.update(len(items)),
+                **more,
             )
-        metrics, found["intervals"], found["floor"] = quality.estimate(seen)
-        found["metrics"] |= metrics
-    return {**found, **known}, pieces
+        metrics, results["intervals"], results["floor"] = quality.estimate(features)
+        results["metrics"] |= metrics
+    return {**results, **facts}, pieces
 
 
 def measure_scene_accuracy(
     scenes, generate: Callable, pieces: Path, done: Callable[[int], object]
 ) -> dict[str, float]:
-    """SceneAccuracy's metrics; every process paints a share, and what is counted waits in `pieces`.
+    """Returns the metrics of `scenes`; every process generates a share, `pieces` holds the counts.
 
-    `done(n)` is told how many pictures more are counted.
+    `done(n)` is called after each batch of n images.
     """
     from torch import from_numpy
 
     from ldm.evaluation.feature_table import tabulate
     from ldm.evaluation.scenes.accuracy import METRIC_SUFFIXES, SCENE_METRICS
 
-    batches = [*range(0, len(scenes), scenes.batch)]
-    items = [range(first, min(first + scenes.batch, len(scenes))) for first in batches]
-    found = tabulate(
-        len(batches),
+    starts = range(0, len(scenes), scenes.batch)
+    items = [range(first, min(first + scenes.batch, len(scenes))) for first in starts]
+    shape = len(METRIC_SUFFIXES), len(SCENE_METRICS)
+    table = tabulate(
+        len(items),
         lambda row: {"tally": from_numpy(scenes.tally(generate, items[row.start])).reshape(1, -1)},
-        columns={"tally": len(METRIC_SUFFIXES) * len(SCENE_METRICS)},
+        columns={"tally": shape[0] * shape[1]},
         batch=1,
         folder=pieces / f"scenes-{scenes.batch}",
         done=lambda row: done(sum(len(items[i]) for i in row)),
     )
-    counts = found["tally"].sum(dim=0).long().reshape(len(METRIC_SUFFIXES), len(SCENE_METRICS))
-    return scenes.metrics(counts.numpy())
-
-
-def count_images_per_rank(count: int, world: int) -> int:
-    """Pictures of one process, about."""
-    return -(-count // world)
+    return scenes.metrics(table["tally"].sum(dim=0).long().reshape(shape).numpy())
 
 
 def format_point(varied: dict[str, str]) -> str:
-    """What sets a point apart: guidance.scale=3, steps=10."""
+    """Returns the settings of a point that vary: guidance.scale=3, steps=10."""
     return ", ".join(f"{key}={value}" for key, value in varied.items())
 
 
 def locate_point_images(keep: str, varied: dict[str, str]) -> Path:
-    """Where the pictures of a point are kept."""
+    """Returns the folder for the images of a point."""
     return resolve_path(keep) / format_point(varied)
 
 
 def format_device_name(device) -> str:
-    """The accelerator, or cpu."""
+    """Returns the accelerator's name, or cpu."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def save_point_images(folder: Path, subset, items: range, images) -> None:
-    """Each picture as a PNG named by its number in the subset, its caption beside it."""
+    """Saves each image as a PNG, named by its number in the subset, with its caption in a .txt."""
     from PIL import Image
 
     from ldm.utils.images import save_png
@@ -274,8 +239,8 @@ def save_point_images(folder: Path, subset, items: range, images) -> None:
 
 
 def format_evaluation(facts: dict) -> str:
-    """How it was painted, then the metrics: scene accuracy, distances and scores."""
-    blocks = [format_evaluation_settings(facts["settings"])]
+    """Returns the settings, then tables of scene accuracy, distances and scores."""
+    blocks = [", ".join(f"{key} {format_setting(v)}" for key, v in facts["settings"].items())]
     if "scene_accuracy" in facts["metrics"]:
         blocks.append(format_scene_table(facts["metrics"]))
     if "protocol" in facts:
@@ -283,59 +248,51 @@ def format_evaluation(facts: dict) -> str:
     return "\n\n".join(blocks)
 
 
-def format_evaluation_settings(values: dict) -> str:
-    """In one line: count 500, steps 30, sampler DDIM eta 0.0, .."""
-    return ", ".join(f"{name} {format_setting(value)}" for name, value in values.items())
-
-
 def format_setting(value: object) -> object:
-    """A part's settings as its name and what they are; in brackets those of a part of it."""
+    """Returns a component as its class's name and its settings, with nested ones in brackets."""
     if not isinstance(value, dict):
         return value
     parts = {k: v for k, v in value.items() if k != "_target_" and v is not None}
-    called = value.get("_target_", "").rpartition(".")[2]
-    said = [
+    words = [
         f"{k} ({format_setting(v)})" if isinstance(v, dict) else f"{k} {v}"
         for k, v in parts.items()
     ]
-    return " ".join([called, *said]).strip()
+    return " ".join([value.get("_target_", "").rpartition(".")[2], *words]).strip()
 
 
 def format_image_table(facts: dict) -> str:
-    """A row a metric: its value, the interval, what real pictures get, and what chance gets."""
+    """Returns a row for each metric: value, interval, value of real images, and of chance."""
     metrics, protocol = facts["metrics"], facts["protocol"]
-    lines = [f"{'':<18}{'value':>10}{'95 % interval':>24}{'real':>10}{'chance':>10}"]
+    rows = [["", "value", "95 % interval", "real", "chance"]]
     for name, value in metrics.items():
         if name.startswith("scene_") or name.endswith(("_floor", "_real", "_chance")):
             continue
-        low, high = facts["intervals"].get(name, (None, None))
-        between = "" if low is None else f"{_format_metric(low)} .. {_format_metric(high)}"
+        ends = " .. ".join(map(_format_metric, facts["intervals"].get(name, ())))
         real = facts["floor"].get(name, metrics.get(f"{name}_real"))
-        chance = metrics.get(f"{name}_chance")
-        cells = ["" if number is None else _format_metric(number) for number in (real, chance)]
-        lines.append(
-            f"{name:<18}{_format_metric(value):>10}{between:>24}{cells[0]:>10}{cells[1]:>10}"
-        )
-    lines.append(
+        numbers = map(_format_metric, (real, metrics.get(f"{name}_chance")))
+        rows.append([name, _format_metric(value), ends, *numbers])
+    return (
+        f"{format_table(rows, align='<>', widths=(18, 10, 24, 10, 10), gap='')}\n"
         f"{protocol['painted']} pictures against {protocol['real']} real ones; the column real is "
         f"of the real pictures of {protocol['floor']} of these captions"
     )
-    return "\n".join(lines)
 
 
-def _format_metric(value: float) -> str:
+def _format_metric(value: float | None) -> str:
+    if value is None:
+        return ""
     return f"{value:.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
 
 
 def format_scene_table(metrics: dict[str, float]) -> str:
-    """A row for the whole caption and for each attribute; columns seen, unseen and chance."""
+    """Returns a row for the whole caption and for each attribute: seen, unseen and chance."""
     from ldm.evaluation.scenes.accuracy import METRIC_SUFFIXES, SCENE_METRICS
 
-    lines = [f"{'':<14}{'seen':>8}{'unseen':>8}{'chance':>8}"]
+    rows = [["", "seen", "unseen", "chance"]]
     for name in SCENE_METRICS:
-        values = [f"{metrics[f'scene_{name}{suffix}']:8.3f}" for suffix in METRIC_SUFFIXES]
-        lines.append(f"{'whole caption' if name == 'accuracy' else name:<14}{''.join(values)}")
-    return "\n".join(lines)
+        values = [f"{metrics[f'scene_{name}{suffix}']:.3f}" for suffix in METRIC_SUFFIXES]
+        rows.append(["whole caption" if name == "accuracy" else name, *values])
+    return format_table(rows, align="<>", widths=(14, 8, 8, 8), gap="")
 
 
 if __name__ == "__main__":

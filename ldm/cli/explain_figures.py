@@ -1,4 +1,4 @@
-"""The pictures that introductions to diffusion draw, here of whatever model was trained.
+"""The figures of introductions to diffusion, drawn with any trained model.
 
 Shapes: B batch, C latent channels, H W pixels, h w latent grid, P projection width.
 """
@@ -38,14 +38,14 @@ from ldm.models.clip import Clip
 from ldm.utils.images import from_uint8
 from ldm.utils.plots import ImageChange, ImageRow, draw_image_grid, draw_similarity_matrix
 
-PROCESS_COLUMNS = 9  # columns of a process
+PROCESS_COLUMNS = 9  # images in a row of a process
 GUIDANCE_SCALES = (0, 1, 2, 3, 5, 7.5, 10)
-EXAMPLE_SCENES = (3, 7, 2)  # scenes whose pictures and captions are shown where none are given
+EXAMPLE_SCENES = (3, 7, 2)  # scenes with the default image and prompts
 NUM_SIMILARITY_SCENES = 8  # of the similarity matrix
-NUM_WORDINGS = 8  # of a caption, averaged
-NUM_NEAREST_WORDS = 5  # shown, of those nearest to a difference
+NUM_WORDINGS = 8  # wordings of a caption, averaged
+NUM_NEAREST_WORDS = 5  # words next to a difference
 
-# What differs between two pictures of a pair, and to what it changes.
+# The first image of each pair, and what changes in the second.
 BASE_SCENE = Scene(
     (SceneObject("circle", "red", "large"), SceneObject("cross", "yellow", "large")),
     relation="left of",
@@ -64,7 +64,7 @@ SCENE_VOCABULARY = {
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What is sampled: one seed, pictures of `size` pixels, in `steps` steps."""
+    """Seed, image size in pixels, and number of sampling steps."""
 
     seed: int
     size: int
@@ -74,7 +74,7 @@ class SamplingSettings:
 def plot_forward_process(
     image: Tensor, schedules: Mapping[str, Schedule], *, seed: int
 ) -> Image.Image:
-    """A picture (3, H, W) in [-1, 1] as each schedule noises it, with the same noise everywhere."""
+    """Draws an image (3, H, W) in [-1, 1] as each schedule noises it, with the same noise."""
     times = torch.linspace(0, 1, PROCESS_COLUMNS, dtype=torch.float64)
     eps = randn((1, *image.shape), torch.Generator().manual_seed(seed))
     rows = []
@@ -97,12 +97,12 @@ def plot_forward_process(
 def plot_reverse_process(
     pipeline: Pipeline, prompt: str, at: SamplingSettings, *, on_step: OnStep
 ) -> Image.Image:
-    """Sampling seen from within: x_t, and what the model takes for the picture at that moment."""
-    watched = RecordingGuidance(pipeline.guidance)
-    _sample(replace(pipeline, guidance=watched), [prompt], [at.seed], at, on_step=on_step)
-    moments = select_evenly(watched.moments)
+    """Draws x_t and the predicted x_0 at some steps of sampling."""
+    recording = RecordingGuidance(pipeline.guidance)
+    _sample(replace(pipeline, guidance=recording), [prompt], [at.seed], at, on_step=on_step)
+    moments = select_evenly(recording.moments)
     noisy = torch.cat([moment.x_t for moment in moments])
-    guesses = torch.cat([moment.x0_hat for moment in moments])
+    predicted = torch.cat([moment.x0_hat for moment in moments])
     return draw_image_grid(
         "The reverse process, step by step",
         f"“{prompt}”. {at.steps} steps from noise to a picture, some of them shown. At each step "
@@ -111,7 +111,7 @@ def plot_reverse_process(
             ImageRow("What the sampler holds: xₜ, decoded", decode_to_cpu(pipeline, noisy)),
             ImageRow(
                 "What the model sees in it: its guess of x₀, decoded",
-                decode_to_cpu(pipeline, guesses),
+                decode_to_cpu(pipeline, predicted),
             ),
         ],
         heads=[f"$t$ = {moment.t:.2f}" for moment in moments],
@@ -121,27 +121,32 @@ def plot_reverse_process(
 def plot_noise_injection(
     pipeline: Pipeline, prompt: str, at: SamplingSettings, *, on_step: OnStep
 ) -> Image.Image:
-    """One start, without (DDIM) and with (DDPM) noise added between steps, each of two noises."""
+    """Draws sampling without (DDIM) and with (DDPM) noise between steps, with two seeds each."""
     rows, heads, first = [], [], None
-    told = {0.0: "η = 0, DDIM: no noise is added", 1.0: "η = 1, DDPM: noise is added at each step"}
-    for eta, label in told.items():
-        watched = RecordingGuidance(pipeline.guidance)
+    labels = {
+        0.0: "η = 0, DDIM: no noise is added",
+        1.0: "η = 1, DDPM: noise is added at each step",
+    }
+    for eta, label in labels.items():
+        recording = RecordingGuidance(pipeline.guidance)
         parts = replace(
-            pipeline, guidance=watched, sampler=DDIMSampler(eta=eta), task=SharedNoiseTextToImage()
+            pipeline,
+            guidance=recording,
+            sampler=DDIMSampler(eta=eta),
+            task=SharedNoiseTextToImage(),
         )
         seeds = [at.seed, at.seed + 1]
         _sample(parts, [prompt] * 2, seeds, at, on_step=on_step)
-        moments = select_evenly(watched.moments)
+        moments = select_evenly(recording.moments)
         heads = [f"$t$ = {moment.t:.2f}" for moment in moments]
         for i, seed in enumerate(seeds):
-            guesses = torch.cat([moment.x0_hat[i : i + 1] for moment in moments])
-            images = decode_to_cpu(pipeline, guesses)
-            notes = []
+            predicted = torch.cat([moment.x0_hat[i : i + 1] for moment in moments])
+            images, notes = decode_to_cpu(pipeline, predicted), []
             if first is None:
                 first = images
             else:
-                apart = (images - first).square().flatten(1).mean(1).sqrt()  # (MOMENTS,)
-                notes = [f"{value:.2f}" for value in apart]
+                distances = (images - first).square().flatten(1).mean(1).sqrt()
+                notes = [f"{value:.2f}" for value in distances]
             rows.append(ImageRow(f"{label} (seed {seed})", images, notes))
     return draw_image_grid(
         "Sampling without and with noise between the steps",
@@ -156,7 +161,7 @@ def plot_noise_injection(
 def plot_guidance_scales(
     pipeline: Pipeline, prompts: Sequence[str], at: SamplingSettings, *, on_step: OnStep
 ) -> Image.Image:
-    """The same noise under rising guidance, a row a prompt."""
+    """Draws images of the same noise with rising guidance, a row for each prompt."""
     columns = []
     for scale in GUIDANCE_SCALES:
         parts = replace(pipeline, guidance=ClassifierFreeGuidance(scale=scale))
@@ -186,44 +191,39 @@ class DenoisingStep:
 
 
 class RecordingGuidance:
-    """A guidance that keeps what passes through it."""
+    """A guidance that records each call of the guided denoiser."""
 
     def __init__(self, guidance) -> None:
         self.guidance = guidance
         self.moments: list[DenoisingStep] = []
 
     def __call__(self, denoise: ConditionalDenoiser, conditioning: Conditioning) -> Denoise:
-        """As the guidance."""
         guided = self.guidance(denoise, conditioning)
 
-        def seen(x_t: Tensor, t: Tensor) -> Tensor:
+        def record(x_t: Tensor, t: Tensor) -> Tensor:
             x0_hat = guided(x_t, t)
             self.moments.append(DenoisingStep(float(t), x_t.cpu(), x0_hat.cpu()))
             return x0_hat
 
-        return seen
+        return record
 
 
 class SharedNoiseTextToImage(TextToImage):
-    """A task all of whose pictures begin where the first one does."""
+    """A task whose images all start from the noise of the first one."""
 
     def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
-        """As the task, with the first picture's noise for all."""
         start = super().start(request, encode, schedule, noise=noise)
         return replace(start, x=start.x[:1].repeat(len(start.x), 1, 1, 1))
 
 
 def select_evenly(moments: Sequence[DenoisingStep]) -> list[DenoisingStep]:
-    """MOMENTS of them or fewer, evenly, with the first and the last."""
-    last = len(moments) - 1
-    return [
-        moments[i]
-        for i in sorted({round(i * last / (PROCESS_COLUMNS - 1)) for i in range(PROCESS_COLUMNS)})
-    ]
+    """Returns PROCESS_COLUMNS steps or fewer, evenly, with the first and the last."""
+    scale = (len(moments) - 1) / (PROCESS_COLUMNS - 1)
+    return [moments[i] for i in sorted({round(i * scale) for i in range(PROCESS_COLUMNS)})]
 
 
 def decode_to_cpu(pipeline: Pipeline, latents: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] on the CPU."""
+    """Returns images (B, 3, H, W) in [-1, 1] on the CPU."""
     return pipeline.decode(latents.to(pipeline.device)).cpu()
 
 
@@ -232,12 +232,9 @@ def _sample(pipeline: Pipeline, prompts, seeds, at: SamplingSettings, *, on_step
     return pipeline(prompts, seeds=seeds, on_step=on_step, **sized).cpu()
 
 
-# The space that pictures and words share
-
-
 @torch.no_grad()
 def plot_clip_space(clip: Clip) -> Image.Image:
-    """Drawn scenes against captions in a CLIP, and the words for what differs between two."""
+    """Draws cosines of scenes and captions in a CLIP, and the words for a difference of two."""
     scenes = [render_scene(i, clip.image_size) for i in range(NUM_SIMILARITY_SCENES)]
     images, captions = torch.stack([image for image, _ in scenes]), [text for _, text in scenes]
     cosines = clip.encode_texts(captions) @ clip.encode_images(images).T  # (SCENES, SCENES)
@@ -259,7 +256,7 @@ def plot_clip_space(clip: Clip) -> Image.Image:
 
 
 def render_scene(index: int, size: int) -> tuple[Tensor, str]:
-    """A drawn scene (3, size, size) in [-1, 1], and its caption."""
+    """Returns a drawn scene (3, size, size) in [-1, 1], and its caption."""
     drawn, rng = sample_scene(index, split="train")
     return _render_scene_object(drawn, size, rng), caption(drawn, rng)
 
@@ -269,7 +266,7 @@ def _render_scene_object(drawn: Scene, size: int, rng: np.random.Generator) -> T
 
 
 def _change_scene(name: str, value: str) -> Scene:
-    """BASE with one thing exchanged; colour, shape and size are the first object's."""
+    """Returns BASE_SCENE with one change; colour, shape and size are the first object's."""
     if name in ("background", "style"):
         return replace(BASE_SCENE, **{name: value})
     first, second = BASE_SCENE.objects
@@ -277,23 +274,23 @@ def _change_scene(name: str, value: str) -> Scene:
 
 
 def _compute_word_directions(clip: Clip) -> dict[str, Tensor]:
-    """For each word of the world, how the caption of BASE moves (P,) where it takes the word in."""
+    """Returns how each word of the world moves the vector (P,) of BASE_SCENE's caption."""
 
-    def told(drawn: Scene) -> Tensor:
+    def embed(drawn: Scene) -> Tensor:
         wordings = [caption(drawn, np.random.default_rng(i)) for i in range(NUM_WORDINGS)]
         return clip.encode_texts(wordings).mean(0)
 
-    base = told(BASE_SCENE)
+    base = embed(BASE_SCENE)
     scenes = {
         v: _change_scene(name, v) for name, values in SCENE_VOCABULARY.items() for v in values
     }
-    return {word: told(drawn) - base for word, drawn in scenes.items() if drawn != BASE_SCENE}
+    return {word: embed(drawn) - base for word, drawn in scenes.items() if drawn != BASE_SCENE}
 
 
 def _find_change_words(
     clip: Clip, name: str, value: str, words: Mapping[str, Tensor]
 ) -> ImageChange:
-    """A pair of pictures that differ in `name`, alike in all else, and its nearest words."""
+    """Returns a pair of images that differ only in `name`, with the words nearest to the change."""
     pair = [
         _render_scene_object(drawn, clip.image_size, np.random.default_rng(0))
         for drawn in (BASE_SCENE, _change_scene(name, value))

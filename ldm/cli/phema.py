@@ -5,17 +5,10 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.cli.evaluate import measure_point
-from ldm.config import command_line
-from ldm.config.command_line import (
-    convert_to_usage_errors,
-    pop_text_options,
-    require_option,
-    run_command,
-)
+from ldm.config.command_line import command, require_option
 from ldm.config.ranges import EMA_LENGTH_RANGE
 from ldm.config.sample_options import check_checkpoints_and_device
 from ldm.experiments.curves import (
@@ -34,33 +27,25 @@ PHEMA_TEXT_OPTIONS = (
     *("ckpt", "lengths", "metric", "data", "others", "subset", "out"),
     *("autoencoder", "text_encoder"),
 )
-APPROXIMATE_MISFIT = 0.1  # misfit from which on a length is said to be approximate
-PREFERRED_METRICS = ("scene_accuracy", "clip_score")  # what decides where no metric is asked for
+APPROXIMATE_MISFIT = 0.1  # an average with a larger misfit is called approximate
+PREFERRED_METRICS = ("scene_accuracy", "clip_score")  # what decides where no metric is requested
 
 
-def main() -> None:
-    """Compose, then make averages."""
-    texts = pop_text_options(PHEMA_TEXT_OPTIONS)
-
-    @hydra.main(config_path=command_line.CONF_DIR, config_name="phema", version_base="1.3")
-    def composed(cfg: DictConfig) -> None:
-        asked = {name: cfg[name] for name in PHEMA_TEXT_OPTIONS} | texts
-        with convert_to_usage_errors():
-            synthesize_ema(cfg, asked)
-
-    run_command(composed, "phema", resumable=True)
+@command("phema", texts=PHEMA_TEXT_OPTIONS, resumable=True)
+def main(cfg: DictConfig, options: dict[str, str | None]) -> None:
+    """Synthesizes averages of the weights after training."""
+    synthesize_ema(cfg, options)
 
 
 def synthesize_ema(cfg: DictConfig, options: dict[str, str | None]) -> None:
-    """Store the average of `length`; without one that of `lengths` which measures best."""
-    tried = parse_ema_lengths(options["lengths"])
+    """Stores the average of `length`, or without one that of `lengths` which measures best."""
+    lengths = parse_ema_lengths(options["lengths"])
     check_checkpoints_and_device(cfg, require_option(options, "ckpt"))
-    run = load_snapshot_run(require_option(options, "ckpt"))
+    run = load_snapshot_run(options["ckpt"])
     out = resolve_average_path(options["out"], run)
     new = options["out"] is not None and not cfg.overwrite
     if cfg.length is not None:
-        average = run.average(cfg.length)
-        out = run.save(average, out, {}, new=new)
+        out = run.save(run.average(cfg.length), out, {}, new=new)
         if get_launcher_rank() == 0:
             print(out)
         return
@@ -69,35 +54,35 @@ def synthesize_ema(cfg: DictConfig, options: dict[str, str | None]) -> None:
             check_curve_files([{"varied": {"length": None}}], run.home)
         except ValueError as error:
             raise UsageError(f"{error}: move it, or give overwrite=true") from error
-    measure_lengths(cfg, options, run, tried, out, new=new)
+    measure_lengths(cfg, options, run, lengths, out, new=new)
 
 
 def parse_ema_lengths(text: str) -> list[float]:
-    """0.05,0.1 or [0.05,0.1] as numbers, the shortest first; UsageError where they are none."""
-    found = [parse_number(word) for word in str(text).strip("[] ").split(",")]
-    if not all(map(EMA_LENGTH_RANGE.accepts, found)):
+    """Returns 0.05,0.1 or [0.05,0.1] as sorted numbers; UsageError where they are none."""
+    lengths = [parse_number(word) for word in str(text).strip("[] ").split(",")]
+    if not all(map(EMA_LENGTH_RANGE.accepts, lengths)):
         raise UsageError(
             f"lengths={text}: each must be {EMA_LENGTH_RANGE}; they are written "
             "lengths=0.05,0.1,0.15"
         )
-    return sorted(set(found))
+    return sorted(set(lengths))
 
 
 def resolve_average_path(out: str | None, run: "SnapshotRun") -> Path:
-    """Where the average goes; UsageError for a name that is a training checkpoint's."""
+    """Returns the file for the average; UsageError for the name of a training checkpoint."""
     path = resolve_path(out or os.path.relpath(run.path.with_name("phema.ckpt")))
     check_path_length("out", path, more=len("-000.json"))
     if path.suffix != ".ckpt" or path.name.startswith("step=") or path.stem in ("last", "best"):
         raise UsageError(
-            f"out={path}: give a name of its own that ends in .ckpt; step=*, last and best are "
-            "what train.py goes on from"
+            f"out={path}: give another name that ends in .ckpt; train.py resumes from step=*, last "
+            "and best"
         )
     return path
 
 
 @dataclass
 class PostHocAverage:
-    """An average that nobody kept: its weights by name, and how they came about."""
+    """Synthesized weights by name, and the facts of their synthesis."""
 
     state: dict
     facts: dict
@@ -118,32 +103,29 @@ class SnapshotRun:
 
     @property
     def step(self) -> int:
-        """The step that averages are made for: that of the last snapshot."""
+        """The step of the last snapshot, for which averages are synthesized."""
         return self.snapshots[-1].step
 
     def average(self, length: float) -> PostHocAverage:
-        """The average of this length at the last snapshot.
-
-        Raises ValueError for a length out of range, CheckpointError where the snapshots are of
-        another network than the checkpoint.
-        """
+        """Returns the average of this length at the last snapshot."""
         from tqdm import tqdm
 
         from ldm.training.power_ema import EMAProfile, solve_mixture
         from ldm.utils.checkpoint_file import CheckpointError, select_prefix
         from ldm.utils.ema_files import combine_snapshots
 
-        kept = [EMAProfile(one.length, one.step) for one in self.snapshots]
-        made = solve_mixture(kept, EMAProfile(length, self.step))
-        if made.misfit > APPROXIMATE_MISFIT and get_launcher_rank() == 0:
+        profiles = [EMAProfile(one.length, one.step) for one in self.snapshots]
+        mixture = solve_mixture(profiles, EMAProfile(length, self.step))
+        first = get_launcher_rank() == 0
+        if mixture.misfit > APPROXIMATE_MISFIT and first:
             print(
                 f"length={length:g} is approximate: the nearest sum of snapshots is off its "
-                f"profile by {made.misfit:.0%}. More of them (a smaller phema.every) come nearer, "
-                "and so does a kept length that is nearer to it (phema.lengths)"
+                f"profile by {mixture.misfit:.0%}. More snapshots (a smaller phema.every) come "
+                "nearer, and so does a saved length that is nearer to it (phema.lengths)"
             )
-        how = {"disable": get_launcher_rank() != 0, "mininterval": get_progress_interval()}
-        with tqdm(total=len(kept), desc="Averaging", **how) as bar:
-            state = combine_snapshots(self.snapshots, made.shares, on_progress=bar.update)
+        bar = {"disable": not first, "mininterval": get_progress_interval()}
+        with tqdm(total=len(profiles), desc="Averaging", **bar) as progress:
+            state = combine_snapshots(self.snapshots, mixture.shares, on_progress=progress.update)
         own = select_prefix(self.payload, "ema.module.")
         if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in own.items()}:
             folder = self.snapshots[-1].path.parent
@@ -151,31 +133,29 @@ class SnapshotRun:
                 f"the snapshots in {folder} are of another network than {self.path}"
             )
         facts = {"length": length, "step": self.step}
-        return PostHocAverage(state, {**facts, "snapshots": len(kept), "misfit": made.misfit})
+        return PostHocAverage(
+            state, {**facts, "snapshots": len(profiles), "misfit": mixture.misfit}
+        )
 
     def save(self, average: PostHocAverage, out: Path, result: dict, *, new: bool) -> Path:
-        """A checkpoint that is sampled and evaluated like any other, and that no run goes on from.
+        """Writes a checkpoint for sampling and evaluation that no run resumes; returns its path.
 
-        new: one that replaces none, under a name with a number where `out` is there already.
-        Raises OSError where it cannot be written.
+        new: it replaces no file; its name gets a number where `out` exists.
         """
         from ldm.utils.checkpoint_file import write_checkpoint
 
         if get_launcher_rank() != 0:
             return out
-        places = ("denoiser.", "ema.module.")
-        both = {f"{place}{name}": t for place in places for name, t in average.state.items()}
+        prefixes = ("denoiser.", "ema.module.")
+        state = {f"{prefix}{name}": t for prefix in prefixes for name, t in average.state.items()}
         facts = {**self.payload["ldm"], "phema": {**average.facts, **result}}
         with reserve_files(lambda n: [out.with_stem(out.stem + n)], overwrite=not new) as [path]:
-            write_checkpoint({"state_dict": both, "global_step": self.step, "ldm": facts}, path)
+            write_checkpoint({"state_dict": state, "global_step": self.step, "ldm": facts}, path)
         return path
 
 
 def load_snapshot_run(ckpt: str) -> SnapshotRun:
-    """The run that `ckpt`, its directory or a checkpoint in it, stands for.
-
-    Raises CheckpointError where there is no checkpoint, UsageError where there are no snapshots.
-    """
+    """Returns the run of `ckpt`, a directory or a checkpoint in it, with its snapshots."""
     from ldm.utils.checkpoint_facts import read_checkpoint_metadata
     from ldm.utils.checkpoint_file import find_checkpoint, read_checkpoint, select_prefix
     from ldm.utils.ema_files import find_snapshots
@@ -185,14 +165,14 @@ def load_snapshot_run(ckpt: str) -> SnapshotRun:
     if "phema" in read_checkpoint_metadata(payload, path):
         raise UsageError(f"{path} is such an average already: give its run, ckpt=RUN")
     folder = path.parent.parent / "phema"
-    keeps = select_prefix(payload, "phema.")  # else the folder is of another run by this name
-    found = find_snapshots(folder, until=payload["global_step"]) if keeps else []
-    if not found:
+    has_phema = select_prefix(payload, "phema.")  # else the folder is of another run by this name
+    snapshots = find_snapshots(folder, until=payload["global_step"]) if has_phema else []
+    if not snapshots:
         raise UsageError(
             f"there are no snapshots of averages up to step {payload['global_step']} in {folder}: "
-            "they are kept by a run that is begun with, say, phema.lengths='[0.05,0.10]'"
+            "a run saves them that starts with, say, phema.lengths='[0.05,0.10]'"
         )
-    return SnapshotRun(path, payload, found)
+    return SnapshotRun(path, payload, snapshots)
 
 
 def measure_lengths(
@@ -204,16 +184,13 @@ def measure_lengths(
     *,
     new: bool,
 ) -> None:
-    """Measure each length, draw the curve, store the best average.
-
-    Raises UsageError for a metric that is not measured.
-    """
+    """Measures each length, draws the curve, stores the best average."""
     from ldm.config.evaluation import build_evaluation_source
     from ldm.utils.checkpoint_file import load_module_state
 
     cfg = OmegaConf.merge({"raw": False}, cfg)
     options = {**options, "ckpt": str(run.path), "images": None, "keep": None}
-    source, first = (build_evaluation_source(cfg, options, kind="run"), get_launcher_rank() == 0)
+    source, first = build_evaluation_source(cfg, options, kind="run"), get_launcher_rank() == 0
     points, waiting, own, metric = [], [], {}, options["metric"]
     whole = [None, *lengths] if run.step == run.payload["global_step"] else lengths
     for length in whole:
@@ -228,19 +205,18 @@ def measure_lengths(
             measuring = replace(
                 source, facts=lambda cfg, facts=facts: describe_average(source.facts(cfg), facts)
             )
-        found, pieces = measure_point(measuring, cfg, {"length": label}, options)
+        results, pieces = measure_point(measuring, cfg, {"length": label}, options)
         waiting.append(pieces)
-        metric = choose_metric(metric, found["metrics"])
+        metric = choose_metric(metric, results["metrics"])
         if length is None:
-            own = found["metrics"]
+            own = results["metrics"]
         else:
-            points.append({**found, "own": own})
+            points.append({**results, "own": own})
     if not first:
         return
     best = find_best_point(points, metric)
-    value = best["metrics"][metric]
     average = run.average(best["phema"]["length"])
-    out = run.save(average, out, {"metric": metric, "value": value}, new=new)
+    out = run.save(average, out, {"metric": metric, "value": best["metrics"][metric]}, new=new)
     written = write_curve(points, run.home, metric=metric)
     print(f"{format_curve_table(points, metric=metric)}\n{format_verdict(points, best, metric)}")
     print("  ".join(map(str, [*written, out])))
@@ -248,22 +224,18 @@ def measure_lengths(
         shutil.rmtree(pieces, ignore_errors=True)
 
 
-def describe_average(known: dict, facts: dict) -> dict:
-    """What is known of a run's own weights, turned to an average's."""
-    settings = {**known["settings"], "weights": "phema"}
-    return {**known, "step": facts["step"], "settings": settings, "phema": facts}
+def describe_average(facts: dict, average: dict) -> dict:
+    """Returns the facts of a run's own weights, changed to those of an average."""
+    settings = {**facts["settings"], "weights": "phema"}
+    return {**facts, "step": average["step"], "settings": settings, "phema": average}
 
 
 def choose_metric(metric: str | None, metrics: dict[str, float]) -> str:
-    """The metric to go by; UsageError where it is not measured."""
+    """Returns the metric that decides; UsageError where it is not measured."""
     if metric is None:
-        there = [
-            PREFERRED_METRICS[0],
-            select_distance_metric(metrics),
-            *PREFERRED_METRICS[1:],
-            *metrics,
-        ]
-        return next(name for name in there if name in metrics)
+        first, *others = PREFERRED_METRICS
+        names = [first, select_distance_metric(metrics), *others, *metrics]
+        return next(name for name in names if name in metrics)
     if (name := metric.removeprefix("val/")) not in metrics:
         near = suggest_nearest(name, metrics)
         raise UsageError(f"metric={metric} is not measured{near} There are: {', '.join(metrics)}")
@@ -271,21 +243,21 @@ def choose_metric(metric: str | None, metrics: dict[str, float]) -> str:
 
 
 def find_best_point(points: list[dict], metric: str) -> dict:
-    """The point with the best value; of equal ones the shortest length."""
+    """Returns the point with the best value; of equal ones the shortest length."""
     sign = 1 if infer_metric_direction(metric) == "minimize" else -1
     return min(points, key=lambda point: sign * point["metrics"][metric])
 
 
 def format_verdict(points: list[dict], best: dict, metric: str) -> str:
-    """What was found, in words."""
-    said = f"best: length={best['varied']['length']}, {metric} {best['metrics'][metric]:.4g}"
+    """Returns the best length in words, with a hint where all are equal or it is at an end."""
+    text = f"best: length={best['varied']['length']}, {metric} {best['metrics'][metric]:.4g}"
     if own := best["own"]:
-        said += f" (the average as trained: {own[metric]:.4g})"
+        text += f" (the average as trained: {own[metric]:.4g})"
     if len({point["metrics"][metric] for point in points}) == 1 < len(points):
-        said += "; all are alike"
+        text += "; all are alike"
     elif len(points) > 1 and best in (points[0], points[-1]):
-        said += "; it is the last of those tried, and others beyond it may be better"
-    return said
+        text += "; it is the last of those tried, and others beyond it may be better"
+    return text
 
 
 if __name__ == "__main__":

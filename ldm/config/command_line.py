@@ -1,4 +1,4 @@
-"""The command line's manners: free text before Hydra's grammar sees it, and refusals that help."""
+"""The frame of all verbs: free text that Hydra's grammar does not parse, checks, error messages."""
 
 import os
 import re
@@ -7,15 +7,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache, partial
-from itertools import product
 from pathlib import Path
 from typing import NoReturn
 
+import hydra
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
@@ -30,7 +29,12 @@ from ldm.config.suggestions import (
     is_config_group,
 )
 from ldm.experiments.former_names import update_override
-from ldm.experiments.run_dir import HYDRA_RESOLVERS, get_launcher_rank, parse_number
+from ldm.experiments.run_dir import (
+    HYDRA_RESOLVERS,
+    get_launcher_layout,
+    get_launcher_rank,
+    parse_number,
+)
 from ldm.utils.errors import UsageError, program_name
 from ldm.utils.files import check_path_length, read_text
 from ldm.utils.locks import InUseError
@@ -38,6 +42,7 @@ from ldm.utils.text import escape_control_characters, replace_invalid_bytes
 
 # Texts that people or networks read; every other one is a path, or may be.
 FREE_TEXT_OPTIONS = ("prompt", "negative", "source", "text")
+TextOptions = dict[str, str | None]  # paths and free texts by their keys, as typed
 LAYOUT_CHARACTERS = "\n\t"
 HELP_FLAGS = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
 
@@ -86,59 +91,15 @@ def quote_override(word: str) -> str:
 
 
 def configure_output_encoding() -> None:
-    """Let standard output take paths of any bytes, which come out as they were typed."""
+    """Lets standard output take paths of any bytes."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="surrogateescape")
 
 
-def pop_sweep_choices() -> dict[str, list[str]]:
-    """Remove `name=a,b,c` from the command line, and --multirun, which it needs not.
-
-    Names with the values, as typed, each once.
-    """
-    update_former_settings()
-    parser, taken, left = OverridesParser.create(), {}, []
-    for argument in sys.argv[1:]:
-        left.append(argument)
-        with suppress(HydraException):  # of options; what is wrong is told by Hydra itself
-            override = parser.parse_override(argument)
-            if override.is_discrete_sweep():
-                taken[override.get_key_element()] = list(
-                    dict.fromkeys(override.sweep_string_iterator())
-                )
-                left.pop()
-    sys.argv[1:] = [argument for argument in left if argument not in ("-m", "--multirun")]
-    return taken
-
-
-def compose_combinations(
-    config_name: str, choices: Mapping[str, list[str]], *, may_vary: Sequence[str]
-) -> list[tuple[dict[str, str], DictConfig]]:
-    """Every combination of the choices, and the configuration with it; called inside hydra.main.
-
-    Raises UsageError for a choice of anything but `may_vary`, and what `check` raises.
-    """
-    for name, values in choices.items():
-        check_group_option(name, ",".join(values))
-        if name.partition(".")[0] not in may_vary:
-            raise UsageError(
-                f"{name}={','.join(values)}: it takes one value here, and several are for "
-                f"{', '.join(may_vary) or 'nothing'} (a list stands in brackets: '{name}=[a,b]')"
-            )
-    task, found = list(HydraConfig.get().overrides.task), []
-    for values in product(*choices.values()):
-        chosen = dict(zip(choices, values, strict=True))
-        overrides = [*task, *(f"{name}={value}" for name, value in chosen.items())]
-        found.append((chosen, compose(config_name, overrides)))
-        check_config(found[-1][1], config_name, overrides)
-    return found
-
-
 def run_command(main: Callable[[], None], config_name: str, *, resumable: bool = False) -> None:
-    """Call a `hydra.main` function; what the user did wrong is told in one message, with a remedy.
+    """Calls a `hydra.main` function; prints a mistake of the user as one message, with a remedy.
 
-    Exit code 2 for such a mistake, 130 for Ctrl-C; anything else keeps its full trace. goes_on: the
-    same command goes on from where it was interrupted.
+    Exit code 2 for such a mistake, 130 for Ctrl-C; anything else keeps its full trace.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, not to Hydra's printer
     # On busy cores, threads that spin for work make a step ten times slower; libgomp reads this.
@@ -172,6 +133,47 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
         exit_with_usage_error(
             UsageError(f"nothing can be written to {place} ({why.strerror})"), config_name
         )
+
+
+def command(
+    name: str,
+    *,
+    texts: Sequence[str],
+    read: Callable[[list[str]], Mapping[str, object]] = lambda words: {},
+    resumable: bool = False,
+) -> Callable[[Callable[..., None]], Callable[[], None]]:
+    """Turns `run(cfg, options)` into the `main()` of a verb with the settings of conf/<name>.yaml.
+
+    texts: the settings that are free text; `options` has their values. read: gets the words of the
+    command line, may take some out of sys.argv, and returns more keyword arguments for `run`.
+    resumable: the same command continues after an interruption.
+    """
+
+    def decorate(run: Callable[..., None]) -> Callable[[], None]:
+        def main() -> None:
+            words = sys.argv[1:]
+            typed = pop_text_options(texts)
+            more = read(words)
+
+            @hydra.main(config_path=CONF_DIR, config_name=name, version_base="1.3")
+            def composed(cfg: DictConfig) -> None:
+                defaults = {key: cfg[key] for key in texts if not OmegaConf.is_missing(cfg, key)}
+                with convert_to_usage_errors():
+                    run(cfg, defaults | typed, **more)
+
+            # torchrun ends its processes itself, also those that wait for another one.
+            if resumable and get_launcher_layout() is None:
+                signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
+            run_command(composed, name, resumable=resumable)
+
+        return main
+
+    return decorate
+
+
+def _raise_keyboard_interrupt(number: int, frame: object) -> None:
+    """Ends the command as Ctrl-C does, with the exit code that a shell expects."""
+    raise KeyboardInterrupt("stopped", 128 + number)
 
 
 USAGE_ERRORS = (HydraException, OmegaConfBaseException, UsageError)
@@ -212,10 +214,7 @@ def _format_warning(message, category, filename, lineno, line=None, *, standard)
 
 @contextmanager
 def convert_to_usage_errors() -> Iterator[None]:
-    """While a run is put together, errors are about what was asked for: tell them without a trace.
-
-    LDM_TRACE=1 shows it all the same.
-    """
+    """Prints errors while a run is put together without a trace, unless LDM_TRACE=1."""
     try:
         yield
     except InUseError as error:
@@ -242,7 +241,7 @@ def require_option(options: Mapping[str, str | None], name: str) -> str:
 def read_prompts(options: Mapping[str, str | None]) -> list[str]:
     """The lines with text of the file `prompts`, else the one `prompt`, else none.
 
-    Raises UsageError where the file has no such line, OSError where there is no file.
+    Raises UsageError where the file has no such line.
     """
     if options["prompts"] is None:
         return [] if options["prompt"] is None else [options["prompt"]]
@@ -290,14 +289,9 @@ def check_run_name(name: object) -> None:
     """Refuse names that are no place below runs/, or too long for one; raises UsageError."""
     is_text = isinstance(name, str | int | float) and str(name).isprintable()
     if not is_text or not str(name).strip("./ ") or {"..", ""} & set(str(name).split("/")):
-        said = (
-            f"'{name}'"
-            if is_text
-            else ascii(name)
-            if isinstance(name, str)
-            else format_setting_value(name)
-        )
-        raise UsageError(f"name={said} names no run: leave it out, or give name=my-run")
+        value = ascii(name) if isinstance(name, str) else format_setting_value(name)
+        value = f"'{name}'" if is_text else value
+        raise UsageError(f"name={value} names no run: leave it out, or give name=my-run")
     try:
         check_path_length("name", Path("runs", str(name)))
     except ValueError as error:

@@ -1,11 +1,12 @@
-"""What a CLIP says of pictures and words.
+"""Queries to a CLIP about images and texts: similarity, search, recall, labels, differences.
 
-Shapes: n pictures, m texts, N pictures of a set, U captions, W words, D features.
+Shapes: n image files, m texts, N images of a data set, U captions, W words, D features.
 """
 
 import sys
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -18,39 +19,49 @@ from ldm.data.dataset import TextImageDataset
 from ldm.data.image_decoding import ImageError, crop_and_resize, pil_to_tensor, read_image
 from ldm.data.scenes.world import caption, sample_scene
 from ldm.data.shards.cache import ShardCache
+from ldm.data.shards.index import ReadOptions
 from ldm.data.shards.reader import ShardReader
 from ldm.evaluation.features.clip import ClipFeatures
 from ldm.evaluation.metrics.clip_directions import (
     WordDirections,
     embed_words_in_captions,
-    embed_words_in_templates,
     find_common_words,
 )
-from ldm.evaluation.metrics.retrieval import (
-    ImageCaptionPairs,
-    compute_caption_vectors,
-    compute_image_vectors,
-    compute_retrieval_ranks,
-    read_image_caption_pairs,
-)
+from ldm.evaluation.metrics.retrieval import compute_retrieval_ranks
+from ldm.evaluation.prompt_subset import shuffle_indices
+from ldm.evaluation.reference import compute_real_features, find_feature_table
+from ldm.evaluation.tensor_cache import hash_facts, write_tensor_file
 from ldm.utils.files import PACKAGED_PREFIX
 from ldm.utils.images import make_captioned_grid
 from ldm.utils.text import get_progress_interval
 
 PACKAGED_CLIP = PACKAGED_PREFIX + "clip"
-NUM_SCENE_CAPTIONS = 5000  # captions of the drawn world, in which the words of packaged:clip stand
+NUM_SCENE_CAPTIONS = 5000  # captions of the drawn world, for the words of packaged:clip
 DEFAULT_LABEL_TEMPLATE = "a picture of a {}"
-RESULT_IMAGE_SIZE = 192  # pixels of a picture on the page of those found
-RECALL_CUTOFFS = (1, 5, 10)  # recall
+RESULT_IMAGE_SIZE = 192  # pixels of an image on the page of search results
+RECALL_CUTOFFS = (1, 5, 10)
+CAPTION_FEATURES_VERSION = 1  # another version of the code: cached captions are not used
 _bar = partial(tqdm, leave=False, delay=2, mininterval=get_progress_interval())
 
 
-class ClipQueries:
-    """A CLIP that is asked, and the shards `data` that it is asked about.
+@dataclass(frozen=True)
+class ImageCaptionPairs:
+    """Captions (U) of a data set, each once, and pairs (P, 2) of an image's and a caption's number.
 
-    `templates`: what words stand in; none: captions of the data, with `packaged:clip` of the drawn
-    world, else TEMPLATE. What it sees in the data is kept in `cache`, `batch` at a time.
-    Raises what `ClipFeatures` and `Shards` raise.
+    first_captions: the first caption of each image, for people.
+    """
+
+    captions: list[str]
+    pairs: Tensor
+    first_captions: list[str]
+
+
+class ClipQueries:
+    """A CLIP, and the shards `data` that it searches.
+
+    templates: texts for words, with {}; none: captions of the data, with `packaged:clip` of the
+    drawn world, else DEFAULT_LABEL_TEMPLATE. Features of the data are saved in `cache`.
+    caption_key: the key of captions in the json of samples.
     """
 
     def __init__(
@@ -58,90 +69,89 @@ class ClipQueries:
         path: str = PACKAGED_CLIP,
         *,
         data: str | None = None,
+        caption_key: str | None = None,
         templates: Sequence[str] = (),
         cache: Path = Path("data/cache"),
         batch: int = 64,
         device: str | None = None,
     ) -> None:
-        self.path, self.data, self.templates = path, data, templates
+        self.path, self.templates = path, templates
         self.clip = ClipFeatures(path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.clip.move(self.device)
-        self.kept = {"batch": batch, "cache": cache / "clip", "device": self.device}
-        self.vectors_by_path: dict[Path, Tensor] = {}  # of pictures in files
-        self.pictures = None
+        self.cache, self.batch = cache / "clip", batch
+        self.file_vectors: dict[Path, Tensor] = {}
+        self.dataset = None
         if data is not None:
-            shards = ShardReader(data, cache=ShardCache(cache, gigabytes=50.0))
-            self.pictures = TextImageDataset(shards, size=self.clip.size, seed=0, train=False)
+            options = ReadOptions(cache=ShardCache(cache, gigabytes=50.0), caption_key=caption_key)
+            shards = ShardReader(data, options)
+            self.dataset = TextImageDataset(shards, size=self.clip.size, seed=0, train=False)
 
-    def similarity(self, paths: Sequence[Path], texts: Sequence[str]) -> Tensor:
-        """Cosines (n, m) of pictures with texts."""
-        return self.seen(paths) @ self.said(texts).T
+    def compute_similarity(self, paths: Sequence[Path], texts: Sequence[str]) -> Tensor:
+        """Returns cosines (n, m) of images with texts."""
+        return self.embed_files(paths) @ self.embed_texts(texts).T
 
     def search(self, query: Path | str, *, top: int) -> tuple[list[dict], Image.Image]:
-        """The `top` pictures of the data that are nearest to a picture or a text, and a page.
+        """Returns the `top` images of the data that are nearest to an image or a text, and a page.
 
-        Each with its key, cosine and first caption.
+        Each result has its key, cosine and first caption.
         """
-        wanted = self.seen([query]) if isinstance(query, Path) else self.said([query])
-        cosines = self.embed_images() @ wanted[0]  # (N,)
+        is_file = isinstance(query, Path)
+        vector = self.embed_files([query]) if is_file else self.embed_texts([query])
+        cosines = self.embed_images() @ vector[0]  # (N,)
         best = cosines.argsort(descending=True, stable=True)[:top].tolist()
-        page = self.pictures.plain(size=RESULT_IMAGE_SIZE)
-        items = [page[i, i] for i in best]
-        found = [
+        dataset = self.dataset.without_augmentation(size=RESULT_IMAGE_SIZE)
+        items = [dataset[i, i] for i in best]
+        results = [
             {"key": item["key"], "cosine": round(float(cosines[i]), 4), "caption": item["captions"]}
             for i, item in zip(best, items, strict=True)
         ]
+        labels = [f"{one['cosine']:.3f}  {one['caption']}" for one in results]
         images = torch.stack([item["images"] for item in items]) / 127.5 - 1
-        return found, make_captioned_grid(
-            images, [f"{one['cosine']:.3f}  {one['caption']}" for one in found]
-        )
+        return results, make_captioned_grid(images, labels)
 
     def compute_recall(self) -> dict[str, list[float]]:
-        """The share of queries one of whose own is among the nearest 1, 5, 10; both ways."""
-        told, pictures = self.told(), self.embed_images()
-        captions = self.embed_captions(told.captions)
-        ways = {
-            f"picture to caption, of {len(captions)}": compute_retrieval_ranks(
-                pictures, captions, told.pairs
-            ),
-            f"caption to picture, of {len(pictures)}": compute_retrieval_ranks(
-                captions, pictures, told.pairs.flip(1)
-            ),
+        """Returns the share of queries with an own item among the nearest 1, 5, 10; both ways."""
+        pairs, images = self.caption_pairs.pairs, self.embed_images()
+        captions = self.embed_captions(self.caption_pairs.captions)
+        ranks = {
+            f"picture to caption, of {len(captions)}": (images, captions, pairs),
+            f"caption to picture, of {len(images)}": (captions, images, pairs.flip(1)),
         }
+        ranks = {way: compute_retrieval_ranks(*tables) for way, tables in ranks.items()}
         return {
             way: [(rank < k).float().mean().item() for k in RECALL_CUTOFFS]
-            for way, rank in ways.items()
+            for way, rank in ranks.items()
         }
 
     def classify_labels(self, paths: Sequence[Path], names: Sequence[str]) -> Tensor:
-        """Probabilities (n, W) of labels, each against the others."""
-        cosines = self.words(names, apart=False).of(self.seen(paths))
+        """Returns probabilities (n, W) of labels, each against the others."""
+        words = self.embed_words(names, subtract_mean=False)
+        cosines = words.image_cosines(self.embed_files(paths))
         return (self.clip.clip.logit_scale.cpu() * cosines).softmax(1)
 
-    def difference(
+    def find_difference(
         self, path: Path, other: Path, names: Sequence[str] | None, *, most: int
     ) -> list[tuple[str, float]]:
-        """Words with their cosines to what one picture has and the other has not, nearest first.
+        """Returns words with their cosines to the difference of two images, nearest first.
 
-        names: None for the `most` common words of the captions. Raises ValueError where CLIP sees
+        names: None for the `most` common words of the captions. Raises ValueError where CLIP finds
         no difference.
         """
-        pair = self.seen([path, other])
+        pair = self.embed_files([path, other])
         if torch.equal(*pair):
             raise ValueError(f"'{path}' and '{other}' are the same to this CLIP: no word differs")
-        words = self.words(names, apart=True, most=most)
+        words = self.embed_words(names, subtract_mean=True, most=most)
         cosines = words.difference_cosines(*pair.split(1))[0]  # (W,)
         return sorted(zip(words.words, cosines.tolist(), strict=True), key=lambda word: -word[1])
 
-    def words(self, names: Sequence[str] | None, *, apart: bool, most: int = 0) -> WordDirections:
-        """Words as directions; ValueError for one in no caption, and where there are none."""
-        in_sentences = not self.templates and (
-            self.pictures is not None or self.path == PACKAGED_CLIP
-        )
-        if in_sentences:
+    def embed_words(
+        self, names: Sequence[str] | None, *, subtract_mean: bool, most: int = 0
+    ) -> WordDirections:
+        """Returns words as directions; ValueError for a word in no caption, or for no words."""
+        if not self.templates and (self.dataset is not None or self.path == PACKAGED_CLIP):
             captions = (
-                self.told().captions if self.pictures is not None else sample_scene_captions()
+                sample_scene_captions() if self.dataset is None else self.caption_pairs.captions
             )
             names = names or find_common_words(captions, most)
             return embed_words_in_captions(self.embed_captions(captions), captions, names)
@@ -150,38 +160,36 @@ class ClipQueries:
                 "words are needed: give words=a,b,c or a file of them, or data=DIR, whose captions "
                 "have some"
             )
-        return embed_words_in_templates(
-            self.clip, self.templates or [DEFAULT_LABEL_TEMPLATE], names, subtract_mean=apart
-        )
+        templates = self.templates or [DEFAULT_LABEL_TEMPLATE]
+        return embed_words_in_templates(self.clip, templates, names, subtract_mean=subtract_mean)
 
-    def readable(self, paths: Sequence[Path]) -> list[Path]:
-        """Those of several pictures that can be read; the others are told, by name."""
-        found = []
+    def select_readable(self, paths: Sequence[Path]) -> list[Path]:
+        """Returns the image files that can be read; prints the names of the others."""
+        readable = []
         for path in _bar(paths, desc="Pictures", unit="image"):
             try:
-                self._vector(path)
-                found.append(path)
+                self._embed_file(path)
+                readable.append(path)
             except ImageError as error:
                 print(f"left out: {error}", file=sys.stderr)
-        return found
+        return readable
 
-    def seen(self, paths: Sequence[Path]) -> Tensor:
-        """Unit vectors (n, D) of pictures in files, their centres; ImageError names the file."""
-        found = [self._vector(path) for path in _bar(paths, desc="Pictures", unit="image")]
-        return F.normalize(torch.cat(found), dim=1)
+    def embed_files(self, paths: Sequence[Path]) -> Tensor:
+        """Returns unit vectors (n, D) of image files, centre-cropped; ImageError names the file."""
+        vectors = [self._embed_file(path) for path in _bar(paths, desc="Pictures", unit="image")]
+        return F.normalize(torch.cat(vectors), dim=1)
 
-    def _vector(self, path: Path) -> Tensor:
-        """What CLIP makes of a picture, (1, D), once."""
-        if path not in self.vectors_by_path:
+    def _embed_file(self, path: Path) -> Tensor:
+        if path not in self.file_vectors:
             try:
                 pixels = pil_to_tensor(crop_and_resize(read_image(path), self.clip.size))
             except ImageError as error:
                 raise ImageError(f"'{path}': {error}") from error
-            self.vectors_by_path[path] = self.clip(pixels[None].to(self.device)).cpu()
-        return self.vectors_by_path[path]
+            self.file_vectors[path] = self.clip(pixels[None].to(self.device)).cpu()
+        return self.file_vectors[path]
 
-    def said(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors (m, D) of texts; ValueError for one that is longer than CLIP reads."""
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Returns unit vectors (m, D) of texts; ValueError for a text that is too long for CLIP."""
         clip = self.clip.clip
         rows = clip.tokenize.tokenizer(list(texts), verbose=False).input_ids
         for text, row in zip(texts, rows, strict=True):
@@ -190,31 +198,66 @@ class ClipQueries:
                     f"this CLIP reads {clip.max_length} tokens, and a text has {len(row)}: shorten "
                     f"'{text[:60]}...'"
                 )
-        return self.clip.texts(texts).cpu()
+        return self.clip.encode_texts(texts).cpu()
 
-    def told(self) -> ImageCaptionPairs:
+    @cached_property
+    def caption_pairs(self) -> ImageCaptionPairs:
         """All captions of the data."""
-        with _bar(total=len(self.pictures), desc="Reading", unit="image") as bar:
-            return read_image_caption_pairs(
-                self.pictures.shards, done=lambda items: bar.update(len(items))
-            )
+        number: dict[str, int] = {}
+        pairs, first_captions, shards = [], [], self.dataset.shards
+        for i in _bar(range(len(shards)), desc="Reading", unit="image"):
+            texts = shards.read(i).captions
+            first_captions.append(texts[0])
+            pairs += [(i, number.setdefault(text, len(number))) for text in dict.fromkeys(texts)]
+        return ImageCaptionPairs(list(number), torch.tensor(pairs), first_captions)
 
     def embed_images(self) -> Tensor:
-        """Unit vectors (N, D) of the data's pictures."""
-        with _bar(total=len(self.pictures), desc="Pictures", unit="image") as bar:
-            return compute_image_vectors(
-                self.clip, self.pictures, done=lambda items: bar.update(len(items)), **self.kept
-            )
+        """Returns unit vectors (N, D) of the data's images, in its order."""
+        count = len(self.dataset)
+        how = {"size": self.clip.size, "batch": self.batch, "cache": self.cache}
+        with _bar(total=count, desc="Pictures", unit="image") as bar:
+            how |= {"device": self.device, "done": lambda items: bar.update(len(items))}
+            table = compute_real_features([self.clip], self.dataset, range(count), **how)
+        table = table[self.clip.name]
+        vectors = torch.empty_like(table)
+        vectors[shuffle_indices(count)] = F.normalize(table, dim=1)
+        return vectors
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor:
-        """Unit vectors (U, D) of captions; those that are too long lose their last words."""
+        """Returns unit vectors (U, D) of captions; too long ones lose their last words."""
+        clip, parts = self.clip, []
+        facts = {
+            "version": CAPTION_FEATURES_VERSION,
+            "network_digest": clip.digest,
+            "captions": hash_facts(list(captions)),
+            "places": [0, len(captions)],
+        }
+        path = self.cache / f"captions-{clip.name}-{hash_facts(facts)}.safetensors"
+        if (table := find_feature_table(path, facts, width=clip.width)) is not None:
+            return table
         with _bar(total=len(captions), desc="Captions", unit="caption") as bar:
-            return compute_caption_vectors(
-                self.clip, captions, done=lambda items: bar.update(len(items)), **self.kept
-            )
+            for first in range(0, len(captions), self.batch):
+                part = captions[first : first + self.batch]
+                parts.append(clip.encode_texts(part, device=self.device).cpu())
+                bar.update(len(part))
+        write_tensor_file(path, {"features": torch.cat(parts)}, facts=facts)
+        return torch.cat(parts)
+
+
+def embed_words_in_templates(
+    clip: ClipFeatures, templates: Sequence[str], words: Sequence[str], *, subtract_mean: bool
+) -> WordDirections:
+    """Returns each word as the mean of its texts, the templates with the word in place of {}.
+
+    Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
+    3.1.4. subtract_mean: without the mean of all words, which comes from the templates.
+    """
+    texts = [template.replace("{}", word) for word in words for template in templates]
+    rows = clip.encode_texts(texts).cpu().unflatten(0, (len(words), len(templates))).mean(1)
+    return WordDirections(list(words), rows - rows.mean(0) if subtract_mean else rows)
 
 
 def sample_scene_captions() -> list[str]:
-    """Captions of the drawn world, as `packaged:clip` was trained on."""
+    """Returns captions of the drawn world, on which `packaged:clip` was trained."""
     scenes = (sample_scene(i, split="train") for i in range(NUM_SCENE_CAPTIONS))
     return list(dict.fromkeys(caption(scene, rng) for scene, rng in scenes))

@@ -1,4 +1,4 @@
-"""The processes that measure together: one, or those of torch.distributed."""
+"""The processes of an evaluation: one, or those of torch.distributed."""
 
 import torch
 from torch import Tensor
@@ -6,27 +6,27 @@ from torch import distributed as dist
 
 
 class ProcessGroup:
-    """`rank` of `world` processes. Every method but these is to be called by all of them alike."""
+    """Process `rank` of `world_size`; all processes must call its methods in the same order."""
 
     def __init__(self) -> None:
-        together = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if together else 0
-        self.world_size = dist.get_world_size() if together else 1
+        is_group = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if is_group else 0
+        self.world_size = dist.get_world_size() if is_group else 1
 
     def sum(self, table: Tensor) -> Tensor:
-        """The sum over the processes of a tensor on the host, the same on each."""
+        """Returns the sum of a CPU tensor over the processes."""
         if self.world_size == 1:
             return table
-        on = table.cuda() if dist.get_backend() == "nccl" else table
-        dist.all_reduce(on)
-        return on.cpu()
+        total = table.cuda() if dist.get_backend() == "nccl" else table
+        dist.all_reduce(total)
+        return total.cpu()
 
     def any(self, value: bool) -> bool:
-        """Whether any process says so."""
+        """Returns whether the value is true in any process."""
         return bool(self.sum(torch.tensor(int(value))))
 
     def share(self, value: object) -> object:
-        """What the first process gives, on all."""
+        """Returns the first process's value."""
         if self.world_size == 1:
             return value
         box = [value]

@@ -1,9 +1,8 @@
-"""Pictures that are not from our own pipeline, to be measured as ours are.
+"""Images of other sources than our own pipeline: a folder, or a pipeline of diffusers.
 
-Shapes: n pictures, S their side.
+Shapes: n images, S their side.
 """
 
-import hashlib
 import inspect
 import json
 import warnings
@@ -25,27 +24,19 @@ from ldm.data.image_decoding import (
 from ldm.data.prepare.sources import IMAGE_SUFFIXES, list_image_files
 from ldm.models.huggingface import silence_transformers
 from ldm.utils.files import read_text
-from ldm.utils.hashing import hash_file
+from ldm.utils.hashing import hash_bytes, hash_file
 
-# What a text-to-image pipeline is called with, beside the guidance scale, which not all have.
+# The arguments of a text-to-image pipeline; not all have guidance_scale as well.
 DIFFUSERS_CALL_ARGUMENTS = (
-    "prompt",
-    "generator",
-    "num_inference_steps",
-    "height",
-    "width",
-    "output_type",
+    *("prompt", "generator", "num_inference_steps", "height", "width", "output_type"),
 )
 
 
 class ImageFolder:
-    """The pictures of a folder in order of name, their centres at `size` pixels.
+    """The images of a folder in order of name, as centre crops of `size` pixels.
 
-    size: None is their own, where all have one. `captions`: the texts of the .txt files beside the
-    pictures, on one line each; None where there is none. `digest`: a sha256 of names and contents.
-    Raises FileNotFoundError where there is no picture, ImageError naming a file that is none, and
-    ValueError where sizes differ and none was given, where only some pictures have a caption, or a
-    caption's file is no text.
+    size: None for their own, if all have the same. `captions`: the texts of the .txt files with the
+    images' names; None where there are none. `digest`: a sha256 of names and contents.
     """
 
     def __init__(self, folder: Path, *, size: int | None = None) -> None:
@@ -54,33 +45,30 @@ class ImageFolder:
             raise FileNotFoundError(f"there is no folder '{folder}'")
         self.paths = list_image_files(folder)
         if not self.paths:
-            raise FileNotFoundError(f"no pictures in '{folder}' ({', '.join(IMAGE_SUFFIXES)})")
-        self.captions = self._captions()
-        total, sides = hashlib.sha256(), {}
+            raise FileNotFoundError(f"no images in '{folder}' ({', '.join(IMAGE_SUFFIXES)})")
+        self.captions = self._read_captions()
+        lines, sides = [], {}
         for path in self.paths:
             try:
                 data = read_image_bytes(path)
                 sides[read_short_side(data)] = path
             except ImageError as error:
                 raise ImageError(f"'{path}': {error}") from error
-            total.update(f"{path.name} {hashlib.sha256(data).hexdigest()}\n".encode())
+            lines.append(f"{path.name} {hash_bytes(data)}\n")
         if size is None and len(sides) > 1:
             least, most = min(sides), max(sides)
             raise ValueError(
-                f"'{sides[least]}' has {least} pixels and '{sides[most]}' {most}: say with size=.. "
-                "at which size they are to be compared"
+                f"'{sides[least]}' has {least} pixels and '{sides[most]}' {most}: give the size at "
+                "which to compare them, size=.."
             )
         self.size = size or next(iter(sides))
-        self.digest = total.hexdigest()
+        self.digest = hash_bytes("".join(lines).encode())
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __call__(self, numbers: Sequence[int]) -> Tensor:
-        """Pictures (n, 3, S, S) in [-1, 1], by their place in the order of names.
-
-        Raises ImageError naming a file that is damaged.
-        """
+        """Returns images (n, 3, S, S) in [-1, 1] by number; ImageError names a damaged file."""
         return torch.stack([self._read_image(self.paths[n]) for n in numbers]) / 127.5 - 1
 
     def _read_image(self, path: Path) -> Tensor:
@@ -92,15 +80,15 @@ class ImageFolder:
             image = crop_and_resize(image, self.size)
         return pil_to_tensor(image).float()
 
-    def _captions(self) -> list[str] | None:
+    def _read_captions(self) -> list[str] | None:
         texts = [path.with_suffix(".txt") for path in self.paths]
         missing = [text for text in texts if not text.is_file()]
         if len(missing) == len(texts):
             return None
         if missing:
             raise ValueError(
-                f"'{missing[0]}' is missing, and {len(missing) - 1} more: captions are compared "
-                "where each picture has one, or else remove all .txt files"
+                f"'{missing[0]}' is missing, and {len(missing) - 1} more: give each image a "
+                "caption, or remove all .txt files"
             )
         return [clean_caption(read_text(text)) for text in texts]
 
@@ -108,11 +96,9 @@ class ImageFolder:
 class DiffusersPipeline:
     """A text-to-image pipeline of diffusers in a folder, in float32, with its own sampler.
 
-    Only safetensors are opened, and no code that the folder brings is run; a safety checker, which
-    blackens pictures, is left out. `size` (None where it does not say) is the side of what it was
-    trained to paint; `facts` are plain values that tell it from others.
-    Raises ValueError where diffusers is not installed, where the folder brings code, or a pipeline
-    that is of another kind; OSError where files are missing.
+    Only safetensors are opened, and no code of the folder is run; a safety checker, which blackens
+    images, is left out. `size` is the side of its images (None where it does not say); `facts` are
+    plain values that identify it.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -123,8 +109,8 @@ class DiffusersPipeline:
             called.bind(self.pipe, **dict.fromkeys(DIFFUSERS_CALL_ARGUMENTS))
         except TypeError as error:
             raise ValueError(
-                f"'{folder}' is a {type(self.pipe).__name__}, which does not paint from prompts "
-                f"alone ({error}): give the folder of a text-to-image pipeline"
+                f"'{folder}' is a {type(self.pipe).__name__}, which does not generate from "
+                f"prompts alone ({error}): give the folder of a text-to-image pipeline"
             ) from error
         self.guided = "guidance_scale" in called.parameters
         self.size = _read_pipeline_size(self.pipe)
@@ -132,7 +118,7 @@ class DiffusersPipeline:
         digests = [f"{path.relative_to(folder)} {hash_file(path)}" for path in files]
         self.facts = {
             "pipeline": type(self.pipe).__name__,
-            "digest": hashlib.sha256("\n".join(digests).encode()).hexdigest(),
+            "digest": hash_bytes("\n".join(digests).encode()),
             "sampler": {
                 "name": type(self.pipe.scheduler).__name__,
                 **_keep_json_values(dict(self.pipe.scheduler.config)),
@@ -143,15 +129,13 @@ class DiffusersPipeline:
     def __call__(
         self, prompts: Sequence[str], *, seeds: Sequence[int], size: int, steps: int, scale: float
     ) -> Tensor:
-        """Images (n, 3, S, S) in [-1, 1], each from a generator of its own seed, on the host.
+        """Returns images (n, 3, S, S) in [-1, 1] on the CPU, each from its own seed.
 
-        scale: of the guidance, as the pipeline means it; diffusers and we write 1 for none.
-        Raises ValueError for a scale below 1, which diffusers takes as 1, or a size that the
-        pipeline refuses.
+        scale: of the guidance; 1 is none.
         """
         if scale < 1:
             raise ValueError(f"guidance.scale={scale}: to pipelines of diffusers, 1 is none")
-        with silence_transformers():  # of long prompts
+        with silence_transformers():  # about long prompts
             images = self.pipe(
                 prompt=list(prompts),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
@@ -165,7 +149,6 @@ class DiffusersPipeline:
 
 
 def _load_diffusers_pipeline(folder: Path):
-    """The pipeline of a folder."""
     try:
         from diffusers import DiffusionPipeline
         from diffusers.utils import logging
@@ -174,33 +157,32 @@ def _load_diffusers_pipeline(folder: Path):
             f"'{folder}' is a pipeline of diffusers, which is not installed: pip install diffusers"
         ) from error
     if code := next(folder.rglob("*.py"), None):
-        raise ValueError(f"'{folder}' brings code of its own ({code.name}), which is not run")
-    if kernel := next(
-        filter(None, map(_find_remote_kernel, sorted(folder.rglob("config.json")))), None
-    ):
-        raise ValueError(f"'{folder}' asks for code from elsewhere ({kernel}), which is not run")
-    logging.set_verbosity_error()  # of parts that it was not given, and of long prompts
+        raise ValueError(f"'{folder}' has code of its own ({code.name}), which is not run")
+    for config in sorted(folder.rglob("config.json")):
+        if kernel := _find_remote_kernel(config):
+            raise ValueError(f"'{folder}' asks for remote code ({kernel}), which is not run")
+    logging.set_verbosity_error()  # about missing parts and long prompts
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
     index = json.loads((folder / "model_index.json").read_text())
-    unchecked = {"safety_checker": None} if "safety_checker" in index else {}
+    more = {"safety_checker": None} if "safety_checker" in index else {}
     weights = [path.name for path in folder.rglob("*.safetensors")]
-    halves = bool(weights) and all(".fp16" in name for name in weights)
+    is_half = bool(weights) and all(".fp16" in name for name in weights)
     with silence_transformers():
         return DiffusionPipeline.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
-            variant="fp16" if halves else None,
-            **unchecked,
+            variant="fp16" if is_half else None,
+            **more,
         )
 
 
 def _find_remote_kernel(config: Path) -> str | None:
-    """What a config.json would have transformers fetch and run to attend with; None for nothing."""
-    found = json.loads(config.read_text())
-    nodes = [found, *found.values()] if isinstance(found, dict) else []
+    """Returns the attention kernel that transformers would download and run for a config.json."""
+    settings = json.loads(config.read_text())
+    nodes = [settings, *settings.values()] if isinstance(settings, dict) else []
     for node in (node for node in nodes if isinstance(node, dict)):
         for name in ("attn_implementation", "_attn_implementation"):
             if "/" in str(node.get(name)):
@@ -209,7 +191,7 @@ def _find_remote_kernel(config: Path) -> str | None:
 
 
 def _read_pipeline_size(pipe) -> int | None:
-    """Pixels of a side, from what most pipelines say of themselves."""
+    """Returns the side of images in pixels, where the pipeline says so."""
     net = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     side = getattr(pipe, "default_sample_size", None) or (net and net.config.get("sample_size"))
     side = side[-1] if isinstance(side, list | tuple) else side
@@ -217,6 +199,6 @@ def _read_pipeline_size(pipe) -> int | None:
 
 
 def _keep_json_values(values: dict) -> dict:
-    """What JSON can hold of a configuration."""
+    """Returns the values of a configuration that JSON can hold."""
     kinds = (str, int, float, bool, type(None))
     return {name: value for name, value in values.items() if isinstance(value, kinds)}

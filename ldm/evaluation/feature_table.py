@@ -1,4 +1,4 @@
-"""Rows of numbers for many pictures, made piece by piece, by one process or several."""
+"""Tables of features of many images, computed batch by batch, by one process or several."""
 
 import math
 import warnings
@@ -23,15 +23,12 @@ def tabulate(
     folder: Path | None = None,
     done: Callable[[range], None] = lambda items: None,
 ) -> dict[str, Tensor]:
-    """float32 tables (count, D) on the host, one for each name and D of `columns`.
+    """Returns float32 tables (count, D) on the CPU, one for each name and D of `columns`.
 
-    `make(items)` gives the rows (len(items), D) of up to `batch` consecutive items. Which items
-    are one piece does not depend on the number of processes, which take pieces in turns; all end
-    with the same tables. Pieces that lie in `folder` are taken from there, new ones are put there;
-    those that are damaged, or of something else, are made anew with a warning.
-    `done(items)` is called after each of a process's rounds, as often in each of them.
-    Raises ValueError where `make` gives other tables than `columns` says, or numbers that are not
-    finite.
+    `make(items)` returns the rows (len(items), D) of up to `batch` consecutive items, a piece.
+    Processes take pieces in turns, and all get the same tables. Pieces are saved in `folder` and
+    read from there; a damaged piece is made again with a warning. `done(items)` is called after
+    each round of a process, equally often in each.
     """
     if batch < 1:
         raise ValueError(f"batch={batch} must be 1 or more")
@@ -41,13 +38,13 @@ def tabulate(
         first = min((number * ranks.world_size + ranks.rank) * batch, count)
         items = range(first, min(first + batch, count))
         if items:
-            for name, part in _piece(items, make, columns, folder).items():
+            for name, part in _load_piece(items, make, columns, folder).items():
                 tables[name][items.start : items.stop] = part
         done(items)
     return {name: ranks.sum(table) for name, table in tables.items()}
 
 
-def _piece(
+def _load_piece(
     items: range,
     make: Callable[[range], FeatureRows],
     columns: Mapping[str, int],
@@ -57,25 +54,25 @@ def _piece(
     path = None if folder is None else folder / f"{items.start:07d}-{items.stop:07d}.safetensors"
     if path is not None and path.is_file():
         try:
-            rows, found = read_tensor_file(path)
-            if (problem := _flaw(rows, items, columns)) or found != facts:
-                raise DamagedTensorFileError(f"{path} is of something else ({problem or found})")
+            rows, saved = read_tensor_file(path)
+            if (problem := _find_problem(rows, items, columns)) or saved != facts:
+                raise DamagedTensorFileError(f"{path} is of something else ({problem or saved})")
             return rows
         except DamagedTensorFileError as error:
-            warnings.warn(f"{error}: it is made anew", stacklevel=3)
+            warnings.warn(f"{error}: it is made again", stacklevel=3)
     rows = {name: part.detach().float().cpu() for name, part in make(items).items()}
-    if problem := _flaw(rows, items, columns):
+    if problem := _find_problem(rows, items, columns):
         raise ValueError(f"of items {items.start} to {items.stop - 1}, {problem}")
     if path is not None:
         try:
             write_tensor_file(path, rows, facts=facts)
-        except OSError as error:  # a full disk: it was only to save time
+        except OSError as error:  # a full disk: the piece would only have saved time
             warnings.warn(f"{path} cannot be written: {error.strerror or error}", stacklevel=3)
     return rows
 
 
-def _flaw(rows: FeatureRows, items: range, columns: Mapping[str, int]) -> str | None:
-    """What about the rows of some items is not as it must be."""
+def _find_problem(rows: FeatureRows, items: range, columns: Mapping[str, int]) -> str | None:
+    """Returns how the rows of some items differ from what they must be; None if they do not."""
     if rows.keys() != columns.keys():
         return f"there are tables {sorted(rows)} for {sorted(columns)}"
     for name, width in columns.items():

@@ -1,4 +1,4 @@
-"""What is painted to be measured: captions and seeds, frozen in a file."""
+"""The captions and seeds that images are generated from to be measured, frozen in a file."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -15,17 +15,16 @@ SUBSET_VERSION = 1
 
 
 def shuffle_indices(count: int) -> list[int]:
-    """0 .. count-1 in an order that is the same for all sets of that size."""
-    return np.argsort(
-        draw_random_bits(count, SUBSET_STREAM, SUBSET_VERSION), kind="stable"
-    ).tolist()
+    """Returns 0 .. count-1 in an order that is the same for all sets of that size."""
+    bits = draw_random_bits(count, SUBSET_STREAM, SUBSET_VERSION)
+    return np.argsort(bits, kind="stable").tolist()
 
 
 @dataclass(frozen=True)
 class PromptSubset:
-    """`captions[i]`, of the sample `keys[i]`, is painted with `seeds[i]`.
+    """Image i is generated from `captions[i]`, of the sample `keys[i]`, with `seeds[i]`.
 
-    data: the fingerprint of the set that the captions are of.
+    data: the fingerprint of the data set of the captions.
     """
 
     data: str
@@ -38,48 +37,47 @@ class PromptSubset:
 
     @property
     def digest(self) -> str:
-        """Of all that it says."""
+        """A digest of all fields."""
         return hash_facts({"version": SUBSET_VERSION, **asdict(self)})
 
     @classmethod
-    def drawn(
+    def draw(
         cls, shards: ShardReader, count: int, *, seed: int = 0, within: int | None = None
     ) -> "PromptSubset":
-        """`count` captions of a set, always the same ones: of its samples in `shuffled` order.
+        """Returns `count` captions of a set, of its samples in the order of `shuffle_indices`.
 
-        Each sample is taken once before any twice, and round k takes its k-th caption, so that a
-        set with five captions a picture has five rounds before one is painted again, with another
-        seed. Item i has seed + i. within: the first so many of that order only; None: all.
-        Raises ValueError where count is below 2.
+        Each sample is taken once before any is taken twice; round k takes its k-th caption. Item i
+        has seed + i. within: only so many first samples of that order; None: all.
         """
         if count < 2:
-            raise ValueError(f"it takes count=2 pictures or more to compare with others: {count}")
+            raise ValueError(f"it takes count=2 images or more to compare with others: {count}")
         order = shuffle_indices(len(shards))[:within]
-        read = [shards.read(order[i % len(order)]) for i in range(count)]
+        samples = [shards.read(order[i % len(order)]) for i in range(count)]
         return cls(
             data=shards.index.fingerprint,
-            keys=[one.key for one in read],
+            keys=[one.key for one in samples],
             captions=[
-                one.captions[i // len(order) % len(one.captions)] for i, one in enumerate(read)
+                one.captions[i // len(order) % len(one.captions)] for i, one in enumerate(samples)
             ],
             seeds=[seed + i for i in range(count)],
         )
 
     @classmethod
     def load(cls, path: Path) -> "PromptSubset":
-        """A frozen one; ValueError where the file is none, or was changed by hand."""
+        """Reads a subset; ValueError where the file is none, or was changed by hand."""
         try:
-            found = json.loads(path.read_text())
-            subset = cls(**{name: found[name] for name in cls.__dataclass_fields__})
+            fields = json.loads(path.read_text())
+            digest = fields["digest"]
+            subset = cls(**{name: fields[name] for name in cls.__dataclass_fields__})
             lengths = {len(subset.keys), len(subset.captions), len(subset.seeds)}
-            whole = found["digest"] == subset.digest and len(lengths) == 1
+            is_intact = digest == subset.digest and len(lengths) == 1
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no subset of captions ({error!r})") from error
-        if not whole:
+        if not is_intact:
             raise ValueError(f"{path} was changed after it was frozen: its digest differs")
         return subset
 
     def save(self, path: Path) -> None:
-        """Freeze it."""
+        """Writes the subset with its digest."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({**asdict(self), "digest": self.digest}, indent=1) + "\n")

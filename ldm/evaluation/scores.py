@@ -1,17 +1,16 @@
-"""Tables of features to metrics: distances to real pictures, and agreement with captions.
+"""Tables of features to metrics: distances to real images, and agreement with captions.
 
-Shapes: N painted pictures, M real ones, D features.
+Shapes: N generated images, M real ones, D features.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from ldm.evaluation.features.base import FeatureExtractor
-from ldm.evaluation.features.clip import clip_score
+from ldm.evaluation.features.base import FeatureExtractor, select_class_features
+from ldm.evaluation.metrics.clip_score import clip_score, compute_clip_score_chance
 from ldm.evaluation.metrics.frechet import frechet_distance, frechet_estimate
 from ldm.evaluation.metrics.inception_score import inception_score
 from ldm.evaluation.metrics.intervals import (
@@ -25,151 +24,139 @@ from ldm.evaluation.metrics.kernel_distances import cmmd, kid
 from ldm.evaluation.metrics.moments import Moments
 from ldm.evaluation.metrics.precision_recall import Manifold
 
-SCORES_SEED = 0  # of KID's subsets, the score's splits, and what intervals draw
-KID_SUBSET_SIZE = 1000  # KID's, or half of the smaller side
+SCORES_SEED = 0  # of KID's subsets, the splits of the inception score, and the intervals
+KID_SUBSET_SIZE = 1000  # or half of the smaller side
+FID_NETWORK = "inception"  # the network whose Frechet distance is called FID
+CMMD_NETWORK = "clip"  # the network of CMMD and of the metric clip_score
+Tables = Mapping[str, Tensor]  # features by network
 
 
 class Scores:
-    """What pictures are compared with, through each network, and how.
+    """The tables that generated images are compared with, and the metrics of the comparison.
 
-    real (M, D) and floor (N', D) by network: real pictures, and those of the painted captions,
-    which a perfect model would paint. texts (N, D) by network, where it knows captions, and
-    floor_texts (N', D) of the floor's own. The nearest-neighbour metrics and KID are of the
+    real (M, D): real images. floor (N', D): the real images of the captions, which a perfect model
+    would generate. texts (N, D), floor_texts (N', D): the captions of generated images and of
+    `floor`, for networks that encode captions. KID and the nearest-neighbour metrics are of the
     `first` network: of Inception, where it is there.
     """
 
     def __init__(
         self,
         networks: Sequence[FeatureExtractor],
-        real: Mapping[str, Tensor],
-        floor: Mapping[str, Tensor],
-        texts: Mapping[str, Tensor],
-        floor_texts: Mapping[str, Tensor],
+        real: Tables,
+        floor: Tables,
+        texts: Tables,
+        floor_texts: Tables,
     ) -> None:
-        self.real, self.floor, self.texts, self.floor_texts = real, floor, texts, floor_texts
+        self.real, self.floor, self.texts = real, floor, texts
         self.first = choose_main_network(networks)
         self.moments = {name: Moments.of(table) for name, table in real.items()}
         self.manifold = Manifold(real[self.first])
-        self.logits: Callable[[Tensor], Tensor] | None = None
-        for network in networks:
-            if network.name == "inception":
-                self.logits = network.logits
-        self._floor_frechet = self._frechet(floor, errors=False)
-        self.constant = self._constant()
+        self.classifier = select_class_features(networks)
+        self._floor_frechet = self._estimate_frechet(floor, errors=False)
+        self.constant = {f"{name}_floor": one.value for name, one in self._floor_frechet.items()}
+        for name, captions in floor_texts.items():
+            score = clip_score(floor[name], captions)
+            self.constant[f"{clip_score_key(name)}_real"] = float(score.mean())
 
-    def metrics(self, seen: Mapping[str, Tensor]) -> dict[str, float]:
-        """Of painted pictures' tables (N, D): `distances`, and clip_score where there is a CLIP.
+    def metrics(self, generated: Tables) -> dict[str, float]:
+        """Returns `compute_distances`, clip_score where there is a CLIP, and constant metrics.
 
-        Beside them what does not depend on them: fid_floor and fd_*_floor, clip_score_real (real
-        pictures with their own captions) and, of these pictures, clip_score_chance (with all the
-        captions but their own).
+        Constant are fid_floor and fd_*_floor, and clip_score_real (real images with their own
+        captions). clip_score_chance is of generated images with all captions but their own.
         """
-        return self.compute_distances(seen) | self._agreement(seen) | self.constant
+        return self.compute_distances(generated) | self._score_captions(generated) | self.constant
 
-    def estimate_metrics(
-        self, seen: Mapping[str, Tensor]
-    ) -> tuple[dict[str, float], dict[str, Interval]]:
-        """`metrics`, and 95 % intervals for painting as many other pictures, by metric."""
-        estimates = self._frechet(seen, errors=True) | self._others(seen, errors=True)
+    def estimate_metrics(self, generated: Tables) -> tuple[dict[str, float], dict[str, Interval]]:
+        """Returns `metrics`, and 95 % intervals over draws of as many images, by metric."""
+        estimates = self._estimate_distances(generated, errors=True)
         intervals = {name: estimate.interval() for name, estimate in estimates.items()}
         low, high = intervals["density"]
         intervals["density"] = Interval(max(low, 0.0), high)
-        intervals["precision"] = wilson_interval(
-            estimates["precision"].value, len(seen[self.first])
-        )
+        share, count = estimates["precision"].value, len(generated[self.first])
+        intervals["precision"] = wilson_interval(share, count)
         for name in ("recall", "coverage"):
             intervals[name] = estimates[name].share_interval(len(self.real[self.first]))
         for name, texts in self.texts.items():
-            intervals[clip_score_key(name)] = bootstrap_mean(
-                clip_score(seen[name], texts), seed=SCORES_SEED
-            )
-        found = _values(estimates) | self._inception_score(seen)
-        return found | self._agreement(seen) | self.constant, intervals
+            each = clip_score(generated[name], texts)
+            intervals[clip_score_key(name)] = bootstrap_mean(each, seed=SCORES_SEED)
+        distances = _get_values(estimates) | self._score_classes(generated)
+        return distances | self._score_captions(generated) | self.constant, intervals
 
-    def compute_distances(self, seen: Mapping[str, Tensor]) -> dict[str, float]:
-        """fid (Inception) or fd_<network>, kid, precision, recall, density, coverage, cmmd."""
-        estimates = self._frechet(seen, errors=False) | self._others(seen, errors=False)
-        return _values(estimates) | self._inception_score(seen)
+    def compute_distances(self, generated: Tables) -> dict[str, float]:
+        """Returns fid or fd_<network>, kid, precision, recall, density, coverage, cmmd.
+
+        Where there is a classifier, also inception_score.
+        """
+        estimates = self._estimate_distances(generated, errors=False)
+        return _get_values(estimates) | self._score_classes(generated)
 
     @cached_property
     def floor_distances(self) -> dict[str, float]:
-        """`distances` of the real pictures of the painted captions: what a perfect model gets."""
-        estimates = self._floor_frechet | self._others(self.floor, errors=False)
-        return _values(estimates) | self._inception_score(self.floor)
+        """`compute_distances` of the real images of the captions: those of a perfect model."""
+        estimates = self._floor_frechet | self._estimate_others(self.floor, errors=False)
+        return _get_values(estimates) | self._score_classes(self.floor)
 
-    def _frechet(self, seen: Mapping[str, Tensor], *, errors: bool) -> dict[str, Estimate]:
-        """Errors cost more, and are NaN where they are not wanted."""
+    def _estimate_distances(self, generated: Tables, *, errors: bool) -> dict[str, Estimate]:
+        """Errors take time; without them they are NaN."""
+        frechet = self._estimate_frechet(generated, errors=errors)
+        return frechet | self._estimate_others(generated, errors=errors)
+
+    def _estimate_frechet(self, generated: Tables, *, errors: bool) -> dict[str, Estimate]:
         return {
-            distance_key(name): frechet_estimate(moments, seen[name])
+            distance_key(name): frechet_estimate(moments, generated[name])
             if errors
-            else Estimate(frechet_distance(moments, Moments.of(seen[name])), math.nan)
+            else Estimate(frechet_distance(moments, Moments.of(generated[name])), math.nan)
             for name, moments in self.moments.items()
         }
 
-    def _others(self, seen: Mapping[str, Tensor], *, errors: bool) -> dict[str, Estimate]:
-        """All other distances; errors as above."""
-        first, real = seen[self.first], self.real[self.first]
-        of_subsets = kid(real, first, seed=SCORES_SEED, subset_size=self._subset(first))
-        found = {"kid": Estimate(of_subsets.mean, of_subsets.error)}
+    def _estimate_others(self, generated: Tables, *, errors: bool) -> dict[str, Estimate]:
+        rows, real = generated[self.first], self.real[self.first]
+        size = min(KID_SUBSET_SIZE, len(rows) // 2, len(real) // 2)
+        estimates = {"kid": kid(real, rows, seed=SCORES_SEED, subset_size=size)}
         if errors:
-            groups = max(2, min(20, len(first) // 8))
-            found |= jackknife(self.manifold.compare, first, seed=SCORES_SEED, groups=groups)
+            groups = max(2, min(20, len(rows) // 8))
+            estimates |= jackknife(self.manifold.compare, rows, seed=SCORES_SEED, groups=groups)
         else:
-            shares = self.manifold.compare(first)
-            found |= {name: Estimate(value, math.nan) for name, value in shares.items()}
-        if "clip" in seen:
-            found["cmmd"] = cmmd(self.real["clip"], seen["clip"])
-        return found
+            shares = self.manifold.compare(rows)
+            estimates |= {name: Estimate(value, math.nan) for name, value in shares.items()}
+        if CMMD_NETWORK in generated:
+            estimates["cmmd"] = cmmd(self.real[CMMD_NETWORK], generated[CMMD_NETWORK])
+        return estimates
 
-    def _inception_score(self, seen: Mapping[str, Tensor]) -> dict[str, float]:
-        if self.logits is None:
+    def _score_classes(self, generated: Tables) -> dict[str, float]:
+        if self.classifier is None:
             return {}
-        chances = self.logits(seen["inception"]).softmax(dim=1)
-        splits = min(10, len(chances) // 2)
-        return {"inception_score": inception_score(chances, seed=SCORES_SEED, splits=splits).mean}
+        table = generated[self.classifier.name]
+        probabilities = self.classifier.logits(table).softmax(dim=1)
+        splits = min(10, len(table) // 2)
+        score = inception_score(probabilities, seed=SCORES_SEED, splits=splits)
+        return {"inception_score": score}
 
-    def _agreement(self, seen: Mapping[str, Tensor]) -> dict[str, float]:
-        """With the captions, and with those of others."""
-        found = {}
+    def _score_captions(self, generated: Tables) -> dict[str, float]:
+        scores = {}
         for name, texts in self.texts.items():
-            found[clip_score_key(name)] = float(clip_score(seen[name], texts).mean())
-            found[f"{clip_score_key(name)}_chance"] = _chance(seen[name], texts)
-        return found
-
-    def _subset(self, painted: Tensor) -> int:
-        return min(KID_SUBSET_SIZE, len(painted) // 2, len(self.real[self.first]) // 2)
-
-    def _constant(self) -> dict[str, float]:
-        found = {f"{name}_floor": value for name, value in _values(self._floor_frechet).items()}
-        for name, texts in self.floor_texts.items():
-            own = clip_score(self.floor[name], texts)
-            found[f"{clip_score_key(name)}_real"] = float(own.mean())
-        return found
+            key, images = clip_score_key(name), generated[name]
+            scores[key] = float(clip_score(images, texts).mean())
+            scores[f"{key}_chance"] = compute_clip_score_chance(images, texts)
+        return scores
 
 
-def _values(estimates: Mapping[str, Estimate]) -> dict[str, float]:
+def _get_values(estimates: Mapping[str, Estimate]) -> dict[str, float]:
     return {name: estimate.value for name, estimate in estimates.items()}
 
 
 def choose_main_network(networks: Sequence[FeatureExtractor]) -> str:
-    """The network of the metrics that bear no network's name."""
+    """Returns the network of the metrics whose keys name no network."""
     names = [network.name for network in networks]
-    return "inception" if "inception" in names else names[0]
+    return FID_NETWORK if FID_NETWORK in names else names[0]
 
 
 def distance_key(network: str) -> str:
-    """A Frechet distance is called FID on Inception's features alone."""
-    return "fid" if network == "inception" else f"fd_{network}"
+    """Returns the key of a Frechet distance: fid for Inception's features, else fd_<network>."""
+    return "fid" if network == FID_NETWORK else f"fd_{network}"
 
 
 def clip_score_key(network: str) -> str:
-    """clip_score, or another name for another CLIP beside it."""
-    return "clip_score" if network == "clip" else f"clip_score_{network}"
-
-
-def _chance(images: Tensor, texts: Tensor) -> float:
-    """The mean CLIP score of all pairs that are none."""
-    images, texts = normalize(images.double()), normalize(texts.double())
-    total = sum(float((part @ texts.T).clamp(min=0).sum()) for part in images.split(1024))
-    own = float((images * texts).sum(dim=1).clamp(min=0).sum())
-    return 100 * (total - own) / (len(images) * (len(images) - 1))
+    """Returns the key of a CLIP's score: clip_score for `clip`, else clip_score_<network>."""
+    return "clip_score" if network == CMMD_NETWORK else f"clip_score_{network}"

@@ -1,38 +1,37 @@
-"""Tables of numbers on the disk, each with what it is of, so that none is taken for another."""
+"""Tables of numbers in files that say what they are of and whether they are intact."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from ldm.utils.files import replace_file
+from ldm.utils.hashing import hash_bytes, hash_tensors
 
 
 class DamagedTensorFileError(ValueError):
-    """A file that does not hold what was written to it."""
+    """A file does not hold what was written to it."""
 
 
 def hash_facts(facts: object) -> str:
-    """Sixteen letters of plain values, which tell them from others in names of files."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    """Returns a digest of plain values, of 16 letters, for names of files."""
+    return hash_bytes(json.dumps(facts, sort_keys=True).encode())[:16]
 
 
 def write_tensor_file(path: Path, tables: Mapping[str, Tensor], *, facts: dict) -> None:
-    """Replace a file by these tables, with plain values that say what they are of."""
+    """Replaces a file by these tables and plain values that say what they are of."""
     tables = {name: table.contiguous() for name, table in tables.items()}
-    metadata = {"facts": json.dumps(facts), "sha256": _hash_tensors(tables)}
+    metadata = {"facts": json.dumps(facts), "sha256": hash_tensors(tables)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as file:
         file.write(save(tables, metadata=metadata))
 
 
 def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tables and facts as they were written; DamagedError where the file is torn or changed."""
+    """Returns tables and facts; DamagedTensorFileError where the file was cut or changed."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -40,14 +39,6 @@ def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], dict]:
         facts = json.loads(metadata["facts"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DamagedTensorFileError(f"{path} is damaged ({error!r})") from error
-    if metadata.get("sha256") != _hash_tensors(tables) or not isinstance(facts, dict):
+    if metadata.get("sha256") != hash_tensors(tables) or not isinstance(facts, dict):
         raise DamagedTensorFileError(f"{path} is damaged (its digest differs)")
     return tables, facts
-
-
-def _hash_tensors(tables: Mapping[str, Tensor]) -> str:
-    total = hashlib.sha256()
-    for name, table in sorted(tables.items()):
-        total.update(f"{name} {table.dtype} {tuple(table.shape)}\n".encode())
-        total.update(table.flatten().view(torch.uint8).numpy())
-    return total.hexdigest()

@@ -13,7 +13,7 @@ from io import StringIO
 from pathlib import Path
 
 from ldm.utils.files import read_regular_file, write_text
-from ldm.utils.text import format_csv_cell
+from ldm.utils.text import format_csv_cell, format_table
 
 CURVE_TABLE_METRICS = ("scene_accuracy", "clip_score", "precision", "recall", "cmmd", "kid")
 CURVE_FILE_TYPES = ("json", "csv", "png")
@@ -143,9 +143,8 @@ def format_curve_table(points: CurvePoints, *, metric: str | None = None) -> str
     """Returns a row per point: the settings, then `metric` and the metrics of most interest."""
     first = points[0]
     wanted = [metric, select_distance_metric(first["metrics"]), *CURVE_TABLE_METRICS]
-    names = [name for name in dict.fromkeys(wanted) if name in first["metrics"]]
+    names = [name for name in dict.fromkeys(wanted) if name and name in first["metrics"]]
     lines = [[*first["varied"], *names]]
     for point in points:
         lines.append([*point["varied"].values(), *(f"{point['metrics'][n]:.4g}" for n in names)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+    return format_table(lines, align=">")

@@ -1,10 +1,11 @@
 """SHA-256 digests of files, bytes and weights, in hexadecimal."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def hash_file(path: Path) -> str:
@@ -22,8 +23,13 @@ def hash_bytes(*parts: bytes) -> str:
 
 def hash_module(module: nn.Module) -> str:
     """Returns the digest of a module's names, types, shapes and values."""
+    return hash_tensors(module.state_dict())
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Returns the digest of tensors with their names, types and shapes."""
     total = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return total.hexdigest()

@@ -68,7 +68,7 @@ def test_the_command_line_finds_words(home):
 
 def test_the_command_line_finds_pictures(home):
     key = "000000004"
-    caption = ClipQueries(data=str(home / "shards")).told().first_captions[4]
+    caption = ClipQueries(data=str(home / "shards")).caption_pairs.first_captions[4]
     said = ask("data=shards", f"text={caption}", "top=3", "out=page.png", home=home)
     rows = said.strip().splitlines()
     assert rows[1].split(maxsplit=2)[1:] == [key, caption]
@@ -82,7 +82,7 @@ def test_the_command_line_finds_pictures(home):
 
 def test_similarity_is_clips_own_cosine(about, home):
     texts = ["a red circle", "a large red circle left of a large yellow cross, flat, on black"]
-    found = about.similarity([home / "black.png"], texts)
+    found = about.compute_similarity([home / "black.png"], texts)
     pixels = torch.from_numpy(np.array(Image.open(home / "black.png"))).permute(2, 0, 1)[None]
     model = about.clip.clip
     with torch.no_grad():
@@ -90,20 +90,20 @@ def test_similarity_is_clips_own_cosine(about, home):
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
     assert found[0, 1] > found[0, 0]
     with pytest.raises(ValueError, match=r"reads 24 tokens, and a text has \d+: shorten 'red red"):
-        about.similarity([home / "black.png"], ["red " * 50])
+        about.compute_similarity([home / "black.png"], ["red " * 50])
 
 
 def test_what_was_seen_is_kept_in_the_order_of_the_set(about, monkeypatch):
-    vectors, told = about.embed_images(), about.told()
+    vectors, told = about.embed_images(), about.caption_pairs
     captions = about.embed_captions(told.captions)
-    shards = about.pictures.shards
-    own = torch.stack([about.pictures[i, i]["images"] for i in range(COUNT)])
+    shards = about.dataset.shards
+    own = torch.stack([about.dataset[i, i]["images"] for i in range(COUNT)])
     torch.testing.assert_close(vectors, F.normalize(about.clip(own), dim=1), atol=1e-5, rtol=0)
     assert told.first_captions == [shards.read(i).captions[0] for i in range(COUNT)]
     assert {(int(i), told.captions[j]) for i, j in told.pairs.tolist()} == {
         (i, text) for i in range(COUNT) for text in shards.read(i).captions
     }
-    monkeypatch.setattr(about.clip, "_features", None)  # nothing is seen anew
+    monkeypatch.setattr(about.clip, "_compute_features", None)  # nothing is seen anew
     monkeypatch.setattr(about.clip, "texts", None)
     assert torch.equal(about.embed_images(), vectors)
     assert torch.equal(about.embed_captions(told.captions), captions)
@@ -133,10 +133,10 @@ def test_labels_are_probabilities_read_in_sentences(about, home):
     torch.testing.assert_close(found.sum(1), torch.ones(2))
     assert [names[i] for i in found.argmax(1)] == ["teal", "black"]
     plain = ClipQueries(templates=["a picture of a {}"], cache=home / "cache")
-    said = plain.said([f"a picture of a {name}" for name in names])
+    said = plain.embed_texts([f"a picture of a {name}" for name in names])
     scale = plain.clip.clip.logit_scale
     torch.testing.assert_close(
-        plain.classify_labels(paths, names), (scale * plain.seen(paths) @ said.T).softmax(1)
+        plain.classify_labels(paths, names), (scale * plain.embed_files(paths) @ said.T).softmax(1)
     )
     with pytest.raises(ValueError, match="no caption holds 'gold'"):
         about.classify_labels(paths, ["gold"])
@@ -144,7 +144,7 @@ def test_labels_are_probabilities_read_in_sentences(about, home):
 
 def test_the_same_picture_has_no_word(about, home):
     with pytest.raises(ValueError, match=r"black.png' are the same to this CLIP: no word differs"):
-        about.difference(home / "black.png", home / "black.png", ["red"], most=3)
+        about.find_difference(home / "black.png", home / "black.png", ["red"], most=3)
 
 
 def test_what_is_broken_in_a_folder_is_left_out_and_named(home, tmp_path, capsys):
@@ -176,19 +176,19 @@ CHANGES = {
 @pytest.mark.parametrize("word", CHANGES)
 def test_the_word_of_a_difference_is_near_and_that_of_its_opposite_far(word, home, tmp_path):
     packaged, path = ClipQueries(cache=home / "cache"), paint(CHANGES[word], tmp_path / "a.png")
-    there = packaged.difference(path, home / "black.png", None, most=300)
+    there = packaged.find_difference(path, home / "black.png", None, most=300)
     words = [name for name, _ in there]
     assert words.index(word) < 5
     assert not {"a", "on"} & set(words), "all captions have them"
-    back = dict(packaged.difference(home / "black.png", path, None, most=300))
+    back = dict(packaged.find_difference(home / "black.png", path, None, most=300))
     assert all(back[name] == pytest.approx(-cosine, abs=1e-5) for name, cosine in there)
 
 
 def test_words_in_templates_are_taken_apart(home):
     plain = ClipQueries(templates=["a {}", "one {} thing"], cache=home / "cache")
-    words = plain.words(["red", "blue"], apart=True)
+    words = plain.embed_words(["red", "blue"], subtract_mean=True)
     torch.testing.assert_close(words.directions[0], -words.directions[1])
-    rows = plain.said(["a red", "one red thing", "a blue", "one blue thing"])
+    rows = plain.embed_texts(["a red", "one red thing", "a blue", "one blue thing"])
     expected = (rows[0] + rows[1] - rows[2] - rows[3]) / 4
     torch.testing.assert_close(words.directions[0], expected)
 
@@ -247,7 +247,7 @@ def test_mistakes_are_told_before_torch_is_imported(home):
     )
     wrong = {
         "image=no.png text=x": "image=no.png does not exist",
-        "image=shards text=x": "image=shards is a folder without pictures",
+        "image=shards text=x": "image=shards is a folder without images",
         "image=black.png labels=,": "labels=, names nothing",
         "image=black.png labels=no.txt": "labels=no.txt: No such file",
         "image=black.png texts=no.txt": "texts=no.txt: No such file",

@@ -20,7 +20,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from world import CAPTIONS, shape
 
 from ldm.cli.evaluate import VARIABLE_GROUPS, evaluate_points, format_scene_table
-from ldm.config.command_line import convert_to_usage_errors, pop_sweep_choices
+from ldm.config.combinations import pop_sweep_choices
+from ldm.config.command_line import convert_to_usage_errors
 from ldm.config.run import TrainingJob
 from ldm.config.suggestions import CONF_DIR
 from ldm.data.image_decoding import ImageError
@@ -415,7 +416,7 @@ def test_points_of_a_curve_are_kept_apart(shards_run):
     ],
 )
 def test_what_cannot_be_measured_is_told(shards_run, real, given, overrides, message):
-    PromptSubset.drawn(ShardReader(real / "train"), 8).save(Path("other.json"))  # of other pictures
+    PromptSubset.draw(ShardReader(real / "train"), 8).save(Path("other.json"))  # of other pictures
     places = {"RUN": str(shards_run), "OTHER": "other.json"}
     given = {name: places.get(value, value) for name, value in given.items()}
     point = composed("count=8", *COLOURS, *overrides)

@@ -230,7 +230,7 @@ def call(home, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", command)
         code = 0
         try:
-            main(command)
+            main()
         except SystemExit as end:
             code = end.code
         printed = capsys.readouterr()

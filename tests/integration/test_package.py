@@ -12,13 +12,13 @@ from omegaconf import OmegaConf
 from shell import ROOT, run
 from world import write_shapes
 
-from ldm.cli.package import describe_training
-from ldm.config.components import build_frozen_encoders
-from ldm.config.packaging import (
+from ldm.cli.package import (
+    describe_training,
     measure_caption_recall,
     measure_scene_reconstruction,
     package_autoencoder,
 )
+from ldm.config.components import build_frozen_encoders
 from ldm.config.suggestions import CONF_DIR
 from ldm.data.scenes.world import sample_scene
 from ldm.models.clip import Clip
@@ -154,7 +154,7 @@ def test_the_pictures_that_a_run_names_are_looked_at_and_nothing_is_written(tmp_
 
 def test_no_server_that_a_run_names_is_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "ldm.data.shards.locations.describe", lambda urls: pytest.fail(f"{urls} were asked")
+        "ldm.data.shards.locations.describe_urls", lambda urls: pytest.fail(f"{urls} were asked")
     )
     run_dir = autoencoder_run(tmp_path / "run", ["scenes", "http://127.0.0.1:9/a.tar"])
     with pytest.raises(UsageError, match="is on a server"):

@@ -1,8 +1,7 @@
-"""DINOv2's features: of a network that was trained without labels and without captions.
+"""DINOv2's features: of a network trained without labels and without captions.
 
 Oquab et al. 2023, "DINOv2"; Stein et al. 2023 ("Exposing flaws of generative model evaluation
-metrics") find distances on it nearest to what people see. Code and weights are Apache-2.0.
-Shapes: n images, D features.
+metrics") find that distances on it agree best with people. Code and weights are Apache-2.0.
 """
 
 from pickle import UnpicklingError
@@ -11,7 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Dinov2Model
 
-from ldm.evaluation.features.base import FeatureExtractor
+from ldm.evaluation.features.base import NetworkFeatures
 from ldm.models.huggingface import load_pretrained_model
 from ldm.utils.files import resolve_path
 
@@ -20,13 +19,11 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class Dinov2Features(FeatureExtractor):
+class Dinov2Features(NetworkFeatures):
     """The class token of a DINOv2, after its last normalisation.
 
     path: a folder, or a name on the hub such as facebook/dinov2-large (ViT-L/14, the published
-    choice). size: the side in pixels at which it looks.
-    Raises OSError where there is no such model or its files cannot be read, ValueError where its
-    weights are others than its config.json says, or its patches do not tile `size`.
+    choice). size: the side in pixels of its input.
     """
 
     def __init__(self, path: str, *, size: int = 224, name: str = "dinov2") -> None:
@@ -51,14 +48,11 @@ class Dinov2Features(FeatureExtractor):
 
 
 def load_dinov2(path: str) -> Dinov2Model:
-    """A DINOv2 in float32; a folder is never looked up on the hub, and no pickle is executed.
-
-    Raises as `Dinov2Features` does.
-    """
-    place = resolve_path(path)
+    """Returns a DINOv2 in float32 from a folder or the hub; no pickle is executed."""
+    folder = resolve_path(path)
     try:
-        local = place.is_dir()
-        return load_pretrained_model(Dinov2Model, place if local else path, local=local)
+        local = folder.is_dir()
+        return load_pretrained_model(Dinov2Model, folder if local else path, local=local)
     except (OSError, SafetensorError, UnpicklingError) as error:
         raise OSError(
             f"no DINOv2 at '{path}': {error}\nGive a folder with config.json and "

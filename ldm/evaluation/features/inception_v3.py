@@ -1,11 +1,9 @@
-"""FID's own network: InceptionV3 as Google released it in December 2015 and FID has used it since.
+"""FID's own network: InceptionV3 as Google released it in December 2015.
 
 Szegedy et al. 2015, "Rethinking the Inception Architecture for Computer Vision"; Heusel et al.
-2017, "GANs Trained by a Two Time-Scale Update Rule". It differs from the paper, and from every
-other InceptionV3, in its pools: means leave the padding out, and the last block takes a maximum.
-torch-fidelity holds the same network, but every import of it, and with it of torchmetrics, asks
-for torchvision. Parameters have the names of the published file.
-Shapes: n images.
+2017, "GANs Trained by a Two Time-Scale Update Rule". It differs from every other InceptionV3 in its
+pools: means leave the padding out, and the last block takes a maximum. torch-fidelity has the same
+network, but needs torchvision. Parameters have the names of the published file.
 """
 
 from collections.abc import Sequence
@@ -17,8 +15,8 @@ INCEPTION_CLASSES = 1008
 INCEPTION_WIDTH = 2048
 INCEPTION_SIZE = 299
 
-# (name, what it reads, output channels, kernel, stride); "in" is the block's input and "pool" that
-# input pooled. What no row reads is the block's output, in this order, an unread pool last.
+# (name, its input, output channels, kernel, stride); "in" is the block's input, "pool" that input
+# pooled. Branches that no row reads are the block's output, in this order, an unread pool last.
 BranchSpec = tuple[str, str, int, int | tuple[int, int], int]
 
 
@@ -44,9 +42,9 @@ class ConvNormReLU(nn.Module):
 
 
 class InceptionBlock(nn.Module):
-    """Parallel branches of convolutions, laid side by side.
+    """Parallel branches of convolutions, whose channels are concatenated.
 
-    A convolution with stride 1 keeps the size, one with stride 2 drops what does not fit.
+    A convolution with stride 1 keeps the size, one with stride 2 drops incomplete windows.
     `pool` is "mean" or "max" over 3 x 3, or "halve", a maximum with stride 2.
     """
 
@@ -83,7 +81,7 @@ class InceptionBlock(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """Pictures (n, 3, 299, 299) in [-1, 1] to 2048 pooled features."""
+    """Maps images (n, 3, 299, 299) in [-1, 1] to 2048 pooled features (n, 2048)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +98,7 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(channels, INCEPTION_CLASSES)  # no part of the features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features (n, 2048)."""
+        """(n, 3, 299, 299) -> (n, 2048)."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, stride=2)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
@@ -111,7 +109,7 @@ class InceptionV3(nn.Module):
 
 
 def _inception_blocks() -> list[tuple[str, list[BranchSpec], str]]:
-    """Name, rows and pool of each block, in their order."""
+    """Returns name, rows and pool of each block, in order."""
     return [
         ("5b", _block_35(32), "mean"),
         ("5c", _block_35(64), "mean"),

@@ -1,6 +1,6 @@
-"""Words as directions in CLIP's space: which of them says what a picture shows, or what differs.
+"""Words as directions in CLIP's space: which word fits an image, or the difference of two.
 
-Shapes: U captions, W words, n pictures, D features.
+Shapes: U captions, W words, n images, D features.
 """
 
 import re
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.evaluation.features.clip import ClipFeatures
 from ldm.models.whitening import Whitening
 
 WORD_PATTERN = re.compile(r"[^\W\d_]+")
@@ -21,19 +20,19 @@ MIN_CAPTIONS_PER_WORD = 5  # captions with a word, for their mean to be about th
 
 @dataclass(frozen=True)
 class WordDirections:
-    """`words`, the direction (W, D) of each, and the map that brings pictures to the same space."""
+    """`words`, the direction (W, D) of each, and the map of image vectors to the same space."""
 
     words: list[str]
     directions: Tensor
     level: nn.Module = field(default_factory=nn.Identity)
 
-    def of(self, pictures: Tensor) -> Tensor:
-        """Cosines (n, W) of pictures, unit vectors (n, D), with each word."""
-        return self._cosines(self.level(pictures))
+    def image_cosines(self, images: Tensor) -> Tensor:
+        """Returns cosines (n, W) of images, unit vectors (n, D), with each word."""
+        return self._cosines(self.level(images))
 
-    def difference_cosines(self, pictures: Tensor, others: Tensor) -> Tensor:
-        """Cosines (n, W) of what pictures have and others have not, both (n, D), with each word."""
-        return self._cosines(self.level(pictures) - self.level(others))
+    def difference_cosines(self, images: Tensor, others: Tensor) -> Tensor:
+        """Returns cosines (n, W) of images minus others, both (n, D), with each word."""
+        return self._cosines(self.level(images) - self.level(others))
 
     def _cosines(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=1) @ F.normalize(self.directions, dim=1).T
@@ -42,11 +41,10 @@ class WordDirections:
 def embed_words_in_captions(
     vectors: Tensor, captions: Sequence[str], words: Sequence[str]
 ) -> WordDirections:
-    """A word is the mean of the captions that hold it, in the space where captions are white.
+    """Returns each word as the mean of the captions that hold it, in a whitened space.
 
-    vectors (U, D), of captions. A text encoder that was trained on sentences knows a word by its
-    sentences; on the mean over them, what else they say cancels out. Whitening weighs by what sets
-    captions apart, as Fisher's discriminant does: else what CLIP says loudest drowns the rest.
+    vectors (U, D), of captions. A text encoder trained on sentences knows a word by its sentences;
+    in their mean, all else cancels out. Whitening weighs features as Fisher's discriminant does.
     Raises ValueError for a word that no caption holds.
     """
     white, lowered = Whitening.from_states(vectors), [caption.lower() for caption in captions]
@@ -54,32 +52,18 @@ def embed_words_in_captions(
     return WordDirections(list(words), white(torch.stack(means)), white)
 
 
-def embed_words_in_templates(
-    clip: ClipFeatures, templates: Sequence[str], words: Sequence[str], *, subtract_mean: bool
-) -> WordDirections:
-    """A word is the mean of its texts, the templates with the word in the place of {}.
-
-    Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
-    3.1.4. apart: less the mean of all words, which is what the templates themselves say.
-    """
-    texts = [template.replace("{}", word) for word in words for template in templates]
-    rows = clip.texts(texts).cpu().unflatten(0, (len(words), len(templates))).mean(1)  # (W, D)
-    return WordDirections(list(words), rows - rows.mean(0) if subtract_mean else rows)
-
-
 def find_common_words(captions: Sequence[str], max_words: int) -> list[str]:
-    """The commonest words of captions, in lower case, without those in all or few of them."""
+    """Returns the commonest words of captions, without those in all or in few captions."""
     counts = Counter(word for text in captions for word in set(WORD_PATTERN.findall(text.lower())))
     ordered = sorted(counts, key=lambda word: (-counts[word], word))
-    return [word for word in ordered if MIN_CAPTIONS_PER_WORD <= counts[word] < len(captions)][
-        :max_words
-    ]
+    words = [word for word in ordered if MIN_CAPTIONS_PER_WORD <= counts[word] < len(captions)]
+    return words[:max_words]
 
 
 def find_captions_with_word(lowered: Sequence[str], word: str) -> list[int]:
-    """The numbers of the captions, in lower case, in which a word stands; ValueError for none."""
+    """Returns the numbers of the lower-case captions with a word; ValueError for none."""
     whole = re.compile(rf"(?<!\w){re.escape(word.lower())}(?!\w)")
-    found = [i for i, text in enumerate(lowered) if word.lower() in text and whole.search(text)]
-    if not found:
+    numbers = [i for i, text in enumerate(lowered) if word.lower() in text and whole.search(text)]
+    if not numbers:
         raise ValueError(f"no caption holds '{word}': leave it out, or give template=\"a {{}}\"")
-    return found
+    return numbers

@@ -1,24 +1,13 @@
-"""The inception score: confident about each picture, undecided about all of them together."""
-
-from typing import NamedTuple
+"""The inception score (Salimans et al. 2016): each image has a clear class, all have many."""
 
 import torch
 from torch import Tensor
 
 
-class InceptionScore(NamedTuple):
-    """Mean and standard deviation over splits."""
+def inception_score(probabilities: Tensor, *, seed: int, splits: int = 10) -> float:
+    """Returns exp of the mean KL divergence of p(class | image) (n, classes) from its mean.
 
-    mean: float
-    std: float
-
-
-def inception_score(probabilities: Tensor, *, seed: int, splits: int = 10) -> InceptionScore:
-    """exp of the mean KL divergence of p(class | picture) (n, classes) from its mean; 1 to classes.
-
-    Rows are shuffled by `seed`, cut into `splits` parts as torchmetrics cuts them, and the
-    deviation between parts is the sample's, as there; it is 0 for one part.
-    Raises ValueError where rows are no distributions, or fewer than two a part.
+    It is the mean over `splits` parts of the rows, shuffled by `seed`, as in torchmetrics.
     """
     n = len(probabilities)
     if probabilities.ndim != 2 or not torch.is_floating_point(probabilities):
@@ -26,7 +15,7 @@ def inception_score(probabilities: Tensor, *, seed: int, splits: int = 10) -> In
         raise ValueError(f"probabilities must be floating (n, classes), got {shape}")
     if splits < 1 or n < 2 * splits:
         raise ValueError(
-            f"{n} pictures are too few for {splits} splits: evaluate {2 * splits} or lower splits"
+            f"{n} images are too few for {splits} splits: evaluate {2 * splits} or lower splits"
         )
     rows = probabilities.detach().double()
     sums = rows.sum(dim=1)
@@ -40,5 +29,4 @@ def inception_score(probabilities: Tensor, *, seed: int, splits: int = 10) -> In
         mean = part.mean(dim=0)
         divergence = torch.xlogy(part, part).sum(dim=1) - torch.xlogy(part, mean).sum(dim=1)
         scores.append(divergence.mean().exp())
-    each = torch.stack(scores)
-    return InceptionScore(float(each.mean()), float(each.std()) if splits > 1 else 0.0)
+    return float(torch.stack(scores).mean())

@@ -1,20 +1,14 @@
-"""How far metrics would move if as many pictures were painted again: errors and intervals.
+"""Standard errors and confidence intervals of metrics, over draws of as many images.
 
-Means of one number a picture (CLIP score) get the percentile bootstrap. Shares, means of 0 and 1
-(precision, accuracy), get Wilson's interval: near 0 and 1 the bootstrap, and value +- error, are
-too narrow or a point (of 97 % in 150 pictures they hold the share 87 times in 100). Distances
-between sets must not be bootstrapped: a set drawn with replacement holds some pictures twice, which
-shrinks its covariance and adds k(x, x) to kernel means, and the Frechet distance rises by about its
-own bias (D=64, n=320: by 2 to 16 standard errors), so that the interval misses the value. They come
-with the error that the rows' influences tell in one pass (`frechet.py`, `kernels.py`): 0.9 to 1.5
-times the deviation between sets drawn anew, Gaussians or drawn scenes in CLIP's features, and the
-most where nothing but sampling sets the two sides apart.
-What has no influence to write down (recall, coverage) is left to the jackknife over groups of rows,
-which repeats nothing and compares sets of one size; these are shares as well, though not of
-independent values, and get Wilson's interval for as many as would have the jackknife's error.
+Means of one number an image (CLIP score) get the percentile bootstrap. Shares (precision) get
+Wilson's interval, because others are too narrow near 0 and 1. Distances between sets must not be
+bootstrapped: a set drawn with replacement holds images twice, which raises the Frechet distance and
+kernel means. They come with the error from the influence of each row (`frechet.py`,
+`kernel_distances.py`). Recall and coverage have no influence function: they get the jackknife over
+groups of rows, and Wilson's interval for as many values as would have the jackknife's error.
 
-All of them take the real pictures as given, as published numbers do. They speak of the metric at
-this number of pictures, not of its limit for many.
+The real images are taken as exact, as in published numbers. The intervals are of the metric at this
+number of images, not of its limit for many.
 """
 
 import math
@@ -36,25 +30,22 @@ class Interval(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A metric and its standard error, known with `freedom` degrees of freedom."""
+    """A metric and its standard error, with the degrees of freedom of the error."""
 
     value: float
     error: float
     degrees_of_freedom: float = math.inf
 
     def interval(self, *, level: float = 0.95) -> Interval:
-        """value +- t error, where Student's t is taken to first order in 1 / freedom.
-
-        Raises ValueError for a level outside (0, 1).
-        """
+        """Returns value +- t error, with Student's t to first order in 1 / degrees of freedom."""
         reach = self._student(level) * self.error
         return Interval(self.value - reach, self.value + reach)
 
     def share_interval(self, count: int, *, level: float = 0.95) -> Interval:
-        """For a value that is a share of `count` 0s and 1s which depend on one another.
+        """Returns the interval of a share of `count` 0s and 1s which depend on one another.
 
-        Wilson's, of as many independent ones as would have this error (Korn and Graubard 1998,
-        section 2), `count` at most. Raises ValueError as `interval`.
+        It is Wilson's for as many independent values as would have this error (Korn and Graubard
+        1998, section 2), `count` at most.
         """
         spread = self.value * (1 - self.value)
         effective = min(spread / self.error**2, count) if self.error and spread else count
@@ -66,17 +57,14 @@ class Estimate(NamedTuple):
 
 
 def wilson_interval(share: float, count: int, *, level: float = 0.95) -> Interval:
-    """Wilson's interval of a share of `count` independent 0s and 1s (Wilson 1927), inside [0, 1].
-
-    Raises ValueError where there are none, or for a share or a level that is none.
-    """
+    """Returns Wilson's interval of a share of `count` independent 0s and 1s (Wilson 1927)."""
     if count < 1 or not 0 <= share <= 1:
         raise ValueError(f"{share} is no share of {count} values")
     return _wilson_score_interval(share, count, NormalDist().inv_cdf(_tail(level)))
 
 
 def _wilson_score_interval(share: float, count: float, z: float) -> Interval:
-    """The shares p for which (share - p)^2 <= z^2 p (1 - p) / count."""
+    """Returns the shares p for which (share - p)^2 <= z^2 p (1 - p) / count."""
     weight = z * z / count
     middle = (share + weight / 2) / (1 + weight)
     reach = (weight * share * (1 - share) + weight * weight / 4) ** 0.5 / (1 + weight)
@@ -87,15 +75,14 @@ def _wilson_score_interval(share: float, count: float, z: float) -> Interval:
 def bootstrap_mean(
     values: Tensor, *, seed: int, resamples: int = 2000, level: float = 0.95
 ) -> Interval:
-    """The percentile interval of the mean of independent numbers (n,), one a picture.
+    """Returns the percentile interval of the mean of independent numbers (n,), one an image.
 
-    Not for numbers that are 0 or 1: their mean is a share, for `wilson`.
-    Raises ValueError for fewer than two numbers, for NaN or infinity, or a level outside (0, 1).
+    Means of 0s and 1s are shares, for `wilson_interval`.
     """
     if values.ndim != 1 or len(values) < 2 or not values.isfinite().all():
         raise ValueError(
             f"an interval takes two finite numbers or more, got {tuple(values.shape)} of which "
-            f"{int(values.isfinite().sum())} are finite: evaluate more pictures"
+            f"{int(values.isfinite().sum())} are finite: evaluate more images"
         )
     tail = _tail(level)
     values = values.detach().cpu().double()
@@ -112,16 +99,15 @@ def bootstrap_mean(
 def jackknife(
     statistic: Callable[[Tensor], Mapping[str, float]], rows: Tensor, *, seed: int, groups: int = 20
 ) -> dict[str, Estimate]:
-    """Numbers of all rows (n, ...), with errors from leaving out one of `groups` groups at a time.
+    """Returns numbers of all rows (n, ...), with errors from leaving out one group at a time.
 
-    Groups are drawn at random and of one size, so that biases that depend on n cancel; rows left
-    over from the division are in none. `statistic` is called groups + 1 times.
-    Raises ValueError for fewer than two groups, or more than rows.
+    Groups are random and of one size, so that biases that depend on n cancel; rows left over from
+    the division are in none. `statistic` is called groups + 1 times.
     """
     if not 2 <= groups <= len(rows):
         raise ValueError(
             f"{groups} groups of {len(rows)} rows: it takes 2 groups or more, "
-            "and a picture or more in each"
+            "and an image or more in each"
         )
     size = len(rows) // groups
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
@@ -131,13 +117,12 @@ def jackknife(
         statistic(rows[torch.cat([order[: i * size], order[(i + 1) * size :]]).sort().values])
         for i in range(groups)
     ]
-    # What turns the deviation between means of n - size rows into that of the mean of n.
+    # Turns the deviation between means of n - size rows into that of the mean of n rows.
     scale = (len(rows) - size) / (len(rows) * size) ** 0.5
     estimates = {}
     for name, value in whole.items():
         left = torch.tensor([one[name] for one in without], dtype=torch.float64)
-        error = scale * left.std()
-        estimates[name] = Estimate(float(value), float(error), groups - 1)
+        estimates[name] = Estimate(float(value), float(scale * left.std()), groups - 1)
     return estimates
 
 

@@ -2,15 +2,14 @@
 
     MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y)          x real, y generated
 
-All of it is computed in float64, because MMD^2 is a small difference of numbers near 1, and a block
-of rows at a time, so that memory is bounded by the features, not by the n^2 pairs. A generated row
-y moves MMD^2 by 2 (E k(y, y') - E k(y, x)) / m to first order, which gives the standard errors.
+It is computed in float64, because MMD^2 is a small difference of numbers near 1, and in blocks of
+rows, because n^2 pairs may not fit into memory. A generated row y moves MMD^2 by
+2 (E k(y, y') - E k(y, x)) / m to first order, which gives the standard errors.
 
 Shapes: n real rows, m generated rows, D features.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,33 +24,20 @@ _KERNEL_PAIRS_PER_BLOCK = 2**23  # evaluated at a time: 64 MiB
 Kernel = Callable[[Tensor, Tensor], Tensor]  # (a, D), (b, D) -> (a, b)
 
 
-class Kid(NamedTuple):
-    """Mean and standard deviation over subsets, as published, and the mean's standard error.
-
-    The deviation is that of one subset and does not shrink with the number of pictures; the error
-    is what painting as many pictures again would move the mean by.
-    """
-
-    mean: float
-    std: float
-    error: float
-
-
 def kid(
     real: Tensor, generated: Tensor, *, seed: int, subsets: int = 100, subset_size: int = 1000
-) -> Kid:
-    """KID of rows (n, D) and (m, D): k(x, y) = (x y / D + 1)^3, the unbiased estimate.
+) -> Estimate:
+    """Returns KID of rows (n, D) and (m, D): k(x, y) = (x y / D + 1)^3, the unbiased estimate.
 
-    Subsets are drawn without replacement from `seed` alone, as torchmetrics draws them after
-    `torch.manual_seed(seed)`; the deviation is the population's, as there. A mean may be below 0.
-    Raises ValueError where a subset is smaller than 2 or larger than a side, or features differ.
+    Subsets are drawn without replacement, as torchmetrics draws them after
+    `torch.manual_seed(seed)`. It may be below 0. The error is over draws of as many images.
     """
     real, generated = _sides(real, generated)
     fewest = min(len(real), len(generated))
     if not 2 <= subset_size <= fewest or subsets < 1:
         raise ValueError(
-            f"{subsets} subsets of {subset_size} cannot be drawn from {fewest} pictures: "
-            f"set subset_size between 2 and {fewest}, or evaluate more pictures"
+            f"{subsets} subsets of {subset_size} cannot be drawn from {fewest} images: "
+            f"set subset_size between 2 and {fewest}, or evaluate more images"
         )
     generator = torch.Generator().manual_seed(seed)
     values = []
@@ -62,22 +48,20 @@ def kid(
         ]
         values.append(poly_mmd(*sides))
     each = torch.stack(values)
-    std = each.std(correction=0)
     influence = _means(generated, generated, _polynomial) - _means(generated, real, _polynomial)
-    error = (4 * influence.var() / len(generated) + std**2 / subsets).sqrt()
-    return Kid(float(each.mean()), float(std), float(error))
+    error = (4 * influence.var() / len(generated) + each.var(correction=0) / subsets).sqrt()
+    return Estimate(float(each.mean()), float(error))
 
 
 def cmmd(
     real: Tensor, generated: Tensor, *, sigma: float = 10.0, scale: float = 1000.0
 ) -> Estimate:
-    """CMMD of CLIP image embeddings (n, D) and (m, D), with its standard error.
+    """Returns CMMD of CLIP image embeddings (n, D) and (m, D), with its standard error.
 
-    As the reference code of "Rethinking FID" (arXiv 2401.09603) has it: rows are brought to length
-    1, k(x, y) = exp(-|x - y|^2 / (2 sigma^2)), pairs of a row with itself count (the biased, never
-    negative estimate, though the paper calls it unbiased), times 1000. The published numbers are
-    those of OpenAI's ViT-L/14 at 336 pixels.
-    Raises ValueError for fewer than two rows on a side, for rows of length 0, or where D differs.
+    As in the reference code of "Rethinking FID" (arXiv 2401.09603): rows have length 1,
+    k(x, y) = exp(-|x - y|^2 / (2 sigma^2)), pairs of a row with itself count (the biased, never
+    negative estimate, though the paper calls it unbiased), times 1000. Published numbers are of
+    OpenAI's ViT-L/14 at 336 pixels.
     """
     real, generated = _sides(real, generated)
     for side in (real, generated):
@@ -99,10 +83,9 @@ def _polynomial(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _means(a: Tensor, b: Tensor, kernel: Kernel) -> Tensor:
-    """The mean of k(a_i, b_j) over j, for each i."""
-    return torch.cat(
-        [kernel(part, b).mean(dim=1) for part in a.split(max(1, _KERNEL_PAIRS_PER_BLOCK // len(b)))]
-    )
+    """Returns the mean of k(a_i, b_j) over j, for each i."""
+    blocks = a.split(max(1, _KERNEL_PAIRS_PER_BLOCK // len(b)))
+    return torch.cat([kernel(block, b).mean(dim=1) for block in blocks])
 
 
 def _sides(real: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:

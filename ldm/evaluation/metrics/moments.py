@@ -1,20 +1,17 @@
-"""Mean and covariance of feature rows, gathered in float64 as the rows come.
+"""Mean and covariance of feature rows, in float64.
 
-Sums of x and of x x^T lose all digits of the covariance where features lie far from zero; centred
-second moments, joined by Chan's formula, lose none, whatever the batches and the ranks were.
-
-Shapes: n rows (pictures), D features, r rank.
+Shapes: n rows (images), D features, r rank.
 """
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 
 def to_feature_matrix(features: Tensor) -> Tensor:
-    """Feature rows (n, D) in float64, on the device they are on.
-
-    Raises ValueError for another shape, for half precision and for numbers that are not finite.
-    """
+    """Returns feature rows (n, D) in float64, on their device; ValueError where they are bad."""
     if features.ndim != 2 or not features.is_floating_point():
         shape = tuple(features.shape)
         raise ValueError(f"features must be floating (n, D), got {features.dtype} {shape}")
@@ -27,85 +24,39 @@ def to_feature_matrix(features: Tensor) -> Tensor:
         bad = int((~features.isfinite()).any(dim=1).sum())
         raise ValueError(
             f"{bad} of {len(features)} feature rows hold NaN or infinity: "
-            "look at the pictures they came from"
+            "look at the images they came from"
         )
     return features.detach().double()
 
 
+@dataclass(frozen=True)
 class Moments:
-    """Count, mean (D,) and centred second moments (D, D) of feature rows, in float64.
+    """Count, mean (D,) and `scatter` (D, D), the sum of (x - mean)(x - mean)^T, of feature rows."""
 
-    `scatter` is the sum of (x - mean)(x - mean)^T. Moments of parts of a set add up to the moments
-    of the set.
-    """
-
-    def __init__(self, width: int, *, device: torch.device | str | None = None) -> None:
-        self.count = 0
-        self.mean = torch.zeros(width, dtype=torch.float64, device=device)
-        self.scatter = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self._root: Tensor | None = None
+    count: int
+    mean: Tensor
+    scatter: Tensor
 
     @classmethod
     def of(cls, features: Tensor) -> "Moments":
-        """The moments of rows (n, D) that are all at hand. Raises ValueError as `matrix` does."""
+        """Returns the moments of rows (n, D)."""
         rows = to_feature_matrix(features)
-        moments = cls(rows.shape[1], device=rows.device)
-        moments.add(rows)
-        return moments
-
-    def add(self, features: Tensor) -> None:
-        """Takes in rows (n, D), on any device. Raises ValueError for bad rows or another D."""
-        rows = to_feature_matrix(features).to(self.mean.device)
-        self._check(rows.shape[1])
-        if len(rows):
-            mean = rows.mean(dim=0)
-            centred = rows - mean
-            self._join(len(rows), mean)
-            self.scatter.addmm_(centred.T, centred)
-
-    def __add__(self, other: "Moments") -> "Moments":
-        """The moments of both sets of rows together. Raises ValueError where D differs."""
-        self._check(len(other.mean))
-        both = Moments(len(self.mean), device=self.mean.device)
-        for one in (self, other):
-            if one.count:
-                both._join(one.count, one.mean.to(self.mean.device))
-                both.scatter += one.scatter.to(self.mean.device)
-        return both
+        mean = rows.mean(dim=0)
+        centred = rows - mean
+        return cls(len(rows), mean, centred.T @ centred)
 
     def covariance(self) -> Tensor:
-        """The unbiased covariance (D, D). Raises ValueError for fewer than two rows."""
+        """Returns the unbiased covariance (D, D); ValueError for fewer than two rows."""
         if self.count < 2:
             raise ValueError(
-                f"a covariance takes two rows or more, got {self.count}: evaluate more pictures"
+                f"a covariance takes two rows or more, got {self.count}: evaluate more images"
             )
         return self.scatter / (self.count - 1)
 
+    @cached_property
     def root(self) -> Tensor:
-        """A matrix (D, r) whose product with its transpose is the covariance; r < count, r <= D.
-
-        It costs an eigendecomposition, and is kept until rows are added.
-        Raises ValueError for fewer than two rows.
-        """
-        if self._root is None:
-            values, vectors = torch.linalg.eigh(self.covariance())
-            # n centred rows span n - 1 directions at most: what is beyond is rounding.
-            rank = min(self.count - 1, len(values))
-            self._root = vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()
-        return self._root
-
-    def _join(self, count: int, mean: Tensor) -> None:
-        """Takes in `count` rows but for their own scatter, which the caller adds."""
-        total = self.count + count
-        apart = mean - self.mean
-        self.scatter.addr_(apart, apart, alpha=self.count * count / total)
-        self.mean.add_(apart, alpha=count / total)
-        self.count = total
-        self._root = None
-
-    def _check(self, width: int) -> None:
-        if width != len(self.mean):
-            raise ValueError(
-                f"{width} features do not go with {len(self.mean)}: "
-                "they come from different feature networks"
-            )
+        """A matrix (D, r), r < count, whose product with its transpose is the covariance."""
+        values, vectors = torch.linalg.eigh(self.covariance())
+        # n centred rows span n - 1 directions at most: all others are rounding errors.
+        rank = min(self.count - 1, len(values))
+        return vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()

@@ -1,4 +1,4 @@
-"""Quality and variety told apart by nearest neighbours: precision, recall, density, coverage.
+"""Quality and variety by nearest neighbours: precision, recall, density, coverage.
 
 A set's manifold is the union of balls around its rows, each as wide as the k-th nearest other row.
 Kynkaanniemi et al. 2019 (k = 3, a ball holds its border):
@@ -7,8 +7,8 @@ Kynkaanniemi et al. 2019 (k = 3, a ball holds its border):
 Naeem et al. 2020 (k = 5, the border is outside, as in their code):
     density     mean over generated rows of (real balls that hold it) / k; real rows have 1
     coverage    share of real balls that hold a generated row
-Coverage and density ask nothing of the generated manifold, which an outlier inflates. All four
-depend on the numbers of rows: compare like with like.
+Coverage and density do not use the generated manifold, which an outlier inflates. All four depend
+on the numbers of rows: compare sets of the same size.
 
 Shapes: n real rows, m generated rows, D features.
 """
@@ -24,17 +24,14 @@ K_PRECISION_RECALL = 3  # of precision and recall
 K_DENSITY = 5  # of density and coverage
 _DISTANCES_PER_BLOCK = 2**23  # evaluated at a time: 64 MiB
 
-# Squared distances come from |a|^2 + |b|^2 - 2 a b: 100 times as fast as differences on a CPU. On
-# centred rows in float64 it leaves an error of some 1e-15 of the longest row's square. What is
-# closer than this share of it is taken as equal, so that copies of real pictures tie as they do.
+# Squared distances come from |a|^2 + |b|^2 - 2 a b, which is faster than differences. Its error is
+# about 1e-15 of the longest row's square, on centred rows in float64. Distances that differ by
+# less than this share of it count as equal, so that copies of real images tie.
 _EQUAL = 1e-12
 
 
 class Manifold:
-    """The real rows (n, D) to compare with; their neighbours are found once.
-
-    Raises ValueError for fewer than 6 rows, which have no fifth neighbour.
-    """
+    """The manifold of real rows (n, D), of which there must be 6 or more."""
 
     def __init__(self, real: Tensor) -> None:
         real = to_feature_matrix(real)
@@ -43,15 +40,12 @@ class Manifold:
         self.inner, self.outer = _radii(self.rows, (K_PRECISION_RECALL, K_DENSITY))
 
     def compare(self, generated: Tensor) -> dict[str, float]:
-        """precision, recall and coverage in [0, 1] and density, >= 0, of rows (m, D).
-
-        Raises ValueError for fewer than 4 rows, or another number of features.
-        """
+        """Returns precision, recall and coverage in [0, 1] and density, >= 0, of rows (m, D)."""
         rows = to_feature_matrix(generated).to(self.rows.device)
         if rows.shape[1] != self.rows.shape[1]:
             raise ValueError(
                 f"{rows.shape[1]} features cannot be compared with {self.rows.shape[1]} of the "
-                "real pictures: use the same feature network"
+                "real images: use the same feature network"
             )
         rows = rows - self.centre
         (own,) = _radii(rows, (K_PRECISION_RECALL,))
@@ -75,11 +69,11 @@ class Manifold:
 
 
 def _radii(rows: Tensor, ks: tuple[int, ...]) -> list[Tensor]:
-    """Squared distances (n,) to the k-th nearest other row, for each k."""
+    """Returns squared distances (n,) to the k-th nearest other row, for each k."""
     most = max(ks)
     if len(rows) <= most:
         raise ValueError(
-            f"{len(rows)} pictures have no neighbour number {most}: evaluate {most + 1} or more"
+            f"{len(rows)} images have no neighbour number {most}: evaluate {most + 1} or more"
         )
     found = []
     for (part,) in _split_into_blocks(rows, across=len(rows)):
@@ -90,7 +84,6 @@ def _radii(rows: Tensor, ks: tuple[int, ...]) -> list[Tensor]:
 
 
 def _squares(a: Tensor, b: Tensor) -> Tensor:
-    """Squared distances between rows, >= 0."""
     lengths = b.square().sum(dim=1)
     squares = torch.addmm(lengths, a, b.T, alpha=-2)
     return squares.add_(a.square().sum(dim=1, keepdim=True)).clamp_(min=0)
@@ -101,7 +94,7 @@ def _slack(*sides: Tensor) -> float:
 
 
 def _split_into_blocks(*tables: Tensor, across: int) -> Iterator[tuple[Tensor, ...]]:
-    """Tables cut alike into blocks of rows, so many that pairs with `across` others fit."""
+    """Cuts tables into blocks of rows whose distances to `across` others fit into memory."""
     return zip(
         *(table.split(max(1, _DISTANCES_PER_BLOCK // across)) for table in tables), strict=True
     )

@@ -1,8 +1,8 @@
-"""What a picture of the scene world shows, read off its pixels without any learned network.
+"""Reads what an image of the scene world shows from its pixels, without a learned network.
 
-Analysis by synthesis: every object the world can draw (shape, size, style, colour, place) is
-compared with the picture, and the one that explains most of it is taken, until none is left.
-Shapes: n pictures, S side (48 pixels), K kinds of object, C colours, P places.
+Analysis by synthesis: every object that the world can draw (shape, size, style, colour, place) is
+compared with the image, and the one that explains most of it is taken, until none is left.
+Shapes: n images, S side (48 pixels), K kinds of object, C colours, P places.
 """
 
 from collections.abc import Sequence
@@ -27,15 +27,13 @@ from ldm.data.scenes.world import (
 
 SCENE_ATTRIBUTES = ("color", "shape", "size", "relation", "background", "style")
 
-READER_SIZE = 48  # enough to tell the kinds apart, and half the work of 64
-_EDGE = 6  # no object is centred so near the border, in pixels
+READER_SIZE = 48  # pixels; enough to distinguish the kinds
+_EDGE = 6  # pixels; no object is centred nearer to the border
 _GRID = READER_SIZE - 2 * _EDGE
 _BLUR = 1 / 64  # standard deviation, in widths of the picture
 _MIN_EXPLAINED_SHARE = 0.45  # the least share of an object's own square that it must explain
-_MIN_ENERGY = 1e5  # and the least square: the faintest object has ten times that, a shadow less
-_MIN_SEPARATION = (
-    1.1  # times the sum of two radii, between centres; the world keeps them further apart
-)
+_MIN_ENERGY = 1e5  # the least square: the faintest object has ten times that, a shadow less
+_MIN_SEPARATION = 1.1  # of two centres, in sums of their radii; the world draws them further apart
 _MAX_OBJECTS = 4
 _MAX_TONE_DISTANCE = 60.0  # from the nearest background's tone, Euclidean in RGB
 _KINDS = tuple(product(SHAPES, OBJECT_RADIUS, STYLES))
@@ -43,10 +41,10 @@ _KINDS = tuple(product(SHAPES, OBJECT_RADIUS, STYLES))
 
 @dataclass(frozen=True)
 class SceneReading:
-    """What is seen: objects from left (or top) on, and None for what cannot be said.
+    """The content of an image: objects from left (or top) on, and None for what is unknown.
 
     `relation` is the first object's to the second, "left of" or "above", where there are two.
-    `places` are the objects' centres (row, column), of SIDE; readings are equal without them.
+    `places` are the objects' centres (row, column), of READER_SIZE; they are not compared.
     """
 
     objects: tuple[SceneObject, ...]
@@ -57,10 +55,7 @@ class SceneReading:
 
 
 def read_scenes(images: np.ndarray) -> list[SceneReading]:
-    """Readings of pictures, uint8 (n, H, W, 3) of any size; they are looked at in 48 x 48.
-
-    Raises ValueError for another shape or type.
-    """
+    """Returns readings of images, uint8 (n, H, W, 3) of any size, which are resized to 48 x 48."""
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise ValueError(f"images must be uint8 (n, H, W, 3), got {images.dtype} {images.shape}")
     return [_read_one(image) for image in images]
@@ -69,10 +64,7 @@ def read_scenes(images: np.ndarray) -> list[SceneReading]:
 def compute_scene_accuracy(
     readings: Sequence[SceneReading], scenes: Sequence[Scene]
 ) -> dict[str, float]:
-    """The share of scenes, in [0, 1], read right as a whole and in each attribute; see `right`.
-
-    Raises ValueError where the numbers differ or are 0.
-    """
+    """Returns the share of scenes, in [0, 1], read right as a whole and in each attribute."""
     if len(readings) != len(scenes) or not scenes:
         raise ValueError(f"{len(readings)} readings for {len(scenes)} scenes")
     rows = [match_scene(reading, scene) for reading, scene in zip(readings, scenes, strict=True)]
@@ -80,10 +72,10 @@ def compute_scene_accuracy(
 
 
 def match_scene(reading: SceneReading, scene: Scene) -> tuple[bool, ...]:
-    """Whether the whole scene is read right, then each of ATTRIBUTES.
+    """Returns whether the whole scene is read right, then each of SCENE_ATTRIBUTES.
 
-    An attribute of the objects counts where both are right; which of them is named first makes no
-    difference, as the relation is turned with them.
+    An attribute of the objects counts where both are right, whichever of them is named first: the
+    relation is turned with them.
     """
     scene = scene.canonical()
     shared = (reading.background == scene.background, reading.style == scene.style)
@@ -99,9 +91,9 @@ def match_scene(reading: SceneReading, scene: Scene) -> tuple[bool, ...]:
             relation == scene.relation,
         )
 
-    told = compare(reading.objects, reading.relation)
+    straight = compare(reading.objects, reading.relation)
     turned = compare(reading.objects[::-1], OPPOSITE_RELATION[reading.relation])
-    each = max(told, turned, key=sum) + shared
+    each = max(straight, turned, key=sum) + shared
     return (all(each), *each)
 
 
@@ -109,12 +101,10 @@ def _read_one(image: np.ndarray) -> SceneReading:
     small = Image.fromarray(image).resize((READER_SIZE, READER_SIZE), Image.Resampling.BICUBIC)
     pixels = np.asarray(small, np.float32)  # (S, S, 3)
     tone = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
-    shade = np.linspace(1 + BACKGROUND_SHADE, 1 - BACKGROUND_SHADE, READER_SIZE, dtype=np.float32)[
-        :, None, None
-    ]
-    found = _find(pixels - shade * tone, tone)
-    apart = np.ptp([place for _, _, place in found], axis=0) if found else np.zeros(2)
-    axis = int(apart.argmax())  # 0 down, 1 across
+    shade = np.linspace(1 + BACKGROUND_SHADE, 1 - BACKGROUND_SHADE, READER_SIZE, dtype=np.float32)
+    found = _find_objects(pixels - shade[:, None, None] * tone, tone)
+    spread = np.ptp([place for _, _, place in found], axis=0) if found else np.zeros(2)
+    axis = int(spread.argmax())  # 0 down, 1 across
     found.sort(key=lambda one: one[2][axis])
     styles = {style for _, style, _ in found}
     distances = {name: np.linalg.norm(tone - rgb) for name, rgb in BACKGROUNDS.items()}
@@ -128,17 +118,18 @@ def _read_one(image: np.ndarray) -> SceneReading:
     )
 
 
-def _find(residual: np.ndarray, tone: np.ndarray) -> list[tuple[SceneObject, str, tuple[int, int]]]:
-    """Objects that explain what the background leaves (S, S, 3), with style and (row, column)."""
-    gains, energies = _gains(residual, tone)  # (K, C, P), (K, C)
+def _find_objects(
+    residual: np.ndarray, tone: np.ndarray
+) -> list[tuple[SceneObject, str, tuple[int, int]]]:
+    """Returns objects, with style and (row, column), that explain the foreground (S, S, 3)."""
+    gains, energies = _compute_gains(residual, tone)  # (K, C, P), (K, C)
     rows, columns = np.divmod(np.arange(_GRID**2), _GRID)
     reach = np.array([OBJECT_RADIUS[size] for _, size, _ in _KINDS]) * READER_SIZE  # (K,)
     found = []
     while len(found) < _MAX_OBJECTS:
         kind, colour, place = np.unravel_index(gains.argmax(), gains.shape)
-        if gains[kind, colour, place] < max(
-            _MIN_EXPLAINED_SHARE * energies[kind, colour], _MIN_ENERGY
-        ):
+        least = max(_MIN_EXPLAINED_SHARE * energies[kind, colour], _MIN_ENERGY)
+        if gains[kind, colour, place] < least:
             break
         shape, size, style = _KINDS[kind]
         at = int(rows[place]), int(columns[place])
@@ -149,16 +140,14 @@ def _find(residual: np.ndarray, tone: np.ndarray) -> list[tuple[SceneObject, str
     return found
 
 
-def _gains(residual: np.ndarray, tone: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What each object would explain at each place (K, C, P), and its own square (K, C).
+def _compute_gains(residual: np.ndarray, tone: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what each object would explain at each place (K, C, P), and its square (K, C).
 
     Of a residual r, an object t explains |r|^2 - |r - t|^2 = 2 <r, t> - |t|^2.
     """
     spectra, kinds, gram = _build_template_bank()
-    seen = np.fft.rfft2(residual.transpose(2, 0, 1))
-    products = np.fft.irfft2(
-        seen * spectra[:, None], s=(READER_SIZE, READER_SIZE)
-    )  # (masks, 3, S, S)
+    spectrum, size = np.fft.rfft2(residual.transpose(2, 0, 1)), (READER_SIZE, READER_SIZE)
+    products = np.fft.irfft2(spectrum * spectra[:, None], s=size)  # (masks, 3, S, S)
     inside = products[..., _EDGE:-_EDGE, _EDGE:-_EDGE].reshape(len(spectra), 3, -1)
     colours = np.array(list(COLOURS.values()), np.float32)
     # A body changes the tone into its colour, white changes that colour into white.
@@ -171,21 +160,15 @@ def _gains(residual: np.ndarray, tone: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 @cache
 def _build_template_bank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The masks of all kinds of object, smoothed so that a little blur makes no difference.
+    """Returns the masks of all kinds of object, smoothed so that a little blur does not matter.
 
-    Returns their spectra for correlation (masks, S, S // 2 + 1), each kind's masks for body and
-    white (K, 2), and the inner products of those two (K, 2, 2).
+    They are spectra for correlation (masks, S, S // 2 + 1), each kind's masks for body and white
+    (K, 2), and the inner products of those two (K, 2, 2).
     """
-    offsets = np.fft.fftfreq(READER_SIZE)  # from the corner that stands for the centre, both ways
+    offsets = np.fft.fftfreq(READER_SIZE)  # both ways from the corner, which is the centre
+    grid, side = (offsets[None], offsets[:, None]), READER_SIZE
     stacks = [
-        compute_coverage(
-            shape,
-            style,
-            offsets[None],
-            offsets[:, None],
-            radius=OBJECT_RADIUS[size],
-            size=READER_SIZE,
-        )
+        compute_coverage(shape, style, *grid, radius=OBJECT_RADIUS[size], size=side)
         for shape, size, style in _KINDS
     ]
     flat = np.array(stacks, np.float32).reshape(2 * len(_KINDS), -1)

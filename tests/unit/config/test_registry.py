@@ -17,6 +17,7 @@ from world import small_autoencoder, write_shapes
 
 from ldm.cli.attempt import check_config_unchanged
 from ldm.cli.explain import is_text_to_image_run
+from ldm.cli.package import package_autoencoder
 from ldm.config import command_line
 from ldm.config.classifier import load_noisy_classifier
 from ldm.config.components import (
@@ -27,7 +28,6 @@ from ldm.config.components import (
 )
 from ldm.config.evaluation import build_evaluation_source
 from ldm.config.guidance import load_guide_denoiser
-from ldm.config.packaging import package_autoencoder
 from ldm.config.pipeline import LoadedPipeline, load_cascade, load_pipeline
 from ldm.config.registry import (
     COMPONENT_GROUPS,

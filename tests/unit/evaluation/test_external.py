@@ -45,7 +45,7 @@ def test_the_centre_is_measured_at_the_size_asked_for(tmp_path):
     """As real pictures are: cut to the short side first, then scaled, bicubic and antialiased."""
     wide = picture(tmp_path / "wide.png", (48, 32))
     picture(tmp_path / "tall.jpg", (20, 30))
-    with pytest.raises(ValueError, match=r"has 20 pixels and .*wide.png' 32: say with size="):
+    with pytest.raises(ValueError, match=r"has 20 pixels and .*wide.png' 32: give the size"):
         ImageFolder(tmp_path)
     folder = ImageFolder(tmp_path, size=24)
     assert folder([0, 1]).shape == (2, 3, 24, 24)
@@ -80,7 +80,7 @@ def test_another_folder_has_another_digest(tmp_path):
 
 
 def test_what_is_no_picture_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no pictures in"):
+    with pytest.raises(FileNotFoundError, match="no images in"):
         ImageFolder(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         ImageFolder(tmp_path / "nowhere")
@@ -175,7 +175,7 @@ def test_nothing_that_a_folder_brings_is_run(diffusion, tmp_path, monkeypatch):
         (folder / "model_index.json").write_text(json.dumps(index | change))
         for place in (folder / "evil.py", folder / "unet" / "evil.py"):
             place.write_text(code)
-        with pytest.raises(ValueError, match=r"brings code of its own \(evil.py\)"):
+        with pytest.raises(ValueError, match=r"has code of its own \(evil.py\)"):
             DiffusersPipeline(folder, CPU)
     (tmp_path / "evil.py").write_text(code)  # where python -m would find it
     folder = tmp_path / "imported"
@@ -189,7 +189,7 @@ def test_nothing_that_a_folder_brings_is_run(diffusion, tmp_path, monkeypatch):
     config = json.loads((folder / "text_encoder" / "config.json").read_text())
     config["_attn_implementation"] = "stranger/kernel"
     (folder / "text_encoder" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"asks for code from elsewhere \(stranger/kernel\)"):
+    with pytest.raises(ValueError, match=r"asks for remote code \(stranger/kernel\)"):
         DiffusersPipeline(folder, CPU)
 
 
@@ -216,5 +216,5 @@ def test_a_pipeline_of_another_kind_is_refused(tmp_path):
         layers_per_block=1,
     )
     DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(tmp_path / "plain")
-    with pytest.raises(ValueError, match=r"a DDPMPipeline, which does not paint from prompts"):
+    with pytest.raises(ValueError, match=r"a DDPMPipeline, which does not generate from prompts"):
         DiffusersPipeline(tmp_path / "plain", CPU)

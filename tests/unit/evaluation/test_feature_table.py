@@ -133,7 +133,7 @@ def test_a_damaged_piece_is_made_anew(tmp_path, damage):
     made(10, 3, folder=tmp_path)
     path = tmp_path / "0000003-0000006.safetensors"
     DAMAGES[damage](path)
-    with pytest.warns(UserWarning, match=rf"{path} is .*: it is made anew"):
+    with pytest.warns(UserWarning, match=rf"{path} is .*: it is made again"):
         tables, asked = made(10, 3, folder=tmp_path)
     assert_right(tables, 10)
     assert asked == [range(3, 6)]

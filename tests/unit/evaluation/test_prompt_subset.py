@@ -30,7 +30,7 @@ def test_the_order_is_frozen():
 
 
 def test_a_subset_is_the_beginning_of_a_larger_one(shards):
-    small, large = PromptSubset.drawn(shards, 7), PromptSubset.drawn(shards, 100)
+    small, large = PromptSubset.draw(shards, 7), PromptSubset.draw(shards, 100)
     assert (small.keys, small.captions) == (large.keys[:7], large.captions[:7])
     assert small.seeds == large.seeds[:7] == list(range(7))
     assert small.data == large.data == shards.index.fingerprint
@@ -38,7 +38,7 @@ def test_a_subset_is_the_beginning_of_a_larger_one(shards):
 
 
 def test_captions_are_those_of_their_samples(shards):
-    subset = PromptSubset.drawn(shards, 45)
+    subset = PromptSubset.draw(shards, 45)
     for key, caption in zip(subset.keys, subset.captions, strict=True):
         assert caption in balls.captions(int(key))
 
@@ -46,7 +46,7 @@ def test_captions_are_those_of_their_samples(shards):
 def test_each_caption_comes_once_before_any_comes_twice(tmp_path):
     """Eight pictures with five captions each."""
     balls.write(tmp_path / "shards", range(4, 40, 5), most=5)
-    subset = PromptSubset.drawn(ShardReader(str(tmp_path / "shards")), 8 * 5 * 2 + 3)
+    subset = PromptSubset.draw(ShardReader(str(tmp_path / "shards")), 8 * 5 * 2 + 3)
     rounds = [subset.captions[i : i + 8] for i in range(0, len(subset), 8)]
     for number, found in enumerate(rounds[:10]):
         assert found == [balls.captions(int(key))[number % 5] for key in subset.keys[:8]]
@@ -56,7 +56,7 @@ def test_each_caption_comes_once_before_any_comes_twice(tmp_path):
 
 
 def test_more_pictures_than_captions_are_painted_in_rounds(shards):
-    subset = PromptSubset.drawn(shards, 50)
+    subset = PromptSubset.draw(shards, 50)
     assert subset.keys[:20] == subset.keys[20:40]
     counts = Counter(subset.captions)
     both = [n for n in range(20) if n % 2]  # which have two captions
@@ -67,7 +67,7 @@ def test_more_pictures_than_captions_are_painted_in_rounds(shards):
 
 
 def test_the_seed_is_of_the_noise_alone(shards):
-    first, other = PromptSubset.drawn(shards, 30), PromptSubset.drawn(shards, 30, seed=100)
+    first, other = PromptSubset.draw(shards, 30), PromptSubset.draw(shards, 30, seed=100)
     assert (first.keys, first.captions) == (other.keys, other.captions)
     assert other.seeds == list(range(100, 130))
     assert first.digest != other.digest
@@ -78,11 +78,11 @@ def test_it_does_not_depend_on_where_the_shards_are(folder, shards, tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
     (copy / "moved.tar").write_bytes((folder / "00000.tar").read_bytes())
-    assert PromptSubset.drawn(ShardReader(str(copy)), 30) == PromptSubset.drawn(shards, 30)
+    assert PromptSubset.draw(ShardReader(str(copy)), 30) == PromptSubset.draw(shards, 30)
 
 
 def test_a_frozen_one_is_the_same(shards, tmp_path):
-    subset = PromptSubset.drawn(shards, 30, seed=3)
+    subset = PromptSubset.draw(shards, 30, seed=3)
     path = tmp_path / "new" / "subset.json"
     subset.save(path)
     loaded = PromptSubset.load(path)
@@ -114,7 +114,7 @@ def test_any_caption_can_be_frozen(tmp_path):
 )
 def test_an_edited_one_is_refused(shards, tmp_path, edit):
     path = tmp_path / "subset.json"
-    PromptSubset.drawn(shards, 30).save(path)
+    PromptSubset.draw(shards, 30).save(path)
     found = json.loads(path.read_text())
     edit(found)
     path.write_text(json.dumps(found))
@@ -132,7 +132,5 @@ def test_what_is_no_subset_is_refused(tmp_path, text):
 
 @pytest.mark.parametrize("count", [1, 0, -3])
 def test_one_picture_cannot_be_compared(shards, count):
-    with pytest.raises(
-        ValueError, match=f"count=2 pictures or more to compare with others: {count}"
-    ):
-        PromptSubset.drawn(shards, count)
+    with pytest.raises(ValueError, match=f"count=2 images or more to compare with others: {count}"):
+        PromptSubset.draw(shards, count)

@@ -11,7 +11,8 @@ from torch import Tensor
 from world import SIZE, pipeline
 
 from ldm.data.shards.reader import write_shard
-from ldm.evaluation.features.clip import ClipFeatures, clip_score
+from ldm.evaluation.features.clip import ClipFeatures
+from ldm.evaluation.metrics.clip_score import clip_score
 from ldm.evaluation.metrics.frechet import frechet_distance
 from ldm.evaluation.metrics.moments import Moments
 from ldm.evaluation.metrics.precision_recall import Manifold
@@ -87,7 +88,7 @@ def test_the_numbers_are_those_of_the_formulas(folders, clip, tiny_text, tmp_pat
     real, floor = seen(others, shuffle_indices(25)), seen(pictures, order)
     images = [paint([prompts[n] for n in part], seeds=part) for part in batches(22)]
     painted = torch.cat([clip(to_uint8_tensor(part)) for part in images])
-    texts = clip.texts(prompts)
+    texts = clip.encode_texts(prompts)
     expected = {
         "fd_clip": frechet_distance(Moments.of(real), Moments.of(painted)),
         "fd_clip_floor": frechet_distance(Moments.of(real), Moments.of(floor)),
@@ -184,7 +185,7 @@ def test_without_captions_of_theirs_pictures_have_no_score(folders, clip, tiny_t
 def test_without_others_half_is_painted_and_half_compared_with(folders, clip, tmp_path):
     one = quality(folders, clip, tmp_path, others=None, count=30)
     assert (one.real_indices, one.floor_indices) == (range(20, 40), range(20))
-    order, index = shuffle_indices(40), one.pictures.shards.index
+    order, index = shuffle_indices(40), one.dataset.shards.index
     assert set(one.subset.keys) == {index.key(i) for i in order[:20]}
     fewer = quality(folders, clip, tmp_path, others=None, count=10, at_most=15)
     assert (fewer.real_indices, fewer.floor_indices) == (range(20, 35), range(10))
@@ -196,8 +197,10 @@ def test_others_that_are_the_same_are_no_others(folders, clip, tmp_path):
     assert (one.real_indices, one.floor_indices) == (range(20, 40), range(10))
     one.prepare(CPU)
     assert one.scores.constant["fd_clip_floor"] > 0
-    whole = PromptSubset.drawn(one.pictures.shards, 30)
-    with pytest.raises(ValueError, match="10 pictures that they would be compared with"):
+    whole = PromptSubset.draw(one.dataset.shards, 30)
+    with pytest.raises(
+        ValueError, match="10 captions of the subset are of images of the reference"
+    ):
         quality(folders, clip, tmp_path, others=None, subset=whole)
 
 
@@ -220,7 +223,7 @@ def test_real_pictures_of_the_captions_get_the_floor(folders, clip, tmp_path):
     number = dict(zip(one.subset.seeds, shuffle_indices(40), strict=False))
 
     def perfect(prompts, *, seeds) -> Tensor:
-        images = [one.pictures[number[seed], 0]["images"] for seed in seeds]
+        images = [one.dataset[number[seed], 0]["images"] for seed in seeds]
         return torch.stack(images) / 127.5 - 1
 
     found = one.measure(one.extract_features(perfect))
@@ -243,14 +246,14 @@ def test_too_few_are_refused(folders, clip, tmp_path, change, told):
 
 
 def test_captions_of_other_pictures_are_refused(folders, clip, tmp_path):
-    subset = PromptSubset.drawn(balls.images(folders / "others").shards, 10)
-    with pytest.raises(ValueError, match="captions to paint are of other pictures than data"):
+    subset = PromptSubset.draw(balls.images(folders / "others").shards, 10)
+    with pytest.raises(ValueError, match="captions of the subset are of other images than data"):
         quality(folders, clip, tmp_path, subset=subset)
 
 
 def test_no_network_is_refused(folders, tmp_path):
     pictures = balls.images(folders / "real")
-    subset = PromptSubset.drawn(pictures.shards, 10)
+    subset = PromptSubset.draw(pictures.shards, 10)
     with pytest.raises(ValueError, match="there is no network to measure by"):
         EvaluationProtocol(
             [], dataset=pictures, others=None, subset=subset, size=SIZE, cache=tmp_path
@@ -274,7 +277,7 @@ def test_facts_tell_apart_what_gives_other_numbers(folders, clip, tmp_path, tiny
         {"real": "others", "others": "real"},
         {"clip": other},
         {"size": 32},
-        {"subset": PromptSubset.drawn(pictures.shards, 22, seed=1)},
+        {"subset": PromptSubset.draw(pictures.shards, 22, seed=1)},
     ]
     found = [facts(**change) for change in changes]
     for i, one in enumerate(found):

@@ -98,7 +98,7 @@ def test_another_set_and_another_size_make_another_file(folder, pictures, tmp_pa
 
 
 def test_pictures_of_another_size_are_refused_and_not_kept(pictures, tmp_path):
-    with pytest.raises(ValueError, match=r"real pictures are \(16, 16\) pixels, .* with 32"):
+    with pytest.raises(ValueError, match=r"real images are \(16, 16\) pixels, .* with 32"):
         features(Corners(), pictures, tmp_path, size=32)
     assert list(tmp_path.iterdir()) == []
 
@@ -154,7 +154,7 @@ def test_a_damaged_file_is_made_anew(pictures, tmp_path, seed):
         data[rng.randrange(len(data) - 4 * table.numel(), len(data))] ^= 1 << seed
     path.write_bytes(bytes(data))
     network = Corners()
-    with pytest.warns(UserWarning, match=f"{path} is damaged .*: it is made anew"):
+    with pytest.warns(UserWarning, match=f"{path} is damaged .*: it is made again"):
         assert torch.equal(features(network, pictures, tmp_path), table)
     assert network.seen == 11
     assert torch.equal(features(Corners(), pictures, tmp_path), table)

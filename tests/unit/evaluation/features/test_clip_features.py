@@ -12,8 +12,9 @@ from transformers import CLIPModel
 
 from ldm.data.scenes.draw import draw_scene
 from ldm.data.scenes.world import caption, sample_scene
-from ldm.evaluation.features.clip import ClipFeatures, clip_score
-from ldm.evaluation.features.resize import resize_for_network
+from ldm.evaluation.features.base import resize_for_network
+from ldm.evaluation.features.clip import ClipFeatures
+from ldm.evaluation.metrics.clip_score import clip_score
 from ldm.models.clip import PIXEL_MEAN, PIXEL_STD
 from ldm.utils.files import resolve_path
 
@@ -72,7 +73,7 @@ def test_features_that_are_no_pairs_have_no_score(shape):
 
 def test_right_captions_score_higher_than_others(features):
     images, captions = scenes(40)
-    seen, said = features(images), features.texts(captions)
+    seen, said = features(images), features.encode_texts(captions)
     own, others = clip_score(seen, said), clip_score(seen, said.roll(1, 0))
     assert own.mean() > others.mean() + 20
     assert (own > others).float().mean() > 0.9
@@ -91,28 +92,32 @@ def test_a_caption_beyond_the_context_keeps_its_end_and_nothing_else_counts(feat
     assert (ids[:, -1] == tokenize.tokenizer.eos_token_id).all()
     assert (ids == ids[0]).all(), "the three are one to the network"
     images = scenes(3)[0]
-    scores = clip_score(features(images[:1]).expand(3, -1), features.texts([long, cut, other]))
+    scores = clip_score(
+        features(images[:1]).expand(3, -1), features.encode_texts([long, cut, other])
+    )
     torch.testing.assert_close(scores, scores[:1].expand(3), rtol=1e-6, atol=1e-5)
     assert features.truncated == before + 4, "two of three, twice"
-    shorter = features.texts([" ".join(words[: context - 3])])
-    assert (shorter - features.texts([cut])).norm() > 1e-3, "what is inside the context counts"
+    shorter = features.encode_texts([" ".join(words[: context - 3])])
+    assert (shorter - features.encode_texts([cut])).norm() > 1e-3, (
+        "what is inside the context counts"
+    )
 
 
 def test_a_caption_does_not_depend_on_those_beside_it(features):
     captions = ["a red circle", "a small blue star to the left of a large green square", ""]
-    together = features.texts(captions)
-    alone = torch.cat([features.texts([caption]) for caption in captions])
+    together = features.encode_texts(captions)
+    alone = torch.cat([features.encode_texts([caption]) for caption in captions])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(together.norm(dim=1), torch.ones(3))
     assert not together.requires_grad
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(features.texts(captions), together)
+        assert torch.equal(features.encode_texts(captions), together)
 
 
 def test_no_captions_have_no_features_and_one_string_is_no_list(features):
-    assert features.texts([]).shape == (0, features.width)
+    assert features.encode_texts([]).shape == (0, features.width)
     with pytest.raises(TypeError, match="captions is a list"):
-        features.texts("a red circle")
+        features.encode_texts("a red circle")
 
 
 def test_pixels_are_normalised_as_the_folder_says(features, tmp_path):

@@ -9,8 +9,8 @@ import torch
 from real_pictures import coco
 from transformers import Dinov2Config, Dinov2Model
 
+from ldm.evaluation.features.base import resize_for_network
 from ldm.evaluation.features.dinov2 import IMAGENET_MEAN, IMAGENET_STD, Dinov2Features
-from ldm.evaluation.features.resize import resize_for_network
 
 WIDTH, PATCH = 24, 14
 

@@ -4,18 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.evaluation.features.base import FeatureExtractor, hash_feature_extractor
+from ldm.evaluation.features.base import NetworkFeatures, hash_feature_extractor
 
 WIDTH, SIZE = 5, 16
 
 
-def network(*, seed: int = 0, **changes) -> FeatureExtractor:
+def network(*, seed: int = 0, **changes) -> NetworkFeatures:
     """A small untrained one with a normalisation and dropout, which training mode would betray."""
     torch.manual_seed(seed)
     layers = nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.Dropout(), nn.Flatten()
     net = nn.Sequential(*layers, nn.Linear(8 * 7 * 7, WIDTH))
     rule = {"name": "tiny", "size": SIZE, "mean": (128.0,) * 3, "std": (64.0,) * 3, "reads": "all"}
-    return FeatureExtractor(net, net, width=WIDTH, **rule | changes)
+    return NetworkFeatures(net, net, width=WIDTH, **rule | changes)
 
 
 @pytest.fixture

@@ -148,7 +148,8 @@ def test_another_file_is_refused(kind, file, tmp_path):
     else:
         bad.write_bytes({"text": b"<html>", "cut": file.read_bytes()[:99999], "empty": b""}[kind])
     with pytest.raises(
-        ValueError, match=r"bad.pth' does not hold the weights(.|\n)*give path=FILE"
+        ValueError,
+        match=r"bad.pth' does not hold the weights(.|\n)*give features.inception.path=FILE",
     ):
         InceptionFeatures(str(bad))
 

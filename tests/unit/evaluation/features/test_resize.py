@@ -7,7 +7,7 @@ from PIL import Image
 from real_pictures import coco, emoji
 from torch import Tensor
 
-from ldm.evaluation.features.resize import resize_for_network
+from ldm.evaluation.features.base import resize_for_network
 
 NEAR = 0.02  # grey levels; measured: 0.0062 at worst
 

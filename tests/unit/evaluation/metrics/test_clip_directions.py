@@ -210,7 +210,7 @@ def scenes(tmp_path_factory) -> TextImageDataset:
 
 
 def test_with_others_captions_the_clip_score_is_that_of_chance(scenes, tmp_path):
-    subset, order = PromptSubset.drawn(scenes.shards, 100), shuffle_indices(200)
+    subset, order = PromptSubset.draw(scenes.shards, 100), shuffle_indices(200)
     one = EvaluationProtocol(
         [ClipFeatures()], dataset=scenes, others=None, subset=subset, size=64, cache=tmp_path
     )

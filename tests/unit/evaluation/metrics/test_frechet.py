@@ -89,10 +89,8 @@ def test_it_is_what_others_compute_at_full_width_of_few_pictures():
 
 
 def known(mean, covariance, count=1000):
-    moments = Moments(len(mean))
-    moments.count, moments.mean = count, torch.tensor(mean, dtype=torch.float64)
-    moments.scatter = torch.tensor(covariance, dtype=torch.float64) * (count - 1)
-    return moments
+    scatter = torch.tensor(covariance, dtype=torch.float64) * (count - 1)
+    return Moments(count, torch.tensor(mean, dtype=torch.float64), scatter)
 
 
 def test_it_is_the_closed_form_of_two_gaussians():
@@ -175,11 +173,11 @@ def test_the_rows_are_not_touched():
 def test_one_picture_or_another_network_is_refused():
     reference = Moments.of(gaussian_rows(20, 8, seed=0))
     one = gaussian_rows(1, 8, seed=0)
-    with pytest.raises(ValueError, match="evaluate more pictures"):
+    with pytest.raises(ValueError, match="evaluate more images"):
         frechet_distance(reference, Moments.of(one))
-    with pytest.raises(ValueError, match="evaluate more pictures"):
+    with pytest.raises(ValueError, match="evaluate more images"):
         frechet_distance(Moments.of(one), reference)
-    with pytest.raises(ValueError, match="evaluate more pictures"):
+    with pytest.raises(ValueError, match="evaluate more images"):
         frechet_estimate(reference, one)
     other = gaussian_rows(20, 9, seed=0)
     with pytest.raises(ValueError, match="same feature network"):

@@ -12,7 +12,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.cli.evaluate import format_device_name
-from ldm.config.command_line import command, pop_text_options, require_option
+from ldm.config.command_line import TextOptions, command, pop_text_options, require_option
 from ldm.config.sample_options import check_checkpoints_and_device
 from ldm.utils.errors import UsageError
 from ldm.utils.locks import InUseError, lock_directory
@@ -29,7 +29,6 @@ AUGMENT_FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 NUM_SHEET_IMAGES = 36  # images on the contact sheet
 LEFTOVER_PREFIXES = (".lock", "prepare.json.")  # files that a killed call leaves
 AUGMENT_LIBRARIES = ("ldm", "torch", "transformers", "pillow")
-TextOptions = dict[str, str | None]
 SlotWords = dict[str, list[str]]
 
 

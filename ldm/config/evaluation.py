@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from ldm.config.command_line import TextOptions
 from ldm.config.components import build_feature_extractors
 from ldm.config.pipeline import (
     check_text_to_image,
@@ -39,7 +40,6 @@ from ldm.utils.errors import UsageError
 from ldm.utils.files import PACKAGED_PREFIX, resolve_path
 
 PromptsToImages = Callable[..., Tensor]  # (prompts, seeds=...) -> images (n, 3, H, W) in [-1, 1]
-TextOptions = dict[str, str | None]
 
 
 @dataclass

@@ -412,7 +412,7 @@ def test_points_of_a_curve_are_kept_apart(shards_run):
             ["features=[inception]", "features.inception.path=gone"],
             "no Inc.* 'gone'",
         ),
-        ({"images": "x", "keep": "y"}, [], "keep=... is for pictures that are painted"),
+        ({"images": "x", "keep": "y"}, [], "keep=... saves generated images"),
     ],
 )
 def test_what_cannot_be_measured_is_told(shards_run, real, given, overrides, message):

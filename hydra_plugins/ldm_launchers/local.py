@@ -1,6 +1,6 @@
 """hydra/launcher=local: the jobs of a sweep on this machine, `n_jobs` at once.
 
-Hydra imports this file whenever it starts: what takes time is imported when there is a sweep.
+Hydra imports this file whenever it starts; heavy imports wait until there is a sweep.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 
 
 class LocalLauncher(Launcher):
-    """One process a job, with GPUs or cores that no other job has meanwhile.
+    """Runs one process per job, with GPUs or cores of its own.
 
-    devices: GPUs of each job; None: its trainer.devices, or a fair share where that is no number.
+    devices: GPUs of each job; None: its trainer.devices, or an equal share if that is no number.
     """
 
     def __init__(self, *, n_jobs: int = 1, devices: int | None = None) -> None:
@@ -24,7 +24,7 @@ class LocalLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Claim the sweep's directory, before the sweeper writes into it."""
+        """Locks the sweep's directory before the sweeper writes into it."""
         from hydra_plugins.ldm_launchers._plan import SweepPlan
         from ldm.config.command_line import convert_to_usage_errors
         from ldm.experiments.launchers.local import LocalMachine
@@ -36,5 +36,5 @@ class LocalLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Carry out a batch of jobs."""
+        """Runs a batch of jobs."""
         return self.plan.run_jobs(job_overrides, self.machine, max_jobs=self.n_jobs)

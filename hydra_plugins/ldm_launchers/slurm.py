@@ -1,6 +1,6 @@
 """hydra/launcher=slurm: each job of a sweep as a SLURM job with one task a rank.
 
-Hydra imports this file whenever it starts: what takes time is imported when there is a sweep.
+Hydra imports this file whenever it starts; heavy imports wait until there is a sweep.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,9 @@ from omegaconf import DictConfig
 
 
 class SlurmLauncher(Launcher):
-    """SLURM jobs, `array_parallelism` at once.
+    """Runs SLURM jobs, `array_parallelism` at once; each task is the ordinary command.
 
-    The settings are those of hydra-submitit-launcher, and may depend on the job. Its own launcher
-    runs the sweep's process image in each task; here a task is the ordinary command.
+    The settings are those of hydra-submitit-launcher, and may depend on the job.
     """
 
     def __init__(self, *, array_parallelism: int, **settings) -> None:
@@ -24,7 +23,7 @@ class SlurmLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Claim the sweep's directory, before the sweeper writes into it."""
+        """Locks the sweep's directory before the sweeper writes into it."""
         from hydra_plugins.ldm_launchers._plan import SweepPlan
         from ldm.config.command_line import convert_to_usage_errors
         from ldm.experiments.launchers.slurm import SlurmQueue
@@ -36,5 +35,5 @@ class SlurmLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Carry out a batch of jobs."""
+        """Runs a batch of jobs."""
         return self.plan.run_jobs(job_overrides, self.queue, max_jobs=self.max_jobs)

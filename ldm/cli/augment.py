@@ -12,7 +12,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.cli.evaluate import format_device_name
-from ldm.config.command_line import command, pop_text_options, require_option
+from ldm.config.command_line import TextOptions, command, pop_text_options, require_option
 from ldm.config.sample_options import check_checkpoints_and_device
 from ldm.utils.errors import UsageError
 from ldm.utils.locks import InUseError, lock_directory
@@ -29,7 +29,6 @@ AUGMENT_FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 NUM_SHEET_IMAGES = 36  # images on the contact sheet
 LEFTOVER_PREFIXES = (".lock", "prepare.json.")  # files that a killed call leaves
 AUGMENT_LIBRARIES = ("ldm", "torch", "transformers", "pillow")
-TextOptions = dict[str, str | None]
 SlotWords = dict[str, list[str]]
 
 
@@ -153,6 +152,7 @@ def lacks_clip_score(clip: str | None) -> bool:
 def create_prompts(cfg: DictConfig, options: TextOptions, words: SlotWords):
     """Returns the prompts of the template or of `captions`; None where neither is given."""
     from ldm.data.prepare.prompts import DatasetPrompts, PromptFile, PromptTemplate
+    from ldm.data.shards.index import ReadOptions
     from ldm.data.shards.reader import ShardReader
 
     if options["template"] is not None:
@@ -162,7 +162,7 @@ def create_prompts(cfg: DictConfig, options: TextOptions, words: SlotWords):
     path = Path(options["captions"])
     if not path.is_dir():
         return PromptFile(path)
-    return DatasetPrompts(ShardReader(path, caption_key=cfg.get("caption_key")))
+    return DatasetPrompts(ShardReader(path, ReadOptions(caption_key=cfg.get("caption_key"))))
 
 
 def create_training_prompts(options: TextOptions, restored):

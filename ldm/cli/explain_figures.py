@@ -28,7 +28,8 @@ from ldm.diffusion.conditioning import Conditioning
 from ldm.diffusion.guidance.base import ConditionalDenoiser, Denoise
 from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.rng import randn
-from ldm.diffusion.samplers.base import DDIMSampler, Noise, OnStep
+from ldm.diffusion.samplers.base import Noise, OnStep
+from ldm.diffusion.samplers.ddim import DDIMSampler
 from ldm.diffusion.schedules import Schedule, expand_dims_like
 from ldm.diffusion.tasks.base import Encode, Request, Start
 from ldm.diffusion.tasks.text_to_image import TextToImage

@@ -42,6 +42,7 @@ from ldm.utils.text import escape_control_characters, replace_invalid_bytes
 
 # Texts that people or networks read; every other one is a path, or may be.
 FREE_TEXT_OPTIONS = ("prompt", "negative", "source", "text")
+TextOptions = dict[str, str | None]  # paths and free texts by their keys, as typed
 LAYOUT_CHARACTERS = "\n\t"
 HELP_FLAGS = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
 

@@ -158,7 +158,7 @@ def build_diffusion_module(
         networks = [instantiate(network) for network in cfg.features.values()]
         seen = {
             "images": data.val_set,
-            "reference_images": data.train_set.plain(),
+            "reference_images": data.train_set.without_augmentation(),
             "size": data.size,
         }
         place = {"folder": run_dir / "eval", "raw_denoiser": trained.denoiser}

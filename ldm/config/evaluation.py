@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from ldm.config.command_line import TextOptions
 from ldm.config.components import build_feature_extractors
 from ldm.config.pipeline import (
     check_text_to_image,
@@ -24,6 +25,7 @@ from ldm.config.suggestions import CONF_DIR
 from ldm.config.training_images import SCENES_TARGET, open_run_images
 from ldm.data.dataset import TextImageDataset
 from ldm.data.shards.cache import ShardCache
+from ldm.data.shards.index import ReadOptions
 from ldm.data.shards.reader import ShardReader
 from ldm.evaluation.distributed import ProcessGroup
 from ldm.evaluation.external import DiffusersPipeline, ImageFolder
@@ -38,7 +40,6 @@ from ldm.utils.errors import UsageError
 from ldm.utils.files import PACKAGED_PREFIX, resolve_path
 
 PromptsToImages = Callable[..., Tensor]  # (prompts, seeds=...) -> images (n, 3, H, W) in [-1, 1]
-TextOptions = dict[str, str | None]
 
 
 @dataclass
@@ -311,5 +312,8 @@ def open_real_images(
             f"{name}={options[name]}: that is an option of train.py; here {name} is a folder with "
             f"shards of real pictures, such as {name}=data/coco/val"
         )
-    how = {"cache": ShardCache(cfg.cache, gigabytes=50.0), "caption_key": cfg.get("caption_key")}
-    return TextImageDataset(ShardReader(options[name], **how), size=size, seed=0, train=False)
+    cache = ShardCache(cfg.cache, gigabytes=50.0)
+    shards = ShardReader(
+        options[name], ReadOptions(cache=cache, caption_key=cfg.get("caption_key"))
+    )
+    return TextImageDataset(shards, size=size, seed=0, train=False)

@@ -52,7 +52,7 @@ def check_data_kind(cfg: DictConfig, subject: str, *, temporal: bool) -> None:
 def check_has_captions(data: TextImageData) -> None:
     """UsageError where not one training picture has a caption."""
     index = data.train_set.shards.index
-    if index.captions.without(index.caption_key) == index.captions.samples:
+    if index.captions.count_empty(index.caption_key) == index.captions.samples:
         said = index.captions.describe(index.caption_key)
         raise UsageError(f"data.train: {said}. To train without captions: text_encoder=none")
 

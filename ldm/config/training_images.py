@@ -10,6 +10,7 @@ from ldm.config.pipeline import LoadedPipeline
 from ldm.config.registry import validate_component
 from ldm.data.dataset import TextImageDataset
 from ldm.data.scenes.datamodule import locate_scene_folders
+from ldm.data.shards.index import ReadOptions
 from ldm.data.shards.locations import ShardSource, is_url, redact_source
 from ldm.data.shards.reader import ShardReader
 from ldm.utils.checkpoint_file import CheckpointError
@@ -68,7 +69,7 @@ def open_local_images(
         if any(is_url(str(place)) for place in places):
             raise FileNotFoundError(f"{redact_source(source)} is on a server")
         kind = {"min_size": min_size, "on_error": on_error, "caption_key": caption_key}
-        shards = ShardReader(source, **kind, read_only=True)
+        shards = ShardReader(source, ReadOptions(**kind, read_only=True))
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(
             f"the pictures of the run are not here ({error}): give data=DIR, real pictures to "

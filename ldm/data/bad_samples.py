@@ -1,4 +1,4 @@
-"""Samples that could not be used: counted by reason, told once a reason, and not too many."""
+"""Counts the samples that could not be decoded, warns once a reason, and stops at too many."""
 
 import logging
 from collections import Counter
@@ -9,21 +9,20 @@ _log = logging.getLogger(__name__)
 
 
 class BadSample(NamedTuple):
-    """One sample that was replaced by another: why, and in full with shard and key."""
+    """A sample that another one replaces: the reason, and a message with shard and key."""
 
     reason: str
     message: str
 
 
 class TooManySkippedError(RuntimeError):
-    """More samples could not be used than the run was told to bear."""
+    """More samples could not be decoded than `max_skipped` allows."""
 
 
 class BadSampleCounter:
-    """What one process has skipped since it started, of one data set.
+    """Counts what one process has skipped of one data set since it started.
 
-    counts: positions whose own sample was replaced, by reason; seen: all positions.
-    Raises ValueError for a share that is none.
+    counts: replaced samples, by reason; seen: all samples; limit: the largest share of skips.
     """
 
     def __init__(self, name: str, *, limit: float) -> None:
@@ -35,14 +34,10 @@ class BadSampleCounter:
 
     @property
     def total(self) -> int:
-        """Skipped positions of all reasons."""
         return self.counts.total()
 
     def add(self, seen: int, skipped: list[BadSample]) -> None:
-        """Take in a batch of `seen` samples, of which these were replaced.
-
-        Raises TooManySkippedError above the limit, which never is below `ALWAYS_ALLOWED`.
-        """
+        """Counts a batch of `seen` samples; raises TooManySkippedError above the limit."""
         self.seen += seen
         for skip in skipped:
             if skip.reason not in self.counts:
@@ -54,16 +49,12 @@ class BadSampleCounter:
         if skipped and self.total > max(MIN_ALLOWED_SKIPS, self.limit * self.seen):
             raise TooManySkippedError(
                 f"{self.name}: {self.total} of {self.seen} samples could not be decoded "
-                f"({self.describe()}), the last being {skipped[-1].message}. Allowed are "
-                f"{MIN_ALLOWED_SKIPS} or data.max_skipped={self.limit:g} of those seen: mend the "
-                "shards, or raise it"
+                f"({format_skip_counts(self.counts)}), the last being {skipped[-1].message}. "
+                f"Allowed are {MIN_ALLOWED_SKIPS} or data.max_skipped={self.limit:g} of those "
+                "seen: mend the shards, or raise it"
             )
-
-    def describe(self) -> str:
-        """The counts by reason, most frequent first, in words."""
-        return format_skip_counts(self.counts)
 
 
 def format_skip_counts(counts: Counter[str]) -> str:
-    """Counts by reason, most frequent first, in words."""
+    """Returns the counts by reason, most frequent first."""
     return ", ".join(f"{reason}: {count}" for reason, count in counts.most_common())

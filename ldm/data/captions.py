@@ -1,4 +1,4 @@
-"""Caption text as it is found to caption text as it is used."""
+"""From the text in samples to captions."""
 
 import json
 from dataclasses import dataclass, field
@@ -6,12 +6,12 @@ from typing import Any
 
 from ldm.utils.files import detect_encoding
 
-_MAX_KEYS, _MAX_KEY_LENGTH = 256, 100  # of a record that are counted
-_LIKELY = ("caption", "prompt", "text", "description", "title", "alt")  # names of what is a caption
+_MAX_KEYS, _MAX_KEY_LENGTH = 256, 100  # of JSON keys that are counted
+_LIKELY = ("caption", "prompt", "text", "description", "title", "alt")  # in names of caption keys
 
 
 def clean_caption(text: str) -> str:
-    """The text on one line: outer blanks removed, runs of blanks, newlines and NULs made one blank.
+    """Returns the text on one line: each run of spaces, newlines and NULs becomes one space.
 
     Lone surrogates (half characters, possible in JSON) become '?', so any text can be encoded.
     """
@@ -19,36 +19,33 @@ def clean_caption(text: str) -> str:
 
 
 def clean_captions(texts: list[Any]) -> list[str]:
-    """The cleaned texts, without the empty ones and without what is not text."""
+    """Returns the cleaned texts, without empty ones and without values that are no text."""
     cleaned = (clean_caption(text) for text in texts if isinstance(text, str))
     return [text for text in cleaned if text]
 
 
 def decode_text(data: bytes) -> str:
-    """Text in UTF-8, with or without byte order mark, or in UTF-16 with one.
-
-    Bytes that are none become U+FFFD.
-    """
+    """Decodes UTF-8, or UTF-16 with a byte order mark; other bytes become U+FFFD."""
     return data.decode(detect_encoding(data), "replace")
 
 
 def read_sample_captions(
     txt: bytes | None, record: bytes | None, *, key: str | None = None
 ) -> list[str]:
-    """The captions of a sample, at least one: the first of these that has any text.
+    """Returns the captions of a sample, at least one: the first of these that has any text.
 
     "captions" (a list) of the JSON record, its "caption", the whole txt member, "".
-    With a `key`, what the record has under it (a text or a list of texts), else "".
+    With a `key`, the text or list of texts that the record has under it, else "".
     """
-    return _captions(txt, _json_object(record), key)
+    return _select_captions(txt, _parse_json_object(record), key)
 
 
 @dataclass
 class CaptionCount:
-    """Of so many `samples`: which have a caption, by `sample_captions` without a key.
+    """Counts of captions over `samples`, by `read_sample_captions` without a key.
 
-    empty: those without; garbled: those whose captions have U+FFFD for bytes that are no text.
-    keys: how many records have text under each key, of the first 256 keys.
+    empty: samples without one; garbled: samples with U+FFFD for undecodable bytes.
+    keys: the number of records that have text under each key, of the first 256 keys.
     """
 
     samples: int = 0
@@ -57,53 +54,49 @@ class CaptionCount:
     keys: dict[str, int] = field(default_factory=dict)
 
     def add(self, txt: bytes | None, record: bytes | None) -> None:
-        """Take in one sample."""
-        fields = _json_object(record)
-        captions = _captions(txt, fields, None)
+        fields = _parse_json_object(record)
+        captions = _select_captions(txt, fields, None)
         self.samples += 1
         self.empty += captions == [""]
         self.garbled += any("\ufffd" in text for text in captions)
-        self._count({key: 1 for key, value in fields.items() if _texts(value)})
+        self._add_keys({key: 1 for key, value in fields.items() if _clean_value(value)})
 
     def update(self, other: "CaptionCount") -> None:
-        """Take in what another has counted."""
         self.samples += other.samples
         self.empty += other.empty
         self.garbled += other.garbled
-        self._count(other.keys)
+        self._add_keys(other.keys)
 
-    def without(self, key: str | None) -> int:
-        """The number of samples whose caption is empty, where captions are those of `key`."""
+    def count_empty(self, key: str | None) -> int:
+        """Returns the number of samples without a caption, if captions are read under `key`."""
         return self.empty if key is None else self.samples - self.keys.get(key, 0)
 
     def describe(self, key: str | None) -> str:
-        """In words: how many have an empty caption, what was read, and where there is text."""
-        read = "captions, caption, .txt" if key is None else key
-        said = f"{self.without(key)} of {self.samples} samples have an empty caption (read: {read})"
-        others = self._others(key)
+        """Returns a message: how many captions are empty, and which keys have text."""
+        read = ("captions", "caption") if key is None else (key,)
+        shown = ", ".join((*read, ".txt") if key is None else read)
+        message = (
+            f"{self.count_empty(key)} of {self.samples} samples have an empty caption "
+            f"(read: {shown})"
+        )
+        others = [name for name, count in self.keys.items() if name not in read and count]
+        others.sort(key=lambda name: (-any(w in name.lower() for w in _LIKELY), -self.keys[name]))
         if not others:
-            return said
+            return message
         return (
-            f"{said}; their json has text under {', '.join(others)}: data.caption_key={others[0]}"
+            f"{message}; their json has text under {', '.join(others[:5])}: "
+            f"data.caption_key={others[0]}"
         )
 
-    def _others(self, key: str | None) -> list[str]:
-        """Keys that have text where `key` has none, those first whose names say so."""
-        read = ("captions", "caption") if key is None else (key,)
-        found = [name for name, count in self.keys.items() if name not in read and count]
-        likely = [any(word in name.lower() for word in _LIKELY) for name in found]
-        order = sorted(range(len(found)), key=lambda i: (-likely[i], -self.keys[found[i]]))
-        return [found[i] for i in order][:5]
-
-    def _count(self, keys: dict[str, int]) -> None:
+    def _add_keys(self, keys: dict[str, int]) -> None:
         for key, count in keys.items():
             if key in self.keys or (len(self.keys) < _MAX_KEYS and len(key) <= _MAX_KEY_LENGTH):
                 self.keys[key] = self.keys.get(key, 0) + count
 
 
-def _captions(txt: bytes | None, fields: dict[str, Any], key: str | None) -> list[str]:
+def _select_captions(txt: bytes | None, fields: dict[str, Any], key: str | None) -> list[str]:
     if key is not None:
-        return _texts(fields.get(key)) or [""]
+        return _clean_value(fields.get(key)) or [""]
     captions = fields.get("captions")
     return (
         clean_captions(captions if isinstance(captions, list) else [])
@@ -113,12 +106,12 @@ def _captions(txt: bytes | None, fields: dict[str, Any], key: str | None) -> lis
     )
 
 
-def _texts(value: Any) -> list[str]:
-    """A text, or a list of them, cleaned."""
+def _clean_value(value: Any) -> list[str]:
+    """Returns the cleaned texts of a text or a list of texts."""
     return clean_captions(value if isinstance(value, list) else [value])
 
 
-def _json_object(data: bytes | None) -> dict[str, Any]:
+def _parse_json_object(data: bytes | None) -> dict[str, Any]:
     try:
         value = json.loads(decode_text(data or b"{}"))
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Colours of pictures that bring an ICC profile, as sRGB."""
+"""Converts images with an ICC profile to sRGB."""
 
 import io
 from functools import lru_cache
@@ -9,14 +9,13 @@ from PIL import Image, ImageCms
 _MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # ICC.1:2022, table 19, to Pillow's modes
 _BASE = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB", "CMYK": "CMYK"}
 _ROUNDING = 2  # levels of 255 by which the sRGB profiles of different makers differ
-_CACHED_PROFILES = 32  # most pictures of a set share a few profiles
+_CACHED_PROFILES = 32  # most images of a set share a few profiles
 
 
 def convert_to_srgb(image: Image.Image) -> Image.Image | None:
-    """The colours of a loaded picture, converted by its profile to sRGB: RGB without transparency.
+    """Returns a loaded image in sRGB: RGB without transparency.
 
-    None where they are to be taken as they are: there is no profile, or it is that of sRGB, is
-    broken, or is for another kind of pixels than the picture has.
+    None if there is nothing to convert: the profile is missing, sRGB, damaged, or for another mode.
     """
     if (transform := _find_transform(image)) is None:
         return None
@@ -24,7 +23,7 @@ def convert_to_srgb(image: Image.Image) -> Image.Image | None:
 
 
 def is_srgb(image: Image.Image) -> bool:
-    """Whether `to_srgb` has nothing to convert, by the header."""
+    """Whether `convert_to_srgb` has nothing to convert, by the header."""
     return _find_transform(image) is None
 
 
@@ -36,15 +35,13 @@ def _find_transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
 
 @lru_cache(_CACHED_PROFILES)
 def _build_transform(profile: bytes) -> tuple[str | None, ImageCms.ImageCmsTransform | None]:
-    """The mode of pixels that a profile is for, and what converts them, if they are not sRGB."""
+    """Returns the Pillow mode of a profile, and its transform unless it is sRGB."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = _MODES.get(source.profile.xcolor_space)
         srgb = ImageCms.createProfile("sRGB")
         transform = mode and ImageCms.buildTransform(source, srgb, mode, "RGB")
-    except (
-        Exception
-    ):  # Pillow raises several kinds on damaged ones, a UnicodeDecodeError among them
+    except Exception:  # Pillow raises many kinds for damaged ones, also UnicodeDecodeError
         return None, None
     if mode is None or (mode != "CMYK" and _is_identity(transform, mode)):
         return mode, None

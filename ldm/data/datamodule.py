@@ -1,6 +1,6 @@
-"""Shards of image-text pairs as Lightning's data.
+"""Lightning's data module for shards of image-text pairs.
 
-Shapes: B batch of one rank and micro-step, S the side of the square picture.
+Shapes: B batch of one rank and micro-step, S side of the square image, F frames of a video.
 """
 
 from typing import Literal
@@ -13,6 +13,7 @@ from ldm.data.bad_samples import BadSampleCounter
 from ldm.data.dataset import Batch, TextImageDataset, collate
 from ldm.data.position_sampler import PositionBatchSampler, ShuffledOrder, split_strided_batches
 from ldm.data.shards.cache import ShardCache
+from ldm.data.shards.index import ReadOptions
 from ldm.data.shards.locations import ShardSource
 from ldm.data.shards.prefetch import ShardPrefetcher
 from ldm.data.shards.reader import ShardReader
@@ -21,20 +22,16 @@ from ldm.utils.signals import block_stop_signals, stop_with_parent
 
 
 class TextImageData(L.LightningDataModule):
-    """Square pictures with one caption each, in an order that is a function of (seed, position).
+    """Square images with one caption each, in an order that is a function of (seed, position).
 
-    `batch_size` is the global one: images of an optimizer step over all ranks and micro-steps, so
-    that the same run may go on with another number of devices. `position` counts the images seen;
-    whoever trains advances it, and the loader starts there. `window` and `group`: see `Order`.
-    `on_error`: "stop" at a damaged picture, or "skip" it, see `TextImages`; `train_skips` and
-    `val_skips` then count, and stop the run above `max_skipped` of the samples seen.
-    `train`, `val`: see `locate`. `min_size`: pictures with a shorter side, in pixels, are left out
-    when the index is loaded. `cache`: the folder where shards of servers are kept, at most
-    `cache_gb` of 10^9 bytes; the next of a run are fetched ahead. `frames`: see `TextImages`.
-    `caption_key`: the key of the samples' json that holds their captions; None: see
-    `sample_captions`.
-    Raises FileNotFoundError or ShardError where there are no intact shards, RemoteError where a
-    server fails, ValueError for sizes that do not divide.
+    train, val: see `locate_shards`; min_size, caption_key: see `ReadOptions`;
+    crop, flip, on_error, frames: see `TextImageDataset`; window, group: see `ShuffledOrder`.
+    batch_size: images of an optimizer step over all ranks and micro-steps, so that a run may resume
+    on another number of devices. The training loader starts at `position`, the images seen, which
+    the training advances.
+    max_skipped: with on_error="skip", the share of bad samples above which the run stops.
+    cache: the folder for shards of servers, at most `cache_gb` of 10^9 bytes; the next shards of a
+    run are downloaded ahead.
     """
 
     def __init__(
@@ -68,25 +65,16 @@ class TextImageData(L.LightningDataModule):
         self.val_batch_size = val_batch_size
         self.val_limit = val_limit
         self.position = 0
-        self._ahead: ShardPrefetcher | None = None
-        self._ahead_at = 0
+        self._prefetcher: ShardPrefetcher | None = None
+        self._prefetched_at = 0
         self.cache = ShardCache(cache, gigabytes=cache_gb) if cache else None
-        how = {"min_size": min_size, "caption_key": caption_key, "on_error": on_error}
-        train_shards = ShardReader(train, cache=self.cache, **how)
-        val_shards = ShardReader(val, cache=self.cache, **how)
-        self.train_set = TextImageDataset(
-            train_shards,
-            size=size,
-            crop=crop,
-            flip=flip,
-            on_error=on_error,
-            frames=frames,
-            seed=seed,
-            train=True,
+        options = ReadOptions(
+            min_size=min_size, cache=self.cache, caption_key=caption_key, on_error=on_error
         )
-        self.val_set = TextImageDataset(
-            val_shards, size=size, on_error=on_error, frames=frames, seed=seed, train=False
-        )
+        train_shards, val_shards = ShardReader(train, options), ShardReader(val, options)
+        common = {"size": size, "on_error": on_error, "frames": frames, "seed": seed}
+        self.train_set = TextImageDataset(train_shards, **common, crop=crop, flip=flip, train=True)
+        self.val_set = TextImageDataset(val_shards, **common, train=False)
         self.train_skips = BadSampleCounter("training", limit=max_skipped)
         self.val_skips = BadSampleCounter("validation", limit=max_skipped)
         sizes, paths = train_shards.index.shard_sizes(), train_shards.index.paths
@@ -96,29 +84,26 @@ class TextImageData(L.LightningDataModule):
         self.order = ShuffledOrder(sizes, seed=seed, window=window, group=group)
 
     def rules(self) -> dict[str, bool]:
-        """What a checkpoint must say, so that the run goes on by the rules that it began with."""
+        """Returns what a checkpoint stores, so that the run resumes by the same rules."""
         return {"even_crops": self.train_set.even_crops}
 
     def resume(self, facts: dict) -> None:
-        """Go on after the images that were seen, by the rules of a checkpoint.
-
-        One from before there were even crops does not name them.
-        """
+        """Continues after the images seen, by the rules of a checkpoint (none: uneven crops)."""
         self.position = int(facts["images_seen"])
         self.train_set.even_crops = facts.get("even_crops", False)
 
     def train_captions(self) -> list[str]:
-        """Every caption of the training set."""
+        """Returns every caption of the training set."""
         shards = self.train_set.shards
         return [text for i in range(len(shards)) for text in shards.read(i).captions]
 
     def val_captions(self, n: int) -> list[str]:
-        """The first captions of the first `n` validation samples."""
+        """Returns the first captions of the first `n` validation samples."""
         shards = self.val_set.shards
         return [shards.read(i).captions[0] for i in range(min(n, len(shards)))]
 
     def micro_batch(self, world: int, accumulate: int) -> int:
-        """Images of one rank and micro-step; ValueError where the global batch does not divide."""
+        """Returns the images of one rank and micro-step; ValueError if they do not divide."""
         parts = world * accumulate
         if self.batch_size < 1 or self.batch_size % parts:
             below = self.batch_size // parts * parts
@@ -130,7 +115,7 @@ class TextImageData(L.LightningDataModule):
         return self.batch_size // parts
 
     def train_dataloader(self) -> "FixedLengthLoader":
-        """The rest of the run, from `position` on."""
+        """Returns the rest of the run, from `position` on."""
         trainer = self.trainer
         batches = PositionBatchSampler(
             self.order,
@@ -138,42 +123,39 @@ class TextImageData(L.LightningDataModule):
             rank=trainer.global_rank,
             world=trainer.world_size,
             start=lambda: self.position,
-            on_position=self._fetch_ahead,
+            on_position=self._prefetch,
         )
         length = trainer.max_steps * trainer.accumulate_grad_batches
-        return FixedLengthLoader(
-            self._loader(self.train_set, batches), length if length > 0 else 2**40
-        )
+        loader = self._make_loader(self.train_set, batches)
+        return FixedLengthLoader(loader, length if length > 0 else 2**40)
 
-    def _fetch_ahead(self, position: int) -> None:
+    def _prefetch(self, position: int) -> None:
         if not self._remote:
             return
-        if self._ahead is None or position < self._ahead_at:
+        if self._prefetcher is None or position < self._prefetched_at:
             self.teardown("fit")
             shards = self.order.shards_from(position)
             remotes = ((end, self._remote[i]) for end, i in shards if i in self._remote)
-            self._ahead = ShardPrefetcher(self.cache, remotes, window=self.order.window)
-        self._ahead.advance_to(position)
-        self._ahead_at = position
+            self._prefetcher = ShardPrefetcher(self.cache, remotes, window=self.order.window)
+        self._prefetcher.advance_to(position)
+        self._prefetched_at = position
 
     def teardown(self, stage: str) -> None:
-        """End what runs beside the training."""
-        if self._ahead is not None:
-            self._ahead.close()
-            self._ahead = None
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
 
     def val_dataloader(self) -> DataLoader:
-        """Every validation sample once over all ranks; the last batch may be smaller."""
-        count = min(len(self.val_set), self.val_limit or len(self.val_set))
-        share = split_strided_batches(
-            count,
+        """Returns every validation sample once over all ranks; the last batch may be smaller."""
+        batches = split_strided_batches(
+            min(len(self.val_set), self.val_limit or len(self.val_set)),
             batch=self.val_batch_size,
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
         )
-        return self._loader(self.val_set, share)
+        return self._make_loader(self.val_set, batches)
 
-    def _loader(self, dataset: TextImageDataset, batches) -> DataLoader:
+    def _make_loader(self, dataset: TextImageDataset, batches) -> DataLoader:
         return SignalSafeDataLoader(
             dataset,
             batch_sampler=batches,
@@ -185,20 +167,18 @@ class TextImageData(L.LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Bytes travel to the device; there they become images (B, 3, S, S) in [-1, 1].
+        """Converts bytes on the device to (B, 3, S, S) or (B, 3, F, S, S) in [-1, 1].
 
-        With `frames`, videos (B, 3, F, S, S).
-
-        Raises TooManySkippedError, see `Skips`.
+        Raises TooManySkippedError, see `BadSampleCounter`.
         """
-        training = self.trainer is not None and self.trainer.training
-        skips = self.train_skips if training else self.val_skips
+        is_training = self.trainer is not None and self.trainer.training
+        skips = self.train_skips if is_training else self.val_skips
         skips.add(len(batch["key"]), batch["skipped"])
         return {**batch, "images": batch["images"].float() / 127.5 - 1}
 
 
 class SignalSafeDataLoader(DataLoader):
-    """A DataLoader whose workers leave signals that ask to stop to this process."""
+    """A DataLoader whose workers ignore the signals that ask the run to stop."""
 
     def __iter__(self):
         with block_stop_signals():
@@ -208,7 +188,7 @@ class SignalSafeDataLoader(DataLoader):
 class FixedLengthLoader:
     """An endless loader with the length of the run, in batches: one Lightning epoch.
 
-    Having a length also keeps Lightning from fetching a batch ahead that it would not train on.
+    Because it has a length, Lightning does not fetch a batch ahead that it will not train on.
     """
 
     def __init__(self, loader: DataLoader, length: int) -> None:
@@ -219,14 +199,13 @@ class FixedLengthLoader:
         return self.length
 
     def __iter__(self):
-        # The name under which Lightning looks for workers to end. Left to the garbage collector,
-        # each of them is waited for in vain for five seconds.
+        # Lightning ends the workers of `_iterator`; the garbage collector waits five seconds each.
         self._iterator = iter(self.loader)
         return self._iterator
 
     def state_dict(self) -> dict:
-        """Nothing: the position is all there is, and the checkpoint has it."""
+        """Returns nothing: the checkpoint has the position."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Nothing, likewise."""
+        pass

@@ -1,6 +1,6 @@
-"""Samples in shards to training pictures and one caption each.
+"""Training images with one caption each, out of shards.
 
-Shapes: B batch, S the side of the square picture, F frames of a video.
+Shapes: B batch, S side of the square image, F frames of a video.
 """
 
 from collections import Counter
@@ -21,14 +21,11 @@ from ldm.data.image_decoding import (
 from ldm.data.position_sampler import CAPTION_STREAM, CROP_STREAM, draw_random_bits
 from ldm.data.shards.reader import ShardReader
 
-_TRIES = 10_000  # undecodable samples in a row: nobody wants to wait for more
+_MAX_TRIES = 10_000  # undecodable samples in a row
 
 
 class TextImageItem(TypedDict):
-    """One sample: images (3, S, S) uint8, and what else a Batch has, in the singular.
-
-    skipped: none, or the sample that should have been here.
-    """
+    """One sample: images (3, S, S) uint8, and the other fields of a Batch in the singular."""
 
     images: Tensor
     captions: str
@@ -38,11 +35,10 @@ class TextImageItem(TypedDict):
 
 
 class Batch(TypedDict):
-    """images (B, 3, S, S) uint8 in 0..255; captions and key, B texts; position, B plain numbers.
+    """images (B, 3, S, S), or videos (B, 3, F, S, S), uint8 in 0..255; B captions and keys.
 
-    Videos are images (B, 3, F, S, S).
-    skipped: one for each sample of the batch that stands in for another, so mostly none.
-    Positions seed random numbers, which the host does: they must not travel to the device.
+    position: B integers that stay on the host, where they seed random numbers.
+    skipped: the damaged samples that others of this batch replace.
     """
 
     images: Tensor
@@ -53,17 +49,14 @@ class Batch(TypedDict):
 
 
 class TextImageDataset(Dataset):
-    """Square pictures with a caption, by (sample index, position).
+    """Square images with a caption, by (sample index, position).
 
-    In training the caption is drawn from (seed, epoch, index), crop and flip from
-    (seed, position); otherwise each sample has its centre and its first caption. Every place of a
-    random crop is as likely as any other, unless `even_crops` is off, as in runs begun before.
-    A picture is cut to its shorter side first, then scaled to `size`, up or down.
-    frames: samples are animations, of which so many frames are taken, evenly; None: pictures.
-    on_error: where a picture is damaged, "stop" raises ImageError naming shard and key; "skip" puts
-    the next sample (index + 1, + 2, .. modulo N) that can be decoded in its place, which depends on
-    the data alone: all other positions, other ranks and resumed runs see what they would have seen.
-    Raises ValueError for arguments out of range, TooManySkippedError where nothing can be decoded.
+    In training (seed, epoch, index) chooses the caption, (seed, position) crop and flip; otherwise
+    each sample has its centre and first caption. The crop is the image's shorter side, scaled to
+    `size`. `even_crops`: all positions of a random crop are equally likely, see `crop_square`.
+    frames: samples are animations, of which it takes so many frames, evenly; None: images.
+    on_error: for a damaged image "stop" raises ImageError; "skip" uses the next sample (index + 1,
+    + 2, .. modulo N) that can be decoded, or raises TooManySkippedError if none can.
     """
 
     def __init__(
@@ -79,7 +72,7 @@ class TextImageDataset(Dataset):
         train: bool,
     ) -> None:
         if size < 1:
-            raise ValueError(f"the picture size must be 1 pixel or more, got {size}")
+            raise ValueError(f"the image size must be 1 pixel or more, got {size}")
         if crop not in ("center", "random"):
             raise ValueError(f"crop must be 'center' or 'random', got '{crop}'")
         if not 0 <= flip <= 1:
@@ -87,22 +80,27 @@ class TextImageDataset(Dataset):
         if on_error not in ("stop", "skip"):
             raise ValueError(f"on_error must be 'stop' or 'skip', got '{on_error}'")
         if frames is not None and frames < 2:
-            raise ValueError(f"a video has 2 frames or more, got {frames}; null is for pictures")
+            raise ValueError(f"a video has 2 frames or more, got {frames}; null is for images")
         self.shards, self.frames = shards, frames
-        self._skip = on_error == "skip"
-        self._damaged: dict[int, BadSample] = {}  # found by this process; not decoded in vain again
+        self._on_error = on_error
+        self._damaged: dict[int, BadSample] = {}  # found by this process; not decoded again
         self._size, self._seed, self._train = size, seed, train
         self.even_crops = True
         self._random_crop, self._flip = train and crop == "random", flip if train else 0.0
 
-    def plain(self, *, size: int | None = None) -> "TextImageDataset":
-        """The same samples as a validation has them: centre and first caption.
+    def without_augmentation(self, *, size: int | None = None) -> "TextImageDataset":
+        """Returns the same samples as in validation: centre and first caption.
 
-        size: another side than here, in pixels.
+        size: pixels of the side, if not this data set's.
         """
-        on_error = "skip" if self._skip else "stop"
-        same = {"size": size or self._size, "frames": self.frames, "seed": self._seed}
-        return TextImageDataset(self.shards, **same, on_error=on_error, train=False)
+        return TextImageDataset(
+            self.shards,
+            size=size or self._size,
+            on_error=self._on_error,
+            frames=self.frames,
+            seed=self._seed,
+            train=False,
+        )
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -111,51 +109,50 @@ class TextImageDataset(Dataset):
         index, position = at
         reasons = Counter()
         first: BadSample | None = None
-        for used in range(index, index + min(len(self), _TRIES)):
-            made = self._made(used % len(self), position)
-            if not isinstance(made, BadSample):
-                return {**made, "skipped": [first] if first else []}
-            first = first or made
-            reasons[made.reason] += 1
+        for i in range(index, index + min(len(self), _MAX_TRIES)):
+            item, problem = self._load(i % len(self), position)
+            if item is not None:
+                return {**item, "skipped": [first] if first else []}
+            first = first or problem
+            reasons[problem.reason] += 1
         raise TooManySkippedError(
             f"{first.message}; none of the {reasons.total()} samples from there on can be decoded "
             f"({format_skip_counts(reasons)})"
         )
 
-    def _made(self, index: int, position: int) -> TextImageItem | BadSample:
+    def _load(self, index: int, position: int) -> tuple[TextImageItem | None, BadSample | None]:
         if index in self._damaged:
-            return self._damaged[index]
+            return None, self._damaged[index]
         sample = self.shards.read(index)
         try:
-            images = self._pixels(sample.image, position)
+            images = self._decode(sample.image, position)
         except ImageError as error:
-            message = f"{self.shards.name(index)}: {error}"
-            if not self._skip:
+            message = f"{self.shards.sample_name(index)}: {error}"
+            if self._on_error != "skip":
                 raise ImageError(message) from error
-            return self._damaged.setdefault(index, BadSample(error.reason, message))
-        captions = self._choose(sample.captions, index, epoch=position // len(self))
+            self._damaged[index] = BadSample(error.reason, message)
+            return None, self._damaged[index]
+        captions = self._choose_caption(sample.captions, index, epoch=position // len(self))
         return TextImageItem(
             images=images, captions=captions, position=position, key=sample.key, skipped=[]
-        )
+        ), None
 
-    def _pixels(self, data: bytes, position: int) -> Tensor:
+    def _decode(self, data: bytes, position: int) -> Tensor:
         x, y, flip = draw_random_bits(3, CROP_STREAM, self._seed, position) / 2.0**64
-        place = {"x": x, "y": y, "even": self.even_crops} if self._random_crop else {}
-        seen = read_frames(data, self.frames) if self.frames else [read_image(data)]
-        films = [pil_to_tensor(crop_and_resize(image, self._size, **place)) for image in seen]
-        pixels = torch.stack(films, dim=1) if self.frames else films[0]
+        crop = {"x": x, "y": y, "even": self.even_crops} if self._random_crop else {}
+        frames = read_frames(data, self.frames) if self.frames else [read_image(data)]
+        images = [pil_to_tensor(crop_and_resize(frame, self._size, **crop)) for frame in frames]
+        pixels = torch.stack(images, dim=1) if self.frames else images[0]
         return pixels.flip(-1) if flip < self._flip else pixels  # (3, S, S) or (3, F, S, S)
 
-    def _choose(self, captions: list[str], index: int, *, epoch: int) -> str:
+    def _choose_caption(self, captions: list[str], index: int, *, epoch: int) -> str:
         if not self._train:
             return captions[0]
-        return captions[
-            int(draw_random_bits(1, CAPTION_STREAM, self._seed, epoch, index)[0] % len(captions))
-        ]
+        bits = draw_random_bits(1, CAPTION_STREAM, self._seed, epoch, index)[0]
+        return captions[int(bits % len(captions))]
 
 
 def collate(items: list[TextImageItem]) -> Batch:
-    """The samples as one batch."""
     return Batch(
         images=torch.stack([item["images"] for item in items]),
         captions=[item["captions"] for item in items],

@@ -1,7 +1,4 @@
-"""What an error of the network's output costs, element by element.
-
-Shapes: B batch, C latent channels, h w latent grid.
-"""
+"""Losses: how much an error of the network's output costs, element by element."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +8,7 @@ from torch import Tensor
 
 from ldm.diffusion.schedules import expand_dims_like
 
-# error (B, C, h, w), t (B,), log SNR (B,) -> cost (B, C, h, w)
+# error (B, C, h, w), t (B,), log SNR (B,) -> loss (B, C, h, w)
 ElementwiseLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -23,14 +20,12 @@ class SquaredLoss:
 
 
 class PseudoHuberLoss:
-    """2 c (sqrt(error^2 + c^2) - c): error^2 below c, 2 c |error| above it, smooth between.
+    """2 c (sqrt(error^2 + c^2) - c): near error^2 below c, near 2 c |error| above.
 
-    Single large errors, of pictures that are unlike the rest, weigh less (Song and Dhariwal 2024,
-    arXiv:2310.14189). `schedule` says how c changes with t (Khrapov et al. 2024,
-    arXiv:2403.16728): `constant`; `exponential`, c^t; `snr`,
-    c + (1 - c) / (1 + sigma / alpha)^2. The latter two fall from 1 at the data to c in the noise.
-    Raises ValueError for a c that is not positive, above 1 where it is to fall from 1, or an
-    unknown schedule.
+    Large errors of unusual images weigh less (Song and Dhariwal 2024, arXiv:2310.14189). `schedule`
+    is how c changes with t (Khrapov et al. 2024, arXiv:2403.16728): `constant`; `exponential`, c^t;
+    `snr`, c + (1 - c) / (1 + sigma / alpha)^2. The latter two fall from 1 at the data to c in pure
+    noise.
     """
 
     def __init__(self, c: float = 0.1, *, schedule: str = "constant") -> None:
@@ -43,11 +38,11 @@ class PseudoHuberLoss:
         self.c, self.schedule = c, schedule
 
     def __call__(self, error: Tensor, t: Tensor, log_snr: Tensor) -> Tensor:
-        c = expand_dims_like(self.at(t, log_snr), error).to(error.dtype)
-        # The difference of two near numbers, multiplied out so that small errors keep their digits.
+        c = expand_dims_like(self.c_at(t, log_snr), error).to(error.dtype)
+        # A form without the difference of two near numbers: small errors keep their digits.
         return 2 * c * error.square() / ((error.square() + c.square()).sqrt() + c)
 
-    def at(self, t: Tensor, log_snr: Tensor) -> Tensor:
+    def c_at(self, t: Tensor, log_snr: Tensor) -> Tensor:
         """c at these times, (B,)."""
         if self.schedule == "constant":
             return torch.full_like(log_snr, self.c)

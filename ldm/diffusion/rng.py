@@ -1,11 +1,12 @@
 """Random numbers that belong to an image, not to a batch, a rank or a process.
 
 A draw is a pure function of (seed, stream, position), where `position` counts the images of a run
-from its beginning. Nothing has to be saved: a run that is resumed, or that goes on with another
-number of GPUs, draws for each image what it would have drawn.
+from its start. Nothing has to be saved: a run that is resumed, or continues on another number of
+GPUs, draws the same numbers for each image.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from hashlib import blake2b
 
 import torch
@@ -14,23 +15,11 @@ from torch import Tensor
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-def make_generators(
-    seed: int, positions: Iterable[int], *, stream: str, device: torch.device | str = "cpu"
-) -> "ImageGenerators":
-    """One generator an image; `stream` names the use, so that uses do not share their numbers."""
-    return ImageGenerators(seed, positions, stream=stream, device=device)
-
-
 class ImageGenerators(list[torch.Generator]):
-    """One generator an image, for one use, which knows the images that it is for."""
+    """One generator per image, for one use, which knows the images' positions."""
 
     def __init__(
-        self,
-        seed: int,
-        positions: Iterable[int],
-        *,
-        stream: str,
-        device: torch.device | str = "cpu",
+        self, seed: int, positions: Iterable[int], *, stream: str, device: torch.device | str
     ) -> None:
         self.seed, self.positions, self.stream = seed, tuple(positions), stream
         self.device = device
@@ -38,21 +27,25 @@ class ImageGenerators(list[torch.Generator]):
         super().__init__(torch.Generator(device).manual_seed(each) for each in seeds)
 
 
-def derive_generators(generator: Generators, stream: str) -> Generators:
-    """The same images' numbers for another use.
+def make_generators(
+    seed: int, positions: Iterable[int], *, stream: str, device: torch.device | str = "cpu"
+) -> ImageGenerators:
+    """One generator per image; `stream` names the use, so that uses do not share their numbers."""
+    return ImageGenerators(seed, positions, stream=stream, device=device)
 
-    Generators that know no images are returned as they are: theirs simply go on.
-    """
+
+def derive_generators(generator: Generators, stream: str) -> Generators:
+    """Generators of the same images for another use; those without positions as they are."""
     if not isinstance(generator, ImageGenerators):
         return generator
-    name = f"{generator.stream}/{stream}"
+    stream = f"{generator.stream}/{stream}"
     return make_generators(
-        generator.seed, generator.positions, stream=name, device=generator.device
+        generator.seed, generator.positions, stream=stream, device=generator.device
     )
 
 
 def derive_seed(seed: int, position: int, *, stream: str) -> int:
-    """A seed below 2^63 that depends on all three alone."""
+    """A seed below 2^63 that depends on all three."""
     digest = blake2b(f"{seed}/{stream}/{position}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -64,10 +57,9 @@ def randn(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Standard normal numbers from one generator, or from a list of one an image.
+    """Standard normal numbers from one generator, or from one per image of the batch.
 
-    They are always laid out contiguously: a channels_last draw would give other numbers.
-    Raises ValueError where the list is not as long as the batch.
+    They are always contiguous: a channels_last draw would give different numbers.
     """
     return _draw(torch.randn, shape, generator).to(device=device, dtype=dtype)
 
@@ -75,13 +67,9 @@ def randn(
 def rand(
     shape: int | Sequence[int], generator: Generators, *, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Uniform numbers in [0, 1), of a shape or (n,), in float64; otherwise as `randn`."""
+    """Uniform numbers in [0, 1), in float64; otherwise as `randn`."""
     shape = (shape,) if isinstance(shape, int) else shape
-
-    def uniform(shape, *, generator=None, device=None):
-        return torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
-
-    return _draw(uniform, shape, generator).to(device)
+    return _draw(partial(torch.rand, dtype=torch.float64), shape, generator).to(device)
 
 
 def _draw(fn, shape: Sequence[int], generator: Generators) -> Tensor:
@@ -95,9 +83,9 @@ def _draw(fn, shape: Sequence[int], generator: Generators) -> Tensor:
 
 
 class ImageNoise:
-    """Fresh noise at every call, one seed an image, so an image does not depend on its batch.
+    """Fresh noise at every call, from one seed per image: an image does not depend on its batch.
 
-    Called with a tensor (B, ...), it returns standard normal noise of its shape, type and device.
+    A tensor (B, ...) gives standard normal noise of its shape, type and device.
     """
 
     def __init__(self, seeds: Sequence[int], *, device: torch.device | str = "cpu") -> None:

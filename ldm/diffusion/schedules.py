@@ -1,6 +1,6 @@
-"""The noise schedule: x_t = alpha_t x0 + sigma_t eps, with t in [0, 1] and t = 0 the data.
+"""Noise schedules: x_t = alpha_t x0 + sigma_t eps, with t in [0, 1] and t = 0 the data.
 
-Everything else in this folder is written in terms of alpha and sigma.
+All of diffusion/ is written in terms of alpha and sigma.
 """
 
 import math
@@ -11,76 +11,57 @@ from torch import Tensor, nn
 
 
 class Schedule(nn.Module):
-    """t -> (alpha, sigma), and what follows from them."""
+    """t -> (alpha, sigma), and what follows from them: a new schedule is `forward` alone."""
 
-    steps: int = 1000  # the resolution at which networks are told the time, by convention
+    steps: int = 1000  # the resolution of the network's timesteps, by convention
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma at `t` in [0, 1]; of t's shape, in float32 or better."""
+        """alpha and sigma at `t` in [0, 1], of t's shape, in float32 or float64."""
         raise NotImplementedError
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """log(alpha^2 / sigma^2): +inf at t = 0; of t's shape."""
+        """log(alpha^2 / sigma^2), of t's shape; +inf at t = 0."""
         alpha, sigma = self(t)
         return 2 * (alpha.log() - sigma.log())
 
     def snap(self, t: Tensor) -> Tensor:
-        """The time in (0, 1] at which training may take place, nearest above `t`."""
+        """The first time in (0, 1] from `t` on that training uses."""
         return t
 
     def timestep(self, t: Tensor) -> Tensor:
-        """What the network is told of `t`."""
+        """The network's input for `t`."""
         return t * self.steps
 
-    def times(self, steps: int, *, start: float = 1.0, spacing: str = "trailing") -> Tensor:
-        """The sampling grid (steps + 1,), in float64 on the CPU, falling from `start` to 0.
+    def noise_to_signal_ratio(self, t: Tensor) -> Tensor:
+        """r = sigma / alpha at `t`, EDM's noise level; +inf where alpha is 0."""
+        alpha, sigma = self(t)
+        return sigma / alpha
 
-        `trailing` begins at the noisiest time, `leading` ends at the cleanest, `linspace` holds
-        both (Lin et al. 2024, arXiv:2305.08891, table 2). On a table `leading` has a whole stride,
-        floor(table / steps): 30 steps of 1000 begin at index 957. That is diffusers' with
-        steps_offset=0; Stable Diffusion's 1 adds one to each index.
-        Raises ValueError for an unknown spacing, or steps or start that make no grid.
-        """
-        if steps < 1 or not 0 < start <= 1:
-            raise ValueError(f"a grid needs steps >= 1 and 0 < start <= 1, not {steps} and {start}")
-        i = torch.arange(steps, dtype=torch.float64)
-        first = 1 / self.steps
-        if spacing == "trailing":
-            t = self.on_grid(start * (1 - i / steps))
-        elif spacing == "leading":
-            t = self.on_grid(self.stride(start, steps) * (steps - 1 - i)) + first
-        elif spacing == "linspace":
-            t = self.on_grid((start - first) * (1 - i / max(steps - 1, 1))) + first
-        else:
-            raise ValueError(f"spacing '{spacing}' is none of trailing, leading, linspace")
-        times = torch.cat([t, torch.zeros(1, dtype=torch.float64)])
-        if not bool((times.diff() < 0).all()):
-            most, least = math.floor(start * self.steps + 1e-9), min(steps / self.steps, 1.0)
-            remedies = [f"steps={most} or fewer"] if most else []
-            remedies += [f"a start (strength) of {least:g} or more"] if start < 1 else []
-            raise ValueError(
-                f"{steps} sampling steps from t = {start} do not fit a schedule of {self.steps}: "
-                f"take {', or '.join(remedies)}"
-            )
-        return times
+    def timesteps_at_ratio(self, r: Tensor) -> Tensor:
+        """The times in [0, 1] at which sigma / alpha is `r`, in float64; otherwise the nearest."""
+        low, high = torch.zeros_like(r), torch.ones_like(r)
+        for _ in range(60):  # bisection, exact in double precision
+            middle = (low + high) / 2
+            noisier = self.noise_to_signal_ratio(middle) > r
+            low, high = torch.where(noisier, low, middle), torch.where(noisier, middle, high)
+        return torch.where(r > 0, high, 0)
 
     def on_grid(self, t: Tensor) -> Tensor:
         """The nearest times at which the schedule is defined."""
         return t
 
     def stride(self, start: float, steps: int) -> float:
-        """The longest stride that `steps` of them from `start` down to 0 may have."""
+        """The longest stride of `steps` strides from `start` down to 0."""
         return start / steps
 
 
 class DiscreteSchedule(Schedule):
     """A variance-preserving schedule from DDPM's table of betas (Ho et al. 2020, section 2).
 
-    Index k of the table sits at t = (k + 1) / steps, and the network is told k, so that published
-    weights fit. Between its points log(alpha^2) is linear in t. `zero_terminal_snr` shifts and
-    scales alpha so that it is 0 at t = 1 and what it was at 1 / steps (Lin et al. 2024,
-    arXiv:2305.08891, algorithm 1): nothing of the data is left where sampling starts.
-    Raises ValueError where the betas make no schedule; warns of one that ends before the noise.
+    Index k of the table is at t = (k + 1) / steps and is the network's input, as for published
+    weights. Between the points of the table log(alpha^2) is linear in t. `zero_terminal_snr` shifts
+    and scales alpha so that it is 0 at t = 1 and unchanged at 1 / steps (Lin et al. 2024,
+    arXiv:2305.08891, algorithm 1). Warns if much of the data is left at t = 1.
     """
 
     def __init__(self, betas: Tensor, *, zero_terminal_snr: bool = False) -> None:
@@ -99,7 +80,7 @@ class DiscreteSchedule(Schedule):
             )
         if (left := (table[-1] / 2).exp()) > 0.1:
             warnings.warn(
-                f"at t = 1 this noise schedule still holds {left:.0%} of the picture, and sampling "
+                f"at t = 1 this noise schedule still holds {left:.0%} of the image, and sampling "
                 "starts from pure noise: take scheduler.zero_terminal_snr=true, or a larger "
                 "scheduler.end (betas of 1000 steps, times 1000 / steps)",
                 stacklevel=3,
@@ -107,7 +88,7 @@ class DiscreteSchedule(Schedule):
         self.register_buffer("log_alpha_bar", table, persistent=False)
 
     def _apply(self, fn, recurse: bool = True):
-        # A half-precision model must not round the table: it follows the device, never the dtype.
+        # The table follows the device but not the dtype: half precision would round it.
         table = self.log_alpha_bar
         super()._apply(fn, recurse)
         self.log_alpha_bar = table.to(self.log_alpha_bar.device)
@@ -120,13 +101,13 @@ class DiscreteSchedule(Schedule):
         return alpha.to(dtype), sigma.to(dtype)
 
     def log_snr(self, t: Tensor) -> Tensor:
-        # Not from alpha, which is 0 in floating point long before its logarithm ends.
+        # Not from alpha, which underflows to 0 where its logarithm is still finite.
         log_alpha_bar = self._at(t)
         log_snr = log_alpha_bar - (-torch.expm1(log_alpha_bar)).log()
         return log_snr.to(torch.promote_types(t.dtype, torch.float32))
 
     def snap(self, t: Tensor) -> Tensor:
-        # The small shift keeps a point of the table, rounded up in floating point, where it is.
+        # The small shift keeps a point of the table in place if it is rounded up.
         return (t * self.steps - 1e-3).ceil().clamp(1, self.steps) / self.steps
 
     def on_grid(self, t: Tensor) -> Tensor:
@@ -144,7 +125,7 @@ class DiscreteSchedule(Schedule):
         table = self.log_alpha_bar.to(t.device)
         low, high = table[below], table[below + 1]
         along = position - below
-        # log(alpha) has no line to zero: in the last step there alpha itself falls on one.
+        # In a last step to alpha = 0 alpha itself is linear, as its logarithm cannot be.
         to_zero = low + 2 * torch.log1p(-along)
         return torch.where(high.isinf(), to_zero, low + along * (high - low))
 
@@ -152,10 +133,9 @@ class DiscreteSchedule(Schedule):
 class FlowSchedule(Schedule):
     """The straight line alpha = 1 - t, sigma = t (Lipman et al. 2023; Liu et al. 2023).
 
-    `shift` s puts s t / (1 + (s - 1) t) in the place of t, which divides alpha / sigma by s
-    everywhere (Esser et al. 2024, arXiv:2403.03206, section 5.3.2): pictures of n times as many
-    pixels take sqrt(n) to be as noisy. The network is told the shifted time, as SD3's is.
-    Raises ValueError where the shift is not positive.
+    `shift` s replaces t by s t / (1 + (s - 1) t), which divides alpha / sigma by s everywhere
+    (Esser et al. 2024, arXiv:2403.03206, section 5.3.2): images of n times as many pixels need
+    sqrt(n). The network's input is the shifted time, as in SD3.
     """
 
     def __init__(self, *, shift: float = 1.0) -> None:
@@ -168,7 +148,7 @@ class FlowSchedule(Schedule):
         t = t.to(torch.promote_types(t.dtype, torch.float32))
         if self.shift == 1:
             return 1 - t, t
-        whole = (1 - t) + self.shift * t  # so written, alpha is 0 at t = 1 and not just below
+        whole = (1 - t) + self.shift * t  # in this form alpha is exactly 0 at t = 1
         return (1 - t) / whole, self.shift * t / whole
 
     def timestep(self, t: Tensor) -> Tensor:
@@ -176,13 +156,12 @@ class FlowSchedule(Schedule):
 
 
 class LaplaceSchedule(Schedule):
-    """Variance-preserving, with a Laplace law of log SNR where t is uniform.
+    """Variance-preserving; log SNR has a Laplace distribution if t is uniform.
 
     log SNR = location - scale sign(1/2 - t) log(1 - 2 |t - 1/2|) (Hang et al. 2024,
-    arXiv:2407.03297, table 1), about `location`, of standard deviation sqrt(2) scale: most of
-    training is at middling noise. It ends in pure noise. (diffusers' "laplace" takes
-    sqrt(SNR / (1 + SNR)) for alpha^2, which is alpha: see its pull request 11320.)
-    Raises ValueError where the scale is not positive.
+    arXiv:2407.03297, table 1), of mean `location` and standard deviation sqrt(2) scale: training is
+    mostly at medium noise. It ends in pure noise. (diffusers' "laplace" takes sqrt(SNR / (1 + SNR))
+    for alpha^2, which is alpha: see its pull request 11320.)
     """
 
     def __init__(self, *, location: float = 0.0, scale: float = 0.5) -> None:
@@ -228,7 +207,7 @@ def sigmoid(
 ) -> DiscreteSchedule:
     """Betas rise from `start` to `end` as a sigmoid from -6 to 6 (Xu et al. 2022, GeoDiff).
 
-    It is what diffusers calls sigmoid; that of Jabri et al. is `sigmoid_alpha`.
+    The sigmoid of diffusers; that of Jabri et al. is `sigmoid_alpha`.
     """
     rise = linspace_steps(-6, 6, steps).sigmoid()
     return DiscreteSchedule(start + (end - start) * rise, zero_terminal_snr=zero_terminal_snr)
@@ -243,7 +222,7 @@ def cosine(
 ) -> DiscreteSchedule:
     """alpha^2 falls as a squared cosine (Nichol and Dhariwal 2021, equation 17).
 
-    `max_beta` caps the last beta, which would be 1: no noise level is without any signal.
+    `max_beta` limits the last beta, which would be 1: every noise level has some signal.
     """
     t = linspace_steps(0, 1, steps, more=1)
     alpha_bar = ((t + offset) / (1 + offset) * math.pi / 2).cos().square()
@@ -275,26 +254,26 @@ def sigmoid_alpha(
 
 
 def linspace_steps(first: float, last: float, steps: int, *, more: int = 0) -> Tensor:
-    """steps + more evenly spaced numbers in float64; ValueError for what is no number of steps."""
+    """steps + more evenly spaced numbers in float64; ValueError unless steps is a whole number."""
     if steps < 1 or steps != int(steps):
         raise ValueError(f"scheduler.steps must be a whole number above 0, got {steps}")
     return torch.linspace(first, last, int(steps) + more, dtype=torch.float64)
 
 
 def betas_for_alpha_bar(alpha_bar: Tensor, max_beta: float) -> Tensor:
-    """The betas (steps,) that lead through alpha^2 (steps + 1,), capped at `max_beta`."""
+    """The betas (steps,) of a table of alpha^2 (steps + 1,), at most `max_beta`."""
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta)
 
 
 def rescale_zero_terminal_snr(log_alpha_bar: Tensor) -> Tensor:
-    """Lin et al. 2024, algorithm 1: a table of log(alpha^2), its alpha shifted and scaled."""
+    """A table of log(alpha^2) with its alpha shifted and scaled (Lin et al. 2024, algorithm 1)."""
     if len(log_alpha_bar) < 2:
-        raise ValueError("zero_terminal_snr needs at least two steps: one is all signal or none")
+        raise ValueError("zero_terminal_snr needs at least two steps")
     alpha = (log_alpha_bar / 2).exp()
     first, last = alpha[0], alpha[-1]
     return 2 * ((alpha - last) / (first - last) * first).log()
 
 
 def expand_dims_like(coefficient: Tensor, x: Tensor) -> Tensor:
-    """A coefficient () or (B,) shaped to multiply `x` (B, ...)."""
+    """A coefficient () or (B,) in a shape that multiplies `x` (B, ...), on its device."""
     return coefficient.reshape(-1, *[1] * (x.ndim - 1)).to(x.device)

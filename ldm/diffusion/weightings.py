@@ -1,11 +1,8 @@
-"""How much each noise level counts in the loss.
+"""Weightings: how much each noise level counts in the loss.
 
-A weight w(SNR) is defined on the squared error of x0_hat. What is trained is the squared error of
-the network's output, which is `gain` times that of x0_hat (`Prediction.gain`), hence w / gain: one
-law for every prediction and schedule, with nothing to be looked up. Both are finite and above 0,
-also where a schedule has no noise or no signal (`Objective.weight` sees to it).
-
-Shapes: B batch.
+A weight w(SNR) is that of the squared error of x0_hat. Training minimizes the squared error of the
+network's output, which is `Prediction.gain` times that of x0_hat, hence w / gain, for every
+prediction and schedule. SNR and gain are finite and above 0 (`Objective.weight`).
 """
 
 import math
@@ -17,7 +14,7 @@ Weighting = Callable[[Tensor, Tensor], Tensor]  # SNR (B,), gain (B,) -> factor 
 
 
 class UniformWeighting:
-    """Every noise level counts alike in the predicted quantity (Ho et al. 2020, equation 14)."""
+    """1 for the squared error of the network's output (Ho et al. 2020, equation 14)."""
 
     def __call__(self, snr: Tensor, gain: Tensor) -> Tensor:
         return snr.new_ones(snr.shape)
@@ -26,10 +23,9 @@ class UniformWeighting:
 class MinSNRWeighting:
     """w = min(SNR, gamma) (Hang et al. 2023, arXiv:2303.09556).
 
-    min(1, gamma / SNR) for eps, min(SNR, gamma) / (SNR + 1) for v on a variance-preserving
-    schedule, where published code had it as min(SNR + 1, gamma) / (SNR + 1) (diffusers' issue
-    5654). It is 0 where there is no signal: the end of a zero terminal SNR is not trained at all.
-    Raises ValueError where gamma is not positive.
+    min(1, gamma / SNR) for eps, min(SNR, gamma) / (SNR + 1) for v on a variance-preserving schedule
+    (published code had min(SNR + 1, gamma) / (SNR + 1): diffusers' issue 5654). It is 0 without
+    signal: the end of a zero terminal SNR is not trained.
     """
 
     def __init__(self, gamma: float = 5.0) -> None:
@@ -40,10 +36,7 @@ class MinSNRWeighting:
 
 
 class SoftMinSNRWeighting:
-    """w = 1 / (1 / SNR + 1 / gamma): `MinSnr` without its corner (Crowson et al. 2024, HDiT).
-
-    arXiv:2401.11605. Raises ValueError where gamma is not positive.
-    """
+    """w = 1 / (1 / SNR + 1 / gamma) (Crowson et al. 2024, HDiT, arXiv:2401.11605)."""
 
     def __init__(self, gamma: float = 5.0) -> None:
         self.gamma = require_positive("gamma", gamma)
@@ -53,10 +46,9 @@ class SoftMinSNRWeighting:
 
 
 class P2Weighting:
-    """w = SNR / (k + SNR)^gamma: 1 / (k + SNR)^gamma for eps (Choi et al. 2022).
+    """w = SNR / (k + SNR)^gamma: 1 / (k + SNR)^gamma for eps (Choi et al. 2022, arXiv:2204.00227).
 
-    arXiv:2204.00227. gamma 0 is uniform in eps. Raises ValueError for a negative gamma or a k that
-    is not positive.
+    gamma 0 is uniform in eps.
     """
 
     def __init__(self, gamma: float = 1.0, k: float = 1.0) -> None:
@@ -71,8 +63,7 @@ class P2Weighting:
 class EDMWeighting:
     """w = SNR + 1 / sigma_data^2 (Karras et al. 2022, arXiv:2206.00364, table 1: lambda).
 
-    Their sigma is sigma / alpha here. With sigma_data = 1, the deviation of our latents, it is what
-    objective=v has by itself. Raises ValueError where sigma_data is not positive.
+    Their sigma is sigma / alpha here. sigma_data = 1, as of our latents, is uniform in v.
     """
 
     def __init__(self, sigma_data: float = 0.5) -> None:
@@ -85,7 +76,7 @@ class EDMWeighting:
 class DebiasedWeighting:
     """w = sqrt(SNR): 1 / sqrt(SNR) for eps (Yu et al. 2023, arXiv:2310.08442).
 
-    (kohya's sd-scripts give v 1 / (SNR + 1), which is another law.)
+    (For v, kohya's sd-scripts use 1 / (SNR + 1), which is a different weighting.)
     """
 
     def __call__(self, snr: Tensor, gain: Tensor) -> Tensor:
@@ -93,7 +84,7 @@ class DebiasedWeighting:
 
 
 def require_positive(name: str, value: float) -> float:
-    """`value`; ValueError where it is not a number above 0."""
+    """`value`; ValueError unless it is a finite number above 0."""
     if not 0 < value < math.inf:
         raise ValueError(f"weighting.{name} must be above 0, got {value}")
     return value

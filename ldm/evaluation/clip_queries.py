@@ -19,6 +19,7 @@ from ldm.data.dataset import TextImageDataset
 from ldm.data.image_decoding import ImageError, crop_and_resize, pil_to_tensor, read_image
 from ldm.data.scenes.world import caption, sample_scene
 from ldm.data.shards.cache import ShardCache
+from ldm.data.shards.index import ReadOptions
 from ldm.data.shards.reader import ShardReader
 from ldm.evaluation.features.clip import ClipFeatures
 from ldm.evaluation.metrics.clip_directions import (
@@ -82,9 +83,8 @@ class ClipQueries:
         self.file_vectors: dict[Path, Tensor] = {}
         self.dataset = None
         if data is not None:
-            shards = ShardReader(
-                data, cache=ShardCache(cache, gigabytes=50.0), caption_key=caption_key
-            )
+            options = ReadOptions(cache=ShardCache(cache, gigabytes=50.0), caption_key=caption_key)
+            shards = ShardReader(data, options)
             self.dataset = TextImageDataset(shards, size=self.clip.size, seed=0, train=False)
 
     def compute_similarity(self, paths: Sequence[Path], texts: Sequence[str]) -> Tensor:
@@ -100,7 +100,7 @@ class ClipQueries:
         vector = self.embed_files([query]) if is_file else self.embed_texts([query])
         cosines = self.embed_images() @ vector[0]  # (N,)
         best = cosines.argsort(descending=True, stable=True)[:top].tolist()
-        dataset = self.dataset.plain(size=RESULT_IMAGE_SIZE)
+        dataset = self.dataset.without_augmentation(size=RESULT_IMAGE_SIZE)
         items = [dataset[i, i] for i in best]
         results = [
             {"key": item["key"], "cosine": round(float(cosines[i]), 4), "caption": item["captions"]}

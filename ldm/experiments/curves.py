@@ -143,7 +143,7 @@ def format_curve_table(points: CurvePoints, *, metric: str | None = None) -> str
     """Returns a row per point: the settings, then `metric` and the metrics of most interest."""
     first = points[0]
     wanted = [metric, select_distance_metric(first["metrics"]), *CURVE_TABLE_METRICS]
-    names = [name for name in dict.fromkeys(wanted) if name in first["metrics"]]
+    names = [name for name in dict.fromkeys(wanted) if name and name in first["metrics"]]
     lines = [[*first["varied"], *names]]
     for point in points:
         lines.append([*point["varied"].values(), *(f"{point['metrics'][n]:.4g}" for n in names)])

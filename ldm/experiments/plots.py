@@ -194,8 +194,8 @@ def plot_metric_curves(panels: Mapping[str, Sequence[tuple[str, MetricCurve]]]) 
             x, y = np.array(points, dtype=float).reshape(-1, 2).T
             handles[name] = axes.plot(x, y, marker=".", label=name, **style)[0]
     names = [label for label in labels if label in handles]
-    place = {"loc": "outside lower left", "frameon": False}
-    figure.legend([handles[name] for name in names], [wrapped[name] for name in names], **place)
+    lines, texts = [handles[name] for name in names], [wrapped[name] for name in names]
+    figure.legend(lines, texts, loc="outside lower left", frameon=False)
     return _render(figure)
 
 

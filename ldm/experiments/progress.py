@@ -2,23 +2,11 @@
 
 import sys
 import time
-from pathlib import Path
-from typing import Protocol
 
 from tqdm import tqdm
 
+from ldm.experiments.jobs import SweepJob
 from ldm.experiments.run_dir import find_last_value, read_metrics
-
-
-class MonitoredJob(Protocol):
-    """What a line of progress needs to know of a job."""
-
-    label: str
-    metric: str
-    steps: int
-
-    @property
-    def directory(self) -> Path: ...
 
 
 def print_above_progress(text: str) -> None:
@@ -31,7 +19,7 @@ class ProgressLines:
     """A line of progress for each running job; without a terminal, one is printed each minute."""
 
     def __init__(self) -> None:
-        self.bars: dict[MonitoredJob, tqdm] = {}
+        self.bars: dict[SweepJob, tqdm] = {}
         self.refreshed_at = self.printed_at = time.monotonic()
 
     def __enter__(self) -> "ProgressLines":
@@ -41,7 +29,7 @@ class ProgressLines:
         for bar in self.bars.values():
             bar.close()
 
-    def begin(self, job: MonitoredJob) -> None:
+    def begin(self, job: SweepJob) -> None:
         resumes = any(job.directory.glob("checkpoints/*.ckpt"))
         verb = "goes on" if resumes else "begins"
         print_above_progress(f"{job.label}: {verb} in {job.directory}")
@@ -56,7 +44,7 @@ class ProgressLines:
             dynamic_ncols=True,
         )
 
-    def end(self, job: MonitoredJob) -> None:
+    def end(self, job: SweepJob) -> None:
         self.bars.pop(job).close()
 
     def refresh(self) -> None:

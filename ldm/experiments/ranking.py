@@ -212,7 +212,7 @@ def build_ranking_table(
     for i, (run, name) in enumerate(zip(runs, shorten_run_names(runs), strict=True)):
         speeds = [row["perf/images_per_s"] for row in run.rows if "perf/images_per_s" in row]
         images = run.last_value("images_seen")
-        row = [i + 1, name, *(values[i] for values in differ.values()), run.state]
+        row: list[object] = [i + 1, name, *(values[i] for values in differ.values()), run.state]
         row += map(run.last_value, metrics)
         row.append(int(images) if images is not None and abs(images) < 2**63 else None)
         row += [median(speeds) if speeds else None, run.result.get("seconds"), run.step]

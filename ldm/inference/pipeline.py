@@ -13,7 +13,8 @@ from ldm.diffusion.conditioning import Condition, Conditioning, GuidancePrompts
 from ldm.diffusion.guidance.base import ConditionalDenoiser, Denoise, Guidance
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.rng import ImageNoise
-from ldm.diffusion.samplers.base import DDIMSampler, OnStep, Sampler
+from ldm.diffusion.samplers.base import OnStep, Sampler
+from ldm.diffusion.samplers.ddim import DDIMSampler
 from ldm.diffusion.samplers.inversion import invert_ddim
 from ldm.diffusion.samplers.overshoot import format_overshoot_warning
 from ldm.diffusion.samplers.repaint import RePaintSampler
@@ -92,11 +93,11 @@ class Pipeline:
                 cond = self.text_encoder(
                     [source] * len(x0) if isinstance(source, str) else list(source)
                 )
-                times = self.sampler.times(schedule, steps, start=t)
+                times = self.sampler.timesteps(schedule, steps, start=t)
                 return invert_ddim(lambda x, t: self.denoise(x, t, cond), x0, schedule, times)
 
             def first(t: float) -> float:
-                return float(self.sampler.times(schedule, steps, start=t)[0])
+                return float(self.sampler.timesteps(schedule, steps, start=t)[0])
 
             request = Request(room, image, mask, strength, inverted, first)
             start = self.task.start(request, encode, schedule, noise=noise)
@@ -109,7 +110,7 @@ class Pipeline:
             sampler = (
                 self.sampler if start.rounds == 1 else RePaintSampler(self.sampler, start.rounds)
             )
-            times = sampler.times(schedule, steps, start=start.t)
+            times = sampler.timesteps(schedule, steps, start=start.t)
             latents = start.to_latents or (lambda x0: x0)
             seen = on_step and (lambda i, x0_hat: on_step(i, latents(x0_hat)))
             x0 = sampler(denoise, start.x, schedule, times, noise=noise, on_step=seen)
@@ -158,7 +159,7 @@ class Pipeline:
         with self._autocast():
             x0 = self.autoencoder.encode(images.to(self.device))
             schedule = self.objective.schedule
-            times = self.sampler.times(schedule, steps)
+            times = self.sampler.timesteps(schedule, steps)
             guided = self._make_denoiser(prompts, negative)
             return invert_ddim(guided, x0, schedule, times, on_step=on_step)
 
@@ -182,7 +183,7 @@ class Pipeline:
                 self._make_denoiser(prompts, negative),
                 noise,
                 schedule,
-                self.sampler.times(schedule, steps),
+                self.sampler.timesteps(schedule, steps),
                 noise=torch.randn_like,  # of which DDIM draws none
                 on_step=on_step,
             )

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.unet import UNet
@@ -169,7 +169,7 @@ def load_unet(unet: UNet, path: Path | str) -> None:
     """
     file, config = _find_weights(path)
     _check_config(config, export_unet_config(unet), file)
-    _load_parameters(unet, from_diffusers(_read_weights(file)), file)
+    load_module_state(unet, from_diffusers(_read_weights(file)), what=str(file))
 
 
 def load_autoencoder(autoencoder: AutoencoderKL, path: Path | str) -> None:
@@ -177,7 +177,7 @@ def load_autoencoder(autoencoder: AutoencoderKL, path: Path | str) -> None:
     file, config = _find_weights(path)
     _check_config(config, _autoencoder_config(autoencoder), file)
     scale = {"shift": autoencoder.shift, "scale": autoencoder.scale}
-    _load_parameters(autoencoder, from_diffusers(_read_weights(file)) | scale, file)
+    load_module_state(autoencoder, from_diffusers(_read_weights(file)) | scale, what=str(file))
     # Old files of Stable Diffusion 1.x have no factor; diffusers assumes the same one.
     factor = config.get("scaling_factor", 0.18215)
     shift = torch.tensor(config.get("latents_mean") or config.get("shift_factor") or 0.0)
@@ -261,7 +261,7 @@ def _find_weights(path: Path | str) -> tuple[Path, dict[str, object]]:
         raise FileNotFoundError(f"no weights at {path}: looked for {', '.join(map(str, files))}")
     config = file.parent / "config.json"
     if not config.is_file():
-        raise FileNotFoundError(f"{file} needs its config.json beside it: copy it to {config}")
+        raise FileNotFoundError(f"{file} needs its config.json next to it: copy it to {config}")
     return file, json.loads(config.read_text())
 
 
@@ -280,19 +280,3 @@ def _check_config(config: Mapping[str, object], ours: Mapping[str, object], file
     ]
     if different:
         raise ValueError(f"{file} is of another network: {'; '.join(different)}")
-
-
-def _load_parameters(module: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
-    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    theirs = {name: tuple(value.shape) for name, value in state.items()}
-    names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
-    if names:
-        lines = [
-            f"  {name}: {theirs.get(name, 'missing')} there, {ours.get(name, 'missing')} here"
-            for name in names[:5]
-        ]
-        raise ValueError(
-            f"{file} is of another network: {len(names)} parameters differ, such as\n"
-            + "\n".join(lines)
-        )
-    module.load_state_dict(state)

@@ -111,7 +111,7 @@ class NoisyClassifier(nn.Module):
         super().__init__()
         if not text.pooled_width:
             raise ValueError(
-                "a classifier compares pictures with the pooled state of the caption, and this "
+                "a classifier compares images with the pooled state of the caption, and this "
                 "text encoder has none: take text_encoder=tiny or labels, or text_encoder.pooled="
                 "true with a CLIP"
             )
@@ -162,7 +162,7 @@ class NoisyClassifier(nn.Module):
 
         def log_p(x_t: Tensor, t: Tensor) -> Tensor:
             if len(x_t) != len(pooled):
-                raise ValueError(f"{len(x_t)} pictures for {len(pooled)} prompts")
+                raise ValueError(f"{len(x_t)} images for {len(pooled)} prompts")
             images = self.tower(x_t, t)
             if self.has_names:
                 return (self.class_log_probs(images) * pooled.to(images)).sum(1)

@@ -202,7 +202,7 @@ class UNet(nn.Module):
         batch, channels, *frames = x.shape[:-2]
         height, width = x.shape[-2:]
         if frames and self.temporal is None:
-            raise ValueError("the network knows pictures, not videos: train one with task=video")
+            raise ValueError("the network takes images, not videos: train one with task=video")
         extra = 0 if cond.concat is None else cond.concat.shape[1]
         if channels + extra != self.in_channels:
             raise ValueError(

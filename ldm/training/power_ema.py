@@ -51,11 +51,6 @@ def length_to_exponent(length: float) -> float:
     return max(0.0, float(roots.real.max()))
 
 
-def exponent_to_length(gamma: float) -> float:
-    """Returns the profile's standard deviation as a share of the run."""
-    return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
-
-
 def power_ema_decay(step: int, gamma: float) -> float:
     """Returns the share of the previous average in that of `step`, counted from 1."""
     return (1 - 1 / step) ** (gamma + 1)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds and says of itself, looked at before anything relies on it."""
+"""Checks the content of an untrusted checkpoint: weights, step, stage and configuration."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,11 +10,11 @@ from ldm.utils.checkpoint_file import CheckpointError
 
 
 def read_state_dict(payload: object, path: Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint by name; CheckpointError where it has none, or other things."""
+    """Returns the weights of a checkpoint by name; CheckpointError if they are no plain tensors."""
     state = payload.get("state_dict") if isinstance(payload, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError(
-            f"{path} has no weights in it, and is no checkpoint of ours. Take the file that "
+            f"{path} has no weights in it, and is no checkpoint of ldm. Take the file that "
             "train.py wrote"
         )
     for name, tensor in state.items():
@@ -27,26 +27,26 @@ def read_state_dict(payload: object, path: Path) -> dict[str, Tensor]:
 
 
 def read_checkpoint_metadata(payload: object, path: Path) -> dict:
-    """What a checkpoint says of itself: stage, config and the digests of its frozen parts.
+    """Returns stage, config and the digests of the frozen parts of a checkpoint.
 
-    Raises CheckpointError where it says less, or its weights or its step are none.
+    Raises CheckpointError if one of these, the weights or the step is missing or damaged.
     """
     read_state_dict(payload, path)
-    said = payload.get("ldm")
-    step, stage = payload.get("global_step"), said.get("stage") if isinstance(said, dict) else None
-    if not isinstance(stage, str) or not stage.isidentifier() or "config" not in said:
+    facts, step = payload.get("ldm"), payload.get("global_step")
+    stage = facts.get("stage") if isinstance(facts, dict) else None
+    if not isinstance(stage, str) or not stage.isidentifier() or "config" not in facts:
         raise CheckpointError(
             f"{path} does not say what it was trained as. Take the file that train.py wrote"
         )
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**63:
         raise CheckpointError(f"{path} is damaged: its step is {step!r:.80}, which is no number")
-    if not isinstance(said.get("frozen"), dict):
+    if not isinstance(facts.get("frozen"), dict):
         raise CheckpointError(f"{path} is damaged: it does not say which frozen parts it rests on")
-    return said
+    return facts
 
 
 def check_frozen_digests(metadata: dict, path: Path, names: Iterable[str]) -> None:
-    """CheckpointError where a checkpoint has no digest of one of its frozen parts."""
+    """Raises CheckpointError if the digest of one of these frozen parts is missing."""
     for name in names:
         if not isinstance(metadata["frozen"].get(name), str):
             raise CheckpointError(

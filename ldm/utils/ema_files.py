@@ -1,6 +1,6 @@
-"""Averages of a run's weights as files: <folder>/step=*.safetensors, several of one step in one.
+"""EMA snapshots of a run's weights: <folder>/step=*.safetensors, all lengths of a step in one file.
 
-Tensors are named LENGTH/NAME, as 0.05/conv_in.weight; the file's metadata says step and lengths.
+Tensors are named LENGTH/NAME, as 0.05/conv_in.weight; the metadata has step and lengths.
 """
 
 import json
@@ -17,11 +17,11 @@ from ldm.utils.files import delete_temporary_files, replace_file
 
 
 class SnapshotError(ValueError):
-    """A snapshot that cannot be read."""
+    """A snapshot file that cannot be read."""
 
 
 class Snapshot(NamedTuple):
-    """One average at one step, and the file that it is in."""
+    """The average of one length at one step, and its file."""
 
     length: float
     step: int
@@ -29,10 +29,7 @@ class Snapshot(NamedTuple):
 
 
 def write_snapshot(folder: Path, step: int, averages: Mapping[float, Mapping[str, Tensor]]) -> None:
-    """Store the state dicts of a step's averages, by length, in a file that is whole or not there.
-
-    Raises OSError where it cannot be written.
-    """
+    """Stores the state dicts of a step's averages, by length."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{length}/{name}": tensor.detach().cpu().contiguous()
@@ -45,7 +42,7 @@ def write_snapshot(folder: Path, step: int, averages: Mapping[float, Mapping[str
 
 
 def delete_snapshots_after(folder: Path, *, after: int) -> None:
-    """Delete the snapshots of steps after `after`, and what a kill has left under other names."""
+    """Deletes the snapshots of steps after `after`, and temporary files of killed saves."""
     delete_temporary_files(folder, "step=*")
     for path in folder.glob("step=*.safetensors"):
         if path > _path(folder, after):
@@ -53,8 +50,8 @@ def delete_snapshots_after(folder: Path, *, after: int) -> None:
 
 
 def find_snapshots(folder: Path, *, until: int) -> list[Snapshot]:
-    """The snapshots of a folder up to step `until`, in order; SnapshotError names a damaged one."""
-    found = []
+    """Returns the snapshots up to step `until`, in order; SnapshotError names a damaged file."""
+    snapshots = []
     for path in sorted(folder.glob("step=*.safetensors")):
         if path > _path(folder, until):
             break
@@ -67,8 +64,8 @@ def find_snapshots(folder: Path, *, until: int) -> list[Snapshot]:
                 f"{path} is no snapshot, or not a whole one ({error!r}): delete it, the others "
                 "will do"
             ) from error
-        found += [Snapshot(length, step, path) for length in lengths]
-    return found
+        snapshots += [Snapshot(length, step, path) for length in lengths]
+    return snapshots
 
 
 def combine_snapshots(
@@ -77,14 +74,14 @@ def combine_snapshots(
     *,
     on_progress: Callable[[], object] = lambda: None,
 ) -> dict[str, Tensor]:
-    """The state dict that is the sum of the snapshots' times their shares, summed in float64.
+    """Returns the weighted sum of the snapshots' state dicts, summed in float64.
 
-    What is not of floating point is the last one's. `done()` is called after each snapshot.
-    Raises SnapshotError where they are not of one network.
+    Integer tensors are those of the last one. It calls `on_progress` after each snapshot. Raises
+    SnapshotError if their shapes differ.
     """
     total: dict[str, Tensor] = {}
-    kinds: dict[str, torch.dtype] = {}
-    for snapshot, share in zip(snapshots, weights, strict=True):
+    dtypes: dict[str, torch.dtype] = {}
+    for snapshot, weight in zip(snapshots, weights, strict=True):
         prefix = f"{snapshot.length}/"
         with safe_open(snapshot.path, "pt") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
@@ -92,15 +89,15 @@ def combine_snapshots(
         if total and _shapes(tensors) != _shapes(total):
             raise SnapshotError(f"{snapshot.path} is of another network than those before it")
         for name, tensor in tensors.items():
-            kinds[name] = tensor.dtype
+            dtypes[name] = tensor.dtype
             if not tensor.is_floating_point():
                 total[name] = tensor
             elif name in total:
-                total[name].add_(tensor, alpha=share)
+                total[name].add_(tensor, alpha=weight)
             else:
-                total[name] = tensor.double().mul_(share)
+                total[name] = tensor.double().mul_(weight)
         on_progress()
-    return {name: tensor.to(kinds[name]) for name, tensor in total.items()}
+    return {name: tensor.to(dtypes[name]) for name, tensor in total.items()}
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:

@@ -22,13 +22,21 @@ def program_name() -> str:
 
 
 def suggest_nearest(key: str, known: Iterable[str]) -> str:
-    """' - did you mean ...?' for a mistyped key, or nothing."""
-    # What is above a key, and what calls a function, is not what was meant.
+    """Returns ' - did you mean ...?' for a mistyped key, or nothing."""
+    # The groups that contain the key, and targets, are not meant.
     known = [k for k in known if not f"{key}.".startswith(f"{k}.") and not k.endswith("._target_")]
     leaf = key.rpartition(".")[2]
     by_leaf = {k.rpartition(".")[2]: k for k in reversed(known)}
-    if leaf in by_leaf:  # the right name at the wrong place
+    if leaf in by_leaf:  # the right name in the wrong group
         close = [by_leaf[leaf]]
     elif not (close := difflib.get_close_matches(key, known, n=1, cutoff=0.6)):
         close = [by_leaf[m] for m in difflib.get_close_matches(leaf, list(by_leaf), n=1)]
     return f" - did you mean {close[0]}?" if close else ""
+
+
+def format_unknown_checkpoint(ckpt: str, name: str) -> str:
+    """Returns the message for a checkpoint that does not exist, with the nearest that do."""
+    known = sorted(str(link.parent.parent) for link in Path("runs").glob("**/last.ckpt"))
+    near = difflib.get_close_matches(ckpt, known, n=3, cutoff=0)
+    hint = f"; the nearest here: {', '.join(near)}" if near else ""
+    return f"{name}='{ckpt}' is neither a run directory nor a file{hint}"

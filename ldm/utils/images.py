@@ -1,4 +1,4 @@
-"""Pictures out of tensors, and onto the disk with what made them.
+"""Image tensors to Pillow images, grids with captions, and PNG files with metadata.
 
 Shapes: n images, H W pixels.
 """
@@ -19,41 +19,41 @@ from torch import Tensor
 
 from ldm.utils.files import read_regular_file, replace_file
 
-MAX_PNG_BYTES = 2**28  # bytes of a picture that is read
+MAX_PNG_BYTES = 2**28
 
 
 def to_uint8_tensor(images: Tensor) -> Tensor:
-    """Images (n, 3, H, W) in [-1, 1] to uint8, rounded, on their device."""
+    """Converts images (n, 3, H, W) in [-1, 1] to uint8, rounded, on their device."""
     return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Images (n, 3, H, W) in [-1, 1] to bytes (n, H, W, 3) on the host, rounded."""
+    """Converts images (n, 3, H, W) in [-1, 1] to uint8 (n, H, W, 3) on the host."""
     return to_uint8_tensor(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def from_uint8(image: np.ndarray) -> Tensor:
-    """One picture's bytes (H, W, 3) as an image (3, H, W) in [-1, 1]."""
+    """Converts uint8 (H, W, 3) to an image (3, H, W) in [-1, 1]."""
     return torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """One image (3, H, W) in [-1, 1] as a picture."""
+    """Converts one image (3, H, W) in [-1, 1]."""
     return Image.fromarray(to_uint8(image[None])[0])
 
 
 def make_image_grid(
     images: Sequence[Tensor] | Tensor, *, columns: int | None = None, gap: int = 2
 ) -> Image.Image:
-    """One picture of n images (3, H, W) in [-1, 1], as square an arrangement as goes."""
+    """Arranges n images (3, H, W) in [-1, 1] in a grid that is as square as possible."""
     return _arrange([to_pil(image) for image in images], columns, gap)
 
 
 def split_image_grid(
     grid: Image.Image, n: int, *, columns: int | None = None, gap: int = 2
 ) -> list[Image.Image]:
-    """The n pictures that `tile` has put together."""
-    columns = columns or _columns(n)
+    """Returns the n images of a `make_image_grid`."""
+    columns = columns or _choose_columns(n)
     width = (grid.width + gap) // columns - gap
     height = (grid.height + gap) // math.ceil(n / columns) - gap
     corners = [(i % columns * (width + gap), i // columns * (height + gap)) for i in range(n)]
@@ -63,43 +63,42 @@ def split_image_grid(
 def make_captioned_grid(
     images: Sequence[Tensor] | Tensor, captions: Sequence[str], *, columns: int | None = None
 ) -> Image.Image:
-    """As `tile`, with a caption beneath each image, in four lines at most.
+    """Arranges images like `make_image_grid`, with captions of up to four lines below them.
 
-    Images below 192 pixels are enlarged by a whole factor (bicubic), so that they can be looked at.
+    Images below 192 pixels are enlarged by a whole factor (bicubic).
     """
     factor = math.ceil(192 / images[0].shape[-1])
-    pictures = [to_pil(image) for image in images]
-    width, height = (side * factor for side in pictures[0].size)
-    letters, line = load_font(15), 20
-    texts = [wrap_text(caption, width, letters, max_lines=4) for caption in captions]
+    width, height = (side * factor for side in to_pil(images[0]).size)
+    font, line_height = load_font(15), 20
+    texts = [wrap_text(caption, width, font, max_lines=4) for caption in captions]
+    card_height = height + max(map(len, texts)) * line_height + 6
     cards = []
-    for picture, lines in zip(pictures, texts, strict=True):
-        tall = height + max(map(len, texts)) * line + 6
-        card = Image.new("RGB", (width, tall), color="white")
-        card.paste(picture.resize((width, height), Image.Resampling.BICUBIC))
+    for image, lines in zip(map(to_pil, images), texts, strict=True):
+        card = Image.new("RGB", (width, card_height), color="white")
+        card.paste(image.resize((width, height), Image.Resampling.BICUBIC))
         for i, text in enumerate(lines):
-            ImageDraw.Draw(card).text((0, height + 4 + i * line), text, fill="black", font=letters)
+            place = (0, height + 4 + i * line_height)
+            ImageDraw.Draw(card).text(place, text, fill="black", font=font)
         cards.append(card)
     return _arrange(cards, columns, gap=12)
 
 
-def _arrange(pictures: Sequence[Image.Image], columns: int | None, gap: int) -> Image.Image:
-    n, (width, height) = len(pictures), pictures[0].size
-    columns = columns or _columns(n)
+def _arrange(images: Sequence[Image.Image], columns: int | None, gap: int) -> Image.Image:
+    n, (width, height) = len(images), images[0].size
+    columns = columns or _choose_columns(n)
     rows = math.ceil(n / columns)
-    grid = Image.new(
-        "RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), color="white"
-    )
-    for i, picture in enumerate(pictures):
+    size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
+    grid = Image.new("RGB", size, color="white")
+    for i, image in enumerate(images):
         row, column = divmod(i, columns)
-        grid.paste(picture, (column * (width + gap), row * (height + gap)))
+        grid.paste(image, (column * (width + gap), row * (height + gap)))
     return grid
 
 
 @cache
 def load_font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, `size` pixels: it has Latin, Greek and Cyrillic, where Pillow's has ASCII."""
-    import matplotlib  # a fifth of a second, and few ask for text
+    """Returns DejaVu Sans, `size` pixels: it has Latin, Greek and Cyrillic, Pillow's only ASCII."""
+    import matplotlib  # slow to import
 
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 
@@ -107,15 +106,15 @@ def load_font(size: int) -> ImageFont.FreeTypeFont:
 def wrap_text(
     text: str, width: float, font: ImageFont.FreeTypeFont, *, max_lines: int
 ) -> list[str]:
-    """`text` in at most `most` lines of `width` pixels.
+    """Returns the lines of a text; long words are split, and a long text ends in "...".
 
-    A word that is too long is cut in two, and a text that is too long ends in "...".
+    width: pixels of a line.
     """
     lines, line = [], ""
-    # Half an emoji has no UTF-8, and 2000 letters fill any four lines.
+    # Half an emoji has no UTF-8, and 2000 characters fill any four lines.
     words = text.encode("utf-8", "replace").decode("utf-8")[:2000].split()
     for word in words:
-        for piece in _pieces(word, width, font):
+        for piece in _split_word(word, width, font):
             longer = f"{line} {piece}".strip()
             if not line or font.getlength(longer) <= width:
                 line = longer
@@ -130,8 +129,7 @@ def wrap_text(
     return lines
 
 
-def _pieces(word: str, width: float, font: ImageFont.FreeTypeFont) -> list[str]:
-    """A word, in parts where it is wider than the line."""
+def _split_word(word: str, width: float, font: ImageFont.FreeTypeFont) -> list[str]:
     pieces = [""]
     for letter in word:
         if pieces[-1] and font.getlength(pieces[-1] + letter) > width:
@@ -141,10 +139,7 @@ def _pieces(word: str, width: float, font: ImageFont.FreeTypeFont) -> list[str]:
 
 
 def save_png(image: Image.Image, path: Path, facts: dict) -> None:
-    """A PNG that carries `facts` as text, one entry each; anything but text is stored as JSON.
-
-    It replaces what was at `path` as a whole.
-    """
+    """Saves a PNG with one text entry for each of the `facts`; other values are stored as JSON."""
     info = PngInfo()
     for key, value in facts.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -155,28 +150,25 @@ def save_png(image: Image.Image, path: Path, facts: dict) -> None:
 
 
 def load_png(path: Path) -> tuple[Image.Image, dict]:
-    """What `save_png` has stored: the picture and its facts.
-
-    Raises ValueError, which names the file, for what is no PNG.
-    """
+    """Returns the image and the facts of an untrusted PNG; ValueError if it is damaged."""
     try:
         data = io.BytesIO(read_regular_file(path, max_bytes=MAX_PNG_BYTES))
         with warnings.catch_warnings(), Image.open(data, formats=["PNG"]) as image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            facts = {key: _fact(text) for key, text in image.text.items()}
+            facts = {key: _parse_fact(text) for key, text in image.text.items()}
             return image.convert("RGB"), facts
-    except Exception as error:  # Pillow's readers have many ways to say that a file is damaged
+    except Exception as error:  # Pillow raises many kinds for damaged files
         raise ValueError(f"{path} is no PNG that can be read ({error})") from error
 
 
-def _fact(text: str) -> object:
+def _parse_fact(text: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
 
 
-def _columns(n: int) -> int:
-    """As square as goes, or one column wider where that leaves fewer holes."""
+def _choose_columns(n: int) -> int:
+    """Returns the columns of a square, or one more if that leaves fewer gaps."""
     square = math.ceil(math.sqrt(n))
     return min(square, square + 1, key=lambda columns: -n % columns)

@@ -1,4 +1,4 @@
-"""The file that `out=` stands for: known, and refused, before anything is imported or loaded."""
+"""Resolves and checks `out=` before anything slow is imported or loaded."""
 
 import re
 import tempfile
@@ -11,10 +11,10 @@ OUTPUT_VIDEO_SUFFIXES = (".gif", ".webp", ".mp4")
 
 
 def resolve_output_file(out: str | None, default: Path, *, moving: bool | None) -> Path:
-    """The file that `out` stands for: itself, with an ending, or one of a folder; else `default`.
+    """Returns the file to write: `out`, with a suffix if it has none, or `default` in a folder.
 
-    moving: whether videos are painted; None where that is not known yet. Nothing is made.
-    Raises ValueError for a name that no file can have, and for an ending that is not written.
+    moving: whether it is a video; None if not known yet. Raises ValueError for a path that is too
+    long or an unsupported suffix.
     """
     kinds = {
         None: OUTPUT_IMAGE_SUFFIXES + OUTPUT_VIDEO_SUFFIXES,
@@ -32,16 +32,19 @@ def resolve_output_file(out: str | None, default: Path, *, moving: bool | None) 
     elif ending[0] in kinds:
         path = path.with_suffix(ending[0])
     else:
-        films = ", ".join(OUTPUT_VIDEO_SUFFIXES)
-        stills = f"pictures are written as {', '.join(OUTPUT_IMAGE_SUFFIXES)}"
-        said = {None: f"{stills}, videos as {films}", False: stills}
-        raise ValueError(f"out={out}: {said.get(moving, f'videos are written as {films}')}")
+        images, videos = ", ".join(OUTPUT_IMAGE_SUFFIXES), ", ".join(OUTPUT_VIDEO_SUFFIXES)
+        message = {
+            None: f"images are written as {images}, videos as {videos}",
+            False: f"images are written as {images}",
+            True: f"videos are written as {videos}",
+        }[moving]
+        raise ValueError(f"out={out}: {message}")
     check_video_writer(path)
     return path
 
 
 def prepare_output_file(out: str | None, default: Path, *, moving: bool) -> Path:
-    """`named`, in a folder that is there from now on; ValueError where nothing can be written."""
+    """Creates the folder of `resolve_output_file`; ValueError if it is not writable."""
     path = resolve_output_file(out, default, moving=moving)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +57,7 @@ def prepare_output_file(out: str | None, default: Path, *, moving: bool) -> Path
 
 
 def check_video_writer(path: Path) -> None:
-    """ValueError for ".mp4" where nothing is installed that writes it."""
+    """Raises ValueError for .mp4 if PyAV is not installed."""
     if path.suffix == ".mp4":
         try:
             import av  # noqa: F401

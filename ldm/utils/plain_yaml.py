@@ -1,4 +1,4 @@
-"""YAML that a file brings, as plain values: nothing is called, looked up or multiplied."""
+"""Parses untrusted YAML to plain values: no tags, no aliases, limited in size and depth."""
 
 import yaml
 
@@ -7,12 +7,12 @@ MAX_YAML_DEPTH = 20
 
 
 class PlainYamlLoader(yaml.SafeLoader):
-    """A loader without tags of Python's, without aliases, and of a bounded depth."""
+    """A safe loader without aliases and of limited depth."""
 
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
-        """The next node; yaml.YAMLError for an alias, which a few lines multiply to gigabytes."""
+        """Raises yaml.YAMLError for an alias: a few lines of them can expand to gigabytes."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has a YAML alias, which no configuration of a run has")
         self.depth += 1
@@ -24,10 +24,7 @@ class PlainYamlLoader(yaml.SafeLoader):
 
 
 def parse_plain_yaml(text: object) -> object:
-    """The plain values that a YAML text is; interpolations stay what they are, text.
-
-    Raises ValueError, with the reason, for anything else.
-    """
+    """Returns the values of a YAML text, with interpolations as text; ValueError for others."""
     if not isinstance(text, str):
         raise ValueError(f"it is no text, but of type {type(text).__name__}")
     if len(text) > MAX_YAML_LENGTH:
@@ -40,10 +37,11 @@ def parse_plain_yaml(text: object) -> object:
 
 
 def parse_plain_mapping(text: object) -> dict[str, object]:
-    """The mapping that a YAML text is, as `read_yaml` reads it; ValueError for anything else."""
-    found = parse_plain_yaml(text)
-    if not isinstance(found, dict):
-        raise ValueError(f"it is no mapping, but of type {type(found).__name__}")
-    if odd := [key for key in found if not isinstance(key, str)]:
-        raise ValueError(f"its key {odd[0]!r} is no text")
-    return found
+    """Like `parse_plain_yaml`; ValueError if the text is no mapping with text as keys."""
+    mapping = parse_plain_yaml(text)
+    if not isinstance(mapping, dict):
+        raise ValueError(f"it is no mapping, but of type {type(mapping).__name__}")
+    for key in mapping:
+        if not isinstance(key, str):
+            raise ValueError(f"its key {key!r} is no text")
+    return mapping

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it listens from its first line on."""
+"""Handles the signals that ask a run to stop."""
 
 import os
 import signal
@@ -10,15 +10,14 @@ from contextlib import contextmanager, suppress
 from multiprocessing import parent_process
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-EX_TEMPFAIL = 75  # EX_TEMPFAIL of sysexits.h: try again
+EX_TEMPFAIL = 75  # of sysexits.h: try again
 
 
 class StopSignals:
-    """Listens to the signals that ask this process to stop.
+    """Handles the signals that ask this process to stop.
 
-    The first one is noted in `received`, for a training that saves before it leaves; while
-    `at_once` is true, it raises SystemExit. The second one, a second later or more, always does.
-    A fork of this process takes them as any program does.
+    The first one sets `received`, so that a training can save first; while `at_once` is true, it
+    raises SystemExit. A second one, a second later or more, always does. Forks do not.
     """
 
     def __init__(self, *, at_once: bool = False) -> None:
@@ -27,26 +26,25 @@ class StopSignals:
         self.received_at = 0.0
 
     def listen(self) -> None:
-        """Take the place of whoever listens now, for all of them at the same moment."""
+        """Replaces the handlers of all these signals at the same moment."""
         self.process = os.getpid()
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
-        signal.pthread_sigmask(
-            signal.SIG_UNBLOCK, STOP_SIGNALS
-        )  # also where this is started `withheld`
+        # This also undoes a `block_stop_signals` in which this process was started.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def leave_at_once(self) -> None:
-        """From now on a signal ends the process; so does one that was noted before."""
+        """From now on a signal ends the process, also one that was received before."""
         self.at_once = True
         if self.received is not None:
             raise SystemExit(self.code())
 
     @contextmanager
     def exit_on_signal(self) -> Iterator[None]:
-        """End this block by SystemExit where a signal came while `at_once` was true.
+        """Raises SystemExit after a signal in this block while `at_once` is true.
 
-        Libraries catch what the signal raises in the midst of them, or make another error of it.
+        Libraries may catch the SystemExit of the handler, or raise another error instead.
         """
         try:
             yield
@@ -58,11 +56,11 @@ class StopSignals:
             self.leave_at_once()
 
     def code(self) -> int:
-        """The exit code: 75 ("the same command goes on"), or 130 after SIGINT."""
+        """Returns the exit code: 75 (the same command resumes), or 130 after SIGINT."""
         return 130 if self.received == signal.SIGINT else EX_TEMPFAIL
 
     def requeue(self) -> None:
-        """Ask SLURM to run this job again, where a user signal has said that its time ends."""
+        """Asks SLURM to run this job again after a user signal, which says that its time ends."""
         job = os.environ.get("SLURM_JOB_ID")
         if job and self.received in (signal.SIGUSR1, signal.SIGUSR2):
             subprocess.run(["scontrol", "requeue", job], check=False, timeout=60)
@@ -78,7 +76,7 @@ class StopSignals:
             return
         self.received, self.received_at = number, time.monotonic()
         how = "leaving" if self.at_once else "saving after this step, then leaving"
-        # Not print: it must not be called in the midst of another print.
+        # Not print: a signal may interrupt another print.
         with suppress(OSError):
             os.write(1, f"{signal.Signals(number).name}: {how}\n".encode())
         if self.at_once:
@@ -87,10 +85,10 @@ class StopSignals:
 
 @contextmanager
 def block_stop_signals() -> Iterator[None]:
-    """Processes that are started in this block do not get these signals, unless they ask for them.
+    """Processes that are started in this block ignore the stop signals.
 
-    Who sends a signal to all processes of a run (a terminal, timeout, systemd, SLURM) asks the run
-    to stop, and the run still needs its data workers. What arrives here waits for the block's end.
+    A terminal, timeout, systemd or SLURM send them to all processes of a run, which still needs its
+    data workers. Signals to this process wait for the end of the block.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -100,7 +98,7 @@ def block_stop_signals() -> Iterator[None]:
 
 
 def stop_with_parent(worker: int = 0) -> None:
-    """Have a worker that was started in `withheld` end by its parent's SIGTERM alone."""
+    """Ends a worker that was started in `block_stop_signals` on SIGTERM of its parent only."""
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         return

@@ -1,32 +1,24 @@
-"""Text from elsewhere, made fit for those who read it: networks, terminals, spreadsheets."""
+"""Cleans untrusted text for networks, terminals and spreadsheets."""
 
 import re
 import sys
 import unicodedata
 from collections.abc import Sequence
 
-# Letters that turn the direction of a line, so that it reads otherwise than it is.
+# Characters that change the direction of a line, so that it looks like another text.
 BIDI_CONTROLS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-CONTROL_CATEGORIES = (
-    "Cc",
-    "Cs",
-    "Zl",
-    "Zp",
-)  # Unicode's control letters, halves of letters, line ends
-# What a spreadsheet takes for a formula: OWASP, "CSV Injection".
+CONTROL_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")  # of Unicode: controls, surrogates, line ends
+# A spreadsheet runs such cells as formulas: OWASP, "CSV Injection".
 FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
 
 
 def replace_invalid_bytes(text: str) -> str:
-    """A text of the command line for networks to read: a byte that is no UTF-8 becomes U+FFFD.
-
-    Such bytes arrive as lone surrogates. They are kept in paths, which they belong to.
-    """
+    """Replaces bytes of the command line that are no UTF-8 by U+FFFD; not for paths."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def escape_control_characters(text: str, *, keep: str = "") -> str:
-    """The text with control letters as escapes, `\\x1b`: a terminal would obey them."""
+    """Escapes control characters, as `\\x1b`: a terminal would execute them."""
     return "".join(
         letter.encode("unicode_escape").decode()
         if letter not in keep
@@ -37,7 +29,7 @@ def escape_control_characters(text: str, *, keep: str = "") -> str:
 
 
 def format_csv_cell(value: object) -> object:
-    """A value for a CSV file; a text that a spreadsheet would run gets an apostrophe before it."""
+    """Returns a value for a CSV file; an apostrophe before a text stops it from being a formula."""
     if not isinstance(value, str):
         return value
     is_number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-](inf|nan)", value, re.I)
@@ -62,5 +54,5 @@ def format_table(
 
 
 def get_progress_interval() -> float:
-    """Seconds from one drawing of a bar to the next: long in a file, where each is a line."""
+    """Returns the seconds between updates of a progress bar: in a file, each is a new line."""
     return 0.1 if sys.stderr.isatty() else 15.0

@@ -1,4 +1,4 @@
-"""Videos out of tensors: film strips, and files of GIF, WebP and MP4 with what made them.
+"""Video tensors to film strips, and to GIF, WebP and MP4 files with metadata.
 
 Shapes: F frames, H W pixels, n videos.
 """
@@ -19,12 +19,12 @@ _DESCRIPTION = 0x010E  # EXIF 2.32, table 4
 
 
 def join_frames(video: Tensor) -> Tensor:
-    """The frames of a video (3, F, H, W) beside one another, (3, H, F W)."""
+    """Joins the frames of a video (3, F, H, W) horizontally, (3, H, F W)."""
     return video.transpose(1, 2).flatten(2)
 
 
 def to_pil_frames(videos: Sequence[Tensor]) -> list[Image.Image]:
-    """The frames of n videos (3, F, H, W) in [-1, 1], which run beside one another where n > 1."""
+    """Converts n videos (3, F, H, W) in [-1, 1]; several are arranged in a grid."""
     if len(videos) == 1:
         return [to_pil(frame) for frame in videos[0].unbind(1)]
     return [
@@ -35,47 +35,46 @@ def to_pil_frames(videos: Sequence[Tensor]) -> list[Image.Image]:
 def save_videos(
     videos: Sequence[Tensor], path: Path, singles: Sequence[dict], facts: dict, *, fps: float
 ) -> None:
-    """n videos (3, F, H, W) beside one another at `path`, and each with its facts as <path>_000."""
+    """Saves n videos (3, F, H, W) in a grid at `path`, and each one, with its facts, as _000."""
     for i, (video, single) in enumerate(zip(videos, singles, strict=True)):
         save_video(to_pil_frames([video]), path.with_stem(f"{path.stem}_{i:03d}"), single, fps=fps)
     save_video(to_pil_frames(videos), path, facts, fps=fps)
 
 
 def save_video(frames: Sequence[Image.Image], path: Path, facts: dict, *, fps: float) -> None:
-    """Pictures of one size as a video of the suffix's kind, shown again and again.
+    """Saves frames as an endless GIF (256 colours), lossless WebP, or MP4 (H.264), by the suffix.
 
-    It carries `facts` as JSON: GIF as comment, WebP as EXIF description, MP4 as comment. WebP is
-    lossless, GIF has 256 colours for all frames, MP4 is H.264. A file at `path` is replaced whole.
+    `facts` are stored as JSON: in the comment of GIF and MP4, in the EXIF description of WebP.
     """
-    said = json.dumps(facts)
+    description = json.dumps(facts)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as file:
         if path.suffix == ".mp4":
-            _write_mp4(frames, file, said, fps)
+            _write_mp4(frames, file, description, fps)
             return
-        first, *others = _same_palette(frames) if path.suffix == ".gif" else frames
+        first, *others = _share_palette(frames) if path.suffix == ".gif" else frames
         how = {"save_all": True, "append_images": others, "duration": round(1000 / fps), "loop": 0}
         if path.suffix == ".gif":
-            first.save(file, "GIF", comment=said.encode(), **how)
+            first.save(file, "GIF", comment=description.encode(), **how)
         else:
             exif = Image.Exif()
-            exif[_DESCRIPTION] = said
+            exif[_DESCRIPTION] = description
             first.save(file, "WEBP", lossless=True, exif=exif, **how)
 
 
-def _same_palette(frames: Sequence[Image.Image]) -> list[Image.Image]:
-    """In 256 colours that are the same for all: colours of their own would flicker."""
+def _share_palette(frames: Sequence[Image.Image]) -> list[Image.Image]:
+    """Reduces all frames to the same 256 colours: a palette for each frame would flicker."""
     whole = Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames]))
     palette = whole.quantize(256)
     return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
 
 
-def _write_mp4(frames: Sequence[Image.Image], file, said: str, fps: float) -> None:
+def _write_mp4(frames: Sequence[Image.Image], file, description: str, fps: float) -> None:
     import av  # an extra
 
-    width, height = (side + side % 2 for side in frames[0].size)  # its colours are 2 x 2 pixels
+    width, height = (side + side % 2 for side in frames[0].size)  # chroma has 2 x 2 pixels
     with av.open(file, "w", format="mp4") as container:
-        container.metadata["comment"] = said
+        container.metadata["comment"] = description
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "16"}

@@ -9,8 +9,7 @@ import sys
 
 import torch
 
-from ldm.diffusion.objective import Prediction
-from ldm.diffusion.samplers.spacing import find_timesteps_at_ratio
+from ldm.diffusion.predictions import Prediction
 from ldm.diffusion.schedules import FlowSchedule, cosine, linear, scaled_linear
 
 SCHEDULES = {
@@ -96,9 +95,7 @@ def grid(scheduler, schedule):
         times = (scheduler.timesteps.double() + 1) / 1000
         return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
     sigmas = torch.stack(once(scheduler, sigmas)).double()
-    return (
-        sigmas if isinstance(schedule, FlowSchedule) else find_timesteps_at_ratio(schedule, sigmas)
-    )
+    return sigmas if isinstance(schedule, FlowSchedule) else schedule.timesteps_at_ratio(sigmas)
 
 
 def once(scheduler, values):

@@ -12,8 +12,9 @@ from ldm.data.datamodule import TextImageData
 from ldm.data.dataset import Batch, collate
 from ldm.data.shards.reader import write_shard
 from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
-from ldm.diffusion.objective import Objective, Prediction
-from ldm.diffusion.samplers.base import DDIMSampler
+from ldm.diffusion.objective import Objective
+from ldm.diffusion.predictions import Prediction
+from ldm.diffusion.samplers.ddim import DDIMSampler
 from ldm.diffusion.schedules import scaled_linear
 from ldm.diffusion.tasks.text_to_image import TextToImage
 from ldm.diffusion.timesteps import PowerTimestepSampler

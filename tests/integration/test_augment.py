@@ -68,7 +68,7 @@ def records(folder: str) -> list[dict]:
     shards = ShardReader(folder)
     found = []
     for i in range(len(shards)):
-        offset, size = shards.index.places(i)[2]
+        offset, size = shards.index.locations(i)[2]
         data = shards.index.paths[shards.index.shard[i]].read_bytes()
         found.append(json.loads(data[offset : offset + size]))
     return found

@@ -44,7 +44,7 @@ from ldm.config.components import (
 )
 from ldm.config.suggestions import CONF_DIR
 from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
-from ldm.diffusion.samplers.base import DDIMSampler
+from ldm.diffusion.samplers.ddim import DDIMSampler
 from ldm.diffusion.tasks.text_to_image import TextToImage
 from ldm.inference.pipeline import Pipeline
 from ldm.utils.checkpoint_file import link_last_checkpoint, write_checkpoint

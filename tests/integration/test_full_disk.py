@@ -21,7 +21,7 @@ def train(home, *more: str, expect: int = 0) -> str:
 
 
 @pytest.mark.slow
-def test_only_the_last_checkpoint_must_find_room(tmp_path):
+def test_on_a_full_disk_only_the_last_checkpoint_is_an_error(tmp_path):
     home, well = tmp_path / "hurt", tmp_path / "well"
     write(home / "shards", 40)
     shutil.copytree(home / "shards", well / "shards")

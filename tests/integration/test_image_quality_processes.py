@@ -58,14 +58,14 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(home):
+def test_two_processes_measure_the_same_as_one(home):
     """Before the first step, where the weights are the same: 21 pictures in six pieces."""
     expected = measured(home / "runs" / "whole", 0)
     assert shared(home, "by-two", world=2) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.slow
-def test_three_processes_measure_what_one_does(home):
+def test_three_processes_measure_the_same_as_one(home):
     """In two pieces: one process has none."""
     batch = "eval.images.batch=12"
     run(TRAIN, *RUN, batch, "trainer.max_steps=1", "name=twelve", cwd=home, **ALIKE)
@@ -86,7 +86,7 @@ def shared(home: Path, name: str, *options: str, world: int) -> dict[str, float]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, STEPS])
-def test_a_signal_while_it_paints_changes_nothing(home, step):
+def test_a_signal_during_an_evaluation_changes_nothing(home, step):
     """In the middle of a run, and at its last validation, after which there is no step."""
     name = f"ended-{step}"
     process = start(TRAIN, *RUN, f"name={name}", cwd=home, **ALIKE)
@@ -111,7 +111,7 @@ def test_a_signal_while_it_paints_changes_nothing(home, step):
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_with_what_two_have_painted(home):
+def test_one_process_continues_an_evaluation_of_two(home):
     """A signal to one of them, before the first step, ends both."""
     options = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     run_dir = home / "runs" / "two"
@@ -130,7 +130,7 @@ def test_one_process_goes_on_with_what_two_have_painted(home):
 
 
 @pytest.mark.slow
-def test_a_run_measures_what_is_measured_afterwards(home):
+def test_a_run_measures_the_same_as_ldm_evaluate(home):
     """The same captions, seeds, steps, weights and real pictures."""
     run("-m", "ldm.evaluate", "ckpt=runs/whole", *SAME, cwd=home, **ALIKE)
     offline = json.loads((home / "runs" / "whole" / "metrics.json").read_text())

@@ -28,7 +28,7 @@ RUN = [
 @pytest.mark.parametrize(
     ("kills", "steps"), [(4, 60), pytest.param(100, 500, marks=pytest.mark.slow)]
 )
-def test_no_kill_changes_anything(prepared, tmp_path, kills, steps):
+def test_kills_do_not_change_the_result(prepared, tmp_path, kills, steps):
     home = tmp_path / "home"
     shutil.copytree(prepared, home, symlinks=True)
     command = [*RUN, f"trainer.max_steps={steps}"]

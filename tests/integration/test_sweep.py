@@ -30,8 +30,8 @@ from shell import (
     wait_for,
 )
 
+from ldm.experiments.jobs import SweepJob, format_job_label
 from ldm.experiments.launchers.local import LocalMachine
-from ldm.experiments.sweep import SweepJob, format_job_label
 from ldm.utils.locks import InUseError, is_directory_locked, lock_directory
 
 QUICK = [*ANEW, "trainer.max_steps=4", "trainer.val_check_interval=2", "checkpoint.every=1"]

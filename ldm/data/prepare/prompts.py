@@ -1,10 +1,9 @@
-"""Where prompts come from when nobody types them: a template, a file, or the captions of a set.
+"""Prompts without a user: from a template, a text file, or the captions of a data set.
 
-Each is a function of a position (0 and up) alone, so that any part of an endless list of prompts
-can be had without the parts before it.
+A prompt source is a function of a position (0 and up) alone, so any part of the endless list of
+prompts can be computed without the parts before it.
 """
 
-import hashlib
 import json
 import re
 import zlib
@@ -20,15 +19,21 @@ from ldm.data.captions import clean_caption
 from ldm.data.position_sampler import PROMPT_STREAM, draw_random_bits
 from ldm.data.shards.reader import ShardReader
 from ldm.utils.files import read_text
+from ldm.utils.hashing import hash_bytes
 
-LABEL_FIELD = "label"  # the slot, and the field of a file's lines, that say a picture's class
+LABEL_FIELD = "label"  # the slot, and the JSON field, that holds an image's class
 
 PromptSource = Callable[[int], "Prompt"]
+
+_SLOT_SYNTAX = (
+    "a slot is a name in braces, as in {colour}, whose words are slots.colour=red,blue; a brace "
+    "that belongs to the text is written twice"
+)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text on one line, the class that its picture shows, and the words that filled slots."""
+    """A text on one line, the class of its image, and the words in its slots."""
 
     text: str
     label: str | int | None = None
@@ -36,13 +41,11 @@ class Prompt:
 
 
 class PromptTemplate:
-    """Texts such as "a {size} {colour} {label}" with a word for each name in braces.
+    """Texts such as "a {size} {colour} {label}" with a word for each slot in braces.
 
-    In as many positions as a slot has words, each is taken once, in an order drawn anew each time.
-    A name that ends in a number, as `colour2`, and has no words of its own takes those of the name
-    without it, and none twice in a text. Words are put in as they are.
-    Raises ValueError for braces that hold no such name, a slot without words, and words that no
-    slot takes.
+    In as many positions as a slot has words, each word is used once, in a new random order.
+    A slot such as `colour2` without words of its own uses those of `colour`, and no word twice in a
+    text. Raises ValueError for braces without a name, slots without words, and unused words.
     """
 
     def __init__(self, text: str, slots: Mapping[str, Sequence[str]]) -> None:
@@ -56,20 +59,19 @@ class PromptTemplate:
         if not clean_caption(text):
             raise ValueError("template= is empty")
         self.text, self.slots = text, {name: list(words) for name, words in slots.items()}
-        names = dict.fromkeys(name for _, name, _, _ in self._parts if name is not None)
-        self._families: dict[str, list[str]] = {}  # whose words -> the slots that take them
-        for name in names:
+        self._families: dict[str, list[str]] = {}  # slots that share words, by the name of these
+        for name in dict.fromkeys(name for _, name, _, _ in self._parts if name is not None):
             family = name if name in slots else name.rstrip("0123456789")
             if family not in slots:
                 raise ValueError(f"slot {{{name}}} has no words: give slots.{family}=one,another")
             self._families.setdefault(family, []).append(name)
         for name, words in self.slots.items():
-            slots_of_it = self._families.get(name, [])
-            if not slots_of_it:
+            count = len(self._families.get(name, []))
+            if not count:
                 raise ValueError(f"slots.{name} is not in the template: put {{{name}}} there")
-            if len(set(words)) < max(len(words), len(slots_of_it), 1) or "" in words:
+            if len(set(words)) < max(len(words), count, 1) or "" in words:
                 raise ValueError(
-                    f"slots.{name}={','.join(words)}: {len(slots_of_it)} different words or more, "
+                    f"slots.{name}={','.join(words)}: {count} different words or more, "
                     "none twice and none empty"
                 )
 
@@ -78,39 +80,36 @@ class PromptTemplate:
         for family, names in self._families.items():
             words = self.slots[family]
             first = draw_in_turn(position, len(words), family)[1]
-            others = [
-                i for i in _shuffle_indices(len(words), f"{family}/others", position) if i != first
-            ]
-            chosen |= zip(names, (words[i] for i in (first, *others)), strict=False)
+            order = _shuffle_indices(len(words), f"{family}/others", position)
+            order = [first, *(i for i in order if i != first)]
+            chosen |= zip(names, (words[i] for i in order), strict=False)
         text = "".join(start + chosen.get(name, "") for start, name, _, _ in self._parts)
         return Prompt(clean_caption(text), chosen.get(LABEL_FIELD), chosen)
 
     @property
     def facts(self) -> dict:
-        """What decides the prompts, as plain values."""
+        """Plain values that determine the prompts."""
         return {"template": self.text, "slots": self.slots}
 
 
 class PromptFile:
-    """The prompts of a text file in their order, again and again: caption, or caption TAB label.
+    """The prompts of a text file in order, again and again: caption, or caption TAB label.
 
-    A .jsonl file has a line such as {"caption": "a cat", "label": "cat"}. Raises OSError where
-    there is no file, ValueError where it has no prompt, or naming a line that is none, or that
-    lacks the label that others have.
+    A line of a .jsonl file is such as {"caption": "a cat", "label": "cat"}. Raises ValueError for a
+    bad line, for labels on some lines only, and without any prompt.
     """
 
     def __init__(self, path: Path) -> None:
-        lines = read_text(path).split("\n")
-        read = _parse_json_line if path.suffix == ".jsonl" else _parse_text_line
-        self.prompts, labelled = [], None
-        for number, line in enumerate(lines, start=1):
+        parse = _parse_json_line if path.suffix == ".jsonl" else _parse_text_line
+        self.prompts, has_labels = [], None
+        for number, line in enumerate(read_text(path).split("\n"), start=1):
             if not line.strip():
                 continue
-            prompt = read(line, f"{path}, line {number}")
-            labelled = prompt.label is not None if labelled is None else labelled
-            if labelled != (prompt.label is not None):
+            prompt = parse(line, f"{path}, line {number}")
+            has_labels = prompt.label is not None if has_labels is None else has_labels
+            if has_labels != (prompt.label is not None):
                 some = ("a label, which those above have not", "no label, which those above have")
-                raise ValueError(f"{path}, line {number} has {some[labelled]}: label all or none")
+                raise ValueError(f"{path}, line {number} has {some[has_labels]}: label all or none")
             self.prompts.append(prompt)
         if not self.prompts:
             raise ValueError(f"{path} has no line with text")
@@ -120,15 +119,15 @@ class PromptFile:
 
     @property
     def facts(self) -> dict:
-        """What decides the prompts, as plain values."""
+        """Plain values that determine the prompts."""
         text = json.dumps([asdict(prompt) for prompt in self.prompts])
-        return {"captions": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]}
+        return {"captions": hash_bytes(text.encode("utf-8", "replace"))[:16]}
 
 
 class DatasetPrompts:
-    """The captions of a set of pictures, each picture once in an order drawn anew each time.
+    """The captions of a data set, each image once in a new random order in each round.
 
-    Round k takes its k-th caption, and begins again where there are no more.
+    Round k uses an image's k-th caption, modulo their number.
     """
 
     def __init__(self, shards: ShardReader) -> None:
@@ -141,12 +140,12 @@ class DatasetPrompts:
 
     @property
     def facts(self) -> dict:
-        """What decides the prompts, as plain values."""
+        """Plain values that determine the prompts."""
         return {"captions": self.shards.index.fingerprint}
 
 
 def draw_in_turn(position: int, count: int, name: str) -> tuple[int, int]:
-    """(turn, which of `count`) of a position: all of them in each turn, in an order of its own."""
+    """Returns (turn, index below `count`): each turn has all indices in its own random order."""
     turn, place = divmod(position, count)
     return turn, _shuffle_indices(count, name, turn)[place]
 
@@ -157,23 +156,17 @@ def _shuffle_indices(count: int, name: str, turn: int) -> list[int]:
     return np.argsort(bits, kind="stable").tolist()
 
 
-_SLOT_SYNTAX = (
-    "a slot is a name in braces, as in {colour}, whose words are slots.colour=red,blue; a brace "
-    "that belongs to the text is written twice"
-)
-
-
 def _parse_text_line(line: str, where: str) -> Prompt:
-    text, *rest = line.split("\t")
-    if len(rest) > 1 or not clean_caption(text) or (rest and not clean_caption(rest[0])):
+    text, *rest = (clean_caption(part) for part in line.split("\t"))
+    if len(rest) > 1 or not text or rest == [""]:
         raise ValueError(f"{where} is neither a caption nor caption TAB label")
-    return Prompt(clean_caption(text), clean_caption(rest[0]) if rest else None)
+    return Prompt(text, *rest)
 
 
 def _parse_json_line(line: str, where: str) -> Prompt:
     try:
-        found = json.loads(line)
-        text, label = clean_caption(found["caption"]), found.get(LABEL_FIELD)
+        record = json.loads(line)
+        text, label = clean_caption(record["caption"]), record.get(LABEL_FIELD)
         label = clean_caption(label) if isinstance(label, str) else label
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         text, label = "", None

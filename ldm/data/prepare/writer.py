@@ -59,7 +59,7 @@ class OutputShard:
             if "sha256" in stats:
                 whole = hash_file(self.tar) == stats["sha256"]
             else:
-                whole = len(scan_shard(self.tar)[0]) == stats["successes"]
+                whole = len(scan_shard(self.tar).keys) == stats["successes"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return stats if whole else None

@@ -1,4 +1,4 @@
-"""The world of scenes as training data, drawn when it is first asked for."""
+"""The drawn world of scenes as training data; the shards are drawn on first use."""
 
 from ldm.data.datamodule import TextImageData
 from ldm.data.scenes.prepare import prepare_scenes
@@ -14,7 +14,7 @@ def locate_scene_folders(
     family: int = 1,
     frames: int | None = None,
 ) -> tuple[str, str]:
-    """The folders of the training and the validation scenes of these settings."""
+    """Returns the folders of the training and the validation scenes of these settings."""
     place = resolve_path(folder) / (f"{size}px" if frames is None else f"{size}px-{frames}-frames")
     train = place / (f"train-{count}" if family == 1 else f"train-{count}-by-{family}")
     return str(train), str(place / f"val-{val_count}")
@@ -34,13 +34,12 @@ def scenes_data(
     frames: int | None = None,
     seed: int = 0,
 ) -> TextImageData:
-    """TextImageData on `count` scenes for training and `val_count` others, `size` pixels square.
+    """Returns `count` training scenes and `val_count` others, `size` pixels square.
 
-    Training scenes come in families of `family` (see `world.sample`) that stay together in a batch.
-    The shards are made once, in a place under `folder` that their settings name, and are the same
-    for every `seed`, which is the training's. Pictures are neither cropped nor flipped: left and
-    right are what the captions are about. With `frames`, the first object of each scene moves, in a
-    video of so many pictures (see `motion.py`).
+    family: so many training scenes have the same words (see `sample_scene`) and stay together in a
+    batch; frames: of videos in which the first object of each scene moves; None: images.
+    `seed` is of the training; the scenes do not depend on it. They are neither cropped nor flipped,
+    because captions say left and right.
     """
     train, val = locate_scene_folders(
         folder=folder, count=count, val_count=val_count, size=size, family=family, frames=frames

@@ -1,7 +1,7 @@
-"""Scenes to pixels, anti-aliased at any size by signed distances.
+"""Draws scenes, anti-aliased at any size by signed distances.
 
-Lengths are in widths of the picture, y runs down, and an object lies in the square of its radius.
-Shapes: S side of the picture in pixels, h w a window of it, E edges of a polygon.
+Lengths are in widths of the image, y runs down; a shape's unit is the object's radius.
+Shapes: S side of the image in pixels, h w a window of it, E edges of a polygon.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,13 +11,13 @@ import numpy as np
 from ldm.data.scenes.world import BACKGROUNDS, COLOURS, OBJECT_RADIUS, Scene
 
 WHITE = (250, 248, 244)
-BACKGROUND_SHADE = 0.12  # the background runs from so much lighter at the top to so much darker
+BACKGROUND_SHADE = 0.12  # the background is so much lighter at the top, and darker at the bottom
 
 SCENE_MARGIN = 0.035
 OBJECT_GAP = (0.035, 0.06)
-MAX_MISALIGNMENT = 0.05  # how far out of line two objects may be, as a share of their distance
-CENTRE_JITTER = 0.04  # how much of the free room the pair wanders about in, around the middle
-OUTER_OUTLINE, _INNER_OUTLINE = 0.024, 0.014  # an outline's parts outside and inside the edge
+MAX_MISALIGNMENT = 0.05  # of two objects, as a share of their distance
+CENTRE_JITTER = 0.04  # of the pair around the centre, as a share of the free space
+OUTER_OUTLINE, _INNER_OUTLINE = 0.024, 0.014  # width of an outline outside and inside the edge
 _STRIPE, _STRIPE_WIDTH = 0.115, 0.048
 _DOT, _DOT_RADIUS = 0.108, 0.033
 
@@ -26,33 +26,33 @@ ObjectLocation = tuple[float, float, float]  # centre x, y and radius
 
 
 def draw_scene(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
-    """The picture, uint8 (S, S, 3), with objects placed at random where the relation allows."""
+    """Returns the image, uint8 (S, S, 3), with objects at random places that fit the relation."""
     return draw_scene_at(scene, arrange_objects(scene, rng), size)
 
 
 def draw_scene_at(scene: Scene, locations: Sequence[ObjectLocation], size: int) -> np.ndarray:
-    """The picture, uint8 (S, S, 3), with objects in given places; it draws nothing at random."""
+    """Returns the image, uint8 (S, S, 3), with the objects at these locations."""
     shade = np.linspace(1 + BACKGROUND_SHADE, 1 - BACKGROUND_SHADE, size)[:, None, None]
-    picture = np.tile(shade * BACKGROUNDS[scene.background], (1, size, 1))  # (S, S, 3)
+    image = np.tile(shade * BACKGROUNDS[scene.background], (1, size, 1))  # (S, S, 3)
     for one, (x, y, radius) in zip(scene.objects, locations, strict=True):
         reach = radius + OUTER_OUTLINE
         rows = slice(max(int((y - reach) * size), 0), int((y + reach) * size) + 2)
         columns = slice(max(int((x - reach) * size), 0), int((x + reach) * size) + 2)
-        window = picture[rows, columns]  # (h, w, 3)
+        window = image[rows, columns]  # (h, w, 3)
         dy = (np.arange(size)[rows, None] + 0.5) / size - y
         dx = (np.arange(size)[None, columns] + 0.5) / size - x
         body, white = compute_coverage(one.shape, scene.style, dx, dy, radius=radius, size=size)
         window += body[..., None] * (COLOURS[one.colour] - window)
         window += white[..., None] * (WHITE - window)
-    return (picture + 0.5).astype(np.uint8)
+    return (image + 0.5).astype(np.uint8)
 
 
 def compute_coverage(
     shape: str, style: str, dx: np.ndarray, dy: np.ndarray, *, radius: float, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What an object covers, and what of that is white: coverages (h, w) in [0, 1].
+    """Returns what an object covers, and what of that is white, (h, w) in [0, 1] each.
 
-    dx (1, w), dy (h, 1): where the pixels' centres lie from the object's own.
+    dx (1, w), dy (h, 1): offsets of the pixels' centres from the object's.
     """
 
     def cover(distance: np.ndarray) -> np.ndarray:
@@ -71,8 +71,8 @@ def compute_coverage(
 
 
 def arrange_objects(scene: Scene, rng: np.random.Generator) -> list[ObjectLocation]:
-    """Both objects, inside the picture and clear of one another."""
-    radii = [OBJECT_RADIUS[one.size] * rng.uniform(0.96, 1.04) for one in scene.objects]
+    """Returns locations inside the image and apart from each other."""
+    radii = sample_radii(scene, rng)
     reach = sum(radii) + 2 * OUTER_OUTLINE
     room = 1 - 2 * SCENE_MARGIN - 2 * reach
     along = reach + rng.uniform(OBJECT_GAP[0], min(OBJECT_GAP[1], room))
@@ -80,23 +80,38 @@ def arrange_objects(scene: Scene, rng: np.random.Generator) -> list[ObjectLocati
     step = np.array([across, along] if scene.relation in ("above", "below") else [along, across])
     if scene.relation in ("right of", "below"):
         step = -step
-    # The box around both, put near the middle: where things lie is not what captions tell, and the
-    # more of it is left to chance, the longer a model takes to learn what they do tell.
-    points = np.array([np.zeros(2), step])
-    extents = np.array(radii)[:, None] + OUTER_OUTLINE
-    low, high = (points - extents).min(0), (points + extents).max(0)
-    free = 1 - 2 * SCENE_MARGIN - (high - low)
-    points += SCENE_MARGIN - low + free * (0.5 + CENTRE_JITTER * rng.uniform(-1, 1, size=2))
+    points = move_to_centre(np.array([np.zeros(2), step]), radii, rng)
     return [(x, y, radius) for (x, y), radius in zip(points.tolist(), radii, strict=True)]
 
 
+def sample_radii(scene: Scene, rng: np.random.Generator) -> list[float]:
+    return [OBJECT_RADIUS[one.size] * rng.uniform(0.96, 1.04) for one in scene.objects]
+
+
+def measure_box(points: np.ndarray, radii: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the corners of the box around objects at points (n, 2)."""
+    extents = np.array(radii)[:, None] + OUTER_OUTLINE
+    return (points - extents).min(0), (points + extents).max(0)
+
+
+def move_to_centre(points: np.ndarray, radii: list[float], rng: np.random.Generator) -> np.ndarray:
+    """Returns the points (n, 2) with the box around their objects near the centre of the image.
+
+    Captions do not say where it is, and more randomness makes models learn captions more slowly.
+    """
+    low, high = measure_box(points, radii)
+    free = np.maximum(1 - 2 * SCENE_MARGIN - (high - low), 0)
+    jitter = 0.5 + CENTRE_JITTER * rng.uniform(-1, 1, size=2)
+    return points + (SCENE_MARGIN - low + free * jitter)
+
+
 def _to_grid(u: np.ndarray, period: float) -> np.ndarray:
-    """The distance to the nearest multiple of a period."""
+    """Returns the distance to the nearest multiple of a period."""
     return np.abs((u + period / 2) % period - period / 2)
 
 
 def _polygon(corners: list[tuple[float, float]]) -> SignedDistance:
-    """The signed distance to a closed polygon, negative inside."""
+    """Returns the signed distance to a closed polygon, negative inside."""
     start = np.array(corners)
     end = np.roll(start, -1, axis=0)
     ax, ay, ex, ey = (part[:, None, None] for part in (*start.T, *(end - start).T))  # (E, 1, 1)
@@ -139,7 +154,7 @@ _DISTANCE: dict[str, SignedDistance] = {
     "heart": _union(
         _circle(0.5, -0.5, -0.36),
         _circle(0.5, 0.5, -0.36),
-        # Below the lobes, along the tangents to them.
+        # Below the two circles, along their tangents.
         _polygon([(0, 0.99), (0.879, -0.035), (0.5, -0.36), (-0.5, -0.36), (-0.879, -0.035)]),
     ),
 }

@@ -1,6 +1,6 @@
-"""A small world of captioned pictures: what can be in one, how it is said, and what is held out.
+"""The drawn world: scenes with captions, and the splits that hold some of them out.
 
-A scene is two objects, one relation, a background and a style of drawing; `draw.py` paints it.
+A scene has two objects, one relation, a background and a style; `draw.py` draws it.
 """
 
 import zlib
@@ -11,9 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-WORLD_VERSION = (
-    3  # raised with every change of what is drawn or said: shards of another are not reused
-)
+WORLD_VERSION = 3  # raised with every change of images or captions: other shards are not reused
 
 RGB = tuple[int, int, int]
 SceneSplit = Literal["train", "val", "unseen"]
@@ -27,9 +25,9 @@ OPPOSITE_RELATION = {
     "below": "above",
 }
 RELATIONS = tuple(OPPOSITE_RELATION)
-OBJECT_RADIUS = {"small": 0.13, "large": 0.19}  # half the width, in widths of the picture
+OBJECT_RADIUS = {"small": 0.13, "large": 0.19}  # in widths of the image
 
-# No tone is near white, which is what outlines, stripes and dots are drawn in.
+# No tone is near white, the colour of outlines, stripes and dots.
 COLOURS: dict[str, RGB] = {
     "red": (216, 28, 46),
     "orange": (244, 122, 18),
@@ -48,7 +46,7 @@ BACKGROUNDS: dict[str, RGB] = {
     "teal": (12, 84, 88),
 }
 
-# The split: these never occur in "train" and "val", and every scene of "unseen" has one or two.
+# Every scene of the split "unseen" has one or two of these pairs, no other scene has any.
 UNSEEN_PAIRS = (
     ("red", "heart"),
     ("orange", "square"),
@@ -57,7 +55,7 @@ UNSEEN_PAIRS = (
     ("blue", "circle"),
     ("purple", "cross"),
 )
-_VAL_SHARE = 10  # one in so many of the other scenes is kept for "val"
+_VAL_SHARE = 10  # one in so many of the other scenes is in "val"
 
 SYNONYMS = {
     "small": ("small", "little"),
@@ -82,7 +80,7 @@ _SENTENCES = (
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One thing in a picture: names from SHAPES, COLOURS and RADIUS."""
+    """Names from SHAPES, COLOURS and OBJECT_RADIUS."""
 
     shape: str
     colour: str
@@ -91,7 +89,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Two objects of unlike colour; the first is `relation` the second."""
+    """Two objects of different colours; the first is `relation` the second."""
 
     objects: tuple[SceneObject, SceneObject]
     relation: str
@@ -99,14 +97,14 @@ class Scene:
     style: str
 
     def canonical(self) -> "Scene":
-        """The same picture told from its left or upper object on."""
+        """Returns the same scene with its left or upper object first."""
         if self.relation in ("left of", "above"):
             return self
         first, second = self.objects
         return Scene((second, first), OPPOSITE_RELATION[self.relation], self.background, self.style)
 
     def split(self) -> SceneSplit:
-        """The one split this scene may occur in."""
+        """Returns the only split that may have this scene."""
         if any((one.colour, one.shape) in UNSEEN_PAIRS for one in self.objects):
             return "unseen"
         text = repr(astuple(self.canonical()))
@@ -116,14 +114,12 @@ class Scene:
 def sample_scene(
     index: int, *, split: SceneSplit, seed: int = 0, family: int = 1
 ) -> tuple[Scene, np.random.Generator]:
-    """Scene `index` (0 and up) of a split, and the generator that places and words it.
+    """Returns scene `index` (0 and up) of a split, and the generator for its image and captions.
 
-    A pure function. Scenes are uniform over those of the split; "val" has combinations that
-    "train" has, in scenes that it has not. With `family` above 1, which is for "train", each
-    uniform scene is followed by family - 1 that the same words describe, otherwise arranged: who
-    tells them apart has understood the sentence, not the words alone ("When and why
-    vision-language models behave like bags-of-words", Yuksekgonul et al. 2023).
-    Raises ValueError for another split's name, and a family that there is not.
+    A pure function, uniform over the scenes of the split. With `family` above 1 (only in "train")
+    family - 1 scenes with the same words in other roles follow each: to tell them apart, a model
+    must understand the sentence ("When and why vision-language models behave like bags-of-words",
+    Yuksekgonul et al. 2023).
     """
     if family < 1 or (family > 1 and split != "train"):
         raise ValueError(f"families of 1, and of more in 'train' alone, not {family} in '{split}'")
@@ -142,12 +138,12 @@ def sample_scene(
 
 
 def _iterate_family(scene: Scene, rng: np.random.Generator) -> Iterator[Scene]:
-    """The scene, then others of its split: first those of the same words, each told at random."""
+    """Yields the scene, then others of its split: first those with the same words."""
     yield scene
-    told = {scene.canonical()}
+    seen = {scene.canonical()}
     names = tuple(zip(*(astuple(one) for one in scene.objects), strict=True))
     ways = list(product((1, -1), (1, -1), (1, -1), RELATIONS))
-    # Objects that are alike have few arrangements; the rest of a family has other backgrounds.
+    # Similar objects have few arrangements; the rest of a family has other backgrounds.
     start = list(BACKGROUNDS).index(scene.background)
     for background in np.roll(list(BACKGROUNDS), -start).tolist():
         for i in rng.permutation(len(ways)):
@@ -155,25 +151,30 @@ def _iterate_family(scene: Scene, rng: np.random.Generator) -> Iterator[Scene]:
             shapes, colours, sizes = (n[::turn] for n, turn in zip(names, turns, strict=True))
             objects = tuple(map(SceneObject, shapes, colours, sizes))
             other = Scene(objects, relation, background, scene.style)
-            if other.split() == "train" and other.canonical() not in told:
-                told.add(other.canonical())
+            if other.split() == "train" and other.canonical() not in seen:
+                seen.add(other.canonical())
                 yield other
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One of several ways to say the whole scene, in lower case."""
-
-    def pick(options: tuple[str, ...]) -> str:
-        return options[rng.integers(len(options))]
-
-    first, second = (f"{pick(SYNONYMS[f.size])} {f.colour} {f.shape}" for f in scene.objects)
-    return pick(_SENTENCES).format(
+    """Returns one of several descriptions of the whole scene, in lower case."""
+    first, second = describe_objects(scene, rng)
+    return pick_word(_SENTENCES, rng).format(
         first=first,
         second=second,
-        relation=pick(SYNONYMS[scene.relation]),
-        style=pick(SYNONYMS[scene.style]),
+        relation=pick_word(SYNONYMS[scene.relation], rng),
+        style=pick_word(SYNONYMS[scene.style], rng),
         background=scene.background,
     )
+
+
+def describe_objects(scene: Scene, rng: np.random.Generator) -> list[str]:
+    """Returns both objects as "small red circle", with synonyms of the size."""
+    return [f"{pick_word(SYNONYMS[o.size], rng)} {o.colour} {o.shape}" for o in scene.objects]
+
+
+def pick_word(options: tuple[str, ...], rng: np.random.Generator) -> str:
+    return options[rng.integers(len(options))]
 
 
 def _draw_random_scene(rng: np.random.Generator) -> Scene:

@@ -1,81 +1,63 @@
-"""A folder of whole shards that came from elsewhere, of a bounded size.
+"""A folder of bounded size with whole copies of shards from servers, shared by all processes.
 
-Several processes and runs of one machine may share it. A shard is there in full or not at all
-(`.part` until then); whoever reads one holds a shared lock on it, and one that nobody reads leaves
-when room is needed, the least recently opened first. Kernel locks: a killed process leaves none.
+A shard has the suffix `.part` until it is whole. Its readers hold a shared lock on it; when room is
+needed, the least recently opened shards that nobody reads are deleted.
 
     cache/<digest>-<bytes>-<name>    cache/index-<digest>.npz    cache/locks/    cache/.ldm-cache
 
-Only files of such names leave, and only out of a folder with the marker `.ldm-cache`, which a
-folder gets before the first shard, if there is nothing of others in it.
+Only files of such names are deleted, and only in a folder with the marker `.ldm-cache`, which a
+folder gets before the first shard if it holds nothing else.
 """
 
 import fcntl
 import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
 from ldm.data.shards.remote import RemoteShard, download_shard
 from ldm.utils.files import resolve_path, write_text
+from ldm.utils.locks import hold_lock
 
 PARTIAL_SUFFIX = ".part"
 CACHE_MARKER = ".ldm-cache"
 CACHED_SHARD_PATTERN = re.compile(
     rf"[0-9a-f]{{16}}-([0-9]{{1,18}})-[\w.-]{{0,80}}?({re.escape(PARTIAL_SUFFIX)})?"
 )
-# What else lies in a cache: of indices, of the locks, of `ldm.clip` and of `ldm.evaluate`.
+# Other content of a cache: indices, locks, and tables of `ldm.clip` and `ldm.evaluate`.
 CACHE_FILE_PATTERN = re.compile(
     rf"index-[0-9a-f]{{16}}\.npz(\..*)?|locks|clip|real|{re.escape(CACHE_MARKER)}.*"
 )
 _log = logging.getLogger(__name__)
 
 
-@contextmanager
-def hold_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a file's or folder's lock; BlockingIOError where another does and `wait` is off."""
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    finally:
-        # Not left to close: a child forked meanwhile has a copy, and the lock would live on in it.
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
-
-
 class ShardCache:
-    """Shards of servers, as local files.
-
-    Raises ValueError where the bound is not above 0.
-    """
+    """Whole copies of remote shards in `folder`, at most `gigabytes` of 10^9 bytes."""
 
     def __init__(self, folder: str | Path, *, gigabytes: float) -> None:
         if not gigabytes > 0:
             raise ValueError(f"cache_gb must be above 0, got {gigabytes}")
         self.folder = resolve_path(folder)
         self.bytes = int(gigabytes * 1e9)
-        self._told = False
+        self._has_warned = False
 
     def open(self, remote: RemoteShard) -> FileIO:
-        """The shard, downloaded first where it is not there; to be closed by `Cache.close`.
+        """Returns the shard's copy, downloaded if missing; `close` lets it be deleted again.
 
-        Raises RemoteError, FileNotFoundError as `download`, ValueError where it is larger than the
-        whole cache, or where the folder holds things of others.
+        Raises like `download_shard`, and ValueError if the shard is larger than the cache or the
+        folder holds other files.
         """
         path = self.folder / remote.name
         while True:
-            if file := self._reading(path, remote.size):
+            if file := self._open_copy(path, remote.size):
                 return file
-            self._claim()
+            self._claim_folder()
             (self.folder / "locks").mkdir(parents=True, exist_ok=True)
-            with hold_lock(self._lock(path.name)):
+            with hold_lock(self.folder / "locks" / path.name):
                 if path.exists():
-                    continue  # somebody else has just fetched it
+                    continue  # another process has downloaded it meanwhile
                 part = path.with_name(path.name + PARTIAL_SUFFIX)
                 self._make_room(remote, part)
                 try:
@@ -88,18 +70,17 @@ class ShardCache:
 
     @staticmethod
     def close(file: FileIO) -> None:
-        """Give a shard up: from now on it may leave."""
-        fcntl.flock(file.fileno(), fcntl.LOCK_UN)  # see `locked`
+        fcntl.flock(file.fileno(), fcntl.LOCK_UN)  # see `hold_lock`
         file.close()
 
-    def _reading(self, path: Path, size: int) -> FileIO | None:
+    def _open_copy(self, path: Path, size: int) -> FileIO | None:
         try:
             file = FileIO(path)
         except FileNotFoundError:
             return None
         fcntl.flock(file.fileno(), fcntl.LOCK_SH)
         stat = os.fstat(file.fileno())
-        if stat.st_nlink == 0:  # it left between open and lock
+        if stat.st_nlink == 0:  # it was deleted between open and lock
             self.close(file)
             return None
         if stat.st_size != size:
@@ -107,34 +88,26 @@ class ShardCache:
             path.unlink(missing_ok=True)
             _log.warning("%s was damaged; fetching it again", path)
             return None
-        os.utime(path)  # the newest time is the last one to leave
+        os.utime(path)
         return file
 
-    def _claim(self) -> None:
-        """Mark the folder as a cache, out of which shards may leave."""
+    def _claim_folder(self) -> None:
+        """Marks the folder as a cache whose shards may be deleted."""
         if (self.folder / CACHE_MARKER).is_file():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        names = sorted(os.listdir(self.folder))
-        foreign = [
-            name
-            for name in names
-            if not (CACHED_SHARD_PATTERN.fullmatch(name) or CACHE_FILE_PATTERN.fullmatch(name))
-        ]
-        if foreign:
-            raise ValueError(
-                f"data.cache={self.folder} holds {foreign[0]!r}, and is no cache: give a new or "
-                "empty folder, out of which shards may be deleted"
-            )
+        for name in sorted(os.listdir(self.folder)):
+            if not (CACHED_SHARD_PATTERN.fullmatch(name) or CACHE_FILE_PATTERN.fullmatch(name)):
+                raise ValueError(
+                    f"data.cache={self.folder} holds {name!r}, and is no cache: give a new or "
+                    "empty folder, out of which shards may be deleted"
+                )
         write_text(
             self.folder / CACHE_MARKER, "Shards in this folder are copies, and ldm deletes them\n"
         )
 
-    def _lock(self, name: str) -> Path:
-        return self.folder / "locks" / name
-
     def _make_room(self, remote: RemoteShard, part: Path) -> None:
-        """Let others leave until this one fits, and create `part`, which keeps its room."""
+        """Deletes others until the shard fits, and creates `part`, whose name reserves the room."""
         if remote.size > self.bytes:
             raise ValueError(
                 f"{remote} has {remote.size / 1e9:.2f} GB and does not fit into a cache of "
@@ -142,15 +115,15 @@ class ShardCache:
             )
         with hold_lock(self.folder / "locks" / "room"):
             part.touch()
-            present = self._present()
-            total = sum(size for _, size, _ in present)
-            for _, size, path in sorted(present):
+            shards = self._list_shards()
+            total = sum(size for _, size, _ in shards)
+            for _, size, path in sorted(shards):
                 if total <= self.bytes:
                     break
-                if path != part and self._leave(path):
+                if path != part and self._delete_unused(path):
                     total -= size
-            if total > self.bytes and not self._told:
-                self._told = True
+            if total > self.bytes and not self._has_warned:
+                self._has_warned = True
                 _log.warning(
                     "%s holds %.2f GB that are all in use, more than data.cache_gb allows; fewer "
                     "workers or a smaller data.window need less",
@@ -158,25 +131,23 @@ class ShardCache:
                     total / 1e9,
                 )
 
-    def _present(self) -> list[tuple[int, int, Path]]:
-        """(time of last use, bytes once it is whole, path) of all shards and parts."""
+    def _list_shards(self) -> list[tuple[int, int, Path]]:
+        """Returns (time of last use, bytes when whole, path) of all shards and parts."""
         found = []
         for entry in os.scandir(self.folder):
-            named = CACHED_SHARD_PATTERN.fullmatch(entry.name)
-            if named and entry.is_file(follow_symlinks=False):
+            match = CACHED_SHARD_PATTERN.fullmatch(entry.name)
+            if match and entry.is_file(follow_symlinks=False):
                 with suppress(FileNotFoundError):
-                    found.append((entry.stat().st_mtime_ns, int(named[1]), Path(entry.path)))
+                    found.append((entry.stat().st_mtime_ns, int(match[1]), Path(entry.path)))
         return found
 
-    def _leave(self, path: Path) -> bool:
-        """Remove a shard that nobody reads, or a part that nobody writes."""
-        held = (
-            self._lock(path.name.removesuffix(PARTIAL_SUFFIX))
-            if path.name.endswith(PARTIAL_SUFFIX)
-            else path
-        )
+    def _delete_unused(self, path: Path) -> bool:
+        """Deletes a shard that nobody reads, or a part that nobody writes."""
+        lock = path
+        if path.name.endswith(PARTIAL_SUFFIX):
+            lock = self.folder / "locks" / path.name.removesuffix(PARTIAL_SUFFIX)
         try:
-            with hold_lock(held, wait=False):
+            with hold_lock(lock, wait=False):
                 path.unlink(missing_ok=True)
         except BlockingIOError:
             return False

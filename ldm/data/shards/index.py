@@ -1,14 +1,13 @@
-"""Where each sample lies inside tar shards: an index of their headers, and the filters on it.
+"""The index of tar shards: where each sample lies, saved next to the shards or in the cache.
 
-Shapes: N samples, 3 members a sample (image, txt, json), 2 numbers a member.
+Shapes: N samples, S shards, 3 members a sample (image, txt, json), 2 numbers a member.
 """
 
-import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from ldm.data.shards.parallel_scan import TAR_BLOCK_BYTES, measure_short_sides, 
 from ldm.data.shards.remote import RemoteShard
 from ldm.data.shards.tar_headers import SPARSE_MEMBER, ShardError
 from ldm.utils.files import replace_file, resolve_path
+from ldm.utils.hashing import hash_bytes
 from ldm.utils.locks import hold_lock
 
 INDEX_NAME = "index.npz"
@@ -32,20 +32,42 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class ReadOptions:
+    """Which samples of shards to read, and how.
+
+    min_size: leave out images whose short side has fewer pixels; cache: holds shards of servers and
+    their index; read_only: do not save an index; caption_key: see `read_sample_captions`;
+    on_error: "skip" leaves out sparse members, "stop" raises ShardError for them.
+    """
+
+    min_size: int | None = None
+    cache: ShardCache | None = None
+    read_only: bool = False
+    caption_key: str | None = None
+    on_error: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        if self.min_size is not None and self.min_size < 1:
+            raise ValueError(f"min_size must be 1 pixel or more, or null, got {self.min_size}")
+        if not isinstance(self.caption_key, str | None):
+            raise ValueError(f"caption_key is a name or null, got {self.caption_key!r}")
+
+
+DEFAULT_READ_OPTIONS = ReadOptions()
+
+
+@dataclass(frozen=True)
 class ShardIndex:
     """The samples of a list of shards, in shard order.
 
-    paths: the S shards, local or on servers; stamps: (size in bytes, mtime in ns, or the server's
-    mark) of each when it was scanned.
+    stamps: of each shard when it was scanned: size in bytes, and mtime in ns or the server's ETag.
     shard (N,) int32: number of the sample's shard.
-    members (N, 3, 2) uint32: (offset in blocks of 512 bytes, size in bytes) of image, txt and json;
-    (0, 0) where absent.
+    members (N, 3, 2) uint32: offset in blocks of 512 bytes and size in bytes; (0, 0) if absent.
     key_bytes, key_ends (N,): all keys in UTF-8 one after another, and where each ends.
-    skipped: how many samples were left out, by reason; sparse: of each shard that has any, its name
-    and that of its first sparse member.
-    captions: what the texts of all usable samples hold; caption_key: see `sample_captions`.
-    short (N,) int32: short side of each picture in pixels, 0 where its header cannot be read; None
-    where nobody has asked for it yet.
+    skipped: how many samples were left out, by reason; sparse: the first sparse member of each
+    shard that has one; captions: counts over all usable samples.
+    short (N,) int32: short side of each image in pixels, 0 if its header cannot be read; None if
+    not measured yet.
     """
 
     paths: list[Path | RemoteShard]
@@ -64,33 +86,29 @@ class ShardIndex:
         return len(self.shard)
 
     def key(self, i: int) -> str:
-        """The key of sample i: its member names up to the first dot."""
         start = self.key_ends[i - 1] if i > 0 else 0
         return self.key_bytes[start : self.key_ends[i]].tobytes().decode("utf-8", "replace")
 
-    def places(self, i: int) -> list[tuple[int, int]]:
-        """(offset, size) in bytes of sample i's image, txt and json; (0, 0) where absent."""
+    def locations(self, i: int) -> list[tuple[int, int]]:
+        """Returns (offset, size) in bytes of sample i's image, txt and json; (0, 0) if absent."""
         return [(block * TAR_BLOCK_BYTES, size) for block, size in self.members[i].tolist()]
 
     def shard_sizes(self) -> list[int]:
-        """The number of samples in each of the S shards."""
+        """Returns the number of samples in each of the S shards."""
         return np.bincount(self.shard, minlength=len(self.paths)).tolist()
 
     @property
     def fingerprint(self) -> str:
-        """Of the samples' keys, order and sizes in bytes, and of what is read as their captions.
+        """A digest of keys, order, sizes and caption key, wherever the shards are stored."""
+        return hash_bytes(
+            self.key_bytes.tobytes(),
+            (self.caption_key or "").encode("utf-8", "replace"),
+            self.key_ends.astype("<i8").tobytes(),
+            self.members[:, :, 1].astype("<u4").tobytes(),
+        )[:16]
 
-        Wherever their shards lie.
-        """
-        digest = hashlib.sha256(self.key_bytes.tobytes())
-        if self.caption_key is not None:
-            digest.update(self.caption_key.encode("utf-8", "replace"))
-        digest.update(self.key_ends.astype("<i8").tobytes())
-        digest.update(self.members[:, :, 1].astype("<u4").tobytes())
-        return digest.hexdigest()[:16]
-
-    def where(self, keep: np.ndarray, *, skipped: dict[str, int]) -> "ShardIndex":
-        """Only the samples for which keep (N,) bool is true; `skipped` says why not the others."""
+    def select(self, keep: np.ndarray, *, skipped: dict[str, int]) -> "ShardIndex":
+        """Returns the samples for which keep (N,) bool is true; `skipped` counts the others."""
         lengths = np.diff(self.key_ends, prepend=0)
         return replace(
             self,
@@ -103,72 +121,48 @@ class ShardIndex:
         )
 
 
-def open_index(
-    source: ShardSource,
-    *,
-    min_size: int | None = None,
-    cache: ShardCache | None = None,
-    read_only: bool = False,
-    caption_key: str | None = None,
-    on_error: Literal["stop", "skip"] = "stop",
-) -> ShardIndex:
-    """The index of what `locate` finds: of a folder's .tar files, of one file, URL or list.
+def open_index(source: ShardSource, options: ReadOptions = DEFAULT_READ_OPTIONS) -> ShardIndex:
+    """Returns the index of a source (see `locate_shards`), without unusable samples.
 
-    What a list names twice has twice the weight. Samples without a caption member are left out;
-    with `min_size` also pictures whose short side has fewer pixels or whose header cannot be read;
-    with on_error="skip" those with a sparse member, which has no bytes to be read at an offset.
-    Empty captions are counted, and told.
-
-    A folder's index is kept in `index.npz` beside the shards, any other's in the `cache`, and made
-    anew when a shard was added, removed or changed; without a place for it, or where it is
-    `read_only`, a new one lives in memory.
-    Raises FileNotFoundError where there is no shard, ShardError where one is damaged or has sparse
-    members, where no sample is left or none has text under `caption_key`, ValueError where a URL
-    has no cache, and what `locate` raises.
+    It is loaded from `index.npz` in the folder of the shards (or, for other sources, in the cache),
+    or built and saved there if shards were added or changed. Empty captions give a warning.
+    Raises FileNotFoundError without any shard, ShardError for a damaged one and if no sample
+    or no caption is left, ValueError for a URL without cache.
     """
-    if min_size is not None and min_size < 1:
-        raise ValueError(f"min_size must be 1 pixel or more, or null, got {min_size}")
-    if not isinstance(caption_key, str | None):
-        raise ValueError(f"caption_key is a name or null, got {caption_key!r}")
-    paths = locate_shards(source)
+    paths, name, cache = locate_shards(source), redact_source(source), options.cache
     if cache is None and any(isinstance(path, RemoteShard) for path in paths):
-        raise ValueError(
-            f"{redact_source(source)}: shards on servers need data.cache=FOLDER to be kept in"
-        )
-    home, measured = _find_index_path(source, paths, cache), min_size is not None
-    index = _load_or_build_index(paths, home, cache, measured=measured, read_only=read_only)
-    index = replace(index, caption_key=caption_key)
-    if index.sparse and on_error != "skip":
+        raise ValueError(f"{name}: shards on servers need data.cache=FOLDER to be stored in")
+    index = _load_or_build_index(paths, _find_index_path(source, paths, cache), options)
+    index = replace(index, caption_key=options.caption_key)
+    if index.sparse and options.on_error != "skip":
         raise ShardError(
             f"{index.sparse[0]} is a {SPARSE_MEMBER}, as `tar -S` writes files with holes, "
-            "and cannot "
-            "be read: make the tar without -S (--sparse), or leave such samples out "
+            "and cannot be read: make the tar without -S (--sparse), or leave such samples out "
             f"({index.skipped[SPARSE_MEMBER]}) with data.on_error=skip"
         )
-    if min_size is not None:
-        keep = index.short >= min_size
+    if options.min_size is not None:
+        keep = index.short >= options.min_size
         unread = int((index.short == 0).sum())
-        reasons = {f"short side under {min_size} px": int((~keep).sum()) - unread}
+        reasons = {f"short side under {options.min_size} px": int((~keep).sum()) - unread}
         reasons["unreadable header"] = unread
-        index = index.where(keep, skipped={why: n for why, n in reasons.items() if n})
+        index = index.select(keep, skipped={reason: n for reason, n in reasons.items() if n})
     if index.skipped:
-        _log.warning("%s: samples left out: %s", redact_source(source), index.skipped)
+        _log.warning("%s: samples left out: %s", name, index.skipped)
     if len(index) == 0:
         raise ShardError(
-            f"{redact_source(source)}: no sample has both image and caption (left out: "
-            f"{index.skipped}); "
+            f"{name}: no sample has both image and caption (left out: {index.skipped}); "
             "the members of a sample share their name up to the first dot and follow one another"
         )
-    _warn_about_captions(index, redact_source(source))
+    _check_captions(index.captions, options.caption_key, name)
     return index
 
 
-def _warn_about_captions(index: ShardIndex, name: str) -> None:
-    """Warn of captions that are empty or no text; ShardError where a key was named in vain."""
-    count, key = index.captions, index.caption_key
-    if key is not None and count.without(key) == count.samples:
+def _check_captions(count: CaptionCount, key: str | None, name: str) -> None:
+    """Warns about empty or undecodable captions; ShardError if no sample has text under `key`."""
+    empty = count.count_empty(key)
+    if key is not None and empty == count.samples:
         raise ShardError(f"{name}: data.caption_key={key}: {count.describe(key)}")
-    if count.without(key):
+    if empty:
         _log.warning("%s: %s", name, count.describe(key))
     if count.garbled and key is None:
         _log.warning(
@@ -183,58 +177,23 @@ def _warn_about_captions(index: ShardIndex, name: str) -> None:
 def _find_index_path(
     source: ShardSource, paths: list[Path | RemoteShard], cache: ShardCache | None
 ) -> Path | None:
-    """Where the index is kept."""
     if isinstance(source, (str, Path)) and (folder := resolve_path(source)).is_dir():
         return folder / INDEX_NAME
     if cache is None:
         return None
-    digest = hashlib.sha256("\n".join(_list_shard_names(paths)).encode("utf-8", "surrogateescape"))
+    names = "\n".join(_list_absolute_names(paths))
     cache.folder.mkdir(parents=True, exist_ok=True)
-    return cache.folder / f"index-{digest.hexdigest()[:16]}.npz"
+    return cache.folder / f"index-{hash_bytes(names.encode('utf-8', 'surrogateescape'))[:16]}.npz"
 
 
-def _list_shard_names(paths: Sequence[Path | RemoteShard]) -> list[str]:
+def _list_absolute_names(paths: Sequence[Path | RemoteShard]) -> list[str]:
     return [str(path if isinstance(path, RemoteShard) else path.absolute()) for path in paths]
 
 
-def _load_or_build_index(
-    paths: list[Path | RemoteShard],
-    home: Path | None,
-    cache: ShardCache | None,
-    *,
-    measured: bool,
-    read_only: bool,
-) -> ShardIndex:
-    stamps = [_read_stamp(path) for path in paths]
-    if (
-        home
-        and (index := _load_index(home, paths, stamps))
-        and (not measured or index.short is not None)
-    ):
-        return index
-    with _lock_index(home):
-        index = _load_index(home, paths, stamps) if home else None
-        if index is None:
-            index = _build_index(paths, stamps, cache)
-        elif not measured or index.short is not None:
-            return index
-        if measured:
-            index = replace(
-                index, short=measure_short_sides(index.paths, index.shard, index.members, cache)
-            )
-        if home and not read_only:
-            _save_index(index, home)
-    return index
-
-
-@contextmanager
-def _lock_index(home: Path | None) -> Iterator[None]:
-    """One process of the machine makes an index, the others wait for it and load it."""
-    with ExitStack() as stack:
-        if home:
-            with suppress(OSError):  # a file system without locks
-                stack.enter_context(hold_lock(home.parent))
-        yield
+def _list_saved_names(paths: Sequence[Path | RemoteShard], file: Path) -> list[str]:
+    """Returns the shards as an index names them: a folder may move with its index."""
+    in_folder = file.name == INDEX_NAME
+    return [path.name for path in paths] if in_folder else _list_absolute_names(paths)
 
 
 def _read_stamp(path: Path | RemoteShard) -> list[Any]:
@@ -242,6 +201,33 @@ def _read_stamp(path: Path | RemoteShard) -> list[Any]:
         return [path.size, path.etag]
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]
+
+
+def _load_or_build_index(
+    paths: list[Path | RemoteShard], file: Path | None, options: ReadOptions
+) -> ShardIndex:
+    """Loads the index; one process of the machine builds what is missing, others wait for it."""
+    stamps = [_read_stamp(path) for path in paths]
+
+    def is_complete(index: ShardIndex | None) -> bool:
+        return index is not None and (options.min_size is None or index.short is not None)
+
+    if is_complete(index := _load_index(file, paths, stamps)):
+        return index
+    with ExitStack() as stack:
+        if file:
+            with suppress(OSError):  # a file system without locks
+                stack.enter_context(hold_lock(file.parent))
+        if is_complete(index := _load_index(file, paths, stamps)):
+            return index
+        if index is None:
+            index = _build_index(paths, stamps, options.cache)
+        if options.min_size is not None:
+            sides = measure_short_sides(paths, index.shard, index.members, options.cache)
+            index = replace(index, short=sides)
+        if file and not options.read_only:
+            _save_index(index, file)
+    return index
 
 
 def _build_index(
@@ -270,10 +256,10 @@ def _build_index(
     )
 
 
-def _save_index(index: ShardIndex, home: Path) -> None:
+def _save_index(index: ShardIndex, file: Path) -> None:
     meta = {
         "version": _VERSION,
-        "shards": _meta_names(index.paths, home),
+        "shards": _list_saved_names(index.paths, file),
         "stamps": index.stamps,
         "skipped": index.skipped,
         "captions": asdict(index.captions),
@@ -282,51 +268,41 @@ def _save_index(index: ShardIndex, home: Path) -> None:
     arrays = {name: getattr(index, name) for name in _ARRAYS}
     if index.short is not None:
         arrays["short"] = index.short
-    if _is_foreign(home):
-        _log.warning("%s is no index of ours, and stays: the new one is kept in memory only", home)
-        return
+    # Errors mean a damaged file, which may be replaced.
+    with suppress(Exception), np.load(file, allow_pickle=False) as before:
+        if "meta" not in before.files:
+            _log.warning("%s is no index of ldm and stays: the new one is in memory only", file)
+            return
     try:
-        with replace_file(home) as file:
-            np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
+        with replace_file(file) as npz:
+            np.savez(npz, meta=np.array(json.dumps(meta)), **arrays)
     except OSError as error:
-        _log.info("%s: index kept in memory only: %s", home, error)
-
-
-def _is_foreign(home: Path) -> bool:
-    """Whether a file of this name holds somebody else's arrays; one that is damaged does not."""
-    with suppress(Exception), np.load(home, allow_pickle=False) as arrays:  # as in `_load`
-        return "meta" not in arrays.files
-    return False
-
-
-def _meta_names(paths: list[Path | RemoteShard], home: Path) -> list[str]:
-    """A folder may move with its index, so its shards go by their names there."""
-    beside = home.name == INDEX_NAME
-    return [path.name for path in paths] if beside else _list_shard_names(paths)
+        _log.info("%s: index in memory only: %s", file, error)
 
 
 def _load_index(
-    home: Path, paths: list[Path | RemoteShard], stamps: list[list[Any]]
+    file: Path | None, paths: list[Path | RemoteShard], stamps: list[list[Any]]
 ) -> ShardIndex | None:
-    """The saved index where it is whole and speaks of exactly these shards; it is made in minutes.
-
-    numpy reads as much of an array as its header says, so that its checksum may go unread.
-    """
-    if not home.is_file():
+    """Returns the saved index if it is whole and of exactly these shards."""
+    if file is None or not file.is_file():
         return None
     try:
-        with np.load(home, allow_pickle=False) as arrays:
-            if arrays.zip.testzip() is not None:
+        with np.load(file, allow_pickle=False) as arrays:
+            if arrays.zip.testzip() is not None:  # numpy does not check the checksums itself
                 return None
             meta = json.loads(str(arrays["meta"]))
-            current = [_VERSION, _meta_names(paths, home), stamps]
+            current = [_VERSION, _list_saved_names(paths, file), stamps]
             if [meta["version"], meta["shards"], meta["stamps"]] != current:
                 return None
-            rest = {name: arrays[name] for name in _ARRAYS}
-            rest["short"] = arrays.get("short")
-            rest["captions"] = CaptionCount(**meta["captions"])
-            told = {"skipped": meta["skipped"], "sparse": meta["sparse"]}
-            return ShardIndex(paths=paths, stamps=stamps, **told, **rest)
-    except Exception as error:  # zipfile and numpy have many ways to say that a file is damaged
-        _log.info("%s is made anew: %r", home, error)
+            return ShardIndex(
+                paths=paths,
+                stamps=stamps,
+                skipped=meta["skipped"],
+                sparse=meta["sparse"],
+                captions=CaptionCount(**meta["captions"]),
+                short=arrays.get("short"),
+                **{name: arrays[name] for name in _ARRAYS},
+            )
+    except Exception as error:  # zipfile and numpy raise many kinds for damaged files
+        _log.info("%s is built again: %r", file, error)
         return None

@@ -1,4 +1,4 @@
-"""What `data.train` names to the shards themselves, in their order."""
+"""From `data.train`, a folder, glob, brace range or URL, to its shards in order."""
 
 import glob
 import itertools
@@ -18,25 +18,20 @@ MAX_SHARDS = 1_000_000
 
 
 def locate_shards(source: ShardSource) -> list[Path | RemoteShard]:
-    """The shards of a folder, .tar file, glob, brace range or URL, or of a list of these.
+    """Returns the shards of a folder, .tar file, glob, brace range or URL, or of a list of these.
 
-    Folders and globs are in order of name; what is named twice is there twice. Servers are asked
-    for the size of each shard.
-    Raises FileNotFoundError where there is no shard, ValueError for `pipe:`, for a shard that is a
-    pipe or a device, for braces that do not close, for a URL of an unknown kind and for one with a
-    password; RemoteError where a server does not answer.
+    Folders and globs are in order of name; a shard that is listed twice is there twice.
+    Raises FileNotFoundError without any shard, RemoteError if a server does not answer, ValueError
+    for `pipe:`, a pipe or device, unbalanced braces, an unknown protocol, or a password in a URL.
     """
     sources = [source] if isinstance(source, (str, Path)) else source
-    sources = [each if is_url(str(each)) else resolve_path(each) for each in sources]
+    sources = [str(each) if is_url(str(each)) else str(resolve_path(each)) for each in sources]
     found = [
-        shard
-        for text in map(str, sources)
-        for one in _expand_braces(text)
-        for shard in _list_shards(one)
+        shard for text in sources for one in _expand_braces(text) for shard in _list_shards(one)
     ]
     if not found:
-        places = (text for text in map(str, sources) if not is_url(text))
-        below = sorted({tar.parent for place in places for tar in Path(place).glob("*/*.tar")})
+        folders = (Path(text) for text in sources if not is_url(text))
+        below = sorted({tar.parent for folder in folders for tar in folder.glob("*/*.tar")})
         if below:
             raise FileNotFoundError(
                 f"no .tar shards in {redact_source(source)} itself, but in "
@@ -47,15 +42,15 @@ def locate_shards(source: ShardSource) -> list[Path | RemoteShard]:
         )
     if len(found) > MAX_SHARDS:
         raise ValueError(f"{redact_source(source)}: more than {MAX_SHARDS:,} shards")
-    local = (place for place in found if isinstance(place, Path))
-    if other := next((path for path in local if not (path.is_file() or path.is_dir())), None):
-        raise ValueError(f"{other} is no file, but a pipe, a device or a link to nothing")
-    remotes = iter(describe_urls([place for place in found if isinstance(place, str)]))
-    return [next(remotes) if isinstance(place, str) else place for place in found]
+    for path in found:
+        if isinstance(path, Path) and not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is no file, but a pipe, a device or a link to nothing")
+    remotes = iter(describe_urls([url for url in found if isinstance(url, str)]))
+    return [next(remotes) if isinstance(shard, str) else shard for shard in found]
 
 
 def redact_source(source: ShardSource) -> str:
-    """A source for messages, without credentials."""
+    """Returns a source for messages, without credentials."""
     if isinstance(source, (str, Path)):
         return redact_url(str(source)) if is_url(str(source)) else str(source)
     return f"[{', '.join(redact_source(one) for one in source)}]"
@@ -66,7 +61,7 @@ def is_url(text: str) -> bool:
 
 
 def _expand_braces(text: str) -> Iterable[str]:
-    """`a-{00..02}.tar` is three, as for a shell; a name that exists is taken as it is."""
+    """`a-{00..02}.tar` is three, as in a shell; a name that exists stays as it is."""
     if "{" not in text or Path(text).exists():
         return [text]
     ends = re.findall(r"\{(-?\d+)\.\.(-?\d+)", text)
@@ -89,20 +84,19 @@ def _list_shards(text: str) -> list[Path | str]:
     if urlsplit(text).password:
         raise ValueError(
             f"{redact_source(text)}: a password in an address would be written into the run's "
-            "files; "
-            "~/.netrc (for a web server) or the environment (for s3, gs) is the place for it"
+            "files; ~/.netrc (for a web server) or the environment (for s3, gs) is the place for it"
         )
     if "::" in text:
         raise ValueError(f"{redact_source(text)}: '::' joins addresses; give a list of them")
     if text.startswith(("file://", "local://")):
         return _list_local_shards(text.partition("://")[2])
-    web = text.startswith(("http://", "https://"))
-    if "*" in text or (not web and not text.endswith(".tar")):
-        pattern = text if "*" in text else f"{text.rstrip('/')}/*.tar"
-        if not (matching := find_urls(pattern)):
-            raise FileNotFoundError(f"no .tar shards at {redact_source(pattern)}")
-        return matching
-    return [text]
+    is_web = text.startswith(("http://", "https://"))
+    if "*" not in text and (is_web or text.endswith(".tar")):
+        return [text]
+    pattern = text if "*" in text else f"{text.rstrip('/')}/*.tar"
+    if not (matching := find_urls(pattern)):
+        raise FileNotFoundError(f"no .tar shards at {redact_source(pattern)}")
+    return matching
 
 
 def _list_local_shards(text: str) -> list[Path | str]:
@@ -115,13 +109,9 @@ def _list_local_shards(text: str) -> list[Path | str]:
         raise FileNotFoundError(
             f"no shards at {path}: `python -m ldm.prepare` writes them there (out={path})"
         )
-    matching = [Path(name) for name in sorted(glob.glob(text, recursive=True))]
-    shards = [
-        shard
-        for place in matching
-        for shard in (sorted(place.glob("*.tar")) if place.is_dir() else [place])
-        if shard.suffix == ".tar"
-    ]
-    if not shards:
+    shards = []
+    for match in map(Path, sorted(glob.glob(text, recursive=True))):
+        shards += sorted(match.glob("*.tar")) if match.is_dir() else [match]
+    if not (shards := [shard for shard in shards if shard.suffix == ".tar"]):
         raise FileNotFoundError(f"no .tar shards match {text}")
     return shards

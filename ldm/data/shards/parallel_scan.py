@@ -1,15 +1,14 @@
-"""Many shards scanned side by side: local ones by processes, those of servers by threads."""
+"""Scans many shards at once: local ones in processes, those of servers in threads."""
 
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from io import FileIO, RawIOBase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -20,13 +19,13 @@ from ldm.data.shards.cache import ShardCache
 from ldm.data.shards.remote import REMOTE_THREADS, NoRangesError, RemoteShard
 from ldm.data.shards.tar_headers import RemoteFile, scan_tar
 
-TAR_BLOCK_BYTES = 512  # tar keeps every member at a multiple of this
-_MAX_SERIAL_SHARDS = 32  # shards for which no process is started
+TAR_BLOCK_BYTES = 512  # tar aligns members to this
+_MAX_SERIAL_SHARDS = 32  # for fewer, starting processes takes longer
 _HEAD_BYTES = 2**16
 
 
 class ShardArrays(NamedTuple):
-    """A shard's samples, as the arrays of `Index` have them, and what was left out."""
+    """A ShardScan with keys and members as the arrays of a ShardIndex."""
 
     key_bytes: bytes
     key_lengths: np.ndarray
@@ -39,10 +38,9 @@ class ShardArrays(NamedTuple):
 def scan_in_parallel(
     paths: list[Path | RemoteShard], cache: ShardCache | None
 ) -> Iterator[ShardArrays]:
-    """What each shard holds, in order; ShardError as `scan`, RemoteError as `read_range`."""
-    with _open_pool(paths) as pool:
-        found = pool.map(partial(_scan_to_arrays, cache=cache), paths)
-        yield from tqdm(found, "indexing shards", total=len(paths), unit="shard", delay=2)
+    """Yields what each shard holds, in order; raises like `scan_tar` and `read_range`."""
+    scan = partial(_scan_to_arrays, cache=cache)
+    return _map_shards(scan, paths, description="indexing shards")
 
 
 def measure_short_sides(
@@ -51,34 +49,31 @@ def measure_short_sides(
     members: np.ndarray,
     cache: ShardCache | None,
 ) -> np.ndarray:
-    """The short side (N,) int32 of each picture by its header, 0 where that cannot be read."""
+    """Returns the short side (N,) int32 of each image, by its header; 0 if it cannot be read."""
     ends = np.cumsum(np.bincount(shard, minlength=len(paths)))
     parts = np.split(members[:, 0], ends[:-1])
-    with _open_pool(paths) as pool:
-        found = pool.map(partial(_measure_shard, cache=cache), paths, parts)
-        bar = tqdm(found, "measuring pictures", total=len(paths), unit="shard", delay=2)
-        return np.concatenate(list(bar))
+    measure = partial(_measure_shard, cache=cache)
+    sides = _map_shards(measure, paths, parts, description="measuring images")
+    return np.concatenate(list(sides))
 
 
-class _SerialExecutor(Executor):
-    def map(self, fn, *iterables):
-        return map(fn, *iterables)
-
-
-@contextmanager
-def _open_pool(paths: list[Path | RemoteShard]) -> Iterator[Executor]:
+def _map_shards(
+    fn: Callable, paths: list[Path | RemoteShard], *parts: Sequence, description: str
+) -> Iterator[Any]:
     if any(isinstance(path, RemoteShard) for path in paths):
         pool = ThreadPoolExecutor(REMOTE_THREADS)
-    elif len(paths) <= _MAX_SERIAL_SHARDS:
-        pool = _SerialExecutor()
-    else:
-        # Forked, as data workers are: to import all of this again would take longer than to scan.
+    elif len(paths) > _MAX_SERIAL_SHARDS:
+        # Forked like data workers: importing all of this again takes longer than a scan.
         context = multiprocessing.get_context("fork")
         pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context)
+    else:
+        pool = None
     try:
-        yield pool
+        results = pool.map(fn, paths, *parts) if pool else map(fn, paths, *parts)
+        yield from tqdm(results, description, total=len(paths), unit="shard", delay=2)
     finally:
-        pool.shutdown(cancel_futures=True)
+        if pool:
+            pool.shutdown(cancel_futures=True)
 
 
 def _scan_to_arrays(path: Path | RemoteShard, cache: ShardCache | None) -> ShardArrays:
@@ -93,20 +88,14 @@ def _scan_to_arrays(path: Path | RemoteShard, cache: ShardCache | None) -> Shard
 def _measure_shard(
     path: Path | RemoteShard, images: np.ndarray, cache: ShardCache | None
 ) -> np.ndarray:
-    def sides(file: RawIOBase) -> np.ndarray:
-        return np.array(
-            [
-                _measure_image(file, block * TAR_BLOCK_BYTES, size)
-                for block, size in images.tolist()
-            ],
-            np.int32,
-        )
+    def measure(file: RawIOBase) -> list[int]:
+        return [_measure_image(file, at * TAR_BLOCK_BYTES, size) for at, size in images.tolist()]
 
-    return _use_file(path, cache, sides)
+    return np.array(_use_file(path, cache, measure), np.int32)
 
 
 def _measure_image(file: RawIOBase, offset: int, size: int) -> int:
-    for length in sorted({min(_HEAD_BYTES, size), size}):  # a long profile may come before the size
+    for length in sorted({min(_HEAD_BYTES, size), size}):  # a long ICC profile may come first
         file.seek(offset)
         try:
             return read_short_side(_read_exactly(file, length))
@@ -122,8 +111,10 @@ def _read_exactly(file: RawIOBase, size: int) -> bytes:
     return data
 
 
-def _use_file(path: Path | RemoteShard, cache: ShardCache | None, use):
-    """`use(file)` on the shard where it is, or on a whole copy where its server has no ranges."""
+def _use_file(
+    path: Path | RemoteShard, cache: ShardCache | None, use: Callable[[RawIOBase], Any]
+) -> Any:
+    """Calls `use(file)` on the shard, or on a whole copy if its server supports no ranges."""
     if not isinstance(path, RemoteShard):
         with FileIO(path) as file:
             return use(file)

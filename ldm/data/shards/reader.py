@@ -1,7 +1,7 @@
-"""Samples in tar shards (the webdataset format): written whole, read by number.
+"""Samples in tar shards (the webdataset format): written to whole shards, read by number.
 
-Nothing is unpacked to disk, and webdataset's decoders and openers, which run what members and
-names tell them to, are not used.
+Nothing is unpacked to disk. webdataset's decoders and openers, which run code that members and
+names ask for, are not used.
 """
 
 import os
@@ -9,25 +9,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from webdataset import TarWriter
 
 from ldm.data.captions import read_sample_captions
-from ldm.data.shards.cache import ShardCache
-from ldm.data.shards.index import open_index
+from ldm.data.shards.index import DEFAULT_READ_OPTIONS, ReadOptions, open_index
 from ldm.data.shards.locations import ShardSource
 from ldm.data.shards.remote import RemoteShard
 from ldm.data.shards.tar_headers import ShardError
 from ldm.utils.files import replace_file
 
 _MAX_OPEN = 64
-_MAX_OPEN_REMOTE = 8  # an open one cannot leave the cache
+_MAX_OPEN_REMOTE = 8  # an open one cannot be deleted from the cache
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture, still encoded, and its captions (at least one, perhaps empty)."""
+    """One encoded image and its captions (at least one, which may be empty)."""
 
     key: str
     image: bytes
@@ -35,10 +34,7 @@ class Sample:
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:
-    """Write (key, {suffix: bytes}) samples to one shard and return how many there were.
-
-    The same samples give the same bytes. A shard under its final name is complete.
-    """
+    """Writes (key, {suffix: bytes}) samples to one whole shard and returns their number."""
     count = 0
     with replace_file(path) as file, TarWriter(file, encoder=False, mtime=0) as tar:
         for key, members in samples:
@@ -48,57 +44,38 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
 
 
 class ShardReader:
-    """Random access to the samples of a folder, URL or list of .tar shards.
+    """Random access to the samples of a source; raises like `open_index`."""
 
-    What lies on servers is read from whole copies in the `cache`. `caption_key`: see
-    `sample_captions`; `min_size`, `read_only`, `on_error`, errors: see `open_index`.
-    """
-
-    def __init__(
-        self,
-        source: ShardSource,
-        *,
-        min_size: int | None = None,
-        cache: ShardCache | None = None,
-        read_only: bool = False,
-        caption_key: str | None = None,
-        on_error: Literal["stop", "skip"] = "stop",
-    ) -> None:
-        how = {"min_size": min_size, "cache": cache, "on_error": on_error}
-        self.index = open_index(source, **how, caption_key=caption_key, read_only=read_only)
-        self._cache = cache
+    def __init__(self, source: ShardSource, options: ReadOptions = DEFAULT_READ_OPTIONS) -> None:
+        self.index = open_index(source, options)
+        self._cache = options.cache
         self._files: dict[int, FileIO] = {}
-        remote = any(isinstance(path, RemoteShard) for path in self.index.paths)
-        self._most = _MAX_OPEN_REMOTE if remote else _MAX_OPEN
+        is_remote = any(isinstance(path, RemoteShard) for path in self.index.paths)
+        self._max_open = _MAX_OPEN_REMOTE if is_remote else _MAX_OPEN
 
     def __len__(self) -> int:
         return len(self.index)
 
     def read(self, i: int) -> Sample:
-        """Sample i in 0..N-1, in shard order.
-
-        Raises ShardError where the shard is no longer what was indexed or cannot be read.
-        """
+        """Returns sample i in 0..N-1, in shard order; ShardError if the shard has changed."""
         shard = int(self.index.shard[i])
-        image, txt, record = (
-            self._member(shard, offset, size) for offset, size in self.index.places(i)
-        )
+        image, txt, record = (self._read_member(shard, *at) for at in self.index.locations(i))
         captions = read_sample_captions(txt, record, key=self.index.caption_key)
         return Sample(self.index.key(i), image or b"", captions)
 
-    def name(self, i: int) -> str:
-        """Shard and key of sample i, for messages."""
+    def sample_name(self, i: int) -> str:
+        """Returns shard and key of sample i, for messages."""
         return f"{self.index.paths[self.index.shard[i]]}: sample '{self.index.key(i)}'"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}  # open files do not travel to other processes
+        return {**self.__dict__, "_files": {}}  # other processes open files of their own
 
-    def _member(self, shard: int, offset: int, size: int) -> bytes | None:
+    def _read_member(self, shard: int, offset: int, size: int) -> bytes | None:
         if offset == 0:
             return None
         path = self.index.paths[shard]
         try:
-            data = os.pread(self._file(shard).fileno(), size, offset)
+            data = os.pread(self._open(shard).fileno(), size, offset)
         except OSError as error:
             if isinstance(path, RemoteShard):
                 raise
@@ -107,11 +84,11 @@ class ShardReader:
             raise ShardError(f"{path} was cut short while in use")
         return data
 
-    def _file(self, shard: int) -> FileIO:
+    def _open(self, shard: int) -> FileIO:
         path = self.index.paths[shard]
         if shard not in self._files:
             file = self._cache.open(path) if isinstance(path, RemoteShard) else FileIO(path)
-            if len(self._files) >= self._most:
+            if len(self._files) >= self._max_open:
                 self._close(next(iter(self._files)))
             self._files[shard] = file
         if not isinstance(path, RemoteShard):

@@ -1,7 +1,7 @@
-"""Shards behind URLs: what a server tells of them, ranges of their bytes, and whole copies.
+"""Shards behind URLs: their size and ETag, ranges of their bytes, and whole copies.
 
-fsspec knows the protocols; here are patience, and messages without credentials. Nothing in this
-file needs torch: `ldm.data.shards.prefetch` runs it in a process of its own.
+fsspec implements the protocols; this file adds retries, and messages without credentials. It does
+not import torch, because `ldm.data.shards.prefetch` runs it in a process of its own.
 """
 
 import errno
@@ -25,51 +25,34 @@ STALL_TIMEOUT = 30.0  # seconds without a byte
 REMOTE_THREADS = 16
 
 _CHUNK = 8 * 2**20
-_SECRET_PARAMETERS = (
-    "x-amz-",
-    "x-goog-",
-    "signature",
-    "sig",
-    "expires",
-    "policy",
-    "key-pair-id",
-    "token",
-)
-_SECRET_PARAMETERS += (
-    "awsaccesskeyid",
-    "googleaccessid",
-    "access_token",
-    "st",
-    "se",
-    "sp",
-    "sv",
-    "sr",
-    "skoid",
+_SECRET_PARAMETERS = (  # prefixes
+    *("x-amz-", "x-goog-", "signature", "sig", "expires", "policy", "key-pair-id", "token"),
+    *("awsaccesskeyid", "googleaccessid", "access_token", "st", "se", "sp", "sv", "sr", "skoid"),
 )
 T = TypeVar("T")
 
 
 class RemoteError(OSError):
-    """A server that did not answer, or not rightly, each time it was asked."""
+    """A server that did not answer, or answered wrongly, in all tries."""
 
 
 class UrlError(ValueError):
-    """A URL of a kind that is not known, or that a missing package would know."""
+    """A URL whose protocol is unknown or needs a package that is missing."""
 
 
 class NoRangesError(Exception):
-    """A server that gives a file as a whole only."""
+    """A server that sends whole files only."""
 
 
 def redact_url(url: str) -> str:
-    """The URL without user, password and query, as it may be shown and logged."""
+    """Returns the URL without user, password and query."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 @dataclass(frozen=True, repr=False)
 class RemoteShard:
-    """A shard behind a URL, as its server described it: bytes, and a mark that changes with it."""
+    """A shard behind a URL as its server describes it: bytes, and an ETag that changes with it."""
 
     url: str
     size: int
@@ -82,34 +65,27 @@ class RemoteShard:
 
     @property
     def name(self) -> str:
-        """A file name for a copy: another one for another address, size or mark.
-
-        It is the same for any credentials, with which URLs are signed anew each day.
-        """
+        """The file name of a copy: one for each address, size and ETag, without credentials."""
         parts = urlsplit(self.url)
         query = [
-            pair
-            for pair in parse_qsl(parts.query)
-            if not pair[0].lower().startswith(_SECRET_PARAMETERS)
+            (name, value)
+            for name, value in parse_qsl(parts.query)
+            if not name.lower().startswith(_SECRET_PARAMETERS)
         ]
         digest = hashlib.sha256(f"{self}?{urlencode(query)} {self.etag}".encode()).hexdigest()
-        base = "".join(
-            c if c.isalnum() or c in "._-" else "_" for c in PurePosixPath(parts.path).name
-        )
+        base = PurePosixPath(parts.path).name
+        base = "".join(c if c.isalnum() or c in "._-" else "_" for c in base)
         return f"{digest[:16]}-{self.size}-{base[-80:]}"
 
 
 def describe_urls(urls: Sequence[str]) -> list[RemoteShard]:
-    """What the servers say about these files, asked side by side.
-
-    Raises FileNotFoundError, RemoteError, UrlError.
-    """
+    """Asks the servers in parallel; raises FileNotFoundError, RemoteError or UrlError."""
     with ThreadPoolExecutor(REMOTE_THREADS) as pool:
         return list(pool.map(_describe_url, urls))
 
 
 def find_urls(pattern: str) -> list[str]:
-    """The URLs that match a glob, in order of name; RemoteError as `describe`."""
+    """Returns the URLs that match a glob, in order of name; raises like `describe_urls`."""
     fs, path = _make_filesystem(pattern)
     if "http" in fs.protocol:
         raise UrlError(
@@ -120,15 +96,15 @@ def find_urls(pattern: str) -> list[str]:
 
 
 def read_range(remote: RemoteShard, start: int, end: int) -> bytes:
-    """The bytes [start, end) with 0 <= start < end <= size.
+    """Returns the bytes [start, end) with 0 <= start < end <= size.
 
-    Raises RemoteError after `TRIES` tries, NoRangesError where the server knows no ranges.
+    Raises RemoteError after `MAX_TRIES` tries, NoRangesError if the server supports no ranges.
     """
 
     def read() -> bytes:
         fs, path = _make_filesystem(remote.url)
         if "http" in fs.protocol:
-            # Unlike cat_file, it does not take in a whole file that it was sent in place of a part.
+            # Unlike cat_file, it does not load a whole file that was sent instead of a range.
             with fs.open(path, block_size=_CHUNK, cache_type="none", size=remote.size) as file:
                 try:
                     file.seek(start)
@@ -145,27 +121,26 @@ def read_range(remote: RemoteShard, start: int, end: int) -> bytes:
 
 
 def download_shard(remote: RemoteShard, part: Path) -> None:
-    """Copy the shard to `part`, going on where an earlier call left off.
+    """Copies the shard to `part`, continuing an earlier call.
 
-    Raises RemoteError also where what came is not what was described.
+    Raises RemoteError also if the shard has been replaced on its server.
     """
-    have = part.stat().st_size if part.exists() else 0
+
+    def download_whole() -> None:
+        fs, path = _make_filesystem(remote.url)
+        fs.get_file(path, str(part))
+        if part.stat().st_size != remote.size:
+            raise EOFError("a body of another size")
+
+    start = part.stat().st_size if part.exists() else 0
     try:
-        with open(part, "ab" if have <= remote.size else "wb") as file:
-            for start in range(file.tell(), remote.size, _CHUNK):
-                file.write(read_range(remote, start, min(start + _CHUNK, remote.size)))
+        with open(part, "ab" if start <= remote.size else "wb") as file:
+            for at in range(file.tell(), remote.size, _CHUNK):
+                file.write(read_range(remote, at, min(at + _CHUNK, remote.size)))
                 file.flush()
     except NoRangesError:
-
-        def whole() -> None:
-            fs, path = _make_filesystem(remote.url)
-            fs.get_file(path, str(part))
-            if part.stat().st_size != remote.size:
-                raise EOFError("a body of another size")
-
-        _retry(whole, remote.url)
-    now = _describe_url(remote.url)
-    if now != remote:
+        _retry(download_whole, remote.url)
+    if _describe_url(remote.url) != remote:
         part.unlink(missing_ok=True)
         raise RemoteError(f"{remote} was replaced on its server since the run began; restart")
     with open(part, "rb") as file:
@@ -178,22 +153,22 @@ def _describe_url(url: str) -> RemoteShard:
         info = fs.info(path)
         if info.get("size") is None:
             raise RemoteError("its server does not say how large it is")
-        marks = ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "last_modified")
-        etag = next((str(info[mark]) for mark in marks if info.get(mark)), "")
+        keys = ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "last_modified")
+        etag = next((str(info[key]) for key in keys if info.get(key)), "")
         return RemoteShard(url, int(info["size"]), etag)
 
     return _retry(ask, url)
 
 
 def _make_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Made anew for each use, since fsspec's file systems do not survive a fork (it caches)."""
+    """Made for each use: fsspec caches them, and they do not survive a fork."""
     protocol = url.partition("://")[0]
     options = {}
     if protocol in ("http", "https"):
         from aiohttp import ClientTimeout
 
         timeout = ClientTimeout(total=None, sock_connect=STALL_TIMEOUT, sock_read=STALL_TIMEOUT)
-        # The environment: proxies, and ~/.netrc, where passwords are better kept than in a URL.
+        # trust_env: proxies of the environment, and passwords of ~/.netrc.
         options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
     try:
         return fsspec.core.url_to_fs(url, **options)
@@ -207,39 +182,28 @@ def _make_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def _retry(action: Callable[[], T], url: str) -> T:
-    """What `action` gives, tried again after what may pass. Errors do not show credentials."""
+    """Calls `action`, again after transient errors. Errors do not show credentials."""
     for attempt in range(MAX_TRIES):
         try:
             return action()
         except (NoRangesError, RemoteError, UrlError):
             raise
-        except Exception as error:  # each protocol has kinds of its own
+        except Exception as error:  # each protocol raises its own kinds
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            status, passing = _find_http_status(error), _is_transient(error)
-            told = f"HTTP {status}" if status else type(_find_cause(error)).__name__
-        if not passing:
+            cause = error if error.__cause__ is None else error.__cause__
+            status = getattr(cause, "status", None)  # of HTTP
+            if isinstance(status, int):
+                is_transient = status >= 500 or status in (408, 425, 429)
+            else:
+                final = (FileNotFoundError, PermissionError, ValueError)
+                status, is_transient = None, not isinstance(cause, final)
+            reason = f"HTTP {status}" if status else type(cause).__name__
+        if not is_transient:
             break
         if attempt < MAX_TRIES - 1:
             time.sleep(RETRY_WAIT * 4**attempt * random.uniform(0.75, 1.25))
-    if status in (404, 410) or told == "FileNotFoundError":
-        raise FileNotFoundError(f"no shard at {redact_url(url)} ({told})") from None
-    tries = f"tried {attempt + 1} times" if passing else "not worth another try"
-    raise RemoteError(f"{redact_url(url)} could not be read: {told} ({tries})") from None
-
-
-def _find_cause(error: BaseException) -> BaseException:
-    return error.__cause__ if error.__cause__ is not None else error
-
-
-def _find_http_status(error: BaseException) -> int | None:
-    status = getattr(_find_cause(error), "status", None)
-    return status if isinstance(status, int) else None
-
-
-def _is_transient(error: BaseException) -> bool:
-    """Whether another try may help."""
-    status = _find_http_status(error)
-    if status is not None:
-        return status >= 500 or status in (408, 425, 429)
-    return not isinstance(_find_cause(error), (FileNotFoundError, PermissionError, ValueError))
+    if status in (404, 410) or reason == "FileNotFoundError":
+        raise FileNotFoundError(f"no shard at {redact_url(url)} ({reason})") from None
+    tries = f"tried {attempt + 1} times" if is_transient else "not worth another try"
+    raise RemoteError(f"{redact_url(url)} could not be read: {reason} ({tries})") from None

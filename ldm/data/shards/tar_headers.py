@@ -1,4 +1,4 @@
-"""What one tar shard holds, learnt from its headers alone.
+"""Finds the samples of one tar shard by its headers alone.
 
 Shapes: 3 members a sample (image, txt, json), 2 numbers a member (offset, size) in bytes.
 """
@@ -7,7 +7,7 @@ import io
 import itertools
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from io import BufferedReader, FileIO, RawIOBase
 from pathlib import Path
 from typing import NamedTuple
@@ -18,23 +18,21 @@ from ldm.data.shards.remote import RemoteShard, read_range
 
 MAX_TEXT_BYTES = 2**20
 MAX_HEADER_BYTES = 2**20
+SPARSE_MEMBER = "sparse member"
 
 _MEMBERS = ("image", "txt", "json")
 _COLUMN = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2}
-_TEXTS = ("txt", "json")
 _LIMITS = (MAX_IMAGE_BYTES, MAX_TEXT_BYTES, MAX_TEXT_BYTES)
-_MAX_PADDING = 16 * 2**20  # tar pads to 10 KiB unless told otherwise
+_MAX_PADDING = 16 * 2**20  # tar pads to 10 KiB by default
 _END = bytes(2 * tarfile.BLOCKSIZE)
-
-SPARSE_MEMBER = "sparse member"
 
 
 class ShardError(ValueError):
-    """A shard that is no intact tar archive, or shards without a single usable sample."""
+    """A damaged tar archive, or shards without a single usable sample."""
 
 
 class TarMember(NamedTuple):
-    """A regular file of an archive; text: what it holds, where that may be a caption."""
+    """A regular file of an archive; text: its content if that may be a caption."""
 
     key: str
     suffix: str
@@ -45,10 +43,10 @@ class TarMember(NamedTuple):
 
 
 class ShardScan(NamedTuple):
-    """What a shard holds: usable samples, and the others by reason.
+    """The usable samples of a shard, and how many others it has, by reason.
 
-    rows: members (offset, size) x (image, txt, json) of each key. captions: what the usable samples
-    say. sparse: the name of the first sparse member, if there is one.
+    rows: members (offset, size) x (image, txt, json) of each key; sparse: name of the first sparse
+    member.
     """
 
     keys: list[str]
@@ -58,22 +56,18 @@ class ShardScan(NamedTuple):
     sparse: str | None
 
 
-def scan_shard(path: Path) -> tuple[list[str], list[list[tuple[int, int]]], Counter[str]]:
-    """Keys and members (offset, size) x (image, txt, json) of a shard, and what was left out.
-
-    Grouped as webdataset does: neighbours with the same name up to the first dot of the base name.
-    Links and devices are no members. Raises ShardError where the archive is damaged.
-    """
+def scan_shard(path: Path) -> ShardScan:
     with FileIO(path) as file:
-        return scan_tar(file, str(path))[:3]
+        return scan_tar(file, str(path))
 
 
 def scan_tar(file: RawIOBase, name: str) -> ShardScan:
-    """The same of an open file, called `name` in messages, and what its captions are."""
+    """Groups members as webdataset does: neighbours with the same name up to the first dot.
+
+    Links and devices are ignored. Raises ShardError, with `name`, if the archive is damaged.
+    """
     keys, rows, skipped, captions, sparse = {}, [], Counter(), CaptionCount(), None
-    for key, members in itertools.groupby(
-        _iterate_members(file, name), key=lambda member: member.key
-    ):
+    for key, members in itertools.groupby(_iterate_members(file, name), key=lambda m: m.key):
         group = list(members)
         row, reason = _locate_members(group)
         if not reason and key in keys:
@@ -91,7 +85,7 @@ def scan_tar(file: RawIOBase, name: str) -> ShardScan:
 
 
 class RemoteFile(RawIOBase):
-    """A shard on its server as a file that is read in blocks; errors as `read_range` has them."""
+    """A shard on its server as a file that is read in blocks; raises like `read_range`."""
 
     def __init__(self, remote: RemoteShard, block: int = 2**16) -> None:
         self._remote, self._block = remote, block
@@ -125,19 +119,19 @@ class RemoteFile(RawIOBase):
 
 
 def _locate_members(group: list[TarMember]) -> tuple[list[tuple[int, int]], str | None]:
-    """The members of one sample by column, and the reason where it cannot be used."""
+    """Returns the members of one sample by column, and the reason if it is unusable."""
     row = [(0, 0)] * 3
-    for _, suffix, offset, size, _, is_sparse in group:
-        column = _COLUMN.get(suffix)
+    for member in group:
+        column = _COLUMN.get(member.suffix)
         if column is None:
             continue
-        if is_sparse:
+        if member.is_sparse:
             return row, SPARSE_MEMBER
         if row[column] != (0, 0):
             return row, f"more than one {_MEMBERS[column]}"
-        if size > _LIMITS[column]:
+        if member.size > _LIMITS[column]:
             return row, f"{_MEMBERS[column]} over {_LIMITS[column] >> 20} MB"
-        row[column] = (offset, size)
+        row[column] = (member.offset, member.size)
     image, txt, record = row
     if image == (0, 0):
         return row, "no image"
@@ -145,26 +139,28 @@ def _locate_members(group: list[TarMember]) -> tuple[list[tuple[int, int]], str 
 
 
 def _iterate_members(raw: RawIOBase, name: str) -> Iterator[TarMember]:
-    """The regular files of an archive that is whole."""
     length = raw.seek(0, io.SEEK_END)
     raw.seek(0)
     file = _HeaderReader(raw)
     try:
         with tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape") as tar:
-            for member in _iterate_headers(tar):
-                is_sparse = _is_sparse(member)  # its size is not that of its bytes
-                if not is_sparse and not 0 <= member.size <= length - member.offset_data:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # a million headers need not stay in memory
+                at, size = member.offset_data, member.size
+                # Sparse in GNU's old format or in those of pax: its size is not that of its bytes.
+                is_sparse = member.issparse() or any(
+                    key.startswith("GNU.sparse.") for key in member.pax_headers
+                )
+                if not is_sparse and not 0 <= size <= length - at:
                     raise ShardError(f"member '{member.name}' ends outside the file")
                 folder, slash, base = member.name.rpartition("/")
                 stem, dot, suffix = base.partition(".")
                 if stem and dot and member.isreg():
-                    key, suffix = folder + slash + stem, suffix.lower()
-                    text = None
-                    if suffix in _TEXTS and not is_sparse and member.size <= MAX_TEXT_BYTES:
-                        file.seek(member.offset_data)
-                        text = file.read(member.size)
-                    place = (member.offset_data, member.size)
-                    yield TarMember(key, suffix, *place, text, is_sparse)
+                    suffix, text = suffix.lower(), None
+                    if suffix in ("txt", "json") and not is_sparse and size <= MAX_TEXT_BYTES:
+                        file.seek(at)
+                        text = file.read(size)
+                    yield TarMember(folder + slash + stem, suffix, at, size, text, is_sparse)
             _check_end(file, tar.offset, length)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise ShardError(
@@ -172,22 +168,11 @@ def _iterate_members(raw: RawIOBase, name: str) -> Iterator[TarMember]:
             "fetch or write it again, or move it out of the folder"
         ) from error
     finally:
-        file.detach()  # it would close what is not its own
-
-
-def _iterate_headers(tar: tarfile.TarFile) -> Iterable[tarfile.TarInfo]:
-    while (member := tar.next()) is not None:
-        tar.members.clear()  # a million headers need not stay in memory
-        yield member
-
-
-def _is_sparse(member: tarfile.TarInfo) -> bool:
-    """Whether an archive leaves out the zeros of a file: in GNU's older form or in those of pax."""
-    return member.issparse() or any(key.startswith("GNU.sparse.") for key in member.pax_headers)
+        file.detach()  # closing it would close `raw`
 
 
 def _check_end(file: BufferedReader, offset: int, length: int) -> None:
-    """tarfile stops without a word at whatever is no header: see that it is the true end."""
+    """Raises ShardError if there is no end mark at `offset`: tarfile stops at any non-header."""
     file.seek(offset)
     if file.read(len(_END)) != _END:
         raise ShardError(f"no end mark after the last member, at byte {offset}")
@@ -199,7 +184,6 @@ def _check_end(file: BufferedReader, offset: int, length: int) -> None:
 
 
 def _identify_file(raw: RawIOBase) -> str | None:
-    """What a file that is no tar archive plainly is instead."""
     raw.seek(0)
     head = raw.read(2)
     if head == b"\x1f\x8b":

@@ -1,7 +1,6 @@
 """What every guidance is: a denoiser made of a conditional denoiser.
 
 A guidance knows no network and guides all channels. One that wraps another has it as `inner`.
-Shapes: B batch, C latent channels, h w latent grid.
 """
 
 from collections.abc import Callable, Sequence

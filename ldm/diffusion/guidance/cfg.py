@@ -1,6 +1,6 @@
 """Classifier-free guidance, adaptive projected guidance and autoguidance.
 
-All three go from one x0_hat away from another. Shapes: B batch, C latent channels, h w latent grid.
+All three go from one x0_hat away from another.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,4 @@
-"""Guidance by prompts of several parts, each with a weight.
-
-Shapes: B batch, C latent channels, h w latent grid, K parts of all prompts together.
-"""
+"""Guidance by prompts of several parts, each with a weight."""
 
 from dataclasses import dataclass, replace
 
@@ -30,6 +27,7 @@ class CompositionalGuidance(ClassifierFreeGuidance):
             return super().__call__(denoise, conditioning)
         cond, uncond = conditioning.positive, conditioning.negative
         texts = [text for parts in parsed for text, _ in parts]
+        # K parts of all prompts together
         weights = torch.tensor([weight for parts in parsed for _, weight in parts])  # (K,)
         rows = [i for i, parts in enumerate(parsed) for _ in parts]  # the image of each part
         images = {"concat": cond.concat, "style": cond.style}

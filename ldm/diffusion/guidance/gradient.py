@@ -2,7 +2,7 @@
 
 By Bayes' rule x0_hat given y is x0_hat + sigma^2 / alpha times the gradient of log p(y | x_t) with
 respect to x_t (Dhariwal and Nichol 2021, arXiv:2105.05233, section 4, with Tweedie's formula), on
-any schedule. Shapes: B batch, C latent channels, h w latent grid.
+any schedule.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +20,6 @@ from ldm.diffusion.guidance.base import (
     check_guidance_interval,
     restrict_to_interval,
 )
-from ldm.diffusion.samplers.spacing import find_timesteps_at_ratio
 from ldm.diffusion.schedules import Schedule, expand_dims_like
 
 # The smallest alpha / sigma at which a gradient is taken. As alpha goes to 0 the gradient goes to 0
@@ -59,7 +58,7 @@ class GradientGuidance(ABC):
         prompts = conditioning.require_prompts("guidance by a gradient")
         log_prob = self.make_log_prob(inner, prompts.texts)
         ratio = torch.tensor(1 / MIN_GRADIENT_SIGNAL, dtype=torch.float64)
-        latest = find_timesteps_at_ratio(self.schedule, ratio).item()
+        latest = self.schedule.timesteps_at_ratio(ratio).item()
 
         def guided(x_t: Tensor, t: Tensor) -> Tensor:
             t = t.clamp(max=latest)

@@ -1,7 +1,4 @@
-"""Guidance with one scale for the text and one for the style image.
-
-Shapes: B batch, C latent channels, h w latent grid.
-"""
+"""Guidance with one scale for the text and one for the style image."""
 
 from dataclasses import dataclass, replace
 

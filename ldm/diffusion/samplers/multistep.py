@@ -1,17 +1,18 @@
-"""Solvers that remember: d is what x0_hat is on average over the step, by what it was before.
+"""Multistep solvers: d is the mean of x0_hat over the step, from its values at earlier steps.
 
-With lambda = log(alpha / sigma) the update rule solves the ODE exactly where
+With lambda = log(alpha / sigma) the update rule solves the ODE exactly if
 
     d = integral of e^lambda x0_hat(lambda) over the step / integral of e^lambda
 
-(Lu et al. 2022, DPM-Solver++, equation 8). A solver of order k takes x0_hat off the polynomial
-through k of its values. Shapes: B batch, C latent channels, h w latent grid.
+(Lu et al. 2022, DPM-Solver++, equation 8). A solver of order k takes x0_hat from the polynomial
+through k of its values.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,12 +28,11 @@ from ldm.diffusion.samplers.base import (
     take_step,
 )
 
-SOLVER_ORDERS = (1, 2, 3)  # beyond, the polynomials swing
+SOLVER_ORDERS = (1, 2, 3)  # polynomials of higher order oscillate
 
 
-@dataclass(frozen=True)
-class Point:
-    """What the denoiser made of the latents at a level: x0_hat (B, C, h, w)."""
+class Point(NamedTuple):
+    """The x0_hat (B, C, h, w) at a noise level."""
 
     level: NoiseLevel
     x0_hat: Tensor
@@ -43,12 +43,11 @@ class DPMSolverSampler(Sampler):
     """DPM-Solver++ (multistep) of order 1 to 3; order 2 is their algorithm 2, known as 2M.
 
     `eta` goes from the ODE (0) to the SDE (1, SDE-DPM-Solver++, Lu et al. 2022, section 5), as in
-    DDIM, which is order 1. One call of the network a step. The first steps are of the order that
-    the past allows, the last of order 1, the last but one of order 2.
-    Order 3 has the exact average, and so is of third order: the published code, k-diffusion and
-    diffusers take half of its last term (their D2 lacks the 2 that the singlestep solver of the
-    same code has), which leaves them at second order (tests/diffusion/test_multistep.py).
-    Raises ValueError for another order, or an eta outside 0 to 1.
+    DDIM, which is order 1. One call of the network per step. The first steps have the order that
+    the past allows, the last one order 1, the one before it order 2.
+    Order 3 has the exact mean and converges at third order: the published code, k-diffusion and
+    diffusers take half of its last term (their D2 lacks the 2 of the singlestep solver in the same
+    code) and converge at second order (tests/unit/diffusion/samplers/test_orders.py).
     """
 
     order: int = 2
@@ -59,7 +58,7 @@ class DPMSolverSampler(Sampler):
         check_solver_order(self.order)
         check_eta(self.eta)
 
-    def walk(self, x: Tensor, path: Trajectory) -> StepIterator:
+    def iterate(self, x: Tensor, path: Trajectory) -> StepIterator:
         past: list[Point] = []
         steps = len(path.noise_levels) - 1
         for i, (now, then) in enumerate(pairwise(path.noise_levels)):
@@ -67,7 +66,7 @@ class DPMSolverSampler(Sampler):
             past = [*past, Point(now, x0_hat)][-self.order :]
             up = self.eta * posterior_std(now, then)
             d = average_x0_hat(past[-order_at(i, steps, self.order) :], now, then, up=up)
-            x = take_step(x, d, now, then, up=up, z=path.noise(x) if up > 0 else None)
+            x = take_step(x, d, now, then, up=up, noise=path.noise)
             yield x, x0_hat
 
 
@@ -75,9 +74,8 @@ class DPMSolverSampler(Sampler):
 class UniPCSampler(Sampler):
     """UniPC with B2(h), multistep, of order 1 to 3 (Zhao et al. 2023, algorithms 1 and 2).
 
-    Once the network has spoken at the end of a step, the step is done again with its answer there,
-    without asking anew: an order more for the same one call a step.
-    Raises ValueError for another order.
+    The x0_hat at the end of a step corrects that step without another call of the network: one
+    order more for the same one call per step.
     """
 
     order: int = 3
@@ -86,9 +84,9 @@ class UniPCSampler(Sampler):
         super().__post_init__()
         check_solver_order(self.order)
 
-    def walk(self, x: Tensor, path: Trajectory) -> StepIterator:
+    def iterate(self, x: Tensor, path: Trajectory) -> StepIterator:
         past: list[Point] = []
-        used: list[Point] = []  # by the step that led here, from `before`
+        used: list[Point] = []  # those of the last step, which started from `before`
         before = x
         steps = len(path.noise_levels) - 1
         for i, (now, then) in enumerate(pairwise(path.noise_levels)):
@@ -104,42 +102,41 @@ class UniPCSampler(Sampler):
 
 
 def check_solver_order(order: int) -> None:
-    """Raise ValueError for an order that there is not."""
+    """ValueError for another order."""
     if order not in SOLVER_ORDERS:
         raise ValueError(f"order {order} is none of {', '.join(map(str, SOLVER_ORDERS))}")
 
 
 def order_at(i: int, steps: int, order: int) -> int:
-    """The order of the i-th step: as the past allows, and lower at the end (Zhao et al. 2023)."""
+    """The order of the i-th step: limited by the past, and lower at the end (Zhao et al. 2023)."""
     return min(order, i + 1, steps - i)
 
 
 def average_x0_hat(
     points: Sequence[Point], now: NoiseLevel, then: NoiseLevel, *, up: float = 0.0
 ) -> Tensor:
-    """x0_hat (B, C, h, w), on average over the step from `now` to `then`.
+    """The mean x0_hat (B, C, h, w) over the step from `now` to `then`.
 
-    points: from old to new, one of them at `now`; one at `then` may be the last. With fresh noise
-    `up` the end of the step counts for more.
+    points: from old to new, one of them at `now`; the last may be at `then`. Fresh noise `up` gives
+    the end of the step more weight.
     """
     if len(points) == 1:
         return points[0].x0_hat
-    places = [locate_in_step(point.level, now, then) for point in points]
-    # Pure noise lies infinitely far away: no slope can be told from there.
-    known = [j for j, at in enumerate(places) if math.isfinite(at)]
-    shares = quadrature_weights([places[j] for j in known], now, then, up=up)
-    return sum(share * points[j].x0_hat for j, share in zip(known, shares, strict=True))
+    located = [(locate_in_step(point.level, now, then), point.x0_hat) for point in points]
+    located = [each for each in located if math.isfinite(each[0])]  # not from pure noise
+    weights = quadrature_weights([location for location, _ in located], now, then, up=up)
+    return sum(weight * x0_hat for weight, (_, x0_hat) in zip(weights, located, strict=True))
 
 
 def locate_in_step(level: NoiseLevel, now: NoiseLevel, then: NoiseLevel) -> float:
-    """Where a level lies in lambda, if `now` is 0 and `then` is 1."""
+    """Where a level lies in lambda, with `now` at 0 and `then` at 1."""
     if level in (now, then):
         return float(level == then)
     return (half_log_snr(level) - half_log_snr(now)) / (half_log_snr(then) - half_log_snr(now))
 
 
 def half_log_snr(level: NoiseLevel) -> float:
-    """lambda = log(alpha / sigma), infinite where there is no signal or no noise."""
+    """lambda = log(alpha / sigma), infinite without signal or without noise."""
     alpha, sigma = level
     if alpha <= 0 or sigma <= 0:
         return math.copysign(math.inf, alpha - sigma)
@@ -149,16 +146,16 @@ def half_log_snr(level: NoiseLevel) -> float:
 def quadrature_weights(
     locations: Sequence[float], now: NoiseLevel, then: NoiseLevel, *, up: float = 0.0
 ) -> list[float]:
-    """How much the value at each place counts for the average over the step from 0 to 1.
+    """The weights of the values at `locations` in the mean over the step from 0 to 1.
 
-    One value stands for all. Two make a line, which is read in the middle of the step, as in 2M and
-    B2(h). More make a polynomial, whose average is exact.
+    One value is the mean. Two give a line, evaluated in the middle of the step, as in 2M and B2(h).
+    Three give a polynomial, whose mean is exact.
     """
     n = len(locations)
     if n <= 2:
         moments = [1.0, 0.5][:n]
     else:
-        # e^-decay is what x_s / alpha_s keeps of x_t / alpha_t.
+        # e^-decay is the factor of x_t / alpha_t in x_s / alpha_s.
         decay = -math.log(sigma_ratio(now, then, up=up) * now[0] / then[0])
         moments = [1.0]  # of u^k over [0, 1], weighted by e^(decay u), by parts
         for k in range(1, n):

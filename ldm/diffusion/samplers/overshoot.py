@@ -1,7 +1,7 @@
-"""What a sampler makes of data whose denoiser is known, for a word before it makes it of others.
+"""A warning before sampling: does this sampler overshoot with these timesteps?
 
-A solver that goes on in a straight line from what it saw overshoots where its last step is long:
-pictures are burnt. How far depends on solver, grid, schedule and steps, so that it is measured.
+A multistep solver extrapolates x0_hat linearly and overshoots if its last step is long: images get
+too much contrast. How much is measured on normal data, whose denoiser is known.
 """
 
 from dataclasses import replace
@@ -12,23 +12,22 @@ from torch import Tensor
 from ldm.diffusion.samplers.base import Sampler
 from ldm.diffusion.schedules import Schedule
 
-DATA_STD = 0.3  # of the normal data; latents have about 1 in all, and less given the words
-MAX_OVERSHOOT = 1.2  # times as much deviation is worth a word
+DATA_STD = 0.3  # of the normal data; latents have about 1, and less for one prompt
+MAX_OVERSHOOT = 1.2  # the ratio of standard deviations from which on there is a warning
 
 
 def measure_overshoot(
     sampler: Sampler, schedule: Schedule, steps: int, *, start: float = 1.0
 ) -> float:
-    """The deviation of normal data as the sampler paints it, over its own: 1 is right.
+    """The standard deviation of sampled normal data over its own; 1 is right.
 
-    Exact, as all is linear here: one image follows the noise at the start, others a draw each.
-    Raises ValueError where the steps make no grid.
+    Exact, because all is linear: image 0 follows the noise at the start, each other image one draw.
     """
     sampler = replace(sampler, clip=None, quantile=None)
-    times = sampler.times(schedule, steps, start=start)
+    timesteps = sampler.timesteps(schedule, steps, start=start)
     x = torch.zeros(steps + 1, 1, 1, 1, dtype=torch.float64)
-    alpha, sigma = schedule(times[0])
-    # What begins at t = 1 begins with noise alone; a picture is noised to its time.
+    alpha, sigma = schedule(timesteps[0])
+    # From t = 1 sampling starts with noise alone, otherwise with a noisy image.
     x[0] = 1.0 if start == 1 else ((alpha * DATA_STD).square() + sigma.square()).sqrt()
     draws = iter(range(1, steps + 1))
 
@@ -37,25 +36,23 @@ def measure_overshoot(
         return alpha * DATA_STD**2 / ((alpha * DATA_STD).square() + sigma.square()) * x_t
 
     def noise(x_t: Tensor) -> Tensor:
-        drawn = torch.zeros_like(x_t)
-        drawn[next(draws)] = 1.0
-        return drawn
+        draw = torch.zeros_like(x_t)
+        draw[next(draws)] = 1.0
+        return draw
 
-    return sampler(denoise, x, schedule, times, noise=noise).square().sum().sqrt().item() / DATA_STD
+    x0 = sampler(denoise, x, schedule, timesteps, noise=noise)
+    return x0.square().sum().sqrt().item() / DATA_STD
 
 
 def format_overshoot_warning(
     sampler: Sampler, schedule: Schedule, steps: int, *, start: float = 1.0
 ) -> str | None:
-    """A line where the sampler paints with far too much contrast; None elsewhere.
-
-    Raises ValueError where the steps make no grid.
-    """
-    found = measure_overshoot(sampler, schedule, steps, start=start)
-    if found <= MAX_OVERSHOOT:
+    """A line if the sampler overshoots by more than MAX_OVERSHOOT, else None."""
+    ratio = measure_overshoot(sampler, schedule, steps, start=start)
+    if ratio <= MAX_OVERSHOOT:
         return None
     other = "" if sampler.spacing == "trailing" else " or sampler.spacing=trailing"
     return (
         f"this sampler overshoots in {steps} steps with spacing={sampler.spacing}: normal data of "
-        f"deviation {DATA_STD} gets {found * DATA_STD:.2f}. Take more steps{other}"
+        f"deviation {DATA_STD} gets {ratio * DATA_STD:.2f}. Take more steps{other}"
     )

@@ -1,7 +1,6 @@
-"""Each step several times, with fresh noise between (Lugmayr et al. 2022, RePaint, section 4.2).
+"""RePaint: each step several times, with fresh noise in between (Lugmayr et al. 2022, section 4.2).
 
-What is forced into x0_hat, such as a picture's known part, and what the denoiser makes of the rest
-come to agree. Shapes: B batch, C latent channels, h w latent grid.
+The known part that is put into x0_hat and the generated rest come to fit each other.
 """
 
 from dataclasses import dataclass
@@ -17,39 +16,34 @@ from ldm.diffusion.schedules import Schedule
 
 @dataclass(frozen=True)
 class RePaintSampler:
-    """A sampler that goes each of its steps `rounds` times.
+    """A sampler that takes each step `rounds` times, from where the step began.
 
-    Between two rounds x is taken back to where the step began. As every step begins anew, samplers
-    that look at earlier steps are of first order here.
+    Each step is a sampling process of its own: multistep samplers are of first order here.
     """
 
     sampler: Sampler
     rounds: int
 
-    def times(self, schedule: Schedule, steps: int, *, start: float = 1.0) -> Tensor:
-        """The sampler's own grid."""
-        return self.sampler.times(schedule, steps, start=start)
+    def timesteps(self, schedule: Schedule, steps: int, *, start: float = 1.0) -> Tensor:
+        return self.sampler.timesteps(schedule, steps, start=start)
 
     def __call__(
         self,
         denoise: Denoise,
         x: Tensor,
         schedule: Schedule,
-        times: Tensor,
+        timesteps: Tensor,
         *,
         noise: Noise,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """As the sampler; `on_step` sees the last round's x0_hat of each step."""
-        sampler = self.sampler.for_single_step(len(times) - 1)
-        for i, (now, then) in enumerate(pairwise(compute_noise_levels(schedule, times))):
-            for left in reversed(range(self.rounds)):
-
-                def report(_: int, x0_hat: Tensor, i: int = i, left: int = left) -> None:
-                    if on_step is not None and not left:
-                        on_step(i, x0_hat)
-
-                step = times[i : i + 2]
-                x_s = sampler(denoise, x, schedule, step, noise=noise, on_step=report)
-                x = renoise(x_s, then, now, noise(x)) if left else x_s
+        """As `Sampler`; `on_step` gets the x0_hat of each step's last round."""
+        sampler = self.sampler.for_single_step(len(timesteps) - 1)
+        for i, (now, then) in enumerate(pairwise(compute_noise_levels(schedule, timesteps))):
+            for remaining in reversed(range(self.rounds)):
+                # The sampler counts its single step as number 0.
+                report = on_step and (lambda _, x0_hat, i=i: on_step(i, x0_hat))
+                options = {"noise": noise, "on_step": None if remaining else report}
+                x_s = sampler(denoise, x, schedule, timesteps[i : i + 2], **options)
+                x = renoise(x_s, then, now, noise(x)) if remaining else x_s
         return x

@@ -1,8 +1,7 @@
-"""Time grids: at which noise levels a sampler asks the network.
+"""Spacings: the times at which a sampler calls the network.
 
-`trailing`, `leading` and `linspace` are even in t and the schedule's own. The others are even in a
-function of the noise-to-signal ratio r = sigma / alpha, so that they place the same noise levels on
-any schedule, between the points of a table too: the level and what the network is told then agree.
+`trailing`, `leading` and `linspace` are even in t. The others are even in a function of the
+noise-to-signal ratio r = sigma / alpha, so that the noise levels are the same on any schedule.
 """
 
 import math
@@ -15,7 +14,7 @@ from ldm.diffusion.schedules import Schedule
 LINEAR_SPACINGS = ("trailing", "leading", "linspace")
 RHO = 7  # Karras et al. 2022, appendix D.1
 
-# spacing: (the function of r in which the grid is even, its inverse)
+# spacing: (the function of r in which the times are even, its inverse)
 SPACING_TRANSFORMS = {
     "karras": (lambda r: r ** (1 / RHO), lambda u: u**RHO),  # Karras et al. 2022, equation 5
     "logsnr": (torch.log, torch.exp),  # Lu et al. 2022 (DPM-Solver), section 3.3
@@ -24,60 +23,74 @@ SPACING_TRANSFORMS = {
 SPACINGS = (*LINEAR_SPACINGS, *SPACING_TRANSFORMS)
 
 # EDM's sigma_min and sigma_max (Karras et al. 2022, table 1: 0.002 and 80 for data of standard
-# deviation 0.5) for data of unit variance: beyond them the network's answer no longer changes.
+# deviation 0.5) for data of unit variance: beyond them the network's output no longer changes.
 MIN_NOISE_RATIO, MAX_NOISE_RATIO = 0.004, 160.0
 
 
 def space_timesteps(
     schedule: Schedule, steps: int, *, start: float = 1.0, spacing: str = "trailing"
 ) -> Tensor:
-    """The sampling grid (steps + 1,), in float64 on the CPU, falling from `start` to 0.
+    """The times of sampling (steps + 1,), in float64 on the CPU, falling from `start` to 0.
 
-    `karras` is EDM's, `logsnr` even in log(alpha / sigma), both from the noisiest level to the
-    cleanest of the schedule, then 0. `ays` is even in the angle atan(r), down to 0. Normal data of
-    unit variance comes out of DDIM scaled by the product of the cosines of its angle steps, so that
-    no other grid has a smaller error: it is what Align Your Steps arrives at where no network need
-    be asked (Sabour et al. 2024, arXiv:2404.14507, section 3). Where alpha = cos and sigma = sin of
-    t, it is `trailing`.
-    Raises ValueError for an unknown spacing, or steps or start that make no grid.
+    Raises ValueError for an unknown spacing, and for steps that do not fit start and schedule.
     """
     if spacing not in SPACINGS:
         raise ValueError(f"spacing '{spacing}' is none of {', '.join(SPACINGS)}")
-    if spacing in LINEAR_SPACINGS:
-        return schedule.times(steps, start=start, spacing=spacing)
     if steps < 1 or not 0 < start <= 1:
         raise ValueError(f"a grid needs steps >= 1 and 0 < start <= 1, not {steps} and {start}")
-    scale, unscale = SPACING_TRANSFORMS[spacing]
-    first = 1 / schedule.steps
-    below = start - first  # where there is no signal at all at the start, r is taken from here
-    ends = torch.tensor([start, max(below, first), first], dtype=torch.float64)
-    noisiest, next_to_it, cleanest = noise_to_signal_ratio(schedule, ends).tolist()
-    noisiest = min(noisiest if math.isfinite(noisiest) else next_to_it, MAX_NOISE_RATIO)
-    last, points = (0.0, steps + 1) if spacing == "ays" else (max(cleanest, MIN_NOISE_RATIO), steps)
-    high, low = scale(torch.tensor([noisiest, last], dtype=torch.float64)).tolist()
-    even = torch.linspace(high, low, points, dtype=torch.float64)[:steps]
-    t = find_timesteps_at_ratio(schedule, unscale(even))
-    t[0] = start
-    grid = torch.cat([t, torch.zeros(1, dtype=torch.float64)])
-    if not bool((grid.diff() < 0).all()):
+    linear = spacing in LINEAR_SPACINGS
+    t = (space_linearly if linear else space_by_ratio)(schedule, steps, start, spacing)
+    times = torch.cat([t, torch.zeros(1, dtype=torch.float64)])
+    if bool((times.diff() < 0).all()):
+        return times
+    if not linear:
         raise ValueError(
             f"{steps} sampling steps from t = {start} with spacing '{spacing}' do not fit the "
             "schedule: take fewer steps, or a noisier start (strength)"
         )
-    return grid
+    most, least = math.floor(start * schedule.steps + 1e-9), min(steps / schedule.steps, 1.0)
+    remedies = [f"steps={most} or fewer"] if most else []
+    remedies += [f"a start (strength) of {least:g} or more"] if start < 1 else []
+    raise ValueError(
+        f"{steps} sampling steps from t = {start} do not fit a schedule of {schedule.steps}: "
+        f"take {', or '.join(remedies)}"
+    )
 
 
-def noise_to_signal_ratio(schedule: Schedule, t: Tensor) -> Tensor:
-    """r = sigma / alpha at `t`: the noise level as EDM counts it, +inf where alpha is 0."""
-    alpha, sigma = schedule(t)
-    return sigma / alpha
+def space_linearly(schedule: Schedule, steps: int, start: float, spacing: str) -> Tensor:
+    """Times (steps,) that are even in t (Lin et al. 2024, arXiv:2305.08891, table 2).
+
+    `trailing` contains the noisiest time, `leading` the cleanest, `linspace` both. On a table
+    `leading` has a whole stride, floor(table / steps): 30 steps of 1000 begin at index 957, as in
+    diffusers with steps_offset=0 (Stable Diffusion's 1 adds one to each index).
+    """
+    i = torch.arange(steps, dtype=torch.float64)
+    first = 1 / schedule.steps
+    if spacing == "trailing":
+        return schedule.on_grid(start * (1 - i / steps))
+    if spacing == "leading":
+        return schedule.on_grid(schedule.stride(start, steps) * (steps - 1 - i)) + first
+    return schedule.on_grid((start - first) * (1 - i / max(steps - 1, 1))) + first
 
 
-def find_timesteps_at_ratio(schedule: Schedule, r: Tensor) -> Tensor:
-    """The times in [0, 1] at which sigma / alpha is `r`, in float64; the nearest where none is."""
-    low, high = torch.zeros_like(r), torch.ones_like(r)
-    for _ in range(60):  # halves of an interval: exact in double precision on any schedule
-        middle = (low + high) / 2
-        noisier = noise_to_signal_ratio(schedule, middle) > r
-        low, high = torch.where(noisier, low, middle), torch.where(noisier, middle, high)
-    return torch.where(r > 0, high, 0)
+def space_by_ratio(schedule: Schedule, steps: int, start: float, spacing: str) -> Tensor:
+    """Times (steps,) that are even in a function of r.
+
+    `karras` is EDM's, `logsnr` is even in log(alpha / sigma); both go from the noisiest level of
+    the schedule to its cleanest. `ays` is even in the angle atan(r), down to 0. There DDIM's error
+    on normal data of unit variance is smallest, as it is scaled by the product of the cosines of
+    the angle steps: Align Your Steps (Sabour et al. 2024, arXiv:2404.14507, section 3) without a
+    network. With alpha = cos t and sigma = sin t it is `trailing`.
+    """
+    scale, unscale = SPACING_TRANSFORMS[spacing]
+    first = 1 / schedule.steps
+    below = max(start - first, first)  # r is taken from here if there is no signal at the start
+    ends = torch.tensor([start, below, first], dtype=torch.float64)
+    noisiest, next_to_it, cleanest = schedule.noise_to_signal_ratio(ends).tolist()
+    noisiest = min(noisiest if math.isfinite(noisiest) else next_to_it, MAX_NOISE_RATIO)
+    last, points = (0.0, steps + 1) if spacing == "ays" else (max(cleanest, MIN_NOISE_RATIO), steps)
+    high, low = scale(torch.tensor([noisiest, last], dtype=torch.float64)).tolist()
+    even = torch.linspace(high, low, points, dtype=torch.float64)[:steps]
+    t = schedule.timesteps_at_ratio(unscale(even))
+    t[0] = start
+    return t

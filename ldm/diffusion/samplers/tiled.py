@@ -1,7 +1,4 @@
-"""A large picture in windows of the size that a network knows.
-
-Shapes: B batch, C latent channels, h w latent grid, E extra channels.
-"""
+"""A large image in windows of the size that the network was trained on."""
 
 from dataclasses import dataclass, replace
 
@@ -16,11 +13,9 @@ from ldm.diffusion.guidance.base import ConditionalDenoiser
 class TiledDenoiser:
     """A denoiser of any grid out of one for `side` x `side` cells.
 
-    At each call the windows' x0_hats are averaged where they overlap, with weights that fall
-    towards each window's edge, so that no edge can be seen (Bar-Tal et al. 2023, MultiDiffusion,
-    arXiv:2302.08113, whose quantitative form weights its windows likewise). Windows lie at equal
-    distances, `overlap` cells apart at least. One grid that fits is left to the network as it is.
-    Raises ValueError where the overlap is no part of a window, or a grid is smaller than one.
+    At each call the x0_hats of the windows are averaged, with weights that fall towards each
+    window's edge (Bar-Tal et al. 2023, MultiDiffusion, arXiv:2302.08113). Windows lie at equal
+    distances and overlap by `overlap` cells or more. A grid of one window is not cut.
     """
 
     denoise: ConditionalDenoiser
@@ -49,10 +44,10 @@ class TiledDenoiser:
 
 
 def compute_window_starts(length: int, side: int, overlap: int) -> list[int]:
-    """Where windows begin so that they cover `length` cells, evenly; ValueError if too short."""
+    """Where windows that cover `length` cells evenly begin; ValueError if it is too short."""
     if length < side:
         raise ValueError(f"a grid of {length} cells is smaller than a window of {side}")
-    more = -(-(length - side) // (side - overlap))  # windows beyond the first
+    more = -(-(length - side) // (side - overlap))  # windows after the first
     return [round(i * (length - side) / more) for i in range(more + 1)] if more else [0]
 
 

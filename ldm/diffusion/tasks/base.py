@@ -1,8 +1,4 @@
-"""What every task is: the inputs of the network besides the noise, and where sampling starts.
-
-Shapes: B batch, C latent channels, E extra channels, H W pixels, h w latent grid (of a video, F
-frames of it: F h w).
-"""
+"""What every task is: the inputs of the network besides the noise, and where sampling starts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

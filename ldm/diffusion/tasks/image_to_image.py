@@ -1,5 +1,7 @@
 """Image to image: a variation of an image by any text-to-image model."""
 
+from dataclasses import dataclass
+
 from ldm.diffusion.samplers.base import Noise
 from ldm.diffusion.schedules import Schedule
 from ldm.diffusion.tasks.base import (
@@ -12,6 +14,7 @@ from ldm.diffusion.tasks.base import (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
 class ImageToImage(Task):
     """Adds noise to the image up to t = strength, and samples from there.
 
@@ -23,9 +26,7 @@ class ImageToImage(Task):
     name = "img2img"
     sampling_only = True
     default_strength = 0.7  # the best measured, docs/img2img.md
-
-    def __init__(self, *, invert: bool = False) -> None:
-        self.invert = invert
+    invert: bool = False
 
     def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
         if request.image is None or request.mask is not None:

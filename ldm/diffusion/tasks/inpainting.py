@@ -1,9 +1,7 @@
-"""Inpainting: new pixels where a mask is 1.
-
-Shapes: B batch, C latent channels, H W pixels, h w latent grid.
-"""
+"""Inpainting: new pixels where a mask is 1."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +14,7 @@ from ldm.diffusion.tasks.base import Encode, Request, Start, Task, add_noise_at_
 from ldm.diffusion.tasks.masks import random_masks
 
 
+@dataclass(frozen=True, kw_only=True)
 class ProjectedInpainting(Task):
     """Inpainting by any text-to-image model: each x0_hat gets the known latents back.
 
@@ -26,10 +25,11 @@ class ProjectedInpainting(Task):
     name = "inpaint_projected"
     sampling_only = True
 
-    def __init__(self, *, rounds: int = 1) -> None:
-        if rounds < 1:
-            raise ValueError(f"task.rounds={rounds}: each step is taken once or more")
-        self.rounds = rounds
+    rounds: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"task.rounds={self.rounds}: each step is taken once or more")
 
     def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
         x, project = project_known(request, encode, schedule, noise, task=self)
@@ -53,13 +53,13 @@ class Inpainting(Task):
         return None if trained.name == self.name else "the network was not trained with masks"
 
     def example_inputs(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
-        return {"image": images, "mask": random_masks_like(images, generator)}
+        return {"image": images, "mask": random_masks(images, generator=generator)}
 
     def training_pair(
         self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
     ) -> tuple[Tensor, Tensor]:
         """The latents, and random masks with the latents of the rest, (B, 1 + C, h, w)."""
-        mask = random_masks_like(images, generator)
+        mask = random_masks(images, generator=generator)
         return latents, mask_channels(images, mask, encode, like=latents)
 
     def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
@@ -91,9 +91,3 @@ def mask_channels(images: Tensor, mask: Tensor, encode: Encode, *, like: Tensor)
 def downsample_mask(mask: Tensor, *, like: Tensor) -> Tensor:
     """A mask (B, 1, H, W) on the latent grid: a cell is masked if any of its pixels is."""
     return F.adaptive_max_pool2d(mask, like.shape[-2:])
-
-
-def random_masks_like(images: Tensor, generator: Generators) -> Tensor:
-    """A random mask (B, 1, H, W) for each image."""
-    n, _, *size = images.shape
-    return random_masks(n, *size, generator=generator, device=images.device)

@@ -1,7 +1,4 @@
-"""Random masks for the training of inpainting.
-
-Shapes: B batch, H W pixels.
-"""
+"""Random masks for the training of inpainting."""
 
 import math
 from itertools import pairwise
@@ -16,14 +13,14 @@ MASK_KIND_BOUNDS = (0.35, 0.6, 0.85)  # shares of rectangles, strokes, half-plan
 _NUMBERS_PER_MASK = 1 + 2 * STROKE_CORNERS  # those of a stroke, which takes the most
 
 
-def random_masks(
-    n: int, height: int, width: int, *, generator: Generators, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Masks (B, 1, H, W) of 0 and 1, where 1 is masked: rectangles, strokes, half-planes, or all.
+def random_masks(images: Tensor, *, generator: Generators) -> Tensor:
+    """Masks (B, 1, H, W) of images (B, 3, H, W): 1 in a rectangle, stroke or half-plane, or in all.
 
     The kinds are those that people draw; masks of the whole image keep the model able to generate
     from text alone. Each mask has one pixel or more.
     """
+    n, _, height, width = images.shape
+    device = images.device
     numbers = rand((n, 1 + _NUMBERS_PER_MASK), generator, device=device).float()
     kind, *u = (part[:, None, None] for part in numbers.unbind(1))  # (B, 1, 1) each
     y = (torch.arange(height, device=device) + 0.5)[None, :, None] / height  # (1, H, 1)

@@ -1,9 +1,7 @@
-"""Super-resolution: an image from a smaller one.
-
-Shapes: B batch, C latent channels, H W pixels, h w latent grid.
-"""
+"""Super-resolution: an image from a smaller one."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from ldm.diffusion.schedules import Schedule, expand_dims_like
 from ldm.diffusion.tasks.base import Encode, Request, Start, Task
 
 
+@dataclass(frozen=True, kw_only=True)
 class SuperResolution(Task):
     """An image `scale` times as wide, by a network with the small image as input.
 
@@ -37,29 +36,26 @@ class SuperResolution(Task):
     name = "superres"
     needs_image = True
 
-    def __init__(
-        self,
-        *,
-        scales: Sequence[int] = (2, 4),
-        scale: int = 2,
-        max_noise_level: float = 0.3,
-        noise_level: float = 0.0,
-        tile_overlap: float = 0.25,
-        residual_std: float = 0.1,
-    ) -> None:
+    scales: Sequence[int] = (2, 4)
+    scale: int = 2
+    max_noise_level: float = 0.3
+    noise_level: float = 0.0
+    tile_overlap: float = 0.25
+    residual_std: float = 0.1
+
+    def __post_init__(self) -> None:
+        scales = list(self.scales)
         if not scales or any(each < 2 for each in scales):
-            raise ValueError(f"task.scales={list(scales)}: each is 2 or more")
-        if scale not in scales:
-            raise ValueError(f"task.scale={scale} is none of task.scales={list(scales)}")
-        shares = {"max_noise_level": max_noise_level, "noise_level": noise_level}
-        for name, share in {**shares, "tile_overlap": tile_overlap}.items():
-            if not 0 <= share < 1:
+            raise ValueError(f"task.scales={scales}: each is 2 or more")
+        if self.scale not in scales:
+            raise ValueError(f"task.scale={self.scale} is none of task.scales={scales}")
+        for name in ("max_noise_level", "noise_level", "tile_overlap"):
+            if not 0 <= (share := getattr(self, name)) < 1:
                 raise ValueError(f"task.{name}={share} is a share: from 0 to below 1")
-        if not residual_std > 0:
-            raise ValueError(f"task.residual_std={residual_std} is a standard deviation: above 0")
-        self.scales, self.scale, self.residual_std = tuple(scales), scale, residual_std
-        self.max_noise_level, self.noise_level = max_noise_level, noise_level
-        self.tile_overlap = tile_overlap
+        if not self.residual_std > 0:
+            raise ValueError(
+                f"task.residual_std={self.residual_std} is a standard deviation: above 0"
+            )
 
     def extra_channels(self, channels: int) -> int:
         return channels + 2
@@ -116,7 +112,7 @@ class SuperResolution(Task):
         for i, scale in enumerate(self.scales):
             enlarged = upsample_images(downsample_images(images, scale), scale)
             small = torch.where(expand_dims_like(choice == i, images), enlarged, small)
-        return small, level, torch.tensor(self.scales, device=images.device)[choice]
+        return small, level, torch.tensor(list(self.scales), device=images.device)[choice]
 
 
 def add_noise_channels(x0: Tensor, noise: Tensor, level: Tensor, scale: Tensor) -> Tensor:

@@ -1,9 +1,7 @@
-"""Text to video, or a prompt and the first frame to video.
-
-Shapes: B batch, C latent channels, F frames, H W pixels, h w latent grid.
-"""
+"""Text to video, or a prompt and the first frame to video."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from ldm.diffusion.schedules import Schedule
 from ldm.diffusion.tasks.base import Encode, Request, Start, Task
 
 
+@dataclass(frozen=True, kw_only=True)
 class TextToVideo(Task):
     """A video from pure noise and a prompt; with an image, one that begins with it.
 
@@ -27,13 +26,13 @@ class TextToVideo(Task):
 
     name = "video"
     is_video = True
+    first_frame_prob: float = 0.5
+    shared_noise: float = 0.0
 
-    def __init__(self, *, first_frame_prob: float = 0.5, shared_noise: float = 0.0) -> None:
-        shares = {"first_frame_prob": first_frame_prob, "shared_noise": shared_noise}
-        for name, share in shares.items():
-            if not 0 <= share <= 1:
+    def __post_init__(self) -> None:
+        for name in ("first_frame_prob", "shared_noise"):
+            if not 0 <= (share := getattr(self, name)) <= 1:
                 raise ValueError(f"task.{name}={share} is a share: from 0 to 1")
-        self.first_frame_prob, self.shared_noise = first_frame_prob, shared_noise
 
     def extra_channels(self, channels: int) -> int:
         return 1 + channels

@@ -1,4 +1,4 @@
-"""This machine's share for each job of a sweep: GPUs, or cores, that are its own."""
+"""The jobs of a sweep on this machine, each with GPUs or cores of its own."""
 
 import ctypes
 import os
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-from ldm.experiments.sweep import JOB_OUTPUT_FILE, SweepJob
+from ldm.experiments.jobs import JOB_OUTPUT_FILE, SweepJob
 
 PARENT_PID_VARIABLE = "LDM_PARENT"
 
@@ -17,8 +17,7 @@ PARENT_PID_VARIABLE = "LDM_PARENT"
 class LocalMachine:
     """Starts jobs as processes while there is room.
 
-    devices: GPUs of each job; None: its trainer.devices, or a fair share where that is no number.
-    Raises ValueError for `n_jobs` below 1.
+    devices: GPUs of each job; None: its trainer.devices, or an equal share if that is no number.
     """
 
     def __init__(self, *, n_jobs: int, devices: int | None = None) -> None:
@@ -29,12 +28,12 @@ class LocalMachine:
         self.gpus = list_gpus()
         self.free_gpus = list(self.gpus)
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        # Equal parts; where there are more jobs than cores, some share one.
+        # Equal parts; if there are more jobs than cores, some share one.
         shares = [cores[i::n_jobs] or cores[i % len(cores) :][:1] for i in range(n_jobs)]
         self.free_cores = shares if cores else [[]] * n_jobs
 
     def check(self, job: SweepJob) -> None:
-        """Raise ValueError where a job would never fit."""
+        """Raises ValueError for a job that would never fit."""
         if job.nodes > 1:
             raise ValueError(
                 f"{job.label} wants trainer.num_nodes={job.nodes}: hydra/launcher=local has this "
@@ -49,7 +48,7 @@ class LocalMachine:
             )
 
     def start(self, job: SweepJob) -> "LocalProcess | None":
-        """Start a job; None where others must leave first."""
+        """Starts a job; None while too few GPUs are free."""
         count = self._count(job)
         if count > len(self.free_gpus):
             return None
@@ -60,7 +59,7 @@ class LocalMachine:
             self.free_gpus = sorted([*self.free_gpus, *mine], key=self.gpus.index)
             self.free_cores.append(cores)
 
-        # A job on this machine starts its own ranks, even where SLURM has lent the machine.
+        # A job on this machine starts its own ranks, even inside a SLURM allocation.
         environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
         environment[PARENT_PID_VARIABLE] = str(os.getpid())
         if self.gpus:
@@ -68,16 +67,15 @@ class LocalMachine:
         return LocalProcess(job, environment, cores, give_back)
 
     def _count(self, job: SweepJob) -> int:
-        """GPUs of a job."""
         if not self.gpus or job.accelerator == "cpu":
             return 0
         return self.devices or job.devices or max(len(self.gpus) // self.n_jobs, 1)
 
 
 class LocalProcess:
-    """A job as a process, in a session of its own: what a terminal sends reaches the sweep alone.
+    """A job as a process, in a session of its own: signals of a terminal reach the sweep alone.
 
-    It dies with this process, even if that is killed (`follow_parent`).
+    It is killed with this process (`die_with_parent`).
     """
 
     def __init__(
@@ -103,16 +101,16 @@ class LocalProcess:
                 os.sched_setaffinity(self.process.pid, cores)
 
     def poll(self) -> int | None:
-        """Its exit code, None while it runs."""
+        """Returns its exit code, None while it runs."""
         return self.process.poll()
 
     def stop(self, number: int) -> None:
-        """Pass a signal on to the run, which tells its ranks."""
+        """Passes a signal on to the run, which passes it on to its ranks."""
         with suppress(ProcessLookupError):
             self.process.send_signal(number)
 
     def end(self) -> None:
-        """Kill what is left of it, and free its share."""
+        """Kills its processes and frees its share."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         if self.process.poll() is not None:
@@ -120,7 +118,7 @@ class LocalProcess:
 
 
 def list_gpus() -> list[str]:
-    """The GPUs that may be used, as CUDA_VISIBLE_DEVICES writes them; found without torch."""
+    """Returns the visible GPUs as CUDA_VISIBLE_DEVICES writes them; needs no torch."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
     if (tool := shutil.which("nvidia-smi")) is None:
@@ -131,10 +129,7 @@ def list_gpus() -> list[str]:
 
 
 def die_with_parent() -> None:
-    """Have this process killed with the one that started it, where that is a sweep or its job.
-
-    Otherwise a sweep that is killed would leave jobs behind, which nobody watches.
-    """
+    """Has the kernel kill this process with its parent if that is a sweep or a job of a sweep."""
     if PARENT_PID_VARIABLE in os.environ and sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

@@ -73,11 +73,6 @@ class FrozenTextEncoder(nn.Module):
         self._null: dict[tuple[torch.device, torch.dtype], Condition] = {}
 
     @property
-    def seen(self) -> int:
-        """The number of captions encoded so far."""
-        return self.tokenize.seen
-
-    @property
     def truncated(self) -> int:
         """The number of captions so far that were cut to `max_length` tokens."""
         return self.tokenize.truncated

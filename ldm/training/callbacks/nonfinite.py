@@ -4,7 +4,7 @@ import json
 import math
 import warnings
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import lightning as L
@@ -26,15 +26,12 @@ class NotFiniteError(RuntimeError):
     """Weights, validation losses or many steps in a row are not finite."""
 
 
-def are_weights_finite(weights: Iterable[Tensor]) -> bool:
-    """Whether this rank's part of the weights is finite; waits for the device once."""
-    parts = (w.to_local() if isinstance(w, DTensor) else w for w in weights)
-    return bool(torch.stack([part.detach().isfinite().all() for part in parts]).all())
-
-
 def check_finite_weights(trainer: L.Trainer, folder: Path) -> None:
     """Raises NotFiniteError on all ranks if the weights are not finite."""
-    finite = are_weights_finite(trainer.lightning_module.parameters())
+    weights = trainer.lightning_module.parameters()
+    parts = [w.to_local() if isinstance(w, DTensor) else w for w in weights]
+    # Waits for the device once.
+    finite = bool(torch.stack([part.detach().isfinite().all() for part in parts]).all())
     if not trainer.strategy.reduce_boolean_decision(finite, all=True):
         raise NotFiniteError(
             f"the weights are not finite after step {trainer.global_step}, and not saved. "

@@ -7,7 +7,7 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from ldm.training.loggers.base import RunLogger
@@ -37,11 +37,6 @@ class CsvLog(Logger, RunLogger):
     @property
     def version(self) -> str:
         return ""
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> "CsvLog":
-        return self
 
     @rank_zero_only
     def log_hyperparams(self, *args, **kwargs) -> None:

@@ -246,7 +246,7 @@ OBJECTIVE = {
     "timestep_sampler": {"_target_": "ldm.diffusion.timesteps.PowerTimestepSampler"},
     "objective": {
         "_target_": "ldm.diffusion.objective.Objective",
-        "prediction": {"_target_": "ldm.diffusion.objective.Prediction", "kind": "v"},
+        "prediction": {"_target_": "ldm.diffusion.predictions.Prediction", "kind": "v"},
     },
     "data": {"batch_size": 4},
 }
@@ -353,8 +353,11 @@ def test_pictures_that_are_here_are_read_and_nothing_is_left_beside_them(place):
 def test_former_names_lead_to_components():
     for old, new in FORMER_TARGETS.items():
         assert any(new in targets for targets in list_component_targets().values()), new
-        with pytest.raises(Exception, match=old.rpartition(".")[2]):
-            get_object(old)
+        try:
+            component = get_object(old)
+        except Exception:  # the name is gone, or it is imported where it was defined
+            continue
+        assert component is get_object(new)
 
 
 def options(group: str) -> list[str]:

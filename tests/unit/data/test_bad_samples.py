@@ -15,6 +15,7 @@ from ldm.data.bad_samples import MIN_ALLOWED_SKIPS, BadSample, BadSampleCounter,
 from ldm.data.dataset import TextImageDataset, collate
 from ldm.data.image_decoding import ImageError
 from ldm.data.position_sampler import PositionBatchSampler, ShuffledOrder
+from ldm.data.shards.index import ReadOptions
 from ldm.data.shards.reader import ShardReader
 
 CUT = encoded(Image.linear_gradient("L"), "JPEG")[:-100]
@@ -175,7 +176,7 @@ def test_small_pictures_and_missing_captions_are_left_out_of_the_index(tmp_path,
     )
 
     def kept(min_size: int | None) -> list[str]:
-        index = ShardReader(tmp_path / "in", min_size=min_size).index
+        index = ShardReader(tmp_path / "in", ReadOptions(min_size=min_size)).index
         return [index.key(i) for i in range(len(index))]
 
     assert kept(None) == ["0", "1", "2", "3", "4", "5", "6", "0000", "0001", "0002", "8"]
@@ -187,7 +188,7 @@ def test_small_pictures_and_missing_captions_are_left_out_of_the_index(tmp_path,
     assert kept(64) == ["5"]
     assert kept(None)[2] == "2"
     assert (tmp_path / "in" / "index.npz").stat().st_mtime_ns == saved  # measured once
-    shards = ShardReader(tmp_path / "in", min_size=20)
+    shards = ShardReader(tmp_path / "in", ReadOptions(min_size=20))
     assert shards.index.shard_sizes() == [4, 0, 1]
     assert [shards.read(i).captions for i in range(5)] == [["0"], ["1"], ["3"], ["5"], ["8"]]
     with pytest.raises(ValueError, match="short side under 1000 px"):

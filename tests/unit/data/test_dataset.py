@@ -55,8 +55,10 @@ def test_the_centre_is_cut_without_training(shards):
     for position in range(5):
         assert (plain[0, position]["images"] == expected).all()
     training = TextImageDataset(shards, size=8, seed=3, train=True, crop="random", flip=0.5)
-    assert torch.equal(training.plain(size=20)[0, 1]["images"], plain[0, 0]["images"])
-    assert training.plain()[0, 0]["images"].shape == (3, 8, 8)
+    assert torch.equal(
+        training.without_augmentation(size=20)[0, 1]["images"], plain[0, 0]["images"]
+    )
+    assert training.without_augmentation()[0, 0]["images"].shape == (3, 8, 8)
 
 
 def test_what_is_drawn_depends_on_seed_and_position_only(shards):

@@ -372,5 +372,5 @@ def test_a_mask_that_is_none_is_refused(tmp_path):
         read_mask(tmp_path / "dark.png", 4)
     masks()["L"].save(tmp_path / "mask.png")
     Image.new("RGB", (9, 4)).save(tmp_path / "picture.png")
-    with pytest.raises(ImageError, match=r"8 x 4 where its picture .*picture.png is 9 x 4"):
+    with pytest.raises(ImageError, match=r"8 x 4, but its image .*picture.png is 9 x 4"):
         read_mask(tmp_path / "mask.png", 4, of=tmp_path / "picture.png")

@@ -39,10 +39,10 @@ def test_small_errors_are_squared_and_large_ones_are_not():
 def test_c_follows_its_schedule():
     log_snr = torch.cat([LOG_SNR, torch.tensor([math.inf, -math.inf], dtype=torch.float64)])
     t = torch.cat([T, torch.tensor([0.0, 1.0], dtype=torch.float64)])
-    assert (PseudoHuberLoss(0.1).at(t, log_snr) == 0.1).all()
-    exponential = PseudoHuberLoss(0.1, schedule="exponential").at(t, log_snr)
+    assert (PseudoHuberLoss(0.1).c_at(t, log_snr) == 0.1).all()
+    exponential = PseudoHuberLoss(0.1, schedule="exponential").c_at(t, log_snr)
     torch.testing.assert_close(exponential, (math.log(0.1) * t).exp())
-    snr = PseudoHuberLoss(0.1, schedule="snr").at(t, log_snr)
+    snr = PseudoHuberLoss(0.1, schedule="snr").c_at(t, log_snr)
     alpha, sigma = linear()(T)
     torch.testing.assert_close(snr[:4], 0.9 / (1 + sigma / alpha) ** 2 + 0.1)
     assert snr[4:].tolist() == [1.0, 0.1]

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from ldm.diffusion.conditioning import Condition
 from ldm.diffusion.losses import PseudoHuberLoss
-from ldm.diffusion.objective import PREDICTIONS, Objective, Prediction
+from ldm.diffusion.objective import Objective
+from ldm.diffusion.predictions import PREDICTIONS, Prediction
 from ldm.diffusion.rng import derive_generators, make_generators, randn
 from ldm.diffusion.schedules import (
     FlowSchedule,

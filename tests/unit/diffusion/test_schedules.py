@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest, laplace
 
+from ldm.diffusion.samplers.spacing import space_timesteps
 from ldm.diffusion.schedules import (
     DiscreteSchedule,
     FlowSchedule,
@@ -82,7 +83,7 @@ def test_flow_is_that_of_diffusers(shift):
     assert torch.allclose(alpha + sigma, torch.ones_like(t))
     # Sigmas as pipelines give them: without, diffusers shifts the ends twice (its issue 13243).
     for steps in (5, 20, 50):
-        times = schedule.times(steps)
+        times = space_timesteps(schedule, steps)
         oracle.set_timesteps(sigmas=times[:-1].tolist())
         torch.testing.assert_close(schedule(times)[1], oracle.sigmas.double(), rtol=0, atol=1e-6)
     plain = FlowSchedule().log_snr(t[1:])
@@ -131,7 +132,7 @@ def test_falls_from_data_to_noise(schedule):
 
 @given(st.integers(1, 1000), st.sampled_from(["trailing", "leading", "linspace"]))
 def test_times_lie_on_the_table_and_fall_to_zero(steps, spacing):
-    times = scaled_linear().times(steps, spacing=spacing)
+    times = space_timesteps(scaled_linear(), steps, spacing=spacing)
     assert times.shape == (steps + 1,)
     assert times[-1] == 0
     assert (times.diff() < 0).all()
@@ -145,7 +146,7 @@ def test_times_lie_on_the_table_and_fall_to_zero(steps, spacing):
 def test_times_are_those_of_diffusers(spacing, steps):
     oracle = DDPMScheduler(timestep_spacing=spacing)
     oracle.set_timesteps(steps)
-    times = linear().times(steps, spacing=spacing)
+    times = space_timesteps(linear(), steps, spacing=spacing)
     assert torch.equal(linear().timestep(times[:-1]).round().long(), oracle.timesteps)
 
 
@@ -155,34 +156,34 @@ def test_leading_has_the_whole_stride_of_diffusers_at_any_number_of_steps(offset
     oracle = DDIMScheduler(timestep_spacing="leading", steps_offset=offset)
     for steps in [*range(1, 60), 99, 100, 128, 250, 333, 334, 499, 501, 999, 1000]:
         oracle.set_timesteps(steps)
-        times = linear().times(steps, spacing="leading")
+        times = space_timesteps(linear(), steps, spacing="leading")
         told = linear().timestep(times[:-1]).round().long()
         assert torch.equal(told + offset, oracle.timesteps)
-    assert linear().timestep(linear().times(30, spacing="leading"))[0].round() == 957
+    assert linear().timestep(space_timesteps(linear(), 30, spacing="leading"))[0].round() == 957
 
 
 def test_leading_from_a_later_start_has_a_whole_stride_too():
     for strength, steps, first in ((0.7, 30, 29 * 23), (0.57, 10, 9 * 57), (0.29, 29, 280)):
-        times = linear().times(steps, start=strength, spacing="leading")
+        times = space_timesteps(linear(), steps, start=strength, spacing="leading")
         assert (times[0] * 1000).item() == pytest.approx(first + 1, abs=1e-9)
     # Without a table there are no whole numbers to keep to.
-    even = FlowSchedule().times(3, spacing="leading")
+    even = space_timesteps(FlowSchedule(), 3, spacing="leading")
     torch.testing.assert_close(even[:-1] - 1e-3, torch.tensor([2 / 3, 1 / 3, 0]).double())
 
 
 def test_impossible_grids_are_refused():
     with pytest.raises(ValueError, match="take steps="):
-        linear().times(1001)
+        space_timesteps(linear(), 1001)
     with pytest.raises(ValueError, match="take steps="):
-        linear().times(500, start=0.25)
+        space_timesteps(linear(), 500, start=0.25)
     with pytest.raises(ValueError, match=r"steps=13 or fewer, or a start \(strength\) of 0.03 or"):
-        linear().times(30, start=0.0137)
+        space_timesteps(linear(), 30, start=0.0137)
     with pytest.raises(ValueError, match=r"of 1000: take a start \(strength\) of 0.03 or more"):
-        linear().times(30, start=0.0004, spacing="leading")
+        space_timesteps(linear(), 30, start=0.0004, spacing="leading")
     with pytest.raises(ValueError, match="none of trailing"):
-        linear().times(10, spacing="trialing")
+        space_timesteps(linear(), 10, spacing="trialing")
     with pytest.raises(ValueError, match="steps >= 1"):
-        linear().times(0)
+        space_timesteps(linear(), 0)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,7 @@ def test_impossible_schedules_are_refused(make, said):
 
 
 def test_a_schedule_that_ends_before_the_noise_says_so():
-    with pytest.warns(UserWarning, match="60% of the picture.*zero_terminal_snr=true"):
+    with pytest.warns(UserWarning, match="60% of the image.*zero_terminal_snr=true"):
         linear(steps=100)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

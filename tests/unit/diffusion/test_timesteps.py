@@ -73,13 +73,13 @@ def test_any_split_of_the_images_has_the_same_times(make, spread, data):
 @settings(deadline=None)
 @given(st.integers(1, 64), st.integers(0, 10**6), st.integers(0, 10**6))
 def test_a_stratified_step_has_one_time_in_each_part(batch, step, seed):
-    uniforms = Uniforms("stratified", batch=batch)
+    uniforms = Uniforms(spread="stratified", batch=batch)
     drawn = uniforms(batch, draws(range(step * batch, (step + 1) * batch), seed))
     assert sorted((drawn * batch).long().tolist()) == list(range(batch))
 
 
 def test_strata_are_shuffled_anew_each_step():
-    uniforms = Uniforms("stratified", batch=32)
+    uniforms = Uniforms(spread="stratified", batch=32)
     first, second = (uniforms(32, draws(range(start, start + 32))) for start in (0, 32))
     assert (first * 32).long().tolist() != (second * 32).long().tolist()
     half = torch.stack([uniforms(16, draws(range(s, s + 16))).mean() for s in range(0, 6400, 32)])
@@ -90,13 +90,13 @@ def test_strata_are_shuffled_anew_each_step():
 @given(st.integers(0, 10), st.integers(0, 10**6), st.integers(0, 10**6))
 def test_sobol_has_one_number_in_each_part_of_an_aligned_block(power, block, seed):
     size = 2**power
-    drawn = Uniforms("sobol")(size, draws(range(block * size, (block + 1) * size), seed))
+    drawn = Uniforms(spread="sobol")(size, draws(range(block * size, (block + 1) * size), seed))
     assert sorted((drawn * size).long().tolist()) == list(range(size))
 
 
 def test_sobol_is_sobols():
     """Its parts of [0, 1) are exchanged, as a tree's branches: so are those of torch's engine."""
-    ours = Uniforms("sobol")(256, draws(range(256)))
+    ours = Uniforms(spread="sobol")(256, draws(range(256)))
     theirs = SobolEngine(1).draw(256, dtype=torch.float64)[:, 0]
     torch.testing.assert_close(ours.sort().values, theirs.sort().values, rtol=0, atol=1 / 256)
     for level in (2, 4, 8, 16, 32, 64):
@@ -115,7 +115,7 @@ def test_scrambling_depends_on_the_seed_and_looks_like_chance():
     """Each image's number over seeds, and the places of neighbours within their parts."""
     first = torch.tensor([owen_scramble(0, key=f"{i}") / 2**53 for i in range(2000)])
     assert kstest(first.numpy(), "uniform").pvalue > 0.01
-    drawn = Uniforms("sobol")(4096, draws(range(4096)))
+    drawn = Uniforms(spread="sobol")(4096, draws(range(4096)))
     within = (drawn * 4096) % 1
     assert kstest(within.numpy(), "uniform").pvalue > 0.01
     assert abs(torch.corrcoef(torch.stack([within[:-1], within[1:]]))[0, 1]) < 0.06

@@ -6,7 +6,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ldm.diffusion.conditioning import Condition
-from ldm.diffusion.objective import PREDICTIONS, Objective, Prediction
+from ldm.diffusion.objective import Objective
+from ldm.diffusion.predictions import PREDICTIONS, Prediction
 from ldm.diffusion.rng import randn
 from ldm.diffusion.schedules import (
     FlowSchedule,

@@ -79,7 +79,7 @@ def test_defaults_are_stable_diffusion_in_size():
 
 @settings(max_examples=10, deadline=None)
 @given(height=st.integers(1, 4), width=st.integers(1, 4))
-def test_any_legal_size_comes_back(height, width):
+def test_decoding_gives_the_size_of_the_image(height, width):
     net = AutoencoderKL(**SMALL)
     with torch.no_grad():
         latents = net.encode(pictures(2, 3, 4 * height, 4 * width))
@@ -191,7 +191,7 @@ def test_without_normalisation_blocks_begin_as_their_shortcut():
     assert not torch.equal(randomise(net, std=0.05).decoder.mid.blocks[0](x), x)
 
 
-def test_what_diffusers_cannot_build_is_refused():
+def test_autoencoders_that_diffusers_cannot_build_are_refused():
     for changed in ({"patch": 2}, {"groups": 0}):
         with pytest.raises(ValueError, match="diffusers has no such autoencoder"):
             export_autoencoder_config(AutoencoderKL(**SMALL | changed))

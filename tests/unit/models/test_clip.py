@@ -77,7 +77,7 @@ def test_resizing_squashes_and_stays_in_range():
     assert pixels.max() <= 1 + 1e-6
 
 
-def test_a_caption_alone_and_beside_a_longer_one_are_the_same():
+def test_a_caption_does_not_depend_on_longer_ones_in_its_batch():
     clip = small_clip().eval()
     together = clip.encode_texts(CAPTIONS)
     for i, caption in enumerate(CAPTIONS):

@@ -50,12 +50,12 @@ def test_from_a_diffusers_folder(tmp_path):
         torch.testing.assert_close(read.encode(images), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_does_not_come_with_ldm_is_told_what_does():
+def test_an_unknown_packaged_model_is_refused_with_the_known_ones():
     with pytest.raises(FileNotFoundError, match=r"which has packaged:autoencoder, packaged:clip"):
         make_autoencoder_kl(path="packaged:autoencodr", **SIZES)
 
 
-def test_what_is_nowhere_is_named(tmp_path, monkeypatch):
+def test_a_missing_autoencoder_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"'nobody/nothing' is neither here nor"):
         make_autoencoder_kl(path="nobody/nothing", **SIZES)

@@ -61,7 +61,7 @@ def test_captions_have_a_gradient_as_well(tiny_clip, tmp_path):
 
 
 @pytest.mark.parametrize("schedule", [FlowSchedule(), cosine(), cosine(zero_terminal_snr=True)])
-def test_in_deep_noise_its_gradient_fades_as_the_signal_does(schedule):
+def test_the_scaled_gradient_stays_finite_in_deep_noise(schedule):
     """So that sigma^2 / alpha times it stays finite, and goes to no infinity at the end."""
     log_p = classifier(schedule=schedule).double().make_log_likelihood(["a star"] * 4)
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
@@ -77,7 +77,7 @@ def test_in_deep_noise_its_gradient_fades_as_the_signal_does(schedule):
     assert pushes.max() < 4 * pushes.min()
 
 
-def test_names_are_likelihoods_of_one_choice():
+def test_probabilities_of_all_names_sum_to_one():
     built, x = classifier(), torch.randn(3, 3, 8, 8)
     t = torch.tensor([0.2, 0.5, 0.8])
     each = [built.make_log_likelihood([f"a {name}"] * 3)(x, t) for name in NAMES]
@@ -85,7 +85,7 @@ def test_names_are_likelihoods_of_one_choice():
     assert built.make_log_likelihood([""] * 3)(x, t).abs().max() == 0
 
 
-def test_an_image_is_read_by_itself_and_at_its_own_time():
+def test_an_image_does_not_depend_on_its_batch_and_has_its_own_time():
     tower = classifier().tower
     x, t = torch.randn(3, 3, 8, 8), torch.tensor([0.2, 0.5, 0.8])
     whole = tower(x, t)
@@ -97,13 +97,13 @@ def test_an_image_is_read_by_itself_and_at_its_own_time():
     assert not torch.allclose(tower(x, t.flip(0)), whole, atol=1e-3)
 
 
-def test_the_text_encoder_is_no_part_of_its_state():
+def test_the_text_encoder_is_not_in_the_state():
     built = classifier()
     assert {name.split(".")[0] for name in built.state_dict()} == {"tower", "project", "log_scale"}
     assert not any("log_alpha" in name for name in built.state_dict())
 
 
-def test_what_does_not_fit_is_told():
+def test_inputs_of_other_sizes_are_refused():
     with pytest.raises(ValueError, match=r"take text_encoder=tiny or labels"):
         classifier(NullTextEncoder())
     built = classifier()
@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_told():
         built.tower(torch.zeros(1, 4, 8, 8), torch.tensor(0.5))
     with pytest.raises(ValueError, match="multiples of 2, not 3 on 7x8"):
         built.tower(torch.zeros(1, 3, 7, 8), torch.tensor(0.5))
-    with pytest.raises(ValueError, match="3 pictures for 1 prompts"):
+    with pytest.raises(ValueError, match="3 images for 1 prompts"):
         built.make_log_likelihood(["a star"])(torch.zeros(3, 3, 8, 8), torch.tensor(0.5))
     with pytest.raises(ValueError, match="give one value a level"):
         NoisyTower(schedule=cosine(), in_channels=3, multipliers=(1, 2, 4))

@@ -50,7 +50,7 @@ def test_frames_are_of_their_video():
         layer_for(layer, range(4))(x)
 
 
-def test_dropout_is_the_papers():
+def test_dropout_scales_what_remains():
     x, layer = torch.rand(50, 40, 10, 10) + 1, Dropout(0.2)
     y = layer_for(layer, range(50))(x)
     assert float((y == 0).float().mean()) == pytest.approx(0.2, abs=0.005)

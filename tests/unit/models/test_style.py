@@ -92,7 +92,7 @@ def test_style_learns_from_the_first_step_on():
 
 
 @torch.no_grad()
-def test_a_style_is_told_in_a_few_numbers_with_noise_in_training_alone():
+def test_a_style_code_has_few_values_and_noise_only_in_training():
     """What is told depends on them alone; so they must be of a scale, or noise would be none."""
     tokens, seen = trained(network(style_code=3)).style, []
     tokens.to_code.register_forward_hook(lambda _, args, code: seen.append(code))
@@ -155,7 +155,7 @@ def test_features_depend_on_an_images_own_numbers(folder):
     assert torch.equal(whole(images, draws(4)), whole(images, draws(4, seed=9)))
 
 
-def test_recolouring_is_of_training_alone(folder):
+def test_colours_change_only_in_training(folder):
     plain, encoder = (
         ClipStyleEncoder(folder, tiles=1),
         ClipStyleEncoder(folder, tiles=1, recolour=True),
@@ -187,7 +187,7 @@ def test_recolouring_is_of_training_alone(folder):
         ("", ""),
     ],
 )
-def test_captions_fall_silent_about_style(folder, said, left):
+def test_style_words_are_removed_from_captions(folder, said, left):
     encoder = ClipStyleEncoder(folder, style_words=WORDS, word_dropout=0.5)
     assert encoder.strip_style_words(said) == left
     assert encoder.drop_style_words([said] * 2, torch.tensor([0.49, 0.5])) == [left, said]
@@ -208,7 +208,7 @@ def test_captions_fall_silent_about_style(folder, said, left):
         ({"word_dropout": -0.1}, "style_encoder.word_dropout is a share"),
     ],
 )
-def test_what_makes_no_sense_is_refused(folder, wrong, told):
+def test_settings_out_of_range_are_refused(folder, wrong, told):
     with pytest.raises(ValueError, match=told):
         ClipStyleEncoder(folder, **wrong)
 

@@ -35,7 +35,7 @@ def videos(batch=2, frames=FRAMES, channels=3):
 
 
 @torch.no_grad()
-def test_at_first_a_video_is_its_frames_as_the_image_network_has_them():
+def test_an_untrained_temporal_network_computes_each_frame_as_the_image_network():
     images = unet()
     network = unet(in_channels=7, seed=1, move=False, temporal=True)
     assert warm_start(network, images.state_dict(), source="x") == ["4 input channels", "temporal"]
@@ -48,7 +48,7 @@ def test_at_first_a_video_is_its_frames_as_the_image_network_has_them():
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
-def test_what_begins_as_zero_learns():
+def test_layers_that_are_zero_at_first_get_gradients():
     network = unet(temporal=True)
     fresh = unet(temporal=True, move=False)
     own = {k: v for k, v in fresh.state_dict().items() if k.startswith("temporal")}
@@ -87,7 +87,7 @@ def test_frames_have_an_order():
 
 
 @torch.no_grad()
-def test_a_picture_is_what_it_is_without_the_layers():
+def test_temporal_layers_do_not_change_images():
     network, images = unet(temporal=True), unet()
     images.load_state_dict(
         {k: v for k, v in network.state_dict().items() if not k.startswith("temporal.")}
@@ -103,7 +103,7 @@ def test_any_number_of_frames():
         assert network(videos(frames=frames), T, told()).shape == (2, 3, frames, 8, 8)
 
 
-def test_what_does_not_fit_is_refused():
+def test_inputs_of_other_sizes_are_refused():
     with pytest.raises(ValueError, match="train one with task=video"):
         unet()(videos(), T, told())
     with pytest.raises(ValueError, match="latents of 8x7 do not fit"):
@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_refused():
 
 
 @torch.no_grad()
-def test_an_autoencoder_has_each_frame_by_itself():
+def test_an_autoencoder_encodes_each_frame_by_itself():
     torch.manual_seed(0)
     sizes = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "groups": 4, "attention": False}
     one = AutoencoderKL(latent_channels=4, **sizes).eval()
@@ -130,7 +130,7 @@ def test_an_autoencoder_has_each_frame_by_itself():
 
 
 @torch.no_grad()
-def test_what_is_drawn_for_a_video_is_its_own():
+def test_random_numbers_of_a_video_do_not_depend_on_its_batch():
     torch.manual_seed(0)
     sizes = {"channels": 8, "multipliers": (1,), "blocks": 1, "groups": 4, "attention": False}
     many, x = FramewiseAutoencoder(AutoencoderKL(latent_channels=4, **sizes).eval()), videos()

@@ -154,7 +154,7 @@ NETS = {levels: small(multipliers=(1,) * levels, attention=(False,) * levels) fo
 
 @settings(max_examples=20, deadline=None)
 @given(levels=st.sampled_from(sorted(NETS)), height=st.integers(1, 4), width=st.integers(1, 4))
-def test_any_legal_size_is_kept(levels, height, width):
+def test_the_output_has_the_size_of_the_input(levels, height, width):
     net, multiple = NETS[levels], 2 ** (levels - 1)
     x, t, cond = inputs(net, height=height * multiple, width=width * multiple)
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_pooled_and_tokens_each_matter():
 
 
 @torch.no_grad()
-def test_a_place_map_is_a_cosine_transform():
+def test_a_positional_map_is_a_cosine_transform():
     place = randomise(PositionalMap(5, 2, positional_waves=3))
     emb = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     weights = place.proj(emb).reshape(4, 3, 3, 2)
@@ -201,7 +201,7 @@ def test_a_place_map_is_a_cosine_transform():
 
 
 @torch.no_grad()
-def test_only_place_maps_know_where_they_are():
+def test_only_positional_maps_depend_on_the_position():
     """In the middle, away from the border that convolutions feel."""
     for positional_waves, moved in ((0, False), (2, True)):
         net = small(

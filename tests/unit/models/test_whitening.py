@@ -27,7 +27,7 @@ def test_every_direction_has_unit_variance():
     np.testing.assert_allclose(np.sort(np.diag(got)), np.sort(expected), rtol=1e-3)
 
 
-def test_what_does_not_vary_is_not_blown_up():
+def test_directions_without_variance_are_not_amplified():
     whiten = Whitening.from_states(states(scales=(1.0, 1.0, 0.0)))
     assert whiten(states() * 100).isfinite().all()
     assert whiten.matrix.abs().max() < 1.5 / VARIANCE_FLOOR**0.5

@@ -10,8 +10,8 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from shell import ROOT, run
 
+from ldm.config.command_line import CONF_DIR
 from ldm.config.run import build_job
-from ldm.config.suggestions import CONF_DIR
 
 TINY = [
     "trainer=cpu",
@@ -112,7 +112,7 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_shards_learn_what_one_process_does_and_it_goes_on(home):
+def test_a_sharded_run_equals_a_run_of_one_process_and_resumes(home):
     train(home, "shards", *SHARDS, "trainer.max_steps=2")
     assert_same_training(home, "one", "shards", 2)
     assert "resumes" in train(home, "shards", *SHARDS, "trainer.max_steps=4")
@@ -132,7 +132,7 @@ def test_shards_learn_what_one_process_does_and_it_goes_on(home):
 
 
 @pytest.mark.slow
-def test_a_run_of_one_process_goes_on_in_shards(home):
+def test_a_run_of_one_process_resumes_in_shards(home):
     train(home, "begun", *ALONE, "trainer.max_steps=2")
     assert "resumes" in train(home, "begun", *SHARDS, "trainer.max_steps=4")
     assert_same_training(home, "one", "begun", 4)
@@ -165,7 +165,7 @@ def test_each_device_stores_its_half(shapes, tiny_clip, tmp_path):
         (["validate_raw=true"], "take validate_raw=false"),
     ],
 )
-def test_what_cannot_be_sharded_is_told(tmp_path, overrides, said):
+def test_modules_that_cannot_be_sharded_are_refused(tmp_path, overrides, said):
     with initialize_config_dir(CONF_DIR, version_base="1.3"):
         options = [*TINY, "name=x", "strategy=fsdp", f"data.folder={tmp_path}/data", *overrides]
         cfg = compose("train", overrides=options)

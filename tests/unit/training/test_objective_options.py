@@ -29,7 +29,7 @@ def home(prepared, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_with_every_option_trains_and_paints(home):
+def test_a_run_with_every_option_trains_and_generates_images(home):
     train("name=all", "trainer.max_steps=2", *OPTIONS, *BRIEF, cwd=home)
     result = json.loads((home / "runs" / "all" / "result.json").read_text())
     assert result["status"] == "finished"

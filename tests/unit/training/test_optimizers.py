@@ -60,7 +60,7 @@ def test_numbers_that_are_not_finite_are_refused(wrong):
         AdamW(**{"lr": 1.0} | wrong)
 
 
-def test_only_matrices_are_decayed_and_only_what_is_trained_is_held():
+def test_only_trained_matrices_have_weight_decay():
     net = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 4))
     net[2].requires_grad_(False)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_only_matrices_are_decayed_and_only_what_is_trained_is_held():
         assert (kept == 1).all()
 
 
-def test_a_step_is_torchs():
+def test_a_step_equals_torchs_adamw():
     ours, theirs = nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False)
     theirs.load_state_dict(ours.state_dict())
     settings = {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}
@@ -109,7 +109,7 @@ def test_gradients_are_clipped_under_lightning(shapes, tiny_text, precision):
     assert moved(1e-12) < 1e-4
 
 
-def test_a_run_goes_on_with_the_settings_it_is_given_now():
+def test_a_resumed_run_uses_the_current_optimizer_settings():
     def made(**settings):
         weight = nn.Parameter(torch.ones(2, 2))
         built = AdamW(warmup=4, **settings)([weight, nn.Parameter(torch.ones(2))], steps=-1)
@@ -133,7 +133,7 @@ def test_a_run_goes_on_with_the_settings_it_is_given_now():
         assert [g["lr"] for g in optimizer.param_groups] == [settings["lr"]] * 2
 
 
-def test_moments_of_another_memory_layout_are_loaded_as_the_weights_lie():
+def test_loaded_moments_get_the_memory_layout_of_their_weights():
     """Fused AdamW goes through memory: other strides would mix up the weights, unseen."""
 
     def trained(state=None, steps=3):

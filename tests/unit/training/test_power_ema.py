@@ -10,7 +10,6 @@ from ldm.training.power_ema import (
     MAX_EMA_LENGTH,
     EMAProfile,
     PowerEMA,
-    exponent_to_length,
     length_to_exponent,
     profile_inner_products,
     solve_mixture,
@@ -18,6 +17,11 @@ from ldm.training.power_ema import (
 
 STEPS, EVERY, TRACKS = 800, 40, (0.05, 0.10)
 SOME = [EMAProfile(0.05, 30), EMAProfile(0.25, 70), EMAProfile(0.1, 70), EMAProfile(0.02, 500)]
+
+
+def exponent_to_length(gamma: float) -> float:
+    """The profile's standard deviation as a share of the run."""
+    return ((gamma + 1) / (gamma + 3)) ** 0.5 / (gamma + 2)
 
 
 def walk(size: int = 500) -> np.ndarray:
@@ -74,7 +78,7 @@ def test_long_runs_do_not_overflow():
     assert solve_mixture(kept, kept[2]).misfit < 1e-6
 
 
-def test_what_is_kept_is_had_as_it_is():
+def test_a_stored_profile_is_its_own_mixture():
     for i, wanted in enumerate(SOME):
         made = solve_mixture(SOME, wanted)
         np.testing.assert_allclose(made.shares, np.eye(len(SOME))[i], atol=1e-9)
@@ -99,7 +103,7 @@ def test_no_shares_that_add_up_to_one_fit_better():
         assert square > misfit**2
 
 
-def test_kept_averages_make_any_other():
+def test_stored_averages_reconstruct_others():
     """On a random walk, within a few percent of what the average itself differs from others."""
     weights = walk()
     tracks = {each: average(weights, each) for each in TRACKS}
@@ -118,7 +122,7 @@ def test_kept_averages_make_any_other():
     assert alone.misfit > 3 * solve_mixture(at, EMAProfile(0.15, STEPS)).misfit
 
 
-def test_nothing_makes_nothing():
+def test_no_profiles_or_equal_ones_are_refused():
     with pytest.raises(ValueError, match="different profiles"):
         solve_mixture([], SOME[0])
     with pytest.raises(ValueError, match="different profiles"):
@@ -139,7 +143,7 @@ def test_tracks_are_the_closed_form():
         assert track.count == 60
 
 
-def test_the_average_of_what_does_not_change_is_that():
+def test_the_average_of_constant_weights_is_constant():
     net, other = Net(), Net()
     kept = PowerEMA(other, lengths=[0.1])
     torch.nn.init.normal_(net.weight)
@@ -158,7 +162,7 @@ def test_tracks_are_neither_in_training_nor_trained():
 
 
 @pytest.mark.parametrize("wrong", [0.05, "often", [0.05, "x"]])
-def test_what_is_no_list_of_numbers_is_refused(wrong):
+def test_lengths_that_are_no_numbers_are_refused(wrong):
     with pytest.raises(ValueError, match=r"is no list of numbers: give phema.lengths=\[0.05"):
         PowerEMA(Net(), lengths=wrong)
 

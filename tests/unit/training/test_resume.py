@@ -68,7 +68,7 @@ def whole(tmp_path_factory, shapes, tiny_text, accumulate) -> Path:
         (5, 0),  # after 20 images, at its end
     ],
 )
-def test_a_run_that_ended_goes_on(
+def test_a_finished_run_continues_with_more_steps(
     tmp_path, shapes, tiny_text, whole, accumulate, broken_at, workers
 ):
     how = {"workers": workers, "accumulate": accumulate}
@@ -78,7 +78,7 @@ def test_a_run_that_ended_goes_on(
     assert_same_training(whole / "last.ckpt", tmp_path / "last.ckpt")
 
 
-def test_a_run_that_was_killed_goes_on(tmp_path, shapes, tiny_text, whole, accumulate):
+def test_a_killed_run_resumes(tmp_path, shapes, tiny_text, whole, accumulate):
     """From a checkpoint that was written on the way, just before a validation: it comes first."""
     left = tmp_path / "step=00000003.ckpt"
     write_checkpoint(read_checkpoint(whole / left.name), left)
@@ -87,7 +87,7 @@ def test_a_run_that_was_killed_goes_on(tmp_path, shapes, tiny_text, whole, accum
     assert_same_training(whole / "last.ckpt", tmp_path / "last.ckpt")
 
 
-def test_a_validation_that_was_owed_is_of_all_its_batches(tmp_path, shapes, tiny_text):
+def test_a_validation_after_a_resume_uses_all_its_batches(tmp_path, shapes, tiny_text):
     how = {"steps": 7, "every": 1, "keep": 9, "val_batch_size": 3}
     whole, late = Validations(), Validations()
     train(tmp_path / "whole", shapes, tiny_text, **how, seen=whole)
@@ -100,7 +100,7 @@ def test_a_validation_that_was_owed_is_of_all_its_batches(tmp_path, shapes, tiny
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (4, 1)])
-def test_a_run_may_go_on_with_other_micro_steps(tmp_path, shapes, tiny_text, before, after):
+def test_a_run_may_resume_with_another_accumulation(tmp_path, shapes, tiny_text, before, after):
     """No step is cut short, none is left out, and validations stay where they were."""
     assert train(tmp_path, shapes, tiny_text, steps=5, accumulate=before) == [3, 5]
     assert train(tmp_path, shapes, tiny_text, steps=8, accumulate=after) == [6, 8]
@@ -109,7 +109,7 @@ def test_a_run_may_go_on_with_other_micro_steps(tmp_path, shapes, tiny_text, bef
 
 
 @pytest.mark.filterwarnings("ignore:.*skipped, the next sample")
-def test_the_count_of_skipped_samples_goes_on(tmp_path, tiny_text):
+def test_the_count_of_skipped_samples_continues(tmp_path, tiny_text):
     members = [{"png": shape(n) if n % 3 else b"none", "txt": b"a red circle"} for n in range(10)]
     write_shard(tmp_path / "0.tar", ((f"{n}", sample) for n, sample in enumerate(members)))
     folder, counts = str(tmp_path / "0.tar"), {}
@@ -127,7 +127,7 @@ def test_the_count_of_skipped_samples_goes_on(tmp_path, tiny_text):
     assert counts["whole", 9] == counts["broken", 9] > counts["broken", 4] > 0
 
 
-def test_a_run_goes_on_with_the_crops_that_it_began_with(tmp_path, shapes, tiny_text):
+def test_a_resumed_run_keeps_its_crops(tmp_path, shapes, tiny_text):
     def fit(steps: int) -> bool:
         keeper = Checkpoints(tmp_path, every=99, keep=1, facts={})
         how = {"size": SIZE, "batch_size": 4, "workers": 0}
@@ -220,7 +220,7 @@ def test_torch_opens_a_checkpoint_without_running_anything(tmp_path, shapes, tin
     assert payload["global_step"] == 1
 
 
-def test_a_batch_that_does_not_divide_is_told(shapes, tiny_text):
+def test_a_batch_size_that_does_not_divide_is_refused(shapes, tiny_text):
     trainer = make_trainer(steps=1, accumulate=2)
     data = shapes_data(shapes, batch_size=5)
     with pytest.raises(
@@ -230,6 +230,6 @@ def test_a_batch_that_does_not_divide_is_told(shapes, tiny_text):
 
 
 @pytest.mark.parametrize("wrong", [{"every": 0, "keep": 1}, {"every": 1, "keep": 0}])
-def test_saving_never_or_keeping_nothing_is_refused(tmp_path, wrong):
+def test_every_or_keep_below_one_is_refused(tmp_path, wrong):
     with pytest.raises(ValueError, match="must be 1 or more"):
         Checkpoints(tmp_path, **wrong, facts={})

@@ -165,7 +165,7 @@ def test_200_damages_under_a_forged_manifest_do_no_harm(tmp_path, what):
         except CheckpointError as error:
             refused.append(str(error))
     assert len(refused) == 200 if what == "cut" else len(refused) > 20
-    assert all(f"{path} is no checkpoint of ours" in said for said in refused)
+    assert all(f"{path} is no checkpoint of ldm" in said for said in refused)
 
 
 def test_a_manifest_of_a_terabyte_is_damaged(file):
@@ -208,7 +208,7 @@ def test_code_in_place_of_data_is_not_run(tmp_path, save, read):
     path = tmp_path / "evil.ckpt"
     save(Touch(tmp_path / "executed"), path)
     forge(path)
-    with pytest.raises(CheckpointError, match=rf"{path} is no checkpoint of ours, or holds code"):
+    with pytest.raises(CheckpointError, match=rf"{path} is no checkpoint of ldm, or holds code"):
         read(path)
     assert not (tmp_path / "executed").exists()
 
@@ -485,8 +485,8 @@ def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path):
     write_checkpoint(ruined, bad)  # as runs from before the check have left them
     with pytest.raises(
         CheckpointError,
-        match=r"step=00000002.ckpt cannot be used: its weights are not finite: .* good one beside "
-        r"it is step=00000001.ckpt$",
+        match=r"step=00000002.ckpt cannot be used: its weights are not finite: .* good one in its "
+        r"folder is step=00000001.ckpt$",
     ):
         read_checkpoint(bad)
     with pytest.warns(UserWarning, match=r"passed over: its weights are not finite.* 1 to 2 is lo"):

@@ -103,8 +103,8 @@ def test_out_is_a_file_with_an_ending_or_a_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("out", "moving", "said"),
     [
-        ("x.jpg", False, "pictures are written as .png"),
-        ("x.gif", False, "pictures are written as .png"),
+        ("x.jpg", False, "images are written as .png"),
+        ("x.gif", False, "images are written as .png"),
         ("x.png", True, "videos are written as .gif, .webp, .mp4"),
         ("x.avi", True, "videos are written as .gif, .webp, .mp4"),
         ("file/x.png", False, "file is a file, not a folder"),

@@ -22,7 +22,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def fields(shards: ShardReader, i: int) -> dict:
-    shard, (offset, size) = shards.index.paths[shards.index.shard[i]], shards.index.places(i)[2]
+    shard, (offset, size) = shards.index.paths[shards.index.shard[i]], shards.index.locations(i)[2]
     return json.loads(shard.read_bytes()[offset : offset + size])
 
 

@@ -119,7 +119,7 @@ def test_batches_of_videos(tmp_path):
     assert item["images"].shape == (3, 4, 16, 16)
     moving, rng = sample_moving_scene(1, split="val")
     assert np.array_equal(item["images"].permute(1, 2, 3, 0), draw_moving_scene(moving, 4, 16, rng))
-    assert data.train_set.plain().frames == data.frames == 4
+    assert data.train_set.without_augmentation().frames == data.frames == 4
     still = scenes_data(**settings, workers=0)  # beside them, not instead of them
     assert still.val_set[1, 0]["images"].shape == (3, 16, 16)
     with pytest.raises(ValueError, match="a video has 2 or more"):
@@ -137,12 +137,12 @@ def test_frames_are_taken_evenly_from_first_to_last(kind):
     assert levels(10) == list(range(10))
     assert levels(4) == [0, 3, 6, 9]
     assert levels(2) == [0, 9]
-    with pytest.raises(ImageError, match="too few frames: 10 where 11 are asked for"):
+    with pytest.raises(ImageError, match="too few frames: 10 instead of 11"):
         levels(11)
 
 
 def test_a_picture_is_no_video():
-    with pytest.raises(ImageError, match="too few frames: 1 where 2"):
+    with pytest.raises(ImageError, match="too few frames: 1 instead of 2"):
         list(read_frames(animation(noise(1), "PNG"), 2))
 
 

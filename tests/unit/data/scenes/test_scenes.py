@@ -151,7 +151,7 @@ def test_shards(tmp_path):
     assert read.key == "000010003"
     assert np.array_equal(np.asarray(read_image(read.image)), draw_scene(scene, 16, rng))
     assert read.captions == [caption(scene, rng) for _ in range(3)]
-    offset, length = shards.index.places(503)[2]
+    offset, length = shards.index.locations(503)[2]
     fields = json.loads((tmp_path / "one/00001.tar").read_bytes()[offset : offset + length])
     assert [SceneObject(**one) for one in fields["objects"]] == list(scene.objects)
     assert [fields[name] for name in ("relation", "background", "style", "index")] == [

@@ -10,6 +10,7 @@ from material import samples, tar_bytes
 
 from ldm.data.shards import remote
 from ldm.data.shards.cache import CACHE_MARKER, ShardCache
+from ldm.data.shards.index import ReadOptions
 from ldm.data.shards.reader import ShardReader
 from ldm.data.shards.remote import RemoteError, RemoteShard, describe_urls
 
@@ -199,11 +200,11 @@ def test_a_cache_of_before_there_was_a_marker_is_one_still(tmp_path, shards):
 
 def test_shards_are_read_through_a_small_cache(tmp_path, shards, web):
     cache = room_for(tmp_path, 9)
-    read = ShardReader([shard.url for shard in shards], cache=cache)
+    read = ShardReader([shard.url for shard in shards], ReadOptions(cache=cache))
     assert len(read) == 18
     for i in (17, 0, 9, 4, 13, 2, 6, 17):
         sample = read.read(i)
         assert (sample.key, sample.captions) == (f"{i:04}", [f"number {i}"])
-    assert read.name(17).endswith("/5.tar: sample '0017'")
+    assert read.sample_name(17).endswith("/5.tar: sample '0017'")
     with pytest.raises(ValueError, match=r"data\.cache=FOLDER"):
         ShardReader(shards[0].url)

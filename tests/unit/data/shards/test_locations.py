@@ -5,7 +5,7 @@ import pytest
 from material import samples, tar_bytes
 
 from ldm.data.shards.cache import ShardCache
-from ldm.data.shards.index import open_index
+from ldm.data.shards.index import ReadOptions, open_index
 from ldm.data.shards.locations import locate_shards
 from ldm.data.shards.remote import RemoteShard
 
@@ -100,7 +100,7 @@ def test_servers_and_folders_in_one_list(here, web):
     assert [isinstance(place, RemoteShard) for place in places] == [False] * 3 + [True] * 2 + [
         False
     ]
-    index = open_index(source, cache=ShardCache("cache", gigabytes=1))
+    index = open_index(source, ReadOptions(cache=ShardCache("cache", gigabytes=1)))
     keys = ["0000", "0001", "0002", "0000", "0001", "0010", "0011", "0001"]
     assert [index.key(i) for i in range(len(index))] == keys
 
@@ -113,7 +113,7 @@ def test_any_other_file_system_can_be_searched(here):
     for n in range(2):
         memory.pipe(f"/bucket/{n}.tar", tar_bytes(samples(2, first=2 * n)))
     for source in ("memory://bucket", "memory://bucket/*.tar", "memory://bucket/{0..1}.tar"):
-        index = open_index(source, cache=ShardCache(here / "cache", gigabytes=1))
+        index = open_index(source, ReadOptions(cache=ShardCache(here / "cache", gigabytes=1)))
         assert [index.key(i) for i in range(4)] == ["0000", "0001", "0002", "0003"]
     with pytest.raises(FileNotFoundError, match=r"no \.tar shards at memory://empty"):
         locate_shards("memory://empty")
@@ -121,13 +121,13 @@ def test_any_other_file_system_can_be_searched(here):
 
 def test_the_index_of_a_glob_is_kept_in_the_cache(here):
     cache = ShardCache("cache", gigabytes=1)
-    assert len(open_index("data/*/*.tar", cache=cache)) == 6
+    assert len(open_index("data/*/*.tar", ReadOptions(cache=cache))) == 6
     (kept,) = cache.folder.glob("index-*.npz")
     stamp = kept.stat().st_mtime_ns
-    assert len(open_index("data/*/*.tar", cache=cache)) == 6
+    assert len(open_index("data/*/*.tar", ReadOptions(cache=cache))) == 6
     assert kept.stat().st_mtime_ns == stamp
     Path("data/b/train-0002.tar").write_bytes(tar_bytes(samples(4)))
-    assert len(open_index("data/*/*.tar", cache=cache)) == 9
+    assert len(open_index("data/*/*.tar", ReadOptions(cache=cache))) == 9
 
 
 def test_a_pipe_among_shards_is_not_waited_for(tmp_path):

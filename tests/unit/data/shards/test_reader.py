@@ -86,7 +86,7 @@ def test_any_order_of_reading(shard_folder):
         sample = shards.read(i)
         assert (sample.key, sample.image) == (f"{i:04}", picture(i))
         assert sample.captions == [f"number {i}"]
-    assert shards.name(3).endswith("00001.tar: sample '0003'")
+    assert shards.sample_name(3).endswith("00001.tar: sample '0003'")
 
 
 def test_many_shards_need_few_open_files(shard_folder):

@@ -9,7 +9,7 @@ from web import FAULTS
 
 from ldm.data.shards import remote
 from ldm.data.shards.cache import ShardCache
-from ldm.data.shards.index import open_index
+from ldm.data.shards.index import ReadOptions, open_index
 from ldm.data.shards.remote import (
     NoRangesError,
     RemoteError,
@@ -132,7 +132,7 @@ def test_a_server_without_ranges(web, shard, tmp_path):
     download_shard(shard, tmp_path / "a.part")
     assert (tmp_path / "a.part").read_bytes() == SHARD
     cache = ShardCache(tmp_path / "cache", gigabytes=1)
-    assert len(open_index(shard.url, cache=cache)) == 3
+    assert len(open_index(shard.url, ReadOptions(cache=cache))) == 3
 
 
 def test_a_part_that_is_too_long_is_begun_again(shard, tmp_path):
@@ -175,17 +175,17 @@ def test_the_index_takes_headers_alone_and_is_kept(web, tmp_path):
         (tmp_path / name[1:]).write_bytes(data)
     cache = ShardCache(tmp_path / "cache", gigabytes=1)
     source = web.url("/{00..01}.tar")
-    index = open_index(source, cache=cache)
+    index = open_index(source, ReadOptions(cache=cache))
     local = open_index(tmp_path)
     for part in ("shard", "members", "key_bytes", "key_ends"):
         assert (getattr(index, part) == getattr(local, part)).all()
     assert web.sent < len(web.files["/00.tar"]) / 2
     assert [path.suffix for path in cache.folder.iterdir()] == [".npz"]
     web.sent = 0
-    assert len(open_index(source, cache=cache)) == 7
+    assert len(open_index(source, ReadOptions(cache=cache))) == 7
     assert web.sent == 0
     web.version = 2
-    assert len(open_index(source, cache=cache)) == 7
+    assert len(open_index(source, ReadOptions(cache=cache))) == 7
     assert web.sent > 0
 
 
@@ -195,5 +195,5 @@ def test_pictures_are_measured_by_ranges(web, tmp_path):
          (("png", picture(size=(40, 10 + n))), ("txt", b"x"))]
     )  # fmt: skip
     cache = ShardCache(tmp_path / "cache", gigabytes=1)
-    index = open_index(web.url("/a.tar"), min_size=12, cache=cache)
+    index = open_index(web.url("/a.tar"), ReadOptions(min_size=12, cache=cache))
     assert [index.key(i) for i in range(len(index))] == ["2", "3"]

@@ -8,7 +8,7 @@ from scipy.stats import ks_1samp, norm
 from ldm.diffusion.conditioning import Condition, Conditioning, GuidancePrompts
 from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.guidance.gradient import ClassifierGuidance, ClipGuidance
-from ldm.diffusion.samplers.base import DDIMSampler
+from ldm.diffusion.samplers.ddim import DDIMSampler
 from ldm.diffusion.schedules import FlowSchedule, LaplaceSchedule, cosine, linear
 
 NONE = ClassifierFreeGuidance(scale=1.0)
@@ -93,7 +93,7 @@ def test_the_classifier_decides_from_pure_noise_on(schedule):
         truth = of_component(schedule, wanted)(x_t, t)
         with torch.no_grad():
             assert (steered(x_t, t) - truth).abs().max() < 4e-4
-    grid = DDIMSampler().times(schedule, 1)
+    grid = DDIMSampler().timesteps(schedule, 1)
     once = DDIMSampler()(steered, x_t, schedule, grid, noise=None)
     assert (once - of_component(schedule, wanted)(x_t, grid[0])).abs().max() < 4e-4
 
@@ -106,7 +106,7 @@ def test_an_unconditional_model_paints_what_the_classifier_says():
         marginal(schedule), Conditioning(EMPTY, EMPTY, GuidancePrompts(["1"] * n, None, None))
     )
     x = torch.randn(n, 2, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    x0 = DDIMSampler()(denoise, x, schedule, DDIMSampler().times(schedule, 200), noise=None)
+    x0 = DDIMSampler()(denoise, x, schedule, DDIMSampler().timesteps(schedule, 200), noise=None)
     for axis in range(2):
         law = norm(float(mixture.MEANS[1, axis]), mixture.STD)
         assert ks_1samp(x0[:, axis, 0, 0].numpy(), law.cdf).pvalue > 0.01

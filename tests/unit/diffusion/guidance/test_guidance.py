@@ -14,8 +14,9 @@ from ldm.diffusion.guidance.cfg import (
 )
 from ldm.diffusion.guidance.compositional import CompositionalGuidance
 from ldm.diffusion.guidance.style import StyleGuidance
-from ldm.diffusion.objective import PREDICTIONS, Objective, Prediction
-from ldm.diffusion.samplers.base import DDIMSampler
+from ldm.diffusion.objective import Objective
+from ldm.diffusion.predictions import PREDICTIONS, Prediction
+from ldm.diffusion.samplers.ddim import DDIMSampler
 from ldm.diffusion.samplers.edm import EDMSampler
 from ldm.diffusion.samplers.inversion import invert_ddim
 from ldm.diffusion.samplers.multistep import DPMSolverSampler, UniPCSampler
@@ -86,7 +87,7 @@ def test_scale_one_is_conditional_sampling_bit_for_bit(guidance):
     schedule, x = linear(), torch.randn(2, 3, 4, 4)
 
     def sampled(denoise):
-        grid = DDIMSampler().times(schedule, 7)
+        grid = DDIMSampler().timesteps(schedule, 7)
         return DDIMSampler()(denoise, x, schedule, grid, noise=torch.zeros_like)
 
     def network(x_t, t, c):
@@ -265,7 +266,7 @@ def test_momentum_advances_once_a_step(name):
     more = {"on_step": lambda i, x0_hat: seen.append(float(x0_hat.mean()) - 2)}
     for _ in range(2):  # a second way begins anew
         seen.clear()
-        times = sampler.times(schedule, 10)
+        times = sampler.timesteps(schedule, 10)
         if name == "inversion":
             guided = AdaptiveProjectedGuidance(scale=2.0, parallel=1.0, momentum=0.5)(
                 network, Conditioning(cond(2.0), cond(1.0))

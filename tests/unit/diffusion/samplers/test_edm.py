@@ -20,14 +20,9 @@ from oracle import (
 from test_samplers import sample
 
 from ldm.diffusion.rng import ImageNoise
-from ldm.diffusion.samplers.base import DDIMSampler
+from ldm.diffusion.samplers.ddim import DDIMSampler
 from ldm.diffusion.samplers.edm import EDMSampler
-from ldm.diffusion.samplers.spacing import (
-    SPACINGS,
-    find_timesteps_at_ratio,
-    noise_to_signal_ratio,
-    space_timesteps,
-)
+from ldm.diffusion.samplers.spacing import SPACINGS, space_timesteps
 from ldm.diffusion.schedules import FlowSchedule, linear
 
 GRIDS = {
@@ -97,11 +92,11 @@ def test_euler_is_ddim_and_heun_asks_twice():
 
 def algorithm_2(denoise, x, schedule, times, *, churn, s_min, s_max, s_noise, order, draw):
     """Karras et al. 2022, algorithm 2, in x / alpha and r = sigma / alpha, as it is printed."""
-    r = [noise_to_signal_ratio(schedule, t).item() for t in times]
+    r = [schedule.noise_to_signal_ratio(t).item() for t in times]
     n = len(r) - 1
 
     def ask(y, level):
-        t = find_timesteps_at_ratio(schedule, torch.tensor(level, dtype=torch.float64))
+        t = schedule.timesteps_at_ratio(torch.tensor(level, dtype=torch.float64))
         return denoise(schedule(t)[0] * y, t)
 
     y = x / schedule(times[0])[0]
@@ -122,7 +117,7 @@ def algorithm_2(denoise, x, schedule, times, *, churn, s_min, s_max, s_noise, or
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("schedule", [linear(), FlowSchedule()])
 def test_churn_is_algorithm_2(schedule, order):
-    times = schedule.times(9, start=0.9)
+    times = space_timesteps(schedule, 9, start=0.9)
     settings = {"churn": 3.0, "s_min": 0.05, "s_max": 2.0, "s_noise": 1.01, "order": order}
 
     def denoise(x_t, t):
@@ -176,7 +171,7 @@ def test_churn_draws_for_an_image_alone():
     schedule, x = FlowSchedule(), start()[:, :2]
 
     def run(part, seeds):
-        times = schedule.times(6)
+        times = space_timesteps(schedule, 6)
         return EDMSampler(churn=4.0)(
             lambda x, t: x.tanh(), x[part], schedule, times, noise=ImageNoise(seeds)
         )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from mixture import draw, ideal_denoiser
 
-from ldm.diffusion.samplers.base import DDIMSampler
+from ldm.diffusion.samplers.ddim import DDIMSampler
 from ldm.diffusion.samplers.inversion import invert_ddim
 from ldm.diffusion.samplers.spacing import SPACINGS, space_timesteps
 from ldm.diffusion.schedules import FlowSchedule, cosine, linear, scaled_linear
@@ -53,7 +53,7 @@ def test_more_rounds_come_nearer_and_one_is_the_published_way():
 def test_the_noise_is_that_of_the_ode():
     """A picture of known noise: the inversion of what DDIM made of it."""
     schedule = cosine()
-    denoise, times = ideal_denoiser(schedule), schedule.times(50)
+    denoise, times = ideal_denoiser(schedule), space_timesteps(schedule, 50)
     noise = torch.randn(256, 2, 1, 1, generator=torch.Generator().manual_seed(3)).double()
     x0 = DDIMSampler()(denoise, noise, schedule, times, noise=None)
     found = invert_ddim(denoise, x0, schedule, times, rounds=8)
@@ -63,7 +63,12 @@ def test_the_noise_is_that_of_the_ode():
 
 def test_images_are_inverted_alone_and_steps_reported():
     schedule, x0 = FlowSchedule(), draw(2, torch.Generator().manual_seed(0))
-    denoise, times, seen, before = ideal_denoiser(schedule), schedule.times(6), [], x0.clone()
+    denoise, times, seen, before = (
+        ideal_denoiser(schedule),
+        space_timesteps(schedule, 6),
+        [],
+        x0.clone(),
+    )
 
     def report(i, x0_hat):
         seen.append((i, x0_hat.shape))
@@ -85,7 +90,7 @@ def test_rounding_does_no_harm(dtype):
         alpha, sigma = schedule(t.double())
         return (alpha * x_t.double() / (alpha**2 + sigma**2)).to(dtype)
 
-    times = schedule.times(20)
+    times = space_timesteps(schedule, 20)
     noise = invert_ddim(denoise, x0, schedule, times, rounds=20)
     assert noise.dtype == dtype
     again = DDIMSampler()(denoise, noise, schedule, times, noise=None)
@@ -96,7 +101,8 @@ def test_rounding_does_no_harm(dtype):
 def test_no_step_waits_for_the_device():
     x = torch.empty(2, 3, 4, 4, device="meta")
     assert (
-        invert_ddim(lambda x, t: x * t, x, FlowSchedule(), FlowSchedule().times(6)).shape == x.shape
+        invert_ddim(lambda x, t: x * t, x, FlowSchedule(), space_timesteps(FlowSchedule(), 6)).shape
+        == x.shape
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import KINDS, SCHEDULES, STEPS, assert_same, generator, in_double, ours, theirs
 
-from ldm.diffusion.samplers.base import DDIMSampler
+from ldm.diffusion.samplers.ddim import DDIMSampler
 from ldm.diffusion.samplers.multistep import DPMSolverSampler, UniPCSampler, quadrature_weights
 
 GRIDS = {
@@ -80,7 +80,7 @@ def test_order_one_is_ddim_bit_for_bit():
         results = []
         for sampler in (DPMSolverSampler(order=1, eta=eta), DDIMSampler(eta=eta)):
             noise = generator()
-            times = sampler.times(schedule, 8)
+            times = sampler.timesteps(schedule, 8)
             results.append(
                 sampler(
                     lambda x, t: (x * t).sin().float(),

@@ -10,10 +10,9 @@ from oracle import SCHEDULES, in_double
 from scipy.integrate import solve_ivp
 from test_multistep import WholeLastTerm
 
-from ldm.diffusion.samplers.base import DDIMSampler
+from ldm.diffusion.samplers.ddim import DDIMSampler
 from ldm.diffusion.samplers.edm import EDMSampler
 from ldm.diffusion.samplers.multistep import DPMSolverSampler, UniPCSampler
-from ldm.diffusion.samplers.spacing import find_timesteps_at_ratio, noise_to_signal_ratio
 
 N, START, END = 32, 0.99, 0.02  # points, where they begin in t, where they end in sigma / alpha
 STEPS = [120, 240]
@@ -41,9 +40,9 @@ def begin(schedule):
 def places(schedule, steps):
     """Times even in log(alpha / sigma), from START to END."""
     t = torch.tensor([START], dtype=torch.float64)
-    first = noise_to_signal_ratio(schedule, t).log().item()
+    first = schedule.noise_to_signal_ratio(t).log().item()
     r = torch.linspace(first, math.log(END), steps + 1, dtype=torch.float64).exp()
-    return torch.cat([t, find_timesteps_at_ratio(schedule, r[1:])])
+    return torch.cat([t, schedule.timesteps_at_ratio(r[1:])])
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +62,7 @@ def truth():
         schedule = SCHEDULES[name][0]
         first, last = schedule(places(schedule, 1))[0]
         y = (begin(schedule) / first).flatten().numpy()
-        span = noise_to_signal_ratio(schedule, places(schedule, 1)).log().tolist()
+        span = schedule.noise_to_signal_ratio(places(schedule, 1)).log().tolist()
         ode = solve_ivp(velocity, span, y, method="DOP853", rtol=1e-9, atol=1e-11)
         ends[name] = last * torch.from_numpy(ode.y[:, -1].copy()).reshape(N, 2, 1, 1)
     return ends
@@ -109,7 +108,7 @@ def test_the_published_third_order_is_of_second(cls, truth, monkeypatch):
     for steps in (2 * STEPS[0], 2 * STEPS[1]):
         times, x = places(schedule, steps), begin(schedule)
         scheduler.set_timesteps(steps)
-        scheduler.sigmas = noise_to_signal_ratio(schedule, times)
+        scheduler.sigmas = schedule.noise_to_signal_ratio(times)
         scheduler.set_begin_index(0)
         for t in times[:-1]:
             x = scheduler.step(ideal_denoiser(schedule)(x, t), t, x).prev_sample

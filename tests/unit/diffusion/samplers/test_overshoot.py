@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm.diffusion.samplers.base import DDIMSampler
+from ldm.diffusion.samplers.ddim import DDIMSampler
 from ldm.diffusion.samplers.edm import EDMSampler
 from ldm.diffusion.samplers.multistep import DPMSolverSampler, UniPCSampler
 from ldm.diffusion.samplers.overshoot import DATA_STD, format_overshoot_warning, measure_overshoot
@@ -30,7 +30,7 @@ def test_the_excess_is_that_of_samples(sampler):
         return torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
     x = noise(torch.empty(n, 1, 1, 1).double())
-    x0 = sampler(denoise, x, schedule, sampler.times(schedule, 12), noise=noise)
+    x0 = sampler(denoise, x, schedule, sampler.timesteps(schedule, 12), noise=noise)
     assert measure_overshoot(sampler, schedule, 12) == pytest.approx(
         x0.std().item() / DATA_STD, rel=0.02
     )

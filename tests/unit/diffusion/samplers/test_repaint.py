@@ -4,10 +4,9 @@ import torch
 from mixture import MEANS, STD, ideal_denoiser
 from scipy.stats import ks_1samp, norm
 
-from ldm.diffusion.samplers.base import DDIMSampler
+from ldm.diffusion.samplers.ddim import DDIMSampler
 from ldm.diffusion.samplers.edm import EDMSampler
 from ldm.diffusion.samplers.repaint import RePaintSampler
-from ldm.diffusion.samplers.spacing import noise_to_signal_ratio
 from ldm.diffusion.schedules import linear
 
 
@@ -27,7 +26,7 @@ def test_rounds_bring_the_new_part_in_line_with_the_known_one():
 
     def second(rounds):
         x = seeded()(torch.empty(n, 2, 1, 1).double())
-        times = DDIMSampler().times(schedule, 10)
+        times = DDIMSampler().timesteps(schedule, 10)
         sampler = RePaintSampler(DDIMSampler(eta=1.0), rounds)
         return sampler(denoise, x, schedule, times, noise=seeded(5))[:, 1, 0, 0]
 
@@ -47,7 +46,7 @@ def test_rounds_bring_the_new_part_in_line_with_the_known_one():
 
 def test_one_round_is_the_sampler_itself():
     schedule = linear()
-    denoise, times = ideal_denoiser(schedule), DDIMSampler().times(schedule, 9)
+    denoise, times = ideal_denoiser(schedule), DDIMSampler().timesteps(schedule, 9)
     x = seeded()(torch.empty(5, 2, 1, 1).double())
     seen = []
     plain = DDIMSampler(eta=1.0)(denoise, x, schedule, times, noise=seeded(2))
@@ -61,7 +60,7 @@ def test_one_round_is_the_sampler_itself():
 def test_churn_is_the_same_a_step_however_many_rounds_it_is_gone():
     """The denoiser is asked at the levels of the sampler itself, once a round."""
     schedule, sampler = linear(), EDMSampler(order=1, churn=1.0)
-    times = sampler.times(schedule, 10)
+    times = sampler.timesteps(schedule, 10)
 
     def levels(sampler):
         seen = []
@@ -74,7 +73,7 @@ def test_churn_is_the_same_a_step_however_many_rounds_it_is_gone():
         sampler(denoise, x, schedule, times, noise=seeded(2))
         return seen
 
-    plain, r = levels(sampler), noise_to_signal_ratio(schedule, times)
+    plain, r = levels(sampler), schedule.noise_to_signal_ratio(times)
     assert levels(RePaintSampler(sampler, 3)) == [t for t in plain for _ in range(3)]
-    raised = noise_to_signal_ratio(schedule, torch.tensor(plain[1:]).double())
+    raised = schedule.noise_to_signal_ratio(torch.tensor(plain[1:]).double())
     torch.testing.assert_close(raised, 1.1 * r[1:-1], rtol=1e-6, atol=0)

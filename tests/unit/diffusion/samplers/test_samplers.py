@@ -12,7 +12,7 @@ from oracle import KINDS, SCHEDULES, STEPS, assert_same, generator, in_double, o
 
 from ldm.config.suggestions import CONF_DIR
 from ldm.diffusion.rng import ImageNoise
-from ldm.diffusion.samplers.base import ConsistencySampler, DDIMSampler
+from ldm.diffusion.samplers.ddim import ConsistencySampler, DDIMSampler
 from ldm.diffusion.samplers.edm import EDMSampler
 from ldm.diffusion.samplers.multistep import DPMSolverSampler, UniPCSampler
 from ldm.diffusion.samplers.spacing import SPACINGS, space_timesteps
@@ -52,7 +52,7 @@ def test_ddim_is_that_of_diffusers(kind, eta, spacing, monkeypatch):
     for steps in STEPS:
         their = theirs(scheduler, steps, eta=eta, generator=generator())
         assert_same(ours(DDIMSampler(eta=eta), schedule, kind, scheduler), their)
-        own = schedule.times(steps, spacing=spacing)[:-1]
+        own = space_timesteps(schedule, steps, spacing=spacing)[:-1]
         assert torch.equal(schedule.timestep(own).round().long(), scheduler.timesteps)
 
 
@@ -81,7 +81,7 @@ def test_lcm_is_that_of_diffusers(kind, monkeypatch):
         their = theirs(scheduler, steps, generator=generator())
         sampler = ConsistencySampler()
         assert_same(ours(sampler, schedule, kind, scheduler), their)
-        own = sampler.times(schedule, steps)[:-1]
+        own = sampler.timesteps(schedule, steps)[:-1]
         assert torch.equal(schedule.timestep(own).round().long(), scheduler.timesteps)
 
 
@@ -89,7 +89,7 @@ def test_lcm_of_flow_matching_is_that_of_diffusers(monkeypatch):
     in_double(monkeypatch, diffusers.FlowMatchLCMScheduler)
     scheduler = diffusers.FlowMatchLCMScheduler()
     for steps in STEPS:
-        sigmas = FlowSchedule().times(steps)[:-1].tolist()
+        sigmas = space_timesteps(FlowSchedule(), steps)[:-1].tolist()
         their = theirs(scheduler, steps, sigmas=sigmas, generator=generator())
         assert_same(ours(ConsistencySampler(), FlowSchedule(), "flow", scheduler), their)
 
@@ -135,7 +135,7 @@ def test_bounds_are_an_images_own(dtype):
 def sample(sampler, schedule, *, steps, n=4000):
     """n samples of the mixture, and with that as much noise as the sampler asks for."""
     x = torch.randn(n, 2, 1, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    noise, times = ImageNoise([3]), sampler.times(schedule, steps)
+    noise, times = ImageNoise([3]), sampler.timesteps(schedule, steps)
     return sampler(ideal_denoiser(schedule), x, schedule, times, noise=lambda x: noise(x[None])[0])
 
 
@@ -167,7 +167,7 @@ def test_the_two_sample_test_can_tell(sampler):
             return 1.3 * super().__call__(x[None])[0]
 
     x = torch.randn(4000, 2, 1, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    times = cosine().times(100)
+    times = space_timesteps(cosine(), 100)
     result = sampler(ideal_denoiser(cosine()), x, cosine(), times, noise=Louder([3]))
     assert agreement(result) < 1e-4
 
@@ -183,7 +183,7 @@ def test_few_steps_are_exact_where_the_network_is_consistent(steps):
 
     x = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(1)).double()
     sampler, noise = ConsistencySampler(), ImageNoise([7])
-    times = sampler.times(schedule, steps)
+    times = sampler.timesteps(schedule, steps)
     x0 = sampler(consistent, x, schedule, times, noise=lambda x: noise(x[None])[0])
     assert abs(x0.mean() - mean) < 4 * std / math.sqrt(len(x0))
     assert abs(x0.std() / std - 1) < 4 / math.sqrt(2 * len(x0))
@@ -192,7 +192,7 @@ def test_few_steps_are_exact_where_the_network_is_consistent(steps):
 def test_ddim_is_euler_on_the_flow_schedule():
     schedule, denoise = FlowSchedule(), ideal_denoiser(FlowSchedule())
     x = start().reshape(-1, 2, 1, 1)
-    times = schedule.times(10)
+    times = space_timesteps(schedule, 10)
     result = DDIMSampler()(denoise, x, schedule, times, noise=torch.randn_like)
     for t, s in pairwise(times):
         velocity = (x - denoise(x, t)) / t  # eps - x0
@@ -244,7 +244,7 @@ def test_samples_do_not_depend_on_their_batch(name):
     sampler, schedule, x = SAMPLERS[name], linear(), start()
 
     def run(part, seeds):
-        times = sampler.times(schedule, 7)
+        times = sampler.timesteps(schedule, 7)
         return sampler(lambda x, t: x.tanh(), x[part], schedule, times, noise=ImageNoise(seeds))
 
     both = run(slice(0, 2), [1, 2])
@@ -257,7 +257,7 @@ def test_no_step_waits_for_the_device(name):
     """Tensors without numbers: whoever asks for one of them fails."""
     sampler, schedule = SAMPLERS[name], linear()
     x = torch.empty(2, 3, 4, 4, device="meta")
-    times = sampler.times(schedule, 6)
+    times = sampler.timesteps(schedule, 6)
     x0 = sampler(lambda x, t: x * t, x, schedule, times, noise=torch.randn_like)
     assert x0.shape == x.shape
 
@@ -265,7 +265,7 @@ def test_no_step_waits_for_the_device(name):
 def test_a_sampler_keeps_latents_in_their_precision():
     for sampler in SAMPLERS.values():
         x = start().bfloat16()
-        times = sampler.times(FlowSchedule(), 5)
+        times = sampler.timesteps(FlowSchedule(), 5)
         x0 = sampler(lambda x, t: x.tanh(), x, FlowSchedule(), times, noise=torch.randn_like)
         assert x0.dtype == torch.bfloat16
 
@@ -295,7 +295,7 @@ def test_more_noise_than_there_is_is_refused(eta):
 def test_distilled_networks_keep_to_their_times():
     for schedule in (linear(), FlowSchedule()):
         for steps, begin in ((1, 1.0), (4, 1.0), (49, 1.0), (3, 0.5), (2, 0.51)):
-            times = ConsistencySampler().times(schedule, steps, start=begin)
+            times = ConsistencySampler().timesteps(schedule, steps, start=begin)
             assert times[0] == begin
             assert (times.diff() < 0).all()
             assert torch.allclose((times * 50).round() / 50, times) == (begin != 0.51)
@@ -307,7 +307,7 @@ def test_distilled_networks_keep_to_their_times():
         (ConsistencySampler(spacing="karras"), 4, 1.0),
     ):
         with pytest.raises(ValueError, match="distilled at 50 even times"):
-            sampler.times(linear(), steps, start=begin)
-    assert ConsistencySampler(spacing="karras", original_steps=None).times(linear(), 60).shape == (
-        61,
-    )
+            sampler.timesteps(linear(), steps, start=begin)
+    assert ConsistencySampler(spacing="karras", original_steps=None).timesteps(
+        linear(), 60
+    ).shape == (61,)

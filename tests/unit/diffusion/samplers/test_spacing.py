@@ -7,13 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import SCHEDULES, STEPS, in_double
 
-from ldm.diffusion.samplers.base import DDIMSampler
+from ldm.diffusion.samplers.ddim import DDIMSampler
 from ldm.diffusion.samplers.spacing import (
     MAX_NOISE_RATIO,
     SPACING_TRANSFORMS,
     SPACINGS,
-    find_timesteps_at_ratio,
-    noise_to_signal_ratio,
     space_timesteps,
 )
 from ldm.diffusion.schedules import (
@@ -45,7 +43,7 @@ def test_grids_fall_from_their_start_to_zero(schedule, steps, start, spacing):
     assert times[0] <= start + 1e-3
     if spacing in SPACING_TRANSFORMS:
         assert times[0] == start
-        r = noise_to_signal_ratio(schedule, times[1:-1])
+        r = schedule.noise_to_signal_ratio(times[1:-1])
         assert r.isfinite().all()
         assert (r <= MAX_NOISE_RATIO * (1 + 1e-9)).all()
 
@@ -54,12 +52,11 @@ def test_grids_fall_from_their_start_to_zero(schedule, steps, start, spacing):
 @given(st.sampled_from(ALL), st.floats(-8, 5))
 def test_times_are_found_by_their_level(schedule, log_r):
     r = torch.tensor([math.exp(log_r)], dtype=torch.float64)
-    t = find_timesteps_at_ratio(schedule, r)
-    least, most = noise_to_signal_ratio(
-        schedule, torch.tensor([1e-9, 1.0], dtype=torch.float64)
-    ).tolist()
+    t = schedule.timesteps_at_ratio(r)
+    ends = torch.tensor([1e-9, 1.0], dtype=torch.float64)
+    least, most = schedule.noise_to_signal_ratio(ends).tolist()
     if least < r < most:
-        torch.testing.assert_close(noise_to_signal_ratio(schedule, t), r, rtol=1e-6, atol=0)
+        torch.testing.assert_close(schedule.noise_to_signal_ratio(t), r, rtol=1e-6, atol=0)
     else:
         assert t in (0, 1) or r < least
 
@@ -67,7 +64,7 @@ def test_times_are_found_by_their_level(schedule, log_r):
 def test_no_noise_is_at_the_beginning_and_too_much_at_the_end():
     for schedule in ALL:
         r = torch.tensor([0.0, math.inf], dtype=torch.float64)
-        assert find_timesteps_at_ratio(schedule, r).tolist() == [0, 1]
+        assert schedule.timesteps_at_ratio(r).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("name", ["linear", "scaled_linear"])
@@ -76,7 +73,7 @@ def test_karras_is_that_of_diffusers(name, monkeypatch):
     schedule, table = SCHEDULES[name]
     for steps in STEPS:
         times = space_timesteps(schedule, steps, spacing="karras")
-        r = noise_to_signal_ratio(schedule, times)
+        r = schedule.noise_to_signal_ratio(times)
         # Theirs ends at the ends of its own grid, which are those of the table with linspace.
         for cls in (diffusers.EulerDiscreteScheduler, diffusers.DPMSolverMultistepScheduler):
             oracle = cls(**table, use_karras_sigmas=True, timestep_spacing="linspace")
@@ -95,16 +92,16 @@ def test_logsnr_is_that_of_diffusers(name, monkeypatch):
         oracle = diffusers.DPMSolverMultistepScheduler(**table, **{told: True})
         for steps in STEPS:
             oracle.set_timesteps(steps)
-            r = noise_to_signal_ratio(schedule, space_timesteps(schedule, steps, spacing="logsnr"))
+            r = schedule.noise_to_signal_ratio(space_timesteps(schedule, steps, spacing="logsnr"))
             torch.testing.assert_close(r, oracle.sigmas, rtol=1e-9, atol=1e-12)
 
 
 def test_ays_is_even_in_the_angle():
     times = space_timesteps(FlowSchedule(), 8, spacing="ays")
-    angle = noise_to_signal_ratio(FlowSchedule(), times).atan()
+    angle = FlowSchedule().noise_to_signal_ratio(times).atan()
     assert (angle[1:].diff() - angle[1:].diff().mean()).abs().max() < 1e-9
     # The angle of cosine is even in t, but for the offset at its end.
-    trailing = cosine().times(10)
+    trailing = space_timesteps(cosine(), 10)
     assert (space_timesteps(cosine(), 10, spacing="ays") - trailing).abs().max() < 0.01
 
 

@@ -8,7 +8,7 @@ from ldm.diffusion.tasks.masks import MASK_KIND_BOUNDS, random_masks
 
 def masks(positions, *, height=32, width=48):
     draws = make_generators(0, positions, stream="task")
-    return random_masks(len(positions), height, width, generator=draws)
+    return random_masks(torch.empty(len(positions), 3, height, width), generator=draws)
 
 
 def test_a_mask_is_of_zeros_and_ones_and_hides_something():

@@ -10,7 +10,7 @@ from PIL import Image
 from world import SIZE, pipeline
 
 from ldm.diffusion.rng import ImageNoise, make_generators
-from ldm.diffusion.samplers.base import DDIMSampler
+from ldm.diffusion.samplers.ddim import DDIMSampler
 from ldm.diffusion.schedules import cosine, linear
 from ldm.diffusion.tasks.base import Request
 from ldm.diffusion.tasks.image_to_image import ImageToImage
@@ -59,9 +59,9 @@ def test_strength_is_the_time_it_starts_from():
 class Watched(DDIMSampler):
     """Remembers where it was begun."""
 
-    def walk(self, x, path):
+    def iterate(self, x, path):
         BEGUN.append((x, path.noise_levels[0]))
-        return super().walk(x, path)
+        return super().iterate(x, path)
 
 
 BEGUN = []

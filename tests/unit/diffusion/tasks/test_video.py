@@ -8,7 +8,7 @@ from world import SIZE, objective, small_autoencoder
 
 from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.rng import make_generators
-from ldm.diffusion.samplers.base import DDIMSampler
+from ldm.diffusion.samplers.ddim import DDIMSampler
 from ldm.diffusion.schedules import linear
 from ldm.diffusion.tasks.base import Request
 from ldm.diffusion.tasks.image_to_image import ImageToImage

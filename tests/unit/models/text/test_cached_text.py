@@ -31,7 +31,7 @@ def assert_same(a, b) -> None:
 @pytest.mark.parametrize(
     "captions", [CAPTIONS[:1], CAPTIONS[:5], CAPTIONS[3:8], [*CAPTIONS[:2], *CAPTIONS[:3]], [""]]
 )
-def test_it_says_what_the_encoder_says(text, captions):
+def test_the_cached_condition_is_the_encoders(text, captions):
     remembered = CachedTextEncoder(text)
     remembered(CAPTIONS[2:4])
     for _ in range(2):
@@ -49,7 +49,7 @@ def test_a_caption_is_encoded_once(text):
     assert encoded(text) - before == 6
 
 
-def test_it_takes_no_more_memory_than_it_may(text):
+def test_the_cache_stays_below_its_size(text):
     row = sum(part.nbytes for part in text(CAPTIONS[:1]).parts() if part is not None)
     remembered = CachedTextEncoder(text, gib=2.5 * row / 2**30)
     for _ in range(2):

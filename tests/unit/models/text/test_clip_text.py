@@ -84,14 +84,14 @@ def test_null_is_the_empty_caption_encoded_once(clip_folder):
     null, expected = text.null(3), text(["", "", ""])
     assert torch.equal(null.tokens, expected.tokens)
     assert torch.equal(null.pooled, expected.pooled)
-    seen = text.seen
+    seen = text.tokenize.seen
     assert text.null(5).tokens.data_ptr() == null.tokens.data_ptr()
-    assert text.seen == seen
+    assert text.tokenize.seen == seen
     assert text.null(0).tokens.shape == (0, L, 16)
     assert text.to(torch.bfloat16).null(1).tokens.dtype == torch.bfloat16
 
 
-def test_null_from_a_validation_serves_in_training(clip_folder):
+def test_a_null_condition_from_a_validation_works_in_training(clip_folder):
     text = ClipTextEncoder(str(clip_folder))
     with torch.inference_mode():
         text.null(1)
@@ -100,7 +100,7 @@ def test_null_from_a_validation_serves_in_training(clip_folder):
     assert layer.weight.grad.abs().sum() > 0
 
 
-def test_long_captions_keep_both_ends_are_counted_and_told_once():
+def test_long_captions_keep_start_and_end_token_and_warn_once():
     tokenize = CaptionTokenizer(TOKENIZER, L)
     with pytest.warns(UserWarning, match=r"is cut to 12: 'one two three one") as caught:
         ids = torch.cat([tokenize(["a", LONG]), tokenize([LONG])])
@@ -142,7 +142,7 @@ def test_one_string_is_refused(text):
         text("a cat")
 
 
-def test_pooled_states_are_whitened_where_the_folder_says_how(text, clip_folder, tmp_path):
+def test_pooled_states_are_whitened_if_the_folder_has_a_whitening(text, clip_folder, tmp_path):
     folder = tmp_path / "run" / "clip"
     clip = Clip.load(str(clip_folder))
     whiten = clip.measure_whitening([*SHORT, "a dog", "a red dog"])
@@ -206,7 +206,7 @@ OTHERS_CODE = {
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_how_a_model_computes_is_not_the_files(clip_folder, tmp_path, nested):
+def test_settings_of_the_computation_in_the_file_are_ignored(clip_folder, tmp_path, nested):
     """Names of kernels on the hub are fetched and run by transformers, where it has the package."""
     folder = shutil.copytree(clip_folder, tmp_path / "clip")
     config = json.loads((folder / "config.json").read_text())
@@ -224,7 +224,7 @@ def test_how_a_model_computes_is_not_the_files(clip_folder, tmp_path, nested):
 
 
 @pytest.mark.parametrize("config", ["[]", "{", "{}", '{"text_config": []}', '{"text_config": 5}'])
-def test_a_config_that_is_none_is_told(clip_folder, tmp_path, config):
+def test_a_file_that_is_no_config_is_refused(clip_folder, tmp_path, config):
     folder = shutil.copytree(clip_folder, tmp_path / "clip")
     (folder / "config.json").write_text(config)
     with pytest.raises((OSError, ValueError)):
@@ -260,12 +260,12 @@ def test_a_pickle_is_not_executed(clip_folder, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["runs/../nothing/here/at/all", "/no/such/folder", "", "a b"])
-def test_a_path_that_is_nothing_says_what_to_give(path):
+def test_a_missing_path_names_what_to_give(path):
     with pytest.raises(OSError, match=f"no CLIP model at '{path}'(.|\n)*model.safetensors"):
         ClipTextEncoder(path)
 
 
-def test_an_unreachable_hub_says_what_to_give(monkeypatch):
+def test_an_unreachable_hub_names_what_to_give(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match=r"no CLIP model at 'no-such-owner/clip'(.|\n)*config.json"):
         ClipTextEncoder("no-such-owner/clip")

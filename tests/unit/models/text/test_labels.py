@@ -38,7 +38,7 @@ def test_a_caption_is_the_first_name_in_it(said, name):
 
 
 @pytest.mark.parametrize("said", ["a catt on a mat", "dogs", "cat_food"])
-def test_a_caption_without_a_name_is_told_with_the_nearest(said):
+def test_a_caption_without_a_name_is_refused_with_the_nearest(said):
     nearest = "dog" if said == "dogs" else "cat"
     with pytest.raises(ValueError, match=f"{said}.*the nearest is '{nearest}'.*text_encoder.names"):
         LabelTextEncoder(NAMES)(["a cat", said])
@@ -68,7 +68,7 @@ def test_names_come_from_a_file_as_well(tmp_path):
 @pytest.mark.parametrize(
     ("names", "match"), [([], "one name or more"), (["a", " "], "empty"), (["a", "A"], "'a' twice")]
 )
-def test_lists_that_are_none_are_refused(names, match):
+def test_invalid_lists_of_names_are_refused(names, match):
     with pytest.raises(ValueError, match=match):
         LabelTextEncoder(names)
 
@@ -94,7 +94,7 @@ def test_every_caption_of_the_drawn_world_has_its_shape():
 @pytest.mark.parametrize(
     "text", [NullTextEncoder(), LabelTextEncoder(NAMES)], ids=["none", "labels"]
 )
-def test_nothing_said_is_the_null_condition(text):
+def test_an_empty_caption_has_the_null_condition(text):
     empty, null = text(["", " \n"]), text.null(2)
     for a, b in zip(empty.parts(), null.parts(), strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
@@ -106,7 +106,7 @@ def test_nothing_said_is_the_null_condition(text):
 @pytest.mark.parametrize(
     "text", [NullTextEncoder(), LabelTextEncoder(NAMES)], ids=["none", "labels"]
 )
-def test_what_they_say_is_merged_chosen_and_remembered(text):
+def test_their_conditions_can_be_concatenated_selected_and_cached(text):
     cond = text(["a dog", "a cat"])
     width = text.pooled_width
     both = text.null(2).cat(cond)
@@ -134,7 +134,7 @@ def test_without_text_guidance_changes_nothing():
 
 
 @torch.no_grad()
-def test_a_label_is_heard():
+def test_the_output_depends_on_the_label():
     torch.manual_seed(0)
     sizes = {"channels": 16, "multipliers": (1,), "blocks": 1, "heads": 2, "groups": 8}
     channels = {"in_channels": 3, "out_channels": 3}

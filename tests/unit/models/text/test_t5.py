@@ -64,11 +64,11 @@ def test_null_is_the_empty_caption_encoded_once(folder):
     text = T5TextEncoder(str(folder), max_length=L)
     with torch.inference_mode():  # of a validation
         null = text.null(3)
-    expected, seen = text(["", "", ""]), text.seen
+    expected, seen = text(["", "", ""]), text.tokenize.seen
     for name in ("tokens", "mask", "pooled"):
         assert torch.equal(getattr(null, name), getattr(expected, name))
     assert text.null(5).tokens.data_ptr() == null.tokens.data_ptr()
-    assert text.seen == seen
+    assert text.tokenize.seen == seen
     layer = torch.nn.Linear(16, 1)
     layer(text.null(1).tokens).sum().backward()
     assert layer.weight.grad.abs().sum() > 0
@@ -76,12 +76,12 @@ def test_null_is_the_empty_caption_encoded_once(folder):
     assert torch.equal(text(SHORT).where(keep, text.null(3)).mask[1], expected.mask[1])
 
 
-def test_long_captions_keep_their_end_are_counted_and_told_once(folder):
+def test_long_captions_keep_the_end_token_and_warn_once(folder):
     text = T5TextEncoder(str(folder), max_length=8)
     with pytest.warns(UserWarning, match="is cut to 8: 'red circle blue red") as caught:
         conds = [text(captions) for captions in (["a", LONG], [LONG])]
     assert len(caught) == 1
-    assert (text.seen, text.truncated) == (3, 2)
+    assert (text.tokenize.seen, text.truncated) == (3, 2)
     assert conds[0].mask[1].all()
     assert text.tokenize([LONG])[0, -1] == text.tokenize.tokenizer.eos_token_id
 
@@ -122,7 +122,7 @@ def test_one_string_is_refused(text):
         text("a cat")
 
 
-def test_what_is_no_t5_is_told_with_a_remedy(folder, tmp_path):
+def test_a_folder_without_t5_is_refused_with_a_remedy(folder, tmp_path):
     with pytest.raises(OSError, match=r"(?s)no T5 encoder at .*text_encoder\.path="):
         T5TextEncoder(str(tmp_path))
     other = shutil.copytree(folder, tmp_path / "wide")
@@ -161,7 +161,7 @@ def test_folders_are_never_looked_up_on_the_hub(folder):
 
 
 @pytest.mark.slow
-def test_a_run_trains_and_paints_with_it(folder, tmp_path):
+def test_a_run_trains_and_generates_images_with_t5(folder, tmp_path):
     scenes = ["data=scenes", "data.size=32", "data.count=40", "data.val_count=10", "data.family=1"]
     brief = [word for word in BRIEF if not word.startswith("data") or "batch" in word]
     own = ["text_encoder=t5", f"text_encoder.path={folder}", "text_encoder.max_length=32"]

@@ -63,7 +63,7 @@ def names(folder: Path) -> list[str]:
 
 
 @WAYS
-def test_a_save_that_fails_is_told_and_the_training_goes_on(
+def test_a_failed_save_warns_and_the_training_continues(
     tmp_path, shapes, tiny_text, unlimited, background
 ):
     full = At({3: lambda: limit_files(50_000), 5: unlimited})
@@ -96,9 +96,7 @@ def test_the_last_save_must_not_fail(tmp_path, shapes, tiny_text, unlimited, bac
     assert find_newest_checkpoint(tmp_path).name == "step=00000003_end.ckpt"
 
 
-def test_pictures_without_room_are_told_once_and_the_training_goes_on(
-    tmp_path, shapes, tiny_text, unlimited, recwarn
-):
+def test_sample_images_on_a_full_disk_warn_once(tmp_path, shapes, tiny_text, unlimited, recwarn):
     pictures = SampleImages(tmp_path / "samples", lambda: (Image.effect_noise((16, 16), 9), {}))
     room = At({3: lambda: limit_files(50), 7: unlimited}, wait=False)
     how = {"steps": 8, "every": 99}
@@ -109,7 +107,7 @@ def test_pictures_without_room_are_told_once_and_the_training_goes_on(
     assert names(path.parent) == ["step=00000008.png"]
 
 
-def test_in_the_background_the_same_checkpoints_come_about(tmp_path, shapes, tiny_text):
+def test_background_saves_write_the_same_checkpoints(tmp_path, shapes, tiny_text):
     folders = [tmp_path / str(background) for background in (False, True)]
     for folder in folders:
         train(folder, shapes, tiny_text, steps=7, keep=9, background=folder.name == "True")
@@ -129,7 +127,7 @@ def test_an_error_waits_for_the_save(tmp_path, shapes, tiny_text):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_what_cannot_be_stored_ends_the_run_in_the_background_too(tmp_path, shapes, tiny_text):
+def test_a_payload_that_cannot_be_stored_ends_the_run(tmp_path, shapes, tiny_text):
     class Odd(L.Callback):
         def state_dict(self) -> dict:
             return {"odd": lambda: None}
@@ -138,7 +136,7 @@ def test_what_cannot_be_stored_ends_the_run_in_the_background_too(tmp_path, shap
         train(tmp_path, shapes, tiny_text, Odd(), steps=6, background=True)
 
 
-def test_a_copy_on_the_host_is_of_now_and_its_memory_is_used_again():
+def test_a_host_copy_does_not_change_later_and_reuses_memory():
     laid_out = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     state = {"a": [laid_out, {"b": torch.arange(3)}], "c": ("x", 1, None)}
     pool = {}
@@ -179,7 +177,7 @@ def best(folder: Path) -> str:
 
 @WAYS
 @pytest.mark.parametrize("every", [3, 4], ids=["saved before", "not saved before"])
-def test_the_best_stays_beside_the_newest(tmp_path, shapes, tiny_text, background, every):
+def test_the_best_and_the_newest_checkpoints_stay(tmp_path, shapes, tiny_text, background, every):
     def go_on(values: dict[int, float]) -> None:
         how = {**BEST, "keep_best": 1, "every": every, "background": background}
         train(tmp_path, shapes, tiny_text, Score(values), steps=max(values), **how)
@@ -213,7 +211,7 @@ def test_several_of_the_best_are_kept(tmp_path, shapes, tiny_text):
 
 @WAYS
 @pytest.mark.filterwarnings("ignore:saving .* failed")
-def test_a_best_that_could_not_be_saved_does_not_drive_out_the_one_that_was(
+def test_a_best_checkpoint_that_fails_to_save_does_not_replace_the_old_one(
     tmp_path, shapes, tiny_text, unlimited, background
 ):
     full = At({6: lambda: limit_files(50_000), 8: unlimited})
@@ -224,7 +222,7 @@ def test_a_best_that_could_not_be_saved_does_not_drive_out_the_one_that_was(
     assert read_checkpoint(tmp_path / "best.ckpt")["global_step"] == 3
 
 
-def test_a_best_of_another_folder_is_none(tmp_path, shapes, tiny_text):
+def test_paths_outside_the_folder_in_best_json_are_ignored(tmp_path, shapes, tiny_text):
     """A run may come from anyone: `best.ckpt` beside a name with `..` was somebody's file."""
     mine = tmp_path / "mine" / "best.ckpt"
     mine.parent.mkdir()
@@ -239,7 +237,7 @@ def test_a_best_of_another_folder_is_none(tmp_path, shapes, tiny_text):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_run_goes_on_from_its_best_as_if_it_had_not_stopped(
+def test_a_run_resumed_from_its_best_equals_an_uninterrupted_one(
     tmp_path, shapes, tiny_text, accumulate
 ):
     """Which was saved at the end of a validation, unlike the others."""
@@ -272,7 +270,7 @@ def test_each_save_exports_the_average_on_demand(tmp_path, shapes, tiny_text):
 
 
 @pytest.mark.parametrize("wrong", [{"keep_best": -1}, {"direction": "up"}])
-def test_keeping_what_makes_no_sense_is_refused(tmp_path, wrong):
+def test_invalid_settings_of_the_best_are_refused(tmp_path, wrong):
     with pytest.raises(ValueError, match=r"must be 0 or more|is neither minimize nor maximize"):
         Checkpoints(tmp_path, every=1, keep=1, facts={}, **wrong)
 

@@ -57,7 +57,7 @@ def steps(*numbers: int) -> list[str]:
     return [f"step={number:08d}.safetensors" for number in numbers]
 
 
-def test_a_run_that_was_broken_off_keeps_the_same(tmp_path, shapes, tiny_text):
+def test_a_resumed_run_writes_the_same_snapshots(tmp_path, shapes, tiny_text):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     how = {"accumulate": 2}
     train(whole, shapes, tiny_text, steps=8, **how)
@@ -85,7 +85,7 @@ def test_a_run_that_was_broken_off_keeps_the_same(tmp_path, shapes, tiny_text):
     assert [one.step for one in find_snapshots(broken / "phema", until=5)] == [3, 3, 5, 5]
 
 
-def test_keeping_averages_changes_no_training(tmp_path, shapes, tiny_text):
+def test_snapshots_do_not_change_the_training(tmp_path, shapes, tiny_text):
     kept = train(tmp_path, shapes, tiny_text, steps=4)
     plain = latent_diffusion(tiny_text)
     make_trainer(steps=4).fit(plain, datamodule=shapes_data(shapes))
@@ -111,9 +111,7 @@ def unlimited():
     limit_files(resource.RLIM_INFINITY)
 
 
-def test_a_full_disk_is_told_once_and_the_training_goes_on(
-    tmp_path, shapes, tiny_text, unlimited, recwarn
-):
+def test_snapshots_on_a_full_disk_warn_once(tmp_path, shapes, tiny_text, unlimited, recwarn):
     folder = tmp_path / "phema"
     room = At({2: lambda: limit_files(5_000), 5: unlimited}, wait=False)
     trainer = make_trainer(steps=6, callbacks=[room, EMASnapshots(folder, every=1)])
@@ -174,6 +172,6 @@ def test_shards_are_refused(tiny_text):
     FullyShardedStrategy.check_module(latent_diffusion(tiny_text))
 
 
-def test_never_is_refused(tmp_path):
+def test_every_below_one_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"phema.every=0 must be 1 or more"):
         EMASnapshots(tmp_path, every=0)

@@ -15,7 +15,7 @@ from world import SIZE, latent_diffusion, make_trainer, objective
 
 from ldm.data.datamodule import TextImageData
 from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
-from ldm.diffusion.samplers.base import DDIMSampler
+from ldm.diffusion.samplers.ddim import DDIMSampler
 from ldm.diffusion.tasks.text_to_image import TextToImage
 from ldm.evaluation.features.clip import ClipFeatures
 from ldm.inference.pipeline import Pipeline
@@ -130,7 +130,7 @@ class Run:
             pipeline,
             [ClipFeatures(str(self.home.path / "clip"))],
             images=data.val_set,
-            reference_images=data.train_set.plain(),
+            reference_images=data.train_set.without_augmentation(),
             size=SIZE,
             folder=self.folder / "eval",
             settings="all as ever",
@@ -181,13 +181,13 @@ def test_a_run_measures_before_between_and_at_its_end(home, whole):
     )
 
 
-def test_what_is_left_says_what_was_painted(whole):
+def test_only_the_subset_file_remains(whole):
     subset = whole.trainer.callbacks[1].quality.subset
     names = [path.name for path in (whole.folder / "eval").iterdir()]
     assert names == [f"subset-{subset.digest}.json"]
 
 
-def test_measuring_leaves_the_training_as_it_is(home, whole):
+def test_an_evaluation_does_not_change_the_training(home, whole):
     plain = home.run("plain", check=False)
     assert not any("fd" in name for name in home.metrics("plain")[4])
     state = plain.module.state_dict()
@@ -195,7 +195,7 @@ def test_measuring_leaves_the_training_as_it_is(home, whole):
         assert torch.equal(tensor, state[name]), name
 
 
-def test_the_raw_weights_are_measured_beside_their_average(home, whole):
+def test_raw_weights_are_measured_as_well_as_their_average(home, whole):
     run = home.run("raw", raw=True)
     metrics = home.metrics("raw")
     assert run.canvas.painted == 5 * COUNT, "before the first step both are the same"
@@ -210,7 +210,7 @@ def test_the_raw_weights_are_measured_beside_their_average(home, whole):
 # The picture in which the signal comes: in the second piece before the first step, at the
 # validation in the middle, and at the last one; in the last piece of the last one.
 @pytest.mark.parametrize("at", [5, COUNT + 5, 2 * COUNT + 5, 3 * COUNT - 1])
-def test_a_run_that_is_ended_while_it_paints_goes_on_there(home, whole, at):
+def test_a_run_that_ends_during_an_evaluation_continues_it(home, whole, at):
     name = f"ended-{at}"
     first = home.run(name, signal_at=at)
     assert first.left == 75
@@ -230,7 +230,7 @@ def test_a_run_that_is_ended_while_it_paints_goes_on_there(home, whole, at):
         assert torch.equal(tensor, state[part]), part
 
 
-def test_it_may_be_ended_again_and_again(home, whole):
+def test_an_evaluation_may_be_interrupted_many_times(home, whole):
     """With accumulation, twice in one validation that is owed, and in the raw weights' half."""
     first = home.run("again", accumulate=2, raw=True, signal_at=2 * COUNT + 1)
     second = home.run("again", accumulate=2, raw=True, signal_at=1)
@@ -244,7 +244,7 @@ def test_it_may_be_ended_again_and_again(home, whole):
     assert home.metrics("again") == home.metrics("undisturbed")
 
 
-def test_pictures_of_other_weights_are_not_taken(home):
+def test_features_of_other_weights_are_not_used(home):
     """A step may be come to again with others: the run was taken up before it, or begun anew."""
     first = home.run("other", signal_at=COUNT + 5, lr=1e-2)
     assert first.left == 75
@@ -279,7 +279,7 @@ class Known(L.Callback):
         self.at[trainer.global_step] = "val/fd_clip" in trainer.callback_metrics
 
 
-def test_a_value_is_of_its_own_validation_alone(home):
+def test_metrics_of_an_earlier_validation_are_dropped(home):
     """Neither is the best checkpoint chosen by an old one, nor patience lost on it."""
     known = Known()
     watch = [
@@ -323,7 +323,7 @@ def test_it_is_due_after_so_many_images(accumulate):
     assert due(10**9, interval=10, **more) == [0, 40]
 
 
-def test_what_cannot_be_is_refused(home):
+def test_invalid_settings_are_refused(home):
     with pytest.raises(ValueError, match="0 or more, got -1"):
         home.run("wrong", options={"every": -1})
     check = ImageQuality.__new__(ImageQuality)

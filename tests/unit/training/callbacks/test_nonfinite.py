@@ -66,7 +66,7 @@ def train(
 @pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradient"])
 @pytest.mark.parametrize(("accumulate", "batch"), [(1, 0), (1, 3), (2, 4), (2, 5)])
 @pytest.mark.parametrize("clip", [1.0, 0.0])
-def test_a_run_is_the_one_without_that_update(
+def test_a_skipped_step_equals_a_run_without_that_update(
     tmp_path, shapes, tiny_text, accumulate, batch, gradient, clip
 ):
     if clip == 0.0 and accumulate == 2:
@@ -91,7 +91,7 @@ def test_a_run_is_the_one_without_that_update(
 
 
 @pytest.mark.filterwarnings("ignore:the loss or the gradient was not finite")
-def test_an_optimizer_that_is_not_fused_leaves_the_step_out_as_well(tmp_path, shapes, tiny_text):
+def test_an_unfused_optimizer_skips_the_step_too(tmp_path, shapes, tiny_text):
     module = latent_diffusion(tiny_text)
     module.make_optimizer = lambda parameters, steps: torch.optim.SGD(parameters, 0.01, 0.9)
     seen = []
@@ -108,7 +108,9 @@ def test_an_optimizer_that_is_not_fused_leaves_the_step_out_as_well(tmp_path, sh
 
 
 @pytest.mark.parametrize("every", [1, 4])
-def test_too_many_in_a_row_stop_with_the_samples_written_down(tmp_path, shapes, tiny_text, every):
+def test_too_many_skipped_steps_in_a_row_stop_the_run_and_list_the_samples(
+    tmp_path, shapes, tiny_text, every
+):
     spoil = Spoil(1, 3, 4, 5, 6, 7)  # steps 2 and 4 to 8
     with pytest.warns(UserWarning, match=r"was not finite at step 2(, 4)?: left out"):  # noqa: SIM117
         with pytest.raises(
@@ -150,7 +152,7 @@ def test_on_a_device_the_average_moves_by_what_the_device_says():
         torch.testing.assert_close(now, then.lerp(weight, 0.25))
 
 
-def test_stopping_after_none_is_refused(tmp_path):
+def test_stop_after_below_one_is_refused(tmp_path):
     with pytest.raises(ValueError, match="stop_after_skips=0 must be 1 or more"):
         NonFiniteStepSkipper(tmp_path, monitor=None, stop_after=0)
 
@@ -173,7 +175,7 @@ def steps_in(folder: Path) -> list[int]:
 
 
 @pytest.mark.filterwarnings("ignore:the loss or the gradient was not finite")
-def test_saves_in_a_row_of_left_out_steps_thin_out_none_from_before(tmp_path, shapes, tiny_text):
+def test_saves_during_skipped_steps_delete_no_older_checkpoint(tmp_path, shapes, tiny_text):
     how = {"keep": 2, "every": 1}
     spoil = Spoil(*range(6, 11))  # steps 7 to 11
     with pytest.raises(NotFiniteError, match=r"good checkpoint is .*/step=00000006.ckpt"):
@@ -201,7 +203,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, shapes, tiny_text):
 
 
 @pytest.mark.filterwarnings("ignore:the loss or the gradient was not finite")
-def test_a_validation_that_is_not_finite_keeps_what_was_before(tmp_path, shapes, tiny_text):
+def test_a_non_finite_validation_keeps_older_checkpoints(tmp_path, shapes, tiny_text):
     class Ruin(L.Callback):
         """Finite weights, with which no loss is."""
 
@@ -217,7 +219,7 @@ def test_a_validation_that_is_not_finite_keeps_what_was_before(tmp_path, shapes,
 
 
 @pytest.mark.slow
-def test_a_run_that_ends_with_ruined_weights_is_not_finished(tmp_path):
+def test_a_run_that_ends_with_non_finite_weights_fails(tmp_path):
     ruin = [*TINY, "name=ruin", "optimizer.lr=1e6", "trainer.max_steps=2", "data.workers=0"]
     for _ in range(2):  # the same command again has nothing left to train, and says the same
         said = run(str(ROOT / "train.py"), *ruin, cwd=tmp_path, expect=1)
@@ -290,7 +292,7 @@ def ranks(tmp_path, shapes, tiny_clip):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_all_ranks_leave_out_what_one_could_not_use(tmp_path, ranks, strategy):
+def test_all_ranks_skip_a_step_that_one_rank_cannot_use(tmp_path, ranks, strategy):
     ranks(strategy, [1], 3)
     [told] = json.loads((tmp_path / "bad.json").read_text())
     assert told["step"] == 2

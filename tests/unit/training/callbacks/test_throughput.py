@@ -45,14 +45,14 @@ def told(shapes, tiny_text, tmp_path_factory) -> tuple[list[dict], float, Throug
     return said, seconds.all, trainer.callbacks[0]
 
 
-def test_time_for_pictures_is_no_waiting_for_data(told):
+def test_time_for_sample_images_does_not_count_as_data_wait(told):
     trained = [row for row in told[0] if "perf/data_wait" in row]
     assert [row["at"] for row in trained] == [1, 2, 3, 4, 5]
     for row in trained:
         assert row["perf/data_wait"] < 0.5, row
 
 
-def test_the_share_of_looking_at_what_came_of_it(told):
+def test_eval_share_is_the_time_of_validations_and_sample_images(told):
     said, seconds, meter = told
     evaluated = [row["perf/eval_share"] for row in said if "perf/data_wait" in row]
     assert evaluated[:2] == [0, 0], "nothing was validated yet"

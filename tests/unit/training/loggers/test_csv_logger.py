@@ -42,7 +42,7 @@ def test_a_row_is_on_the_disk_when_saved_or_when_the_next_begins(log):
     assert [row["step"] for row in rows(log.path)] == ["1", "2"]
 
 
-def test_what_comes_later_of_a_saved_step_joins_its_row(log):
+def test_later_values_of_a_saved_step_join_its_row(log):
     log.log_metrics({"loss": 1}, step=1)
     log.log_metrics({"loss": 2}, step=2)
     log.save()
@@ -69,7 +69,7 @@ def test_what_comes_later_of_a_saved_step_joins_its_row(log):
     ]
 
 
-def test_the_epoch_alone_is_no_row(log):
+def test_a_log_of_only_the_epoch_writes_no_row(log):
     log.log_metrics({"epoch": 3}, step=1)
     log.save()
     assert not log.path.exists()
@@ -87,7 +87,7 @@ def test_a_reopened_file_goes_on(log):
     ]
 
 
-def test_rewind_drops_what_will_be_gone_through_again(log):
+def test_rewind_drops_rows_of_steps_that_are_repeated(log):
     for step in (2, 10, 4):
         log.log_metrics({"loss": step}, step=step)
     log.save()
@@ -119,7 +119,7 @@ def test_rewind_mends_a_line_that_was_cut_short(log):
     assert rows(log.path) == [{"step": "1", "loss": "0.125"}, {"step": "2", "loss": "0.5"}]
 
 
-def test_not_a_number_is_told(log):
+def test_nan_is_written(log):
     log.log_metrics({"loss": float("nan"), "fid": float("inf")}, step=1)
     log.save()
     assert rows(log.path) == [{"step": "1", "loss": "nan", "fid": "inf"}]
@@ -138,7 +138,7 @@ def limit():
 
 
 @pytest.mark.parametrize("room", [0, 14, 20, 30], ids="{} bytes".format)
-def test_a_full_disk_is_told_once_and_rows_wait(log, limit, recwarn, room):
+def test_on_a_full_disk_it_warns_once_and_rows_wait(log, limit, recwarn, room):
     """Of the header, of a row, of a row with a new column: whatever does not fit any more."""
     expected = []
     limit(room)  # the header takes 11 bytes, a row 5, and 7 once there is a third column

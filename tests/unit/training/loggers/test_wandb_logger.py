@@ -64,7 +64,7 @@ def log_steps(run_dir: Path, steps: range, *, failed: bool = False, **settings) 
         wandb.teardown()
 
 
-def test_a_run_of_its_own_is_tagged_with_all_it_was_given(tmp_path):
+def test_a_single_run_is_tagged_with_all_overrides(tmp_path):
     given = [*OVERRIDES, OVERRIDES[0]]
     logger = wandb_logger(run_dir=tmp_path, name="alone", overrides=given, offline=True)
     assert logger.run["group"] is None
@@ -93,7 +93,7 @@ def test_a_job_of_a_sweep(tmp_path, capsys):
     assert '["<c>:|?*\\"",null]' in table.read_text()
 
 
-def test_results_are_shown_against_images_seen(tmp_path):
+def test_results_are_plotted_against_images_seen(tmp_path):
     log_steps(tmp_path, range(3))
     (run,) = wandb_files.of_run(tmp_path)
     step = "trainer/global_step"  # its own axis; and no two globs fit one name: W&B takes any
@@ -145,7 +145,7 @@ def test_a_server_gets_one_run_of_two_starts(tmp_path, server):
     assert run.exit_code == 1
 
 
-def test_a_run_that_the_server_lost_is_not_made_twice(tmp_path, server, capsys):
+def test_a_run_that_the_server_lost_is_not_created_twice(tmp_path, server, capsys):
     log_steps(tmp_path, range(3))
     server.runs.clear()
     log_steps(tmp_path, range(3, 5))
@@ -156,7 +156,7 @@ def test_a_run_that_the_server_lost_is_not_made_twice(tmp_path, server, capsys):
     ]  # begun, refused, offline
 
 
-def test_what_was_logged_offline_is_sent_later(tmp_path, server, monkeypatch):
+def test_an_offline_run_can_be_synced_later(tmp_path, server, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     log_steps(tmp_path, range(3))
     log_steps(tmp_path, range(3, 5))
@@ -192,7 +192,7 @@ def test_a_run_does_not_wait_for_a_server(tmp_path, monkeypatch, capsys, trouble
     assert not (tmp_path / "wandb_url").exists(), "no server had it"
 
 
-def test_a_server_that_dies_costs_nothing(tmp_path, server, capsys):
+def test_a_server_that_dies_does_not_disturb_the_run(tmp_path, server, capsys):
     logger = wandb_logger(run_dir=tmp_path, name="first", overrides=[])
     logger.log_metrics({"train/loss": 1.0}, step=0)
     server.shutdown()

@@ -41,7 +41,7 @@ def test_it_learns_and_leaves_latents_of_unit_variance(shapes, tmp_path):
     assert torch.equal(stored["autoencoder.shift"], module.autoencoder.shift)
 
 
-def test_the_scale_does_not_change_what_is_restored(shapes):
+def test_the_latent_scale_does_not_change_reconstructions(shapes):
     module, data = autoencoder_training(), shapes_data(shapes)
     batch = val_batch(data, range(4))
     before = module.autoencoder.decode(encoded(module, batch))

@@ -60,14 +60,14 @@ def test_equal_captions_are_equally_right():
     torch.testing.assert_close(multi_positive_contrastive_loss(logits, said), sum(expected) / 2)
 
 
-def test_captions_that_differ_make_clips_loss(pooled_text):
+def test_with_different_captions_the_loss_is_clips(pooled_text):
     a, b = (torch.nn.functional.normalize(torch.randn(5, 8), dim=1) for _ in range(2))
     ours = multi_positive_contrastive_loss(7 * a @ b.T, hash_captions([str(i) for i in range(5)]))
     torch.testing.assert_close(ours, contrastive_loss(a, b, torch.tensor(7.0)))
 
 
 @torch.no_grad()
-def test_what_is_drawn_for_an_image_does_not_depend_on_its_batch(shapes):
+def test_random_numbers_of_an_image_do_not_depend_on_its_batch(shapes):
     """Posterior, time and noise, all of them in the loss."""
     module, data = training(autoencoder=small_autoencoder()), shapes_data(shapes)
     alone = [float(module.training_step(val_batch(data, [i]), 0)) for i in range(6)]
@@ -94,7 +94,7 @@ def test_frozen_parts_are_neither_trained_nor_stored(shapes, pooled_text):
     assert all(p.grad is not None for p in module.parameters()), "DDP waits for every gradient"
 
 
-def test_a_run_that_was_broken_off_is_the_run_that_was_not(shapes, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(shapes, tmp_path):
     def train(folder, steps):
         keeper = Checkpoints(folder, every=10**6, keep=2, facts={"stage": "classifier"})
         last = folder / "last.ckpt"

@@ -103,7 +103,7 @@ def test_frozen_parts_are_neither_trained_nor_stored(shapes, tiny_text):
 
 
 @torch.no_grad()
-def test_what_is_drawn_for_an_image_does_not_depend_on_its_batch(shapes, tiny_text):
+def test_random_numbers_of_an_image_do_not_depend_on_its_batch(shapes, tiny_text):
     """Posterior, caption dropout, time and noise, all of them in the loss."""
     module = latent_diffusion(tiny_text, autoencoder=small_autoencoder(), caption_dropout=0.5)
     data = shapes_data(shapes)
@@ -171,7 +171,7 @@ def test_the_average_moves_once_an_optimizer_step(shapes, tiny_text, accumulate)
     assert not torch.equal(*watch.seen[-1])
 
 
-def test_pictures_of_a_wrong_size_are_told(module):
+def test_images_of_a_wrong_size_are_refused(module):
     batch = {"images": torch.zeros(1, 3, SIZE + 1, SIZE), "captions": ["a"], "position": [0]}
     with pytest.raises(ValueError, match="H and W multiples of 2"):
         module.training_step(batch, 0)
@@ -186,6 +186,6 @@ def test_the_logged_loss_does_not_depend_on_accumulation(shapes, tiny_text):
     assert logged[0] == pytest.approx(logged[1], rel=1e-5)
 
 
-def test_a_caption_dropout_that_is_no_share_is_refused(tiny_text):
+def test_a_caption_dropout_out_of_range_is_refused(tiny_text):
     with pytest.raises(ValueError, match="caption_dropout is a share from 0 to 1, got 2"):
         latent_diffusion(tiny_text, caption_dropout=2)

@@ -1,0 +1,87 @@
+"""Samplers of first order: DDIM, DDPM and consistency sampling, all with d = x0_hat."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.samplers.base import (
+    NoiseLevel,
+    Sampler,
+    StepIterator,
+    Trajectory,
+    check_eta,
+    posterior_std,
+    take_step,
+)
+from ldm.diffusion.schedules import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDIMSampler(Sampler):
+    """`eta` goes from the ODE (0, DDIM) to the posterior's own noise (1, DDPM).
+
+    eta = 1 is ancestral sampling (Ho et al. 2020, algorithm 2, with the smaller of their two
+    variances; k-diffusion's euler_ancestral), at any timesteps. eta = 0 is Euler's method in
+    sigma / alpha (k-diffusion's euler), and in t on the flow schedule.
+    """
+
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_eta(self.eta)
+
+    def iterate(self, x: Tensor, path: Trajectory) -> StepIterator:
+        return iterate_first_order(x, path, lambda now, then: self.eta * posterior_std(now, then))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencySampler(Sampler):
+    """For networks distilled to sample in a few steps: all noise is fresh at each step.
+
+    Multistep consistency sampling (Song et al. 2023, arXiv:2303.01469, algorithm 1; Luo et al.
+    2023, LCM, algorithm 3), exact if x0_hat is the end of the ODE. `original_steps`: the number of
+    even timesteps of the distillation, 50 for LCMs, from which the timesteps are taken; None for
+    any timestep.
+    """
+
+    original_steps: int | None = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.original_steps is not None and self.original_steps < 1:
+            raise ValueError(
+                f"original_steps must be 1 or more, or null for any time, not {self.original_steps}"
+            )
+
+    def timesteps(self, schedule: Schedule, steps: int, *, start: float = 1.0) -> Tensor:
+        times = super().timesteps(schedule, steps, start=start)
+        if self.original_steps is None:
+            return times
+        available = math.floor(start * self.original_steps + 1e-6)  # original times up to `start`
+        if self.spacing != "trailing" or steps > available:
+            raise ValueError(
+                f"{steps} {self.spacing} steps from t = {start} for a network that was distilled "
+                f"at {self.original_steps} even times: take fewer steps, sampler.spacing=trailing, "
+                "or sampler.original_steps=null where it knows all times"
+            )
+        skipped = (torch.arange(1, steps) * available).div(steps).floor()
+        times[1:-1] = (available - skipped) / self.original_steps
+        return times
+
+    def iterate(self, x: Tensor, path: Trajectory) -> StepIterator:
+        return iterate_first_order(x, path, lambda now, then: then[1])
+
+
+def iterate_first_order(
+    x: Tensor, path: Trajectory, fresh_noise: Callable[[NoiseLevel, NoiseLevel], float]
+) -> StepIterator:
+    """The steps from `x` with d = x0_hat and that much fresh noise."""
+    for i, (now, then) in enumerate(pairwise(path.noise_levels)):
+        x0_hat = path.x0_hat(x, i)
+        x = take_step(x, x0_hat, now, then, up=fresh_noise(now, then), noise=path.noise)
+        yield x, x0_hat

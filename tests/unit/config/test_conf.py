@@ -245,8 +245,6 @@ def test_every_group_has_a_default_or_is_documented():
 def test_a_reward_model_that_is_not_there_is_one_line():
     cfg = compose("sample", ["guidance=clip", "guidance.reward_model=no/such/folder"])
     components = Components(None, None, None, None, None, None)
-    with pytest.raises(
-        UsageError, match="there is no such CLIP. Give a CLIP: packaged:clip"
-    ) as why:
+    with pytest.raises(UsageError, match="there is no such CLIP") as why:
         build_guidance(cfg.guidance, components, device=CPU)
     assert "\n" not in str(why.value)

@@ -94,7 +94,7 @@ def test_sobol_has_one_number_in_each_part_of_an_aligned_block(power, block, see
     assert sorted((drawn * size).long().tolist()) == list(range(size))
 
 
-def test_sobol_matches_scipy_up_to_the_scrambling():
+def test_sobol_matches_torch_up_to_the_scrambling():
     """Its parts of [0, 1) are exchanged, as a tree's branches: so are those of torch's engine."""
     ours = Uniforms(spread="sobol")(256, draws(range(256)))
     theirs = SobolEngine(1).draw(256, dtype=torch.float64)[:, 0]

@@ -91,7 +91,7 @@ def test_errors_fall_with_the_order(case, name, truth):
 
 
 @pytest.mark.parametrize("name", ["linear", "flow"])
-def test_unipc_of_order_three_converges_faster_than_third_order(name, truth):
+def test_unipc_of_order_three_converges_at_third_order(name, truth):
     """Its corrector is of fourth order; what is left are the first two steps."""
     assert slope(errors_of(UniPCSampler(), SCHEDULES[name][0], truth[name])) > 2.8
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ldm.utils.checkpoint_file import format_unknown_checkpoint
-from ldm.utils.errors import UsageError
+from ldm.utils.errors import UsageError, format_unknown_checkpoint
 from ldm.utils.output_path import resolve_output_file
 
 INPUT_FILE_OPTIONS = ("image", "mask", "style", "prompts")

@@ -6,7 +6,6 @@ valid manifest the checkpoint does not count. `last.ckpt` is a link to the newes
 `best.ckpt` to the one with the best validation.
 """
 
-import difflib
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from ldm.utils.errors import format_unknown_checkpoint
 from ldm.utils.files import (
     TEMPORARY_SUFFIX,
     delete_temporary_files,
@@ -302,11 +302,3 @@ def select_prefix(payload: dict, prefix: str) -> dict:
     """Returns the tensors whose names begin with `prefix`, without it."""
     state = payload["state_dict"]
     return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-
-
-def format_unknown_checkpoint(ckpt: str, name: str) -> str:
-    """Returns the message for a checkpoint that does not exist, with the nearest that do."""
-    known = sorted(str(link.parent.parent) for link in Path("runs").glob("**/last.ckpt"))
-    near = difflib.get_close_matches(ckpt, known, n=3, cutoff=0)
-    hint = f"; the nearest here: {', '.join(near)}" if near else ""
-    return f"{name}='{ckpt}' is neither a run directory nor a file{hint}"

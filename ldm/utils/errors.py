@@ -32,3 +32,11 @@ def suggest_nearest(key: str, known: Iterable[str]) -> str:
     elif not (close := difflib.get_close_matches(key, known, n=1, cutoff=0.6)):
         close = [by_leaf[m] for m in difflib.get_close_matches(leaf, list(by_leaf), n=1)]
     return f" - did you mean {close[0]}?" if close else ""
+
+
+def format_unknown_checkpoint(ckpt: str, name: str) -> str:
+    """Returns the message for a checkpoint that does not exist, with the nearest that do."""
+    known = sorted(str(link.parent.parent) for link in Path("runs").glob("**/last.ckpt"))
+    near = difflib.get_close_matches(ckpt, known, n=3, cutoff=0)
+    hint = f"; the nearest here: {', '.join(near)}" if near else ""
+    return f"{name}='{ckpt}' is neither a run directory nor a file{hint}"

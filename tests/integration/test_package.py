@@ -154,7 +154,7 @@ def test_the_pictures_that_a_run_names_are_looked_at_and_nothing_is_written(tmp_
 
 def test_no_server_that_a_run_names_is_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "ldm.data.shards.locations.describe", lambda urls: pytest.fail(f"{urls} were asked")
+        "ldm.data.shards.locations.describe_urls", lambda urls: pytest.fail(f"{urls} were asked")
     )
     run_dir = autoencoder_run(tmp_path / "run", ["scenes", "http://127.0.0.1:9/a.tar"])
     with pytest.raises(UsageError, match="is on a server"):

@@ -88,7 +88,7 @@ def test_a_run_measures_every_so_often_and_at_its_end(home, measured):
 
 
 def test_the_averaged_weights_are_measured_as_they_are_now(measured):
-    checks = [c for c in measured.trainer.callbacks if type(c).__name__ == "SceneCheck"]
+    checks = [c for c in measured.trainer.callbacks if type(c).__name__ == "SceneAccuracy"]
     assert checks[0].pipeline.denoiser is measured.module.ema.module
     assert isinstance(checks[0].pipeline, Pipeline)
 
@@ -166,7 +166,10 @@ def test_the_verb_takes_settings(home, measured, tmp_path, capsys):
     assert (settings["weights"], settings["guidance"]["scale"], settings["seed"]) == ("raw", 1, 5)
     said = capsys.readouterr().out
     assert "count 3, seed 5, steps 2, size 16, sampler DDIMSampler eta 0.0" in said
-    assert "guidance ClassifierFreeGuidance scale 1 interval [0.0, 1.0] rescale 0.0, weights raw" in said
+    assert (
+        "guidance ClassifierFreeGuidance scale 1 interval [0.0, 1.0] rescale 0.0, weights raw"
+        in said
+    )
     assert said.endswith(f"{out}\n")
     with pytest.raises(ValueError, match="count=2"):
         evaluate_points([({}, composed("count=1"))], asked(ckpt=ckpt))

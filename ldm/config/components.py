@@ -87,7 +87,8 @@ def build_objective(cfg: DictConfig) -> Objective:
     built = {name: instantiate(cfg[group]) for name, group in groups.items() if group in cfg}
     if "timestep_sampler" in cfg:
         built["timestep_sampler"] = instantiate(cfg.timestep_sampler, batch=cfg.data.batch_size)
-    return instantiate(cfg.objective, **built)
+    # Not as arguments of `instantiate`: Hydra turns a dataclass there into a configuration.
+    return instantiate(cfg.objective, _partial_=True)(**built)
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def list_target_arguments(target: str) -> frozenset[str]:
     return frozenset(one.name for one in parameters if one.kind not in open_ended)
 
 
-def _validate_sizes(node: object, group: str, kinds: dict[str, object]) -> dict:
+def _validate_sizes(node: object, group: str, kinds: dict[str, type | tuple[type, ...]]) -> dict:
     if not isinstance(node, dict):
         raise ValueError(f"{group} is {_shorten_repr(node)}, and no mapping")
     for key, kind in kinds.items():

@@ -20,17 +20,18 @@ test-all: .venv      ## all of it
 
 # Kernels of other instruction sets sum in another order: every tolerance must leave room for that.
 # Torch's own, oneDNN's (convolutions) and MKL's (matrix products) each have a variable.
-NUMBERS := tests/diffusion tests/metrics tests/models tests/training tests/test_p*.py tests/test_e*.py \
-  tests/test_tasks.py tests/test_superres.py tests/test_video.py tests/test_films.py tests/test_augment.py
+NUMBERS := $(addprefix tests/unit/,diffusion evaluation inference models training) \
+  $(patsubst %,tests/integration/test_%.py,augment evaluate explain package phema)
 test-isa: .venv      ## the tests of numbers as processors without vectors, and with AVX2, compute them
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1 \
 	  $(BIN)/pytest $(BOTH) -m "not slow and not gpu" $(NUMBERS)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 \
 	  $(BIN)/pytest $(BOTH) -m "not slow and not gpu" $(NUMBERS)
 
-lint: .venv          ## what CI checks of form
+lint: .venv          ## form, and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
 
 format: .venv        ## mend what can be mended
 	$(BIN)/ruff check --fix .

@@ -98,7 +98,7 @@ def augment_dataset(cfg: DictConfig, options: TextOptions, words: SlotWords) -> 
         own_shards = shards[ranks.rank :: ranks.world_size]
         total, interval = sum(len(shard.items) for shard in own_shards), get_progress_interval()
         bar = tqdm(
-            total=total, desc="Painting", unit="image", disable=not first, mininterval=interval
+            total=total, desc="Generating", unit="image", disable=not first, mininterval=interval
         )
         with bar as progress:
             pipeline = partial(restored.pipeline, size=size, negative=negative)

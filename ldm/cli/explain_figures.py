@@ -301,4 +301,4 @@ def _find_change_words(
     nearest = [(list(words)[i], float(cosines[i])) for i in best]
     place = int((cosines > cosines[list(words).index(value)]).sum()) + 1
     label = f"{name} to {value} (its word is number {place} of {len(words)})"
-    return ImageChange(label, *pair, nearest, right=value)
+    return ImageChange(label, pair[0], pair[1], nearest, right=value)

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -107,7 +108,7 @@ def package_autoencoder(run: Path, out: Path, *, scenes: int) -> dict[str, float
     file = run / "config.yaml"
     text = read_text(file, max_bytes=MAX_CONFIG_BYTES)
     config = validate_file_config(text, file, needed=("autoencoder",))
-    settings = OmegaConf.to_container(config.autoencoder)
+    settings: Any = OmegaConf.to_container(config.autoencoder)
     if "path" not in settings:
         raise UsageError(f"{run} has no autoencoder with weights: give a run of stage=autoencoder")
     del settings["_target_"]

@@ -174,7 +174,7 @@ def list_target_arguments(target: str) -> tuple[frozenset[str], bool]:
     return names, any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
 
 
-def _validate_sizes(node: object, group: str, kinds: dict[str, object]) -> dict:
+def _validate_sizes(node: object, group: str, kinds: dict[str, type | tuple[type, ...]]) -> dict:
     if not isinstance(node, dict):
         raise ValueError(f"{group} is {_shorten_repr(node)}, and no mapping")
     for key, kind in kinds.items():

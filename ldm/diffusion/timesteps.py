@@ -5,7 +5,6 @@ the u of each image. Every t depends on the run's seed and the image's position 
 """
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
 from hashlib import blake2b
 
 import torch
@@ -20,7 +19,6 @@ FRACTION_BITS = 53  # of a float64
 TREE_LEVELS = 8  # per digest: 255 nodes of a binary tree in its 512 bits
 
 
-@dataclass(frozen=True)
 class Uniforms:
     """One number in [0, 1) per image, each with uniform distribution, spread over a batch.
 
@@ -32,20 +30,15 @@ class Uniforms:
     a run complement one another.
     """
 
-    _: KW_ONLY
-    spread: str = "independent"
-    batch: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.spread not in SPREADS:
-            raise ValueError(
-                f"timestep_sampler.spread '{self.spread}' is none of {', '.join(SPREADS)}"
-            )
-        if self.spread == "stratified" and (self.batch is None or self.batch < 1):
+    def __init__(self, *, spread: str = "independent", batch: int | None = None) -> None:
+        if spread not in SPREADS:
+            raise ValueError(f"timestep_sampler.spread '{spread}' is none of {', '.join(SPREADS)}")
+        if spread == "stratified" and (batch is None or batch < 1):
             raise ValueError(
                 "timestep_sampler.spread=stratified needs the images of an optimizer "
-                f"step, got {self.batch}"
+                f"step, got {batch}"
             )
+        self.spread, self.batch = spread, batch
 
     def __call__(self, n: int, generator: Generators) -> Tensor:
         if self.spread == "independent":
@@ -102,7 +95,6 @@ def apply_elementwise(quantile: Callable[[Tensor], Tensor], u: Tensor) -> Tensor
     return torch.stack([quantile(each) for each in u]) if u.device.type == "cpu" else quantile(u)
 
 
-@dataclass(frozen=True)
 class PowerTimestepSampler(Uniforms):
     """t in [0, 1) with density proportional to t^(power - 1).
 
@@ -110,19 +102,19 @@ class PowerTimestepSampler(Uniforms):
     layout of an image.
     """
 
-    power: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.power <= 0:
-            raise ValueError(f"time_power must be above 0, got {self.power}")
+    def __init__(
+        self, power: float = 1.0, *, spread: str = "independent", batch: int | None = None
+    ) -> None:
+        super().__init__(spread=spread, batch=batch)
+        if power <= 0:
+            raise ValueError(f"time_power must be above 0, got {power}")
+        self.power = power
 
     def __call__(self, n: int, generator: Generators) -> Tensor:
         u = super().__call__(n, generator)
         return apply_elementwise(lambda u: u ** (1 / self.power), u)
 
 
-@dataclass(frozen=True)
 class LogitNormalTimestepSampler(Uniforms):
     """t in (0, 1) whose log(t / (1 - t)) is normal (Esser et al. 2024, section 3.1).
 
@@ -130,13 +122,18 @@ class LogitNormalTimestepSampler(Uniforms):
     median.
     """
 
-    mean: float = 0.0
-    std: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.std <= 0:
-            raise ValueError(f"timestep_sampler.std must be above 0, got {self.std}")
+    def __init__(
+        self,
+        mean: float = 0.0,
+        std: float = 1.0,
+        *,
+        spread: str = "independent",
+        batch: int | None = None,
+    ) -> None:
+        super().__init__(spread=spread, batch=batch)
+        if std <= 0:
+            raise ValueError(f"timestep_sampler.std must be above 0, got {std}")
+        self.mean, self.std = mean, std
 
     def __call__(self, n: int, generator: Generators) -> Tensor:
         def quantile(u: Tensor) -> Tensor:

@@ -113,8 +113,8 @@ class EvaluationProtocol:
         """
         if self.is_prepared:
             return
-        how = {"batch": self.batch, "cache": self.cache, "device": device, "done": done}
-        how["size"] = self.size
+        how = {"size": self.size, "batch": self.batch, "cache": self.cache}
+        how |= {"device": device, "done": done}
         real = compute_real_features(self.networks, self.reference, self.real_indices, **how)
         floor = compute_real_features(self.networks, self.dataset, self.floor_indices, **how)
         if ProcessGroup().rank == 0:

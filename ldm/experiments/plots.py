@@ -217,15 +217,15 @@ def draw_sample_page(
     y = top + max(map(len, heads)) * round(NOTE_HEIGHT * 1.35) + GAP
     heights = [len(label) * line + 4 + side + 2 * GAP for label in labels]
     page = Page(width, y + sum(heights) + MARGIN)
-    page.heading(title, subtitle)
+    page.add_heading(title, subtitle)
     lefts = [MARGIN + i * (side + GAP) for i in range(len(prompts))]
     for x, words in zip(lefts, heads, strict=True):
-        page.text(x, top, "\n".join(words), size=NOTE_HEIGHT, colour=GREY)
+        page.add_text(x, top, "\n".join(words), size=NOTE_HEIGHT, colour=GREY)
     for (_, images), label, height in zip(rows, labels, heights, strict=True):
-        page.text(MARGIN, y, "\n".join(label), bold=True)
+        page.add_text(MARGIN, y, "\n".join(label), bold=True)
         for x, image in zip(lefts, images, strict=False):
             is_multiple = side % image.width == 0
             how = Image.Resampling.NEAREST if is_multiple else Image.Resampling.LANCZOS
-            page.picture(x, y + height - side - 2 * GAP, image.resize((side, side), how))
+            page.add_image(x, y + height - side - 2 * GAP, image.resize((side, side), how))
         y += height
-    return page.image()
+    return page.render()

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-HubModelType = TypeVar("Model", bound=PreTrainedModel)
+HubModelType = TypeVar("HubModelType", bound=PreTrainedModel)
 
 
 def load_pretrained_model(

@@ -77,7 +77,7 @@ def records(folder: str) -> list[dict]:
 def test_a_set_says_what_it_is_and_trains_at_once(home, paint, capsys):
     paint("a")
     said = capsys.readouterr().out
-    assert "10 painted, 0 left out by the filter" in said
+    assert "10 generated, 0 left out by the filter" in said
     assert "by label: heart 5, star 5" in said
     found = records("a")
     assert [one["key"] for one in found] == [f"0000{i // 4}000{i % 4}" for i in range(10)]
@@ -163,11 +163,11 @@ def test_other_settings_in_the_same_folder_are_refused(paint, overrides, given, 
 
 def test_a_folder_of_others_is_refused(paint, shapes, tmp_path):
     shutil.copytree(shapes, "a")
-    with pytest.raises(UsageError, match=r"out=a holds 00000.tar, and no painted set"):
+    with pytest.raises(UsageError, match=r"out=a holds 00000.tar, and no generated set"):
         paint("a")
     Path("notes").mkdir()
     Path("notes/mine.txt").touch()
-    with pytest.raises(UsageError, match=r"out=notes holds mine.txt, and no painted set"):
+    with pytest.raises(UsageError, match=r"out=notes holds mine.txt, and no generated set"):
         paint("notes")
     with pytest.raises(UsageError, match=r"out=notes/mine.txt is a file"):
         paint("notes/mine.txt")
@@ -179,7 +179,7 @@ def test_a_folder_of_others_is_refused(paint, shapes, tmp_path):
     other = multiprocessing.get_context("fork").Process(target=taken)
     other.start()
     wait_for(Path("ready").exists)
-    with pytest.raises(UsageError, match="another process paints b: wait for it"):
+    with pytest.raises(UsageError, match="another process generates b: wait for it"):
         paint("b")
     Path("done").touch()
     other.join()
@@ -198,8 +198,8 @@ def test_the_filter_keeps_the_best(paint, capsys):
     paint("above", f"min_score={bar}")
     expected = [key for key, score in scores.items() if score >= bar]
     assert [one["key"] for one in records("above")] == expected
-    assert f"10 painted, {10 - len(expected)} left out by the filter" in capsys.readouterr().out
-    with pytest.raises(UsageError, match=r"none of 10 pictures has stayed \(CLIP scores: least"):
+    assert f"10 generated, {10 - len(expected)} left out by the filter" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"none of 10 images \(CLIP scores: least"):
         paint("none", "min_score=100")
 
 

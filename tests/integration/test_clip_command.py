@@ -104,7 +104,7 @@ def test_what_was_seen_is_kept_in_the_order_of_the_set(about, monkeypatch):
         (i, text) for i in range(COUNT) for text in shards.read(i).captions
     }
     monkeypatch.setattr(about.clip, "_compute_features", None)  # nothing is seen anew
-    monkeypatch.setattr(about.clip, "texts", None)
+    monkeypatch.setattr(about.clip, "encode_texts", None)
     assert torch.equal(about.embed_images(), vectors)
     assert torch.equal(about.embed_captions(told.captions), captions)
 
@@ -251,8 +251,8 @@ def test_mistakes_are_told_before_torch_is_imported(home):
         "image=black.png labels=,": "labels=, names nothing",
         "image=black.png labels=no.txt": "labels=no.txt: No such file",
         "image=black.png texts=no.txt": "texts=no.txt: No such file",
-        "image=few image=black.png minus=black.png": "are one picture each",
-        "data=shards text=a text=b": "a search is for one text or one picture",
+        "image=few image=black.png minus=black.png": "are one image each",
+        "data=shards text=a text=b": "a search is for one text or one image",
         "image=black.png labels=a template=no.txt": "template=no.txt: No such file",
         "data=shards text=a top=0": "top=0 must be a whole number from 1",
         "data=shards txt=a": "did you mean text?",

@@ -50,7 +50,7 @@ class Colours:
         cells = images.float().unflatten(-1, (2, -1)).unflatten(-3, (2, -1)).mean(dim=(-1, -3))
         return cells.flatten(1) / 255  # (n, 3, 2, 2) to (n, 12)
 
-    def texts(self, captions: list[str], *, device: torch.device | None = None) -> Tensor:
+    def encode_texts(self, captions: list[str], *, device: torch.device | None = None) -> Tensor:
         self.captions += captions
         seeds = [torch.Generator().manual_seed(zlib.crc32(text.encode())) for text in captions]
         return torch.stack([torch.rand(self.width, generator=seed) for seed in seeds])
@@ -165,8 +165,11 @@ def test_the_verb_takes_settings(home, measured, tmp_path, capsys):
     settings = json.loads(Path(out).read_text())["settings"]
     assert (settings["weights"], settings["guidance"]["scale"], settings["seed"]) == ("raw", 1, 5)
     said = capsys.readouterr().out
-    assert "count 3, seed 5, steps 2, size 16, sampler DDIM eta 0.0" in said
-    assert "guidance ClassifierFree scale 1 interval [0.0, 1.0] rescale 0.0, weights raw" in said
+    assert "count 3, seed 5, steps 2, size 16, sampler DDIMSampler eta 0.0" in said
+    assert (
+        "guidance ClassifierFreeGuidance scale 1 interval [0.0, 1.0] rescale 0.0, weights raw"
+        in said
+    )
     assert said.endswith(f"{out}\n")
     with pytest.raises(ValueError, match="count=2"):
         evaluate_points([({}, composed("count=1"))], asked(ckpt=ckpt))
@@ -406,13 +409,13 @@ def test_points_of_a_curve_are_kept_apart(shards_run):
         ({"ckpt": "RUN", "data": "gone"}, [], "gone"),
         ({"ckpt": "RUN", "data": "coco"}, [], "data=coco: .* a folder with shards .*data/coco/val"),
         ({"ckpt": "RUN", "subset": "gone.json"}, [], "gone.json"),
-        ({"ckpt": "RUN", "subset": "OTHER"}, [], "of other pictures than data"),
+        ({"ckpt": "RUN", "subset": "OTHER"}, [], "of other images than data"),
         (
             {"ckpt": "RUN"},
             ["features=[inception]", "features.inception.path=gone"],
             "no Inc.* 'gone'",
         ),
-        ({"images": "x", "keep": "y"}, [], "keep=... is for pictures that are painted"),
+        ({"images": "x", "keep": "y"}, [], "keep=... saves generated images"),
     ],
 )
 def test_what_cannot_be_measured_is_told(shards_run, real, given, overrides, message):

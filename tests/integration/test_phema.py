@@ -156,7 +156,10 @@ def test_an_earlier_checkpoint_is_averaged_up_to_its_step(home, kept):
 
 
 def test_mistakes_are_told_before_anything_is_painted(home, kept):
-    with pytest.raises(UsageError, match=r"no snapshots .* begun with, say, phema.lengths='\[0.05"):
+    with pytest.raises(
+        UsageError,
+        match=r"no snapshots .* a run saves them that starts with, say, phema.lengths='\[0.05",
+    ):
         choose(ckpt=home.path / "runs" / "none")
     with pytest.raises(UsageError, match=r"lengths=a,0.1: each must be a number above 0 and up"):
         choose(ckpt=kept, lengths="a,0.1")

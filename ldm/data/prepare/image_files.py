@@ -61,7 +61,9 @@ class ImageSettings:
         if not 1 <= self.quality <= 100:
             raise ValueError(f"quality must be in 1..100, got {self.quality}")
         if self.frames is not None and (self.frames < 2 or self.format != "webp"):
-            raise ValueError(f"frames={self.frames} are 2 or more, in format=webp, or null")
+            raise ValueError(
+                f"frames={self.frames}: videos have 2 or more, in format=webp; null is for images"
+            )
         for name in ("size", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -8,7 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import (
+    UnbalancedBracesError,  # pyrefly: ignore[missing-module-attribute]  # not in its stubs
+    braceexpand,
+)
 
 from ldm.data.shards.remote import RemoteShard, describe_urls, find_urls, redact_url
 from ldm.utils.files import resolve_path

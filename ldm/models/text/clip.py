@@ -19,7 +19,7 @@ from ldm.models.text.base import CaptionTokenizer, FrozenTextEncoder
 from ldm.models.whitening import WHITENING_FILE, Whitening
 from ldm.utils.files import resolve_path
 
-ClipModelType = TypeVar("Model", CLIPTextModel, CLIPModel)
+ClipModelType = TypeVar("ClipModelType", CLIPTextModel, CLIPModel)
 
 
 class ClipTextEncoder(FrozenTextEncoder):

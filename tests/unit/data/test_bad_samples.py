@@ -47,7 +47,7 @@ def open_set(folder, on_error: str = "skip") -> TextImageDataset:
     return TextImageDataset(ShardReader(folder), size=8, seed=0, train=True, on_error=on_error)
 
 
-def test_the_next_one_that_can_be_decoded_stands_in(damaged):
+def test_the_next_decodable_sample_replaces_a_damaged_one(damaged):
     data = open_set(damaged)
     items = [data[i, 40 + i] for i in range(COUNT)]
     assert [item["key"] for item in items] == [f"{n:03}" for n in (0, 1, 2, 5, 5, 5, 6, 7, 8, 0)]
@@ -101,7 +101,7 @@ def test_skipping_is_a_function_of_the_data_alone(damaged, tmp_path):
     assert len(differing) >= 9
 
 
-def test_a_run_counts_and_tells_once(damaged, caplog):
+def test_a_run_counts_skips_and_warns_once_a_reason(damaged, caplog):
     with caplog.at_level(logging.WARNING, logger="ldm"):
         data, module = fit(damaged, on_error="skip", max_skipped=0.5, workers=2)
     assert (data.train_skips.seen, data.train_skips.total) == (50, 15)
@@ -114,7 +114,7 @@ def test_a_run_counts_and_tells_once(damaged, caplog):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_stops_at_the_first_one_otherwise(damaged, workers):
+def test_a_run_stops_at_the_first_damaged_sample_by_default(damaged, workers):
     with pytest.raises(ImageError, match=r"\d\.tar: sample '00[349]'"):
         fit(damaged, workers=workers)
 
@@ -132,14 +132,14 @@ def test_too_many_stop_the_run_with_the_counts(damaged):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_nothing_but_damage_is_told_at_once(tmp_path, workers):
+def test_only_damaged_samples_are_an_error_at_once(tmp_path, workers):
     bad = {n: (b"no image", CUT)[n % 2] for n in range(COUNT)}
     folder = folder_of(tmp_path, images(bad))
     with pytest.raises(TooManySkippedError, match=r"none of the 10 samples .*: 5, .*: 5\)"):
         fit(folder, on_error="skip", max_skipped=1.0, workers=workers)
 
 
-def test_one_in_a_hundred_is_borne_two_are_not():
+def test_one_skip_in_a_hundred_is_allowed_two_are_not():
     bad = BadSample("damaged JPEG", "shard: sample 'x'")
     skips = BadSampleCounter("training", limit=0.01)
     skips.add(64, [bad] * MIN_ALLOWED_SKIPS)
@@ -156,7 +156,7 @@ def test_one_in_a_hundred_is_borne_two_are_not():
             BadSampleCounter("training", limit=wrong)
 
 
-def test_small_pictures_and_missing_captions_are_left_out_of_the_index(tmp_path, caplog):
+def test_small_images_and_missing_captions_are_not_in_the_index(tmp_path, caplog):
     """The order of the rest is that of a set which never had them."""
     sizes = [(40, 20), (20, 40), (19, 300), (20, 20), (300, 1), (64, 64)]
     members = []

@@ -19,11 +19,11 @@ from ldm.data.captions import CaptionCount, clean_caption, clean_captions, read_
         ("x" * 100_000, "x" * 100_000),
     ],
 )
-def test_clean(text, cleaned):
+def test_clean_caption_joins_whitespace(text, cleaned):
     assert clean_caption(text) == cleaned
 
 
-def test_what_is_no_text_is_dropped():
+def test_values_that_are_no_text_are_dropped():
     assert clean_captions(["a", 3, None, " ", ["b"], "c "]) == ["a", "c"]
 
 

@@ -34,7 +34,7 @@ def shards(tmp_path) -> ShardReader:
     return write(tmp_path, [ramp(40, 20), ramp(20, 50), picture(3, (7, 5)), picture(4, (1, 300))])
 
 
-def test_items_have_the_asked_size_whatever_the_source(shards):
+def test_items_have_the_requested_size(shards):
     data = TextImageDataset(shards, size=16, seed=0, train=False)
     for i in range(4):
         item = data[i, i]
@@ -42,13 +42,13 @@ def test_items_have_the_asked_size_whatever_the_source(shards):
         assert (item["key"], item["position"], item["captions"]) == (f"{i:03}", i, CAPTIONS[0])
 
 
-def test_a_thin_picture_is_not_scaled_up_whole(tmp_path):
+def test_a_thin_image_is_cropped_before_it_is_enlarged(tmp_path):
     shards = write(tmp_path, [encoded(Image.new("RGB", (1, 20_000), "red"))])
     images = TextImageDataset(shards, size=256, seed=0, train=True, crop="random")[0, 0]["images"]
     assert (images == torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None]).all()
 
 
-def test_the_centre_is_cut_without_training(shards):
+def test_validation_uses_the_centre_crop(shards):
     plain = TextImageDataset(shards, size=20, seed=0, train=False, crop="random", flip=1.0)
     centre = Image.open(io.BytesIO(shards.read(0).image)).crop((10, 0, 30, 20))
     expected = torch.tensor(list(centre.convert("L").tobytes()), dtype=torch.uint8).view(20, 20)
@@ -61,7 +61,7 @@ def test_the_centre_is_cut_without_training(shards):
     assert training.without_augmentation()[0, 0]["images"].shape == (3, 8, 8)
 
 
-def test_what_is_drawn_depends_on_seed_and_position_only(shards):
+def test_crops_depend_on_seed_and_position_only(shards):
     def data(seed: int) -> TextImageDataset:
         return TextImageDataset(shards, size=8, seed=seed, train=True, crop="random", flip=0.5)
 
@@ -78,7 +78,7 @@ def test_what_is_drawn_depends_on_seed_and_position_only(shards):
     assert len({str(pixels) for _, pixels in forward}) > 10
 
 
-def test_runs_begun_before_keep_their_crops(tmp_path):
+def test_old_runs_keep_their_uneven_crops(tmp_path):
     """Of three places the outer ones came half as often."""
     source = Image.new("RGB", (6, 4))
     source.paste((250, 0, 0), (5, 0, 6, 4))
@@ -103,7 +103,7 @@ def test_the_caption_is_drawn_once_an_epoch(shards):
     assert len({data[i, 0]["captions"] for i in range(4)}) > 1
 
 
-def test_half_of_the_pictures_are_flipped(shards):
+def test_half_of_the_images_are_flipped(shards):
     data = TextImageDataset(shards, size=8, seed=0, train=True, flip=0.5)
     plain = TextImageDataset(shards, size=8, seed=0, train=False)[0, 0]["images"]
     flipped = [data[0, p]["images"].equal(plain.flip(-1)) for p in range(200)]
@@ -112,7 +112,7 @@ def test_half_of_the_pictures_are_flipped(shards):
 
 
 @pytest.mark.parametrize("image", [b"", b"no image", picture()[:40], ramp(40, 20)[:-60]])
-def test_a_damaged_picture_is_named(tmp_path, image):
+def test_a_damaged_image_is_named(tmp_path, image):
     data = TextImageDataset(write(tmp_path, [picture(), image]), size=8, seed=0, train=True)
     assert data[0, 0]["key"] == "000"
     with pytest.raises(ImageError, match=r"0\.tar: sample '001'"):

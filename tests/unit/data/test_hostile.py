@@ -137,7 +137,7 @@ def test_every_caption_is_some_text(tmp_path):
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
-def test_a_picture_cut_anywhere_is_an_error_or_whole(format):
+def test_a_truncated_image_is_an_error_or_whole(format):
     """Never half a picture, with grey where the rest should be."""
     image = Image.linear_gradient("L").resize((24, 20)).convert("RGB")
     data = encoded(image, format)
@@ -226,7 +226,7 @@ def test_archives_that_blow_up_cost_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["renamed over", "written over", "longer", "cut"])
-def test_a_shard_replaced_while_the_run_lasts_stops_it(tmp_path, how):
+def test_a_shard_replaced_during_a_run_stops_it(tmp_path, how):
     """Also by one of the same size: its members may lie elsewhere. Skipping is for pictures."""
     folder = write(tmp_path / "in", samples(40))
     data = TextImageDataset(ShardReader(folder), size=8, seed=0, train=True, on_error="skip")
@@ -248,7 +248,7 @@ def test_a_shard_replaced_while_the_run_lasts_stops_it(tmp_path, how):
     assert len(open_index(folder)) == (41 if how == "longer" else 40) if how != "cut" else True
 
 
-def test_a_shard_removed_while_the_run_lasts_is_named(tmp_path):
+def test_a_shard_removed_during_a_run_is_named(tmp_path):
     folder = write(tmp_path / "in", samples(4))
     data = TextImageDataset(ShardReader(folder), size=8, seed=0, train=True)
     (folder / "0.tar").unlink()

@@ -75,7 +75,7 @@ def test_cmyk_jpeg_drops_a_profile_that_does_not_fit_rgb():
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
-def test_transparency_lies_on_white(mode):
+def test_transparency_is_composited_on_white(mode):
     source = Image.new(mode, (4, 4), (0,) * len(mode))
     opaque = (0,) * (len(mode) - 1) + (255,)
     source.putpixel((1, 2), opaque)
@@ -131,7 +131,7 @@ def test_exif_orientation_is_applied(orientation):
     assert needs_no_conversion(data, "PNG") == (orientation == 1)
 
 
-def test_every_frame_is_turned_as_a_picture_is():
+def test_every_frame_is_turned_upright():
     exif = Image.Exif()
     exif[0x0112] = 6
     frames = [gradient(), gradient().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
@@ -168,7 +168,7 @@ def test_profiles_are_converted_to_srgb(mode, color, profile, expected):
     assert not needs_no_conversion(data, "PNG")
 
 
-def test_colors_are_converted_before_they_are_laid_on_white():
+def test_colors_are_converted_before_compositing():
     source = Image.new("RGBA", (2, 1), (200, 50, 50, 255))
     source.putpixel((1, 0), (200, 50, 50, 0))
     image = read_image(encoded(source, icc_profile=WIDE))
@@ -195,7 +195,7 @@ def test_srgb_and_broken_profiles_change_no_bit(profile):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_a_damaged_profile_costs_no_picture(data):
+def test_an_image_with_a_damaged_profile_is_read(data):
     damaged = bytearray(data.draw(st.sampled_from([WIDE, INK])))
     for _ in range(data.draw(st.integers(1, 6))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
@@ -203,12 +203,12 @@ def test_a_damaged_profile_costs_no_picture(data):
     assert read_image(encoded(source, "JPEG", icc_profile=bytes(damaged))).size == (4, 4)
 
 
-def test_damaged_exif_does_not_cost_the_picture():
+def test_an_image_with_damaged_exif_is_read():
     data = encoded(gradient(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\xff\xff\xff\xff")
     assert read_image(data).size == (32, 24)
 
 
-def test_only_the_first_frame_of_an_animation_counts():
+def test_only_the_first_frame_of_an_animation_is_read():
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     for format in ("GIF", "WEBP", "PNG"):
         options = {"lossless": True} if format == "WEBP" else {}
@@ -268,7 +268,7 @@ def test_path_and_bytes_give_the_same(tmp_path):
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_damage_is_an_image_error_or_a_picture(data):
+def test_damage_is_an_image_error_or_an_image(data):
     format = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP"]))
     damaged = bytearray(encoded(gradient(), format))
     for _ in range(data.draw(st.integers(1, 4))):
@@ -277,21 +277,21 @@ def test_damage_is_an_image_error_or_a_picture(data):
         assert read_image(bytes(damaged)).mode == "RGB"
 
 
-def test_is_plain_wants_the_format_and_rgb():
+def test_only_rgb_in_the_format_needs_no_conversion():
     assert needs_no_conversion(encoded(gradient(), "JPEG"), "JPEG")
     assert not needs_no_conversion(encoded(gradient(), "JPEG"), "PNG")
     assert not needs_no_conversion(encoded(gradient().convert("L"), "JPEG"), "JPEG")
     assert not needs_no_conversion(encoded(gradient(), "PNG", transparency=(0, 0, 0)), "PNG")
 
 
-def test_resize_short_keeps_the_proportions():
+def test_resize_keeps_the_proportions():
     assert resize_short_side(gradient(64, 48), 24).size == (32, 24)
     assert resize_short_side(gradient(48, 64), 24).size == (24, 32)
     assert resize_short_side(gradient(10, 7), 14).size == (20, 14)
     assert resize_short_side(Image.new("RGB", (1000, 999)), 10).size == (10, 10)
 
 
-def test_resize_short_is_antialiased():
+def test_resize_is_antialiased():
     checks = np.indices((64, 64)).sum(0) % 2 * 255
     image = resize_short_side(Image.fromarray(checks.astype(np.uint8)).convert("RGB"), 8)
     assert abs(np.asarray(image, float) - 127.5).max() < 3
@@ -306,7 +306,7 @@ def test_crop_runs_from_edge_to_edge():
         crop_square(image, 5, x=0, y=0)
 
 
-def test_even_crops_have_every_place_as_often():
+def test_even_crops_have_every_position_equally_often():
     places = [gradient(6, 4).crop((left, 0, left + 4, 4)) for left in range(3)]
     drawn = [crop_square(gradient(6, 4), 4, x=x, y=0.7, even=True) for x in np.arange(300) / 300]
     assert [drawn.count(place) for place in places] == [100, 100, 100]
@@ -315,7 +315,7 @@ def test_even_crops_have_every_place_as_often():
     )  # a draw may round to 1
 
 
-def test_a_square_is_cut_then_scaled():
+def test_a_square_is_cropped_then_resized():
     image = gradient(10, 4)
     for x, left in ((0, 0), (0.5, 3), (1, 6)):
         assert crop_and_resize(image, 8, x=x) == image.crop((left, 0, left + 4, 4)).resize(
@@ -325,7 +325,7 @@ def test_a_square_is_cut_then_scaled():
     assert crop_and_resize(gradient(1, 20000), 512).size == (512, 512), "in no time"
 
 
-def test_to_tensor_has_channels_first():
+def test_pil_to_tensor_has_channels_first():
     pixels = pil_to_tensor(gradient(5, 3))
     assert (pixels.shape, pixels.dtype) == ((3, 3, 5), torch.uint8)
     assert tuple(pixels[:, 1, 4].tolist()) == gradient(5, 3).getpixel((4, 1))
@@ -357,7 +357,7 @@ def test_a_mask_is_one_where_it_is_bright(mode, tmp_path):
     assert mask[0].tolist() == [[1.0, 1.0, 0.0, 0.0]] * 4
 
 
-def test_a_mask_is_turned_as_its_picture_is(tmp_path):
+def test_a_mask_is_turned_like_its_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     masks()["L"].save(tmp_path / "mask.png", exif=exif)
@@ -366,7 +366,7 @@ def test_a_mask_is_turned_as_its_picture_is(tmp_path):
     assert mask[0].tolist() == [[1.0] * 4] * 2 + [[0.0] * 4] * 2  # its left is now above
 
 
-def test_a_mask_that_is_none_is_refused(tmp_path):
+def test_a_bad_mask_is_refused(tmp_path):
     Image.new("L", (8, 4)).save(tmp_path / "dark.png")
     with pytest.raises(ImageError, match="dark everywhere"):
         read_mask(tmp_path / "dark.png", 4)

@@ -59,7 +59,7 @@ def test_groups_are_shuffled():
 
 
 @given(sizes, seeds, st.lists(st.integers(0, 500), max_size=20))
-def test_any_position_can_be_asked_for_at_any_time(sizes, seed, positions):
+def test_positions_can_be_read_in_any_order(sizes, seed, positions):
     order = ShuffledOrder(sizes, seed=seed)
     assert [order.at(p) for p in positions] == [
         ShuffledOrder(sizes, seed=seed).at(p) for p in positions
@@ -116,7 +116,7 @@ def test_epochs_and_seeds_differ():
     assert epoch_of(order, 0) != epoch_of(ShuffledOrder([50, 50], seed=2), 0)
 
 
-def test_the_order_is_the_same_for_ever():
+def test_the_order_never_changes():
     """Written down once: another numpy or another machine must not change a resumed run."""
     assert epoch_of(ShuffledOrder([3, 2, 4], seed=7, window=2), 5) == [0, 4, 2, 3, 1, 6, 8, 5, 7]
     assert draw_random_bits(2, 1, 2, 3).tolist() == [13279728891206244966, 234311473967787377]
@@ -131,7 +131,7 @@ def test_shuffles_are_uniform():
     assert abs(counts / 2000 - 0.25).max() < 0.05
 
 
-def test_arguments_that_make_no_order_are_refused():
+def test_bad_arguments_of_the_order_are_refused():
     with pytest.raises(ValueError, match="0 samples"):
         ShuffledOrder([0, 0], seed=0)
     with pytest.raises(ValueError, match="window"):

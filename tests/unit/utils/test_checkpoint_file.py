@@ -55,7 +55,7 @@ def file(tmp_path) -> Path:
     return path
 
 
-def test_what_is_written_is_read(file):
+def test_a_checkpoint_is_read_as_written(file):
     got = read_checkpoint(file)
     assert torch.equal(got["state_dict"].pop("a.weight"), torch.ones(3000))
     assert torch.equal(got["state_dict"].pop("b"), torch.arange(4))
@@ -132,7 +132,7 @@ def flipped(data: bytes, rng: random.Random) -> bytes:
 
 @pytest.mark.filterwarnings("ignore:checkpoint .* is passed over")
 @pytest.mark.parametrize("what", ["cut", "flipped", "manifest flipped"])
-def test_200_damages_are_found_and_the_one_before_is_taken(tmp_path, what):
+def test_200_damages_are_found_and_the_previous_checkpoint_is_used(tmp_path, what):
     rng = random.Random(0)
     for step in (1, 2):
         save(tmp_path, step)
@@ -204,7 +204,7 @@ def plain_pickle(bad: Touch, path: Path) -> None:
 
 @pytest.mark.parametrize("save", [saved_by_torch, saved_by_old_torch, plain_pickle])
 @pytest.mark.parametrize("read", [read_checkpoint, SafeCheckpointIO().load_checkpoint])
-def test_code_in_place_of_data_is_not_run(tmp_path, save, read):
+def test_pickled_code_is_not_run(tmp_path, save, read):
     path = tmp_path / "evil.ckpt"
     save(Touch(tmp_path / "executed"), path)
     forge(path)
@@ -294,7 +294,7 @@ def test_a_kill_at_any_time_leaves_a_checkpoint(tmp_path):
     assert len(list(tmp_path.glob("step=*.ckpt"))) == 2
 
 
-def test_a_damaged_newest_is_passed_over_aloud(tmp_path):
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path):
     for step in (1, 2):
         save(tmp_path, step)
     flip_a_bit(tmp_path / "step=00000002.ckpt")
@@ -307,7 +307,7 @@ def test_a_damaged_newest_is_passed_over_aloud(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:checkpoint .* is passed over")
-def test_where_all_are_damaged_nothing_begins_in_silence(tmp_path):
+def test_only_damaged_checkpoints_are_an_error(tmp_path):
     for step in (1, 2):
         save(tmp_path, step)
         cut(0.5)(tmp_path / f"step={step:08d}.ckpt")
@@ -316,11 +316,11 @@ def test_where_all_are_damaged_nothing_begins_in_silence(tmp_path):
     assert len(list(tmp_path.glob("step=*.ckpt"))) == 2
 
 
-def test_where_there_is_none_there_is_none(tmp_path):
+def test_a_folder_without_checkpoints_returns_none(tmp_path):
     assert find_newest_checkpoint(tmp_path / "nothing") is None
 
 
-def test_one_of_a_last_step_comes_after_one_on_the_way(tmp_path):
+def test_the_final_checkpoint_of_a_step_is_the_newer_one(tmp_path):
     save(tmp_path, 1)
     write_checkpoint(payload(2), tmp_path / "step=00000001_end.ckpt")
     assert whole(find_newest_checkpoint(tmp_path)) == 2
@@ -335,7 +335,7 @@ def test_last_is_a_link_that_survives_a_move(file, tmp_path):
     assert read_checkpoint(tmp_path / "moved" / "last.ckpt")["global_step"] == 2
 
 
-def test_what_is_spared_stays_beside_the_newest(tmp_path):
+def test_spared_checkpoints_are_not_pruned(tmp_path):
     for step in range(1, 6):
         write_checkpoint(payload(step), tmp_path / f"step={step:08d}.ckpt")
     (tmp_path / "step=00000000.ckpt").mkdir()  # nothing of ours
@@ -356,7 +356,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_keeps_what_it_has(small_disk):
+def test_a_full_disk_keeps_older_checkpoints(small_disk):
     first, second = (small_disk / f"step={step:08d}.ckpt" for step in (1, 2))
     write_checkpoint(payload(1, numbers=150_000), first)
     with pytest.raises(OSError, match=r"No space left on device \(\d+ bytes are free\)"):
@@ -365,7 +365,7 @@ def test_a_full_disk_keeps_what_it_has(small_disk):
     assert whole(find_newest_checkpoint(small_disk)) == 1
 
 
-def test_a_folder_that_takes_no_files_is_told_at_once(tmp_path, small_disk):
+def test_an_unwritable_folder_is_refused_with_a_remedy(tmp_path, small_disk):
     check_writable(tmp_path / "new" / "checkpoints")
     assert list((tmp_path / "new" / "checkpoints").iterdir()) == []
     (tmp_path / "file").touch()
@@ -378,7 +378,7 @@ def test_a_folder_that_takes_no_files_is_told_at_once(tmp_path, small_disk):
         check_writable(small_disk / "checkpoints")
 
 
-def test_weights_alone_are_exported(tmp_path):
+def test_export_writes_the_weights_alone(tmp_path):
     average = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
     full = payload() | {"state_dict": {"denoiser.a": torch.ones(1), "ema.module.a": average}}
     export_weights(full, tmp_path / "weights" / "x.safetensors")
@@ -389,7 +389,7 @@ def test_weights_alone_are_exported(tmp_path):
     assert facts == {"step": 1, "stage": "diffusion", "config": "x: 1\n"}
 
 
-def test_find_takes_a_file_or_a_run(file, tmp_path):
+def test_find_checkpoint_accepts_a_file_or_a_run(file, tmp_path):
     link_last_checkpoint(file)
     assert find_checkpoint(str(tmp_path)) == file
     assert find_checkpoint(str(file)) == file
@@ -397,7 +397,7 @@ def test_find_takes_a_file_or_a_run(file, tmp_path):
     assert find_checkpoint(f"{file.parent}/best.ckpt").resolve() == file
 
 
-def test_find_says_what_is_there_instead(file, tmp_path, monkeypatch):
+def test_find_checkpoint_names_the_nearest(file, tmp_path, monkeypatch):
     (tmp_path / "new").mkdir()
     with pytest.raises(CheckpointError, match=r"new' has no checkpoint \(yet\) in .*/checkpoints"):
         find_checkpoint(str(tmp_path / "new"))
@@ -413,7 +413,7 @@ def test_find_says_what_is_there_instead(file, tmp_path, monkeypatch):
         find_checkpoint("typo")
 
 
-def test_remove_takes_the_manifest_along(file):
+def test_delete_removes_the_manifest(file):
     delete_checkpoint(file)
     assert list(file.parent.iterdir()) == []
     delete_checkpoint(file)
@@ -450,14 +450,14 @@ def test_a_digest_is_the_same_in_any_layout_and_order():
     assert hash_module(holder(a=a, b=b)) == hash_module(holder(b=b, a=a))
 
 
-def test_load_into_loads():
+def test_load_module_state_loads():
     linear = nn.Linear(2, 3)
     state = {"weight": torch.ones(3, 2), "bias": torch.zeros(3)}
     load_module_state(linear, state, what="x")
     assert (linear.weight == 1).all()
 
 
-def test_load_into_names_what_does_not_fit():
+def test_load_module_state_names_the_differences():
     net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
     state = {"0.weight": torch.ones(5, 2), "extra": torch.ones(1), "1.weight": torch.ones(4, 3)}
     with pytest.raises(CheckpointError) as caught:
@@ -472,12 +472,12 @@ def test_load_into_names_what_does_not_fit():
         )
 
 
-def test_part_takes_what_begins_with_a_prefix():
+def test_select_prefix_removes_the_prefix():
     state = {"net.a": 1, "net.net.b": 2, "network.c": 3, "ema.net.a": 4}
     assert select_prefix({"state_dict": state}, "net.") == {"a": 1, "net.b": 2}
 
 
-def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path):
+def test_nonfinite_weights_are_no_valid_checkpoint(tmp_path):
     good, bad = (tmp_path / f"step=0000000{n}.ckpt" for n in (1, 2))
     write_checkpoint(payload(1), good)
     ruined = payload(2)
@@ -494,7 +494,7 @@ def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path):
     assert find_last_good_checkpoint(tmp_path) == good
 
 
-def test_a_manifest_tells_that_the_weights_are_finite(tmp_path):
+def test_a_manifest_says_that_the_weights_are_finite(tmp_path):
     path = tmp_path / "x.ckpt"
     told = payload()
     told["ldm"]["finite"] = True
@@ -502,7 +502,7 @@ def test_a_manifest_tells_that_the_weights_are_finite(tmp_path):
     assert json.loads(manifest_path(path).read_text())["finite"] is True
 
 
-def test_doubtful_files_do_not_thin_out_those_from_before(tmp_path):
+def test_doubtful_checkpoints_do_not_count_when_pruning(tmp_path):
     for step in range(1, 8):
         write_checkpoint(payload(step), tmp_path / f"step=0000000{step}.ckpt")
     prune_checkpoints(tmp_path, 2, doubtful_from=4)

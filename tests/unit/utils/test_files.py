@@ -24,7 +24,7 @@ TEXT = "a fox 🦊\nschön\n"
     ],
     ids=["UTF-8", "UTF-8 with mark", "UTF-16, little end first", "UTF-16, big end first"],
 )
-def test_text_is_read_without_its_mark(tmp_path, data):
+def test_text_is_read_without_its_byte_order_mark(tmp_path, data):
     (tmp_path / "a.txt").write_bytes(data)
     assert read_text(tmp_path / "a.txt") == TEXT
     assert read_text(str(tmp_path / "a.txt")) == TEXT
@@ -41,13 +41,13 @@ def test_text_is_read_without_its_mark(tmp_path, data):
     ],
     ids=["Latin-1", "UTF-16 without mark", "half a letter", "UTF-32", "a picture"],
 )
-def test_what_is_no_text_is_refused_by_name(tmp_path, data):
+def test_files_that_are_no_text_are_refused(tmp_path, data):
     (tmp_path / "a.txt").write_bytes(data)
     with pytest.raises(ValueError, match=r"a\.txt is neither UTF-8 nor UTF-16 with a byte order"):
         read_text(tmp_path / "a.txt")
 
 
-def test_what_a_kill_has_left_goes_and_nothing_of_others(tmp_path):
+def test_only_temporary_files_are_deleted(tmp_path):
     with replace_file(tmp_path / "a.tar") as file:
         left = file.name.rpartition("/")[2]
         (tmp_path / f"{left}.tmp").touch()
@@ -62,7 +62,7 @@ def test_what_a_kill_has_left_goes_and_nothing_of_others(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "b.0a1b2c3d.tmp", *others}
 
 
-def test_a_full_disk_is_told_with_the_file(tmp_path):
+def test_the_error_of_a_full_disk_names_the_file(tmp_path):
     with (
         pytest.raises(UsageError, match=rf"^{tmp_path}/a\.png: No space left on device \["),
         convert_to_usage_errors(),

@@ -39,7 +39,7 @@ def test_values_are_rounded_and_clamped():
     assert to_uint8(images)[1, 0, :, 0].tolist() == [0, 0, 0, 0, 1, 254, 255, 255, 255]
 
 
-def test_colours_and_sides_stay_where_they_are():
+def test_channels_and_axes_are_kept():
     image = torch.full((3, 2, 5), -1.0)
     image[0, 1, 4] = 1
     picture = to_pil(image.bfloat16().requires_grad_())
@@ -48,7 +48,7 @@ def test_colours_and_sides_stay_where_they_are():
     assert np.array(picture).sum() == 255
 
 
-def test_a_tile_is_filled_row_by_row():
+def test_a_grid_is_filled_row_by_row():
     picture = make_image_grid([grey(value) for value in (10, 20, 30, 40, 50)])
     assert picture.size == (3 * 6 + 2 * 2, 2 * 4 + 2)
     corners = [picture.getpixel((x, y))[0] for y in (0, 6) for x in (0, 8, 16)]
@@ -60,17 +60,17 @@ def test_a_tile_is_filled_row_by_row():
 
 @pytest.mark.parametrize(("n", "columns", "size"), [(1, None, (6, 4)), (4, None, (13, 9))])
 @pytest.mark.parametrize("kind", [list, torch.stack])
-def test_a_tile_is_as_square_as_goes(n, columns, size, kind):
+def test_a_grid_is_as_square_as_possible(n, columns, size, kind):
     assert make_image_grid(kind([grey(0)] * n), columns=columns, gap=1).size == size
 
 
-def test_a_tile_takes_columns_and_gap():
+def test_a_grid_has_the_requested_columns_and_gap():
     assert make_image_grid([grey(0)] * 4, columns=4, gap=0).size == (24, 4)
     assert make_image_grid([grey(0)] * 4, columns=1, gap=3).size == (6, 25)
 
 
 @pytest.mark.parametrize(("side", "enlarged"), [(64, 192), (100, 200), (256, 256)])
-def test_captioned_pictures_are_large_enough_to_be_seen(side, enlarged):
+def test_captioned_images_are_enlarged(side, enlarged):
     images = [grey(value, height=side, width=side) for value in (10, 90, 170)]
     captions = ["short", "a caption of two lines or more, as it says many things", ""]
     picture = make_captioned_grid(images, captions, columns=2)
@@ -83,7 +83,7 @@ def test_captioned_pictures_are_large_enough_to_be_seen(side, enlarged):
     assert pixels[enlarged + 24 : enlarged + 40, -enlarged:].min() < 60, "the second has two"
 
 
-def test_captions_take_as_many_rows_as_the_longest_needs():
+def test_captions_have_as_many_rows_as_the_longest():
     images = [grey(10, height=64, width=64)] * 2
     one = make_captioned_grid(images, ["short", ""], columns=2)
     two = make_captioned_grid(images, ["short", "one two three four five six"], columns=2)
@@ -129,7 +129,7 @@ TEXTS = {
 }
 
 
-def test_what_is_stored_in_a_png_is_read_back(tmp_path):
+def test_a_png_returns_image_and_facts(tmp_path):
     path = tmp_path / "new" / "folder" / "a.png"
     facts = TEXTS | {"prompts": ["a 🦊", 'b"'], "seed": 3, "nothing": None, "scale": 5.5}
     save_png(Image.new("RGB", (3, 2), "red"), path, facts)
@@ -147,7 +147,7 @@ def test_what_is_stored_in_a_png_is_read_back(tmp_path):
     assert read == expected
 
 
-def test_a_png_replaces_another_as_a_whole(tmp_path):
+def test_a_png_is_replaced_whole(tmp_path):
     path = tmp_path / "a.png"
     save_png(Image.new("RGB", (3, 2)), path, {"prompt": "first"})
     with pytest.raises(OSError, match="cannot write mode F as PNG"):
@@ -161,6 +161,6 @@ def test_a_png_replaces_another_as_a_whole(tmp_path):
 
 
 @pytest.mark.parametrize(("n", "shape"), [(4, (2, 2)), (5, (3, 2)), (8, (4, 2)), (9, (3, 3))])
-def test_a_grid_is_square_or_one_wider_where_that_leaves_fewer_holes(n, shape):
+def test_a_grid_is_square_or_one_wider_with_fewer_gaps(n, shape):
     columns, rows = shape
     assert make_image_grid(torch.zeros(n, 3, 10, 10), gap=0).size == (10 * columns, 10 * rows)

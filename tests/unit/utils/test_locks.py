@@ -45,7 +45,7 @@ def held(directory, *, machine="", seconds=60.0):
         other.wait()
 
 
-def test_a_process_of_this_machine_is_not_waited_for(tmp_path):
+def test_a_holder_on_this_machine_is_refused_at_once(tmp_path):
     with held(tmp_path) as other:
         began = time.monotonic()
         with pytest.raises(InUseError, match=f"process {other.pid} on [^\n]*: wait for it"):
@@ -63,7 +63,7 @@ def test_a_link_is_no_lock(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-def test_the_lock_of_another_machine_is_waited_for(tmp_path, capsys):
+def test_a_holder_on_another_machine_is_waited_for(tmp_path, capsys):
     """A file server keeps the locks of a machine that has died for a while."""
     with held(tmp_path, machine="another", seconds=2):
         lock_directory(tmp_path, timeout=30).close()
@@ -72,7 +72,7 @@ def test_the_lock_of_another_machine_is_waited_for(tmp_path, capsys):
     assert said.count("\n") == 1, "said once"
 
 
-def test_patience_ends_with_a_remedy(tmp_path):
+def test_the_timeout_error_has_a_remedy(tmp_path):
     with (
         held(tmp_path, machine="another"),
         pytest.raises(InUseError, match=r"process 7 on elsewhere.*delete .*/\.lock"),
@@ -80,14 +80,14 @@ def test_patience_ends_with_a_remedy(tmp_path):
         lock_directory(tmp_path, timeout=1)
 
 
-def test_a_machine_that_was_started_anew_is_another(tmp_path):
+def test_a_rebooted_machine_is_another_machine(tmp_path):
     lock_directory(tmp_path).close()
     signed = (tmp_path / ".lock").read_text().splitlines()
     assert signed[0].startswith(f"process {os.getpid()} on ")
     assert signed[1] == machine_id()
 
 
-def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch):
     """As Lustre may be mounted."""
 
     def refuse(*args) -> None:

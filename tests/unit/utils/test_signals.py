@@ -30,7 +30,7 @@ def handlers():
         signal.signal(number, handler)
 
 
-def test_the_first_signal_is_noted_and_the_second_ends(capfd):
+def test_the_first_signal_is_stored_and_the_second_exits(capfd):
     signals = StopSignals()
     signals.listen()
     signal.raise_signal(signal.SIGUSR1)
@@ -44,7 +44,7 @@ def test_the_first_signal_is_noted_and_the_second_ends(capfd):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_what_came_before_the_training_ends_at_once(number, code):
+def test_a_signal_before_the_training_exits_at_once(number, code):
     early, late = StopSignals(), StopSignals(at_once=True)
     early.listen()
     signal.raise_signal(number)
@@ -58,7 +58,7 @@ def test_what_came_before_the_training_ends_at_once(number, code):
 
 
 @pytest.mark.parametrize("error", [None, ValueError("of a library")])
-def test_what_a_library_makes_of_a_signal_does_not_matter(error):
+def test_a_library_that_catches_the_exit_changes_nothing(error):
     def work() -> None:
         try:
             signal.raise_signal(signal.SIGTERM)
@@ -73,7 +73,7 @@ def test_what_a_library_makes_of_a_signal_does_not_matter(error):
     assert ended.value.code == 75
 
 
-def test_a_fork_takes_signals_as_any_program_does():
+def test_a_fork_handles_signals_as_usual():
     StopSignals(at_once=True).listen()
     child = os.fork()
     if child == 0:
@@ -88,7 +88,7 @@ def send(number: int, process: int) -> None:
 
 
 @LINUX
-def test_data_workers_end_by_their_parent_alone(shapes):
+def test_data_workers_end_only_by_their_parent(shapes):
     data = shapes_data(shapes, workers=2)
     data.trainer = type("Trainer", (), {"global_rank": 0, "world_size": 1})
     others = set(multiprocessing.active_children())  # that other tests have left to be collected

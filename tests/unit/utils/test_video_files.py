@@ -44,7 +44,7 @@ def test_strip_and_pages():
     assert [page.size for page in to_pil_frames([one, two])] == [(48 * 2 + 2, 32)] * 5
 
 
-def test_webp_is_what_was_painted_and_says_how(tmp_path):
+def test_webp_is_lossless_and_has_the_facts(tmp_path):
     path, pages = tmp_path / "a.webp", to_pil_frames([video()])
     save_video(pages, path, FACTS, fps=8)
     assert difference(path, pages).max() == 0
@@ -66,7 +66,7 @@ def test_gif_has_the_same_colours_in_all_frames(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(32, 48), (33, 47)])
-def test_mp4_is_h264_and_says_how(tmp_path, size):
+def test_mp4_is_h264_and_has_the_facts(tmp_path, size):
     path, pages = tmp_path / "a.mp4", to_pil_frames([video(size=size)])
     save_video(pages, path, FACTS, fps=12.5)
     with av.open(path) as container:
@@ -112,14 +112,14 @@ def test_out_is_a_file_with_an_ending_or_a_folder(tmp_path, monkeypatch):
         ("/proc/1/x.png", False, "nothing can be written there"),
     ],
 )
-def test_where_nothing_can_be_written_is_told(tmp_path, monkeypatch, out, moving, said):
+def test_unwritable_places_are_refused(tmp_path, monkeypatch, out, moving, said):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     with pytest.raises(ValueError, match=f"out={out}.*{said}"):
         prepare_output_file(out, Path("runs/red.png"), moving=moving)
 
 
-def test_without_a_writer_mp4_is_refused_in_a_line(tmp_path):
+def test_mp4_without_pyav_is_refused(tmp_path):
     (tmp_path / "av.py").write_text("raise ImportError('none')")  # as if it were not installed
     code = "from ldm.utils.output_path import check_video_writer as check_writer\n"
     code += "from pathlib import Path; "
@@ -131,7 +131,7 @@ def test_without_a_writer_mp4_is_refused_in_a_line(tmp_path):
     assert "ValueError: a.mp4: MP4 needs PyAV, pip install 'ldm[video]'" in done.stderr
 
 
-def test_names_that_no_file_can_have_are_refused_before_anything_is_painted(tmp_path, monkeypatch):
+def test_impossible_file_names_are_refused_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for long in ("n" * 250 + ".png", "é" * 125, "d" * 256 + "/x.png", "/".join(["d" * 99] * 42)):
         with pytest.raises(ValueError, match=r"out=.* bytes too long for a file's name"):
@@ -145,7 +145,7 @@ def test_names_that_no_file_can_have_are_refused_before_anything_is_painted(tmp_
 
 
 @pytest.mark.parametrize("taken", ["x.png", "x_001.png", "x_previews.png"])
-def test_pictures_replace_none_and_share_a_number(tmp_path, capsys, taken):
+def test_images_replace_no_file_and_share_a_number(tmp_path, capsys, taken):
     (tmp_path / taken).write_text("mine")
     (tmp_path / "x-2.png").write_text("mine as well")
     images, jobs = [video()[:, 0], video(seed=1)[:, 0]], [("a", 0), ("a", 1)]
@@ -159,7 +159,7 @@ def test_pictures_replace_none_and_share_a_number(tmp_path, capsys, taken):
     assert (tmp_path / "x.png").read_bytes() == (tmp_path / "x-3.png").read_bytes()
 
 
-def test_videos_replace_none_either(tmp_path):
+def test_videos_replace_no_file(tmp_path):
     (tmp_path / "x_000.gif").touch()
     first = save_outputs([video()], [("a", 0)], tmp_path / "x.gif", {})
     assert first == tmp_path / "x-2.gif"
@@ -179,7 +179,7 @@ def test_two_at_the_same_time_write_different_files(tmp_path):
     assert len(list(tmp_path.iterdir())) == 16
 
 
-def test_what_fails_leaves_no_empty_file(tmp_path):
+def test_a_failed_block_leaves_no_empty_file(tmp_path):
     with pytest.raises(TypeError), reserve_files(lambda n: [tmp_path / f"x{n}"]):
         raise TypeError
     assert not list(tmp_path.iterdir())

@@ -154,7 +154,7 @@ def test_shards_from_elsewhere_are_not_mixed_in(folder, shard_folder):
         prepare(folder, elsewhere)
 
 
-def test_shards_of_before_there_were_reasons_are_kept(folder, tmp_path):
+def test_old_statistics_without_reasons_are_valid(folder, tmp_path):
     prepare(folder, out := tmp_path / "out")
     for path in out.glob("*_stats.json"):
         stats = json.loads(path.read_text())
@@ -164,7 +164,7 @@ def test_shards_of_before_there_were_reasons_are_kept(folder, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
 
 
-def test_only_broken_pictures_are_an_error_that_says_where_to_look(folder, tmp_path):
+def test_only_broken_images_are_an_error_that_names_the_report(folder, tmp_path):
     for path in folder.glob("*.png"):
         path.write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"none of the 10 images .*report\.json"):
@@ -173,7 +173,7 @@ def test_only_broken_pictures_are_an_error_that_says_where_to_look(folder, tmp_p
     assert len(listed) == 10
 
 
-def test_mistakes_leave_nothing_behind(folder, tmp_path):
+def test_refused_calls_leave_nothing_behind(folder, tmp_path):
     out = tmp_path / "out"
     wrong = [{"samples_per_shard": 10_001}, {"samples_per_shard": 0}, {"size": 0}, {"limit": 0},
              {"format": "gif"}, {"quality": 101}, {"workers": 0}]  # fmt: skip
@@ -193,7 +193,7 @@ def test_limit_takes_the_first_records(folder, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["jpg", "png", "webp"])
-def test_only_fitting_pictures_are_copied(tmp_path, format):
+def test_only_images_that_fit_are_copied(tmp_path, format):
     pillow = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[format]
     folder = tmp_path / "images"
     folder.mkdir()

@@ -11,12 +11,12 @@ from ldm.data.shards.reader import ShardReader
 COLOURS = ["red", "blue", "green"]
 
 
-def test_a_template_is_filled_and_says_with_what():
+def test_a_template_returns_text_and_slots():
     made = PromptTemplate("a {colour} {label},  flat", {"colour": ["red"], "label": ["star"]})(0)
     assert made == Prompt("a red star, flat", "star", {"colour": "red", "label": "star"})
 
 
-def test_each_word_once_before_any_twice_and_in_all_pairs():
+def test_each_word_is_used_once_before_any_twice():
     template = PromptTemplate("{a} {b}", {"a": ["1", "2", "3", "4"], "b": ["x", "y", "z", "w"]})
     found = [template(i).text for i in range(400)]
     for first in range(0, 400, 4):
@@ -26,7 +26,7 @@ def test_each_word_once_before_any_twice_and_in_all_pairs():
     assert [template(i).text for i in (399, 7, 0)] == [found[399], found[7], found[0]]
 
 
-def test_numbered_slots_share_words_and_never_one_word():
+def test_numbered_slots_share_a_list_but_never_a_word():
     template = PromptTemplate("{colour} {colour2} {colour10}", {"colour": COLOURS})
     for i in range(50):
         assert sorted(template(i).text.split()) == sorted(COLOURS)
@@ -34,7 +34,7 @@ def test_numbered_slots_share_words_and_never_one_word():
     assert len({own(i).text for i in range(50)}) == 4, "words of its own make it independent"
 
 
-def test_words_are_put_in_as_they_are():
+def test_words_are_inserted_unchanged():
     nasty = ["{label}", "${oops}", "a\nb", "%s", "🌊"]
     made = {PromptTemplate("{{{x}}}", {"x": nasty})(i).text for i in range(5)}
     assert made == {"{{label}}", "{${oops}}", "{a b}", "{%s}", "{🌊}"}
@@ -62,12 +62,12 @@ def test_words_are_put_in_as_they_are():
         ("{x}", {"x": []}, "1 different words or more"),
     ],
 )
-def test_hostile_and_mistaken_templates_are_told(text, slots, message):
+def test_bad_templates_are_refused_with_the_reason(text, slots, message):
     with pytest.raises(ValueError, match=message):
         PromptTemplate(text, slots)
 
 
-def test_lines_of_a_file_again_and_again(tmp_path):
+def test_prompts_of_a_file_repeat_in_order(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbf a  cat \tcat\r\n\r\na dog\tdog\n")
     lines = PromptFile(path)
@@ -103,13 +103,13 @@ def test_lines_of_a_file_again_and_again(tmp_path):
         ("a.jsonl", "[" * 100_000, "line 1 is not like"),
     ],
 )
-def test_files_without_prompts_are_told(tmp_path, name, text, message):
+def test_files_without_prompts_are_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         PromptFile(tmp_path / name)
 
 
-def test_captions_of_a_set_each_once_a_turn(shapes):
+def test_captions_of_a_data_set_are_used_once_a_turn(shapes):
     prompts = DatasetPrompts(ShardReader(shapes))
     turns = [[prompts(i).text for i in range(first, first + 10)] for first in (0, 10)]
     assert turns[0] != turns[1]

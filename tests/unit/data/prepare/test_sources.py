@@ -26,7 +26,7 @@ def images(tmp_path):
     return folder
 
 
-def test_coco_records_and_what_is_left_out(images, tmp_path):
+def test_coco_records_and_skipped_images(images, tmp_path):
     names = ["b.png", "absent.jpg", "../secret.jpg", "/etc/passwd", "a.jpg", "n\0.jpg", "x" * 5000]
     rows = [{"id": n, "file_name": name} for n, name in enumerate(names)]
     rows[0] |= {"flickr_url": "http://f/b", "coco_url": "http://c/b"}
@@ -82,7 +82,7 @@ def test_a_damaged_gzip_is_named(images, tmp_path):
             read_coco_records(images, path)
 
 
-def test_what_is_not_there_is_named(images, tmp_path):
+def test_missing_files_are_named(images, tmp_path):
     path = tmp_path / "captions.json"
     with pytest.raises(FileNotFoundError, match=r"image folder not found: .*absent"):
         read_coco_records(tmp_path / "absent", path)
@@ -93,7 +93,7 @@ def test_what_is_not_there_is_named(images, tmp_path):
         read_coco_records(images, path)
 
 
-def test_a_folder_with_texts_beside_the_pictures(images):
+def test_a_folder_with_a_text_file_for_each_image(images):
     """All lines are one caption, as in a shard; UTF-16 is read by its mark, Latin-1 is named."""
     (images / "a.txt").write_bytes(b" first \r\n\r\nsecond\r\n")
     (images / "sub" / "c.txt").write_bytes("café\r\n".encode("utf-16"))
@@ -120,7 +120,7 @@ def captioned(path):
     path.with_suffix(".txt").write_text("x")
 
 
-def test_linked_folders_are_followed_each_once(tmp_path):
+def test_linked_folders_are_read_once(tmp_path):
     root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
     for path in (root / "real/a.jpg", elsewhere / "deep/b.jpg", tmp_path / "beside.jpg"):
         captioned(path)
@@ -136,7 +136,7 @@ def test_linked_folders_are_followed_each_once(tmp_path):
     assert records.skipped == {}
 
 
-def test_hidden_files_and_formats_that_are_not_read_are_named(tmp_path):
+def test_hidden_files_and_unsupported_formats_are_counted(tmp_path):
     names = ("ok.jpg", "._ok.jpg", ".ipynb_checkpoints/ok.jpg", "__MACOSX/a/._ok.jpg")
     for name in (*names, "a.avif", "sub/b.AVIF", "c.tiff", "d.md"):
         captioned(tmp_path / name)
@@ -184,7 +184,7 @@ def test_a_bad_line_of_metadata_is_named(images, line):
         read_folder_records(images)
 
 
-def test_a_folder_without_captioned_pictures_is_named(images, tmp_path):
+def test_a_folder_without_captioned_images_is_named(images, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no image in .*images .*'no caption': 3"):
         read_folder_records(images)
     with pytest.raises(FileNotFoundError, match="image folder not found"):

@@ -43,7 +43,7 @@ def centre(picture, colour):
     return np.argwhere(near).mean(0)
 
 
-def test_what_is_said_is_what_moves_and_the_other_rests():
+def test_only_the_first_object_moves_in_the_direction_of_the_caption():
     seen = set()
     for i in range(150):
         moving, rng = sample_moving_scene(i, split="train")
@@ -65,7 +65,7 @@ def test_what_is_said_is_what_moves_and_the_other_rests():
     assert len(seen) == 16  # any relation with any direction
 
 
-def test_objects_stay_in_the_picture_and_apart():
+def test_objects_stay_in_the_image_and_apart():
     for i in range(150):
         moving, rng = sample_moving_scene(i, split="val")
         for picture in draw_moving_scene(moving, 3, 64, rng):
@@ -73,7 +73,7 @@ def test_objects_stay_in_the_picture_and_apart():
             assert np.abs(np.diff(edge.astype(int), axis=1)).max() < 3, moving
 
 
-def test_there_is_no_room_for_large_objects_to_part():
+def test_large_objects_have_no_room_to_move_apart():
     pair = SceneObject("circle", "red", "large"), SceneObject("square", "blue", "large")
     free = [
         name for name in DIRECTIONS if has_room_to_move(Scene(pair, "above", "navy", "flat"), name)
@@ -81,7 +81,7 @@ def test_there_is_no_room_for_large_objects_to_part():
     assert free == ["left", "right"]
 
 
-def test_captions_say_it_all_in_what_the_packaged_text_encoder_reads():
+def test_captions_fit_the_packaged_text_encoder():
     text = ClipTextEncoder("packaged:clip")
     captions = set()
     for i in range(300):
@@ -96,7 +96,7 @@ def test_captions_say_it_all_in_what_the_packaged_text_encoder_reads():
     assert text.truncated == 0
 
 
-def test_shards_of_videos_are_what_was_drawn(tmp_path):
+def test_shards_of_videos_hold_the_drawn_frames(tmp_path):
     out = tmp_path / "moving"
     assert prepare_scenes(out=str(out), count=7, size=16, frames=4).written == 7
     shards = ShardReader(out)
@@ -141,12 +141,12 @@ def test_frames_are_taken_evenly_from_first_to_last(kind):
         levels(11)
 
 
-def test_a_picture_is_no_video():
+def test_an_image_is_no_video():
     with pytest.raises(ImageError, match="too few frames: 1 instead of 2"):
         list(read_frames(animation(noise(1), "PNG"), 2))
 
 
-def test_a_film_of_too_many_pixels_is_refused_before_one_is_decoded(monkeypatch):
+def test_a_video_of_too_many_pixels_is_refused_before_decoding(monkeypatch):
     monkeypatch.setattr(image_decoding, "MAX_VIDEO_PIXELS", 10 * 8 * 8)
     assert len(list(read_frames(animation(noise(10)), 2))) == 2
     with pytest.raises(ImageError, match="too many pixels: 11 frames of 8 x 8"):

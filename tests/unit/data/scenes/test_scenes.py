@@ -59,7 +59,7 @@ def test_train_has_every_name_and_every_pair_that_is_not_held_out():
     assert all(len({one.colour for one in scene.objects}) == 2 for scene in train)
 
 
-def test_what_is_held_out():
+def test_unseen_pairs_are_only_in_the_unseen_split():
     train, val, unseen = scenes("train", 2000), scenes("val", 200), scenes("unseen", 200)
     assert all(pairs(scene) & {*UNSEEN_PAIRS} for scene in unseen)
     assert not any(pairs(scene) & {*UNSEEN_PAIRS} for scene in val)
@@ -81,7 +81,7 @@ def test_a_scene_is_a_function_of_split_seed_and_index():
         sample_scene(0, split="test")
 
 
-def test_a_family_is_the_same_words_otherwise_arranged():
+def test_a_family_has_the_same_words_in_other_roles():
     drawn = [sample_scene(i, split="train", family=10)[0] for i in range(400)]
     families = [drawn[i : i + 10] for i in range(0, len(drawn), 10)]
     assert [family[0] for family in families] == scenes("train", 40)
@@ -101,12 +101,12 @@ def test_a_family_is_the_same_words_otherwise_arranged():
             sample_scene(0, **wrong)
 
 
-def test_ordered_tells_the_same_picture():
+def test_canonical_describes_the_same_scene():
     below = replace(SCENE, objects=SCENE.objects[::-1], relation="below")
     assert below.canonical() == SCENE == SCENE.canonical()
 
 
-def test_captions_say_all_of_it_in_many_ways():
+def test_captions_describe_the_whole_scene_in_many_ways():
     rng = np.random.default_rng(0)
     captions = {caption(SCENE, rng) for _ in range(300)}
     assert len(captions) > 50
@@ -121,14 +121,14 @@ def test_captions_say_all_of_it_in_many_ways():
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_picture_is_the_same_at_any_size(style):
+def test_a_scene_looks_the_same_at_any_size(style):
     scene = replace(SCENE, style=style)
     large, small = (draw_scene(scene, size, np.random.default_rng(1)) for size in (512, 64))
     shrunk = np.asarray(Image.fromarray(large).reduce(8), np.float32)
     assert np.abs(shrunk - small).mean() < 1
 
 
-def test_objects_keep_to_their_side_of_the_picture_and_of_each_other():
+def test_objects_follow_the_relation_inside_the_image():
     for i in range(200):
         scene, rng = sample_scene(i, split="train")
         picture = draw_scene(replace(scene, style="flat"), 64, rng).astype(int)
@@ -185,7 +185,7 @@ def test_settings_do_not_mix(tmp_path):
     "wrong",
     [{"count": 0}, {"size": 8}, {"workers": 0}, {"split": "test"}, {"family": 0}, {"family": 7}],
 )
-def test_settings_that_make_no_sense_write_nothing(tmp_path, wrong):
+def test_refused_settings_write_nothing(tmp_path, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         prepare_scenes(**{"out": str(tmp_path / "out"), "count": 5} | wrong)
     assert not (tmp_path / "out").exists()

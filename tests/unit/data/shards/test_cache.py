@@ -43,7 +43,7 @@ def gets(web) -> list[str]:
     return [name for method, name, _ in web.seen if method == "GET"]
 
 
-def test_the_least_recently_used_leaves(tmp_path, shards, web):
+def test_the_least_recently_used_shard_is_deleted(tmp_path, shards, web):
     cache = room_for(tmp_path, 3)
     for n in (0, 1, 2, 0, 3, 4):
         cache.close(cache.open(shards[n]))
@@ -54,7 +54,7 @@ def test_the_least_recently_used_leaves(tmp_path, shards, web):
     assert gets(web)[5:] == []
 
 
-def test_what_is_read_stays(tmp_path, shards, caplog):
+def test_shards_in_use_stay(tmp_path, shards, caplog):
     cache = room_for(tmp_path, 2)
     first, second = cache.open(shards[0]), cache.open(shards[1])
     with caplog.at_level(logging.WARNING):
@@ -69,7 +69,7 @@ def test_what_is_read_stays(tmp_path, shards, caplog):
     assert len(held(cache)) == 2
 
 
-def test_what_does_not_fit_is_told(tmp_path, shards):
+def test_a_shard_larger_than_the_cache_is_refused(tmp_path, shards):
     with pytest.raises(
         ValueError, match=r"0\.tar has .* GB and does not fit .* raise data.cache_gb"
     ):
@@ -146,7 +146,7 @@ def test_a_killed_download_blocks_nobody_and_goes_on(tmp_path, shards, web, monk
     assert web.seen[0] == ("GET", "/0.tar", "bytes=4096-5119")
 
 
-def test_an_abandoned_part_leaves(tmp_path, shards, web):
+def test_an_abandoned_part_is_deleted(tmp_path, shards, web):
     cache = room_for(tmp_path, 2)
     web.first("500", 3)
     with pytest.raises(RemoteError):
@@ -164,7 +164,7 @@ FOREIGN = (
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_file_that_is_no_shard_never_leaves(tmp_path, shards, name):
+def test_files_that_are_no_shards_are_never_deleted(tmp_path, shards, name):
     cache = room_for(tmp_path, 1)
     cache.close(cache.open(shards[0]))
     (cache.folder / name).write_text("mine")
@@ -175,7 +175,7 @@ def test_a_file_that_is_no_shard_never_leaves(tmp_path, shards, name):
     assert (cache.folder / name).read_text() == "mine"
 
 
-def test_a_folder_of_others_is_no_cache(tmp_path, shards, web):
+def test_a_folder_with_other_files_is_no_cache(tmp_path, shards, web):
     """Not even a file of our form leaves a folder that we have not marked."""
     cache, name = room_for(tmp_path, 1), f"{'0' * 16}-{SIZE}-x.tar"
     cache.folder.mkdir()
@@ -187,7 +187,7 @@ def test_a_folder_of_others_is_no_cache(tmp_path, shards, web):
     assert sorted(path.name for path in cache.folder.iterdir()) == [name, "thesis.txt"]
 
 
-def test_a_cache_of_before_there_was_a_marker_is_one_still(tmp_path, shards):
+def test_an_old_cache_without_marker_is_accepted(tmp_path, shards):
     cache = room_for(tmp_path, 1)
     cache.close(cache.open(shards[0]))
     (cache.folder / CACHE_MARKER).unlink()

@@ -81,7 +81,7 @@ def test_damaged_shards_are_named(tmp_path, name):
     assert [p.name for p in tmp_path.iterdir()] == ["00000.tar"]
 
 
-def test_a_gzip_named_tar_is_told_how_to_unpack(tmp_path):
+def test_a_gzip_file_gets_the_remedy(tmp_path):
     with pytest.raises(ShardError, match="gunzip"):
         open_index(write(tmp_path, DAMAGED["gzip"]))
 
@@ -90,7 +90,7 @@ def test_a_gzip_named_tar_is_told_how_to_unpack(tmp_path):
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.data())
-def test_no_cut_is_silent(tmp_path, data):
+def test_every_truncated_shard_is_an_error(tmp_path, data):
     cut = data.draw(st.integers(0, 13 * 512 - 1))
     with pytest.raises(ShardError):
         scan_shard(write(tmp_path, GOOD[:cut]))
@@ -127,7 +127,7 @@ def left_out(tmp_path, members) -> tuple[list[str], dict[str, int]]:
     return keys, dict(skipped)
 
 
-def test_unusable_samples_cost_only_themselves(tmp_path):
+def test_unusable_samples_are_counted_and_others_stay(tmp_path):
     image = picture()
     members = [
         ("a.png", image), ("a.txt", b"a"),
@@ -153,7 +153,7 @@ def test_unusable_samples_cost_only_themselves(tmp_path):
     )
 
 
-def test_names_are_keys_and_nothing_else(tmp_path):
+def test_member_names_are_keys_only(tmp_path):
     long = "deep/" * 800 + "name"
     names = ["../../x", "/etc/passwd", "dir.with.dot/a", "caf\udce9", long, "寿司"]
     members = []
@@ -222,7 +222,7 @@ def test_sparse_members_are_refused_by_name_or_left_out(tmp_path, kind):
         assert index.skipped == {"sparse member": 1}
 
 
-def test_empty_captions_are_told_with_the_key_that_has_text(tmp_path, caplog):
+def test_empty_captions_give_a_warning_with_the_key_that_has_text(tmp_path, caplog):
     members = [("a.png", picture()), ("a.json", b'{"text": "a dog"}')]
     write(tmp_path, tar_bytes([*members, *samples(1)]))
     for _ in ("built", "loaded"):
@@ -237,7 +237,7 @@ def test_empty_captions_are_told_with_the_key_that_has_text(tmp_path, caplog):
             open_index(tmp_path, ReadOptions(caption_key="typo"))
 
 
-def test_another_key_is_another_set(tmp_path):
+def test_another_caption_key_changes_the_fingerprint(tmp_path):
     members = [("a.png", picture()), ("a.json", b'{"text": "a dog", "caption": "a cat"}')]
     write(tmp_path, tar_bytes(members))
     with pytest.raises(ValueError, match="caption_key is a name or null, got 3"):
@@ -306,7 +306,7 @@ def test_a_foreign_index_is_replaced_and_runs_nothing(shard_folder, tmp_path):
             assert len(saved["shard"]) == 2
 
 
-def test_an_index_with_a_flipped_bit_is_made_anew(shard_folder):
+def test_an_index_with_a_flipped_bit_is_built_again(shard_folder):
     folder = shard_folder(3, 2)
     whole, home = arrays(open_index(folder)), folder / "index.npz"
     data = home.read_bytes()
@@ -329,7 +329,7 @@ def test_a_list_of_shards_keeps_its_order_and_writes_nothing(shard_folder):
     assert not (folder / "index.npz").exists()
 
 
-def test_a_list_may_name_folders_and_name_them_twice(shard_folder):
+def test_a_list_may_contain_folders_twice(shard_folder):
     folder = shard_folder(2, 1)
     once = open_index(folder)
     index = open_index([folder, once.paths[0], folder])
@@ -348,7 +348,7 @@ def test_many_shards_are_scanned_side_by_side(shard_folder):
         open_index(folder)
 
 
-def test_no_caption_at_all_stops_what_learns_from_captions(tmp_path):
+def test_training_on_captions_needs_at_least_one_caption(tmp_path):
     write(tmp_path, tar_bytes([("a.png", picture()), ("a.json", b'{"text": "a dog"}')]))
     how = {"train": str(tmp_path), "val": str(tmp_path), "size": 8, "batch_size": 1}
     data = TextImageData(**how)
@@ -360,7 +360,7 @@ def test_no_caption_at_all_stops_what_learns_from_captions(tmp_path):
     check_captions_readable(encoder, TextImageData(**how, caption_key="text"))
 
 
-def test_arrays_of_others_under_its_name_stay(tmp_path, caplog):
+def test_a_foreign_npz_file_is_not_replaced(tmp_path, caplog):
     folder, mine = tmp_path / "set", np.arange(5)
     folder.mkdir()
     (folder / "00000.tar").write_bytes(GOOD)

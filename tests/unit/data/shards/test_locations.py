@@ -38,7 +38,7 @@ def test_globs_ranges_folders_and_files(here):
     assert names(f"file://{here}/data/a") == [str(here / one) for one in a]
 
 
-def test_a_name_is_taken_as_it_is_where_it_exists(here):
+def test_an_existing_name_is_not_expanded(here):
     for odd in ("{x,y}.tar", "[ab].tar", "a*.tar"):
         Path(odd).write_bytes(tar_bytes(samples(1)))
         assert names(odd) == [odd]
@@ -54,7 +54,7 @@ def test_a_name_is_taken_as_it_is_where_it_exists(here):
         ("data", "no .tar shards in data itself, but in data/a, data/b"),
     ],
 )
-def test_what_is_not_there_is_named(here, source, told):
+def test_missing_files_are_named(here, source, told):
     with pytest.raises(FileNotFoundError, match=told):
         locate_shards(source)
 
@@ -74,7 +74,7 @@ def test_what_is_not_there_is_named(here, source, told):
         ("simplecache::https://host/a.tar", "a list"),
     ],
 )
-def test_what_cannot_be_is_told_with_a_remedy(here, source, told):
+def test_bad_sources_are_refused_with_a_remedy(here, source, told):
     with pytest.raises(ValueError, match=told) as error:
         locate_shards(source)
     assert "s3cret" not in str(error.value)
@@ -119,7 +119,7 @@ def test_any_other_file_system_can_be_searched(here):
         locate_shards("memory://empty")
 
 
-def test_the_index_of_a_glob_is_kept_in_the_cache(here):
+def test_the_index_of_a_glob_is_saved_in_the_cache(here):
     cache = ShardCache("cache", gigabytes=1)
     assert len(open_index("data/*/*.tar", ReadOptions(cache=cache))) == 6
     (kept,) = cache.folder.glob("index-*.npz")
@@ -130,7 +130,7 @@ def test_the_index_of_a_glob_is_kept_in_the_cache(here):
     assert len(open_index("data/*/*.tar", ReadOptions(cache=cache))) == 9
 
 
-def test_a_pipe_among_shards_is_not_waited_for(tmp_path):
+def test_a_pipe_among_shards_is_refused(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
     for source in (tmp_path, f"{tmp_path}/*.tar"):
         with pytest.raises(ValueError, match=r"a\.tar is no file"):

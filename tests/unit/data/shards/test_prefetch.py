@@ -76,7 +76,7 @@ def _urls(web, count: int) -> list[str]:
     return [web.url(name) for name in web.files]
 
 
-def test_the_process_ends_with_who_started_it(web, tmp_path):
+def test_the_process_ends_with_its_parent(web, tmp_path):
     shards = describe_urls(_urls(web, 2))
     ahead = ShardPrefetcher(
         ShardCache(tmp_path, gigabytes=1),

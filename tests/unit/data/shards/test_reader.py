@@ -46,7 +46,7 @@ def test_reads_what_webdataset_reads(tmp_path):
     assert len(ours) == 5
 
 
-def test_what_was_written_is_read_by_both(tmp_path):
+def test_written_shards_are_read_by_both_readers(tmp_path):
     written = [
         (f"{n:09}", {"png": picture(n), "txt": b"t", "json": b'{"caption": "number %d"}' % n})
         for n in range(5)
@@ -97,7 +97,7 @@ def test_many_shards_need_few_open_files(shard_folder):
     assert len(os.listdir("/proc/self/fd")) - before <= 64
 
 
-def test_open_files_do_not_travel(shard_folder):
+def test_open_files_are_not_pickled(shard_folder):
     shards = ShardReader(shard_folder(2, 2))
     shards.read(3)
     copy = pickle.loads(pickle.dumps(shards))

@@ -43,7 +43,7 @@ def test_a_server_describes_a_shard_and_gives_its_bytes(web, shard):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_passes_is_borne(web, shard, tmp_path, fault):
+def test_transient_errors_are_retried(web, shard, tmp_path, fault):
     web.first(fault, 2)
     assert read_range(shard, 100, 900) == SHARD[100:900]
     web.first(fault, 2)
@@ -55,7 +55,7 @@ def test_what_passes_is_borne(web, shard, tmp_path, fault):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_does_not_pass_is_named_without_credentials(web, shard, tmp_path, fault):
+def test_permanent_errors_are_named_without_credentials(web, shard, tmp_path, fault):
     url = web.url("/a.tar", user="joe:passw0rd@") + SECRETS
     shard = RemoteShard(url, len(SHARD), shard.etag)
     web.first(fault, 1000)
@@ -77,7 +77,7 @@ def test_what_does_not_pass_is_named_without_credentials(web, shard, tmp_path, f
 
 
 @pytest.mark.parametrize("name", ["/absent.tar", "/a.tar"])
-def test_what_will_not_pass_is_not_tried_again(web, shard, name):
+def test_permanent_errors_are_not_retried(web, shard, name):
     if name == "/a.tar":
         web.fault = lambda *request: "403"
     web.seen.clear()
@@ -110,7 +110,7 @@ def test_passwords_come_from_netrc_or_the_url(web, tmp_path, monkeypatch):
     assert web.users == {basic}
 
 
-def test_a_download_goes_on_where_it_was(web, shard, tmp_path, monkeypatch):
+def test_a_download_continues(web, shard, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "_CHUNK", 1000)
     web.fault = lambda method, name, span: "500" if span and span >= "bytes=3000" else None
     part = tmp_path / "a.part"
@@ -135,7 +135,7 @@ def test_a_server_without_ranges(web, shard, tmp_path):
     assert len(open_index(shard.url, ReadOptions(cache=cache))) == 3
 
 
-def test_a_part_that_is_too_long_is_begun_again(shard, tmp_path):
+def test_a_part_that_is_too_long_is_downloaded_again(shard, tmp_path):
     (tmp_path / "a.part").write_bytes(SHARD + b"x")
     download_shard(shard, tmp_path / "a.part")
     assert (tmp_path / "a.part").read_bytes() == SHARD
@@ -148,7 +148,7 @@ def test_a_shard_replaced_on_the_server_is_an_error(web, shard, tmp_path):
     assert not (tmp_path / "a.part").exists()
 
 
-def test_copies_are_named_by_what_they_are():
+def test_copies_are_named_by_address_size_and_etag():
     def name(url: str, size: int = 5, etag: str = "e") -> str:
         return RemoteShard(url, size, etag).name
 
@@ -167,7 +167,7 @@ def test_copies_are_named_by_what_they_are():
     assert redact_url("s3://key:secret@bucket/a.tar?sig=1") == "s3://bucket/a.tar"
 
 
-def test_the_index_takes_headers_alone_and_is_kept(web, tmp_path):
+def test_the_index_reads_headers_only_and_is_saved(web, tmp_path):
     big = [(f"{n}.{kind}", data) for n in range(4) for kind, data in
            (("png", picture() + os.urandom(300_000)), ("txt", b"x"))]  # fmt: skip
     web.files |= {"/00.tar": tar_bytes(big), "/01.tar": SHARD}
@@ -189,7 +189,7 @@ def test_the_index_takes_headers_alone_and_is_kept(web, tmp_path):
     assert web.sent > 0
 
 
-def test_pictures_are_measured_by_ranges(web, tmp_path):
+def test_images_are_measured_by_ranges(web, tmp_path):
     web.files["/a.tar"] = tar_bytes(
         [(f"{n}.{kind}", data) for n in range(4) for kind, data in
          (("png", picture(size=(40, 10 + n))), ("txt", b"x"))]

@@ -65,8 +65,8 @@ def superres(
 
             def way(s, i, pipe=pipe, steps=steps, small=small):
                 given = prepare_upscaling_inputs(pipe, small[s])
-                how = {"size": given.size, "steps": steps, **given.pictures()}
-                return torch.stack(given.cut(pipe(prompts[s], seeds=i, **how)))
+                how = {"size": given.size, "steps": steps, **given.tensors()}
+                return torch.stack(given.crop(pipe(prompts[s], seeds=i, **how)))
 
             ways[f"{steps} steps"] = way
         for name, way in ways.items():
@@ -94,8 +94,8 @@ def cascade(base: str, sr: str, prompts: Sequence[str], scenes: Sequence[Scene])
 
         def enlarge(s, i, pipe=pipe):
             given = prepare_upscaling_inputs(pipe, small[s])
-            how = {"size": given.size, "steps": 20, **given.pictures()}
-            return torch.stack(given.cut(pipe(prompts[s], seeds=i, **how)))
+            how = {"size": given.size, "steps": 20, **given.tensors()}
+            return torch.stack(given.crop(pipe(prompts[s], seeds=i, **how)))
 
         images = batches(f"level {level}", enlarge, len(prompts))
         name = f"cascade, {scale * side} px, task.noise_level={level}"

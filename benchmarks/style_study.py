@@ -136,7 +136,7 @@ def grid(run: str, steps: int) -> Image.Image:
     """Style pictures on top, and below each what three prompts that name no style become."""
     pipeline = opened(run, "guidance=style", "guidance.style_scale=2")
     pictures = stacked([style_picture(style, i) for i, style in enumerate(STYLES)])
-    prompts = [case(i, silence=pipeline.style_encoder.without).silent for i in (0, 5, 6)]
+    prompts = [case(i, silence=pipeline.components.style_encoder.without).silent for i in (0, 5, 6)]
     rows = [*pictures]
     for seed, prompt in enumerate(prompts):
         words, seeds = [prompt] * len(STYLES), [seed] * len(STYLES)

@@ -99,7 +99,7 @@ def main() -> None:
 
     @torch.no_grad()
     def through(prompts: Sequence[str], *, seeds: Sequence[int]) -> Tensor:
-        return pipeline.decode(pipeline.autoencoder.encode(stack(prompts)))
+        return pipeline.decode(pipeline.components.autoencoder.encode(stack(prompts)))
 
     def from_text(prompts: Sequence[str], *, seeds: Sequence[int]) -> Tensor:
         return pipeline(prompts, seeds=seeds, **how)

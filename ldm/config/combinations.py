@@ -11,7 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from ldm.config.command_line import check_config, check_group_option, update_former_settings
+from ldm.config.command_line import check_group_option, update_former_settings
+from ldm.config.config_check import check_config
 from ldm.utils.errors import UsageError
 
 

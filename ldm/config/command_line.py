@@ -2,32 +2,23 @@
 
 import os
 import re
+import shutil
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import hydra
-from hydra import compose
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
-from ldm.config.leftovers import remove_new_directories
-from ldm.config.ranges import OWN_TARGET_PREFIXES, format_invalid_value
-from ldm.config.rules import format_setting_value
-from ldm.config.suggestions import (
-    CONF_DIR,
-    explain_hydra_error,
-    format_unknown_setting,
-    is_config_group,
-)
+from ldm.config.suggestions import CONF_DIR, explain_hydra_error, is_config_group
 from ldm.experiments.former_names import update_override
 from ldm.experiments.run_dir import (
     HYDRA_RESOLVERS,
@@ -36,8 +27,8 @@ from ldm.experiments.run_dir import (
     parse_number,
 )
 from ldm.utils.errors import UsageError, program_name
-from ldm.utils.files import check_path_length, read_text
-from ldm.utils.locks import InUseError
+from ldm.utils.files import read_text
+from ldm.utils.locks import InUseError, is_directory_locked
 from ldm.utils.text import escape_control_characters, replace_invalid_bytes
 
 # Texts that people or networks read; every other one is a path, or may be.
@@ -45,6 +36,16 @@ FREE_TEXT_OPTIONS = ("prompt", "negative", "source", "text")
 TextOptions = dict[str, str | None]  # paths and free texts by their keys, as typed
 LAYOUT_CHARACTERS = "\n\t"
 HELP_FLAGS = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
+# The files that a run or a sweep has before anything is trained.
+UNTRAINED_RUN_FILES = {
+    ".hydra",
+    ".lock",
+    "train.log",
+    "config.yaml",
+    "multirun.yaml",
+    "checkpoints",
+}
+_new_directories: list[Path] = []
 
 for _name, _resolver in HYDRA_RESOLVERS.items():
     OmegaConf.register_new_resolver(_name, _resolver, replace=True)
@@ -61,29 +62,23 @@ def update_former_settings() -> None:
 
 
 def pop_text_options(names: Iterable[str]) -> dict[str, str]:
-    """Remove `name=value` of these names from the command line, and return the values as typed.
+    """Removes `name=value` of these names from the command line; returns the values as typed.
 
-    Prompts and paths may hold any character, and Hydra's grammar would refuse many of them. In
-    paths `~` is the home directory.
+    Prompts and paths may hold any character; Hydra's grammar refuses many of them. In paths `~` is
+    the home directory.
     """
-    taken, names = {}, set(names)
-    for argument in sys.argv[1:]:
-        name, equals, value = argument.partition("=")
+    options, names = {}, set(names)
+    for word in sys.argv[1:]:
+        name, equals, value = word.partition("=")
         if equals and name in names:
-            taken[name] = (
-                replace_invalid_bytes(value)
-                if name in FREE_TEXT_OPTIONS
-                else os.path.expanduser(value)
-            )
-    sys.argv[1:] = [a for a in sys.argv[1:] if a.partition("=")[0] not in taken]
-    return taken
+            convert = replace_invalid_bytes if name in FREE_TEXT_OPTIONS else os.path.expanduser
+            options[name] = convert(value)
+    sys.argv[1:] = [word for word in sys.argv[1:] if word.partition("=")[0] not in options]
+    return options
 
 
 def quote_override(word: str) -> str:
-    """`key=a/step=250.ckpt` with the quotes that Hydra's grammar wants around a second `=`.
-
-    It also wants them around `~` and letters that are not ASCII.
-    """
+    """`key=a/step=250.ckpt` with the quotes that Hydra needs around `=`, `~` and non-ASCII."""
     key, _, value = word.partition("=")
     is_plain = re.fullmatch(r"[\w@/.+~-]+", key) and not re.search(r"[,'\"\[\]{}()$\\\t\n]", value)
     is_odd = not value.isascii() or re.search("[=~]", value)
@@ -180,7 +175,7 @@ USAGE_ERRORS = (HydraException, OmegaConfBaseException, UsageError)
 
 
 def exit_with_usage_error(error: Exception, config_name: str) -> NoReturn:
-    """Tell a refusal, delete what this call has left in a new run directory, and exit with 2."""
+    """Prints a mistake, deletes the run directories that this call made, and exits with 2."""
     text = str(error) if isinstance(error, UsageError) else explain_hydra_error(error, config_name)
     print(
         f"\n{program_name()}: {escape_control_characters(text, keep=LAYOUT_CHARACTERS)}",
@@ -190,8 +185,27 @@ def exit_with_usage_error(error: Exception, config_name: str) -> NoReturn:
     sys.exit(2)
 
 
+def register_new_directories(directory: Path) -> None:
+    """Notes the directories that are about to be made for this one, itself included."""
+    paths = [*reversed(directory.parents), directory]
+    _new_directories.extend(path for path in paths if not path.exists())
+
+
+def remove_new_directories() -> None:
+    """Deletes the noted directories that hold nothing trained or generated.
+
+    Those of another process, which began at the same time, stay.
+    """
+    while _new_directories and get_launcher_rank() == 0:
+        path = _new_directories.pop()
+        names = {each.name for each in path.iterdir()} if path.is_dir() else set()
+        untrained = names <= UNTRAINED_RUN_FILES and not list(path.glob("checkpoints/*"))
+        if untrained and not is_directory_locked(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def check_group_option(group: str, value: str) -> None:
-    """Refuse a number where a group's option is wanted, as in guidance=7; raises UsageError."""
+    """UsageError for a number in place of a group's option, as in guidance=7."""
     if is_config_group(group) and value and None not in map(parse_number, value.split(",")):
         options = ", ".join(sorted(path.stem for path in Path(CONF_DIR, group).glob("*.yaml")))
         key = {"guidance": "guidance.scale", "optimizer": "optimizer.lr"}.get(group)
@@ -200,13 +214,12 @@ def check_group_option(group: str, value: str) -> None:
 
 
 def _has_entered(main: Callable[[], None], error: BaseException) -> bool:
-    """Whether Hydra, which makes the run directory, has come so far as to call our function."""
+    """Whether Hydra, which makes the run directory, has called our function."""
     code = getattr(main, "__wrapped__", main).__code__
     return any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _format_warning(message, category, filename, lineno, line=None, *, standard) -> str:
-    """A warning of ours as a sentence; others say where they come from."""
     if Path(filename).is_relative_to(Path(__file__).parent.parent):
         return f"warning: {message}\n"
     return standard(message, category, filename, lineno, line)
@@ -224,15 +237,15 @@ def convert_to_usage_errors() -> Iterator[None]:
             raise
         while isinstance(error, InstantiationException) and error.__cause__ is not None:
             error = error.__cause__
-        said = str(error)
-        if isinstance(error, OSError) and said.startswith("[Errno"):  # the system's own words
+        message = str(error)
+        if isinstance(error, OSError) and message.startswith("[Errno"):  # the system's own words
             place = f"{error.filename}: " if error.filename is not None else ""
-            said = f"{place}{error.strerror}"
-        raise UsageError(f"{said} [{type(error).__name__}; LDM_TRACE=1 shows where]") from error
+            message = f"{place}{error.strerror}"
+        raise UsageError(f"{message} [{type(error).__name__}; LDM_TRACE=1 shows where]") from error
 
 
 def require_option(options: Mapping[str, str | None], name: str) -> str:
-    """A text that must have been given; UsageError where it was not."""
+    """The value of a text option; UsageError without one."""
     if not options.get(name):
         raise UsageError(f"{name} is needed: give {name}=...")
     return options[name]
@@ -253,67 +266,3 @@ def read_prompts(options: Mapping[str, str | None]) -> list[str]:
     if not prompts:
         raise UsageError(f"prompts={options['prompts']} has no line with text")
     return prompts
-
-
-def check_config(cfg: DictConfig, config_name: str, overrides: Iterable[str] | None = None) -> None:
-    """Refuse, before anything heavy is imported, keys that nobody reads and values of a wrong type.
-
-    overrides: the command line that `cfg` was composed of; None: this process's own.
-    Raises UsageError. Keys added inside a node with a `_target_` are that call's own affair.
-    """
-    overrides = HydraConfig.get().overrides.task if overrides is None else overrides
-    try:
-        given = OmegaConf.to_container(cfg, resolve=True)
-    except InterpolationKeyError as error:
-        raise UsageError(f"{error.full_key}: {error.msg.splitlines()[0]}") from error
-    _check_settings(given, compose_default_config(config_name, overrides), "", config_name)
-    if config_name == "train":
-        check_run_name(cfg.name)
-    if cfg.get("direction") not in (None, "minimize", "maximize"):
-        raise UsageError(f"direction={cfg.direction} is neither minimize nor maximize")
-
-
-def compose_default_config(config_name: str, overrides: Iterable[str]) -> dict:
-    """The settings of the options that these overrides choose, each with its default."""
-    return _compose_default_config(
-        config_name, tuple(o for o in overrides if is_config_group(o.partition("=")[0]))
-    )
-
-
-@cache
-def _compose_default_config(config_name: str, groups: tuple[str, ...]) -> dict:
-    return OmegaConf.to_container(compose(config_name, overrides=list(groups)))
-
-
-def check_run_name(name: object) -> None:
-    """Refuse names that are no place below runs/, or too long for one; raises UsageError."""
-    is_text = isinstance(name, str | int | float) and str(name).isprintable()
-    if not is_text or not str(name).strip("./ ") or {"..", ""} & set(str(name).split("/")):
-        value = ascii(name) if isinstance(name, str) else format_setting_value(name)
-        value = f"'{name}'" if is_text else value
-        raise UsageError(f"name={value} names no run: leave it out, or give name=my-run")
-    try:
-        check_path_length("name", Path("runs", str(name)))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-def _check_settings(
-    given: dict, default: dict, prefix: str, config_name: str, ours: bool = True
-) -> None:
-    """UsageError for the first setting that nobody reads or whose value makes no sense."""
-    target = given.get("_target_")
-    ours = target.startswith(OWN_TARGET_PREFIXES) if isinstance(target, str) else ours
-    for key, value in given.items():
-        name, usual = f"{prefix}{key}", default.get(key, ...)
-        if usual is ... and "_target_" not in default:
-            raise UsageError(format_unknown_setting(name, config_name))
-        if isinstance(usual, dict) and usual:
-            if not isinstance(value, dict):
-                inside = ", ".join(f"{name}.{key}" for key in usual if key != "_target_")
-                raise UsageError(
-                    f"{name}={format_setting_value(value)} is no single value, there are: {inside}"
-                )
-            _check_settings(value, usual, f"{name}.", config_name, ours)
-        elif said := format_invalid_value(name, value, config_name, default=usual, ours=ours):
-            raise UsageError(said)

@@ -1,10 +1,11 @@
-"""Configuration, or a checkpoint's, to the parts of a model.
+"""Configuration, or a checkpoint's, to the components of a model.
 
-What a part must know of another (widths, channels) is read off the built object and handed over
-here; no YAML repeats it.
+A size that one component must know of another (widths, channels) is read from the built object and
+passed on here; no YAML repeats it.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from ldm.config.registry import DIFFUSION_GROUPS, validate_file_config
 from ldm.config.suggestions import CONF_DIR
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedules import Schedule
+from ldm.diffusion.tasks.base import Task
 from ldm.evaluation.features.base import FeatureExtractor
+from ldm.inference.components import Components
+from ldm.models.temporal import FramewiseAutoencoder
 from ldm.models.warm_start import warm_start
 from ldm.utils.checkpoint_facts import check_frozen_digests, read_checkpoint_metadata
 from ldm.utils.checkpoint_file import (
@@ -33,11 +37,21 @@ FROZEN_GROUPS = ("autoencoder", "text_encoder")
 STYLE_GROUP = "style_encoder"  # frozen as well, where there is one
 
 
+def build_components(cfg: DictConfig, task: Task) -> Components:
+    """All components of a model. Their order decides the random initial weights."""
+    autoencoder, text_encoder = build_frozen_encoders(cfg)
+    style_encoder = build_style_encoder(cfg)
+    denoiser = build_denoiser(cfg, autoencoder, text_encoder, style_encoder, task)
+    if task.is_video:
+        autoencoder = FramewiseAutoencoder(autoencoder)
+    objective = build_objective(cfg)
+    return Components(denoiser, autoencoder, text_encoder, style_encoder, objective, task)
+
+
 def build_frozen_encoders(cfg: DictConfig) -> tuple[nn.Module, nn.Module]:
-    """The autoencoder and text encoder that a denoiser is trained on."""
-    for name in FROZEN_GROUPS:
+    """The autoencoder and the text encoder that a denoiser is trained on."""
+    for name, stage in (("autoencoder", "autoencoder"), ("text_encoder", "clip")):
         if cfg[name].get("path", "none needed") is None:
-            stage = {"autoencoder": "autoencoder", "text_encoder": "clip"}[name]
             raise UsageError(
                 f"{name}.path is needed: a trained {name.replace('_', ' ')} for the denoiser to "
                 f"rest on. Train one with `python train.py experiment={stage}_coco`, then give "
@@ -46,8 +60,103 @@ def build_frozen_encoders(cfg: DictConfig) -> tuple[nn.Module, nn.Module]:
     return instantiate(cfg.autoencoder).eval(), instantiate(cfg.text_encoder)
 
 
+def build_style_encoder(cfg: DictConfig) -> nn.Module | None:
+    """The encoder of style images; None where the denoiser takes none."""
+    return instantiate(cfg[STYLE_GROUP], _convert_="all") if cfg.get(STYLE_GROUP) else None
+
+
+def build_denoiser(
+    cfg: DictConfig,
+    autoencoder: nn.Module,
+    text_encoder: nn.Module,
+    style_encoder: nn.Module | None,
+    task: Task,
+) -> nn.Module:
+    """The network of `cfg.model`, with the sizes of the components around it."""
+    sizes = {"temporal": True} if task.is_video else {}
+    if style_encoder is not None:
+        sizes |= {"style_dim": style_encoder.width, "style_code": style_encoder.code}
+    return instantiate(
+        cfg.model,
+        in_channels=autoencoder.channels + task.extra_channels(autoencoder.channels),
+        out_channels=autoencoder.channels,
+        context_dim=text_encoder.width,
+        pooled_dim=text_encoder.pooled_width,
+        **sizes,
+        _convert_="all",
+    )
+
+
+def build_objective(cfg: DictConfig) -> Objective:
+    """Schedule, prediction, weighting, loss and timestep sampler."""
+    groups = {"schedule": "scheduler", "weighting": "weighting", "loss": "loss"}
+    # Older checkpoints have them in `objective`, or not at all.
+    built = {name: instantiate(cfg[group]) for name, group in groups.items() if group in cfg}
+    if "timestep_sampler" in cfg:
+        built["timestep_sampler"] = instantiate(cfg.timestep_sampler, batch=cfg.data.batch_size)
+    # Passed to the call: instantiate would turn dataclasses into configurations.
+    return instantiate(cfg.objective, _partial_=True)(**built)
+
+
+def build_all_schedules() -> dict[str, Schedule]:
+    """Every noise schedule of conf/scheduler, by name."""
+    files = sorted(Path(CONF_DIR, "scheduler").glob("*.yaml"))
+    return {path.stem: instantiate(OmegaConf.load(path)) for path in files}
+
+
+def build_feature_extractors(cfg: DictConfig) -> list[FeatureExtractor]:
+    """The networks whose features images are compared by."""
+    return [instantiate(network) for network in cfg.features.values()]
+
+
+def get_autocast_dtype(precision: str | int | None) -> torch.dtype | None:
+    """The dtype in which a trainer of this precision runs its networks; None for float32."""
+    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(precision))
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A checkpoint of a diffusion run that was read and validated; nothing is built yet."""
+
+    path: Path
+    payload: dict
+    config: DictConfig  # the component groups that it was trained with, and what sizes them
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digests of the frozen components that it was trained with."""
+        return self.payload["ldm"]["frozen"]
+
+    def load_denoiser(self, denoiser: nn.Module, weights: str) -> nn.Module:
+        """Puts the weights with this prefix of the state dict into a denoiser, in eval mode."""
+        load_module_state(denoiser, select_prefix(self.payload, weights), what=str(self.path))
+        return denoiser.eval()
+
+
+def load_diffusion_checkpoint(
+    ckpt: str, *, name: str = "ckpt", trust: Sequence[str] | None = None
+) -> LoadedCheckpoint:
+    """The newest checkpoint of a run directory, or a file; name: the setting that it came by.
+
+    trust: see `validate_file_config`. Raises UsageError for another stage's checkpoint,
+    CheckpointError for one that is damaged or that names other code than ours.
+    """
+    path = find_checkpoint(ckpt, name=name)
+    payload = read_checkpoint(path)
+    facts = read_checkpoint_metadata(payload, path)
+    if facts["stage"] != "diffusion":
+        raise UsageError(
+            f"{path} comes from stage={facts['stage']}: pictures are sampled from a "
+            "diffusion run, which `python train.py` makes"
+        )
+    config = validate_file_config(facts["config"], path, needed=DIFFUSION_GROUPS, trust=trust)
+    frozen = (*FROZEN_GROUPS, STYLE_GROUP) if STYLE_GROUP in config else FROZEN_GROUPS
+    check_frozen_digests(facts, path, frozen)
+    return LoadedCheckpoint(path, payload, config)
+
+
 def set_component_location(cfg: DictConfig, name: str, location: str) -> None:
-    """Have a frozen part read from `place`; UsageError where it is read from nowhere."""
+    """Sets where a frozen component is read from; UsageError if it is not read from anywhere."""
     part = cfg.get(name) or {}
     key = next((key for key in ("path", "names") if key in part), None)
     if key is None:
@@ -58,125 +167,36 @@ def set_component_location(cfg: DictConfig, name: str, location: str) -> None:
     cfg[name][key] = location
 
 
-def build_style_encoder(cfg: DictConfig) -> nn.Module | None:
-    """What reads style pictures; None where the denoiser is told of none."""
-    return instantiate(cfg[STYLE_GROUP], _convert_="all") if cfg.get(STYLE_GROUP) else None
-
-
-def build_denoiser(
-    cfg: DictConfig, autoencoder: nn.Module, text: nn.Module, task, style: nn.Module | None = None
-) -> nn.Module:
-    """The network of `cfg.model`, with the sizes of the parts around it."""
-    more = {} if style is None else {"style_dim": style.width, "style_code": style.code}
-    more |= {"temporal": True} if task.is_video else {}
-    return instantiate(
-        cfg.model,
-        in_channels=autoencoder.channels + task.extra_channels(autoencoder.channels),
-        out_channels=autoencoder.channels,
-        context_dim=text.width,
-        pooled_dim=text.pooled_width,
-        **more,
-        _convert_="all",
-    )
-
-
-def build_objective(cfg: DictConfig) -> Objective:
-    """Schedule, prediction, weighting, loss and time sampler."""
-    groups = {"schedule": "scheduler", "weighting": "weighting", "loss": "loss"}
-    # Checkpoints of before these were groups have them in `objective`, or not at all.
-    built = {name: instantiate(cfg[group]) for name, group in groups.items() if group in cfg}
-    if "timestep_sampler" in cfg:
-        built["timestep_sampler"] = instantiate(cfg.timestep_sampler, batch=cfg.data.batch_size)
-    # Not as arguments of `instantiate`: Hydra turns a dataclass there into a configuration.
-    return instantiate(cfg.objective, _partial_=True)(**built)
-
-
-@dataclass(frozen=True)
-class Components:
-    """What is there already where guidance and its models are built."""
-
-    autoencoder: nn.Module
-    text: nn.Module
-    objective: Objective
-    task: object
-    device: torch.device
-
-
-@dataclass(frozen=True)
-class LoadedCheckpoint:
-    """A checkpoint of a diffusion run, read and found harmless; nothing is built yet."""
-
-    path: Path
-    payload: dict
-    config: DictConfig  # the parts that it was trained with, and what they are sized by
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """Of the frozen parts that it was trained with."""
-        return self.payload["ldm"]["frozen"]
-
-    def network(
-        self,
-        weights: str,
-        autoencoder: nn.Module,
-        text: nn.Module,
-        task,
-        style: nn.Module | None = None,
-    ) -> nn.Module:
-        """Its denoiser in eval mode, on the CPU; weights: the prefix in the state dict."""
-        built = build_denoiser(self.config, autoencoder, text, task, style)
-        load_module_state(built, select_prefix(self.payload, weights), what=str(self.path))
-        return built.eval()
-
-
-def load_diffusion_checkpoint(ckpt: str, *, name: str = "ckpt") -> LoadedCheckpoint:
-    """The newest checkpoint of a run directory, or a file; name: the setting that asks for it.
-
-    Raises UsageError for one of another stage, CheckpointError where it is damaged or asks for what
-    is not ours.
-    """
-    path = find_checkpoint(ckpt, name=name)
-    payload = read_checkpoint(path)
-    facts = read_checkpoint_metadata(payload, path)
-    if facts["stage"] != "diffusion":
-        raise UsageError(
-            f"{path} comes from stage={facts['stage']}: pictures are sampled from a "
-            "diffusion run, which `python train.py` makes"
-        )
-    config = validate_file_config(facts["config"], path, needed=DIFFUSION_GROUPS)
-    frozen = (*FROZEN_GROUPS, STYLE_GROUP) if STYLE_GROUP in config else FROZEN_GROUPS
-    check_frozen_digests(facts, path, frozen)
-    return LoadedCheckpoint(path, payload, config)
-
-
 def warm_start_from_run(
-    init: str, network: nn.Module, frozen: dict[str, nn.Module], schedule: Schedule
+    init: str, components: Components, *, trust: Sequence[str] | None = None
 ) -> str:
-    """Start a network from the averaged one of another run; what was done, in a line.
+    """Copies the averaged weights of another run into the denoiser; returns a line that says so.
 
-    Raises what `opened` and `begin` raise, and UsageError where its frozen parts or its schedule
-    are others: what it has learnt is of those. It may know of no style where there is one now.
+    The other run may lack the style encoder. Raises UsageError where its frozen components or its
+    schedule differ, since its weights depend on these.
     """
-    source = load_diffusion_checkpoint(init, name="init")
+    source = load_diffusion_checkpoint(init, name="init", trust=trust)
+    frozen = components.frozen
     others = [
         name
         for name, digest in source.digests.items()
         if name not in frozen or hash_module(frozen[name]) != digest
     ]
-    if not is_same_schedule(build_objective(source.config).schedule, schedule):
+    if not is_same_schedule(build_objective(source.config).schedule, components.objective.schedule):
         others.append("scheduler")
     if others:
-        given = " ".join(word for name in others for word in suggest_overrides(source.config, name))
+        words = " ".join(word for name in others for word in suggest_overrides(source.config, name))
         raise UsageError(
-            f"init={init} was trained with another {' and '.join(others)}: add {given}"
+            f"init={init} was trained with another {' and '.join(others)}: add {words}"
         )
-    new = warm_start(network, select_prefix(source.payload, "ema.module."), source=init)
-    told = f"; new, and without effect as yet: {', '.join(new)}" if new else ""
-    return f"init: the weights of {source.path}{told}"
+    weights = select_prefix(source.payload, "ema.module.")
+    new = warm_start(components.denoiser, weights, source=init)
+    more = f"; new, and without effect as yet: {', '.join(new)}" if new else ""
+    return f"init: the weights of {source.path}{more}"
 
 
 def suggest_overrides(cfg: DictConfig, group: str) -> list[str]:
-    """How to ask for what a configuration has in a group: the nearest option, and what differs."""
+    """The command-line words that give a configuration's group: the nearest option and changes."""
     have, found = OmegaConf.to_container(cfg[group]), []
     for path in sorted(Path(CONF_DIR, group).glob("*.yaml")):
         option = OmegaConf.load(path)
@@ -190,19 +210,3 @@ def is_same_schedule(a: Schedule, b: Schedule) -> bool:
     """Whether two schedules have the same noise at the same times."""
     t = torch.linspace(0, 1, 65, dtype=torch.float64)
     return all(torch.equal(one.cpu(), two.cpu()) for one, two in zip(a(t), b(t), strict=True))
-
-
-def build_all_schedules() -> dict[str, Schedule]:
-    """Every noise schedule of conf/scheduler, by name."""
-    files = sorted(Path(CONF_DIR, "scheduler").glob("*.yaml"))
-    return {path.stem: instantiate(OmegaConf.load(path)) for path in files}
-
-
-def build_feature_extractors(cfg: DictConfig) -> list[FeatureExtractor]:
-    """The networks that pictures are measured by."""
-    return [instantiate(network) for network in cfg.features.values()]
-
-
-def get_autocast_dtype(precision: str | int | None) -> torch.dtype | None:
-    """What a trainer of this precision lets its networks compute in; None for float32."""
-    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(precision))

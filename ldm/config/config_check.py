@@ -1,49 +1,57 @@
-"""The first thing that happens to a command's configuration: it is checked, and nothing is written.
+"""The check of a command's configuration, before anything is written.
 
 Hydra makes the run directory before it calls `main`, but calls this before that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError
 
-from ldm.config.command_line import USAGE_ERRORS, check_config, exit_with_usage_error
-from ldm.config.leftovers import register_new_directories
-from ldm.config.ranges import find_setting_rule, format_invalid_value
-from ldm.config.suggestions import is_config_group
+from ldm.config.command_line import USAGE_ERRORS, exit_with_usage_error, register_new_directories
+from ldm.config.ranges import (
+    OWN_TARGET_PREFIXES,
+    find_setting_rule,
+    format_invalid_value,
+    format_setting_value,
+)
+from ldm.config.suggestions import format_unknown_setting, is_config_group
 from ldm.experiments.run_dir import FIXED_RUN_FILES
 from ldm.utils.errors import UsageError
-from ldm.utils.files import check_no_links
+from ldm.utils.files import check_no_links, check_path_length
 
 
 class ConfigCheckCallback(Callback):
-    """Refuses, with exit code 2, what `cli.check` refuses; command: the name of the configuration.
+    """Exits with code 2 where `check_config` refuses; command: the name of the configuration.
 
-    Hydra makes warnings of a callback's exceptions, which are therefore told here.
+    Hydra makes warnings of a callback's exceptions, so that the messages are printed here.
     """
 
     def __init__(self, command: str) -> None:
         self.command = command
 
     def on_run_start(self, config: DictConfig, **more: object) -> None:
-        """Check one run."""
+        """Checks one run."""
         self._check(config, [])
 
     def on_multirun_start(self, config: DictConfig, **more: object) -> None:
-        """Check what all jobs of a sweep have in common, its launcher, and each value of a number.
+        """Checks what all jobs of a sweep share, its launcher, and each value of a number.
 
-        What else is wrong with one job alone is found when the jobs are planned.
+        Other mistakes of a single job are found when the jobs are planned.
         """
         parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         self._check(config, [override for override in parsed if override.is_sweep_override()])
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **more: object) -> None:
-        """Tell what `main` has refused: Hydra would print a line of its own before it."""
+        """Prints a refusal of `main`, before which Hydra would print a line of its own."""
         error = job_return._return_value  # `return_value`, of Hydra 1.3, prints and then raises it
         if isinstance(error, USAGE_ERRORS):
             exit_with_usage_error(error, self.command)
@@ -58,8 +66,8 @@ class ConfigCheckCallback(Callback):
                 *iterate_sweep_values(swept, own),
                 *iterate_launcher_settings(config, bool(swept)),
             ]:
-                if said := format_invalid_value(key, value, self.command, default=default):
-                    raise UsageError(said)
+                if message := format_invalid_value(key, value, self.command, default=default):
+                    raise UsageError(message)
             if self.command == "train":
                 check_run_directory(Path(config.hydra.run.dir))
             if config.hydra.output_subdir is not None and not swept:
@@ -69,7 +77,7 @@ class ConfigCheckCallback(Callback):
 
 
 def check_run_directory(directory: Path) -> None:
-    """UsageError where a file that is written to in a run's or a sweep's directory is a link."""
+    """UsageError where a file that a run or a sweep writes is a link."""
     try:
         check_no_links(directory, FIXED_RUN_FILES)
     except ValueError as error:
@@ -79,25 +87,88 @@ def check_run_directory(directory: Path) -> None:
 def iterate_sweep_values(
     swept: list[Override], config: DictConfig
 ) -> Iterator[tuple[str, object, object]]:
-    """Key, value and default of all that is swept and no option; of an interval, its ends."""
+    """Key, value and default of all swept settings; of an interval, its ends."""
     for override in swept:
         key, sweep = override.get_key_element().lstrip("+"), override.value()
         if is_config_group(key):
             continue
         if isinstance(sweep, IntervalSweep):
-            found = [sweep.start, sweep.end]
+            values = [sweep.start, sweep.end]
         else:
-            found = override.sweep_iterator()
-        for value in found:
+            values = override.sweep_iterator()
+        for value in values:
             yield key, value, OmegaConf.select(config, key)
 
 
 def iterate_launcher_settings(
     config: DictConfig, sweeps: bool
 ) -> Iterator[tuple[str, object, object]]:
-    """Key and value of each number of a sweep's launcher and sweeper; there is no default."""
+    """Key and value of each number of a sweep's launcher and sweeper, without a default."""
     for part in ("launcher", "sweeper", "sweeper.sampler") if sweeps else ():
         for key in OmegaConf.select(config, f"hydra.{part}") or ():
             name = f"hydra.{part}.{key}"
             if find_setting_rule(name, "train"):
                 yield name, OmegaConf.select(config, name), ...
+
+
+def check_config(cfg: DictConfig, config_name: str, overrides: Iterable[str] | None = None) -> None:
+    """UsageError for keys that nobody reads and for invalid values; imports nothing heavy.
+
+    overrides: the command line that `cfg` was composed of; None: this process's own. Keys that were
+    added to a node with a `_target_` are not checked.
+    """
+    overrides = HydraConfig.get().overrides.task if overrides is None else overrides
+    try:
+        settings = OmegaConf.to_container(cfg, resolve=True)
+    except InterpolationKeyError as error:
+        raise UsageError(f"{error.full_key}: {error.msg.splitlines()[0]}") from error
+    _check_settings(settings, compose_default_config(config_name, overrides), "", config_name)
+    if config_name == "train":
+        check_run_name(cfg.name)
+    if cfg.get("direction") not in (None, "minimize", "maximize"):
+        raise UsageError(f"direction={cfg.direction} is neither minimize nor maximize")
+
+
+def compose_default_config(config_name: str, overrides: Iterable[str]) -> dict:
+    """The default settings of the options that these overrides choose."""
+    groups = (word for word in overrides if is_config_group(word.partition("=")[0]))
+    return _compose_default_config(config_name, tuple(groups))
+
+
+@cache
+def _compose_default_config(config_name: str, groups: tuple[str, ...]) -> dict:
+    return OmegaConf.to_container(compose(config_name, overrides=list(groups)))
+
+
+def check_run_name(name: object) -> None:
+    """UsageError for names that are no path below runs/, or too long for one."""
+    is_text = isinstance(name, str | int | float) and str(name).isprintable()
+    if not is_text or not str(name).strip("./ ") or {"..", ""} & set(str(name).split("/")):
+        value = ascii(name) if isinstance(name, str) else format_setting_value(name)
+        value = f"'{name}'" if is_text else value
+        raise UsageError(f"name={value} names no run: leave it out, or give name=my-run")
+    try:
+        check_path_length("name", Path("runs", str(name)))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _check_settings(
+    settings: dict, default: dict, prefix: str, config_name: str, ours: bool = True
+) -> None:
+    """UsageError for the first setting that nobody reads or that is invalid."""
+    target = settings.get("_target_")
+    ours = target.startswith(OWN_TARGET_PREFIXES) if isinstance(target, str) else ours
+    for key, value in settings.items():
+        name, usual = f"{prefix}{key}", default.get(key, ...)
+        if usual is ... and "_target_" not in default:
+            raise UsageError(format_unknown_setting(name, config_name))
+        if isinstance(usual, dict) and usual:
+            if not isinstance(value, dict):
+                inside = ", ".join(f"{name}.{key}" for key in usual if key != "_target_")
+                raise UsageError(
+                    f"{name}={format_setting_value(value)} is no single value, there are: {inside}"
+                )
+            _check_settings(value, usual, f"{name}.", config_name, ours)
+        elif message := format_invalid_value(name, value, config_name, default=usual, ours=ours):
+            raise UsageError(message)

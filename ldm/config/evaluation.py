@@ -1,10 +1,10 @@
-"""Configuration to what is measured: a run, a pipeline of diffusers, or a folder of pictures."""
+"""Configuration to an evaluation: of a run, a pipeline of diffusers, or a folder of images."""
 
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -44,11 +44,11 @@ PromptsToImages = Callable[..., Tensor]  # (prompts, seeds=...) -> images (n, 3,
 
 @dataclass
 class EvaluationSource:
-    """What paints, what it is measured by, and where its results belong.
+    """Where images come from, what measures them, and where the results belong.
 
-    `paint(cfg)` paints as a configuration says; `facts(cfg)` are the plain values that decide what
-    it paints. foreign: its pictures may be of anything but the drawn world. network: the denoiser
-    that a run of ours paints with; other weights may be loaded into it.
+    `generate(cfg)` generates as a configuration says; `facts(cfg)` are the plain values that decide
+    the images. foreign: they may show anything but the drawn world. network: the denoiser of a run
+    of ours, into which other weights may be loaded.
     """
 
     home: Path
@@ -64,41 +64,39 @@ class EvaluationSource:
 def build_evaluation_source(
     cfg: DictConfig, options: TextOptions, *, kind: str
 ) -> EvaluationSource:
-    """What is asked for, one of `kind` "run", "peer" and "images"; torchrun's processes join here.
+    """The source of this `kind`: "run", "peer" or "images"; torchrun's processes join here.
 
     Raises UsageError where there is nothing to compare with or nothing to measure, ValueError and
-    OSError where files are not what they should be.
+    OSError for bad files.
     """
     if kind != "run" and not cfg.features:
         raise UsageError("features=none leaves nothing to measure: give features='[clip]'")
-    networks = build_feature_extractors(
-        cfg
-    )  # missing weights are told before anything else is read
-    device = join_process_group(
-        torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    )
-    found = {
+    networks = build_feature_extractors(cfg)  # missing weights are reported first
+    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = join_process_group(torch.device(device))
+    builders = {
         "run": build_run_source,
         "peer": build_diffusers_source,
         "images": build_folder_source,
-    }[kind](cfg, options, networks, device)
+    }
+    source = builders[kind](cfg, options, networks, device)
     clip = cfg.features.get("clip", {}).get("path")
-    if found.foreign and found.quality is not None and clip == PACKAGED_PREFIX + "clip":
+    if source.foreign and source.quality is not None and clip == PACKAGED_PREFIX + "clip":
         print_on_first_rank(
             "features.clip is packaged:clip, which knows the drawn world alone: for other pictures "
             "give features.clip.path=openai/clip-vit-base-patch32, a folder, or a run of stage=clip"
         )
-    return found
+    return source
 
 
 def print_on_first_rank(text: str) -> None:
-    """Say something once, whatever the number of processes."""
+    """Prints once, whatever the number of processes."""
     if ProcessGroup().rank == 0:
         print(text, flush=True)
 
 
 def join_process_group(device: torch.device) -> torch.device:
-    """Take part in torchrun's group, where it has started several processes; this one's device."""
+    """Joins the process group of torchrun, where it started several; the device of this process."""
     if get_launcher_layout() is None:
         return device
     if "RANK" not in os.environ:
@@ -110,8 +108,8 @@ def join_process_group(device: torch.device) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
-        # Tables meet on the host. Ranks wait for the slowest however long it takes; where one
-        # dies, torchrun ends the others.
+        # Tables are gathered on the host. Ranks wait for the slowest however long it takes; where
+        # one dies, torchrun ends the others.
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     return device
 
@@ -124,52 +122,55 @@ def build_run_source(
 ) -> EvaluationSource:
     """A training run of ours."""
     cfg = OmegaConf.merge(cfg, {"device": str(device)})
-    restored = load_pipeline(cfg, options["ckpt"], options)
-    check_text_to_image(restored, "measuring")
-    size = cfg.size or restored.size
-    drawn = restored.data.get("_target_") == SCENES_TARGET
+    loaded = load_pipeline(cfg, options["ckpt"], options)
+    check_text_to_image(loaded, "measuring")
+    size = cfg.size or loaded.size
+    drawn = loaded.data.get("_target_") == SCENES_TARGET
     scenes = build_scene_accuracy(cfg) if cfg.scenes or (cfg.scenes is None and drawn) else None
-    real = others = None
+    quality = real = others = None
     if options["data"] is None and networks:
-        real, others = open_run_images(restored, size)
-    measured_by = None
+        real, others = open_run_images(loaded, size)
     try:
         if networks:
-            measured_by = build_quality(cfg, options, networks, size=size, real=real, others=others)
+            quality = build_quality(cfg, options, networks, size=size, real=real, others=others)
     except TooFewImagesError as error:
         if scenes is None:
             raise
         print_on_first_rank(f"scene accuracy alone, no distances: {error}")
-    if scenes is None and measured_by is None:
+    if scenes is None and quality is None:
         raise UsageError(
             "features=none leaves scene accuracy alone, which is of runs on data=scenes: give "
             "features='[clip]'"
         )
-    text = CachedTextEncoder(restored.pipeline.text_encoder)
+    text_encoder = CachedTextEncoder(loaded.pipeline.components.text_encoder)
+    printed: set[str] = set()
 
-    said: set[str] = set()
-
-    def paint(cfg: DictConfig) -> PromptsToImages:
-        pipeline = replace(replace_sampling(restored.pipeline, cfg), text_encoder=text)
+    def generate(cfg: DictConfig) -> PromptsToImages:
+        pipeline = replace_sampling(loaded.pipeline, cfg)
         for line in pipeline.collect_warnings(cfg.steps):
-            if line not in said and ProcessGroup().rank == 0:
+            if line not in printed and ProcessGroup().rank == 0:
                 print(line, file=sys.stderr, flush=True)
-            said.add(line)
+            printed.add(line)
+        pipeline = pipeline.replace_components(text_encoder=text_encoder)
         return partial(pipeline, size=size, steps=cfg.steps)
 
     def facts(cfg: DictConfig) -> dict:
         settings = {**collect_common_settings(cfg, size), **get_sampling_settings(cfg)}
-        manifest = json.loads(manifest_path(restored.path).read_text())
-        which = {"ckpt": str(restored.path), "digest": manifest["sha256"], "step": restored.step}
-        return {**which, "settings": {**settings, "precision": restored.precision}}
+        manifest = json.loads(manifest_path(loaded.path).read_text())
+        which = {"ckpt": str(loaded.path), "digest": manifest["sha256"], "step": loaded.step}
+        return {**which, "settings": {**settings, "precision": loaded.precision}}
 
-    inside = restored.path.parent.name == "checkpoints"
-    home = (
-        find_run_of_checkpoint(restored.path) if inside else Path("evaluated", restored.path.stem)
+    in_run = loaded.path.parent.name == "checkpoints"
+    return EvaluationSource(
+        home=find_run_of_checkpoint(loaded.path) if in_run else Path("evaluated", loaded.path.stem),
+        device=device,
+        scenes=scenes,
+        quality=quality,
+        generate=generate,
+        facts=facts,
+        foreign=not drawn or options["data"] is not None,
+        network=loaded.pipeline.components.denoiser,
     )
-    foreign = not drawn or options["data"] is not None
-    network = restored.pipeline.denoiser
-    return EvaluationSource(home, device, scenes, measured_by, paint, facts, foreign, network)
 
 
 def build_diffusers_source(
@@ -179,24 +180,24 @@ def build_diffusers_source(
     device: torch.device,
 ) -> EvaluationSource:
     """A pipeline of diffusers: its own sampler, our steps, guidance scale, prompts and seeds."""
-    painter = DiffusersPipeline(place := resolve_path(options["ckpt"]), device)
-    if (size := cfg.size or painter.size) is None:
+    pipeline = DiffusersPipeline(place := resolve_path(options["ckpt"]), device)
+    if (size := cfg.size or pipeline.size) is None:
         raise UsageError(f"'{place}' does not say at which size it paints: give size=...")
 
-    def settings(cfg: DictConfig) -> dict:
-        return {"steps": cfg.steps, "scale": cfg.guidance.get("scale", 1.0)}
+    def generate(cfg: DictConfig) -> PromptsToImages:
+        return partial(pipeline, size=size, steps=cfg.steps, scale=cfg.guidance.get("scale", 1.0))
 
     def facts(cfg: DictConfig) -> dict:
-        told = {"steps": cfg.steps, "guidance": {"scale": settings(cfg)["scale"]}}
-        which = {"ckpt": str(place.resolve()), **painter.facts}
-        return {**which, "settings": {**collect_common_settings(cfg, size), **told}}
+        guidance = {"guidance": {"scale": cfg.guidance.get("scale", 1.0)}}
+        settings = {**collect_common_settings(cfg, size), "steps": cfg.steps, **guidance}
+        return {"ckpt": str(place.resolve()), **pipeline.facts, "settings": settings}
 
     return EvaluationSource(
         home=Path("evaluated", place.resolve().name),
         device=device,
         scenes=build_scene_accuracy(cfg) if cfg.scenes else None,
         quality=build_quality(cfg, options, networks, size=size),
-        generate=lambda cfg: partial(painter, size=size, **settings(cfg)),
+        generate=generate,
         facts=facts,
     )
 
@@ -207,50 +208,53 @@ def build_folder_source(
     networks: Sequence[FeatureExtractor],
     device: torch.device,
 ) -> EvaluationSource:
-    """Pictures that are there, with captions of their own or, in order of name, of `subset`."""
-    pictures = ImageFolder(place := resolve_path(options["images"]), size=cfg.size)
-    real = open_real_images(cfg, options, "data", pictures.size)
+    """Image files, with captions of their own or, in order of name, those of `subset`."""
+    images = ImageFolder(place := resolve_path(options["images"]), size=cfg.size)
+    real = open_real_images(cfg, options, "data", images.size)
     if options["subset"] is None:
-        names = [path.name for path in pictures.paths]
-        captions = pictures.captions or [""] * len(names)
+        names = [path.name for path in images.paths]
+        captions = images.captions or [""] * len(names)
         subset = PromptSubset(real.shards.index.fingerprint, names, captions, [*range(len(names))])
     else:
         subset = PromptSubset.load(resolve_path(options["subset"]))
-        if len(subset) != len(pictures):
+        if len(subset) != len(images):
             raise UsageError(
-                f"'{place}' has {len(pictures)} pictures, and {options['subset']} {len(subset)} "
+                f"'{place}' has {len(images)} pictures, and {options['subset']} {len(subset)} "
                 "captions: picture i in order of name shows caption i"
             )
     number = {seed: i for i, seed in enumerate(subset.seeds)}
-    captioned = options["subset"] is not None or pictures.captions is not None
-    which = {"images": str(place.resolve()), "digest": pictures.digest}
+    has_captions = options["subset"] is not None or images.captions is not None
+    facts = {"images": str(place.resolve()), "digest": images.digest}
+    quality = build_quality(
+        cfg,
+        options,
+        networks,
+        size=images.size,
+        real=real,
+        subset=subset,
+        has_captions=has_captions,
+    )
+
+    def read(prompts: Sequence[str], *, seeds: Sequence[int]) -> Tensor:
+        return images([number[seed] for seed in seeds]).to(device)
+
     return EvaluationSource(
         home=Path("evaluated", place.resolve().name),
         device=device,
         scenes=None,
-        quality=build_quality(
-            cfg,
-            options,
-            networks,
-            size=pictures.size,
-            real=real,
-            subset=subset,
-            has_captions=captioned,
-        ),
-        generate=lambda cfg: (
-            lambda prompts, *, seeds: pictures([number[seed] for seed in seeds]).to(device)
-        ),
-        facts=lambda cfg: {**which, "settings": {"size": pictures.size}},
+        quality=quality,
+        generate=lambda cfg: read,
+        facts=lambda cfg: {**facts, "settings": {"size": images.size}},
     )
 
 
 def collect_common_settings(cfg: DictConfig, size: int) -> dict:
-    """What is told of everything that paints."""
+    """The settings that results record of every generator."""
     return {"count": cfg.count, "seed": cfg.seed, "steps": cfg.steps, "size": size}
 
 
 def build_scene_accuracy(cfg: DictConfig) -> ScenePromptAccuracy:
-    """Of `count` prompts a split."""
+    """The accuracy on `count` prompts of each split."""
     return ScenePromptAccuracy(count=cfg.count, batch=cfg.batch, seed=cfg.seed)
 
 
@@ -265,9 +269,9 @@ def build_quality(
     subset: PromptSubset | None = None,
     has_captions: bool = True,
 ) -> EvaluationProtocol:
-    """The protocol; `data` and `others`, where they are given, come before `real` and `others`.
+    """The protocol that compares generated images with `real` and `others`, or those of `options`.
 
-    UsageError where there are no pictures to compare with.
+    UsageError where there are no images to compare with.
     """
     real = real or open_real_images(cfg, options, "data", size)
     if options["others"] is not None:
@@ -298,22 +302,18 @@ def build_quality(
 def open_real_images(
     cfg: DictConfig, options: TextOptions, name: str, size: int
 ) -> TextImageDataset:
-    """The shards that `data` or `others` names, as a validation sees them."""
-    if options[name] is None:
+    """The shards that `data` or `others` names, as a validation reads them."""
+    place = options[name]
+    if place is None:
         raise UsageError(
             f"{name} is needed: give {name}=DIR, shards of real pictures with captions, as "
             "`python -m ldm.prepare` writes them"
         )
-    if (
-        not resolve_path(options[name]).exists()
-        and Path(CONF_DIR, "data", f"{options[name]}.yaml").is_file()
-    ):
+    if not resolve_path(place).exists() and Path(CONF_DIR, "data", f"{place}.yaml").is_file():
         raise UsageError(
-            f"{name}={options[name]}: that is an option of train.py; here {name} is a folder with "
+            f"{name}={place}: that is an option of train.py; here {name} is a folder with "
             f"shards of real pictures, such as {name}=data/coco/val"
         )
     cache = ShardCache(cfg.cache, gigabytes=50.0)
-    shards = ShardReader(
-        options[name], ReadOptions(cache=cache, caption_key=cfg.get("caption_key"))
-    )
-    return TextImageDataset(shards, size=size, seed=0, train=False)
+    options = ReadOptions(cache=cache, caption_key=cfg.get("caption_key"))
+    return TextImageDataset(ShardReader(place, options), size=size, seed=0, train=False)

@@ -1,48 +1,39 @@
-"""Configuration to guidance, with the models that some kinds of it ask."""
+"""Configuration to guidance, with the models that some kinds of guidance need."""
 
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
-from ldm.config.classifier import load_noisy_classifier
 from ldm.config.components import (
     FROZEN_GROUPS,
-    Components,
+    build_denoiser,
     build_objective,
     build_style_encoder,
     is_same_schedule,
     load_diffusion_checkpoint,
 )
+from ldm.config.registry import CLASSIFIER_GROUPS, validate_file_config
 from ldm.diffusion.guidance.base import ConditionalDenoiser, Guidance
+from ldm.diffusion.schedules import Schedule
+from ldm.inference.components import Components
 from ldm.models.clip import Clip
 from ldm.models.clip_reward import ClipReward
+from ldm.models.noisy_classifier import NoisyClassifier
+from ldm.utils.checkpoint_facts import check_frozen_digests, read_checkpoint_metadata
+from ldm.utils.checkpoint_file import (
+    CheckpointError,
+    find_checkpoint,
+    load_module_state,
+    read_checkpoint,
+    select_prefix,
+)
 from ldm.utils.errors import UsageError
 from ldm.utils.hashing import hash_module
-
-
-def build_guidance(cfg: DictConfig, components: Components) -> Guidance:
-    """The guidance of `cfg`, its inner ones and their models included.
-
-    Raises UsageError where a model is not named, or is of another space than the denoiser.
-    """
-    makers = {
-        "inner": build_guidance,
-        "guide": load_guide_denoiser,
-        "classifier": load_classifier_guide,
-        "reward_model": load_clip_reward,
-    }
-    needed = {name: make for name, make in makers.items() if name in cfg}
-    for name in needed:
-        if cfg[name] is None:
-            raise UsageError(f"guidance.{name} is needed: {GUIDANCE_MODEL_HINTS[name]}")
-    built = {name: make(cfg[name], components) for name, make in needed.items()}
-    if "classifier" in built or "reward_model" in built:
-        built["schedule"] = components.objective.schedule
-    if cfg.get("rescale"):
-        built["x0_at_zero_output"] = components.objective.x0_at_zero_output
-    leaf = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in built])
-    # Handed to the call and not to instantiate, which would take apart what is a dataclass.
-    return instantiate(leaf, _partial_=True, _convert_="all")(**built)
-
 
 GUIDANCE_MODEL_HINTS = {
     "guide": "a checkpoint of a worse run of the same kind",
@@ -51,52 +42,159 @@ GUIDANCE_MODEL_HINTS = {
 }
 
 
-def load_guide_denoiser(path: str, components: Components) -> ConditionalDenoiser:
-    """The averaged denoiser of a checkpoint, on the same latents, text and schedule as ours.
+def build_guidance(
+    cfg: DictConfig,
+    components: Components,
+    *,
+    device: torch.device,
+    trust: Sequence[str] | None = None,
+) -> Guidance:
+    """The guidance of `cfg` with its inner guidance and its models, which are put on `device`.
 
-    Raises UsageError where it is of others, or of another task.
+    Raises UsageError where a model is missing, or belongs to another latent space.
     """
-    opened = load_diffusion_checkpoint(path, name="guidance.guide")
-    trained = instantiate(opened.config.task)
-    if (why := components.task.incompatible_with(trained)) is not None:
+    loaders = {
+        "guide": partial(load_guide_denoiser, trust=trust),
+        "classifier": partial(load_classifier_guide, trust=trust),
+        "reward_model": load_clip_reward,
+    }
+    for name, hint in GUIDANCE_MODEL_HINTS.items():
+        if name in cfg and cfg[name] is None:
+            raise UsageError(f"guidance.{name} is needed: {hint}")
+    built = {
+        name: load(cfg[name], components, device=device)
+        for name, load in loaders.items()
+        if name in cfg
+    }
+    if "classifier" in built or "reward_model" in built:
+        built["schedule"] = components.objective.schedule
+    if "inner" in cfg:
+        built["inner"] = build_guidance(cfg.inner, components, device=device, trust=trust)
+    if cfg.get("rescale"):
+        built["x0_at_zero_output"] = components.objective.x0_at_zero_output
+    leaf = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in built])
+    # Passed to the call: instantiate would take apart what is a dataclass.
+    return instantiate(leaf, _partial_=True, _convert_="all")(**built)
+
+
+def load_guide_denoiser(
+    path: str, components: Components, *, device: torch.device, trust: Sequence[str] | None = None
+) -> ConditionalDenoiser:
+    """The averaged denoiser of a run on the same latents, text encoder and schedule.
+
+    Raises UsageError where these, or the task, differ.
+    """
+    source, task = (
+        load_diffusion_checkpoint(path, name="guidance.guide", trust=trust),
+        components.task,
+    )
+    trained_task = instantiate(source.config.task)
+    if (why := task.incompatible_with(trained_task)) is not None:
         raise UsageError(
-            f"guidance.guide={path} is of task={trained.name} and cannot guide "
-            f"task={components.task.name}: {why}"
+            f"guidance.guide={path} is of task={trained_task.name} and cannot guide "
+            f"task={task.name}: {why}"
         )
-    for name, part in zip(FROZEN_GROUPS, (components.autoencoder, components.text), strict=True):
-        if hash_module(part) != opened.digests[name]:
+    for name in FROZEN_GROUPS:
+        if hash_module(components.frozen[name]) != source.digests[name]:
             raise UsageError(
                 f"guidance.guide={path} was trained with another {name}: a guide answers for the "
                 "same latents and the same states of the text"
             )
-    objective = build_objective(opened.config)
+    objective = build_objective(source.config).to(device)
     if not is_same_schedule(objective.schedule, components.objective.schedule):
         raise UsageError(f"guidance.guide={path} was trained on another scheduler")
-    style = build_style_encoder(opened.config)
-    network = opened.network(
-        "ema.module.", components.autoencoder, components.text, components.task, style
-    )
-    network, objective = network.to(components.device), objective.to(components.device)
+    style_encoder = build_style_encoder(source.config)
+    encoders = (components.autoencoder, components.text_encoder, style_encoder)
+    denoiser = build_denoiser(source.config, *encoders, task)
+    source.load_denoiser(denoiser, "ema.module.").to(device)
 
     def denoise(x_t, t, cond):
-        return objective.predict_x0(network, x_t, t.to(x_t.device), cond)
+        return objective.predict_x0(denoiser, x_t, t.to(x_t.device), cond)
 
     return denoise
 
 
-def load_classifier_guide(path: str, components: Components):
-    """The classifier of a run of stage=classifier, for ldm.diffusion.guidance.gradient.
-
-    Raises UsageError where videos are painted.
-    """
+def load_classifier_guide(
+    path: str, components: Components, *, device: torch.device, trust: Sequence[str] | None = None
+):
+    """The log likelihoods of a run of stage=classifier; UsageError for tasks of videos."""
     if components.task.is_video:
         raise UsageError(
             f"guidance=classifier reads pictures, and task={components.task.name} is of videos: "
             "guidance=clip and guidance=autoguidance guide these"
         )
-    return load_noisy_classifier(path, components=components).make_log_likelihood
+    return load_noisy_classifier(path, components, device=device, trust=trust).make_log_likelihood
 
 
-def load_clip_reward(path: str, components: Components) -> ClipReward:
-    """A CLIP that looks at decoded latents."""
-    return ClipReward(Clip.load(path).to(components.device), components.autoencoder.decode)
+def load_clip_reward(path: str, components: Components, *, device: torch.device) -> ClipReward:
+    """A CLIP that reads decoded latents; UsageError where there is none at `path`."""
+    try:
+        clip = Clip.load(path)
+    except OSError as error:
+        why = str(error).splitlines()[0] if Path(path).is_dir() else "there is no such CLIP"
+        hint = GUIDANCE_MODEL_HINTS["reward_model"]
+        raise UsageError(f"guidance.reward_model={path}: {why}. Give {hint}") from error
+    return ClipReward(clip.to(device), components.autoencoder.decode)
+
+
+def build_noisy_classifier(
+    cfg: DictConfig, autoencoder: nn.Module, text_encoder: nn.Module, schedule: Schedule
+) -> NoisyClassifier:
+    """The network of `cfg.classifier`, with the sizes of the components around it.
+
+    Raises ValueError where the text encoder has no pooled state.
+    """
+    sizes = {"schedule": schedule, "in_channels": autoencoder.channels}
+    return NoisyClassifier(instantiate(cfg.classifier, **sizes, _convert_="all"), text_encoder)
+
+
+def load_noisy_classifier(
+    ckpt: str, components: Components, *, device: torch.device, trust: Sequence[str] | None = None
+) -> NoisyClassifier:
+    """The classifier of a run of stage=classifier, frozen, for a model on the same latents.
+
+    Raises UsageError for a run of another stage, autoencoder or scheduler, CheckpointError where
+    files are damaged, name other code than ours, or the text encoder is not the one trained with.
+    """
+    path = find_checkpoint(ckpt, name="guidance.classifier")
+    payload = read_checkpoint(path)
+    facts = read_checkpoint_metadata(payload, path)
+    if facts["stage"] != "classifier":
+        raise UsageError(
+            f"{path} comes from stage={facts['stage']}: a classifier is what "
+            "`python train.py experiment=classifier_scenes` trains"
+        )
+    config = validate_file_config(facts["config"], path, needed=CLASSIFIER_GROUPS, trust=trust)
+    check_frozen_digests(facts, path, FROZEN_GROUPS)
+    if hash_module(components.autoencoder) != facts["frozen"]["autoencoder"]:
+        raise UsageError(
+            f"{path} was trained on the latents of another autoencoder than the model's: train a "
+            "classifier with the model's autoencoder=..."
+        )
+    schedule = instantiate(config.scheduler)
+    if not is_same_schedule(schedule, components.objective.schedule):
+        raise UsageError(
+            f"{path} was trained on another noise schedule than the model: train a classifier with "
+            "the model's scheduler=..."
+        )
+    text_encoder = load_text_encoder(config, components, facts["frozen"]["text_encoder"], path)
+    built = build_noisy_classifier(
+        config, components.autoencoder, text_encoder.to(device), schedule
+    )
+    load_module_state(built, select_prefix(payload, "classifier."), what=str(path))
+    return built.eval().requires_grad_(False).to(device)
+
+
+def load_text_encoder(
+    config: DictConfig, components: Components, digest: str, path: Path
+) -> nn.Module:
+    """The text encoder with this digest: the model's own, or that of `config`."""
+    if hash_module(components.text_encoder) == digest:
+        return components.text_encoder
+    text_encoder = instantiate(config.text_encoder)
+    if hash_module(text_encoder) != digest:
+        raise CheckpointError(
+            f"{config.text_encoder.get('path', config.text_encoder._target_)} is not the "
+            f"text_encoder that {path} was trained with (its weights, or names, differ)"
+        )
+    return text_encoder

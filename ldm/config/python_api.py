@@ -5,7 +5,8 @@ from os import PathLike
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-from ldm.config.command_line import check_config, check_group_option
+from ldm.config.command_line import check_group_option
+from ldm.config.config_check import check_config
 from ldm.config.pipeline import load_pipeline
 from ldm.config.suggestions import CONF_DIR, explain_hydra_error
 from ldm.inference.pipeline import Pipeline

@@ -1,235 +1,210 @@
-"""Which numbers each setting takes: one table, looked up before anything is imported or written.
+"""The numbers that each setting takes: one table, read before anything is imported or written.
 
 A key of `conf/` is found by its whole name, else by its first and last part (`guidance.inner.scale`
-is `guidance.scale`). A key that is a command's own may be told apart with the command's name
-(`augment keep`). Null is taken where the default is null or the table has NULL. A setting of a
-class from elsewhere is not in the table: it must be finite, and nothing else is known of it.
+is `guidance.scale`). A name such as `augment keep` is for one command. Null is allowed where the
+default is null or the rule has NULL. A setting of a class from elsewhere must be finite; nothing
+else is known of it.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
-from ldm.config.rules import ExactRule, ListRule, NumberRule, format_setting_value
-
-# What a `_target_` begins with whose settings are known.
+# The settings of targets that begin like this are in the table.
 OWN_TARGET_PREFIXES = ("ldm.", "lightning.", "datetime.", "hydra_plugins.")
 
-SettingRule = tuple[NumberRule | ListRule | ExactRule, ...]  # one of which is enough
+
+@dataclass(frozen=True)
+class NumberRule:
+    """The numbers of an interval; whole: only integers, which a float such as 1e3 is not."""
+
+    interval: str  # "[0, 1)" holds 0 and not 1
+    whole: bool = False
+
+    def bounds(self) -> tuple[float, float]:
+        """The two ends, which need not be in the interval."""
+        ends = self.interval[1:-1].split(", ")
+        low, high = (int(end) if end.lstrip("-").isdecimal() else float(end) for end in ends)
+        return low, high
+
+    def accepts(self, value: object) -> bool:
+        """Whether a value is one of these numbers."""
+        if type(value) is not int and (self.whole or type(value) is not float):
+            return False
+        low, high = self.bounds()
+        above = low < value or (value == low and self.interval[0] == "[")
+        return above and (value < high or (value == high and self.interval[-1] == "]"))
+
+    def __str__(self) -> str:
+        """In words, as in "a number from 0 to below 1"."""
+        kind = "a whole number" if self.whole else "a number"
+        low, high = map(_format_number, self.bounds())
+        closed = self.interval[0] == "["
+        if high == "inf":
+            return f"{kind} from {low} on" if closed else f"{kind} above {low}"
+        first, to = ("from", "to") if closed else ("above", "and up to")
+        if self.interval[-1] == ")":
+            to = "to below" if closed else "and below"
+        return f"{kind} {first} {low} {to} {high}"
 
 
-def integer_rule(interval: str) -> NumberRule:
+def _format_number(number: float) -> str:
+    """1000000 and not 1e+06."""
+    return str(int(number)) if math.isfinite(number) and number == int(number) else f"{number:g}"
+
+
+@dataclass(frozen=True)
+class ListRule:
+    """A list of numbers, of one of these lengths; rising: each larger than the one before."""
+
+    each: NumberRule
+    lengths: Sequence[int]
+    rising: bool = False
+
+    def accepts(self, value: object) -> bool:
+        """Whether a value is such a list."""
+        if not isinstance(value, list) or len(value) not in self.lengths:
+            return False
+        if not all(self.each.accepts(item) for item in value):
+            return False
+        return not self.rising or all(a < b for a, b in pairwise(value))
+
+    def __str__(self) -> str:
+        count = f"{min(self.lengths)} " if len(self.lengths) == 1 else ""
+        rising = "rising " if self.rising else ""
+        return f"a list [a,b,..] of {count}{rising}values, each {self.each}"
+
+
+@dataclass(frozen=True)
+class ExactRule:
+    """One value that is not among the numbers of the other rules."""
+
+    value: object
+
+    def accepts(self, value: object) -> bool:
+        """Whether it is this one."""
+        return type(value) is type(self.value) and value == self.value
+
+    def __str__(self) -> str:
+        return format_setting_value(self.value)
+
+
+SettingRule = tuple[NumberRule | ListRule | ExactRule, ...]  # a value needs to fit one of them
+
+
+def integers(interval: str) -> NumberRule:
     """The integers of an interval."""
     return NumberRule(interval, whole=True)
 
 
-NULL_RULE = ExactRule(None)
-POSITIVE_INTEGER = integer_rule("[1, 1000000000]")
-NONNEGATIVE_INTEGER = integer_rule("[0, 1000000000]")
-INTEGER_FROM_TWO = integer_rule(
-    "[2, 1000000000]"
-)  # of pictures, of which one is compared with others
-SAMPLER_STEPS_RANGE = integer_rule("[1, 1000000]")  # of a sampler
-BATCH_SIZE_RANGE = integer_rule("[1, 1000000]")
-IMAGE_SIDE_RANGE = integer_rule("[1, 16384]")  # pixels
-NETWORK_WIDTH_RANGE = integer_rule("[1, 65536]")  # features
-SMALL_COUNT_RANGE = integer_rule("[1, 1024]")  # layers, heads, patches
-FRAME_COUNT_RANGE = integer_rule("[1, 10000]")
-WORKER_COUNT_RANGE = integer_rule("[0, 1000]")
-SEED_RANGE = integer_rule("[0, 9223372036854775807]")
-UNIT_INTERVAL = NumberRule("[0, 1]")
-FRACTION_BELOW_ONE = NumberRule("[0, 1)")
-NONNEGATIVE_AMOUNT = NumberRule("[0, 1000000]")
-POSITIVE_AMOUNT = NumberRule("(0, 1000000]")
-SIGNED_AMOUNT = NumberRule("[-1000, 1000]")  # 0 is in their midst
-GUIDANCE_SCALE_RANGE = NumberRule(
-    "[-1000000, 1000000]"
-)  # guidance: 1 is none or Bayes' rule, below 0 is away
-EMA_LENGTH_RANGE = NumberRule(
-    f"(0, {12**-0.5}]"
-)  # of an average, as a share of the run: at most all steps alike
-LIST_LENGTHS = range(1, 65)
-NONNEGATIVE_BOUND = NumberRule("[0, inf)")  # however large: a bound that is never met
-POSITIVE_BOUND = NumberRule("(0, inf)")
+NULL = ExactRule(None)
+POSITIVE = integers("[1, 1000000000]")
+SIDE = integers("[1, 16384]")  # pixels
+STEPS = integers("[1, 1000000]")
+SEED = integers("[0, 9223372036854775807]")
+BLOCKS = integers("[1, 1024]")  # of a network: blocks, layers, heads, patches
+SHARE = NumberRule("[0, 1]")
+SHARE_BELOW_ONE = NumberRule("[0, 1)")
+AMOUNT = NumberRule("[0, inf)")  # however large: a bound that is never reached
+# The width of an EMA, as a share of the run; at most all steps alike.
+EMA_LENGTH_RANGE = NumberRule(f"(0, {12**-0.5}]")
 
-SETTING_RANGES: dict[str, NumberRule | ListRule | ExactRule | SettingRule] = {
-    # The commands' own, and train.py's.
-    "seed": SEED_RANGE,
-    "train seed": integer_rule("[0, 4294967295]"),  # numpy's
-    "n": POSITIVE_INTEGER,
-    "steps": SAMPLER_STEPS_RANGE,
-    "batch": BATCH_SIZE_RANGE,
-    "size": IMAGE_SIDE_RANGE,
-    "sample size": (IMAGE_SIDE_RANGE, ListRule(IMAGE_SIDE_RANGE, [2])),
-    "prepare size": (IMAGE_SIDE_RANGE, NULL_RULE),
-    "pad": ListRule(integer_rule("[0, 16384]"), [4]),
-    "previews": integer_rule("[0, 1000]"),
-    "frames": FRAME_COUNT_RANGE,
-    "fps": NumberRule("(0, 1000]"),
-    "strength": NumberRule("(0, 1]"),
-    "cascade_guidance_scale": GUIDANCE_SCALE_RANGE,
-    "min_score": NumberRule("(0, 100]"),
-    "augment keep": NumberRule("(0, 1]"),
-    "samples_per_shard": integer_rule("[1, 10000]"),  # four digits of a key
-    "count": INTEGER_FROM_TWO,
-    "real": INTEGER_FROM_TWO,
-    "length": EMA_LENGTH_RANGE,
-    "top": POSITIVE_INTEGER,
-    "most": POSITIVE_INTEGER,
-    "package scenes": INTEGER_FROM_TWO,
-    "quality": integer_rule("[1, 100]"),
-    "workers": integer_rule("[1, 1000]"),
-    "limit": POSITIVE_INTEGER,
-    "ema_decay": FRACTION_BELOW_ONE,
-    "phema.lengths": ListRule(EMA_LENGTH_RANGE, range(65)),
-    "phema.every": POSITIVE_INTEGER,
-    "time_power": POSITIVE_AMOUNT,
-    "caption_dropout": UNIT_INTERVAL,
-    "kl_weight": NONNEGATIVE_AMOUNT,
-    "vocab_size": integer_rule("[514, 1000000]"),  # 256 bytes, twice, begin and end
-    "samples.n": integer_rule("[0, 1000]"),
-    "samples.steps": SAMPLER_STEPS_RANGE,
-    "checkpoint.every": POSITIVE_INTEGER,
-    "checkpoint.keep": POSITIVE_INTEGER,
-    "checkpoint.keep_best": NONNEGATIVE_INTEGER,
-    "stop_after_skips": POSITIVE_INTEGER,
-    # Groups.
-    "autoencoder.patch": SMALL_COUNT_RANGE,
-    "autoencoder.latent_channels": SMALL_COUNT_RANGE,
-    "autoencoder.channels": NETWORK_WIDTH_RANGE,
-    "autoencoder.multipliers": ListRule(SMALL_COUNT_RANGE, LIST_LENGTHS),
-    "autoencoder.blocks": SMALL_COUNT_RANGE,
-    "autoencoder.groups": integer_rule("[0, 65536]"),  # 0: no norm
-    "classifier.width": NETWORK_WIDTH_RANGE,
-    "classifier.channels": NETWORK_WIDTH_RANGE,
-    "classifier.multipliers": ListRule(SMALL_COUNT_RANGE, LIST_LENGTHS),
-    "classifier.blocks": SMALL_COUNT_RANGE,
-    "classifier.heads": SMALL_COUNT_RANGE,
-    "classifier.depth": SMALL_COUNT_RANGE,
-    "classifier.groups": NETWORK_WIDTH_RANGE,
-    "classifier.embedding": NETWORK_WIDTH_RANGE,
-    "classifier.positional_waves": integer_rule("[0, 1024]"),
-    "classifier.dropout": UNIT_INTERVAL,
-    "clip.patch_size": IMAGE_SIDE_RANGE,
-    "clip.width": NETWORK_WIDTH_RANGE,
-    "clip.layers": SMALL_COUNT_RANGE,
-    "clip.heads": SMALL_COUNT_RANGE,
-    "clip.projection": NETWORK_WIDTH_RANGE,
-    "clip.max_length": NETWORK_WIDTH_RANGE,
-    "clip.max_scale": POSITIVE_AMOUNT,
-    "data.count": POSITIVE_INTEGER,
-    "data.val_count": POSITIVE_INTEGER,
-    "data.size": IMAGE_SIDE_RANGE,
-    "data.batch_size": BATCH_SIZE_RANGE,
-    "data.flip": UNIT_INTERVAL,
-    "data.window": POSITIVE_INTEGER,
-    "data.group": POSITIVE_INTEGER,
-    "data.family": POSITIVE_INTEGER,
-    "data.frames": FRAME_COUNT_RANGE,
-    "data.workers": WORKER_COUNT_RANGE,
-    "data.val_batch_size": BATCH_SIZE_RANGE,
-    "data.val_limit": POSITIVE_INTEGER,
-    "data.max_skipped": UNIT_INTERVAL,
-    "data.min_size": IMAGE_SIDE_RANGE,
-    "data.cache_gb": POSITIVE_BOUND,
-    "early_stop.others": POSITIVE_INTEGER,
-    "early_stop.min_steps": NONNEGATIVE_INTEGER,
-    "early_stop.validations": POSITIVE_INTEGER,
-    "early_stop.min_delta": NONNEGATIVE_BOUND,
-    "eval.count": INTEGER_FROM_TWO,
-    "eval.steps": SAMPLER_STEPS_RANGE,
-    "eval.images.every": NONNEGATIVE_INTEGER,
-    "eval.scenes.every": POSITIVE_INTEGER,
-    "eval.real": INTEGER_FROM_TWO,
-    "eval.batch": BATCH_SIZE_RANGE,
-    "guidance.scale": GUIDANCE_SCALE_RANGE,
-    "guidance.style_scale": GUIDANCE_SCALE_RANGE,
-    "guidance.interval": ListRule(UNIT_INTERVAL, [2], rising=True),
-    "guidance.rescale": UNIT_INTERVAL,
-    "guidance.parallel": GUIDANCE_SCALE_RANGE,
-    "guidance.momentum": NumberRule("(-1, 1)"),
-    "guidance.bound": POSITIVE_BOUND,
-    "hydra.n_jobs": integer_rule("[1, 10000]"),
-    "hydra.devices": (integer_rule("[0, 10000]"), NULL_RULE),
-    "hydra.timeout_min": POSITIVE_INTEGER,
-    "hydra.signal_delay_s": NONNEGATIVE_INTEGER,
-    "hydra.array_parallelism": POSITIVE_INTEGER,
-    "hydra.n_trials": POSITIVE_INTEGER,
-    "hydra.max_failure_rate": UNIT_INTERVAL,
-    "hydra.seed": (SEED_RANGE, NULL_RULE),
-    "hydra.n_startup_trials": NONNEGATIVE_INTEGER,
-    "loss.c": POSITIVE_AMOUNT,
-    "model.channels": NETWORK_WIDTH_RANGE,
-    "model.multipliers": ListRule(SMALL_COUNT_RANGE, LIST_LENGTHS),
-    "model.blocks": SMALL_COUNT_RANGE,
-    "model.heads": SMALL_COUNT_RANGE,
-    "model.depth": SMALL_COUNT_RANGE,
-    "model.groups": NETWORK_WIDTH_RANGE,
-    "model.dropout": UNIT_INTERVAL,
-    "model.embedding": NETWORK_WIDTH_RANGE,
-    "model.positional_waves": integer_rule("[0, 1024]"),
-    "objective.offset_noise": NONNEGATIVE_AMOUNT,
-    "objective.input_perturbation": NONNEGATIVE_AMOUNT,
-    "optimizer.lr": NumberRule("[0, 1000000]"),
-    "optimizer.betas": ListRule(FRACTION_BELOW_ONE, [2]),
-    "optimizer.weight_decay": NONNEGATIVE_AMOUNT,
-    "optimizer.warmup": NONNEGATIVE_INTEGER,
-    "sampler.eta": UNIT_INTERVAL,
-    "sampler.order": integer_rule("[1, 3]"),
-    "sampler.clip": POSITIVE_BOUND,
-    "sampler.quantile": NumberRule("(0, 1]"),
-    "sampler.churn": NONNEGATIVE_AMOUNT,
-    "sampler.churn_min": NONNEGATIVE_BOUND,
-    "sampler.churn_max": NONNEGATIVE_BOUND,
-    "sampler.churn_noise": NONNEGATIVE_AMOUNT,
-    "sampler.original_steps": (SAMPLER_STEPS_RANGE, NULL_RULE),
-    "scheduler.steps": SAMPLER_STEPS_RANGE,
-    "scheduler.offset": NumberRule("[0, 1000]"),
-    "scheduler.max_beta": NumberRule("(0, 1)"),
-    "scheduler.start": SIGNED_AMOUNT,
-    "scheduler.end": SIGNED_AMOUNT,
-    "scheduler.shift": POSITIVE_AMOUNT,
-    "scheduler.location": SIGNED_AMOUNT,
-    "scheduler.scale": POSITIVE_AMOUNT,
-    "scheduler.tau": POSITIVE_AMOUNT,
-    "strategy.minutes": POSITIVE_AMOUNT,
-    "style_encoder.layer": NONNEGATIVE_INTEGER,
-    "style_encoder.tiles": SMALL_COUNT_RANGE,
-    "style_encoder.code": integer_rule("[2, 65536]"),
-    "style_encoder.dropout": UNIT_INTERVAL,
-    "style_encoder.word_dropout": UNIT_INTERVAL,
-    "task.rounds": integer_rule("[1, 1000]"),
-    "task.scales": ListRule(integer_rule("[2, 64]"), LIST_LENGTHS),
-    "task.scale": integer_rule("[2, 64]"),
-    "task.max_noise_level": FRACTION_BELOW_ONE,
-    "task.noise_level": FRACTION_BELOW_ONE,
-    "task.tile_overlap": FRACTION_BELOW_ONE,
-    "task.residual_std": POSITIVE_AMOUNT,
-    "task.first_frame_prob": UNIT_INTERVAL,
-    "task.shared_noise": UNIT_INTERVAL,
-    "text_encoder.max_length": NETWORK_WIDTH_RANGE,
-    "timestep_sampler.power": POSITIVE_AMOUNT,
-    "timestep_sampler.mean": SIGNED_AMOUNT,
-    "timestep_sampler.std": POSITIVE_AMOUNT,
-    "trainer.devices": (
-        *(integer_rule("[1, 10000]"), ExactRule("auto"), ExactRule(-1)),
-        ListRule(integer_rule("[0, 9999]"), range(1, 10001)),
+# A rule, or several of which one is enough, and the settings that it is for.
+RULES: tuple[tuple[NumberRule | ListRule | ExactRule | SettingRule, str], ...] = (
+    # Counts.
+    (POSITIVE, "n, top, most, limit, phema.every, checkpoint.every, checkpoint.keep"),
+    (POSITIVE, "data.count, data.val_count, data.window, data.group, data.family, data.val_limit"),
+    (POSITIVE, "early_stop.others, early_stop.validations, stop_after_skips, eval.scenes.every"),
+    (POSITIVE, "trainer.max_steps, trainer.val_check_interval, trainer.log_every_n_steps"),
+    (POSITIVE, "hydra.timeout_min, hydra.array_parallelism, hydra.n_trials"),
+    (integers("[0, 1000000000]"), "checkpoint.keep_best, early_stop.min_steps, eval.images.every"),
+    (integers("[0, 1000000000]"), "optimizer.warmup, style_encoder.layer, hydra.signal_delay_s"),
+    (integers("[0, 1000000000]"), "hydra.n_startup_trials"),
+    (integers("[2, 1000000000]"), "count, real, package scenes, eval.count, eval.real"),
+    (STEPS, "steps, samples.steps, eval.steps, scheduler.steps, trainer.accumulate_grad_batches"),
+    (STEPS, "batch, eval.batch, data.batch_size, data.val_batch_size"),
+    ((STEPS, NULL), "sampler.original_steps"),
+    (integers("[1, 10000]"), "frames, data.frames, samples_per_shard, hydra.n_jobs"),
+    (integers("[0, 1000]"), "previews, samples.n, data.workers"),
+    (integers("[1, 1000]"), "workers, task.rounds"),
+    (integers("[1, 100]"), "quality"),
+    (integers("[1, 3]"), "sampler.order"),
+    (integers("[514, 1000000]"), "vocab_size"),  # 256 bytes, twice, begin and end
+    (integers("[1, 100000]"), "trainer.num_nodes"),
+    ((POSITIVE, NumberRule("(0, 1]")), "trainer.limit_val_batches"),
+    ((integers("[0, 10000]"), NULL), "hydra.devices"),
+    (
+        (
+            *(integers("[1, 10000]"), ExactRule("auto"), ExactRule(-1)),
+            ListRule(integers("[0, 9999]"), range(1, 10001)),
+        ),
+        "trainer.devices",
     ),
-    "trainer.num_nodes": integer_rule("[1, 100000]"),
-    "trainer.max_steps": POSITIVE_INTEGER,
-    "trainer.accumulate_grad_batches": BATCH_SIZE_RANGE,
-    "trainer.gradient_clip_val": (NONNEGATIVE_BOUND, NULL_RULE),
-    "trainer.val_check_interval": POSITIVE_INTEGER,
-    "trainer.limit_val_batches": (integer_rule("[1, 1000000000]"), NumberRule("(0, 1]")),
-    "trainer.log_every_n_steps": POSITIVE_INTEGER,
-    "trainer.max_hours": POSITIVE_BOUND,
-    "weighting.sigma_data": POSITIVE_AMOUNT,
-    "weighting.gamma": NONNEGATIVE_AMOUNT,
-    "weighting.k": POSITIVE_AMOUNT,
-}
+    (SEED, "seed"),
+    (integers("[0, 4294967295]"), "train seed"),  # numpy's
+    ((SEED, NULL), "hydra.seed"),
+    # Sizes of images and networks.
+    (SIDE, "size, data.size, data.min_size, clip.patch_size"),
+    ((SIDE, ListRule(SIDE, [2])), "sample size"),
+    ((SIDE, NULL), "prepare size"),
+    (ListRule(integers("[0, 16384]"), [4]), "pad"),
+    (BLOCKS, "autoencoder.patch, autoencoder.latent_channels, autoencoder.blocks, clip.layers"),
+    (BLOCKS, "clip.heads, model.blocks, model.heads, model.depth, style_encoder.tiles"),
+    (BLOCKS, "classifier.blocks, classifier.heads, classifier.depth"),
+    (
+        ListRule(BLOCKS, range(1, 65)),
+        "autoencoder.multipliers, classifier.multipliers, model.multipliers",
+    ),
+    (integers("[1, 65536]"), "autoencoder.channels, classifier.width, classifier.channels"),
+    (
+        integers("[1, 65536]"),
+        "classifier.groups, classifier.embedding, clip.width, clip.projection",
+    ),
+    (integers("[1, 65536]"), "clip.max_length, model.channels, model.groups, model.embedding"),
+    (integers("[1, 65536]"), "text_encoder.max_length"),
+    (integers("[0, 65536]"), "autoencoder.groups"),  # 0: no norm
+    (integers("[2, 65536]"), "style_encoder.code"),
+    (integers("[0, 1024]"), "classifier.positional_waves, model.positional_waves"),
+    (integers("[2, 64]"), "task.scale"),
+    (ListRule(integers("[2, 64]"), range(1, 65)), "task.scales"),
+    # Shares.
+    (SHARE, "caption_dropout, classifier.dropout, model.dropout, data.flip, data.max_skipped"),
+    (SHARE, "style_encoder.dropout, style_encoder.word_dropout, guidance.rescale, sampler.eta"),
+    (SHARE, "task.first_frame_prob, task.shared_noise, hydra.max_failure_rate"),
+    (SHARE_BELOW_ONE, "ema_decay, task.max_noise_level, task.noise_level, task.tile_overlap"),
+    (NumberRule("(0, 1]"), "strength, augment keep, sampler.quantile"),
+    (NumberRule("(0, 1)"), "scheduler.max_beta"),
+    (ListRule(SHARE, [2], rising=True), "guidance.interval"),
+    (ListRule(SHARE_BELOW_ONE, [2]), "optimizer.betas"),
+    (EMA_LENGTH_RANGE, "length"),
+    (ListRule(EMA_LENGTH_RANGE, range(65)), "phema.lengths"),
+    # Other numbers.
+    (NumberRule("(0, 1000000]"), "time_power, timestep_sampler.power, timestep_sampler.std"),
+    (NumberRule("(0, 1000000]"), "scheduler.shift, scheduler.scale, scheduler.tau, loss.c"),
+    (NumberRule("(0, 1000000]"), "weighting.sigma_data, weighting.k, task.residual_std"),
+    (NumberRule("(0, 1000000]"), "clip.max_scale, strategy.minutes"),
+    (NumberRule("[0, 1000000]"), "kl_weight, objective.offset_noise, objective.input_perturbation"),
+    (NumberRule("[0, 1000000]"), "optimizer.lr, optimizer.weight_decay, weighting.gamma"),
+    (NumberRule("[0, 1000000]"), "sampler.churn, sampler.churn_noise"),
+    (AMOUNT, "early_stop.min_delta, sampler.churn_min, sampler.churn_max"),
+    ((AMOUNT, NULL), "trainer.gradient_clip_val"),
+    (NumberRule("(0, inf)"), "data.cache_gb, guidance.bound, sampler.clip, trainer.max_hours"),
+    (NumberRule("[-1000, 1000]"), "scheduler.start, scheduler.end, scheduler.location"),
+    (NumberRule("[-1000, 1000]"), "timestep_sampler.mean"),
+    (NumberRule("[0, 1000]"), "scheduler.offset"),
+    (NumberRule("(0, 1000]"), "fps"),
+    (NumberRule("(0, 100]"), "min_score"),
+    # Guidance: 1 is none or Bayes' rule, below 0 is away from the prompt.
+    (NumberRule("[-1000000, 1000000]"), "guidance.scale, guidance.style_scale"),
+    (NumberRule("[-1000000, 1000000]"), "guidance.parallel, cascade_guidance_scale"),
+    (NumberRule("(-1, 1)"), "guidance.momentum"),
+)
+SETTING_RANGES = {name: rule for rule, names in RULES for name in names.split(", ")}
 
 
 def find_setting_rule(key: str, command: str) -> SettingRule | None:
-    """What a setting of a command may be; None where it is not in the table, as texts are not."""
+    """The rule of a command's setting; None where it is not in the table, as texts are not."""
     parts = key.split(".")
     names = (f"{command} {key}", key, f"{parts[0]}.{parts[-1]}" if len(parts) > 1 else key)
     found = next((SETTING_RANGES[name] for name in names if name in SETTING_RANGES), None)
@@ -239,25 +214,25 @@ def find_setting_rule(key: str, command: str) -> SettingRule | None:
 def format_invalid_value(
     key: str, value: object, command: str, *, default: object = ..., ours: bool = True
 ) -> str:
-    """What is wrong with the value of a setting, in one line with its name; "" where nothing is.
+    """What is wrong with the value of a setting, in one line with its name; "" if nothing is.
 
-    default: `...` where there is none. ours: whether what the setting belongs to is in the table.
+    default: `...` where there is none. ours: whether its target is one of OWN_TARGET_PREFIXES.
     """
-    allowed = find_setting_rule(key, command) if ours else None
-    if allowed is None and isinstance(default, bool):
-        allowed = (ExactRule(True), ExactRule(False))
-    if allowed is not None:
-        allowed = (*allowed, NULL_RULE) if default is None and NULL_RULE not in allowed else allowed
-        good = any(each.accepts(value) for each in allowed)
+    rule = find_setting_rule(key, command) if ours else None
+    if rule is None and isinstance(default, bool):
+        rule = (ExactRule(True), ExactRule(False))
+    if rule is not None:
+        rule = (*rule, NULL) if default is None and NULL not in rule else rule
+        valid = any(each.accepts(value) for each in rule)
     else:
-        good = all(math.isfinite(number) for number in _numbers(value))
+        valid = all(math.isfinite(number) for number in _numbers(value))
         if isinstance(default, int | float) and isinstance(value, str | list | dict):
             return (
                 f"{key}={format_setting_value(value)} must be a number (its default is "
                 f"{format_setting_value(default)})"
             )
-    may_be = "a finite number" if allowed is None else ", or ".join(map(str, allowed))
-    return "" if good else f"{key}={format_setting_value(value)} must be {may_be}"
+    may_be = "a finite number" if rule is None else ", or ".join(map(str, rule))
+    return "" if valid else f"{key}={format_setting_value(value)} must be {may_be}"
 
 
 def _numbers(value: object) -> Iterator[int | float]:
@@ -266,3 +241,11 @@ def _numbers(value: object) -> Iterator[int | float]:
     elif isinstance(value, list | dict):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _numbers(item)
+
+
+def format_setting_value(value: object) -> str:
+    """A value as a user writes it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(format_setting_value, value))}]"
+    plain = {None: "null", True: "true", False: "false"}
+    return plain[value] if value is None or isinstance(value, bool) else str(value)

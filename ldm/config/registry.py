@@ -1,11 +1,12 @@
-"""What a configuration from a file may build: the components of conf/, and nothing else.
+"""The components that a configuration from a file may build: those of conf/, and nothing else.
 
-Checkpoints and run directories may come from anyone, and a `_target_` is a call. All that is built
-of them goes through `admit`, which looks at plain values before anything is imported or called.
+Checkpoints and run directories may come from anyone, and a `_target_` is a call. Every component of
+such a file goes through `validate_component`, which looks at plain values before anything is
+imported or called. A user may allow packages of their own by name (`trust=[mypackage]`).
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -19,30 +20,31 @@ from ldm.experiments.former_names import update_names
 from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.plain_yaml import parse_plain_mapping
 
-# Groups that a model is built of.
+# The groups of the components of a model.
 DIFFUSION_GROUPS = ("autoencoder", "text_encoder", "model", "scheduler", "objective", "task")
 OPTIONAL_GROUPS = (
     "style_encoder",
     "weighting",
     "loss",
     "timestep_sampler",
-)  # not in older checkpoints
+)  # older files lack them
 CLASSIFIER_GROUPS = ("text_encoder", "scheduler", "classifier")
 COMPONENT_GROUPS = tuple(dict.fromkeys((*DIFFUSION_GROUPS, *OPTIONAL_GROUPS, *CLASSIFIER_GROUPS)))
 
-# Components within others that are options of a group.
+# Components within others that are options of a group; in older checkpoints.
 NESTED_GROUPS = {
-    "objective.weighting": "weighting",  # in checkpoints of before these were groups
+    "objective.weighting": "weighting",
     "objective.timestep_sampler": "timestep_sampler",
 }
-# Values of other groups that the parts of a model are built with, and of which type they are.
+# Settings of other groups that decide the sizes of components, with their types.
 SIZE_SETTINGS = {
     "data": {"size": int, "batch_size": int, "frames": (int, type(None))},
     "trainer": {"precision": (str, int, type(None))},
 }
-MAX_INTEGER = 10**7  # of an integer: no size of a component comes near
-MAX_LIST_LENGTH = 100_000  # entries of a list
+MAX_INTEGER = 10**7  # larger than any size of a component
+MAX_LIST_LENGTH = 100_000
 PLAIN_TYPES = (str, bool, int, float, type(None))
+NEVER_TRUSTED = "ldm"  # of this package only the targets of conf/ may be built
 
 
 @cache
@@ -63,31 +65,40 @@ def _collect_targets(place: str, option: dict, found: dict[str, set[str]]) -> No
             _collect_targets(f"{place}.{key}", value, found)
 
 
-def validate_file_config(text: object, where: Path, *, needed: tuple[str, ...]) -> DictConfig:
-    """The groups of a file's configuration that models are built of, with today's names.
+def list_trusted_packages(cfg: DictConfig) -> tuple[str, ...]:
+    """The packages that the setting `trust` names: a list, or a single name."""
+    trust = cfg.get("trust") or ()
+    return (trust,) if isinstance(trust, str) else tuple(map(str, trust))
 
-    needed: those that must be there. `data` and `trainer` come along as plain values; what else
-    the file says is left out. Raises CheckpointError, which names `where` and what is wrong.
+
+def validate_file_config(
+    text: object, where: Path, *, needed: tuple[str, ...], trust: Sequence[str] | None = None
+) -> DictConfig:
+    """The component groups of a file's configuration, with the names of today.
+
+    needed: the groups that must be there. `data` and `trainer` come along as plain values, all else
+    is left out. trust: the packages whose components are allowed, too; None: the command has no
+    such setting. Raises CheckpointError, which names `where` and what is wrong.
     """
     try:
         config = update_names(parse_plain_mapping(text))
         for group in needed:
             if not config.get(group):
                 raise ValueError(f"it says nothing of {group}")
-        there = [name for name in COMPONENT_GROUPS if config.get(name)]
-        admitted = {name: validate_component(config[name], name) for name in there}
+        present = [name for name in COMPONENT_GROUPS if config.get(name)]
+        valid = {name: validate_component(config[name], name, trust=trust) for name in present}
         for group, kinds in SIZE_SETTINGS.items():
-            admitted[group] = _validate_sizes(config.get(group), group, kinds)
+            valid[group] = _validate_sizes(config.get(group), group, kinds)
     except ValueError as error:
         raise CheckpointError(f"{where} is not used, and nothing of it was run: {error}") from error
-    return OmegaConf.create(admitted)
+    return OmegaConf.create(valid)
 
 
-def validate_component(node: object, place: str) -> dict:
-    """A component of a file's configuration, plain, its target one that conf/ names at `place`.
+def validate_component(node: object, place: str, *, trust: Sequence[str] | None = None) -> dict:
+    """A component of a file's configuration as plain values.
 
-    Raises ValueError for other targets, and for arguments that are no plain values, no components
-    of conf/ or not the target's own.
+    Raises ValueError unless its target is one that conf/ names at `place` or one of a trusted
+    package, and its arguments are plain values, or components of conf/, that the target takes.
     """
     if not isinstance(node, dict):
         raise ValueError(f"{place} is {_shorten_repr(node)}, and no component")
@@ -95,31 +106,53 @@ def validate_component(node: object, place: str) -> dict:
     target = node.get("_target_")
     if not isinstance(target, str):
         raise ValueError(f"{place} asks to call {_shorten_repr(target)}, which is no name of ours")
-    if target not in list_component_targets().get(place, ()):
-        raise ValueError(f"it asks to call {_shorten_repr(target)}, which is no {place} of ours")
-    takes = list_target_arguments(target)
-    admitted: dict[str, object] = {"_target_": target}
+    ours = target in list_component_targets().get(place, ())
+    if not ours:
+        check_trusted_target(target, place, trust)
+    names, takes_more = list_target_arguments(target)
+    valid: dict[str, object] = {"_target_": target}
     for key, value in node.items():
         if key == "_target_":
             continue
-        if key not in takes:
-            raise ValueError(
-                f"{place} has the key {_shorten_repr(key)}, which {target} does not take"
-            )
+        if key not in names and (ours or not takes_more or key.startswith("_")):
+            key = _shorten_repr(key)
+            raise ValueError(f"{place} has the key {key}, which {target} does not take")
         inner = f"{place}.{key}"
         if NESTED_GROUPS.get(inner, inner) in list_component_targets():
-            admitted[key] = validate_component(value, inner)
+            valid[key] = validate_component(value, inner, trust=trust)
         elif isinstance(value, dict):
             raise ValueError(f"{inner} is a component, where none can be")
         else:
-            admitted[key] = validate_plain_value(value, inner)
-            if value is not None and (said := format_invalid_value(inner, value, "train")):
-                raise ValueError(said)
-    return admitted
+            valid[key] = validate_plain_value(value, inner)
+            message = format_invalid_value(inner, value, "train", ours=ours)
+            if value is not None and message:
+                raise ValueError(message)
+    return valid
+
+
+def check_trusted_target(target: str, place: str, trust: Sequence[str] | None) -> None:
+    """Imports a target of the user's own, where `trust` names its package; else ValueError.
+
+    Raises ValueError as well for anything but a class or function that is defined in the package.
+    """
+    refusal = f"it asks to call {_shorten_repr(target)}, which is no {place} of ours"
+    package = target.partition(".")[0]
+    if trust is None or not package.isidentifier() or package == NEVER_TRUSTED or "." not in target:
+        raise ValueError(refusal)
+    if package not in trust:
+        raise ValueError(f"{refusal}: add trust=[{package}] if you trust that package")
+    try:
+        found = get_object(target)
+    except Exception as error:  # of the user's own code
+        raise ValueError(f"{refusal}; {package} was trusted, and has no such name") from error
+    owner, name = getattr(found, "__module__", None), getattr(found, "__qualname__", ".")
+    is_own = isinstance(owner, str) and owner.partition(".")[0] == package and "." not in name
+    if not is_own or not (inspect.isclass(found) or inspect.isfunction(found)):
+        raise ValueError(f"{refusal}, and no class or function that {package} defines")
 
 
 def validate_plain_value(value: object, name: str) -> object:
-    """A value that is no call and no interpolation, lists of such among them; else ValueError."""
+    """A value without calls and interpolations, or a list of such values; else ValueError."""
     if isinstance(value, list):
         if len(value) > MAX_LIST_LENGTH:
             raise ValueError(f"{name} has {len(value)} entries")
@@ -133,26 +166,25 @@ def validate_plain_value(value: object, name: str) -> object:
     return value
 
 
-def list_target_arguments(target: str) -> frozenset[str]:
-    """The names of a target's own arguments."""
+def list_target_arguments(target: str) -> tuple[frozenset[str], bool]:
+    """The names of a target's own arguments, and whether it takes others by name as well."""
     parameters = inspect.signature(get_object(target)).parameters.values()
     open_ended = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return frozenset(one.name for one in parameters if one.kind not in open_ended)
+    names = frozenset(one.name for one in parameters if one.kind not in open_ended)
+    return names, any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
 
 
 def _validate_sizes(node: object, group: str, kinds: dict[str, type | tuple[type, ...]]) -> dict:
     if not isinstance(node, dict):
         raise ValueError(f"{group} is {_shorten_repr(node)}, and no mapping")
     for key, kind in kinds.items():
-        value = node.get(key)
+        value, name = node.get(key), f"{group}.{key}"
         right = isinstance(value, kind) and not isinstance(value, bool)
         if not right or (isinstance(value, int) and not 0 < value <= MAX_INTEGER):
-            raise ValueError(f"{group}.{key} is {_shorten_repr(value)}")
-        if isinstance(value, int) and (
-            said := format_invalid_value(f"{group}.{key}", value, "train")
-        ):
-            raise ValueError(said)
-    # What a target of the user's own takes is no affair of ours: it is not built.
+            raise ValueError(f"{name} is {_shorten_repr(value)}")
+        if isinstance(value, int) and (message := format_invalid_value(name, value, "train")):
+            raise ValueError(message)
+    # A target of the user's own may take anything here: it is not built.
     return {key: value for key, value in node.items() if _is_plain(value, f"{group}.{key}")}
 
 
@@ -165,6 +197,5 @@ def _is_plain(value: object, name: str) -> bool:
 
 
 def _shorten_repr(value: object) -> str:
-    """A value for messages, on one line."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,10 +1,11 @@
-"""Configuration to a run: data, module, trainer, callbacks and loggers."""
+"""Configuration to a run, from top to bottom: data, components, module, callbacks, trainer."""
 
+import json
 import logging
-import math
 import os
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,237 +14,284 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
-from ldm.config.denoising import build_diffusion_module, build_training_components
+from ldm.config.components import (
+    build_components,
+    build_feature_extractors,
+    get_autocast_dtype,
+    warm_start_from_run,
+)
+from ldm.config.guidance import build_guidance
+from ldm.config.registry import list_trusted_packages
+from ldm.config.sample_options import print_to_stderr
 from ldm.config.stages import (
     build_autoencoder_training,
     build_classifier_training,
     build_clip_training,
+)
+from ldm.config.training_checks import (
+    check_captions_readable,
     check_data_kind,
+    check_image_size,
+    get_devices,
 )
 from ldm.data.datamodule import TextImageData
-from ldm.experiments.ranking import build_ranking_table, find_runs, rank_runs, read_run_record
-from ldm.experiments.run_dir import (
-    find_last_value,
-    get_launcher_layout,
-    get_launcher_rank,
-    is_sweep_job,
-    read_metrics,
-    read_partial_result,
-    write_result,
-)
+from ldm.experiments.run_dir import get_launcher_rank
+from ldm.inference.components import Components
+from ldm.inference.generate import generate_task_examples
+from ldm.inference.pipeline import Pipeline
 from ldm.training.callbacks.checkpoint_storage import SafeCheckpointIO
 from ldm.training.callbacks.checkpointing import Checkpoints
-from ldm.training.callbacks.monitoring import ProgressBar, RandomLayerSeeding, ThroughputMonitor
-from ldm.training.callbacks.nonfinite import (
-    NON_FINITE_REMEDY,
-    NonFiniteStepSkipper,
-    NotFiniteError,
-    find_non_finite_metrics,
-    format_last_good_checkpoint,
+from ldm.training.callbacks.ema_snapshots import EMASnapshots
+from ldm.training.callbacks.monitoring import (
+    ProgressBar,
+    RandomLayerSeeding,
+    SampleImages,
+    ThroughputMonitor,
 )
+from ldm.training.callbacks.nonfinite import NonFiniteStepSkipper
 from ldm.training.callbacks.preemption import PreemptionHandler
-from ldm.training.distributed import format_exception, record_first_error, remove_first_error
 from ldm.training.fsdp import FullyShardedStrategy
+from ldm.training.job import TrainingJob, prepare_run_directory
 from ldm.training.lightning_adapter import defer_launch_signals
 from ldm.training.loggers.csv import CsvLog
-from ldm.utils.checkpoint_facts import read_state_dict
-from ldm.utils.checkpoint_file import (
-    check_module_state,
-    find_newest_checkpoint,
-    parse_checkpoint_step,
-    read_unverified_checkpoint,
-)
+from ldm.training.modules.diffusion import LatentDiffusion
+from ldm.utils.checkpoint_file import find_newest_checkpoint
 from ldm.utils.errors import UsageError
-from ldm.utils.files import check_writable
 from ldm.utils.hashing import hash_module
 from ldm.utils.signals import StopSignals
 
-STAGE_BUILDERS = {  # of what is trained beside the denoiser
+STAGE_BUILDERS = {  # the stages that train no denoiser
     "autoencoder": build_autoencoder_training,
     "clip": build_clip_training,
     "classifier": build_classifier_training,
 }
-
-
-@dataclass
-class TrainingJob:
-    """All that a run needs."""
-
-    data: TextImageData
-    module: L.LightningModule
-    trainer: L.Trainer
-    meter: ThroughputMonitor
-    resume: Path | None  # the checkpoint to go on from
-
-    def metrics(self) -> dict[str, float]:
-        """The newest value of each logged metric."""
-        logged = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        return {**self.meter.latest, **logged}
-
-    def outcome(self, run_dir: Path, metric: str) -> dict:
-        """What has come of the run so far, for result.json."""
-        newest = run_dir / "checkpoints" / "last.ckpt"
-        step = self.trainer.global_step
-        if self.resume is not None and step < parse_checkpoint_step(
-            self.resume
-        ):  # ended while it loaded
-            return read_partial_result(run_dir, metric)
-        return {
-            "metric": metric,
-            "value": self.metrics().get(metric),
-            "steps": step,
-            "stopped_early": self.trainer.should_stop and step < self.trainer.max_steps,
-            "images_seen": self.data.position,
-            "checkpoint": os.path.relpath(newest.resolve(), run_dir) if newest.exists() else None,
-        }
-
-    def check_end(self, run_dir: Path, metric: str) -> None:
-        """Raise NotFiniteError where the last validation says that the weights are ruined."""
-        rows = read_metrics(run_dir)  # of an earlier call, where there was nothing left to train
-        values = {
-            name: find_last_value(rows, name) for name in ("val/loss", metric)
-        } | self.metrics()
-        if names := find_non_finite_metrics(values, metric):
-            sound = [row["step"] for row in rows if math.isfinite(row.get(names[0], math.nan))]
-            folder, before = run_dir / "checkpoints", int(max(sound, default=-1)) + 1
-            raise NotFiniteError(
-                f"the last validation's {names[0]} is {values[names[0]]}. "
-                f"{format_last_good_checkpoint(folder, before)}; {NON_FINITE_REMEDY}"
-            )
-
-    def failed(self, run_dir: Path, error: BaseException) -> tuple[str, bool]:
-        """What has ended the run, in words, and whether it is this rank that must tell it."""
-        if self.trainer.world_size == 1:
-            return format_exception(error), True
-        said, own = record_first_error(run_dir, error, rank=self.trainer.global_rank)
-        if not own:
-            print(f"the first error was {said}", flush=True)
-        return said, own
-
-    def finish(self, run_dir: Path, metric: str, direction: str, result: dict) -> None:
-        """Leave result.json, and close the loggers.
-
-        A sweep's job first shows there how it compares to those before it. A disk without room for
-        result.json is told, and changes nothing else: the same command writes it another time.
-        """
-        try:
-            write_result(run_dir, result)
-        except OSError as error:
-            print(f"{run_dir}/result.json cannot be written: {error.strerror or error}", flush=True)
-        if is_sweep_job(run_dir):
-            beside = [read_run_record(found) for found in find_runs([run_dir.parent])]
-            order = rank_runs(beside, metric, direction=direction)
-            columns, rows = build_ranking_table(order, metric)
-        for logger in self.trainer.loggers:
-            if is_sweep_job(run_dir):
-                logger.log_table("ranking", columns=columns, data=rows)
-            logger.finish(failed=result["status"] == "failed")
-
-    def describe(self) -> str:
-        """One line: what is trained, on what, how long."""
-        trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
-        kind = "images" if self.data.frames is None else "videos"
-        return (
-            f"{type(self.module).__name__}, {trained / 1e6:.1f} M parameters, on "
-            f"{len(self.data.train_set)} {kind} ({len(self.data.val_set)} for validation): "
-            f"{self.trainer.max_steps} steps of {self.data.batch_size} {kind} on "
-            f"{self.trainer.world_size} x {self.trainer.strategy.root_device.type}"
-        )
+# The groups that decide what a generated image looks like.
+GENERATION_GROUPS = [
+    "autoencoder",
+    "text_encoder",
+    "model",
+    "scheduler",
+    "objective",
+    "task",
+    "sampler",
+    "guidance",
+]
+HIDDEN_WARNINGS = (
+    "LeafSpec",  # Lightning's own affair
+    "in eval mode at the start",  # the average and the text encoder are
+    "smaller than the logging interval",
+    "`srun` command is available",  # it is not needed
+    "get_last_lr",  # torch's, in a resumed run
+)
 
 
 def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None) -> TrainingJob:
-    """Everything for `cfg.stage`, one of diffusion, autoencoder, clip and classifier.
+    """Everything for `cfg.stage`: diffusion, autoencoder, clip or classifier.
 
-    signals: of the process, where somebody listens to them already.
+    signals: of the process, where it listens to them already.
     """
     if cfg.stage not in ("diffusion", *STAGE_BUILDERS):
         raise UsageError(f"stage={cfg.stage} is none of diffusion, {', '.join(STAGE_BUILDERS)}")
-    for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own affair
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # EMA and text are
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # no need of it
-    warnings.filterwarnings("ignore", message=".*get_last_lr.*")  # a resumed run's, of torch
+    devices = get_devices(cfg)
+    hide_warnings()
     L.seed_everything(cfg.seed, verbose=False)
-    # What does not go together is told before data are drawn or fetched.
+    # What does not fit together is refused before data are generated or downloaded.
     if cfg.stage == "diffusion":
-        make = partial(build_diffusion_module, build_training_components(cfg, run_dir))
+        build = partial(build_diffusion_training, build_diffusion_components(cfg, run_dir))
     else:
-        check_data_kind(cfg, f"stage={cfg.stage}", temporal=False)
-        make = STAGE_BUILDERS[cfg.stage]
+        check_data_kind(cfg, f"stage={cfg.stage}", is_video=False)
+        build = STAGE_BUILDERS[cfg.stage]
     data = instantiate(cfg.data, seed=cfg.seed)
-    module, callbacks, frozen = make(cfg, data, run_dir)
+    module, callbacks, frozen = build(cfg, data, run_dir)
+    module.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
+    resume = prepare_run_directory(run_dir, module)
+    monitor = ThroughputMonitor(every=cfg.trainer.log_every_n_steps)
     facts = {
         "stage": cfg.stage,
         "config": OmegaConf.to_yaml(cfg, resolve=True),
         "frozen": {name: hash_module(part) for name, part in frozen.items()},
     }
-    module.to(memory_format=torch.channels_last)  # what convolutions like best, on any device
-    resume = find_newest_checkpoint(run_dir / "checkpoints")
-    if get_launcher_rank() == 0:
-        check_writable(run_dir / "checkpoints")
-        remove_first_error(run_dir)
-    if resume is not None:
-        state = read_state_dict(read_unverified_checkpoint(resume), resume)
-        check_module_state(module, state, what=str(resume))
-    if resume is None and get_launcher_rank() == 0:
-        (run_dir / "metrics.csv").unlink(missing_ok=True)  # of a try without a checkpoint
-    meter = ThroughputMonitor(every=cfg.trainer.log_every_n_steps)
-    built = build_trainer(cfg, run_dir, callbacks, meter, facts, signals)
-    defer_launch_signals(built)
-    data.micro_batch(built.world_size, built.accumulate_grad_batches)  # says now what is wrong
-    if isinstance(built.strategy, FullyShardedStrategy):
-        built.strategy.check_module(module)
-    for logger in built.loggers:
+    callbacks = build_callbacks(cfg, run_dir, callbacks, monitor, facts, signals)
+    trainer = build_trainer(cfg, run_dir, callbacks, devices)
+    defer_launch_signals(trainer)
+    # Refuses now a batch size that the devices cannot share.
+    data.micro_batch(trainer.world_size, trainer.accumulate_grad_batches)
+    if isinstance(trainer.strategy, FullyShardedStrategy):
+        trainer.strategy.check_module(module)
+    for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
-    return TrainingJob(data, module, built, meter, resume)
+    return TrainingJob(data, module, trainer, monitor, resume)
+
+
+def hide_warnings() -> None:
+    """Hides messages of libraries that are no news here."""
+    for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
+    for text in HIDDEN_WARNINGS:
+        warnings.filterwarnings("ignore", message=f".*{text}.*")
+
+
+def build_diffusion_components(cfg: DictConfig, run_dir: Path) -> Components:
+    """The components of a denoiser's training; a new run starts from the weights of `cfg.init`.
+
+    Raises UsageError and ValueError for components that do not fit together.
+    """
+    task = instantiate(cfg.task)
+    if task.sampling_only:
+        raise UsageError(
+            f"task={task.name} is a way of sampling from any run of text to image, and nothing to "
+            f"train: leave it out here, then give `python sample.py ckpt=... task={task.name}`"
+        )
+    check_data_kind(cfg, f"task={task.name}", is_video=task.is_video)
+    if task.is_video and cfg.style_encoder:
+        raise UsageError(f"task={task.name} takes no style pictures: leave style_encoder=.. out")
+    task.check_size(cfg.data.size)
+    components = build_components(cfg, task)
+    check_image_size(cfg.data.size, components.autoencoder.factor * components.denoiser.multiple)
+    if cfg.init is not None and find_newest_checkpoint(run_dir / "checkpoints") is None:
+        message = warm_start_from_run(cfg.init, components, trust=list_trusted_packages(cfg))
+        if get_launcher_rank() == 0:
+            print(message, flush=True)
+    return components
+
+
+def build_diffusion_training(
+    components: Components, cfg: DictConfig, data: TextImageData, run_dir: Path
+) -> tuple[LatentDiffusion, list[L.Callback], dict[str, nn.Module]]:
+    """LatentDiffusion, its callbacks, and the frozen components that it was built on."""
+    check_captions_readable(components.text_encoder, data)
+    module = LatentDiffusion(
+        components,
+        optimizer=instantiate(cfg.optimizer),
+        ema_decay=cfg.ema_decay,
+        phema_lengths=cfg.phema.lengths,
+        caption_dropout=cfg.caption_dropout,
+        validate_raw=cfg.validate_raw,
+        seed=cfg.seed,
+    )
+    pipeline = build_validation_pipeline(cfg, module, data)
+    callbacks = build_sample_callbacks(cfg, pipeline, data, run_dir)
+    if module.phema is not None:
+        callbacks.append(EMASnapshots(run_dir / "phema", every=cfg.phema.every))
+    callbacks += build_evaluation_callbacks(cfg, pipeline, module.denoiser, data, run_dir)
+    return module, callbacks, components.frozen
+
+
+def build_validation_pipeline(
+    cfg: DictConfig, module: LatentDiffusion, data: TextImageData
+) -> Pipeline:
+    """The pipeline of the averaged denoiser, which generates images at validations."""
+    on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu")
+    components, trust = module.components, list_trusted_packages(cfg)
+    return Pipeline(
+        replace(components, denoiser=module.ema.module),
+        instantiate(cfg.sampler),
+        build_guidance(cfg.guidance, components, device=device, trust=trust),
+        dtype=get_autocast_dtype(cfg.trainer.get("precision")) if on_gpu else None,
+        trained_size=data.size,
+        num_frames=data.frames,
+    )
+
+
+def build_sample_callbacks(
+    cfg: DictConfig, pipeline: Pipeline, data: TextImageData, run_dir: Path
+) -> list[L.Callback]:
+    """SampleImages, unless there are no prompts; prints the warnings of the pipeline."""
+    prompts = cfg.samples.prompts or data.val_captions(cfg.samples.n)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if get_launcher_rank() == 0:
+        counts = {cfg.samples.steps, *(check.steps for check in (cfg.eval or {}).values())}
+        for line in (line for count in sorted(counts) for line in pipeline.collect_warnings(count)):
+            print_to_stderr(line)
+    if cfg.samples.n == 0 or not prompts:
+        return []
+    settings = {"steps": cfg.samples.steps, "seed": cfg.seed}
+    draw = partial(generate_task_examples, pipeline, data.val_set, prompts, **settings)
+    return [SampleImages(run_dir / "samples", draw)]
+
+
+def build_evaluation_callbacks(
+    cfg: DictConfig, pipeline: Pipeline, denoiser: nn.Module, data: TextImageData, run_dir: Path
+) -> list[L.Callback]:
+    """The measurements of `cfg.eval` on generated images; none for tasks that start from images."""
+    if not cfg.eval:
+        return []
+    task = pipeline.components.task
+    if task.needs_image:
+        if get_launcher_rank() == 0:
+            print(f"eval: task={task.name} begins with a picture, so val/loss alone is measured")
+        return []
+    callbacks = []
+    if "scenes" in cfg.eval:
+        callbacks.append(instantiate(cfg.eval.scenes, pipeline, size=data.size))
+    if "images" in cfg.eval:
+        settings = OmegaConf.to_container(cfg, resolve=True)
+        settings = {name: settings[name] for name in GENERATION_GROUPS}
+        quality = instantiate(
+            cfg.eval.images,
+            pipeline,
+            build_feature_extractors(cfg),
+            images=data.val_set,
+            reference_images=data.train_set.without_augmentation(),
+            size=data.size,
+            folder=run_dir / "eval",
+            raw_denoiser=denoiser,
+            settings=json.dumps({"dtype": str(pipeline.dtype), **settings}, sort_keys=True),
+        )
+        callbacks.append(quality)
+    return callbacks
+
+
+def build_callbacks(
+    cfg: DictConfig,
+    run_dir: Path,
+    callbacks: Sequence[L.Callback],
+    monitor: ThroughputMonitor,
+    facts: dict,
+    signals: StopSignals | None,
+) -> list[L.Callback]:
+    """The callbacks of a stage among those of every run, in the order in which they are called."""
+    best = {"metric": cfg.metric, "direction": cfg.direction}
+    checkpoints = Checkpoints(run_dir / "checkpoints", **cfg.checkpoint, **best, facts=facts)
+    stop = {"every": monitor.every, "max_hours": cfg.trainer.max_hours, "signals": signals}
+    return [
+        monitor,
+        RandomLayerSeeding(cfg.seed),
+        ProgressBar(monitor),
+        NonFiniteStepSkipper(
+            run_dir / "bad_batches.json", monitor=monitor, stop_after=cfg.stop_after_skips
+        ),
+        *callbacks,
+        checkpoints,
+        PreemptionHandler(checkpoints.save_now, **stop),
+        *([instantiate(cfg.early_stop)] if cfg.early_stop else []),
+    ]
 
 
 def build_trainer(
-    cfg: DictConfig,
-    run_dir: Path,
-    callbacks: list[L.Callback],
-    meter: ThroughputMonitor,
-    facts: dict,
-    signals: StopSignals | None = None,
+    cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback], devices: dict[str, int]
 ) -> L.Trainer:
-    """Lightning's Trainer with our checkpoints, meters and loggers."""
-    best = {"metric": cfg.metric, "direction": cfg.direction}
-    keeper = Checkpoints(run_dir / "checkpoints", **cfg.checkpoint, **best, facts=facts)
-    report = run_dir / "bad_batches.json"
-    skip = NonFiniteStepSkipper(report, monitor=meter, stop_after=cfg.stop_after_skips)
-    when = {"every": meter.every, "max_hours": cfg.trainer.max_hours}
-    stops = [PreemptionHandler(keeper.save_now, **when, signals=signals)]
-    if cfg.early_stop:
-        stops.append(instantiate(cfg.early_stop))
+    """Lightning's Trainer, with our callbacks and loggers in place of its own."""
     loggers = [CsvLog(run_dir / "metrics.csv")]
     if cfg.logger:
-        handed = {"run_dir": run_dir, "name": cfg.name, "overrides": get_command_line_overrides()}
-        loggers.append(instantiate(cfg.logger, **handed))
-    accumulate = cfg.trainer.accumulate_grad_batches
+        run = {"run_dir": run_dir, "name": cfg.name, "overrides": get_command_line_overrides()}
+        loggers.append(instantiate(cfg.logger, **run))
     return instantiate(
         OmegaConf.masked_copy(cfg.trainer, [key for key in cfg.trainer if key != "max_hours"]),
-        **get_launched_devices(cfg),
+        **devices,
         strategy=instantiate(cfg.strategy) if cfg.strategy else "auto",
         # Lightning counts this in batches, we in optimizer steps.
-        val_check_interval=cfg.trainer.val_check_interval * accumulate,
+        val_check_interval=cfg.trainer.val_check_interval * cfg.trainer.accumulate_grad_batches,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # the data knows its rank
-        inference_mode=False,  # metrics of a validation before training must live on in training
+        inference_mode=False,  # metrics of the first validation are used in training as well
         plugins=[SafeCheckpointIO()],
-        callbacks=[
-            meter,
-            RandomLayerSeeding(cfg.seed),
-            ProgressBar(meter),
-            skip,
-            *callbacks,
-            keeper,
-            *stops,
-        ],
+        callbacks=callbacks,
         logger=loggers,
         default_root_dir=run_dir,
         enable_checkpointing=False,  # Lightning's own
@@ -253,23 +301,6 @@ def build_trainer(
 
 
 def get_command_line_overrides() -> list[str]:
-    """The settings that this run was given on the command line, without its name."""
+    """The settings of the command line, without the run's name."""
     task = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     return [text for text in task if not text.startswith("name=")]
-
-
-def get_launched_devices(cfg: DictConfig) -> dict[str, int]:
-    """Devices and machines where torchrun or srun has started the processes; else nothing.
-
-    Raises UsageError where the configuration asks for others.
-    """
-    if (started := get_launcher_layout()) is None:
-        return {}
-    asked = cfg.trainer.devices, cfg.trainer.num_nodes
-    if asked[0] != "auto" and asked not in ((1, 1), started):
-        raise UsageError(
-            f"{started[0]} processes on each of {started[1]} machines were started, and "
-            f"trainer.devices={asked[0]}, trainer.num_nodes={asked[1]} ask for others: leave them "
-            "out, the launcher's numbers are taken"
-        )
-    return {"devices": started[0], "num_nodes": started[1]}

@@ -1,14 +1,18 @@
-"""What sample.py is asked for: what cannot be meant is refused before anything is loaded."""
+"""The options of sample.py: mistakes are refused before anything is loaded."""
 
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from ldm.utils.errors import UsageError, format_unknown_checkpoint
 from ldm.utils.output_path import resolve_output_file
+
+if TYPE_CHECKING:
+    import torch
 
 INPUT_FILE_OPTIONS = ("image", "mask", "style", "prompts")
 LOCATION_OPTIONS = ("ckpt", "out", "autoencoder", "text_encoder", "style_encoder")
@@ -16,18 +20,15 @@ SAMPLE_TEXT_OPTIONS = ("prompt", "negative", "source", *INPUT_FILE_OPTIONS, *LOC
 
 
 def check_sample_options(
-    cfg: DictConfig, options: Mapping[str, str | None], command_line_options: Mapping[str, str]
+    cfg: DictConfig, options: Mapping[str, str | None], *, has_prompt: bool
 ) -> dict[str, str | None]:
-    """`asked`, the texts, with `~` in paths expanded; typed: those of the command line.
+    """The text options with `~` in paths expanded; has_prompt: `prompt` is on the command line.
 
-    Raises UsageError for files that are not there, for an `out` that no picture can have, and for
-    what contradicts.
+    Raises UsageError for files that are not there, for an `out` that no image can have, and for
+    options that contradict each other.
     """
     paths = {name: options.get(name) or None for name in INPUT_FILE_OPTIONS + LOCATION_OPTIONS}
-    options = {
-        **options,
-        **{name: path and os.path.expanduser(path) for name, path in paths.items()},
-    }
+    options = dict(options) | {n: path and os.path.expanduser(path) for n, path in paths.items()}
     for name in INPUT_FILE_OPTIONS:
         check_input_file(name, options[name])
     try:
@@ -37,15 +38,15 @@ def check_sample_options(
     inverts = bool((cfg.get("task") or {}).get("invert"))
     contradictions = {
         "ckpt and cascade: give either": cfg.cascade and options.get("ckpt"),
-        "prompt and prompts: give either": "prompt" in command_line_options and options["prompts"],
+        "prompt and prompts: give either": has_prompt and options["prompts"],
         "source says what image shows for task=img2img task.invert=true alone: leave it out, or "
         "add those": options["source"] and not inverts,
         "paste=true is for what mask=FILE or pad=[..] keeps: give one of them": cfg.paste
         and not (options["mask"] or any(cfg.pad)),
     }
-    for said, applies in contradictions.items():
+    for message, applies in contradictions.items():
         if applies:
-            raise UsageError(said)
+            raise UsageError(message)
     if inverts and not options["source"]:
         print_to_stderr(
             'task.invert=true without source="what image shows": as if nothing were known of it'
@@ -56,7 +57,7 @@ def check_sample_options(
 
 
 def check_checkpoints_and_device(cfg: DictConfig, *ckpts: str) -> None:
-    """UsageError where a checkpoint or the device is not there, before seconds of imports."""
+    """UsageError where a checkpoint or the device is not there, before the slow imports."""
     guidance = cfg.get("guidance") or {}
     named = [("ckpt", ckpt) for ckpt in ckpts]
     named += [(f"guidance.{name}", guidance.get(name)) for name in ("guide", "classifier")]
@@ -64,20 +65,37 @@ def check_checkpoints_and_device(cfg: DictConfig, *ckpts: str) -> None:
         if ckpt is not None and not os.path.exists(os.path.expanduser(ckpt)):
             raise UsageError(format_unknown_checkpoint(ckpt, name))
     if cfg.device is not None:
-        from ldm.config.devices import select_device
-
         select_device(cfg.device)
 
 
+def select_device(name: str | None) -> "torch.device":
+    """The device of this name; without one a GPU where there is one.
+
+    Raises UsageError where there is no such device.
+    """
+    import torch  # not before the mistakes that need no torch
+
+    has_gpu = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if has_gpu else "cpu"))
+        if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+            raise ValueError
+        torch.empty(1, device=device)
+    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        options = "cpu, cuda" if has_gpu else "cpu"
+        raise UsageError(f"device={name} is not here: take one of {options}") from error
+    return device
+
+
 def check_input_file(name: str, path: str | None) -> None:
-    """UsageError, with the option's name, where a path that was given is no file."""
+    """UsageError, with the option's name, where a path is no file."""
     if path and not os.path.isfile(path):
         why = "is a folder, not a file" if os.path.isdir(path) else "there is no such file"
         raise UsageError(f"{name}={path}: {why}")
 
 
 def print_to_stderr(message: str) -> None:
-    """A line that is no error, beside what is printed for other programs to read."""
+    """Prints a note; standard output is for other programs to read."""
     print(message, file=sys.stderr)
 
 

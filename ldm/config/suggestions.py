@@ -1,4 +1,4 @@
-"""Which settings and options there are, and plain words for those that there are not."""
+"""The settings and options that exist, and messages about those that do not."""
 
 import difflib
 import logging
@@ -29,7 +29,7 @@ def is_config_group(key: str) -> bool:
 
 
 def explain_hydra_error(error: Exception, config_name: str) -> str:
-    """Hydra's refusal in plain words, with the nearest thing that exists."""
+    """An error of Hydra in plain words, with the nearest setting or option."""
     message = str(error)
     if isinstance(error, MissingConfigException) and (
         found := re.search(r"Could not (?:find|load) '([^']+)'", message)
@@ -63,7 +63,7 @@ def explain_hydra_error(error: Exception, config_name: str) -> str:
 
 
 def format_single_value_error(key: str, values: str, config_name: str) -> str:
-    """What to type where several values were given to a key that takes one."""
+    """The message for several values of a setting that takes one."""
     list_ = f"a list stands in brackets, '{key}=[{values}]'"
     text = f"a text with a comma in quotes twice, \"{key}='{values}'\""
     runs = f"; `train.py -m {key}={values}` makes a run of each" if config_name == "train" else ""
@@ -71,7 +71,7 @@ def format_single_value_error(key: str, values: str, config_name: str) -> str:
 
 
 def format_unknown_setting(key: str, config_name: str) -> str:
-    """That there is no such setting, and the nearest that there is, under whatever option."""
+    """The message for an unknown setting, with the nearest one of any option."""
     key = key.rpartition("@")[2]  # group@place, an option somewhere else
     near = suggest_nearest(key, list_known_keys(config_name, key))
     group, _, leaf = key.partition(".")
@@ -86,30 +86,30 @@ def format_unknown_setting(key: str, config_name: str) -> str:
         others = {}
     if not others:
         return f"there is no setting '{key}'{near}"
-    told = "; ".join(f"{name} of {', '.join(options)}" for name, options in others.items())
+    known = "; ".join(f"{name} of {', '.join(options)}" for name, options in others.items())
     option = next(iter(others.values()))[0]
-    return f"there is no setting '{key}' here, but there is {told}: add {group}={option}"
+    return f"there is no setting '{key}' here, but there is {known}: add {group}={option}"
 
 
 def _find_closest(word: str, known: Iterable[str]) -> list[str]:
-    """The one of `known` that is nearest, where one is near."""
+    """The nearest of `known`, if one is near."""
     same = [each for each in known if _split_name(each) == _split_name(word)]
     return same or difflib.get_close_matches(word, known, n=1)
 
 
 def _split_name(name: str) -> list[str]:
-    """Those of a name, in no order: scale_style is style_scale."""
+    """The words of a name, sorted: scale_style is style_scale."""
     return sorted(re.split(r"[._]", name))
 
 
 def _option_keys(option: DictConfig) -> list[str]:
-    """The settings of an option, those that are options themselves among them."""
+    """The settings of an option, with those that are options themselves."""
     chosen = [place for entry in option.get("defaults", ()) if entry != "_self_" for place in entry]
     return [*option, *(place.rpartition("@")[2] for place in chosen if "@" in place)]
 
 
 def list_known_keys(config_name: str, wanted: str = "") -> list[str]:
-    """Every key and group with the options of the command line; Hydra's where one is wanted."""
+    """Every key and group with the options of the command line; Hydra's for `hydra.*`."""
     GlobalHydra.instance().clear()
     ours = not wanted.startswith("hydra.")
     chosen = [
@@ -133,7 +133,7 @@ def _keys(cfg: DictConfig, prefix: str = "") -> Iterable[str]:
             yield from _keys(node, f"{prefix}{key}.")
 
 
-# What hydra-optuna-sweeper leaves to the user, and the rest of a configuration knows.
+# Settings of hydra-optuna-sweeper that follow from the run's own.
 OPTUNA_DEFAULTS = {
     "optuna": {
         "direction": "${direction}",
@@ -146,9 +146,9 @@ OPTUNA_DEFAULTS = {
 
 
 def set_optuna_defaults() -> None:
-    """Give hydra/sweeper=optuna, where it is installed, defaults that follow from the run's.
+    """Sets the defaults of hydra/sweeper=optuna, where it is installed.
 
-    Hydra refuses a YAML file that bears the name of a plugin's settings, so they are put there.
+    Hydra refuses a YAML file with the name of a plugin's settings, so its store is changed.
     """
     Plugins.instance()  # finds the plugins, which then store their settings
     logging.getLogger("alembic").setLevel(logging.WARNING)  # of optuna, about itself

@@ -1,4 +1,4 @@
-"""The pictures that a run was trained on, where they are here already.
+"""The images that a run was trained on, where they are on this machine.
 
 A checkpoint may come from anyone: what it says of its data is read, and nothing is drawn, fetched
 or written for it.
@@ -17,35 +17,33 @@ from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.errors import UsageError
 
 SCENES_TARGET = "ldm.data.scenes.datamodule.scenes_data"
-# What decides which samples of shards there are, and which pictures and captions they become.
+# The settings that decide which samples shards have, and which images and captions they give.
 SAMPLE_SELECTION_KEYS = ("min_size", "on_error", "frames", "caption_key")
 
 
-def open_run_images(
-    restored: LoadedPipeline, size: int
-) -> tuple[TextImageDataset, TextImageDataset]:
-    """A run's validation pictures and its training pictures, as a validation sees them.
+def open_run_images(loaded: LoadedPipeline, size: int) -> tuple[TextImageDataset, TextImageDataset]:
+    """A run's validation images and its training images, as a validation reads them.
 
     Raises CheckpointError where the checkpoint names other code than ours, UsageError where the
-    pictures are not there.
+    images are not here.
     """
     try:
-        data = validate_component(OmegaConf.to_container(restored.data), "data")
+        data = validate_component(OmegaConf.to_container(loaded.data), "data")
         places = find_run_data(data)
-        how = {name: data[name] for name in SAMPLE_SELECTION_KEYS if name in data}
+        options = {name: data[name] for name in SAMPLE_SELECTION_KEYS if name in data}
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"{restored.path} does not say what it was trained on ({error}): it was not run. Give "
+            f"{loaded.path} does not say what it was trained on ({error}): it was not run. Give "
             "data=DIR, real pictures to compare with"
         ) from error
-    return tuple(open_local_images(place, size, **how) for place in places)
+    return tuple(open_local_images(place, size, **options) for place in places)
 
 
 def find_run_data(data: dict) -> tuple[ShardSource, ShardSource]:
-    """Where the validation and the training pictures of a plain `data` node are."""
+    """The locations of the validation and the training images of a plain `data` node."""
     if data["_target_"] == SCENES_TARGET:
-        named = ("folder", "count", "val_count", "size", "family", "frames")
-        train, val = locate_scene_folders(**{name: data[name] for name in named if name in data})
+        names = ("folder", "count", "val_count", "size", "family", "frames")
+        train, val = locate_scene_folders(**{name: data[name] for name in names if name in data})
     else:
         train, val = data["train"], data["val"]
     return val, train
@@ -60,20 +58,21 @@ def open_local_images(
     frames: int | None = None,
     caption_key: str | None = None,
 ) -> TextImageDataset:
-    """The pictures of a source that a file names: of this machine, and no index is written there.
+    """The images of a source that a file names; UsageError unless it is on this machine.
 
-    Raises UsageError where they are not here.
+    No index is written next to them.
     """
     places = [source] if isinstance(source, str) else source
     try:
         if any(is_url(str(place)) for place in places):
             raise FileNotFoundError(f"{redact_source(source)} is on a server")
-        kind = {"min_size": min_size, "on_error": on_error, "caption_key": caption_key}
-        shards = ShardReader(source, ReadOptions(**kind, read_only=True))
+        options = {"min_size": min_size, "on_error": on_error, "caption_key": caption_key}
+        shards = ShardReader(source, ReadOptions(**options, read_only=True))
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(
             f"the pictures of the run are not here ({error}): give data=DIR, real pictures to "
             "compare with"
         ) from error
-    how = {"on_error": on_error, "frames": frames}
-    return TextImageDataset(shards, size=size, seed=0, train=False, **how)
+    return TextImageDataset(
+        shards, size=size, seed=0, train=False, on_error=on_error, frames=frames
+    )

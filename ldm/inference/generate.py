@@ -1,6 +1,6 @@
-"""Many pictures in batches, with a bar and the guesses on the way.
+"""Many images in batches, with a progress bar and previews; examples of what a task does.
 
-Shapes: B batch, H W pixels.
+Shapes: N images, H W pixels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,57 +29,56 @@ def generate_in_batches(
     previews: int = 0,
     quiet: bool = False,
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """An image (3, H, W) for each job, a prompt and a seed, and its guesses (3, H, W) on the way.
+    """An image (3, H, W) for each job, a prompt and a seed, and its previews (3, H, W).
 
-    pipeline: one that lacks but prompts, seeds, steps and on_step; decode: its latents to images.
-    batch: how many at a time. It changes what is rounded: a few bytes move by one grey level.
-    pictures: what else it takes, one for all or one a job, such as image (1 or N, 3, H, W).
-    previews: that many guesses a picture, the last of which is the picture itself; fewer where
-    there are fewer steps. quiet: without the bar.
+    pipeline: one that lacks only prompts, seeds, steps and on_step; decode: its latents to images.
+    batch: images at a time; another batch rounds differently: a few bytes change by one grey level.
+    inputs: its image, mask and so on, one for all or one a job, such as (1 or N, 3, H, W).
+    previews: that many an image, the last of which is the image itself; fewer where there are fewer
+    steps. quiet: without the bar.
     """
-    shown = {(k + 1) * steps // previews - 1 for k in range(previews)} - {-1}
-    images, guesses = [], []
+    preview_steps = {(k + 1) * steps // previews - 1 for k in range(previews)} - {-1}
+    images, preview_rows = [], []
     with tqdm(total=len(jobs) * steps, desc="Sampling", unit="step", disable=quiet) as bar:
         for first in range(0, len(jobs), batch):
-            part = jobs[first : first + batch]
-            seen: list[Tensor] = []
+            prompts, seeds = zip(*jobs[first : first + batch], strict=True)
+            columns: list[Tensor] = []
 
-            def on_step(i: int, x0_hat: Tensor, n: int = len(part), seen=seen) -> None:
+            def on_step(i: int, x0_hat: Tensor, n: int = len(seeds), columns=columns) -> None:
                 bar.update(n)
-                if i in shown:
-                    seen.append(decode(x0_hat).cpu())
+                if i in preview_steps:
+                    columns.append(decode(x0_hat).cpu())
 
-            prompts, seeds = zip(*part, strict=True)
-            mine = {
+            part = {
                 name: each if len(each) == 1 else each[first : first + batch]
                 for name, each in (inputs or {}).items()
             }
-            images += pipeline(prompts, seeds=seeds, steps=steps, on_step=on_step, **mine).cpu()
-            guesses += [list(row) for row in zip(*seen, strict=True)] if seen else []
-    return images, guesses
+            images += pipeline(prompts, seeds=seeds, steps=steps, on_step=on_step, **part).cpu()
+            preview_rows += [list(row) for row in zip(*columns, strict=True)]
+    return images, preview_rows
 
 
 def generate_task_examples(
     pipeline: Pipeline, dataset: TextImageDataset, prompts: Sequence[str], *, steps: int, seed: int
 ) -> tuple[Image.Image, dict]:
-    """What a pipeline makes of prompts, as one picture, and the facts of it.
+    """A grid of what a pipeline generates for prompts, and its facts.
 
-    A task that begins with a picture begins with `pictures[i]` for prompt i, and a row above shows
-    what it was given: the small picture, or the part that the mask leaves.
+    A task that starts from an image starts from `dataset[i]` for prompt i. A row above then shows
+    its input: the small image, or what the mask leaves of the image.
     """
     n, seeds = len(prompts), list(range(len(prompts)))
     real = [dataset[i % len(dataset), i]["images"] for i in range(n)]
     real = torch.stack(real).float() / 127.5 - 1  # (N, 3, H, W)
-    draws = make_generators(seed, seeds, stream="examples")
-    given = pipeline.task.example_inputs(real, generator=draws)
+    generators = make_generators(seed, seeds, stream="examples")
+    inputs = pipeline.components.task.example_inputs(real, generator=generators)
     size = tuple(real.shape[-2:])
-    images = pipeline(prompts, seeds=seeds, size=size, steps=steps, **given).cpu()
+    images = pipeline(prompts, seeds=seeds, size=size, steps=steps, **inputs).cpu()
     facts = {"prompts": list(prompts), "seeds": seeds}
     if images.ndim == 5:
         return make_image_grid([join_frames(video) for video in images], columns=1), facts
-    if not given:
+    if not inputs:
         return make_image_grid(images), facts
-    above = F.interpolate(given["image"], size)
-    if "mask" in given:
-        above = torch.where(given["mask"] > 0, 0.0, above)
+    above = F.interpolate(inputs["image"], size)
+    if "mask" in inputs:
+        above = torch.where(inputs["mask"] > 0, 0.0, above)
     return make_image_grid(torch.cat([above, images]), columns=n), facts

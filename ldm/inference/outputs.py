@@ -1,4 +1,4 @@
-"""What is painted, into files: a grid, single pictures or videos, and the guesses on the way.
+"""Generated images to files: a grid, single images or videos, and previews.
 
 Shapes: F frames, H W pixels.
 """
@@ -24,12 +24,12 @@ def save_outputs(
     fps: int = 8,
     overwrite: bool = False,
 ) -> Path:
-    """Save pictures (3, H, W) or videos (3, F, H, W), and say where; the file to look at first.
+    """Saves images (3, H, W) or videos (3, F, H, W); returns the file to look at first.
 
-    All files have a number in their names where one of them is there already, see `reserve`.
-    jobs: the prompt and seed of each, which the files carry beside `settings`. Pictures of several
-    prompts are named by them. guesses: a row each. columns: of such a grid. A video is also saved
-    as a strip of its frames.
+    If one of the files exists, all of them get a number, see `reserve_files`.
+    jobs: the prompt and seed of each, which its file holds next to `settings`. Images of several
+    prompts have them as titles. previews: a row of images each. columns: of a grid with titles. A
+    video is also saved as a strip of its frames.
     """
     moving = images[0].ndim == 4
     settings = {**settings, "size": list(images[0].shape[-2:])}
@@ -39,11 +39,11 @@ def save_outputs(
     prompts, seeds = ([job[i] for job in jobs] for i in (0, 1))
     facts = {"prompt": prompts, "seed": seeds, **settings}
     kinds = [out.suffix, ".png"] if moving else [".png"]
-    beside = [f"_{i:03d}{kind}" for i in range(len(images)) for kind in kinds]
-    beside += ["_previews.png"] if previews else []
+    ends = [*kinds, *(f"_{i:03d}{kind}" for i in range(len(images)) for kind in kinds)]
+    ends += ["_previews.png"] if previews else []
 
     def family(number: str) -> list[Path]:
-        return [out.with_name(f"{out.stem}{number}{end}") for end in [*kinds, *beside]]
+        return [out.with_name(f"{out.stem}{number}{end}") for end in ends]
 
     with reserve_files(family, overwrite=overwrite) as paths:
         first, grid = paths[0], paths[0].with_suffix(".png")
@@ -58,10 +58,10 @@ def save_outputs(
         else:
             save_png(make_image_grid(images, columns=1 if moving else None), grid, facts)
         if previews:
-            on_the_way = grid.with_name(f"{grid.stem}_previews.png")
-            rows = [guess for row in previews for guess in row]
-            save_png(make_image_grid(rows, columns=len(previews[0])), on_the_way, facts)
-            print(f"the model's guesses on the way: {on_the_way}")
+            file = grid.with_name(f"{grid.stem}_previews.png")
+            rows = [image for row in previews for image in row]
+            save_png(make_image_grid(rows, columns=len(previews[0])), file, facts)
+            print(f"the model's guesses on the way: {file}")
     if len(images) > 1:
         print(f"{len(images)} {'videos' if moving else 'pictures'} beside {first}")
     return first

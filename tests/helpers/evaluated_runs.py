@@ -8,8 +8,9 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 
 from ldm.cli.evaluate import EVALUATE_TEXT_OPTIONS, evaluate_points
-from ldm.config.run import TrainingJob, build_job
+from ldm.config.run import build_job
 from ldm.config.suggestions import CONF_DIR
+from ldm.training.job import TrainingJob
 
 TINY = [
     "trainer=cpu",

@@ -19,6 +19,7 @@ from ldm.diffusion.schedules import scaled_linear
 from ldm.diffusion.tasks.text_to_image import TextToImage
 from ldm.diffusion.timesteps import PowerTimestepSampler
 from ldm.diffusion.weightings import UniformWeighting
+from ldm.inference.components import Components
 from ldm.inference.pipeline import Pipeline
 from ldm.models.autoencoder import AutoencoderKL, IdentityAutoencoder
 from ldm.models.text.clip import ClipTextEncoder
@@ -98,29 +99,35 @@ def small_autoencoder() -> AutoencoderKL:
     return AutoencoderKL(latent_channels=3, **sizes, attention=False)
 
 
+def components(text: ClipTextEncoder, **changes: object) -> Components:
+    """Untrained components of text to image, in pixel space; `changes` replaces some of them."""
+    built = {
+        "denoiser": changes["denoiser"] if "denoiser" in changes else unet(text),
+        "autoencoder": IdentityAutoencoder(),
+        "text_encoder": text,
+        "style_encoder": None,
+        "objective": objective(),
+        "task": TextToImage(),
+    }
+    return Components(**built | changes)
+
+
 def pipeline(text: ClipTextEncoder, *, scale: float = 3.0, eta: float = 0.0) -> Pipeline:
     """Of untrained parts; with eta=1 there is noise in each step, so that it counts as well."""
     return Pipeline(
-        unet(text).eval(),
-        autoencoder=small_autoencoder().eval(),
-        text_encoder=text,
-        objective=objective(),
-        task=TextToImage(),
-        sampler=DDIMSampler(eta=eta),
-        guidance=ClassifierFreeGuidance(scale=scale),
+        components(text, denoiser=unet(text).eval(), autoencoder=small_autoencoder().eval()),
+        DDIMSampler(eta=eta),
+        ClassifierFreeGuidance(scale=scale),
     )
 
 
 def latent_diffusion(
-    text: ClipTextEncoder, *, autoencoder=None, lr=1e-3, **changes
+    text: ClipTextEncoder, *, autoencoder=None, style_encoder=None, lr=1e-3, **changes
 ) -> LatentDiffusion:
     """In pixel space, unless there is an autoencoder (of three channels)."""
+    autoencoder = autoencoder or IdentityAutoencoder()
     return LatentDiffusion(
-        unet(text),
-        autoencoder or IdentityAutoencoder(),
-        text,
-        objective(),
-        TextToImage(),
+        components(text, autoencoder=autoencoder, style_encoder=style_encoder),
         optimizer=AdamW(lr=lr, warmup=2),
         **{"ema_decay": 0.9} | changes,
     )

@@ -12,15 +12,15 @@ from PIL import Image
 from shell import ROOT, assert_same_learning, rows, run, tensors, train
 from world import small_autoencoder
 
-from ldm.config.classifier import build_noisy_classifier, load_noisy_classifier
 from ldm.config.components import (
-    Components,
     build_frozen_encoders,
     build_objective,
     load_diffusion_checkpoint,
     set_component_location,
 )
+from ldm.config.guidance import build_noisy_classifier, load_noisy_classifier
 from ldm.diffusion.tasks.text_to_image import TextToImage
+from ldm.inference.components import Components
 from ldm.models.text.labels import LabelTextEncoder, NullTextEncoder
 from ldm.utils.checkpoint_file import (
     CheckpointError,
@@ -32,6 +32,7 @@ from ldm.utils.checkpoint_file import (
 from ldm.utils.errors import UsageError
 
 pytestmark = pytest.mark.slow  # each test is processes
+CPU = torch.device("cpu")
 NAMES = ["red", "green", "blue", "yellow", "black", "white", "pink", "gold"]
 FEW = ["trainer.max_steps=2", "trainer.val_check_interval=2", "logger=csv"]
 FEW += ["autoencoder.path=runs/ae"]
@@ -113,11 +114,11 @@ def beside(home, monkeypatch) -> Components:
         build_objective(opened.config),
         build_frozen_encoders(opened.config),
     )
-    return Components(autoencoder, text, objective, TextToImage(), torch.device("cpu"))
+    return Components(None, autoencoder, text, None, objective, TextToImage())
 
 
 def test_a_classifier_comes_back_as_it_was(beside):
-    built = load_noisy_classifier("runs/classes", components=beside)
+    built = load_noisy_classifier("runs/classes", components=beside, device=CPU)
     saved = select_prefix(read_checkpoint(find_checkpoint("runs/classes")), "classifier.")
     assert built.state_dict().keys() == saved.keys()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in built.state_dict().items())
@@ -125,20 +126,25 @@ def test_a_classifier_comes_back_as_it_was(beside):
     assert not any(weight.requires_grad for weight in built.parameters())
     assert not built.training
     own = LabelTextEncoder(NAMES)
-    assert load_noisy_classifier("runs/classes", components=replace(beside, text=own)).text is own
+    assert (
+        load_noisy_classifier(
+            "runs/classes", components=replace(beside, text_encoder=own), device=CPU
+        ).text
+        is own
+    )
 
 
 def test_a_classifier_of_another_space_is_refused(beside):
     elsewhere = replace(beside, autoencoder=small_autoencoder())
     with pytest.raises(UsageError, match="on the latents of another autoencoder than the model's"):
-        load_noisy_classifier("runs/classes", components=elsewhere)
+        load_noisy_classifier("runs/classes", components=elsewhere, device=CPU)
     config = OmegaConf.load("runs/none/config.yaml")
     config.scheduler = {"_target_": "ldm.diffusion.schedules.linear"}
     elsewhere = replace(beside, objective=build_objective(config))
     with pytest.raises(UsageError, match="on another noise schedule than the model"):
-        load_noisy_classifier("runs/classes", components=elsewhere)
+        load_noisy_classifier("runs/classes", components=elsewhere, device=CPU)
     with pytest.raises(UsageError, match="comes from stage=autoencoder: a classifier is what"):
-        load_noisy_classifier("runs/ae", components=beside)
+        load_noisy_classifier("runs/ae", components=beside, device=CPU)
 
 
 @pytest.mark.parametrize("in_a_list", [False, True])
@@ -151,7 +157,7 @@ def test_a_checkpoint_that_names_other_code_is_refused(beside, tmp_path, in_a_li
     payload["ldm"]["frozen"]["text_encoder"] = "0"
     write_checkpoint(payload, tmp_path / "bad.ckpt")
     with pytest.raises(CheckpointError, match=r"run: text_encoder\.names "):
-        load_noisy_classifier(str(tmp_path / "bad.ckpt"), components=beside)
+        load_noisy_classifier(str(tmp_path / "bad.ckpt"), components=beside, device=CPU)
     assert "pwned" not in os.listdir(tmp_path)
 
 
@@ -163,11 +169,10 @@ def test_names_that_have_changed_are_told(beside, tmp_path):
     payload["ldm"]["config"] = OmegaConf.to_yaml(config)
     write_checkpoint(payload, tmp_path / "moved.ckpt")
     with pytest.raises(CheckpointError, match=r"its weights, or names, differ"):
-        load_noisy_classifier(str(tmp_path / "moved.ckpt"), components=beside)
+        load_noisy_classifier(str(tmp_path / "moved.ckpt"), components=beside, device=CPU)
     (tmp_path / "names.txt").write_text("\n".join(NAMES))
-    assert (
-        load_noisy_classifier(str(tmp_path / "moved.ckpt"), components=beside).text.names == NAMES
-    )
+    found = load_noisy_classifier(str(tmp_path / "moved.ckpt"), components=beside, device=CPU)
+    assert found.text.names == NAMES
 
 
 def test_frozen_parts_that_lie_elsewhere(tmp_path):

@@ -22,7 +22,6 @@ from world import CAPTIONS, shape
 from ldm.cli.evaluate import VARIABLE_GROUPS, evaluate_points, format_scene_table
 from ldm.config.combinations import pop_sweep_choices
 from ldm.config.command_line import convert_to_usage_errors
-from ldm.config.run import TrainingJob
 from ldm.config.suggestions import CONF_DIR
 from ldm.data.image_decoding import ImageError
 from ldm.data.shards.reader import ShardReader, write_shard
@@ -31,6 +30,7 @@ from ldm.evaluation.scenes.accuracy import METRIC_SUFFIXES, SCENE_METRICS
 from ldm.experiments.curves import read_curves
 from ldm.inference.pipeline import Pipeline
 from ldm.models.text.clip import ClipTextEncoder
+from ldm.training.job import TrainingJob
 from ldm.utils.checkpoint_file import manifest_path, read_checkpoint, write_checkpoint
 from ldm.utils.errors import UsageError
 from ldm.utils.hashing import hash_file
@@ -89,7 +89,7 @@ def test_a_run_measures_every_so_often_and_at_its_end(home, measured):
 
 def test_the_averaged_weights_are_measured_as_they_are_now(measured):
     checks = [c for c in measured.trainer.callbacks if type(c).__name__ == "SceneAccuracy"]
-    assert checks[0].pipeline.denoiser is measured.module.ema.module
+    assert checks[0].pipeline.components.denoiser is measured.module.ema.module
     assert isinstance(checks[0].pipeline, Pipeline)
 
 

@@ -59,7 +59,9 @@ PICTURES = ["clip.png", "forward.png", "guidance.png", "noise.png", "reverse.png
 
 
 def painted(pipe: Pipeline, seeds=(3,), **parts) -> torch.Tensor:
-    return replace(pipe, **parts)([PROMPT] * len(seeds), seeds=seeds, size=SIZE, steps=AT.steps)
+    components = {name: parts.pop(name) for name in ("task",) if name in parts}
+    pipe = replace(pipe.replace_components(**components), **parts)
+    return pipe([PROMPT] * len(seeds), seeds=seeds, size=SIZE, steps=AT.steps)
 
 
 def places(page: Image.Image, picture: Image.Image) -> list[tuple[int, int]]:

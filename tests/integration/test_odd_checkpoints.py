@@ -37,7 +37,7 @@ def honest() -> dict:
     with initialize_config_dir(command_line.CONF_DIR, version_base="1.3"):
         cfg = compose("train", overrides=OVERRIDES)
     encoder, text = build_frozen_encoders(cfg)
-    net = build_denoiser(cfg, encoder, text, TextToImage())
+    net = build_denoiser(cfg, encoder, text, None, TextToImage())
     digests = {"autoencoder": hash_module(encoder), "text_encoder": hash_module(text)}
     config = OmegaConf.to_container(cfg, resolve=True)
     weights = net.state_dict().items()

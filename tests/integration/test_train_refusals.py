@@ -6,8 +6,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ldm.config.components import suggest_overrides
-from ldm.config.denoising import build_training_components
-from ldm.config.run import build_job
+from ldm.config.run import build_diffusion_components, build_job
 from ldm.config.suggestions import CONF_DIR
 from ldm.utils.errors import UsageError
 
@@ -62,14 +61,14 @@ def test_data_without_frames_are_told_of_other_data(home):
     with initialize_config_dir(CONF_DIR, version_base="1.3"):
         cfg = compose("train", overrides=home.options("task=video", data=data))
     with pytest.raises(UsageError, match=r"take data=moving_scenes, or data=shards of videos$"):
-        build_training_components(cfg, home.path / "runs/new")
+        build_diffusion_components(cfg, home.path / "runs/new")
 
 
 def test_another_beginning_is_told_with_what_to_add(home):
     def refusal(ckpt: str, *words: str) -> str:
         cfg = composed(home, f"init={home.path}/runs/{ckpt}", *words)
         with pytest.raises(UsageError) as told:
-            build_training_components(cfg, home.path / "runs/new")
+            build_diffusion_components(cfg, home.path / "runs/new")
         return str(told.value)
 
     said = refusal("plain", "scheduler=linear", "autoencoder=tiny")
@@ -82,7 +81,7 @@ def test_another_beginning_is_told_with_what_to_add(home):
     assert said.endswith(f"another style_encoder: add {' '.join(style(home))}")
     for ckpt, words in (("plain", []), ("plain", style(home)), ("styled", style(home))):
         begun = composed(home, f"init={home.path}/runs/{ckpt}", *same, *words)
-        assert build_training_components(begun, home.path / "runs/new").network is not None
+        assert build_diffusion_components(begun, home.path / "runs/new").denoiser is not None
 
 
 def test_settings_are_said_as_they_are_typed():

@@ -16,12 +16,12 @@ ROOM_LINES = {
     "diffusion": 2800,
     "models": 2650,
     "data": 3800,
-    "inference": 700,
+    "inference": 760,
     "evaluation": 2900,
     "experiments": 1900,
     "training": 2550,
-    "config": 3000,
-    "cli": 2100,
+    "config": 2750,
+    "cli": 2200,
 }
 ROOMS = tuple(ROOM_LINES)
 FILES = [*ROOT.glob("ldm/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]

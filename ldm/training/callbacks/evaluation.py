@@ -3,7 +3,6 @@
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -117,10 +116,11 @@ class ImageQuality(L.Callback):
     ) -> None:
         if every < 0:
             raise ValueError(f"every is a number of images, 0 or more, got {every}")
-        pipeline = replace(pipeline, text_encoder=CachedTextEncoder(pipeline.text_encoder))
+        text_encoder = CachedTextEncoder(pipeline.components.text_encoder)
+        pipeline = pipeline.replace_components(text_encoder=text_encoder)
         self.pipelines = {"": pipeline}
         if raw:
-            self.pipelines["_raw"] = replace(pipeline, denoiser=raw_denoiser)
+            self.pipelines["_raw"] = pipeline.replace_components(denoiser=raw_denoiser)
         self.size, self.steps, self.every = size, steps, every
         self.folder, self.settings = folder, settings
         self.logged_metrics: set[str] = set()
@@ -155,7 +155,7 @@ class ImageQuality(L.Callback):
             done = partial(self._update_progress, trainer, bar)
             for suffix, pipeline in self.pipelines.items():
                 generate = partial(pipeline, size=self.size, steps=self.steps)
-                folder = self.find_feature_folder(trainer.global_step, pipeline.denoiser)
+                folder = self.find_feature_folder(trainer.global_step, pipeline.components.denoiser)
                 seen = self.quality.extract_features(generate, folder=folder, done=done)
                 self._log(module, self.quality.measure(seen), suffix)
         if trainer.is_global_zero:

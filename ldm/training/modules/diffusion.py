@@ -1,4 +1,4 @@
-"""Training of the denoiser on latents.
+"""The training of the denoiser on latents.
 
 Shapes: B batch, C latent channels, H W pixels, h w latent grid.
 """
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from ldm.diffusion.conditioning import Condition
-from ldm.diffusion.objective import Objective
 from ldm.diffusion.rng import make_generators, rand, randn
+from ldm.inference.components import Components
 from ldm.training.ema import EMA
 from ldm.training.power_ema import PowerEMA
 
@@ -21,45 +21,39 @@ NUM_LOSS_BANDS = 8  # val/loss_t0 .. t7: equal parts of t
 
 
 class LatentDiffusion(L.LightningModule):
-    """The denoiser and its average are trained; autoencoder, text and style encoder are frozen.
+    """Trains the denoiser and its averages; autoencoder, text and style encoder stay frozen.
 
-    Frozen parts are used but not stored: `frozen` is a tuple, which Lightning neither saves nor
-    wraps. What is drawn for an image depends on (seed, position of the image in the run) alone.
-    Raises ValueError where `caption_dropout` is no share.
+    `components` is a plain dataclass, so that the frozen modules are neither saved nor wrapped.
+    Random numbers of an image depend on (seed, position of the image in the run) alone.
+    Raises ValueError for a `caption_dropout` outside 0 to 1.
     """
 
-    skipped: Tensor | None = None  # set by SkipNonFinite: 1.0 where this step is left out
+    skipped: Tensor | None = None  # set by NonFiniteStepSkipper: 1.0 where this step is left out
 
     def __init__(
         self,
-        denoiser: nn.Module,
-        autoencoder: nn.Module,
-        text: nn.Module,
-        objective: Objective,
-        task,
+        components: Components,
         *,
         optimizer,
         ema_decay: float = 0.9999,
         phema_lengths: Sequence[float] = (),
         caption_dropout: float = 0.1,
         validate_raw: bool = False,
-        style_encoder: nn.Module | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"caption_dropout is a share from 0 to 1, got {caption_dropout}")
-        self.denoiser = denoiser
-        self.ema = EMA(denoiser, decay=ema_decay)
-        self.phema = PowerEMA(denoiser, lengths=phema_lengths) if phema_lengths else None
-        self.objective = objective
-        self.task = task
-        encoders = (text,) if style_encoder is None else (text, style_encoder)
-        self.frozen = (autoencoder.eval().requires_grad_(False), *encoders)
+        self.components = components
+        components.autoencoder.eval().requires_grad_(False)
+        self.denoiser = components.denoiser
+        self.ema = EMA(self.denoiser, decay=ema_decay)
+        self.phema = PowerEMA(self.denoiser, lengths=phema_lengths) if phema_lengths else None
+        self.objective = components.objective
         self.make_optimizer = optimizer
         self.caption_dropout = caption_dropout
         self.seed = seed
-        self.captions = self.cut = 0  # of the data so far, and those cut; prompts do not count
+        self.captions = self.cut = 0  # captions of the data so far, and those that were cut
         suffixes = ("", "_raw") if validate_raw else ("",)
         self.val_losses = nn.ModuleDict(
             {
@@ -71,51 +65,74 @@ class LatentDiffusion(L.LightningModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         x0, cond = self.encode(batch)
-        noise = self.make_generators(batch, "noise")
+        noise, shape_noise = self.make_generators(batch, "noise"), self.components.task.shape_noise
         return self.objective.loss(
-            self.denoiser, x0, cond, generator=noise, shape_noise=self.task.shape_noise
+            self.denoiser, x0, cond, generator=noise, shape_noise=shape_noise
         ).mean()
 
     @torch.no_grad()
-    def encode(self, batch: dict, *, caption_dropout: float | None = None):
-        """Latents (B, C, h, w) and Condition of a batch, captions dropped out for guidance.
+    def encode(self, batch: dict, *, training: bool = True) -> tuple[Tensor, Condition]:
+        """Latents (B, C, h, w) and Condition of a batch; training: with dropped conditions."""
+        style, captions = self.encode_style(batch, training=training)
+        x0 = self.encode_images(batch)
+        cond = self.encode_text(captions)
+        if training:
+            cond = self.drop_conditions(batch, cond)
+        return self.make_pair(batch, x0, replace(cond, style=style))
 
-        A style encoder sees each image itself, in training as its own settings say.
-        """
-        autoencoder, text, *styles = self.frozen
-        images, captions, style = batch["images"], batch["captions"], None
-        for encoder in styles:
-            training = caption_dropout is None
-            style = encoder(
-                images, self.make_generators(batch, "style", device="cpu"), training=training
-            )
-            if training:
-                shares = rand(
-                    len(images), self.make_generators(batch, "style dropout", device="cpu")
-                )
-                style = style * (shares >= encoder.dropout).to(style)[:, None, None]
-                shares = rand(len(images), self.make_generators(batch, "style words", device="cpu"))
-                captions = encoder.drop_style_words(captions, shares)
-        x0 = autoencoder.encode(images, generator=self.make_generators(batch, "posterior"))
-        before = text.truncated
-        cond = text(captions)
+    def encode_images(self, batch: dict) -> Tensor:
+        """Latents (B, C, h, w) of the images, drawn from the autoencoder's posterior."""
+        generators = self.make_generators(batch, "posterior")
+        return self.components.autoencoder.encode(batch["images"], generator=generators)
+
+    def encode_text(self, captions: Sequence[str]) -> Condition:
+        """The Condition of captions; counts those that are cut."""
+        text_encoder = self.components.text_encoder
+        before = text_encoder.truncated
+        cond = text_encoder(captions)
         self.captions += len(captions)
-        self.cut += text.truncated - before
-        rate = self.caption_dropout if caption_dropout is None else caption_dropout
-        if rate > 0:
-            keep = rand(len(x0), self.make_generators(batch, "caption", device="cpu")) >= rate
-            cond = cond.where(keep.to(x0.device, non_blocking=True), text.null(len(x0)))
-        x0, concat = self.task.training_pair(
-            x0, images, autoencoder.encode, generator=self.make_generators(batch, "task")
+        self.cut += text_encoder.truncated - before
+        return cond
+
+    def encode_style(self, batch: dict, *, training: bool) -> tuple[Tensor | None, Sequence[str]]:
+        """Style features (B, N, F) of the images themselves, and the captions that go with them.
+
+        In training some images have no style, and some captions lose their words about style.
+        """
+        encoder, captions = self.components.style_encoder, batch["captions"]
+        if encoder is None:
+            return None, captions
+        generators = self.make_generators(batch, "style", device="cpu")
+        style = encoder(batch["images"], generators, training=training)
+        if training:
+            has_style = self.draw_shares(batch, "style dropout") >= encoder.dropout
+            style = style * has_style.to(style)[:, None, None]
+            captions = encoder.drop_style_words(captions, self.draw_shares(batch, "style words"))
+        return style, captions
+
+    def drop_conditions(self, batch: dict, cond: Condition) -> Condition:
+        """The condition, with a share `caption_dropout` of its captions empty, for guidance."""
+        if self.caption_dropout <= 0:
+            return cond
+        keep = self.draw_shares(batch, "caption") >= self.caption_dropout
+        null = self.components.text_encoder.null(len(keep))
+        return cond.where(keep.to(self.device, non_blocking=True), null)
+
+    def make_pair(self, batch: dict, x0: Tensor, cond: Condition) -> tuple[Tensor, Condition]:
+        """What the task trains: its target latents, and the condition with its extra channels."""
+        generators = self.make_generators(batch, "task")
+        encode = self.components.autoencoder.encode
+        x0, concat = self.components.task.training_pair(
+            x0, batch["images"], encode, generator=generators
         )
-        return x0, replace(cond, concat=concat, style=style)
+        return x0, replace(cond, concat=concat)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        x0, cond = self.encode(batch, caption_dropout=0.0)
+        x0, cond = self.encode(batch, training=False)
         eps = randn(
             x0.shape, self.make_generators(batch, "val noise"), device=x0.device, dtype=x0.dtype
         )
-        eps = self.task.shape_noise(eps)
+        eps = self.components.task.shape_noise(eps)
         within = rand(len(x0), self.make_generators(batch, "val time"), device=x0.device)
         for band in range(NUM_LOSS_BANDS):
             t = (band + within) / NUM_LOSS_BANDS
@@ -139,6 +156,10 @@ class LatentDiffusion(L.LightningModule):
         device = self.device if device is None else device
         return make_generators(self.seed, batch["position"], stream=stream, device=device)
 
+    def draw_shares(self, batch: dict, stream: str) -> Tensor:
+        """One uniform number (B,) an image, on the CPU."""
+        return rand(len(batch["images"]), self.make_generators(batch, stream, device="cpu"))
+
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
         # Here and not in a hook after the batch: checkpoints are saved before those.
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
@@ -148,16 +169,15 @@ class LatentDiffusion(L.LightningModule):
             self.phema.update(self.denoiser, step=step)
 
     def on_fit_start(self) -> None:
-        for part in self.frozen:
-            part.to(self.device)
+        for module in self.components.frozen.values():
+            module.to(self.device)
 
     def on_validation_start(self) -> None:
-        for part in self.frozen:
-            part.to(self.device)
+        self.on_fit_start()
 
     def on_train_end(self) -> None:
         if self.cut and self.trainer.is_global_zero:
-            length = self.frozen[1].max_length
+            length = self.components.text_encoder.max_length
             print(f"{self.cut} of {self.captions} captions were cut to {length} tokens")
 
     def configure_optimizers(self) -> dict:

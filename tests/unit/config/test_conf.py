@@ -10,19 +10,21 @@ from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 from torch.nn.parallel import DistributedDataParallel
 
-from ldm.config.components import Components, build_denoiser, build_objective
+from ldm.config.components import build_denoiser, build_objective
 from ldm.config.guidance import build_guidance
 from ldm.config.registry import DIFFUSION_GROUPS, validate_file_config
 from ldm.config.suggestions import CONF_DIR
 from ldm.diffusion.rng import make_generators
+from ldm.inference.components import Components
 
 LEAVES = sorted(
     path for path in Path(CONF_DIR).glob("*/*.yaml") if path.parent.name != "experiment"
 )
 EXPERIMENTS = sorted(Path(CONF_DIR, "experiment").glob("*.yaml"))
 GROUPS = sorted({path.parent.name for path in LEAVES})
-# What build.py hands over beside the YAML.
-OURS = {"trainer": {"max_hours"}}  # what build.py takes for itself
+# What ldm/config passes in addition to the YAML.
+CPU = torch.device("cpu")
+OURS = {"trainer": {"max_hours"}}  # what ldm/config takes for itself
 HANDED = {
     "model": {"in_channels", "out_channels", "context_dim"},
     "objective": {"schedule", "weighting", "timestep_sampler"},
@@ -216,13 +218,13 @@ def test_all_samplers_take_the_same_bounds_and_grids(option):
 def test_rescaling_knows_what_the_network_predicts(option):
     """x0_hat where eps is 0 is x_t / alpha."""
     objective = build_objective(train("objective=eps", "scheduler=linear"))
-    beside = Components(None, None, objective, None, torch.device("cpu"))
+    beside = Components(None, None, None, None, objective, None)
     x_t, t = torch.randn(2, 4, 8, 8), torch.tensor(0.6)
     cfg = compose("sample", [f"guidance={option}", "guidance.rescale=0.7"])
-    found = build_guidance(cfg.guidance, beside).x0_at_zero_output(x_t, t)
+    found = build_guidance(cfg.guidance, beside, device=CPU).x0_at_zero_output(x_t, t)
     torch.testing.assert_close(found, x_t / objective.schedule(t)[0])
     plain = compose("sample", [f"guidance={option}"])
-    assert build_guidance(plain.guidance, beside).x0_at_zero_output is None
+    assert build_guidance(plain.guidance, beside, device=CPU).x0_at_zero_output is None
 
 
 def test_data_chooses_what_is_measured_unless_the_user_does():

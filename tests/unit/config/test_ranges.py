@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from shell import ROOT, TRAIN, run
 
 from ldm.config import command_line
-from ldm.config.command_line import check_config
+from ldm.config.config_check import check_config
 from ldm.config.ranges import SETTING_RANGES, find_setting_rule, format_invalid_value
 from ldm.utils.errors import UsageError
 

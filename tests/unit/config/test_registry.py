@@ -1,6 +1,8 @@
 """What files may build: exactly the components of conf/, whose construction writes nothing."""
 
+import math
 import os
+import re
 import sys
 from contextlib import contextmanager
 from copy import deepcopy
@@ -15,19 +17,13 @@ from omegaconf import OmegaConf
 from tiny_t5 import save_tiny_t5
 from world import small_autoencoder, write_shapes
 
-from ldm.cli.attempt import check_config_unchanged
 from ldm.cli.explain import is_text_to_image_run
 from ldm.cli.package import package_autoencoder
+from ldm.cli.train import check_config_unchanged
 from ldm.config import command_line
-from ldm.config.classifier import load_noisy_classifier
-from ldm.config.components import (
-    Components,
-    build_objective,
-    load_diffusion_checkpoint,
-    warm_start_from_run,
-)
+from ldm.config.components import build_objective, load_diffusion_checkpoint, warm_start_from_run
 from ldm.config.evaluation import build_evaluation_source
-from ldm.config.guidance import load_guide_denoiser
+from ldm.config.guidance import load_guide_denoiser, load_noisy_classifier
 from ldm.config.pipeline import LoadedPipeline, load_cascade, load_pipeline
 from ldm.config.registry import (
     COMPONENT_GROUPS,
@@ -39,10 +35,12 @@ from ldm.config.training_images import SCENES_TARGET, open_run_images
 from ldm.diffusion.schedules import cosine
 from ldm.diffusion.tasks.text_to_image import TextToImage
 from ldm.experiments.former_names import FORMER_TARGETS
+from ldm.inference.components import Components
 from ldm.models.text.labels import NullTextEncoder
 from ldm.utils.checkpoint_file import CheckpointError, write_checkpoint
 from ldm.utils.errors import UsageError
 
+CPU = torch.device("cpu")
 CLIP_SAVE = {
     "_target_": "ldm.models.clip.Clip.save",
     "self": {"_target_": "ldm.models.clip.Clip.load", "path": "packaged:clip"},
@@ -211,6 +209,77 @@ def test_a_hostile_configuration_builds_nothing(case, honest, place):
     assert len(str(refused.value)) < 400 + len(str(path))
 
 
+@pytest.mark.parametrize("trust", [(), ("another",), ("ldm", "another")])
+@pytest.mark.parametrize("case", HOSTILE)
+def test_trust_in_another_package_opens_nothing(case, trust, honest, place):
+    key, value, words = HOSTILE[case]
+    path = written(changed(honest, key, value), place)
+    with audited() as heard, pytest.raises(CheckpointError, match=re.escape(words)):
+        load_diffusion_checkpoint(str(path), trust=trust)
+    assert heard == []
+    assert not Path("made").exists()
+
+
+OWN = {"_target_": "own_noise.schedules.PowerSchedule", "shift": -3.0}
+
+
+def test_a_component_of_a_trusted_package_is_admitted():
+    """Its numbers are its own affair: ours would refuse this shift."""
+    assert validate_component(OWN, "scheduler", trust=["own_noise"]) == OWN
+    flow = {"_target_": "own_noise.schedules.make_flow", "shift": 2.0}
+    assert validate_component(flow, "scheduler", trust=("other", "own_noise")) == flow
+
+
+@pytest.mark.parametrize("trust", [None, (), ("own", "own_noise.schedules", "another")])
+def test_a_package_that_is_not_trusted_is_not_imported(trust):
+    sys.modules.pop("own_noise.schedules", None)
+    with pytest.raises(ValueError, match=r"which is no scheduler of ours") as refused:
+        validate_component(OWN, "scheduler", trust=trust)
+    hint = "add trust=[own_noise] if you trust that package"
+    assert (hint in str(refused.value)) == (trust is not None), "not for commands without trust="
+    assert "own_noise.schedules" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("own_noise.schedules.mkdir", "no class or function that own_noise defines"),
+        ("own_noise.schedules.torch.load", "no class or function that own_noise defines"),
+        ("own_noise.schedules.FlowSchedule", "no class or function that own_noise defines"),
+        ("own_noise.schedules.PowerSchedule.forward", "no class or function that own_noise"),
+        ("own_noise.schedules", "no class or function that own_noise defines"),
+        ("own_noise.schedules.Nothing", "has no such name"),
+        ("own_noise", "no scheduler of ours"),
+    ],
+)
+def test_only_what_a_trusted_package_defines_may_be_built(target, words, place):
+    with pytest.raises(ValueError, match=words):
+        validate_component({"_target_": target}, "scheduler", trust=["own_noise"])
+    assert not Path("made").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ({"power": 2}, "the key 'power', which"),
+        ({"_partial_": True}, "the key '_partial_', which"),
+        ({"shift": MKDIR}, "is a component, where none can be"),
+        ({"shift": "${oc.env:HOME}"}, "to be looked up elsewhere"),
+        ({"shift": math.inf}, "must be a finite number"),
+    ],
+)
+def test_arguments_of_a_trusted_component_are_checked(argument, words):
+    with pytest.raises(ValueError, match=words):
+        validate_component(OWN | argument, "scheduler", trust=["own_noise"])
+
+
+def test_a_trusted_function_may_take_any_argument_of_its_own():
+    flow = {"_target_": "own_noise.schedules.make_flow", "power": 2.0}
+    assert validate_component(flow, "scheduler", trust=["own_noise"]) == flow
+    with pytest.raises(ValueError, match="the key '_partial_'"):
+        validate_component(flow | {"_partial_": True}, "scheduler", trust=["own_noise"])
+
+
 TEXTS = {
     "code": ("!!python/object/apply:os.mkdir [made]", "no YAML of plain values"),
     "aliases": ("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]", "YAML alias"),
@@ -235,9 +304,7 @@ def test_a_text_that_is_no_configuration_is_refused(case, place):
 
 def beside() -> Components:
     objective = build_objective(OmegaConf.create(OBJECTIVE))
-    return Components(
-        small_autoencoder(), NullTextEncoder(), objective, TextToImage(), torch.device("cpu")
-    )
+    return Components(None, small_autoencoder(), NullTextEncoder(), None, objective, TextToImage())
 
 
 OBJECTIVE = {
@@ -268,9 +335,9 @@ DOORS = {
         {},
     ),
     "evaluate, phema": evaluated,
-    "guide": lambda run: load_guide_denoiser(run, beside()),
-    "init": lambda run: warm_start_from_run(run, None, {}, cosine()),
-    "classifier": lambda run: load_noisy_classifier(run, components=beside()),
+    "guide": lambda run: load_guide_denoiser(run, beside(), device=CPU),
+    "init": lambda run: warm_start_from_run(run, beside()),
+    "classifier": lambda run: load_noisy_classifier(run, beside(), device=CPU),
     "package": lambda run: package_autoencoder(Path(run), Path("made"), scenes=1),
 }
 
@@ -322,8 +389,8 @@ ELSEWHERE = {
 
 def of(data: dict, place: Path) -> LoadedPipeline:
     """What of a run says what it was trained on."""
-    node = OmegaConf.create(data)
-    return LoadedPipeline(None, 16, place / "x.ckpt", 1, None, node, "float32", {}, {})
+    config = OmegaConf.create({"data": data})
+    return LoadedPipeline(None, place / "x.ckpt", 1, config, {}, {})
 
 
 @pytest.mark.parametrize("case", ELSEWHERE)

@@ -9,14 +9,15 @@ from hydra import compose, initialize_config_dir
 from shell import ROOT, run
 
 from ldm.config import command_line
-from ldm.config.command_line import check_config, read_prompts
+from ldm.config.command_line import read_prompts
+from ldm.config.config_check import check_config
 from ldm.config.sample_options import SAMPLE_TEXT_OPTIONS, check_sample_options, list_cascade_runs
 from ldm.config.suggestions import format_unknown_setting
 from ldm.utils.errors import UsageError
 
 
 def check(*words):
-    """`asked.checked` of a command line whose numbers are right."""
+    """`check_sample_options` of a command line whose numbers are right."""
     typed = dict(
         word.split("=", 1) for word in words if word.partition("=")[0] in SAMPLE_TEXT_OPTIONS
     )
@@ -24,9 +25,8 @@ def check(*words):
     with initialize_config_dir(command_line.CONF_DIR, version_base="1.3"):
         cfg = compose("sample", overrides=others)
         check_config(cfg, "sample", others)
-    return check_sample_options(
-        cfg, {**{name: cfg[name] for name in SAMPLE_TEXT_OPTIONS}, **typed}, typed
-    )
+    options = {name: cfg[name] for name in SAMPLE_TEXT_OPTIONS} | typed
+    return check_sample_options(cfg, options, has_prompt="prompt" in typed)
 
 
 @pytest.fixture

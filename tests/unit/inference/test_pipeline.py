@@ -61,7 +61,7 @@ def test_an_empty_negative_prompt_is_the_empty_caption(tiny_text):
 def test_scale_one_is_the_conditional_model_alone(tiny_text):
     """The negative prompt is not looked at, and the network sees each image once a step."""
     pipe, batches = pipeline(tiny_text, scale=1.0, eta=1.0), []
-    pipe.denoiser.register_forward_hook(lambda _, args, out: batches.append(len(out)))
+    pipe.components.denoiser.register_forward_hook(lambda _, args, out: batches.append(len(out)))
     images = pipe(PROMPTS[:2], seeds=[0, 1], size=SIZE, steps=3, negative="a green square")
     assert batches == [2, 2, 2]
     limit = sample(tiny_text, PROMPTS[:2], [0, 1], scale=1 + 1e-7)
@@ -105,7 +105,7 @@ def test_text_to_image_takes_nothing_else(tiny_text, extra):
 
 def test_a_picture_goes_to_its_noise_and_back(tiny_text):
     """What is painted of the noise that was found is the picture; with other words, another."""
-    pipe = replace(pipeline(tiny_text, scale=1.5), autoencoder=IdentityAutoencoder())
+    pipe = pipeline(tiny_text, scale=1.5).replace_components(autoencoder=IdentityAutoencoder())
     images = 0.8 * torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) - 0.4
     noise = pipe.invert(images, PROMPTS[:1], steps=20)
     assert distance(noise, images) > 0.1
@@ -134,8 +134,9 @@ def test_a_judge_steers_towards_what_it_likes(tiny_text):
     def brightness(prompts):
         return lambda x0_hat: 300 * x0_hat.flatten(1).mean(1)
 
-    plain = replace(pipeline(tiny_text, scale=1.0), autoencoder=IdentityAutoencoder())
-    inner, schedule = plain.guidance, plain.objective.schedule
+    plain = pipeline(tiny_text, scale=1.0)
+    plain = plain.replace_components(autoencoder=IdentityAutoencoder())
+    inner, schedule = plain.guidance, plain.components.objective.schedule
     images = plain(PROMPTS[:2], seeds=[0, 1], size=SIZE, steps=8)
     judged = ClipGuidance(reward_model=brightness, schedule=schedule, inner=inner)
     steered = replace(plain, guidance=judged)(PROMPTS[:2], seeds=[0, 1], size=SIZE, steps=8)
@@ -175,5 +176,5 @@ def test_a_word_for_a_sampler_that_overshoots_at_these_steps(tiny_text):
     pipe = replace(pipe, sampler=DPMSolverSampler(eta=1.0, spacing="leading"))
     (word,) = pipe.collect_warnings(30)
     assert "overshoots in 30 steps with spacing=leading" in word
-    pipe = replace(pipe, task=ProjectedInpainting(rounds=2))  # of first order
+    pipe = pipe.replace_components(task=ProjectedInpainting(rounds=2))  # of first order
     assert pipe.collect_warnings(30) == []

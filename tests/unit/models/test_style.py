@@ -1,5 +1,7 @@
 """Style pictures: what their encoder keeps, and that the network is as before until it is told."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from world import CAPTIONS, SIZE, latent_diffusion, shapes_data, unet, val_batch
@@ -219,7 +221,7 @@ def test_training_drops_style_apart_from_captions(tiny_text, folder, shapes):
     module = latent_diffusion(tiny_text, style_encoder=encoder, caption_dropout=0.5)
     batch = val_batch(shapes_data(shapes), range(10))
     heard = []
-    module.frozen = (module.frozen[0], Listening(tiny_text, heard), encoder)
+    module.components = replace(module.components, text_encoder=Listening(tiny_text, heard))
     _, cond = module.encode(batch)
     styled = cond.style.ne(0).any(2).any(1)
     null = tiny_text.null(1).tokens
@@ -233,7 +235,7 @@ def test_training_drops_style_apart_from_captions(tiny_text, folder, shapes):
     assert heard == [[c.replace(" circle", "") for c in CAPTIONS]]
     _, again = module.encode({**batch, "position": batch["position"]})
     assert torch.equal(again.style, cond.style)
-    _, cond = module.encode(batch, caption_dropout=0.0)
+    _, cond = module.encode(batch, training=False)
     assert cond.style.ne(0).any(2).any(1).all()
     assert heard[-1] == CAPTIONS
     names = set(module.state_dict())

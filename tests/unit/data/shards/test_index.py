@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from material import picture, samples, tar_bytes
 
-from ldm.config.stages import check_captions_readable
+from ldm.config.training_checks import check_captions_readable
 from ldm.data.datamodule import TextImageData
 from ldm.data.image_decoding import MAX_IMAGE_BYTES
 from ldm.data.shards.index import ReadOptions, ShardIndex, open_index

@@ -37,7 +37,7 @@ def wide_pipeline(text, task):
         for parameter in net.parameters():
             parameter += 0.03 * torch.randn(parameter.shape)
     parts = {"denoiser": net.eval(), "autoencoder": IdentityAutoencoder(), "task": task}
-    return replace(pipe, **parts, trained_size=SIZE)
+    return replace(pipe.replace_components(**parts), trained_size=SIZE)
 
 
 def test_the_network_gets_the_noise_level_and_the_scale():
@@ -60,7 +60,9 @@ def test_training_and_sampling_have_the_same_small_image_channels(tiny_text):
     images = 2 * torch.rand(3, 3, SIZE, SIZE) - 1
     seen = []
     pipe = wide_pipeline(tiny_text, task)
-    pipe.denoiser.register_forward_pre_hook(lambda net, args: seen.append(args[2].concat))
+    pipe.components.denoiser.register_forward_pre_hook(
+        lambda net, args: seen.append(args[2].concat)
+    )
     pipe(["a"] * 3, seeds=[0, 1, 2], size=SIZE, steps=1, image=downsample_images(images, 2))
     trained = shown(SuperResolution(scales=[2], max_noise_level=0.0), images, range(3))
     torch.testing.assert_close(seen[0], trained)
@@ -111,8 +113,8 @@ def test_a_small_image_of_any_shape_is_enlarged_completely(tiny_text):
     given = prepare_upscaling_inputs(pipe, small)
     assert given.size == (20, 16)
     assert given.output_size == (20, 12)
-    images = pipe(["a", "b"], seeds=[0, 1], size=given.size, steps=2, **given.pictures())
-    assert [tuple(image.shape) for image in given.cut(images)] == [(3, 20, 12)] * 2
+    images = pipe(["a", "b"], seeds=[0, 1], size=given.size, steps=2, **given.tensors())
+    assert [tuple(image.shape) for image in given.crop(images)] == [(3, 20, 12)] * 2
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ def seeded(seed=0):
 
 def pixels(text, task, *, scale=1.5):
     """A pipeline without an autoencoder's error."""
-    return replace(pipeline(text, scale=scale), autoencoder=IdentityAutoencoder(), task=task)
+    pipe = pipeline(text, scale=scale)
+    return pipe.replace_components(autoencoder=IdentityAutoencoder(), task=task)
 
 
 def picture(n=1):
@@ -118,7 +119,7 @@ def test_pixels_outside_the_mask_do_not_change(tiny_text, rounds):
 
 
 def test_paste_keeps_the_pixels_bit_for_bit(tiny_text):
-    pipe = replace(pipeline(tiny_text), task=ProjectedInpainting())
+    pipe = pipeline(tiny_text).replace_components(task=ProjectedInpainting())
     given = {"image": picture(), "mask": left_half()}
     kept = left_half().expand(2, 3, SIZE, SIZE) == 0
     assert not torch.equal(paint(pipe, **given)[kept], picture().expand(2, -1, -1, -1)[kept])
@@ -166,17 +167,19 @@ def test_rounds_below_one_are_refused():
 def inpainting(text):
     """A pipeline in pixels whose network is shown mask and rest."""
     pipe = pixels(text, Inpainting(), scale=1.0)
-    plain = pipe.denoiser.conv_in
-    pipe.denoiser.in_channels += Inpainting().extra_channels(3)
-    wide = torch.nn.Conv2d(pipe.denoiser.in_channels, plain.out_channels, 3, padding=1)
-    pipe.denoiser.conv_in = wide
+    plain = pipe.components.denoiser.conv_in
+    pipe.components.denoiser.in_channels += Inpainting().extra_channels(3)
+    wide = torch.nn.Conv2d(pipe.components.denoiser.in_channels, plain.out_channels, 3, padding=1)
+    pipe.components.denoiser.conv_in = wide
     return pipe
 
 
 def test_the_network_gets_the_mask_and_the_masked_latents(tiny_text):
     pipe = inpainting(tiny_text)
     seen = []
-    pipe.denoiser.register_forward_pre_hook(lambda net, args: seen.append(args[2].concat))
+    pipe.components.denoiser.register_forward_pre_hook(
+        lambda net, args: seen.append(args[2].concat)
+    )
     images = paint(pipe, image=picture(), mask=left_half(), steps=2)
     kept = left_half().expand_as(images) == 0
     assert torch.equal(images[kept], picture().expand_as(images)[kept])
@@ -187,7 +190,7 @@ def test_the_network_gets_the_mask_and_the_masked_latents(tiny_text):
 
 def test_a_full_mask_generates_from_the_prompt_alone(tiny_text):
     pipe = inpainting(tiny_text)
-    pipe.objective.schedule = cosine()  # which ends in noise
+    pipe.components.objective.schedule = cosine()  # which ends in noise
     whole = torch.ones(1, 1, SIZE, SIZE)
     one, other = (paint(pipe, image=x, mask=whole, steps=2) for x in (picture(), -picture()))
     torch.testing.assert_close(one, other, atol=1e-3, rtol=0)

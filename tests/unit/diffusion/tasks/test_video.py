@@ -1,10 +1,8 @@
 """What a video begins with, and what a pipeline makes of it."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from world import SIZE, objective, small_autoencoder
+from world import SIZE, components, small_autoencoder
 
 from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.rng import make_generators
@@ -35,11 +33,12 @@ def network(text):
 
 def pipeline(text, *, eta=0.0):
     return Pipeline(
-        network(text),
-        autoencoder=FramewiseAutoencoder(small_autoencoder().eval()),
-        text_encoder=text,
-        objective=objective(),
-        task=TextToVideo(),
+        components(
+            text,
+            denoiser=network(text),
+            autoencoder=FramewiseAutoencoder(small_autoencoder().eval()),
+            task=TextToVideo(),
+        ),
         sampler=DDIMSampler(eta=eta),
         guidance=ClassifierFreeGuidance(scale=2.0),
         num_frames=FRAMES,
@@ -86,11 +85,11 @@ def test_shared_noise_correlates_frames(share):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_equal_noise_gives_equal_frames_without_temporal_layers(tiny_text, eta):
     pipe = pipeline(tiny_text, eta=eta)
-    for block in pipe.denoiser.temporal.blocks:
+    for block in pipe.components.denoiser.temporal.blocks:
         zero_module(block.conv), zero_module(block.attn.to_out)
-    zero_module(pipe.denoiser.temporal.number[-1])
+    zero_module(pipe.components.denoiser.temporal.number[-1])
     apart = pipe(PROMPTS, seeds=[3, 4], size=SIZE, steps=3).var(dim=2).max()
-    pipe = replace(pipe, task=TextToVideo(shared_noise=1.0))
+    pipe = pipe.replace_components(task=TextToVideo(shared_noise=1.0))
     made = pipe(PROMPTS, seeds=[3, 4], size=SIZE, steps=3)
     torch.testing.assert_close(made, made[:, :, :1].expand_as(made), rtol=0, atol=1e-4)
     assert apart > 0.01
@@ -140,7 +139,7 @@ def test_a_video_does_not_depend_on_its_batch(tiny_text, eta):
 def test_a_video_begins_with_its_picture_to_within_the_autoencoders_error(tiny_text):
     pipe, image = pipeline(tiny_text), picture()
     made = pipe(PROMPTS, seeds=[3, 4], size=SIZE, steps=3, image=image)
-    codec = pipe.autoencoder
+    codec = pipe.components.autoencoder
     expected = codec.decode(codec.encode(image)).clamp(-1, 1).expand(2, -1, -1, -1)
     torch.testing.assert_close(made[:, :, 0], expected, rtol=0, atol=1e-4)
     free = pipe(PROMPTS, seeds=[3, 4], size=SIZE, steps=3)

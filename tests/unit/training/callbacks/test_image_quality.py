@@ -11,12 +11,11 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor
-from world import SIZE, latent_diffusion, make_trainer, objective
+from world import SIZE, components, latent_diffusion, make_trainer
 
 from ldm.data.datamodule import TextImageData
 from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.samplers.ddim import DDIMSampler
-from ldm.diffusion.tasks.text_to_image import TextToImage
 from ldm.evaluation.features.clip import ClipFeatures
 from ldm.inference.pipeline import Pipeline
 from ldm.models.autoencoder import IdentityAutoencoder
@@ -117,11 +116,7 @@ class Run:
 
     def image_check(self, data: TextImageData) -> ImageQuality:
         pipeline = Pipeline(
-            self.module.ema.module,
-            autoencoder=self.canvas,
-            text_encoder=self.home.text,
-            objective=objective(),
-            task=TextToImage(),
+            components(self.home.text, denoiser=self.module.ema.module, autoencoder=self.canvas),
             sampler=DDIMSampler(),
             guidance=ClassifierFreeGuidance(scale=2.0),
         )

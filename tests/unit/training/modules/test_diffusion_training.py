@@ -125,7 +125,7 @@ def dropped(module: LatentDiffusion, positions: range) -> list[bool]:
         "position": list(positions),
     }
     _, cond = module.encode(batch)
-    _, null = module.frozen[1]([batch["captions"][0], ""]).tokens  # (L, D) each
+    _, null = module.components.text_encoder([batch["captions"][0], ""]).tokens  # (L, D) each
     return (cond.tokens == null).flatten(1).all(1).tolist()
 
 

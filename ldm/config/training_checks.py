@@ -1,0 +1,79 @@
+"""Settings of a training run that do not fit together, refused with a remedy."""
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from ldm.data.datamodule import TextImageData
+from ldm.experiments.run_dir import get_launcher_layout
+from ldm.models.text.labels import NullTextEncoder
+from ldm.utils.errors import UsageError
+
+
+def get_devices(cfg: DictConfig) -> dict[str, int]:
+    """Devices and machines of torchrun or srun, where these started the processes; else nothing.
+
+    Raises UsageError where the configuration wants others, or all GPUs where there is none.
+    """
+    wanted = cfg.trainer.devices, cfg.trainer.num_nodes
+    started = get_launcher_layout()
+    if wanted[0] == -1 and (cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available()):
+        raise UsageError(
+            "trainer.devices=-1 means all GPUs, and there is none to use here: leave it out, or "
+            "give a number of processes"
+        )
+    if started is None:
+        return {}
+    if wanted[0] != "auto" and wanted not in ((1, 1), started):
+        raise UsageError(
+            f"{started[0]} processes on each of {started[1]} machines were started, and "
+            f"trainer.devices={wanted[0]}, trainer.num_nodes={wanted[1]} ask for others: leave "
+            "them out, the launcher's numbers are taken"
+        )
+    return {"devices": started[0], "num_nodes": started[1]}
+
+
+def check_image_size(size: int, multiple: int) -> None:
+    """UsageError where images of `size` do not go through the networks."""
+    if size % multiple:
+        raise UsageError(
+            f"data.size={size} must be a multiple of {multiple}, which the networks halve it to"
+        )
+
+
+def check_data_kind(cfg: DictConfig, subject: str, *, is_video: bool) -> None:
+    """UsageError where the data, or what is measured, are images and `subject` is for videos.
+
+    And the other way round.
+    """
+    if is_video != (cfg.data.get("frames") is not None):
+        have, want = ("pictures", "videos") if is_video else ("videos", "pictures")
+        remedy = "task=video, or other data"
+        if is_video:
+            remedy = "data.frames=8" if "frames" in cfg.data else "data=shards of videos"
+            still = any(not check.get("moving", False) for check in (cfg.eval or {}).values())
+            remedy = f"data=moving_scenes, or {remedy}{' eval=motion' if still else ''}"
+        raise UsageError(f"{subject} is of {want}, and the data are {have}: take {remedy}")
+    for name, check in (cfg.eval or {}).items():
+        if check.get("moving", False) != is_video and cfg.stage == "diffusion":
+            remedy = "eval=motion, or eval=none" if is_video else "another eval"
+            raise UsageError(f"eval.{name} does not measure what the data are: take {remedy}")
+
+
+def check_has_captions(data: TextImageData) -> None:
+    """UsageError where no training image has a caption."""
+    index = data.train_set.shards.index
+    if index.captions.count_empty(index.caption_key) == index.captions.samples:
+        message = index.captions.describe(index.caption_key)
+        raise UsageError(f"data.train: {message}. To train without captions: text_encoder=none")
+
+
+def check_captions_readable(text_encoder: nn.Module, data: TextImageData) -> None:
+    """Refuses, before the first batches, captions that this text encoder cannot read.
+
+    UsageError where there are none, ValueError where they hold none of its names.
+    """
+    if not isinstance(text_encoder, NullTextEncoder):
+        check_has_captions(data)
+    if text_encoder.names:
+        text_encoder(data.val_captions(64))

@@ -1,0 +1,132 @@
+"""The parts of one training run together, and what result.json says of it."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+
+from ldm.data.datamodule import TextImageData
+from ldm.experiments.ranking import build_ranking_table, find_runs, rank_runs, read_run_record
+from ldm.experiments.run_dir import (
+    find_last_value,
+    get_launcher_rank,
+    is_sweep_job,
+    read_metrics,
+    read_partial_result,
+    write_result,
+)
+from ldm.training.callbacks.monitoring import ThroughputMonitor
+from ldm.training.callbacks.nonfinite import (
+    NON_FINITE_REMEDY,
+    NotFiniteError,
+    find_non_finite_metrics,
+    format_last_good_checkpoint,
+)
+from ldm.training.distributed import format_exception, record_first_error, remove_first_error
+from ldm.utils.checkpoint_facts import read_state_dict
+from ldm.utils.checkpoint_file import (
+    check_module_state,
+    find_newest_checkpoint,
+    parse_checkpoint_step,
+    read_unverified_checkpoint,
+)
+from ldm.utils.files import check_writable
+
+
+@dataclass
+class TrainingJob:
+    """A run that is ready to train."""
+
+    data: TextImageData
+    module: L.LightningModule
+    trainer: L.Trainer
+    meter: ThroughputMonitor
+    resume: Path | None  # the checkpoint that it resumes from
+
+    def metrics(self) -> dict[str, float]:
+        """The newest value of each logged metric."""
+        logged = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        return {**self.meter.latest, **logged}
+
+    def outcome(self, run_dir: Path, metric: str) -> dict:
+        """The progress of the run so far, for result.json."""
+        newest = run_dir / "checkpoints" / "last.ckpt"
+        step = self.trainer.global_step
+        if self.resume is not None and step < parse_checkpoint_step(self.resume):
+            return read_partial_result(run_dir, metric)  # it ended while it loaded the checkpoint
+        return {
+            "metric": metric,
+            "value": self.metrics().get(metric),
+            "steps": step,
+            "stopped_early": self.trainer.should_stop and step < self.trainer.max_steps,
+            "images_seen": self.data.position,
+            "checkpoint": os.path.relpath(newest.resolve(), run_dir) if newest.exists() else None,
+        }
+
+    def check_end(self, run_dir: Path, metric: str) -> None:
+        """NotFiniteError where the last validation shows that the weights are ruined."""
+        rows = read_metrics(run_dir)  # of an earlier call, if there was nothing left to train
+        values = {name: find_last_value(rows, name) for name in ("val/loss", metric)}
+        values |= self.metrics()
+        if names := find_non_finite_metrics(values, metric):
+            finite = [row["step"] for row in rows if math.isfinite(row.get(names[0], math.nan))]
+            folder, before = run_dir / "checkpoints", int(max(finite, default=-1)) + 1
+            raise NotFiniteError(
+                f"the last validation's {names[0]} is {values[names[0]]}. "
+                f"{format_last_good_checkpoint(folder, before)}; {NON_FINITE_REMEDY}"
+            )
+
+    def failed(self, run_dir: Path, error: BaseException) -> tuple[str, bool]:
+        """The message of the error that ended the run, and whether this rank must report it."""
+        if self.trainer.world_size == 1:
+            return format_exception(error), True
+        message, own = record_first_error(run_dir, error, rank=self.trainer.global_rank)
+        if not own:
+            print(f"the first error was {message}", flush=True)
+        return message, own
+
+    def finish(self, run_dir: Path, metric: str, direction: str, result: dict) -> None:
+        """Writes result.json and closes the loggers; a sweep's job also logs the ranking so far.
+
+        A disk without room for result.json is reported, and the same command writes it later.
+        """
+        try:
+            write_result(run_dir, result)
+        except OSError as error:
+            print(f"{run_dir}/result.json cannot be written: {error.strerror or error}", flush=True)
+        if is_sweep_job(run_dir):
+            jobs = [read_run_record(found) for found in find_runs([run_dir.parent])]
+            columns, rows = build_ranking_table(
+                rank_runs(jobs, metric, direction=direction), metric
+            )
+        for logger in self.trainer.loggers:
+            if is_sweep_job(run_dir):
+                logger.log_table("ranking", columns=columns, data=rows)
+            logger.finish(failed=result["status"] == "failed")
+
+    def describe(self) -> str:
+        """One line: what is trained, on what, how long."""
+        trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+        kind = "images" if self.data.frames is None else "videos"
+        return (
+            f"{type(self.module).__name__}, {trained / 1e6:.1f} M parameters, on "
+            f"{len(self.data.train_set)} {kind} ({len(self.data.val_set)} for validation): "
+            f"{self.trainer.max_steps} steps of {self.data.batch_size} {kind} on "
+            f"{self.trainer.world_size} x {self.trainer.strategy.root_device.type}"
+        )
+
+
+def prepare_run_directory(run_dir: Path, module: L.LightningModule) -> Path | None:
+    """The checkpoint to resume from, which fits the module; removes what earlier calls left."""
+    first, resume = get_launcher_rank() == 0, find_newest_checkpoint(run_dir / "checkpoints")
+    if first:
+        check_writable(run_dir / "checkpoints")
+        remove_first_error(run_dir)
+    if resume is not None:
+        state = read_state_dict(read_unverified_checkpoint(resume), resume)
+        check_module_state(module, state, what=str(resume))
+    elif first:
+        (run_dir / "metrics.csv").unlink(missing_ok=True)  # of a call without a checkpoint
+    return resume

@@ -40,6 +40,7 @@ def composed(home: Home, *overrides: str):
     [
         (["task=img2img"], r"train: leave it out here, then give `python sample.py .*=img2img`"),
         (["task=inpaint_projected"], "is a way of sampling from any run"),
+        (["trainer.devices=-1"], "devices=-1 means all GPUs, and there is none to use here"),
         (["init=nope"], "init='nope' is neither a run directory nor a file"),
         (["task=superres", "task.scales=[2,3]"], r"of data.size=16 cannot be shrunk 3 times"),
         (["task=video"], "task=video is of videos, .* or data.frames=8$"),

@@ -16,6 +16,7 @@ from ldm.config.registry import DIFFUSION_GROUPS, validate_file_config
 from ldm.config.suggestions import CONF_DIR
 from ldm.diffusion.rng import make_generators
 from ldm.inference.components import Components
+from ldm.utils.errors import UsageError
 
 LEAVES = sorted(
     path for path in Path(CONF_DIR).glob("*/*.yaml") if path.parent.name != "experiment"
@@ -239,3 +240,13 @@ def test_every_group_has_a_default_or_is_documented():
     cfg = train()
     for group in GROUPS:
         assert group in cfg, f"train.yaml does not know the group {group}"
+
+
+def test_a_reward_model_that_is_not_there_is_one_line():
+    cfg = compose("sample", ["guidance=clip", "guidance.reward_model=no/such/folder"])
+    components = Components(None, None, None, None, None, None)
+    with pytest.raises(
+        UsageError, match="there is no such CLIP. Give a CLIP: packaged:clip"
+    ) as why:
+        build_guidance(cfg.guidance, components, device=CPU)
+    assert "\n" not in str(why.value)

@@ -63,7 +63,7 @@ def main() -> None:
         grid(given.run, given.steps).save(given.picture, optimize=True)
         return
     encoder = opened(given.run).style_encoder
-    cases = [case(i, silence=encoder.without) for i in range(given.count)]
+    cases = [case(i, silence=encoder.strip_style_words) for i in range(given.count)]
     rows = []
     for name, way in ways(given.run, given.init, given.steps):
         if given.only in name:
@@ -136,7 +136,10 @@ def grid(run: str, steps: int) -> Image.Image:
     """Style pictures on top, and below each what three prompts that name no style become."""
     pipeline = opened(run, "guidance=style", "guidance.style_scale=2")
     pictures = stacked([style_picture(style, i) for i, style in enumerate(STYLES)])
-    prompts = [case(i, silence=pipeline.components.style_encoder.without).silent for i in (0, 5, 6)]
+    prompts = [
+        case(i, silence=pipeline.components.style_encoder.strip_style_words).silent
+        for i in (0, 5, 6)
+    ]
     rows = [*pictures]
     for seed, prompt in enumerate(prompts):
         words, seeds = [prompt] * len(STYLES), [seed] * len(STYLES)

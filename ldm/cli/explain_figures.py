@@ -129,12 +129,8 @@ def plot_noise_injection(
     }
     for eta, label in labels.items():
         recording = RecordingGuidance(pipeline.guidance)
-        parts = replace(
-            pipeline,
-            guidance=recording,
-            sampler=DDIMSampler(eta=eta),
-            task=SharedNoiseTextToImage(),
-        )
+        parts = replace(pipeline, guidance=recording, sampler=DDIMSampler(eta=eta))
+        parts = parts.replace_components(task=SharedNoiseTextToImage())
         seeds = [at.seed, at.seed + 1]
         _sample(parts, [prompt] * 2, seeds, at, on_step=on_step)
         moments = select_evenly(recording.moments)

@@ -88,7 +88,7 @@ def test_a_run_measures_every_so_often_and_at_its_end(home, measured):
 
 
 def test_the_averaged_weights_are_measured_as_they_are_now(measured):
-    checks = [c for c in measured.trainer.callbacks if type(c).__name__ == "SceneCheck"]
+    checks = [c for c in measured.trainer.callbacks if type(c).__name__ == "SceneAccuracy"]
     assert checks[0].pipeline.components.denoiser is measured.module.ema.module
     assert isinstance(checks[0].pipeline, Pipeline)
 

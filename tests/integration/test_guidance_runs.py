@@ -114,7 +114,7 @@ def test_pictures_are_edited_filled_in_and_shown_on_the_way(home):
         (["task=img2img"], "task=img2img takes an image and no mask: image=FILE"),
         (["image=in.png"], "task=text2img takes no image"),
         (["task=img2img", "image=gone.png"], "gone.png"),
-        (["task=inpaint_projected", "image=in.png", "mask=other.png"], "other.png is 5 x 5 where"),
+        (["task=inpaint_projected", "image=in.png", "mask=other.png"], "other.png is 5 x 5, but"),
     ],
 )
 def test_what_a_task_lacks_is_one_line(home, words, message):

@@ -166,7 +166,7 @@ def test_mistakes_are_told_before_anything_is_painted(home, kept):
     with pytest.raises(UsageError, match=r"lengths=0.1,0.5: each must be"):
         choose(ckpt=kept, lengths="0.1,0.5")
     for out in ("step=00000099.ckpt", "last.ckpt", "best.ckpt", "mine.pt"):
-        with pytest.raises(UsageError, match=r"name of its own that ends in \.ckpt"):
+        with pytest.raises(UsageError, match=r"another name that ends in \.ckpt"):
             choose("length=0.1", ckpt=kept, out=kept / "checkpoints" / out)
     choose("length=0.1", ckpt=kept)
     with pytest.raises(UsageError, match=r"phema.ckpt is such an average already"):

@@ -12,14 +12,14 @@ ROOT = Path(__file__).parents[2]
 # A room imports from the rooms before it in this table, and from itself (docs/design.md).
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
-    "utils": 1700,
-    "diffusion": 2850,
-    "models": 2700,
-    "data": 4050,
+    "utils": 1650,
+    "diffusion": 2800,
+    "models": 2650,
+    "data": 3800,
     "inference": 760,
-    "evaluation": 3150,
+    "evaluation": 2900,
     "experiments": 1900,
-    "training": 2700,
+    "training": 2550,
     "config": 2750,
     "cli": 2200,
 }

@@ -147,10 +147,10 @@ def test_time_power_is_that_of_every_spread():
     for sampler in ("power", "stratified", "sobol"):
         cfg = train(f"timestep_sampler={sampler}", "time_power=2", "data.batch_size=12")
         built = build_objective(cfg).timestep_sampler
-        assert (built.power, built.uniforms.spread) == (2, sampler.replace("power", "independent"))
-        assert built.uniforms.batch == 12
+        assert (built.power, built.spread) == (2, sampler.replace("power", "independent"))
+        assert built.batch == 12
     built = build_objective(train("timestep_sampler=logit_normal", "timestep_sampler.spread=sobol"))
-    assert built.timestep_sampler.uniforms.spread == "sobol"
+    assert built.timestep_sampler.spread == "sobol"
 
 
 def test_a_configuration_of_before_these_were_groups_means_what_it_did():

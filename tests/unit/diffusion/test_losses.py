@@ -17,7 +17,7 @@ def error(scale=1.0):
 
 
 @pytest.mark.parametrize("c", [0.01, 0.3, 5.0])
-def test_pseudo_huber_is_scipys(c):
+def test_pseudo_huber_matches_scipy(c):
     ours = PseudoHuberLoss(c)(error(), T, LOG_SNR)
     expected = torch.from_numpy(2 * pseudo_huber(c, error().numpy()))  # ours has the slope of x^2
     torch.testing.assert_close(ours, expected)
@@ -54,7 +54,7 @@ def test_gradients_are_finite_at_no_error():
     assert (zero.grad == 0).all()
 
 
-def test_what_cannot_be_is_refused():
+def test_impossible_options_are_refused():
     for c in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match=r"loss\.c must be above 0"):
             PseudoHuberLoss(c)

@@ -98,7 +98,7 @@ def test_x0_hat_is_that_of_diffusers(kind, name):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_perfect_network_has_no_loss_and_a_blind_one_has_the_variance():
+def test_loss_is_zero_for_the_target_and_the_variance_for_zero_output():
     x0 = torch.zeros(64, 4, 8, 8)
     task = objective(scaled_linear(), "eps")
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
@@ -132,7 +132,7 @@ def test_loss_of_an_image_does_not_depend_on_its_batch():
     assert whole.unique().numel() == 6
 
 
-def test_the_network_is_told_the_index_of_the_table():
+def test_the_network_gets_the_index_of_the_table():
     told = []
     task = objective(scaled_linear(), "eps")
 
@@ -195,7 +195,7 @@ def test_offset_noise_is_one_number_a_channel():
     torch.testing.assert_close(loss.float(), eps.square().flatten(1).mean(1), rtol=1e-3, atol=1e-3)
 
 
-def test_the_noise_that_is_shown_and_predicted_is_mixed_first():
+def test_shape_noise_applies_to_input_and_target():
     x0 = torch.zeros(4, 3, 8, 8)
     draws = [make_generators(7, range(4), stream="noise") for _ in range(2)]
     nets, task = [Watched(), Watched()], objective(linear(), "eps")
@@ -205,7 +205,7 @@ def test_the_noise_that_is_shown_and_predicted_is_mixed_first():
     torch.testing.assert_close(mixed, 4 * plain)
 
 
-def test_input_perturbation_is_shown_and_not_predicted():
+def test_input_perturbation_changes_the_input_and_not_the_target():
     x0 = torch.zeros(512, 3, 8, 8)
     draws = [make_generators(7, range(512), stream="noise") for _ in range(2)]
     plain_loss, plain, told = watch(objective(linear(), "eps"), x0, draws[0])
@@ -218,7 +218,7 @@ def test_input_perturbation_is_shown_and_not_predicted():
     assert abs((off * plain).mean()) < 0.005
 
 
-def test_input_perturbation_is_of_the_kind_of_the_noise():
+def test_input_perturbation_is_shaped_like_the_noise():
     """Where frames share a part of their noise they share as much of what is added to it."""
     x0, shown = torch.zeros(256, 2, 4, 8, 8), []
     draws = make_generators(7, range(256), stream="noise")
@@ -237,7 +237,7 @@ def test_input_perturbation_is_of_the_kind_of_the_noise():
     assert (correlated - 0.49).abs().max() < 0.03
 
 
-def test_options_are_drawn_by_image():
+def test_offset_and_perturbation_belong_to_the_image():
     x0 = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(3))
     huber = PseudoHuberLoss(schedule="snr")
     options = {"offset_noise": 0.1, "input_perturbation": 0.1, "loss": huber}
@@ -254,7 +254,7 @@ def test_options_are_drawn_by_image():
     assert not torch.isclose(whole, without).any()
 
 
-def test_validation_has_no_options():
+def test_loss_at_has_no_offset_and_no_perturbation():
     x0, eps = torch.randn(2, 5, 4, 4, 4, generator=torch.Generator().manual_seed(3))
     t = torch.rand(5, generator=torch.Generator().manual_seed(1))
     losses = [
@@ -267,7 +267,7 @@ def test_validation_has_no_options():
     assert torch.equal(*losses)
 
 
-def test_the_loss_is_the_penalty_times_the_weight():
+def test_the_loss_is_the_elementwise_loss_times_the_weight():
     x0, eps = torch.randn(2, 5, 4, 4, 4, generator=torch.Generator().manual_seed(3))
     t = torch.rand(5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     penalty = PseudoHuberLoss(0.2, schedule="exponential")
@@ -294,6 +294,6 @@ def test_streams_of_an_image_do_not_share_their_numbers():
 
 @pytest.mark.parametrize("name", ["offset_noise", "input_perturbation"])
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
-def test_options_without_sense_are_refused(name, value):
+def test_negative_shares_are_refused(name, value):
     with pytest.raises(ValueError, match=f"objective.{name} must be 0"):
         objective(cosine(), "v", **{name: value})

@@ -61,7 +61,7 @@ def test_tables_are_those_of_diffusers(name, steps, zero):
     assert torch.equal(schedule.timestep(t).round(), torch.arange(steps, dtype=torch.float64))
 
 
-def test_sigmoid_alpha_is_that_of_its_paper():
+def test_sigmoid_alpha_matches_the_paper():
     """Chen 2023, algorithm 1, written out; up to the cap on the last beta."""
     t = torch.arange(1, 1000, dtype=torch.float64) / 1000
 
@@ -90,7 +90,7 @@ def test_flow_is_that_of_diffusers(shift):
     torch.testing.assert_close(schedule.log_snr(t[1:]), plain - 2 * math.log(shift))
 
 
-def test_laplace_has_its_law():
+def test_laplace_log_snr_has_a_laplace_distribution():
     t = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     schedule = LaplaceSchedule(location=0.7, scale=0.5)
     assert kstest(schedule.log_snr(t).numpy(), laplace(0.7, 0.5).cdf).statistic < 1e-4
@@ -131,7 +131,7 @@ def test_falls_from_data_to_noise(schedule):
 
 
 @given(st.integers(1, 1000), st.sampled_from(["trailing", "leading", "linspace"]))
-def test_times_lie_on_the_table_and_fall_to_zero(steps, spacing):
+def test_timesteps_are_points_of_the_table_and_fall_to_zero(steps, spacing):
     times = space_timesteps(scaled_linear(), steps, spacing=spacing)
     assert times.shape == (steps + 1,)
     assert times[-1] == 0
@@ -213,7 +213,7 @@ def test_impossible_schedules_are_refused(make, said):
         make()
 
 
-def test_a_schedule_that_ends_before_the_noise_says_so():
+def test_a_schedule_with_signal_at_the_end_warns():
     with pytest.warns(UserWarning, match="60% of the image.*zero_terminal_snr=true"):
         linear(steps=100)
     with warnings.catch_warnings():
@@ -286,7 +286,7 @@ def test_any_legal_schedule_falls_from_data_to_noise(schedule):
     assert (log_snr[-1] == -math.inf) == (alpha[-1] == 0)
 
 
-def test_log_snr_outlives_alpha():
+def test_log_snr_is_finite_where_alpha_underflows():
     end = torch.ones((), dtype=torch.float64)
     schedule = linear(steps=3000, end=0.9)
     assert schedule(end)[0] == 0
@@ -310,7 +310,7 @@ def test_snap_goes_to_the_table(t):
     assert t - 2e-6 <= snapped <= t + 0.001 + 2e-6
 
 
-def test_snap_leaves_points_of_the_table_alone():
+def test_snap_does_not_move_points_of_the_table():
     for dtype in (torch.float32, torch.float64):
         t = torch.arange(1, 1001, dtype=dtype) / 1000
         assert torch.equal(linear().snap(t), t)

@@ -33,7 +33,7 @@ def draws(positions, seed=0):
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("spread", SPREADS)
-def test_times_have_the_law_they_claim(law, spread):
+def test_times_have_the_stated_distribution(law, spread):
     """Over the images of a run, and for one image over the seeds of runs."""
     make, options, cdf = LAWS[law]
     times = make(**options, spread=spread, batch=48)
@@ -47,7 +47,7 @@ def test_times_have_the_law_they_claim(law, spread):
     assert kstest(over_seeds.numpy(), cdf).pvalue > 0.01
 
 
-def test_the_law_test_can_tell():
+def test_the_distribution_test_detects_a_difference():
     times = LogitNormalTimestepSampler(0.5, 1.6)(20_000, draws(range(20_000)))
     assert kstest(times.numpy(), LAWS["logit_normal"][2]).pvalue < 1e-3
 
@@ -94,7 +94,7 @@ def test_sobol_has_one_number_in_each_part_of_an_aligned_block(power, block, see
     assert sorted((drawn * size).long().tolist()) == list(range(size))
 
 
-def test_sobol_is_sobols():
+def test_sobol_matches_torch_up_to_the_scrambling():
     """Its parts of [0, 1) are exchanged, as a tree's branches: so are those of torch's engine."""
     ours = Uniforms(spread="sobol")(256, draws(range(256)))
     theirs = SobolEngine(1).draw(256, dtype=torch.float64)[:, 0]
@@ -111,7 +111,7 @@ def van_der_corput(n):
     return torch.tensor(mirrored, dtype=torch.float64)
 
 
-def test_scrambling_depends_on_the_seed_and_looks_like_chance():
+def test_scrambling_depends_on_the_seed_and_looks_random():
     """Each image's number over seeds, and the places of neighbours within their parts."""
     first = torch.tensor([owen_scramble(0, key=f"{i}") / 2**53 for i in range(2000)])
     assert kstest(first.numpy(), "uniform").pvalue > 0.01
@@ -126,7 +126,7 @@ def test_scrambling_depends_on_the_seed_and_looks_like_chance():
 
 @pytest.mark.parametrize("batch", [16, 24])
 @pytest.mark.parametrize("law", LAWS)
-def test_spread_times_have_steadier_means(law, batch):
+def test_spread_times_have_less_variance_in_their_mean(law, batch):
     """What they are for: the mean of a function of t over a batch varies far less."""
     make, options, _ = LAWS[law]
 
@@ -141,7 +141,7 @@ def test_spread_times_have_steadier_means(law, batch):
     assert variance("sobol") < independent / (20 if batch == 16 else 5)
 
 
-def test_steps_of_a_sobol_run_fill_one_anothers_gaps():
+def test_steps_of_a_sobol_run_complement_one_another():
     """Over 64 steps of 16 the mean is far steadier than that of as many stratified steps."""
 
     def error(spread):
@@ -153,7 +153,7 @@ def test_steps_of_a_sobol_run_fill_one_anothers_gaps():
     assert error("stratified") < error("independent") / 20
 
 
-def test_what_cannot_be_is_refused():
+def test_impossible_options_are_refused():
     with pytest.raises(ValueError, match=r"time_power must be above 0, got 0\.0"):
         PowerTimestepSampler(0.0)
     with pytest.raises(ValueError, match=r"timestep_sampler\.std must be above 0"):

@@ -114,7 +114,7 @@ def test_published_forms(weighting, eps, v, x0):
         torch.testing.assert_close(weights(linear(), kind, weighting), published(r))
 
 
-def test_edm_is_edms():
+def test_edm_weighting_matches_edm():
     """lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 at their sigma = sigma / alpha."""
     alpha, sigma = cosine()(T)
     theirs = (sigma / alpha) ** 2
@@ -129,7 +129,7 @@ def test_edm_is_edms():
     st.floats(0.001, 0.999),
     st.integers(0, 99),
 )
-def test_gain_is_what_it_says(kind, schedule, t, seed):
+def test_gain_is_the_ratio_of_squared_errors(kind, schedule, t, seed):
     """From two outputs: how far they are apart, and how far the x0_hat that they mean."""
     generator, prediction = torch.Generator().manual_seed(seed), Prediction(kind)
     x_t, a, b = torch.randn(3, 2, 3, 4, 4, generator=generator, dtype=torch.float64)
@@ -204,7 +204,7 @@ def test_v_and_flow_take_any_weighting(kind, schedule, law):
         assert weight[-1] < 1e-20, "nothing of the end is trained"
 
 
-def test_limits_are_those_of_the_laws():
+def test_weights_reach_their_limits_without_signal_or_noise():
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)  # SNR infinite, then 0
     for law, expected in {
         MinSNRWeighting(5.0): [0.0, 0.0],
@@ -248,6 +248,6 @@ def test_weights_without_bound_are_refused(schedule, kind, law):
         (MinSNRWeighting, float("inf"), "gamma"),
     ],
 )
-def test_laws_without_sense_are_refused(make, value, name):
+def test_impossible_weightings_are_refused(make, value, name):
     with pytest.raises(ValueError, match=f"weighting.{name}"):
         make(value)

@@ -78,7 +78,7 @@ BARELY_ANY_SIGNAL = {
 
 
 @pytest.mark.parametrize("schedule", BARELY_ANY_SIGNAL.values(), ids=BARELY_ANY_SIGNAL)
-def test_the_classifier_decides_from_pure_noise_on(schedule):
+def test_classifier_guidance_is_right_from_pure_noise_on(schedule):
     """Bayes' posterior at the noisiest times, and what one step from pure noise paints."""
     n, generator = 300, torch.Generator().manual_seed(1)
     x_t = torch.randn(n, 2, 1, 1, dtype=torch.float64, generator=generator)
@@ -98,7 +98,7 @@ def test_the_classifier_decides_from_pure_noise_on(schedule):
     assert (once - of_component(schedule, wanted)(x_t, grid[0])).abs().max() < 4e-4
 
 
-def test_an_unconditional_model_paints_what_the_classifier_says():
+def test_classifier_guidance_of_an_unconditional_model_samples_the_class():
     """The samples are the component's own normal distribution, along each axis."""
     schedule, n = linear(), 1500
     guidance = ClassifierGuidance(classifier=exact(schedule), schedule=schedule, inner=NONE)
@@ -112,7 +112,7 @@ def test_an_unconditional_model_paints_what_the_classifier_says():
         assert ks_1samp(x0[:, axis, 0, 0].numpy(), law.cdf).pvalue > 0.01
 
 
-def test_a_judge_of_clean_data_steers_through_the_denoiser():
+def test_clip_guidance_takes_the_gradient_through_the_denoiser():
     """Against the derivative of its opinion by differences."""
     schedule, t = linear(), torch.tensor(0.6, dtype=torch.float64)
     x_t = torch.randn(4, 2, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -138,7 +138,7 @@ def test_a_judge_of_clean_data_steers_through_the_denoiser():
         torch.testing.assert_close(moved[:, axis, 0, 0], slope, rtol=1e-5, atol=1e-7)
 
 
-def test_they_compose_and_keep_to_their_interval():
+def test_gradient_guidance_composes_and_keeps_to_its_interval():
     """Classifier in classifier: both gradients; outside of its interval, the inner one's alone."""
     schedule = linear()
     x_t = torch.randn(4, 2, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -165,7 +165,7 @@ def test_they_compose_and_keep_to_their_interval():
     assert (at(flat) != x_t).flatten(1).any(1).tolist() == [False, True, True, False]
 
 
-def test_at_scale_zero_and_without_signal_nothing_blows_up():
+def test_gradient_guidance_is_finite_without_signal_and_off_at_scale_zero():
     schedule = FlowSchedule()
     x_t = torch.randn(4, 2, 1, 1, dtype=torch.float64)
     guidance = ClassifierGuidance(classifier=exact(schedule), schedule=schedule, inner=NONE)

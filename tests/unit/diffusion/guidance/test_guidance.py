@@ -37,7 +37,7 @@ def denoise(x_t, t, c):
 
 @pytest.mark.parametrize("t", [torch.tensor(0.5), torch.tensor([0.25, 0.75])])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.5])
-def test_guides_every_channel(scale, t):
+def test_classifier_free_guidance_guides_every_channel(scale, t):
     x_t = torch.randn(2, 7, 4, 4)
     guided = ClassifierFreeGuidance(scale=scale)(denoise, Conditioning(cond(2.0), cond(0.5)))(
         x_t, t
@@ -46,7 +46,7 @@ def test_guides_every_channel(scale, t):
     torch.testing.assert_close(guided, u + scale * (c - u))
 
 
-def test_scale_one_asks_the_network_once():
+def test_scale_one_calls_the_network_once():
     batches = []
 
     def counted(x_t, t, c):
@@ -68,7 +68,7 @@ def test_guiding_x0_equals_guiding_eps():
     torch.testing.assert_close(guided_eps, guided_x0)
 
 
-def test_conditions_merge_and_refuse():
+def test_conditions_with_different_parts_do_not_merge():
     keep = torch.tensor([True, False])
     picture = torch.ones(2, 1, 2, 2)
     mixed = Condition(cond(2.0).tokens, concat=picture).where(keep, cond(0.5))
@@ -224,7 +224,7 @@ def test_projected_guidance_holds_classifier_free_guidance():
         )
 
 
-def test_a_new_picture_knows_nothing_of_the_momentum_of_the_last():
+def test_momentum_starts_anew_for_each_image():
     guidance, x_t, t = (
         AdaptiveProjectedGuidance(scale=3.0),
         torch.randn(2, 3, 4, 4),
@@ -278,7 +278,7 @@ def test_momentum_advances_once_a_step(name):
 
 
 @pytest.mark.parametrize("t", TIMES)
-def test_autoguidance_leads_away_from_the_worse_model(t):
+def test_autoguidance_extrapolates_from_the_worse_model(t):
     x_t = torch.randn(2, 3, 4, 4)
 
     def worse(x_t, t, c):
@@ -310,6 +310,6 @@ def test_autoguidance_leads_away_from_the_worse_model(t):
         (lambda: Autoguidance(guide=None, inner=None, interval=[1, 0]), "two rising times"),
     ],
 )
-def test_what_means_nothing_is_refused(make, message):
+def test_impossible_guidance_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -58,7 +58,7 @@ def test_without_a_style_picture_it_is_classifier_free(t):
     )
 
 
-def test_it_asks_no_more_than_it_must():
+def test_style_guidance_calls_the_network_no_more_than_needed():
     batches = []
 
     def counted(x_t, t, c):
@@ -73,7 +73,7 @@ def test_it_asks_no_more_than_it_must():
     assert batches == [2, 6, 6]
 
 
-def test_style_stays_where_captions_are_exchanged():
+def test_where_exchanges_text_and_not_style():
     mixed = cond(2, 1).where(torch.tensor([True, False]), cond(0.5))
     assert mixed.tokens[:, 0, 0].tolist() == [2.0, 0.5]
     assert (mixed.style == 1).all()

@@ -27,7 +27,7 @@ def there_and_back(schedule, *, steps, spacing="trailing", n=256, **settings):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_inversion_and_back_is_where_it_began(name):
+def test_inversion_and_ddim_return_to_the_image(name):
     x0, noise, again = there_and_back(SCHEDULES[name], steps=50)
     assert (again - x0).abs().max() < 1e-3
     assert (again - x0).abs().median() < 1e-6
@@ -81,7 +81,7 @@ def test_images_are_inverted_alone_and_steps_reported():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rounding_does_no_harm(dtype):
+def test_inversion_is_stable_at_rounding_errors(dtype):
     """Where a round betters nothing any more, the next ones make it no worse."""
     schedule = scaled_linear()
     x0 = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)

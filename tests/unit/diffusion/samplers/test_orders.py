@@ -91,13 +91,13 @@ def test_errors_fall_with_the_order(case, name, truth):
 
 
 @pytest.mark.parametrize("name", ["linear", "flow"])
-def test_the_third_order_of_unipc_is_above_it(name, truth):
+def test_unipc_of_order_three_converges_at_third_order(name, truth):
     """Its corrector is of fourth order; what is left are the first two steps."""
     assert slope(errors_of(UniPCSampler(), SCHEDULES[name][0], truth[name])) > 2.8
 
 
 @pytest.mark.parametrize("cls", [diffusers.DPMSolverMultistepScheduler, WholeLastTerm])
-def test_the_published_third_order_is_of_second(cls, truth, monkeypatch):
+def test_the_published_third_order_converges_at_second_order(cls, truth, monkeypatch):
     """What DPMSolver says of the last term: theirs, as it is and with the other half of it."""
     in_double(monkeypatch, cls, diffusers.DPMSolverMultistepScheduler)
     schedule, table = SCHEDULES["linear"]

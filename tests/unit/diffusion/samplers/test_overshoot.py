@@ -19,7 +19,7 @@ from ldm.diffusion.schedules import FlowSchedule, cosine, linear
         DDIMSampler(eta=0.5),
     ],
 )
-def test_the_excess_is_that_of_samples(sampler):
+def test_the_overshoot_is_that_of_samples(sampler):
     schedule, n, generator = linear(), 40_000, torch.Generator().manual_seed(0)
 
     def denoise(x_t, t):
@@ -39,7 +39,7 @@ def test_the_excess_is_that_of_samples(sampler):
 @pytest.mark.parametrize(
     "schedule", [linear(), cosine(), FlowSchedule()], ids=["linear", "cosine", "flow"]
 )
-def test_a_word_where_a_solver_overshoots_and_none_elsewhere(schedule):
+def test_only_overshooting_solvers_warn(schedule):
     sde = DPMSolverSampler(eta=1.0, spacing="leading")
     for steps in (10, 15, 20, 30):
         assert "overshoots" in format_overshoot_warning(sde, schedule, steps)

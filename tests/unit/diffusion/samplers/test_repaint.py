@@ -57,7 +57,7 @@ def test_one_round_is_the_sampler_itself():
     assert seen == list(range(9))
 
 
-def test_churn_is_the_same_a_step_however_many_rounds_it_is_gone():
+def test_churn_per_step_does_not_depend_on_the_rounds():
     """The denoiser is asked at the levels of the sampler itself, once a round."""
     schedule, sampler = linear(), EDMSampler(order=1, churn=1.0)
     times = sampler.timesteps(schedule, 10)

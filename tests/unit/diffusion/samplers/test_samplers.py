@@ -159,7 +159,7 @@ def test_samplers_reach_the_mixture(schedule, sampler, steps):
 
 
 @pytest.mark.parametrize("sampler", [DDIMSampler(eta=1.0), DPMSolverSampler(eta=1.0)], ids=str)
-def test_the_two_sample_test_can_tell(sampler):
+def test_the_two_sample_test_detects_a_difference(sampler):
     assert agreement(sample(DDIMSampler(), cosine(), steps=4)) < 1e-4
 
     class Louder(ImageNoise):
@@ -292,7 +292,7 @@ def test_more_noise_than_there_is_is_refused(eta):
             make(eta=eta)
 
 
-def test_distilled_networks_keep_to_their_times():
+def test_consistency_sampling_uses_the_original_timesteps():
     for schedule in (linear(), FlowSchedule()):
         for steps, begin in ((1, 1.0), (4, 1.0), (49, 1.0), (3, 0.5), (2, 0.51)):
             times = ConsistencySampler().timesteps(schedule, steps, start=begin)

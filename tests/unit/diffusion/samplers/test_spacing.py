@@ -50,7 +50,7 @@ def test_grids_fall_from_their_start_to_zero(schedule, steps, start, spacing):
 
 @settings(max_examples=50)
 @given(st.sampled_from(ALL), st.floats(-8, 5))
-def test_times_are_found_by_their_level(schedule, log_r):
+def test_timesteps_at_ratio_inverts_the_schedule(schedule, log_r):
     r = torch.tensor([math.exp(log_r)], dtype=torch.float64)
     t = schedule.timesteps_at_ratio(r)
     ends = torch.tensor([1e-9, 1.0], dtype=torch.float64)
@@ -61,7 +61,7 @@ def test_times_are_found_by_their_level(schedule, log_r):
         assert t in (0, 1) or r < least
 
 
-def test_no_noise_is_at_the_beginning_and_too_much_at_the_end():
+def test_ratios_outside_the_schedule_give_its_ends():
     for schedule in ALL:
         r = torch.tensor([0.0, math.inf], dtype=torch.float64)
         assert schedule.timesteps_at_ratio(r).tolist() == [0, 1]

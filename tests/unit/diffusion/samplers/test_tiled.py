@@ -23,7 +23,7 @@ def test_windows_cover_all_and_overlap_enough(side, more, share):
         assert max(steps) - min(steps) <= 1
 
 
-def test_what_looks_at_single_cells_is_not_changed():
+def test_a_denoiser_of_single_cells_is_not_changed():
     def denoise(x, t, cond):
         return 3 * x + t + cond.concat[:, :3]
 
@@ -32,7 +32,7 @@ def test_what_looks_at_single_cells_is_not_changed():
     torch.testing.assert_close(TiledDenoiser(denoise, 8, 3)(x, t, cond), denoise(x, t, cond))
 
 
-def test_a_grid_of_one_window_is_left_alone():
+def test_a_grid_of_one_window_is_not_cut():
     seen = []
 
     def denoise(x, t, cond):
@@ -64,7 +64,7 @@ def test_weights_are_high_inside_and_never_zero():
     assert weights[3] == weights[4] == 1
 
 
-def test_what_does_not_fit_is_told():
+def test_windows_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="cannot overlap by 8"):
         TiledDenoiser(lambda x, t, cond: x, 8, 8)
     with pytest.raises(ValueError, match="4 cells is smaller than a window of 8"):

@@ -18,7 +18,7 @@ def test_a_mask_is_of_zeros_and_ones_and_hides_something():
     assert found.flatten(1).any(1).all()
 
 
-def test_one_in_seven_hides_everything_and_the_others_do_not():
+def test_one_mask_in_seven_hides_the_whole_image():
     share = masks(range(2000)).flatten(1).mean(1)
     everything = float((share == 1).double().mean())
     assert abs(everything - (1 - MASK_KIND_BOUNDS[-1])) < 0.03
@@ -29,7 +29,7 @@ def test_a_mask_belongs_to_its_image():
     assert torch.equal(masks([3, 9])[1:], masks([9]))
 
 
-def test_the_three_kinds_are_what_they_are_called():
+def test_masks_are_rectangles_strokes_and_half_planes():
     """Of a rectangle, rows and columns give the mask; a half-plane and its turn are complements."""
     found = masks(range(300))[:, 0].bool()
     boxes = found.any(2)[:, :, None] & found.any(1)[:, None, :]
@@ -41,5 +41,5 @@ def test_the_three_kinds_are_what_they_are_called():
     assert 0.1 < halves.double().mean() < 0.35
 
 
-def test_any_size_is_fine():
+def test_masks_have_any_size():
     assert masks([0, 1, 2], height=1, width=1).shape == (3, 1, 1, 1)

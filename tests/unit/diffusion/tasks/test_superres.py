@@ -40,7 +40,7 @@ def wide_pipeline(text, task):
     return replace(pipe.replace_components(**parts), trained_size=SIZE)
 
 
-def test_the_network_is_told_what_was_done_to_the_picture():
+def test_the_network_gets_the_noise_level_and_the_scale():
     task = SuperResolution(scales=[2, 4], max_noise_level=0.5)
     images = 2 * torch.rand(200, 3, 8, 8) - 1
     concat = shown(task, images, range(200))
@@ -55,7 +55,7 @@ def test_the_network_is_told_what_was_done_to_the_picture():
         assert abs(float(rest.std()) - float(level[i])) < 0.25 * float(level[i]) + 1e-5
 
 
-def test_sampling_shows_what_training_shows(tiny_text):
+def test_training_and_sampling_have_the_same_small_image_channels(tiny_text):
     task = SuperResolution(scale=2, max_noise_level=0.0)
     images = 2 * torch.rand(3, 3, SIZE, SIZE) - 1
     seen = []
@@ -68,7 +68,7 @@ def test_sampling_shows_what_training_shows(tiny_text):
     torch.testing.assert_close(seen[0], trained)
 
 
-def test_what_is_learnt_is_what_the_small_picture_lacks(tiny_text):
+def test_superres_predicts_the_difference_from_the_small_image(tiny_text):
     """A network that knew it would give the picture back; one that says nothing, the small one."""
     task, images = (
         SuperResolution(scales=[2], max_noise_level=0.0),
@@ -85,7 +85,7 @@ def test_what_is_learnt_is_what_the_small_picture_lacks(tiny_text):
     )
 
 
-def test_the_guesses_on_the_way_are_pictures(tiny_text):
+def test_previews_are_images(tiny_text):
     pipe = wide_pipeline(tiny_text, SuperResolution())
     small, seen = torch.rand(1, 3, SIZE // 2, SIZE // 2), []
     how = {"size": SIZE, "steps": 2, "on_step": lambda i, x0_hat: seen.append(x0_hat)}
@@ -94,7 +94,7 @@ def test_the_guesses_on_the_way_are_pictures(tiny_text):
     assert (image - upsample_images(small, 2)).abs().mean() < 0.5
 
 
-def test_a_picture_in_windows_has_no_seam(tiny_text):
+def test_an_image_in_windows_has_no_seam(tiny_text):
     """Where windows meet, neighbours differ as they do elsewhere."""
     pipe = wide_pipeline(tiny_text, SuperResolution(tile_overlap=0.5))
     big = (3 * SIZE, 2 * SIZE)
@@ -107,7 +107,7 @@ def test_a_picture_in_windows_has_no_seam(tiny_text):
     assert max(float(jumps[at]) for at in edges) < 2 * float(jumps.median())
 
 
-def test_a_small_picture_of_any_shape_is_enlarged_whole(tiny_text):
+def test_a_small_image_of_any_shape_is_enlarged_completely(tiny_text):
     pipe = wide_pipeline(tiny_text, SuperResolution(scale=4, tile_overlap=0.5))
     small = torch.rand(2, 3, 5, 3)
     given = prepare_upscaling_inputs(pipe, small)
@@ -127,12 +127,12 @@ def test_a_small_picture_of_any_shape_is_enlarged_whole(tiny_text):
         (lambda: downsample_images(torch.zeros(1, 3, 7, 8), 2), "cannot be shrunk 2 times"),
     ],
 )
-def test_what_cannot_be_is_refused(make, message):
+def test_impossible_options_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_a_network_does_what_it_was_trained_for_and_no_other():
+def test_networks_of_other_tasks_are_refused():
     x2 = SuperResolution(scales=[2], scale=2)
     assert x2.incompatible_with(SuperResolution()) is None
     assert "trained for [2]" in SuperResolution(scale=4).incompatible_with(x2)
@@ -142,7 +142,7 @@ def test_a_network_does_what_it_was_trained_for_and_no_other():
     assert "takes more inputs than noise" in TextToImage().incompatible_with(x2)
 
 
-def test_without_its_picture_there_is_nothing_to_enlarge(tiny_text):
+def test_superres_needs_an_image(tiny_text):
     pipe = wide_pipeline(tiny_text, SuperResolution())
     how = {"seeds": [0], "size": SIZE, "steps": 1}
     with pytest.raises(ValueError, match="takes a small image"):

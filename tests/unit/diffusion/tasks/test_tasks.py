@@ -48,7 +48,7 @@ def paint(pipe, **given):
     return pipe(PROMPTS, seeds=[0, 1], **{"steps": 6, "size": SIZE} | given)
 
 
-def test_strength_is_the_time_it_starts_from():
+def test_sampling_starts_at_t_equal_to_strength():
     schedule, x0 = linear(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
     request = Request(torch.empty(2, 3, 4, 4).double(), image=x0, strength=0.4)
     start = ImageToImage().start(request, lambda x: x, schedule, noise=seeded())
@@ -72,7 +72,7 @@ BEGUN = []
 @pytest.mark.parametrize(
     "task", [ImageToImage(), ProjectedInpainting()], ids=lambda task: task.name
 )
-def test_a_picture_is_noised_to_the_first_time_of_the_grid(tiny_text, task, spacing):
+def test_an_image_gets_the_noise_of_the_first_timestep(tiny_text, task, spacing):
     pipe = pixels(tiny_text, task)
     pipe = replace(pipe, sampler=Watched(spacing=spacing))
     mask = {} if isinstance(task, ImageToImage) else {"mask": left_half()}
@@ -84,13 +84,13 @@ def test_a_picture_is_noised_to_the_first_time_of_the_grid(tiny_text, task, spac
         torch.testing.assert_close(x, alpha * picture() + sigma * noise, rtol=0, atol=1e-6)
 
 
-def test_a_strength_that_holds_fewer_times_than_steps_says_so(tiny_text):
+def test_too_many_steps_for_a_strength_are_refused(tiny_text):
     pipe = pixels(tiny_text, ImageToImage())
     with pytest.raises(ValueError, match=r"t = 0.01 .* take steps=10 .*strength\) of 0.03 or more"):
         paint(pipe, image=picture(), strength=0.01, steps=30)
 
 
-def test_little_strength_changes_little_and_all_of_it_forgets_the_picture(tiny_text):
+def test_low_strength_changes_little_and_full_strength_everything(tiny_text):
     pipe = pixels(tiny_text, ImageToImage())
     far = [
         float((paint(pipe, image=picture(), strength=s) - picture()).abs().mean())
@@ -99,7 +99,7 @@ def test_little_strength_changes_little_and_all_of_it_forgets_the_picture(tiny_t
     assert far[0] < far[1] < far[2]
 
 
-def test_inverted_with_its_own_words_a_picture_stays_what_it_is(tiny_text):
+def test_inversion_with_its_own_prompt_keeps_the_image(tiny_text):
     pipe = pixels(tiny_text, ImageToImage(invert=True), scale=1.0)
     same = {"image": picture(), "strength": 0.8, "steps": 20}
     prompts = {"seeds": [0], "size": SIZE}
@@ -110,7 +110,7 @@ def test_inverted_with_its_own_words_a_picture_stays_what_it_is(tiny_text):
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
-def test_what_the_mask_keeps_is_kept(tiny_text, rounds):
+def test_pixels_outside_the_mask_do_not_change(tiny_text, rounds):
     pipe = pixels(tiny_text, ProjectedInpainting(rounds=rounds))
     images = paint(pipe, image=picture(), mask=left_half())
     kept = left_half().expand_as(images) == 0
@@ -118,7 +118,7 @@ def test_what_the_mask_keeps_is_kept(tiny_text, rounds):
     assert (images - picture()).abs()[~kept].mean() > 0.05
 
 
-def test_paste_is_to_the_last_bit_whatever_the_autoencoder_does(tiny_text):
+def test_paste_keeps_the_pixels_bit_for_bit(tiny_text):
     pipe = pipeline(tiny_text).replace_components(task=ProjectedInpainting())
     given = {"image": picture(), "mask": left_half()}
     kept = left_half().expand(2, 3, SIZE, SIZE) == 0
@@ -154,7 +154,7 @@ def test_an_image_depends_on_its_own_seed_alone(tiny_text):
         (Inpainting(), {"image": picture()}, "task=inpaint takes an image and a mask"),
     ],
 )
-def test_what_a_task_lacks_is_told(tiny_text, task, given, message):
+def test_missing_or_extra_inputs_of_a_task_are_refused(tiny_text, task, given, message):
     with pytest.raises(ValueError, match=message):
         paint(pixels(tiny_text, task), **given)
 
@@ -174,7 +174,7 @@ def inpainting(text):
     return pipe
 
 
-def test_the_network_is_shown_the_mask_and_what_it_leaves(tiny_text):
+def test_the_network_gets_the_mask_and_the_masked_latents(tiny_text):
     pipe = inpainting(tiny_text)
     seen = []
     pipe.components.denoiser.register_forward_pre_hook(
@@ -188,7 +188,7 @@ def test_the_network_is_shown_the_mask_and_what_it_leaves(tiny_text):
     assert torch.equal(rest[:1], picture() * (1 - left_half()))
 
 
-def test_a_white_mask_paints_from_words_alone(tiny_text):
+def test_a_full_mask_generates_from_the_prompt_alone(tiny_text):
     pipe = inpainting(tiny_text)
     pipe.components.objective.schedule = cosine()  # which ends in noise
     whole = torch.ones(1, 1, SIZE, SIZE)
@@ -196,7 +196,7 @@ def test_a_white_mask_paints_from_words_alone(tiny_text):
     torch.testing.assert_close(one, other, atol=1e-3, rtol=0)
 
 
-def test_training_shows_what_sampling_shows():
+def test_training_and_sampling_have_the_same_mask_channels():
     images = 2 * torch.rand(5, 3, SIZE, SIZE) - 1
     draws = {"generator": make_generators(0, range(5), stream="task")}
     concat = Inpainting().training_pair(images[:, :, ::2, ::2], images, halved, **draws)[1]
@@ -230,7 +230,7 @@ def asking(pipe, file, **more):
     return read_pipeline_inputs(pipe, trained=SIZE, image=file, **more)
 
 
-def test_a_picture_inside_a_larger_one_is_whole(tiny_text, tmp_path):
+def test_outpainting_keeps_the_image(tiny_text, tmp_path):
     pipe, file = pixels(tiny_text, ProjectedInpainting()), photo(tmp_path)
     given = asking(pipe, file, pad=[4, 0, 2, 8])
     assert given.size == (SIZE + 8, SIZE + 6)
@@ -244,7 +244,7 @@ def test_a_picture_inside_a_larger_one_is_whole(tiny_text, tmp_path):
     assert torch.equal(images[0, :, :SIZE, 4:-2], whole)
 
 
-def test_with_size_the_picture_is_scaled_into_what_is_left(tiny_text, tmp_path):
+def test_with_size_outpainting_scales_the_image(tiny_text, tmp_path):
     pipe, file = pixels(tiny_text, ProjectedInpainting()), photo(tmp_path, 40, 20)
     given = asking(pipe, file, pad=[2, 4, 4, 2], size=[16, 26])
     inside = given.image[0, :, 4:-2, 2:-4]
@@ -270,7 +270,7 @@ def test_with_size_the_picture_is_scaled_into_what_is_left(tiny_text, tmp_path):
         ({"pad": [4, 0, 0, 0], "mask": "a.png"}, "give either"),
     ],
 )
-def test_a_size_that_will_not_do_is_told_with_one_that_will(tiny_text, tmp_path, given, message):
+def test_a_wrong_size_is_refused_with_one_that_fits(tiny_text, tmp_path, given, message):
     pipe, file = pipeline(tiny_text), photo(tmp_path)
     with pytest.raises(ValueError, match=message):
         asking(pipe, file, **given)
@@ -282,7 +282,7 @@ def test_a_size_of_two_numbers_is_height_and_width(tiny_text):
     assert paint(pipe, size=given.size).shape[-2:] == (16, 24)
 
 
-def test_files_that_are_no_pictures_are_named_by_their_option(tiny_text, tmp_path):
+def test_unreadable_image_files_are_named_with_their_option(tiny_text, tmp_path):
     pipe, good, bad = pixels(tiny_text, ProjectedInpainting()), photo(tmp_path), tmp_path / "b.png"
     bad.write_text("no picture")
     for asked in ({"image": bad}, {"image": bad, "pad": [2, 0, 0, 0]}):

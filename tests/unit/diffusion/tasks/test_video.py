@@ -53,7 +53,7 @@ def seeded(x):
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_a_share_of_the_training_videos_shows_its_first_frame_to_all_frames():
+def test_some_training_videos_have_the_first_frame_as_input_of_all_frames():
     latents = torch.randn(400, 3, FRAMES, 4, 4)
     draws = make_generators(0, range(400), stream="task")
     _, told = TextToVideo(first_frame_prob=0.25).training_pair(latents, None, None, generator=draws)
@@ -73,7 +73,7 @@ def test_a_share_of_the_training_videos_shows_its_first_frame_to_all_frames():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.8, 1.0])
-def test_the_noise_of_frames_is_shared_to_a_given_degree(share):
+def test_shared_noise_correlates_frames(share):
     basis = torch.eye(FRAMES, dtype=torch.float64)[:, None, :, None, None]  # of all white noise
     mixed = TextToVideo(shared_noise=share).shape_noise(basis)[:, 0, :, 0, 0]
     covariance = torch.full((FRAMES, FRAMES), share, dtype=torch.float64).fill_diagonal_(1)
@@ -83,7 +83,7 @@ def test_the_noise_of_frames_is_shared_to_a_given_degree(share):
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_frames_of_one_noise_are_one_picture_to_a_network_of_pictures(tiny_text, eta):
+def test_equal_noise_gives_equal_frames_without_temporal_layers(tiny_text, eta):
     pipe = pipeline(tiny_text, eta=eta)
     for block in pipe.components.denoiser.temporal.blocks:
         zero_module(block.conv), zero_module(block.attn.to_out)
@@ -95,7 +95,7 @@ def test_frames_of_one_noise_are_one_picture_to_a_network_of_pictures(tiny_text,
     assert apart > 0.01
 
 
-def test_it_starts_from_noise_and_keeps_the_first_frame():
+def test_a_video_starts_from_noise_and_keeps_the_first_frame():
     room, encode = torch.empty(2, 3, FRAMES, 4, 4), lambda x: 2 * x[..., :4, :4]
     start = TextToVideo().start(Request(room), encode, linear(), noise=seeded)
     assert torch.equal(start.x, seeded(room))
@@ -114,7 +114,7 @@ def test_it_starts_from_noise_and_keeps_the_first_frame():
             TextToVideo().start(Request(room, **wrong), encode, linear(), noise=seeded)
 
 
-def test_it_needs_a_network_of_its_own():
+def test_video_needs_a_network_trained_on_videos():
     video, text = TextToVideo(), TextToImage()
     assert video.incompatible_with(text) == "the network was not trained on videos"
     assert "takes more inputs than noise" in text.incompatible_with(video)

@@ -19,7 +19,7 @@ ROOM_LINES = {
     "inference": 760,
     "evaluation": 2900,
     "experiments": 1900,
-    "training": 2550,
+    "training": 2700,
     "config": 2750,
     "cli": 2200,
 }

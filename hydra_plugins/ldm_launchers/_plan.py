@@ -1,4 +1,4 @@
-"""What both launchers do: they turn Hydra's overrides into jobs, and results into values."""
+"""The adapter to Hydra of both launchers: overrides to jobs; the work is in ldm/experiments."""
 
 import os
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""python -m ldm.augment ckpt=runs/my-run out=DIR [n=1000 template=.. slots.x=a,b]; see --help."""
+"""ldm augment ckpt=runs/my-run out=DIR [n=1000 template=.. slots.x=a,b]; see --help."""
 
 import io
 import json

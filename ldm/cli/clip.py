@@ -1,4 +1,4 @@
-"""python -m ldm.clip image=a.png text="a red star" | data=DIR text=.. | ..; --help has them all."""
+"""ldm clip image=a.png text="a red star" | data=DIR text=.. | ..; --help has them all."""
 
 import os
 from pathlib import Path

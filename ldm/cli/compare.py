@@ -1,4 +1,4 @@
-"""python -m ldm.compare RUN_OR_SWEEP_DIR ... [metric=val/loss out=DIR]; --help tells more."""
+"""ldm compare RUN_OR_SWEEP_DIR ... [metric=val/loss out=DIR]; --help tells more."""
 
 import argparse
 import sys

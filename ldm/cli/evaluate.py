@@ -1,4 +1,4 @@
-"""python -m ldm.evaluate ckpt=runs/my-run [guidance.scale=1,2,4,8 features=[clip]]; see --help."""
+"""ldm evaluate ckpt=runs/my-run [guidance.scale=1,2,4,8 features=[clip]]; see --help."""
 
 import json
 import shutil

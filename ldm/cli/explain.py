@@ -1,4 +1,4 @@
-"""python -m ldm.explain [ckpt=RUN] [out=DIR] [prompt=..]: figures of a run, for introductions"""
+"""ldm explain [ckpt=RUN] [out=DIR] [prompt=..]: figures of a run, for introductions"""
 
 from contextlib import suppress
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""python -m ldm.package autoencoder=RUN clip=RUN: trained runs to the parts in ldm/assets"""
+"""ldm package autoencoder=RUN clip=RUN: trained runs to the parts in ldm/assets"""
 
 import shlex
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""python -m ldm.phema ckpt=runs/my-run [lengths=0.05,0.1,0.2 | length=0.13]; see --help."""
+"""ldm phema ckpt=runs/my-run [lengths=.. | length=0.13]: post-hoc EMA lengths; see --help."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""python -m ldm.prepare coco|folder|scenes [images=DIR] [annotations=FILE] out=DIR [size=..]"""
+"""ldm prepare coco|folder|scenes [images=DIR] [annotations=FILE] out=DIR [size=..]"""
 
 import sys
 from pathlib import Path

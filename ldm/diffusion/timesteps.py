@@ -1,4 +1,4 @@
-"""Timestep samplers: at which times the images of a batch are trained.
+"""Timesteps of training: at which t in (0, 1] the images of a batch are trained.
 
 A distribution gives t as a function of a uniform number u, its quantile function; `Uniforms` draws
 the u of each image. Every t depends on the run's seed and the image's position alone.

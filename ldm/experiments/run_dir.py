@@ -1,4 +1,4 @@
-"""Run directories: their names and files, and which process of several writes them.
+"""Files of a run directory (config.yaml, metrics.csv, result.json), and which process writes them.
 
 runs/<name>/  config.yaml  .hydra/  checkpoints/  samples/  metrics.csv  wandb/  result.json
 """

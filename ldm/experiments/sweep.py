@@ -1,4 +1,4 @@
-"""Sweeps: many runs, each an ordinary training in a process of its own.
+"""Sweeps: jobs in directories named by what differs; each is a training in its own process.
 
 A job is the run <sweep>/<its settings>, in runs/<sweep>/<its settings>, and a user may resume it by
 hand. A `JobHost` (this machine, SLURM) starts it.

@@ -1,4 +1,4 @@
-"""The networks and the mathematics of one run, in one bag."""
+"""Components: the networks and the mathematics of one run."""
 
 from dataclasses import dataclass
 

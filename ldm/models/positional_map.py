@@ -1,4 +1,4 @@
-"""A map over the grid that an embedding controls.
+"""A positional input of residual blocks: cosines over the grid, weighted by the embedding.
 
 Shapes: B batch, C channels, h w grid, N = h * w positions, T time width.
 """

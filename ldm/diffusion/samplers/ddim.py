@@ -1,4 +1,4 @@
-"""Samplers of first order: DDIM, DDPM and consistency sampling, all with d = x0_hat."""
+"""First-order samplers, with d = x0_hat: DDIM, DDPM, and consistency sampling (LCM)."""
 
 import math
 from collections.abc import Callable

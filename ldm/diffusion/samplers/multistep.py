@@ -1,4 +1,4 @@
-"""Multistep solvers: d is the mean of x0_hat over the step, from its values at earlier steps.
+"""Multistep solvers (DPM-Solver++, UniPC): the data estimate d is the mean of x0_hat over the step.
 
 With lambda = log(alpha / sigma) the update rule solves the ODE exactly if
 

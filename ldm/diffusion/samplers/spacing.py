@@ -1,4 +1,4 @@
-"""Spacings: the times at which a sampler calls the network.
+"""Timesteps of sampling: where a sampler calls the network (trailing, linspace, karras ..).
 
 `trailing`, `leading` and `linspace` are even in t. The others are even in a function of the
 noise-to-signal ratio r = sigma / alpha, so that the noise levels are the same on any schedule.

@@ -1,4 +1,4 @@
-"""Weights & Biases without questions and without failed runs: offline if no server answers."""
+"""Weights & Biases: group, name and id of a run; offline if no server answers."""
 
 import netrc
 import os

@@ -1,4 +1,4 @@
-"""The training of the denoiser on latents.
+"""The training of the denoiser on latents: encoders, caption dropout, loss and EMA.
 
 Shapes: B batch, C latent channels, H W pixels, h w latent grid.
 """

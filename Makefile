@@ -5,7 +5,7 @@ BIN := .venv/bin
 BOTH := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 .DELETE_ON_ERROR:
-.PHONY: demo assets test test-all test-isa lint format
+.PHONY: demo assets test test-all soak test-isa lint format
 
 .venv: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -15,8 +15,11 @@ BOTH := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 test: .venv          ## the test suite, without its slow part
 	$(BIN)/pytest $(BOTH) -m "not slow and not gpu"
 
-test-all: .venv      ## all of it
-	$(BIN)/pytest $(BOTH)
+test-all: .venv      ## with the slow part
+	$(BIN)/pytest $(BOTH) -m "not soak"
+
+soak: .venv          ## what repeats a test for many minutes: a hundred kills
+	$(BIN)/pytest $(BOTH) -m soak
 
 # Kernels of other instruction sets sum in another order: every tolerance must leave room for that.
 # Torch's own, oneDNN's (convolutions) and MKL's (matrix products) each have a variable.

@@ -26,7 +26,12 @@ RUN = [
 
 
 @pytest.mark.parametrize(
-    ("kills", "steps"), [(4, 60), pytest.param(100, 500, marks=pytest.mark.slow)]
+    ("kills", "steps"),
+    [
+        (4, 60),
+        pytest.param(30, 160, marks=pytest.mark.slow),
+        pytest.param(100, 500, marks=[pytest.mark.slow, pytest.mark.soak]),
+    ],
 )
 def test_kills_do_not_change_the_result(prepared, tmp_path, kills, steps):
     home = tmp_path / "home"

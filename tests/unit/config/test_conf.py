@@ -182,7 +182,7 @@ def test_any_model_fits_any_autoencoder(model, autoencoder):
         cfg.autoencoder.path = None
     with torch.device("meta"):
         encoder, task = instantiate(cfg.autoencoder), instantiate(cfg.task)
-        net = build_denoiser(cfg, encoder, Text(), task)
+        net = build_denoiser(cfg, encoder, Text(), None, task)
     assert net.conv_in.in_channels == encoder.channels
     assert net.conv_out.out_channels == encoder.channels
 
@@ -193,7 +193,7 @@ def test_base_is_stable_diffusions_shape():
     text.width = 768
     with torch.device("meta"):
         encoder = instantiate(cfg.autoencoder)
-        net = build_denoiser(cfg, encoder, text, instantiate(cfg.task))
+        net = build_denoiser(cfg, encoder, text, None, instantiate(cfg.task))
     assert sum(p.numel() for p in net.parameters()) == 859_520_964
     assert sum(p.numel() for p in encoder.parameters()) == 83_653_863
 

@@ -20,12 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.suggestions import CONF_DIR, explain_hydra_error, is_config_group
 from ldm.experiments.former_names import update_override
-from ldm.experiments.run_dir import (
-    HYDRA_RESOLVERS,
-    get_launcher_layout,
-    get_launcher_rank,
-    parse_number,
-)
+from ldm.experiments.run_dir import get_launcher_layout, get_launcher_rank, parse_number
 from ldm.utils.errors import UsageError, program_name
 from ldm.utils.files import read_text
 from ldm.utils.locks import InUseError, is_directory_locked
@@ -46,9 +41,6 @@ UNTRAINED_RUN_FILES = {
     "checkpoints",
 }
 _new_directories: list[Path] = []
-
-for _name, _resolver in HYDRA_RESOLVERS.items():
-    OmegaConf.register_new_resolver(_name, _resolver, replace=True)
 
 
 def update_former_settings() -> None:

@@ -14,12 +14,17 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.experiments.run_dir import HYDRA_RESOLVERS
 from ldm.utils.errors import suggest_nearest
 from ldm.utils.text import escape_control_characters
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # A wheel holds conf/ inside the package; a checkout holds it beside the package.
 CONF_DIR = str(next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir()))
+
+for _name, _resolver in HYDRA_RESOLVERS.items():
+    OmegaConf.register_new_resolver(_name, _resolver, replace=True)
+
 OWN_DATA_HINT = " (for shards in a folder, give data=shards data.train=DIR data.val=DIR)"
 
 

@@ -509,7 +509,7 @@ def test_an_evaluation_that_is_told_to_leave_says_how_to_go_on(home, shards_run)
     process.terminate()
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 143, said
-    assert said.endswith("\nevaluate.py: stopped; the same command goes on from here\n")
+    assert said.endswith("\npython -m ldm.evaluate: stopped; the same command goes on from here\n")
     assert "Traceback" not in said
     for left in (shards_run / "eval").glob("pieces-*"):
         shutil.rmtree(left)

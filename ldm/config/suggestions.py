@@ -15,14 +15,14 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.experiments.run_dir import HYDRA_RESOLVERS
-from ldm.utils.errors import suggest_nearest
+from ldm.utils.errors import format_program, suggest_nearest
 from ldm.utils.text import escape_control_characters
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # A wheel holds conf/ inside the package; a checkout holds it beside the package.
 CONF_DIR = str(next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir()))
 
-for _name, _resolver in HYDRA_RESOLVERS.items():
+for _name, _resolver in {**HYDRA_RESOLVERS, "program": format_program}.items():
     OmegaConf.register_new_resolver(_name, _resolver, replace=True)
 
 OWN_DATA_HINT = " (for shards in a folder, give data=shards data.train=DIR data.val=DIR)"
@@ -71,7 +71,11 @@ def format_single_value_error(key: str, values: str, config_name: str) -> str:
     """The message for several values of a setting that takes one."""
     list_ = f"a list stands in brackets, '{key}=[{values}]'"
     text = f"a text with a comma in quotes twice, \"{key}='{values}'\""
-    runs = f"; `train.py -m {key}={values}` makes a run of each" if config_name == "train" else ""
+    runs = (
+        f"; `{format_program('train')} -m {key}={values}` makes a run of each"
+        if config_name == "train"
+        else ""
+    )
     return f"{key}={values}: it takes one value here; {list_}, {text}{runs}"
 
 

@@ -47,7 +47,7 @@ def check_data_kind(cfg: DictConfig, subject: str, *, is_video: bool) -> None:
     And the other way round.
     """
     if is_video != (cfg.data.get("frames") is not None):
-        have, want = ("pictures", "videos") if is_video else ("videos", "pictures")
+        have, want = ("images", "videos") if is_video else ("videos", "images")
         remedy = "task=video, or other data"
         if is_video:
             remedy = "data.frames=8" if "frames" in cfg.data else "data=shards of videos"

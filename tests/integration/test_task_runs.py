@@ -102,7 +102,7 @@ def test_verbs_that_begin_with_words_refuse_networks_that_begin_with_a_picture(h
         "augment": ["ckpt=runs/model", "task=img2img", "out=set", "n=1", "template=a ball"],
     }.items():
         said = run("-m", f"ldm.{verb}", *words, cwd=home, expect=2)
-        assert f"{words[1]} begins with a picture: take task=text2img" in said
+        assert f"{words[1]} starts from an image: take task=text2img" in said
         assert not (home / "set").exists()
 
 

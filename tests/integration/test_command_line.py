@@ -318,7 +318,7 @@ def test_training_mistakes_are_told_plainly(home):
         ("data=/x", "for shards in a folder, give data=shards data.train=DIR data.val=DIR"),
         ("nonsense", "key=value"),
         ("seed=1,2", "train.py: seed=1,2: it takes one value here; a list stands in brackets,"),
-        ("data=coco data.train=a,b", "python train.py -m data.train=a,b` makes a run of each\nFalse"),
+        ("data=coco data.train=a,b", "train.py -m data.train=a,b` makes a run of each\nFalse"),
         ("--help", "the same command again resumes"),
     ],
 )

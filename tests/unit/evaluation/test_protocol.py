@@ -236,7 +236,7 @@ def test_real_pictures_of_the_captions_get_the_floor(folders, clip, tmp_path):
     [
         ({"count": 7}, "7 images to measure"),
         ({"at_most": 7}, "7 real images to compare with"),
-        ({"at_most": 0}, "0 real pictures"),
+        ({"at_most": 0}, "0 real images"),
         ({"real": "few", "others": None}, "6 real images to compare with"),
     ],
 )

@@ -59,7 +59,7 @@ def test_distance_is_drawn_against_clip_score_in_the_order_of_the_scales():
     assert list(drawn.get_xdata()) == [29.0, 26.0, 30.0]  # scales 1, 2, 8
     assert list(drawn.get_ydata()) == [11.0, 12.0, 10.0]
     told = [text.get_text() for text in axes.texts]
-    assert told == ["1", "2", "8", "real pictures"]
+    assert told == ["1", "2", "8", "real images"]
     assert any(list(line.get_ydata()) == [4.0, 4.0] for line in axes.lines), "the floor"
 
 
@@ -70,7 +70,7 @@ def test_quality_is_drawn_against_steps_a_line_a_sampler():
     assert [tick.get_text() for tick in far.get_xticklabels()] == ["5", "20"]
     assert lines(far) == {"ddim": ([5.0, 20.0], [12.0, 10.0]), "ddpm": ([5.0, 20.0], [13.0, 11.0])}
     assert lines(score)["ddpm"] == ([5.0, 20.0], [21.0, 29.0])
-    assert any(list(line.get_ydata()) == [33.0, 33.0] for line in score.lines), "real pictures"
+    assert any(list(line.get_ydata()) == [33.0, 33.0] for line in score.lines), "real images"
 
 
 @pytest.mark.parametrize(

@@ -266,7 +266,7 @@ def test_with_size_outpainting_scales_the_image(tiny_text, tmp_path):
         ({"pad": [4, 0, 0, 0], "size": 16}, r"leave 12 x 16 pixels .*: size=\[14,18\] would fit"),
         ({"pad": [4, 0, 0, 0], "size": 17}, "size=17: this run generates multiples of 2: size=18"),
         ({"size": 17}, "size=17: this run generates multiples of 2: size=18"),
-        ({"size": [16, 32]}, "cut to squares"),
+        ({"size": [16, 32]}, "cropped to squares"),
         ({"pad": [4, 0, 0, 0], "mask": "a.png"}, "give either"),
     ],
 )

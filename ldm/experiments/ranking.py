@@ -166,7 +166,7 @@ def list_ranking_caveats(runs: Sequence[RunRecord], metric: str) -> list[str]:
     instead = f", or rank by the generated images, as metric={names[0]} does" if names else ""
     what = ", ".join(sorted(differ))
     return [
-        f"A loss weighs the same errors otherwise where {what} differs: look at samples.png"
+        f"Runs with another {what} weight errors differently in {metric}: look at samples.png"
         f"{instead}."
     ]
 

@@ -17,7 +17,7 @@ from ldm.experiments.former_names import former_setting
 from ldm.experiments.jobs import JobHost, SweepJob, format_job_label, hash_texts
 from ldm.experiments.run_dir import get_launcher_layout, read_last_value
 from ldm.experiments.sweep import merge_shared_settings, run_sweep_jobs
-from ldm.utils.errors import UsageError
+from ldm.utils.errors import UsageError, format_program
 from ldm.utils.locks import lock_directory
 
 # Overrides of Hydra that concern the sweep and not its jobs.
@@ -43,8 +43,9 @@ class SweepPlan:
     def __init__(self, config: DictConfig, context: HydraContext) -> None:
         if {"RANK", "LOCAL_RANK"} & os.environ.keys() or get_launcher_layout():
             raise UsageError(
-                "a sweep starts its own processes: give `python train.py -m ...` without torchrun "
-                "or srun; each job takes trainer.devices and trainer.num_nodes of its own"
+                f"a sweep starts its own processes: give `{format_program('train')} -m ...` "
+                "without torchrun or srun; each job has its own trainer.devices and "
+                "trainer.num_nodes"
             )
         hydra_overrides = [str(override) for override in config.hydra.overrides.hydra]
         if moved := [o for o in hydra_overrides if o.startswith("hydra.sweep.")]:

@@ -101,11 +101,11 @@ def answer_query(cfg: DictConfig, options: dict, kind: str) -> str:
     if kind == "similarity":
         rows = sort_pairs_by_value(paths, texts, clip.compute_similarity(paths, texts).tolist())
         rows = [[f"{v:.3f}", f"{100 * max(v, 0):.1f}", *rest] for v, *rest in rows]
-        return format_columns(["cosine", "CLIP score", "picture", "text"], rows)
+        return format_columns(["cosine", "CLIP score", "image", "text"], rows)
     if kind == "label":
         rows = sort_pairs_by_value(paths, labels, clip.classify_labels(paths, labels).tolist())
         rows = [[f"{v:.3f}", *rest] for v, *rest in rows]
-        return format_columns(["share", "picture", "label"], rows)
+        return format_columns(["share", "image", "label"], rows)
     if kind == "difference":
         pairs = clip.find_difference(paths[0], others[0], words, most=cfg.most)[: cfg.top]
         return format_columns(["cosine", "word"], [[f"{v:.3f}", word] for word, v in pairs])

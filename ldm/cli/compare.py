@@ -12,16 +12,16 @@ from ldm.utils.files import check_path_length, resolve_path
 from ldm.utils.text import escape_control_characters
 
 COMPARE_HELP = """\
-Ranks runs: a table of their differences and results, a picture of their validation curves, and one
+Ranks runs: a table of their differences and results, a plot of their validation curves, and one
 of their samples for the same prompts and seeds.
 
   python -m ldm.compare runs/my-sweep              # all jobs of a sweep, while it lasts or later
   python -m ldm.compare runs/a runs/b runs/c       # any runs
   python -m ldm.compare runs/my-sweep metric=val/scene_accuracy out=compared
 
-It reads metrics.csv, result.json and samples/; nothing is generated anew. It writes ranking.md,
+It reads metrics.csv, result.json and samples/; it generates no images. It writes ranking.md,
 ranking.csv, curves.png and samples.png. Where two runs or more have curve_*.json of ldm.evaluate,
-of the same settings and images, quality_*.png shows them in one picture.
+of the same settings and images, quality_*.png shows them in one plot.
 
   metric=KEY       what ranks; default: the metric of the runs
   direction=minimize|maximize      default: by the metric's name

@@ -170,7 +170,7 @@ def measure_point(
             folder = locate_point_images(keep, varied)
             more["on_images"] = partial(save_point_images, folder, quality.subset)
         total = -(-len(quality.subset) // ranks.world_size)
-        with bar(total=total, desc="Pictures") as progress:
+        with bar(total=total, desc="Images") as progress:
             features = quality.extract_features(
                 generate,
                 folder=pieces / "features",
@@ -273,8 +273,8 @@ def format_image_table(facts: dict) -> str:
         rows.append([name, _format_metric(value), ends, *numbers])
     return (
         f"{format_table(rows, align='<>', widths=(18, 10, 24, 10, 10), gap='')}\n"
-        f"{protocol['painted']} pictures against {protocol['real']} real ones; the column real is "
-        f"of the real pictures of {protocol['floor']} of these captions"
+        f"{protocol['painted']} images against {protocol['real']} real ones; the column real is "
+        f"of the real images of {protocol['floor']} of these captions"
     )
 
 

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from ldm.config.command_line import command, read_prompts, require_option
 from ldm.config.sample_options import check_checkpoints_and_device
 from ldm.experiments.run_dir import read_result, read_yaml_settings
-from ldm.utils.errors import UsageError
+from ldm.utils.errors import UsageError, format_program
 from ldm.utils.files import check_path_length, reserve_files, resolve_path
 
 EXPLAIN_TEXT_OPTIONS = ("ckpt", "out", "prompt", "prompts", "image", "autoencoder", "text_encoder")
@@ -116,7 +116,7 @@ def find_newest_run(folder: Path) -> Path:
                 finished.append(path)
     if not finished:
         raise UsageError(
-            f"there is no finished text-to-image run under {folder}/: `python train.py "
+            f"there is no finished text-to-image run under {folder}/: `{format_program('train')} "
             "data=scenes` trains one in minutes, or give ckpt=, a run directory"
         )
     return max(finished, key=lambda path: path.stat().st_mtime).parent

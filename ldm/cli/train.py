@@ -80,9 +80,9 @@ def check_config_unchanged(cfg: DictConfig, run_dir: Path) -> None:
     if changes:
         keys = ",".join(change.partition(" was ")[0] for change in changes)
         raise UsageError(
-            f"{run_dir} was begun with other settings: {'; '.join(changes[:5])}. Give those again "
-            f"to go on with it, another name=... to begin anew, or resume.allow=[{keys}] to change "
-            "it midway"
+            f"{run_dir} was started with other settings: {'; '.join(changes[:5])}. Give those "
+            "again to continue it, another name=... for a new run, or "
+            f"resume.allow=[{keys}] to change them in this one"
         )
 
 

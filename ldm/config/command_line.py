@@ -233,6 +233,8 @@ def convert_to_usage_errors() -> Iterator[None]:
         if isinstance(error, OSError) and message.startswith("[Errno"):  # the system's own words
             place = f"{error.filename}: " if error.filename is not None else ""
             message = f"{place}{error.strerror}"
+        elif "ModuleNotFoundError" in message:  # in Hydra's words, of a package of the user's
+            message += " If it is yours, install it, or give PYTHONPATH=FOLDER, where it lies"
         raise UsageError(f"{message} [{type(error).__name__}; LDM_TRACE=1 shows where]") from error
 
 

@@ -30,7 +30,7 @@ from ldm.utils.checkpoint_file import (
     read_checkpoint,
     select_prefix,
 )
-from ldm.utils.errors import UsageError
+from ldm.utils.errors import UsageError, format_program
 from ldm.utils.hashing import hash_module
 
 FROZEN_GROUPS = ("autoencoder", "text_encoder")
@@ -53,8 +53,9 @@ def build_frozen_encoders(cfg: DictConfig) -> tuple[nn.Module, nn.Module]:
     for name, stage in (("autoencoder", "autoencoder"), ("text_encoder", "clip")):
         if cfg[name].get("path", "none needed") is None:
             raise UsageError(
-                f"{name}.path is needed: a trained {name.replace('_', ' ')} for the denoiser to "
-                f"rest on. Train one with `python train.py experiment={stage}_coco`, then give "
+                f"{name}.path is needed: a trained {name.replace('_', ' ')} that the "
+                f"denoiser needs. Train one with `{format_program('train')} "
+                f"experiment={stage}_coco`, then give "
                 f"{name}.path=runs/{stage}_coco, or the folder or hub name of a published one"
             )
     return instantiate(cfg.autoencoder).eval(), instantiate(cfg.text_encoder)
@@ -146,8 +147,8 @@ def load_diffusion_checkpoint(
     facts = read_checkpoint_metadata(payload, path)
     if facts["stage"] != "diffusion":
         raise UsageError(
-            f"{path} comes from stage={facts['stage']}: pictures are sampled from a "
-            "diffusion run, which `python train.py` makes"
+            f"{path} comes from stage={facts['stage']}: images are sampled from a "
+            f"diffusion run, which `{format_program('train')}` makes"
         )
     config = validate_file_config(facts["config"], path, needed=DIFFUSION_GROUPS, trust=trust)
     frozen = (*FROZEN_GROUPS, STYLE_GROUP) if STYLE_GROUP in config else FROZEN_GROUPS

@@ -83,7 +83,7 @@ def build_evaluation_source(
     clip = cfg.features.get("clip", {}).get("path")
     if source.foreign and source.quality is not None and clip == PACKAGED_PREFIX + "clip":
         print_on_first_rank(
-            "features.clip is packaged:clip, which knows the drawn world alone: for other pictures "
+            "features.clip is packaged:clip, which knows the drawn world alone: for other images "
             "give features.clip.path=openai/clip-vit-base-patch32, a folder, or a run of stage=clip"
         )
     return source
@@ -182,7 +182,7 @@ def build_diffusers_source(
     """A pipeline of diffusers: its own sampler, our steps, guidance scale, prompts and seeds."""
     pipeline = DiffusersPipeline(place := resolve_path(options["ckpt"]), device)
     if (size := cfg.size or pipeline.size) is None:
-        raise UsageError(f"'{place}' does not say at which size it paints: give size=...")
+        raise UsageError(f"'{place}' does not say at which size it generates images: give size=...")
 
     def generate(cfg: DictConfig) -> PromptsToImages:
         return partial(pipeline, size=size, steps=cfg.steps, scale=cfg.guidance.get("scale", 1.0))
@@ -219,8 +219,8 @@ def build_folder_source(
         subset = PromptSubset.load(resolve_path(options["subset"]))
         if len(subset) != len(images):
             raise UsageError(
-                f"'{place}' has {len(images)} pictures, and {options['subset']} {len(subset)} "
-                "captions: picture i in order of name shows caption i"
+                f"'{place}' has {len(images)} images, and {options['subset']} {len(subset)} "
+                "captions: image i in order of name shows caption i"
             )
     number = {seed: i for i, seed in enumerate(subset.seeds)}
     has_captions = options["subset"] is not None or images.captions is not None
@@ -283,7 +283,7 @@ def build_quality(
         known = len({*zip(subset.keys, subset.captions, strict=True)})
         if known < len(subset):
             print_on_first_rank(
-                f"count={cfg.count}: there are {known} captions, so that some are painted again "
+                f"count={cfg.count}: there are {known} captions, so that some are used again "
                 "with other seeds"
             )
     return EvaluationProtocol(
@@ -306,13 +306,13 @@ def open_real_images(
     place = options[name]
     if place is None:
         raise UsageError(
-            f"{name} is needed: give {name}=DIR, shards of real pictures with captions, as "
+            f"{name} is needed: give {name}=DIR, shards of real images with captions, as "
             "`python -m ldm.prepare` writes them"
         )
     if not resolve_path(place).exists() and Path(CONF_DIR, "data", f"{place}.yaml").is_file():
         raise UsageError(
             f"{name}={place}: that is an option of train.py; here {name} is a folder with "
-            f"shards of real pictures, such as {name}=data/coco/val"
+            f"shards of real images, such as {name}=data/coco/val"
         )
     cache = ShardCache(cfg.cache, gigabytes=50.0)
     options = ReadOptions(cache=cache, caption_key=cfg.get("caption_key"))

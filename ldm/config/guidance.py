@@ -32,7 +32,7 @@ from ldm.utils.checkpoint_file import (
     read_checkpoint,
     select_prefix,
 )
-from ldm.utils.errors import UsageError
+from ldm.utils.errors import UsageError, format_program
 from ldm.utils.hashing import hash_module
 
 GUIDANCE_MODEL_HINTS = {
@@ -120,7 +120,7 @@ def load_classifier_guide(
     """The log likelihoods of a run of stage=classifier; UsageError for tasks of videos."""
     if components.task.is_video:
         raise UsageError(
-            f"guidance=classifier reads pictures, and task={components.task.name} is of videos: "
+            f"guidance=classifier reads images, and task={components.task.name} is of videos: "
             "guidance=clip and guidance=autoguidance guide these"
         )
     return load_noisy_classifier(path, components, device=device, trust=trust).make_log_likelihood
@@ -162,7 +162,7 @@ def load_noisy_classifier(
     if facts["stage"] != "classifier":
         raise UsageError(
             f"{path} comes from stage={facts['stage']}: a classifier is what "
-            "`python train.py experiment=classifier_scenes` trains"
+            f"`{format_program('train')} experiment=classifier_scenes` trains"
         )
     config = validate_file_config(facts["config"], path, needed=CLASSIFIER_GROUPS, trust=trust)
     check_frozen_digests(facts, path, FROZEN_GROUPS)

@@ -22,7 +22,7 @@ from ldm.config.sample_options import select_device
 from ldm.diffusion.tasks.base import Task
 from ldm.inference.pipeline import Pipeline
 from ldm.utils.checkpoint_file import CheckpointError
-from ldm.utils.errors import UsageError
+from ldm.utils.errors import UsageError, format_program
 from ldm.utils.hashing import hash_module
 
 CLASSIFIER_FREE_TARGET = "ldm.diffusion.guidance.cfg.ClassifierFreeGuidance"
@@ -85,7 +85,7 @@ def load_pipeline(cfg: DictConfig, ckpt: str, locations: dict[str, str | None]) 
     frames = trained.data.get("frames")
     if frames is None and cfg.get("frames") is not None:
         raise UsageError(
-            f"frames={cfg.frames} is for videos, and {source.path} paints pictures: leave it out, "
+            f"frames={cfg.frames} is for videos, and {source.path} generates images: leave it out, "
             "or take a run of task=video"
         )
     components = build_components(trained, task)
@@ -124,9 +124,10 @@ def check_task(task: Task, source: LoadedCheckpoint, ckpt: str) -> None:
     trained = instantiate(source.config.task)
     if (why := task.incompatible_with(trained)) is None:
         return
-    hint = "Give a run of task=text2img; `python sample.py` without task= does what this one can"
+    sample, train = format_program("sample"), format_program("train")
+    hint = f"Give a run of task=text2img; `{sample}` without task= does what this one can"
     if task.extra_channels(1):
-        hint = f"Train one: python train.py task={task.name} init={ckpt} name=my-{task.name}"
+        hint = f"Train one: {train} task={task.name} init={ckpt} name=my-{task.name}"
     raise UsageError(
         f"task={task.name} does not go with {source.path}, of task={trained.name}: {why}. {hint}"
     )
@@ -153,7 +154,7 @@ def load_cascade(
         task = stages[-1].pipeline.components.task
         if task.is_video:
             raise UsageError(
-                f"cascade: {ckpt} paints videos, and runs of task=superres enlarge pictures alone"
+                f"cascade: {ckpt} generates videos, and runs of task=superres enlarge images only"
             )
         if len(stages) > 1 and task.scale == 1:
             raise UsageError(
@@ -175,13 +176,14 @@ def check_text_to_image(loaded: LoadedPipeline, verb: str) -> None:
     task, path = loaded.pipeline.components.task, loaded.path
     if task.is_video:
         raise UsageError(
-            f"{verb} is for pictures, and {path} paints videos (task={task.name}): give a run of "
-            "task=text2img. python sample.py paints videos, and training measures val/motion_*"
+            f"{verb} is for images, and {path} generates videos (task={task.name}): give a run of "
+            f"task=text2img. {format_program('sample')} generates videos, and training measures "
+            "val/motion_*"
         )
     if task.needs_image or task.sampling_only:
         raise UsageError(
-            f"{verb} paints from prompts alone, and task={task.name} begins with a picture: "
-            "take task=text2img and a run of it. python sample.py takes image=FILE"
+            f"{verb} generates from prompts alone, and task={task.name} starts from an image: "
+            f"take task=text2img and a run of it. {format_program('sample')} takes image=FILE"
         )
 
 

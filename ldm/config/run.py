@@ -58,7 +58,7 @@ from ldm.training.lightning_adapter import defer_launch_signals
 from ldm.training.loggers.csv import CsvLog
 from ldm.training.modules.diffusion import LatentDiffusion
 from ldm.utils.checkpoint_file import find_newest_checkpoint
-from ldm.utils.errors import UsageError
+from ldm.utils.errors import UsageError, format_program
 from ldm.utils.hashing import hash_module
 from ldm.utils.signals import StopSignals
 
@@ -143,11 +143,12 @@ def build_diffusion_components(cfg: DictConfig, run_dir: Path) -> Components:
     if task.sampling_only:
         raise UsageError(
             f"task={task.name} is a way of sampling from any run of text to image, and nothing to "
-            f"train: leave it out here, then give `python sample.py ckpt=... task={task.name}`"
+            f"train: leave it out here, then give `{format_program('sample')} ckpt=... "
+            f"task={task.name}`"
         )
     check_data_kind(cfg, f"task={task.name}", is_video=task.is_video)
     if task.is_video and cfg.style_encoder:
-        raise UsageError(f"task={task.name} takes no style pictures: leave style_encoder=.. out")
+        raise UsageError(f"task={task.name} takes no style images: leave style_encoder=.. out")
     task.check_size(cfg.data.size)
     components = build_components(cfg, task)
     check_image_size(cfg.data.size, components.autoencoder.factor * components.denoiser.multiple)
@@ -223,7 +224,7 @@ def build_evaluation_callbacks(
     task = pipeline.components.task
     if task.needs_image:
         if get_launcher_rank() == 0:
-            print(f"eval: task={task.name} begins with a picture, so val/loss alone is measured")
+            print(f"eval: task={task.name} starts from an image, so only val/loss is measured")
         return []
     callbacks = []
     if "scenes" in cfg.eval:

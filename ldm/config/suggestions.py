@@ -15,16 +15,18 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.experiments.run_dir import HYDRA_RESOLVERS
-from ldm.utils.errors import suggest_nearest
+from ldm.utils.errors import format_program, suggest_nearest
 from ldm.utils.text import escape_control_characters
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # A wheel holds conf/ inside the package; a checkout holds it beside the package.
 CONF_DIR = str(next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir()))
 
-for _name, _resolver in HYDRA_RESOLVERS.items():
+for _name, _resolver in {**HYDRA_RESOLVERS, "program": format_program}.items():
     OmegaConf.register_new_resolver(_name, _resolver, replace=True)
 
+# Options of Hydra's plugins that ldm[sweep] brings along.
+SWEEP_PACKAGES = {"optuna": "hydra-optuna-sweeper", "submitit_slurm": "hydra-submitit-launcher"}
 OWN_DATA_HINT = " (for shards in a folder, give data=shards data.train=DIR data.val=DIR)"
 
 
@@ -45,8 +47,10 @@ def explain_hydra_error(error: Exception, config_name: str) -> str:
         with initialize_config_dir(CONF_DIR, version_base="1.3"):
             options = GlobalHydra.instance().config_loader().get_group_options(group)
         near = suggest_nearest(option, options) or "."
-        own = OWN_DATA_HINT if group == "data" and near == "." else ""
-        return f"{group}={option} does not exist{near} There are: {', '.join(options)}{own}"
+        hint = OWN_DATA_HINT if group == "data" and near == "." else ""
+        if (package := SWEEP_PACKAGES.get(option)) is not None:
+            return f"{group}={option} needs a package: pip install {package}"
+        return f"{group}={option} does not exist{near} There are: {', '.join(options)}{hint}"
     if found := re.search(r"Could not (?:override|append to config\.?) '?([\w@/.:-]+)'?", message):
         key = found[1].rstrip(".")
         return format_unknown_setting(key, config_name)
@@ -71,7 +75,11 @@ def format_single_value_error(key: str, values: str, config_name: str) -> str:
     """The message for several values of a setting that takes one."""
     list_ = f"a list stands in brackets, '{key}=[{values}]'"
     text = f"a text with a comma in quotes twice, \"{key}='{values}'\""
-    runs = f"; `train.py -m {key}={values}` makes a run of each" if config_name == "train" else ""
+    runs = (
+        f"; `{format_program('train')} -m {key}={values}` makes a run of each"
+        if config_name == "train"
+        else ""
+    )
     return f"{key}={values}: it takes one value here; {list_}, {text}{runs}"
 
 
@@ -160,7 +168,11 @@ def set_optuna_defaults() -> None:
     store = ConfigStore.instance()
     for path, ours in OPTUNA_DEFAULTS.items():
         group, _, name = f"hydra/sweeper/{path}".rpartition("/")
-        if f"{name}.yaml" in store.list(group):
+        try:
+            is_stored = f"{name}.yaml" in store.list(group)
+        except OSError:  # so Hydra says that nothing is stored in this group
+            is_stored = False
+        if is_stored:
             node = store.load(f"{group}/{name}.yaml").node
             node.update(ours)
             store.store(group=group, name=name, node=node, provider="ldm")

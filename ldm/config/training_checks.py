@@ -13,8 +13,15 @@ from ldm.utils.errors import UsageError
 def get_devices(cfg: DictConfig) -> dict[str, int]:
     """Devices and machines of torchrun or srun, where these started the processes; else nothing.
 
-    Raises UsageError where the configuration wants others, or all GPUs where there is none.
+    Raises UsageError where the configuration wants others, or GPUs where there is none.
     """
+    kind = cfg.trainer.accelerator
+    has_gpu = torch.cuda.is_available() or (kind != "cuda" and torch.backends.mps.is_available())
+    if kind in ("gpu", "cuda") and not has_gpu:
+        raise UsageError(
+            f"trainer.accelerator={kind} (trainer=gpu sets it): torch finds no GPU here. Give "
+            "trainer=cpu, or look what `nvidia-smi` says and whether torch was built for CUDA"
+        )
     wanted = cfg.trainer.devices, cfg.trainer.num_nodes
     started = get_launcher_layout()
     if wanted[0] == -1 and (cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available()):
@@ -47,7 +54,7 @@ def check_data_kind(cfg: DictConfig, subject: str, *, is_video: bool) -> None:
     And the other way round.
     """
     if is_video != (cfg.data.get("frames") is not None):
-        have, want = ("pictures", "videos") if is_video else ("videos", "pictures")
+        have, want = ("images", "videos") if is_video else ("videos", "images")
         remedy = "task=video, or other data"
         if is_video:
             remedy = "data.frames=8" if "frames" in cfg.data else "data=shards of videos"

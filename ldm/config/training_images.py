@@ -34,7 +34,7 @@ def open_run_images(loaded: LoadedPipeline, size: int) -> tuple[TextImageDataset
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{loaded.path} does not say what it was trained on ({error}): it was not run. Give "
-            "data=DIR, real pictures to compare with"
+            "data=DIR, real images to compare with"
         ) from error
     return tuple(open_local_images(place, size, **options) for place in places)
 
@@ -70,7 +70,7 @@ def open_local_images(
         shards = ShardReader(source, ReadOptions(**options, read_only=True))
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(
-            f"the pictures of the run are not here ({error}): give data=DIR, real pictures to "
+            f"the images of the run are not here ({error}): give data=DIR, real images to "
             "compare with"
         ) from error
     return TextImageDataset(

@@ -115,8 +115,8 @@ class ClipQueries:
         pairs, images = self.caption_pairs.pairs, self.embed_images()
         captions = self.embed_captions(self.caption_pairs.captions)
         ranks = {
-            f"picture to caption, of {len(captions)}": (images, captions, pairs),
-            f"caption to picture, of {len(images)}": (captions, images, pairs.flip(1)),
+            f"image to caption, of {len(captions)}": (images, captions, pairs),
+            f"caption to image, of {len(images)}": (captions, images, pairs.flip(1)),
         }
         ranks = {way: compute_retrieval_ranks(*tables) for way, tables in ranks.items()}
         return {
@@ -166,7 +166,7 @@ class ClipQueries:
     def select_readable(self, paths: Sequence[Path]) -> list[Path]:
         """Returns the image files that can be read; prints the names of the others."""
         readable = []
-        for path in _bar(paths, desc="Pictures", unit="image"):
+        for path in _bar(paths, desc="Images", unit="image"):
             try:
                 self._embed_file(path)
                 readable.append(path)
@@ -176,7 +176,7 @@ class ClipQueries:
 
     def embed_files(self, paths: Sequence[Path]) -> Tensor:
         """Returns unit vectors (n, D) of image files, centre-cropped; ImageError names the file."""
-        vectors = [self._embed_file(path) for path in _bar(paths, desc="Pictures", unit="image")]
+        vectors = [self._embed_file(path) for path in _bar(paths, desc="Images", unit="image")]
         return F.normalize(torch.cat(vectors), dim=1)
 
     def _embed_file(self, path: Path) -> Tensor:
@@ -215,7 +215,7 @@ class ClipQueries:
         """Returns unit vectors (N, D) of the data's images, in its order."""
         count = len(self.dataset)
         how = {"size": self.clip.size, "batch": self.batch, "cache": self.cache}
-        with _bar(total=count, desc="Pictures", unit="image") as bar:
+        with _bar(total=count, desc="Images", unit="image") as bar:
             how |= {"device": self.device, "done": lambda items: bar.update(len(items))}
             table = compute_real_features([self.clip], self.dataset, range(count), **how)
         table = table[self.clip.name]

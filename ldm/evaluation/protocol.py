@@ -34,7 +34,7 @@ def select_prompt_subset(
     dataset: TextImageDataset, others: TextImageDataset | None, count: int, *, seed: int = 0
 ) -> PromptSubset:
     """Draws `count` captions of the data set; of one half, where there are no other real images."""
-    check_image_count("pictures to measure", count)
+    check_image_count("images to measure", count)
     within = len(dataset) // 2 if lacks_reference_images(dataset, others) else None
     return PromptSubset.draw(dataset.shards, count, seed=seed, within=within)
 
@@ -42,7 +42,7 @@ def select_prompt_subset(
 def check_image_count(what: str, count: int) -> None:
     """Raises TooFewImagesError where these are too few images to measure."""
     if count < MIN_IMAGES:
-        what = what.replace("pictures", "picture", 1) if count == 1 else what
+        what = what.replace("images", "image", 1) if count == 1 else what
         raise TooFewImagesError(f"{count} {what}: it takes {MIN_IMAGES} or more")
 
 
@@ -100,9 +100,9 @@ class EvaluationProtocol:
             self.reference = others
             self.real_indices = range(min(at_most, len(others)))
             self.floor_indices = range(min(len(subset), len(dataset)))
-        check_image_count("pictures to measure", len(subset))
-        check_image_count("real pictures to compare with", len(self.real_indices))
-        check_image_count("real pictures for the floor", len(self.floor_indices))
+        check_image_count("images to measure", len(subset))
+        check_image_count("real images to compare with", len(self.real_indices))
+        check_image_count("real images for the floor", len(self.floor_indices))
         self.is_prepared = False
         self.scores: Scores | None = None  # on the first rank, after `prepare`
 

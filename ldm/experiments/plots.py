@@ -141,7 +141,7 @@ def _plot_panel(
         axes.set_xticks(list(ticks), labels=list(ticks.values()), rotation=tilt)
     real = {_real_value(point["metrics"], y) for points in lines.values() for point in points}
     if len(real) == 1 and (level := real.pop()) is not None:
-        _plot_level(axes, level, "real pictures", 1, color="grey", style=":", align="right")
+        _plot_level(axes, level, "real images", 1, color="grey", style=":", align="right")
 
 
 def _plot_level(

@@ -163,10 +163,10 @@ def list_ranking_caveats(runs: Sequence[RunRecord], metric: str) -> list[str]:
         return []
     each = [collect_logged_metrics([run]) for run in runs if run.rows]
     names = _select_by_prefix(GENERATION_METRICS, set.intersection(*each) if each else set())
-    instead = f", or rank by what is painted, as metric={names[0]} does" if names else ""
+    instead = f", or rank by the generated images, as metric={names[0]} does" if names else ""
     what = ", ".join(sorted(differ))
     return [
-        f"A loss weighs the same errors otherwise where {what} differs: look at samples.png"
+        f"Runs with another {what} weight errors differently in {metric}: look at samples.png"
         f"{instead}."
     ]
 

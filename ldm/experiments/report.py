@@ -130,13 +130,13 @@ def _draw_quality_curves(runs: Sequence[RunRecord], out: Path) -> tuple[list[str
         lines = {name: curves[name][stem] for name, key in keys.items() if key == common}
         note = f"{stem} of {', '.join(lines)}"
         if others := [name for name in keys if name not in lines]:
-            note += f"; {', '.join(others)}: of other pictures, networks or settings"
+            note += f"; {', '.join(others)}: of other images, networks or settings"
         if len(lines) > 1:
             files.append(f"{stem.replace('curve', 'quality', 1)}.png")
             save_png(render_quality_curve(lines), out / files[-1], {"runs": list(lines)})
             notes.append(f"{files[-1]}: {note}")
         elif others:
-            notes.append(f"not in one picture: {note}")
+            notes.append(f"not in one plot: {note}")
     return files, notes
 
 
@@ -161,7 +161,7 @@ def _draw_curves_and_samples(
             samples.append(_read_samples(run))
         except (ValueError, TypeError) as error:
             samples.append(((), []))
-            notes.append(f"{run.directory} has no pictures to show: {error}")
+            notes.append(f"{run.directory} has no images to show: {error}")
     # The images of a column must show the same prompt: that of most runs; the others are left out.
     if prompts := Counter(texts for texts, _ in samples if texts):
         shared = prompts.most_common(1)[0][0][:MAX_REPORT_COLUMNS]
@@ -172,7 +172,7 @@ def _draw_curves_and_samples(
         ]
         others = len(runs) - len(rows)
         text = f"The same prompts and seeds for each run, best first by {metric} ({direction})."
-        text += f" {others} runs have no such pictures." if others else ""
+        text += f" {others} runs have no such images." if others else ""
         page = draw_sample_page("Samples of each run", text, shared, rows)
         save_png(page, out / "samples.png", {"runs": names})
         files.append("samples.png")

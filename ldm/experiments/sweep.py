@@ -45,8 +45,8 @@ def merge_shared_settings(directory: Path, base: dict, *, swept: Collection[str]
     changes = list_config_changes(update_names(old["base"]), base)
     if changes := [change for change in changes if not change_concerns(change, free)]:
         raise UsageError(
-            f"the sweep {directory} was begun with other settings: {'; '.join(changes[:5])}. Give "
-            "those again to go on with it, or another name=... to begin anew"
+            f"the sweep {directory} was started with other settings: {'; '.join(changes[:5])}. "
+            "Give those again to continue it, or another name=... for a new sweep"
         )
     return {"swept": swept, "base": base}
 

@@ -66,7 +66,7 @@ def read_pipeline_inputs(
     """
     task = pipeline.components.task
     if image is None and (mask is not None or any(pad)):
-        raise ValueError("a mask, or pad, is for a picture: image=FILE")
+        raise ValueError("a mask, or pad, is for an image: image=FILE")
     if task.scale > 1:
         if mask is not None or any(pad) or size is not None:
             raise ValueError(
@@ -74,7 +74,7 @@ def read_pipeline_inputs(
                 "task.scale says"
             )
         if image is None:
-            raise ValueError(f"task={task.name} takes a small picture: image=FILE")
+            raise ValueError(f"task={task.name} takes a small image: image=FILE")
         with prefix_file_errors("image", image):
             small = pil_to_tensor(read_image(image)).float()[None] / 127.5 - 1
         return prepare_upscaling_inputs(pipeline, small)
@@ -88,7 +88,7 @@ def read_pipeline_inputs(
         return PipelineInputs(sides)
     if height != width:
         raise ValueError(
-            f"size={format_image_size(sides)}: pictures are cut to squares, so give one number"
+            f"size={format_image_size(sides)}: images are cropped to squares, so give one number"
         )
     hidden = None
     if mask is not None:
@@ -119,7 +119,7 @@ def parse_image_size(size: int | Sequence[int], grid: int) -> tuple[int, int]:
     if any(side % grid for side in sides):
         next_size = format_image_size(tuple(-(-side // grid) * grid for side in sides))
         raise ValueError(
-            f"size={format_image_size(sides)}: this run paints multiples of {grid}: "
+            f"size={format_image_size(sides)}: this run generates multiples of {grid}: "
             f"size={next_size}"
         )
     return sides
@@ -156,7 +156,7 @@ def prepare_outpainting_inputs(
             fits = f"[{left},{above},{right + missing[1]},{below + missing[0]}]"
             raise ValueError(
                 f"pad=[{left},{above},{right},{below}] makes {sides[1]} x {sides[0]} pixels, and "
-                f"this run paints multiples of {grid}: pad={fits}"
+                f"this run generates multiples of {grid}: pad={fits}"
             )
     else:
         sides = parse_image_size(size, grid)
@@ -164,7 +164,7 @@ def prepare_outpainting_inputs(
         if not matches_aspect_ratio(image.size, room):
             raise ValueError(
                 f"size={format_image_size(sides)} and pad leave {room[0]} x {room[1]} pixels "
-                f"for a picture of {image.width} x {image.height}: "
+                f"for an image of {image.width} x {image.height}: "
                 f"{suggest_image_size(image.size, sides, pad, grid)}"
             )
         image = image.resize(room, reducing_gap=2.0)

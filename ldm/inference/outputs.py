@@ -61,7 +61,7 @@ def save_outputs(
             file = grid.with_name(f"{grid.stem}_previews.png")
             rows = [image for row in previews for image in row]
             save_png(make_image_grid(rows, columns=len(previews[0])), file, facts)
-            print(f"the model's guesses on the way: {file}")
+            print(f"the predicted images on the way: {file}")
     if len(images) > 1:
-        print(f"{len(images)} {'videos' if moving else 'pictures'} beside {first}")
+        print(f"{len(images)} {'videos' if moving else 'images'} next to {first}")
     return first

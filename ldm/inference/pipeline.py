@@ -21,6 +21,7 @@ from ldm.diffusion.samplers.tiled import TiledDenoiser
 from ldm.diffusion.tasks.base import Request
 from ldm.inference.components import Components
 from ldm.inference.prompts import parse_prompt
+from ldm.utils.errors import format_program
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,8 +242,8 @@ class Pipeline:
             return None
         if self.components.style_encoder is None:
             raise ValueError(
-                "style=: this model was trained without style pictures; `python train.py "
-                "style_encoder=clip init=RUN` begins with it and trains one that takes them"
+                f"style=: this model was trained without style images; `{format_program('train')} "
+                "style_encoder=clip init=RUN` starts from it and trains one that takes them"
             )
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         images = style.to(self.device).expand(len(seeds), *style.shape[1:])
@@ -258,7 +259,7 @@ class Pipeline:
         if tuple(part.shape[-2:]) != wanted or any(side % smaller for side in size):
             times = f" and the result is {smaller} times as wide" if smaller > 1 else ""
             raise ValueError(
-                f"a picture or mask of {tuple(part.shape[-2:])} where "
+                f"an image or mask of {tuple(part.shape[-2:])} where "
                 f"size={format_image_size(size)}{times}"
             )
         return part.to(self.device).expand(n, *part.shape[1:])

@@ -21,6 +21,13 @@ def program_name() -> str:
     return f"python -m {module}" if module in sys.orig_argv else f"ldm {program.stem}"
 
 
+def format_program(verb: str) -> str:
+    """Returns how `train` or `sample` is typed here: python train.py, or ldm train (of a wheel)."""
+    script = CLI_DIR.parents[1] / f"{verb}.py"
+    is_installed = program_name().startswith("ldm ") or not script.is_file()
+    return f"ldm {verb}" if is_installed else f"python {verb}.py"
+
+
 def suggest_nearest(key: str, known: Iterable[str]) -> str:
     """Returns ' - did you mean ...?' for a mistyped key, or nothing."""
     # The groups that contain the key, and targets, are not meant.

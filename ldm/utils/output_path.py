@@ -63,5 +63,5 @@ def check_video_writer(path: Path) -> None:
             import av  # noqa: F401
         except ImportError as error:
             raise ValueError(
-                f"{path}: MP4 needs PyAV, pip install 'ldm[video]'; .gif and .webp need nothing"
+                f"{path}: MP4 needs PyAV, pip install av; .gif and .webp need nothing"
             ) from error

@@ -268,7 +268,7 @@ def test_mistakes_are_told_before_torch_is_imported(home):
 def test_a_run_of_ones_own_is_asked(prepared, tmp_path):
     words = ["clip=runs/clip", "data=shards", f"cache={tmp_path}"]
     said = ask(*words, home=prepared)
-    assert re.search(r"^([01]\.\d{3} +){3}picture to caption, of 16$", said, re.M)
+    assert re.search(r"^([01]\.\d{3} +){3}image to caption, of 16$", said, re.M)
 
 
 @pytest.mark.slow

@@ -227,7 +227,7 @@ def test_two_processes_learn_what_one_does(home, stage):
 def test_sample_takes_any_text(home):
     said = sample("ckpt=runs/first", f"prompt={NASTY}", "negative=a, b", "n=3", cwd=home)
     grid = home / said.strip().splitlines()[-1]
-    assert f"3 pictures beside {grid.relative_to(home)}\n" in said
+    assert f"3 images next to {grid.relative_to(home)}\n" in said
     singles = sorted(grid.parent.glob(f"{grid.stem}_*.png"))
     assert len(singles) == 3
     assert Image.open(grid).size == (3 * 16 + 2 * 2, 16)  # three in a row
@@ -248,7 +248,7 @@ def test_sample_long_empty_and_many_prompts(home):
     sample("ckpt=runs/first", "prompts=prompts.txt", "n=2", "out=many.png", cwd=home)
     assert Image.open(home / "many_003.png").text["prompt"] == "a blue ball"
     said = sample("ckpt=runs/first", "prompt=a blue ball", "seed=1", "n=1", "out=alone", cwd=home)
-    assert "beside" not in said
+    assert "next to" not in said
     names = ("many_003.png", "alone_000.png", "many_002.png")
     many, alone, other = (np.asarray(Image.open(home / name)).astype(int) for name in names)
     # One of four and one alone: kernels for other batch sizes round otherwise, to a grey level.
@@ -285,7 +285,7 @@ def test_training_mistakes_are_told_plainly(home):
     assert "data.batch_size=4" in said
     again = ["name=first", "trainer.max_steps=99", "scheduler=linear", *FROZEN]
     said = train(*again, cwd=home, expect=2)
-    assert "begun with other settings: scheduler" in said
+    assert "started with other settings: scheduler" in said
     assert "names no run" in train("name=../x", cwd=home, expect=2)
     said = train("name=x", "scheduler=flow", "objective=eps", *FROZEN, cwd=home, expect=2)
     assert "objective=v" in said
@@ -318,7 +318,7 @@ def test_training_mistakes_are_told_plainly(home):
         ("data=/x", "for shards in a folder, give data=shards data.train=DIR data.val=DIR"),
         ("nonsense", "key=value"),
         ("seed=1,2", "train.py: seed=1,2: it takes one value here; a list stands in brackets,"),
-        ("data=coco data.train=a,b", "`train.py -m data.train=a,b` makes a run of each\nFalse"),
+        ("data=coco data.train=a,b", "train.py -m data.train=a,b` makes a run of each\nFalse"),
         ("--help", "the same command again resumes"),
     ],
 )

@@ -32,11 +32,20 @@ def test_each_component_is_ten_lines_of_code():
         assert len(lines) <= 12, name
 
 
+def test_a_package_that_python_does_not_find_is_refused_with_the_remedy(outside):
+    command = [str(ROOT / "train.py"), "--config-dir", "conf", "model=conv", "eval=fast"]
+    said = run(*command, *SMALL.split(), cwd=outside, expect=2)
+    assert "No module named 'mypackage'" in said
+    assert "install it, or give PYTHONPATH=FOLDER" in said
+
+
 @pytest.mark.slow
 def test_the_commands_use_all_components(outside):
     path = {"PYTHONPATH": f"{ROOT}:{outside}"}
-    train, sample = (shlex.split(line)[1:] for line in COMMANDS.strip().splitlines())
-    run(str(ROOT / train[0]), *train[1:], *SMALL.split(), cwd=outside, **path)
+    export, *commands = COMMANDS.strip().splitlines()
+    assert export == "export PYTHONPATH=$PWD"
+    train, sample = (["-m", *shlex.split(line)] for line in commands)
+    run(*train, *SMALL.split(), cwd=outside, **path)
     config = (outside / "runs" / "mine" / "config.yaml").read_text()
     for name, text in FILES:
         if name.startswith("mypackage/"):
@@ -45,7 +54,7 @@ def test_the_commands_use_all_components(outside):
     with (outside / "runs" / "mine" / "metrics.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
     assert float(last["val/fd_colour"]) > 0
-    sample = [str(ROOT / sample[0]), *sample[1:], "n=1", "steps=2", "out=a.png"]
+    sample += ["n=1", "steps=2", "out=a.png"]
     untrusted = [word for word in sample if not word.startswith("trust=")]
     said = run(*untrusted, cwd=outside, expect=2, **path)
     assert "trust=[mypackage]" in said

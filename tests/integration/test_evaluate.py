@@ -140,7 +140,7 @@ def test_the_verb_leaves_numbers_and_says_them(home, measured):
     said = run(*command, cwd=home.path, OMP_NUM_THREADS="1")  # as many as this process
     facts = json.loads((home.path / "runs/measured/metrics.json").read_text())
     assert list(facts["metrics"]) == KEYS
-    assert "scene accuracy alone, no distances: 3 pictures" in said
+    assert "scene accuracy alone, no distances: 3 images" in said
     assert facts["step"] == 3
     assert facts["ckpt"].endswith("step=00000003_end.ckpt")
     assert facts["digest"] == hash_file(Path(facts["ckpt"]))
@@ -199,7 +199,7 @@ def test_a_run_is_compared_with_its_own_pictures(shards_run, real):
 def test_more_pictures_than_captions_are_told(shards_run, real, capsys):
     facts = measure("count=25", ckpt=shards_run)
     assert facts["protocol"]["painted"] == 25
-    told = "count=25: there are 20 captions, so that some are painted again with other seeds\n"
+    told = "count=25: there are 20 captions, so that some are used again with other seeds\n"
     assert told in capsys.readouterr().out
     measure("count=12", ckpt=shards_run, data=real / "val")  # a half of it
     assert "count=12: there are 10 captions" in capsys.readouterr().out
@@ -328,7 +328,7 @@ def test_what_was_kept_is_worth_the_same(shards_run, real, tmp_path):
     assert frozen["metrics"] == pytest.approx(painted["metrics"], rel=1e-5)
     assert frozen["protocol"] == painted["protocol"]
     files[-1].unlink()
-    with pytest.raises(UsageError, match=r"'kept' has 7 pictures, and .* 8 captions"):
+    with pytest.raises(UsageError, match=r"'kept' has 7 images, and .* 8 captions"):
         measure(images="kept", data=real / "val", subset=subset)
 
 
@@ -403,8 +403,8 @@ def test_points_of_a_curve_are_kept_apart(shards_run):
         ({"images": "x"}, [], "there is no folder .x."),
         ({"ckpt": "x"}, [], "neither a run directory nor a file"),
         ({"ckpt": "RUN"}, ["features=none"], "features=none leaves scene accuracy alone"),
-        ({"ckpt": "RUN"}, ["count=4"], "4 pictures to measure: it takes 8 or more"),
-        ({"ckpt": "RUN"}, ["count=1"], "1 picture to measure: it takes 8 or more"),
+        ({"ckpt": "RUN"}, ["count=4"], "4 images to measure: it takes 8 or more"),
+        ({"ckpt": "RUN"}, ["count=1"], "1 image to measure: it takes 8 or more"),
         ({"ckpt": "RUN"}, ["count=1", "scenes=true"], "another caption: give count=2 or more"),
         ({"ckpt": "RUN", "data": "gone"}, [], "gone"),
         ({"ckpt": "RUN", "data": "coco"}, [], "data=coco: .* a folder with shards .*data/coco/val"),

@@ -69,7 +69,7 @@ def test_the_same_steps_in_one_go_or_two(home):
 @pytest.mark.parametrize(
     ("words", "ckpt", "message"),
     [
-        (["style=a.png"], "model", "was trained without style pictures"),
+        (["style=a.png"], "model", "was trained without style images"),
         (["style=gone.png"], "style", "gone.png"),
         (["style_encoder=runs/clip"], "model", "trained with none, which is read from nowhere"),
         (["style_encoder=packaged:clip"], "style", "is not the style_encoder that"),

@@ -102,7 +102,7 @@ def test_verbs_that_begin_with_words_refuse_networks_that_begin_with_a_picture(h
         "augment": ["ckpt=runs/model", "task=img2img", "out=set", "n=1", "template=a ball"],
     }.items():
         said = run("-m", f"ldm.{verb}", *words, cwd=home, expect=2)
-        assert f"{words[1]} begins with a picture: take task=text2img" in said
+        assert f"{words[1]} starts from an image: take task=text2img" in said
         assert not (home / "set").exists()
 
 
@@ -127,7 +127,7 @@ def test_img2img_changes_a_part_where_no_strength_is_given(home, photo):
         (["ckpt=runs/inpaint"], "task=inpaint takes an image and a mask"),
         (["ckpt=runs/inpaint", "image=in.png", "pad=[9,0,9,0]", "size=16"], "leave -2 x 16 pixels"),
         (["ckpt=runs/inpaint", "image=in.png", "pad=[1,2]"], "of 4 values, each a whole number"),
-        (["ckpt=runs/inpaint", "pad=[4,4,4,4]"], "is for a picture: image=FILE"),
+        (["ckpt=runs/inpaint", "pad=[4,4,4,4]"], "is for an image: image=FILE"),
         (["ckpt=runs/superres", "image=in.png", "size=64"], "neither mask nor pad nor size"),
         (["ckpt=runs/model", "frames=3"], "frames=3 is for videos"),
         (["ckpt=runs/model", "device=gpu"], "device=gpu is not here"),

@@ -40,14 +40,15 @@ def composed(home: Home, *overrides: str):
     [
         (["task=img2img"], r"train: leave it out here, then give `python sample.py .*=img2img`"),
         (["task=inpaint_projected"], "is a way of sampling from any run"),
+        (["trainer=gpu"], r"accelerator=gpu \(trainer=gpu sets it\): torch finds no GPU"),
         (["trainer.devices=-1"], "devices=-1 means all GPUs, and there is none to use here"),
         (["init=nope"], "init='nope' is neither a run directory nor a file"),
         (["task=superres", "task.scales=[2,3]"], r"of data.size=16 cannot be shrunk 3 times"),
         (["task=video"], "task=video is of videos, .* or data.frames=8$"),
         (["task=video", "eval=scenes"], "or data.frames=8 eval=motion$"),
         (["task=video", "eval=scenes", "data.frames=2"], "take eval=motion, or eval=none"),
-        (["data.frames=2"], "task=text2img is of pictures, and the data are videos: take task="),
-        (["task=video", "data.frames=2", "style_encoder=clip"], "takes no style pictures"),
+        (["data.frames=2"], "task=text2img is of images, and the data are videos: take task="),
+        (["task=video", "data.frames=2", "style_encoder=clip"], "takes no style images"),
     ],
 )
 def test_it_is_told_before_data_are_drawn(home, tmp_path, words, message):

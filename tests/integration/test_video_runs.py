@@ -94,7 +94,7 @@ def test_pictures_and_videos_are_not_confused(home):
     assert "take data=moving_scenes, or data.frames=8" in refused(*FEW, "task=video")
     still = [each for each in VIDEO if not each.startswith("task=")]
     assert "take task=video, or other data" in refused(*still)
-    assert "stage=autoencoder is of pictures" in refused(*still, "stage=autoencoder")
+    assert "stage=autoencoder is of images" in refused(*still, "stage=autoencoder")
     unmeasured = [each for each in VIDEO if not each.startswith("eval.")]
     assert "take eval=motion, or eval=none" in refused(*unmeasured, "eval=fast")
     said = sample(home, "ckpt=runs/images", "task=video", expect=2)
@@ -103,7 +103,7 @@ def test_pictures_and_videos_are_not_confused(home):
     said = sample(home, "ckpt=runs/video", "task=img2img", "image=first.png", expect=2)
     assert "a network of task=video takes more inputs than noise" in said
     said = sample(home, "cascade=[runs/video,runs/images]", "n=1", expect=2)
-    assert "runs/video paints videos" in said
+    assert "runs/video generates videos" in said
     assert "100%" not in said
     said = sample(home, "ckpt=runs/video", "n=1", "out=x.png", expect=2)
     assert "out=x.png: videos are written as .gif" in said
@@ -136,7 +136,7 @@ def test_every_guidance_guides_videos_or_says_that_it_does_not(home):
         assert made[option].isfinite().all(), option
     for option in ("clip", "compose"):
         assert (made[option] - made["cfg"]).abs().max() > 1e-4, option
-    with pytest.raises(UsageError, match="guidance=classifier reads pictures"):
+    with pytest.raises(UsageError, match="guidance=classifier reads images"):
         painted(home, "classifier", models["classifier"])
     with pytest.raises(UsageError, match="of task=text2img and cannot guide task=video"):
         painted(home, "autoguidance", f"guidance.guide={home / 'runs/images'}")
@@ -150,6 +150,6 @@ def test_verbs_of_pictures_refuse_videos_before_they_begin(home):
         "explain": ["out=explained", "steps=2"],
     }.items():
         said = run("-m", f"ldm.{verb}", "ckpt=runs/video", "task=video", *words, cwd=home, expect=2)
-        assert "paints videos (task=video): give a run of task=text2img" in said
+        assert "generates videos (task=video): give a run of task=text2img" in said
         assert "Traceback" not in said
     assert sorted(home.rglob("*")) == before

@@ -21,6 +21,18 @@ pipeline = ldm.load("runs/two/trainer.devices=2", "guidance.scale=2", "device=cp
 print(ldm.__file__, *pipeline(["a red star"], seeds=[0], size=64, steps=1).shape)
 """
 
+# An environment without ldm[sweep]: Hydra finds no plugins of these names.
+WITHOUT_SWEEP = """
+import pkgutil, sys
+search = pkgutil.walk_packages
+def walk_packages(path=None, prefix="", onerror=None):
+    found = search(path, prefix, onerror)
+    return (each for each in found if "optuna" not in each.name and "submitit" not in each.name)
+pkgutil.walk_packages = walk_packages
+from ldm.cli.train import main
+main()
+"""
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
@@ -66,3 +78,15 @@ def test_a_sweep_with_ranks_samples_and_scores_in_an_empty_folder(wheel, tmp_pat
     assert "fd_" not in ldm("evaluate", ckpt, "features=none", "count=4", "steps=1")
     printed = run("-c", LOAD, cwd=tmp_path, PYTHONPATH=str(wheel))
     assert f"{wheel / 'ldm' / '__init__.py'} 1 3 64 64" in printed
+
+
+def test_training_needs_no_package_of_sweeps(tmp_path):
+    printed = run("-c", WITHOUT_SWEEP, "--cfg", "job", cwd=tmp_path)
+    assert "stage: diffusion" in printed
+    for option, package in (
+        ("sweeper=optuna", "optuna-sweeper"),
+        ("launcher=slurm", "submitit-launcher"),
+    ):
+        said = run("-c", WITHOUT_SWEEP, "-m", f"hydra/{option}", "seed=1,2", cwd=tmp_path, expect=2)
+        assert f"needs a package: pip install hydra-{package}" in said
+        assert not list(tmp_path.iterdir())

@@ -7,8 +7,9 @@ import pytest
 from shell import ROOT, run
 
 import ldm
+import ldm.utils.errors as errors
 from ldm.__main__ import VERBS
-from ldm.utils.errors import program_name
+from ldm.utils.errors import format_program, program_name
 
 CLI = ROOT / "ldm" / "cli"
 
@@ -43,6 +44,32 @@ def test_a_message_begins_with_the_program_as_typed(monkeypatch, program, comman
     monkeypatch.setattr(sys, "argv", [program, "runs/a"])
     monkeypatch.setattr(sys, "orig_argv", command)
     assert program_name() == name
+
+
+@pytest.mark.parametrize(
+    ("command", "checkout", "typed"),
+    [
+        (["python", "sample.py"], True, "python train.py"),
+        (["python", "/bin/ldm", "sample"], True, "ldm train"),
+        (["python", "-m", "ldm.sample"], False, "ldm train"),  # a wheel has no train.py
+    ],
+)
+def test_a_message_names_a_train_command_that_works_here(
+    monkeypatch, tmp_path, command, checkout, typed
+):
+    monkeypatch.setattr(
+        sys, "argv", ["sample.py" if "sample.py" in command else f"{CLI}/sample.py"]
+    )
+    monkeypatch.setattr(sys, "orig_argv", command)
+    if not checkout:
+        monkeypatch.setattr(errors, "CLI_DIR", tmp_path / "ldm" / "cli")
+    assert format_program("train") == typed
+
+
+def test_help_shows_commands_as_typed(tmp_path):
+    assert "\n  ldm train name=first " in run("-m", "ldm", "train", "--help", cwd=tmp_path)
+    said = run(str(ROOT / "sample.py"), "--help", cwd=tmp_path)
+    assert "\n  python sample.py ckpt=runs/first " in said
 
 
 def test_the_import_of_ldm_is_quick(tmp_path):

@@ -97,7 +97,7 @@ def claim_output_folder(out: Path, settings: dict[str, Any]) -> None:
         differing = [key for key in settings if settings[key] != before.get(key)]
         if differing:
             changes = ", ".join(f"{key} was {before.get(key)}" for key in differing)
-            raise ValueError(f"{out} was begun with other settings ({changes}): use another out")
+            raise ValueError(f"{out} was started with other settings ({changes}): use another out")
     elif others := [*out.glob("*.tar"), *out.glob("report.json"), *out.glob("index.npz")]:
         raise FileExistsError(f"{others[0]} came from elsewhere: use another out")
     out.mkdir(parents=True, exist_ok=True)

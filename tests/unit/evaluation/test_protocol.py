@@ -234,10 +234,10 @@ def test_real_pictures_of_the_captions_get_the_floor(folders, clip, tmp_path):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"count": 7}, "7 pictures to measure"),
-        ({"at_most": 7}, "7 real pictures to compare with"),
-        ({"at_most": 0}, "0 real pictures"),
-        ({"real": "few", "others": None}, "6 real pictures to compare with"),
+        ({"count": 7}, "7 images to measure"),
+        ({"at_most": 7}, "7 real images to compare with"),
+        ({"at_most": 0}, "0 real images"),
+        ({"real": "few", "others": None}, "6 real images to compare with"),
     ],
 )
 def test_too_few_are_refused(folders, clip, tmp_path, change, told):

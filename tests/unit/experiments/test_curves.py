@@ -59,7 +59,7 @@ def test_distance_is_drawn_against_clip_score_in_the_order_of_the_scales():
     assert list(drawn.get_xdata()) == [29.0, 26.0, 30.0]  # scales 1, 2, 8
     assert list(drawn.get_ydata()) == [11.0, 12.0, 10.0]
     told = [text.get_text() for text in axes.texts]
-    assert told == ["1", "2", "8", "real pictures"]
+    assert told == ["1", "2", "8", "real images"]
     assert any(list(line.get_ydata()) == [4.0, 4.0] for line in axes.lines), "the floor"
 
 
@@ -70,7 +70,7 @@ def test_quality_is_drawn_against_steps_a_line_a_sampler():
     assert [tick.get_text() for tick in far.get_xticklabels()] == ["5", "20"]
     assert lines(far) == {"ddim": ([5.0, 20.0], [12.0, 10.0]), "ddpm": ([5.0, 20.0], [13.0, 11.0])}
     assert lines(score)["ddpm"] == ([5.0, 20.0], [21.0, 29.0])
-    assert any(list(line.get_ydata()) == [33.0, 33.0] for line in score.lines), "real pictures"
+    assert any(list(line.get_ydata()) == [33.0, 33.0] for line in score.lines), "real images"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_real_pictures_and_chance_stand_beside_a_metric():
     assert rows[1].split() == ["fd_clip", "11", "10", "..", "13", "4"]
     assert rows[3].split() == ["clip_score", "29", "0", "..", "60", "33", "20"]
     assert rows[2].split() == ["kid", "-1.0e-04", "0"]
-    assert "8 pictures against 20 real ones" in rows[-1]
+    assert "8 images against 20 real ones" in rows[-1]
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def runs(tmp_path) -> list[Path]:
 
 def test_compare_draws_curves_of_several_runs_in_one_picture(runs, tmp_path):
     said = compare_runs(find_runs(runs), out=tmp_path)
-    assert "quality_guidance.png: curve_guidance of a, b; c: of other pictures" in said
+    assert "quality_guidance.png: curve_guidance of a, b; c: of other images" in said
     assert str(tmp_path / "quality_guidance.png") in said
     with Image.open(tmp_path / "quality_guidance.png") as image:
         assert json.loads(image.text["runs"]) == ["a", "b"]
@@ -222,7 +222,7 @@ def test_compare_draws_curves_of_several_runs_in_one_picture(runs, tmp_path):
 
 def test_compare_says_where_curves_cannot_stand_together(runs, tmp_path):
     said = compare_runs(find_runs([runs[0], runs[2], runs[3]]), out=tmp_path)
-    assert "not in one picture: curve_guidance of a; c: of other pictures, networks" in said
+    assert "not in one plot: curve_guidance of a; c: of other images, networks" in said
     assert not (tmp_path / "quality_guidance.png").exists()
     alone = compare_runs(find_runs([runs[0], runs[3]]), out=tmp_path)
     assert "curve_guidance" not in alone

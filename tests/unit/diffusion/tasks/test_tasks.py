@@ -264,9 +264,9 @@ def test_with_size_outpainting_scales_the_image(tiny_text, tmp_path):
         ({"pad": [3, 0, 0, 0]}, r"makes 19 x 16 pixels, and .* multiples of 2: pad=\[3,0,1,0\]"),
         ({"pad": [8, 0, 8, 0], "size": 16}, r"leave 0 x 16 .* of 16 x 16: size=\[8,24\] would fit"),
         ({"pad": [4, 0, 0, 0], "size": 16}, r"leave 12 x 16 pixels .*: size=\[14,18\] would fit"),
-        ({"pad": [4, 0, 0, 0], "size": 17}, "size=17: this run paints multiples of 2: size=18"),
-        ({"size": 17}, "size=17: this run paints multiples of 2: size=18"),
-        ({"size": [16, 32]}, "cut to squares"),
+        ({"pad": [4, 0, 0, 0], "size": 17}, "size=17: this run generates multiples of 2: size=18"),
+        ({"size": 17}, "size=17: this run generates multiples of 2: size=18"),
+        ({"size": [16, 32]}, "cropped to squares"),
         ({"pad": [4, 0, 0, 0], "mask": "a.png"}, "give either"),
     ],
 )

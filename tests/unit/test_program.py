@@ -51,3 +51,11 @@ def test_the_import_of_ldm_is_quick(tmp_path):
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = ldm.lode
     assert set(ldm.__all__) <= {*dir(ldm), *ldm._MODULES}
+
+
+def test_a_mistake_is_printed_before_torch_is_imported():
+    """And the modules of the verbs leave the command line as it was."""
+    verbs = [f"ldm.cli.{verb}" for verb in VERBS]
+    code = f"import sys; words = list(sys.argv); import {', '.join(verbs)}; "
+    code += "print({'torch', 'lightning'} & sys.modules.keys(), sys.argv == words)"
+    assert run("-c", code, "name=x", cwd=ROOT) == "set() True\n"

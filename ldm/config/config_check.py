@@ -127,6 +127,16 @@ def check_config(cfg: DictConfig, config_name: str, overrides: Iterable[str] | N
         check_run_name(cfg.name)
     if cfg.get("direction") not in (None, "minimize", "maximize"):
         raise UsageError(f"direction={cfg.direction} is neither minimize nor maximize")
+    check_trust(settings.get("trust"))
+
+
+def check_trust(trust: object) -> None:
+    """UsageError unless `trust` is the name of a package, or a list of such names."""
+    for name in trust if isinstance(trust, list) else [trust] if trust is not None else []:
+        if not isinstance(name, str) or not name.isidentifier():
+            whole = str(name).partition(".")[0]
+            example = whole if whole.isidentifier() and isinstance(name, str) else "mypackage"
+            raise UsageError(f"trust={name} is no name of a package: give trust=[{example}]")
 
 
 def compose_default_config(config_name: str, overrides: Iterable[str]) -> dict:

@@ -158,7 +158,8 @@ def check_trusted_target(target: str, place: str, trust: Sequence[str] | None) -
     if trust is None or not package.isidentifier() or "." not in target:
         raise ValueError(refusal)
     if package in NEVER_TRUSTED:
-        raise ValueError(f"{refusal}, and {package} is no package of your own")
+        more = "" if package == "ldm" else f", and {package} is no package of your own"
+        raise ValueError(f"{refusal}{more}")
     if package not in trust:
         raise ValueError(f"{refusal}: add trust=[{package}] if you trust that package")
     module, _, name = target.rpartition(".")

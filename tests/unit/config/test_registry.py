@@ -264,7 +264,7 @@ def test_only_what_a_trusted_package_defines_may_be_built(target, words, place):
 
 OTHERS = ("os.makedirs", "shutil.rmtree", "subprocess.Popen", "importlib.import_module")
 OTHERS += ("torch.hub.load", "lightning.Trainer", "hydra.utils.instantiate", "builtins.list")
-OTHERS += ("__main__.main", "ldm.utils.files.write_text", "hydra_plugins.ldm_launchers.local.list")
+OTHERS += ("__main__.main", "hydra_plugins.ldm_launchers.local.list")
 
 
 @pytest.mark.parametrize("target", OTHERS)

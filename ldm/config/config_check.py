@@ -24,6 +24,7 @@ from ldm.config.ranges import (
     format_setting_value,
 )
 from ldm.config.suggestions import format_unknown_setting, is_config_group
+from ldm.experiments.former_names import FORMER_SETTINGS
 from ldm.experiments.run_dir import FIXED_RUN_FILES
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_no_links, check_path_length
@@ -171,6 +172,8 @@ def _check_settings(
     ours = target.startswith(OWN_TARGET_PREFIXES) if isinstance(target, str) else ours
     for key, value in settings.items():
         name, usual = f"{prefix}{key}", default.get(key, ...)
+        if ours and (today := FORMER_SETTINGS.get(name)):  # in a file of the user's
+            raise UsageError(f"the setting {name} is called {today} now")
         if usual is ... and "_target_" not in default:
             raise UsageError(format_unknown_setting(name, config_name))
         if isinstance(usual, dict) and usual:

@@ -101,11 +101,14 @@ def update_names(config: dict, prefix: str = "") -> dict:
     for key, value in config.items():
         former = f"{prefix}{key}"
         name = settings.get(former, former)
+        leaf = key if name == former else name.rpartition(".")[2]
+        if leaf != key and leaf in config:  # a file that says both means that of today
+            continue
         if key == "_target_" and isinstance(value, str):
             value = FORMER_TARGETS.get(value, value)
         elif isinstance(value, dict):
             value = update_names(value, f"{name}.")
-        updated[key if name == former else name.rpartition(".")[2]] = value
+        updated[leaf] = value
     return updated
 
 

@@ -114,4 +114,6 @@ def test_former_settings_keep_what_is_around_them():
     )
     own = {"model": {"_target_": "mine.Net", "waves": 2}, "classifier": {"waves": 2}}
     assert update_names(own) == {"model": own["model"], "classifier": {"positional_waves": 2}}
+    for both in ({"waves": 2, "positional_waves": 3}, {"positional_waves": 3, "waves": 2}):
+        assert update_names({"model": both}) == {"model": {"positional_waves": 3}}
     assert not set(FORMER_SETTINGS) & set(FORMER_SETTINGS.values())

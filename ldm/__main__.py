@@ -1,6 +1,8 @@
 """The program `ldm VERB`, also `python -m ldm VERB`: each verb is a file of ldm/cli."""
 
+import os
 import runpy
+import signal
 import sys
 
 from ldm.utils.errors import suggest_nearest
@@ -22,7 +24,10 @@ VERBS = {
 def main() -> None:
     """Runs the verb as `python -m ldm.cli.VERB`, so that the ranks of DDP start the same way."""
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if os.getcwd() not in sys.path:  # by `ldm`: nor do files of this folder shadow libraries in
+        os.environ["PYTHONSAFEPATH"] = "1"  # the jobs and ranks, which `python -m` starts
     if verb in ("--help", "-h"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # its reader may leave early, as `head` does
         lines = (f"  {name:<10}{text}" for name, text in VERBS.items())
         print("ldm VERB ...   (ldm VERB --help says more)\n", *lines, sep="\n")
     elif verb not in VERBS:

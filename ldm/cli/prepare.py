@@ -2,15 +2,16 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from ldm.config.command_line import command, require_option
-from ldm.data.prepare.image_files import ImageSettings, prepare_coco, prepare_folder
-from ldm.data.prepare.writer import PreparationReport
-from ldm.data.scenes.prepare import prepare_scenes
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_path_length
+
+if TYPE_CHECKING:
+    from ldm.data.prepare.writer import PreparationReport
 
 PREPARE_SOURCES = ("coco", "folder", "scenes")
 PREPARE_PATH_OPTIONS = ("images", "annotations", "out")
@@ -36,8 +37,14 @@ def main(cfg: DictConfig, paths: dict[str, str | None]) -> None:
     print(f"{report.written} samples in {out}{skipped}")
 
 
-def prepare_image_shards(cfg: DictConfig, paths: dict[str, str | None]) -> PreparationReport:
+def prepare_image_shards(cfg: DictConfig, paths: dict[str, str | None]) -> "PreparationReport":
     """Writes shards of image files."""
+    from ldm.data.prepare.image_files import (  # torch: a typo need not wait for it
+        ImageSettings,
+        prepare_coco,
+        prepare_folder,
+    )
+
     names = ("size", "format", "quality", "samples_per_shard", "limit", "frames")
     options = {name: require_option(paths, name) for name in ("images", "out")}
     options["workers"] = cfg.workers
@@ -53,10 +60,12 @@ def prepare_image_shards(cfg: DictConfig, paths: dict[str, str | None]) -> Prepa
     return prepare_folder(**options, part=cfg.part, caption_key=cfg.caption_key)
 
 
-def prepare_scene_shards(cfg: DictConfig, paths: dict[str, str | None]) -> PreparationReport:
+def prepare_scene_shards(cfg: DictConfig, paths: dict[str, str | None]) -> "PreparationReport":
     """Writes shards of the scene world."""
     if cfg.size is None:
         raise UsageError("size=null is for image files: give scenes a size=64")
+    from ldm.data.scenes.prepare import prepare_scenes
+
     return prepare_scenes(
         out=paths["out"],
         count=cfg.limit or 20000,

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.suggestions import CONF_DIR, explain_hydra_error, is_config_group
-from ldm.experiments.former_names import update_override
+from ldm.experiments.former_names import is_own_target, update_override
 from ldm.experiments.run_dir import get_launcher_layout, get_launcher_rank, parse_number
 from ldm.utils.errors import UsageError, program_name
 from ldm.utils.files import read_text
@@ -45,8 +45,13 @@ _new_directories: list[Path] = []
 
 def update_former_settings() -> None:
     """Gives the settings of the command line their names of today; says so once for each."""
+    targets = dict(
+        word.lstrip("+").split("._target_=", 1) for word in sys.argv if "._target_=" in word
+    )
+    own = tuple(f"{group}." for group, target in targets.items() if is_own_target(target))
     for i, word in enumerate(sys.argv[1:], start=1):
-        if (updated := update_override(word)) != word:
+        updated = update_override(word)
+        if updated != word and not (own and word.lstrip("+~").startswith(own)):
             sys.argv[i] = updated
             if get_launcher_rank() == 0:
                 old, new = word.partition("=")[0], updated.partition("=")[0]

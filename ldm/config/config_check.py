@@ -24,6 +24,7 @@ from ldm.config.ranges import (
     format_setting_value,
 )
 from ldm.config.suggestions import format_unknown_setting, is_config_group
+from ldm.experiments.former_names import FORMER_SETTINGS
 from ldm.experiments.run_dir import FIXED_RUN_FILES
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_no_links, check_path_length
@@ -127,6 +128,16 @@ def check_config(cfg: DictConfig, config_name: str, overrides: Iterable[str] | N
         check_run_name(cfg.name)
     if cfg.get("direction") not in (None, "minimize", "maximize"):
         raise UsageError(f"direction={cfg.direction} is neither minimize nor maximize")
+    check_trust(settings.get("trust"))
+
+
+def check_trust(trust: object) -> None:
+    """UsageError unless `trust` is the name of a package, or a list of such names."""
+    for name in trust if isinstance(trust, list) else [trust] if trust is not None else []:
+        if not isinstance(name, str) or not name.isidentifier():
+            whole = str(name).partition(".")[0]
+            example = whole if whole.isidentifier() and isinstance(name, str) else "mypackage"
+            raise UsageError(f"trust={name} is no name of a package: give trust=[{example}]")
 
 
 def compose_default_config(config_name: str, overrides: Iterable[str]) -> dict:
@@ -161,6 +172,8 @@ def _check_settings(
     ours = target.startswith(OWN_TARGET_PREFIXES) if isinstance(target, str) else ours
     for key, value in settings.items():
         name, usual = f"{prefix}{key}", default.get(key, ...)
+        if ours and (today := FORMER_SETTINGS.get(name)):  # in a file of the user's
+            raise UsageError(f"the setting {name} is called {today} now")
         if usual is ... and "_target_" not in default:
             raise UsageError(format_unknown_setting(name, config_name))
         if isinstance(usual, dict) and usual:

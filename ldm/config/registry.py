@@ -6,8 +6,10 @@ imported or called. A user may allow packages of their own by name (`trust=[mypa
 """
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import yaml
@@ -44,7 +46,23 @@ SIZE_SETTINGS = {
 MAX_INTEGER = 10**7  # larger than any size of a component
 MAX_LIST_LENGTH = 100_000
 PLAIN_TYPES = (str, bool, int, float, type(None))
-NEVER_TRUSTED = "ldm"  # of this package only the targets of conf/ may be built
+# No packages of a user's own: some of their functions delete files or run them. Of ldm, only the
+# targets of conf/ may be built.
+NEVER_TRUSTED = sys.stdlib_module_names | {
+    *(
+        "ldm",
+        "hydra_plugins",
+        "__main__",
+        "torch",
+        "lightning",
+        "pytorch_lightning",
+        "torchmetrics",
+    ),
+    *("lightning_fabric", "lightning_utilities", "hydra", "omegaconf", "wandb", "transformers"),
+    *("diffusers", "accelerate", "huggingface_hub", "webdataset", "safetensors", "tokenizers"),
+    *("numpy", "scipy", "PIL", "matplotlib", "torchvision", "yaml", "fsspec", "optuna", "submitit"),
+    *("cloudpickle", "joblib", "setuptools", "pkg_resources", "pip", "_pytest", "pytest", "tqdm"),
+}
 
 
 @cache
@@ -137,18 +155,33 @@ def check_trusted_target(target: str, place: str, trust: Sequence[str] | None) -
     """
     refusal = f"it asks to call {_shorten_repr(target)}, which is no {place} of ours"
     package = target.partition(".")[0]
-    if trust is None or not package.isidentifier() or package == NEVER_TRUSTED or "." not in target:
+    if trust is None or not package.isidentifier() or "." not in target:
         raise ValueError(refusal)
+    if package in NEVER_TRUSTED:
+        more = "" if package == "ldm" else f", and {package} is no package of your own"
+        raise ValueError(f"{refusal}{more}")
     if package not in trust:
         raise ValueError(f"{refusal}: add trust=[{package}] if you trust that package")
-    try:
-        found = get_object(target)
-    except Exception as error:  # of the user's own code
-        raise ValueError(f"{refusal}; {package} was trusted, and has no such name") from error
-    owner, name = getattr(found, "__module__", None), getattr(found, "__qualname__", ".")
-    is_own = isinstance(owner, str) and owner.partition(".")[0] == package and "." not in name
-    if not is_own or not (inspect.isclass(found) or inspect.isfunction(found)):
+    module, _, name = target.rpartition(".")
+    try:  # a module of the package, and its name: attributes of others may import or run code
+        found = getattr(import_module(module), name, None)
+        # instantiate finds another object where a name of the package hides the module.
+        is_own = is_defined_in(found, package) and get_object(target) is found
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else ""
+        if not missing or not f"{module}.".startswith(f"{missing}."):  # of the user's own code
+            error = _shorten_repr(error)
+            raise ValueError(f"{refusal}; {package} was trusted, and fails: {error}") from None
+        is_own = False
+    if not is_own:
         raise ValueError(f"{refusal}, and no class or function that {package} defines")
+
+
+def is_defined_in(found: object, package: str) -> bool:
+    """Whether an object is a class or function at the top level of one of a package's modules."""
+    if not (inspect.isclass(found) or inspect.isfunction(found)):
+        return False
+    return found.__module__.partition(".")[0] == package and "." not in found.__qualname__
 
 
 def validate_plain_value(value: object, name: str) -> object:

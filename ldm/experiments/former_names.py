@@ -5,6 +5,8 @@ A component that moves or changes its name gets a line in `FORMER_TARGETS`, a se
 works and says once what it is called now.
 """
 
+import re
+
 FORMER_TARGETS = {
     "ldm.data.scenes.data.scenes_data": "ldm.data.scenes.datamodule.scenes_data",
     "ldm.diffusion.composition.Composed": (
@@ -95,15 +97,24 @@ FORMER_SETTINGS = {
 def update_names(config: dict, prefix: str = "") -> dict:
     """Returns the settings of a file with the names of today."""
     updated: dict = {}
+    settings = {} if is_own_target(config.get("_target_")) else FORMER_SETTINGS
     for key, value in config.items():
         former = f"{prefix}{key}"
-        name = FORMER_SETTINGS.get(former, former)
+        name = settings.get(former, former)
+        leaf = key if name == former else name.rpartition(".")[2]
+        if leaf != key and leaf in config:  # a file that says both means that of today
+            continue
         if key == "_target_" and isinstance(value, str):
             value = FORMER_TARGETS.get(value, value)
         elif isinstance(value, dict):
             value = update_names(value, f"{name}.")
-        updated[key if name == former else name.rpartition(".")[2]] = value
+        updated[leaf] = value
     return updated
+
+
+def is_own_target(target: object) -> bool:
+    """Whether a target is a user's own, whose settings never had other names."""
+    return isinstance(target, str) and not target.startswith("ldm.")
 
 
 def former_setting(name: str) -> str:
@@ -114,9 +125,15 @@ def former_setting(name: str) -> str:
 def update_override(override: str) -> str:
     """Returns a `key=value` of the command line with the key of today."""
     key, equals, value = override.partition("=")
-    sign = key[: len(key) - len(key.lstrip("+~"))]
-    parts = key[len(sign) :].split(".")
+    name = re.sub(r"^[+~]*(hydra\.sweeper\.params\.)?", "", key)
+    updated = "@".join(map(update_key, name.split("@")))  # group@place, or the group alone
+    return f"{key.removesuffix(name)}{updated}{equals}{value}"
+
+
+def update_key(key: str) -> str:
+    """Returns the name of today of a setting, or of one below it."""
+    parts = key.split(".")
     for end in range(len(parts), 0, -1):
         if (name := FORMER_SETTINGS.get(".".join(parts[:end]))) is not None:
-            return f"{sign}{'.'.join([name, *parts[end:]])}{equals}{value}"
-    return override
+            return ".".join([name, *parts[end:]])
+    return key

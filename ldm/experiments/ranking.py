@@ -29,7 +29,8 @@ RANKING_METRICS = (
 REFERENCE_SUFFIXES = ("_floor", "_real")  # values of real images, the same for all weights
 # Settings that change a loss for the same errors.
 LOSS_SETTINGS = {"scheduler", "objective", "autoencoder", "data", "time_power", "weighting", "loss"}
-INCIDENTAL_SETTINGS = ("name", "direction", "early_stop.run_dir")  # say nothing of an experiment
+# They say nothing of an experiment.
+INCIDENTAL_SETTINGS = ("name", "direction", "early_stop.run_dir", "trust")
 MAX_PLOTTED_VALUE = 1e30  # the axes of a plot overflow above it
 
 

@@ -1,11 +1,14 @@
 """SHA-256 digests of files, bytes and weights, in hexadecimal."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:  # a command that hashes a file need not wait for torch
+    from torch import Tensor, nn
 
 
 def hash_file(path: Path) -> str:
@@ -28,6 +31,8 @@ def hash_module(module: nn.Module) -> str:
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """Returns the digest of tensors with their names, types and shapes."""
+    import torch
+
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -88,9 +88,32 @@ def test_each_component_of_before_is_admitted(group, option, node):
         assert validate_component(node, group)["_target_"].startswith("ldm.")
 
 
+def test_a_former_setting_in_a_file_of_the_user_is_named(tmp_path):
+    """And a setting of a class of the user's own keeps its name, whatever it is."""
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\nmodel:\n  waves: 3\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    words = [str(ROOT / "train.py"), f"--config-dir={tmp_path}", "experiment=mine"]
+    message = "the setting model.waves is called model.positional_waves now"
+    assert message in run(*words, cwd=tmp_path, expect=2)
+    words = ["model._target_=mine.Net", "+model.waves=2", "--cfg=job"]
+    said = run(str(ROOT / "train.py"), *words, cwd=tmp_path)
+    assert "  waves: 2" in said
+    assert "note:" not in said
+
+
 def test_former_settings_keep_what_is_around_them():
     assert update_override("+task.given=0.5") == "+task.first_frame_prob=0.5"
     assert update_override("time_sampler.power=2") == "timestep_sampler.power=2"
     assert update_override("name=time_sampler") == "name=time_sampler"
     assert update_override("time_sampler=a,b") == "timestep_sampler=a,b"
+    assert update_override("time_sampler@time_sampler=a") == "timestep_sampler@timestep_sampler=a"
+    swept = "hydra.sweeper.params.model"
+    assert (
+        update_override(f"+{swept}.waves=choice(1,2)") == f"+{swept}.positional_waves=choice(1,2)"
+    )
+    own = {"model": {"_target_": "mine.Net", "waves": 2}, "classifier": {"waves": 2}}
+    assert update_names(own) == {"model": own["model"], "classifier": {"positional_waves": 2}}
+    for both in ({"waves": 2, "positional_waves": 3}, {"positional_waves": 3, "waves": 2}):
+        assert update_names({"model": both}) == {"model": {"positional_waves": 3}}
     assert not set(FORMER_SETTINGS) & set(FORMER_SETTINGS.values())

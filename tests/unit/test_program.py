@@ -78,3 +78,21 @@ def test_the_import_of_ldm_is_quick(tmp_path):
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = ldm.lode
     assert set(ldm.__all__) <= {*dir(ldm), *ldm._MODULES}
+
+
+@pytest.mark.parametrize(("shadowed", "safe"), [(False, "None"), (True, "1")])
+def test_files_of_the_folder_shadow_nothing_in_jobs_that_ldm_starts(tmp_path, shadowed, safe):
+    """`python -m ldm` has the folder on its path, and so have its jobs; `ldm` has not."""
+    code = "import os, sys; from ldm.__main__ import main; "
+    code += "sys.argv = ['ldm', '-h']; " + ("sys.path.remove(''); " if shadowed else "")
+    code += "" if shadowed else "sys.path.insert(0, os.getcwd()); "
+    code += "main(); print(os.environ.get('PYTHONSAFEPATH'))"
+    assert run("-c", code, cwd=tmp_path).splitlines()[-1] == safe
+
+
+def test_a_mistake_is_printed_before_torch_is_imported():
+    """And the modules of the verbs leave the command line as it was."""
+    verbs = [f"ldm.cli.{verb}" for verb in VERBS]
+    code = f"import sys; words = list(sys.argv); import {', '.join(verbs)}; "
+    code += "print({'torch', 'lightning'} & sys.modules.keys(), sys.argv == words)"
+    assert run("-c", code, "name=x", cwd=ROOT) == "set() True\n"

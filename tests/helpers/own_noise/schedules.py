@@ -1,11 +1,15 @@
 """A noise schedule that conf/ does not name."""
 
-from os import mkdir  # noqa: F401  what a file may not call by way of this package
+import types
+from os import mkdir
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.schedules import FlowSchedule, Schedule
+
+lazy = types.ModuleType("lazy", "Of another package, which runs code when a name is looked up.")
+lazy.__getattr__ = mkdir
 
 
 class PowerSchedule(Schedule):

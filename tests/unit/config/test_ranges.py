@@ -237,3 +237,13 @@ def test_what_is_not_there_is_told_before_seconds_of_imports(tmp_path, words, sa
     assert said in told
     assert told.splitlines()[-1] == "False"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", ["5", "true", "[..]", "[a.b]", "[null]", "[a,1]", '""'])
+def test_trust_names_packages(value):
+    with initialize_config_dir(command_line.CONF_DIR, version_base="1.3"):
+        words = [f"trust={value}"]
+        with pytest.raises(UsageError, match=r"is no name of a package: give trust=\["):
+            check_config(compose("sample", words), "sample", words)
+        for good in ("trust=[]", "trust=null", "trust=mine", "trust=[mine,others]"):
+            check_config(compose("sample", [good]), "sample", [good])

@@ -248,7 +248,11 @@ def test_a_package_that_is_not_trusted_is_not_imported(trust):
         ("own_noise.schedules.FlowSchedule", "no class or function that own_noise defines"),
         ("own_noise.schedules.PowerSchedule.forward", "no class or function that own_noise"),
         ("own_noise.schedules", "no class or function that own_noise defines"),
-        ("own_noise.schedules.Nothing", "has no such name"),
+        ("own_noise.schedules.Nothing", "no class or function that own_noise defines"),
+        ("own_noise.schedules.lazy.made", "no class or function that own_noise defines"),
+        ("own_noise.nowhere.make", "no class or function that own_noise defines"),
+        ("own_noise..make", "no class or function that own_noise defines"),
+        ("own_noise.broken.make", "own_noise was trusted, and fails: ModuleNotFoundError"),
         ("own_noise", "no scheduler of ours"),
     ],
 )
@@ -256,6 +260,19 @@ def test_only_what_a_trusted_package_defines_may_be_built(target, words, place):
     with pytest.raises(ValueError, match=words):
         validate_component({"_target_": target}, "scheduler", trust=["own_noise"])
     assert not Path("made").exists()
+
+
+OTHERS = ("os.makedirs", "shutil.rmtree", "subprocess.Popen", "importlib.import_module")
+OTHERS += ("torch.hub.load", "lightning.Trainer", "hydra.utils.instantiate", "builtins.list")
+OTHERS += ("__main__.main", "hydra_plugins.ldm_launchers.local.list")
+
+
+@pytest.mark.parametrize("target", OTHERS)
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_library_is_no_package_of_the_users_own(target, trusted):
+    package = target.partition(".")[0]
+    with pytest.raises(ValueError, match=f"and {package} is no package of your own$"):
+        validate_component({"_target_": target}, "loss", trust=[package] if trusted else [])
 
 
 @pytest.mark.parametrize(

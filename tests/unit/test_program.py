@@ -96,3 +96,15 @@ def test_a_mistake_is_printed_before_torch_is_imported():
     code = f"import sys; words = list(sys.argv); import {', '.join(verbs)}; "
     code += "print({'torch', 'lightning'} & sys.modules.keys(), sys.argv == words)"
     assert run("-c", code, "name=x", cwd=ROOT) == "set() True\n"
+
+
+def test_load_takes_the_settings_of_sample_and_raises_value_errors(tmp_path):
+    """Those of former names as well; each mistake is one of the words, not of the checkpoint."""
+    for words, message in (
+        (["sampler=lcm", "sampler.origin=50"], "neither a run directory nor a file"),
+        (["guidance.scal=3"], "there is no setting 'guidance.scal' - did you mean guidance.scale"),
+        (["trust=5"], "trust=5 is no name of a package"),
+        (["guidance=7"], "guidance=7 is no option of guidance"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ldm.load(tmp_path / "gone", *words)

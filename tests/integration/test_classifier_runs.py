@@ -186,7 +186,7 @@ def test_frozen_parts_that_lie_elsewhere(tmp_path):
     set_component_location(config, "a", "runs/new")
     set_component_location(config, "b", "new.txt")
     assert (config.a.path, config.b.names) == ("runs/new", "new.txt")
-    with pytest.raises(UsageError, match="NullTextEncoder, which is read from nowhere: leave it out"):
+    with pytest.raises(UsageError, match="NullTextEncoder, which is read from nowhere: leave"):
         set_component_location(config, "c", "runs/new")
 
 

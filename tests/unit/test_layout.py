@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 # A room imports from the rooms before it in this table, and from itself (docs/design.md).
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
-    "utils": 1650,
+    "utils": 1660,
     "diffusion": 2800,
     "models": 2650,
     "data": 3800,
@@ -20,7 +20,7 @@ ROOM_LINES = {
     "evaluation": 2900,
     "experiments": 1900,
     "training": 2700,
-    "config": 2780,
+    "config": 2800,
     "cli": 2200,
 }
 ROOMS = tuple(ROOM_LINES)

@@ -204,7 +204,7 @@ def home(tiny_clip, tmp_path_factory) -> Path:
         )
     OmegaConf.resolve(cfg)
     frozen = build_frozen_encoders(cfg)
-    network = build_denoiser(cfg, *frozen, TextToImage())
+    network = build_denoiser(cfg, *frozen, None, TextToImage())
     payload = {
         "state_dict": {f"ema.module.{k}": v for k, v in network.state_dict().items()},
         "global_step": 7,

@@ -117,7 +117,7 @@ def get_autocast_dtype(precision: str | int | None) -> torch.dtype | None:
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A checkpoint of a diffusion run that was read and validated; nothing is built yet."""
+    """A checkpoint of a run that was read and validated; nothing is built yet."""
 
     path: Path
     payload: dict
@@ -142,17 +142,32 @@ def load_diffusion_checkpoint(
     trust: see `validate_file_config`. Raises UsageError for another stage's checkpoint,
     CheckpointError for one that is damaged or that names other code than ours.
     """
+    hint = f"images are sampled from a diffusion run, which `{format_program('train')}` makes"
+    loaded = load_stage_checkpoint(
+        ckpt, name=name, stage="diffusion", needed=DIFFUSION_GROUPS, trust=trust, hint=hint
+    )
+    if STYLE_GROUP in loaded.config:
+        check_frozen_digests(loaded.payload["ldm"], loaded.path, [STYLE_GROUP])
+    return loaded
+
+
+def load_stage_checkpoint(
+    ckpt: str,
+    *,
+    name: str,
+    stage: str,
+    needed: tuple[str, ...],
+    trust: Sequence[str] | None,
+    hint: str,
+) -> LoadedCheckpoint:
+    """As `load_diffusion_checkpoint`, for any stage; hint: the end of the message for another."""
     path = find_checkpoint(ckpt, name=name)
     payload = read_checkpoint(path)
     facts = read_checkpoint_metadata(payload, path)
-    if facts["stage"] != "diffusion":
-        raise UsageError(
-            f"{path} comes from stage={facts['stage']}: images are sampled from a "
-            f"diffusion run, which `{format_program('train')}` makes"
-        )
-    config = validate_file_config(facts["config"], path, needed=DIFFUSION_GROUPS, trust=trust)
-    frozen = (*FROZEN_GROUPS, STYLE_GROUP) if STYLE_GROUP in config else FROZEN_GROUPS
-    check_frozen_digests(facts, path, frozen)
+    if facts["stage"] != stage:
+        raise UsageError(f"{path} comes from stage={facts['stage']}: {hint}")
+    config = validate_file_config(facts["config"], path, needed=needed, trust=trust)
+    check_frozen_digests(facts, path, FROZEN_GROUPS)
     return LoadedCheckpoint(path, payload, config)
 
 

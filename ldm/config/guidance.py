@@ -16,22 +16,16 @@ from ldm.config.components import (
     build_style_encoder,
     is_same_schedule,
     load_diffusion_checkpoint,
+    load_stage_checkpoint,
 )
-from ldm.config.registry import CLASSIFIER_GROUPS, validate_file_config
+from ldm.config.registry import CLASSIFIER_GROUPS
 from ldm.diffusion.guidance.base import ConditionalDenoiser, Guidance
 from ldm.diffusion.schedules import Schedule
 from ldm.inference.components import Components
 from ldm.models.clip import Clip
 from ldm.models.clip_reward import ClipReward
 from ldm.models.noisy_classifier import NoisyClassifier
-from ldm.utils.checkpoint_facts import check_frozen_digests, read_checkpoint_metadata
-from ldm.utils.checkpoint_file import (
-    CheckpointError,
-    find_checkpoint,
-    load_module_state,
-    read_checkpoint,
-    select_prefix,
-)
+from ldm.utils.checkpoint_file import CheckpointError, load_module_state, select_prefix
 from ldm.utils.errors import UsageError, format_program
 from ldm.utils.hashing import hash_module
 
@@ -156,17 +150,17 @@ def load_noisy_classifier(
     Raises UsageError for a run of another stage, autoencoder or scheduler, CheckpointError where
     files are damaged, name other code than ours, or the text encoder is not the one trained with.
     """
-    path = find_checkpoint(ckpt, name="guidance.classifier")
-    payload = read_checkpoint(path)
-    facts = read_checkpoint_metadata(payload, path)
-    if facts["stage"] != "classifier":
-        raise UsageError(
-            f"{path} comes from stage={facts['stage']}: a classifier is what "
-            f"`{format_program('train')} experiment=classifier_scenes` trains"
-        )
-    config = validate_file_config(facts["config"], path, needed=CLASSIFIER_GROUPS, trust=trust)
-    check_frozen_digests(facts, path, FROZEN_GROUPS)
-    if hash_module(components.autoencoder) != facts["frozen"]["autoencoder"]:
+    hint = f"a classifier is what `{format_program('train')} experiment=classifier_scenes` trains"
+    loaded = load_stage_checkpoint(
+        ckpt,
+        name="guidance.classifier",
+        stage="classifier",
+        needed=CLASSIFIER_GROUPS,
+        trust=trust,
+        hint=hint,
+    )
+    path, config = loaded.path, loaded.config
+    if hash_module(components.autoencoder) != loaded.digests["autoencoder"]:
         raise UsageError(
             f"{path} was trained on the latents of another autoencoder than the model's: train a "
             "classifier with the model's autoencoder=..."
@@ -177,11 +171,11 @@ def load_noisy_classifier(
             f"{path} was trained on another noise schedule than the model: train a classifier with "
             "the model's scheduler=..."
         )
-    text_encoder = load_text_encoder(config, components, facts["frozen"]["text_encoder"], path)
+    text_encoder = load_text_encoder(config, components, loaded.digests["text_encoder"], path)
     built = build_noisy_classifier(
         config, components.autoencoder, text_encoder.to(device), schedule
     )
-    load_module_state(built, select_prefix(payload, "classifier."), what=str(path))
+    load_module_state(built, select_prefix(loaded.payload, "classifier."), what=str(path))
     return built.eval().requires_grad_(False).to(device)
 
 

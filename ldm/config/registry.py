@@ -24,12 +24,8 @@ from ldm.utils.plain_yaml import parse_plain_mapping
 
 # The groups of the components of a model.
 DIFFUSION_GROUPS = ("autoencoder", "text_encoder", "model", "scheduler", "objective", "task")
-OPTIONAL_GROUPS = (
-    "style_encoder",
-    "weighting",
-    "loss",
-    "timestep_sampler",
-)  # older files lack them
+# Groups that older files lack.
+OPTIONAL_GROUPS = ("style_encoder", "weighting", "loss", "timestep_sampler")
 CLASSIFIER_GROUPS = ("text_encoder", "scheduler", "classifier")
 COMPONENT_GROUPS = tuple(dict.fromkeys((*DIFFUSION_GROUPS, *OPTIONAL_GROUPS, *CLASSIFIER_GROUPS)))
 
@@ -49,15 +45,8 @@ PLAIN_TYPES = (str, bool, int, float, type(None))
 # No packages of a user's own: some of their functions delete files or run them. Of ldm, only the
 # targets of conf/ may be built.
 NEVER_TRUSTED = sys.stdlib_module_names | {
-    *(
-        "ldm",
-        "hydra_plugins",
-        "__main__",
-        "torch",
-        "lightning",
-        "pytorch_lightning",
-        "torchmetrics",
-    ),
+    *("ldm", "hydra_plugins", "__main__", "torch", "lightning"),
+    *("pytorch_lightning", "torchmetrics"),
     *("lightning_fabric", "lightning_utilities", "hydra", "omegaconf", "wandb", "transformers"),
     *("diffusers", "accelerate", "huggingface_hub", "webdataset", "safetensors", "tokenizers"),
     *("numpy", "scipy", "PIL", "matplotlib", "torchvision", "yaml", "fsspec", "optuna", "submitit"),

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,6 +33,15 @@ FREE_TEXT_OPTIONS = ("prompt", "negative", "source", "text")
 TextOptions = dict[str, str | None]  # paths and free texts by their keys, as typed
 LAYOUT_CHARACTERS = "\n\t"
 HELP_FLAGS = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
+# Hydra's flags: those before a value, and the others.
+VALUE_FLAGS = {
+    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c"),
+    *("--package", "-p", "--info", "-i", "--experimental-rerun"),
+}
+PLAIN_FLAGS = {
+    *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r"),
+    *("--multirun", "-m", "--shell-completion", "-sc"),
+}
 # The files that a run or a sweep has before anything is trained.
 UNTRAINED_RUN_FILES = {
     ".hydra",
@@ -82,6 +93,29 @@ def quote_override(word: str) -> str:
     return f"{key}='{value}'" if is_plain and is_odd else word
 
 
+def order_flags(words: Iterable[str]) -> list[str]:
+    """The words with Hydra's flags before the settings, as argparse wants them.
+
+    Raises UsageError for another word with dashes, such as --ckpt.
+    """
+    flags, settings, rest = [], [], iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name in VALUE_FLAGS:
+            flags += [word, *([] if equals else islice(rest, 1))]
+        elif name in PLAIN_FLAGS:
+            flags.append(word)
+        elif word.startswith("-"):
+            key = name.lstrip("-").replace("-", "_")
+            following = next(rest, "")
+            value = value or ("" if "=" in following or following.startswith("-") else following)
+            meant = f"{key}={shlex.quote(value) if value else 'VALUE'}"
+            raise UsageError(f"{name} is no flag: settings are written without dashes, {meant}")
+        else:
+            settings.append(word)
+    return flags + settings
+
+
 def configure_output_encoding() -> None:
     """Lets standard output take paths of any bytes."""
     for stream in (sys.stdout, sys.stderr):
@@ -93,18 +127,17 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
 
     Exit code 2 for such a mistake, 130 for Ctrl-C; anything else keeps its full trace.
     """
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, not to Hydra's printer
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, not to Hydra's printer
     # On busy cores, threads that spin for work make a step ten times slower; libgomp reads this.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     configure_output_encoding()
     if HELP_FLAGS & set(sys.argv):  # its reader may leave early, as `head` does
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     update_former_settings()
-    # argparse, which Hydra uses, wants overrides in one piece: -m may stand anywhere.
-    words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
-    sys.argv[1:] = map(quote_override, words)
     warnings.formatwarning = partial(_format_warning, standard=warnings.formatwarning)
     try:
+        words = order_flags(sys.argv[1:])
+        sys.argv[1:] = map(quote_override, words)
         for word in words:
             check_group_option(*word.partition("=")[::2])
         main()

@@ -20,6 +20,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.config.help import format_help
 from ldm.config.suggestions import CONF_DIR, explain_hydra_error, is_config_group
 from ldm.experiments.former_names import is_own_target, update_override
 from ldm.experiments.run_dir import get_launcher_layout, get_launcher_rank, parse_number
@@ -137,6 +138,9 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
     warnings.formatwarning = partial(_format_warning, standard=warnings.formatwarning)
     try:
         words = order_flags(sys.argv[1:])
+        if {"--help", "-h"} & set(words):
+            print(format_help(config_name, words))
+            return
         sys.argv[1:] = map(quote_override, words)
         for word in words:
             check_group_option(*word.partition("=")[::2])

@@ -15,6 +15,7 @@ from ldm.config import command_line
 from ldm.config.command_line import convert_to_usage_errors, run_command
 from ldm.config.config_check import compose_default_config
 from ldm.config.suggestions import set_optuna_defaults
+from ldm.config.training_checks import check_before_imports
 from ldm.experiments.launchers.local import die_with_parent
 from ldm.experiments.run_dir import (
     SWEEP_FILE,
@@ -55,6 +56,7 @@ def train(cfg: DictConfig) -> None:
                     "another name"
                 )
                 return
+            check_before_imports(cfg, run_dir)
             job = build_interruptible_job(cfg, run_dir, signals)
         train_job(cfg, job, run_dir, signals)
         del lock

@@ -18,7 +18,14 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.config.suggestions import CONF_DIR, explain_hydra_error, is_config_group
+from ldm.config.search_path import (
+    CONF_DIR,
+    check_config_directories,
+    is_config_group,
+    list_group_options,
+    order_command_words,
+)
+from ldm.config.suggestions import explain_hydra_error
 from ldm.experiments.former_names import is_own_target, update_override
 from ldm.experiments.run_dir import get_launcher_layout, get_launcher_rank, parse_number
 from ldm.utils.errors import UsageError, program_name
@@ -79,7 +86,8 @@ def quote_override(word: str) -> str:
     key, _, value = word.partition("=")
     is_plain = re.fullmatch(r"[\w@/.+~-]+", key) and not re.search(r"[,'\"\[\]{}()$\\\t\n]", value)
     is_odd = not value.isascii() or re.search("[=~]", value)
-    return f"{key}='{value}'" if is_plain and is_odd else word
+    is_flag = word.startswith("-")
+    return f"{key}='{value}'" if is_plain and is_odd and not is_flag else word
 
 
 def configure_output_encoding() -> None:
@@ -100,11 +108,12 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
     if HELP_FLAGS & set(sys.argv):  # its reader may leave early, as `head` does
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     update_former_settings()
-    # argparse, which Hydra uses, wants overrides in one piece: -m may stand anywhere.
-    words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
+    words = order_command_words(sys.argv[1:])
     sys.argv[1:] = map(quote_override, words)
     warnings.formatwarning = partial(_format_warning, standard=warnings.formatwarning)
     try:
+        for line in check_config_directories() if get_launcher_rank() == 0 else ():
+            print(f"note: {line}", file=sys.stderr)
         for word in words:
             check_group_option(*word.partition("=")[::2])
         main()
@@ -143,7 +152,7 @@ def command(
 
     def decorate(run: Callable[..., None]) -> Callable[[], None]:
         def main() -> None:
-            words = sys.argv[1:]
+            words = sys.argv[1:] = order_command_words(sys.argv[1:])
             typed = pop_text_options(texts)
             more = read(words)
 
@@ -204,7 +213,7 @@ def remove_new_directories() -> None:
 def check_group_option(group: str, value: str) -> None:
     """UsageError for a number in place of a group's option, as in guidance=7."""
     if is_config_group(group) and value and None not in map(parse_number, value.split(",")):
-        options = ", ".join(sorted(path.stem for path in Path(CONF_DIR, group).glob("*.yaml")))
+        options = ", ".join(list_group_options(group))
         key = {"guidance": "guidance.scale", "optimizer": "optimizer.lr"}.get(group)
         meant = f"{key}={value} sets the number, and " if key else ""
         raise UsageError(f"{group}={value} is no option of {group}: {meant}there are: {options}")

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ldm.config.registry import DIFFUSION_GROUPS, validate_file_config
-from ldm.config.suggestions import CONF_DIR
+from ldm.config.search_path import CONF_DIR, list_group_options
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedules import Schedule
 from ldm.diffusion.tasks.base import Task
@@ -100,7 +100,7 @@ def build_objective(cfg: DictConfig) -> Objective:
 
 
 def build_all_schedules() -> dict[str, Schedule]:
-    """Every noise schedule of conf/scheduler, by name."""
+    """Every noise schedule of ours, by name."""
     files = sorted(Path(CONF_DIR, "scheduler").glob("*.yaml"))
     return {path.stem: instantiate(OmegaConf.load(path)) for path in files}
 
@@ -214,11 +214,11 @@ def warm_start_from_run(
 def suggest_overrides(cfg: DictConfig, group: str) -> list[str]:
     """The command-line words that give a configuration's group: the nearest option and changes."""
     have, found = OmegaConf.to_container(cfg[group]), []
-    for path in sorted(Path(CONF_DIR, group).glob("*.yaml")):
+    for name, path in list_group_options(group).items():
         option = OmegaConf.load(path)
         other = {key: value for key, value in have.items() if option.get(key, ...) != value}
         words = {k: v if isinstance(v, str) else json.dumps(v) for k, v in other.items()}
-        found.append([f"{group}={path.stem}", *(f"{group}.{k}={v}" for k, v in words.items())])
+        found.append([f"{group}={name}", *(f"{group}.{k}={v}" for k, v in words.items())])
     return min(found, key=len)
 
 

@@ -23,7 +23,8 @@ from ldm.config.ranges import (
     format_invalid_value,
     format_setting_value,
 )
-from ldm.config.suggestions import format_unknown_setting, is_config_group
+from ldm.config.search_path import is_config_group
+from ldm.config.suggestions import format_unknown_setting
 from ldm.experiments.former_names import FORMER_SETTINGS
 from ldm.experiments.run_dir import FIXED_RUN_FILES
 from ldm.utils.errors import UsageError

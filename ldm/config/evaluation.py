@@ -21,7 +21,7 @@ from ldm.config.pipeline import (
     load_pipeline,
     replace_sampling,
 )
-from ldm.config.suggestions import CONF_DIR
+from ldm.config.search_path import list_group_options
 from ldm.config.training_images import SCENES_TARGET, open_run_images
 from ldm.data.dataset import TextImageDataset
 from ldm.data.shards.cache import ShardCache
@@ -309,7 +309,7 @@ def open_real_images(
             f"{name} is needed: give {name}=DIR, shards of real images with captions, as "
             "`python -m ldm.prepare` writes them"
         )
-    if not resolve_path(place).exists() and Path(CONF_DIR, "data", f"{place}.yaml").is_file():
+    if place in list_group_options("data") and not resolve_path(place).exists():
         raise UsageError(
             f"{name}={place}: that is an option of train.py; here {name} is a folder with "
             f"shards of real images, such as {name}=data/coco/val"

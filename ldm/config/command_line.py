@@ -18,6 +18,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.config.help import format_help
 from ldm.config.search_path import (
     CONF_DIR,
     check_config_directories,
@@ -101,19 +102,22 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
 
     Exit code 2 for such a mistake, 130 for Ctrl-C; anything else keeps its full trace.
     """
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, not to Hydra's printer
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, not to Hydra's printer
     # On busy cores, threads that spin for work make a step ten times slower; libgomp reads this.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     configure_output_encoding()
     if HELP_FLAGS & set(sys.argv):  # its reader may leave early, as `head` does
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     update_former_settings()
-    words = order_command_words(sys.argv[1:])
-    sys.argv[1:] = map(quote_override, words)
     warnings.formatwarning = partial(_format_warning, standard=warnings.formatwarning)
     try:
+        words = order_command_words(sys.argv[1:])
+        sys.argv[1:] = map(quote_override, words)
         for line in check_config_directories() if get_launcher_rank() == 0 else ():
             print(f"note: {line}", file=sys.stderr)
+        if {"--help", "-h"} & set(words):
+            print(format_help(config_name, words))
+            return
         for word in words:
             check_group_option(*word.partition("=")[::2])
         main()

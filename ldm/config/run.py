@@ -257,15 +257,18 @@ def build_callbacks(
 ) -> list[L.Callback]:
     """The callbacks of a stage among those of every run, in the order in which they are called."""
     best = {"metric": cfg.metric, "direction": cfg.direction}
-    checkpoints = Checkpoints(run_dir / "checkpoints", **cfg.checkpoint, **best, facts=facts)
+    skipper = NonFiniteStepSkipper(
+        run_dir / "bad_batches.json", monitor=monitor, stop_after=cfg.stop_after_skips
+    )
+    checkpoints = Checkpoints(
+        run_dir / "checkpoints", **cfg.checkpoint, **best, facts=facts, skipper=skipper
+    )
     stop = {"every": monitor.every, "max_hours": cfg.trainer.max_hours, "signals": signals}
     return [
         monitor,
         RandomLayerSeeding(cfg.seed),
         ProgressBar(monitor),
-        NonFiniteStepSkipper(
-            run_dir / "bad_batches.json", monitor=monitor, stop_after=cfg.stop_after_skips
-        ),
+        skipper,
         *callbacks,
         checkpoints,
         PreemptionHandler(checkpoints.save_now, **stop),

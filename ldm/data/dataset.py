@@ -89,10 +89,7 @@ class TextImageDataset(Dataset):
         self._random_crop, self._flip = train and crop == "random", flip if train else 0.0
 
     def without_augmentation(self, *, size: int | None = None) -> "TextImageDataset":
-        """Returns the same samples as in validation: centre and first caption.
-
-        size: pixels of the side, if not this data set's.
-        """
+        """Returns the same samples as in validation: centre and first caption."""
         return TextImageDataset(
             self.shards,
             size=size or self._size,

@@ -126,9 +126,7 @@ def open_index(source: ShardSource, options: ReadOptions = DEFAULT_READ_OPTIONS)
     """Returns the index of a source (see `locate_shards`), without unusable samples.
 
     It is loaded from `index.npz` in the folder of the shards (or, for other sources, in the cache),
-    or built and saved there if shards were added or changed. Empty captions give a warning.
-    Raises FileNotFoundError without any shard, ShardError for a damaged one and if no sample
-    or no caption is left, ValueError for a URL without cache.
+    or built and saved there if shards were added or changed.
     """
     paths, name, cache = locate_shards(source), redact_source(source), options.cache
     if cache is None and any(isinstance(path, RemoteShard) for path in paths):

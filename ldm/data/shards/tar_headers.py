@@ -58,10 +58,7 @@ def scan_shard(path: Path) -> ShardScan:
 
 
 def scan_tar(file: IOBase, name: str) -> ShardScan:
-    """Groups members as webdataset does: neighbours with the same name up to the first dot.
-
-    Links and devices are ignored. Raises ShardError, with `name`, if the archive is damaged.
-    """
+    """Groups members as webdataset does: neighbours with the same name up to the first dot."""
     keys, rows, skipped, captions, sparse = {}, [], Counter(), CaptionCount(), None
     for key, members in itertools.groupby(_iterate_members(file, name), key=lambda m: m.key):
         group = list(members)

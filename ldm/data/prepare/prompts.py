@@ -123,11 +123,11 @@ class PromptFile:
         return {"captions": hash_bytes(text.encode("utf-8", "replace"))[:16]}
 
 
+@dataclass(frozen=True)
 class DatasetPrompts:
     """The captions of a data set: in round k each image's k-th one, in a new random order."""
 
-    def __init__(self, shards: ShardReader) -> None:
-        self.shards = shards
+    shards: ShardReader
 
     def __call__(self, position: int) -> Prompt:
         turn, i = draw_in_turn(position, len(self.shards), "captions")

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config import command_line
-from ldm.config.command_line import convert_to_usage_errors, run_command
+from ldm.config.command_line import convert_to_usage_errors, run_command, update_former_settings
 from ldm.config.config_check import compose_default_config
 from ldm.config.suggestions import set_optuna_defaults
 from ldm.experiments.launchers.local import die_with_parent
@@ -172,6 +172,7 @@ def main() -> None:
     """Run the command."""
     die_with_parent()
     set_optuna_defaults()
+    update_former_settings()
     run_command(train, "train")
     sys.exit(report_sweep())
 

@@ -99,7 +99,6 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
     configure_output_encoding()
     if HELP_FLAGS & set(sys.argv):  # its reader may leave early, as `head` does
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    update_former_settings()
     # argparse, which Hydra uses, wants overrides in one piece: -m may stand anywhere.
     words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     sys.argv[1:] = map(quote_override, words)
@@ -143,6 +142,7 @@ def command(
 
     def decorate(run: Callable[..., None]) -> Callable[[], None]:
         def main() -> None:
+            update_former_settings()
             words = sys.argv[1:]
             typed = pop_text_options(texts)
             more = read(words)

@@ -97,8 +97,9 @@ def configure_output_encoding() -> None:
         stream.reconfigure(errors="surrogateescape")
 
 
-def order_command_line(config_name: str) -> None:
-    """Moves Hydra's flags to the front of the command line; refuses others with a message."""
+def prepare_command_line(config_name: str) -> None:
+    """Gives settings their names of today, and moves Hydra's flags to the front."""
+    update_former_settings()
     try:
         sys.argv[1:] = order_command_words(sys.argv[1:])
     except UsageError as error:
@@ -116,7 +117,6 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
     configure_output_encoding()
     if HELP_FLAGS & set(sys.argv):  # its reader may leave early, as `head` does
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    update_former_settings()
     warnings.formatwarning = partial(_format_warning, standard=warnings.formatwarning)
     try:
         words = sys.argv[1:]
@@ -164,7 +164,7 @@ def command(
 
     def decorate(run: Callable[..., None]) -> Callable[[], None]:
         def main() -> None:
-            order_command_line(name)
+            prepare_command_line(name)
             words = sys.argv[1:]
             typed = pop_text_options(texts)
             more = read(words)

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -11,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,7 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.help import format_help
-from ldm.config.suggestions import CONF_DIR, explain_hydra_error, is_config_group
+from ldm.config.search_path import (
+    CONF_DIR,
+    check_config_directories,
+    is_config_group,
+    list_group_options,
+    order_command_words,
+)
+from ldm.config.suggestions import explain_hydra_error
 from ldm.experiments.former_names import is_own_target, update_override
 from ldm.experiments.run_dir import get_launcher_layout, get_launcher_rank, parse_number
 from ldm.utils.errors import UsageError, program_name
@@ -34,15 +39,6 @@ FREE_TEXT_OPTIONS = ("prompt", "negative", "source", "text")
 TextOptions = dict[str, str | None]  # paths and free texts by their keys, as typed
 LAYOUT_CHARACTERS = "\n\t"
 HELP_FLAGS = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
-# Hydra's flags: those before a value, and the others.
-VALUE_FLAGS = {
-    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c"),
-    *("--package", "-p", "--info", "-i", "--experimental-rerun"),
-}
-PLAIN_FLAGS = {
-    *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r"),
-    *("--multirun", "-m", "--shell-completion", "-sc"),
-}
 # The files that a run or a sweep has before anything is trained.
 UNTRAINED_RUN_FILES = {
     ".hydra",
@@ -91,36 +87,23 @@ def quote_override(word: str) -> str:
     key, _, value = word.partition("=")
     is_plain = re.fullmatch(r"[\w@/.+~-]+", key) and not re.search(r"[,'\"\[\]{}()$\\\t\n]", value)
     is_odd = not value.isascii() or re.search("[=~]", value)
-    return f"{key}='{value}'" if is_plain and is_odd else word
-
-
-def order_flags(words: Iterable[str]) -> list[str]:
-    """The words with Hydra's flags before the settings, as argparse wants them.
-
-    Raises UsageError for another word with dashes, such as --ckpt.
-    """
-    flags, settings, rest = [], [], iter(words)
-    for word in rest:
-        name, equals, value = word.partition("=")
-        if name in VALUE_FLAGS:
-            flags += [word, *([] if equals else islice(rest, 1))]
-        elif name in PLAIN_FLAGS:
-            flags.append(word)
-        elif word.startswith("-"):
-            key = name.lstrip("-").replace("-", "_")
-            following = next(rest, "")
-            value = value or ("" if "=" in following or following.startswith("-") else following)
-            meant = f"{key}={shlex.quote(value) if value else 'VALUE'}"
-            raise UsageError(f"{name} is no flag: settings are written without dashes, {meant}")
-        else:
-            settings.append(word)
-    return flags + settings
+    is_flag = word.startswith("-")
+    return f"{key}='{value}'" if is_plain and is_odd and not is_flag else word
 
 
 def configure_output_encoding() -> None:
     """Lets standard output take paths of any bytes."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="surrogateescape")
+
+
+def prepare_command_line(config_name: str) -> None:
+    """Gives settings their names of today, and moves Hydra's flags to the front."""
+    update_former_settings()
+    try:
+        sys.argv[1:] = order_command_words(sys.argv[1:])
+    except UsageError as error:
+        exit_with_usage_error(error, config_name)
 
 
 def run_command(main: Callable[[], None], config_name: str, *, resumable: bool = False) -> None:
@@ -134,14 +117,15 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
     configure_output_encoding()
     if HELP_FLAGS & set(sys.argv):  # its reader may leave early, as `head` does
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    update_former_settings()
     warnings.formatwarning = partial(_format_warning, standard=warnings.formatwarning)
     try:
-        words = order_flags(sys.argv[1:])
+        words = sys.argv[1:]
+        sys.argv[1:] = map(quote_override, words)
+        for line in check_config_directories() if get_launcher_rank() == 0 else ():
+            print(f"note: {line}", file=sys.stderr)
         if {"--help", "-h"} & set(words):
             print(format_help(config_name, words))
             return
-        sys.argv[1:] = map(quote_override, words)
         for word in words:
             check_group_option(*word.partition("=")[::2])
         main()
@@ -180,6 +164,7 @@ def command(
 
     def decorate(run: Callable[..., None]) -> Callable[[], None]:
         def main() -> None:
+            prepare_command_line(name)
             words = sys.argv[1:]
             typed = pop_text_options(texts)
             more = read(words)
@@ -241,7 +226,7 @@ def remove_new_directories() -> None:
 def check_group_option(group: str, value: str) -> None:
     """UsageError for a number in place of a group's option, as in guidance=7."""
     if is_config_group(group) and value and None not in map(parse_number, value.split(",")):
-        options = ", ".join(sorted(path.stem for path in Path(CONF_DIR, group).glob("*.yaml")))
+        options = ", ".join(list_group_options(group))
         key = {"guidance": "guidance.scale", "optimizer": "optimizer.lr"}.get(group)
         meant = f"{key}={value} sets the number, and " if key else ""
         raise UsageError(f"{group}={value} is no option of {group}: {meant}there are: {options}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from ldm.config.suggestions import CONF_DIR
+from ldm.config.search_path import CONF_DIR, list_group_options
 
 
 def format_help(verb: str, words: Iterable[str]) -> str:
@@ -40,7 +40,7 @@ def format_group(group: str, chosen: object) -> str:
     """Returns a group's options with what each is for, and the settings of the chosen ones."""
     names = [chosen] if isinstance(chosen, str) else chosen or ()
     lines = [f"{group}:"]
-    for path in sorted(Path(CONF_DIR, group).glob("*.yaml")):
+    for path in list_group_options(group).values():
         purpose, settings = split_option(path.read_text())
         is_chosen = path.stem in names
         lines.append(f"{'*' if is_chosen else ' '} {path.stem:<20} {purpose}".rstrip())

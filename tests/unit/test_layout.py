@@ -20,8 +20,7 @@ ROOM_LINES = {
     "evaluation": 2900,
     "experiments": 1900,
     "training": 2700,
-    "config": 3100,
-    "cli": 2200,
+    "config": 3160,
 }
 ROOMS = tuple(ROOM_LINES)
 FILES = [*ROOT.glob("ldm/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]

@@ -16,11 +16,12 @@ ROOM_LINES = {
     "diffusion": 2800,
     "models": 2650,
     "data": 3800,
-    "inference": 760,
+    "inference": 780,
     "evaluation": 2900,
     "experiments": 1900,
     "training": 2700,
-    "config": 3160,
+    "config": 3750,
+    "cli": 1950,
 }
 ROOMS = tuple(ROOM_LINES)
 FILES = [*ROOT.glob("ldm/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]

@@ -54,7 +54,7 @@ class CaptionTokenizer:
             warnings.warn(
                 f"a caption of {lengths[long[0]]} tokens is cut to {self.max_length}: "
                 f"{texts[long[0]][:60]!r}... Put what matters first, or take a text encoder with a "
-                "larger max_length. Said once; .truncated counts.",
+                "larger max_length. Later ones are cut without this line.",
                 stacklevel=4,
             )
         self.seen += len(lengths)

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,6 +155,16 @@ def rank_runs(runs: Sequence[RunRecord], metric: str, *, direction: str) -> list
     return sorted(runs, key=sort_key)
 
 
+def select_ranking_metric(runs: Sequence[RunRecord]) -> str:
+    """Returns the metric of most runs, but scene accuracy for the loss if all have measured it."""
+    metrics = [run.config.get("metric") for run in runs]
+    counts = Counter(metric for metric in metrics if isinstance(metric, str))
+    metric = counts.most_common(1)[0][0] if counts else "val/loss"
+    each = [collect_logged_metrics([run]) for run in runs if run.rows]
+    has_accuracy = bool(each) and all("val/scene_accuracy" in names for names in each)
+    return "val/scene_accuracy" if metric == "val/loss" and has_accuracy else metric
+
+
 def list_ranking_caveats(runs: Sequence[RunRecord], metric: str) -> list[str]:
     """Returns why the ranking may mislead."""
     stages = {run.config.get("stage") for run in runs if run.config}
@@ -167,8 +178,8 @@ def list_ranking_caveats(runs: Sequence[RunRecord], metric: str) -> list[str]:
     instead = f", or rank by the generated images, as metric={names[0]} does" if names else ""
     what = ", ".join(sorted(differ))
     return [
-        f"Runs with another {what} weight errors differently in {metric}: look at samples.png"
-        f"{instead}."
+        f"Runs with another {what} weight errors differently in {metric}, which does not compare "
+        f"them: look at the samples{instead}."
     ]
 
 

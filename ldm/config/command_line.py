@@ -18,6 +18,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.config.own_components import list_replaced_settings
 from ldm.config.search_path import (
     CONF_DIR,
     check_config_directories,
@@ -60,9 +61,14 @@ def update_former_settings() -> None:
         updated = update_override(word)
         if updated != word and not (own and word.lstrip("+~").startswith(own)):
             sys.argv[i] = updated
-            if get_launcher_rank() == 0:
-                old, new = word.partition("=")[0], updated.partition("=")[0]
-                print(f"note: the setting {old} is called {new} now", file=sys.stderr)
+            old, new = word.partition("=")[0], updated.partition("=")[0]
+            print_note(f"the setting {old} is called {new} now")
+
+
+def print_note(text: str) -> None:
+    """Prints a note of the first process; standard output is for results."""
+    if get_launcher_rank() == 0:
+        print(f"note: {text}", file=sys.stderr)
 
 
 def pop_text_options(names: Iterable[str]) -> dict[str, str]:
@@ -112,10 +118,13 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
     sys.argv[1:] = map(quote_override, words)
     warnings.formatwarning = partial(_format_warning, standard=warnings.formatwarning)
     try:
-        for line in check_config_directories() if get_launcher_rank() == 0 else ():
-            print(f"note: {line}", file=sys.stderr)
+        for line in check_config_directories():
+            print_note(line)
         for word in words:
             check_group_option(*word.partition("=")[::2])
+        for target, keys in list_replaced_settings(words, config_name).items():
+            sys.argv += [f"~{key}" for key in keys]
+            print_note(f"{target} takes no {', '.join(keys)}: left out")
         main()
     except USAGE_ERRORS as error:
         exit_with_usage_error(error, config_name)

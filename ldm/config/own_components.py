@@ -6,6 +6,10 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 
+from hydra import compose, initialize_config_dir
+
+from ldm.config.ranges import OWN_TARGET_PREFIXES
+from ldm.config.search_path import CONF_DIR, is_config_group
 from ldm.utils.errors import UsageError, suggest_nearest
 
 # Components within others that are options of a group; in older checkpoints.
@@ -108,6 +112,32 @@ def takes_argument(found: Callable, name: str) -> bool:
     return any(
         each.name == name or each.kind is each.VAR_KEYWORD for each in list_parameters(found)
     )
+
+
+def list_replaced_settings(words: Sequence[str], config_name: str) -> dict[str, list[str]]:
+    """The settings that `group._target_=mypackage.Class` leaves without a reader, by target.
+
+    They belong to the class of the group's option, and are not on the command line themselves.
+    """
+    typed = {word.lstrip("+~").partition("=")[0]: word.partition("=")[2] for word in words}
+    targets = {key.removesuffix("._target_"): typed[key] for key in typed if "._target_" in key}
+    targets = {
+        group: target
+        for group, target in targets.items()
+        if is_config_group(group) and not target.startswith(OWN_TARGET_PREFIXES)
+    }
+    options = [word for word in words if is_config_group(word.partition("=")[0])]
+    if not targets or any("," in word for word in (*targets.values(), *options)):
+        return {}
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
+        cfg = compose(config_name, overrides=options)
+    replaced = {}
+    for group, target in targets.items():
+        found = import_component(target, group)
+        names = {each.name for each in list_parameters(found)}
+        keys = [key for key in cfg.get(group) or () if key[0] != "_" and key not in names]
+        replaced[target] = [key for key in (f"{group}.{key}" for key in keys) if key not in typed]
+    return {target: keys for target, keys in replaced.items() if keys}
 
 
 def find_component_group(place: str) -> str:

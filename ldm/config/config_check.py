@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
 from ldm.config.command_line import USAGE_ERRORS, exit_with_usage_error, register_new_directories
+from ldm.config.own_components import check_own_component, check_setting_names
 from ldm.config.ranges import (
     OWN_TARGET_PREFIXES,
     find_setting_rule,
@@ -227,3 +228,8 @@ def _check_settings(
             _check_settings(value, usual, f"{name}.", config_name, ours)
         elif message := format_invalid_value(name, value, config_name, default=usual, ours=ours):
             raise UsageError(message)
+    place, added = prefix.rstrip("."), [key for key in settings if key not in default]
+    if target is not None and not ours:
+        check_own_component(settings, place, default)
+    elif target is not None and added:
+        check_setting_names(added, place, target, default)

@@ -18,6 +18,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.config.reserved_settings import NAMED_COMPONENT_GROUPS
 from ldm.config.suggestions import CONF_DIR, explain_hydra_error, is_config_group
 from ldm.experiments.former_names import is_own_target, update_override
 from ldm.experiments.run_dir import get_launcher_layout, get_launcher_rank, parse_number
@@ -202,7 +203,14 @@ def remove_new_directories() -> None:
 
 
 def check_group_option(group: str, value: str) -> None:
-    """UsageError for a number in place of a group's option, as in guidance=7."""
+    """UsageError for a number in place of a group's option, as in guidance=7, or a component."""
+    if is_config_group(group) and "_target_" in value and not group.startswith("+"):
+        raise UsageError(
+            f"{group}={value} chooses no option: a component without a file of its own is added "
+            f"under a name, as in '+{group}.mine._target_=mypackage.module.Class'"
+            if group in NAMED_COMPONENT_GROUPS
+            else f"{group}={value} chooses no option: give {group}._target_=mypackage.module.Class"
+        )
     if is_config_group(group) and value and None not in map(parse_number, value.split(",")):
         options = ", ".join(sorted(path.stem for path in Path(CONF_DIR, group).glob("*.yaml")))
         key = {"guidance": "guidance.scale", "optimizer": "optimizer.lr"}.get(group)

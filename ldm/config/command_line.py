@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.help import format_help
 from ldm.config.own_components import list_replaced_settings
+from ldm.config.reserved_settings import NAMED_COMPONENT_GROUPS
 from ldm.config.search_path import (
     CONF_DIR,
     check_config_directories,
@@ -233,7 +234,14 @@ def remove_new_directories() -> None:
 
 
 def check_group_option(group: str, value: str) -> None:
-    """UsageError for a number in place of a group's option, as in guidance=7."""
+    """UsageError for a number in place of a group's option, as in guidance=7, or a component."""
+    if is_config_group(group) and "_target_" in value and not group.startswith("+"):
+        raise UsageError(
+            f"{group}={value} chooses no option: a component without a file of its own is added "
+            f"under a name, as in '+{group}.mine._target_=mypackage.module.Class'"
+            if group in NAMED_COMPONENT_GROUPS
+            else f"{group}={value} chooses no option: give {group}._target_=mypackage.module.Class"
+        )
     if is_config_group(group) and value and None not in map(parse_number, value.split(",")):
         options = ", ".join(list_group_options(group))
         key = {"guidance": "guidance.scale", "optimizer": "optimizer.lr"}.get(group)

@@ -4,6 +4,7 @@ Hydra makes the run directory before it calls `main`, but calls this before that
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 
@@ -71,6 +72,7 @@ class ConfigCheckCallback(Callback):
             lines = [override.input_line for override in swept]
             typed = [line for line in config.hydra.overrides.task if line not in lines]
             own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+            check_added_hydra_settings(config)
             check_config(own, self.command, typed)
             for key, value, default in [
                 *iterate_sweep_values(swept, own),
@@ -141,6 +143,16 @@ def check_config(cfg: DictConfig, config_name: str, overrides: Iterable[str] | N
     if cfg.get("direction") not in (None, "minimize", "maximize"):
         raise UsageError(f"direction={cfg.direction} is neither minimize nor maximize")
     check_trust(settings.get("trust"))
+
+
+def check_added_hydra_settings(config: DictConfig) -> None:
+    """UsageError for a setting of Hydra that a user added and that Hydra does not know."""
+    for word in config.hydra.overrides.hydra:
+        key = word.lstrip("+").partition("=")[0]
+        place, _, leaf = key.rpartition(".")
+        kind = OmegaConf.get_type(OmegaConf.select(config, place)) if word[0] == "+" else dict
+        if is_dataclass(kind) and leaf not in {field.name for field in fields(kind)}:
+            raise UsageError(format_unknown_setting(key, "train"))
 
 
 def check_named_components(settings: dict) -> None:
@@ -219,6 +231,9 @@ def _check_settings(
             raise UsageError(f"{name} is set by the run itself: {remedy}")
         if usual is ... and "_target_" not in default and prefix not in NAMED_COMPONENT_PREFIXES:
             raise UsageError(format_unknown_setting(name, config_name))
+        is_none = usual == {} and name not in NAMED_COMPONENT_GROUPS
+        if is_none and isinstance(value, dict) and value and "_target_" not in value:
+            raise UsageError(format_unknown_setting(f"{name}.{next(iter(value))}", config_name))
         if isinstance(usual, dict) and usual:
             if not isinstance(value, dict):
                 inside = ", ".join(f"{name}.{key}" for key in usual if key != "_target_")

@@ -5,6 +5,7 @@ Hydra makes the run directory before it calls `main`, but calls this before that
 
 from collections.abc import Iterable, Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from hydra import compose
@@ -29,6 +30,8 @@ from ldm.experiments.former_names import FORMER_SETTINGS
 from ldm.experiments.run_dir import FIXED_RUN_FILES
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_no_links, check_path_length
+
+LOGGER_PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}  # module, name to install
 
 
 class ConfigCheckCallback(Callback):
@@ -127,9 +130,17 @@ def check_config(cfg: DictConfig, config_name: str, overrides: Iterable[str] | N
     _check_settings(settings, compose_default_config(config_name, overrides), "", config_name)
     if config_name == "train":
         check_run_name(cfg.name)
+        check_logger_packages(cfg.logger or {})
     if cfg.get("direction") not in (None, "minimize", "maximize"):
         raise UsageError(f"direction={cfg.direction} is neither minimize nor maximize")
     check_trust(settings.get("trust"))
+
+
+def check_logger_packages(loggers: Iterable[str]) -> None:
+    """Raises UsageError for a logger whose package is not installed."""
+    for name in loggers:
+        if name in LOGGER_PACKAGES and find_spec(name) is None:
+            raise UsageError(f"logger={name} needs a package: pip install {LOGGER_PACKAGES[name]}")
 
 
 def check_trust(trust: object) -> None:

@@ -16,13 +16,14 @@ from ldm.utils.errors import UsageError
 def build_loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:
     """Returns the writer of metrics.csv and the loggers of `cfg.logger`, each under its own key.
 
-    A logger gets what its signature names of `run_dir`, `name` and `overrides`.
+    A logger gets what its signature names of `run_dir`, `name` and `overrides`, unless it is set.
     """
     run = {"run_dir": run_dir, "name": cfg.name, "overrides": get_command_line_overrides()}
     loggers: list[Logger] = [CsvLog(run_dir / "metrics.csv")]
     for key, option in (cfg.logger or {}).items():
         names, _ = list_target_arguments(option["_target_"])
-        logger = instantiate(option, **{name: run[name] for name in run if name in names})
+        given = {name: run[name] for name in run if name in names and name not in option}
+        logger = instantiate(option, **given)
         if not isinstance(logger, Logger):
             raise UsageError(
                 f"logger.{key}: {option['_target_']} is no lightning.pytorch.loggers.Logger"

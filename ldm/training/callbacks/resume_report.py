@@ -22,9 +22,9 @@ class ResumeReport(L.Callback):
         if self.max_steps in (None, trainer.max_steps) or not trainer.is_global_zero:
             return
         lr, step = trainer.optimizers[0].param_groups[0]["lr"], trainer.global_step
-        change = f"was {self.lr:.3g} at step {step}, and is {lr:.3g}: its curve ends at the new end"
-        if self.lr is None or lr == self.lr:
-            change = f"is {lr:.3g} at step {step}, as before"
+        change = f"is {lr:.3g} at step {step}, as before"
+        if self.lr not in (None, lr):
+            change = f"was {self.lr:.3g} at step {step}, is {lr:.3g}: its curve has the new end"
         print(
             f"trainer.max_steps was {self.max_steps}, is {trainer.max_steps}: the learning rate "
             f"{change}",

@@ -25,6 +25,7 @@ WANDB_METRIC_AXES = {
     "perf/*": WANDB_STEP_KEY,
     IMAGES_SEEN_KEY: WANDB_STEP_KEY,
     "val/*": IMAGES_SEEN_KEY,
+    "eval/*": WANDB_STEP_KEY,
     "samples": IMAGES_SEEN_KEY,
 }
 # Seconds to wait for a server, unless the environment sets them.

@@ -174,7 +174,7 @@ def test_results_are_plotted_against_images_seen(tmp_path):
     log_steps(tmp_path, range(3))
     (run,) = wandb_files.of_run(tmp_path)
     step = "trainer/global_step"  # its own axis; and no two globs fit one name: W&B takes any
-    steps = {"train/*": step, "perf/*": step, "images_seen": step}
+    steps = {"train/*": step, "perf/*": step, "eval/*": step, "images_seen": step}
     assert run.axes == {step: "", **steps, "val/*": "images_seen", "samples": "images_seen"}
     assert run.series("val/loss", "images_seen") == {8: 0.25}
     (picture,) = run.series("samples/_type", "images_seen")

@@ -27,6 +27,7 @@ from ldm.training.callbacks.monitoring import (
 )
 from ldm.training.callbacks.nonfinite import NonFiniteStepSkipper
 from ldm.training.callbacks.preemption import PreemptionHandler
+from ldm.training.callbacks.resume_report import ResumeReport
 from ldm.utils.errors import UsageError
 from ldm.utils.signals import StopSignals
 
@@ -152,6 +153,7 @@ def build_callbacks(
         *([StepCounter()] if has_own else []),
         *callbacks,
         checkpoints,
+        ResumeReport(),
         PreemptionHandler(checkpoints.save_now, **stop),
         *([instantiate(cfg.early_stop)] if cfg.early_stop else []),
     ]

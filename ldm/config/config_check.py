@@ -6,6 +6,7 @@ Hydra makes the run directory before it calls `main`, but calls this before that
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from hydra import compose
@@ -37,6 +38,7 @@ from ldm.experiments.run_dir import FIXED_RUN_FILES
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_no_links, check_path_length
 
+LOGGER_PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}  # module, name to install
 NAMED_COMPONENT_PREFIXES = tuple(f"{group}." for group in NAMED_COMPONENT_GROUPS)
 
 
@@ -137,6 +139,7 @@ def check_config(cfg: DictConfig, config_name: str, overrides: Iterable[str] | N
     _check_settings(settings, compose_default_config(config_name, overrides), "", config_name)
     if config_name == "train":
         check_run_name(cfg.name)
+        check_logger_packages(cfg.logger or {})
     check_named_components(settings)
     if "stage" in settings:
         check_evaluation_settings(settings, overrides)
@@ -155,8 +158,15 @@ def check_added_hydra_settings(config: DictConfig) -> None:
             raise UsageError(format_unknown_setting(key, "train"))
 
 
+def check_logger_packages(loggers: Iterable[str]) -> None:
+    """Raises UsageError for a logger whose package is not installed."""
+    for name in loggers:
+        if name in LOGGER_PACKAGES and find_spec(name) is None:
+            raise UsageError(f"logger={name} needs a package: pip install {LOGGER_PACKAGES[name]}")
+
+
 def check_named_components(settings: dict) -> None:
-    """UsageError for a key of `callbacks`, `metrics`, `eval` or `features` without a component."""
+    """UsageError for a key of NAMED_COMPONENT_GROUPS without a component."""
     for group in NAMED_COMPONENT_GROUPS:
         for name, node in (settings.get(group) or {}).items():
             if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):

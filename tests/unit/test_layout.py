@@ -12,15 +12,15 @@ ROOT = Path(__file__).parents[2]
 # A room imports from the rooms before it in this table, and from itself (docs/design.md).
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
-    "utils": 1660,
+    "utils": 1680,
     "diffusion": 2800,
     "models": 2650,
     "data": 3800,
     "inference": 760,
     "evaluation": 2900,
-    "experiments": 1900,
+    "experiments": 1960,
     "training": 2700,
-    "config": 3300,
+    "config": 3800,
     "cli": 2000,
 }
 ROOMS = tuple(ROOM_LINES)

@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from ldm.config import command_line
-from ldm.config.command_line import run_command
+from ldm.config.command_line import prepare_command_line, run_command
 from ldm.config.suggestions import set_optuna_defaults
 from ldm.config.train_run import train_run
 from ldm.experiments.launchers.local import die_with_parent
@@ -31,6 +31,7 @@ def train_command(cfg: DictConfig) -> None:
 def main() -> None:
     """Run the command."""
     die_with_parent()
+    prepare_command_line("train")
     set_optuna_defaults()
     run_command(train_command, "train")
     sys.exit(report_sweep())

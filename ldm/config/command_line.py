@@ -104,6 +104,15 @@ def configure_output_encoding() -> None:
         stream.reconfigure(errors="surrogateescape")
 
 
+def prepare_command_line(config_name: str) -> None:
+    """Gives settings their names of today, and moves Hydra's flags to the front."""
+    update_former_settings()
+    try:
+        sys.argv[1:] = order_command_words(sys.argv[1:])
+    except UsageError as error:
+        exit_with_usage_error(error, config_name)
+
+
 def run_command(main: Callable[[], None], config_name: str, *, resumable: bool = False) -> None:
     """Calls a `hydra.main` function; prints a mistake of the user as one message, with a remedy.
 
@@ -115,10 +124,9 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
     configure_output_encoding()
     if HELP_FLAGS & set(sys.argv):  # its reader may leave early, as `head` does
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    update_former_settings()
     warnings.formatwarning = partial(_format_warning, standard=warnings.formatwarning)
     try:
-        words = order_command_words(sys.argv[1:])
+        words = sys.argv[1:]
         sys.argv[1:] = map(quote_override, words)
         for line in check_config_directories() if get_launcher_rank() == 0 else ():
             print(f"note: {line}", file=sys.stderr)
@@ -163,7 +171,8 @@ def command(
 
     def decorate(run: Callable[..., None]) -> Callable[[], None]:
         def main() -> None:
-            words = sys.argv[1:] = order_command_words(sys.argv[1:])
+            prepare_command_line(name)
+            words = sys.argv[1:]
             typed = pop_text_options(texts)
             more = read(words)
 

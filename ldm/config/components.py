@@ -20,6 +20,7 @@ from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedules import Schedule
 from ldm.diffusion.tasks.base import Task
 from ldm.evaluation.features.base import FeatureExtractor
+from ldm.evaluation.image_metrics import ImageMetric
 from ldm.inference.components import Components
 from ldm.models.temporal import FramewiseAutoencoder
 from ldm.models.warm_start import warm_start
@@ -108,6 +109,17 @@ def build_all_schedules() -> dict[str, Schedule]:
 def build_feature_extractors(cfg: DictConfig) -> list[FeatureExtractor]:
     """The networks whose features images are compared by."""
     return [instantiate(network) for network in cfg.features.values()]
+
+
+def build_image_metrics(cfg: DictConfig) -> dict[str, ImageMetric]:
+    """The metrics of the group `metrics`, by name; UsageError for anything else in it."""
+    metrics = {name: instantiate(node, _convert_="all") for name, node in cfg.metrics.items()}
+    for name, metric in metrics.items():
+        lacks = [part for part in ("update", "compute", "reset") if not hasattr(metric, part)]
+        if lacks:
+            target = cfg.metrics[name]["_target_"]
+            raise UsageError(f"metrics.{name}: {target} is no metric: it has no {lacks[0]}()")
+    return metrics
 
 
 def get_autocast_dtype(precision: str | int | None) -> torch.dtype | None:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.command_line import convert_to_usage_errors
 from ldm.config.config_check import compose_default_config
+from ldm.config.training_checks import check_before_imports
 from ldm.experiments.run_dir import (
     SWEEP_FILE,
     change_concerns,
@@ -46,6 +47,7 @@ def train_run(cfg: DictConfig, run_dir: Path, signals: StopSignals) -> dict:
                     "another name"
                 )
                 return read_result(run_dir)
+            check_before_imports(cfg, run_dir)
             job = build_interruptible_job(cfg, run_dir, signals)
         return train_job(cfg, job, run_dir, signals)
 

@@ -20,8 +20,8 @@ ROOM_LINES = {
     "evaluation": 2900,
     "experiments": 1960,
     "training": 2700,
-    "config": 3800,
-    "cli": 2000,
+    "config": 4080,
+    "cli": 1950,
 }
 ROOMS = tuple(ROOM_LINES)
 FILES = [*ROOT.glob("ldm/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from ldm.cli.prepare import PREPARE_SOURCES, name_source
-from ldm.config.command_line import order_flags
+from ldm.config.search_path import order_command_words
 from ldm.utils.errors import UsageError
 
 
@@ -13,13 +13,13 @@ from ldm.utils.errors import UsageError
     ("words", "ordered"),
     [
         ("a=1 -m b=2,3", "-m a=1 b=2,3"),
-        ("scheduler=quad --config-dir conf a=1", "--config-dir conf scheduler=quad a=1"),
-        ("a=1 --config-dir=conf -m", "--config-dir=conf -m a=1"),
+        ("scheduler=quad --config-dir /conf a=1", "--config-dir=/conf scheduler=quad a=1"),
+        ("a=1 --config-dir=/conf -m", "--config-dir=/conf -m a=1"),
         ("a=1 --info searchpath", "--info searchpath a=1"),
     ],
 )
 def test_flags_may_stand_anywhere(words, ordered):
-    assert order_flags(words.split()) == ordered.split()
+    assert order_command_words(words.split()) == ordered.split()
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_flags_may_stand_anywhere(words, ordered):
 )
 def test_a_setting_with_dashes_is_named_without_them(words, meant):
     with pytest.raises(UsageError) as raised:
-        order_flags(words)
+        order_command_words(words)
     assert str(raised.value).endswith(meant)
 
 

@@ -72,6 +72,7 @@ def augment_dataset(cfg: DictConfig, options: TextOptions, words: SlotWords) -> 
     from ldm.data.prepare.synthetic import ScoreFilter, sum_shard_stats, write_generated_shard
     from ldm.data.prepare.writer import claim_output_folder, plan_shards
     from ldm.evaluation.distributed import ProcessGroup
+    from ldm.utils.bundle_file import read_weights_digest
 
     shards = plan_shards(out, range(cfg.n), samples_per_shard=cfg.samples_per_shard)
     prompts = create_prompts(cfg, options, words)
@@ -84,7 +85,7 @@ def augment_dataset(cfg: DictConfig, options: TextOptions, words: SlotWords) -> 
     score, clip = create_clip_scorer(options["clip"], restored)
     size, negative, first = cfg.size or restored.size, options["negative"], ranks.rank == 0
     facts = {name: cfg[name] for name in AUGMENT_SETTINGS} | {"size": size, "clip": clip}
-    facts |= {"negative": negative, "checkpoint": read_checkpoint_digest(restored.path)}
+    facts |= {"negative": negative, "checkpoint": read_weights_digest(restored.path)[:16]}
     facts |= {"step": restored.step, "precision": restored.precision, **restored.settings}
     facts |= {"template": None, "slots": {}, "captions": None, **prompts.facts}
     with lock_augment_folder(out) if first else nullcontext():
@@ -202,13 +203,6 @@ def create_clip_scorer(clip: str | None, restored) -> tuple[Callable, str | None
         return [round(value, 3) for value in clip_score(features(images), texts).tolist()]
 
     return score, f"{clip} {features.digest[:16]}"
-
-
-def read_checkpoint_digest(path: Path) -> str:
-    """Returns the digest in a checkpoint's manifest: a run that goes on gets another one."""
-    from ldm.utils.checkpoint_file import manifest_path
-
-    return json.loads(manifest_path(path).read_text())["sha256"][:16]
 
 
 def lock_augment_folder(out: Path):

@@ -74,19 +74,26 @@ def print_note(text: str) -> None:
 
 
 def pop_text_options(names: Iterable[str]) -> dict[str, str]:
-    """Removes `name=value` of these names from the command line; returns the values as typed.
+    """Removes `name=value` of these names from the command line; returns the values as typed."""
+    options, sys.argv[1:] = split_text_options(sys.argv[1:], names)
+    return options
+
+
+def split_text_options(
+    words: Sequence[str], names: Iterable[str]
+) -> tuple[dict[str, str], list[str]]:
+    """The values of `name=value` of these names, as typed, and the other words.
 
     Prompts and paths may hold any character; Hydra's grammar refuses many of them. In paths `~` is
     the home directory.
     """
     options, names = {}, set(names)
-    for word in sys.argv[1:]:
+    for word in words:
         name, equals, value = word.partition("=")
         if equals and name in names:
             convert = replace_invalid_bytes if name in FREE_TEXT_OPTIONS else os.path.expanduser
             options[name] = convert(value)
-    sys.argv[1:] = [word for word in sys.argv[1:] if word.partition("=")[0] not in options]
-    return options
+    return options, [word for word in words if word.partition("=")[0] not in options]
 
 
 def quote_override(word: str) -> str:
@@ -231,6 +238,11 @@ def remove_new_directories() -> None:
         untrained = names <= UNTRAINED_RUN_FILES and not list(path.glob("checkpoints/*"))
         if untrained and not is_directory_locked(path):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def forget_new_directories() -> None:
+    """Lets the noted directories stay, whatever comes."""
+    _new_directories.clear()
 
 
 def check_group_option(group: str, value: str) -> None:

@@ -126,7 +126,7 @@ def find_run_differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
         values = [run.choices.get(group, "") for run in runs]
         if differ(values):
             table[group] = values
-    flat = [dict(_iterate_leaves(run.config)) for run in runs]
+    flat = [dict(iterate_leaves(run.config)) for run in runs]
     for key in dict.fromkeys(key for settings in flat for key in settings):
         values = [str(settings.get(key, "")) for settings in flat]
         covered = any(key == group or key.startswith(f"{group}.") for group in table)
@@ -135,10 +135,11 @@ def find_run_differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     return table
 
 
-def _iterate_leaves(node: dict, prefix: str = "") -> Iterable[tuple[str, object]]:
+def iterate_leaves(node: dict, prefix: str = "") -> Iterable[tuple[str, object]]:
+    """Yields each setting with its whole name, such as model.channels."""
     for key, value in node.items():
         if isinstance(value, dict):
-            yield from _iterate_leaves(value, f"{prefix}{key}.")
+            yield from iterate_leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

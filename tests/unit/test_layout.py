@@ -15,7 +15,7 @@ ROOM_LINES = {
     "utils": 1660,
     "diffusion": 2800,
     "models": 2650,
-    "data": 3800,
+    "data": 4060,
     "inference": 760,
     "evaluation": 2900,
     "experiments": 1900,

@@ -107,8 +107,9 @@ def _find_measurements(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
 def check_has_captions(data: "TextImageData") -> None:
     """UsageError where no training image has a caption."""
     index = data.train_set.shards.index
-    if index.captions.count_empty(index.caption_key) == index.captions.samples:
-        message = index.captions.describe(index.caption_key)
+    keys = tuple(index.caption_weights)
+    if index.captions.count_empty(*keys) == index.captions.samples:
+        message = index.captions.describe(*keys)
         raise UsageError(f"data.train: {message}. To train without captions: text_encoder=none")
 
 

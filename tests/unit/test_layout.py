@@ -15,7 +15,7 @@ ROOM_LINES = {
     "utils": 1680,
     "diffusion": 2800,
     "models": 2650,
-    "data": 3800,
+    "data": 4060,
     "inference": 780,
     "evaluation": 3000,
     "experiments": 1960,

@@ -52,16 +52,9 @@ def draw_explain_figures(cfg: DictConfig, options: dict[str, str | None]) -> Pat
     else:
         image = figures.render_scene(figures.EXAMPLE_SCENES[0], size)[0]
     at = figures.SamplingSettings(cfg.seed, size, cfg.steps)
-    facts = {
-        "ckpt": str(restored.path),
-        "step": restored.step,
-        "prompt": prompts,
-        "seed": cfg.seed,
-        "steps": cfg.steps,
-        "size": size,
-        "image": options["image"],
-        **restored.settings,
-    }
+    facts = {"ckpt": str(restored.path), "step": restored.step, "prompt": prompts}
+    facts |= {"seed": cfg.seed, "steps": cfg.steps, "size": size, "image": options["image"]}
+    facts |= restored.settings
 
     def family(number: str) -> list[Path]:
         return [Path(f"{out}{number}", f"{name}.png") for name in EXPLAIN_FIGURES]

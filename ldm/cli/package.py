@@ -76,21 +76,13 @@ def describe_training(name: str, run: Path) -> str:
 def format_model_card(name: str, training: str, folder: Path, figures: dict[str, float]) -> str:
     """Returns what the part in `folder` is, its training and its figures, as Markdown."""
     files = sorted(folder.glob("*.safetensors"))
-    digests = {file.name: hash_file(file) for file in files}
-    lines = [
-        f"# {name}, packaged with ldm",
-        "",
-        training,
-        "Weights are stored as float16 and used as float32. Figures of the stored weights:",
-        "",
-        *(f"- {key}: {value:.4g}" for key, value in figures.items()),
-        "",
-        *(f"sha256 of {file}: {digest}" for file, digest in digests.items()),
-        "",
-        ASSET_TRAINING_DATA[name],
-        "",
-    ]
-    return "\n".join(lines)
+    figures = "\n".join(f"- {key}: {value:.4g}" for key, value in figures.items())
+    digests = "\n".join(f"sha256 of {file.name}: {hash_file(file)}" for file in files)
+    return (
+        f"# {name}, packaged with ldm\n\n{training}\n"
+        "Weights are stored as float16 and used as float32. Figures of the stored weights:\n\n"
+        f"{figures}\n\n{digests}\n\n{ASSET_TRAINING_DATA[name]}\n"
+    )
 
 
 def package_autoencoder(run: Path, out: Path, *, scenes: int) -> dict[str, float]:
@@ -112,10 +104,9 @@ def package_autoencoder(run: Path, out: Path, *, scenes: int) -> dict[str, float
     if "path" not in settings:
         raise UsageError(f"{run} has no autoencoder with weights: give a run of stage=autoencoder")
     del settings["_target_"]
-    others = {
-        folder: open_local_images(folder, config.data.size)
-        for folder in list_extra_validation_folders(config.data.get("val"))
-    }
+    val = config.data.get("val")
+    folders = val[1:] if isinstance(val, ListConfig) else []
+    others = {folder: open_local_images(folder, config.data.size) for folder in folders}
     trained = make_autoencoder_kl(**settings | {"path": str(run)})
     save_autoencoder(trained, out, dtype=torch.float16)
     stored = make_autoencoder_kl(**settings | {"path": None}).eval()
@@ -127,11 +118,6 @@ def package_autoencoder(run: Path, out: Path, *, scenes: int) -> dict[str, float
         psnr = compute_psnr(reconstruct_images(stored, images), images)
         figures[f"psnr_{Path(folder).parent.name}_db"] = psnr
     return figures
-
-
-def list_extra_validation_folders(val: object) -> list[str]:
-    """Returns the folders of a configuration's data.val after the first."""
-    return [str(folder) for folder in val[1:]] if isinstance(val, ListConfig) else []
 
 
 def measure_scene_reconstruction(
@@ -164,8 +150,7 @@ def reconstruct_images(autoencoder, images):
     parts = images.split(RECONSTRUCTION_BATCH)
     bar = tqdm(parts, desc="Encoding and decoding", unit="batch", leave=False)
     with torch.no_grad():
-        decoded = [autoencoder.decode(autoencoder.encode(part)).clamp(-1, 1) for part in bar]
-    return torch.cat(decoded)
+        return torch.cat([autoencoder.decode(autoencoder.encode(x)).clamp(-1, 1) for x in bar])
 
 
 def compute_psnr(restored, images) -> float:

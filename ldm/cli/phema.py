@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.cli.evaluate import measure_point
-from ldm.config.command_line import command, require_option
+from ldm.config.command_line import TextOptions, command, require_option
 from ldm.config.ranges import EMA_LENGTH_RANGE
 from ldm.config.sample_options import check_checkpoints_and_device
 from ldm.experiments.curves import (
@@ -31,13 +31,7 @@ APPROXIMATE_MISFIT = 0.1  # an average with a larger misfit is called approximat
 PREFERRED_METRICS = ("scene_accuracy", "clip_score")  # what decides where no metric is requested
 
 
-@command("phema", texts=PHEMA_TEXT_OPTIONS, resumable=True)
-def main(cfg: DictConfig, options: dict[str, str | None]) -> None:
-    """Synthesizes averages of the weights after training."""
-    synthesize_ema(cfg, options)
-
-
-def synthesize_ema(cfg: DictConfig, options: dict[str, str | None]) -> None:
+def synthesize_ema(cfg: DictConfig, options: TextOptions) -> None:
     """Stores the average of `length`, or without one that of `lengths` which measures best."""
     lengths = parse_ema_lengths(options["lengths"])
     check_checkpoints_and_device(cfg, require_option(options, "ckpt"))
@@ -45,7 +39,7 @@ def synthesize_ema(cfg: DictConfig, options: dict[str, str | None]) -> None:
     out = resolve_average_path(options["out"], run)
     new = options["out"] is not None and not cfg.overwrite
     if cfg.length is not None:
-        out = run.save(run.average(cfg.length), out, {}, new=new)
+        out = run.save(*run.average(cfg.length), out, new=new)
         if get_launcher_rank() == 0:
             print(out)
         return
@@ -81,14 +75,6 @@ def resolve_average_path(out: str | None, run: "SnapshotRun") -> Path:
 
 
 @dataclass
-class PostHocAverage:
-    """Synthesized weights by name, and the facts of their synthesis."""
-
-    state: dict
-    facts: dict
-
-
-@dataclass
 class SnapshotRun:
     """A checkpoint of a run, and the snapshots of its averages up to that step."""
 
@@ -106,8 +92,8 @@ class SnapshotRun:
         """The step of the last snapshot, for which averages are synthesized."""
         return self.snapshots[-1].step
 
-    def average(self, length: float) -> PostHocAverage:
-        """Returns the average of this length at the last snapshot."""
+    def average(self, length: float) -> tuple[dict, dict]:
+        """Returns the weights of the average of this length, by name, and how it was made."""
         from tqdm import tqdm
 
         from ldm.training.power_ema import EMAProfile, solve_mixture
@@ -133,11 +119,9 @@ class SnapshotRun:
                 f"the snapshots in {folder} are of another network than {self.path}"
             )
         facts = {"length": length, "step": self.step}
-        return PostHocAverage(
-            state, {**facts, "snapshots": len(profiles), "misfit": mixture.misfit}
-        )
+        return state, {**facts, "snapshots": len(profiles), "misfit": mixture.misfit}
 
-    def save(self, average: PostHocAverage, out: Path, result: dict, *, new: bool) -> Path:
+    def save(self, state: dict, facts: dict, out: Path, *, new: bool) -> Path:
         """Writes a checkpoint for sampling and evaluation that no run resumes; returns its path.
 
         new: it replaces no file; its name gets a number where `out` exists.
@@ -147,8 +131,8 @@ class SnapshotRun:
         if get_launcher_rank() != 0:
             return out
         prefixes = ("denoiser.", "ema.module.")
-        state = {f"{prefix}{name}": t for prefix in prefixes for name, t in average.state.items()}
-        facts = {**self.payload["ldm"], "phema": {**average.facts, **result}}
+        state = {f"{prefix}{name}": t for prefix in prefixes for name, t in state.items()}
+        facts = {**self.payload["ldm"], "phema": facts}
         with reserve_files(lambda n: [out.with_stem(out.stem + n)], overwrite=not new) as [path]:
             write_checkpoint({"state_dict": state, "global_step": self.step, "ldm": facts}, path)
         return path
@@ -177,7 +161,7 @@ def load_snapshot_run(ckpt: str) -> SnapshotRun:
 
 def measure_lengths(
     cfg: DictConfig,
-    options: dict[str, str | None],
+    options: TextOptions,
     run: SnapshotRun,
     lengths: list[float],
     out: Path,
@@ -199,9 +183,9 @@ def measure_lengths(
             print(f"length={label}", flush=True)
         measuring = source
         if length is not None:
-            average = run.average(length)
-            load_module_state(source.network, average.state, what=str(run.path))
-            facts = {**average.facts, "digest": hash_module(source.network)}
+            state, facts = run.average(length)
+            load_module_state(source.network, state, what=str(run.path))
+            facts["digest"] = hash_module(source.network)
             measuring = replace(
                 source, facts=lambda cfg, facts=facts: describe_average(source.facts(cfg), facts)
             )
@@ -214,9 +198,11 @@ def measure_lengths(
             points.append({**results, "own": own})
     if not first:
         return
-    best = find_best_point(points, metric)
-    average = run.average(best["phema"]["length"])
-    out = run.save(average, out, {"metric": metric, "value": best["metrics"][metric]}, new=new)
+    sign = 1 if infer_metric_direction(metric) == "minimize" else -1  # of equal ones the shortest
+    best = min(points, key=lambda point: sign * point["metrics"][metric])
+    state, facts = run.average(best["phema"]["length"])
+    facts |= {"metric": metric, "value": best["metrics"][metric]}
+    out = run.save(state, facts, out, new=new)
     written = write_curve(points, run.home, metric=metric)
     print(f"{format_curve_table(points, metric=metric)}\n{format_verdict(points, best, metric)}")
     print("  ".join(map(str, [*written, out])))
@@ -242,12 +228,6 @@ def choose_metric(metric: str | None, metrics: dict[str, float]) -> str:
     return name
 
 
-def find_best_point(points: list[dict], metric: str) -> dict:
-    """Returns the point with the best value; of equal ones the shortest length."""
-    sign = 1 if infer_metric_direction(metric) == "minimize" else -1
-    return min(points, key=lambda point: sign * point["metrics"][metric])
-
-
 def format_verdict(points: list[dict], best: dict, metric: str) -> str:
     """Returns the best length in words, with a hint where all are equal or it is at an end."""
     text = f"best: length={best['varied']['length']}, {metric} {best['metrics'][metric]:.4g}"
@@ -259,6 +239,8 @@ def format_verdict(points: list[dict], best: dict, metric: str) -> str:
         text += "; it is the last of those tried, and others beyond it may be better"
     return text
 
+
+main = command("phema", texts=PHEMA_TEXT_OPTIONS, resumable=True)(synthesize_ema)
 
 if __name__ == "__main__":
     main()

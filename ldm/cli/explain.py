@@ -24,10 +24,7 @@ def main(cfg: DictConfig, options: dict[str, str | None]) -> None:
 
 
 def draw_explain_figures(cfg: DictConfig, options: dict[str, str | None]) -> Path:
-    """Draws all figures of `ckpt`, or of the newest run; returns their folder.
-
-    It is `out`, with a number where that holds such figures already.
-    """
+    """Draws all figures of `ckpt` or the newest run; returns their folder, `out` or a new one."""
     if options["ckpt"] is None:
         options["ckpt"] = str(find_newest_run(Path("runs")))
         print(f"ckpt={options['ckpt']}, the newest finished run")

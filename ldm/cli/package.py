@@ -88,8 +88,7 @@ def format_model_card(name: str, training: str, folder: Path, figures: dict[str,
 def package_autoencoder(run: Path, out: Path, *, scenes: int) -> dict[str, float]:
     """Writes the autoencoder of a run to `out`; returns figures of the stored one.
 
-    They are those of `measure_scene_reconstruction`, and psnr_<name>_db for each folder of data.val
-    after the first, which is the drawn world's.
+    psnr_<name>_db is of each folder of data.val after the first, which is the drawn world's.
     """
     import torch
 
@@ -123,11 +122,7 @@ def package_autoencoder(run: Path, out: Path, *, scenes: int) -> dict[str, float
 def measure_scene_reconstruction(
     autoencoder, indices: Sequence[int], *, size: int
 ) -> dict[str, float]:
-    """Returns how well held-out scenes survive encoding and decoding.
-
-    psnr_scenes_db is the mean over images, in dB; reader_whole_scene is the share, in [0, 1], that
-    is read right afterwards.
-    """
+    """Returns the mean PSNR of held-out scenes in dB, and the share in [0, 1] read right."""
     import torch
 
     from ldm.data.scenes.draw import draw_scene
@@ -162,10 +157,7 @@ def compute_psnr(restored, images) -> float:
 
 
 def package_clip(run: Path, out: Path, *, scenes: int) -> dict[str, float]:
-    """Writes the CLIP of a run to `out`; returns its recall at 1 among 250 held-out scenes.
-
-    Also its recall among 10 scenes that the same words describe, with another seed than training.
-    """
+    """Writes the CLIP of a run to `out`; returns its recall at 1 among held-out scenes."""
     from safetensors.torch import load_file, save_file
 
     from ldm.data.scenes.world import sample_scene
@@ -194,10 +186,7 @@ def package_clip(run: Path, out: Path, *, scenes: int) -> dict[str, float]:
 
 
 def measure_caption_recall(clip, groups: Sequence[Sequence]) -> float:
-    """Returns the mean share in [0, 1] of scenes whose own caption is the nearest in their group.
-
-    groups: of scenes, each with the random generator that draws and describes it.
-    """
+    """Returns the share in [0, 1] of scenes whose own caption is the nearest in their group."""
     import torch
     from tqdm import tqdm
 

@@ -122,10 +122,7 @@ class SnapshotRun:
         return state, {**facts, "snapshots": len(profiles), "misfit": mixture.misfit}
 
     def save(self, state: dict, facts: dict, out: Path, *, new: bool) -> Path:
-        """Writes a checkpoint for sampling and evaluation that no run resumes; returns its path.
-
-        new: it replaces no file; its name gets a number where `out` exists.
-        """
+        """Writes a checkpoint that no run resumes; `new`: under a name that no file has."""
         from ldm.utils.checkpoint_file import write_checkpoint
 
         if get_launcher_rank() != 0:

@@ -39,9 +39,8 @@ def compute_real_features(
 ) -> dict[str, Tensor]:
     """Returns float32 tables (len(indices), D) by network, of the images at these shuffled indices.
 
-    dataset: of a validation: centre crops, `size` pixels wide. `cache` has a file for each network,
-    data set, indices and size, and the pieces of incomplete tables. A damaged file is made again
-    with a warning.
+    dataset: of a validation, with centre crops of `size` pixels. cache: a folder for the tables and
+    the pieces of incomplete ones; a damaged file is made again with a warning.
     """
     tables, missing, files = {}, [], {}
     for network in networks:

@@ -38,9 +38,8 @@ def compare_runs(
 ) -> str:
     """Writes the ranking of these runs into `out`; returns the table and the names of the files.
 
-    A run with damaged files is left out, and so are damaged samples; a line says why.
-    Raises ValueError if no run can be read or has logged the metric, and unless `overwrite` if a
-    file in `out` has the name of one of ours and is none.
+    A run with damaged files is left out, and so are damaged samples; a line says why. overwrite:
+    also files that are none of a report's.
     """
     if not overwrite:
         check_report_files(out)
@@ -111,10 +110,7 @@ def _is_report_image(path: Path) -> bool:
 
 
 def _draw_quality_curves(runs: Sequence[RunRecord], out: Path) -> tuple[list[str], list[str]]:
-    """Draws the curves of ldm.evaluate, those of a name in one plot; returns files and notes.
-
-    Of runs that were measured in different ways, the largest group is drawn.
-    """
+    """Draws the curves of each name in one plot, of runs measured alike; returns files, notes."""
     from ldm.experiments.plots import plot_quality_curve, render_figure
     from ldm.utils.images import save_png
 

@@ -43,8 +43,8 @@ _KINDS = tuple(product(SHAPES, OBJECT_RADIUS, STYLES))
 class SceneReading:
     """The content of an image: objects from left (or top) on, and None for what is unknown.
 
-    `relation` is the first object's to the second, "left of" or "above", where there are two.
-    `places` are the objects' centres (row, column), of READER_SIZE; they are not compared.
+    relation: of the first object to the second, "left of" or "above", if there are two. places:
+    centres of the objects (row, column), of READER_SIZE; they are not compared.
     """
 
     objects: tuple[SceneObject, ...]

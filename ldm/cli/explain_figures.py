@@ -13,18 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm.data.scenes import world
 from ldm.data.scenes.draw import draw_scene
-from ldm.data.scenes.world import (
-    BACKGROUNDS,
-    COLOURS,
-    OBJECT_RADIUS,
-    SHAPES,
-    STYLES,
-    Scene,
-    SceneObject,
-    caption,
-    sample_scene,
-)
 from ldm.diffusion.conditioning import Conditioning
 from ldm.diffusion.guidance.base import ConditionalDenoiser, Denoise
 from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
@@ -47,19 +37,19 @@ NUM_WORDINGS = 8  # wordings of a caption, averaged
 NUM_NEAREST_WORDS = 5  # words next to a difference
 
 # The first image of each pair, and what changes in the second.
-BASE_SCENE = Scene(
-    (SceneObject("circle", "red", "large"), SceneObject("cross", "yellow", "large")),
+BASE_SCENE = world.Scene(
+    (world.SceneObject("circle", "red", "large"), world.SceneObject("cross", "yellow", "large")),
     relation="left of",
     background="black",
     style="flat",
 )
 SCENE_CHANGES = {"colour": "green", "shape": "square", "background": "teal", "style": "striped"}
 SCENE_VOCABULARY = {
-    "colour": COLOURS,
-    "shape": SHAPES,
-    "size": OBJECT_RADIUS,
-    "background": BACKGROUNDS,
-    "style": STYLES,
+    "colour": world.COLOURS,
+    "shape": world.SHAPES,
+    "size": world.OBJECT_RADIUS,
+    "background": world.BACKGROUNDS,
+    "style": world.STYLES,
 }
 
 
@@ -249,11 +239,11 @@ def plot_clip_space(clip: Clip) -> Image.Image:
 
 def render_scene(index: int, size: int) -> tuple[Tensor, str]:
     """Returns a drawn scene (3, size, size) in [-1, 1], and its caption."""
-    drawn, rng = sample_scene(index, split="train")
-    return from_uint8(draw_scene(drawn, size, rng)), caption(drawn, rng)
+    drawn, rng = world.sample_scene(index, split="train")
+    return from_uint8(draw_scene(drawn, size, rng)), world.caption(drawn, rng)
 
 
-def _change_scene(name: str, value: str) -> Scene:
+def _change_scene(name: str, value: str) -> world.Scene:
     """Returns BASE_SCENE with one change; colour, shape and size are the first object's."""
     if name in ("background", "style"):
         return replace(BASE_SCENE, **{name: value})
@@ -264,8 +254,8 @@ def _change_scene(name: str, value: str) -> Scene:
 def _compute_word_directions(clip: Clip) -> dict[str, Tensor]:
     """Returns how each word of the world moves the vector (P,) of BASE_SCENE's caption."""
 
-    def embed(drawn: Scene) -> Tensor:
-        wordings = [caption(drawn, np.random.default_rng(i)) for i in range(NUM_WORDINGS)]
+    def embed(drawn: world.Scene) -> Tensor:
+        wordings = [world.caption(drawn, np.random.default_rng(i)) for i in range(NUM_WORDINGS)]
         return clip.encode_texts(wordings).mean(0)
 
     base = embed(BASE_SCENE)

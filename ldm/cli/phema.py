@@ -11,12 +11,7 @@ from ldm.cli.evaluate import measure_point
 from ldm.config.command_line import TextOptions, command, require_option
 from ldm.config.ranges import EMA_LENGTH_RANGE
 from ldm.config.sample_options import check_checkpoints_and_device
-from ldm.experiments.curves import (
-    check_curve_files,
-    format_curve_table,
-    select_distance_metric,
-    write_curve,
-)
+from ldm.experiments import curves
 from ldm.experiments.run_dir import get_launcher_rank, infer_metric_direction, parse_number
 from ldm.utils.errors import UsageError, suggest_nearest
 from ldm.utils.files import check_path_length, reserve_files, resolve_path
@@ -45,7 +40,7 @@ def synthesize_ema(cfg: DictConfig, options: TextOptions) -> None:
         return
     if not cfg.overwrite:
         try:
-            check_curve_files([{"varied": {"length": None}}], run.home)
+            curves.check_curve_files([{"varied": {"length": None}}], run.home)
         except ValueError as error:
             raise UsageError(f"{error}: move it, or give overwrite=true") from error
     measure_lengths(cfg, options, run, lengths, out, new=new)
@@ -200,8 +195,9 @@ def measure_lengths(
     state, facts = run.average(best["phema"]["length"])
     facts |= {"metric": metric, "value": best["metrics"][metric]}
     out = run.save(state, facts, out, new=new)
-    written = write_curve(points, run.home, metric=metric)
-    print(f"{format_curve_table(points, metric=metric)}\n{format_verdict(points, best, metric)}")
+    written = curves.write_curve(points, run.home, metric=metric)
+    print(curves.format_curve_table(points, metric=metric))
+    print(format_verdict(points, best, metric))
     print("  ".join(map(str, [*written, out])))
     for pieces in waiting:
         shutil.rmtree(pieces, ignore_errors=True)
@@ -217,7 +213,7 @@ def choose_metric(metric: str | None, metrics: dict[str, float]) -> str:
     """Returns the metric that decides; UsageError where it is not measured."""
     if metric is None:
         first, *others = PREFERRED_METRICS
-        names = [first, select_distance_metric(metrics), *others, *metrics]
+        names = [first, curves.select_distance_metric(metrics), *others, *metrics]
         return next(name for name in names if name in metrics)
     if (name := metric.removeprefix("val/")) not in metrics:
         near = suggest_nearest(name, metrics)

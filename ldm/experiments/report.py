@@ -5,19 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from ldm.experiments import ranking
 from ldm.experiments.curves import make_comparison_key, read_curves
-from ldm.experiments.ranking import (
-    RunRecord,
-    build_ranking_table,
-    collect_logged_metrics,
-    format_csv_table,
-    format_markdown_table,
-    list_ranking_caveats,
-    rank_runs,
-    read_run_record,
-    select_ranking_metrics,
-    shorten_run_names,
-)
 from ldm.experiments.run_dir import infer_metric_direction
 from ldm.utils.errors import suggest_nearest
 from ldm.utils.files import write_text
@@ -46,34 +35,36 @@ def compare_runs(
     runs, notes = [], []
     for directory in directories:
         try:
-            runs.append(read_run_record(directory))
+            runs.append(ranking.read_run_record(directory))
         except (ValueError, OSError) as error:
             notes.append(f"{directory} is left out: {error}")
     if not runs:
         raise ValueError("; ".join(notes))
     metric = metric or _most_common_metric(runs)
-    logged = collect_logged_metrics(runs)
+    logged = ranking.collect_logged_metrics(runs)
     if logged and metric not in logged:
         near = suggest_nearest(metric, logged)
         raise ValueError(f"metric={metric} was not logged by any of {len(runs)} runs{near}")
     if (direction := direction or infer_metric_direction(metric)) not in ("minimize", "maximize"):
         raise ValueError(f"direction={direction} is neither minimize nor maximize")
-    runs = rank_runs(runs, metric, direction=direction)
+    runs = ranking.rank_runs(runs, metric, direction=direction)
     title = f"{len(runs)} run{'s' * (len(runs) > 1)} by {metric} ({direction})"
-    table = format_markdown_table(*build_ranking_table(runs, metric))
-    notes += list_ranking_caveats(runs, metric)
+    table = ranking.format_markdown_table(*ranking.build_ranking_table(runs, metric))
+    notes += ranking.list_ranking_caveats(runs, metric)
     errors = [
         f"```\n{run.directory}: {run.result['error']}\n```" for run in runs if "error" in run.result
     ]
     out.mkdir(parents=True, exist_ok=True)
     page = "\n\n".join([f"# {title}", table, *notes, *errors])
     write_text(out / "ranking.md", escape_control_characters(page, keep="\n\t") + "\n")
-    columns, rows = build_ranking_table(runs, metric, constant=True)
+    columns, rows = ranking.build_ranking_table(runs, metric, constant=True)
     rows = [
         [*row, str(run.directory), run.result.get("error")]
         for row, run in zip(rows, runs, strict=True)
     ]
-    write_text(out / "ranking.csv", format_csv_table([*columns, "directory", "error"], rows))
+    write_text(
+        out / "ranking.csv", ranking.format_csv_table([*columns, "directory", "error"], rows)
+    )
     quality, quality_notes = _draw_quality_curves(runs, out)
     images, image_notes = _draw_curves_and_samples(runs, metric, direction, out)
     written = ["ranking.md", "ranking.csv", *images, *quality]
@@ -82,7 +73,7 @@ def compare_runs(
     return "\n".join([f"\n{title}\n\n{table}\n", *lines, files])
 
 
-def _most_common_metric(runs: Sequence[RunRecord]) -> str:
+def _most_common_metric(runs: Sequence[ranking.RunRecord]) -> str:
     metrics = [run.config.get("metric") for run in runs]
     counts = Counter(metric for metric in metrics if isinstance(metric, str))
     return counts.most_common(1)[0][0] if counts else "val/loss"
@@ -109,13 +100,15 @@ def _is_report_image(path: Path) -> bool:
         return False
 
 
-def _draw_quality_curves(runs: Sequence[RunRecord], out: Path) -> tuple[list[str], list[str]]:
+def _draw_quality_curves(
+    runs: Sequence[ranking.RunRecord], out: Path
+) -> tuple[list[str], list[str]]:
     """Draws the curves of each name in one plot, of runs measured alike; returns files, notes."""
     from ldm.experiments.plots import plot_quality_curve, render_figure
     from ldm.utils.images import save_png
 
     files, notes, curves = [], [], {}
-    for run, name in zip(runs, shorten_run_names(runs), strict=True):
+    for run, name in zip(runs, ranking.shorten_run_names(runs), strict=True):
         try:
             curves[name] = read_curves(run.directory)
         except ValueError as error:
@@ -138,16 +131,16 @@ def _draw_quality_curves(runs: Sequence[RunRecord], out: Path) -> tuple[list[str
 
 
 def _draw_curves_and_samples(
-    runs: Sequence[RunRecord], metric: str, direction: str, out: Path
+    runs: Sequence[ranking.RunRecord], metric: str, direction: str, out: Path
 ) -> tuple[list[str], list[str]]:
     """Draws curves.png and samples.png if there is anything to draw; returns files and notes."""
     from ldm.experiments.plots import draw_sample_page, plot_metric_curves
     from ldm.utils.images import save_png
 
-    files, notes, names = [], [], shorten_run_names(runs)
+    files, notes, names = [], [], ranking.shorten_run_names(runs)
     panels = {
         key: [(n, run.curve(key)) for n, run in zip(names, runs, strict=True) if run.curve(key)]
-        for key in dict.fromkeys([metric, *select_ranking_metrics(runs)])
+        for key in dict.fromkeys([metric, *ranking.select_ranking_metrics(runs)])
     }
     if panels := {key: lines for key, lines in panels.items() if lines}:
         save_png(plot_metric_curves(panels), out / "curves.png", {"runs": names})
@@ -176,12 +169,12 @@ def _draw_curves_and_samples(
     return files, notes
 
 
-def _format_run_title(run: RunRecord, metric: str) -> str:
+def _format_run_title(run: ranking.RunRecord, metric: str) -> str:
     value = run.last_value(metric)
     return f"{'unknown' if value is None else f'{value:.4g}'}, {run.state} after {run.step} steps"
 
 
-def _read_samples(run: RunRecord) -> tuple[tuple[str, ...], list]:
+def _read_samples(run: ranking.RunRecord) -> tuple[tuple[str, ...], list]:
     """Returns what the newest sample file of a run shows, and its images; both may be empty."""
     from ldm.utils.images import load_png, split_image_grid
 

@@ -1,8 +1,4 @@
-"""Timesteps of training: at which t in (0, 1] the images of a batch are trained.
-
-A distribution gives t as a function of a uniform number u, its quantile function; `Uniforms` draws
-the u of each image. Every t depends on the run's seed and the image's position alone.
-"""
+"""Timesteps of training: quantile functions give t in (0, 1] of uniform numbers, one per image."""
 
 from collections.abc import Callable
 from hashlib import blake2b
@@ -22,12 +18,10 @@ TREE_LEVELS = 8  # per digest: 255 nodes of a binary tree in its 512 bits
 class Uniforms:
     """One number in [0, 1) per image, each with uniform distribution, spread over a batch.
 
-    `independent`: no spread. `stratified`: the `batch` images of an optimizer step, on all devices
-    together, have one of `batch` equal intervals each, in a new random order at each step.
-    `sobol`: image i has the i-th number of a low-discrepancy sequence (Sobol 1967, whose first
-    dimension is van der Corput's: the bits of i, mirrored), scrambled by the seed (Owen 1995). Any
-    2^k positions from a multiple of 2^k on have one of 2^k equal intervals each: also the steps of
-    a run complement one another.
+    spread: `independent`; `stratified`, the `batch` images of an optimizer step, on all devices
+    together, have one of `batch` equal intervals each; `sobol`, image i has the i-th number of a
+    low-discrepancy sequence (Sobol 1967, the bits of i mirrored), scrambled by the seed (Owen
+    1995), so that any 2^k positions from a multiple of 2^k on have one of 2^k equal intervals each.
     """
 
     def __init__(self, *, spread: str = "independent", batch: int | None = None) -> None:
@@ -71,8 +65,7 @@ class Uniforms:
 def owen_scramble(position: int, *, key: str) -> int:
     """The lowest FRACTION_BITS bits of `position`, mirrored and scrambled.
 
-    Owen's nested scrambling in base 2: whether a bit is flipped is random, but the same for all
-    positions with the same lower bits, so that equal intervals are permuted and none is hit twice.
+    A bit is flipped at random, but alike for all positions with the same lower bits (Owen 1995).
     """
     mirrored = 0
     for first in range(0, FRACTION_BITS, TREE_LEVELS):
@@ -87,20 +80,14 @@ def owen_scramble(position: int, *, key: str) -> int:
 
 
 def apply_elementwise(quantile: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
-    """`quantile` of each number (B,) by itself on the CPU.
-
-    There vector instructions, which do most of a batch, round differently from those that do the
-    rest: the last digit of t would depend on an image's place in the batch.
-    """
+    """`quantile` of each number (B,), by itself on the CPU."""
+    # Vector instructions round differently from those that do the rest of a batch: the last digit
+    # of t would depend on an image's place in the batch.
     return torch.stack([quantile(each) for each in u]) if u.device.type == "cpu" else quantile(u)
 
 
 class PowerTimestepSampler(Uniforms):
-    """t in [0, 1) with density proportional to t^(power - 1).
-
-    1 is uniform (Ho et al. 2020, algorithm 1). Above 1 there are more noisy times, which decide the
-    layout of an image.
-    """
+    """t in [0, 1) with density proportional to t^(power - 1); 1 is uniform (Ho et al. 2020)."""
 
     def __init__(
         self, power: float = 1.0, *, spread: str = "independent", batch: int | None = None
@@ -116,11 +103,7 @@ class PowerTimestepSampler(Uniforms):
 
 
 class LogitNormalTimestepSampler(Uniforms):
-    """t in (0, 1) whose log(t / (1 - t)) is normal (Esser et al. 2024, section 3.1).
-
-    arXiv:2403.03206. `mean` above 0 favours noisy times; a small `std` favours those around the
-    median.
-    """
+    """t in (0, 1) whose log(t / (1 - t)) is normal (Esser et al. 2024, arXiv:2403.03206, 3.1)."""
 
     def __init__(
         self,

@@ -20,8 +20,8 @@ ROOM_LINES = {
     "evaluation": 2900,
     "experiments": 1900,
     "training": 2700,
-    "config": 2800,
-    "cli": 2200,
+    "config": 3450,
+    "cli": 1950,
 }
 ROOMS = tuple(ROOM_LINES)
 FILES = [*ROOT.glob("ldm/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]

@@ -13,9 +13,8 @@ from ldm.diffusion.guidance.base import ConditionalDenoiser
 class TiledDenoiser:
     """A denoiser of any grid out of one for `side` x `side` cells.
 
-    At each call the x0_hats of the windows are averaged, with weights that fall towards each
-    window's edge (Bar-Tal et al. 2023, MultiDiffusion, arXiv:2302.08113). Windows lie at equal
-    distances and overlap by `overlap` cells or more. A grid of one window is not cut.
+    The x0_hats of windows, which overlap by `overlap` cells or more, are averaged with weights that
+    fall towards each window's edge (Bar-Tal et al. 2023, MultiDiffusion, arXiv:2302.08113).
     """
 
     denoise: ConditionalDenoiser

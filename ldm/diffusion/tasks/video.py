@@ -17,11 +17,11 @@ from ldm.diffusion.tasks.base import Encode, Request, Start, Task
 class TextToVideo(Task):
     """A video from pure noise and a prompt; with an image, one that begins with it.
 
-    Extra channels, the same for all frames: whether the first frame is an input, then its latents
+    Extra channels, the same for all frames: 1 if the first frame is an input, then its latents
     (Blattmann et al. 2023, Stable Video Diffusion, arXiv:2311.15127, section 4.3).
     first_frame_prob: the share of training videos whose first frame is an input.
-    shared_noise: the share of the noise's variance that all frames have in common, which makes
-    frames alike (Ge et al. 2023, "Preserve Your Own Correlation", arXiv:2305.10474, section 4.1).
+    shared_noise: the share of the noise's variance that all frames have in common (Ge et al. 2023,
+    "Preserve Your Own Correlation", arXiv:2305.10474, section 4.1).
     """
 
     name = "video"

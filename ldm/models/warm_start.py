@@ -1,7 +1,4 @@
-"""Initialises a network with the weights of a smaller one.
-
-Shapes: C input channels.
-"""
+"""Initialises a network with the weights of a smaller one."""
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +43,7 @@ def warm_start(network: nn.Module, state: dict[str, Tensor], *, source: str) -> 
 
 
 def is_widened(name: str, loaded: Tensor, tensor: Tensor) -> bool:
-    """Whether the first convolution has more input channels, and the same shape otherwise."""
+    """Returns whether a first convolution has more input channels, and the same shape otherwise."""
     return (
         name.endswith(WIDENABLE_WEIGHT)
         and loaded.ndim == tensor.ndim

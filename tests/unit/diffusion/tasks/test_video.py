@@ -13,7 +13,8 @@ from ldm.diffusion.tasks.image_to_image import ImageToImage
 from ldm.diffusion.tasks.text_to_image import TextToImage
 from ldm.diffusion.tasks.video import TextToVideo
 from ldm.inference.pipeline import Pipeline
-from ldm.models.temporal import FramewiseAutoencoder, zero_module
+from ldm.models.layers import zero_module
+from ldm.models.temporal import FramewiseAutoencoder
 from ldm.models.unet import UNet
 
 FRAMES = 3

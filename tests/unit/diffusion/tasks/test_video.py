@@ -101,7 +101,7 @@ def test_a_video_starts_from_noise_and_keeps_the_first_frame():
     start = TextToVideo().start(Request(room), encode, linear(), noise=seeded)
     assert torch.equal(start.x, seeded(room))
     assert not start.concat.any()
-    assert start.project is None
+    assert start.project(start.x) is start.x
     image = picture(2)
     start = TextToVideo().start(Request(room, image), encode, linear(), noise=seeded)
     assert torch.equal(start.concat[:, 1:, 2], encode(image))

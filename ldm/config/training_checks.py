@@ -6,7 +6,6 @@ from torch import nn
 
 from ldm.data.datamodule import TextImageData
 from ldm.experiments.run_dir import get_launcher_layout
-from ldm.models.text.labels import NullTextEncoder
 from ldm.utils.errors import UsageError
 
 
@@ -80,7 +79,7 @@ def check_captions_readable(text_encoder: nn.Module, data: TextImageData) -> Non
 
     UsageError where there are none, ValueError where they hold none of its names.
     """
-    if not isinstance(text_encoder, NullTextEncoder):
+    if text_encoder.width or text_encoder.pooled_width:
         check_has_captions(data)
     if text_encoder.names:
         text_encoder(data.val_captions(64))

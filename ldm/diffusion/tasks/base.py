@@ -63,6 +63,7 @@ class Task(Protocol):
 
     def check_size(self, size: int) -> None:
         """Raises ValueError if it cannot be trained on squares of `size` pixels."""
+        return
 
     def example_inputs(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
         """The image and mask of a request, made of real images (B, 3, H, W)."""

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.cli.evaluate import format_device_name
 from ldm.config.command_line import TextOptions, command, pop_text_options, require_option
+from ldm.config.measurement import format_device_name
 from ldm.config.sample_options import check_checkpoints_and_device
 from ldm.utils.errors import UsageError
 from ldm.utils.locks import InUseError, lock_directory

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.cli.evaluate import measure_point
 from ldm.config.command_line import command, require_option
+from ldm.config.measurement import measure_point
 from ldm.config.ranges import EMA_LENGTH_RANGE
 from ldm.config.sample_options import check_checkpoints_and_device
 from ldm.experiments.curves import (

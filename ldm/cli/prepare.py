@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from ldm.config.command_line import command, require_option
-from ldm.utils.errors import UsageError
+from ldm.utils.errors import UsageError, suggest_nearest
 from ldm.utils.files import check_path_length
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ PREPARE_PATH_OPTIONS = ("images", "annotations", "out")
 
 
 def name_source(words: list[str]) -> dict:
-    """Turns the word `coco`, `folder` or `scenes` of the command line into source=..."""
-    sys.argv[1:] = [f"source={a}" if a in PREPARE_SOURCES else a for a in sys.argv[1:]]
+    """Turns a word of the command line such as `folder` into source=folder."""
+    sys.argv[1:] = [a if "=" in a or a.startswith("-") else f"source={a}" for a in sys.argv[1:]]
     return {}
 
 
@@ -27,7 +27,13 @@ def name_source(words: list[str]) -> dict:
 def main(cfg: DictConfig, paths: dict[str, str | None]) -> None:
     """Writes shards, and prints how many samples were written and skipped."""
     if cfg.source not in PREPARE_SOURCES:
-        raise UsageError(f"source={cfg.source} is none of {', '.join(PREPARE_SOURCES)}")
+        source = "" if cfg.source is None else str(cfg.source)
+        wrong = f"there is no source '{source}'" if source else "a source is needed"
+        near = suggest_nearest(source, PREPARE_SOURCES) or "."
+        raise UsageError(
+            f"{wrong}{near} Give one of {', '.join(PREPARE_SOURCES)} first: "
+            "ldm prepare folder images=DIR out=DIR"
+        )
     out = require_option(paths, "out")
     check_path_length("out", Path(out))
     prepare = prepare_scene_shards if cfg.source == "scenes" else prepare_image_shards

@@ -29,7 +29,7 @@ def main(cfg: DictConfig, options: dict[str, str | None], *, has_prompt: bool) -
     options = check_sample_options(cfg, options, has_prompt=has_prompt)
     prompts = read_prompts(options)
     ckpts = list_cascade_runs(cfg) or [require_option(options, "ckpt")]
-    check_checkpoints_and_device(cfg, *ckpts)
+    check_checkpoints_and_device(cfg, *ckpts, out=options["out"])
     print(generate_samples(cfg, ckpts, prompts, options))
 
 

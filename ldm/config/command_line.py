@@ -18,7 +18,15 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.config.suggestions import CONF_DIR, explain_hydra_error, is_config_group
+from ldm.config.help import format_help
+from ldm.config.search_path import (
+    CONF_DIR,
+    check_config_directories,
+    is_config_group,
+    list_group_options,
+    order_command_words,
+)
+from ldm.config.suggestions import explain_hydra_error
 from ldm.experiments.former_names import is_own_target, update_override
 from ldm.experiments.run_dir import get_launcher_layout, get_launcher_rank, parse_number
 from ldm.utils.errors import UsageError, program_name
@@ -79,7 +87,8 @@ def quote_override(word: str) -> str:
     key, _, value = word.partition("=")
     is_plain = re.fullmatch(r"[\w@/.+~-]+", key) and not re.search(r"[,'\"\[\]{}()$\\\t\n]", value)
     is_odd = not value.isascii() or re.search("[=~]", value)
-    return f"{key}='{value}'" if is_plain and is_odd else word
+    is_flag = word.startswith("-")
+    return f"{key}='{value}'" if is_plain and is_odd and not is_flag else word
 
 
 def configure_output_encoding() -> None:
@@ -88,23 +97,35 @@ def configure_output_encoding() -> None:
         stream.reconfigure(errors="surrogateescape")
 
 
+def prepare_command_line(config_name: str) -> None:
+    """Gives settings their names of today, and moves Hydra's flags to the front."""
+    update_former_settings()
+    try:
+        sys.argv[1:] = order_command_words(sys.argv[1:])
+    except UsageError as error:
+        exit_with_usage_error(error, config_name)
+
+
 def run_command(main: Callable[[], None], config_name: str, *, resumable: bool = False) -> None:
     """Calls a `hydra.main` function; prints a mistake of the user as one message, with a remedy.
 
     Exit code 2 for such a mistake, 130 for Ctrl-C; anything else keeps its full trace.
     """
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, not to Hydra's printer
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, not to Hydra's printer
     # On busy cores, threads that spin for work make a step ten times slower; libgomp reads this.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     configure_output_encoding()
     if HELP_FLAGS & set(sys.argv):  # its reader may leave early, as `head` does
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    update_former_settings()
-    # argparse, which Hydra uses, wants overrides in one piece: -m may stand anywhere.
-    words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
-    sys.argv[1:] = map(quote_override, words)
     warnings.formatwarning = partial(_format_warning, standard=warnings.formatwarning)
     try:
+        words = sys.argv[1:]
+        sys.argv[1:] = map(quote_override, words)
+        for line in check_config_directories() if get_launcher_rank() == 0 else ():
+            print(f"note: {line}", file=sys.stderr)
+        if {"--help", "-h"} & set(words):
+            print(format_help(config_name, words))
+            return
         for word in words:
             check_group_option(*word.partition("=")[::2])
         main()
@@ -143,6 +164,7 @@ def command(
 
     def decorate(run: Callable[..., None]) -> Callable[[], None]:
         def main() -> None:
+            prepare_command_line(name)
             words = sys.argv[1:]
             typed = pop_text_options(texts)
             more = read(words)
@@ -204,7 +226,7 @@ def remove_new_directories() -> None:
 def check_group_option(group: str, value: str) -> None:
     """UsageError for a number in place of a group's option, as in guidance=7."""
     if is_config_group(group) and value and None not in map(parse_number, value.split(",")):
-        options = ", ".join(sorted(path.stem for path in Path(CONF_DIR, group).glob("*.yaml")))
+        options = ", ".join(list_group_options(group))
         key = {"guidance": "guidance.scale", "optimizer": "optimizer.lr"}.get(group)
         meant = f"{key}={value} sets the number, and " if key else ""
         raise UsageError(f"{group}={value} is no option of {group}: {meant}there are: {options}")

@@ -15,11 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ldm.config.registry import DIFFUSION_GROUPS, validate_file_config
-from ldm.config.suggestions import CONF_DIR
+from ldm.config.search_path import CONF_DIR, list_group_options
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedules import Schedule
 from ldm.diffusion.tasks.base import Task
 from ldm.evaluation.features.base import FeatureExtractor
+from ldm.evaluation.image_metrics import ImageMetric
 from ldm.inference.components import Components
 from ldm.models.temporal import FramewiseAutoencoder
 from ldm.models.warm_start import warm_start
@@ -100,7 +101,7 @@ def build_objective(cfg: DictConfig) -> Objective:
 
 
 def build_all_schedules() -> dict[str, Schedule]:
-    """Every noise schedule of conf/scheduler, by name."""
+    """Every noise schedule of ours, by name."""
     files = sorted(Path(CONF_DIR, "scheduler").glob("*.yaml"))
     return {path.stem: instantiate(OmegaConf.load(path)) for path in files}
 
@@ -108,6 +109,17 @@ def build_all_schedules() -> dict[str, Schedule]:
 def build_feature_extractors(cfg: DictConfig) -> list[FeatureExtractor]:
     """The networks whose features images are compared by."""
     return [instantiate(network) for network in cfg.features.values()]
+
+
+def build_image_metrics(cfg: DictConfig) -> dict[str, ImageMetric]:
+    """The metrics of the group `metrics`, by name; UsageError for anything else in it."""
+    metrics = {name: instantiate(node, _convert_="all") for name, node in cfg.metrics.items()}
+    for name, metric in metrics.items():
+        lacks = [part for part in ("update", "compute", "reset") if not hasattr(metric, part)]
+        if lacks:
+            target = cfg.metrics[name]["_target_"]
+            raise UsageError(f"metrics.{name}: {target} is no metric: it has no {lacks[0]}()")
+    return metrics
 
 
 def get_autocast_dtype(precision: str | int | None) -> torch.dtype | None:
@@ -214,11 +226,11 @@ def warm_start_from_run(
 def suggest_overrides(cfg: DictConfig, group: str) -> list[str]:
     """The command-line words that give a configuration's group: the nearest option and changes."""
     have, found = OmegaConf.to_container(cfg[group]), []
-    for path in sorted(Path(CONF_DIR, group).glob("*.yaml")):
+    for name, path in list_group_options(group).items():
         option = OmegaConf.load(path)
         other = {key: value for key, value in have.items() if option.get(key, ...) != value}
         words = {k: v if isinstance(v, str) else json.dumps(v) for k, v in other.items()}
-        found.append([f"{group}={path.stem}", *(f"{group}.{k}={v}" for k, v in words.items())])
+        found.append([f"{group}={name}", *(f"{group}.{k}={v}" for k, v in words.items())])
     return min(found, key=len)
 
 

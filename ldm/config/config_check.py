@@ -23,11 +23,19 @@ from ldm.config.ranges import (
     format_invalid_value,
     format_setting_value,
 )
-from ldm.config.suggestions import format_unknown_setting, is_config_group
+from ldm.config.reserved_settings import (
+    DENOISER_SETTINGS,
+    NAMED_COMPONENT_GROUPS,
+    RESERVED_SETTINGS,
+)
+from ldm.config.search_path import is_config_group
+from ldm.config.suggestions import format_unknown_setting
 from ldm.experiments.former_names import FORMER_SETTINGS
 from ldm.experiments.run_dir import FIXED_RUN_FILES
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_no_links, check_path_length
+
+NAMED_COMPONENT_PREFIXES = tuple(f"{group}." for group in NAMED_COMPONENT_GROUPS)
 
 
 class ConfigCheckCallback(Callback):
@@ -126,9 +134,41 @@ def check_config(cfg: DictConfig, config_name: str, overrides: Iterable[str] | N
     _check_settings(settings, compose_default_config(config_name, overrides), "", config_name)
     if config_name == "train":
         check_run_name(cfg.name)
+    check_named_components(settings)
+    if "stage" in settings:
+        check_evaluation_settings(settings, overrides)
     if cfg.get("direction") not in (None, "minimize", "maximize"):
         raise UsageError(f"direction={cfg.direction} is neither minimize nor maximize")
     check_trust(settings.get("trust"))
+
+
+def check_named_components(settings: dict) -> None:
+    """UsageError for a key of `callbacks`, `metrics`, `eval` or `features` without a component."""
+    for group in NAMED_COMPONENT_GROUPS:
+        for name, node in (settings.get(group) or {}).items():
+            if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+                raise UsageError(
+                    f"{group}.{name} names no component: give "
+                    f"'+{group}.{name}._target_=mypackage.module.Class'"
+                )
+
+
+def check_evaluation_settings(settings: dict, overrides: Iterable[str]) -> None:
+    """UsageError for settings of generated images that this training does not read."""
+    stage = settings["stage"]
+    for word in overrides if stage != "diffusion" else ():
+        key, _, value = word.lstrip("+~").partition("=")
+        key = key.partition(".")[0]
+        if key in DENOISER_SETTINGS and value not in ("none", "null", "[]", ""):
+            raise UsageError(
+                f"{word}: stage={stage} trains no denoiser, and nothing of {key} is used: leave it "
+                f"out, or give {DENOISER_SETTINGS[key]}"
+            )
+    if settings.get("metrics") and stage == "diffusion" and "images" not in settings["eval"]:
+        raise UsageError(
+            f"metrics={','.join(settings['metrics'])} are of the images of eval=fast or eval=full: "
+            "add one, as in eval=fast or eval='[scenes,fast]'"
+        )
 
 
 def check_trust(trust: object) -> None:
@@ -174,7 +214,9 @@ def _check_settings(
         name, usual = f"{prefix}{key}", default.get(key, ...)
         if ours and (today := FORMER_SETTINGS.get(name)):  # in a file of the user's
             raise UsageError(f"the setting {name} is called {today} now")
-        if usual is ... and "_target_" not in default:
+        if remedy := RESERVED_SETTINGS.get(name):
+            raise UsageError(f"{name} is set by the run itself: {remedy}")
+        if usual is ... and "_target_" not in default and prefix not in NAMED_COMPONENT_PREFIXES:
             raise UsageError(format_unknown_setting(name, config_name))
         if isinstance(usual, dict) and usual:
             if not isinstance(value, dict):

@@ -14,14 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from ldm.config.command_line import TextOptions
-from ldm.config.components import build_feature_extractors
+from ldm.config.components import build_feature_extractors, build_image_metrics
 from ldm.config.pipeline import (
     check_text_to_image,
     get_sampling_settings,
     load_pipeline,
     replace_sampling,
 )
-from ldm.config.suggestions import CONF_DIR
+from ldm.config.search_path import list_group_options
 from ldm.config.training_images import SCENES_TARGET, open_run_images
 from ldm.data.dataset import TextImageDataset
 from ldm.data.shards.cache import ShardCache
@@ -69,7 +69,7 @@ def build_evaluation_source(
     Raises UsageError where there is nothing to compare with or nothing to measure, ValueError and
     OSError for bad files.
     """
-    if kind != "run" and not cfg.features:
+    if kind != "run" and not cfg.features and not cfg.metrics:
         raise UsageError("features=none leaves nothing to measure: give features='[clip]'")
     networks = build_feature_extractors(cfg)  # missing weights are reported first
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -128,13 +128,13 @@ def build_run_source(
     drawn = loaded.data.get("_target_") == SCENES_TARGET
     scenes = build_scene_accuracy(cfg) if cfg.scenes or (cfg.scenes is None and drawn) else None
     quality = real = others = None
-    if options["data"] is None and networks:
+    if options["data"] is None and (networks or cfg.metrics):
         real, others = open_run_images(loaded, size)
     try:
-        if networks:
+        if networks or cfg.metrics:
             quality = build_quality(cfg, options, networks, size=size, real=real, others=others)
     except TooFewImagesError as error:
-        if scenes is None:
+        if scenes is None or cfg.metrics:
             raise
         print_on_first_rank(f"scene accuracy alone, no distances: {error}")
     if scenes is None and quality is None:
@@ -296,6 +296,7 @@ def build_quality(
         at_most=cfg.real,
         batch=cfg.batch,
         has_captions=has_captions,
+        metrics=build_image_metrics(cfg),
     )
 
 
@@ -309,7 +310,7 @@ def open_real_images(
             f"{name} is needed: give {name}=DIR, shards of real images with captions, as "
             "`python -m ldm.prepare` writes them"
         )
-    if not resolve_path(place).exists() and Path(CONF_DIR, "data", f"{place}.yaml").is_file():
+    if place in list_group_options("data") and not resolve_path(place).exists():
         raise UsageError(
             f"{name}={place}: that is an option of train.py; here {name} is a folder with "
             f"shards of real images, such as {name}=data/coco/val"

@@ -110,8 +110,11 @@ AMOUNT = NumberRule("[0, inf)")  # however large: a bound that is never reached
 # The width of an EMA, as a share of the run; at most all steps alike.
 EMA_LENGTH_RANGE = NumberRule(f"(0, {12**-0.5}]")
 
+STAGES = tuple(map(ExactRule, ("diffusion", "autoencoder", "clip", "classifier")))
+
 # A rule, or several of which one is enough, and the settings that it is for.
 RULES: tuple[tuple[NumberRule | ListRule | ExactRule | SettingRule, str], ...] = (
+    (STAGES, "stage"),
     # Counts.
     (POSITIVE, "n, top, most, limit, phema.every, checkpoint.every, checkpoint.keep"),
     (POSITIVE, "data.count, data.val_count, data.window, data.group, data.family, data.val_limit"),

@@ -17,7 +17,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.ranges import format_invalid_value
-from ldm.config.suggestions import CONF_DIR
+from ldm.config.search_path import CONF_DIR
 from ldm.experiments.former_names import update_names
 from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.plain_yaml import parse_plain_mapping

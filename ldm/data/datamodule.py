@@ -167,10 +167,7 @@ class TextImageData(L.LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Converts bytes on the device to (B, 3, S, S) or (B, 3, F, S, S) in [-1, 1].
-
-        Raises TooManySkippedError, see `BadSampleCounter`.
-        """
+        """Converts bytes on the device to (B, 3, S, S) or (B, 3, F, S, S) in [-1, 1]."""
         is_training = self.trainer is not None and self.trainer.training
         skips = self.train_skips if is_training else self.val_skips
         skips.add(len(batch["key"]), batch["skipped"])
@@ -186,10 +183,7 @@ class SignalSafeDataLoader(DataLoader):
 
 
 class FixedLengthLoader:
-    """An endless loader with the length of the run, in batches: one Lightning epoch.
-
-    Because it has a length, Lightning does not fetch a batch ahead that it will not train on.
-    """
+    """An endless loader with a length, so that Lightning fetches no batch that it does not use."""
 
     def __init__(self, loader: DataLoader, length: int) -> None:
         self.loader = loader

@@ -46,19 +46,13 @@ def read_image_bytes(path: str | Path) -> bytes:
 
 
 def read_image(source: bytes | str | Path) -> Image.Image:
-    """Returns the first frame of encoded bytes or a file, upright, in sRGB, on white.
-
-    Raises ImageError with the reason; it checks size and format before it decodes any pixel.
-    """
+    """Returns the first frame, upright, in sRGB, on white; raises ImageError with the reason."""
     data = source if isinstance(source, bytes) else read_image_bytes(source)
     return _decode_image(data, background="white")
 
 
 def read_frames(data: bytes, frames: int) -> Iterator[Image.Image]:
-    """Yields `frames` images of an animation (WebP, GIF, PNG): first, last, and evenly between.
-
-    Each is as `read_image` returns it. Raises ImageError, also if there are fewer frames.
-    """
+    """Yields so many images of an animation (WebP, GIF, PNG): first, last, and evenly between."""
     with _open_image(data) as image:
         try:
             total = getattr(image, "n_frames", 1)
@@ -142,8 +136,7 @@ def read_square_image(path: str | Path, size: int) -> Tensor:
 def read_mask(path: str | Path, size: int, *, of: str | Path | None = None) -> Tensor:
     """Returns a mask (1, size, size) of 0 and 1 (bright) from the centre of an image of any mode.
 
-    Transparent pixels are 0. Raises ImageError for a mask that is empty or, if `of` names the image
-    that it is for, has another size.
+    of: the image that the mask is for, which must have the same size. Transparent pixels are 0.
     """
     light = _decode_image(read_image_bytes(path), background="black")
     if of is not None and (sides := read_image(of).size) != light.size:
@@ -238,10 +231,7 @@ def _to_eight_bits(image: Image.Image, transparent: int | None) -> Image.Image:
 
 
 def _find_transparent_level(image: Image.Image) -> int | tuple[int, ...] | None:
-    """Returns the transparent level or color of a PNG of 2, 4 or 16 bits, as Pillow decodes it.
-
-    It must be called before pixels are decoded.
-    """
+    """Returns the transparent level of a PNG of 2, 4 or 16 bits; it must not be decoded yet."""
     level = image.info.get("transparency")
     if image.format != "PNG" or level is None or not image.tile:
         return None

@@ -113,7 +113,7 @@ def update_names(config: dict, prefix: str = "") -> dict:
 
 
 def is_own_target(target: object) -> bool:
-    """Whether a target is a user's own, whose settings never had other names."""
+    """Returns whether a target is a user's own, whose settings never had other names."""
     return isinstance(target, str) and not target.startswith("ldm.")
 
 

@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from ldm.experiments.curves import make_comparison_key, read_curves
@@ -98,16 +97,17 @@ def check_report_files(out: Path) -> None:
                 if not re.match(pattern, file.readline(200)):
                     raise ValueError(f"{path} {FOREIGN_FILE_MESSAGE}")
     for path in [out / "curves.png", out / "samples.png", *out.glob("quality_*.png")]:
-        if path.is_file() and "runs" not in _read_png_facts(path):
+        if path.is_file() and not _is_report_image(path):
             raise ValueError(f"{path} {FOREIGN_FILE_MESSAGE}")
 
 
-def _read_png_facts(path: Path) -> dict:
+def _is_report_image(path: Path) -> bool:
     from ldm.utils.images import load_png
 
-    with suppress(ValueError):
-        return load_png(path)[1]
-    return {}
+    try:
+        return "runs" in load_png(path)[1]
+    except ValueError:
+        return False
 
 
 def _draw_quality_curves(runs: Sequence[RunRecord], out: Path) -> tuple[list[str], list[str]]:
@@ -115,7 +115,7 @@ def _draw_quality_curves(runs: Sequence[RunRecord], out: Path) -> tuple[list[str
 
     Of runs that were measured in different ways, the largest group is drawn.
     """
-    from ldm.experiments.plots import render_quality_curve
+    from ldm.experiments.plots import plot_quality_curve, render_figure
     from ldm.utils.images import save_png
 
     files, notes, curves = [], [], {}
@@ -133,7 +133,8 @@ def _draw_quality_curves(runs: Sequence[RunRecord], out: Path) -> tuple[list[str
             note += f"; {', '.join(others)}: of other images, networks or settings"
         if len(lines) > 1:
             files.append(f"{stem.replace('curve', 'quality', 1)}.png")
-            save_png(render_quality_curve(lines), out / files[-1], {"runs": list(lines)})
+            figure = render_figure(plot_quality_curve(lines))
+            save_png(figure, out / files[-1], {"runs": list(lines)})
             notes.append(f"{files[-1]}: {note}")
         elif others:
             notes.append(f"not in one plot: {note}")

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.data import image_decoding
-from ldm.inference.pipeline import Pipeline, format_image_size
+from ldm.inference.image_size import format_image_size, parse_image_size
+from ldm.inference.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -100,18 +101,6 @@ def prefix_file_errors(option: str, file: str) -> Iterator[None]:
     except (OSError, image_decoding.ImageError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"{option}={file}: {why}") from error
-
-
-def parse_image_size(size: int | Sequence[int], grid: int) -> tuple[int, int]:
-    """Height and width; ValueError, with the next size that fits, unless multiples of `grid`."""
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if any(side % grid for side in sides):
-        next_size = format_image_size(tuple(-(-side // grid) * grid for side in sides))
-        raise ValueError(
-            f"size={format_image_size(sides)}: this run generates multiples of {grid}: "
-            f"size={next_size}"
-        )
-    return sides
 
 
 def prepare_upscaling_inputs(pipeline: Pipeline, images: Tensor) -> PipelineInputs:

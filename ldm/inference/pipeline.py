@@ -17,6 +17,7 @@ from ldm.diffusion.samplers.repaint import RePaintSampler
 from ldm.diffusion.samplers.tiled import TiledDenoiser
 from ldm.diffusion.tasks.base import Request
 from ldm.inference.components import Components
+from ldm.inference.image_size import format_image_size
 from ldm.inference.prompts import parse_prompt
 from ldm.utils.errors import format_program
 
@@ -257,8 +258,3 @@ class Pipeline:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
-
-
-def format_image_size(size: tuple[int, int]) -> str:
-    """A size as a user writes it: one number for a square."""
-    return str(size[0]) if size[0] == size[1] else f"[{size[0]},{size[1]}]"

@@ -24,7 +24,7 @@ from ldm.training.callbacks.nonfinite import (
     find_non_finite_metrics,
     format_last_good_checkpoint,
 )
-from ldm.training.distributed import format_exception, record_first_error, remove_first_error
+from ldm.training.distributed import FIRST_ERROR_FILE, format_exception, record_first_error
 from ldm.utils.checkpoint_facts import read_state_dict
 from ldm.utils.checkpoint_file import (
     check_module_state,
@@ -46,12 +46,12 @@ class TrainingJob:
     resume: Path | None  # the checkpoint that it resumes from
 
     def metrics(self) -> dict[str, float]:
-        """The newest value of each logged metric."""
+        """Returns the newest value of each logged metric."""
         logged = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         return {**self.meter.latest, **logged}
 
     def outcome(self, run_dir: Path, metric: str) -> dict:
-        """The progress of the run so far, for result.json."""
+        """Returns the progress of the run so far, for result.json."""
         newest = run_dir / "checkpoints" / "last.ckpt"
         step = self.trainer.global_step
         if self.resume is not None and step < parse_checkpoint_step(self.resume):
@@ -66,7 +66,7 @@ class TrainingJob:
         }
 
     def check_end(self, run_dir: Path, metric: str) -> None:
-        """NotFiniteError where the last validation shows that the weights are ruined."""
+        """Raises NotFiniteError if the last validation shows that the weights are ruined."""
         rows = read_metrics(run_dir)  # of an earlier call, if there was nothing left to train
         values = {name: find_last_value(rows, name) for name in ("val/loss", metric)}
         values |= self.metrics()
@@ -79,7 +79,7 @@ class TrainingJob:
             )
 
     def failed(self, run_dir: Path, error: BaseException) -> tuple[str, bool]:
-        """The message of the error that ended the run, and whether this rank must report it."""
+        """Returns the error that ended the run, and whether this rank must report it."""
         if self.trainer.world_size == 1:
             return format_exception(error), True
         message, own = record_first_error(run_dir, error, rank=self.trainer.global_rank)
@@ -107,7 +107,7 @@ class TrainingJob:
             logger.finish(failed=result["status"] == "failed")
 
     def describe(self) -> str:
-        """One line: what is trained, on what, how long."""
+        """Returns one line: what is trained, on what, how long."""
         trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
         kind = "images" if self.data.frames is None else "videos"
         return (
@@ -123,7 +123,7 @@ def prepare_run_directory(run_dir: Path, module: L.LightningModule) -> Path | No
     first, resume = get_launcher_rank() == 0, find_newest_checkpoint(run_dir / "checkpoints")
     if first:
         check_writable(run_dir / "checkpoints")
-        remove_first_error(run_dir)
+        (run_dir / FIRST_ERROR_FILE).unlink(missing_ok=True)  # of an earlier call
     if resume is not None:
         state = read_state_dict(read_unverified_checkpoint(resume), resume)
         check_module_state(module, state, what=str(resume))

@@ -92,7 +92,7 @@ def lock_directory(directory: Path, *, timeout: float = LOCK_TIMEOUT) -> BinaryI
 
 
 def is_directory_locked(directory: Path) -> bool:
-    """Whether another process holds `lock_directory`.
+    """Returns whether another process holds `lock_directory`.
 
     A process that calls this for a directory that it has locked itself loses its lock.
     """

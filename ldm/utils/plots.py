@@ -222,14 +222,12 @@ def _draw_change(page: Page, x: int, y: int, change: ImageChange, width: int) ->
     bars, room = left + 100, width - (2 * FIGURE_IMAGE_SIZE + 5 * GAP) - 160
     for i, (word, cosine) in enumerate(change.words):
         top = y + i * round(NOTE_HEIGHT * 1.5)
-        right = word == change.right
-        colour = ACCENT if right else GREY
-        page.add_text(left, top, word, size=NOTE_HEIGHT, bold=right, colour=colour)
-        page.add_box(
-            bars, top + 1, max(cosine, 0) * room, NOTE_HEIGHT, colour if right else "#cccccc"
-        )
-        at = bars + max(cosine, 0) * room + GAP
-        page.add_text(at, top, f"{cosine:.2f}", size=NOTE_HEIGHT, colour=colour)
+        is_right, length = word == change.right, max(cosine, 0) * room
+        colour, bar = (ACCENT, ACCENT) if is_right else (GREY, "#cccccc")
+        page.add_text(left, top, word, size=NOTE_HEIGHT, bold=is_right, colour=colour)
+        page.add_box(bars, top + 1, length, NOTE_HEIGHT, bar)
+        number = f"{cosine:.2f}"
+        page.add_text(bars + length + GAP, top, number, size=NOTE_HEIGHT, colour=colour)
 
 
 def _blue(share: float) -> tuple[float, ...]:

@@ -81,11 +81,7 @@ def prepare_coco(
     settings: ImageSettings = _DEFAULTS,
     workers: int = 2,
 ) -> PreparationReport:
-    """Writes shards of a COCO captions file (.json or .json.gz) and its image folder.
-
-    Raises FileNotFoundError or ValueError before it writes anything if the sources are missing or
-    of another kind, or `out` holds shards of other settings.
-    """
+    """Writes shards of a COCO captions file (.json or .json.gz) and its image folder."""
     records = read_coco_records(resolve_path(images), resolve_path(annotations))
     sources = {
         "images": str(resolve_path(images).resolve()),
@@ -103,10 +99,7 @@ def prepare_folder(
     part: FolderPart = "all",
     caption_key: str = "text",
 ) -> PreparationReport:
-    """Writes shards of a folder, see `read_folder_records`; raises like `prepare_coco`.
-
-    With `frames` the files are animations (WebP, GIF, PNG); those with fewer frames are skipped.
-    """
+    """Writes shards of a folder, see `read_folder_records`."""
     records = read_folder_records(resolve_path(images), part=part, caption_key=caption_key)
     sources = {"images": str(resolve_path(images).resolve()), "part": part}
     return _write_shards(records, resolve_path(out), sources, settings, workers)

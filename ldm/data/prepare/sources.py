@@ -57,10 +57,7 @@ class ImageRecords:
 
 
 def read_coco_records(images: Path, annotations: Path) -> ImageRecords:
-    """Returns the images of a COCO captions file (.json or .json.gz), in its order.
-
-    Raises FileNotFoundError if folder, file or all images are missing, ValueError for other JSON.
-    """
+    """Returns the images of a COCO captions file (.json or .json.gz), in its order."""
     records = _open_records(images)
     coco = _read_annotations(annotations)
     rows, notes = (
@@ -89,7 +86,6 @@ def read_folder_records(
     A line of metadata.jsonl has file_name and, under `caption_key`, a caption or a list of them.
     Without that file a.txt holds the caption of a.jpg. It follows links to folders.
     part: "val" is one in ten, by a checksum of the name, so that adding an image moves no other.
-    Raises FileNotFoundError without folder or captioned image, ValueError for a bad line.
     """
     if part not in get_args(FolderPart):
         raise ValueError(f"part must be {', '.join(get_args(FolderPart))}, got '{part}'")

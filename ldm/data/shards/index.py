@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tarfile import BLOCKSIZE
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from ldm.data.captions import CaptionCount
 from ldm.data.shards.cache import ShardCache
 from ldm.data.shards.locations import ShardSource, locate_shards, redact_source
-from ldm.data.shards.parallel_scan import TAR_BLOCK_BYTES, measure_short_sides, scan_in_parallel
+from ldm.data.shards.parallel_scan import measure_short_sides, scan_in_parallel
 from ldm.data.shards.remote import RemoteShard
 from ldm.data.shards.tar_headers import SPARSE_MEMBER, ShardError
 from ldm.utils.files import replace_file, resolve_path
@@ -91,7 +92,7 @@ class ShardIndex:
 
     def locations(self, i: int) -> list[tuple[int, int]]:
         """Returns (offset, size) in bytes of sample i's image, txt and json; (0, 0) if absent."""
-        return [(block * TAR_BLOCK_BYTES, size) for block, size in self.members[i].tolist()]
+        return [(block * BLOCKSIZE, size) for block, size in self.members[i].tolist()]
 
     def shard_sizes(self) -> list[int]:
         """Returns the number of samples in each of the S shards."""
@@ -125,9 +126,7 @@ def open_index(source: ShardSource, options: ReadOptions = DEFAULT_READ_OPTIONS)
     """Returns the index of a source (see `locate_shards`), without unusable samples.
 
     It is loaded from `index.npz` in the folder of the shards (or, for other sources, in the cache),
-    or built and saved there if shards were added or changed. Empty captions give a warning.
-    Raises FileNotFoundError without any shard, ShardError for a damaged one and if no sample
-    or no caption is left, ValueError for a URL without cache.
+    or built and saved there if shards were added or changed.
     """
     paths, name, cache = locate_shards(source), redact_source(source), options.cache
     if cache is None and any(isinstance(path, RemoteShard) for path in paths):
@@ -233,23 +232,22 @@ def _load_or_build_index(
 def _build_index(
     paths: list[Path | RemoteShard], stamps: list[list[Any]], cache: ShardCache | None
 ) -> ShardIndex:
-    shard, members, keys, lengths, skipped = [], [], [], [], Counter()
-    captions, sparse = CaptionCount(), []
-    for number, scanned in enumerate(scan_in_parallel(paths, cache)):
-        keys.append(scanned.key_bytes)
-        lengths.append(scanned.key_lengths)
-        members.append(scanned.members)
-        shard.append(np.full(len(scanned.members), number, np.int32))
-        skipped.update(scanned.skipped)
-        captions.update(scanned.captions)
-        sparse += [f"{paths[number]}: '{scanned.sparse}'"] if scanned.sparse else []
+    keys, lengths, members, sparse = [], [], [], []
+    skipped, captions = Counter(), CaptionCount()
+    for path, scan in zip(paths, scan_in_parallel(paths, cache), strict=True):
+        keys.append(b"".join(scan.keys))
+        lengths.append(np.array([len(key) for key in scan.keys], np.int64))
+        members.append(scan.members)
+        skipped.update(scan.skipped)
+        captions.update(scan.captions)
+        sparse += [f"{path}: '{scan.sparse}'"] if scan.sparse else []
     return ShardIndex(
         paths=paths,
         stamps=stamps,
-        shard=np.concatenate(shard),
+        shard=np.repeat(np.arange(len(paths), dtype=np.int32), [len(part) for part in members]),
         members=np.concatenate(members),
         key_bytes=np.frombuffer(b"".join(keys), np.uint8),
-        key_ends=np.cumsum(np.concatenate(lengths), dtype=np.int64),
+        key_ends=np.cumsum(np.concatenate(lengths)),
         skipped=dict(skipped),
         captions=captions,
         sparse=sparse,

@@ -96,10 +96,7 @@ def find_urls(pattern: str) -> list[str]:
 
 
 def read_range(remote: RemoteShard, start: int, end: int) -> bytes:
-    """Returns the bytes [start, end) with 0 <= start < end <= size.
-
-    Raises RemoteError after `MAX_TRIES` tries, NoRangesError if the server supports no ranges.
-    """
+    """Returns the bytes [start, end); raises RemoteError, or NoRangesError of such a server."""
 
     def read() -> bytes:
         fs, path = _make_filesystem(remote.url)
@@ -121,10 +118,7 @@ def read_range(remote: RemoteShard, start: int, end: int) -> bytes:
 
 
 def download_shard(remote: RemoteShard, part: Path) -> None:
-    """Copies the shard to `part`, continuing an earlier call.
-
-    Raises RemoteError also if the shard has been replaced on its server.
-    """
+    """Copies the shard to `part`, continuing an earlier call; RemoteError if it was replaced."""
 
     def download_whole() -> None:
         fs, path = _make_filesystem(remote.url)

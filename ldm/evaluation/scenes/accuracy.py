@@ -24,8 +24,7 @@ class PromptAccuracy:
     """Prompts of "val" and of "unseen", and how often images generated from them are right.
 
     "val" has combinations of colour and shape that training has, "unseen" has others: `count` of
-    each, "val" first. Prompt i of either split has seed + i. `scenes`, `prompts` and `seeds` are
-    lists of `len(self)`.
+    each, "val" first. Prompt i of either split has seed + i.
     """
 
     kind: str  # the prefix of the metrics' names

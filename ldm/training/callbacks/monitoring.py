@@ -145,6 +145,16 @@ class RandomLayerSeeding(L.Callback):
         assign_image_positions(self.layers, self.seed, batch["position"])
 
 
+class StepCounter(L.Callback):
+    """Has Lightning log what callbacks of a user log in training under the optimizer step.
+
+    Lightning would take the step before, whose row is written already.
+    """
+
+    def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx) -> None:
+        module.log("step", float(trainer.global_step))
+
+
 class ProgressBar(TQDMProgressBar):
     """One bar for the whole run, with loss and speed."""
 

@@ -196,6 +196,9 @@ def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path, words, said):
         ("ldm.evaluate ckpt=x guidance=1,2,3", "guidance.scale=1,2,3 sets"),
         ("ldm.evaluate ckpt=x guidance.scale=1,nan", "guidance.scale=nan must be"),
         ("ldm.prepare scenes out=x size=null", "size=null is for image files"),
+        ("ldm.prepare foldr out=x", "there is no source 'foldr' - did you mean folder?"),
+        ("ldm.prepare", "a source is needed. Give one of coco, folder"),
+        ("ldm.evaluate --ckpt x", "--ckpt is no flag: settings are written without dashes, ckpt=x"),
         ("ldm.phema ckpt=x lengths=0.1,nan", "lengths=0.1,nan: each must be a number above 0"),
     ],
 )

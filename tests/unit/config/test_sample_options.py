@@ -1,12 +1,11 @@
 """What sample.py is asked for, before anything is loaded."""
 
-import os
 import sys
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from shell import ROOT, run
+from shell import run
 
 from ldm.config import command_line
 from ldm.config.command_line import read_prompts
@@ -140,9 +139,3 @@ def test_prompts_that_are_no_text_are_named(home):
     Path("p.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match=r"prompts=p\.txt is neither UTF-8 nor UTF-16"):
         read_prompts({"prompt": "", "prompts": "p.txt"})
-
-
-def test_help_says_what_settings_mean(tmp_path):
-    said = run(str(ROOT / "sample.py"), "--help", cwd=tmp_path)
-    assert "Settings worth knowing" in said
-    assert not os.listdir(tmp_path)

@@ -58,14 +58,13 @@ class Uniforms:
         return (strata + rand(n, generator)) / self.batch
 
     def _strata(self, generator: ImageGenerators) -> Tensor:
+        # A new order for each step: no place in a batch, and no rank, always has the same interval.
         places = [divmod(position, self.batch) for position in generator.positions]
-        orders = {step: self._order(generator, step) for step in {step for step, _ in places}}
+        stream, orders = f"{generator.stream}/strata", {}
+        for step in {step for step, _ in places}:
+            own = torch.Generator().manual_seed(derive_seed(generator.seed, step, stream=stream))
+            orders[step] = torch.randperm(self.batch, generator=own)
         return torch.stack([orders[step][place] for step, place in places])
-
-    def _order(self, generator: ImageGenerators, step: int) -> Tensor:
-        # New for each step: no place in a batch, and no rank, has the same interval at every step.
-        seed = derive_seed(generator.seed, step, stream=f"{generator.stream}/strata")
-        return torch.randperm(self.batch, generator=torch.Generator().manual_seed(seed))
 
 
 def owen_scramble(position: int, *, key: str) -> int:

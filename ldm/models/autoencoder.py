@@ -79,8 +79,7 @@ class AutoencoderKL(nn.Module):
 
         They are a sample of the posterior by `generator` (or one per image); without it, its mean.
         """
-        mean, logvar = self.posterior(images)
-        z = self.sample_posterior(mean, logvar, generator=generator)
+        z = self.sample_posterior(*self.posterior(images), generator=generator)
         return (z - self.shift[:, None, None]) * self.scale[:, None, None]
 
     def sample_posterior(self, mean: Tensor, logvar: Tensor, *, generator: Generators) -> Tensor:

@@ -114,11 +114,9 @@ class Clip(nn.Module):
     @torch.no_grad()
     def measure_whitening(self, captions: Sequence[str]) -> Whitening:
         """Returns the whitening of the pooled states of a sample of training captions."""
-        parts = [captions[first : first + 256] for first in range(0, len(captions), 256)]
-        states = [
-            self.model.text_model(self.tokenize(part).to(self.model.device)).pooler_output.cpu()
-            for part in parts
-        ]
+        batches = self.tokenize(captions).split(256)
+        encode = self.model.text_model
+        states = [encode(ids.to(self.model.device)).pooler_output.cpu() for ids in batches]
         return Whitening.from_states(torch.cat(states).float())
 
     def save(self, folder: str | Path, whitening: Whitening | None = None) -> None:

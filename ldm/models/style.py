@@ -85,8 +85,7 @@ class ClipStyleEncoder(nn.Module):
 
     def drop_style_words(self, captions: Sequence[str], shares: Tensor) -> list[str]:
         """Removes `style_words` from captions whose share, one of (B,), is below `word_dropout`."""
-        drops = (shares < self.word_dropout).tolist()
-        pairs = zip(captions, drops, strict=True)
+        pairs = zip(captions, (shares < self.word_dropout).tolist(), strict=True)
         return [self.strip_style_words(text) if drop else text for text, drop in pairs]
 
     def strip_style_words(self, caption: str) -> str:

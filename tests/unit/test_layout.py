@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[2]
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
     "utils": 1660,
-    "diffusion": 2800,
-    "models": 2650,
+    "diffusion": 2610,
+    "models": 2485,
     "data": 3800,
-    "inference": 760,
+    "inference": 710,
     "evaluation": 3000,
     "experiments": 1900,
     "training": 2700,

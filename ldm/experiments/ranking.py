@@ -89,10 +89,7 @@ def _read_node(settings: dict, key: str) -> dict:
 
 
 def find_runs(places: Iterable[Path]) -> list[Path]:
-    """Returns each place that is a run, and the runs below each that is a sweep or a folder.
-
-    Raises FileNotFoundError if a place has none.
-    """
+    """Returns each place that is a run, and the runs below each that is a sweep or a folder."""
     runs: dict[Path, None] = {}
     for place in places:
         is_run = (place / "config.yaml").is_file() or (place / "result.json").is_file()
@@ -113,8 +110,7 @@ def find_runs(places: Iterable[Path]) -> list[Path]:
 def find_run_differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     """Returns what differs between runs: a group's option, or a setting; a value for each run.
 
-    The settings of a group whose option differs are left out. A run without configuration counts
-    for nothing.
+    Settings of a group whose option differs are left out; runs without configuration do not count.
     """
     began = [bool(run.config) for run in runs]
 
@@ -126,7 +122,7 @@ def find_run_differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
         values = [run.choices.get(group, "") for run in runs]
         if differ(values):
             table[group] = values
-    flat = [dict(_iterate_leaves(run.config)) for run in runs]
+    flat = [dict(iterate_leaves(run.config)) for run in runs]
     for key in dict.fromkeys(key for settings in flat for key in settings):
         values = [str(settings.get(key, "")) for settings in flat]
         covered = any(key == group or key.startswith(f"{group}.") for group in table)
@@ -135,10 +131,11 @@ def find_run_differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     return table
 
 
-def _iterate_leaves(node: dict, prefix: str = "") -> Iterable[tuple[str, object]]:
+def iterate_leaves(node: dict, prefix: str = "") -> Iterable[tuple[str, object]]:
+    """Yields each setting with its whole name, such as model.channels."""
     for key, value in node.items():
         if isinstance(value, dict):
-            yield from _iterate_leaves(value, f"{prefix}{key}.")
+            yield from iterate_leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -214,7 +211,7 @@ def build_ranking_table(
 ) -> tuple[list[str], list[list]]:
     """Returns columns and rows, in the order of the runs: what differs, and the metrics.
 
-    Cells are text, numbers, or None where nothing is known. constant: as `select_ranking_metrics`.
+    constant: with the metrics of real images.
     """
     differ = find_run_differences(runs)
     metrics = list(dict.fromkeys([metric, *select_ranking_metrics(runs, constant=constant)]))

@@ -178,12 +178,13 @@ def test_what_cannot_be_meant_is_named(words):
 
 
 def test_classes_from_elsewhere_have_no_ranges():
+    own = ["scheduler=flow", "scheduler._target_=own_noise.schedules.PowerSchedule"]
     with initialize_config_dir(command_line.CONF_DIR, version_base="1.3"):
-        words = ["sampler._target_=own.Sampler", "sampler.eta=7", "+sampler.more=null"]
-        check_config(compose("sample", words), "sample", words)
-        words.append("sampler.eta=nan")
-        with pytest.raises(UsageError, match=r"^sampler.eta=nan must be a finite number"):
-            check_config(compose("sample", words), "sample", words)
+        words = [*own, "scheduler.shift=-7"]
+        check_config(compose("train", words), "train", words)
+        words = [*own, "scheduler.shift=nan"]
+        with pytest.raises(UsageError, match=r"^scheduler.shift=nan must be a finite number"):
+            check_config(compose("train", words), "train", words)
 
 
 @pytest.mark.parametrize(

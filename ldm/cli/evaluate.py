@@ -68,7 +68,7 @@ def format_setting(value: object) -> object:
 def format_image_table(facts: dict) -> str:
     """Returns a row for each metric: value, interval, value of real images, and of chance."""
     metrics, protocol = facts["metrics"], facts["protocol"]
-    rows = [["", "value", "95 % interval", "real", "chance"]]
+    rows = [["", "value", "95 % interval", "floor", "chance"]]
     for name, value in metrics.items():
         if name.startswith("scene_") or name.endswith(("_floor", "_real", "_chance")):
             continue
@@ -78,7 +78,7 @@ def format_image_table(facts: dict) -> str:
         rows.append([name, _format_metric(value), ends, *numbers])
     return (
         f"{format_table(rows, align='<>', widths=(18, 10, 24, 10, 10), gap='')}\n"
-        f"{protocol['painted']} images against {protocol['real']} real ones; the column real is "
+        f"{protocol['painted']} images against {protocol['real']} real ones; the column floor is "
         f"of the real images of {protocol['floor']} of these captions"
     )
 

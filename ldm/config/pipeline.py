@@ -17,8 +17,8 @@ from ldm.config.components import (
     set_component_location,
 )
 from ldm.config.guidance import build_guidance
-from ldm.config.registry import list_trusted_packages
 from ldm.config.sample_options import select_device
+from ldm.config.trust import list_trusted_packages
 from ldm.diffusion.tasks.base import Task
 from ldm.inference.pipeline import Pipeline
 from ldm.utils.checkpoint_file import CheckpointError

@@ -23,7 +23,6 @@ from ldm.config.components import (
     warm_start_from_run,
 )
 from ldm.config.guidance import build_guidance
-from ldm.config.registry import list_trusted_packages
 from ldm.config.sample_options import print_to_stderr
 from ldm.config.stages import (
     build_autoencoder_training,
@@ -36,6 +35,7 @@ from ldm.config.training_checks import (
     check_image_size,
     get_devices,
 )
+from ldm.config.trust import list_trusted_packages
 from ldm.data.datamodule import TextImageData
 from ldm.experiments.run_dir import get_launcher_rank
 from ldm.inference.components import Components

@@ -18,7 +18,12 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
-from ldm.config.command_line import USAGE_ERRORS, exit_with_usage_error, register_new_directories
+from ldm.config.command_line import (
+    USAGE_ERRORS,
+    exit_with_usage_error,
+    print_note,
+    register_new_directories,
+)
 from ldm.config.own_components import check_own_component, check_setting_names
 from ldm.config.ranges import (
     OWN_TARGET_PREFIXES,
@@ -33,6 +38,7 @@ from ldm.config.reserved_settings import (
 )
 from ldm.config.search_path import is_config_group
 from ldm.config.suggestions import format_unknown_setting
+from ldm.config.trust import check_own_packages, find_user_config_file, list_trusted_packages
 from ldm.experiments.former_names import FORMER_SETTINGS
 from ldm.experiments.run_dir import FIXED_RUN_FILES
 from ldm.utils.errors import UsageError
@@ -84,6 +90,13 @@ class ConfigCheckCallback(Callback):
                     raise UsageError(message)
             if self.command == "train":
                 check_run_directory(Path(config.hydra.run.dir))
+                settings = OmegaConf.to_container(own, resolve=True)
+                if packages := ", ".join(check_own_packages(settings)):
+                    print_note(
+                        f"this run uses components of {packages}: commands that read it need "
+                        f"trust=[{packages}], or the line `trust: [{packages}]` in "
+                        f"{find_user_config_file()}"
+                    )
             if config.hydra.output_subdir is not None and not swept:
                 register_new_directories(Path(config.hydra.run.dir))
         except USAGE_ERRORS as error:
@@ -145,7 +158,8 @@ def check_config(cfg: DictConfig, config_name: str, overrides: Iterable[str] | N
         check_evaluation_settings(settings, overrides)
     if cfg.get("direction") not in (None, "minimize", "maximize"):
         raise UsageError(f"direction={cfg.direction} is neither minimize nor maximize")
-    check_trust(settings.get("trust"))
+    if "trust" in cfg:
+        list_trusted_packages(cfg)
 
 
 def check_added_hydra_settings(config: DictConfig) -> None:
@@ -192,15 +206,6 @@ def check_evaluation_settings(settings: dict, overrides: Iterable[str]) -> None:
             f"metrics={','.join(settings['metrics'])} are of the images of eval=fast or eval=full: "
             "add one, as in eval=fast or eval='[scenes,fast]'"
         )
-
-
-def check_trust(trust: object) -> None:
-    """UsageError unless `trust` is the name of a package, or a list of such names."""
-    for name in trust if isinstance(trust, list) else [trust] if trust is not None else []:
-        if not isinstance(name, str) or not name.isidentifier():
-            whole = str(name).partition(".")[0]
-            example = whole if whole.isidentifier() and isinstance(name, str) else "mypackage"
-            raise UsageError(f"trust={name} is no name of a package: give trust=[{example}]")
 
 
 def compose_default_config(config_name: str, overrides: Iterable[str]) -> dict:

@@ -12,6 +12,12 @@ from ldm.config.ranges import OWN_TARGET_PREFIXES
 from ldm.config.search_path import CONF_DIR, is_config_group
 from ldm.utils.errors import UsageError, suggest_nearest
 
+# The groups of the components of a model.
+DIFFUSION_GROUPS = ("autoencoder", "text_encoder", "model", "scheduler", "objective", "task")
+# Groups that older files lack.
+OPTIONAL_GROUPS = ("style_encoder", "weighting", "loss", "timestep_sampler")
+CLASSIFIER_GROUPS = ("text_encoder", "scheduler", "classifier")
+COMPONENT_GROUPS = tuple(dict.fromkeys((*DIFFUSION_GROUPS, *OPTIONAL_GROUPS, *CLASSIFIER_GROUPS)))
 # Components within others that are options of a group; in older checkpoints.
 NESTED_GROUPS = {
     "objective.weighting": "weighting",

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ldm.config.command_line import convert_to_usage_errors, register_new_directories
 from ldm.config.config_check import check_config, check_run_name
+from ldm.config.search_path import list_config_dir_flags
 from ldm.experiments.former_names import former_setting
 from ldm.experiments.jobs import JobHost, SweepJob, format_job_label, hash_texts
 from ldm.experiments.run_dir import get_launcher_layout, read_last_value
@@ -63,9 +64,8 @@ class SweepPlan:
         elif name.is_sweep_override():
             raise UsageError("name cannot be swept: the jobs are named by what differs")
         self.name = str(config.name)
-        dirs = [s.path for s in self.loader.get_sources() if s.provider == "command-line"]
         own = [o for o in hydra_overrides if not o.lstrip("+~").startswith(LAUNCHER_OVERRIDES)]
-        self.flags = [*(f"--config-dir={path}" for path in dirs), *own]
+        self.flags = [*list_config_dir_flags(), *own]
         check_run_name(self.name)
         self.directory = Path("runs", self.name)
         register_new_directories(self.directory)

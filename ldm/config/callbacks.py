@@ -27,6 +27,7 @@ from ldm.training.callbacks.monitoring import (
 )
 from ldm.training.callbacks.nonfinite import NonFiniteStepSkipper
 from ldm.training.callbacks.preemption import PreemptionHandler
+from ldm.training.callbacks.resume_report import ResumeReport
 from ldm.utils.errors import UsageError
 from ldm.utils.signals import StopSignals
 
@@ -136,19 +137,23 @@ def build_callbacks(
 ) -> list[L.Callback]:
     """The callbacks of a stage among those of every run, in the order in which they are called."""
     best = {"metric": cfg.metric, "direction": cfg.direction}
-    checkpoints = Checkpoints(run_dir / "checkpoints", **cfg.checkpoint, **best, facts=facts)
+    skipper = NonFiniteStepSkipper(
+        run_dir / "bad_batches.json", monitor=monitor, stop_after=cfg.stop_after_skips
+    )
+    checkpoints = Checkpoints(
+        run_dir / "checkpoints", **cfg.checkpoint, **best, facts=facts, skipper=skipper
+    )
     stop = {"every": monitor.every, "max_hours": cfg.trainer.max_hours, "signals": signals}
     has_own = cfg.callbacks or (cfg.eval and set(cfg.eval) - OUR_EVALUATIONS)
     return [
         monitor,
         RandomLayerSeeding(cfg.seed),
         ProgressBar(monitor),
-        NonFiniteStepSkipper(
-            run_dir / "bad_batches.json", monitor=monitor, stop_after=cfg.stop_after_skips
-        ),
+        skipper,
         *([StepCounter()] if has_own else []),
         *callbacks,
         checkpoints,
+        ResumeReport(),
         PreemptionHandler(checkpoints.save_now, **stop),
         *([instantiate(cfg.early_stop)] if cfg.early_stop else []),
     ]

@@ -18,8 +18,17 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.config.help import format_help
+from ldm.config.own_components import list_replaced_settings
 from ldm.config.reserved_settings import NAMED_COMPONENT_GROUPS
-from ldm.config.suggestions import CONF_DIR, explain_hydra_error, is_config_group
+from ldm.config.search_path import (
+    CONF_DIR,
+    check_config_directories,
+    is_config_group,
+    list_group_options,
+    order_command_words,
+)
+from ldm.config.suggestions import explain_hydra_error
 from ldm.experiments.former_names import is_own_target, update_override
 from ldm.experiments.run_dir import get_launcher_layout, get_launcher_rank, parse_number
 from ldm.utils.errors import UsageError, program_name
@@ -54,25 +63,37 @@ def update_former_settings() -> None:
         updated = update_override(word)
         if updated != word and not (own and word.lstrip("+~").startswith(own)):
             sys.argv[i] = updated
-            if get_launcher_rank() == 0:
-                old, new = word.partition("=")[0], updated.partition("=")[0]
-                print(f"note: the setting {old} is called {new} now", file=sys.stderr)
+            old, new = word.partition("=")[0], updated.partition("=")[0]
+            print_note(f"the setting {old} is called {new} now")
+
+
+def print_note(text: str) -> None:
+    """Prints a note of the first process; standard output is for results."""
+    if get_launcher_rank() == 0:
+        print(f"note: {text}", file=sys.stderr)
 
 
 def pop_text_options(names: Iterable[str]) -> dict[str, str]:
-    """Removes `name=value` of these names from the command line; returns the values as typed.
+    """Removes `name=value` of these names from the command line; returns the values as typed."""
+    options, sys.argv[1:] = split_text_options(sys.argv[1:], names)
+    return options
+
+
+def split_text_options(
+    words: Sequence[str], names: Iterable[str]
+) -> tuple[dict[str, str], list[str]]:
+    """The values of `name=value` of these names, as typed, and the other words.
 
     Prompts and paths may hold any character; Hydra's grammar refuses many of them. In paths `~` is
     the home directory.
     """
     options, names = {}, set(names)
-    for word in sys.argv[1:]:
+    for word in words:
         name, equals, value = word.partition("=")
         if equals and name in names:
             convert = replace_invalid_bytes if name in FREE_TEXT_OPTIONS else os.path.expanduser
             options[name] = convert(value)
-    sys.argv[1:] = [word for word in sys.argv[1:] if word.partition("=")[0] not in options]
-    return options
+    return options, [word for word in words if word.partition("=")[0] not in options]
 
 
 def quote_override(word: str) -> str:
@@ -80,7 +101,8 @@ def quote_override(word: str) -> str:
     key, _, value = word.partition("=")
     is_plain = re.fullmatch(r"[\w@/.+~-]+", key) and not re.search(r"[,'\"\[\]{}()$\\\t\n]", value)
     is_odd = not value.isascii() or re.search("[=~]", value)
-    return f"{key}='{value}'" if is_plain and is_odd else word
+    is_flag = word.startswith("-")
+    return f"{key}='{value}'" if is_plain and is_odd and not is_flag else word
 
 
 def configure_output_encoding() -> None:
@@ -89,25 +111,40 @@ def configure_output_encoding() -> None:
         stream.reconfigure(errors="surrogateescape")
 
 
+def prepare_command_line(config_name: str) -> None:
+    """Gives settings their names of today, and moves Hydra's flags to the front."""
+    update_former_settings()
+    try:
+        sys.argv[1:] = order_command_words(sys.argv[1:])
+    except UsageError as error:
+        exit_with_usage_error(error, config_name)
+
+
 def run_command(main: Callable[[], None], config_name: str, *, resumable: bool = False) -> None:
     """Calls a `hydra.main` function; prints a mistake of the user as one message, with a remedy.
 
     Exit code 2 for such a mistake, 130 for Ctrl-C; anything else keeps its full trace.
     """
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, not to Hydra's printer
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, not to Hydra's printer
     # On busy cores, threads that spin for work make a step ten times slower; libgomp reads this.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     configure_output_encoding()
     if HELP_FLAGS & set(sys.argv):  # its reader may leave early, as `head` does
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    update_former_settings()
-    # argparse, which Hydra uses, wants overrides in one piece: -m may stand anywhere.
-    words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
-    sys.argv[1:] = map(quote_override, words)
     warnings.formatwarning = partial(_format_warning, standard=warnings.formatwarning)
     try:
+        words = sys.argv[1:]
+        sys.argv[1:] = map(quote_override, words)
+        for line in check_config_directories():
+            print_note(line)
+        if {"--help", "-h"} & set(words):
+            print(format_help(config_name, words))
+            return
         for word in words:
             check_group_option(*word.partition("=")[::2])
+        for target, keys in list_replaced_settings(words, config_name).items():
+            sys.argv += [f"~{key}" for key in keys]
+            print_note(f"{target} takes no {', '.join(keys)}: left out")
         main()
     except USAGE_ERRORS as error:
         exit_with_usage_error(error, config_name)
@@ -144,6 +181,7 @@ def command(
 
     def decorate(run: Callable[..., None]) -> Callable[[], None]:
         def main() -> None:
+            prepare_command_line(name)
             words = sys.argv[1:]
             typed = pop_text_options(texts)
             more = read(words)
@@ -202,6 +240,11 @@ def remove_new_directories() -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def forget_new_directories() -> None:
+    """Lets the noted directories stay, whatever comes."""
+    _new_directories.clear()
+
+
 def check_group_option(group: str, value: str) -> None:
     """UsageError for a number in place of a group's option, as in guidance=7, or a component."""
     if is_config_group(group) and "_target_" in value and not group.startswith("+"):
@@ -212,7 +255,7 @@ def check_group_option(group: str, value: str) -> None:
             else f"{group}={value} chooses no option: give {group}._target_=mypackage.module.Class"
         )
     if is_config_group(group) and value and None not in map(parse_number, value.split(",")):
-        options = ", ".join(sorted(path.stem for path in Path(CONF_DIR, group).glob("*.yaml")))
+        options = ", ".join(list_group_options(group))
         key = {"guidance": "guidance.scale", "optimizer": "optimizer.lr"}.get(group)
         meant = f"{key}={value} sets the number, and " if key else ""
         raise UsageError(f"{group}={value} is no option of {group}: {meant}there are: {options}")

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ldm.config.registry import DIFFUSION_GROUPS, validate_file_config
-from ldm.config.suggestions import CONF_DIR
+from ldm.config.search_path import CONF_DIR, list_group_options
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedules import Schedule
 from ldm.diffusion.tasks.base import Task
@@ -24,6 +24,7 @@ from ldm.evaluation.image_metrics import ImageMetric
 from ldm.inference.components import Components
 from ldm.models.temporal import FramewiseAutoencoder
 from ldm.models.warm_start import warm_start
+from ldm.utils.bundle_file import is_bundle, read_bundle
 from ldm.utils.checkpoint_facts import check_frozen_digests, read_checkpoint_metadata
 from ldm.utils.checkpoint_file import (
     find_checkpoint,
@@ -32,6 +33,7 @@ from ldm.utils.checkpoint_file import (
     select_prefix,
 )
 from ldm.utils.errors import UsageError, format_program
+from ldm.utils.files import resolve_path
 from ldm.utils.hashing import hash_module
 
 FROZEN_GROUPS = ("autoencoder", "text_encoder")
@@ -101,7 +103,7 @@ def build_objective(cfg: DictConfig) -> Objective:
 
 
 def build_all_schedules() -> dict[str, Schedule]:
-    """Every noise schedule of conf/scheduler, by name."""
+    """Every noise schedule of ours, by name."""
     files = sorted(Path(CONF_DIR, "scheduler").glob("*.yaml"))
     return {path.stem: instantiate(OmegaConf.load(path)) for path in files}
 
@@ -142,7 +144,10 @@ class LoadedCheckpoint:
 
     def load_denoiser(self, denoiser: nn.Module, weights: str) -> nn.Module:
         """Puts the weights with this prefix of the state dict into a denoiser, in eval mode."""
-        load_module_state(denoiser, select_prefix(self.payload, weights), what=str(self.path))
+        state = select_prefix(self.payload, weights)
+        if not state and is_bundle(self.path):
+            raise UsageError(f"{self.path} is a bundle, with averaged weights alone: no raw=true")
+        load_module_state(denoiser, state, what=str(self.path))
         return denoiser.eval()
 
 
@@ -173,13 +178,19 @@ def load_stage_checkpoint(
     hint: str,
 ) -> LoadedCheckpoint:
     """As `load_diffusion_checkpoint`, for any stage; hint: the end of the message for another."""
-    path = find_checkpoint(ckpt, name=name)
-    payload = read_checkpoint(path)
+    path, copies = resolve_path(ckpt), {}
+    if is_bundle(path):
+        payload, copies = read_bundle(path)
+    else:
+        path = find_checkpoint(ckpt, name=name)
+        payload = read_checkpoint(path)
     facts = read_checkpoint_metadata(payload, path)
     if facts["stage"] != stage:
         raise UsageError(f"{path} comes from stage={facts['stage']}: {hint}")
     config = validate_file_config(facts["config"], path, needed=needed, trust=trust)
     check_frozen_digests(facts, path, FROZEN_GROUPS)
+    for group, location in copies.items():
+        set_component_location(config, group, location)
     return LoadedCheckpoint(path, payload, config)
 
 
@@ -226,11 +237,11 @@ def warm_start_from_run(
 def suggest_overrides(cfg: DictConfig, group: str) -> list[str]:
     """The command-line words that give a configuration's group: the nearest option and changes."""
     have, found = OmegaConf.to_container(cfg[group]), []
-    for path in sorted(Path(CONF_DIR, group).glob("*.yaml")):
+    for name, path in list_group_options(group).items():
         option = OmegaConf.load(path)
         other = {key: value for key, value in have.items() if option.get(key, ...) != value}
         words = {k: v if isinstance(v, str) else json.dumps(v) for k, v in other.items()}
-        found.append([f"{group}={path.stem}", *(f"{group}.{k}={v}" for k, v in words.items())])
+        found.append([f"{group}={name}", *(f"{group}.{k}={v}" for k, v in words.items())])
     return min(found, key=len)
 
 

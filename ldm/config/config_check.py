@@ -6,6 +6,7 @@ Hydra makes the run directory before it calls `main`, but calls this before that
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from hydra import compose
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
 from ldm.config.command_line import USAGE_ERRORS, exit_with_usage_error, register_new_directories
+from ldm.config.own_components import check_own_component, check_setting_names
 from ldm.config.ranges import (
     OWN_TARGET_PREFIXES,
     find_setting_rule,
@@ -29,12 +31,14 @@ from ldm.config.reserved_settings import (
     NAMED_COMPONENT_GROUPS,
     RESERVED_SETTINGS,
 )
-from ldm.config.suggestions import format_unknown_setting, is_config_group
+from ldm.config.search_path import is_config_group
+from ldm.config.suggestions import format_unknown_setting
 from ldm.experiments.former_names import FORMER_SETTINGS
 from ldm.experiments.run_dir import FIXED_RUN_FILES
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_no_links, check_path_length
 
+LOGGER_PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}  # module, name to install
 NAMED_COMPONENT_PREFIXES = tuple(f"{group}." for group in NAMED_COMPONENT_GROUPS)
 
 
@@ -135,6 +139,7 @@ def check_config(cfg: DictConfig, config_name: str, overrides: Iterable[str] | N
     _check_settings(settings, compose_default_config(config_name, overrides), "", config_name)
     if config_name == "train":
         check_run_name(cfg.name)
+        check_logger_packages(cfg.logger or {})
     check_named_components(settings)
     if "stage" in settings:
         check_evaluation_settings(settings, overrides)
@@ -153,8 +158,15 @@ def check_added_hydra_settings(config: DictConfig) -> None:
             raise UsageError(format_unknown_setting(key, "train"))
 
 
+def check_logger_packages(loggers: Iterable[str]) -> None:
+    """Raises UsageError for a logger whose package is not installed."""
+    for name in loggers:
+        if name in LOGGER_PACKAGES and find_spec(name) is None:
+            raise UsageError(f"logger={name} needs a package: pip install {LOGGER_PACKAGES[name]}")
+
+
 def check_named_components(settings: dict) -> None:
-    """UsageError for a key of `callbacks`, `metrics`, `eval` or `features` without a component."""
+    """UsageError for a key of NAMED_COMPONENT_GROUPS without a component."""
     for group in NAMED_COMPONENT_GROUPS:
         for name, node in (settings.get(group) or {}).items():
             if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
@@ -241,3 +253,8 @@ def _check_settings(
             _check_settings(value, usual, f"{name}.", config_name, ours)
         elif message := format_invalid_value(name, value, config_name, default=usual, ours=ours):
             raise UsageError(message)
+    place, added = prefix.rstrip("."), [key for key in settings if key not in default]
+    if target is not None and not ours:
+        check_own_component(settings, place, default)
+    elif target is not None and added:
+        check_setting_names(added, place, target, default)

@@ -1,6 +1,5 @@
 """Configuration to an evaluation: of a run, a pipeline of diffusers, or a folder of images."""
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from ldm.config.pipeline import (
     load_pipeline,
     replace_sampling,
 )
-from ldm.config.suggestions import CONF_DIR
+from ldm.config.search_path import list_group_options
 from ldm.config.training_images import SCENES_TARGET, open_run_images
 from ldm.data.dataset import TextImageDataset
 from ldm.data.shards.cache import ShardCache
@@ -35,7 +34,7 @@ from ldm.evaluation.protocol import EvaluationProtocol, TooFewImagesError, selec
 from ldm.evaluation.scenes.accuracy import ScenePromptAccuracy
 from ldm.experiments.run_dir import find_run_of_checkpoint, get_launcher_layout
 from ldm.models.text.cached import CachedTextEncoder
-from ldm.utils.checkpoint_file import manifest_path
+from ldm.utils.bundle_file import read_weights_digest
 from ldm.utils.errors import UsageError
 from ldm.utils.files import PACKAGED_PREFIX, resolve_path
 
@@ -156,13 +155,14 @@ def build_run_source(
 
     def facts(cfg: DictConfig) -> dict:
         settings = {**collect_common_settings(cfg, size), **get_sampling_settings(cfg)}
-        manifest = json.loads(manifest_path(loaded.path).read_text())
-        which = {"ckpt": str(loaded.path), "digest": manifest["sha256"], "step": loaded.step}
+        digest = read_weights_digest(loaded.path)
+        which = {"ckpt": str(loaded.path), "digest": digest, "step": loaded.step}
         return {**which, "settings": {**settings, "precision": loaded.precision}}
 
     in_run = loaded.path.parent.name == "checkpoints"
+    name = loaded.path.name.removesuffix(".ckpt")
     return EvaluationSource(
-        home=find_run_of_checkpoint(loaded.path) if in_run else Path("evaluated", loaded.path.stem),
+        home=find_run_of_checkpoint(loaded.path) if in_run else Path("evaluated", name),
         device=device,
         scenes=scenes,
         quality=quality,
@@ -310,7 +310,7 @@ def open_real_images(
             f"{name} is needed: give {name}=DIR, shards of real images with captions, as "
             "`python -m ldm.prepare` writes them"
         )
-    if not resolve_path(place).exists() and Path(CONF_DIR, "data", f"{place}.yaml").is_file():
+    if place in list_group_options("data") and not resolve_path(place).exists():
         raise UsageError(
             f"{name}={place}: that is an option of train.py; here {name} is a folder with "
             f"shards of real images, such as {name}=data/coco/val"

@@ -5,7 +5,6 @@ import logging
 import re
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -14,13 +13,10 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.config.search_path import CONF_DIR, is_config_group, list_group_options
 from ldm.experiments.run_dir import HYDRA_RESOLVERS
 from ldm.utils.errors import format_program, suggest_nearest
 from ldm.utils.text import escape_control_characters
-
-PACKAGE = Path(__file__).resolve().parent.parent
-# A wheel holds conf/ inside the package; a checkout holds it beside the package.
-CONF_DIR = str(next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir()))
 
 for _name, _resolver in {**HYDRA_RESOLVERS, "program": format_program}.items():
     OmegaConf.register_new_resolver(_name, _resolver, replace=True)
@@ -28,11 +24,6 @@ for _name, _resolver in {**HYDRA_RESOLVERS, "program": format_program}.items():
 # Options of Hydra's plugins that ldm[sweep] brings along.
 SWEEP_PACKAGES = {"optuna": "hydra-optuna-sweeper", "submitit_slurm": "hydra-submitit-launcher"}
 OWN_DATA_HINT = " (for shards in a folder, give data=shards data.train=DIR data.val=DIR)"
-
-
-def is_config_group(key: str) -> bool:
-    """Whether a key of the command line chooses an option of a group."""
-    return Path(CONF_DIR, key.lstrip("+~").partition("@")[0]).is_dir()
 
 
 def explain_hydra_error(error: Exception, config_name: str) -> str:
@@ -89,9 +80,9 @@ def format_unknown_setting(key: str, config_name: str) -> str:
     near = suggest_nearest(key, list_known_keys(config_name, key))
     group, _, leaf = key.partition(".")
     others: dict[str, list[str]] = {}  # of the options that were not chosen
-    for path in sorted(Path(CONF_DIR, group).glob("*.yaml")) if leaf else ():
+    for option, path in list_group_options(group).items() if leaf else ():
         for name in _find_closest(leaf, _option_keys(OmegaConf.load(path))):
-            others.setdefault(f"{group}.{name}", []).append(path.stem)
+            others.setdefault(f"{group}.{name}", []).append(option)
     same = [name for name in others if _split_name(name) == _split_name(key)]
     if same:
         others = {name: others[name] for name in same}

@@ -1,6 +1,6 @@
 """The evaluation protocol: how well generated images match real ones and their captions.
 
-Training and `ldm.evaluate` use the same. Shapes: N generated images, M real ones, D features.
+Shapes: N generated images, M real ones, D features.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,16 +35,16 @@ def select_prompt_subset(
     dataset: TextImageDataset, others: TextImageDataset | None, count: int, *, seed: int = 0
 ) -> PromptSubset:
     """Draws `count` captions of the data set; of one half, where there are no other real images."""
-    check_image_count("images to measure", count)
+    check_image_count("images to measure", count, setting="count=")
     within = len(dataset) // 2 if lacks_reference_images(dataset, others) else None
     return PromptSubset.draw(dataset.shards, count, seed=seed, within=within)
 
 
-def check_image_count(what: str, count: int) -> None:
+def check_image_count(what: str, count: int, *, setting: str = "") -> None:
     """Raises TooFewImagesError where these are too few images to measure."""
     if count < MIN_IMAGES:
         what = what.replace("images", "image", 1) if count == 1 else what
-        raise TooFewImagesError(f"{count} {what}: it takes {MIN_IMAGES} or more")
+        raise TooFewImagesError(f"{count} {what}: it takes {setting}{MIN_IMAGES} or more")
 
 
 def lacks_reference_images(dataset: TextImageDataset, others: TextImageDataset | None) -> bool:
@@ -59,10 +59,8 @@ class EvaluationProtocol:
     perfect model. others: the reference, real images of the same kind, `at_most` of them. Without
     others the captions must be of one half of `dataset` (`select_prompt_subset`), and the reference
     is the other half: a reference with the images of the captions would lower all distances.
-    size: the side of all images, in pixels. cache: a folder for the features of real images.
-    has_captions: whether generated images depend on the captions. metrics: those of a user's own,
-    by name; with them there need not be networks.
-    Raises TooFewImagesError where there are too few images.
+    size: the side of all images, in pixels. has_captions: generated images depend on the captions.
+    metrics: those of a user's own, by name; with them there need not be networks.
     """
 
     def __init__(
@@ -111,10 +109,7 @@ class EvaluationProtocol:
         self.scores: Scores | None = None  # on the first rank, after `prepare`
 
     def prepare(self, device: torch.device, done: EvaluationProgress = lambda items: None) -> None:
-        """Computes the features of real images and captions, once; all ranks must call it.
-
-        done: see `tabulate`.
-        """
+        """Computes the features of real images and captions, once; all ranks must call it."""
         if self.is_prepared:
             return
         self.device = device

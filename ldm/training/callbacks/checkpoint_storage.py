@@ -6,6 +6,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from copy import copy
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -73,28 +74,24 @@ class SafeCheckpointIO(CheckpointIO):
         delete_checkpoint(Path(path))
 
 
+@dataclass(kw_only=True)
 class CheckpointWriter:
-    """Writes checkpoints, turns last.ckpt and best.ckpt to them, and deletes the older ones.
+    """Writes checkpoints, turns last.ckpt and best.ckpt to them, and deletes the older ones."""
 
-    keep: the number of newest checkpoints that stay, besides `best`. background: a thread writes a
-    copy in host memory. weights: each save also writes weights/step=*.safetensors.
-    `problem` says why the last save failed for lack of space or rights; None if it did not.
-    """
-
-    def __init__(
-        self, folder: Path, *, keep: int, best: BestCheckpoints, background: bool, weights: bool
-    ) -> None:
-        self.folder, self.keep, self.best = folder, keep, best
-        self.background, self.weights = background, weights
-        self.thread: threading.Thread | None = None
-        self.error: BaseException | None = None  # of the last save, until `wait` reports it
-        self.problem: str | None = None
-        self.pool: dict[str, Tensor] = {}
-        self.doubtful_from: int | None = None
+    folder: Path
+    keep: int  # the number of newest checkpoints that stay, besides `best`
+    best: BestCheckpoints
+    background: bool  # a thread writes a copy in host memory
+    weights: bool  # each save also writes weights/step=*.safetensors
+    thread: threading.Thread | None = None
+    error: BaseException | None = None  # of the last save, until `wait` reports it
+    problem: str | None = None  # why the last save failed for lack of space or rights
+    doubtful_from: int | None = None
+    pool: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def is_busy(self) -> bool:
-        """Whether a save is under way."""
+        """Returns whether a save is under way."""
         return self.thread is not None and self.thread.is_alive()
 
     def save(self, payload: dict, path: Path) -> None:

@@ -19,7 +19,6 @@ from world import small_autoencoder, write_shapes
 
 from ldm.cli.explain import is_text_to_image_run
 from ldm.cli.package import package_autoencoder
-from ldm.cli.train import check_config_unchanged
 from ldm.config import command_line
 from ldm.config.components import build_objective, load_diffusion_checkpoint, warm_start_from_run
 from ldm.config.evaluation import build_evaluation_source
@@ -31,6 +30,7 @@ from ldm.config.registry import (
     list_component_targets,
     validate_component,
 )
+from ldm.config.train_run import check_config_unchanged
 from ldm.config.training_images import SCENES_TARGET, open_run_images
 from ldm.diffusion.schedules import cosine
 from ldm.diffusion.tasks.text_to_image import TextToImage

@@ -52,7 +52,7 @@ def train(
     [meter] = trainer.callbacks[:1]
     meter.every = every
     skip = NonFiniteStepSkipper(folder / "bad_batches.json", monitor=meter, stop_after=stop_after)
-    keeper = Checkpoints(folder / "checkpoints", every=2, keep=keep, facts={})
+    keeper = Checkpoints(folder / "checkpoints", every=2, keep=keep, facts={}, skipper=skip)
     trainer.callbacks += [*callbacks, skip, keeper]
     trainer.val_check_interval = validate_every or trainer.val_check_interval
     trainer.loggers = [CsvLog(folder / "metrics.csv")]
@@ -150,11 +150,6 @@ def test_on_a_device_the_average_moves_by_what_the_device_says():
     lerp_by_tensor(averages, weights, 0.25 * (1 - torch.tensor(0.0)))
     for now, then, weight in zip(averages, before, weights, strict=True):
         torch.testing.assert_close(now, then.lerp(weight, 0.25))
-
-
-def test_stop_after_below_one_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="stop_after_skips=0 must be 1 or more"):
-        NonFiniteStepSkipper(tmp_path, monitor=None, stop_after=0)
 
 
 class SpoilWeights(L.Callback):
@@ -255,7 +250,8 @@ BAD, stop_after = json.loads(sys.argv[4]), int(sys.argv[5])
 quiet = {f"enable_{what}": False for what in ("checkpointing", "model_summary", "progress_bar")}
 monitor, watch = ThroughputMonitor(every=1), Watch()
 skip = NonFiniteStepSkipper(checkpoint.Path("bad.json"), monitor=monitor, stop_after=stop_after)
-keeper = Checkpoints(checkpoint.Path("checkpoints"), every=1, keep=9, facts={}, background=True)
+how = {"every": 1, "keep": 9, "background": True, "skipper": skip}
+keeper = Checkpoints(checkpoint.Path("checkpoints"), **how, facts={})
 trainer = L.Trainer(
     accelerator="cpu", devices=2,
     strategy={"ddp": "ddp", "fsdp": FullyShardedStrategy()}[sys.argv[3]],

@@ -81,7 +81,7 @@ class ConfigCheckCallback(Callback):
             typed = [line for line in config.hydra.overrides.task if line not in lines]
             own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
             check_added_hydra_settings(config)
-            check_config(own, self.command, typed)
+            check_config(own, self.command, typed, swept=bool(swept))
             for key, value, default in [
                 *iterate_sweep_values(swept, own),
                 *iterate_launcher_settings(config, bool(swept)),
@@ -138,11 +138,17 @@ def iterate_launcher_settings(
                 yield name, OmegaConf.select(config, name), ...
 
 
-def check_config(cfg: DictConfig, config_name: str, overrides: Iterable[str] | None = None) -> None:
-    """UsageError for keys that nobody reads and for invalid values; imports nothing heavy.
+def check_config(
+    cfg: DictConfig,
+    config_name: str,
+    overrides: Iterable[str] | None = None,
+    *,
+    swept: bool = False,
+) -> None:
+    """UsageError for keys that nobody reads and for invalid values.
 
-    overrides: the command line that `cfg` was composed of; None: this process's own. Keys that were
-    added to a node with a `_target_` are not checked.
+    overrides: the command line that `cfg` was composed of; None: this process's own. swept: the
+    jobs have other values, so that what one setting says of another is checked for each of them.
     """
     overrides = HydraConfig.get().overrides.task if overrides is None else overrides
     try:
@@ -154,7 +160,7 @@ def check_config(cfg: DictConfig, config_name: str, overrides: Iterable[str] | N
         check_run_name(cfg.name)
         check_logger_packages(cfg.logger or {})
     check_named_components(settings)
-    if "stage" in settings:
+    if config_name == "train" and not swept:
         check_evaluation_settings(settings, overrides)
     if cfg.get("direction") not in (None, "minimize", "maximize"):
         raise UsageError(f"direction={cfg.direction} is neither minimize nor maximize")
@@ -193,19 +199,22 @@ def check_named_components(settings: dict) -> None:
 def check_evaluation_settings(settings: dict, overrides: Iterable[str]) -> None:
     """UsageError for settings of generated images that this training does not read."""
     stage = settings["stage"]
-    for word in overrides if stage != "diffusion" else ():
+    if stage == "diffusion" and "images" in settings["eval"]:
+        return
+    for word in overrides:
         key, _, value = word.lstrip("+~").partition("=")
         key = key.partition(".")[0]
-        if key in DENOISER_SETTINGS and value not in ("none", "null", "[]", ""):
+        if key not in DENOISER_SETTINGS or value in ("none", "null", "[]", "", "[none]"):
+            continue
+        if stage != "diffusion":
             raise UsageError(
-                f"{word}: stage={stage} trains no denoiser, and nothing of {key} is used: leave it "
-                f"out, or give {DENOISER_SETTINGS[key]}"
+                f"{word}: stage={stage} trains no denoiser and reads nothing of {key}: leave it out"
             )
-    if settings.get("metrics") and stage == "diffusion" and "images" not in settings["eval"]:
-        raise UsageError(
-            f"metrics={','.join(settings['metrics'])} are of the images of eval=fast or eval=full: "
-            "add one, as in eval=fast or eval='[scenes,fast]'"
-        )
+        if key in ("features", "metrics"):
+            raise UsageError(
+                f"{word}: {key} are of the images of eval=fast or eval=full: add one, as in "
+                "eval=fast or eval='[scenes,fast]'"
+            )
 
 
 def compose_default_config(config_name: str, overrides: Iterable[str]) -> dict:
@@ -249,6 +258,8 @@ def _check_settings(
         is_none = usual == {} and name not in NAMED_COMPONENT_GROUPS
         if is_none and isinstance(value, dict) and value and "_target_" not in value:
             raise UsageError(format_unknown_setting(f"{name}.{next(iter(value))}", config_name))
+        if prefix in NAMED_COMPONENT_PREFIXES and usual is ... and isinstance(value, dict):
+            usual = value  # a component that the command line adds
         if isinstance(usual, dict) and usual:
             if not isinstance(value, dict):
                 inside = ", ".join(f"{name}.{key}" for key in usual if key != "_target_")

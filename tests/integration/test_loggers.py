@@ -24,13 +24,14 @@ TINY += "trainer.val_check_interval=2 checkpoint.every=2"
 
 
 @pytest.mark.slow
-def test_a_run_with_four_loggers_is_preempted_and_resumes(tmp_path):
+def test_a_run_with_four_loggers_is_preempted_and_resumes(tmp_path, monkeypatch):
     pytest.importorskip("mlflow", reason="MLflow is not installed")
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
     from mlflow.tracking import MlflowClient
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    env = {"PYTHONPATH": f"{ROOT}{os.pathsep}{OUTSIDE}", "MLFLOW_ALLOW_FILE_STORE": "true"}
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    env = {"PYTHONPATH": f"{ROOT}{os.pathsep}{OUTSIDE}"}
     store = f"file:{tmp_path}/store"
     command = [TRAIN, "--config-dir", str(OUTSIDE / "teampackage" / "conf"), "name=four"]
     command += ["logger=[wandb,tensorboard,mlflow,team]", "logger.project=faces", *TINY.split()]

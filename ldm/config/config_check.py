@@ -4,6 +4,7 @@ Hydra makes the run directory before it calls `main`, but calls this before that
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
 from ldm.config.command_line import USAGE_ERRORS, exit_with_usage_error, register_new_directories
+from ldm.config.own_components import check_own_component, check_setting_names
 from ldm.config.ranges import (
     OWN_TARGET_PREFIXES,
     find_setting_rule,
@@ -72,6 +74,7 @@ class ConfigCheckCallback(Callback):
             lines = [override.input_line for override in swept]
             typed = [line for line in config.hydra.overrides.task if line not in lines]
             own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+            check_added_hydra_settings(config)
             check_config(own, self.command, typed)
             for key, value, default in [
                 *iterate_sweep_values(swept, own),
@@ -143,6 +146,16 @@ def check_config(cfg: DictConfig, config_name: str, overrides: Iterable[str] | N
     if cfg.get("direction") not in (None, "minimize", "maximize"):
         raise UsageError(f"direction={cfg.direction} is neither minimize nor maximize")
     check_trust(settings.get("trust"))
+
+
+def check_added_hydra_settings(config: DictConfig) -> None:
+    """UsageError for a setting of Hydra that a user added and that Hydra does not know."""
+    for word in config.hydra.overrides.hydra:
+        key = word.lstrip("+").partition("=")[0]
+        place, _, leaf = key.rpartition(".")
+        kind = OmegaConf.get_type(OmegaConf.select(config, place)) if word[0] == "+" else dict
+        if is_dataclass(kind) and leaf not in {field.name for field in fields(kind)}:
+            raise UsageError(format_unknown_setting(key, "train"))
 
 
 def check_logger_packages(loggers: Iterable[str]) -> None:
@@ -228,6 +241,9 @@ def _check_settings(
             raise UsageError(f"{name} is set by the run itself: {remedy}")
         if usual is ... and "_target_" not in default and prefix not in NAMED_COMPONENT_PREFIXES:
             raise UsageError(format_unknown_setting(name, config_name))
+        is_none = usual == {} and name not in NAMED_COMPONENT_GROUPS
+        if is_none and isinstance(value, dict) and value and "_target_" not in value:
+            raise UsageError(format_unknown_setting(f"{name}.{next(iter(value))}", config_name))
         if isinstance(usual, dict) and usual:
             if not isinstance(value, dict):
                 inside = ", ".join(f"{name}.{key}" for key in usual if key != "_target_")
@@ -237,3 +253,8 @@ def _check_settings(
             _check_settings(value, usual, f"{name}.", config_name, ours)
         elif message := format_invalid_value(name, value, config_name, default=usual, ours=ours):
             raise UsageError(message)
+    place, added = prefix.rstrip("."), [key for key in settings if key not in default]
+    if target is not None and not ours:
+        check_own_component(settings, place, default)
+    elif target is not None and added:
+        check_setting_names(added, place, target, default)

@@ -137,7 +137,7 @@ def measure_point(
     source, cfg: DictConfig, varied: dict[str, str], options: dict[str, str | None]
 ) -> tuple[dict, Path]:
     """Returns the results of one point, as plain values, and the folder where its pieces wait."""
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     from ldm.evaluation.distributed import ProcessGroup
 

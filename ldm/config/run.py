@@ -116,7 +116,7 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
 
 def hide_warnings() -> None:
     """Hides messages of libraries that are no news here."""
-    for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
+    for name in ("lightning.pytorch", "lightning.fabric", "matplotlib", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
     for text in HIDDEN_WARNINGS:

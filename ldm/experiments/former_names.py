@@ -1,8 +1,7 @@
 """Names that components and settings had before: runs and checkpoints of then say them.
 
 A component that moves or changes its name gets a line in `FORMER_TARGETS`, a setting one in
-`FORMER_SETTINGS`. Files are read with the names of today; on the command line a former setting
-works and says once what it is called now.
+`FORMER_SETTINGS`.
 """
 
 import re

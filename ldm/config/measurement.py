@@ -26,7 +26,7 @@ from ldm.utils.text import get_progress_interval
 
 EVALUATE_TEXT_OPTIONS = (
     *("ckpt", "images", "data", "others", "subset", "out", "keep"),
-    *("autoencoder", "text_encoder"),
+    *("autoencoder", "text_encoder", "style_encoder"),
 )
 EVALUATE_LIBRARIES = ("ldm", "torch", "torchmetrics", "transformers", "numpy", "pillow")
 EvaluationPoint = tuple[dict[str, str], DictConfig]  # what differs from other points; all settings

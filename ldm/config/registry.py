@@ -127,6 +127,12 @@ def validate_component(node: object, place: str, *, trust: Sequence[str] | None 
         inner = f"{place}.{key}"
         if NESTED_GROUPS.get(inner, inner) in list_component_targets():
             valid[key] = validate_component(value, inner, trust=trust)
+        elif (
+            isinstance(value, dict)
+            and value
+            and all(type(n) in (int, float) for n in value.values())
+        ):
+            valid[key] = value  # numbers by name, such as data.captions
         elif isinstance(value, dict):
             raise ValueError(f"{inner} is a component, where none can be")
         else:

@@ -15,7 +15,7 @@ ROOM_LINES = {
     "utils": 1660,
     "diffusion": 2800,
     "models": 2650,
-    "data": 4060,
+    "data": 4070,
     "inference": 760,
     "evaluation": 3000,
     "experiments": 1900,

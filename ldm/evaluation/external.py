@@ -1,7 +1,4 @@
-"""Images of other sources than our own pipeline: a folder, or a pipeline of diffusers.
-
-Shapes: n images, S their side.
-"""
+"""Images from elsewhere: a folder (n images, S their side), or a pipeline of diffusers."""
 
 import inspect
 import json
@@ -35,8 +32,8 @@ DIFFUSERS_CALL_ARGUMENTS = (
 class ImageFolder:
     """The images of a folder in order of name, as centre crops of `size` pixels.
 
-    size: None for their own, if all have the same. `captions`: the texts of the .txt files with the
-    images' names; None where there are none. `digest`: a sha256 of names and contents.
+    size: None for their own, if all have the same. captions: of the .txt files with the images'
+    names; None where there are none. digest: a sha256 of names and contents.
     """
 
     def __init__(self, folder: Path, *, size: int | None = None) -> None:

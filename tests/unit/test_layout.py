@@ -15,7 +15,7 @@ ROOM_LINES = {
     "utils": 1780,
     "diffusion": 2800,
     "models": 2680,
-    "data": 4060,
+    "data": 4080,
     "inference": 780,
     "evaluation": 3000,
     "experiments": 1960,

@@ -302,6 +302,14 @@ def test_a_trusted_component_may_have_mappings_and_components_of_its_package():
         assert validate_component(whole, "scheduler", trust=["own_noise"]) == whole
 
 
+def test_weights_of_caption_keys_are_plain_values():
+    data = {"_target_": "ldm.data.datamodule.TextImageData", "captions": {"long": 0.8, "short": 1}}
+    assert validate_component(data, "data") == data
+    for wrong in ({"long": "x"}, {"long": {"_target_": "os.mkdir"}}, {"_target_": "os.mkdir"}, {}):
+        with pytest.raises(ValueError, match=r"data\.captions is a component"):
+            validate_component(data | {"captions": wrong}, "data")
+
+
 TEXTS = {
     "code": ("!!python/object/apply:os.mkdir [made]", "no YAML of plain values"),
     "aliases": ("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]", "YAML alias"),

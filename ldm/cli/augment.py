@@ -60,7 +60,7 @@ def augment_dataset(cfg: DictConfig, options: TextOptions, words: SlotWords) -> 
     from ldm.data.prepare.synthetic import ScoreFilter, sum_shard_stats, write_generated_shard
     from ldm.data.prepare.writer import claim_output_folder, plan_shards
     from ldm.evaluation.distributed import ProcessGroup
-    from ldm.utils.checkpoint_file import manifest_path
+    from ldm.utils.bundle_file import read_weights_digest
 
     shards = plan_shards(out, range(cfg.n), samples_per_shard=cfg.samples_per_shard)
     prompts = create_prompts(cfg, options, words)
@@ -73,8 +73,7 @@ def augment_dataset(cfg: DictConfig, options: TextOptions, words: SlotWords) -> 
     score, clip = create_clip_scorer(options["clip"], restored)
     size, negative, first = cfg.size or restored.size, options["negative"], ranks.rank == 0
     facts = {name: cfg[name] for name in AUGMENT_SETTINGS} | {"size": size, "clip": clip}
-    manifest = json.loads(manifest_path(restored.path).read_text())
-    facts |= {"negative": negative, "checkpoint": manifest["sha256"][:16]}
+    facts |= {"negative": negative, "checkpoint": read_weights_digest(restored.path)[:16]}
     facts |= {"step": restored.step, "precision": restored.precision, **restored.settings}
     facts |= {"template": None, "slots": {}, "captions": None, **prompts.facts}
     with lock_augment_folder(out) if first else nullcontext():

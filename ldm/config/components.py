@@ -24,6 +24,7 @@ from ldm.evaluation.image_metrics import ImageMetric
 from ldm.inference.components import Components
 from ldm.models.temporal import FramewiseAutoencoder
 from ldm.models.warm_start import warm_start
+from ldm.utils.bundle_file import is_bundle, read_bundle
 from ldm.utils.checkpoint_facts import check_frozen_digests, read_checkpoint_metadata
 from ldm.utils.checkpoint_file import (
     find_checkpoint,
@@ -32,6 +33,7 @@ from ldm.utils.checkpoint_file import (
     select_prefix,
 )
 from ldm.utils.errors import UsageError, format_program
+from ldm.utils.files import resolve_path
 from ldm.utils.hashing import hash_module
 
 FROZEN_GROUPS = ("autoencoder", "text_encoder")
@@ -142,7 +144,10 @@ class LoadedCheckpoint:
 
     def load_denoiser(self, denoiser: nn.Module, weights: str) -> nn.Module:
         """Puts the weights with this prefix of the state dict into a denoiser, in eval mode."""
-        load_module_state(denoiser, select_prefix(self.payload, weights), what=str(self.path))
+        state = select_prefix(self.payload, weights)
+        if not state and is_bundle(self.path):
+            raise UsageError(f"{self.path} is a bundle, with averaged weights alone: no raw=true")
+        load_module_state(denoiser, state, what=str(self.path))
         return denoiser.eval()
 
 
@@ -173,13 +178,19 @@ def load_stage_checkpoint(
     hint: str,
 ) -> LoadedCheckpoint:
     """As `load_diffusion_checkpoint`, for any stage; hint: the end of the message for another."""
-    path = find_checkpoint(ckpt, name=name)
-    payload = read_checkpoint(path)
+    path, copies = resolve_path(ckpt), {}
+    if is_bundle(path):
+        payload, copies = read_bundle(path)
+    else:
+        path = find_checkpoint(ckpt, name=name)
+        payload = read_checkpoint(path)
     facts = read_checkpoint_metadata(payload, path)
     if facts["stage"] != stage:
         raise UsageError(f"{path} comes from stage={facts['stage']}: {hint}")
     config = validate_file_config(facts["config"], path, needed=needed, trust=trust)
     check_frozen_digests(facts, path, FROZEN_GROUPS)
+    for group, location in copies.items():
+        set_component_location(config, group, location)
     return LoadedCheckpoint(path, payload, config)
 
 

@@ -4,7 +4,9 @@ Hydra makes the run directory before it calls `main`, but calls this before that
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from hydra import compose
@@ -17,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
 from ldm.config.command_line import USAGE_ERRORS, exit_with_usage_error, register_new_directories
+from ldm.config.own_components import check_own_component, check_setting_names
 from ldm.config.ranges import (
     OWN_TARGET_PREFIXES,
     find_setting_rule,
@@ -35,6 +38,7 @@ from ldm.experiments.run_dir import FIXED_RUN_FILES
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_no_links, check_path_length
 
+LOGGER_PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}  # module, name to install
 NAMED_COMPONENT_PREFIXES = tuple(f"{group}." for group in NAMED_COMPONENT_GROUPS)
 
 
@@ -70,6 +74,7 @@ class ConfigCheckCallback(Callback):
             lines = [override.input_line for override in swept]
             typed = [line for line in config.hydra.overrides.task if line not in lines]
             own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+            check_added_hydra_settings(config)
             check_config(own, self.command, typed)
             for key, value, default in [
                 *iterate_sweep_values(swept, own),
@@ -134,6 +139,7 @@ def check_config(cfg: DictConfig, config_name: str, overrides: Iterable[str] | N
     _check_settings(settings, compose_default_config(config_name, overrides), "", config_name)
     if config_name == "train":
         check_run_name(cfg.name)
+        check_logger_packages(cfg.logger or {})
     check_named_components(settings)
     if "stage" in settings:
         check_evaluation_settings(settings, overrides)
@@ -142,8 +148,25 @@ def check_config(cfg: DictConfig, config_name: str, overrides: Iterable[str] | N
     check_trust(settings.get("trust"))
 
 
+def check_added_hydra_settings(config: DictConfig) -> None:
+    """UsageError for a setting of Hydra that a user added and that Hydra does not know."""
+    for word in config.hydra.overrides.hydra:
+        key = word.lstrip("+").partition("=")[0]
+        place, _, leaf = key.rpartition(".")
+        kind = OmegaConf.get_type(OmegaConf.select(config, place)) if word[0] == "+" else dict
+        if is_dataclass(kind) and leaf not in {field.name for field in fields(kind)}:
+            raise UsageError(format_unknown_setting(key, "train"))
+
+
+def check_logger_packages(loggers: Iterable[str]) -> None:
+    """Raises UsageError for a logger whose package is not installed."""
+    for name in loggers:
+        if name in LOGGER_PACKAGES and find_spec(name) is None:
+            raise UsageError(f"logger={name} needs a package: pip install {LOGGER_PACKAGES[name]}")
+
+
 def check_named_components(settings: dict) -> None:
-    """UsageError for a key of `callbacks`, `metrics`, `eval` or `features` without a component."""
+    """UsageError for a key of NAMED_COMPONENT_GROUPS without a component."""
     for group in NAMED_COMPONENT_GROUPS:
         for name, node in (settings.get(group) or {}).items():
             if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
@@ -218,6 +241,9 @@ def _check_settings(
             raise UsageError(f"{name} is set by the run itself: {remedy}")
         if usual is ... and "_target_" not in default and prefix not in NAMED_COMPONENT_PREFIXES:
             raise UsageError(format_unknown_setting(name, config_name))
+        is_none = usual == {} and name not in NAMED_COMPONENT_GROUPS
+        if is_none and isinstance(value, dict) and value and "_target_" not in value:
+            raise UsageError(format_unknown_setting(f"{name}.{next(iter(value))}", config_name))
         if isinstance(usual, dict) and usual:
             if not isinstance(value, dict):
                 inside = ", ".join(f"{name}.{key}" for key in usual if key != "_target_")
@@ -227,3 +253,8 @@ def _check_settings(
             _check_settings(value, usual, f"{name}.", config_name, ours)
         elif message := format_invalid_value(name, value, config_name, default=usual, ours=ours):
             raise UsageError(message)
+    place, added = prefix.rstrip("."), [key for key in settings if key not in default]
+    if target is not None and not ours:
+        check_own_component(settings, place, default)
+    elif target is not None and added:
+        check_setting_names(added, place, target, default)

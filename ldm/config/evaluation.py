@@ -1,6 +1,5 @@
 """Configuration to an evaluation: of a run, a pipeline of diffusers, or a folder of images."""
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -35,7 +34,7 @@ from ldm.evaluation.protocol import EvaluationProtocol, TooFewImagesError, selec
 from ldm.evaluation.scenes.accuracy import ScenePromptAccuracy
 from ldm.experiments.run_dir import find_run_of_checkpoint, get_launcher_layout
 from ldm.models.text.cached import CachedTextEncoder
-from ldm.utils.checkpoint_file import manifest_path
+from ldm.utils.bundle_file import read_weights_digest
 from ldm.utils.errors import UsageError
 from ldm.utils.files import PACKAGED_PREFIX, resolve_path
 
@@ -156,13 +155,14 @@ def build_run_source(
 
     def facts(cfg: DictConfig) -> dict:
         settings = {**collect_common_settings(cfg, size), **get_sampling_settings(cfg)}
-        manifest = json.loads(manifest_path(loaded.path).read_text())
-        which = {"ckpt": str(loaded.path), "digest": manifest["sha256"], "step": loaded.step}
+        digest = read_weights_digest(loaded.path)
+        which = {"ckpt": str(loaded.path), "digest": digest, "step": loaded.step}
         return {**which, "settings": {**settings, "precision": loaded.precision}}
 
     in_run = loaded.path.parent.name == "checkpoints"
+    name = loaded.path.name.removesuffix(".ckpt")
     return EvaluationSource(
-        home=find_run_of_checkpoint(loaded.path) if in_run else Path("evaluated", loaded.path.stem),
+        home=find_run_of_checkpoint(loaded.path) if in_run else Path("evaluated", name),
         device=device,
         scenes=scenes,
         quality=quality,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from ldm.config.evaluation_log import find_logged_run, log_evaluation
 from ldm.config.sample_options import check_checkpoints_and_device
 from ldm.experiments.curves import write_curve
 from ldm.experiments.evaluation_results import (
@@ -64,6 +65,7 @@ def record_evaluation(
     """
     overwrite, ckpt, keep = points[0][1].overwrite, options["ckpt"], options["keep"]
     check_checkpoints_and_device(points[0][1], *([] if ckpt is None else [ckpt]))
+    logged_run = find_logged_run(ckpt) if points[0][1].log else None
 
     from ldm.config.evaluation import build_evaluation_source
     from ldm.evaluation.distributed import ProcessGroup
@@ -98,6 +100,8 @@ def record_evaluation(
         record = EvaluationRecord(results, write_curve(results, out))
     for pieces in waiting:
         shutil.rmtree(pieces, ignore_errors=True)
+    if logged_run is not None:
+        log_evaluation(logged_run, source, points, results)
     return record
 
 
@@ -133,7 +137,7 @@ def measure_point(
     source, cfg: DictConfig, varied: dict[str, str], options: dict[str, str | None]
 ) -> tuple[dict, Path]:
     """Returns the results of one point, as plain values, and the folder where its pieces wait."""
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     from ldm.evaluation.distributed import ProcessGroup
 

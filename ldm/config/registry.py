@@ -16,6 +16,7 @@ import yaml
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.config.own_components import NESTED_GROUPS, takes_argument
 from ldm.config.ranges import format_invalid_value
 from ldm.config.search_path import CONF_DIR
 from ldm.experiments.former_names import update_names
@@ -29,11 +30,6 @@ OPTIONAL_GROUPS = ("style_encoder", "weighting", "loss", "timestep_sampler")
 CLASSIFIER_GROUPS = ("text_encoder", "scheduler", "classifier")
 COMPONENT_GROUPS = tuple(dict.fromkeys((*DIFFUSION_GROUPS, *OPTIONAL_GROUPS, *CLASSIFIER_GROUPS)))
 
-# Components within others that are options of a group; in older checkpoints.
-NESTED_GROUPS = {
-    "objective.weighting": "weighting",
-    "objective.timestep_sampler": "timestep_sampler",
-}
 # Settings of other groups that decide the sizes of components, with their types.
 SIZE_SETTINGS = {
     "data": {"size": int, "batch_size": int, "frames": (int, type(None))},
@@ -116,12 +112,12 @@ def validate_component(node: object, place: str, *, trust: Sequence[str] | None 
     ours = target in list_component_targets().get(place, ())
     if not ours:
         check_trusted_target(target, place, trust)
-    names, takes_more = list_target_arguments(target)
+    component = get_object(target)
     valid: dict[str, object] = {"_target_": target}
     for key, value in node.items():
         if key == "_target_":
             continue
-        if key not in names and (ours or not takes_more or key.startswith("_")):
+        if key.startswith("_") or not takes_argument(component, key):
             key = _shorten_repr(key)
             raise ValueError(f"{place} has the key {key}, which {target} does not take")
         inner = f"{place}.{key}"
@@ -186,14 +182,6 @@ def validate_plain_value(value: object, name: str) -> object:
     if isinstance(value, int) and abs(value) > MAX_INTEGER:
         raise ValueError(f"{name} is {_shorten_repr(value)}, beyond all sizes")
     return value
-
-
-def list_target_arguments(target: str) -> tuple[frozenset[str], bool]:
-    """The names of a target's own arguments, and whether it takes others by name as well."""
-    parameters = inspect.signature(get_object(target)).parameters.values()
-    open_ended = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    names = frozenset(one.name for one in parameters if one.kind not in open_ended)
-    return names, any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
 
 
 def _validate_sizes(node: object, group: str, kinds: dict[str, type | tuple[type, ...]]) -> dict:

@@ -18,7 +18,7 @@ from ldm.utils.errors import UsageError
 
 SCENES_TARGET = "ldm.data.scenes.datamodule.scenes_data"
 # The settings that decide which samples shards have, and which images and captions they give.
-SAMPLE_SELECTION_KEYS = ("min_size", "on_error", "frames", "caption_key")
+SAMPLE_SELECTION_KEYS = ("min_size", "on_error", "frames", "caption_key", "captions")
 
 
 def open_run_images(loaded: LoadedPipeline, size: int) -> tuple[TextImageDataset, TextImageDataset]:
@@ -57,6 +57,7 @@ def open_local_images(
     on_error: str = "stop",
     frames: int | None = None,
     caption_key: str | None = None,
+    captions: dict[str, float] | None = None,
 ) -> TextImageDataset:
     """The images of a source that a file names; UsageError unless it is on this machine.
 
@@ -67,7 +68,7 @@ def open_local_images(
         if any(is_url(str(place)) for place in places):
             raise FileNotFoundError(f"{redact_source(source)} is on a server")
         options = {"min_size": min_size, "on_error": on_error, "caption_key": caption_key}
-        shards = ShardReader(source, ReadOptions(**options, read_only=True))
+        shards = ShardReader(source, ReadOptions(**options, captions=captions, read_only=True))
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(
             f"the images of the run are not here ({error}): give data=DIR, real images to "

@@ -40,7 +40,7 @@ def compare_runs(
             notes.append(f"{directory} is left out: {error}")
     if not runs:
         raise ValueError("; ".join(notes))
-    metric = metric or _most_common_metric(runs)
+    metric = metric or ranking.select_ranking_metric(runs)
     logged = ranking.collect_logged_metrics(runs)
     if logged and metric not in logged:
         near = suggest_nearest(metric, logged)
@@ -71,12 +71,6 @@ def compare_runs(
     lines = [f"{note}\n" for note in [*notes, *quality_notes, *image_notes]]
     files = "  ".join(str(out / name) for name in written)
     return "\n".join([f"\n{title}\n\n{table}\n", *lines, files])
-
-
-def _most_common_metric(runs: Sequence[ranking.RunRecord]) -> str:
-    metrics = [run.config.get("metric") for run in runs]
-    counts = Counter(metric for metric in metrics if isinstance(metric, str))
-    return counts.most_common(1)[0][0] if counts else "val/loss"
 
 
 def check_report_files(out: Path) -> None:
@@ -163,6 +157,7 @@ def _draw_curves_and_samples(
         others = len(runs) - len(rows)
         text = f"The same prompts and seeds for each run, best first by {metric} ({direction})."
         text += f" {others} runs have no such images." if others else ""
+        text = " ".join([text, *ranking.list_ranking_caveats(runs, metric)])
         page = draw_sample_page("Samples of each run", text, shared, rows)
         save_png(page, out / "samples.png", {"runs": names})
         files.append("samples.png")

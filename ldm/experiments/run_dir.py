@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import secrets
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -244,12 +243,3 @@ def make_image_path(ckpt: Path, prompt: str) -> Path:
     """Returns the file for images of a prompt: its letters and digits, so that it stays there."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "picture"
     return Path(os.path.relpath(find_run_of_checkpoint(ckpt) / "samples" / f"{words}.png"))
-
-
-def get_wandb_id(run_dir: Path) -> str:
-    """Returns the W&B id of a run directory; the first call makes it."""
-    path = run_dir / "wandb_id"
-    if not path.is_file():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(path, secrets.token_hex(4) + "\n")
-    return path.read_text().strip()

@@ -97,7 +97,9 @@ def report_sweep() -> int:
 
     sweep = jobs[0].directory.parent
     try:
-        print(compare_runs(find_runs([sweep]), out=sweep, metric=jobs[0].metric))
+        typed = any(word.startswith("metric=") for word in jobs[0].overrides)
+        metric = jobs[0].metric if typed else None
+        print(compare_runs(find_runs([sweep]), out=sweep, metric=metric))
     except ValueError as error:  # no job has measured anything
         print(f"no ranking: {error}")
     if left := sum(not job.is_finished for job in jobs):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm  # a notebook's bar in a notebook
 
 from ldm.data.dataset import TextImageDataset
 from ldm.diffusion.rng import make_generators

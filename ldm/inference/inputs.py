@@ -53,8 +53,8 @@ def read_pipeline_inputs(
     *,
     trained: int,
     size: int | Sequence[int] | None = None,
-    image: str | None = None,
-    mask: str | None = None,
+    image: str | bytes | None = None,
+    mask: str | bytes | None = None,
     pad: Sequence[int] = (0, 0, 0, 0),
 ) -> PipelineInputs:
     """Reads an image of `size`, or `trained` pixels square; one to enlarge has its own size.
@@ -98,20 +98,21 @@ def read_pipeline_inputs(
     return PipelineInputs(sides, read_square_option("image", image, height)[None], hidden)
 
 
-def read_square_option(option: str, file: str, size: int) -> Tensor:
+def read_square_option(option: str, file: str | bytes, size: int) -> Tensor:
     """The square image of a file that was given as `option`; ValueError names both."""
     with prefix_file_errors(option, file):
         return read_square_image(file, size)
 
 
 @contextmanager
-def prefix_file_errors(option: str, file: str) -> Iterator[None]:
+def prefix_file_errors(option: str, file: str | bytes) -> Iterator[None]:
     """Turns errors of an image file into ValueError with the option that gave the file."""
     try:
         yield
     except (OSError, ImageError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"{option}={file}: {why}") from error
+        place = option if isinstance(file, bytes) else f"{option}={file}"
+        raise ValueError(f"{place}: {why}") from error
 
 
 def prepare_upscaling_inputs(pipeline: Pipeline, images: Tensor) -> PipelineInputs:
@@ -127,7 +128,12 @@ def prepare_upscaling_inputs(pipeline: Pipeline, images: Tensor) -> PipelineInpu
 
 
 def prepare_outpainting_inputs(
-    file: str, trained: int, size: int | Sequence[int] | None, pad: Sequence[int], *, grid: int
+    file: str | bytes,
+    trained: int,
+    size: int | Sequence[int] | None,
+    pad: Sequence[int],
+    *,
+    grid: int,
 ) -> PipelineInputs:
     """An image surrounded by grey, and the mask of the grey; see `read_pipeline_inputs`.
 

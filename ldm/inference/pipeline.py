@@ -135,7 +135,13 @@ class Pipeline:
             return joined if paste else self.decode(encode(joined))
 
     def collect_warnings(
-        self, steps: int, *, prompts: Sequence[str] = (), negative: str = "", strength: float = 1.0
+        self,
+        steps: int,
+        *,
+        prompts: Sequence[str] = (),
+        negative: str = "",
+        strength: float = 1.0,
+        size: tuple[int, int] | None = None,
     ) -> list[str]:
         """A line for each option that has no effect, or a bad one.
 
@@ -151,6 +157,12 @@ class Pipeline:
             schedule = self.components.objective.schedule
             if line := format_overshoot_warning(self.sampler, schedule, steps, start=strength):
                 warnings.append(line)
+        trained, has_tiles = self.trained_size, self.components.task.tile_overlap is not None
+        if trained and not has_tiles and size not in (None, (trained, trained)):
+            warnings.append(
+                f"size={format_image_size(size)}: this run was trained on images of {trained} "
+                "pixels, and at another size shapes repeat or fall apart"
+            )
         return warnings
 
     @torch.no_grad()

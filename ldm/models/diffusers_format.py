@@ -177,15 +177,23 @@ def load_autoencoder(autoencoder: AutoencoderKL, path: Path | str) -> None:
     file, config = _find_weights(path)
     _check_config(config, _autoencoder_config(autoencoder), file)
     scale = {"shift": autoencoder.shift, "scale": autoencoder.scale}
-    load_module_state(autoencoder, from_diffusers(_read_weights(file)) | scale, what=str(file))
+    state = from_diffusers(_read_weights(file))
+    load_module_state(autoencoder, scale | state, what=str(file))
+    if scale.keys() <= state.keys():
+        return
     # Old files of Stable Diffusion 1.x have no factor; diffusers assumes the same one.
     factor = config.get("scaling_factor", 0.18215)
     shift = torch.tensor(config.get("latents_mean") or config.get("shift_factor") or 0.0)
     autoencoder.set_scale(shift, factor / torch.tensor(config.get("latents_std") or 1.0))
 
 
-def save_autoencoder(autoencoder: AutoencoderKL, folder: Path, *, dtype: torch.dtype) -> None:
-    """Writes a folder that `load_autoencoder` reads, with weights in `dtype`."""
+def save_autoencoder(
+    autoencoder: AutoencoderKL, folder: Path, *, dtype: torch.dtype, exact_scale: bool = False
+) -> None:
+    """Writes a folder that `load_autoencoder` reads, with weights in `dtype`.
+
+    exact_scale: latent shift and scale are stored as tensors as well; config.json rounds them.
+    """
     scale = {
         "scaling_factor": 1.0,
         "latents_mean": autoencoder.shift.tolist(),
@@ -194,6 +202,8 @@ def save_autoencoder(autoencoder: AutoencoderKL, folder: Path, *, dtype: torch.d
     config = _autoencoder_config(autoencoder) | scale
     folder.mkdir(parents=True, exist_ok=True)
     state = to_diffusers(autoencoder.state_dict())
+    if exact_scale:
+        state |= {"shift": autoencoder.shift, "scale": autoencoder.scale}
     tensors = {name: value.to(dtype).contiguous() for name, value in state.items()}
     write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
     with replace_file(folder / DIFFUSERS_WEIGHT_FILES[0]) as file:

@@ -18,6 +18,7 @@ MAX_NAME_BYTES = 255  # of one name, on nearly all file systems
 MAX_PATH_BYTES = 4095  # of a whole path, on Linux
 MAX_JSON_BYTES = 2**26
 PACKAGED_PREFIX = "packaged:"
+BUNDLE_FILE = "bundle.json"  # makes a folder a bundle
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from PIL import Image
 from run_dirs import write_run
 from shell import run
 
+from ldm.experiments import plots
 from ldm.experiments.plots import plot_metric_curves
 from ldm.experiments.ranking import (
     find_runs,
@@ -84,9 +85,9 @@ def test_what_is_the_same_for_all_weights_is_left_to_the_csv_file(tmp_path):
 @pytest.mark.parametrize(
     ("measured", "told"),
     [
-        (None, "look at samples.png."),
-        ({}, "look at samples.png."),
-        ({"val/loss_t0": 1}, "look at samples.png."),
+        (None, "look at the samples."),
+        ({}, "look at the samples."),
+        ({"val/loss_t0": 1}, "look at the samples."),
         ({"val/scene_accuracy": 0.5, "val/fid": 3}, "as metric=val/scene_accuracy does."),
         ({"val/fid_floor": 2, "val/fid": 3, "val/clip_score": 20}, "as metric=val/fid does."),
         ({"val/fd_clip_floor": 2, "val/fd_clip": 3}, "as metric=val/fd_clip does."),
@@ -101,6 +102,31 @@ def test_only_what_was_measured_is_advised(tmp_path, measured, told):
     assert "another scheduler" in doubt
     assert doubt.endswith(told)
     assert not list_ranking_caveats(found, "val/scene_accuracy")
+
+
+def test_scenes_are_ranked_by_their_accuracy_where_every_run_measured_it(tmp_path):
+    for name, accuracy in (("linear", 0.5), ("cosine", 0.25)):
+        measured = {"val/scene_accuracy": accuracy}
+        more = {"choices": {"scheduler": name}, "measured": measured}
+        write_run(tmp_path / "runs" / name, losses=[0.5 if name == "linear" else 0.1], **more)
+    said = compare_runs(find_runs([tmp_path / "runs"]), out=tmp_path / "out")
+    assert "2 runs by val/scene_accuracy (maximize)" in said
+    assert "weight errors differently" not in said
+    assert [row["run"] for row in read(tmp_path / "out" / "ranking.csv")] == ["linear", "cosine"]
+    said = compare_runs(find_runs([tmp_path / "runs"]), out=tmp_path / "out", metric="val/loss")
+    assert "2 runs by val/loss (minimize)" in said
+    write_run(tmp_path / "runs" / "early", losses=[3])
+    assert "by val/loss" in compare_runs(find_runs([tmp_path / "runs"]), out=tmp_path / "out")
+
+
+def test_the_page_of_samples_says_where_its_order_compares_nothing(tmp_path, monkeypatch):
+    for name in ("linear", "cosine"):
+        write_run(tmp_path / name, losses=[1], choices={"scheduler": name})
+    subtitles = []
+    monkeypatch.setattr(plots, "measure_heading", lambda text, width: subtitles.append(text) or 90)
+    compare_runs(find_runs([tmp_path]), out=tmp_path / "out")
+    assert "best first by val/loss (minimize). Runs with another scheduler weight" in subtitles[0]
+    assert "which does not compare them" in (tmp_path / "out" / "ranking.md").read_text()
 
 
 def test_each_column_of_the_page_shows_one_prompt(sweep, tmp_path):

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ldm.data.prepare.writer import OutputShard, PreparationReport, claim_output_folder, plan_shards
 from ldm.data.scenes.draw import draw_scene

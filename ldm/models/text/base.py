@@ -5,12 +5,14 @@ Shapes: B captions, L tokens (`max_length`).
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ldm.diffusion.conditioning import Condition
+from ldm.models.huggingface import silence_transformers
 
 
 class CaptionTokenizer:
@@ -54,7 +56,7 @@ class CaptionTokenizer:
             warnings.warn(
                 f"a caption of {lengths[long[0]]} tokens is cut to {self.max_length}: "
                 f"{texts[long[0]][:60]!r}... Put what matters first, or take a text encoder with a "
-                "larger max_length. Said once; .truncated counts.",
+                "larger max_length. Later ones are cut without this line.",
                 stacklevel=4,
             )
         self.seen += len(lengths)
@@ -85,6 +87,12 @@ class FrozenTextEncoder(nn.Module):
             with torch.inference_mode(False):
                 self._null[key] = self([""])
         return self._null[key].map(lambda part: part.expand(n, *part.shape[1:]))
+
+    def save(self, folder: Path) -> None:
+        """Writes safetensors, config.json and tokenizer, a folder for `path`."""
+        with silence_transformers():
+            self.model.save_pretrained(folder)
+            self.tokenize.tokenizer.save_pretrained(folder)
 
     def train(self, mode: bool = True) -> "FrozenTextEncoder":
         """Stays in eval mode."""

@@ -41,7 +41,14 @@ class ClipTextEncoder(FrozenTextEncoder):
         self.pooled_width = self.width if pooled else 0
         folder = _find_clip_folders(resolve_path(path))[0]
         whitened = pooled and (folder / WHITENING_FILE).is_file()
+        self.whitened = whitened
         self.whiten = Whitening.load(folder, width=self.width) if whitened else nn.Identity()
+
+    def save(self, folder: Path) -> None:
+        """Writes model, tokenizer and whitening, a folder for `path`."""
+        super().save(folder)
+        if self.whitened:
+            self.whiten.save(folder)
 
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> Condition:

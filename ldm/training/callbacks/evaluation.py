@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from torch import nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ldm.data.dataset import TextImageDataset
 from ldm.evaluation.distributed import ProcessGroup

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from ldm.__main__ import VERBS
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
-def test_the_index_has_every_page():
+def test_the_index_has_every_page_and_verb():
     index = (ROOT / "docs" / "index.md").read_text()
+    assert not [verb for verb in VERBS if f"| `{verb}` |" not in index]
     assert not [
         page.name for page in PAGES if f"({page.name})" not in index and page.stem != "index"
     ]

@@ -102,7 +102,7 @@ def test_other_files_are_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1, or not")
     with pytest.raises(ValueError, match=r"a\.parquet is no intact Parquet file"):
         read_parquet_records(str(tmp_path / "*.parquet"))
-    with pytest.raises(FileNotFoundError, match=r"no Parquet rows .*/b\*"):
+    with pytest.raises(FileNotFoundError, match=r"no image in .*/b\* \(Parquet files\)"):
         read_parquet_records(str(tmp_path / "b*"))
 
 

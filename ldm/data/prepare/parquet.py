@@ -33,7 +33,8 @@ def read_parquet_records(
     if Path(pattern).is_dir():
         pattern = f"{glob.escape(pattern)}/*.parquet"
     paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-    records, reader = ImageRecords(Path(pattern)), _ParquetReader()
+    sources = {"images": pattern, "part": part, "image_key": image_key}
+    records, reader = ImageRecords(Path(pattern), sources), _ParquetReader()
     root = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
     for path in paths:
         schema, groups = reader.read_schema(path)

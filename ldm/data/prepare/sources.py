@@ -35,9 +35,13 @@ class ImageRecord:
 
 @dataclass
 class ImageRecords:
-    """The usable records of a source, and the names of the others by reason."""
+    """The usable records of a source, and the names of the others by reason.
+
+    sources: the settings that determine them, as plain values for `prepare.json`.
+    """
 
     root: Path
+    sources: dict[str, Any]
     usable: list[ImageRecord] = field(default_factory=list)
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
@@ -66,7 +70,7 @@ class ImageRecords:
 
 def read_coco_records(images: Path, annotations: Path) -> ImageRecords:
     """Returns the images of a COCO captions file (.json or .json.gz), in its order."""
-    records = _open_records(images)
+    records = _open_records(images, annotations=str(annotations.resolve()))
     coco = _read_annotations(annotations)
     rows, notes = (
         coco.get(name) if isinstance(coco, dict) else None for name in ("images", "annotations")
@@ -95,7 +99,7 @@ def read_folder_records(
     Without that file a.txt holds the caption of a.jpg. It follows links to folders.
     part: "val" is one in ten, by a checksum of the name, so that adding an image moves no other.
     """
-    records = _open_records(images)
+    records = _open_records(images, part=part)
     metadata = images / "metadata.jsonl"
     if metadata.is_file():
         for file_name, text in _iterate_metadata(metadata, caption_key):
@@ -163,10 +167,10 @@ def is_in_part(name: str, part: FolderPart) -> bool:
     return part == "all" or is_val == (part == "val")
 
 
-def _open_records(images: Path) -> ImageRecords:
+def _open_records(images: Path, **sources: str) -> ImageRecords:
     if not images.is_dir():
         raise FileNotFoundError(f"image folder not found: {images}")
-    return ImageRecords(images)
+    return ImageRecords(images, {"images": str(images.resolve()), **sources})
 
 
 def require_usable(records: ImageRecords, wanted: str) -> ImageRecords:

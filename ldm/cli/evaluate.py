@@ -7,6 +7,7 @@ from ldm.config.command_line import command
 from ldm.config.measurement import (
     EVALUATE_TEXT_OPTIONS,
     EvaluationPoint,
+    check_settings_are_read,
     choose_source_kind,
     record_evaluation,
 )
@@ -23,12 +24,19 @@ VARIABLE_GROUPS = {  # the settings that may have several values
 @command(
     "evaluate",
     texts=EVALUATE_TEXT_OPTIONS,
-    read=lambda words: {"choices": pop_sweep_choices()},
+    read=lambda words: {"choices": pop_sweep_choices(), "words": words},
     resumable=True,
 )
-def main(cfg: DictConfig, options: dict[str, str | None], *, choices: dict[str, list[str]]) -> None:
+def main(
+    cfg: DictConfig,
+    options: dict[str, str | None],
+    *,
+    choices: dict[str, list[str]],
+    words: list[str],
+) -> None:
     """Composes the configuration of each point of a curve, then measures the points."""
     kind = choose_source_kind(options)
+    check_settings_are_read(kind, words)
     points = compose_combinations("evaluate", choices, may_vary=VARIABLE_GROUPS[kind])
     evaluate_points(points, options)
 

@@ -28,37 +28,25 @@ AUGMENT_SETTINGS = (
 AUGMENT_FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 NUM_SHEET_IMAGES = 36  # images on the contact sheet
 LEFTOVER_PREFIXES = (".lock", "prepare.json.")  # files that a killed call leaves
+NO_CLIP = (None, "", "none", "null")  # values of clip= without which no image gets a score
 AUGMENT_LIBRARIES = ("ldm", "torch", "transformers", "pillow")
 SlotWords = dict[str, list[str]]
 
 
 def pop_slot_words(words: list[str]) -> dict[str, SlotWords]:
     """Removes `slots.NAME=a,b` or `=[a,b]` from the command line; returns the words by slot."""
-    slots = sorted({word.partition("=")[0] for word in words if word.startswith("slots.")})
-    texts = {slot: text.strip() for slot, text in pop_text_options(slots).items()}
-    for slot, text in texts.items():
+    slots = {}
+    typed = pop_text_options(word.partition("=")[0] for word in words if word.startswith("slots."))
+    for name, text in sorted(typed.items()):
+        text = text.strip()
         if text.startswith("[") and text.endswith("]"):
-            texts[slot] = text[1:-1]
-    return {
-        "words": {
-            slot.removeprefix("slots."): [word.strip() for word in texts[slot].split(",")]
-            for slot in slots
-            if slot in texts
-        }
-    }
-
-
-@command("augment", texts=AUGMENT_TEXT_OPTIONS, read=pop_slot_words, resumable=True)
-def main(cfg: DictConfig, options: TextOptions, *, words: SlotWords) -> None:
-    """Generates a data set; the same command continues an interrupted one."""
-    augment_dataset(cfg, options, words)
+            text = text[1:-1]
+        slots[name.removeprefix("slots.")] = [word.strip() for word in text.split(",")]
+    return {"words": slots}
 
 
 def augment_dataset(cfg: DictConfig, options: TextOptions, words: SlotWords) -> None:
-    """Generates the missing shards of the data set `out`; every process writes whole shards.
-
-    words: those of each slot of the template.
-    """
+    """Generates the missing shards of the data set `out`; every process writes whole shards."""
     check_augment_options(cfg, options, words)
     ckpt, out = (require_option(options, name) for name in ("ckpt", "out"))
     check_augment_folder(out := Path(out))
@@ -97,22 +85,22 @@ def augment_dataset(cfg: DictConfig, options: TextOptions, words: SlotWords) -> 
             for line in restored.pipeline.collect_warnings(cfg.steps, **example):
                 print(line, file=sys.stderr, flush=True)
         own_shards = shards[ranks.rank :: ranks.world_size]
-        total, interval = sum(len(shard.items) for shard in own_shards), get_progress_interval()
-        bar = tqdm(
-            total=total, desc="Generating", unit="image", disable=not first, mininterval=interval
-        )
-        with bar as progress:
-            pipeline = partial(restored.pipeline, size=size, negative=negative)
-            generate = partial(
-                generate_shard_samples, cfg, pipeline, prompts, score, progress.update
-            )
-            score_filter = ScoreFilter(cfg.min_score, cfg.keep)
-            how = {"score_filter": score_filter, "suffix": cfg.format, "batch": cfg.batch}
+        pipeline = partial(restored.pipeline, size=size, negative=negative)
+        score_filter = ScoreFilter(cfg.min_score, cfg.keep)
+        how = {"score_filter": score_filter, "suffix": cfg.format, "batch": cfg.batch}
+        with tqdm(
+            total=sum(len(shard.items) for shard in own_shards),
+            desc="Generating",
+            unit="image",
+            disable=not first,
+            mininterval=get_progress_interval(),
+        ) as bar:
+            generate = partial(generate_shard_samples, cfg, pipeline, prompts, score, bar.update)
             for shard in own_shards:
                 if shard.read_stats() is None:
                     write_generated_shard(shard, generate, **how)
                 else:
-                    progress.update(len(shard.items))
+                    bar.update(len(shard.items))
         ranks.any(False)
         if first:
             report = sum_shard_stats([shard.read_stats() for shard in shards])
@@ -129,7 +117,7 @@ def check_augment_options(cfg: DictConfig, options: TextOptions, words: SlotWord
     if cfg.format not in AUGMENT_FORMATS:
         raise UsageError(f"format={cfg.format} is none of {', '.join(AUGMENT_FORMATS)}")
     for name in ("min_score", "keep"):
-        if cfg[name] is not None and lacks_clip_score(options["clip"]):
+        if cfg[name] is not None and options["clip"] in NO_CLIP:
             raise UsageError(f"{name}={cfg[name]} is by CLIP score: give clip=..., or leave it out")
 
 
@@ -143,11 +131,6 @@ def check_augment_folder(out: Path) -> None:
             raise UsageError(
                 f"out={out} holds {others[0]}, and no generated set: give an empty or new folder"
             )
-
-
-def lacks_clip_score(clip: str | None) -> bool:
-    """Returns whether no CLIP scores the images."""
-    return clip in (None, "", "none", "null")
 
 
 def create_prompts(cfg: DictConfig, options: TextOptions, words: SlotWords):
@@ -182,7 +165,7 @@ def create_training_prompts(options: TextOptions, restored):
 
 def create_clip_scorer(clip: str | None, restored) -> tuple[Callable, str | None]:
     """Returns a function from uint8 images and prompts to scores in 0..100, and the CLIP's name."""
-    if lacks_clip_score(clip):
+    if clip in NO_CLIP:
         return lambda images, prompts: [None] * len(prompts), None
 
     from ldm.config.evaluation import print_on_first_rank
@@ -276,6 +259,10 @@ def write_augment_report(out: Path, report: dict, source: dict) -> None:
         print("by label: " + ", ".join(f"{name} {n}" for name, n in report["labels"].items()))
     print(f"{out / 'sheet.png'}\n{report['written']} samples in {out}")
 
+
+main = command("augment", texts=AUGMENT_TEXT_OPTIONS, read=pop_slot_words, resumable=True)(
+    augment_dataset
+)
 
 if __name__ == "__main__":
     main()

@@ -27,10 +27,7 @@ def main(cfg: DictConfig, options: dict[str, str | None]) -> None:
 
 
 def draw_explain_figures(cfg: DictConfig, options: dict[str, str | None]) -> Path:
-    """Draws all figures of `ckpt`, or of the newest run; returns their folder.
-
-    It is `out`, with a number where that holds such figures already.
-    """
+    """Draws all figures of `ckpt` or the newest run; returns their folder, `out` or a new one."""
     if options["ckpt"] is None:
         options["ckpt"] = str(find_newest_run(Path("runs")))
         print(f"ckpt={options['ckpt']}, the newest finished run")
@@ -55,16 +52,9 @@ def draw_explain_figures(cfg: DictConfig, options: dict[str, str | None]) -> Pat
     else:
         image = figures.render_scene(figures.EXAMPLE_SCENES[0], size)[0]
     at = figures.SamplingSettings(cfg.seed, size, cfg.steps)
-    facts = {
-        "ckpt": str(restored.path),
-        "step": restored.step,
-        "prompt": prompts,
-        "seed": cfg.seed,
-        "steps": cfg.steps,
-        "size": size,
-        "image": options["image"],
-        **restored.settings,
-    }
+    facts = {"ckpt": str(restored.path), "step": restored.step, "prompt": prompts}
+    facts |= {"seed": cfg.seed, "steps": cfg.steps, "size": size, "image": options["image"]}
+    facts |= restored.settings
 
     def family(number: str) -> list[Path]:
         return [Path(f"{out}{number}", f"{name}.png") for name in EXPLAIN_FIGURES]

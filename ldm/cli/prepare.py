@@ -1,4 +1,4 @@
-"""ldm prepare coco|folder|scenes [images=DIR] [annotations=FILE] out=DIR [size=..]"""
+"""ldm prepare coco|folder|parquet|scenes [images=DIR] [annotations=FILE] out=DIR [size=..]"""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from ldm.utils.files import check_path_length
 if TYPE_CHECKING:
     from ldm.data.prepare.writer import PreparationReport
 
-PREPARE_SOURCES = ("coco", "folder", "scenes")
+PREPARE_SOURCES = ("coco", "folder", "parquet", "scenes")
 PREPARE_PATH_OPTIONS = ("images", "annotations", "out")
 
 
@@ -49,6 +49,7 @@ def prepare_image_shards(cfg: DictConfig, paths: dict[str, str | None]) -> "Prep
         ImageSettings,
         prepare_coco,
         prepare_folder,
+        prepare_parquet,
     )
 
     names = ("size", "format", "quality", "samples_per_shard", "limit", "frames")
@@ -56,14 +57,21 @@ def prepare_image_shards(cfg: DictConfig, paths: dict[str, str | None]) -> "Prep
     options["workers"] = cfg.workers
     if cfg.source == "coco":
         if cfg.frames is not None:
-            raise UsageError("frames is for folder and scenes: COCO has images")
-        if cfg.caption_key != "text":
-            raise UsageError("caption_key is for folder: COCO's captions have their place")
+            raise UsageError("frames is for folder, parquet and scenes: COCO has images")
+        if cfg.caption_key not in (None, "text"):
+            raise UsageError(
+                "caption_key is for folder and parquet: COCO's captions have their place"
+            )
         options["annotations"] = require_option(paths, "annotations")
+    if cfg.source != "parquet" and cfg.image_key is not None:
+        raise UsageError(f"image_key is for parquet: {cfg.source} has image files")
     options["settings"] = ImageSettings(**{name: cfg[name] for name in names})
     if cfg.source == "coco":
         return prepare_coco(**options)
-    return prepare_folder(**options, part=cfg.part, caption_key=cfg.caption_key)
+    if cfg.source == "folder":
+        return prepare_folder(**options, part=cfg.part, caption_key=cfg.caption_key or "text")
+    keys = {"image_key": cfg.image_key, "caption_key": cfg.caption_key}
+    return prepare_parquet(**options, part=cfg.part, **keys)
 
 
 def prepare_scene_shards(cfg: DictConfig, paths: dict[str, str | None]) -> "PreparationReport":

@@ -16,7 +16,7 @@ from ldm.config.components import (
 from ldm.config.composition import compose_config, isolate_hydra
 from ldm.config.model_card import write_model_card
 from ldm.config.pipeline import explain_moved_component, load_pipeline
-from ldm.config.registry import list_trusted_packages
+from ldm.config.trust import list_trusted_packages
 from ldm.models.clip import Clip
 from ldm.models.diffusers_format import save_autoencoder
 from ldm.utils.bundle_file import is_bundle, write_bundle_manifest, write_bundle_weights

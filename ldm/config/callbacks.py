@@ -27,9 +27,11 @@ from ldm.training.callbacks.monitoring import (
 )
 from ldm.training.callbacks.nonfinite import NonFiniteStepSkipper
 from ldm.training.callbacks.preemption import PreemptionHandler
+from ldm.training.callbacks.resume_report import ResumeReport
 from ldm.utils.errors import UsageError
 from ldm.utils.signals import StopSignals
 
+OUR_EVALUATIONS = ("scenes", "images")
 # The groups that decide what a generated image looks like.
 GENERATION_GROUPS = [
     "autoencoder",
@@ -74,7 +76,7 @@ def build_evaluation_callbacks(
     A user's own gets the pipeline, the data and a folder where it may write.
     """
     found, task = dict(cfg.eval or {}), pipeline.components.task
-    scenes, quality = found.pop("scenes", None), found.pop("images", None)
+    scenes, quality = (found.pop(name, None) for name in OUR_EVALUATIONS)
     callbacks = []
     if task.needs_image:
         if (scenes or quality) and get_launcher_rank() == 0:
@@ -101,18 +103,17 @@ def build_evaluation_callbacks(
     for name, node in found.items():
         # Passed to the call: instantiate would take apart what is a dataclass.
         build = instantiate(node, _partial_=True, _convert_="all")
-        built = build(pipeline, data=data, folder=run_dir / "eval" / name)
+        built = build(pipeline=pipeline, data=data, folder=run_dir / "eval" / name)
         callbacks.append(check_is_callback(built, f"eval.{name}"))
     return callbacks
 
 
 def build_own_callbacks(cfg: DictConfig) -> list[L.Callback]:
     """The callbacks of the group `callbacks`; UsageError for anything else in it."""
-    built = [
+    return [
         check_is_callback(instantiate(node, _convert_="all"), f"callbacks.{name}")
         for name, node in (cfg.callbacks or {}).items()
     ]
-    return [StepCounter(), *built] if built else []
 
 
 def check_is_callback(built: object, setting: str) -> L.Callback:
@@ -143,13 +144,16 @@ def build_callbacks(
         run_dir / "checkpoints", **cfg.checkpoint, **best, facts=facts, skipper=skipper
     )
     stop = {"every": monitor.every, "max_hours": cfg.trainer.max_hours, "signals": signals}
+    has_own = cfg.callbacks or (cfg.eval and set(cfg.eval).difference(OUR_EVALUATIONS))
     return [
         monitor,
         RandomLayerSeeding(cfg.seed),
         ProgressBar(monitor),
         skipper,
+        *([StepCounter()] if has_own else []),
         *callbacks,
         checkpoints,
+        ResumeReport(),
         PreemptionHandler(checkpoints.save_now, **stop),
         *([instantiate(cfg.early_stop)] if cfg.early_stop else []),
     ]

@@ -19,6 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.help import format_help
+from ldm.config.own_components import list_replaced_settings
+from ldm.config.reserved_settings import NAMED_COMPONENT_GROUPS
 from ldm.config.search_path import (
     CONF_DIR,
     check_config_directories,
@@ -61,9 +63,14 @@ def update_former_settings() -> None:
         updated = update_override(word)
         if updated != word and not (own and word.lstrip("+~").startswith(own)):
             sys.argv[i] = updated
-            if get_launcher_rank() == 0:
-                old, new = word.partition("=")[0], updated.partition("=")[0]
-                print(f"note: the setting {old} is called {new} now", file=sys.stderr)
+            old, new = word.partition("=")[0], updated.partition("=")[0]
+            print_note(f"the setting {old} is called {new} now")
+
+
+def print_note(text: str) -> None:
+    """Prints a note of the first process; standard output is for results."""
+    if get_launcher_rank() == 0:
+        print(f"note: {text}", file=sys.stderr)
 
 
 def pop_text_options(names: Iterable[str]) -> dict[str, str]:
@@ -128,13 +135,16 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
     try:
         words = sys.argv[1:]
         sys.argv[1:] = map(quote_override, words)
-        for line in check_config_directories() if get_launcher_rank() == 0 else ():
-            print(f"note: {line}", file=sys.stderr)
+        for line in check_config_directories():
+            print_note(line)
         if {"--help", "-h"} & set(words):
             print(format_help(config_name, words))
             return
         for word in words:
             check_group_option(*word.partition("=")[::2])
+        for target, keys in list_replaced_settings(words, config_name).items():
+            sys.argv += [f"~{key}" for key in keys]
+            print_note(f"{target} takes no {', '.join(keys)}: left out")
         main()
     except USAGE_ERRORS as error:
         exit_with_usage_error(error, config_name)
@@ -236,7 +246,14 @@ def forget_new_directories() -> None:
 
 
 def check_group_option(group: str, value: str) -> None:
-    """UsageError for a number in place of a group's option, as in guidance=7."""
+    """UsageError for a number in place of a group's option, as in guidance=7, or a component."""
+    if is_config_group(group) and "_target_" in value and not group.startswith("+"):
+        raise UsageError(
+            f"{group}={value} chooses no option: a component without a file of its own is added "
+            f"under a name, as in '+{group}.mine._target_=mypackage.module.Class'"
+            if group in NAMED_COMPONENT_GROUPS
+            else f"{group}={value} chooses no option: give {group}._target_=mypackage.module.Class"
+        )
     if is_config_group(group) and value and None not in map(parse_number, value.split(",")):
         options = ", ".join(list_group_options(group))
         key = {"guidance": "guidance.scale", "optimizer": "optimizer.lr"}.get(group)

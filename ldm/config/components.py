@@ -14,7 +14,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ldm.config.registry import DIFFUSION_GROUPS, validate_file_config
+from ldm.config.own_components import DIFFUSION_GROUPS
+from ldm.config.registry import validate_file_config
 from ldm.config.search_path import CONF_DIR, list_group_options
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedules import Schedule

@@ -2,15 +2,17 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from ldm.config.evaluation_log import find_logged_run, log_evaluation
+from ldm.config.reserved_settings import UNREAD_SETTINGS
 from ldm.config.sample_options import check_checkpoints_and_device
 from ldm.experiments.curves import write_curve
 from ldm.experiments.evaluation_results import (
@@ -54,6 +56,15 @@ def choose_source_kind(options: dict[str, str | None]) -> str:
     return "images"
 
 
+def check_settings_are_read(kind: str, words: Iterable[str]) -> None:
+    """UsageError for a setting of the command line that says nothing of this kind of source."""
+    for word in words:
+        key = word.lstrip("+~").partition("=")[0].partition(".")[0]
+        if key in UNREAD_SETTINGS[kind]:
+            whose = "image files" if kind == "images" else "a pipeline of diffusers"
+            raise UsageError(f"{word}: {key} is not read for {whose}: leave it out")
+
+
 def record_evaluation(
     points: list[EvaluationPoint], options: dict[str, str | None]
 ) -> EvaluationRecord | None:
@@ -64,6 +75,7 @@ def record_evaluation(
     """
     overwrite, ckpt, keep = points[0][1].overwrite, options["ckpt"], options["keep"]
     check_checkpoints_and_device(points[0][1], *([] if ckpt is None else [ckpt]))
+    logged_run = find_logged_run(ckpt) if points[0][1].log else None
 
     from ldm.config.evaluation import build_evaluation_source
     from ldm.evaluation.distributed import ProcessGroup
@@ -98,6 +110,8 @@ def record_evaluation(
         record = EvaluationRecord(results, write_curve(results, out))
     for pieces in waiting:
         shutil.rmtree(pieces, ignore_errors=True)
+    if logged_run is not None:
+        log_evaluation(logged_run, source, points, results)
     return record
 
 
@@ -125,6 +139,8 @@ def describe_point(source, cfg: DictConfig, options: dict[str, str | None]) -> t
     facts["versions"] = {name: version(name) for name in EVALUATE_LIBRARIES}
     if source.quality is not None:
         facts["protocol"] = source.quality.facts()
+    if cfg.metrics:
+        facts["settings"] |= {"metrics": OmegaConf.to_container(cfg.metrics)}
     # Other settings, weights or images make other pieces.
     return facts, source.home / "eval" / f"pieces-{hash_facts([facts, options['keep']])}"
 

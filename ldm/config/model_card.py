@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from ldm.config.loaded_pipeline import LoadedPipeline
-from ldm.config.registry import DIFFUSION_GROUPS, OPTIONAL_GROUPS
+from ldm.config.own_components import DIFFUSION_GROUPS, OPTIONAL_GROUPS
 from ldm.config.training_images import SCENES_TARGET, open_run_images
 from ldm.data.scenes.world import WORLD_VERSION
 from ldm.experiments.ranking import iterate_leaves

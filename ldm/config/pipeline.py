@@ -19,8 +19,8 @@ from ldm.config.components import (
 )
 from ldm.config.guidance import build_guidance
 from ldm.config.loaded_pipeline import LoadedPipeline, check_task
-from ldm.config.registry import list_trusted_packages
 from ldm.config.sample_options import select_device
+from ldm.config.trust import list_trusted_packages
 from ldm.inference.pipeline import Pipeline
 from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.errors import UsageError, format_program

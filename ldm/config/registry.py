@@ -16,24 +16,13 @@ import yaml
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.config.own_components import COMPONENT_GROUPS, NESTED_GROUPS, takes_argument
 from ldm.config.ranges import format_invalid_value
 from ldm.config.search_path import CONF_DIR
 from ldm.experiments.former_names import update_names
 from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.plain_yaml import parse_plain_mapping
 
-# The groups of the components of a model.
-DIFFUSION_GROUPS = ("autoencoder", "text_encoder", "model", "scheduler", "objective", "task")
-# Groups that older files lack.
-OPTIONAL_GROUPS = ("style_encoder", "weighting", "loss", "timestep_sampler")
-CLASSIFIER_GROUPS = ("text_encoder", "scheduler", "classifier")
-COMPONENT_GROUPS = tuple(dict.fromkeys((*DIFFUSION_GROUPS, *OPTIONAL_GROUPS, *CLASSIFIER_GROUPS)))
-
-# Components within others that are options of a group; in older checkpoints.
-NESTED_GROUPS = {
-    "objective.weighting": "weighting",
-    "objective.timestep_sampler": "timestep_sampler",
-}
 # Settings of other groups that decide the sizes of components, with their types.
 SIZE_SETTINGS = {
     "data": {"size": int, "batch_size": int, "frames": (int, type(None))},
@@ -70,12 +59,6 @@ def _collect_targets(place: str, option: dict, found: dict[str, set[str]]) -> No
     for key, value in option.items():
         if isinstance(value, dict):
             _collect_targets(f"{place}.{key}", value, found)
-
-
-def list_trusted_packages(cfg: DictConfig) -> tuple[str, ...]:
-    """The packages that the setting `trust` names: a list, or a single name."""
-    trust = cfg.get("trust") or ()
-    return (trust,) if isinstance(trust, str) else tuple(map(str, trust))
 
 
 def validate_file_config(
@@ -116,25 +99,51 @@ def validate_component(node: object, place: str, *, trust: Sequence[str] | None 
     ours = target in list_component_targets().get(place, ())
     if not ours:
         check_trusted_target(target, place, trust)
-    names, takes_more = list_target_arguments(target)
+    component = get_object(target)
     valid: dict[str, object] = {"_target_": target}
     for key, value in node.items():
         if key == "_target_":
             continue
-        if key not in names and (ours or not takes_more or key.startswith("_")):
+        if key.startswith("_") or not takes_argument(component, key):
             key = _shorten_repr(key)
             raise ValueError(f"{place} has the key {key}, which {target} does not take")
         inner = f"{place}.{key}"
         if NESTED_GROUPS.get(inner, inner) in list_component_targets():
             valid[key] = validate_component(value, inner, trust=trust)
-        elif isinstance(value, dict):
-            raise ValueError(f"{inner} is a component, where none can be")
-        else:
+        elif ours and _has_numbers_by_name(value):
+            valid[key] = value
+        elif ours:
+            if isinstance(value, dict):
+                raise ValueError(f"{inner} is a component, where none can be")
             valid[key] = validate_plain_value(value, inner)
-            message = format_invalid_value(inner, value, "train", ours=ours)
+            message = format_invalid_value(inner, value, "train")
             if value is not None and message:
                 raise ValueError(message)
+        else:
+            valid[key] = _validate_own_setting(value, inner, trust)
     return valid
+
+
+def _validate_own_setting(value: object, name: str, trust: Sequence[str] | None) -> object:
+    """A setting of a trusted class, which may hold mappings, and components of its package."""
+    if isinstance(value, dict) and "_target_" in value:
+        return validate_component(value, name, trust=trust)
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str) or key.startswith("_"):
+                raise ValueError(f"{name} has the key {_shorten_repr(key)}")
+        return {key: _validate_own_setting(each, name, trust) for key, each in value.items()}
+    if isinstance(value, list) and len(value) <= MAX_LIST_LENGTH:
+        return [_validate_own_setting(each, name, trust) for each in value]
+    if message := format_invalid_value(name, value, "train", ours=False):
+        raise ValueError(message)
+    return validate_plain_value(value, name)
+
+
+def _has_numbers_by_name(value: object) -> bool:
+    """Returns whether a value is a mapping of numbers, such as data.captions."""
+    is_mapping = isinstance(value, dict) and bool(value)
+    return is_mapping and all(type(each) in (int, float) for each in value.values())
 
 
 def check_trusted_target(target: str, place: str, trust: Sequence[str] | None) -> None:
@@ -186,14 +195,6 @@ def validate_plain_value(value: object, name: str) -> object:
     if isinstance(value, int) and abs(value) > MAX_INTEGER:
         raise ValueError(f"{name} is {_shorten_repr(value)}, beyond all sizes")
     return value
-
-
-def list_target_arguments(target: str) -> tuple[frozenset[str], bool]:
-    """The names of a target's own arguments, and whether it takes others by name as well."""
-    parameters = inspect.signature(get_object(target)).parameters.values()
-    open_ended = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    names = frozenset(one.name for one in parameters if one.kind not in open_ended)
-    return names, any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
 
 
 def _validate_sizes(node: object, group: str, kinds: dict[str, type | tuple[type, ...]]) -> dict:

@@ -7,7 +7,7 @@ itself: those would replace what the user gives. Imports nothing, so that a chec
 # The setting, and the remedy: a test compares this table with what ldm/config passes.
 RESERVED_SETTINGS = {
     "trainer.callbacks": "give callbacks=NAME, or '+callbacks.mine._target_=mypackage.Class'",
-    "trainer.logger": "give logger=NAME, or logger._target_=mypackage.Class",
+    "trainer.logger": "give logger=NAME, or '+logger.mine._target_=mypackage.Class'",
     "trainer.strategy": "give strategy=ddp, strategy=fsdp, or strategy._target_=mypackage.Class",
     "trainer.plugins": "leave it out: the run has a plugin of its own, which writes checkpoints",
     "trainer.default_root_dir": "give name=my-run",
@@ -34,9 +34,13 @@ RESERVED_SETTINGS = {
     "clip.image_size": "give data.size",
     "classifier.in_channels": "autoencoder decides it",
     "classifier.schedule": "give scheduler=NAME",
-    "logger.run_dir": "give name=my-run",
-    "logger.name": "give name=my-run",
-    "logger.overrides": "leave it out: they are the words of the command line",
+    "logger.wandb.run_dir": "give name=my-run",
+    "logger.wandb.name": "give name=my-run",
+    "logger.wandb.overrides": "leave it out: they are the words of the command line",
+    "logger.tensorboard.run_dir": "give name=my-run",
+    "logger.mlflow.run_dir": "give name=my-run",
+    "logger.mlflow.name": "give name=my-run",
+    "logger.mlflow.overrides": "leave it out: they are the words of the command line",
     "eval.scenes.size": "give data.size",
     "eval.images.size": "give data.size",
     "eval.images.images": "give data.val",
@@ -47,6 +51,15 @@ RESERVED_SETTINGS = {
     "eval.images.metrics": "give metrics=NAME",
 }
 # Groups whose keys name components.
-NAMED_COMPONENT_GROUPS = ("callbacks", "metrics", "eval", "features")
-# What only a run that trains a denoiser reads, and how to leave it out.
-DENOISER_SETTINGS = {"init": "init=null", "eval": "eval=none", "metrics": "metrics=none"}
+NAMED_COMPONENT_GROUPS = ("callbacks", "metrics", "eval", "features", "logger")
+# What only a run that trains a denoiser reads.
+DENOISER_SETTINGS = ("init", "eval", "features", "metrics")
+# What ldm.evaluate does not read of a pipeline of diffusers, and of image files.
+UNREAD_SETTINGS = {
+    "run": (),
+    "peer": ("sampler", "raw", "autoencoder", "text_encoder", "trust"),
+    "images": (
+        *("sampler", "guidance", "steps", "seed", "count", "scenes", "raw"),
+        *("autoencoder", "text_encoder", "trust"),
+    ),
+}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -28,7 +28,7 @@ from ldm.config.components import (
     warm_start_from_run,
 )
 from ldm.config.guidance import build_guidance
-from ldm.config.registry import list_trusted_packages
+from ldm.config.loggers import build_loggers
 from ldm.config.stages import (
     build_autoencoder_training,
     build_classifier_training,
@@ -40,6 +40,7 @@ from ldm.config.training_checks import (
     check_image_size,
     get_devices,
 )
+from ldm.config.trust import list_trusted_packages
 from ldm.data.datamodule import TextImageData
 from ldm.evaluation.image_metrics import ImageMetric
 from ldm.experiments.run_dir import get_launcher_rank
@@ -51,7 +52,6 @@ from ldm.training.callbacks.monitoring import ThroughputMonitor
 from ldm.training.fsdp import FullyShardedStrategy
 from ldm.training.job import TrainingJob, prepare_run_directory
 from ldm.training.lightning_adapter import defer_launch_signals
-from ldm.training.loggers.csv import CsvLog
 from ldm.training.modules.diffusion import LatentDiffusion
 from ldm.utils.checkpoint_file import find_newest_checkpoint
 from ldm.utils.errors import UsageError, format_program
@@ -90,6 +90,7 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
     else:
         check_data_kind(cfg, f"stage={cfg.stage}", is_video=False)
         build = STAGE_BUILDERS[cfg.stage]
+    loggers = build_loggers(cfg, run_dir)
     data = instantiate(cfg.data, seed=cfg.seed)
     module, callbacks, frozen = build(cfg, data, run_dir)
     module.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
@@ -102,7 +103,7 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
     }
     callbacks += own_callbacks
     callbacks = build_callbacks(cfg, run_dir, callbacks, monitor, facts, signals)
-    trainer = build_trainer(cfg, run_dir, callbacks, devices)
+    trainer = build_trainer(cfg, run_dir, callbacks, loggers, devices)
     defer_launch_signals(trainer)
     # Refuses now a batch size that the devices cannot share.
     data.micro_batch(trainer.world_size, trainer.accumulate_grad_batches)
@@ -115,7 +116,7 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
 
 def hide_warnings() -> None:
     """Hides messages of libraries that are no news here."""
-    for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
+    for name in ("lightning.pytorch", "lightning.fabric", "matplotlib", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
     for text in HIDDEN_WARNINGS:
@@ -191,13 +192,13 @@ def build_validation_pipeline(
 
 
 def build_trainer(
-    cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback], devices: dict[str, int]
+    cfg: DictConfig,
+    run_dir: Path,
+    callbacks: list[L.Callback],
+    loggers: list[Logger],
+    devices: dict[str, int],
 ) -> L.Trainer:
     """Lightning's Trainer, with our callbacks and loggers in place of its own."""
-    loggers = [CsvLog(run_dir / "metrics.csv")]
-    if cfg.logger:
-        run = {"run_dir": run_dir, "name": cfg.name, "overrides": get_command_line_overrides()}
-        loggers.append(instantiate(cfg.logger, **run))
     return instantiate(
         OmegaConf.masked_copy(cfg.trainer, [key for key in cfg.trainer if key != "max_hours"]),
         **devices,
@@ -216,9 +217,3 @@ def build_trainer(
         enable_model_summary=False,
         _convert_="all",
     )
-
-
-def get_command_line_overrides() -> list[str]:
-    """The settings of the command line, without the run's name."""
-    task = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    return [text for text in task if not text.startswith("name=")]

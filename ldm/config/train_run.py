@@ -110,8 +110,7 @@ def train_job(cfg: DictConfig, job, run_dir: Path, signals: StopSignals) -> dict
         with signals.exit_on_signal():
             if first:
                 (run_dir / "result.json").unlink(missing_ok=True)  # of an earlier, shorter call
-                begins = "resumes" if job.resume else "begins"
-                print(f"{run_dir} {begins}: {job.describe()}", flush=True)
+                print(f"{run_dir} {job.describe()}", flush=True)
             if job.trainer.world_size == 1:  # several leave together, where the training begins
                 signals.leave_at_once()
             if cfg.validate_first and job.resume is None:

@@ -90,20 +90,26 @@ def check_data_kind(cfg: DictConfig, subject: str, *, is_video: bool) -> None:
         remedy = "task=video, or other data"
         if is_video:
             remedy = "data.frames=8" if "frames" in cfg.data else "data=shards of videos"
-            still = any(not check.get("moving", False) for check in (cfg.eval or {}).values())
+            still = any(not check.get("moving", False) for _, check in _find_measurements(cfg))
             remedy = f"data=moving_scenes, or {remedy}{' eval=motion' if still else ''}"
         raise UsageError(f"{subject} is of {want}, and the data are {have}: take {remedy}")
-    for name, check in (cfg.eval or {}).items():
+    for name, check in _find_measurements(cfg):
         if check.get("moving", False) != is_video and cfg.stage == "diffusion":
             remedy = "eval=motion, or eval=none" if is_video else "another eval"
             raise UsageError(f"eval.{name} does not measure what the data are: take {remedy}")
 
 
+def _find_measurements(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
+    """Our own entries of `eval`, which are for images or, with `moving`, for videos."""
+    return [(name, cfg.eval[name]) for name in ("scenes", "images") if name in (cfg.eval or ())]
+
+
 def check_has_captions(data: "TextImageData") -> None:
     """UsageError where no training image has a caption."""
     index = data.train_set.shards.index
-    if index.captions.count_empty(index.caption_key) == index.captions.samples:
-        message = index.captions.describe(index.caption_key)
+    keys = tuple(index.caption_weights)
+    if index.captions.count_empty(*keys) == index.captions.samples:
+        message = index.captions.describe(*keys)
         raise UsageError(f"data.train: {message}. To train without captions: text_encoder=none")
 
 
@@ -112,9 +118,7 @@ def check_captions_readable(text_encoder: "nn.Module", data: "TextImageData") ->
 
     UsageError where there are none, ValueError where they hold none of its names.
     """
-    from ldm.models.text.labels import NullTextEncoder
-
-    if not isinstance(text_encoder, NullTextEncoder):
+    if text_encoder.width or text_encoder.pooled_width:
         check_has_captions(data)
     if text_encoder.names:
         text_encoder(data.val_captions(64))

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -20,7 +21,7 @@ from ldm.data.image_decoding import (
     read_image,
 )
 from ldm.data.position_sampler import CAPTION_STREAM, CROP_STREAM, draw_random_bits
-from ldm.data.shards.reader import ShardReader
+from ldm.data.shards.reader import Sample, ShardReader
 
 _MAX_TRIES = 10_000  # undecodable samples in a row
 
@@ -54,8 +55,9 @@ class TextImageDataset(Dataset):
     """Square images with a caption, by (sample index, position).
 
     In training (seed, epoch, index) chooses the caption, (seed, position) crop and flip; otherwise
-    each sample has its centre and first caption. The crop is the image's shorter side, scaled to
-    `size`. `even_crops`: all positions of a random crop are equally likely, see `crop_square`.
+    each sample has its centre and first caption (of the heaviest key). The crop is the image's
+    shorter side, scaled to `size`. even_crops: all positions of a random crop are equally likely,
+    see `crop_square`.
     frames: samples are animations, of which it takes so many frames, evenly; None: images.
     on_error: for a damaged image "stop" raises ImageError; "skip" uses the next sample (index + 1,
     + 2, .. modulo N) that can be decoded, or raises TooManySkippedError if none can.
@@ -118,9 +120,9 @@ class TextImageDataset(Dataset):
                 raise ImageError(message) from error
             self._damaged[index] = BadSample(error.reason, message)
             return None, self._damaged[index]
-        captions = self._choose_caption(sample.captions, index, epoch=position // len(self))
+        caption = self._choose_caption(sample, index, epoch=position // len(self))
         return TextImageItem(
-            images=images, captions=captions, position=position, key=sample.key, skipped=[]
+            images=images, captions=caption, position=position, key=sample.key, skipped=[]
         ), None
 
     def _decode(self, data: bytes, position: int) -> Tensor:
@@ -137,11 +139,15 @@ class TextImageDataset(Dataset):
             pixels.flip(-1) if self.train and flip < self.flip else pixels
         )  # (3, S, S) or (3, F, S, S)
 
-    def _choose_caption(self, captions: list[str], index: int, *, epoch: int) -> str:
+    def _choose_caption(self, sample: Sample, index: int, *, epoch: int) -> str:
+        captions, weights = sample.captions, sample.weights
         if not self.train:
             return captions[0]
         bits = draw_random_bits(1, CAPTION_STREAM, self.seed, epoch, index)[0]
-        return captions[int(bits % len(captions))]
+        if weights is None:
+            return captions[int(bits % len(captions))]
+        ends = np.cumsum(weights)  # the last of them, for bits / 2^64 may round to 1
+        return captions[np.searchsorted(ends[:-1], bits / 2.0**64 * ends[-1], side="right")]
 
 
 def collate(items: list[TextImageItem]) -> Batch:

@@ -118,8 +118,7 @@ class ClipQueries:
     ) -> list[tuple[str, float]]:
         """Returns words with their cosines to the difference of two images, nearest first.
 
-        names: None for the `most` common words of the captions. Raises ValueError where CLIP finds
-        no difference.
+        names: None for the `most` common words of the captions.
         """
         pair = self.embed_files([path, other])
         if torch.equal(*pair):

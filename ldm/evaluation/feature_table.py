@@ -27,11 +27,11 @@ def tabulate(
 ) -> dict[str, Tensor]:
     """Returns float32 tables (count, D) on the CPU, one for each name and D of `columns`.
 
-    `make(items)` returns the rows (len(items), D) of up to `batch` consecutive items, a piece.
-    Processes take pieces in turns, and all get the same tables. Pieces are saved in `folder` and
-    read from there; a damaged piece is made again with a warning. `done(items)` is called after
-    each round of a process, equally often in each. on_images(items, images): called before it with
-    the piece's images, uint8, which `make` then returns as well, as `IMAGE_ROWS`.
+    `make(items)` returns the rows (len(items), D) of up to `batch` consecutive items. Processes
+    take such pieces in turns, and all get the same tables. Pieces are saved in `folder` and read
+    from there; a damaged piece is made again with a warning. `done(items)` is called equally often
+    in each process. on_images(items, images): called before it with a piece's images, uint8, which
+    `make` then returns as well, as `IMAGE_ROWS`.
     """
     if batch < 1:
         raise ValueError(f"batch={batch} must be 1 or more")

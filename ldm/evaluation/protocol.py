@@ -1,6 +1,6 @@
 """The evaluation protocol: how well generated images match real ones and their captions.
 
-Training and `ldm.evaluate` use the same. Shapes: N generated images, M real ones, D features.
+Shapes: N generated images, M real ones, D features.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -109,10 +109,7 @@ class EvaluationProtocol:
         self.scores: Scores | None = None  # on the first rank, after `prepare`
 
     def prepare(self, device: torch.device, done: EvaluationProgress = lambda items: None) -> None:
-        """Computes the features of real images and captions, once; all ranks must call it.
-
-        done: see `tabulate`.
-        """
+        """Computes the features of real images and captions, once; all ranks must call it."""
         if self.is_prepared:
             return
         self.device = device

@@ -35,9 +35,9 @@ class Scores:
     """The tables that generated images are compared with, and the metrics of the comparison.
 
     real (M, D): real images. floor (N', D): the real images of the captions, which a perfect model
-    would generate. texts (N, D), floor_texts (N', D): the captions of generated images and of
-    `floor`, for networks that encode captions. KID and the nearest-neighbour metrics are of the
-    `first` network: of Inception, where it is there.
+    would generate. texts (N, D), floor_texts (N', D): captions of generated images and of `floor`,
+    for networks that encode captions. KID and the nearest-neighbour metrics are of Inception if it
+    is there, else of the first network.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class Scores:
             self.constant[f"{clip_score_key(name)}_real"] = float(score.mean())
 
     def metrics(self, generated: Tables) -> dict[str, float]:
-        """Returns `compute_distances`, clip_score where there is a CLIP, and constant metrics.
+        """Returns `compute_distances`, clip_score, clip_score_chance, and constant metrics.
 
         Constant are fid_floor, fd_*_floor, and clip_score_real, of real images with their own
-        captions; clip_score_chance is of generated images with all captions but their own.
+        captions. clip_score_chance is of generated images with all captions but their own.
         """
         return self.compute_distances(generated) | self._score_captions(generated) | self.constant
 
@@ -85,10 +85,7 @@ class Scores:
         return distances | self._score_captions(generated) | self.constant, intervals
 
     def compute_distances(self, generated: Tables) -> dict[str, float]:
-        """Returns fid or fd_<network>, kid, precision, recall, density, coverage, cmmd.
-
-        Where there is a classifier, also inception_score.
-        """
+        """Returns fid or fd_<network>, kid, cmmd, precision, recall, .., and inception_score."""
         estimates = self._estimate_frechet(generated, errors=False)
         estimates |= self._estimate_others(generated, errors=False)
         return _get_values(estimates) | self._score_classes(generated)

@@ -24,8 +24,8 @@ CurvePoints = Sequence[dict]
 def write_curve(points: CurvePoints, out: Path, *, metric: str | None = None) -> list[Path]:
     """Writes curve_<what varies>.json with all facts, .csv with the metrics, and .png.
 
-    metric: the metric of the first panel; None: as `plot_quality_curve` chooses. A former curve
-    with points that the new one lacks gets another name, which is printed.
+    metric: of the first panel; None: as `plot_quality_curve` chooses. A former curve with points
+    that the new one lacks gets another name, which is printed.
     """
     from ldm.experiments.plots import plot_quality_curve, render_figure
     from ldm.utils.images import save_png
@@ -91,10 +91,7 @@ def list_curve_rows(points: CurvePoints) -> list[list]:
 
 
 def read_curves(run_dir: Path) -> dict[str, CurvePoints]:
-    """Returns the curves in a folder by the stem of their files.
-
-    Raises ValueError if a file holds something else.
-    """
+    """Returns the curves in a folder by the stem of their files; ValueError for other content."""
     curves = {}
     for path in sorted(run_dir.glob("curve_*.json")):
         try:

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import secrets
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,10 +41,9 @@ CHANGEABLE_SETTINGS = (
 
 
 def make_run_stamp() -> str:
-    """Returns the name of a run without name=: the same in all its ranks and restarts.
+    """Returns the name of a run without name=: the launcher's run id, or date and time.
 
-    It is the launcher's run id, or date and time, which the environment passes on to ranks.
-    Raises ValueError if torchrun has ranks or restarts and no id.
+    It is the same in all ranks and restarts of a run; ValueError if torchrun has several and no id.
     """
     if "LDM_RUN_STAMP" not in os.environ:
         launched = os.environ.get("TORCHELASTIC_RUN_ID", "none")
@@ -94,10 +92,7 @@ HYDRA_RESOLVERS = {
 
 
 def get_launcher_layout() -> tuple[int, int] | None:
-    """Returns (processes per machine, machines) if torchrun or srun has started several processes.
-
-    None if they are not started yet, or there is one.
-    """
+    """Returns (processes per machine, machines) of torchrun or srun; None for one process."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         per_machine = int(os.environ["LOCAL_WORLD_SIZE"])
         return per_machine, int(os.environ["WORLD_SIZE"]) // per_machine
@@ -163,9 +158,9 @@ def is_run_finished(run_dir: Path, steps: int, *, stops: bool) -> bool:
 
 
 def read_metrics(run_dir: Path, *, tail: int | None = None) -> list[dict[str, float]]:
-    """Returns the rows of metrics.csv without empty cells; none without a file.
+    """Returns the rows of metrics.csv without empty cells; ValueError if it is damaged.
 
-    tail: reads only so many bytes from the end. Raises ValueError if the file is damaged.
+    tail: of so many bytes at its end.
     """
     path = run_dir / "metrics.csv"
     if not path.is_file():
@@ -248,12 +243,3 @@ def make_image_path(ckpt: Path, prompt: str) -> Path:
     """Returns the file for images of a prompt: its letters and digits, so that it stays there."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "picture"
     return Path(os.path.relpath(find_run_of_checkpoint(ckpt) / "samples" / f"{words}.png"))
-
-
-def get_wandb_id(run_dir: Path) -> str:
-    """Returns the W&B id of a run directory; the first call makes it."""
-    path = run_dir / "wandb_id"
-    if not path.is_file():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(path, secrets.token_hex(4) + "\n")
-    return path.read_text().strip()

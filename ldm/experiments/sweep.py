@@ -1,8 +1,4 @@
-"""Sweeps: jobs in directories named by what differs; each is a training in its own process.
-
-A job is the run <sweep>/<its settings>, in runs/<sweep>/<its settings>, and a user may resume it by
-hand. A `JobHost` (this machine, SLURM) starts it.
-"""
+"""Sweeps: each job is a training in its own process, the run <sweep>/<its settings>."""
 
 import json
 import re
@@ -31,10 +27,7 @@ ERROR_PREFIX = re.compile(r"^(train\.py|ldm train|python -m ldm\.train): ")  # o
 
 
 def merge_shared_settings(directory: Path, base: dict, *, swept: Collection[str]) -> dict:
-    """Returns the settings that all jobs of a sweep share, for its sweep.json.
-
-    Raises UsageError if the directory is a run's, or if the sweep began with other settings.
-    """
+    """Returns the settings that all jobs of a sweep share; UsageError if it began with others."""
     path = directory / SWEEP_FILE
     if not path.is_file():
         if (directory / "config.yaml").is_file():
@@ -104,7 +97,9 @@ def report_sweep() -> int:
 
     sweep = jobs[0].directory.parent
     try:
-        print(compare_runs(find_runs([sweep]), out=sweep, metric=jobs[0].metric))
+        typed = any(word.startswith("metric=") for word in jobs[0].overrides)
+        metric = jobs[0].metric if typed else None
+        print(compare_runs(find_runs([sweep]), out=sweep, metric=metric))
     except ValueError as error:  # no job has measured anything
         print(f"no ranking: {error}")
     if left := sum(not job.is_finished for job in jobs):

@@ -101,17 +101,23 @@ class TrainingJob:
             columns, rows = build_ranking_table(
                 rank_runs(jobs, metric, direction=direction), metric
             )
+        status, where = result["status"], f"{run_dir} at step {result['steps']}"
         for logger in self.trainer.loggers:
             if is_sweep_job(run_dir):
                 logger.log_table("ranking", columns=columns, data=rows)
-            logger.finish(failed=result["status"] == "failed")
+            if status != "finished":
+                logger.alert(f"run {status}", result.get("error", f"{where} was preempted"))
+            logger.finish(status=status)
 
     def describe(self) -> str:
-        """Returns one line: what is trained, on what, how long."""
+        """Returns one line: where the run begins, what is trained, on what, how long."""
+        begins = "begins"
+        if self.resume is not None:
+            begins = f"resumes from step {parse_checkpoint_step(self.resume)}"
         trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
         kind = "images" if self.data.frames is None else "videos"
         return (
-            f"{type(self.module).__name__}, {trained / 1e6:.1f} M parameters, on "
+            f"{begins}: {type(self.module).__name__}, {trained / 1e6:.1f} M parameters, on "
             f"{len(self.data.train_set)} {kind} ({len(self.data.val_set)} for validation): "
             f"{self.trainer.max_steps} steps of {self.data.batch_size} {kind} on "
             f"{self.trainer.world_size} x {self.trainer.strategy.root_device.type}"

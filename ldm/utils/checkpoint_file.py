@@ -1,9 +1,9 @@
 """Checkpoint files: written so that a kill loses nothing, read without running their code.
 
 A checkpoint is `<name>.ckpt`, tensors and plain values for `torch.load(weights_only=True)`, and
-`<name>.ckpt.json`, its manifest with size and SHA-256. The manifest is written last; without a
-valid manifest the checkpoint does not count. `last.ckpt` is a link to the newest checkpoint,
-`best.ckpt` to the one with the best validation.
+`<name>.ckpt.json`, its manifest with size and SHA-256, which is written last: without a valid
+manifest the checkpoint does not count. `last.ckpt` is a link to the newest checkpoint, `best.ckpt`
+to the one with the best validation.
 """
 
 import hashlib
@@ -59,10 +59,7 @@ class _HashingWriter:
 
 
 def write_checkpoint(payload: dict, path: Path) -> None:
-    """Stores `payload` at `path`, reads it back, then writes its manifest.
-
-    Raises OSError if that fails; then nothing is left at `path`.
-    """
+    """Stores `payload`, reads it back, writes its manifest; on an OSError nothing is left."""
     path.parent.mkdir(parents=True, exist_ok=True)
     manifest_path(path).unlink(missing_ok=True)  # it must not describe a half-written file
     if (free := shutil.disk_usage(path.parent).free) < count_tensor_bytes(payload):
@@ -94,10 +91,7 @@ def count_tensor_bytes(payload: object) -> int:
 
 
 def export_weights(payload: dict, path: Path) -> None:
-    """Writes a checkpoint's weights, the EMA ones if it has them, as safetensors.
-
-    Step, stage and configuration go to a file with the suffix `.json`.
-    """
+    """Writes weights, EMA ones if there are any, as safetensors, and step and settings as .json."""
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = select_prefix(payload, "ema.module.") or payload["state_dict"]
     facts = {"step": payload["global_step"], **payload["ldm"]}
@@ -119,10 +113,7 @@ def link_checkpoint(path: Path, name: str) -> None:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Returns the payload of a checkpoint; its tensors are memory-mapped.
-
-    Raises CheckpointError if the file does not match its manifest or holds anything but data.
-    """
+    """Returns the payload, memory-mapped; CheckpointError if its manifest or content is wrong."""
     path = path.resolve()
     if problem := find_checkpoint_flaw(path):
         good = find_last_good_checkpoint(path.parent, other_than=path)

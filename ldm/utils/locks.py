@@ -1,7 +1,4 @@
-"""Kernel locks on files and directories: one process at a time.
-
-The kernel frees a lock when its process ends, however that happens.
-"""
+"""Kernel locks on files and directories: the kernel frees them when a process ends, however."""
 
 import errno
 import fcntl

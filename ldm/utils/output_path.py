@@ -12,8 +12,7 @@ OUTPUT_SUFFIXES = {"images": (".png",), "videos": (".gif", ".webp", ".mp4")}
 def resolve_output_file(out: str | None, default: Path, *, moving: bool | None) -> Path:
     """Returns the file to write: `out`, with a suffix if it has none, or `default` in a folder.
 
-    moving: whether it is a video; None if not known yet. Raises ValueError for a path that is too
-    long or an unsupported suffix.
+    moving: whether it is a video; None if not known yet.
     """
     kinds = {kind: s for kind, s in OUTPUT_SUFFIXES.items() if moving in (None, kind == "videos")}
     suffixes = [suffix for endings in kinds.values() for suffix in endings]

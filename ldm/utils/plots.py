@@ -1,7 +1,7 @@
 """Pages of labelled images and numbers, laid out in pixels on white.
 
-Shapes: n images, m captions, H W pixels. A page is about 1264 pixels wide, so that its text is
-still readable at the 900 pixels of a README.
+Shapes: n images, m captions, H W pixels. A page is about 1264 pixels wide: its text is readable at
+the 900 pixels of a README.
 """
 
 import warnings
@@ -67,10 +67,7 @@ class Page:
         align: str = "left",
         math: bool = False,
     ) -> None:
-        """Adds text with its top at y; x is where its lines begin, or as `align` says.
-
-        math: text between dollars is a formula.
-        """
+        """Adds text with its top at y, x as `align` says; math: dollars enclose formulas."""
         style = {"fontsize": size * 72 / _DPI, "color": colour, "ha": align, "va": "baseline"}
         style |= {"fontweight": "bold" if bold else "normal", "parse_math": math}
         for i, line in enumerate(text.split("\n")):
@@ -121,10 +118,7 @@ def measure_heading(description: str, width: int) -> int:
 
 
 def resize_longer_side(image: Tensor, side: int = FIGURE_IMAGE_SIZE) -> Image.Image:
-    """Returns an image (3, H, W) in [-1, 1] with `side` pixels on its longer side.
-
-    Its pixels stay sharp if `side` is a multiple of its size.
-    """
+    """Returns an image (3, H, W) in [-1, 1] with `side` pixels on its longer side."""
     small = to_pil(image)
     longest = max(small.size)
     size = [max(round(length * side / longest), 1) for length in small.size]

@@ -105,7 +105,7 @@ def restore_signal_handlers() -> Iterator[None]:
 
 @contextmanager
 def block_stop_signals() -> Iterator[None]:
-    """Processes that are started in this block ignore the stop signals.
+    """Lets processes that are started in this block ignore the stop signals.
 
     A terminal, timeout, systemd or SLURM send them to all processes of a run, which still needs its
     data workers. Signals to this process wait for the end of the block.

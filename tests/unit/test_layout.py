@@ -15,12 +15,12 @@ ROOM_LINES = {
     "utils": 1780,
     "diffusion": 2800,
     "models": 2680,
-    "data": 3800,
-    "inference": 760,
+    "data": 4080,
+    "inference": 780,
     "evaluation": 3000,
     "experiments": 1960,
-    "training": 2700,
-    "config": 4420,
+    "training": 3150,
+    "config": 4900,
     "cli": 2100,
 }
 ROOMS = tuple(ROOM_LINES)

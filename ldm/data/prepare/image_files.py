@@ -17,9 +17,9 @@ from ldm.data.image_decoding import (
     needs_no_conversion,
     read_frames,
     read_image,
-    read_image_bytes,
     resize_short_side,
 )
+from ldm.data.prepare.parquet import read_parquet_records
 from ldm.data.prepare.sources import (
     FolderPart,
     ImageRecord,
@@ -105,8 +105,25 @@ def prepare_folder(
     return _write_shards(records, resolve_path(out), sources, settings, workers)
 
 
+def prepare_parquet(
+    *,
+    images: str,
+    out: str,
+    settings: ImageSettings = _DEFAULTS,
+    workers: int = 2,
+    part: FolderPart = "all",
+    image_key: str | None = None,
+    caption_key: str | None = None,
+) -> PreparationReport:
+    """Writes shards of the Parquet files that match a glob, see `read_parquet_records`."""
+    pattern = str(resolve_path(images))
+    records = read_parquet_records(pattern, part=part, image_key=image_key, caption_key=caption_key)
+    sources = {"images": pattern, "part": part, "image_key": image_key}
+    return _write_shards(records, resolve_path(out), sources, settings, workers)
+
+
 def _write_shards(
-    records: ImageRecords, out: Path, sources: dict[str, str], settings: ImageSettings, workers: int
+    records: ImageRecords, out: Path, sources: dict[str, Any], settings: ImageSettings, workers: int
 ) -> PreparationReport:
     if workers < 1:
         raise ValueError(f"workers must be 1 or more, got {workers}")
@@ -183,7 +200,7 @@ def _map_in_order(pool: ThreadPoolExecutor, fn: Callable, items: Iterable) -> It
 
 def _encode_record(record: ImageRecord, key: str, settings: ImageSettings) -> dict[str, bytes]:
     """Returns the tar members of one image, whose file is copied if it fits already."""
-    source, count = read_image_bytes(record.path), settings.frames
+    source, count = record.read(), settings.frames
     images = [read_image(source)] if count is None else list(read_frames(source, count))
     original_width, original_height = images[0].size
     kind = _PILLOW_FORMATS[settings.format]

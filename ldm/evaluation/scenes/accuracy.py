@@ -91,11 +91,7 @@ class PromptAccuracy:
 
 
 class ScenePromptAccuracy(PromptAccuracy):
-    """The accuracy of the first `count` scenes of either split; chance: another scene's caption.
-
-    scene_accuracy (the whole caption), scene_color, scene_shape, scene_size, scene_relation,
-    scene_background, scene_style.
-    """
+    """The accuracy of the first `count` scenes of either split; chance: another scene's caption."""
 
     kind, names, max_rolls = "scene", SCENE_METRICS, 8
 

@@ -169,6 +169,8 @@ class NonFiniteStepSkipper(L.Callback):
                 write_text(self.report, json.dumps(merge_rank_reports(of_ranks), indent=1) + "\n")
             except OSError as error:
                 message += f", or would: {error.strerror}"
+            for logger in trainer.loggers:
+                logger.alert("steps that are not finite", message)
             if not too_many:
                 warnings.warn(message, stacklevel=2)
         if too_many:

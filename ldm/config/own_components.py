@@ -1,0 +1,211 @@
+"""Components from a package of the user's own: what is known of them before anything is built."""
+
+import difflib
+import inspect
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+
+from hydra import compose, initialize_config_dir
+
+from ldm.config.ranges import OWN_TARGET_PREFIXES
+from ldm.config.reserved_settings import NAMED_COMPONENT_GROUPS
+from ldm.config.search_path import CONF_DIR, is_config_group
+from ldm.utils.errors import UsageError, suggest_nearest
+
+# The groups of the components of a model.
+DIFFUSION_GROUPS = ("autoencoder", "text_encoder", "model", "scheduler", "objective", "task")
+# Groups that older files lack.
+OPTIONAL_GROUPS = ("style_encoder", "weighting", "loss", "timestep_sampler")
+CLASSIFIER_GROUPS = ("text_encoder", "scheduler", "classifier")
+COMPONENT_GROUPS = tuple(dict.fromkeys((*DIFFUSION_GROUPS, *OPTIONAL_GROUPS, *CLASSIFIER_GROUPS)))
+# Components within others that are options of a group; in older checkpoints.
+NESTED_GROUPS = {
+    "objective.weighting": "weighting",
+    "objective.timestep_sampler": "timestep_sampler",
+}
+# The class whose public methods a component of a group has.
+INTERFACES = {
+    "scheduler": "ldm.diffusion.schedules.Schedule",
+    "objective": "ldm.diffusion.objective.Objective",
+    "objective.prediction": "ldm.diffusion.predictions.Prediction",
+    "weighting": "collections.abc.Callable",
+    "loss": "collections.abc.Callable",
+    "timestep_sampler": "collections.abc.Callable",
+    "sampler": "ldm.diffusion.samplers.base.Sampler",
+    "guidance": "ldm.diffusion.guidance.base.Guidance",
+    "task": "ldm.diffusion.tasks.base.Task",
+    "model": "ldm.models.base.Denoiser",
+    "autoencoder": "ldm.models.autoencoder.IdentityAutoencoder",
+    "text_encoder": "ldm.models.base.TextEncoder",
+    "features": "ldm.evaluation.features.base.FeatureExtractor",
+    "optimizer": "collections.abc.Callable",
+    "metrics": "ldm.evaluation.image_metrics.ImageMetric",
+}
+# Arguments that no YAML has: a component of these groups gets all of them, or some.
+PASSED_ARGUMENTS = {
+    "model": ("in_channels", "out_channels", "context_dim", "pooled_dim"),
+    "objective": ("schedule", "weighting", "loss", "timestep_sampler"),
+    "timestep_sampler": ("batch",),
+    "data": ("seed",),
+    "eval": ("pipeline", "data", "folder"),
+}
+SOMETIMES_PASSED = {
+    "model": ("temporal", "style_dim", "style_code"),
+    "guidance": ("schedule", "x0_at_zero_output"),
+}
+
+BARE_INIT_MODULES = ("typing", "torch.nn.modules.module")
+OPEN_ENDED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def check_own_component(node: Mapping, place: str, default: Mapping) -> None:
+    """UsageError unless the target of a node is a component of its group that takes its settings.
+
+    place: the key of the node. default: the settings of the chosen option.
+    """
+    target, group = str(node["_target_"]), find_component_group(place)
+    found = import_component(target, place)
+    if group in INTERFACES and inspect.isclass(found):
+        module, _, name = INTERFACES[group].rpartition(".")
+        if missing := list_missing_methods(found, getattr(import_module(module), name)):
+            raise UsageError(
+                f"{place}={target} has no {', '.join(missing)}, as every {group} has: see {module}"
+            )
+    passed = PASSED_ARGUMENTS.get(group, ())
+    for name in passed:
+        if not takes_argument(found, name):
+            raise UsageError(f"{place}={target} takes no {name}, which every {group} gets")
+    check_setting_names([*node], place, target, default)
+    known = {*node, *passed, *SOMETIMES_PASSED.get(group, ())}
+    missing = [
+        each.name
+        for each in list_parameters(found)
+        if each.default is each.empty and each.kind not in OPEN_ENDED and each.name not in known
+    ]
+    if missing and not {"_partial_", "_args_"} & node.keys():
+        key = f"{place}.{missing[0]}"
+        raise UsageError(f"{key} is needed by {target}: give +{key}=...")
+
+
+def check_setting_names(keys: Sequence[str], place: str, target: str, default: Mapping) -> None:
+    """UsageError for the first of these settings of a node that its target does not take."""
+    found = import_component(target, place)
+    wrong = [key for key in keys if not key.startswith("_") and not takes_argument(found, key)]
+    if not wrong:
+        return
+    if wrong[0] in default and default.get("_target_") != target:  # of a class that was replaced
+        others = [key for key in wrong if key in default]
+        words = " ".join(f"~{place}.{key}" for key in others)
+        raise UsageError(f"{target} takes no {', '.join(others)}: leave them out with {words}")
+    passed = PASSED_ARGUMENTS.get(find_component_group(place), ())
+    own = [each.name for each in list_parameters(found) if each.name not in passed]
+    near = suggest_nearest(wrong[0], own) or f". It takes {', '.join(own[:12]) or 'no settings'}"
+    raise UsageError(f"{place}.{wrong[0]}: {target} takes no '{wrong[0]}'{near}")
+
+
+def list_parameters(found: Callable) -> list[inspect.Parameter]:
+    """The arguments of a class or function; any, where they are not known."""
+    init = getattr(found, "__init__", None)
+    # A class without one inherits a constructor that takes anything, and then refuses it.
+    if inspect.isclass(found) and getattr(init, "__module__", "") in BARE_INIT_MODULES:
+        return []
+    try:
+        return list(inspect.signature(found).parameters.values())
+    except (ValueError, TypeError):  # some in C have no signature
+        return [inspect.Parameter("more", inspect.Parameter.VAR_KEYWORD)]
+
+
+def takes_argument(found: Callable, name: str) -> bool:
+    """Whether a class or function takes an argument by this name."""
+    return any(
+        each.name == name or each.kind is each.VAR_KEYWORD for each in list_parameters(found)
+    )
+
+
+def list_replaced_settings(words: Sequence[str], config_name: str) -> dict[str, list[str]]:
+    """The settings that `group._target_=mypackage.Class` leaves without a reader, by target.
+
+    They belong to the class of the group's option, and are not on the command line themselves.
+    """
+    typed = {word.lstrip("+~").partition("=")[0]: word.partition("=")[2] for word in words}
+    targets = {key.removesuffix("._target_"): typed[key] for key in typed if "._target_" in key}
+    targets = {
+        group: target
+        for group, target in targets.items()
+        if is_config_group(group) and not target.startswith(OWN_TARGET_PREFIXES)
+    }
+    options = [word for word in words if is_config_group(word.partition("=")[0])]
+    if not targets or any("," in word for word in (*targets.values(), *options)):
+        return {}
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
+        cfg = compose(config_name, overrides=options)
+    replaced = {}
+    for group, target in targets.items():
+        found = import_component(target, group)
+        names = {each.name for each in list_parameters(found)}
+        keys = [key for key in cfg.get(group) or () if key[0] != "_" and key not in names]
+        replaced[target] = [key for key in (f"{group}.{key}" for key in keys) if key not in typed]
+    return {target: keys for target, keys in replaced.items() if keys}
+
+
+def find_component_group(place: str) -> str:
+    """The group of the component at a key, such as guidance for guidance.inner."""
+    place = NESTED_GROUPS.get(place, place)
+    group = place.partition(".")[0]
+    return group if group in (*NAMED_COMPONENT_GROUPS, "guidance") else place
+
+
+def list_missing_methods(found: type, interface: type) -> list[str]:
+    """The public methods of an interface that a class lacks, or has as abstract ones."""
+    have = {name for base in found.__mro__ for name in vars(base)}
+    have -= getattr(found, "__abstractmethods__", frozenset())
+    return [
+        name
+        for name, value in vars(interface).items()
+        if callable(value) and name not in have and (name == "__call__" or name[0] != "_")
+    ]
+
+
+def import_component(target: str, place: str) -> Callable:
+    """The class or function that a target names; UsageError with the reason where there is none."""
+    what = f"{place}._target_={target}"
+    names = target.split(".")
+    if len(names) < 2 or not all(names):
+        raise UsageError(f"{what} is no name of a class: give mypackage.module.Class")
+    for end in range(len(names) - 1, 0, -1):
+        module = ".".join(names[:end])
+        try:
+            found: object = import_module(module)
+            break
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise _explain_import_error(what, module, error) from error
+            missing = error
+        except Exception as error:
+            raise _explain_import_error(what, module, error) from error
+    else:
+        raise UsageError(
+            f"{what}: {missing}. If it is yours, install it, or give PYTHONPATH=FOLDER, where it "
+            "lies"
+        )
+    for name in names[end:]:
+        if not hasattr(found, name):
+            near = difflib.get_close_matches(name, dir(found), n=1)
+            hint = f" - did you mean {near[0]}?" if near else ""
+            raise UsageError(f"{what}: {'.'.join(names[:end])} has no '{name}'{hint}")
+        found, end = getattr(found, name), end + 1
+    if not callable(found):
+        raise UsageError(f"{what} is no class or function")
+    return found
+
+
+def _explain_import_error(what: str, module: str, error: Exception) -> UsageError:
+    why = str(error).splitlines() or [""]
+    frames = [
+        each for each in traceback.extract_tb(error.__traceback__) if "<" not in each.filename
+    ]
+    where = f"{frames[-1].filename}, line {frames[-1].lineno}"
+    return UsageError(
+        f"{what}: {module} cannot be imported: {type(error).__name__}: {why[0]} ({where})"
+    )

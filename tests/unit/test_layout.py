@@ -19,7 +19,7 @@ ROOM_LINES = {
     "inference": 780,
     "evaluation": 3000,
     "experiments": 1960,
-    "training": 2700,
+    "training": 3070,
     "config": 4080,
     "cli": 2100,
 }

@@ -44,11 +44,12 @@ class TensorBoardRun(TensorBoardLogger, RunLogger):
     @rank_zero_only
     @keep_training("TensorBoard")
     def rewind(self, step: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto import event_pb2
 
         # A session that starts at a step has TensorBoard hide later events of earlier sessions.
-        start = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
-        self.experiment.file_writer.add_event(start, step + 1)
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        event = event_pb2.Event(step=step + 1, session_log=start)
+        self.experiment.file_writer.add_event(event, step + 1)
 
     @rank_zero_only
     @keep_training("TensorBoard")

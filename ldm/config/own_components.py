@@ -33,6 +33,7 @@ INTERFACES = {
     "text_encoder": "ldm.models.base.TextEncoder",
     "features": "ldm.evaluation.features.base.FeatureExtractor",
     "optimizer": "collections.abc.Callable",
+    "logger": "lightning.pytorch.loggers.logger.Logger",
 }
 # Arguments that no YAML has: a component of these groups gets all of them, or some.
 PASSED_ARGUMENTS = {
@@ -44,6 +45,7 @@ PASSED_ARGUMENTS = {
 SOMETIMES_PASSED = {
     "model": ("temporal", "style_dim", "style_code"),
     "guidance": ("schedule", "x0_at_zero_output"),
+    "logger": ("run_dir", "name", "overrides"),
 }
 
 BARE_INIT_MODULES = ("typing", "torch.nn.modules.module")
@@ -144,7 +146,7 @@ def find_component_group(place: str) -> str:
     """The group of the component at a key, such as guidance for guidance.inner."""
     place = NESTED_GROUPS.get(place, place)
     group = place.partition(".")[0]
-    return group if group in ("features", "guidance") else place
+    return group if group in ("features", "guidance", "logger") else place
 
 
 def list_missing_methods(found: type, interface: type) -> list[str]:

@@ -246,9 +246,9 @@ def download_autoencoder_files(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors"]))
     except Exception as error:
         raise FileNotFoundError(
-            f"'{name}' is neither here nor to be had from huggingface.co "
-            f"({type(error).__name__}). Give autoencoder.path= a run of stage=autoencoder, or a "
-            "folder with config.json and diffusion_pytorch_model.safetensors"
+            f"no autoencoder at '{name}': it is neither here nor to be had from huggingface.co "
+            f"({type(error).__name__}). It is a run of stage=autoencoder, or a folder with "
+            "config.json and diffusion_pytorch_model.safetensors"
         ) from error
 
 

@@ -77,7 +77,7 @@ def load_t5(path: str, *, dtype: torch.dtype) -> tuple[T5EncoderModel, T5Tokeniz
     except (OSError, SafetensorError) as error:
         why = str(error).splitlines()[0]
         raise OSError(
-            f"no T5 encoder at '{path}': {why}\nGive text_encoder.path= a folder with config.json, "
+            f"no T5 encoder at '{path}': {why}\nGive a folder with config.json, "
             "model.safetensors and tokenizer.json, or the name of a model on huggingface.co that "
             "has safetensors, such as google/flan-t5-base"
         ) from error

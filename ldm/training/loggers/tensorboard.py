@@ -44,12 +44,12 @@ class TensorBoardRun(TensorBoardLogger, RunLogger):
     @rank_zero_only
     @keep_training("TensorBoard")
     def rewind(self, step: int) -> None:
-        from tensorboard.compat.proto import event_pb2
+        from tensorboard.compat.proto import event_pb2 as proto
 
         # A session that starts at a step has TensorBoard hide later events of earlier sessions.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        event = event_pb2.Event(step=step + 1, session_log=start)
-        self.experiment.file_writer.add_event(event, step + 1)
+        session = proto.SessionLog(status=proto.SessionLog.START)
+        start = proto.Event(step=step + 1, session_log=session)
+        self.experiment.file_writer.add_event(start, step + 1)
 
     @rank_zero_only
     @keep_training("TensorBoard")

@@ -40,7 +40,6 @@ INTERFACES = {
     "text_encoder": "ldm.models.base.TextEncoder",
     "features": "ldm.evaluation.features.base.FeatureExtractor",
     "optimizer": "collections.abc.Callable",
-    "logger": "lightning.pytorch.loggers.logger.Logger",
     "metrics": "ldm.evaluation.image_metrics.ImageMetric",
 }
 # Arguments that no YAML has: a component of these groups gets all of them, or some.

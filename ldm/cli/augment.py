@@ -20,7 +20,7 @@ from ldm.utils.text import get_progress_interval
 
 AUGMENT_TEXT_OPTIONS = (
     *("ckpt", "out", "template", "captions", "negative", "clip"),
-    *("autoencoder", "text_encoder"),
+    *("autoencoder", "text_encoder", "style_encoder"),
 )
 AUGMENT_SETTINGS = (
     *("n", "seed", "steps", "min_score", "keep", "format", "samples_per_shard", "batch"),

@@ -7,6 +7,7 @@ from ldm.config.command_line import command
 from ldm.config.measurement import (
     EVALUATE_TEXT_OPTIONS,
     EvaluationPoint,
+    check_settings_are_read,
     choose_source_kind,
     record_evaluation,
 )
@@ -23,12 +24,19 @@ VARIABLE_GROUPS = {  # the settings that may have several values
 @command(
     "evaluate",
     texts=EVALUATE_TEXT_OPTIONS,
-    read=lambda words: {"choices": pop_sweep_choices()},
+    read=lambda words: {"choices": pop_sweep_choices(), "words": words},
     resumable=True,
 )
-def main(cfg: DictConfig, options: dict[str, str | None], *, choices: dict[str, list[str]]) -> None:
+def main(
+    cfg: DictConfig,
+    options: dict[str, str | None],
+    *,
+    choices: dict[str, list[str]],
+    words: list[str],
+) -> None:
     """Composes the configuration of each point of a curve, then measures the points."""
     kind = choose_source_kind(options)
+    check_settings_are_read(kind, words)
     points = compose_combinations("evaluate", choices, may_vary=VARIABLE_GROUPS[kind])
     evaluate_points(points, options)
 
@@ -68,7 +76,7 @@ def format_setting(value: object) -> object:
 def format_image_table(facts: dict) -> str:
     """Returns a row for each metric: value, interval, value of real images, and of chance."""
     metrics, protocol = facts["metrics"], facts["protocol"]
-    rows = [["", "value", "95 % interval", "real", "chance"]]
+    rows = [["", "value", "95 % interval", "floor", "chance"]]
     for name, value in metrics.items():
         if name.startswith("scene_") or name.endswith(("_floor", "_real", "_chance")):
             continue
@@ -78,7 +86,7 @@ def format_image_table(facts: dict) -> str:
         rows.append([name, _format_metric(value), ends, *numbers])
     return (
         f"{format_table(rows, align='<>', widths=(18, 10, 24, 10, 10), gap='')}\n"
-        f"{protocol['painted']} images against {protocol['real']} real ones; the column real is "
+        f"{protocol['painted']} images against {protocol['real']} real ones; the column floor is "
         f"of the real images of {protocol['floor']} of these captions"
     )
 

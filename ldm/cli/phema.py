@@ -20,7 +20,7 @@ from ldm.utils.text import get_progress_interval
 
 PHEMA_TEXT_OPTIONS = (
     *("ckpt", "lengths", "metric", "data", "others", "subset", "out"),
-    *("autoencoder", "text_encoder"),
+    *("autoencoder", "text_encoder", "style_encoder"),
 )
 APPROXIMATE_MISFIT = 0.1  # an average with a larger misfit is called approximate
 PREFERRED_METRICS = ("scene_accuracy", "clip_score")  # what decides where no metric is requested

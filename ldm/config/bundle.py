@@ -8,11 +8,15 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from ldm.config.components import load_diffusion_checkpoint, set_component_location
+from ldm.config.components import (
+    find_component_location,
+    load_diffusion_checkpoint,
+    set_component_location,
+)
 from ldm.config.composition import compose_config, isolate_hydra
 from ldm.config.model_card import write_model_card
-from ldm.config.pipeline import load_pipeline
-from ldm.config.registry import list_trusted_packages
+from ldm.config.pipeline import explain_moved_component, load_pipeline
+from ldm.config.trust import list_trusted_packages
 from ldm.models.clip import Clip
 from ldm.models.diffusers_format import save_autoencoder
 from ldm.utils.bundle_file import is_bundle, write_bundle_manifest, write_bundle_weights
@@ -48,7 +52,8 @@ def write_bundle(
         for name in places if cfg.frozen == "copy" else ():
             part = source.config[name]
             if (write := COMPONENT_WRITERS.get(part._target_)) is not None:
-                copies[name] = f"{name}{write(part, folder / name)}"
+                with explain_moved_component(source.config):
+                    copies[name] = f"{name}{write(part, folder / name)}"
         others = {name: place for name, place in places.items() if name not in copies}
         payload = source.payload
         write_bundle_weights(
@@ -76,12 +81,6 @@ def write_bundle(
         write_bundle_manifest(folder, facts)
         folder.replace(out)
     return others
-
-
-def find_component_location(part: DictConfig) -> str | None:
-    """Where a frozen component is read from; None where its settings are all of it."""
-    place = part.get("path", part.get("names"))
-    return place if isinstance(place, str) else None
 
 
 def write_autoencoder_copy(part: DictConfig, folder: Path) -> str:

@@ -31,7 +31,7 @@ from ldm.training.callbacks.resume_report import ResumeReport
 from ldm.utils.errors import UsageError
 from ldm.utils.signals import StopSignals
 
-OUR_EVALUATIONS = {"scenes", "images"}
+OUR_EVALUATIONS = ("scenes", "images")
 # The groups that decide what a generated image looks like.
 GENERATION_GROUPS = [
     "autoencoder",
@@ -76,7 +76,7 @@ def build_evaluation_callbacks(
     A user's own gets the pipeline, the data and a folder where it may write.
     """
     found, task = dict(cfg.eval or {}), pipeline.components.task
-    scenes, quality = found.pop("scenes", None), found.pop("images", None)
+    scenes, quality = (found.pop(name, None) for name in OUR_EVALUATIONS)
     callbacks = []
     if task.needs_image:
         if (scenes or quality) and get_launcher_rank() == 0:
@@ -103,7 +103,7 @@ def build_evaluation_callbacks(
     for name, node in found.items():
         # Passed to the call: instantiate would take apart what is a dataclass.
         build = instantiate(node, _partial_=True, _convert_="all")
-        built = build(pipeline, data=data, folder=run_dir / "eval" / name)
+        built = build(pipeline=pipeline, data=data, folder=run_dir / "eval" / name)
         callbacks.append(check_is_callback(built, f"eval.{name}"))
     return callbacks
 
@@ -144,7 +144,7 @@ def build_callbacks(
         run_dir / "checkpoints", **cfg.checkpoint, **best, facts=facts, skipper=skipper
     )
     stop = {"every": monitor.every, "max_hours": cfg.trainer.max_hours, "signals": signals}
-    has_own = cfg.callbacks or (cfg.eval and set(cfg.eval) - OUR_EVALUATIONS)
+    has_own = cfg.callbacks or (cfg.eval and set(cfg.eval).difference(OUR_EVALUATIONS))
     return [
         monitor,
         RandomLayerSeeding(cfg.seed),

@@ -5,7 +5,7 @@ passed on here; no YAML repeats it.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ldm.config.registry import DIFFUSION_GROUPS, validate_file_config
+from ldm.config.own_components import DIFFUSION_GROUPS
+from ldm.config.registry import validate_file_config
 from ldm.config.search_path import CONF_DIR, list_group_options
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedules import Schedule
@@ -192,6 +193,12 @@ def load_stage_checkpoint(
     for group, location in copies.items():
         set_component_location(config, group, location)
     return LoadedCheckpoint(path, payload, config)
+
+
+def find_component_location(part: Mapping) -> str | None:
+    """Where a frozen component is read from; None where its settings are all of it."""
+    place = part.get("path", part.get("names"))
+    return place if isinstance(place, str) else None
 
 
 def set_component_location(cfg: DictConfig, name: str, location: str) -> None:

@@ -18,7 +18,12 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
-from ldm.config.command_line import USAGE_ERRORS, exit_with_usage_error, register_new_directories
+from ldm.config.command_line import (
+    USAGE_ERRORS,
+    exit_with_usage_error,
+    print_note,
+    register_new_directories,
+)
 from ldm.config.own_components import check_own_component, check_setting_names
 from ldm.config.ranges import (
     OWN_TARGET_PREFIXES,
@@ -33,6 +38,7 @@ from ldm.config.reserved_settings import (
 )
 from ldm.config.search_path import is_config_group
 from ldm.config.suggestions import format_unknown_setting
+from ldm.config.trust import check_own_packages, find_user_config_file, list_trusted_packages
 from ldm.experiments.former_names import FORMER_SETTINGS
 from ldm.experiments.run_dir import FIXED_RUN_FILES
 from ldm.utils.errors import UsageError
@@ -75,7 +81,7 @@ class ConfigCheckCallback(Callback):
             typed = [line for line in config.hydra.overrides.task if line not in lines]
             own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
             check_added_hydra_settings(config)
-            check_config(own, self.command, typed)
+            check_config(own, self.command, typed, swept=bool(swept))
             for key, value, default in [
                 *iterate_sweep_values(swept, own),
                 *iterate_launcher_settings(config, bool(swept)),
@@ -84,6 +90,13 @@ class ConfigCheckCallback(Callback):
                     raise UsageError(message)
             if self.command == "train":
                 check_run_directory(Path(config.hydra.run.dir))
+                settings = OmegaConf.to_container(own, resolve=True)
+                if packages := ", ".join(check_own_packages(settings)):
+                    print_note(
+                        f"this run uses components of {packages}: commands that read it need "
+                        f"trust=[{packages}], or the line `trust: [{packages}]` in "
+                        f"{find_user_config_file()}"
+                    )
             if config.hydra.output_subdir is not None and not swept:
                 register_new_directories(Path(config.hydra.run.dir))
         except USAGE_ERRORS as error:
@@ -125,11 +138,17 @@ def iterate_launcher_settings(
                 yield name, OmegaConf.select(config, name), ...
 
 
-def check_config(cfg: DictConfig, config_name: str, overrides: Iterable[str] | None = None) -> None:
-    """UsageError for keys that nobody reads and for invalid values; imports nothing heavy.
+def check_config(
+    cfg: DictConfig,
+    config_name: str,
+    overrides: Iterable[str] | None = None,
+    *,
+    swept: bool = False,
+) -> None:
+    """UsageError for keys that nobody reads and for invalid values.
 
-    overrides: the command line that `cfg` was composed of; None: this process's own. Keys that were
-    added to a node with a `_target_` are not checked.
+    overrides: the command line that `cfg` was composed of; None: this process's own. swept: the
+    jobs have other values, so that what one setting says of another is checked for each of them.
     """
     overrides = HydraConfig.get().overrides.task if overrides is None else overrides
     try:
@@ -141,11 +160,12 @@ def check_config(cfg: DictConfig, config_name: str, overrides: Iterable[str] | N
         check_run_name(cfg.name)
         check_logger_packages(cfg.logger or {})
     check_named_components(settings)
-    if "stage" in settings:
+    if config_name == "train" and not swept:
         check_evaluation_settings(settings, overrides)
     if cfg.get("direction") not in (None, "minimize", "maximize"):
         raise UsageError(f"direction={cfg.direction} is neither minimize nor maximize")
-    check_trust(settings.get("trust"))
+    if "trust" in cfg:
+        list_trusted_packages(cfg)
 
 
 def check_added_hydra_settings(config: DictConfig) -> None:
@@ -179,28 +199,22 @@ def check_named_components(settings: dict) -> None:
 def check_evaluation_settings(settings: dict, overrides: Iterable[str]) -> None:
     """UsageError for settings of generated images that this training does not read."""
     stage = settings["stage"]
-    for word in overrides if stage != "diffusion" else ():
+    if stage == "diffusion" and "images" in settings["eval"]:
+        return
+    for word in overrides:
         key, _, value = word.lstrip("+~").partition("=")
         key = key.partition(".")[0]
-        if key in DENOISER_SETTINGS and value not in ("none", "null", "[]", ""):
+        if key not in DENOISER_SETTINGS or value in ("none", "null", "[]", "", "[none]"):
+            continue
+        if stage != "diffusion":
             raise UsageError(
-                f"{word}: stage={stage} trains no denoiser, and nothing of {key} is used: leave it "
-                f"out, or give {DENOISER_SETTINGS[key]}"
+                f"{word}: stage={stage} trains no denoiser and reads nothing of {key}: leave it out"
             )
-    if settings.get("metrics") and stage == "diffusion" and "images" not in settings["eval"]:
-        raise UsageError(
-            f"metrics={','.join(settings['metrics'])} are of the images of eval=fast or eval=full: "
-            "add one, as in eval=fast or eval='[scenes,fast]'"
-        )
-
-
-def check_trust(trust: object) -> None:
-    """UsageError unless `trust` is the name of a package, or a list of such names."""
-    for name in trust if isinstance(trust, list) else [trust] if trust is not None else []:
-        if not isinstance(name, str) or not name.isidentifier():
-            whole = str(name).partition(".")[0]
-            example = whole if whole.isidentifier() and isinstance(name, str) else "mypackage"
-            raise UsageError(f"trust={name} is no name of a package: give trust=[{example}]")
+        if key in ("features", "metrics"):
+            raise UsageError(
+                f"{word}: {key} are of the images of eval=fast or eval=full: add one, as in "
+                "eval=fast or eval='[scenes,fast]'"
+            )
 
 
 def compose_default_config(config_name: str, overrides: Iterable[str]) -> dict:
@@ -244,6 +258,8 @@ def _check_settings(
         is_none = usual == {} and name not in NAMED_COMPONENT_GROUPS
         if is_none and isinstance(value, dict) and value and "_target_" not in value:
             raise UsageError(format_unknown_setting(f"{name}.{next(iter(value))}", config_name))
+        if prefix in NAMED_COMPONENT_PREFIXES and usual is ... and isinstance(value, dict):
+            usual = value  # a component that the command line adds
         if isinstance(usual, dict) and usual:
             if not isinstance(value, dict):
                 inside = ", ".join(f"{name}.{key}" for key in usual if key != "_target_")

@@ -20,12 +20,13 @@ from ldm.config.pipeline import (
     load_pipeline,
     replace_sampling,
 )
-from ldm.config.search_path import list_group_options
-from ldm.config.training_images import SCENES_TARGET, open_run_images
+from ldm.config.training_images import (
+    SCENES_TARGET,
+    find_real_size,
+    open_real_images,
+    open_run_images,
+)
 from ldm.data.dataset import TextImageDataset
-from ldm.data.shards.cache import ShardCache
-from ldm.data.shards.index import ReadOptions
-from ldm.data.shards.reader import ShardReader
 from ldm.evaluation.distributed import ProcessGroup
 from ldm.evaluation.external import DiffusersPipeline, ImageFolder
 from ldm.evaluation.features.base import FeatureExtractor
@@ -209,7 +210,9 @@ def build_folder_source(
     device: torch.device,
 ) -> EvaluationSource:
     """Image files, with captions of their own or, in order of name, those of `subset`."""
-    images = ImageFolder(place := resolve_path(options["images"]), size=cfg.size)
+    usual_size = partial(find_real_size, cfg, options, "data")
+    place = resolve_path(options["images"])
+    images = ImageFolder(place, size=cfg.size, usual_size=usual_size)
     real = open_real_images(cfg, options, "data", images.size)
     if options["subset"] is None:
         names = [path.name for path in images.paths]
@@ -298,23 +301,3 @@ def build_quality(
         has_captions=has_captions,
         metrics=build_image_metrics(cfg),
     )
-
-
-def open_real_images(
-    cfg: DictConfig, options: TextOptions, name: str, size: int
-) -> TextImageDataset:
-    """The shards that `data` or `others` names, as a validation reads them."""
-    place = options[name]
-    if place is None:
-        raise UsageError(
-            f"{name} is needed: give {name}=DIR, shards of real images with captions, as "
-            "`python -m ldm.prepare` writes them"
-        )
-    if place in list_group_options("data") and not resolve_path(place).exists():
-        raise UsageError(
-            f"{name}={place}: that is an option of train.py; here {name} is a folder with "
-            f"shards of real images, such as {name}=data/coco/val"
-        )
-    cache = ShardCache(cfg.cache, gigabytes=50.0)
-    options = ReadOptions(cache=cache, caption_key=cfg.get("caption_key"))
-    return TextImageDataset(ShardReader(place, options), size=size, seed=0, train=False)

@@ -18,7 +18,7 @@ from ldm.config.components import (
     load_diffusion_checkpoint,
     load_stage_checkpoint,
 )
-from ldm.config.registry import CLASSIFIER_GROUPS
+from ldm.config.own_components import CLASSIFIER_GROUPS
 from ldm.diffusion.guidance.base import ConditionalDenoiser, Guidance
 from ldm.diffusion.schedules import Schedule
 from ldm.inference.components import Components

@@ -2,16 +2,17 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.evaluation_log import find_logged_run, log_evaluation
+from ldm.config.reserved_settings import UNREAD_SETTINGS
 from ldm.config.sample_options import check_checkpoints_and_device
 from ldm.experiments.curves import write_curve
 from ldm.experiments.evaluation_results import (
@@ -25,7 +26,7 @@ from ldm.utils.text import get_progress_interval
 
 EVALUATE_TEXT_OPTIONS = (
     *("ckpt", "images", "data", "others", "subset", "out", "keep"),
-    *("autoencoder", "text_encoder"),
+    *("autoencoder", "text_encoder", "style_encoder"),
 )
 EVALUATE_LIBRARIES = ("ldm", "torch", "torchmetrics", "transformers", "numpy", "pillow")
 EvaluationPoint = tuple[dict[str, str], DictConfig]  # what differs from other points; all settings
@@ -53,6 +54,15 @@ def choose_source_kind(options: dict[str, str | None]) -> str:
     if options["keep"] is not None:
         raise UsageError("keep=... saves generated images; those of images=... are files already")
     return "images"
+
+
+def check_settings_are_read(kind: str, words: Iterable[str]) -> None:
+    """UsageError for a setting of the command line that says nothing of this kind of source."""
+    for word in words:
+        key = word.lstrip("+~").partition("=")[0].partition(".")[0]
+        if key in UNREAD_SETTINGS[kind]:
+            whose = "image files" if kind == "images" else "a pipeline of diffusers"
+            raise UsageError(f"{word}: {key} is not read for {whose}: leave it out")
 
 
 def record_evaluation(
@@ -129,6 +139,8 @@ def describe_point(source, cfg: DictConfig, options: dict[str, str | None]) -> t
     facts["versions"] = {name: version(name) for name in EVALUATE_LIBRARIES}
     if source.quality is not None:
         facts["protocol"] = source.quality.facts()
+    if cfg.metrics:
+        facts["settings"] |= {"metrics": OmegaConf.to_container(cfg.metrics)}
     # Other settings, weights or images make other pieces.
     return facts, source.home / "eval" / f"pieces-{hash_facts([facts, options['keep']])}"
 

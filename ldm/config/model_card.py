@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from ldm.config.loaded_pipeline import LoadedPipeline
-from ldm.config.registry import DIFFUSION_GROUPS, OPTIONAL_GROUPS
+from ldm.config.own_components import DIFFUSION_GROUPS, OPTIONAL_GROUPS
 from ldm.config.training_images import SCENES_TARGET, open_run_images
 from ldm.data.scenes.world import WORLD_VERSION
 from ldm.experiments.ranking import iterate_leaves
@@ -84,9 +84,10 @@ def format_card_head(name: str, loaded: LoadedPipeline, license: str | None) -> 
 
 def format_card_usage(loaded: LoadedPipeline, name: str, prompt: str) -> str:
     """Commands and Python code that use the model."""
-    parts = filter(None, map(loaded.config.get, CARD_GROUPS))
-    packages = {part._target_.partition(".")[0] for part in parts} - {"ldm"}
-    packages = sorted(packages)
+    config = OmegaConf.to_container(loaded.config)
+    leaves = dict(iterate_leaves({group: config.get(group) for group in CARD_GROUPS}))
+    targets = {value for key, value in leaves.items() if key.endswith("_target_")}
+    packages = sorted({target.partition(".")[0] for target in targets} - {"ldm"})
     word = f" trust=[{','.join(packages)}]" if packages else ""
     argument = f", trust={json.dumps(packages)}" if packages else ""
     return f"""\

@@ -9,9 +9,16 @@ from importlib import import_module
 from hydra import compose, initialize_config_dir
 
 from ldm.config.ranges import OWN_TARGET_PREFIXES
+from ldm.config.reserved_settings import NAMED_COMPONENT_GROUPS
 from ldm.config.search_path import CONF_DIR, is_config_group
 from ldm.utils.errors import UsageError, suggest_nearest
 
+# The groups of the components of a model.
+DIFFUSION_GROUPS = ("autoencoder", "text_encoder", "model", "scheduler", "objective", "task")
+# Groups that older files lack.
+OPTIONAL_GROUPS = ("style_encoder", "weighting", "loss", "timestep_sampler")
+CLASSIFIER_GROUPS = ("text_encoder", "scheduler", "classifier")
+COMPONENT_GROUPS = tuple(dict.fromkeys((*DIFFUSION_GROUPS, *OPTIONAL_GROUPS, *CLASSIFIER_GROUPS)))
 # Components within others that are options of a group; in older checkpoints.
 NESTED_GROUPS = {
     "objective.weighting": "weighting",
@@ -33,6 +40,7 @@ INTERFACES = {
     "text_encoder": "ldm.models.base.TextEncoder",
     "features": "ldm.evaluation.features.base.FeatureExtractor",
     "optimizer": "collections.abc.Callable",
+    "metrics": "ldm.evaluation.image_metrics.ImageMetric",
 }
 # Arguments that no YAML has: a component of these groups gets all of them, or some.
 PASSED_ARGUMENTS = {
@@ -40,6 +48,7 @@ PASSED_ARGUMENTS = {
     "objective": ("schedule", "weighting", "loss", "timestep_sampler"),
     "timestep_sampler": ("batch",),
     "data": ("seed",),
+    "eval": ("pipeline", "data", "folder"),
 }
 SOMETIMES_PASSED = {
     "model": ("temporal", "style_dim", "style_code"),
@@ -144,7 +153,7 @@ def find_component_group(place: str) -> str:
     """The group of the component at a key, such as guidance for guidance.inner."""
     place = NESTED_GROUPS.get(place, place)
     group = place.partition(".")[0]
-    return group if group in ("features", "guidance") else place
+    return group if group in (*NAMED_COMPONENT_GROUPS, "guidance") else place
 
 
 def list_missing_methods(found: type, interface: type) -> list[str]:

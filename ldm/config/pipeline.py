@@ -1,8 +1,10 @@
 """A checkpoint to a pipeline: components from the file, sampler and guidance from `cfg`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -10,14 +12,15 @@ from ldm.config.components import (
     FROZEN_GROUPS,
     STYLE_GROUP,
     build_components,
+    find_component_location,
     get_autocast_dtype,
     load_diffusion_checkpoint,
     set_component_location,
 )
 from ldm.config.guidance import build_guidance
 from ldm.config.loaded_pipeline import LoadedPipeline, check_task
-from ldm.config.registry import list_trusted_packages
 from ldm.config.sample_options import select_device
+from ldm.config.trust import list_trusted_packages
 from ldm.inference.pipeline import Pipeline
 from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.errors import UsageError, format_program
@@ -49,7 +52,8 @@ def load_pipeline(cfg: DictConfig, ckpt: str, locations: dict[str, str | None]) 
             f"frames={cfg.frames} is for videos, and {source.path} generates images: leave it out, "
             "or take a run of task=video"
         )
-    components = build_components(trained, task)
+    with explain_moved_component(trained):
+        components = build_components(trained, task)
     for name, part in components.frozen.items():
         if hash_module(part) != source.digests[name]:
             raise CheckpointError(
@@ -79,6 +83,20 @@ def load_pipeline(cfg: DictConfig, ckpt: str, locations: dict[str, str | None]) 
         OmegaConf.to_container(cfg.get("task") or trained.task),
         trust,
     )
+
+
+@contextmanager
+def explain_moved_component(trained: DictConfig) -> Iterator[None]:
+    """Adds the setting for the new place of a frozen component to an error that names the old."""
+    try:
+        yield
+    except (OSError, ValueError, InstantiationException) as error:
+        cause = error.__cause__ if isinstance(error, InstantiationException) else error
+        for name in (*FROZEN_GROUPS, STYLE_GROUP):
+            place = find_component_location(trained.get(name) or {})
+            if place is not None and place in str(cause):
+                raise UsageError(f"{cause}. If the {name} has moved, give {name}=PATH") from error
+        raise
 
 
 def load_cascade(

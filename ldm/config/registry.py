@@ -16,19 +16,12 @@ import yaml
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.config.own_components import NESTED_GROUPS, takes_argument
+from ldm.config.own_components import COMPONENT_GROUPS, NESTED_GROUPS, takes_argument
 from ldm.config.ranges import format_invalid_value
 from ldm.config.search_path import CONF_DIR
 from ldm.experiments.former_names import update_names
 from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.plain_yaml import parse_plain_mapping
-
-# The groups of the components of a model.
-DIFFUSION_GROUPS = ("autoencoder", "text_encoder", "model", "scheduler", "objective", "task")
-# Groups that older files lack.
-OPTIONAL_GROUPS = ("style_encoder", "weighting", "loss", "timestep_sampler")
-CLASSIFIER_GROUPS = ("text_encoder", "scheduler", "classifier")
-COMPONENT_GROUPS = tuple(dict.fromkeys((*DIFFUSION_GROUPS, *OPTIONAL_GROUPS, *CLASSIFIER_GROUPS)))
 
 # Settings of other groups that decide the sizes of components, with their types.
 SIZE_SETTINGS = {
@@ -66,12 +59,6 @@ def _collect_targets(place: str, option: dict, found: dict[str, set[str]]) -> No
     for key, value in option.items():
         if isinstance(value, dict):
             _collect_targets(f"{place}.{key}", value, found)
-
-
-def list_trusted_packages(cfg: DictConfig) -> tuple[str, ...]:
-    """The packages that the setting `trust` names: a list, or a single name."""
-    trust = cfg.get("trust") or ()
-    return (trust,) if isinstance(trust, str) else tuple(map(str, trust))
 
 
 def validate_file_config(
@@ -123,14 +110,40 @@ def validate_component(node: object, place: str, *, trust: Sequence[str] | None 
         inner = f"{place}.{key}"
         if NESTED_GROUPS.get(inner, inner) in list_component_targets():
             valid[key] = validate_component(value, inner, trust=trust)
-        elif isinstance(value, dict):
-            raise ValueError(f"{inner} is a component, where none can be")
-        else:
+        elif ours and _has_numbers_by_name(value):
+            valid[key] = value
+        elif ours:
+            if isinstance(value, dict):
+                raise ValueError(f"{inner} is a component, where none can be")
             valid[key] = validate_plain_value(value, inner)
-            message = format_invalid_value(inner, value, "train", ours=ours)
+            message = format_invalid_value(inner, value, "train")
             if value is not None and message:
                 raise ValueError(message)
+        else:
+            valid[key] = _validate_own_setting(value, inner, trust)
     return valid
+
+
+def _validate_own_setting(value: object, name: str, trust: Sequence[str] | None) -> object:
+    """A setting of a trusted class, which may hold mappings, and components of its package."""
+    if isinstance(value, dict) and "_target_" in value:
+        return validate_component(value, name, trust=trust)
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str) or key.startswith("_"):
+                raise ValueError(f"{name} has the key {_shorten_repr(key)}")
+        return {key: _validate_own_setting(each, name, trust) for key, each in value.items()}
+    if isinstance(value, list) and len(value) <= MAX_LIST_LENGTH:
+        return [_validate_own_setting(each, name, trust) for each in value]
+    if message := format_invalid_value(name, value, "train", ours=False):
+        raise ValueError(message)
+    return validate_plain_value(value, name)
+
+
+def _has_numbers_by_name(value: object) -> bool:
+    """Returns whether a value is a mapping of numbers, such as data.captions."""
+    is_mapping = isinstance(value, dict) and bool(value)
+    return is_mapping and all(type(each) in (int, float) for each in value.values())
 
 
 def check_trusted_target(target: str, place: str, trust: Sequence[str] | None) -> None:

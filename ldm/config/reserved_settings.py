@@ -52,5 +52,14 @@ RESERVED_SETTINGS = {
 }
 # Groups whose keys name components.
 NAMED_COMPONENT_GROUPS = ("callbacks", "metrics", "eval", "features", "logger")
-# What only a run that trains a denoiser reads, and how to leave it out.
-DENOISER_SETTINGS = {"init": "init=null", "eval": "eval=none", "metrics": "metrics=none"}
+# What only a run that trains a denoiser reads.
+DENOISER_SETTINGS = ("init", "eval", "features", "metrics")
+# What ldm.evaluate does not read of a pipeline of diffusers, and of image files.
+UNREAD_SETTINGS = {
+    "run": (),
+    "peer": ("sampler", "raw", "autoencoder", "text_encoder", "trust"),
+    "images": (
+        *("sampler", "guidance", "steps", "seed", "count", "scenes", "raw"),
+        *("autoencoder", "text_encoder", "trust"),
+    ),
+}

@@ -29,7 +29,6 @@ from ldm.config.components import (
 )
 from ldm.config.guidance import build_guidance
 from ldm.config.loggers import build_loggers
-from ldm.config.registry import list_trusted_packages
 from ldm.config.stages import (
     build_autoencoder_training,
     build_classifier_training,
@@ -41,6 +40,7 @@ from ldm.config.training_checks import (
     check_image_size,
     get_devices,
 )
+from ldm.config.trust import list_trusted_packages
 from ldm.data.datamodule import TextImageData
 from ldm.evaluation.image_metrics import ImageMetric
 from ldm.experiments.run_dir import get_launcher_rank

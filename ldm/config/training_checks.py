@@ -118,9 +118,7 @@ def check_captions_readable(text_encoder: "nn.Module", data: "TextImageData") ->
 
     UsageError where there are none, ValueError where they hold none of its names.
     """
-    from ldm.models.text.labels import NullTextEncoder
-
-    if not isinstance(text_encoder, NullTextEncoder):
+    if text_encoder.width or text_encoder.pooled_width:
         check_has_captions(data)
     if text_encoder.names:
         text_encoder(data.val_captions(64))

@@ -71,7 +71,7 @@ class GuidancePrompts:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a guidance steers towards (`positive`) and away from (`negative`)."""
+    """The conditions that a guidance steers towards (`positive`) and away from (`negative`)."""
 
     positive: Condition
     negative: Condition

@@ -21,7 +21,7 @@ MAX_LOSS_WEIGHT = 1e6  # weights are near 1 at medium noise
 
 
 class Objective(nn.Module):
-    """What a network is trained to predict, and how its errors count.
+    """The quantity that a network is trained to predict, and the cost of its errors.
 
     loss: of each element of the error; squared by default. offset_noise: eps gets this many times a
     normal number per channel (Guttenberg 2023, crosslabs.org). input_perturbation: the network's

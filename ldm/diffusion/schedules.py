@@ -214,9 +214,8 @@ def cosine(
     """alpha^2 falls as a squared cosine (Nichol and Dhariwal 2021, equation 17)."""
     t = linspace_steps(0, 1, steps, more=1)
     alpha_bar = ((t + offset) / (1 + offset) * math.pi / 2).cos().square()
-    return DiscreteSchedule(
-        betas_for_alpha_bar(alpha_bar, max_beta), zero_terminal_snr=zero_terminal_snr
-    )
+    betas = betas_for_alpha_bar(alpha_bar, max_beta)
+    return DiscreteSchedule(betas, zero_terminal_snr=zero_terminal_snr)
 
 
 def sigmoid_alpha(
@@ -233,9 +232,8 @@ def sigmoid_alpha(
         raise ValueError(f"needs tau > 0 and start < end, not {tau}, {start} and {end}")
     curve = (-linspace_steps(start, end, steps, more=1) / tau).sigmoid()
     alpha_bar = (curve - curve[-1]) / (curve[0] - curve[-1])
-    return DiscreteSchedule(
-        betas_for_alpha_bar(alpha_bar, max_beta), zero_terminal_snr=zero_terminal_snr
-    )
+    betas = betas_for_alpha_bar(alpha_bar, max_beta)
+    return DiscreteSchedule(betas, zero_terminal_snr=zero_terminal_snr)
 
 
 def linspace_steps(first: float, last: float, steps: int, *, more: int = 0) -> Tensor:

@@ -3,7 +3,7 @@
 import inspect
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -36,7 +36,13 @@ class ImageFolder:
     names; None where there are none. digest: a sha256 of names and contents.
     """
 
-    def __init__(self, folder: Path, *, size: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        size: int | None = None,
+        usual_size: Callable[[], int | None] = lambda: None,
+    ) -> None:
         self.folder = folder
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder '{folder}'")
@@ -52,7 +58,7 @@ class ImageFolder:
             except ImageError as error:
                 raise ImageError(f"'{path}': {error}") from error
             lines.append(f"{path.name} {hash_bytes(data)}\n")
-        if size is None and len(sides) > 1:
+        if size is None and len(sides) > 1 and (size := usual_size()) is None:
             least, most = min(sides), max(sides)
             raise ValueError(
                 f"'{sides[least]}' has {least} pixels and '{sides[most]}' {most}: give the size at "

@@ -35,9 +35,10 @@ class ImageMetrics:
     def __init__(self, metrics: Mapping[str, ImageMetric]) -> None:
         self.metrics = metrics
         self.arguments = {name: _list_arguments(metric) for name, metric in metrics.items()}
-        for metric in metrics.values():
-            if isinstance(metric, torchmetrics.Metric):
-                metric.sync_on_compute = False  # other processes would have to call it as well
+        networks = [metric for metric in metrics.values() if isinstance(metric, nn.Module)]
+        for part in (part for network in networks for part in network.modules()):
+            if isinstance(part, torchmetrics.Metric):  # the other processes compute nothing
+                part.distributed_available_fn = lambda: False
 
     @property
     def names(self) -> list[str]:

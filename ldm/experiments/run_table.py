@@ -1,6 +1,7 @@
 """Runs as plain rows, for Python code and for pandas."""
 
 from os import PathLike
+from pathlib import Path
 
 from ldm.experiments.ranking import (
     RunRecord,
@@ -22,7 +23,8 @@ def read_runs(*places: str | PathLike[str]) -> list[dict]:
     """
     if not places:
         raise ValueError("ldm.read_runs: give folders with runs, such as runs/my-sweep")
-    records = [read_run_record(path) for path in find_runs([resolve_path(p) for p in places])]
+    folders = [resolve_path(Path(place)) for place in places]
+    records = [read_run_record(path) for path in find_runs(folders)]
     differences = find_run_differences(records)
     metrics = select_ranking_metrics(records)
     return [

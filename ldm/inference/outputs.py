@@ -1,7 +1,4 @@
-"""Generated images to files: a grid, single images or videos, and previews.
-
-Shapes: F frames, H W pixels.
-"""
+"""Generated images to files: a grid, single images or videos, and previews."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +23,7 @@ def save_outputs(
 ) -> Path:
     """Saves images (3, H, W) or videos (3, F, H, W); returns the file to look at first.
 
-    If one of the files exists, all of them get a number, see `reserve_files`.
+    If one of the files exists, all of them get a number.
     jobs: the prompt and seed of each, which its file holds next to `settings`; several images have
     their prompts as titles. previews: a row of images each. columns: of the grid. A video is also
     saved as a strip of its frames.

@@ -12,8 +12,8 @@ PROMPT_PART_WEIGHT = re.compile(r"(?<!\S):(\d+\.?\d*|\.\d+)$")
 def parse_prompt(prompt: str) -> list[tuple[str, float]]:
     """The parts of a prompt, each with its weight; one part of weight 1 if nothing joins parts.
 
-    AND and NOT, in capitals and between blanks, join parts. ` :0.5` at the end of a part is its
-    weight (1 by default); NOT makes it negative. Raises ValueError for a part without words.
+    ` :0.5` at the end of a part is its weight (1 by default); NOT makes it negative. Raises
+    ValueError for a part without words.
     """
     first, *rest = PROMPT_OPERATOR.split(prompt)
     joined = [("AND", first)] if first.strip() or not rest else []

@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import warnings
+import zipfile
 from collections.abc import Collection
 from errno import ENOSPC
 from pathlib import Path
@@ -137,7 +138,12 @@ def find_checkpoint_flaw(path: Path) -> str | None:
     if not path.is_file():
         return "there is no such file"
     if not manifest_path(path).is_file():
-        return f"its manifest {manifest_path(path).name} is missing (a save that did not finish?)"
+        if not path.name.startswith("step="):
+            return _find_archive_flaw(path)
+        return (
+            f"its manifest {manifest_path(path).name} is missing (a save that did not finish, or a "
+            "copy without it?)"
+        )
     try:
         manifest = read_json(manifest_path(path), max_bytes=2**16)
         size, digest = manifest["size"], manifest["sha256"]
@@ -153,6 +159,27 @@ def find_checkpoint_flaw(path: Path) -> str | None:
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
     return None
+
+
+def _find_archive_flaw(path: Path) -> str | None:
+    """Returns why a file that was copied without its manifest, such as best.ckpt, is not whole.
+
+    Names of a run's own saves begin with step=. torch.save stores a checksum of each tensor.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
+                return "it is compressed, and no file that train.py wrote"
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        return f"it has no manifest {manifest_path(path).name}, and is not whole ({error})"
+    if damaged is not None:
+        return f"its content does not have its checksums ({damaged})"
+    return (
+        "its weights are not finite: the training had failed"
+        if has_nonfinite_weights(path)
+        else None
+    )
 
 
 def find_newest_checkpoint(folder: Path) -> Path | None:

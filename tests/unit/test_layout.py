@@ -12,15 +12,15 @@ ROOT = Path(__file__).parents[2]
 # A room imports from the rooms before it in this table, and from itself (docs/design.md).
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
-    "utils": 1680,
+    "utils": 1780,
     "diffusion": 2800,
-    "models": 2650,
-    "data": 4060,
+    "models": 2680,
+    "data": 4080,
     "inference": 780,
     "evaluation": 3000,
     "experiments": 1960,
-    "training": 2700,
-    "config": 4080,
+    "training": 3150,
+    "config": 4900,
     "cli": 2100,
 }
 ROOMS = tuple(ROOM_LINES)

@@ -17,6 +17,7 @@ from ldm.data.image_decoding import ImageError, read_short_side
 from ldm.data.shards.cache import ShardCache
 from ldm.data.shards.remote import REMOTE_THREADS, NoRangesError, RemoteShard
 from ldm.data.shards.tar_headers import RemoteFile, ShardScan, scan_tar
+from ldm.data.shards.webshart_index import scan_webshart_index
 
 _MAX_SERIAL_SHARDS = 32  # for fewer, starting processes takes longer
 _HEAD_BYTES = 2**16
@@ -64,6 +65,8 @@ def _map_shards(
 
 
 def _scan(path: Path | RemoteShard, cache: ShardCache | None) -> ShardScan:
+    if (found := scan_webshart_index(path)) is not None:
+        return found
     return _use_file(path, cache, lambda file: scan_tar(file, str(path)))
 
 

@@ -4,7 +4,7 @@ import io
 import itertools
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BufferedReader, FileIO, IOBase
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ SPARSE_MEMBER = "sparse member"
 _MEMBERS = ("image", "txt", "json")
 _COLUMN = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2}
 _LIMITS = (MAX_IMAGE_BYTES, MAX_TEXT_BYTES, MAX_TEXT_BYTES)
-_MAX_PADDING = 16 * 2**20  # tar pads to 10 KiB by default
+MAX_PADDING = 16 * 2**20  # tar pads to 10 KiB by default
 _END = bytes(2 * tarfile.BLOCKSIZE)
 
 
@@ -58,10 +58,14 @@ def scan_shard(path: Path) -> ShardScan:
 
 
 def scan_tar(file: IOBase, name: str) -> ShardScan:
+    return group_members(_iterate_members(file, name))
+
+
+def group_members(members: Iterable[TarMember]) -> ShardScan:
     """Groups members as webdataset does: neighbours with the same name up to the first dot."""
     keys, rows, skipped, captions, sparse = {}, [], Counter(), CaptionCount(), None
-    for key, members in itertools.groupby(_iterate_members(file, name), key=lambda m: m.key):
-        group = list(members)
+    for key, neighbours in itertools.groupby(members, key=lambda member: member.key):
+        group = list(neighbours)
         row, reason = _locate_members(group)
         if not reason and key in keys:
             reason = "key seen before in its shard"
@@ -89,6 +93,13 @@ class RemoteFile(AbstractBufferedFile):
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         return read_range(self._remote, start, end)
+
+
+def split_member_name(name: str) -> tuple[str, str] | None:
+    """Returns a member's key and its suffix in lower case; None for a name without one of them."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    return (folder + slash + stem, suffix.lower()) if stem and dot else None
 
 
 def _locate_members(group: list[TarMember]) -> tuple[list[tuple[int, int]], str | None]:
@@ -126,14 +137,12 @@ def _iterate_members(raw: IOBase, name: str) -> Iterator[TarMember]:
                 )
                 if not is_sparse and not 0 <= size <= length - at:
                     raise ShardError(f"member '{member.name}' ends outside the file")
-                folder, slash, base = member.name.rpartition("/")
-                stem, dot, suffix = base.partition(".")
-                if stem and dot and member.isreg():
-                    suffix, text = suffix.lower(), None
+                if member.isreg() and (parts := split_member_name(member.name)):
+                    (key, suffix), text = parts, None
                     if suffix in ("txt", "json") and not is_sparse and size <= MAX_TEXT_BYTES:
                         file.seek(at)
                         text = file.read(size)
-                    yield TarMember(folder + slash + stem, suffix, at, size, text, is_sparse)
+                    yield TarMember(key, suffix, at, size, text, is_sparse)
             _check_end(file, tar.offset, length)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise ShardError(
@@ -149,7 +158,7 @@ def _check_end(file: BufferedReader, offset: int, length: int) -> None:
     file.seek(offset)
     if file.read(len(_END)) != _END:
         raise ShardError(f"no end mark after the last member, at byte {offset}")
-    if length - offset > _MAX_PADDING:
+    if length - offset > MAX_PADDING:
         raise ShardError(f"{length - offset:,} bytes from the end mark at byte {offset} on")
     while chunk := file.read(MAX_HEADER_BYTES):
         if chunk.count(0) != len(chunk):

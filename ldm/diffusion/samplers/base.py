@@ -89,7 +89,7 @@ def check_eta(eta: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(ABC):
-    """What all samplers share: the timesteps, the bounds of x0_hat and the report of each step.
+    """The common part of samplers: the timesteps, the bounds of x0_hat, the report of each step.
 
     spacing: a name of SPACINGS. clip: x0_hat is clamped to [-clip, clip] (Ho et al. 2020).
     quantile: dynamic thresholding; an image's bound is that quantile of its |x0_hat| if that is

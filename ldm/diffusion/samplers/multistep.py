@@ -48,15 +48,7 @@ class DPMSolverSampler(Sampler):
         base.check_eta(self.eta)
 
     def iterate(self, x: Tensor, path: Trajectory) -> StepIterator:
-        past: list[Point] = []
-        steps = len(path.noise_levels) - 1
-        for i, (now, then) in enumerate(pairwise(path.noise_levels)):
-            x0_hat = path.x0_hat(x, i)
-            past = [*past, Point(now, x0_hat)][-self.order :]
-            up = self.eta * base.posterior_std(now, then)
-            d = average_x0_hat(past[-order_at(i, steps, self.order) :], now, then, up=up)
-            x = base.take_step(x, d, now, then, up=up, noise=path.noise)
-            yield x, x0_hat
+        return iterate_multistep(x, path, self.order, eta=self.eta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,20 +65,7 @@ class UniPCSampler(Sampler):
         check_solver_order(self.order)
 
     def iterate(self, x: Tensor, path: Trajectory) -> StepIterator:
-        past: list[Point] = []
-        used: list[Point] = []  # those of the last step, which started from `before`
-        before = x
-        steps = len(path.noise_levels) - 1
-        for i, (now, then) in enumerate(pairwise(path.noise_levels)):
-            x0_hat = path.x0_hat(x, i)
-            here = Point(now, x0_hat)
-            if used:
-                last = used[-1].level
-                x = base.take_step(before, average_x0_hat([*used, here], last, now), last, now)
-            past = [*past, here][-self.order :]
-            used, before = past[-order_at(i, steps, self.order) :], x
-            x = base.take_step(x, average_x0_hat(used, now, then), now, then)
-            yield x, x0_hat
+        return iterate_multistep(x, path, self.order, correct=True)
 
 
 def check_solver_order(order: int) -> None:
@@ -95,9 +74,23 @@ def check_solver_order(order: int) -> None:
         raise ValueError(f"order {order} is none of {', '.join(map(str, SOLVER_ORDERS))}")
 
 
-def order_at(i: int, steps: int, order: int) -> int:
-    """The order of the i-th step: limited by the past, and lower at the end (Zhao et al. 2023)."""
-    return min(order, i + 1, steps - i)
+def iterate_multistep(
+    x: Tensor, path: Trajectory, order: int, *, eta: float = 0.0, correct: bool = False
+) -> StepIterator:
+    """The steps from `x`; correct: UniPC's corrector, which takes the last step again."""
+    points, before = [], x
+    steps = len(path.noise_levels) - 1
+    for i, (now, then) in enumerate(pairwise(path.noise_levels)):
+        here = Point(now, path.x0_hat(x, i))
+        if correct and points:
+            last = points[-1].level
+            x = base.take_step(before, average_x0_hat([*points, here], last, now), last, now)
+        # Limited by the past, and lower at the end (Zhao et al. 2023).
+        points = [*points, here][-min(order, i + 1, steps - i) :]
+        before, up = x, eta * base.posterior_std(now, then)
+        d = average_x0_hat(points, now, then, up=up)
+        x = base.take_step(x, d, now, then, up=up, noise=path.noise)
+        yield x, here.x0_hat
 
 
 def average_x0_hat(
@@ -116,7 +109,7 @@ def average_x0_hat(
 
 
 def locate_in_step(level: NoiseLevel, now: NoiseLevel, then: NoiseLevel) -> float:
-    """Where a level lies in lambda, with `now` at 0 and `then` at 1."""
+    """The place of a level in lambda, with `now` at 0 and `then` at 1."""
     if level in (now, then):
         return float(level == then)
     return (half_log_snr(level) - half_log_snr(now)) / (half_log_snr(then) - half_log_snr(now))

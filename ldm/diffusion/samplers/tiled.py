@@ -43,7 +43,7 @@ class TiledDenoiser:
 
 
 def compute_window_starts(length: int, side: int, overlap: int) -> list[int]:
-    """Where windows that cover `length` cells evenly begin; ValueError if it is too short."""
+    """The first cells of windows that cover `length` cells evenly; ValueError if there is none."""
     if length < side:
         raise ValueError(f"a grid of {length} cells is smaller than a window of {side}")
     more = -(-(length - side) // (side - overlap))  # windows after the first

@@ -34,9 +34,9 @@ class Start:
     x: Tensor  # (B, C, h, w), at the first time of the timesteps that start at `t`
     t: float
     concat: Tensor | None = None  # (B, E, h, w), extra channels of the network
-    project: Callable[[Tensor], Tensor] | None = None  # puts in the known part of an image
+    project: Callable[[Tensor], Tensor] = lambda x0_hat: x0_hat  # puts in the known part
     rounds: int = 1  # how often each step is taken, with fresh noise in between
-    to_latents: Callable[[Tensor], Tensor] | None = None  # where the network predicts others
+    to_latents: Callable[[Tensor], Tensor] = lambda x0_hat: x0_hat  # where it predicts others
 
 
 class Task(Protocol):
@@ -63,6 +63,7 @@ class Task(Protocol):
 
     def check_size(self, size: int) -> None:
         """Raises ValueError if it cannot be trained on squares of `size` pixels."""
+        return
 
     def example_inputs(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
         """The image and mask of a request, made of real images (B, 3, H, W)."""

@@ -74,7 +74,13 @@ class SuperResolution(Task):
         self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
     ) -> tuple[Tensor, Tensor]:
         """The difference from the image at one of `scales`, and channels (B, C + 2, h, w)."""
-        small, level, scale = self._random_small_images(images, generator)
+        choice, level = rand((len(images), 2), generator, device=images.device).float().unbind(1)
+        choice = (choice * len(self.scales)).long()  # (B,)
+        small = torch.empty_like(images)
+        for i, scale in enumerate(self.scales):
+            enlarged = upsample_images(downsample_images(images, scale), scale)
+            small = torch.where(expand_dims_like(choice == i, images), enlarged, small)
+        scale = torch.tensor(list(self.scales), device=images.device)[choice]  # (B,)
         x0 = encode(small)  # (B, C, h, w)
         noise = randn(latents.shape, derive_generators(generator, "small"), device=latents.device)
         concat = add_noise_channels(x0, noise.to(latents), self.max_noise_level * level, scale)
@@ -86,25 +92,12 @@ class SuperResolution(Task):
         x0 = encode(upsample_images(request.image, self.scale))  # (B, C, h, w)
         ones = x0.new_ones(len(x0))
         concat = add_noise_channels(x0, noise(x0), self.noise_level * ones, self.scale * ones)
-
         return Start(
             x=noise(request.latents),
             t=1.0,
             concat=concat,
             to_latents=lambda residual: x0 + self.residual_std * residual,
         )
-
-    def _random_small_images(
-        self, images: Tensor, generator: Generators
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Enlarged small images (B, 3, H, W), levels in [0, 1), and scales, (B,) each."""
-        choice, level = rand((len(images), 2), generator, device=images.device).float().unbind(1)
-        choice = (choice * len(self.scales)).long()  # (B,)
-        small = torch.empty_like(images)
-        for i, scale in enumerate(self.scales):
-            enlarged = upsample_images(downsample_images(images, scale), scale)
-            small = torch.where(expand_dims_like(choice == i, images), enlarged, small)
-        return small, level, torch.tensor(list(self.scales), device=images.device)[choice]
 
 
 def add_noise_channels(x0: Tensor, noise: Tensor, level: Tensor, scale: Tensor) -> Tensor:

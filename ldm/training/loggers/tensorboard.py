@@ -44,10 +44,11 @@ class TensorBoardRun(TensorBoardLogger, RunLogger):
     @rank_zero_only
     @keep_training("TensorBoard")
     def rewind(self, step: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto import event_pb2 as proto
 
         # A session that starts at a step has TensorBoard hide later events of earlier sessions.
-        start = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        session = proto.SessionLog(status=proto.SessionLog.START)
+        start = proto.Event(step=step + 1, session_log=session)
         self.experiment.file_writer.add_event(start, step + 1)
 
     @rank_zero_only

@@ -23,13 +23,9 @@ from ldm.config import command_line
 from ldm.config.components import build_objective, load_diffusion_checkpoint, warm_start_from_run
 from ldm.config.evaluation import build_evaluation_source
 from ldm.config.guidance import load_guide_denoiser, load_noisy_classifier
+from ldm.config.own_components import COMPONENT_GROUPS, DIFFUSION_GROUPS
 from ldm.config.pipeline import LoadedPipeline, load_cascade, load_pipeline
-from ldm.config.registry import (
-    COMPONENT_GROUPS,
-    DIFFUSION_GROUPS,
-    list_component_targets,
-    validate_component,
-)
+from ldm.config.registry import list_component_targets, validate_component
 from ldm.config.train_run import check_config_unchanged
 from ldm.config.training_images import SCENES_TARGET, open_run_images
 from ldm.diffusion.schedules import cosine
@@ -280,7 +276,9 @@ def test_a_library_is_no_package_of_the_users_own(target, trusted):
     [
         ({"power": 2}, "the key 'power', which"),
         ({"_partial_": True}, "the key '_partial_', which"),
-        ({"shift": MKDIR}, "is a component, where none can be"),
+        ({"shift": MKDIR}, "'os.mkdir', which is no scheduler.shift of ours"),
+        ({"shift": [{"a": MKDIR}]}, "'os.mkdir', which is no scheduler.shift of ours"),
+        ({"shift": {"_call_": 1}}, "scheduler.shift has the key '_call_'"),
         ({"shift": "${oc.env:HOME}"}, "to be looked up elsewhere"),
         ({"shift": math.inf}, "must be a finite number"),
     ],
@@ -295,6 +293,21 @@ def test_a_trusted_function_may_take_any_argument_of_its_own():
     assert validate_component(flow, "scheduler", trust=["own_noise"]) == flow
     with pytest.raises(ValueError, match="the key '_partial_'"):
         validate_component(flow | {"_partial_": True}, "scheduler", trust=["own_noise"])
+
+
+def test_a_trusted_component_may_have_mappings_and_components_of_its_package():
+    inner = {"_target_": "own_noise.schedules.PowerSchedule", "shift": 2.0}
+    for shift in ({"low": 1, "high": [2, 3]}, inner, [{"part": inner}]):
+        whole = OWN | {"shift": shift}
+        assert validate_component(whole, "scheduler", trust=["own_noise"]) == whole
+
+
+def test_weights_of_caption_keys_are_plain_values():
+    data = {"_target_": "ldm.data.datamodule.TextImageData", "captions": {"long": 0.8, "short": 1}}
+    assert validate_component(data, "data") == data
+    for wrong in ({"long": "x"}, {"long": {"_target_": "os.mkdir"}}, {"_target_": "os.mkdir"}, {}):
+        with pytest.raises(ValueError, match=r"data\.captions is a component"):
+            validate_component(data | {"captions": wrong}, "data")
 
 
 TEXTS = {

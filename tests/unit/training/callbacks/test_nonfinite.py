@@ -47,6 +47,7 @@ def train(
     clip: float = 1.0,
     keep: int = 9,
     validate_every: int | None = None,
+    logger: type[CsvLog] = CsvLog,
 ) -> NonFiniteStepSkipper:
     trainer = make_trainer(steps=steps, callbacks=[], accumulate=accumulate, clip=clip)
     [meter] = trainer.callbacks[:1]
@@ -55,7 +56,7 @@ def train(
     keeper = Checkpoints(folder / "checkpoints", every=2, keep=keep, facts={}, skipper=skip)
     trainer.callbacks += [*callbacks, skip, keeper]
     trainer.val_check_interval = validate_every or trainer.val_check_interval
-    trainer.loggers = [CsvLog(folder / "metrics.csv")]
+    trainer.loggers = [logger(folder / "metrics.csv")]
     last = folder / "checkpoints" / "last.ckpt"
     how = {"ckpt_path": last if last.exists() else None, "weights_only": True}
     trainer.fit(module, datamodule=shapes_data(shapes), **how)
@@ -105,6 +106,18 @@ def test_an_unfused_optimizer_skips_the_step_too(tmp_path, shapes, tiny_text):
     assert seen[0] == seen[1]
     assert seen[1][0] != seen[2][0]
     assert seen[1][1] != seen[2][1]
+
+
+@pytest.mark.filterwarnings("ignore:the loss or the gradient was not finite")
+def test_a_skipped_step_alerts_the_owner(tmp_path, shapes, tiny_text):
+    class AlertLog(CsvLog):
+        def alert(self, title: str, text: str) -> None:
+            alerts.append((title, text.partition(":")[0]))
+
+    alerts = []
+    train(tmp_path, shapes, latent_diffusion(tiny_text), Spoil(1), steps=3, logger=AlertLog)
+    text = "the loss or the gradient was not finite at step 2"
+    assert alerts == [("steps that are not finite", text)]
 
 
 @pytest.mark.parametrize("every", [1, 4])

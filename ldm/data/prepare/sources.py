@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 from ldm.data.captions import clean_captions
-from ldm.data.image_decoding import read_image_bytes
 from ldm.utils.files import read_text
 
 FolderPart = Literal["all", "train", "val"]
@@ -49,7 +48,7 @@ class ImageRecords:
         elif not os.path.isfile(path):  # also False for names that no file can have
             self.skip("missing", file_name)
         else:
-            self.add_image(partial(read_image_bytes, path), file_name, texts, fields)
+            self.add_image(partial(_read_image_file, path), file_name, texts, fields)
 
     def add_image(
         self, read: Callable[[], bytes], name: str, texts: list[Any], fields: dict[str, Any]
@@ -160,6 +159,12 @@ def _walk_files(root: Path) -> Iterator[Path]:
 def choose_part(file_name: str) -> FolderPart:
     """Returns "val" for one name in ten, by its checksum, else "train"."""
     return "train" if zlib.crc32(file_name.encode("utf-8", "replace")) % 10 else "val"
+
+
+def _read_image_file(path: Path) -> bytes:
+    from ldm.data.image_decoding import read_image_bytes  # torch: a typo need not wait for it
+
+    return read_image_bytes(path)
 
 
 def _open_records(images: Path) -> ImageRecords:

@@ -260,7 +260,7 @@ def _check_settings(
             raise UsageError(format_unknown_setting(f"{name}.{next(iter(value))}", config_name))
         if prefix in NAMED_COMPONENT_PREFIXES and usual is ... and isinstance(value, dict):
             usual = value  # a component that the command line adds
-        if isinstance(usual, dict) and usual:
+        if isinstance(usual, dict) and (usual or name in NAMED_COMPONENT_GROUPS):
             if not isinstance(value, dict):
                 inside = ", ".join(f"{name}.{key}" for key in usual if key != "_target_")
                 raise UsageError(

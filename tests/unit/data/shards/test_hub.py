@@ -100,10 +100,9 @@ def test_the_environment_may_forbid_the_hub(hub, monkeypatch):
 
 def test_without_its_package_the_hub_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    monkeypatch.setattr("fsspec.registry._registry", {})
-    with pytest.raises(
-        UrlError, match=r"hf:// needs a further package: pip install huggingface_hub"
-    ):
+    loaded = sys.modules["fsspec.registry"]._registry  # the package shows a view of it
+    monkeypatch.delitem(loaded, "hf", raising=False)
+    with pytest.raises(UrlError, match=r"needs a further package: pip install huggingface_hub"):
         locate_shards(f"{ADDRESS}/a.tar")
 
 

@@ -17,6 +17,7 @@ VERBS = {
     "augment": "generate a data set: shards with captions and labels",
     "clip": "compare images and texts with a CLIP: similarity, search, retrieval",
     "explain": "draw the figures of an introduction to diffusion, from a run",
+    "bundle": "write a trained model as one folder, for another machine",
     "package": "make trained runs into the parts in ldm/assets",
 }
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.cli.evaluate import format_device_name
 from ldm.config.command_line import TextOptions, command, pop_text_options, require_option
+from ldm.config.measurement import format_device_name
 from ldm.config.sample_options import check_checkpoints_and_device
 from ldm.utils.errors import UsageError
 from ldm.utils.locks import InUseError, lock_directory
@@ -20,7 +20,7 @@ from ldm.utils.text import get_progress_interval
 
 AUGMENT_TEXT_OPTIONS = (
     *("ckpt", "out", "template", "captions", "negative", "clip"),
-    *("autoencoder", "text_encoder"),
+    *("autoencoder", "text_encoder", "style_encoder"),
 )
 AUGMENT_SETTINGS = (
     *("n", "seed", "steps", "min_score", "keep", "format", "samples_per_shard", "batch"),
@@ -28,37 +28,25 @@ AUGMENT_SETTINGS = (
 AUGMENT_FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 NUM_SHEET_IMAGES = 36  # images on the contact sheet
 LEFTOVER_PREFIXES = (".lock", "prepare.json.")  # files that a killed call leaves
+NO_CLIP = (None, "", "none", "null")  # values of clip= without which no image gets a score
 AUGMENT_LIBRARIES = ("ldm", "torch", "transformers", "pillow")
 SlotWords = dict[str, list[str]]
 
 
 def pop_slot_words(words: list[str]) -> dict[str, SlotWords]:
     """Removes `slots.NAME=a,b` or `=[a,b]` from the command line; returns the words by slot."""
-    slots = sorted({word.partition("=")[0] for word in words if word.startswith("slots.")})
-    texts = {slot: text.strip() for slot, text in pop_text_options(slots).items()}
-    for slot, text in texts.items():
+    slots = {}
+    typed = pop_text_options(word.partition("=")[0] for word in words if word.startswith("slots."))
+    for name, text in sorted(typed.items()):
+        text = text.strip()
         if text.startswith("[") and text.endswith("]"):
-            texts[slot] = text[1:-1]
-    return {
-        "words": {
-            slot.removeprefix("slots."): [word.strip() for word in texts[slot].split(",")]
-            for slot in slots
-            if slot in texts
-        }
-    }
-
-
-@command("augment", texts=AUGMENT_TEXT_OPTIONS, read=pop_slot_words, resumable=True)
-def main(cfg: DictConfig, options: TextOptions, *, words: SlotWords) -> None:
-    """Generates a data set; the same command continues an interrupted one."""
-    augment_dataset(cfg, options, words)
+            text = text[1:-1]
+        slots[name.removeprefix("slots.")] = [word.strip() for word in text.split(",")]
+    return {"words": slots}
 
 
 def augment_dataset(cfg: DictConfig, options: TextOptions, words: SlotWords) -> None:
-    """Generates the missing shards of the data set `out`; every process writes whole shards.
-
-    words: those of each slot of the template.
-    """
+    """Generates the missing shards of the data set `out`; every process writes whole shards."""
     check_augment_options(cfg, options, words)
     ckpt, out = (require_option(options, name) for name in ("ckpt", "out"))
     check_augment_folder(out := Path(out))
@@ -72,6 +60,7 @@ def augment_dataset(cfg: DictConfig, options: TextOptions, words: SlotWords) -> 
     from ldm.data.prepare.synthetic import ScoreFilter, sum_shard_stats, write_generated_shard
     from ldm.data.prepare.writer import claim_output_folder, plan_shards
     from ldm.evaluation.distributed import ProcessGroup
+    from ldm.utils.bundle_file import read_weights_digest
 
     shards = plan_shards(out, range(cfg.n), samples_per_shard=cfg.samples_per_shard)
     prompts = create_prompts(cfg, options, words)
@@ -84,7 +73,7 @@ def augment_dataset(cfg: DictConfig, options: TextOptions, words: SlotWords) -> 
     score, clip = create_clip_scorer(options["clip"], restored)
     size, negative, first = cfg.size or restored.size, options["negative"], ranks.rank == 0
     facts = {name: cfg[name] for name in AUGMENT_SETTINGS} | {"size": size, "clip": clip}
-    facts |= {"negative": negative, "checkpoint": read_checkpoint_digest(restored.path)}
+    facts |= {"negative": negative, "checkpoint": read_weights_digest(restored.path)[:16]}
     facts |= {"step": restored.step, "precision": restored.precision, **restored.settings}
     facts |= {"template": None, "slots": {}, "captions": None, **prompts.facts}
     with lock_augment_folder(out) if first else nullcontext():
@@ -96,22 +85,22 @@ def augment_dataset(cfg: DictConfig, options: TextOptions, words: SlotWords) -> 
             for line in restored.pipeline.collect_warnings(cfg.steps, **example):
                 print(line, file=sys.stderr, flush=True)
         own_shards = shards[ranks.rank :: ranks.world_size]
-        total, interval = sum(len(shard.items) for shard in own_shards), get_progress_interval()
-        bar = tqdm(
-            total=total, desc="Generating", unit="image", disable=not first, mininterval=interval
-        )
-        with bar as progress:
-            pipeline = partial(restored.pipeline, size=size, negative=negative)
-            generate = partial(
-                generate_shard_samples, cfg, pipeline, prompts, score, progress.update
-            )
-            score_filter = ScoreFilter(cfg.min_score, cfg.keep)
-            how = {"score_filter": score_filter, "suffix": cfg.format, "batch": cfg.batch}
+        pipeline = partial(restored.pipeline, size=size, negative=negative)
+        score_filter = ScoreFilter(cfg.min_score, cfg.keep)
+        how = {"score_filter": score_filter, "suffix": cfg.format, "batch": cfg.batch}
+        with tqdm(
+            total=sum(len(shard.items) for shard in own_shards),
+            desc="Generating",
+            unit="image",
+            disable=not first,
+            mininterval=get_progress_interval(),
+        ) as bar:
+            generate = partial(generate_shard_samples, cfg, pipeline, prompts, score, bar.update)
             for shard in own_shards:
                 if shard.read_stats() is None:
                     write_generated_shard(shard, generate, **how)
                 else:
-                    progress.update(len(shard.items))
+                    bar.update(len(shard.items))
         ranks.any(False)
         if first:
             report = sum_shard_stats([shard.read_stats() for shard in shards])
@@ -128,7 +117,7 @@ def check_augment_options(cfg: DictConfig, options: TextOptions, words: SlotWord
     if cfg.format not in AUGMENT_FORMATS:
         raise UsageError(f"format={cfg.format} is none of {', '.join(AUGMENT_FORMATS)}")
     for name in ("min_score", "keep"):
-        if cfg[name] is not None and lacks_clip_score(options["clip"]):
+        if cfg[name] is not None and options["clip"] in NO_CLIP:
             raise UsageError(f"{name}={cfg[name]} is by CLIP score: give clip=..., or leave it out")
 
 
@@ -144,13 +133,8 @@ def check_augment_folder(out: Path) -> None:
             )
 
 
-def lacks_clip_score(clip: str | None) -> bool:
-    """Returns whether no CLIP scores the images."""
-    return clip in (None, "", "none", "null")
-
-
 def create_prompts(cfg: DictConfig, options: TextOptions, words: SlotWords):
-    """Returns the prompts of the template or of `captions`; None where neither is given."""
+    """Returns the prompts of the template or of `captions`; None without both."""
     from ldm.data.prepare.prompts import DatasetPrompts, PromptFile, PromptTemplate
     from ldm.data.shards.index import ReadOptions
     from ldm.data.shards.reader import ShardReader
@@ -181,7 +165,7 @@ def create_training_prompts(options: TextOptions, restored):
 
 def create_clip_scorer(clip: str | None, restored) -> tuple[Callable, str | None]:
     """Returns a function from uint8 images and prompts to scores in 0..100, and the CLIP's name."""
-    if lacks_clip_score(clip):
+    if clip in NO_CLIP:
         return lambda images, prompts: [None] * len(prompts), None
 
     from ldm.config.evaluation import print_on_first_rank
@@ -202,13 +186,6 @@ def create_clip_scorer(clip: str | None, restored) -> tuple[Callable, str | None
         return [round(value, 3) for value in clip_score(features(images), texts).tolist()]
 
     return score, f"{clip} {features.digest[:16]}"
-
-
-def read_checkpoint_digest(path: Path) -> str:
-    """Returns the digest in a checkpoint's manifest: a run that goes on gets another one."""
-    from ldm.utils.checkpoint_file import manifest_path
-
-    return json.loads(manifest_path(path).read_text())["sha256"][:16]
 
 
 def lock_augment_folder(out: Path):
@@ -282,6 +259,10 @@ def write_augment_report(out: Path, report: dict, source: dict) -> None:
         print("by label: " + ", ".join(f"{name} {n}" for name, n in report["labels"].items()))
     print(f"{out / 'sheet.png'}\n{report['written']} samples in {out}")
 
+
+main = command("augment", texts=AUGMENT_TEXT_OPTIONS, read=pop_slot_words, resumable=True)(
+    augment_dataset
+)
 
 if __name__ == "__main__":
     main()

@@ -1,241 +1,54 @@
 """ldm evaluate ckpt=runs/my-run [guidance.scale=1,2,4,8 features=[clip]]; see --help."""
 
-import json
-import shutil
-from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
-from importlib.metadata import version
-from pathlib import Path
-
 from omegaconf import DictConfig
 
 from ldm.config.combinations import compose_combinations, pop_sweep_choices
 from ldm.config.command_line import command
-from ldm.config.sample_options import check_checkpoints_and_device
-from ldm.experiments.curves import format_curve_table, write_curve
-from ldm.experiments.evaluation_results import (
-    check_image_folder,
-    check_result_location,
-    rename_former_metrics,
+from ldm.config.measurement import (
+    EVALUATE_TEXT_OPTIONS,
+    EvaluationPoint,
+    check_settings_are_read,
+    choose_source_kind,
+    record_evaluation,
 )
-from ldm.utils.errors import UsageError
-from ldm.utils.files import reserve_files, resolve_path, write_text
-from ldm.utils.text import format_table, get_progress_interval
+from ldm.experiments.curves import format_curve_table
+from ldm.utils.text import format_table
 
-EVALUATE_TEXT_OPTIONS = (
-    *("ckpt", "images", "data", "others", "subset", "out", "keep"),
-    *("autoencoder", "text_encoder"),
-)
 VARIABLE_GROUPS = {  # the settings that may have several values
     "run": ("guidance", "sampler", "steps"),
     "peer": ("guidance", "steps"),
     "images": (),
 }
-EVALUATE_LIBRARIES = ("ldm", "torch", "torchmetrics", "transformers", "numpy", "pillow")
-EvaluationPoint = tuple[dict[str, str], DictConfig]  # what differs from other points; all settings
 
 
 @command(
     "evaluate",
     texts=EVALUATE_TEXT_OPTIONS,
-    read=lambda words: {"choices": pop_sweep_choices()},
+    read=lambda words: {"choices": pop_sweep_choices(), "words": words},
     resumable=True,
 )
-def main(cfg: DictConfig, options: dict[str, str | None], *, choices: dict[str, list[str]]) -> None:
+def main(
+    cfg: DictConfig,
+    options: dict[str, str | None],
+    *,
+    choices: dict[str, list[str]],
+    words: list[str],
+) -> None:
     """Composes the configuration of each point of a curve, then measures the points."""
     kind = choose_source_kind(options)
+    check_settings_are_read(kind, words)
     points = compose_combinations("evaluate", choices, may_vary=VARIABLE_GROUPS[kind])
     evaluate_points(points, options)
 
 
-def choose_source_kind(options: dict[str, str | None]) -> str:
-    """Returns what is measured: "run" or "peer" (`ckpt`), or "images"; UsageError if unclear."""
-    if (options["ckpt"] is None) == (options["images"] is None):
-        raise UsageError(
-            "give ckpt=... (a run, a checkpoint, a folder of a diffusers pipeline) or images=... "
-            "(a folder of images)"
-        )
-    if options["images"] is None:
-        is_peer = Path(options["ckpt"]).joinpath("model_index.json").is_file()
-        return "peer" if is_peer else "run"
-    if options["keep"] is not None:
-        raise UsageError("keep=... saves generated images; those of images=... are files already")
-    return "images"
-
-
 def evaluate_points(points: list[EvaluationPoint], options: dict[str, str | None]) -> None:
-    """Measures each point; writes metrics.json for one, curve_*.csv, .json, .png for several.
-
-    Features of generated images wait in a folder next to the results until all points are done.
-    """
-    overwrite, ckpt, keep = points[0][1].overwrite, options["ckpt"], options["keep"]
-    check_checkpoints_and_device(points[0][1], *([] if ckpt is None else [ckpt]))
-
-    from ldm.config.evaluation import build_evaluation_source
-    from ldm.evaluation.distributed import ProcessGroup
-
-    source = build_evaluation_source(points[0][1], options, kind=choose_source_kind(options))
-    out = resolve_path(options["out"] or source.home)
-    single = out.suffix == ".json"
-    if single and len(points) > 1:
-        raise UsageError(f"out={out} is a file, and a curve has three files: give a folder")
-    if keep is not None and source.quality is None:
-        raise UsageError("keep=... saves images generated for `features`, and there are none")
-    (out.parent if single else out).mkdir(parents=True, exist_ok=True)
-    first = ProcessGroup().rank == 0
-    if first and not overwrite:
-        if not single:
-            check_result_location([varied for varied, _ in points], out)
-        for varied, cfg in points if keep else ():
-            is_continued = describe_point(source, cfg, options)[1].is_dir()
-            check_image_folder(locate_point_images(keep, varied), going_on=is_continued)
-    results, waiting = [], []
-    for varied, cfg in points:
-        if varied and first:
-            print(format_point(varied), flush=True)
-        facts, pieces = measure_point(source, cfg, varied, options)
-        results.append(facts)
-        waiting.append(pieces)
-    if not first:
+    """Measures each point, writes the results and prints them."""
+    if (record := record_evaluation(points, options)) is None:
         return
     if len(points) == 1:
-        print(write_evaluation(results[0], out, overwrite=overwrite))
+        print(f"{format_evaluation(record.results[0])}\n{record.note}{record.files[0]}")
     else:
-        written = write_curve(results, out)
-        print(f"{format_curve_table(results)}\n{'  '.join(map(str, written))}")
-    for pieces in waiting:
-        shutil.rmtree(pieces, ignore_errors=True)
-
-
-def write_evaluation(facts: dict, out: Path, *, overwrite: bool) -> str:
-    """Writes the results of one point to `out`, a .json file or a folder; returns lines to print.
-
-    An existing file gets a number; in a folder, former results of other settings are renamed.
-    """
-    note, path = "", out / "metrics.json"
-    writing = nullcontext([path])
-    if out.suffix == ".json":
-        writing = reserve_files(lambda n: [out.with_stem(out.stem + n)], overwrite=overwrite)
-    else:
-        note = rename_former_metrics(path, facts)
-    with writing as [path]:
-        write_text(path, json.dumps(facts, indent=2) + "\n")
-    return f"{format_evaluation(facts)}\n{note}{path}"
-
-
-def describe_point(source, cfg: DictConfig, options: dict[str, str | None]) -> tuple[dict, Path]:
-    """Returns the facts of a point before it is measured, and the folder where its pieces wait."""
-    from ldm.evaluation.tensor_cache import hash_facts
-
-    facts = {**source.facts(cfg), "device": format_device_name(source.device)}
-    facts["versions"] = {name: version(name) for name in EVALUATE_LIBRARIES}
-    if source.quality is not None:
-        facts["protocol"] = source.quality.facts()
-    # Other settings, weights or images make other pieces.
-    return facts, source.home / "eval" / f"pieces-{hash_facts([facts, options['keep']])}"
-
-
-def measure_point(
-    source, cfg: DictConfig, varied: dict[str, str], options: dict[str, str | None]
-) -> tuple[dict, Path]:
-    """Returns the results of one point, as plain values, and the folder where its pieces wait."""
-    from tqdm import tqdm
-
-    from ldm.evaluation.distributed import ProcessGroup
-
-    quality, ranks, keep = source.quality, ProcessGroup(), options["keep"]
-    bar = partial(tqdm, unit="image", disable=ranks.rank != 0, mininterval=get_progress_interval())
-    facts, pieces = describe_point(source, cfg, options)
-    if ranks.rank == 0 and pieces.is_dir():
-        print(f"continues with what the last call has generated ({pieces})", flush=True)
-    elif ranks.rank == 0 and keep:
-        pieces.mkdir(parents=True)  # says that the saved images belong to this call
-    results = {"varied": varied} if varied else {}
-    results["metrics"] = {}
-    generate = source.generate(cfg)  # before a bar is drawn: it may print a warning
-    if source.scenes is not None:
-        total = -(-len(source.scenes) // ranks.world_size)
-        with bar(total=total, desc="Scenes") as progress:
-            results["metrics"] |= measure_scene_accuracy(
-                source.scenes, generate, pieces, progress.update
-            )
-    if quality is not None:
-        if ranks.rank == 0 and any(quality.subset.captions):
-            quality.subset.save(source.home / "eval" / f"subset-{quality.subset.digest}.json")
-        with bar(desc="Reference") as progress:
-            quality.prepare(source.device, done=lambda items: progress.update(len(items)))
-        more = {}
-        if keep:
-            folder = locate_point_images(keep, varied)
-            more["on_images"] = partial(save_point_images, folder, quality.subset)
-        total = -(-len(quality.subset) // ranks.world_size)
-        with bar(total=total, desc="Images") as progress:
-            features = quality.extract_features(
-                generate,
-                folder=pieces / "features",
-                done=lambda items: progress.update(len(items)),
-                **more,
-            )
-        metrics, results["intervals"], results["floor"] = quality.estimate(features)
-        results["metrics"] |= metrics
-    return {**results, **facts}, pieces
-
-
-def measure_scene_accuracy(
-    scenes, generate: Callable, pieces: Path, done: Callable[[int], object]
-) -> dict[str, float]:
-    """Returns the metrics of `scenes`; every process generates a share, `pieces` holds the counts.
-
-    `done(n)` is called after each batch of n images.
-    """
-    from torch import from_numpy
-
-    from ldm.evaluation.feature_table import tabulate
-    from ldm.evaluation.scenes.accuracy import METRIC_SUFFIXES, SCENE_METRICS
-
-    starts = range(0, len(scenes), scenes.batch)
-    items = [range(first, min(first + scenes.batch, len(scenes))) for first in starts]
-    shape = len(METRIC_SUFFIXES), len(SCENE_METRICS)
-    table = tabulate(
-        len(items),
-        lambda row: {"tally": from_numpy(scenes.tally(generate, items[row.start])).reshape(1, -1)},
-        columns={"tally": shape[0] * shape[1]},
-        batch=1,
-        folder=pieces / f"scenes-{scenes.batch}",
-        done=lambda row: done(sum(len(items[i]) for i in row)),
-    )
-    return scenes.metrics(table["tally"].sum(dim=0).long().reshape(shape).numpy())
-
-
-def format_point(varied: dict[str, str]) -> str:
-    """Returns the settings of a point that vary: guidance.scale=3, steps=10."""
-    return ", ".join(f"{key}={value}" for key, value in varied.items())
-
-
-def locate_point_images(keep: str, varied: dict[str, str]) -> Path:
-    """Returns the folder for the images of a point."""
-    return resolve_path(keep) / format_point(varied)
-
-
-def format_device_name(device) -> str:
-    """Returns the accelerator's name, or cpu."""
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def save_point_images(folder: Path, subset, items: range, images) -> None:
-    """Saves each image as a PNG, named by its number in the subset, with its caption in a .txt."""
-    from PIL import Image
-
-    from ldm.utils.images import save_png
-
-    for i, image in zip(items, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-        facts = {"prompt": subset.captions[i], "seed": subset.seeds[i], "key": subset.keys[i]}
-        path = folder / f"{i:07d}.png"
-        save_png(Image.fromarray(image), path, facts)
-        write_text(path.with_suffix(".txt"), subset.captions[i] + "\n")
+        print(f"{format_curve_table(record.results)}\n{'  '.join(map(str, record.files))}")
 
 
 def format_evaluation(facts: dict) -> str:
@@ -263,7 +76,7 @@ def format_setting(value: object) -> object:
 def format_image_table(facts: dict) -> str:
     """Returns a row for each metric: value, interval, value of real images, and of chance."""
     metrics, protocol = facts["metrics"], facts["protocol"]
-    rows = [["", "value", "95 % interval", "real", "chance"]]
+    rows = [["", "value", "95 % interval", "floor", "chance"]]
     for name, value in metrics.items():
         if name.startswith("scene_") or name.endswith(("_floor", "_real", "_chance")):
             continue
@@ -273,7 +86,7 @@ def format_image_table(facts: dict) -> str:
         rows.append([name, _format_metric(value), ends, *numbers])
     return (
         f"{format_table(rows, align='<>', widths=(18, 10, 24, 10, 10), gap='')}\n"
-        f"{protocol['painted']} images against {protocol['real']} real ones; the column real is "
+        f"{protocol['painted']} images against {protocol['real']} real ones; the column floor is "
         f"of the real images of {protocol['floor']} of these captions"
     )
 

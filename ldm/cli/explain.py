@@ -11,7 +11,10 @@ from ldm.experiments.run_dir import read_result, read_yaml_settings
 from ldm.utils.errors import UsageError, format_program
 from ldm.utils.files import check_path_length, reserve_files, resolve_path
 
-EXPLAIN_TEXT_OPTIONS = ("ckpt", "out", "prompt", "prompts", "image", "autoencoder", "text_encoder")
+EXPLAIN_TEXT_OPTIONS = (
+    *("ckpt", "out", "prompt", "prompts", "image"),
+    *("autoencoder", "text_encoder", "style_encoder"),
+)
 TEXT_TO_IMAGE_TARGET = "ldm.diffusion.tasks.text_to_image.TextToImage"
 EXPLAIN_FIGURES = ("forward", "reverse", "noise", "guidance", "clip")
 NUM_GUIDANCE_PROMPTS = 3  # rows of guidance.png
@@ -24,10 +27,7 @@ def main(cfg: DictConfig, options: dict[str, str | None]) -> None:
 
 
 def draw_explain_figures(cfg: DictConfig, options: dict[str, str | None]) -> Path:
-    """Draws all figures of `ckpt`, or of the newest run; returns their folder.
-
-    It is `out`, with a number where that holds such figures already.
-    """
+    """Draws all figures of `ckpt` or the newest run; returns their folder, `out` or a new one."""
     if options["ckpt"] is None:
         options["ckpt"] = str(find_newest_run(Path("runs")))
         print(f"ckpt={options['ckpt']}, the newest finished run")
@@ -52,16 +52,9 @@ def draw_explain_figures(cfg: DictConfig, options: dict[str, str | None]) -> Pat
     else:
         image = figures.render_scene(figures.EXAMPLE_SCENES[0], size)[0]
     at = figures.SamplingSettings(cfg.seed, size, cfg.steps)
-    facts = {
-        "ckpt": str(restored.path),
-        "step": restored.step,
-        "prompt": prompts,
-        "seed": cfg.seed,
-        "steps": cfg.steps,
-        "size": size,
-        "image": options["image"],
-        **restored.settings,
-    }
+    facts = {"ckpt": str(restored.path), "step": restored.step, "prompt": prompts}
+    facts |= {"seed": cfg.seed, "steps": cfg.steps, "size": size, "image": options["image"]}
+    facts |= restored.settings
 
     def family(number: str) -> list[Path]:
         return [Path(f"{out}{number}", f"{name}.png") for name in EXPLAIN_FIGURES]

@@ -4,7 +4,8 @@ Shapes: B batch, C latent channels, H W pixels, h w latent grid, P projection wi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,18 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm.data.scenes import world
 from ldm.data.scenes.draw import draw_scene
-from ldm.data.scenes.world import (
-    BACKGROUNDS,
-    COLOURS,
-    OBJECT_RADIUS,
-    SHAPES,
-    STYLES,
-    Scene,
-    SceneObject,
-    caption,
-    sample_scene,
-)
 from ldm.diffusion.conditioning import Conditioning
 from ldm.diffusion.guidance.base import ConditionalDenoiser, Denoise
 from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
@@ -46,24 +37,23 @@ NUM_WORDINGS = 8  # wordings of a caption, averaged
 NUM_NEAREST_WORDS = 5  # words next to a difference
 
 # The first image of each pair, and what changes in the second.
-BASE_SCENE = Scene(
-    (SceneObject("circle", "red", "large"), SceneObject("cross", "yellow", "large")),
+BASE_SCENE = world.Scene(
+    (world.SceneObject("circle", "red", "large"), world.SceneObject("cross", "yellow", "large")),
     relation="left of",
     background="black",
     style="flat",
 )
 SCENE_CHANGES = {"colour": "green", "shape": "square", "background": "teal", "style": "striped"}
 SCENE_VOCABULARY = {
-    "colour": COLOURS,
-    "shape": SHAPES,
-    "size": OBJECT_RADIUS,
-    "background": BACKGROUNDS,
-    "style": STYLES,
+    "colour": world.COLOURS,
+    "shape": world.SHAPES,
+    "size": world.OBJECT_RADIUS,
+    "background": world.BACKGROUNDS,
+    "style": world.STYLES,
 }
 
 
-@dataclass(frozen=True)
-class SamplingSettings:
+class SamplingSettings(NamedTuple):
     """Seed, image size in pixels, and number of sampling steps."""
 
     seed: int
@@ -79,15 +69,14 @@ def plot_forward_process(
     eps = randn((1, *image.shape), torch.Generator().manual_seed(seed))
     rows = []
     for name, schedule in schedules.items():
-        alpha, sigma = schedule(times)  # (MOMENTS,)
-        x_t = (
-            expand_dims_like(alpha, eps) * image + expand_dims_like(sigma, eps) * eps
-        )  # (MOMENTS, 3, H, W)
+        alpha, sigma = schedule(times)  # (PROCESS_COLUMNS,)
+        scale, spread = expand_dims_like(alpha, eps), expand_dims_like(sigma, eps)
+        x_t = scale * image + spread * eps  # (PROCESS_COLUMNS, 3, H, W)
         notes = [f"α {a:.2f}  σ {abs(s):.2f}" for a, s in zip(alpha, sigma, strict=True)]
         rows.append(ImageRow(name, x_t, notes))
     return draw_image_grid(
         r"The forward process: $x_t = \alpha_t\,x_0 + \sigma_t\,\epsilon$",
-        "A picture turns to noise. The same picture and the same noise everywhere; the noise "
+        "An image turns to noise. The same image and the same noise everywhere; the noise "
         "schedule alone says how fast.",
         rows,
         heads=[f"$t$ = {t:.3g}" for t in times],
@@ -105,12 +94,12 @@ def plot_reverse_process(
     predicted = torch.cat([moment.x0_hat for moment in moments])
     return draw_image_grid(
         "The reverse process, step by step",
-        f"“{prompt}”. {at.steps} steps from noise to a picture, some of them shown. At each step "
-        "the model guesses the picture behind the noise, and the sampler goes a little that way.",
+        f"“{prompt}”. {at.steps} steps from noise to an image, some of them shown. At each step "
+        "the model predicts the image behind the noise, and the sampler goes a little that way.",
         [
             ImageRow("What the sampler holds: xₜ, decoded", decode_to_cpu(pipeline, noisy)),
             ImageRow(
-                "What the model sees in it: its guess of x₀, decoded",
+                "What the model sees in it: its prediction of x₀, decoded",
                 decode_to_cpu(pipeline, predicted),
             ),
         ],
@@ -122,7 +111,7 @@ def plot_noise_injection(
     pipeline: Pipeline, prompt: str, at: SamplingSettings, *, on_step: OnStep
 ) -> Image.Image:
     """Draws sampling without (DDIM) and with (DDPM) noise between steps, with two seeds each."""
-    rows, heads, first = [], [], None
+    rows, first = [], None
     labels = {
         0.0: "η = 0, DDIM: no noise is added",
         1.0: "η = 1, DDPM: noise is added at each step",
@@ -137,18 +126,16 @@ def plot_noise_injection(
         heads = [f"$t$ = {moment.t:.2f}" for moment in moments]
         for i, seed in enumerate(seeds):
             predicted = torch.cat([moment.x0_hat[i : i + 1] for moment in moments])
-            images, notes = decode_to_cpu(pipeline, predicted), []
-            if first is None:
-                first = images
-            else:
-                distances = (images - first).square().flatten(1).mean(1).sqrt()
-                notes = [f"{value:.2f}" for value in distances]
+            images = decode_to_cpu(pipeline, predicted)
+            first = images if first is None else first
+            distances = (images - first).square().flatten(1).mean(1).sqrt()
+            notes = [f"{value:.2f}" for value in distances] if rows else []
             rows.append(ImageRow(f"{label} (seed {seed})", images, notes))
     return draw_image_grid(
         "Sampling without and with noise between the steps",
-        f"“{prompt}”. All four begin with the same noise; shown is the model's guess of x₀. "
-        "Without new noise the start decides all; with it, the end is open. The last is the "
-        "picture. Beneath: the distance to the first row, root mean square of pixels in [-1, 1].",
+        f"“{prompt}”. All four begin with the same noise; the images are the model's prediction "
+        "of x₀, the last one is the sample. Without new noise the start decides all; with it, the "
+        "end is open. Below: root mean square distance to the first row, of pixels in [-1, 1].",
         rows,
         heads=heads,
     )
@@ -177,8 +164,7 @@ def plot_guidance_scales(
     )
 
 
-@dataclass(frozen=True)
-class DenoisingStep:
+class DenoisingStep(NamedTuple):
     """One call of a denoiser: latents (B, C, h, w), on the CPU."""
 
     t: float
@@ -194,10 +180,10 @@ class RecordingGuidance:
         self.moments: list[DenoisingStep] = []
 
     def __call__(self, denoise: ConditionalDenoiser, conditioning: Conditioning) -> Denoise:
-        guided = self.guidance(denoise, conditioning)
+        predict = self.guidance(denoise, conditioning)
 
         def record(x_t: Tensor, t: Tensor) -> Tensor:
-            x0_hat = guided(x_t, t)
+            x0_hat = predict(x_t, t)
             self.moments.append(DenoisingStep(float(t), x_t.cpu(), x0_hat.cpu()))
             return x0_hat
 
@@ -236,15 +222,15 @@ def plot_clip_space(clip: Clip) -> Image.Image:
     cosines = clip.encode_texts(captions) @ clip.encode_images(images).T  # (SCENES, SCENES)
     words = _compute_word_directions(clip)
     return draw_similarity_matrix(
-        "The space that pictures and words share",
-        "Cosines between captions (rows) and pictures (columns) in the CLIP that conditions the "
+        "The space that images and words share",
+        "Cosines between captions (rows) and images (columns) in the CLIP that conditions the "
         "model. Pairs are on the diagonal; bold: largest of its row and its column.",
         images,
         captions,
         cosines.numpy(),
-        below="Directions have a meaning, too. Two pictures that differ in one thing, and the "
-        "words whose exchange in the caption moves it most nearly as the picture moves (cosine of "
-        "the two differences).",
+        below="Directions have a meaning, too. Two images that differ in one thing, and the words "
+        "whose exchange in the caption moves it most nearly as the image moves (cosine of the two "
+        "differences).",
         changes=[
             _find_change_words(clip, name, value, words) for name, value in SCENE_CHANGES.items()
         ],
@@ -253,15 +239,11 @@ def plot_clip_space(clip: Clip) -> Image.Image:
 
 def render_scene(index: int, size: int) -> tuple[Tensor, str]:
     """Returns a drawn scene (3, size, size) in [-1, 1], and its caption."""
-    drawn, rng = sample_scene(index, split="train")
-    return _render_scene_object(drawn, size, rng), caption(drawn, rng)
+    drawn, rng = world.sample_scene(index, split="train")
+    return from_uint8(draw_scene(drawn, size, rng)), world.caption(drawn, rng)
 
 
-def _render_scene_object(drawn: Scene, size: int, rng: np.random.Generator) -> Tensor:
-    return from_uint8(draw_scene(drawn, size, rng))
-
-
-def _change_scene(name: str, value: str) -> Scene:
+def _change_scene(name: str, value: str) -> world.Scene:
     """Returns BASE_SCENE with one change; colour, shape and size are the first object's."""
     if name in ("background", "style"):
         return replace(BASE_SCENE, **{name: value})
@@ -272,14 +254,13 @@ def _change_scene(name: str, value: str) -> Scene:
 def _compute_word_directions(clip: Clip) -> dict[str, Tensor]:
     """Returns how each word of the world moves the vector (P,) of BASE_SCENE's caption."""
 
-    def embed(drawn: Scene) -> Tensor:
-        wordings = [caption(drawn, np.random.default_rng(i)) for i in range(NUM_WORDINGS)]
+    def embed(drawn: world.Scene) -> Tensor:
+        wordings = [world.caption(drawn, np.random.default_rng(i)) for i in range(NUM_WORDINGS)]
         return clip.encode_texts(wordings).mean(0)
 
     base = embed(BASE_SCENE)
-    scenes = {
-        v: _change_scene(name, v) for name, values in SCENE_VOCABULARY.items() for v in values
-    }
+    words = [(name, word) for name, values in SCENE_VOCABULARY.items() for word in values]
+    scenes = {word: _change_scene(name, word) for name, word in words}
     return {word: embed(drawn) - base for word, drawn in scenes.items() if drawn != BASE_SCENE}
 
 
@@ -287,10 +268,8 @@ def _find_change_words(
     clip: Clip, name: str, value: str, words: Mapping[str, Tensor]
 ) -> ImageChange:
     """Returns a pair of images that differ only in `name`, with the words nearest to the change."""
-    pair = [
-        _render_scene_object(drawn, clip.image_size, np.random.default_rng(0))
-        for drawn in (BASE_SCENE, _change_scene(name, value))
-    ]
+    scenes, size = (BASE_SCENE, _change_scene(name, value)), clip.image_size
+    pair = [from_uint8(draw_scene(one, size, np.random.default_rng(0))) for one in scenes]
     before, after = clip.encode_images(torch.stack(pair))
     cosines = F.cosine_similarity(torch.stack(list(words.values())), after - before)
     best = cosines.argsort(descending=True)[:NUM_NEAREST_WORDS].tolist()

@@ -76,28 +76,19 @@ def describe_training(name: str, run: Path) -> str:
 def format_model_card(name: str, training: str, folder: Path, figures: dict[str, float]) -> str:
     """Returns what the part in `folder` is, its training and its figures, as Markdown."""
     files = sorted(folder.glob("*.safetensors"))
-    digests = {file.name: hash_file(file) for file in files}
-    lines = [
-        f"# {name}, packaged with ldm",
-        "",
-        training,
-        "Weights are stored as float16 and used as float32. Figures of the stored weights:",
-        "",
-        *(f"- {key}: {value:.4g}" for key, value in figures.items()),
-        "",
-        *(f"sha256 of {file}: {digest}" for file, digest in digests.items()),
-        "",
-        ASSET_TRAINING_DATA[name],
-        "",
-    ]
-    return "\n".join(lines)
+    figures = "\n".join(f"- {key}: {value:.4g}" for key, value in figures.items())
+    digests = "\n".join(f"sha256 of {file.name}: {hash_file(file)}" for file in files)
+    return (
+        f"# {name}, packaged with ldm\n\n{training}\n"
+        "Weights are stored as float16 and used as float32. Figures of the stored weights:\n\n"
+        f"{figures}\n\n{digests}\n\n{ASSET_TRAINING_DATA[name]}\n"
+    )
 
 
 def package_autoencoder(run: Path, out: Path, *, scenes: int) -> dict[str, float]:
     """Writes the autoencoder of a run to `out`; returns figures of the stored one.
 
-    They are those of `measure_scene_reconstruction`, and psnr_<name>_db for each folder of data.val
-    after the first, which is the drawn world's.
+    psnr_<name>_db is of each folder of data.val after the first, which is the drawn world's.
     """
     import torch
 
@@ -112,10 +103,9 @@ def package_autoencoder(run: Path, out: Path, *, scenes: int) -> dict[str, float
     if "path" not in settings:
         raise UsageError(f"{run} has no autoencoder with weights: give a run of stage=autoencoder")
     del settings["_target_"]
-    others = {
-        folder: open_local_images(folder, config.data.size)
-        for folder in list_extra_validation_folders(config.data.get("val"))
-    }
+    val = config.data.get("val")
+    folders = val[1:] if isinstance(val, ListConfig) else []
+    others = {folder: open_local_images(folder, config.data.size) for folder in folders}
     trained = make_autoencoder_kl(**settings | {"path": str(run)})
     save_autoencoder(trained, out, dtype=torch.float16)
     stored = make_autoencoder_kl(**settings | {"path": None}).eval()
@@ -129,19 +119,10 @@ def package_autoencoder(run: Path, out: Path, *, scenes: int) -> dict[str, float
     return figures
 
 
-def list_extra_validation_folders(val: object) -> list[str]:
-    """Returns the folders of a configuration's data.val after the first."""
-    return [str(folder) for folder in val[1:]] if isinstance(val, ListConfig) else []
-
-
 def measure_scene_reconstruction(
     autoencoder, indices: Sequence[int], *, size: int
 ) -> dict[str, float]:
-    """Returns how well held-out scenes survive encoding and decoding.
-
-    psnr_scenes_db is the mean over images, in dB; reader_whole_scene is the share, in [0, 1], that
-    is read right afterwards.
-    """
+    """Returns the mean PSNR of held-out scenes in dB, and the share in [0, 1] read right."""
     import torch
 
     from ldm.data.scenes.draw import draw_scene
@@ -164,8 +145,7 @@ def reconstruct_images(autoencoder, images):
     parts = images.split(RECONSTRUCTION_BATCH)
     bar = tqdm(parts, desc="Encoding and decoding", unit="batch", leave=False)
     with torch.no_grad():
-        decoded = [autoencoder.decode(autoencoder.encode(part)).clamp(-1, 1) for part in bar]
-    return torch.cat(decoded)
+        return torch.cat([autoencoder.decode(autoencoder.encode(x)).clamp(-1, 1) for x in bar])
 
 
 def compute_psnr(restored, images) -> float:
@@ -177,10 +157,7 @@ def compute_psnr(restored, images) -> float:
 
 
 def package_clip(run: Path, out: Path, *, scenes: int) -> dict[str, float]:
-    """Writes the CLIP of a run to `out`; returns its recall at 1 among 250 held-out scenes.
-
-    Also its recall among 10 scenes that the same words describe, with another seed than training.
-    """
+    """Writes the CLIP of a run to `out`; returns its recall at 1 among held-out scenes."""
     from safetensors.torch import load_file, save_file
 
     from ldm.data.scenes.world import sample_scene
@@ -209,10 +186,7 @@ def package_clip(run: Path, out: Path, *, scenes: int) -> dict[str, float]:
 
 
 def measure_caption_recall(clip, groups: Sequence[Sequence]) -> float:
-    """Returns the mean share in [0, 1] of scenes whose own caption is the nearest in their group.
-
-    groups: of scenes, each with the random generator that draws and describes it.
-    """
+    """Returns the share in [0, 1] of scenes whose own caption is the nearest in their group."""
     import torch
     from tqdm import tqdm
 

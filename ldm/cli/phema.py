@@ -7,16 +7,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.cli.evaluate import measure_point
-from ldm.config.command_line import command, require_option
+from ldm.config.command_line import TextOptions, command, require_option
+from ldm.config.measurement import measure_point
 from ldm.config.ranges import EMA_LENGTH_RANGE
 from ldm.config.sample_options import check_checkpoints_and_device
-from ldm.experiments.curves import (
-    check_curve_files,
-    format_curve_table,
-    select_distance_metric,
-    write_curve,
-)
+from ldm.experiments import curves
 from ldm.experiments.run_dir import get_launcher_rank, infer_metric_direction, parse_number
 from ldm.utils.errors import UsageError, suggest_nearest
 from ldm.utils.files import check_path_length, reserve_files, resolve_path
@@ -25,19 +20,13 @@ from ldm.utils.text import get_progress_interval
 
 PHEMA_TEXT_OPTIONS = (
     *("ckpt", "lengths", "metric", "data", "others", "subset", "out"),
-    *("autoencoder", "text_encoder"),
+    *("autoencoder", "text_encoder", "style_encoder"),
 )
 APPROXIMATE_MISFIT = 0.1  # an average with a larger misfit is called approximate
 PREFERRED_METRICS = ("scene_accuracy", "clip_score")  # what decides where no metric is requested
 
 
-@command("phema", texts=PHEMA_TEXT_OPTIONS, resumable=True)
-def main(cfg: DictConfig, options: dict[str, str | None]) -> None:
-    """Synthesizes averages of the weights after training."""
-    synthesize_ema(cfg, options)
-
-
-def synthesize_ema(cfg: DictConfig, options: dict[str, str | None]) -> None:
+def synthesize_ema(cfg: DictConfig, options: TextOptions) -> None:
     """Stores the average of `length`, or without one that of `lengths` which measures best."""
     lengths = parse_ema_lengths(options["lengths"])
     check_checkpoints_and_device(cfg, require_option(options, "ckpt"))
@@ -45,13 +34,13 @@ def synthesize_ema(cfg: DictConfig, options: dict[str, str | None]) -> None:
     out = resolve_average_path(options["out"], run)
     new = options["out"] is not None and not cfg.overwrite
     if cfg.length is not None:
-        out = run.save(run.average(cfg.length), out, {}, new=new)
+        out = run.save(*run.average(cfg.length), out, new=new)
         if get_launcher_rank() == 0:
             print(out)
         return
     if not cfg.overwrite:
         try:
-            check_curve_files([{"varied": {"length": None}}], run.home)
+            curves.check_curve_files([{"varied": {"length": None}}], run.home)
         except ValueError as error:
             raise UsageError(f"{error}: move it, or give overwrite=true") from error
     measure_lengths(cfg, options, run, lengths, out, new=new)
@@ -81,14 +70,6 @@ def resolve_average_path(out: str | None, run: "SnapshotRun") -> Path:
 
 
 @dataclass
-class PostHocAverage:
-    """Synthesized weights by name, and the facts of their synthesis."""
-
-    state: dict
-    facts: dict
-
-
-@dataclass
 class SnapshotRun:
     """A checkpoint of a run, and the snapshots of its averages up to that step."""
 
@@ -106,8 +87,8 @@ class SnapshotRun:
         """The step of the last snapshot, for which averages are synthesized."""
         return self.snapshots[-1].step
 
-    def average(self, length: float) -> PostHocAverage:
-        """Returns the average of this length at the last snapshot."""
+    def average(self, length: float) -> tuple[dict, dict]:
+        """Returns the weights of the average of this length, by name, and how it was made."""
         from tqdm import tqdm
 
         from ldm.training.power_ema import EMAProfile, solve_mixture
@@ -133,22 +114,17 @@ class SnapshotRun:
                 f"the snapshots in {folder} are of another network than {self.path}"
             )
         facts = {"length": length, "step": self.step}
-        return PostHocAverage(
-            state, {**facts, "snapshots": len(profiles), "misfit": mixture.misfit}
-        )
+        return state, {**facts, "snapshots": len(profiles), "misfit": mixture.misfit}
 
-    def save(self, average: PostHocAverage, out: Path, result: dict, *, new: bool) -> Path:
-        """Writes a checkpoint for sampling and evaluation that no run resumes; returns its path.
-
-        new: it replaces no file; its name gets a number where `out` exists.
-        """
+    def save(self, state: dict, facts: dict, out: Path, *, new: bool) -> Path:
+        """Writes a checkpoint that no run resumes; `new`: under a name that no file has."""
         from ldm.utils.checkpoint_file import write_checkpoint
 
         if get_launcher_rank() != 0:
             return out
         prefixes = ("denoiser.", "ema.module.")
-        state = {f"{prefix}{name}": t for prefix in prefixes for name, t in average.state.items()}
-        facts = {**self.payload["ldm"], "phema": {**average.facts, **result}}
+        state = {f"{prefix}{name}": t for prefix in prefixes for name, t in state.items()}
+        facts = {**self.payload["ldm"], "phema": facts}
         with reserve_files(lambda n: [out.with_stem(out.stem + n)], overwrite=not new) as [path]:
             write_checkpoint({"state_dict": state, "global_step": self.step, "ldm": facts}, path)
         return path
@@ -177,7 +153,7 @@ def load_snapshot_run(ckpt: str) -> SnapshotRun:
 
 def measure_lengths(
     cfg: DictConfig,
-    options: dict[str, str | None],
+    options: TextOptions,
     run: SnapshotRun,
     lengths: list[float],
     out: Path,
@@ -199,9 +175,9 @@ def measure_lengths(
             print(f"length={label}", flush=True)
         measuring = source
         if length is not None:
-            average = run.average(length)
-            load_module_state(source.network, average.state, what=str(run.path))
-            facts = {**average.facts, "digest": hash_module(source.network)}
+            state, facts = run.average(length)
+            load_module_state(source.network, state, what=str(run.path))
+            facts["digest"] = hash_module(source.network)
             measuring = replace(
                 source, facts=lambda cfg, facts=facts: describe_average(source.facts(cfg), facts)
             )
@@ -214,11 +190,14 @@ def measure_lengths(
             points.append({**results, "own": own})
     if not first:
         return
-    best = find_best_point(points, metric)
-    average = run.average(best["phema"]["length"])
-    out = run.save(average, out, {"metric": metric, "value": best["metrics"][metric]}, new=new)
-    written = write_curve(points, run.home, metric=metric)
-    print(f"{format_curve_table(points, metric=metric)}\n{format_verdict(points, best, metric)}")
+    sign = 1 if infer_metric_direction(metric) == "minimize" else -1  # of equal ones the shortest
+    best = min(points, key=lambda point: sign * point["metrics"][metric])
+    state, facts = run.average(best["phema"]["length"])
+    facts |= {"metric": metric, "value": best["metrics"][metric]}
+    out = run.save(state, facts, out, new=new)
+    written = curves.write_curve(points, run.home, metric=metric)
+    print(curves.format_curve_table(points, metric=metric))
+    print(format_verdict(points, best, metric))
     print("  ".join(map(str, [*written, out])))
     for pieces in waiting:
         shutil.rmtree(pieces, ignore_errors=True)
@@ -234,18 +213,12 @@ def choose_metric(metric: str | None, metrics: dict[str, float]) -> str:
     """Returns the metric that decides; UsageError where it is not measured."""
     if metric is None:
         first, *others = PREFERRED_METRICS
-        names = [first, select_distance_metric(metrics), *others, *metrics]
+        names = [first, curves.select_distance_metric(metrics), *others, *metrics]
         return next(name for name in names if name in metrics)
     if (name := metric.removeprefix("val/")) not in metrics:
         near = suggest_nearest(name, metrics)
         raise UsageError(f"metric={metric} is not measured{near} There are: {', '.join(metrics)}")
     return name
-
-
-def find_best_point(points: list[dict], metric: str) -> dict:
-    """Returns the point with the best value; of equal ones the shortest length."""
-    sign = 1 if infer_metric_direction(metric) == "minimize" else -1
-    return min(points, key=lambda point: sign * point["metrics"][metric])
 
 
 def format_verdict(points: list[dict], best: dict, metric: str) -> str:
@@ -259,6 +232,8 @@ def format_verdict(points: list[dict], best: dict, metric: str) -> str:
         text += "; it is the last of those tried, and others beyond it may be better"
     return text
 
+
+main = command("phema", texts=PHEMA_TEXT_OPTIONS, resumable=True)(synthesize_ema)
 
 if __name__ == "__main__":
     main()

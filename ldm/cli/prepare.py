@@ -1,5 +1,6 @@
-"""ldm prepare coco|folder|scenes [images=DIR] [annotations=FILE] out=DIR [size=..]"""
+"""ldm prepare coco|folder|parquet|scenes [images=DIR] [annotations=FILE] out=DIR [size=..]"""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,19 +8,19 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from ldm.config.command_line import command, require_option
-from ldm.utils.errors import UsageError
+from ldm.utils.errors import UsageError, suggest_nearest
 from ldm.utils.files import check_path_length
 
 if TYPE_CHECKING:
     from ldm.data.prepare.writer import PreparationReport
 
-PREPARE_SOURCES = ("coco", "folder", "scenes")
+PREPARE_SOURCES = ("coco", "folder", "parquet", "scenes")
 PREPARE_PATH_OPTIONS = ("images", "annotations", "out")
 
 
 def name_source(words: list[str]) -> dict:
-    """Turns the word `coco`, `folder` or `scenes` of the command line into source=..."""
-    sys.argv[1:] = [f"source={a}" if a in PREPARE_SOURCES else a for a in sys.argv[1:]]
+    """Turns a word of the command line such as `folder` into source=folder."""
+    sys.argv[1:] = [a if "=" in a or a.startswith("-") else f"source={a}" for a in sys.argv[1:]]
     return {}
 
 
@@ -27,9 +28,18 @@ def name_source(words: list[str]) -> dict:
 def main(cfg: DictConfig, paths: dict[str, str | None]) -> None:
     """Writes shards, and prints how many samples were written and skipped."""
     if cfg.source not in PREPARE_SOURCES:
-        raise UsageError(f"source={cfg.source} is none of {', '.join(PREPARE_SOURCES)}")
+        source = "" if cfg.source is None else str(cfg.source)
+        wrong = f"there is no source '{source}'" if source else "a source is needed"
+        near = suggest_nearest(source, PREPARE_SOURCES) or "."
+        raise UsageError(
+            f"{wrong}{near} Give one of {', '.join(PREPARE_SOURCES)} first: "
+            "ldm prepare folder images=DIR out=DIR"
+        )
     out = require_option(paths, "out")
     check_path_length("out", Path(out))
+    images = paths.get("images")
+    if cfg.source in ("coco", "folder") and images and not os.path.isdir(images):
+        raise UsageError(f"images={images}: there is no such folder")
     prepare = prepare_scene_shards if cfg.source == "scenes" else prepare_image_shards
     report = prepare(cfg, paths)
     skipped = ", ".join(f"{len(names)} {reason}" for reason, names in report.skipped.items())
@@ -43,6 +53,7 @@ def prepare_image_shards(cfg: DictConfig, paths: dict[str, str | None]) -> "Prep
         ImageSettings,
         prepare_coco,
         prepare_folder,
+        prepare_parquet,
     )
 
     names = ("size", "format", "quality", "samples_per_shard", "limit", "frames")
@@ -50,14 +61,21 @@ def prepare_image_shards(cfg: DictConfig, paths: dict[str, str | None]) -> "Prep
     options["workers"] = cfg.workers
     if cfg.source == "coco":
         if cfg.frames is not None:
-            raise UsageError("frames is for folder and scenes: COCO has images")
-        if cfg.caption_key != "text":
-            raise UsageError("caption_key is for folder: COCO's captions have their place")
+            raise UsageError("frames is for folder, parquet and scenes: COCO has images")
+        if cfg.caption_key not in (None, "text"):
+            raise UsageError(
+                "caption_key is for folder and parquet: COCO's captions have their place"
+            )
         options["annotations"] = require_option(paths, "annotations")
+    if cfg.source != "parquet" and cfg.image_key is not None:
+        raise UsageError(f"image_key is for parquet: {cfg.source} has image files")
     options["settings"] = ImageSettings(**{name: cfg[name] for name in names})
     if cfg.source == "coco":
         return prepare_coco(**options)
-    return prepare_folder(**options, part=cfg.part, caption_key=cfg.caption_key)
+    if cfg.source == "folder":
+        return prepare_folder(**options, part=cfg.part, caption_key=cfg.caption_key or "text")
+    keys = {"image_key": cfg.image_key, "caption_key": cfg.caption_key}
+    return prepare_parquet(**options, part=cfg.part, **keys)
 
 
 def prepare_scene_shards(cfg: DictConfig, paths: dict[str, str | None]) -> "PreparationReport":

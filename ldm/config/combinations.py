@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from ldm.config.command_line import check_group_option, update_former_settings
+from ldm.config.command_line import check_group_option
 from ldm.config.config_check import check_config
 from ldm.utils.errors import UsageError
 
@@ -21,7 +21,6 @@ def pop_sweep_choices() -> dict[str, list[str]]:
 
     Values are as typed, each once.
     """
-    update_former_settings()
     parser, choices, words = OverridesParser.create(), {}, []
     for word in sys.argv[1:]:
         words.append(word)

@@ -18,7 +18,9 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.config.help import format_help
 from ldm.config.own_components import list_replaced_settings
+from ldm.config.reserved_settings import NAMED_COMPONENT_GROUPS
 from ldm.config.search_path import (
     CONF_DIR,
     check_config_directories,
@@ -72,19 +74,26 @@ def print_note(text: str) -> None:
 
 
 def pop_text_options(names: Iterable[str]) -> dict[str, str]:
-    """Removes `name=value` of these names from the command line; returns the values as typed.
+    """Removes `name=value` of these names from the command line; returns the values as typed."""
+    options, sys.argv[1:] = split_text_options(sys.argv[1:], names)
+    return options
+
+
+def split_text_options(
+    words: Sequence[str], names: Iterable[str]
+) -> tuple[dict[str, str], list[str]]:
+    """The values of `name=value` of these names, as typed, and the other words.
 
     Prompts and paths may hold any character; Hydra's grammar refuses many of them. In paths `~` is
     the home directory.
     """
     options, names = {}, set(names)
-    for word in sys.argv[1:]:
+    for word in words:
         name, equals, value = word.partition("=")
         if equals and name in names:
             convert = replace_invalid_bytes if name in FREE_TEXT_OPTIONS else os.path.expanduser
             options[name] = convert(value)
-    sys.argv[1:] = [word for word in sys.argv[1:] if word.partition("=")[0] not in options]
-    return options
+    return options, [word for word in words if word.partition("=")[0] not in options]
 
 
 def quote_override(word: str) -> str:
@@ -102,24 +111,35 @@ def configure_output_encoding() -> None:
         stream.reconfigure(errors="surrogateescape")
 
 
+def prepare_command_line(config_name: str) -> None:
+    """Gives settings their names of today, and moves Hydra's flags to the front."""
+    update_former_settings()
+    try:
+        sys.argv[1:] = order_command_words(sys.argv[1:])
+    except UsageError as error:
+        exit_with_usage_error(error, config_name)
+
+
 def run_command(main: Callable[[], None], config_name: str, *, resumable: bool = False) -> None:
     """Calls a `hydra.main` function; prints a mistake of the user as one message, with a remedy.
 
     Exit code 2 for such a mistake, 130 for Ctrl-C; anything else keeps its full trace.
     """
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, not to Hydra's printer
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, not to Hydra's printer
     # On busy cores, threads that spin for work make a step ten times slower; libgomp reads this.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     configure_output_encoding()
     if HELP_FLAGS & set(sys.argv):  # its reader may leave early, as `head` does
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    update_former_settings()
-    words = order_command_words(sys.argv[1:])
-    sys.argv[1:] = map(quote_override, words)
     warnings.formatwarning = partial(_format_warning, standard=warnings.formatwarning)
     try:
+        words = sys.argv[1:]
+        sys.argv[1:] = map(quote_override, words)
         for line in check_config_directories():
             print_note(line)
+        if {"--help", "-h"} & set(words):
+            print(format_help(config_name, words))
+            return
         for word in words:
             check_group_option(*word.partition("=")[::2])
         for target, keys in list_replaced_settings(words, config_name).items():
@@ -161,7 +181,8 @@ def command(
 
     def decorate(run: Callable[..., None]) -> Callable[[], None]:
         def main() -> None:
-            words = sys.argv[1:] = order_command_words(sys.argv[1:])
+            prepare_command_line(name)
+            words = sys.argv[1:]
             typed = pop_text_options(texts)
             more = read(words)
 
@@ -219,8 +240,20 @@ def remove_new_directories() -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def forget_new_directories() -> None:
+    """Lets the noted directories stay, whatever comes."""
+    _new_directories.clear()
+
+
 def check_group_option(group: str, value: str) -> None:
-    """UsageError for a number in place of a group's option, as in guidance=7."""
+    """UsageError for a number in place of a group's option, as in guidance=7, or a component."""
+    if is_config_group(group) and "_target_" in value and not group.startswith("+"):
+        raise UsageError(
+            f"{group}={value} chooses no option: a component without a file of its own is added "
+            f"under a name, as in '+{group}.mine._target_=mypackage.module.Class'"
+            if group in NAMED_COMPONENT_GROUPS
+            else f"{group}={value} chooses no option: give {group}._target_=mypackage.module.Class"
+        )
     if is_config_group(group) and value and None not in map(parse_number, value.split(",")):
         options = ", ".join(list_group_options(group))
         key = {"guidance": "guidance.scale", "optimizer": "optimizer.lr"}.get(group)

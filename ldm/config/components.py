@@ -5,7 +5,7 @@ passed on here; no YAML repeats it.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +21,11 @@ from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedules import Schedule
 from ldm.diffusion.tasks.base import Task
 from ldm.evaluation.features.base import FeatureExtractor
+from ldm.evaluation.image_metrics import ImageMetric
 from ldm.inference.components import Components
 from ldm.models.temporal import FramewiseAutoencoder
 from ldm.models.warm_start import warm_start
+from ldm.utils.bundle_file import is_bundle, read_bundle
 from ldm.utils.checkpoint_facts import check_frozen_digests, read_checkpoint_metadata
 from ldm.utils.checkpoint_file import (
     find_checkpoint,
@@ -32,6 +34,7 @@ from ldm.utils.checkpoint_file import (
     select_prefix,
 )
 from ldm.utils.errors import UsageError, format_program
+from ldm.utils.files import resolve_path
 from ldm.utils.hashing import hash_module
 
 FROZEN_GROUPS = ("autoencoder", "text_encoder")
@@ -111,6 +114,17 @@ def build_feature_extractors(cfg: DictConfig) -> list[FeatureExtractor]:
     return [instantiate(network) for network in cfg.features.values()]
 
 
+def build_image_metrics(cfg: DictConfig) -> dict[str, ImageMetric]:
+    """The metrics of the group `metrics`, by name; UsageError for anything else in it."""
+    metrics = {name: instantiate(node, _convert_="all") for name, node in cfg.metrics.items()}
+    for name, metric in metrics.items():
+        lacks = [part for part in ("update", "compute", "reset") if not hasattr(metric, part)]
+        if lacks:
+            target = cfg.metrics[name]["_target_"]
+            raise UsageError(f"metrics.{name}: {target} is no metric: it has no {lacks[0]}()")
+    return metrics
+
+
 def get_autocast_dtype(precision: str | int | None) -> torch.dtype | None:
     """The dtype in which a trainer of this precision runs its networks; None for float32."""
     return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(precision))
@@ -131,7 +145,10 @@ class LoadedCheckpoint:
 
     def load_denoiser(self, denoiser: nn.Module, weights: str) -> nn.Module:
         """Puts the weights with this prefix of the state dict into a denoiser, in eval mode."""
-        load_module_state(denoiser, select_prefix(self.payload, weights), what=str(self.path))
+        state = select_prefix(self.payload, weights)
+        if not state and is_bundle(self.path):
+            raise UsageError(f"{self.path} is a bundle, with averaged weights alone: no raw=true")
+        load_module_state(denoiser, state, what=str(self.path))
         return denoiser.eval()
 
 
@@ -162,14 +179,26 @@ def load_stage_checkpoint(
     hint: str,
 ) -> LoadedCheckpoint:
     """As `load_diffusion_checkpoint`, for any stage; hint: the end of the message for another."""
-    path = find_checkpoint(ckpt, name=name)
-    payload = read_checkpoint(path)
+    path, copies = resolve_path(ckpt), {}
+    if is_bundle(path):
+        payload, copies = read_bundle(path)
+    else:
+        path = find_checkpoint(ckpt, name=name)
+        payload = read_checkpoint(path)
     facts = read_checkpoint_metadata(payload, path)
     if facts["stage"] != stage:
         raise UsageError(f"{path} comes from stage={facts['stage']}: {hint}")
     config = validate_file_config(facts["config"], path, needed=needed, trust=trust)
     check_frozen_digests(facts, path, FROZEN_GROUPS)
+    for group, location in copies.items():
+        set_component_location(config, group, location)
     return LoadedCheckpoint(path, payload, config)
+
+
+def find_component_location(part: Mapping) -> str | None:
+    """Where a frozen component is read from; None where its settings are all of it."""
+    place = part.get("path", part.get("names"))
+    return place if isinstance(place, str) else None
 
 
 def set_component_location(cfg: DictConfig, name: str, location: str) -> None:

@@ -4,7 +4,9 @@ Hydra makes the run directory before it calls `main`, but calls this before that
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from hydra import compose
@@ -29,6 +31,11 @@ from ldm.config.ranges import (
     format_invalid_value,
     format_setting_value,
 )
+from ldm.config.reserved_settings import (
+    DENOISER_SETTINGS,
+    NAMED_COMPONENT_GROUPS,
+    RESERVED_SETTINGS,
+)
 from ldm.config.search_path import is_config_group
 from ldm.config.suggestions import format_unknown_setting
 from ldm.config.trust import check_own_packages, find_user_config_file, list_trusted_packages
@@ -36,6 +43,9 @@ from ldm.experiments.former_names import FORMER_SETTINGS
 from ldm.experiments.run_dir import FIXED_RUN_FILES
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_no_links, check_path_length
+
+LOGGER_PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}  # module, name to install
+NAMED_COMPONENT_PREFIXES = tuple(f"{group}." for group in NAMED_COMPONENT_GROUPS)
 
 
 class ConfigCheckCallback(Callback):
@@ -70,7 +80,8 @@ class ConfigCheckCallback(Callback):
             lines = [override.input_line for override in swept]
             typed = [line for line in config.hydra.overrides.task if line not in lines]
             own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-            check_config(own, self.command, typed)
+            check_added_hydra_settings(config)
+            check_config(own, self.command, typed, swept=bool(swept))
             for key, value, default in [
                 *iterate_sweep_values(swept, own),
                 *iterate_launcher_settings(config, bool(swept)),
@@ -127,11 +138,17 @@ def iterate_launcher_settings(
                 yield name, OmegaConf.select(config, name), ...
 
 
-def check_config(cfg: DictConfig, config_name: str, overrides: Iterable[str] | None = None) -> None:
-    """UsageError for keys that nobody reads and for invalid values; imports nothing heavy.
+def check_config(
+    cfg: DictConfig,
+    config_name: str,
+    overrides: Iterable[str] | None = None,
+    *,
+    swept: bool = False,
+) -> None:
+    """UsageError for keys that nobody reads and for invalid values.
 
-    overrides: the command line that `cfg` was composed of; None: this process's own. Keys that were
-    added to a node with a `_target_` are not checked.
+    overrides: the command line that `cfg` was composed of; None: this process's own. swept: the
+    jobs have other values, so that what one setting says of another is checked for each of them.
     """
     overrides = HydraConfig.get().overrides.task if overrides is None else overrides
     try:
@@ -141,10 +158,63 @@ def check_config(cfg: DictConfig, config_name: str, overrides: Iterable[str] | N
     _check_settings(settings, compose_default_config(config_name, overrides), "", config_name)
     if config_name == "train":
         check_run_name(cfg.name)
+        check_logger_packages(cfg.logger or {})
+    check_named_components(settings)
+    if config_name == "train" and not swept:
+        check_evaluation_settings(settings, overrides)
     if cfg.get("direction") not in (None, "minimize", "maximize"):
         raise UsageError(f"direction={cfg.direction} is neither minimize nor maximize")
     if "trust" in cfg:
         list_trusted_packages(cfg)
+
+
+def check_added_hydra_settings(config: DictConfig) -> None:
+    """UsageError for a setting of Hydra that a user added and that Hydra does not know."""
+    for word in config.hydra.overrides.hydra:
+        key = word.lstrip("+").partition("=")[0]
+        place, _, leaf = key.rpartition(".")
+        kind = OmegaConf.get_type(OmegaConf.select(config, place)) if word[0] == "+" else dict
+        if is_dataclass(kind) and leaf not in {field.name for field in fields(kind)}:
+            raise UsageError(format_unknown_setting(key, "train"))
+
+
+def check_logger_packages(loggers: Iterable[str]) -> None:
+    """Raises UsageError for a logger whose package is not installed."""
+    for name in loggers:
+        if name in LOGGER_PACKAGES and find_spec(name) is None:
+            raise UsageError(f"logger={name} needs a package: pip install {LOGGER_PACKAGES[name]}")
+
+
+def check_named_components(settings: dict) -> None:
+    """UsageError for a key of NAMED_COMPONENT_GROUPS without a component."""
+    for group in NAMED_COMPONENT_GROUPS:
+        for name, node in (settings.get(group) or {}).items():
+            if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+                raise UsageError(
+                    f"{group}.{name} names no component: give "
+                    f"'+{group}.{name}._target_=mypackage.module.Class'"
+                )
+
+
+def check_evaluation_settings(settings: dict, overrides: Iterable[str]) -> None:
+    """UsageError for settings of generated images that this training does not read."""
+    stage = settings["stage"]
+    if stage == "diffusion" and "images" in settings["eval"]:
+        return
+    for word in overrides:
+        key, _, value = word.lstrip("+~").partition("=")
+        key = key.partition(".")[0]
+        if key not in DENOISER_SETTINGS or value in ("none", "null", "[]", "", "[none]"):
+            continue
+        if stage != "diffusion":
+            raise UsageError(
+                f"{word}: stage={stage} trains no denoiser and reads nothing of {key}: leave it out"
+            )
+        if key in ("features", "metrics"):
+            raise UsageError(
+                f"{word}: {key} are of the images of eval=fast or eval=full: add one, as in "
+                "eval=fast or eval='[scenes,fast]'"
+            )
 
 
 def compose_default_config(config_name: str, overrides: Iterable[str]) -> dict:
@@ -181,9 +251,16 @@ def _check_settings(
         name, usual = f"{prefix}{key}", default.get(key, ...)
         if ours and (today := FORMER_SETTINGS.get(name)):  # in a file of the user's
             raise UsageError(f"the setting {name} is called {today} now")
-        if usual is ... and "_target_" not in default:
+        if remedy := RESERVED_SETTINGS.get(name):
+            raise UsageError(f"{name} is set by the run itself: {remedy}")
+        if usual is ... and "_target_" not in default and prefix not in NAMED_COMPONENT_PREFIXES:
             raise UsageError(format_unknown_setting(name, config_name))
-        if isinstance(usual, dict) and usual:
+        is_none = usual == {} and name not in NAMED_COMPONENT_GROUPS
+        if is_none and isinstance(value, dict) and value and "_target_" not in value:
+            raise UsageError(format_unknown_setting(f"{name}.{next(iter(value))}", config_name))
+        if prefix in NAMED_COMPONENT_PREFIXES and usual is ... and isinstance(value, dict):
+            usual = value  # a component that the command line adds
+        if isinstance(usual, dict) and (usual or name in NAMED_COMPONENT_GROUPS):
             if not isinstance(value, dict):
                 inside = ", ".join(f"{name}.{key}" for key in usual if key != "_target_")
                 raise UsageError(

@@ -1,6 +1,5 @@
 """Configuration to an evaluation: of a run, a pipeline of diffusers, or a folder of images."""
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,19 +13,20 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from ldm.config.command_line import TextOptions
-from ldm.config.components import build_feature_extractors
+from ldm.config.components import build_feature_extractors, build_image_metrics
 from ldm.config.pipeline import (
     check_text_to_image,
     get_sampling_settings,
     load_pipeline,
     replace_sampling,
 )
-from ldm.config.search_path import list_group_options
-from ldm.config.training_images import SCENES_TARGET, open_run_images
+from ldm.config.training_images import (
+    SCENES_TARGET,
+    find_real_size,
+    open_real_images,
+    open_run_images,
+)
 from ldm.data.dataset import TextImageDataset
-from ldm.data.shards.cache import ShardCache
-from ldm.data.shards.index import ReadOptions
-from ldm.data.shards.reader import ShardReader
 from ldm.evaluation.distributed import ProcessGroup
 from ldm.evaluation.external import DiffusersPipeline, ImageFolder
 from ldm.evaluation.features.base import FeatureExtractor
@@ -35,7 +35,7 @@ from ldm.evaluation.protocol import EvaluationProtocol, TooFewImagesError, selec
 from ldm.evaluation.scenes.accuracy import ScenePromptAccuracy
 from ldm.experiments.run_dir import find_run_of_checkpoint, get_launcher_layout
 from ldm.models.text.cached import CachedTextEncoder
-from ldm.utils.checkpoint_file import manifest_path
+from ldm.utils.bundle_file import read_weights_digest
 from ldm.utils.errors import UsageError
 from ldm.utils.files import PACKAGED_PREFIX, resolve_path
 
@@ -69,7 +69,7 @@ def build_evaluation_source(
     Raises UsageError where there is nothing to compare with or nothing to measure, ValueError and
     OSError for bad files.
     """
-    if kind != "run" and not cfg.features:
+    if kind != "run" and not cfg.features and not cfg.metrics:
         raise UsageError("features=none leaves nothing to measure: give features='[clip]'")
     networks = build_feature_extractors(cfg)  # missing weights are reported first
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -128,13 +128,13 @@ def build_run_source(
     drawn = loaded.data.get("_target_") == SCENES_TARGET
     scenes = build_scene_accuracy(cfg) if cfg.scenes or (cfg.scenes is None and drawn) else None
     quality = real = others = None
-    if options["data"] is None and networks:
+    if options["data"] is None and (networks or cfg.metrics):
         real, others = open_run_images(loaded, size)
     try:
-        if networks:
+        if networks or cfg.metrics:
             quality = build_quality(cfg, options, networks, size=size, real=real, others=others)
     except TooFewImagesError as error:
-        if scenes is None:
+        if scenes is None or cfg.metrics:
             raise
         print_on_first_rank(f"scene accuracy alone, no distances: {error}")
     if scenes is None and quality is None:
@@ -156,13 +156,14 @@ def build_run_source(
 
     def facts(cfg: DictConfig) -> dict:
         settings = {**collect_common_settings(cfg, size), **get_sampling_settings(cfg)}
-        manifest = json.loads(manifest_path(loaded.path).read_text())
-        which = {"ckpt": str(loaded.path), "digest": manifest["sha256"], "step": loaded.step}
+        digest = read_weights_digest(loaded.path)
+        which = {"ckpt": str(loaded.path), "digest": digest, "step": loaded.step}
         return {**which, "settings": {**settings, "precision": loaded.precision}}
 
     in_run = loaded.path.parent.name == "checkpoints"
+    name = loaded.path.name.removesuffix(".ckpt")
     return EvaluationSource(
-        home=find_run_of_checkpoint(loaded.path) if in_run else Path("evaluated", loaded.path.stem),
+        home=find_run_of_checkpoint(loaded.path) if in_run else Path("evaluated", name),
         device=device,
         scenes=scenes,
         quality=quality,
@@ -209,7 +210,9 @@ def build_folder_source(
     device: torch.device,
 ) -> EvaluationSource:
     """Image files, with captions of their own or, in order of name, those of `subset`."""
-    images = ImageFolder(place := resolve_path(options["images"]), size=cfg.size)
+    usual_size = partial(find_real_size, cfg, options, "data")
+    place = resolve_path(options["images"])
+    images = ImageFolder(place, size=cfg.size, usual_size=usual_size)
     real = open_real_images(cfg, options, "data", images.size)
     if options["subset"] is None:
         names = [path.name for path in images.paths]
@@ -296,24 +299,5 @@ def build_quality(
         at_most=cfg.real,
         batch=cfg.batch,
         has_captions=has_captions,
+        metrics=build_image_metrics(cfg),
     )
-
-
-def open_real_images(
-    cfg: DictConfig, options: TextOptions, name: str, size: int
-) -> TextImageDataset:
-    """The shards that `data` or `others` names, as a validation reads them."""
-    place = options[name]
-    if place is None:
-        raise UsageError(
-            f"{name} is needed: give {name}=DIR, shards of real images with captions, as "
-            "`python -m ldm.prepare` writes them"
-        )
-    if place in list_group_options("data") and not resolve_path(place).exists():
-        raise UsageError(
-            f"{name}={place}: that is an option of train.py; here {name} is a folder with "
-            f"shards of real images, such as {name}=data/coco/val"
-        )
-    cache = ShardCache(cfg.cache, gigabytes=50.0)
-    options = ReadOptions(cache=cache, caption_key=cfg.get("caption_key"))
-    return TextImageDataset(ShardReader(place, options), size=size, seed=0, train=False)

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from hydra import compose, initialize_config_dir
 
 from ldm.config.ranges import OWN_TARGET_PREFIXES
+from ldm.config.reserved_settings import NAMED_COMPONENT_GROUPS
 from ldm.config.search_path import CONF_DIR, is_config_group
 from ldm.utils.errors import UsageError, suggest_nearest
 
@@ -39,6 +40,7 @@ INTERFACES = {
     "text_encoder": "ldm.models.base.TextEncoder",
     "features": "ldm.evaluation.features.base.FeatureExtractor",
     "optimizer": "collections.abc.Callable",
+    "metrics": "ldm.evaluation.image_metrics.ImageMetric",
 }
 # Arguments that no YAML has, of each component of these groups, and of some.
 PASSED_ARGUMENTS = {
@@ -46,10 +48,12 @@ PASSED_ARGUMENTS = {
     "objective": ("schedule", "weighting", "loss", "timestep_sampler"),
     "timestep_sampler": ("batch",),
     "data": ("seed",),
+    "eval": ("pipeline", "data", "folder"),
 }
 SOMETIMES_PASSED = {
     "model": ("temporal", "style_dim", "style_code"),
     "guidance": ("schedule", "x0_at_zero_output"),
+    "logger": ("run_dir", "name", "overrides"),
 }
 
 BARE_INIT_MODULES = ("typing", "torch.nn.modules.module")
@@ -149,7 +153,7 @@ def find_component_group(place: str) -> str:
     """The group of the component at a key, such as guidance for guidance.inner."""
     place = NESTED_GROUPS.get(place, place)
     group = place.partition(".")[0]
-    return group if group in ("features", "guidance") else place
+    return group if group in (*NAMED_COMPONENT_GROUPS, "guidance") else place
 
 
 def list_missing_methods(found: type, interface: type) -> list[str]:

@@ -1,25 +1,26 @@
 """A checkpoint to a pipeline: components from the file, sampler and guidance from `cfg`."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.components import (
     FROZEN_GROUPS,
     STYLE_GROUP,
-    LoadedCheckpoint,
     build_components,
+    find_component_location,
     get_autocast_dtype,
     load_diffusion_checkpoint,
     set_component_location,
 )
 from ldm.config.guidance import build_guidance
+from ldm.config.loaded_pipeline import LoadedPipeline, check_task
 from ldm.config.sample_options import select_device
 from ldm.config.trust import list_trusted_packages
-from ldm.diffusion.tasks.base import Task
 from ldm.inference.pipeline import Pipeline
 from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.errors import UsageError, format_program
@@ -27,43 +28,6 @@ from ldm.utils.hashing import hash_module
 
 CLASSIFIER_FREE_TARGET = "ldm.diffusion.guidance.cfg.ClassifierFreeGuidance"
 COMPOSITIONAL_TARGET = "ldm.diffusion.guidance.compositional.CompositionalGuidance"
-
-
-@dataclass(frozen=True)
-class LoadedPipeline:
-    """A pipeline from a checkpoint, with the facts that results record of it."""
-
-    pipeline: Pipeline
-    path: Path
-    step: int
-    config: DictConfig  # the groups that it was trained with
-    settings: dict  # sampler, guidance and which weights, as plain values
-    task: dict  # the task, as plain values
-
-    @property
-    def size(self) -> int:
-        """The side of its training images, in pixels."""
-        return self.config.data.size
-
-    @property
-    def data(self) -> DictConfig:
-        """The data that it was trained on."""
-        return self.config.data
-
-    @property
-    def text_path(self) -> str | None:
-        """The location of its text encoder."""
-        return self.config.text_encoder.get("path")
-
-    @property
-    def precision(self) -> str:
-        """The dtype of its networks while they sample."""
-        dtype = self.pipeline.dtype
-        return "float32" if dtype is None else str(dtype).removeprefix("torch.")
-
-    def describe(self) -> dict:
-        """Which run it is and how it samples, as plain values."""
-        return {**self.settings, "task": self.task, "ckpt": str(self.path), "step": self.step}
 
 
 def load_pipeline(cfg: DictConfig, ckpt: str, locations: dict[str, str | None]) -> LoadedPipeline:
@@ -81,14 +45,15 @@ def load_pipeline(cfg: DictConfig, ckpt: str, locations: dict[str, str | None]) 
         if locations.get(name) is not None:
             set_component_location(trained, name, locations[name])
     task = instantiate(cfg.get("task") or trained.task)
-    check_task(task, source, ckpt)
+    check_task(task, instantiate(trained.task), ckpt, source.path)
     frames = trained.data.get("frames")
     if frames is None and cfg.get("frames") is not None:
         raise UsageError(
             f"frames={cfg.frames} is for videos, and {source.path} generates images: leave it out, "
             "or take a run of task=video"
         )
-    components = build_components(trained, task)
+    with explain_moved_component(trained):
+        components = build_components(trained, task)
     for name, part in components.frozen.items():
         if hash_module(part) != source.digests[name]:
             raise CheckpointError(
@@ -116,21 +81,22 @@ def load_pipeline(cfg: DictConfig, ckpt: str, locations: dict[str, str | None]) 
         trained,
         get_sampling_settings(cfg),
         OmegaConf.to_container(cfg.get("task") or trained.task),
+        trust,
     )
 
 
-def check_task(task: Task, source: LoadedCheckpoint, ckpt: str) -> None:
-    """UsageError where a checkpoint's network was not trained for what a task needs."""
-    trained = instantiate(source.config.task)
-    if (why := task.incompatible_with(trained)) is None:
-        return
-    sample, train = format_program("sample"), format_program("train")
-    hint = f"Give a run of task=text2img; `{sample}` without task= does what this one can"
-    if task.extra_channels(1):
-        hint = f"Train one: {train} task={task.name} init={ckpt} name=my-{task.name}"
-    raise UsageError(
-        f"task={task.name} does not go with {source.path}, of task={trained.name}: {why}. {hint}"
-    )
+@contextmanager
+def explain_moved_component(trained: DictConfig) -> Iterator[None]:
+    """Adds the setting for the new place of a frozen component to an error that names the old."""
+    try:
+        yield
+    except (OSError, ValueError, InstantiationException) as error:
+        cause = error.__cause__ if isinstance(error, InstantiationException) else error
+        for name in (*FROZEN_GROUPS, STYLE_GROUP):
+            place = find_component_location(trained.get(name) or {})
+            if place is not None and place in str(cause):
+                raise UsageError(f"{cause}. If the {name} has moved, give {name}=PATH") from error
+        raise
 
 
 def load_cascade(

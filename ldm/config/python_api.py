@@ -1,36 +1,210 @@
-"""What Python code calls: `ldm.load`, which `python sample.py` does for the command line."""
+"""What Python code calls: `ldm.load`, `ldm.compose`, `ldm.train` and `ldm.evaluate`.
 
-from os import PathLike
+Mistakes are UsageError, a ValueError, with the message of the command line. A call leaves the
+process as it was: signal handlers, random states, environment, Hydra.
+"""
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
+import os
+import signal
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ldm.config.command_line import check_group_option
-from ldm.config.config_check import check_config
-from ldm.config.pipeline import load_pipeline
-from ldm.config.suggestions import CONF_DIR, explain_hydra_error
-from ldm.experiments.former_names import update_override
-from ldm.inference.pipeline import Pipeline
-from ldm.utils.errors import UsageError
+from hydra import compose as compose_hydra_settings
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from ldm.config.command_line import (
+    convert_to_usage_errors,
+    forget_new_directories,
+    register_new_directories,
+    remove_new_directories,
+    split_text_options,
+)
+from ldm.config.composition import compose_config, drop_hydra_settings, isolate_hydra
+from ldm.config.config_check import check_config, check_run_directory
+from ldm.config.measurement import EVALUATE_TEXT_OPTIONS, record_evaluation
+from ldm.config.sample_options import check_checkpoints_and_device
+from ldm.config.search_path import CONF_DIR
+from ldm.config.train_run import check_config_unchanged, train_run
+from ldm.experiments.run_dir import get_launcher_layout, get_launcher_rank, read_result
+from ldm.utils.errors import UsageError, suggest_nearest
+from ldm.utils.files import write_text
+from ldm.utils.signals import StopSignals, restore_signal_handlers
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    import torch
+
+    from ldm.config.loaded_pipeline import LoadedPipeline
 
 LOCATION_SETTINGS = ("autoencoder", "text_encoder", "style_encoder")
+LOAD_SETTINGS = ("sampler", "guidance", "task", "raw", "frames", "device", "trust")
 
 
-def load(ckpt: str | PathLike[str], *overrides: str) -> Pipeline:
-    """Returns the pipeline of a run; overrides are those of sample.py, such as "guidance.scale=3".
+def load(
+    ckpt: "str | PathLike[str]",
+    *overrides: str,
+    trust: str | Sequence[str] = (),
+    device: "str | torch.device | None" = None,
+    dtype: "torch.dtype | None" = None,
+) -> "LoadedPipeline":
+    """Returns the pipeline of a run directory, a checkpoint file or a bundle.
 
-    pipeline(["a red star"], seeds=[0], size=64, steps=30) gives images (B, 3, H, W) in [-1, 1].
-    Raises ValueError for a setting that does not exist and a checkpoint that cannot be sampled.
+    `pipe("a red star", seeds=[0, 1])` gives images. overrides: settings of sample.py that are no
+    argument of that call, such as "guidance.rescale=0.7", "raw=true" or "autoencoder=DIR".
+    trust: packages of your own that the checkpoint may name components of. dtype: of autocast;
+    None: as trained on a GPU, float32 on a CPU.
     """
+    import torch
+
+    from ldm.config.pipeline import load_pipeline
+
+    texts, words = split_text_options(overrides, LOCATION_SETTINGS)
+    with isolate_hydra():
+        cfg = compose_config("sample", [*words, *_list_keyword_overrides(trust, device)])
+    for word in words:
+        key = word.lstrip("+~").partition("=")[0].partition("@")[0]
+        if key.partition(".")[0] not in LOAD_SETTINGS:
+            raise UsageError(f"{word} is no setting of ldm.load: give it to the pipeline's call")
+    path = os.path.expanduser(os.fspath(ckpt))
+    with convert_to_usage_errors(), torch.random.fork_rng(devices=[]):
+        check_checkpoints_and_device(cfg, path)
+        loaded = load_pipeline(cfg, path, dict.fromkeys(LOCATION_SETTINGS) | texts)
+    if dtype is not None:
+        autocast = None if dtype is torch.float32 else dtype
+        loaded = replace(loaded, pipeline=replace(loaded.pipeline, dtype=autocast))
+    return loaded
+
+
+def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Returns the settings of `ldm COMMAND overrides`, checked; `hydra.overrides.task` has these.
+
+    A training without name=... is called by the time of this call.
+    """
+    commands = sorted(path.stem for path in Path(CONF_DIR).glob("*.yaml"))
+    if command not in commands:
+        near = suggest_nearest(command, commands) or "."
+        raise UsageError(f"there is no command '{command}'{near} There are: {', '.join(commands)}")
+    overrides = [overrides] if isinstance(overrides, str) else list(overrides)
+    with isolate_hydra(), _restore_environment():
+        cfg = compose_config(command, overrides)
+        with open_dict(cfg):
+            if command == "train":
+                cfg.name = cfg.name
+            cfg.hydra = {"overrides": {"task": overrides}}
+    return cfg
+
+
+def train(cfg: DictConfig) -> dict:
+    """Trains a configuration of `compose` in this process, and returns its result.json.
+
+    `run_dir` is added to the result. A run that exists is resumed. A stop signal saves first and
+    then takes its usual course: Ctrl-C raises KeyboardInterrupt.
+    """
+    if (words := OmegaConf.select(cfg, "hydra.overrides.task")) is None:
+        raise UsageError('ldm.train: give the configuration of ldm.compose("train", [...])')
+    own, words = drop_hydra_settings(cfg), list(words)
+    # A rank that Lightning has started does not leave alone: the first one would wait for it.
+    signals = StopSignals(at_once=get_launcher_rank() == 0 or get_launcher_layout() is not None)
+    with _isolate_process(), isolate_hydra():
+        check_config(own, "train", words)
+        os.environ["LDM_RUN_STAMP"] = str(cfg.name)  # the ranks compose the same name
+        full = compose_hydra_settings("train", words, return_hydra_config=True)
+        full.name = cfg.name
+        run_dir = Path(full.hydra.run.dir)
+        check_run_directory(run_dir)
+        try:
+            register_new_directories(run_dir)
+            record_hydra_settings(full, own, run_dir)
+            signals.listen()
+            with signals.exit_on_signal():
+                result = train_run(own, run_dir, signals)
+        except SystemExit:
+            result = read_result(run_dir)
+        except UsageError:
+            remove_new_directories()
+            raise
+        finally:
+            forget_new_directories()
+    if signals.received is not None:
+        signal.raise_signal(signals.received)
+    return {**result, "run_dir": str(run_dir)}
+
+
+def record_hydra_settings(full: DictConfig, own: DictConfig, run_dir: Path) -> None:
+    """Lets Hydra know the run, and writes .hydra/ as Hydra does for a command."""
+    with read_write(full.hydra), open_dict(full.hydra):
+        full.hydra.runtime.output_dir = str(run_dir.absolute())
+    HydraConfig.instance().set_config(full)
+    check_config_unchanged(own, run_dir)  # a run that is refused keeps its files
+    if get_launcher_rank() == 0:
+        (run_dir / ".hydra").mkdir(parents=True, exist_ok=True)
+        hydra = OmegaConf.masked_copy(full, ["hydra"])
+        parts = {"config": own, "hydra": hydra, "overrides": full.hydra.overrides.task}
+        for name, part in parts.items():
+            write_text(run_dir / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(part))
+
+
+def evaluate(
+    ckpt: "str | PathLike[str] | None" = None,
+    *overrides: str,
+    trust: str | Sequence[str] = (),
+    device: "str | torch.device | None" = None,
+) -> dict[str, float]:
+    """Measures a run, a checkpoint, a bundle or a diffusers folder, and returns the metrics.
+
+    overrides: settings of `ldm evaluate`, such as "features=none", "count=100", "out=DIR"; without
+    `ckpt`, "images=FOLDER". It writes metrics.json as the command does.
+    """
+    texts, words = split_text_options(overrides, EVALUATE_TEXT_OPTIONS)
+    if ckpt is not None:
+        texts["ckpt"] = os.path.expanduser(os.fspath(ckpt))
+    with _isolate_process(), isolate_hydra():
+        cfg = compose_config("evaluate", [*words, *_list_keyword_overrides(trust, device)])
+        options = {name: cfg[name] for name in EVALUATE_TEXT_OPTIONS} | texts
+        with convert_to_usage_errors():
+            record = record_evaluation([({}, cfg)], options)
+    return {} if record is None else record.results[0]["metrics"]
+
+
+def _list_keyword_overrides(
+    trust: str | Sequence[str], device: "str | torch.device | None"
+) -> list[str]:
+    packages = trust if isinstance(trust, str) else ",".join(trust)
+    words = [f"trust=[{packages}]"] if packages else []
+    return words if device is None else [*words, f"device={device}"]
+
+
+@contextmanager
+def _isolate_process() -> Iterator[None]:
+    """Restores what a training changes outside of its run: signals, random states, environment."""
+    import torch
+    from lightning.pytorch.utilities.seed import isolate_rng
+
+    threads = torch.get_num_threads()
+    with (
+        _restore_environment(),
+        restore_signal_handlers(),
+        isolate_rng(),
+        warnings.catch_warnings(),
+    ):
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+@contextmanager
+def _restore_environment() -> Iterator[None]:
+    before = dict(os.environ)
     try:
-        overrides = tuple(map(update_override, overrides))
-        for override in overrides:
-            check_group_option(*override.partition("=")[::2])
-        with initialize_config_dir(CONF_DIR, version_base="1.3"):
-            cfg = compose("sample", list(overrides))
-            check_config(cfg, "sample", overrides)
-        locations = {name: cfg[name] for name in LOCATION_SETTINGS}
-        return load_pipeline(cfg, str(ckpt), locations).pipeline
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(explain_hydra_error(error, "sample")) from error
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)

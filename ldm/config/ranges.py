@@ -1,4 +1,4 @@
-"""The numbers that each setting takes: one table, read before anything is imported or written.
+"""The numbers and words that each setting takes: one table, read before anything is imported.
 
 A key of `conf/` is found by its whole name, else by its first and last part (`guidance.inner.scale`
 is `guidance.scale`). A name such as `augment keep` is for one command. Null is allowed where the
@@ -90,7 +90,23 @@ class ExactRule:
         return format_setting_value(self.value)
 
 
-SettingRule = tuple[NumberRule | ListRule | ExactRule, ...]  # a value needs to fit one of them
+@dataclass(frozen=True)
+class ChoiceRule:
+    """One of a few words."""
+
+    words: tuple[str, ...]
+
+    def accepts(self, value: object) -> bool:
+        """Whether it is one of them; a number is its digits."""
+        return isinstance(value, str | int) and str(value) in self.words
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.words)}"
+
+
+SettingRule = tuple[
+    NumberRule | ListRule | ExactRule | ChoiceRule, ...
+]  # a value needs to fit one of them
 
 
 def integers(interval: str) -> NumberRule:
@@ -110,8 +126,27 @@ AMOUNT = NumberRule("[0, inf)")  # however large: a bound that is never reached
 # The width of an EMA, as a share of the run; at most all steps alike.
 EMA_LENGTH_RANGE = NumberRule(f"(0, {12**-0.5}]")
 
+PRECISIONS = (  # Lightning's
+    *("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
+    *("32", "bf16", "16", "64", "transformer-engine", "transformer-engine-float16"),
+)
+
 # A rule, or several of which one is enough, and the settings that it is for.
-RULES: tuple[tuple[NumberRule | ListRule | ExactRule | SettingRule, str], ...] = (
+RULES: tuple[tuple[NumberRule | ListRule | ExactRule | ChoiceRule | SettingRule, str], ...] = (
+    # Words.
+    (ChoiceRule(("diffusion", "autoencoder", "clip", "classifier")), "stage"),
+    (ChoiceRule(("auto", "cpu", "gpu", "cuda", "mps", "tpu")), "trainer.accelerator"),
+    ((ChoiceRule(PRECISIONS), NULL), "trainer.precision"),
+    (ChoiceRule(("trailing", "leading", "linspace", "karras", "logsnr", "ays")), "sampler.spacing"),
+    (ChoiceRule(("flow", "edm", "x0")), "sampler.slope"),
+    (ChoiceRule(("independent", "stratified", "sobol")), "timestep_sampler.spread"),
+    (ChoiceRule(("constant", "exponential", "snr")), "loss.schedule"),
+    (ChoiceRule(("constant", "cosine")), "optimizer.decay"),
+    (ChoiceRule(("eps", "x0", "v", "flow")), "objective.kind"),
+    (ChoiceRule(("center", "random")), "data.crop"),
+    (ChoiceRule(("stop", "skip")), "data.on_error"),
+    (ChoiceRule(("jpg", "png", "webp")), "format"),
+    (ChoiceRule(("all", "train", "val", "unseen")), "prepare part"),
     # Counts.
     (POSITIVE, "n, top, most, limit, phema.every, checkpoint.every, checkpoint.keep"),
     (POSITIVE, "data.count, data.val_count, data.window, data.group, data.family, data.val_limit"),

@@ -110,6 +110,8 @@ def validate_component(node: object, place: str, *, trust: Sequence[str] | None 
         inner = f"{place}.{key}"
         if NESTED_GROUPS.get(inner, inner) in list_component_targets():
             valid[key] = validate_component(value, inner, trust=trust)
+        elif ours and _has_numbers_by_name(value):
+            valid[key] = value
         elif ours:
             if isinstance(value, dict):
                 raise ValueError(f"{inner} is a component, where none can be")
@@ -136,6 +138,12 @@ def _validate_own_setting(value: object, name: str, trust: Sequence[str] | None)
     if message := format_invalid_value(name, value, "train", ours=False):
         raise ValueError(message)
     return validate_plain_value(value, name)
+
+
+def _has_numbers_by_name(value: object) -> bool:
+    """Returns whether a value is a mapping of numbers, such as data.captions."""
+    is_mapping = isinstance(value, dict) and bool(value)
+    return is_mapping and all(type(each) in (int, float) for each in value.values())
 
 
 def check_trusted_target(target: str, place: str, trust: Sequence[str] | None) -> None:

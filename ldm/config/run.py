@@ -1,29 +1,34 @@
 """Configuration to a run, from top to bottom: data, components, module, callbacks, trainer."""
 
-import json
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import lightning as L
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ldm.config.callbacks import (
+    build_callbacks,
+    build_evaluation_callbacks,
+    build_own_callbacks,
+    build_sample_callbacks,
+)
 from ldm.config.components import (
     build_components,
-    build_feature_extractors,
+    build_image_metrics,
     get_autocast_dtype,
     warm_start_from_run,
 )
 from ldm.config.guidance import build_guidance
-from ldm.config.sample_options import print_to_stderr
+from ldm.config.loggers import build_loggers
 from ldm.config.stages import (
     build_autoencoder_training,
     build_classifier_training,
@@ -37,25 +42,16 @@ from ldm.config.training_checks import (
 )
 from ldm.config.trust import list_trusted_packages
 from ldm.data.datamodule import TextImageData
+from ldm.evaluation.image_metrics import ImageMetric
 from ldm.experiments.run_dir import get_launcher_rank
 from ldm.inference.components import Components
-from ldm.inference.generate import generate_task_examples
 from ldm.inference.pipeline import Pipeline
 from ldm.training.callbacks.checkpoint_storage import SafeCheckpointIO
-from ldm.training.callbacks.checkpointing import Checkpoints
 from ldm.training.callbacks.ema_snapshots import EMASnapshots
-from ldm.training.callbacks.monitoring import (
-    ProgressBar,
-    RandomLayerSeeding,
-    SampleImages,
-    ThroughputMonitor,
-)
-from ldm.training.callbacks.nonfinite import NonFiniteStepSkipper
-from ldm.training.callbacks.preemption import PreemptionHandler
+from ldm.training.callbacks.monitoring import ThroughputMonitor
 from ldm.training.fsdp import FullyShardedStrategy
 from ldm.training.job import TrainingJob, prepare_run_directory
 from ldm.training.lightning_adapter import defer_launch_signals
-from ldm.training.loggers.csv import CsvLog
 from ldm.training.modules.diffusion import LatentDiffusion
 from ldm.utils.checkpoint_file import find_newest_checkpoint
 from ldm.utils.errors import UsageError, format_program
@@ -67,17 +63,6 @@ STAGE_BUILDERS = {  # the stages that train no denoiser
     "clip": build_clip_training,
     "classifier": build_classifier_training,
 }
-# The groups that decide what a generated image looks like.
-GENERATION_GROUPS = [
-    "autoencoder",
-    "text_encoder",
-    "model",
-    "scheduler",
-    "objective",
-    "task",
-    "sampler",
-    "guidance",
-]
 HIDDEN_WARNINGS = (
     "LeafSpec",  # Lightning's own affair
     "in eval mode at the start",  # the average and the text encoder are
@@ -96,13 +81,16 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
         raise UsageError(f"stage={cfg.stage} is none of diffusion, {', '.join(STAGE_BUILDERS)}")
     devices = get_devices(cfg)
     hide_warnings()
+    own_callbacks = build_own_callbacks(cfg)  # before the seed: they may draw random numbers
     L.seed_everything(cfg.seed, verbose=False)
     # What does not fit together is refused before data are generated or downloaded.
     if cfg.stage == "diffusion":
-        build = partial(build_diffusion_training, build_diffusion_components(cfg, run_dir))
+        components, metrics = build_diffusion_components(cfg, run_dir), build_image_metrics(cfg)
+        build = partial(build_diffusion_training, components, metrics)
     else:
         check_data_kind(cfg, f"stage={cfg.stage}", is_video=False)
         build = STAGE_BUILDERS[cfg.stage]
+    loggers = build_loggers(cfg, run_dir)
     data = instantiate(cfg.data, seed=cfg.seed)
     module, callbacks, frozen = build(cfg, data, run_dir)
     module.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
@@ -113,8 +101,9 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
         "config": OmegaConf.to_yaml(cfg, resolve=True),
         "frozen": {name: hash_module(part) for name, part in frozen.items()},
     }
+    callbacks += own_callbacks
     callbacks = build_callbacks(cfg, run_dir, callbacks, monitor, facts, signals)
-    trainer = build_trainer(cfg, run_dir, callbacks, devices)
+    trainer = build_trainer(cfg, run_dir, callbacks, loggers, devices)
     defer_launch_signals(trainer)
     # Refuses now a batch size that the devices cannot share.
     data.micro_batch(trainer.world_size, trainer.accumulate_grad_batches)
@@ -127,7 +116,7 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
 
 def hide_warnings() -> None:
     """Hides messages of libraries that are no news here."""
-    for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
+    for name in ("lightning.pytorch", "lightning.fabric", "matplotlib", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked
     for text in HIDDEN_WARNINGS:
@@ -160,7 +149,11 @@ def build_diffusion_components(cfg: DictConfig, run_dir: Path) -> Components:
 
 
 def build_diffusion_training(
-    components: Components, cfg: DictConfig, data: TextImageData, run_dir: Path
+    components: Components,
+    metrics: Mapping[str, ImageMetric],
+    cfg: DictConfig,
+    data: TextImageData,
+    run_dir: Path,
 ) -> tuple[LatentDiffusion, list[L.Callback], dict[str, nn.Module]]:
     """LatentDiffusion, its callbacks, and the frozen components that it was built on."""
     check_captions_readable(components.text_encoder, data)
@@ -177,7 +170,7 @@ def build_diffusion_training(
     callbacks = build_sample_callbacks(cfg, pipeline, data, run_dir)
     if module.phema is not None:
         callbacks.append(EMASnapshots(run_dir / "phema", every=cfg.phema.every))
-    callbacks += build_evaluation_callbacks(cfg, pipeline, module.denoiser, data, run_dir)
+    callbacks += build_evaluation_callbacks(cfg, pipeline, module.denoiser, data, run_dir, metrics)
     return module, callbacks, components.frozen
 
 
@@ -198,89 +191,14 @@ def build_validation_pipeline(
     )
 
 
-def build_sample_callbacks(
-    cfg: DictConfig, pipeline: Pipeline, data: TextImageData, run_dir: Path
-) -> list[L.Callback]:
-    """SampleImages, unless there are no prompts; prints the warnings of the pipeline."""
-    prompts = cfg.samples.prompts or data.val_captions(cfg.samples.n)
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if get_launcher_rank() == 0:
-        counts = {cfg.samples.steps, *(check.steps for check in (cfg.eval or {}).values())}
-        for line in (line for count in sorted(counts) for line in pipeline.collect_warnings(count)):
-            print_to_stderr(line)
-    if cfg.samples.n == 0 or not prompts:
-        return []
-    settings = {"steps": cfg.samples.steps, "seed": cfg.seed}
-    draw = partial(generate_task_examples, pipeline, data.val_set, prompts, **settings)
-    return [SampleImages(run_dir / "samples", draw)]
-
-
-def build_evaluation_callbacks(
-    cfg: DictConfig, pipeline: Pipeline, denoiser: nn.Module, data: TextImageData, run_dir: Path
-) -> list[L.Callback]:
-    """The measurements of `cfg.eval` on generated images; none for tasks that start from images."""
-    if not cfg.eval:
-        return []
-    task = pipeline.components.task
-    if task.needs_image:
-        if get_launcher_rank() == 0:
-            print(f"eval: task={task.name} starts from an image, so only val/loss is measured")
-        return []
-    callbacks = []
-    if "scenes" in cfg.eval:
-        callbacks.append(instantiate(cfg.eval.scenes, pipeline, size=data.size))
-    if "images" in cfg.eval:
-        settings = OmegaConf.to_container(cfg, resolve=True)
-        settings = {name: settings[name] for name in GENERATION_GROUPS}
-        quality = instantiate(
-            cfg.eval.images,
-            pipeline,
-            build_feature_extractors(cfg),
-            images=data.val_set,
-            reference_images=data.train_set.without_augmentation(),
-            size=data.size,
-            folder=run_dir / "eval",
-            raw_denoiser=denoiser,
-            settings=json.dumps({"dtype": str(pipeline.dtype), **settings}, sort_keys=True),
-        )
-        callbacks.append(quality)
-    return callbacks
-
-
-def build_callbacks(
+def build_trainer(
     cfg: DictConfig,
     run_dir: Path,
-    callbacks: Sequence[L.Callback],
-    monitor: ThroughputMonitor,
-    facts: dict,
-    signals: StopSignals | None,
-) -> list[L.Callback]:
-    """The callbacks of a stage among those of every run, in the order in which they are called."""
-    best = {"metric": cfg.metric, "direction": cfg.direction}
-    checkpoints = Checkpoints(run_dir / "checkpoints", **cfg.checkpoint, **best, facts=facts)
-    stop = {"every": monitor.every, "max_hours": cfg.trainer.max_hours, "signals": signals}
-    return [
-        monitor,
-        RandomLayerSeeding(cfg.seed),
-        ProgressBar(monitor),
-        NonFiniteStepSkipper(
-            run_dir / "bad_batches.json", monitor=monitor, stop_after=cfg.stop_after_skips
-        ),
-        *callbacks,
-        checkpoints,
-        PreemptionHandler(checkpoints.save_now, **stop),
-        *([instantiate(cfg.early_stop)] if cfg.early_stop else []),
-    ]
-
-
-def build_trainer(
-    cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback], devices: dict[str, int]
+    callbacks: list[L.Callback],
+    loggers: list[Logger],
+    devices: dict[str, int],
 ) -> L.Trainer:
     """Lightning's Trainer, with our callbacks and loggers in place of its own."""
-    loggers = [CsvLog(run_dir / "metrics.csv")]
-    if cfg.logger:
-        run = {"run_dir": run_dir, "name": cfg.name, "overrides": get_command_line_overrides()}
-        loggers.append(instantiate(cfg.logger, **run))
     return instantiate(
         OmegaConf.masked_copy(cfg.trainer, [key for key in cfg.trainer if key != "max_hours"]),
         **devices,
@@ -299,9 +217,3 @@ def build_trainer(
         enable_model_summary=False,
         _convert_="all",
     )
-
-
-def get_command_line_overrides() -> list[str]:
-    """The settings of the command line, without the run's name."""
-    task = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    return [text for text in task if not text.startswith("name=")]

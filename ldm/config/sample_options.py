@@ -2,13 +2,17 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from ldm.config.size_multiple import read_size_multiple
+from ldm.experiments.run_dir import find_run_of_checkpoint, read_yaml_settings
+from ldm.inference.image_size import parse_image_size
 from ldm.utils.errors import UsageError, format_unknown_checkpoint
+from ldm.utils.files import resolve_path
 from ldm.utils.output_path import resolve_output_file
 
 if TYPE_CHECKING:
@@ -56,16 +60,44 @@ def check_sample_options(
     return options
 
 
-def check_checkpoints_and_device(cfg: DictConfig, *ckpts: str) -> None:
-    """UsageError where a checkpoint or the device is not there, before the slow imports."""
-    guidance = cfg.get("guidance") or {}
-    named = [("ckpt", ckpt) for ckpt in ckpts]
-    named += [(f"guidance.{name}", guidance.get(name)) for name in ("guide", "classifier")]
-    for name, ckpt in named:
-        if ckpt is not None and not os.path.exists(os.path.expanduser(ckpt)):
-            raise UsageError(format_unknown_checkpoint(ckpt, name))
+def check_checkpoints_and_device(cfg: DictConfig, *ckpts: str, out: str | None = None) -> None:
+    """UsageError where a checkpoint or the device is not there, before the slow imports.
+
+    Also where the settings of the first checkpoint's run show that it generates no images of
+    `cfg.size`, or none that `out` can hold.
+    """
+    guides = {name: (cfg.get("guidance") or {}).get(name) for name in ("guide", "classifier")}
+    for ckpt in ckpts:
+        check_checkpoints_exist({"ckpt": ckpt})
+    check_checkpoints_exist({f"guidance.{name}": guide for name, guide in guides.items()})
+    if ckpts:
+        check_output_fits_run(ckpts[0], size=cfg.get("size"), out=out)
     if cfg.device is not None:
         select_device(cfg.device)
+
+
+def check_checkpoints_exist(named: Mapping[str, str | None]) -> None:
+    """UsageError where a run or a checkpoint, by the setting that gave it, is not there."""
+    for name, ckpt in named.items():
+        if ckpt is not None and not os.path.exists(os.path.expanduser(ckpt)):
+            raise UsageError(format_unknown_checkpoint(ckpt, name))
+
+
+def check_output_fits_run(ckpt: str, *, size: int | Sequence[int] | None, out: str | None) -> None:
+    """UsageError where the config.yaml of a run says that it generates no such images."""
+    path = resolve_path(ckpt)
+    run = path if path.is_dir() else find_run_of_checkpoint(path.resolve())
+    try:
+        settings = read_yaml_settings(run / "config.yaml")
+        moving, multiple = settings["data"].get("frames") is not None, read_size_multiple(settings)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return  # a checkpoint without its run: whoever loads it checks this
+    try:
+        resolve_output_file(out, Path("picture"), moving=moving)
+        if size is not None:
+            parse_image_size(size, multiple)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def select_device(name: str | None) -> "torch.device":

@@ -5,6 +5,7 @@ plugin reads it at each start (hydra_plugins/ldm_search_path).
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -22,18 +23,23 @@ PACKAGE = Path(__file__).resolve().parent.parent
 CONF_DIR = str(next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir()))
 ENTRY_POINT_GROUP = "ldm.conf"
 CONFIG_DIR_FLAGS = ("--config-dir", "-cd")
-# Hydra's flags that take the next word.
-VALUE_FLAGS = (
+# Hydra's flags: those that take a value, and the others.
+VALUE_FLAGS = {
     *CONFIG_DIR_FLAGS,
     *("--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p"),
-)
+    *("--info", "-i", "--experimental-rerun"),
+}
+PLAIN_FLAGS = {
+    *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r"),
+    *("--multirun", "-m", "--shell-completion", "-sc"),
+}
 
 
 def order_command_words(words: Sequence[str]) -> list[str]:
     """The command line with Hydra's flags first, since argparse wants overrides in one piece.
 
     Each directory of options becomes a flag `--config-dir=PATH`, with an absolute path, which jobs
-    and ranks get as it is.
+    and ranks get as it is. Raises UsageError for another word with dashes, such as --ckpt.
     """
     flags: list[str] = []
     overrides: list[str] = []
@@ -48,8 +54,16 @@ def order_command_words(words: Sequence[str]) -> list[str]:
             flags += [word] if equals else [word, value]
         elif flag.lstrip("+") == "hydra.searchpath":
             flags += [f"--config-dir={place}" for place in _read_search_path(word)]
+        elif flag in PLAIN_FLAGS:
+            flags.append(word)
+        elif word.startswith("-"):
+            following = next(rest, "")
+            typed = value or ("" if "=" in following or following.startswith("-") else following)
+            key = flag.lstrip("-").replace("-", "_")
+            meant = f"{key}={shlex.quote(typed) if typed else 'VALUE'}"
+            raise UsageError(f"{flag} is no flag: settings are written without dashes, {meant}")
         else:
-            (flags if word in ("-m", "--multirun") else overrides).append(word)
+            overrides.append(word)
     return flags + overrides
 
 

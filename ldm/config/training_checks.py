@@ -1,13 +1,43 @@
 """Settings of a training run that do not fit together, refused with a remedy."""
 
-import torch
-from omegaconf import DictConfig
-from torch import nn
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ldm.data.datamodule import TextImageData
+from omegaconf import DictConfig
+
+from ldm.config.sample_options import check_checkpoints_exist
+from ldm.config.size_multiple import read_size_multiple
+from ldm.data.shards.locations import is_url, locate_shards
 from ldm.experiments.run_dir import get_launcher_layout
-from ldm.models.text.labels import NullTextEncoder
 from ldm.utils.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ldm.data.datamodule import TextImageData
+
+
+def check_before_imports(cfg: DictConfig, run_dir: Path) -> None:
+    """Refuses what the settings alone show to be wrong, before the slow imports.
+
+    Raises UsageError, and FileNotFoundError for data that are not there.
+    """
+    new = not any((run_dir / "checkpoints").glob("step=*.ckpt"))
+    guides = {name: cfg.guidance.get(name) for name in ("guide", "classifier")}
+    named = {f"guidance.{name}": ckpt for name, ckpt in guides.items()}
+    check_checkpoints_exist(named | ({"init": cfg.init} if new else {}))
+    for name in ("train", "val"):
+        check_data_exist(cfg.data.get(name))
+    check_image_size(cfg.data.size, read_size_multiple(cfg, stage=cfg.stage))
+    get_devices(cfg)
+
+
+def check_data_exist(source: object) -> None:
+    """FileNotFoundError where a folder or files of shards are not there; servers are not asked."""
+    places = [source] if isinstance(source, str) else source or []
+    for place in places:
+        if not is_url(str(place)):
+            locate_shards(str(place))
 
 
 def get_devices(cfg: DictConfig) -> dict[str, int]:
@@ -15,6 +45,8 @@ def get_devices(cfg: DictConfig) -> dict[str, int]:
 
     Raises UsageError where the configuration wants others, or GPUs where there is none.
     """
+    import torch
+
     kind = cfg.trainer.accelerator
     has_gpu = torch.cuda.is_available() or (kind != "cuda" and torch.backends.mps.is_available())
     if kind in ("gpu", "cuda") and not has_gpu:
@@ -58,29 +90,35 @@ def check_data_kind(cfg: DictConfig, subject: str, *, is_video: bool) -> None:
         remedy = "task=video, or other data"
         if is_video:
             remedy = "data.frames=8" if "frames" in cfg.data else "data=shards of videos"
-            still = any(not check.get("moving", False) for check in (cfg.eval or {}).values())
+            still = any(not check.get("moving", False) for _, check in _find_measurements(cfg))
             remedy = f"data=moving_scenes, or {remedy}{' eval=motion' if still else ''}"
         raise UsageError(f"{subject} is of {want}, and the data are {have}: take {remedy}")
-    for name, check in (cfg.eval or {}).items():
+    for name, check in _find_measurements(cfg):
         if check.get("moving", False) != is_video and cfg.stage == "diffusion":
             remedy = "eval=motion, or eval=none" if is_video else "another eval"
             raise UsageError(f"eval.{name} does not measure what the data are: take {remedy}")
 
 
-def check_has_captions(data: TextImageData) -> None:
+def _find_measurements(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
+    """Our own entries of `eval`, which are for images or, with `moving`, for videos."""
+    return [(name, cfg.eval[name]) for name in ("scenes", "images") if name in (cfg.eval or ())]
+
+
+def check_has_captions(data: "TextImageData") -> None:
     """UsageError where no training image has a caption."""
     index = data.train_set.shards.index
-    if index.captions.count_empty(index.caption_key) == index.captions.samples:
-        message = index.captions.describe(index.caption_key)
+    keys = tuple(index.caption_weights)
+    if index.captions.count_empty(*keys) == index.captions.samples:
+        message = index.captions.describe(*keys)
         raise UsageError(f"data.train: {message}. To train without captions: text_encoder=none")
 
 
-def check_captions_readable(text_encoder: nn.Module, data: TextImageData) -> None:
+def check_captions_readable(text_encoder: "nn.Module", data: "TextImageData") -> None:
     """Refuses, before the first batches, captions that this text encoder cannot read.
 
     UsageError where there are none, ValueError where they hold none of its names.
     """
-    if not isinstance(text_encoder, NullTextEncoder):
+    if text_encoder.width or text_encoder.pooled_width:
         check_has_captions(data)
     if text_encoder.names:
         text_encoder(data.val_captions(64))

@@ -1,24 +1,29 @@
-"""The images that a run was trained on, where they are on this machine.
+"""Real images to compare with: of a setting, or those that a run was trained on.
 
 A checkpoint may come from anyone: what it says of its data is read, and nothing is drawn, fetched
 or written for it.
 """
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from ldm.config.command_line import TextOptions
 from ldm.config.pipeline import LoadedPipeline
 from ldm.config.registry import validate_component
+from ldm.config.search_path import list_group_options
 from ldm.data.dataset import TextImageDataset
+from ldm.data.image_decoding import read_short_side
 from ldm.data.scenes.datamodule import locate_scene_folders
+from ldm.data.shards.cache import ShardCache
 from ldm.data.shards.index import ReadOptions
 from ldm.data.shards.locations import ShardSource, is_url, redact_source
 from ldm.data.shards.reader import ShardReader
 from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.errors import UsageError
+from ldm.utils.files import resolve_path
 
 SCENES_TARGET = "ldm.data.scenes.datamodule.scenes_data"
 # The settings that decide which samples shards have, and which images and captions they give.
-SAMPLE_SELECTION_KEYS = ("min_size", "on_error", "frames", "caption_key")
+SAMPLE_SELECTION_KEYS = ("min_size", "on_error", "frames", "caption_key", "captions")
 
 
 def open_run_images(loaded: LoadedPipeline, size: int) -> tuple[TextImageDataset, TextImageDataset]:
@@ -57,6 +62,7 @@ def open_local_images(
     on_error: str = "stop",
     frames: int | None = None,
     caption_key: str | None = None,
+    captions: dict[str, float] | None = None,
 ) -> TextImageDataset:
     """The images of a source that a file names; UsageError unless it is on this machine.
 
@@ -67,7 +73,7 @@ def open_local_images(
         if any(is_url(str(place)) for place in places):
             raise FileNotFoundError(f"{redact_source(source)} is on a server")
         options = {"min_size": min_size, "on_error": on_error, "caption_key": caption_key}
-        shards = ShardReader(source, ReadOptions(**options, read_only=True))
+        shards = ShardReader(source, ReadOptions(**options, captions=captions, read_only=True))
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(
             f"the images of the run are not here ({error}): give data=DIR, real images to "
@@ -76,3 +82,35 @@ def open_local_images(
     return TextImageDataset(
         shards, size=size, seed=0, train=False, on_error=on_error, frames=frames
     )
+
+
+def open_real_images(
+    cfg: DictConfig, options: TextOptions, name: str, size: int
+) -> TextImageDataset:
+    """The images in the shards that `data` or `others` names, as a validation reads them."""
+    return TextImageDataset(open_real_shards(cfg, options, name), size=size, seed=0, train=False)
+
+
+def find_real_size(cfg: DictConfig, options: TextOptions, name: str) -> int | None:
+    """The short side of real images, in pixels; None where a few of them differ."""
+    shards = open_real_shards(cfg, options, name)
+    few = range(0, len(shards), len(shards) // 16 + 1)
+    sides = {read_short_side(shards.read(i).image) for i in few}
+    return sides.pop() if len(sides) == 1 else None
+
+
+def open_real_shards(cfg: DictConfig, options: TextOptions, name: str) -> ShardReader:
+    """The shards that `data` or `others` names; UsageError where none are."""
+    place = options[name]
+    if place is None:
+        raise UsageError(
+            f"{name} is needed: give {name}=DIR, shards of real images with captions, as "
+            "`python -m ldm.prepare` writes them"
+        )
+    if place in list_group_options("data") and not resolve_path(place).exists():
+        raise UsageError(
+            f"{name}={place}: that is an option of train.py; here {name} is a folder with "
+            f"shards of real images, such as {name}=data/coco/val"
+        )
+    cache = ShardCache(cfg.cache, gigabytes=50.0)
+    return ShardReader(place, ReadOptions(cache=cache, caption_key=cfg.get("caption_key")))

@@ -1,6 +1,7 @@
 """From the text in samples to captions."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,23 @@ def read_sample_captions(
     return _select_captions(txt, _parse_json_object(record), key)
 
 
+def read_weighted_captions(
+    record: bytes | None, weights: Mapping[str, float]
+) -> tuple[list[str], list[float]]:
+    """Returns the captions under these keys of the JSON record, the heaviest key first.
+
+    The second list has their weights: a key's weight is divided among its captions. [""] and [1] if
+    no key has text.
+    """
+    fields = _parse_json_object(record)
+    captions, shares = [], []
+    for key in sorted(weights, key=lambda key: (-weights[key], key)):
+        texts = _clean_value(fields.get(key))
+        captions += texts
+        shares += [weights[key] / len(texts) for _ in texts]
+    return (captions, shares) if captions else ([""], [1.0])
+
+
 @dataclass
 class CaptionCount:
     """Counts of captions over `samples`, by `read_sample_captions` without a key.
@@ -67,26 +85,36 @@ class CaptionCount:
         self.garbled += other.garbled
         self._add_keys(other.keys)
 
-    def count_empty(self, key: str | None) -> int:
-        """Returns the number of samples without a caption, if captions are read under `key`."""
-        return self.empty if key is None else self.samples - self.keys.get(key, 0)
+    def count_empty(self, *keys: str) -> int:
+        """Returns how many samples (of several keys: at least) have no text under the keys.
 
-    def describe(self, key: str | None) -> str:
+        Without a key captions are read as by `read_sample_captions`.
+        """
+        if not keys:
+            return self.empty
+        return max(self.samples - sum(self.keys.get(key, 0) for key in keys), 0)
+
+    def describe(self, *keys: str) -> str:
         """Returns a message: how many captions are empty, and which keys have text."""
-        read = ("captions", "caption") if key is None else (key,)
-        shown = ", ".join((*read, ".txt") if key is None else read)
+        read = keys or ("captions", "caption")
+        shown = ", ".join(keys or (*read, ".txt"))
         message = (
-            f"{self.count_empty(key)} of {self.samples} samples have an empty caption "
+            f"{self.count_empty(*keys)} of {self.samples} samples have an empty caption "
             f"(read: {shown})"
         )
-        others = [name for name, count in self.keys.items() if name not in read and count]
-        others.sort(key=lambda name: (-any(w in name.lower() for w in _LIKELY), -self.keys[name]))
+        others = self.list_likely_keys(*read)
         if not others:
             return message
         return (
-            f"{message}; their json has text under {', '.join(others[:5])}: "
+            f"{message}; their json has text under {', '.join(others)}: "
             f"data.caption_key={others[0]}"
         )
+
+    def list_likely_keys(self, *without: str) -> list[str]:
+        """Returns at most five keys with text, those whose names sound like captions first."""
+        others = [name for name, count in self.keys.items() if name not in without and count]
+        others.sort(key=lambda name: (-any(w in name.lower() for w in _LIKELY), -self.keys[name]))
+        return others[:5]
 
     def _add_keys(self, keys: dict[str, int]) -> None:
         for key, count in keys.items():

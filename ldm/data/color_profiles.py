@@ -13,10 +13,7 @@ _CACHED_PROFILES = 32  # most images of a set share a few profiles
 
 
 def convert_to_srgb(image: Image.Image) -> Image.Image | None:
-    """Returns a loaded image in sRGB: RGB without transparency.
-
-    None if there is nothing to convert: the profile is missing, sRGB, damaged, or for another mode.
-    """
+    """Returns a loaded image in sRGB (RGB, opaque), or None if there is nothing to convert."""
     if (transform := _find_transform(image)) is None:
         return None
     return transform.apply(image.convert(_BASE[image.mode]))

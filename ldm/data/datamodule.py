@@ -3,6 +3,7 @@
 Shapes: B batch of one rank and micro-step, S side of the square image, F frames of a video.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 import lightning as L
@@ -24,7 +25,7 @@ from ldm.utils.signals import block_stop_signals, stop_with_parent
 class TextImageData(L.LightningDataModule):
     """Square images with one caption each, in an order that is a function of (seed, position).
 
-    train, val: see `locate_shards`; min_size, caption_key: see `ReadOptions`;
+    train, val: see `locate_shards`; min_size, caption_key, captions: see `ReadOptions`;
     crop, flip, on_error, frames: see `TextImageDataset`; window, group: see `ShuffledOrder`.
     batch_size: images of an optimizer step over all ranks and micro-steps, so that a run may resume
     on another number of devices. The training loader starts at `position`, the images seen, which
@@ -55,6 +56,7 @@ class TextImageData(L.LightningDataModule):
         cache_gb: float = 50.0,
         frames: int | None = None,
         caption_key: str | None = None,
+        captions: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -69,7 +71,11 @@ class TextImageData(L.LightningDataModule):
         self._prefetched_at = 0
         self.cache = ShardCache(cache, gigabytes=cache_gb) if cache else None
         options = ReadOptions(
-            min_size=min_size, cache=self.cache, caption_key=caption_key, on_error=on_error
+            min_size=min_size,
+            cache=self.cache,
+            caption_key=caption_key,
+            captions=captions,
+            on_error=on_error,
         )
         train_shards, val_shards = ShardReader(train, options), ShardReader(val, options)
         common = {"size": size, "on_error": on_error, "frames": frames, "seed": seed}
@@ -167,10 +173,7 @@ class TextImageData(L.LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Converts bytes on the device to (B, 3, S, S) or (B, 3, F, S, S) in [-1, 1].
-
-        Raises TooManySkippedError, see `BadSampleCounter`.
-        """
+        """Converts bytes on the device to (B, 3, S, S) or (B, 3, F, S, S) in [-1, 1]."""
         is_training = self.trainer is not None and self.trainer.training
         skips = self.train_skips if is_training else self.val_skips
         skips.add(len(batch["key"]), batch["skipped"])
@@ -186,10 +189,7 @@ class SignalSafeDataLoader(DataLoader):
 
 
 class FixedLengthLoader:
-    """An endless loader with the length of the run, in batches: one Lightning epoch.
-
-    Because it has a length, Lightning does not fetch a batch ahead that it will not train on.
-    """
+    """An endless loader with a length, so that Lightning fetches no batch that it does not use."""
 
     def __init__(self, loader: DataLoader, length: int) -> None:
         self.loader = loader

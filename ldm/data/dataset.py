@@ -4,8 +4,10 @@ Shapes: B batch, S side of the square image, F frames of a video.
 """
 
 from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -19,7 +21,7 @@ from ldm.data.image_decoding import (
     read_image,
 )
 from ldm.data.position_sampler import CAPTION_STREAM, CROP_STREAM, draw_random_bits
-from ldm.data.shards.reader import ShardReader
+from ldm.data.shards.reader import Sample, ShardReader
 
 _MAX_TRIES = 10_000  # undecodable samples in a row
 
@@ -48,59 +50,45 @@ class Batch(TypedDict):
     skipped: list[BadSample]
 
 
+@dataclass(kw_only=True, eq=False)
 class TextImageDataset(Dataset):
     """Square images with a caption, by (sample index, position).
 
     In training (seed, epoch, index) chooses the caption, (seed, position) crop and flip; otherwise
-    each sample has its centre and first caption. The crop is the image's shorter side, scaled to
-    `size`. `even_crops`: all positions of a random crop are equally likely, see `crop_square`.
+    each sample has its centre and first caption (of the heaviest key). The crop is the image's
+    shorter side, scaled to `size`. even_crops: all positions of a random crop are equally likely,
+    see `crop_square`.
     frames: samples are animations, of which it takes so many frames, evenly; None: images.
     on_error: for a damaged image "stop" raises ImageError; "skip" uses the next sample (index + 1,
     + 2, .. modulo N) that can be decoded, or raises TooManySkippedError if none can.
     """
 
-    def __init__(
-        self,
-        shards: ShardReader,
-        *,
-        size: int,
-        crop: Literal["center", "random"] = "center",
-        flip: float = 0.0,
-        on_error: Literal["stop", "skip"] = "stop",
-        frames: int | None = None,
-        seed: int,
-        train: bool,
-    ) -> None:
-        if size < 1:
-            raise ValueError(f"the image size must be 1 pixel or more, got {size}")
-        if crop not in ("center", "random"):
-            raise ValueError(f"crop must be 'center' or 'random', got '{crop}'")
-        if not 0 <= flip <= 1:
-            raise ValueError(f"flip is a probability, got {flip}")
-        if on_error not in ("stop", "skip"):
-            raise ValueError(f"on_error must be 'stop' or 'skip', got '{on_error}'")
-        if frames is not None and frames < 2:
-            raise ValueError(f"a video has 2 frames or more, got {frames}; null is for images")
-        self.shards, self.frames = shards, frames
-        self._on_error = on_error
-        self._damaged: dict[int, BadSample] = {}  # found by this process; not decoded again
-        self._size, self._seed, self._train = size, seed, train
-        self.even_crops = True
-        self._random_crop, self._flip = train and crop == "random", flip if train else 0.0
+    shards: ShardReader = field(kw_only=False)
+    size: int
+    crop: Literal["center", "random"] = "center"
+    flip: float = 0.0
+    on_error: Literal["stop", "skip"] = "stop"
+    frames: int | None = None
+    seed: int
+    train: bool
+    even_crops: bool = True
+    _damaged: dict[int, BadSample] = field(default_factory=dict, init=False)  # not tried again
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"the image size must be 1 pixel or more, got {self.size}")
+        if self.crop not in ("center", "random"):
+            raise ValueError(f"crop must be 'center' or 'random', got '{self.crop}'")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip is a probability, got {self.flip}")
+        if self.on_error not in ("stop", "skip"):
+            raise ValueError(f"on_error must be 'stop' or 'skip', got '{self.on_error}'")
+        if self.frames is not None and self.frames < 2:
+            raise ValueError(f"a video has 2 frames or more, got {self.frames}; null is for images")
 
     def without_augmentation(self, *, size: int | None = None) -> "TextImageDataset":
-        """Returns the same samples as in validation: centre and first caption.
-
-        size: pixels of the side, if not this data set's.
-        """
-        return TextImageDataset(
-            self.shards,
-            size=size or self._size,
-            on_error=self._on_error,
-            frames=self.frames,
-            seed=self._seed,
-            train=False,
-        )
+        """Returns the same samples as in validation: centre and first caption."""
+        return replace(self, size=size or self.size, train=False)
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -128,28 +116,38 @@ class TextImageDataset(Dataset):
             images = self._decode(sample.image, position)
         except ImageError as error:
             message = f"{self.shards.sample_name(index)}: {error}"
-            if self._on_error != "skip":
+            if self.on_error != "skip":
                 raise ImageError(message) from error
             self._damaged[index] = BadSample(error.reason, message)
             return None, self._damaged[index]
-        captions = self._choose_caption(sample.captions, index, epoch=position // len(self))
+        caption = self._choose_caption(sample, index, epoch=position // len(self))
         return TextImageItem(
-            images=images, captions=captions, position=position, key=sample.key, skipped=[]
+            images=images, captions=caption, position=position, key=sample.key, skipped=[]
         ), None
 
     def _decode(self, data: bytes, position: int) -> Tensor:
-        x, y, flip = draw_random_bits(3, CROP_STREAM, self._seed, position) / 2.0**64
-        crop = {"x": x, "y": y, "even": self.even_crops} if self._random_crop else {}
+        x, y, flip = draw_random_bits(3, CROP_STREAM, self.seed, position) / 2.0**64
+        crop = (
+            {"x": x, "y": y, "even": self.even_crops}
+            if self.train and self.crop == "random"
+            else {}
+        )
         frames = read_frames(data, self.frames) if self.frames else [read_image(data)]
-        images = [pil_to_tensor(crop_and_resize(frame, self._size, **crop)) for frame in frames]
+        images = [pil_to_tensor(crop_and_resize(frame, self.size, **crop)) for frame in frames]
         pixels = torch.stack(images, dim=1) if self.frames else images[0]
-        return pixels.flip(-1) if flip < self._flip else pixels  # (3, S, S) or (3, F, S, S)
+        return (
+            pixels.flip(-1) if self.train and flip < self.flip else pixels
+        )  # (3, S, S) or (3, F, S, S)
 
-    def _choose_caption(self, captions: list[str], index: int, *, epoch: int) -> str:
-        if not self._train:
+    def _choose_caption(self, sample: Sample, index: int, *, epoch: int) -> str:
+        captions, weights = sample.captions, sample.weights
+        if not self.train:
             return captions[0]
-        bits = draw_random_bits(1, CAPTION_STREAM, self._seed, epoch, index)[0]
-        return captions[int(bits % len(captions))]
+        bits = draw_random_bits(1, CAPTION_STREAM, self.seed, epoch, index)[0]
+        if weights is None:
+            return captions[int(bits % len(captions))]
+        ends = np.cumsum(weights)  # the last of them, for bits / 2^64 may round to 1
+        return captions[np.searchsorted(ends[:-1], bits / 2.0**64 * ends[-1], side="right")]
 
 
 def collate(items: list[TextImageItem]) -> Batch:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ldm.data.color_profiles import convert_to_srgb, is_srgb
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+ImageFile = bytes | str | Path  # encoded, or the path of a file
 MAX_IMAGE_PIXELS = 64_000_000
 MAX_IMAGE_BYTES = 32 * 2**20
 MAX_VIDEO_PIXELS = 8 * MAX_IMAGE_PIXELS  # of all frames together, which are decoded in turn
@@ -45,20 +46,14 @@ def read_image_bytes(path: str | Path) -> bytes:
     return Path(path).read_bytes()
 
 
-def read_image(source: bytes | str | Path) -> Image.Image:
-    """Returns the first frame of encoded bytes or a file, upright, in sRGB, on white.
-
-    Raises ImageError with the reason; it checks size and format before it decodes any pixel.
-    """
+def read_image(source: ImageFile) -> Image.Image:
+    """Returns the first frame, upright, in sRGB, on white; raises ImageError with the reason."""
     data = source if isinstance(source, bytes) else read_image_bytes(source)
     return _decode_image(data, background="white")
 
 
 def read_frames(data: bytes, frames: int) -> Iterator[Image.Image]:
-    """Yields `frames` images of an animation (WebP, GIF, PNG): first, last, and evenly between.
-
-    Each is as `read_image` returns it. Raises ImageError, also if there are fewer frames.
-    """
+    """Yields so many images of an animation (WebP, GIF, PNG): first, last, and evenly between."""
     with _open_image(data) as image:
         try:
             total = getattr(image, "n_frames", 1)
@@ -134,26 +129,28 @@ def crop_and_resize(
     return resize_short_side(crop_square(image, min(image.size), x=x, y=y, even=even), size)
 
 
-def read_square_image(path: str | Path, size: int) -> Tensor:
+def read_square_image(source: ImageFile, size: int) -> Tensor:
     """Returns the centre of an image file, (3, size, size) in [-1, 1]."""
-    return pil_to_tensor(crop_and_resize(read_image(path), size)).float() / 127.5 - 1
+    return pil_to_tensor(crop_and_resize(read_image(source), size)).float() / 127.5 - 1
 
 
-def read_mask(path: str | Path, size: int, *, of: str | Path | None = None) -> Tensor:
+def read_mask(source: ImageFile, size: int, *, of: ImageFile | None = None) -> Tensor:
     """Returns a mask (1, size, size) of 0 and 1 (bright) from the centre of an image of any mode.
 
-    Transparent pixels are 0. Raises ImageError for a mask that is empty or, if `of` names the image
-    that it is for, has another size.
+    of: the image that the mask is for, which must have the same size. Transparent pixels are 0.
     """
-    light = _decode_image(read_image_bytes(path), background="black")
+    data = source if isinstance(source, bytes) else read_image_bytes(source)
+    light = _decode_image(data, background="black")
+    name = "it" if isinstance(source, bytes) else source
     if of is not None and (sides := read_image(of).size) != light.size:
-        sizes = "{} x {}, but its image {} is {} x {}".format(*light.size, of, *sides)
-        raise ImageError("a mask of another size", f"{path} is {sizes}")
+        image = "its image" if isinstance(of, bytes) else f"its image {of}"
+        sizes = f"{light.width} x {light.height}, but {image} is {sides[0]} x {sides[1]}"
+        raise ImageError("a mask of another size", f"{name} is {sizes}")
     brightness = pil_to_tensor(crop_and_resize(light, size)).float().mean(0, keepdim=True)
     mask = (brightness > 127.5).float()
     if not mask.any():
         raise ImageError(
-            "an empty mask", f"{path} is dark everywhere; white is what is generated anew"
+            "an empty mask", f"{name} is dark everywhere; white is what is generated anew"
         )
     return mask
 
@@ -238,10 +235,7 @@ def _to_eight_bits(image: Image.Image, transparent: int | None) -> Image.Image:
 
 
 def _find_transparent_level(image: Image.Image) -> int | tuple[int, ...] | None:
-    """Returns the transparent level or color of a PNG of 2, 4 or 16 bits, as Pillow decodes it.
-
-    It must be called before pixels are decoded.
-    """
+    """Returns the transparent level of a PNG of 2, 4 or 16 bits; it must not be decoded yet."""
     level = image.info.get("transparency")
     if image.format != "PNG" or level is None or not image.tile:
         return None

@@ -6,5 +6,6 @@
     x_s = (sigma_s / sigma_t) x_t + (alpha_s - alpha_t sigma_s / sigma_t) d   samplers: d
 
 Shapes, everywhere in this folder: B batch, C latent channels, E extra channels, H W pixels, h w
-latent grid (of a video, F frames of it: F h w), N patches of a style image.
+latent grid (of a video, F frames of it: F h w), L text tokens, D their width, P pooled width,
+N patches of a style image, F their width.
 """

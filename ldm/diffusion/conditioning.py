@@ -1,8 +1,4 @@
-"""What a denoiser reads besides the noisy latents, and what guidance reads.
-
-Shapes: B batch, L text tokens, D text width, P pooled width, E extra channels, h w latent grid,
-N patches of a style image, F their width.
-"""
+"""The inputs of a denoiser besides the noisy latents, and those of guidance."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -29,7 +25,7 @@ class Condition:
     style: Tensor | None = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Condition":
-        """The condition with `fn` applied to every part that is present."""
+        """Applies `fn` to every part that is present."""
         return Condition(*(None if part is None else fn(part) for part in self.parts()))
 
     def parts(self) -> tuple[Tensor | None, ...]:
@@ -45,10 +41,7 @@ class Condition:
         return self._zip(other, lambda a, b: torch.cat([a, b]))
 
     def where(self, keep: Tensor, other: "Condition") -> "Condition":
-        """This condition's text where `keep` (B,) is True, the other's elsewhere.
-
-        `concat` and `style` stay those of this condition.
-        """
+        """The text of the other condition where `keep` (B,) is False; concat and style stay."""
 
         def choose(a: Tensor, b: Tensor) -> Tensor:
             return torch.where(keep.reshape(-1, *[1] * (a.ndim - 1)), a, b)
@@ -67,20 +60,18 @@ class Condition:
 
 @dataclass(frozen=True)
 class GuidancePrompts:
-    """The prompts themselves, for guidance that reads them.
+    """The prompts themselves, for guidance that reads them."""
 
-    texts: one per image. encode: captions to a Condition, by the text encoder. parse: a prompt to
-    its parts, each a text and its weight.
-    """
-
-    texts: Sequence[str]
-    encode: Callable[[Sequence[str]], Condition]
-    parse: Callable[[str], list[tuple[str, float]]]
+    texts: Sequence[str]  # one per image
+    encode: Callable[[Sequence[str]], Condition]  # the text encoder
+    parse: Callable[
+        [str], list[tuple[str, float]]
+    ]  # a prompt to the texts and weights of its parts
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a guidance steers towards (`positive`) and away from (`negative`)."""
+    """The conditions that a guidance steers towards (`positive`) and away from (`negative`)."""
 
     positive: Condition
     negative: Condition

@@ -22,10 +22,8 @@ class SquaredLoss:
 class PseudoHuberLoss:
     """2 c (sqrt(error^2 + c^2) - c): near error^2 below c, near 2 c |error| above.
 
-    Large errors of unusual images weigh less (Song and Dhariwal 2024, arXiv:2310.14189). `schedule`
-    is how c changes with t (Khrapov et al. 2024, arXiv:2403.16728): `constant`; `exponential`, c^t;
-    `snr`, c + (1 - c) / (1 + sigma / alpha)^2. The latter two fall from 1 at the data to c in pure
-    noise.
+    Song and Dhariwal 2024, arXiv:2310.14189. schedule: how c changes with t (Khrapov et al. 2024,
+    arXiv:2403.16728): `constant`; `exponential`, c^t; `snr`, c + (1 - c) / (1 + sigma / alpha)^2.
     """
 
     def __init__(self, c: float = 0.1, *, schedule: str = "constant") -> None:

@@ -21,12 +21,11 @@ MAX_LOSS_WEIGHT = 1e6  # weights are near 1 at medium noise
 
 
 class Objective(nn.Module):
-    """What a network is trained to predict, and how its errors count.
+    """The quantity that a network is trained to predict, and the cost of its errors.
 
     loss: of each element of the error; squared by default. offset_noise: eps gets this many times a
-    normal number per channel, so that the mean of an image is trained too (Guttenberg 2023,
-    crosslabs.org). input_perturbation: the network's input gets additional noise, this many times
-    a normal number (Ning et al. 2023, arXiv:2301.11706, algorithm 1). `loss_at` has neither.
+    normal number per channel (Guttenberg 2023, crosslabs.org). input_perturbation: the network's
+    input gets this many times more noise (Ning et al. 2023, arXiv:2301.11706, algorithm 1).
     Raises ValueError for `eps` on a schedule without signal at t = 1, and for unbounded weights.
     """
 
@@ -69,13 +68,12 @@ class Objective(nn.Module):
         cond: Condition,
         *,
         generator: Generators,
-        shape_noise: Callable[[Tensor], Tensor] | None = None,
+        shape_noise: Callable[[Tensor], Tensor] = lambda noise: noise,
     ) -> Tensor:
         """The weighted loss of each image (B,), at random times and noise.
 
         shape_noise: white noise (B, C, h, w) to the noise that is used; see `Task.shape_noise`.
         """
-        shape_noise = shape_noise or (lambda noise: noise)
 
         def draw(shape: tuple[int, ...], generator: Generators) -> Tensor:
             return randn(shape, generator, device=x0.device, dtype=x0.dtype)
@@ -85,17 +83,34 @@ class Objective(nn.Module):
         if self.offset_noise:
             shape = (*x0.shape[:2], *[1] * (x0.ndim - 2))
             eps = eps + self.offset_noise * draw(shape, derive_generators(generator, "offset"))
-        input_eps = eps
+        input_eps = None
         if self.input_perturbation:
             more = shape_noise(draw(x0.shape, derive_generators(generator, "perturbation")))
             input_eps = eps + self.input_perturbation * more
-        return self._loss(net, x0, cond, t, eps, input_eps)
+        return self.loss_at(net, x0, cond, t=t, eps=eps, input_eps=input_eps)
 
     def loss_at(
-        self, net: Network, x0: Tensor, cond: Condition, *, t: Tensor, eps: Tensor
+        self,
+        net: Network,
+        x0: Tensor,
+        cond: Condition,
+        *,
+        t: Tensor,
+        eps: Tensor,
+        input_eps: Tensor | None = None,
     ) -> Tensor:
-        """The same at given times (B,), snapped to the schedule, and noise (B, C, h, w)."""
-        return self._loss(net, x0, cond, t, eps, eps)
+        """The same at times (B,), snapped to the schedule, and noise (B, C, h, w).
+
+        input_eps: the noise of the network's input, by default `eps`.
+        """
+        t = self.schedule.snap(t)
+        alpha, sigma = (part.to(x0.dtype) for part in self.schedule(t))
+        noise = expand_dims_like(sigma, x0) * (eps if input_eps is None else input_eps)
+        x_t = expand_dims_like(alpha, x0) * x0 + noise
+        out = net(x_t, self.schedule.timestep(t).to(x0.dtype), cond)  # (B, C, h, w)
+        error = out - self.prediction.target(x0, eps, alpha, sigma)
+        loss = self.loss_function(error, t, self.schedule.log_snr(t))
+        return loss.flatten(1).mean(1) * self.weight(t)
 
     def weight(self, t: Tensor) -> Tensor:
         """The weight (B,) of the squared error of the output at t (B,)."""
@@ -114,17 +129,6 @@ class Objective(nn.Module):
         """x0_hat (B, C, h, w) of x_t at t, () or (B,), for a network output of 0."""
         alpha, sigma = (part.to(x_t.dtype) for part in self.schedule(t.to(x_t.device)))
         return self.prediction.to_x0(torch.zeros_like(x_t), x_t, alpha, sigma)
-
-    def _loss(
-        self, net: Network, x0: Tensor, cond: Condition, t: Tensor, eps: Tensor, input_eps: Tensor
-    ) -> Tensor:
-        t = self.schedule.snap(t)
-        alpha, sigma = (part.to(x0.dtype) for part in self.schedule(t))
-        x_t = expand_dims_like(alpha, x0) * x0 + expand_dims_like(sigma, x0) * input_eps
-        out = net(x_t, self.schedule.timestep(t).to(x0.dtype), cond)  # (B, C, h, w)
-        error = out - self.prediction.target(x0, eps, alpha, sigma)
-        loss = self.loss_function(error, t, self.schedule.log_snr(t))
-        return loss.flatten(1).mean(1) * self.weight(t)
 
     def _check_weights(self) -> None:
         ends = torch.tensor([0.0, 1.0], dtype=torch.float64)

@@ -1,8 +1,4 @@
-"""Predictions: what the network's output means.
-
-out = a x0 + b eps: a prediction is its row (a, b), as a function of alpha and sigma. All
-conversions follow from the row.
-"""
+"""Predictions: the row (a, b) of each network output a x0 + b eps, from alpha and sigma."""
 
 from torch import Tensor
 

@@ -1,8 +1,7 @@
 """Random numbers that belong to an image, not to a batch, a rank or a process.
 
 A draw is a pure function of (seed, stream, position), where `position` counts the images of a run
-from its start. Nothing has to be saved: a run that is resumed, or continues on another number of
-GPUs, draws the same numbers for each image.
+from its start, so that nothing has to be saved.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,7 +29,7 @@ class ImageGenerators(list[torch.Generator]):
 def make_generators(
     seed: int, positions: Iterable[int], *, stream: str, device: torch.device | str = "cpu"
 ) -> ImageGenerators:
-    """One generator per image; `stream` names the use, so that uses do not share their numbers."""
+    """One generator per image; `stream` names the use, as no two uses share their numbers."""
     return ImageGenerators(seed, positions, stream=stream, device=device)
 
 
@@ -57,10 +56,8 @@ def randn(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Standard normal numbers from one generator, or from one per image of the batch.
-
-    They are always contiguous: a channels_last draw would give different numbers.
-    """
+    """Standard normal numbers from one generator, or from one per image of the batch."""
+    # Contiguous, and only then converted: a channels_last draw would give other numbers.
     return _draw(torch.randn, shape, generator).to(device=device, dtype=dtype)
 
 

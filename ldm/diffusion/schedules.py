@@ -1,7 +1,4 @@
-"""Noise schedules: x_t = alpha_t x0 + sigma_t eps, with t in [0, 1] and t = 0 the data.
-
-All of diffusion/ is written in terms of alpha and sigma.
-"""
+"""Noise schedules: x_t = alpha_t x0 + sigma_t eps, with t in [0, 1] and t = 0 the data."""
 
 import math
 import warnings
@@ -59,9 +56,8 @@ class DiscreteSchedule(Schedule):
     """A variance-preserving schedule from DDPM's table of betas (Ho et al. 2020, section 2).
 
     Index k of the table is at t = (k + 1) / steps and is the network's input, as for published
-    weights. Between the points of the table log(alpha^2) is linear in t. `zero_terminal_snr` shifts
-    and scales alpha so that it is 0 at t = 1 and unchanged at 1 / steps (Lin et al. 2024,
-    arXiv:2305.08891, algorithm 1). Warns if much of the data is left at t = 1.
+    weights; between these log(alpha^2) is linear in t. zero_terminal_snr: alpha is shifted and
+    scaled to 0 at t = 1 (Lin et al. 2024, arXiv:2305.08891, algorithm 1).
     """
 
     def __init__(self, betas: Tensor, *, zero_terminal_snr: bool = False) -> None:
@@ -133,9 +129,8 @@ class DiscreteSchedule(Schedule):
 class FlowSchedule(Schedule):
     """The straight line alpha = 1 - t, sigma = t (Lipman et al. 2023; Liu et al. 2023).
 
-    `shift` s replaces t by s t / (1 + (s - 1) t), which divides alpha / sigma by s everywhere
-    (Esser et al. 2024, arXiv:2403.03206, section 5.3.2): images of n times as many pixels need
-    sqrt(n). The network's input is the shifted time, as in SD3.
+    shift: s replaces t by s t / (1 + (s - 1) t), also as the network's input (Esser et al. 2024,
+    arXiv:2403.03206, section 5.3.2); images of n times as many pixels need sqrt(n).
     """
 
     def __init__(self, *, shift: float = 1.0) -> None:
@@ -159,9 +154,8 @@ class LaplaceSchedule(Schedule):
     """Variance-preserving; log SNR has a Laplace distribution if t is uniform.
 
     log SNR = location - scale sign(1/2 - t) log(1 - 2 |t - 1/2|) (Hang et al. 2024,
-    arXiv:2407.03297, table 1), of mean `location` and standard deviation sqrt(2) scale: training is
-    mostly at medium noise. It ends in pure noise. (diffusers' "laplace" takes sqrt(SNR / (1 + SNR))
-    for alpha^2, which is alpha: see its pull request 11320.)
+    arXiv:2407.03297, table 1). It ends in pure noise. diffusers' "laplace" differs: it takes
+    sqrt(SNR / (1 + SNR)), which is alpha, for alpha^2 (its pull request 11320).
     """
 
     def __init__(self, *, location: float = 0.0, scale: float = 0.5) -> None:
@@ -205,10 +199,7 @@ def scaled_linear(
 def sigmoid(
     *, steps: int = 1000, start: float = 1e-4, end: float = 0.02, zero_terminal_snr: bool = False
 ) -> DiscreteSchedule:
-    """Betas rise from `start` to `end` as a sigmoid from -6 to 6 (Xu et al. 2022, GeoDiff).
-
-    The sigmoid of diffusers; that of Jabri et al. is `sigmoid_alpha`.
-    """
+    """Betas rise as a sigmoid from -6 to 6 (Xu et al. 2022, GeoDiff), as in diffusers."""
     rise = linspace_steps(-6, 6, steps).sigmoid()
     return DiscreteSchedule(start + (end - start) * rise, zero_terminal_snr=zero_terminal_snr)
 
@@ -220,15 +211,11 @@ def cosine(
     max_beta: float = 0.999,
     zero_terminal_snr: bool = False,
 ) -> DiscreteSchedule:
-    """alpha^2 falls as a squared cosine (Nichol and Dhariwal 2021, equation 17).
-
-    `max_beta` limits the last beta, which would be 1: every noise level has some signal.
-    """
+    """alpha^2 falls as a squared cosine (Nichol and Dhariwal 2021, equation 17)."""
     t = linspace_steps(0, 1, steps, more=1)
     alpha_bar = ((t + offset) / (1 + offset) * math.pi / 2).cos().square()
-    return DiscreteSchedule(
-        betas_for_alpha_bar(alpha_bar, max_beta), zero_terminal_snr=zero_terminal_snr
-    )
+    betas = betas_for_alpha_bar(alpha_bar, max_beta)
+    return DiscreteSchedule(betas, zero_terminal_snr=zero_terminal_snr)
 
 
 def sigmoid_alpha(
@@ -240,17 +227,13 @@ def sigmoid_alpha(
     max_beta: float = 0.999,
     zero_terminal_snr: bool = False,
 ) -> DiscreteSchedule:
-    """alpha^2 falls as a sigmoid (Jabri et al. 2022, arXiv:2212.11972; Chen 2023, algorithm 1).
-
-    alpha^2 runs from 1 to 0 with sigmoid(-x / tau), x from `start` to `end`; `max_beta` as above.
-    """
+    """alpha^2 falls as sigmoid(-x / tau), x from start to end (Jabri et al. 2022, 2212.11972)."""
     if not (tau > 0 and start < end):
         raise ValueError(f"needs tau > 0 and start < end, not {tau}, {start} and {end}")
     curve = (-linspace_steps(start, end, steps, more=1) / tau).sigmoid()
     alpha_bar = (curve - curve[-1]) / (curve[0] - curve[-1])
-    return DiscreteSchedule(
-        betas_for_alpha_bar(alpha_bar, max_beta), zero_terminal_snr=zero_terminal_snr
-    )
+    betas = betas_for_alpha_bar(alpha_bar, max_beta)
+    return DiscreteSchedule(betas, zero_terminal_snr=zero_terminal_snr)
 
 
 def linspace_steps(first: float, last: float, steps: int, *, more: int = 0) -> Tensor:
@@ -261,7 +244,7 @@ def linspace_steps(first: float, last: float, steps: int, *, more: int = 0) -> T
 
 
 def betas_for_alpha_bar(alpha_bar: Tensor, max_beta: float) -> Tensor:
-    """The betas (steps,) of a table of alpha^2 (steps + 1,), at most `max_beta`."""
+    """The betas (steps,) of a table of alpha^2 (steps + 1,); the last is `max_beta`, not 1."""
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta)
 
 

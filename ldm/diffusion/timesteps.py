@@ -1,10 +1,7 @@
-"""Timesteps of training: at which t in (0, 1] the images of a batch are trained.
-
-A distribution gives t as a function of a uniform number u, its quantile function; `Uniforms` draws
-the u of each image. Every t depends on the run's seed and the image's position alone.
-"""
+"""Timesteps of training: quantile functions give t in (0, 1] of uniform numbers, one per image."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from hashlib import blake2b
 
 import torch
@@ -19,26 +16,29 @@ FRACTION_BITS = 53  # of a float64
 TREE_LEVELS = 8  # per digest: 255 nodes of a binary tree in its 512 bits
 
 
+@dataclass(frozen=True, kw_only=True)
 class Uniforms:
     """One number in [0, 1) per image, each with uniform distribution, spread over a batch.
 
-    `independent`: no spread. `stratified`: the `batch` images of an optimizer step, on all devices
-    together, have one of `batch` equal intervals each, in a new random order at each step.
-    `sobol`: image i has the i-th number of a low-discrepancy sequence (Sobol 1967, whose first
-    dimension is van der Corput's: the bits of i, mirrored), scrambled by the seed (Owen 1995). Any
-    2^k positions from a multiple of 2^k on have one of 2^k equal intervals each: also the steps of
-    a run complement one another.
+    spread: `independent`; `stratified`, the `batch` images of an optimizer step, on all devices
+    together, have one of `batch` equal intervals each; `sobol`, image i has the i-th number of a
+    low-discrepancy sequence (Sobol 1967, the bits of i mirrored), scrambled by the seed (Owen
+    1995), so that any 2^k positions from a multiple of 2^k on have one of 2^k equal intervals each.
     """
 
-    def __init__(self, *, spread: str = "independent", batch: int | None = None) -> None:
-        if spread not in SPREADS:
-            raise ValueError(f"timestep_sampler.spread '{spread}' is none of {', '.join(SPREADS)}")
-        if spread == "stratified" and (batch is None or batch < 1):
+    spread: str = "independent"
+    batch: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.spread not in SPREADS:
             raise ValueError(
-                "timestep_sampler.spread=stratified needs the images of an optimizer "
-                f"step, got {batch}"
+                f"timestep_sampler.spread '{self.spread}' is none of {', '.join(SPREADS)}"
             )
-        self.spread, self.batch = spread, batch
+        if self.spread == "stratified" and (self.batch is None or self.batch < 1):
+            raise ValueError(
+                "timestep_sampler.spread=stratified needs the images of an optimizer step, "
+                f"got {self.batch}"
+            )
 
     def __call__(self, n: int, generator: Generators) -> Tensor:
         if self.spread == "independent":
@@ -58,21 +58,19 @@ class Uniforms:
         return (strata + rand(n, generator)) / self.batch
 
     def _strata(self, generator: ImageGenerators) -> Tensor:
+        # A new order for each step: no place in a batch, and no rank, always has the same interval.
         places = [divmod(position, self.batch) for position in generator.positions]
-        orders = {step: self._order(generator, step) for step in {step for step, _ in places}}
+        stream, orders = f"{generator.stream}/strata", {}
+        for step in {step for step, _ in places}:
+            own = torch.Generator().manual_seed(derive_seed(generator.seed, step, stream=stream))
+            orders[step] = torch.randperm(self.batch, generator=own)
         return torch.stack([orders[step][place] for step, place in places])
-
-    def _order(self, generator: ImageGenerators, step: int) -> Tensor:
-        # New for each step: no place in a batch, and no rank, has the same interval at every step.
-        seed = derive_seed(generator.seed, step, stream=f"{generator.stream}/strata")
-        return torch.randperm(self.batch, generator=torch.Generator().manual_seed(seed))
 
 
 def owen_scramble(position: int, *, key: str) -> int:
     """The lowest FRACTION_BITS bits of `position`, mirrored and scrambled.
 
-    Owen's nested scrambling in base 2: whether a bit is flipped is random, but the same for all
-    positions with the same lower bits, so that equal intervals are permuted and none is hit twice.
+    A bit is flipped at random, but alike for all positions with the same lower bits (Owen 1995).
     """
     mirrored = 0
     for first in range(0, FRACTION_BITS, TREE_LEVELS):
@@ -87,53 +85,39 @@ def owen_scramble(position: int, *, key: str) -> int:
 
 
 def apply_elementwise(quantile: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
-    """`quantile` of each number (B,) by itself on the CPU.
-
-    There vector instructions, which do most of a batch, round differently from those that do the
-    rest: the last digit of t would depend on an image's place in the batch.
-    """
+    """`quantile` of each number (B,), by itself on the CPU."""
+    # Vector instructions round differently from those that do the rest of a batch: the last digit
+    # of t would depend on an image's place in the batch.
     return torch.stack([quantile(each) for each in u]) if u.device.type == "cpu" else quantile(u)
 
 
+@dataclass(frozen=True)
 class PowerTimestepSampler(Uniforms):
-    """t in [0, 1) with density proportional to t^(power - 1).
+    """t in [0, 1) with density proportional to t^(power - 1); 1 is uniform (Ho et al. 2020)."""
 
-    1 is uniform (Ho et al. 2020, algorithm 1). Above 1 there are more noisy times, which decide the
-    layout of an image.
-    """
+    power: float = 1.0
 
-    def __init__(
-        self, power: float = 1.0, *, spread: str = "independent", batch: int | None = None
-    ) -> None:
-        super().__init__(spread=spread, batch=batch)
-        if power <= 0:
-            raise ValueError(f"time_power must be above 0, got {power}")
-        self.power = power
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.power <= 0:
+            raise ValueError(f"time_power must be above 0, got {self.power}")
 
     def __call__(self, n: int, generator: Generators) -> Tensor:
         u = super().__call__(n, generator)
         return apply_elementwise(lambda u: u ** (1 / self.power), u)
 
 
+@dataclass(frozen=True)
 class LogitNormalTimestepSampler(Uniforms):
-    """t in (0, 1) whose log(t / (1 - t)) is normal (Esser et al. 2024, section 3.1).
+    """t in (0, 1) whose log(t / (1 - t)) is normal (Esser et al. 2024, arXiv:2403.03206, 3.1)."""
 
-    arXiv:2403.03206. `mean` above 0 favours noisy times; a small `std` favours those around the
-    median.
-    """
+    mean: float = 0.0
+    std: float = 1.0
 
-    def __init__(
-        self,
-        mean: float = 0.0,
-        std: float = 1.0,
-        *,
-        spread: str = "independent",
-        batch: int | None = None,
-    ) -> None:
-        super().__init__(spread=spread, batch=batch)
-        if std <= 0:
-            raise ValueError(f"timestep_sampler.std must be above 0, got {std}")
-        self.mean, self.std = mean, std
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.std <= 0:
+            raise ValueError(f"timestep_sampler.std must be above 0, got {self.std}")
 
     def __call__(self, n: int, generator: Generators) -> Tensor:
         def quantile(u: Tensor) -> Tensor:

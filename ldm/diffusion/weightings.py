@@ -1,8 +1,7 @@
 """Weightings: how much each noise level counts in the loss.
 
-A weight w(SNR) is that of the squared error of x0_hat. Training minimizes the squared error of the
-network's output, which is `Prediction.gain` times that of x0_hat, hence w / gain, for every
-prediction and schedule. SNR and gain are finite and above 0 (`Objective.weight`).
+A weight w(SNR) is that of the squared error of x0_hat. The squared error of the network's output is
+`Prediction.gain` times that, hence w / gain, for every prediction and schedule.
 """
 
 import math
@@ -24,8 +23,7 @@ class MinSNRWeighting:
     """w = min(SNR, gamma) (Hang et al. 2023, arXiv:2303.09556).
 
     min(1, gamma / SNR) for eps, min(SNR, gamma) / (SNR + 1) for v on a variance-preserving schedule
-    (published code had min(SNR + 1, gamma) / (SNR + 1): diffusers' issue 5654). It is 0 without
-    signal: the end of a zero terminal SNR is not trained.
+    (not min(SNR + 1, gamma) / (SNR + 1): diffusers' issue 5654).
     """
 
     def __init__(self, gamma: float = 5.0) -> None:
@@ -46,10 +44,7 @@ class SoftMinSNRWeighting:
 
 
 class P2Weighting:
-    """w = SNR / (k + SNR)^gamma: 1 / (k + SNR)^gamma for eps (Choi et al. 2022, arXiv:2204.00227).
-
-    gamma 0 is uniform in eps.
-    """
+    """w = SNR / (k + SNR)^gamma, for eps 1 / (k + SNR)^gamma (Choi et al. 2022, 2204.00227)."""
 
     def __init__(self, gamma: float = 1.0, k: float = 1.0) -> None:
         if not 0 <= gamma < math.inf:
@@ -63,7 +58,7 @@ class P2Weighting:
 class EDMWeighting:
     """w = SNR + 1 / sigma_data^2 (Karras et al. 2022, arXiv:2206.00364, table 1: lambda).
 
-    Their sigma is sigma / alpha here. sigma_data = 1, as of our latents, is uniform in v.
+    Their sigma is sigma / alpha here.
     """
 
     def __init__(self, sigma_data: float = 0.5) -> None:
@@ -74,10 +69,7 @@ class EDMWeighting:
 
 
 class DebiasedWeighting:
-    """w = sqrt(SNR): 1 / sqrt(SNR) for eps (Yu et al. 2023, arXiv:2310.08442).
-
-    (For v, kohya's sd-scripts use 1 / (SNR + 1), which is a different weighting.)
-    """
+    """w = sqrt(SNR): 1 / sqrt(SNR) for eps (Yu et al. 2023, arXiv:2310.08442)."""
 
     def __call__(self, snr: Tensor, gain: Tensor) -> Tensor:
         return snr.sqrt() / gain

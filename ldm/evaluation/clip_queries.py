@@ -5,7 +5,6 @@ Shapes: n image files, m texts, N images of a data set, U captions, W words, D f
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -44,24 +43,11 @@ CAPTION_FEATURES_VERSION = 1  # another version of the code: cached captions are
 _bar = partial(tqdm, leave=False, delay=2, mininterval=get_progress_interval())
 
 
-@dataclass(frozen=True)
-class ImageCaptionPairs:
-    """Captions (U) of a data set, each once, and pairs (P, 2) of an image's and a caption's number.
-
-    first_captions: the first caption of each image, for people.
-    """
-
-    captions: list[str]
-    pairs: Tensor
-    first_captions: list[str]
-
-
 class ClipQueries:
     """A CLIP, and the shards `data` that it searches.
 
     templates: texts for words, with {}; none: captions of the data, with `packaged:clip` of the
     drawn world, else DEFAULT_LABEL_TEMPLATE. Features of the data are saved in `cache`.
-    caption_key: the key of captions in the json of samples.
     """
 
     def __init__(
@@ -92,10 +78,7 @@ class ClipQueries:
         return self.embed_files(paths) @ self.embed_texts(texts).T
 
     def search(self, query: Path | str, *, top: int) -> tuple[list[dict], Image.Image]:
-        """Returns the `top` images of the data that are nearest to an image or a text, and a page.
-
-        Each result has its key, cosine and first caption.
-        """
+        """Returns key, cosine and first caption of the `top` nearest images, and a page of them."""
         is_file = isinstance(query, Path)
         vector = self.embed_files([query]) if is_file else self.embed_texts([query])
         cosines = self.embed_images() @ vector[0]  # (N,)
@@ -112,17 +95,17 @@ class ClipQueries:
 
     def compute_recall(self) -> dict[str, list[float]]:
         """Returns the share of queries with an own item among the nearest 1, 5, 10; both ways."""
-        pairs, images = self.caption_pairs.pairs, self.embed_images()
-        captions = self.embed_captions(self.caption_pairs.captions)
-        ranks = {
+        texts, pairs = self.caption_pairs
+        images, captions = self.embed_images(), self.embed_captions(texts)
+        ways = {
             f"image to caption, of {len(captions)}": (images, captions, pairs),
             f"caption to image, of {len(images)}": (captions, images, pairs.flip(1)),
         }
-        ranks = {way: compute_retrieval_ranks(*tables) for way, tables in ranks.items()}
-        return {
-            way: [(rank < k).float().mean().item() for k in RECALL_CUTOFFS]
-            for way, rank in ranks.items()
-        }
+        recall = {}
+        for way, tables in ways.items():
+            ranks = compute_retrieval_ranks(*tables)
+            recall[way] = [(ranks < k).float().mean().item() for k in RECALL_CUTOFFS]
+        return recall
 
     def classify_labels(self, paths: Sequence[Path], names: Sequence[str]) -> Tensor:
         """Returns probabilities (n, W) of labels, each against the others."""
@@ -135,8 +118,7 @@ class ClipQueries:
     ) -> list[tuple[str, float]]:
         """Returns words with their cosines to the difference of two images, nearest first.
 
-        names: None for the `most` common words of the captions. Raises ValueError where CLIP finds
-        no difference.
+        names: None for the `most` common words of the captions.
         """
         pair = self.embed_files([path, other])
         if torch.equal(*pair):
@@ -150,9 +132,7 @@ class ClipQueries:
     ) -> WordDirections:
         """Returns words as directions; ValueError for a word in no caption, or for no words."""
         if not self.templates and (self.dataset is not None or self.path == PACKAGED_CLIP):
-            captions = (
-                sample_scene_captions() if self.dataset is None else self.caption_pairs.captions
-            )
+            captions = sample_scene_captions() if self.dataset is None else self.caption_pairs[0]
             names = names or find_common_words(captions, most)
             return embed_words_in_captions(self.embed_captions(captions), captions, names)
         if names is None:
@@ -201,24 +181,30 @@ class ClipQueries:
         return self.clip.encode_texts(texts).cpu()
 
     @cached_property
-    def caption_pairs(self) -> ImageCaptionPairs:
-        """All captions of the data."""
+    def caption_pairs(self) -> tuple[list[str], Tensor]:
+        """Captions (U) of the data, each once, and pairs (P, 2) of image and caption numbers."""
         number: dict[str, int] = {}
-        pairs, first_captions, shards = [], [], self.dataset.shards
+        pairs, shards = [], self.dataset.shards
         for i in _bar(range(len(shards)), desc="Reading", unit="image"):
-            texts = shards.read(i).captions
-            first_captions.append(texts[0])
-            pairs += [(i, number.setdefault(text, len(number))) for text in dict.fromkeys(texts)]
-        return ImageCaptionPairs(list(number), torch.tensor(pairs), first_captions)
+            texts = dict.fromkeys(shards.read(i).captions)
+            pairs += [(i, number.setdefault(text, len(number))) for text in texts]
+        return list(number), torch.tensor(pairs)
 
     def embed_images(self) -> Tensor:
         """Returns unit vectors (N, D) of the data's images, in its order."""
         count = len(self.dataset)
-        how = {"size": self.clip.size, "batch": self.batch, "cache": self.cache}
         with _bar(total=count, desc="Images", unit="image") as bar:
-            how |= {"device": self.device, "done": lambda items: bar.update(len(items))}
-            table = compute_real_features([self.clip], self.dataset, range(count), **how)
-        table = table[self.clip.name]
+            tables = compute_real_features(
+                [self.clip],
+                self.dataset,
+                range(count),
+                size=self.clip.size,
+                batch=self.batch,
+                cache=self.cache,
+                device=self.device,
+                done=lambda items: bar.update(len(items)),
+            )
+        table = tables[self.clip.name]
         vectors = torch.empty_like(table)
         vectors[shuffle_indices(count)] = F.normalize(table, dim=1)
         return vectors

@@ -32,3 +32,11 @@ class ProcessGroup:
         box = [value]
         dist.broadcast_object_list(box)
         return box[0]
+
+    def gather(self, value: object) -> list:
+        """Returns the values of all processes, in order of rank, in the first; else nothing."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(value, values)
+        return values or []

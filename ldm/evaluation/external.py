@@ -1,12 +1,9 @@
-"""Images of other sources than our own pipeline: a folder, or a pipeline of diffusers.
-
-Shapes: n images, S their side.
-"""
+"""Images from elsewhere: a folder (n images, S their side), or a pipeline of diffusers."""
 
 import inspect
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -35,11 +32,17 @@ DIFFUSERS_CALL_ARGUMENTS = (
 class ImageFolder:
     """The images of a folder in order of name, as centre crops of `size` pixels.
 
-    size: None for their own, if all have the same. `captions`: the texts of the .txt files with the
-    images' names; None where there are none. `digest`: a sha256 of names and contents.
+    size: None for their own, if all have the same. captions: of the .txt files with the images'
+    names; None where there are none. digest: a sha256 of names and contents.
     """
 
-    def __init__(self, folder: Path, *, size: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        size: int | None = None,
+        usual_size: Callable[[], int | None] = lambda: None,
+    ) -> None:
         self.folder = folder
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder '{folder}'")
@@ -55,7 +58,7 @@ class ImageFolder:
             except ImageError as error:
                 raise ImageError(f"'{path}': {error}") from error
             lines.append(f"{path.name} {hash_bytes(data)}\n")
-        if size is None and len(sides) > 1:
+        if size is None and len(sides) > 1 and (size := usual_size()) is None:
             least, most = min(sides), max(sides)
             raise ValueError(
                 f"'{sides[least]}' has {least} pixels and '{sides[most]}' {most}: give the size at "
@@ -76,9 +79,8 @@ class ImageFolder:
             image = read_image(path)
         except ImageError as error:
             raise ImageError(f"'{path}': {error}") from error
-        if image.size != (self.size, self.size):
-            image = crop_and_resize(image, self.size)
-        return pil_to_tensor(image).float()
+        is_sized = image.size == (self.size, self.size)
+        return pil_to_tensor(image if is_sized else crop_and_resize(image, self.size)).float()
 
     def _read_captions(self) -> list[str] | None:
         texts = [path.with_suffix(".txt") for path in self.paths]
@@ -97,8 +99,8 @@ class DiffusersPipeline:
     """A text-to-image pipeline of diffusers in a folder, in float32, with its own sampler.
 
     Only safetensors are opened, and no code of the folder is run; a safety checker, which blackens
-    images, is left out. `size` is the side of its images (None where it does not say); `facts` are
-    plain values that identify it.
+    images, is left out. size: the side of its images, None where it does not say. facts: plain
+    values that identify it.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -116,13 +118,12 @@ class DiffusersPipeline:
         self.size = _read_pipeline_size(self.pipe)
         files = sorted(folder.rglob("*.safetensors"))
         digests = [f"{path.relative_to(folder)} {hash_file(path)}" for path in files]
+        scheduler, plain = self.pipe.scheduler, (str, int, float, bool, type(None))
+        settings = {k: v for k, v in scheduler.config.items() if isinstance(v, plain)}
         self.facts = {
             "pipeline": type(self.pipe).__name__,
             "digest": hash_bytes("\n".join(digests).encode()),
-            "sampler": {
-                "name": type(self.pipe.scheduler).__name__,
-                **_keep_json_values(dict(self.pipe.scheduler.config)),
-            },
+            "sampler": {"name": type(scheduler).__name__, **settings},
             "precision": "float32",
         }
 
@@ -168,14 +169,10 @@ def _load_diffusers_pipeline(folder: Path):
     more = {"safety_checker": None} if "safety_checker" in index else {}
     weights = [path.name for path in folder.rglob("*.safetensors")]
     is_half = bool(weights) and all(".fp16" in name for name in weights)
+    more |= {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     with silence_transformers():
         return DiffusionPipeline.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            variant="fp16" if is_half else None,
-            **more,
+            folder, variant="fp16" if is_half else None, **more
         )
 
 
@@ -196,9 +193,3 @@ def _read_pipeline_size(pipe) -> int | None:
     side = getattr(pipe, "default_sample_size", None) or (net and net.config.get("sample_size"))
     side = side[-1] if isinstance(side, list | tuple) else side
     return side and side * getattr(pipe, "vae_scale_factor", 1)
-
-
-def _keep_json_values(values: dict) -> dict:
-    """Returns the values of a configuration that JSON can hold."""
-    kinds = (str, int, float, bool, type(None))
-    return {name: value for name, value in values.items() if isinstance(value, kinds)}

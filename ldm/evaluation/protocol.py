@@ -1,6 +1,6 @@
 """The evaluation protocol: how well generated images match real ones and their captions.
 
-Training and `ldm.evaluate` use the same. Shapes: N generated images, M real ones, D features.
+Shapes: N generated images, M real ones, D features.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ldm.data.dataset import TextImageDataset
 from ldm.evaluation.distributed import ProcessGroup
-from ldm.evaluation.feature_table import tabulate
+from ldm.evaluation.feature_table import IMAGE_ROWS, tabulate
 from ldm.evaluation.features.base import FeatureExtractor, select_caption_features
+from ldm.evaluation.image_metrics import ImageMetric, ImageMetrics
 from ldm.evaluation.metrics.intervals import Interval
 from ldm.evaluation.prompt_subset import PromptSubset, shuffle_indices
 from ldm.evaluation.reference import compute_real_features
@@ -34,16 +35,16 @@ def select_prompt_subset(
     dataset: TextImageDataset, others: TextImageDataset | None, count: int, *, seed: int = 0
 ) -> PromptSubset:
     """Draws `count` captions of the data set; of one half, where there are no other real images."""
-    check_image_count("images to measure", count)
+    check_image_count("images to measure", count, setting="count=")
     within = len(dataset) // 2 if lacks_reference_images(dataset, others) else None
     return PromptSubset.draw(dataset.shards, count, seed=seed, within=within)
 
 
-def check_image_count(what: str, count: int) -> None:
+def check_image_count(what: str, count: int, *, setting: str = "") -> None:
     """Raises TooFewImagesError where these are too few images to measure."""
     if count < MIN_IMAGES:
         what = what.replace("images", "image", 1) if count == 1 else what
-        raise TooFewImagesError(f"{count} {what}: it takes {MIN_IMAGES} or more")
+        raise TooFewImagesError(f"{count} {what}: it takes {setting}{MIN_IMAGES} or more")
 
 
 def lacks_reference_images(dataset: TextImageDataset, others: TextImageDataset | None) -> bool:
@@ -58,9 +59,8 @@ class EvaluationProtocol:
     perfect model. others: the reference, real images of the same kind, `at_most` of them. Without
     others the captions must be of one half of `dataset` (`select_prompt_subset`), and the reference
     is the other half: a reference with the images of the captions would lower all distances.
-    size: the side of all images, in pixels. cache: a folder for the features of real images.
-    has_captions: whether generated images depend on the captions.
-    Raises TooFewImagesError where there are too few images.
+    size: the side of all images, in pixels. has_captions: generated images depend on the captions.
+    metrics: those of a user's own, by name; with them there need not be networks.
     """
 
     def __init__(
@@ -75,14 +75,15 @@ class EvaluationProtocol:
         at_most: int = 10_000,
         batch: int = 32,
         has_captions: bool = True,
+        metrics: Mapping[str, ImageMetric] | None = None,
     ) -> None:
-        if not networks:
+        if not networks and not metrics:
             raise ValueError("there is no network to measure by: give features=[clip]")
         if subset.data != dataset.shards.index.fingerprint:
             raise ValueError("the captions of the subset are of other images than data")
         self.networks, self.dataset, self.subset = networks, dataset, subset
         self.size, self.cache, self.batch = size, cache, batch
-        self.has_captions = has_captions
+        self.has_captions, self.metrics = has_captions, ImageMetrics(metrics or {})
         if lacks_reference_images(dataset, others):
             half = len(dataset) // 2
             self.reference = dataset
@@ -103,21 +104,20 @@ class EvaluationProtocol:
         check_image_count("images to measure", len(subset))
         check_image_count("real images to compare with", len(self.real_indices))
         check_image_count("real images for the floor", len(self.floor_indices))
+        self.device = torch.device("cpu")  # that of `prepare`
         self.is_prepared = False
         self.scores: Scores | None = None  # on the first rank, after `prepare`
 
     def prepare(self, device: torch.device, done: EvaluationProgress = lambda items: None) -> None:
-        """Computes the features of real images and captions, once; all ranks must call it.
-
-        done: see `tabulate`.
-        """
+        """Computes the features of real images and captions, once; all ranks must call it."""
         if self.is_prepared:
             return
+        self.device = device
         how = {"size": self.size, "batch": self.batch, "cache": self.cache}
         how |= {"device": device, "done": done}
         real = compute_real_features(self.networks, self.reference, self.real_indices, **how)
         floor = compute_real_features(self.networks, self.dataset, self.floor_indices, **how)
-        if ProcessGroup().rank == 0:
+        if self.networks and ProcessGroup().rank == 0:
             texts, floor_texts = self._encode_captions(device) if self.has_captions else ({}, {})
             self.scores = Scores(self.networks, real, floor, texts, floor_texts)
         self.is_prepared = True
@@ -141,24 +141,36 @@ class EvaluationProtocol:
             images = generate(self.subset.captions[part], seeds=self.subset.seeds[part])
             images = to_uint8_tensor(images)
             on_images(items, images)
-            return {network.name: network(images) for network in self.networks}
+            rows = {network.name: network(images) for network in self.networks}
+            return rows | ({IMAGE_ROWS: images} if self.metrics.names else {})
 
         columns = {network.name: network.width for network in self.networks}
         how = {"columns": columns, "batch": self.batch, "folder": folder, "done": done}
+        if self.metrics.names:
+            self.metrics.reset(self.device)
+            if self.metrics.needs_real_images:
+                self._add_real_images()
+            how["on_images"] = self._add_generated_images
         return tabulate(len(self.subset), make, **how)
 
     def measure(self, features: Mapping[str, Tensor]) -> dict[str, float]:
         """Returns the metrics of such tables on all ranks; the first rank computes them."""
-        ranks = ProcessGroup()
-        return ranks.share(self.scores.metrics(features) if ranks.rank == 0 else None)
+        ranks, results = ProcessGroup(), None
+        if ranks.rank == 0:
+            known = {} if self.scores is None else self.scores.metrics(features)
+            results = self._join_metrics(known)
+        return ranks.share(results)
 
     def estimate(
         self, features: Mapping[str, Tensor]
     ) -> tuple[dict[str, float], dict[str, Interval], dict[str, float]]:
         """Returns the metrics likewise, their 95 % intervals, and the distances of the floor."""
         ranks, results = ProcessGroup(), None
-        if ranks.rank == 0:
-            results = *self.scores.estimate_metrics(features), self.scores.floor_distances
+        if ranks.rank == 0 and self.scores is None:
+            results = self._join_metrics({}), {}, {}
+        elif ranks.rank == 0:
+            known, intervals = self.scores.estimate_metrics(features)
+            results = self._join_metrics(known), intervals, self.scores.floor_distances
         return ranks.share(results)
 
     def facts(self) -> dict:
@@ -173,9 +185,42 @@ class EvaluationProtocol:
             "compared": self.reference.shards.index.fingerprint,
             "size": self.size,
             "crop": "center",
-            "first": choose_main_network(self.networks),
+            "first": choose_main_network(self.networks) if self.networks else None,
             "networks": {network.name: network.digest for network in self.networks},
+            **({"metrics": self.metrics.names} if self.metrics.names else {}),
         }
+
+    def _add_real_images(self) -> None:
+        """Passes the real images and their captions to the metrics."""
+        order = shuffle_indices(len(self.reference))
+        order = order[self.real_indices.start : self.real_indices.stop]
+        captions: dict[range, list[str]] = {}
+
+        def read(items: range) -> Mapping[str, Tensor]:
+            found = [self.reference[order[i], order[i]] for i in items]
+            captions[items] = [item["captions"] for item in found]
+            return {IMAGE_ROWS: torch.stack([item["images"] for item in found])}
+
+        def add(items: range, images: Tensor) -> None:
+            self._add_images(images, captions.pop(items, []), real=True)
+
+        tabulate(len(order), read, columns={}, batch=self.batch, on_images=add)
+
+    def _add_generated_images(self, items: range, images: Tensor) -> None:
+        self._add_images(images, self.subset.captions[items.start : items.stop], real=False)
+
+    def _add_images(self, images: Tensor, captions: Sequence[str], *, real: bool) -> None:
+        """Passes the images of all processes to the metrics of the first one."""
+        for part, names in ProcessGroup().gather((images, captions)):
+            if names:
+                self.metrics.update(part.to(self.device), names, real=real)
+
+    def _join_metrics(self, known: dict[str, float]) -> dict[str, float]:
+        """Returns known metrics and the user's own; ValueError for two of one name."""
+        own = self.metrics.compute()
+        if both := known.keys() & own.keys():
+            raise ValueError(f"metrics: {', '.join(sorted(both))} is measured already: rename it")
+        return known | own
 
     def _encode_captions(self, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Returns tables by network: of the captions, and of those of the floor's images."""

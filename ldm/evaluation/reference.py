@@ -39,18 +39,17 @@ def compute_real_features(
 ) -> dict[str, Tensor]:
     """Returns float32 tables (len(indices), D) by network, of the images at these shuffled indices.
 
-    dataset: of a validation: centre crops, `size` pixels wide. `cache` has a file for each network,
-    data set, indices and size, and the pieces of incomplete tables. A damaged file is made again
-    with a warning.
+    dataset: of a validation, with centre crops of `size` pixels. cache: a folder for the tables and
+    the pieces of incomplete ones; a damaged file is made again with a warning.
     """
-    tables, missing, files = {}, [], {}
+    ranks, tables, missing, files = ProcessGroup(), {}, [], {}
     for network in networks:
         facts = describe_real_features(network, dataset, indices, size=size)
         path = cache / f"real-{network.name}-{hash_facts(facts)}.safetensors"
         files[network.name] = path, facts
         table = find_feature_table(path, facts, width=network.width)
         # A process may see the file that another is about to write: all must decide the same.
-        if ProcessGroup().any(table is None):
+        if ranks.any(table is None):
             missing.append(network)
         else:
             tables[network.name] = table
@@ -71,7 +70,7 @@ def compute_real_features(
     columns = {network.name: network.width for network in missing}
     pieces = cache / f"pieces-{hash_facts([files[name][0].name for name in columns])}"
     made = tabulate(len(order), make, columns=columns, batch=batch, folder=pieces, done=done)
-    if ProcessGroup().rank == 0:
+    if ranks.rank == 0:
         for name, table in made.items():
             path, facts = files[name]
             try:
@@ -107,14 +106,9 @@ def find_feature_table(path: Path, facts: dict, *, width: int) -> Tensor | None:
         warnings.warn(f"{error}: it is made again", stacklevel=3)
         return None
     start, stop = facts["places"]
-    shapes = {name: tuple(table.shape) for name, table in tables.items()}
-    problems = [
-        f"{key} {saved.get(key)} for {value}"
-        for key, value in facts.items()
-        if saved.get(key) != value
-    ]
-    if not problems and shapes != {"features": (stop - start, width)}:
-        problems = [f"tables {sorted(tables)} for features {(stop - start, width)}"]
-    if problems:
-        raise ValueError(f"{path} is of something else ({', '.join(problems)}): delete it")
+    wanted = facts | {"tables": {"features": (stop - start, width)}}
+    found = saved | {"tables": {name: tuple(table.shape) for name, table in tables.items()}}
+    if differ := [key for key in wanted if found.get(key) != wanted[key]]:
+        problems = ", ".join(f"{key} {found.get(key)} for {wanted[key]}" for key in differ)
+        raise ValueError(f"{path} is of something else ({problems}): delete it")
     return tables["features"]

@@ -35,9 +35,9 @@ class Scores:
     """The tables that generated images are compared with, and the metrics of the comparison.
 
     real (M, D): real images. floor (N', D): the real images of the captions, which a perfect model
-    would generate. texts (N, D), floor_texts (N', D): the captions of generated images and of
-    `floor`, for networks that encode captions. KID and the nearest-neighbour metrics are of the
-    `first` network: of Inception, where it is there.
+    would generate. texts (N, D), floor_texts (N', D): captions of generated images and of `floor`,
+    for networks that encode captions. KID and the nearest-neighbour metrics are of Inception if it
+    is there, else of the first network.
     """
 
     def __init__(
@@ -60,16 +60,17 @@ class Scores:
             self.constant[f"{clip_score_key(name)}_real"] = float(score.mean())
 
     def metrics(self, generated: Tables) -> dict[str, float]:
-        """Returns `compute_distances`, clip_score where there is a CLIP, and constant metrics.
+        """Returns `compute_distances`, clip_score, clip_score_chance, and constant metrics.
 
-        Constant are fid_floor and fd_*_floor, and clip_score_real (real images with their own
-        captions). clip_score_chance is of generated images with all captions but their own.
+        Constant are fid_floor, fd_*_floor, and clip_score_real, of real images with their own
+        captions. clip_score_chance is of generated images with all captions but their own.
         """
         return self.compute_distances(generated) | self._score_captions(generated) | self.constant
 
     def estimate_metrics(self, generated: Tables) -> tuple[dict[str, float], dict[str, Interval]]:
         """Returns `metrics`, and 95 % intervals over draws of as many images, by metric."""
-        estimates = self._estimate_distances(generated, errors=True)
+        estimates = self._estimate_frechet(generated, errors=True)
+        estimates |= self._estimate_others(generated, errors=True)
         intervals = {name: estimate.interval() for name, estimate in estimates.items()}
         low, high = intervals["density"]
         intervals["density"] = Interval(max(low, 0.0), high)
@@ -84,11 +85,9 @@ class Scores:
         return distances | self._score_captions(generated) | self.constant, intervals
 
     def compute_distances(self, generated: Tables) -> dict[str, float]:
-        """Returns fid or fd_<network>, kid, precision, recall, density, coverage, cmmd.
-
-        Where there is a classifier, also inception_score.
-        """
-        estimates = self._estimate_distances(generated, errors=False)
+        """Returns fid or fd_<network>, kid, cmmd, precision, recall, .., and inception_score."""
+        estimates = self._estimate_frechet(generated, errors=False)
+        estimates |= self._estimate_others(generated, errors=False)
         return _get_values(estimates) | self._score_classes(generated)
 
     @cached_property
@@ -97,12 +96,8 @@ class Scores:
         estimates = self._floor_frechet | self._estimate_others(self.floor, errors=False)
         return _get_values(estimates) | self._score_classes(self.floor)
 
-    def _estimate_distances(self, generated: Tables, *, errors: bool) -> dict[str, Estimate]:
-        """Errors take time; without them they are NaN."""
-        frechet = self._estimate_frechet(generated, errors=errors)
-        return frechet | self._estimate_others(generated, errors=errors)
-
     def _estimate_frechet(self, generated: Tables, *, errors: bool) -> dict[str, Estimate]:
+        """Errors take time; without them they are NaN."""
         return {
             distance_key(name): frechet_estimate(moments, generated[name])
             if errors
@@ -130,8 +125,7 @@ class Scores:
         table = generated[self.classifier.name]
         probabilities = self.classifier.logits(table).softmax(dim=1)
         splits = min(10, len(table) // 2)
-        score = inception_score(probabilities, seed=SCORES_SEED, splits=splits)
-        return {"inception_score": score}
+        return {"inception_score": inception_score(probabilities, seed=SCORES_SEED, splits=splits)}
 
     def _score_captions(self, generated: Tables) -> dict[str, float]:
         scores = {}

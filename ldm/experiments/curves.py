@@ -12,12 +12,11 @@ from hashlib import blake2b
 from io import StringIO
 from pathlib import Path
 
-from ldm.utils.files import read_regular_file, write_text
+from ldm.utils.files import read_json, write_text
 from ldm.utils.text import format_csv_cell, format_table
 
 CURVE_TABLE_METRICS = ("scene_accuracy", "clip_score", "precision", "recall", "cmmd", "kid")
 CURVE_FILE_TYPES = ("json", "csv", "png")
-MAX_CURVE_BYTES = 2**26
 UNREADABLE = (OSError, ValueError, TypeError, KeyError)  # errors of a file that is no curve
 CurvePoints = Sequence[dict]
 
@@ -25,10 +24,10 @@ CurvePoints = Sequence[dict]
 def write_curve(points: CurvePoints, out: Path, *, metric: str | None = None) -> list[Path]:
     """Writes curve_<what varies>.json with all facts, .csv with the metrics, and .png.
 
-    metric: the metric of the first panel; None: as `plot_quality_curve` chooses. A former curve
-    with points that the new one lacks gets another name, which is printed.
+    metric: of the first panel; None: as `plot_quality_curve` chooses. A former curve with points
+    that the new one lacks gets another name, which is printed.
     """
-    from ldm.experiments.plots import render_quality_curve
+    from ldm.experiments.plots import plot_quality_curve, render_figure
     from ldm.utils.images import save_png
 
     json_file, csv_file, png_file = files = _curve_files(points, out)
@@ -38,7 +37,8 @@ def write_curve(points: CurvePoints, out: Path, *, metric: str | None = None) ->
     table = [[format_csv_cell(value) for value in row] for row in list_curve_rows(points)]
     csv.writer(text, lineterminator="\n").writerows(table)
     write_text(csv_file, text.getvalue())
-    save_png(render_quality_curve({"": points}, metric=metric), png_file, {"points": len(points)})
+    figure = plot_quality_curve({"": points}, metric=metric)
+    save_png(render_figure(figure), png_file, {"points": len(points)})
     return files
 
 
@@ -61,10 +61,9 @@ def back_up_curve(json_file: Path, points: CurvePoints) -> None:
     """Renames the former curve unless the new one has all its points; prints the new name."""
     try:
         former = json.loads(json_file.read_text())
-        lost = _collect_settings(former) - _collect_settings(points)
+        if not _collect_settings(former) - _collect_settings(points):
+            return
     except UNREADABLE:
-        return
-    if not lost:
         return
     name = f"former_{json_file.stem}-{blake2b(json_file.read_bytes(), digest_size=4).hexdigest()}"
     for kind in CURVE_FILE_TYPES:
@@ -92,20 +91,17 @@ def list_curve_rows(points: CurvePoints) -> list[list]:
 
 
 def read_curves(run_dir: Path) -> dict[str, CurvePoints]:
-    """Returns the curves in a folder by the stem of their files.
-
-    Raises ValueError if a file holds something else.
-    """
+    """Returns the curves in a folder by the stem of their files; ValueError for other content."""
     curves = {}
     for path in sorted(run_dir.glob("curve_*.json")):
         try:
-            points = json.loads(read_regular_file(path, max_bytes=MAX_CURVE_BYTES))
+            points = read_json(path)
             if not points or not all(map(is_curve_point, points)):
                 raise ValueError("without points")
             if any(point["metrics"].keys() != points[0]["metrics"].keys() for point in points):
                 raise ValueError("its points have different metrics")
             make_comparison_key(points)
-        except (*UNREADABLE, AttributeError, RecursionError) as error:
+        except (*UNREADABLE, AttributeError) as error:
             raise ValueError(
                 f"{path} is no curve of ldm.evaluate ({error!r}): delete it"
             ) from error
@@ -114,7 +110,7 @@ def read_curves(run_dir: Path) -> dict[str, CurvePoints]:
 
 
 def is_curve_point(point: dict) -> bool:
-    """Whether it has what a plot of a curve needs."""
+    """Returns whether it has what a plot of a curve needs."""
     intervals = point.get("intervals", {}).values()
     tables = [point["metrics"], point.get("floor", {}), point.get("own", {})]
     numbers = [*itertools.chain(*(table.values() for table in tables), *intervals)]

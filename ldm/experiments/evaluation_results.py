@@ -16,7 +16,7 @@ OUTPUT_HINT = "give another {}=.., or overwrite=true to replace what is there"
 def check_result_location(varied: Sequence[dict[str, str]], out: Path) -> None:
     """Raises UsageError if a file in `out` has the name of a result and is none.
 
-    varied: the settings of each point. Former results may stay: they get another name.
+    varied: the settings of each point.
     """
     path = out / "metrics.json"
     try:

@@ -1,8 +1,7 @@
 """Names that components and settings had before: runs and checkpoints of then say them.
 
 A component that moves or changes its name gets a line in `FORMER_TARGETS`, a setting one in
-`FORMER_SETTINGS`. Files are read with the names of today; on the command line a former setting
-works and says once what it is called now.
+`FORMER_SETTINGS`.
 """
 
 import re
@@ -91,6 +90,14 @@ FORMER_SETTINGS = {
     "sampler.origin": "sampler.original_steps",
     "guidance.judge": "guidance.reward_model",
     "enlarging": "cascade_guidance_scale",
+    "logger.project": "logger.wandb.project",
+}
+
+# Whole overrides of the command line whose value changed with the name.
+FORMER_OVERRIDES = {
+    "logger.offline=true": "logger.wandb.mode=offline",
+    "logger.offline=false": "logger.wandb.mode=online",
+    "logger.offline=null": "logger.wandb.mode=null",
 }
 
 
@@ -113,7 +120,7 @@ def update_names(config: dict, prefix: str = "") -> dict:
 
 
 def is_own_target(target: object) -> bool:
-    """Whether a target is a user's own, whose settings never had other names."""
+    """Returns whether a target is a user's own, whose settings never had other names."""
     return isinstance(target, str) and not target.startswith("ldm.")
 
 
@@ -124,6 +131,7 @@ def former_setting(name: str) -> str:
 
 def update_override(override: str) -> str:
     """Returns a `key=value` of the command line with the key of today."""
+    override = FORMER_OVERRIDES.get(override, override)
     key, equals, value = override.partition("=")
     name = re.sub(r"^[+~]*(hydra\.sweeper\.params\.)?", "", key)
     updated = "@".join(map(update_key, name.split("@")))  # group@place, or the group alone

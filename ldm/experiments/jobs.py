@@ -74,10 +74,7 @@ class JobHost(Protocol):
 
 
 def format_job_label(settings: Mapping[str, str]) -> str:
-    """Returns the directory name of a job: its settings, sorted by name.
-
-    A digest is appended if the settings are too long or have characters that are odd in a path.
-    """
+    """Returns the directory of a job: its settings, with a digest if long or odd in a path."""
     text = ",".join(f"{key}={settings[key]}" for key in sorted(settings)) or "defaults"
     plain = re.sub(r"[^\w.=,+@-]", "-", text, flags=re.ASCII)[:120]
     return plain if plain == text else f"{plain}~{hash_texts([text])}"

@@ -19,8 +19,8 @@ from ldm.utils.plots import (
     LABEL_HEIGHT,
     MARGIN,
     NOTE_HEIGHT,
-    TITLE_HEIGHT,
     Page,
+    measure_heading,
     wrap_paragraph,
 )
 
@@ -33,7 +33,8 @@ LINE_STYLES = ("-", "--", ":", "-.")  # one for every ten colours
 MetricCurve = Sequence[tuple[float, float]]  # (images seen, value)
 
 
-def _render(figure: Figure) -> Image.Image:
+def render_figure(figure: Figure) -> Image.Image:
+    """Returns a figure as an image."""
     file = io.BytesIO()
     FigureCanvasAgg(figure).print_png(file)
     return Image.open(file).convert("RGB")
@@ -42,13 +43,6 @@ def _render(figure: Figure) -> Image.Image:
 def _style(axes: Axes) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def render_quality_curve(
-    runs: Mapping[str, CurvePoints], *, metric: str | None = None
-) -> Image.Image:
-    """Returns `plot_quality_curve` as an image."""
-    return _render(plot_quality_curve(runs, metric=metric))
 
 
 def plot_quality_curve(runs: Mapping[str, CurvePoints], *, metric: str | None = None) -> Figure:
@@ -82,9 +76,7 @@ def plot_quality_curve(runs: Mapping[str, CurvePoints], *, metric: str | None = 
 def _select_axis(runs: Mapping[str, CurvePoints]) -> str:
     """Returns the setting of the x axis: steps or length, else the first numeric one."""
     varied = [point["varied"] for points in runs.values() for point in points]
-    numeric = [
-        key for key in varied[0] if all(parse_number(each[key]) is not None for each in varied)
-    ]
+    numeric = [k for k in varied[0] if all(parse_number(each[k]) is not None for each in varied)]
     return next(iter([*(key for key in AXIS_SETTINGS if key in numeric), *numeric, *varied[0]]))
 
 
@@ -139,7 +131,8 @@ def _plot_panel(
         ticks = {position: value for value, position in positions.items()}
         tilt = 60 if len(ticks) > 8 else 0
         axes.set_xticks(list(ticks), labels=list(ticks.values()), rotation=tilt)
-    real = {_real_value(point["metrics"], y) for points in lines.values() for point in points}
+    every = [point["metrics"] for points in lines.values() for point in points]
+    real = {metrics.get(f"{y}_floor", metrics.get(f"{y}_real")) for metrics in every}
     if len(real) == 1 and (level := real.pop()) is not None:
         _plot_level(axes, level, "real images", 1, color="grey", style=":", align="right")
 
@@ -157,13 +150,9 @@ def _bar_lengths(points: Sequence[dict], name: str | None) -> list[list[float]] 
     ends = [point.get("intervals", {}).get(name) for point in points]
     if not all(ends):
         return None
-    pairs = [(point["metrics"][name], end) for point, end in zip(points, ends, strict=True)]
-    below = [max(value - interval[0], 0.0) for value, interval in pairs]
-    return [below, [max(interval[1] - value, 0.0) for value, interval in pairs]]
-
-
-def _real_value(metrics: Mapping[str, float], name: str) -> float | None:
-    return metrics.get(f"{name}_floor", metrics.get(f"{name}_real"))
+    pairs = [(point["metrics"][name], *end) for point, end in zip(points, ends, strict=True)]
+    below = [max(value - low, 0.0) for value, low, _ in pairs]
+    return [below, [max(high - value, 0.0) for value, _, high in pairs]]
 
 
 def _format_metric_label(metric: str) -> str:
@@ -193,10 +182,9 @@ def plot_metric_curves(panels: Mapping[str, Sequence[tuple[str, MetricCurve]]]) 
             style = {"color": f"C{number % 10}", "linestyle": dashes, "linewidth": 1.4}
             x, y = np.array(points, dtype=float).reshape(-1, 2).T
             handles[name] = axes.plot(x, y, marker=".", label=name, **style)[0]
-    names = [label for label in labels if label in handles]
-    lines, texts = [handles[name] for name in names], [wrapped[name] for name in names]
+    lines, texts = [handles[name] for name in labels], [wrapped[name] for name in labels]
     figure.legend(lines, texts, loc="outside lower left", frameon=False)
-    return _render(figure)
+    return render_figure(figure)
 
 
 def draw_sample_page(
@@ -212,8 +200,7 @@ def draw_sample_page(
     line = round(LABEL_HEIGHT * 1.35)
     heads = [wrap_paragraph(prompt, side, size=NOTE_HEIGHT, max_lines=5) for prompt in prompts]
     labels = [wrap_paragraph(label, (width - 2 * MARGIN) / 1.15, max_lines=2) for label, _ in rows]
-    below = wrap_paragraph(subtitle, width - 2 * MARGIN)
-    top = MARGIN + round(TITLE_HEIGHT * 1.7) + len(below) * line + 2 * GAP
+    top = measure_heading(subtitle, width)
     y = top + max(map(len, heads)) * round(NOTE_HEIGHT * 1.35) + GAP
     heights = [len(label) * line + 4 + side + 2 * GAP for label in labels]
     page = Page(width, y + sum(heights) + MARGIN)

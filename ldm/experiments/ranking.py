@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,10 +89,7 @@ def _read_node(settings: dict, key: str) -> dict:
 
 
 def find_runs(places: Iterable[Path]) -> list[Path]:
-    """Returns each place that is a run, and the runs below each that is a sweep or a folder.
-
-    Raises FileNotFoundError if a place has none.
-    """
+    """Returns each place that is a run, and the runs below each that is a sweep or a folder."""
     runs: dict[Path, None] = {}
     for place in places:
         is_run = (place / "config.yaml").is_file() or (place / "result.json").is_file()
@@ -112,8 +110,7 @@ def find_runs(places: Iterable[Path]) -> list[Path]:
 def find_run_differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     """Returns what differs between runs: a group's option, or a setting; a value for each run.
 
-    The settings of a group whose option differs are left out. A run without configuration counts
-    for nothing.
+    Settings of a group whose option differs are left out; runs without configuration do not count.
     """
     began = [bool(run.config) for run in runs]
 
@@ -125,7 +122,7 @@ def find_run_differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
         values = [run.choices.get(group, "") for run in runs]
         if differ(values):
             table[group] = values
-    flat = [dict(_iterate_leaves(run.config)) for run in runs]
+    flat = [dict(iterate_leaves(run.config)) for run in runs]
     for key in dict.fromkeys(key for settings in flat for key in settings):
         values = [str(settings.get(key, "")) for settings in flat]
         covered = any(key == group or key.startswith(f"{group}.") for group in table)
@@ -134,10 +131,11 @@ def find_run_differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     return table
 
 
-def _iterate_leaves(node: dict, prefix: str = "") -> Iterable[tuple[str, object]]:
+def iterate_leaves(node: dict, prefix: str = "") -> Iterable[tuple[str, object]]:
+    """Yields each setting with its whole name, such as model.channels."""
     for key, value in node.items():
         if isinstance(value, dict):
-            yield from _iterate_leaves(value, f"{prefix}{key}.")
+            yield from iterate_leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -154,6 +152,16 @@ def rank_runs(runs: Sequence[RunRecord], metric: str, *, direction: str) -> list
     return sorted(runs, key=sort_key)
 
 
+def select_ranking_metric(runs: Sequence[RunRecord]) -> str:
+    """Returns the metric of most runs, but scene accuracy for the loss if all have measured it."""
+    metrics = [run.config.get("metric") for run in runs]
+    counts = Counter(metric for metric in metrics if isinstance(metric, str))
+    metric = counts.most_common(1)[0][0] if counts else "val/loss"
+    each = [collect_logged_metrics([run]) for run in runs if run.rows]
+    has_accuracy = bool(each) and all("val/scene_accuracy" in names for names in each)
+    return "val/scene_accuracy" if metric == "val/loss" and has_accuracy else metric
+
+
 def list_ranking_caveats(runs: Sequence[RunRecord], metric: str) -> list[str]:
     """Returns why the ranking may mislead."""
     stages = {run.config.get("stage") for run in runs if run.config}
@@ -167,8 +175,8 @@ def list_ranking_caveats(runs: Sequence[RunRecord], metric: str) -> list[str]:
     instead = f", or rank by the generated images, as metric={names[0]} does" if names else ""
     what = ", ".join(sorted(differ))
     return [
-        f"Runs with another {what} weight errors differently in {metric}: look at samples.png"
-        f"{instead}."
+        f"Runs with another {what} weight errors differently in {metric}, which does not compare "
+        f"them: look at the samples{instead}."
     ]
 
 
@@ -203,7 +211,7 @@ def build_ranking_table(
 ) -> tuple[list[str], list[list]]:
     """Returns columns and rows, in the order of the runs: what differs, and the metrics.
 
-    Cells are text, numbers, or None where nothing is known. constant: as `select_ranking_metrics`.
+    constant: with the metrics of real images.
     """
     differ = find_run_differences(runs)
     metrics = list(dict.fromkeys([metric, *select_ranking_metrics(runs, constant=constant)]))

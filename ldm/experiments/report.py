@@ -3,22 +3,10 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
+from ldm.experiments import ranking
 from ldm.experiments.curves import make_comparison_key, read_curves
-from ldm.experiments.ranking import (
-    RunRecord,
-    build_ranking_table,
-    collect_logged_metrics,
-    format_csv_table,
-    format_markdown_table,
-    list_ranking_caveats,
-    rank_runs,
-    read_run_record,
-    select_ranking_metrics,
-    shorten_run_names,
-)
 from ldm.experiments.run_dir import infer_metric_direction
 from ldm.utils.errors import suggest_nearest
 from ldm.utils.files import write_text
@@ -39,55 +27,50 @@ def compare_runs(
 ) -> str:
     """Writes the ranking of these runs into `out`; returns the table and the names of the files.
 
-    A run with damaged files is left out, and so are damaged samples; a line says why.
-    Raises ValueError if no run can be read or has logged the metric, and unless `overwrite` if a
-    file in `out` has the name of one of ours and is none.
+    A run with damaged files is left out, and so are damaged samples; a line says why. overwrite:
+    also files that are none of a report's.
     """
     if not overwrite:
         check_report_files(out)
     runs, notes = [], []
     for directory in directories:
         try:
-            runs.append(read_run_record(directory))
+            runs.append(ranking.read_run_record(directory))
         except (ValueError, OSError) as error:
             notes.append(f"{directory} is left out: {error}")
     if not runs:
         raise ValueError("; ".join(notes))
-    metric = metric or _most_common_metric(runs)
-    logged = collect_logged_metrics(runs)
+    metric = metric or ranking.select_ranking_metric(runs)
+    logged = ranking.collect_logged_metrics(runs)
     if logged and metric not in logged:
         near = suggest_nearest(metric, logged)
         raise ValueError(f"metric={metric} was not logged by any of {len(runs)} runs{near}")
     if (direction := direction or infer_metric_direction(metric)) not in ("minimize", "maximize"):
         raise ValueError(f"direction={direction} is neither minimize nor maximize")
-    runs = rank_runs(runs, metric, direction=direction)
+    runs = ranking.rank_runs(runs, metric, direction=direction)
     title = f"{len(runs)} run{'s' * (len(runs) > 1)} by {metric} ({direction})"
-    table = format_markdown_table(*build_ranking_table(runs, metric))
-    notes += list_ranking_caveats(runs, metric)
+    table = ranking.format_markdown_table(*ranking.build_ranking_table(runs, metric))
+    notes += ranking.list_ranking_caveats(runs, metric)
     errors = [
         f"```\n{run.directory}: {run.result['error']}\n```" for run in runs if "error" in run.result
     ]
     out.mkdir(parents=True, exist_ok=True)
     page = "\n\n".join([f"# {title}", table, *notes, *errors])
     write_text(out / "ranking.md", escape_control_characters(page, keep="\n\t") + "\n")
-    columns, rows = build_ranking_table(runs, metric, constant=True)
+    columns, rows = ranking.build_ranking_table(runs, metric, constant=True)
     rows = [
         [*row, str(run.directory), run.result.get("error")]
         for row, run in zip(rows, runs, strict=True)
     ]
-    write_text(out / "ranking.csv", format_csv_table([*columns, "directory", "error"], rows))
+    write_text(
+        out / "ranking.csv", ranking.format_csv_table([*columns, "directory", "error"], rows)
+    )
     quality, quality_notes = _draw_quality_curves(runs, out)
     images, image_notes = _draw_curves_and_samples(runs, metric, direction, out)
     written = ["ranking.md", "ranking.csv", *images, *quality]
     lines = [f"{note}\n" for note in [*notes, *quality_notes, *image_notes]]
     files = "  ".join(str(out / name) for name in written)
     return "\n".join([f"\n{title}\n\n{table}\n", *lines, files])
-
-
-def _most_common_metric(runs: Sequence[RunRecord]) -> str:
-    metrics = [run.config.get("metric") for run in runs]
-    counts = Counter(metric for metric in metrics if isinstance(metric, str))
-    return counts.most_common(1)[0][0] if counts else "val/loss"
 
 
 def check_report_files(out: Path) -> None:
@@ -98,28 +81,28 @@ def check_report_files(out: Path) -> None:
                 if not re.match(pattern, file.readline(200)):
                     raise ValueError(f"{path} {FOREIGN_FILE_MESSAGE}")
     for path in [out / "curves.png", out / "samples.png", *out.glob("quality_*.png")]:
-        if path.is_file() and "runs" not in _read_png_facts(path):
+        if path.is_file() and not _is_report_image(path):
             raise ValueError(f"{path} {FOREIGN_FILE_MESSAGE}")
 
 
-def _read_png_facts(path: Path) -> dict:
+def _is_report_image(path: Path) -> bool:
     from ldm.utils.images import load_png
 
-    with suppress(ValueError):
-        return load_png(path)[1]
-    return {}
+    try:
+        return "runs" in load_png(path)[1]
+    except ValueError:
+        return False
 
 
-def _draw_quality_curves(runs: Sequence[RunRecord], out: Path) -> tuple[list[str], list[str]]:
-    """Draws the curves of ldm.evaluate, those of a name in one plot; returns files and notes.
-
-    Of runs that were measured in different ways, the largest group is drawn.
-    """
-    from ldm.experiments.plots import render_quality_curve
+def _draw_quality_curves(
+    runs: Sequence[ranking.RunRecord], out: Path
+) -> tuple[list[str], list[str]]:
+    """Draws the curves of each name in one plot, of runs measured alike; returns files, notes."""
+    from ldm.experiments.plots import plot_quality_curve, render_figure
     from ldm.utils.images import save_png
 
     files, notes, curves = [], [], {}
-    for run, name in zip(runs, shorten_run_names(runs), strict=True):
+    for run, name in zip(runs, ranking.shorten_run_names(runs), strict=True):
         try:
             curves[name] = read_curves(run.directory)
         except ValueError as error:
@@ -133,7 +116,8 @@ def _draw_quality_curves(runs: Sequence[RunRecord], out: Path) -> tuple[list[str
             note += f"; {', '.join(others)}: of other images, networks or settings"
         if len(lines) > 1:
             files.append(f"{stem.replace('curve', 'quality', 1)}.png")
-            save_png(render_quality_curve(lines), out / files[-1], {"runs": list(lines)})
+            figure = render_figure(plot_quality_curve(lines))
+            save_png(figure, out / files[-1], {"runs": list(lines)})
             notes.append(f"{files[-1]}: {note}")
         elif others:
             notes.append(f"not in one plot: {note}")
@@ -141,16 +125,16 @@ def _draw_quality_curves(runs: Sequence[RunRecord], out: Path) -> tuple[list[str
 
 
 def _draw_curves_and_samples(
-    runs: Sequence[RunRecord], metric: str, direction: str, out: Path
+    runs: Sequence[ranking.RunRecord], metric: str, direction: str, out: Path
 ) -> tuple[list[str], list[str]]:
     """Draws curves.png and samples.png if there is anything to draw; returns files and notes."""
     from ldm.experiments.plots import draw_sample_page, plot_metric_curves
     from ldm.utils.images import save_png
 
-    files, notes, names = [], [], shorten_run_names(runs)
+    files, notes, names = [], [], ranking.shorten_run_names(runs)
     panels = {
         key: [(n, run.curve(key)) for n, run in zip(names, runs, strict=True) if run.curve(key)]
-        for key in dict.fromkeys([metric, *select_ranking_metrics(runs)])
+        for key in dict.fromkeys([metric, *ranking.select_ranking_metrics(runs)])
     }
     if panels := {key: lines for key, lines in panels.items() if lines}:
         save_png(plot_metric_curves(panels), out / "curves.png", {"runs": names})
@@ -173,18 +157,19 @@ def _draw_curves_and_samples(
         others = len(runs) - len(rows)
         text = f"The same prompts and seeds for each run, best first by {metric} ({direction})."
         text += f" {others} runs have no such images." if others else ""
+        text = " ".join([text, *ranking.list_ranking_caveats(runs, metric)])
         page = draw_sample_page("Samples of each run", text, shared, rows)
         save_png(page, out / "samples.png", {"runs": names})
         files.append("samples.png")
     return files, notes
 
 
-def _format_run_title(run: RunRecord, metric: str) -> str:
+def _format_run_title(run: ranking.RunRecord, metric: str) -> str:
     value = run.last_value(metric)
     return f"{'unknown' if value is None else f'{value:.4g}'}, {run.state} after {run.step} steps"
 
 
-def _read_samples(run: RunRecord) -> tuple[tuple[str, ...], list]:
+def _read_samples(run: ranking.RunRecord) -> tuple[tuple[str, ...], list]:
     """Returns what the newest sample file of a run shows, and its images; both may be empty."""
     from ldm.utils.images import load_png, split_image_grid
 

@@ -9,14 +9,13 @@ import json
 import math
 import os
 import re
-import secrets
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ldm.experiments.former_names import update_names
-from ldm.utils.files import read_regular_file, write_text
+from ldm.experiments.former_names import update_key, update_names
+from ldm.utils.files import read_json, read_regular_file, write_text
 from ldm.utils.plain_yaml import parse_plain_mapping
 
 MAX_CONFIG_BYTES = 2**18  # of a configuration or result, which have a few thousand
@@ -34,6 +33,7 @@ LOWER_IS_BETTER_PREFIXES = (
 # Settings that may differ between two calls of one run: they change no weights.
 CHANGEABLE_SETTINGS = (
     *("name", "direction", "early_stop", "eval", "features", "trainer", "strategy", "logger"),
+    *("callbacks", "metrics"),
     *("checkpoint", "stop_after_skips", "samples", "resume", "trust", "metric", "validate_first"),
     *("data.workers", "data.on_error", "data.max_skipped", "data.cache", "data.cache_gb"),
     "data.val_batch_size",
@@ -41,10 +41,9 @@ CHANGEABLE_SETTINGS = (
 
 
 def make_run_stamp() -> str:
-    """Returns the name of a run without name=: the same in all its ranks and restarts.
+    """Returns the name of a run without name=: the launcher's run id, or date and time.
 
-    It is the launcher's run id, or date and time, which the environment passes on to ranks.
-    Raises ValueError if torchrun has ranks or restarts and no id.
+    It is the same in all ranks and restarts of a run; ValueError if torchrun has several and no id.
     """
     if "LDM_RUN_STAMP" not in os.environ:
         launched = os.environ.get("TORCHELASTIC_RUN_ID", "none")
@@ -93,10 +92,7 @@ HYDRA_RESOLVERS = {
 
 
 def get_launcher_layout() -> tuple[int, int] | None:
-    """Returns (processes per machine, machines) if torchrun or srun has started several processes.
-
-    None if they are not started yet, or there is one.
-    """
+    """Returns (processes per machine, machines) of torchrun or srun; None for one process."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         per_machine = int(os.environ["LOCAL_WORLD_SIZE"])
         return per_machine, int(os.environ["WORLD_SIZE"]) // per_machine
@@ -118,8 +114,8 @@ def read_result(run_dir: Path) -> dict:
     if not os.path.lexists(path):
         return {}
     try:
-        result = json.loads(read_regular_file(path, max_bytes=MAX_CONFIG_BYTES))
-    except (ValueError, RecursionError) as error:
+        result = read_json(path, max_bytes=MAX_CONFIG_BYTES)
+    except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error})") from error
     if not isinstance(result, dict):
         raise ValueError(f"{path} holds no settings, but {type(result).__name__}")
@@ -155,16 +151,16 @@ def read_partial_result(run_dir: Path, metric: str) -> dict:
 
 
 def is_run_finished(run_dir: Path, steps: int, *, stops: bool) -> bool:
-    """Whether a run has taken its `steps` optimizer steps, or has stopped early and still may."""
+    """Returns whether a run has taken its optimizer steps, or stopped early and still may."""
     result = read_result(run_dir)
     stopped = stops and result.get("stopped_early", False)
     return result.get("status") == "finished" and (result["steps"] >= steps or stopped)
 
 
 def read_metrics(run_dir: Path, *, tail: int | None = None) -> list[dict[str, float]]:
-    """Returns the rows of metrics.csv without empty cells; none without a file.
+    """Returns the rows of metrics.csv without empty cells; ValueError if it is damaged.
 
-    tail: reads only so many bytes from the end. Raises ValueError if the file is damaged.
+    tail: of so many bytes at its end.
     """
     path = run_dir / "metrics.csv"
     if not path.is_file():
@@ -189,7 +185,6 @@ def read_metrics(run_dir: Path, *, tail: int | None = None) -> list[dict[str, fl
 
 
 def is_sweep_job(run_dir: Path) -> bool:
-    """Whether a run is a job of a sweep."""
     return (run_dir.parent / SWEEP_FILE).is_file()
 
 
@@ -234,9 +229,9 @@ def list_config_changes(
 
 
 def change_concerns(change: str, keys: Iterable[str]) -> bool:
-    """Whether a line of `list_config_changes` is about one of these settings or groups."""
+    """Returns whether a line of `list_config_changes` is of one of these settings or groups."""
     changed = change.partition(" was ")[0]
-    return any(changed == key or changed.startswith(f"{key}.") for key in keys)
+    return any(f"{changed}.".startswith(f"{update_key(key)}.") for key in keys)
 
 
 def find_run_of_checkpoint(ckpt: Path) -> Path:
@@ -245,18 +240,6 @@ def find_run_of_checkpoint(ckpt: Path) -> Path:
 
 
 def make_image_path(ckpt: Path, prompt: str) -> Path:
-    """Returns the file for images of a prompt, in the run of the checkpoint.
-
-    Its name has the prompt's letters and digits alone, so that no prompt leaves the directory.
-    """
+    """Returns the file for images of a prompt: its letters and digits, so that it stays there."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "picture"
     return Path(os.path.relpath(find_run_of_checkpoint(ckpt) / "samples" / f"{words}.png"))
-
-
-def get_wandb_id(run_dir: Path) -> str:
-    """Returns the W&B id of a run directory; the first call makes it."""
-    path = run_dir / "wandb_id"
-    if not path.is_file():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(path, secrets.token_hex(4) + "\n")
-    return path.read_text().strip()

@@ -1,8 +1,4 @@
-"""Sweeps: jobs in directories named by what differs; each is a training in its own process.
-
-A job is the run <sweep>/<its settings>, in runs/<sweep>/<its settings>, and a user may resume it by
-hand. A `JobHost` (this machine, SLURM) starts it.
-"""
+"""Sweeps: each job is a training in its own process, the run <sweep>/<its settings>."""
 
 import json
 import re
@@ -25,15 +21,13 @@ from ldm.experiments.run_dir import (
 )
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_no_links, write_text
+from ldm.utils.signals import EX_TEMPFAIL
 
 ERROR_PREFIX = re.compile(r"^(train\.py|ldm train|python -m ldm\.train): ")  # of `program_name`
 
 
 def merge_shared_settings(directory: Path, base: dict, *, swept: Collection[str]) -> dict:
-    """Returns the settings that all jobs of a sweep share, for its sweep.json.
-
-    Raises UsageError if the directory is a run's, or if the sweep began with other settings.
-    """
+    """Returns the settings that all jobs of a sweep share; UsageError if it began with others."""
     path = directory / SWEEP_FILE
     if not path.is_file():
         if (directory / "config.yaml").is_file():
@@ -55,8 +49,8 @@ def run_sweep_jobs(jobs: Sequence[SweepJob], host: JobHost, *, max_jobs: int, sh
     """Runs the jobs that are not finished, `max_jobs` at once; each leaves its result.json.
 
     A job that fails is recorded, and the others go on. A signal to stop is passed on to the running
-    jobs, and SweepInterrupt is raised when they have ended; a second signal kills them. Raises
-    ValueError, before any job starts, for a job that would not fit.
+    jobs, and SystemExit is raised when they have ended, with 130 for Ctrl-C, else 75, "try again";
+    a second signal kills them. Raises ValueError, before any job starts, for one that does not fit.
     """
     unfinished = [job for job in jobs if not job.is_finished]
     for job in unfinished:
@@ -88,7 +82,7 @@ def run_sweep_jobs(jobs: Sequence[SweepJob], host: JobHost, *, max_jobs: int, sh
                 _pass_on(received, running)
             lines.refresh()
         if received:
-            raise SweepInterrupt(received[0])
+            raise SystemExit(130 if received[0] == signal.SIGINT else EX_TEMPFAIL)
 
 
 _sweep_jobs: dict[SweepJob, None] = {}  # of this process, in one batch or in several
@@ -103,19 +97,14 @@ def report_sweep() -> int:
 
     sweep = jobs[0].directory.parent
     try:
-        print(compare_runs(find_runs([sweep]), out=sweep, metric=jobs[0].metric))
+        typed = any(word.startswith("metric=") for word in jobs[0].overrides)
+        metric = jobs[0].metric if typed else None
+        print(compare_runs(find_runs([sweep]), out=sweep, metric=metric))
     except ValueError as error:  # no job has measured anything
         print(f"no ranking: {error}")
     if left := sum(not job.is_finished for job in jobs):
         print(f"\n{left} of {len(jobs)} jobs did not finish; the same command takes them up again")
     return 1 if left else 0
-
-
-class SweepInterrupt(SystemExit):
-    """A sweep that a signal stopped; the exit code is 130 for Ctrl-C, else 75, "try again"."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(128 + number if number == signal.SIGINT else 75)
 
 
 @contextmanager

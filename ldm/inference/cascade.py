@@ -24,8 +24,8 @@ def generate_cascade(
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Images (3, H, W) or videos (3, F, H, W) of the last pipeline, and its previews.
 
-    jobs: prompts and seeds. inputs and options (strength, paste, source, style) are the first
-    pipeline's; each of the others enlarges the images of the one before.
+    jobs: prompts and seeds. inputs and options are the first pipeline's; each of the others
+    enlarges the images of the one before.
     """
     images: list[Tensor] = []
     for pipeline in pipelines:

@@ -24,9 +24,9 @@ class Components:
     def frozen(self) -> dict[str, nn.Module]:
         """The modules that the denoiser's training does not change, by group name."""
         named = {"autoencoder": self.autoencoder, "text_encoder": self.text_encoder}
-        return (
-            named if self.style_encoder is None else {**named, "style_encoder": self.style_encoder}
-        )
+        if self.style_encoder is not None:
+            named["style_encoder"] = self.style_encoder
+        return named
 
     @property
     def device(self) -> torch.device:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm  # a notebook's bar in a notebook
 
 from ldm.data.dataset import TextImageDataset
 from ldm.diffusion.rng import make_generators
@@ -32,10 +32,9 @@ def generate_in_batches(
     """An image (3, H, W) for each job, a prompt and a seed, and its previews (3, H, W).
 
     pipeline: one that lacks only prompts, seeds, steps and on_step; decode: its latents to images.
-    batch: images at a time; another batch rounds differently: a few bytes change by one grey level.
-    inputs: its image, mask and so on, one for all or one a job, such as (1 or N, 3, H, W).
-    previews: that many an image, the last of which is the image itself; fewer where there are fewer
-    steps. quiet: without the bar.
+    batch: images at a time; another batch rounds differently. inputs: its image, mask and so on,
+    one for all or one a job, such as (1 or N, 3, H, W). previews: that many an image, or the number
+    of steps; the last is the image itself. quiet: without the bar.
     """
     preview_steps = {(k + 1) * steps // previews - 1 for k in range(previews)} - {-1}
     images, preview_rows = [], []
@@ -61,10 +60,9 @@ def generate_in_batches(
 def generate_task_examples(
     pipeline: Pipeline, dataset: TextImageDataset, prompts: Sequence[str], *, steps: int, seed: int
 ) -> tuple[Image.Image, dict]:
-    """A grid of what a pipeline generates for prompts, and its facts.
+    """A grid of images that a pipeline generates for prompts, and its facts.
 
-    A task that starts from an image starts from `dataset[i]` for prompt i. A row above then shows
-    its input: the small image, or what the mask leaves of the image.
+    A task that starts from an image starts from `dataset[i]` for prompt i; a row above shows it.
     """
     n, seeds = len(prompts), list(range(len(prompts)))
     real = [dataset[i % len(dataset), i]["images"] for i in range(n)]

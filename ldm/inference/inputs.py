@@ -1,7 +1,4 @@
-"""Image files and numbers of a user, to what a pipeline takes.
-
-Shapes: H W pixels of the result.
-"""
+"""Image files and numbers of a user to the inputs of a pipeline; H W are pixels of the result."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,23 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.data.image_decoding import (
-    ImageError,
-    crop_and_resize,
-    pil_to_tensor,
-    read_image,
-    read_mask,
-    read_square_image,
-)
-from ldm.inference.pipeline import Pipeline, format_image_size
+from ldm.data import image_decoding
+from ldm.inference.image_size import format_image_size, parse_image_size
+from ldm.inference.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
 class PipelineInputs:
     """Images as a pipeline takes them: it generates `size`, of which `output_size` is the result.
 
-    A network generates multiples of its own grid, and no less than it was trained on. An image to
-    be enlarged is therefore continued to the right and below; `crop` cuts that off.
+    A network generates multiples of its own grid, and no less than it was trained on: an image to
+    be enlarged is continued to the right and below, and `crop` cuts that off.
     """
 
     size: tuple[int, int]  # H, W
@@ -42,7 +33,7 @@ class PipelineInputs:
         return {name: part for name, part in named.items() if part is not None}
 
     def crop(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Generated images (3, H, W) without what was continued."""
+        """Generated images (3, H, W), cut to the output size."""
         height, width = self.output_size or self.size
         return [image[..., :height, :width] for image in images]
 
@@ -52,15 +43,14 @@ def read_pipeline_inputs(
     *,
     trained: int,
     size: int | Sequence[int] | None = None,
-    image: str | None = None,
-    mask: str | None = None,
+    image: str | bytes | None = None,
+    mask: str | bytes | None = None,
     pad: Sequence[int] = (0, 0, 0, 0),
 ) -> PipelineInputs:
     """Reads an image of `size`, or `trained` pixels square; one to enlarge has its own size.
 
-    size: the result's side, or its height and width. pad: pixels of the result to the left, above,
-    right and below of the image, which are new. Without `size` the image has `trained` pixels
-    square, and the result is larger by the pad.
+    size: the result's side, or its height and width. pad: new pixels to the left, above, right and
+    below of the image; without `size` the result is larger by these.
     Raises ValueError, with the option's name, for files that are no images, for sizes that the
     network cannot generate, and for options that contradict each other.
     """
@@ -76,8 +66,8 @@ def read_pipeline_inputs(
         if image is None:
             raise ValueError(f"task={task.name} takes a small image: image=FILE")
         with prefix_file_errors("image", image):
-            small = pil_to_tensor(read_image(image)).float()[None] / 127.5 - 1
-        return prepare_upscaling_inputs(pipeline, small)
+            small = image_decoding.pil_to_tensor(image_decoding.read_image(image))
+        return prepare_upscaling_inputs(pipeline, small.float()[None] / 127.5 - 1)
     grid = pipeline.size_multiple
     if any(pad):
         if mask is not None:
@@ -93,36 +83,25 @@ def read_pipeline_inputs(
     hidden = None
     if mask is not None:
         with prefix_file_errors("mask", mask):
-            hidden = read_mask(mask, height, of=image)[None]
+            hidden = image_decoding.read_mask(mask, height, of=image)[None]
     return PipelineInputs(sides, read_square_option("image", image, height)[None], hidden)
 
 
-def read_square_option(option: str, file: str, size: int) -> Tensor:
+def read_square_option(option: str, file: str | bytes, size: int) -> Tensor:
     """The square image of a file that was given as `option`; ValueError names both."""
     with prefix_file_errors(option, file):
-        return read_square_image(file, size)
+        return image_decoding.read_square_image(file, size)
 
 
 @contextmanager
-def prefix_file_errors(option: str, file: str) -> Iterator[None]:
+def prefix_file_errors(option: str, file: str | bytes) -> Iterator[None]:
     """Turns errors of an image file into ValueError with the option that gave the file."""
     try:
         yield
-    except (OSError, ImageError) as error:
+    except (OSError, image_decoding.ImageError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"{option}={file}: {why}") from error
-
-
-def parse_image_size(size: int | Sequence[int], grid: int) -> tuple[int, int]:
-    """Height and width; ValueError, with the next size that fits, unless multiples of `grid`."""
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if any(side % grid for side in sides):
-        next_size = format_image_size(tuple(-(-side // grid) * grid for side in sides))
-        raise ValueError(
-            f"size={format_image_size(sides)}: this run generates multiples of {grid}: "
-            f"size={next_size}"
-        )
-    return sides
+        place = option if isinstance(file, bytes) else f"{option}={file}"
+        raise ValueError(f"{place}: {why}") from error
 
 
 def prepare_upscaling_inputs(pipeline: Pipeline, images: Tensor) -> PipelineInputs:
@@ -138,18 +117,19 @@ def prepare_upscaling_inputs(pipeline: Pipeline, images: Tensor) -> PipelineInpu
 
 
 def prepare_outpainting_inputs(
-    file: str, trained: int, size: int | Sequence[int] | None, pad: Sequence[int], *, grid: int
+    file: str | bytes,
+    trained: int,
+    size: int | Sequence[int] | None,
+    pad: Sequence[int],
+    *,
+    grid: int,
 ) -> PipelineInputs:
-    """An image surrounded by grey, and the mask of the grey; see `read_pipeline_inputs`.
-
-    Raises ValueError where the network cannot generate so large an image, and where the image has
-    another shape than `size` and `pad` leave it.
-    """
+    """An image surrounded by grey, and the mask of the grey; see `read_pipeline_inputs`."""
     left, above, right, below = pad
     with prefix_file_errors("image", file):
-        image = read_image(file)
+        image = image_decoding.read_image(file)
     if size is None:
-        image = crop_and_resize(image, trained)
+        image = image_decoding.crop_and_resize(image, trained)
         sides = (trained + above + below, trained + left + right)
         missing = [-side % grid for side in sides]
         if any(missing):
@@ -168,14 +148,14 @@ def prepare_outpainting_inputs(
                 f"{suggest_image_size(image.size, sides, pad, grid)}"
             )
         image = image.resize(room, reducing_gap=2.0)
-    inside = pil_to_tensor(image).float() / 127.5 - 1  # (3, h, w)
+    inside = image_decoding.pil_to_tensor(image).float() / 127.5 - 1  # (3, h, w)
     around = (left, right, above, below)
     mask = F.pad(torch.zeros_like(inside[:1]), around, value=1.0)
     return PipelineInputs(sides, F.pad(inside, around)[None], mask[None])
 
 
 def matches_aspect_ratio(size: tuple[int, int], room: tuple[int, int]) -> bool:
-    """Whether an image fills a room, width and height of both, to less than a pixel."""
+    """Returns whether an image fills a room, width and height of both, to less than a pixel."""
     return min(room) > 0 and abs(size[0] * room[1] / size[1] - room[0]) < 1
 
 

@@ -1,7 +1,4 @@
-"""Generated images to files: a grid, single images or videos, and previews.
-
-Shapes: F frames, H W pixels.
-"""
+"""Generated images to files: a grid, single images or videos, and previews."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,10 +23,10 @@ def save_outputs(
 ) -> Path:
     """Saves images (3, H, W) or videos (3, F, H, W); returns the file to look at first.
 
-    If one of the files exists, all of them get a number, see `reserve_files`.
-    jobs: the prompt and seed of each, which its file holds next to `settings`. Images of several
-    prompts have them as titles. previews: a row of images each. columns: of a grid with titles. A
-    video is also saved as a strip of its frames.
+    If one of the files exists, all of them get a number.
+    jobs: the prompt and seed of each, which its file holds next to `settings`; several images have
+    their prompts as titles. previews: a row of images each. columns: of the grid. A video is also
+    saved as a strip of its frames.
     """
     moving = images[0].ndim == 4
     settings = {**settings, "size": list(images[0].shape[-2:])}
@@ -53,10 +50,11 @@ def save_outputs(
             previews = [[join_frames(video) for video in row] for row in previews]
         for i, (image, single) in enumerate(zip(images, singles, strict=True)):
             save_png(to_pil(image), grid.with_name(f"{grid.stem}_{i:03d}.png"), single)
-        if len(set(prompts)) > 1:
+        if len(images) > 1:
+            columns = 1 if moving and len(set(prompts)) == 1 else columns
             save_png(make_captioned_grid(images, prompts, columns=columns), grid, facts)
         else:
-            save_png(make_image_grid(images, columns=1 if moving else None), grid, facts)
+            save_png(to_pil(images[0]), grid, facts)
         if previews:
             file = grid.with_name(f"{grid.stem}_previews.png")
             rows = [image for row in previews for image in row]

@@ -1,7 +1,4 @@
-"""From prompts to images.
-
-Shapes: B batch, C latent channels, H W pixels, h w latent grid.
-"""
+"""From prompts to images; shapes as in ldm/models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,25 +17,21 @@ from ldm.diffusion.samplers.repaint import RePaintSampler
 from ldm.diffusion.samplers.tiled import TiledDenoiser
 from ldm.diffusion.tasks.base import Request
 from ldm.inference.components import Components
+from ldm.inference.image_size import format_image_size
 from ldm.inference.prompts import parse_prompt
 from ldm.utils.errors import format_program
 
 
 @dataclass(frozen=True, eq=False)
 class Pipeline:
-    """Text encoder, task, guidance, sampler and decoder, in that order.
+    """Text encoder, task, guidance, sampler and decoder, in that order, on one device."""
 
-    The components are on one device, in eval mode. `dtype`: the type of autocast; None is float32.
-    `trained_size`: the side of the training images, in pixels; a task with tiles generates larger
-    images in tiles of that size. `num_frames`: of a video; None generates images.
-    """
-
-    components: Components
+    components: Components  # in eval mode
     sampler: Sampler
     guidance: Guidance
-    dtype: torch.dtype | None = None
-    trained_size: int | None = None
-    num_frames: int | None = None
+    dtype: torch.dtype | None = None  # of autocast; None is float32
+    trained_size: int | None = None  # pixels; a task with tiles generates tiles of that size
+    num_frames: int | None = None  # of a video; None generates images
 
     def replace_components(self, **changes: object) -> "Pipeline":
         """The same pipeline with other components."""
@@ -71,15 +64,13 @@ class Pipeline:
         style: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], one for each prompt and seed.
+        """Images (B, 3, H, W) in [-1, 1], one for each prompt and seed, whatever the batch.
 
-        An image depends on its own prompt and seed, not on the others of the batch.
         size: H and W, or the side of a square. For tasks that take them: image (1 or B, 3, H, W) in
         [-1, 1], task.scale times smaller; mask (1 or B, 1, H, W), 1 where the image is replaced;
-        strength in (0, 1]. source: what `image` shows, for tasks that invert it, one text for all
-        or one each. paste: outside the mask the result has the image's own pixels; otherwise the
-        autoencoder's. style: an image (1 or B, 3, any H, W) in [-1, 1] in whose style the model
-        draws, for models trained with a style encoder.
+        strength in (0, 1]; source, the prompt of `image`, for tasks that invert it, one for all or
+        one each. paste: outside the mask the result has the image's own pixels. style: an image
+        (1 or B, 3, any H, W) in [-1, 1], for models trained with a style encoder.
         Raises ValueError where prompts and seeds differ in number, a size does not fit, or the task
         lacks something.
         """
@@ -87,10 +78,8 @@ class Pipeline:
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
         size = (size, size) if isinstance(size, int) else tuple(size)
         task, schedule = self.components.task, self.components.objective.schedule
-        encode, white_noise = (
-            self.components.autoencoder.encode,
-            ImageNoise(seeds, device=self.device),
-        )
+        encode = self.components.autoencoder.encode
+        white_noise = ImageNoise(seeds, device=self.device)
 
         def noise(x: Tensor) -> Tensor:
             return task.shape_noise(white_noise(x))
@@ -111,22 +100,19 @@ class Pipeline:
             request = Request(latents, image, mask, strength, invert, first_timestep)
             start = task.start(request, encode, schedule, noise=noise)
             style = self._encode_style(style, seeds)
-            guided = self._make_denoiser(prompts, negative, start.concat, style)
-
-            def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-                x0_hat = guided(x_t, t)
-                return x0_hat if start.project is None else start.project(x0_hat)
-
-            def to_latents(x0_hat: Tensor) -> Tensor:
-                return x0_hat if start.to_latents is None else start.to_latents(x0_hat)
-
+            denoise = self._make_denoiser(prompts, negative, start.concat, style)
             sampler = self.sampler
             if start.rounds != 1:
                 sampler = RePaintSampler(sampler, start.rounds)
-            times = sampler.timesteps(schedule, steps, start=start.t)
-            preview = on_step and (lambda i, x0_hat: on_step(i, to_latents(x0_hat)))
-            x0 = sampler(denoise, start.x, schedule, times, noise=noise, on_step=preview)
-            images = self.decode(to_latents(x0))
+            x0 = sampler(
+                lambda x_t, t: start.project(denoise(x_t, t)),
+                start.x,
+                schedule,
+                sampler.timesteps(schedule, steps, start=start.t),
+                noise=noise,
+                on_step=on_step and (lambda i, x0_hat: on_step(i, start.to_latents(x0_hat))),
+            )
+            images = self.decode(start.to_latents(x0))
             if mask is None:
                 return images
             # Cells of the latent grid that the mask cuts through were generated as a whole.
@@ -134,7 +120,13 @@ class Pipeline:
             return joined if paste else self.decode(encode(joined))
 
     def collect_warnings(
-        self, steps: int, *, prompts: Sequence[str] = (), negative: str = "", strength: float = 1.0
+        self,
+        steps: int,
+        *,
+        prompts: Sequence[str] = (),
+        negative: str = "",
+        strength: float = 1.0,
+        size: tuple[int, int] | None = None,
     ) -> list[str]:
         """A line for each option that has no effect, or a bad one.
 
@@ -150,6 +142,12 @@ class Pipeline:
             schedule = self.components.objective.schedule
             if line := format_overshoot_warning(self.sampler, schedule, steps, start=strength):
                 warnings.append(line)
+        trained, has_tiles = self.trained_size, self.components.task.tile_overlap is not None
+        if trained and not has_tiles and size not in (None, (trained, trained)):
+            warnings.append(
+                f"size={format_image_size(size)}: this run was trained on images of {trained} "
+                "pixels, and at another size shapes repeat or fall apart"
+            )
         return warnings
 
     @torch.no_grad()
@@ -170,8 +168,8 @@ class Pipeline:
         with self._autocast():
             x0 = self.components.autoencoder.encode(images.to(self.device))
             times = self.sampler.timesteps(schedule, steps)
-            guided = self._make_denoiser(prompts, negative)
-            return invert_ddim(guided, x0, schedule, times, on_step=on_step)
+            denoise = self._make_denoiser(prompts, negative)
+            return invert_ddim(denoise, x0, schedule, times, on_step=on_step)
 
     @torch.no_grad()
     def generate_from_noise(
@@ -185,16 +183,11 @@ class Pipeline:
     ) -> Tensor:
         """Images (B, 3, H, W) by DDIM from the noise of `invert`; other prompts edit the images."""
         schedule = self.components.objective.schedule
+        times = self.sampler.timesteps(schedule, steps)
         with self._autocast():
-            x0 = DDIMSampler()(
-                self._make_denoiser(prompts, negative),
-                noise,
-                schedule,
-                self.sampler.timesteps(schedule, steps),
-                noise=torch.randn_like,  # of which DDIM draws none
-                on_step=on_step,
-            )
-            return self.decode(x0)
+            denoise = self._make_denoiser(prompts, negative)
+            how = {"noise": torch.randn_like, "on_step": on_step}  # DDIM draws no noise
+            return self.decode(DDIMSampler()(denoise, noise, schedule, times, **how))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -217,9 +210,8 @@ class Pipeline:
         prompts, task = list(prompts), self.components.task
         cond = replace(self.components.text_encoder(prompts), concat=concat, style=style)
         no_style = None if style is None else torch.zeros_like(style)
-        uncond = replace(
-            self._encode_negative(negative, len(prompts)), concat=concat, style=no_style
-        )
+        uncond = self._encode_negative(negative, len(prompts))
+        uncond = replace(uncond, concat=concat, style=no_style)
         denoise: ConditionalDenoiser = self.denoise
         if task.tile_overlap is not None and self.trained_size is not None:
             side = self.trained_size // self.components.autoencoder.factor
@@ -265,7 +257,8 @@ class Pipeline:
         return part.to(self.device).expand(n, *part.shape[1:])
 
     def _empty_latents(self, n: int, size: tuple[int, int]) -> Tensor:
-        factor, channels = self.components.autoencoder.factor, self.components.autoencoder.channels
+        autoencoder = self.components.autoencoder
+        factor = autoencoder.factor
         if any(side % factor for side in size):
             raise ValueError(
                 f"size={format_image_size(size)} is not a multiple of {factor}, the "
@@ -273,12 +266,7 @@ class Pipeline:
             )
         frames = [] if self.num_frames is None else [self.num_frames]
         grid = [side // factor for side in size]
-        return torch.empty((n, channels, *frames, *grid), device=self.device)
+        return torch.empty((n, autoencoder.channels, *frames, *grid), device=self.device)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
-
-
-def format_image_size(size: tuple[int, int]) -> str:
-    """A size as a user writes it: one number for a square."""
-    return str(size[0]) if size[0] == size[1] else f"[{size[0]},{size[1]}]"

@@ -1,7 +1,4 @@
-"""The autoencoder: images to latents and back.
-
-Shapes: B batch, C latent channels, H W pixels, h w latent grid (H / factor, W / factor).
-"""
+"""The autoencoder: images to latents, on the grid h = H / factor, w = W / factor, and back."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -11,14 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.diffusion.rng import Generators, randn
-from ldm.models.layers import (
-    Downsample,
-    ResBlock,
-    SpatialAttention,
-    Stage,
-    Upsample,
-    make_group_norm,
-)
+from ldm.models import layers
+from ldm.models.layers import ResBlock, Stage
 
 AUTOENCODER_NORM_EPS = 1e-6
 
@@ -26,16 +17,15 @@ AUTOENCODER_NORM_EPS = 1e-6
 class AutoencoderKL(nn.Module):
     """A convolutional variational autoencoder whose latents have unit variance in each channel.
 
-    The defaults are the autoencoder of Stable Diffusion 1.x ("High-Resolution Image Synthesis with
-    Latent Diffusion Models", Rombach et al., section 3.1), without its weights or latent scale.
+    The defaults are the autoencoder of Stable Diffusion 1.x (Rombach et al. 2022, section 3.1),
+    without its weights or latent scale.
 
-    latent_channels: C, the attribute `channels`; `factor` is H / h.
+    latent_channels: C, the attribute `channels`.
     channels, multipliers: level i has channels * multipliers[i] features on half the grid of i - 1.
     blocks: residual blocks of a level in the encoder; one more in the decoder.
     groups: of every group normalisation; 0 normalises nothing, which small networks learn faster.
     attention: self-attention at the lowest resolution.
-    patch: pixels a side that are folded into channels first and unfolded last; it multiplies
-    `factor`.
+    patch: pixels a side that are folded into channels first and unfolded last, part of `factor`.
     """
 
     def __init__(
@@ -53,8 +43,7 @@ class AutoencoderKL(nn.Module):
         self.channels = latent_channels
         self.factor = patch * 2 ** (len(multipliers) - 1)
         self.widths = [channels * m for m in multipliers]
-        self.blocks, self.groups, self.attention = blocks, groups, attention
-        self.patch = patch
+        self.blocks, self.groups, self.attention, self.patch = blocks, groups, attention, patch
         sizes = {"widths": self.widths, "groups": groups, "attention": attention, "patch": patch}
         self.encoder = Encoder(out_channels=2 * latent_channels, blocks=blocks, **sizes)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
@@ -75,18 +64,14 @@ class AutoencoderKL(nn.Module):
         self.scale.copy_(scale)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns mean and log-variance (B, C, h, w) of the unscaled latents of images.
-
-        images (B, 3, H, W), H and W multiples of `factor`. The log-variance is clamped to
-        [-30, 20].
-        """
+        """Returns mean and log-variance, in [-30, 20], of the unscaled latents of images."""
         _, channels, height, width = images.shape
         if channels != 3 or height % self.factor or width % self.factor:
             raise ValueError(
                 f"images must be (B, 3, H, W) with H and W multiples of {self.factor}, "
                 f"got {tuple(images.shape)}: crop or resize them"
             )
-        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)  # (B, C, h, w)
+        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)  # (B, C, h, w) each
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, images: Tensor, *, generator: Generators = None) -> Tensor:
@@ -94,8 +79,7 @@ class AutoencoderKL(nn.Module):
 
         They are a sample of the posterior by `generator` (or one per image); without it, its mean.
         """
-        mean, logvar = self.posterior(images)
-        z = self.sample_posterior(mean, logvar, generator=generator)
+        z = self.sample_posterior(*self.posterior(images), generator=generator)
         return (z - self.shift[:, None, None]) * self.scale[:, None, None]
 
     def sample_posterior(self, mean: Tensor, logvar: Tensor, *, generator: Generators) -> Tensor:
@@ -141,15 +125,14 @@ class Encoder(nn.Module):
         for level, out in enumerate(widths):
             last = level == len(widths) - 1
             ins = [width] + [out] * (blocks - 1)
-            resample = None if last else Downsample(out, asymmetric=True)
+            resample = None if last else layers.Downsample(out, asymmetric=True)
             self.down.append(Stage([block(n, out) for n in ins], resample=resample))
             width = out
         self.mid = build_mid_stage(width, groups=groups, attention=attention)
-        self.norm_out = make_group_norm(groups, width, AUTOENCODER_NORM_EPS)
+        self.norm_out = layers.make_group_norm(groups, width, AUTOENCODER_NORM_EPS)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> (B, out_channels, h, w)."""
         x = self.conv_in(F.pixel_unshuffle(images, self.patch))  # (B, widths[0], H / p, W / p)
         for stage in [*self.down, self.mid]:
             x = stage(x)[-1]
@@ -178,14 +161,13 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList()
         for level, out in reversed(list(enumerate(widths))):
             ins = [width] + [out] * (blocks - 1)
-            resample = Upsample(out) if level else None
+            resample = layers.Upsample(out) if level else None
             self.up.append(Stage([block(n, out) for n in ins], resample=resample))
             width = out
-        self.norm_out = make_group_norm(groups, width, AUTOENCODER_NORM_EPS)
+        self.norm_out = layers.make_group_norm(groups, width, AUTOENCODER_NORM_EPS)
         self.conv_out = nn.Conv2d(width, 3 * patch**2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """z (B, in_channels, h, w) -> (B, 3, H, W)."""
         x = self.conv_in(z)  # (B, widths[-1], h, w)
         for stage in [self.mid, *self.up]:
             x = stage(x)[-1]
@@ -196,14 +178,11 @@ def build_mid_stage(width: int, *, groups: int, attention: bool) -> Stage:
     """Returns block, attention (if `attention`), block."""
     how = {"groups": groups, "eps": AUTOENCODER_NORM_EPS}
     blocks = [ResBlock(width, width, time_dim=None, **how) for _ in range(2)]
-    return Stage(blocks, [SpatialAttention(width, **how)] if attention else [])
+    return Stage(blocks, [layers.SpatialAttention(width, **how)] if attention else [])
 
 
 class IdentityAutoencoder(nn.Module):
-    """The autoencoder of pixel-space diffusion: latents are the images, without loss.
-
-    patch: pixels a side that are folded into channels, which makes the grid coarser.
-    """
+    """The autoencoder of pixel-space diffusion: `patch` pixels a side are folded into channels."""
 
     def __init__(self, *, patch: int = 1) -> None:
         super().__init__()
@@ -212,9 +191,9 @@ class IdentityAutoencoder(nn.Module):
         self.factor, self.channels = patch, 3 * patch**2
 
     def encode(self, images: Tensor, *, generator: Generators = None) -> Tensor:
-        """Returns images (B, 3, H, W) folded; `generator` is not used."""
+        """Returns images (B, 3, H, W) folded, (B, C, h, w)."""
         return F.pixel_unshuffle(images, self.factor) if self.factor > 1 else images
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Returns latents (B, C, h, w) unfolded."""
+        """Returns latents (B, C, h, w) unfolded, (B, 3, H, W)."""
         return F.pixel_shuffle(latents, self.factor) if self.factor > 1 else latents

@@ -1,7 +1,4 @@
-"""The interfaces of the networks that a pipeline and a training are made of.
-
-Shapes: B images or captions, C latent channels, h w latent grid.
-"""
+"""The interfaces of the networks of a pipeline and a training."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -28,16 +25,14 @@ class Denoiser(Protocol):
 class TextEncoder(Protocol):
     """A frozen encoder of captions.
 
-    width and pooled_width are those of `tokens` and `pooled`, 0 if the condition has none.
-    max_length: of the tokens, 0 for any. truncated: the number of captions so far that were cut.
-    names: the list of names that it tells apart; () for an encoder of free text.
+    width and pooled_width are 0 if the condition has no `tokens` or `pooled`.
     """
 
     width: int
     pooled_width: int
-    max_length: int
-    truncated: int
-    names: Sequence[str]
+    max_length: int  # of the tokens, 0 for any
+    truncated: int  # the number of captions so far that were cut
+    names: Sequence[str]  # that it tells apart; () for an encoder of free text
 
     def __call__(self, captions: Sequence[str]) -> Condition:
         """Returns the condition of captions (B)."""

@@ -1,7 +1,4 @@
-"""CLIP: images and captions to one space, trained here or loaded as published.
-
-Shapes: B pairs, H W pixels, S the model's image size, L tokens, P projection width.
-"""
+"""CLIP: images and captions to one space of P dimensions, trained here or loaded as published."""
 
 import json
 import math
@@ -30,7 +27,7 @@ class Clip(nn.Module):
 
     Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
     `image_size` and `patch_size` are pixels, `projection` is P, `max_length` is L. `max_scale`
-    bounds the inverse temperature: a lower bound separates captions that differ in one word more.
+    bounds the inverse temperature.
     """
 
     def __init__(
@@ -98,9 +95,9 @@ class Clip(nn.Module):
         return F.normalize(features, dim=-1)  # (B, P)
 
     def preprocess_images(self, images: Tensor) -> Tensor:
-        """Returns the image tower's input (B, 3, S, S) for images (B, 3, H, W) in [-1, 1]."""
-        if images.shape[-2:] != (self.image_size, self.image_size):
-            size = (self.image_size, self.image_size)
+        """Returns the image tower's input for images (B, 3, H, W) in [-1, 1]."""
+        size = (self.image_size, self.image_size)
+        if images.shape[-2:] != size:
             images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
             images = images.clamp(-1, 1)  # bicubic overshoots at edges
         return ((images + 1) / 2 - self.pixel_mean) / self.pixel_std
@@ -117,18 +114,15 @@ class Clip(nn.Module):
     @torch.no_grad()
     def measure_whitening(self, captions: Sequence[str]) -> Whitening:
         """Returns the whitening of the pooled states of a sample of training captions."""
-        parts = [captions[first : first + 256] for first in range(0, len(captions), 256)]
-        states = [
-            self.model.text_model(self.tokenize(part).to(self.model.device)).pooler_output.cpu()
-            for part in parts
-        ]
+        batches = self.tokenize(captions).split(256)
+        encode = self.model.text_model
+        states = [encode(ids.to(self.model.device)).pooler_output.cpu() for ids in batches]
         return Whitening.from_states(torch.cat(states).float())
 
     def save(self, folder: str | Path, whitening: Whitening | None = None) -> None:
         """Writes or replaces `folder`: config.json, model.safetensors, tokenizer and whitening.
 
-        The files are complete before the folder gets its name. `Clip.load`, ClipTextEncoder and
-        transformers' `from_pretrained` read it.
+        `Clip.load`, ClipTextEncoder and transformers' `from_pretrained` read it.
         """
         folder = Path(folder)
         new, old = (folder.with_name(f".{folder.name}.{age}") for age in ("new", "old"))
@@ -146,10 +140,8 @@ class Clip(nn.Module):
 
 
 def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE () over unit vectors (B, P) whose rows are pairs, in float32.
-
-    Radford et al. 2021, figure 3. In bfloat16 logits near 100 have steps of a half.
-    """
+    """Symmetric InfoNCE () over unit vectors (B, P) whose rows are pairs (Radford 2021, fig. 3)."""
+    # In bfloat16 logits near 100 have steps of a half.
     with torch.autocast(image_features.device.type, enabled=False):
         logits = logit_scale.float() * image_features.float() @ text_features.float().T  # (B, B)
         pairs = torch.arange(len(logits), device=logits.device)
@@ -159,10 +151,7 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale:
 def retrieval_accuracy(
     image_features: Tensor, text_features: Tensor, captions: Sequence[str]
 ) -> Tensor:
-    """Recall at 1 () from image to text, over unit vectors (B, P).
-
-    A caption that equals the image's own is right too.
-    """
+    """Recall at 1 () from image to text, over unit vectors (B, P), of equal captions any one."""
     number = {caption: i for i, caption in enumerate(captions)}
     ids = torch.tensor([number[caption] for caption in captions], device=image_features.device)
     nearest = (image_features @ text_features.T).argmax(dim=1)  # (B,)
@@ -173,8 +162,7 @@ def train_tokenizer(captions: Iterable[str], *, vocab_size: int = 2048) -> CLIPT
     """Trains a byte-level BPE tokenizer in CLIP's format, a function of the captions only.
 
     The vocabulary has CLIP's order: 256 bytes, the same bytes at the end of a word, the merges, the
-    begin and the end token. So every string has ids, and the end token has the highest. It is
-    smaller than `vocab_size` if the captions have no more merges.
+    begin and the end token. It is smaller than `vocab_size` if the captions have no more merges.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(alphabet + [byte + "</w>" for byte in alphabet])}

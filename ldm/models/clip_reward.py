@@ -1,7 +1,4 @@
-"""The reward of CLIP guidance: how well latents fit their prompts.
-
-Shapes: B batch, C latent channels, F frames, h w latent grid, P projection width.
-"""
+"""The reward of CLIP guidance: how well latents fit their prompts."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,11 +10,10 @@ from ldm.models.temporal import fold_frames
 
 
 class ClipReward:
-    """Maps prompts (B) to a function of x0_hat (B, C, h, w) that returns how well it fits, (B,).
+    """Maps prompts (B) to the function of x0_hat (B, C, h, w) that is CLIP's scaled cosine, (B,).
 
-    It is CLIP's cosine over its temperature: the log-likelihood of a caption up to a constant of
-    the image (Radford et al. 2021, figure 3). For videos x0_hat (B, C, F, h, w) it is the mean
-    over the frames. decode: latents to images.
+    It is the log-likelihood of a caption up to a constant of the image (Radford et al. 2021, figure
+    3), for videos (B, C, F, h, w) the mean over the frames. decode: latents to images.
     """
 
     def __init__(self, clip: Clip, decode: Callable[[Tensor], Tensor]) -> None:

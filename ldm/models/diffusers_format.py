@@ -1,7 +1,4 @@
-"""Published weights: reads and writes diffusers model folders, and loads trained autoencoders.
-
-A folder holds config.json and diffusion_pytorch_model.safetensors (or .bin).
-"""
+"""Published weights: reads and writes diffusers model folders, and loads trained autoencoders."""
 
 import json
 import re
@@ -15,13 +12,9 @@ from torch import Tensor
 
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.unet import UNet
+from ldm.utils import checkpoint_file
 from ldm.utils.checkpoint_facts import read_state_dict
-from ldm.utils.checkpoint_file import (
-    find_checkpoint,
-    load_module_state,
-    read_checkpoint,
-    select_prefix,
-)
+from ldm.utils.checkpoint_file import load_module_state
 from ldm.utils.files import replace_file, resolve_path, write_text
 
 DIFFUSERS_WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -96,8 +89,7 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def export_unet_config(unet: UNet) -> dict[str, object]:
     """Returns the arguments of diffusers' UNet2DConditionModel that build the same network.
 
-    Raises ValueError where there is none: without cross-attention, or with positional maps or
-    style.
+    Raises ValueError where there is none.
     """
     if not unet.context_dim:
         raise ValueError("diffusers has no such network without text: context_dim must not be 0")
@@ -135,7 +127,7 @@ def export_unet_config(unet: UNet) -> dict[str, object]:
 def export_autoencoder_config(autoencoder: AutoencoderKL) -> dict[str, object]:
     """Returns the arguments of diffusers' AutoencoderKL that build the same network, unscaled.
 
-    Raises ValueError where there is none: it always normalises, and folds no pixels.
+    Raises ValueError where there is none.
     """
     if autoencoder.patch != 1 or not autoencoder.groups:
         raise ValueError(
@@ -167,25 +159,30 @@ def load_unet(unet: UNet, path: Path | str) -> None:
     Raises FileNotFoundError where weights or config.json are missing, and ValueError where they
     are of another network.
     """
-    file, config = _find_weights(path)
-    _check_config(config, export_unet_config(unet), file)
-    load_module_state(unet, from_diffusers(_read_weights(file)), what=str(file))
+    file, _, state = _read_folder(path, export_unet_config(unet))
+    load_module_state(unet, state, what=str(file))
 
 
 def load_autoencoder(autoencoder: AutoencoderKL, path: Path | str) -> None:
     """Loads a diffusers AutoencoderKL and its latent scale; see `load_unet`."""
-    file, config = _find_weights(path)
-    _check_config(config, _autoencoder_config(autoencoder), file)
+    file, config, state = _read_folder(path, _autoencoder_config(autoencoder))
     scale = {"shift": autoencoder.shift, "scale": autoencoder.scale}
-    load_module_state(autoencoder, from_diffusers(_read_weights(file)) | scale, what=str(file))
+    load_module_state(autoencoder, scale | state, what=str(file))
+    if scale.keys() <= state.keys():
+        return
     # Old files of Stable Diffusion 1.x have no factor; diffusers assumes the same one.
     factor = config.get("scaling_factor", 0.18215)
     shift = torch.tensor(config.get("latents_mean") or config.get("shift_factor") or 0.0)
     autoencoder.set_scale(shift, factor / torch.tensor(config.get("latents_std") or 1.0))
 
 
-def save_autoencoder(autoencoder: AutoencoderKL, folder: Path, *, dtype: torch.dtype) -> None:
-    """Writes a folder that `load_autoencoder` reads, with weights in `dtype`."""
+def save_autoencoder(
+    autoencoder: AutoencoderKL, folder: Path, *, dtype: torch.dtype, exact_scale: bool = False
+) -> None:
+    """Writes a folder that `load_autoencoder` reads, with weights in `dtype`.
+
+    exact_scale: latent shift and scale are stored as tensors as well; config.json rounds them.
+    """
     scale = {
         "scaling_factor": 1.0,
         "latents_mean": autoencoder.shift.tolist(),
@@ -194,6 +191,8 @@ def save_autoencoder(autoencoder: AutoencoderKL, folder: Path, *, dtype: torch.d
     config = _autoencoder_config(autoencoder) | scale
     folder.mkdir(parents=True, exist_ok=True)
     state = to_diffusers(autoencoder.state_dict())
+    if exact_scale:
+        state |= {"shift": autoencoder.shift, "scale": autoencoder.scale}
     tensors = {name: value.to(dtype).contiguous() for name, value in state.items()}
     write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
     with replace_file(folder / DIFFUSERS_WEIGHT_FILES[0]) as file:
@@ -215,8 +214,7 @@ def make_autoencoder_kl(
 
     path: `packaged:autoencoder` (comes with ldm), a run directory or checkpoint of
     stage=autoencoder, a diffusers folder, or a name on the hub.
-    Raises CheckpointError, FileNotFoundError or ValueError where there are no weights of these
-    sizes.
+    Raises CheckpointError, FileNotFoundError or ValueError where there are none of these sizes.
     """
     autoencoder = AutoencoderKL(
         latent_channels=latent_channels,
@@ -231,9 +229,10 @@ def make_autoencoder_kl(
         return autoencoder
     location = resolve_path(path)
     if location.suffix == ".ckpt" or (location / "checkpoints").is_dir():
-        payload = read_checkpoint(file := find_checkpoint(path, name="autoencoder.path"))
+        file = checkpoint_file.find_checkpoint(path, name="autoencoder.path")
+        payload = checkpoint_file.read_checkpoint(file)
         read_state_dict(payload, file)
-        state = select_prefix(payload, "autoencoder.")
+        state = checkpoint_file.select_prefix(payload, "autoencoder.")
         load_module_state(autoencoder, state, what=f"autoencoder.path={path}")
     else:
         folder = location if location.exists() else download_autoencoder_files(path)
@@ -247,32 +246,28 @@ def download_autoencoder_files(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors"]))
     except Exception as error:
         raise FileNotFoundError(
-            f"'{name}' is neither here nor to be had from huggingface.co "
-            f"({type(error).__name__}). Give autoencoder.path= a run of stage=autoencoder, or a "
-            "folder with config.json and diffusion_pytorch_model.safetensors"
+            f"no autoencoder at '{name}': it is neither here nor to be had from huggingface.co "
+            f"({type(error).__name__}). It is a run of stage=autoencoder, or a folder with "
+            "config.json and diffusion_pytorch_model.safetensors"
         ) from error
 
 
-def _find_weights(path: Path | str) -> tuple[Path, dict[str, object]]:
+def _read_folder(
+    path: Path | str, ours: Mapping[str, object]
+) -> tuple[Path, dict[str, object], dict[str, Tensor]]:
+    """The weights file, config and renamed weights of a folder, refused if the config differs."""
     path = Path(path)
     files = [path / name for name in DIFFUSERS_WEIGHT_FILES] if path.is_dir() else [path]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise FileNotFoundError(f"no weights at {path}: looked for {', '.join(map(str, files))}")
-    config = file.parent / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"{file} needs its config.json next to it: copy it to {config}")
-    return file, json.loads(config.read_text())
-
-
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def _check_config(config: Mapping[str, object], ours: Mapping[str, object], file: Path) -> None:
-    """Refuses other settings that the weights' shapes do not show, such as a number of heads."""
+    config_file = file.parent / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(
+            f"{file} needs its config.json next to it: copy it to {config_file}"
+        )
+    config = json.loads(config_file.read_text())
+    # The shapes of weights do not show all settings, such as a number of heads.
     different = [
         f"{key} is {config[key]} there, {value} here"
         for key, value in ours.items()
@@ -280,3 +275,7 @@ def _check_config(config: Mapping[str, object], ours: Mapping[str, object], file
     ]
     if different:
         raise ValueError(f"{file} is of another network: {'; '.join(different)}")
+    if file.suffix == ".safetensors":
+        return file, config, from_diffusers(load_file(file))
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    return file, config, from_diffusers(state)

@@ -23,8 +23,8 @@ def load_pretrained_model(
 ) -> HubModelType:
     """Loads a model from a folder (`local`) or by its name on the hub; no pickle is executed.
 
-    Only the sizes in its config.json are used. Raises transformers' own errors where it cannot be
-    read, and ValueError where weights are missing or have other shapes than the config.
+    Raises transformers' own errors where it cannot be read, and ValueError where weights are
+    missing or have other shapes than the config.
     """
     with silence_transformers():
         model, report = kind.from_pretrained(

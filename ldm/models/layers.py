@@ -1,8 +1,4 @@
-"""The layers of denoiser, autoencoder and classifier.
-
-Shapes: B batch, C channels, h w grid, N = h * w positions, L text tokens, D text width,
-T time width.
-"""
+"""The layers of denoiser, autoencoder and classifier."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,13 +17,19 @@ ExtraAttentionFactory = Callable[[int], nn.Module]  # width -> attention of (B, 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Cosines, then sines, of t (B,) at `dim / 2` frequencies from 1 towards 1/10000: (B, dim).
 
-    float32: half precision cannot tell neighbouring timesteps apart. "Attention is all you need",
-    section 3.5, in the order of Stable Diffusion and with its roundings.
+    "Attention is all you need", section 3.5, in Stable Diffusion's order and with its roundings.
     """
-    half = dim // 2
+    half = dim // 2  # in float32: half precision cannot tell neighbouring timesteps apart
     steps = torch.arange(half, device=t.device, dtype=torch.float32)
     angles = t.float()[:, None] * torch.exp(-math.log(10000) * steps / half)  # (B, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def zero_module(layer: nn.Module) -> nn.Module:
+    """Returns the layer with all parameters set to zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
 
 
 def make_group_norm(groups: int, channels: int, eps: float) -> nn.Module:
@@ -38,11 +40,10 @@ def make_group_norm(groups: int, channels: int, eps: float) -> nn.Module:
 class ResBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut, with the time embedding added between them.
 
-    "Denoising Diffusion Probabilistic Models" (Ho et al. 2020), appendix B.
-    scale_shift: the embedding scales and shifts the normalised features (AdaGN, Dhariwal and Nichol
-    2021, section 3.1). positional_waves: above 0, a PositionalMap is added to the result.
-    groups: 0 normalises nothing, and the block starts as its shortcut ("Fixup Initialization",
-    Zhang et al. 2019).
+    Ho et al. 2020, appendix B. scale_shift: the embedding scales and shifts the normalised features
+    (AdaGN, Dhariwal and Nichol 2021, section 3.1). positional_waves: above 0, a PositionalMap is
+    added to the result. groups: 0 normalises nothing, and the block starts as its shortcut ("Fixup
+    Initialization", Zhang et al. 2019).
     """
 
     def __init__(
@@ -72,8 +73,7 @@ class ResBlock(nn.Module):
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
         if not groups:
-            nn.init.zeros_(self.conv2.weight)
-            nn.init.zeros_(self.conv2.bias)
+            zero_module(self.conv2)
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """x (B, in, h, w), emb (B, T) after its activation -> (B, out, h, w)."""
@@ -131,7 +131,6 @@ class FeedForward(nn.Module):
         self.proj_out = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, dim) -> (B, N, dim)."""
         value, gate = self.proj_in(x).chunk(2, dim=-1)  # (B, N, 4 dim) each
         return self.proj_out(value * F.gelu(gate))
 
@@ -172,10 +171,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """`depth` transformer blocks over the positions of a feature map, and a shortcut.
-
-    "High-Resolution Image Synthesis with Latent Diffusion Models", section 3.3.
-    """
+    """`depth` transformer blocks over the grid, and a shortcut (Rombach et al. 2022, 3.3)."""
 
     def __init__(
         self,
@@ -226,10 +222,7 @@ def to_grid(x: Tensor, *, like: Tensor) -> Tensor:
 
 
 class Downsample(nn.Module):
-    """Halves the grid by a strided 3x3 convolution.
-
-    asymmetric: pads at the bottom and on the right only, as Stable Diffusion's autoencoder does.
-    """
+    """Halves the grid by a strided 3x3 convolution; asymmetric: padded below and right only."""
 
     def __init__(self, channels: int, *, asymmetric: bool = False) -> None:
         super().__init__()
@@ -237,7 +230,6 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, h, w) -> (B, C, h / 2, w / 2), h and w even."""
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
 
 
@@ -249,15 +241,13 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, h, w) -> (B, C, 2h, 2w)."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Stage(nn.Module):
     """The layers of one resolution: residual blocks, each followed by its attention, if any.
 
-    `attentions` may be shorter than `blocks`: the middle of a network is block, attention, block.
-    `resample` leads to the next resolution.
+    The middle of a network is block, attention, block. `resample` leads to the next resolution.
     """
 
     def __init__(

@@ -1,7 +1,6 @@
 """The classifier on noisy latents that classifier guidance uses.
 
-Shapes: B batch, C latent channels, h w latent grid, P text width, S width of the shared space,
-K names, G captions to choose from.
+Shapes: S width of the shared space, K names, G captions to choose from.
 """
 
 import math
@@ -25,11 +24,9 @@ MAX_LOGIT_SCALE = 100.0  # of the inverse temperature, as CLIP's
 class NoisyTower(nn.Module):
     """Noisy latents to a unit vector, by the down half of a UNet.
 
-    Dhariwal and Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", section 4. Its input
-    is alpha x_t / (alpha^2 + sigma^2), the best linear estimate of x0: the gradient with respect
-    to x_t then has a factor alpha, and guidance, which multiplies it with sigma^2 / alpha, is
-    finite in pure noise.
-
+    Dhariwal and Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", section 4. The first
+    layer reads alpha x_t / (alpha^2 + sigma^2), the best linear estimate of x0, so that guidance,
+    which multiplies the gradient with sigma^2 / alpha, is finite in pure noise.
     in_channels: C. width: S. The other arguments are those of UNet; the lowest grid gets one more
     block and transformer.
     """
@@ -103,8 +100,7 @@ class NoisyClassifier(nn.Module):
 
     With an encoder of names (LabelTextEncoder) it is a classifier over all of them (Dhariwal and
     Nichol 2021); else the image half of a CLIP for noisy images (Nichol et al. 2022, GLIDE, 2.4),
-    whose log-likelihoods are right up to a constant of the image. `text` is neither stored nor
-    moved with the rest.
+    whose log-likelihoods are right up to a constant of the image.
     """
 
     def __init__(self, tower: NoisyTower, text: TextEncoder) -> None:
@@ -116,7 +112,7 @@ class NoisyClassifier(nn.Module):
                 "true with a CLIP"
             )
         self.tower = tower
-        self._text = (text,)  # a tuple, whose members torch does not register
+        self._text = (text,)  # a tuple, whose members torch neither stores nor moves
         self.project = nn.Linear(text.pooled_width, tower.width, bias=False)
         self.log_scale = nn.Parameter(torch.tensor([math.log(10.0)]))
 
@@ -127,7 +123,7 @@ class NoisyClassifier(nn.Module):
 
     @property
     def has_names(self) -> bool:
-        """Whether it chooses from a list of names."""
+        """Returns whether it chooses from a list of names."""
         return bool(self.text.names)
 
     @property
@@ -147,14 +143,13 @@ class NoisyClassifier(nn.Module):
 
     def class_log_probs(self, images: Tensor) -> Tensor:
         """Returns log p (B, K) of each name by the tower's vectors."""
-        labels = self.encode_texts(self.text.encode_all_labels())
-        return self.similarity(images, labels).log_softmax(1)
+        labels = torch.eye(self.text.pooled_width)  # `pooled` of each name, one-hot (K, K)
+        return self.similarity(images, self.encode_texts(labels)).log_softmax(1)
 
     def make_log_likelihood(self, prompts: Sequence[str]) -> Callable[[Tensor, Tensor], Tensor]:
         """Returns the function of x_t (B, C, h, w) and t that is log p(prompt | x_t), (B,).
 
-        It has a gradient with respect to x_t. Without names it is the scaled similarity. With names
-        it is 0 for an empty prompt.
+        Without names it is the scaled similarity. With names it is 0 for an empty prompt.
         """
         with torch.no_grad():
             pooled = self.text(prompts).pooled  # (B, P)

@@ -1,7 +1,4 @@
-"""A positional input of residual blocks: cosines over the grid, weighted by the embedding.
-
-Shapes: B batch, C channels, h w grid, N = h * w positions, T time width.
-"""
+"""A positional input of residual blocks."""
 
 import math
 from collections.abc import Sequence
@@ -13,8 +10,8 @@ from torch import Tensor, nn
 class PositionalMap(nn.Module):
     """A sum of the lowest `positional_waves`^2 cosines over the grid, weighted by the embedding.
 
-    Convolutions do not know their position, so a caption's summary that is added everywhere cannot
-    say "red, on the left". The cosines are those of the discrete cosine transform of any grid size.
+    Convolutions do not know their position, so a pooled caption alone cannot say "red, on the
+    left". The cosines are those of the discrete cosine transform.
     """
 
     def __init__(self, time_dim: int, channels: int, positional_waves: int) -> None:

@@ -16,9 +16,8 @@ RandomFill = Callable[[Tensor, torch.Generator | None], object]  # writes into a
 class RandomLayer(nn.Module):
     """A layer whose random numbers are a function of (seed, stream, position of the image).
 
-    They depend neither on the number of devices nor on the split of a batch. Two calls for the same
-    images draw the same numbers. Before `assign_image_positions` is called, the numbers come from
-    the global random state.
+    Two calls for the same images draw the same numbers. Before `assign_image_positions` is called,
+    the numbers come from the global random state.
     """
 
     def __init__(self) -> None:

@@ -2,8 +2,7 @@
 
 The style has tokens and an attention of its own, which is added to that of the text
 ("IP-Adapter", Ye et al. 2023, arXiv:2308.06721, section 3.2.2).
-Shapes: B images, H W pixels, S the encoder's image size, N patches, F their width, Z values of the
-code, K style tokens, D their width, T time width, C channels, P positions.
+Shapes: S the encoder's image size, N patches, F their width, Z values of the code, K style tokens.
 """
 
 import re
@@ -13,7 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ldm.models.clip import Clip
-from ldm.models.layers import Attention
+from ldm.models.layers import Attention, zero_module
 from ldm.models.random_layers import GaussianNoise
 
 NUM_STYLE_TOKENS = 8
@@ -24,16 +23,13 @@ class ClipStyleEncoder(nn.Module):
     """The states of a CLIP's patches, of images whose content was shuffled away.
 
     A denoiser sees its own training image through this encoder, so it can only copy textures, not
-    positions, and no colours if these are exchanged. docs/style.md has measurements.
+    positions, and no colours if these are exchanged: docs/style.md.
 
     path: `packaged:clip`, a CLIP or run folder, or a name on the hub. layer: the number of the
-    tower's blocks that are used; fewer know more of textures and less of things, and 0 is the
-    embedded patches. tiles: images are cut into tiles x tiles, which are shuffled; 1 shuffles none.
-    code: the number of values that the denoiser gets. Few have room only for what captions leave
-    out, and styles that differ in more need more.
+    tower's blocks that are used; 0 is the embedded patches. tiles: images are cut into tiles x
+    tiles, which are shuffled. code: the number of values that the denoiser gets.
     In training only: recolour permutes red, green and blue; `dropout` is the share of images
-    without style; `word_dropout` the share whose captions lose `style_words`, the names of styles,
-    so that there is something to learn from the image. `width` is F.
+    without style; `word_dropout` the share whose captions lose `style_words`. `width` is F.
     """
 
     def __init__(
@@ -89,8 +85,7 @@ class ClipStyleEncoder(nn.Module):
 
     def drop_style_words(self, captions: Sequence[str], shares: Tensor) -> list[str]:
         """Removes `style_words` from captions whose share, one of (B,), is below `word_dropout`."""
-        drops = (shares < self.word_dropout).tolist()
-        pairs = zip(captions, drops, strict=True)
+        pairs = zip(captions, (shares < self.word_dropout).tolist(), strict=True)
         return [self.strip_style_words(text) if drop else text for text, drop in pairs]
 
     def strip_style_words(self, caption: str) -> str:
@@ -122,12 +117,10 @@ def sample_permutations(n: int, generators: Sequence[Generator], device: torch.d
 class StyleTokens(nn.Module):
     """The features of a style image (B, N, F) to `NUM_STYLE_TOKENS` tokens (B, K, D).
 
-    Each patch goes through the same two layers; mean and maximum over the patches are reduced to a
-    code of a few values, with noise in training ("Deep Sets", Zaheer et al. 2017, section 3.1;
-    "Deep Variational Information Bottleneck", Alemi et al. 2017, with a fixed rate). The code has
-    no room for what the text says of the image. docs/style.md has measurements.
-    The tokens are also added to the time embedding ("Hierarchical Text-Conditional Image Generation
-    with CLIP Latents", Ramesh et al. 2022, section 2.1).
+    Mean and maximum over the patches ("Deep Sets", Zaheer et al. 2017, section 3.1) are reduced to
+    a code of a few values, with noise in training ("Deep Variational Information Bottleneck", Alemi
+    et al. 2017, with a fixed rate), which has no room for what the text says of the image. The
+    tokens are also added to the time embedding (unCLIP, Ramesh et al. 2022, section 2.1).
     """
 
     def __init__(self, style_dim: int, *, code: int, width: int, time_dim: int) -> None:
@@ -144,7 +137,7 @@ class StyleTokens(nn.Module):
         self.to_tokens = nn.Sequential(
             nn.Linear(code, width), nn.SiLU(), nn.Linear(width, NUM_STYLE_TOKENS * width)
         )
-        self.to_emb = zero_linear_weights(nn.Linear(NUM_STYLE_TOKENS * width, time_dim, bias=False))
+        self.to_emb = zero_module(nn.Linear(NUM_STYLE_TOKENS * width, time_dim, bias=False))
 
     def forward(self, style: Tensor) -> tuple[Tensor, Tensor]:
         """style (B, N, F) -> tokens (B, K, D), and an addition to the time embedding (B, T).
@@ -166,14 +159,8 @@ class StyleAttention(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.attn = Attention(dim, context_dim=style_width, heads=heads)
-        self.attn.to_out = zero_linear_weights(nn.Linear(dim, dim, bias=False))
+        self.attn.to_out = zero_module(nn.Linear(dim, dim, bias=False))
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """x (B, P, C), tokens (B, K, D) -> (B, P, C), to be added to x."""
+        """x (B, h w, C), tokens (B, K, D) -> as x, to be added to it."""
         return self.attn(self.norm(x), tokens)
-
-
-def zero_linear_weights(layer: nn.Linear) -> nn.Linear:
-    """Returns the layer with its weights set to zero."""
-    nn.init.zeros_(layer.weight)
-    return layer

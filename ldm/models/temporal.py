@@ -1,7 +1,6 @@
 """Videos: layers over time for a network of images, and an autoencoder of images on each frame.
 
 All other layers see the frames of videos as a batch of images.
-Shapes: B videos, F frames, C channels, h w grid, N = h * w positions, T time width.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,15 +11,14 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ldm.diffusion.rng import Generators
-from ldm.models.layers import Attention, timestep_embedding
+from ldm.models.layers import Attention, timestep_embedding, zero_module
 
 
 class TemporalLayers(nn.Module):
     """A frame mixer after each stage of a UNet, and an embedding of each frame's number.
 
-    widths: channels after each stage. attend: which stages get temporal attention.
-    At its initial values each frame of a video is computed by itself ("Make-A-Video", Singer et al.
-    2022, arXiv:2209.14792, section 3.2: pseudo-3D layers that begin as identities).
+    widths: channels after each stage. attend: which stages get temporal attention. All begin as
+    identities ("Make-A-Video", Singer et al. 2022, arXiv:2209.14792, section 3.2).
     """
 
     def __init__(
@@ -44,10 +42,7 @@ class TemporalLayers(nn.Module):
         )
 
     def embed_frames(self, emb: Tensor, frames: int) -> Tensor:
-        """Adds to the embedding of each video (B, T) that of each of its frames -> (B F, T).
-
-        The frame's embedding depends on time and text, which say where a moving thing is.
-        """
+        """Adds to the embedding of each video (B, T) that of each of its frames -> (B F, T)."""
         emb = emb[:, None].expand(-1, frames, -1)  # (B, F, T)
         numbers = self.embed_frame_numbers(frames, like=emb).expand(len(emb), -1, -1)
         return (emb + self.number(torch.cat([emb, numbers], dim=2))).flatten(0, 1)
@@ -121,13 +116,6 @@ class FramewiseAutoencoder(nn.Module):
         if latents.ndim == 4:
             return self.autoencoder.decode(latents)
         return unfold_frames(self.autoencoder.decode(fold_frames(latents)), latents.shape[2])
-
-
-def zero_module(layer: nn.Module) -> nn.Module:
-    """Returns the layer with all parameters set to zero."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer
 
 
 def fold_frames(videos: Tensor) -> Tensor:

@@ -1,8 +1,4 @@
-"""The denoising network: a UNet with text conditioning.
-
-Shapes: B batch, C latent channels, E extra channels, h w latent grid, L text tokens, D text width,
-P pooled width, T time width.
-"""
+"""The denoising network: a UNet with text conditioning."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,14 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.diffusion.conditioning import Condition
-from ldm.models.layers import (
-    Downsample,
-    ResBlock,
-    SpatialTransformer,
-    Stage,
-    Upsample,
-    timestep_embedding,
-)
+from ldm.models import layers
+from ldm.models.layers import ResBlock, SpatialTransformer, Stage
 from ldm.models.style import StyleAttention, StyleTokens
 from ldm.models.temporal import TemporalLayers, fold_frames, unfold_frames
 
@@ -28,7 +18,7 @@ class UNet(nn.Module):
     """A convolutional encoder and decoder with skip connections, attention and text conditioning.
 
     With in_channels=4, out_channels=4, context_dim=768 the defaults are the network of Stable
-    Diffusion 1.x ("High-Resolution Image Synthesis with Latent Diffusion Models", Rombach et al.).
+    Diffusion 1.x (Rombach et al. 2022).
 
     in_channels: latents and extra channels together (C + E).
     context_dim: width D of the text states; 0 builds no cross-attention.
@@ -75,6 +65,7 @@ class UNet(nn.Module):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.context_dim, self.pooled_dim, self.style_dim = context_dim, pooled_dim, style_dim
         self.widths = [channels * m for m in multipliers]
+        self.multiple = 2 ** (len(multipliers) - 1)  # of h and w
         self.blocks, self.attention = blocks, tuple(attention)
         self.heads, self.depth, self.groups = heads, depth, groups
 
@@ -119,7 +110,8 @@ class UNet(nn.Module):
             ins = [width] + [out] * (self.blocks - 1)
             blocks = [block(n, out) for n in ins]
             transformers = [transformer(out) for _ in ins if attend]
-            self.down.append(Stage(blocks, transformers, None if last else Downsample(out)))
+            resample = None if last else layers.Downsample(out)
+            self.down.append(Stage(blocks, transformers, resample))
             skips += [out] * (self.blocks if last else self.blocks + 1)
             width = out
 
@@ -130,20 +122,16 @@ class UNet(nn.Module):
             ins = [n + skips.pop() for n in [width] + [out] * self.blocks]
             blocks = [block(n, out) for n in ins]
             transformers = [transformer(out) for _ in ins if attend]
-            self.up.append(Stage(blocks, transformers, Upsample(out) if level else None))
+            self.up.append(Stage(blocks, transformers, layers.Upsample(out) if level else None))
             width = out
 
     def _zero_residuals(self) -> None:
-        """Sets the last layer of each residual branch, and the output, to zero.
-
-        The code of "Diffusion Models Beat GANs on Image Synthesis" (Dhariwal and Nichol).
-        """
+        """Sets the last layer of each residual branch to zero, as Dhariwal and Nichol do."""
         last = [self.conv_out]
         last += [m.conv2 for m in self.modules() if isinstance(m, ResBlock)]
         last += [m.proj_out for m in self.modules() if isinstance(m, SpatialTransformer)]
         for conv in last:
-            nn.init.zeros_(conv.weight)
-            nn.init.zeros_(conv.bias)
+            layers.zero_module(conv)
 
     @property
     def extension_prefixes(self) -> tuple[str, ...]:
@@ -162,7 +150,8 @@ class UNet(nn.Module):
         self._check(x, cond)
         if cond.concat is not None:
             x = torch.cat([x, cond.concat], dim=1)  # (B, C + E, h, w)
-        emb = self.time_mlp(timestep_embedding(t.expand(len(x)), self.widths[0]).to(x.dtype))
+        time = layers.timestep_embedding(t.expand(len(x)), self.widths[0])
+        emb = self.time_mlp(time.to(x.dtype))
         if self.pooled_mlp is not None:
             emb = emb + self.pooled_mlp(cond.pooled)  # (B, T)
         style = None
@@ -192,11 +181,6 @@ class UNet(nn.Module):
             x = stage(x, emb, cond, skips, temporal)[-1]
             del skips[-len(stage.blocks) :]
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, out_channels, h, w)
-
-    @property
-    def multiple(self) -> int:
-        """Height and width of the latents must be multiples of this number."""
-        return 2 ** (len(self.widths) - 1)
 
     def _check(self, x: Tensor, cond: Condition) -> None:
         batch, channels, *frames = x.shape[:-2]

@@ -1,7 +1,4 @@
-"""Initialises a network with the weights of a smaller one.
-
-Shapes: C input channels.
-"""
+"""Initialises a network with the weights of a smaller one."""
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +12,8 @@ def warm_start(network: nn.Module, state: dict[str, Tensor], *, source: str) -> 
     """Loads the tensors of a smaller network, so that this one has the same output at first.
 
     A first convolution with more input channels gets zeros for those (Brooks et al. 2023,
-    InstructPix2Pix, arXiv:2211.09800, section 3.2). Layers that the smaller network lacks stay as
-    they are if their names begin with one of `network.extension_prefixes`. source: in messages.
+    InstructPix2Pix, arXiv:2211.09800, section 3.2). Other layers may be new if their names begin
+    with one of `network.extension_prefixes`. source: in messages.
     Returns the names of what is new. Raises CheckpointError where other names or shapes differ.
     """
     own = network.state_dict()
@@ -46,7 +43,7 @@ def warm_start(network: nn.Module, state: dict[str, Tensor], *, source: str) -> 
 
 
 def is_widened(name: str, loaded: Tensor, tensor: Tensor) -> bool:
-    """Whether the first convolution has more input channels, and the same shape otherwise."""
+    """Returns whether a first convolution has more input channels, and the same shape otherwise."""
     return (
         name.endswith(WIDENABLE_WEIGHT)
         and loaded.ndim == tensor.ndim

@@ -1,7 +1,4 @@
-"""Pooled text states with unit variance in every direction.
-
-Shapes: n captions, P pooled width.
-"""
+"""Pooled text states (n, P) of n captions with unit variance in every direction."""
 
 from pathlib import Path
 

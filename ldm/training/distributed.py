@@ -30,8 +30,3 @@ def record_first_error(run_dir: Path, error: BaseException, *, rank: int) -> tup
     except OSError:  # a full disk
         return message, rank == 0
     return message, True
-
-
-def remove_first_error(run_dir: Path) -> None:
-    """Removes the error of an earlier call of the run."""
-    (run_dir / FIRST_ERROR_FILE).unlink(missing_ok=True)

@@ -14,8 +14,6 @@ class EMA(nn.Module):
 
     def __init__(self, denoiser: nn.Module, *, decay: float) -> None:
         super().__init__()
-        if not 0 <= decay < 1:
-            raise ValueError(f"ema.decay={decay} must lie in [0, 1)")
         self.decay = decay
         self.module = copy.deepcopy(denoiser).eval().requires_grad_(False)
 
@@ -35,7 +33,7 @@ class EMA(nn.Module):
             average.copy_(value)
 
     def train(self, mode: bool = True) -> "EMA":
-        """The average is never in training mode."""
+        """Returns the average, which is never in training mode."""
         return super().train(False)
 
 

@@ -24,7 +24,7 @@ from ldm.training.callbacks.nonfinite import (
     find_non_finite_metrics,
     format_last_good_checkpoint,
 )
-from ldm.training.distributed import format_exception, record_first_error, remove_first_error
+from ldm.training.distributed import FIRST_ERROR_FILE, format_exception, record_first_error
 from ldm.utils.checkpoint_facts import read_state_dict
 from ldm.utils.checkpoint_file import (
     check_module_state,
@@ -46,12 +46,12 @@ class TrainingJob:
     resume: Path | None  # the checkpoint that it resumes from
 
     def metrics(self) -> dict[str, float]:
-        """The newest value of each logged metric."""
+        """Returns the newest value of each logged metric."""
         logged = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         return {**self.meter.latest, **logged}
 
     def outcome(self, run_dir: Path, metric: str) -> dict:
-        """The progress of the run so far, for result.json."""
+        """Returns the progress of the run so far, for result.json."""
         newest = run_dir / "checkpoints" / "last.ckpt"
         step = self.trainer.global_step
         if self.resume is not None and step < parse_checkpoint_step(self.resume):
@@ -66,7 +66,7 @@ class TrainingJob:
         }
 
     def check_end(self, run_dir: Path, metric: str) -> None:
-        """NotFiniteError where the last validation shows that the weights are ruined."""
+        """Raises NotFiniteError if the last validation shows that the weights are ruined."""
         rows = read_metrics(run_dir)  # of an earlier call, if there was nothing left to train
         values = {name: find_last_value(rows, name) for name in ("val/loss", metric)}
         values |= self.metrics()
@@ -79,7 +79,7 @@ class TrainingJob:
             )
 
     def failed(self, run_dir: Path, error: BaseException) -> tuple[str, bool]:
-        """The message of the error that ended the run, and whether this rank must report it."""
+        """Returns the error that ended the run, and whether this rank must report it."""
         if self.trainer.world_size == 1:
             return format_exception(error), True
         message, own = record_first_error(run_dir, error, rank=self.trainer.global_rank)
@@ -101,17 +101,23 @@ class TrainingJob:
             columns, rows = build_ranking_table(
                 rank_runs(jobs, metric, direction=direction), metric
             )
+        status, where = result["status"], f"{run_dir} at step {result['steps']}"
         for logger in self.trainer.loggers:
             if is_sweep_job(run_dir):
                 logger.log_table("ranking", columns=columns, data=rows)
-            logger.finish(failed=result["status"] == "failed")
+            if status != "finished":
+                logger.alert(f"run {status}", result.get("error", f"{where} was preempted"))
+            logger.finish(status=status)
 
     def describe(self) -> str:
-        """One line: what is trained, on what, how long."""
+        """Returns one line: where the run begins, what is trained, on what, how long."""
+        begins = "begins"
+        if self.resume is not None:
+            begins = f"resumes from step {parse_checkpoint_step(self.resume)}"
         trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
         kind = "images" if self.data.frames is None else "videos"
         return (
-            f"{type(self.module).__name__}, {trained / 1e6:.1f} M parameters, on "
+            f"{begins}: {type(self.module).__name__}, {trained / 1e6:.1f} M parameters, on "
             f"{len(self.data.train_set)} {kind} ({len(self.data.val_set)} for validation): "
             f"{self.trainer.max_steps} steps of {self.data.batch_size} {kind} on "
             f"{self.trainer.world_size} x {self.trainer.strategy.root_device.type}"
@@ -123,7 +129,7 @@ def prepare_run_directory(run_dir: Path, module: L.LightningModule) -> Path | No
     first, resume = get_launcher_rank() == 0, find_newest_checkpoint(run_dir / "checkpoints")
     if first:
         check_writable(run_dir / "checkpoints")
-        remove_first_error(run_dir)
+        (run_dir / FIRST_ERROR_FILE).unlink(missing_ok=True)  # of an earlier call
     if resume is not None:
         state = read_state_dict(read_unverified_checkpoint(resume), resume)
         check_module_state(module, state, what=str(resume))

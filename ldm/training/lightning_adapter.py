@@ -43,6 +43,14 @@ def count_micro_steps(trainer: L.Trainer) -> int:
     return trainer.fit_loop.epoch_loop.total_batch_idx + 1
 
 
+def correct_logging_step(trainer: L.Trainer) -> None:
+    """Has the metrics that callbacks log in training belong to the optimizer steps so far.
+
+    `fit_loop.epoch_loop._batches_that_stepped`: in a resumed run it is one too many.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
 def count_resumed_batches(trainer: L.Trainer) -> int | None:
     """Returns the batches of the epoch that were trained before a resume in its middle, else None.
 

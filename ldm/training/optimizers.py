@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -9,29 +10,22 @@ from torch import nn
 from ldm.training.lightning_adapter import allow_gradient_clipping
 
 
+@dataclass(kw_only=True)
 class AdamW:
     """AdamW with linear warm-up, then a constant or a cosine-shaped learning rate.
 
     Biases and gains (one dimension) have no weight decay.
     """
 
-    def __init__(
-        self,
-        *,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.01,
-        warmup: int = 100,
-        decay: str = "constant",
-    ) -> None:
-        if decay not in ("constant", "cosine"):
-            raise ValueError(f"optimizer.decay='{decay}' is neither constant nor cosine")
-        numbers = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "warmup": warmup}
-        for name, value in numbers.items():
-            if not all(map(math.isfinite, value if name == "betas" else [value])):
-                raise ValueError(f"optimizer.{name}={value} is not finite")
-        self.lr, self.betas, self.weight_decay = lr, tuple(betas), weight_decay
-        self.warmup, self.decay = warmup, decay
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    warmup: int = 100
+    decay: str = "constant"
+
+    def __post_init__(self) -> None:
+        if self.decay not in ("constant", "cosine"):
+            raise ValueError(f"optimizer.decay='{self.decay}' is neither constant nor cosine")
 
     def __call__(self, parameters: Iterable[nn.Parameter], *, steps: int) -> dict:
         """Returns what `configure_optimizers` needs for `steps` steps (-1: no end)."""
@@ -41,7 +35,7 @@ class AdamW:
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=tuple(self.betas), fused=True)
         allow_gradient_clipping(optimizer)
         settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
 

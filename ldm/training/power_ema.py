@@ -51,11 +51,6 @@ def length_to_exponent(length: float) -> float:
     return max(0.0, float(roots.real.max()))
 
 
-def power_ema_decay(step: int, gamma: float) -> float:
-    """Returns the share of the previous average in that of `step`, counted from 1."""
-    return (1 - 1 / step) ** (gamma + 1)
-
-
 def profile_inner_products(first: Sequence[EMAProfile], second: Sequence[EMAProfile]) -> np.ndarray:
     """Returns the integrals (len(first), len(second)) of p q over time, for each two profiles."""
     a = np.array([length_to_exponent(profile.length) for profile in first])[:, None]
@@ -99,12 +94,7 @@ class PowerEMA(nn.Module):
 
     def __init__(self, denoiser: nn.Module, *, lengths: Sequence[float]) -> None:
         super().__init__()
-        try:
-            self.lengths = [float(length) for length in lengths]
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"phema.lengths={lengths} is no list of numbers: give phema.lengths=[0.05,0.10]"
-            ) from None
+        self.lengths = [float(length) for length in lengths]
         if len(set(self.lengths)) < len(self.lengths):
             raise ValueError(f"phema.lengths={self.lengths} names a length twice")
         self.exponents = [length_to_exponent(length) for length in self.lengths]
@@ -117,11 +107,11 @@ class PowerEMA(nn.Module):
         """Moves towards `denoiser` after optimizer step `step`, counted from 1."""
         weights = list(denoiser.parameters())
         for gamma, track in zip(self.exponents, self.tracks, strict=True):
-            share = 1 - power_ema_decay(step, gamma)
+            share = 1 - (1 - 1 / step) ** (gamma + 1)
             torch._foreach_lerp_(list(track.parameters()), weights, share)
             for average, value in zip(track.buffers(), denoiser.buffers(), strict=True):
                 average.copy_(value)
 
     def train(self, mode: bool = True) -> "PowerEMA":
-        """The averages are never in training mode."""
+        """Returns the averages, which are never in training mode."""
         return super().train(False)

@@ -27,10 +27,7 @@ def read_state_dict(payload: object, path: Path) -> dict[str, Tensor]:
 
 
 def read_checkpoint_metadata(payload: object, path: Path) -> dict:
-    """Returns stage, config and the digests of the frozen parts of a checkpoint.
-
-    Raises CheckpointError if one of these, the weights or the step is missing or damaged.
-    """
+    """Returns stage, config and digests of the frozen parts; CheckpointError if one is damaged."""
     read_state_dict(payload, path)
     facts, step = payload.get("ldm"), payload.get("global_step")
     stage = facts.get("stage") if isinstance(facts, dict) else None

@@ -1,9 +1,9 @@
 """Checkpoint files: written so that a kill loses nothing, read without running their code.
 
 A checkpoint is `<name>.ckpt`, tensors and plain values for `torch.load(weights_only=True)`, and
-`<name>.ckpt.json`, its manifest with size and SHA-256. The manifest is written last; without a
-valid manifest the checkpoint does not count. `last.ckpt` is a link to the newest checkpoint,
-`best.ckpt` to the one with the best validation.
+`<name>.ckpt.json`, its manifest with size and SHA-256, which is written last: without a valid
+manifest the checkpoint does not count. `last.ckpt` is a link to the newest checkpoint, `best.ckpt`
+to the one with the best validation.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import warnings
+import zipfile
 from collections.abc import Collection
 from errno import ENOSPC
 from pathlib import Path
@@ -58,10 +59,7 @@ class _HashingWriter:
 
 
 def write_checkpoint(payload: dict, path: Path) -> None:
-    """Stores `payload` at `path`, reads it back, then writes its manifest.
-
-    Raises OSError if that fails; then nothing is left at `path`.
-    """
+    """Stores `payload`, reads it back, writes its manifest; on an OSError nothing is left."""
     path.parent.mkdir(parents=True, exist_ok=True)
     manifest_path(path).unlink(missing_ok=True)  # it must not describe a half-written file
     if (free := shutil.disk_usage(path.parent).free) < count_tensor_bytes(payload):
@@ -93,10 +91,7 @@ def count_tensor_bytes(payload: object) -> int:
 
 
 def export_weights(payload: dict, path: Path) -> None:
-    """Writes a checkpoint's weights, the EMA ones if it has them, as safetensors.
-
-    Step, stage and configuration go to a file with the suffix `.json`.
-    """
+    """Writes weights, EMA ones if there are any, as safetensors, and step and settings as .json."""
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = select_prefix(payload, "ema.module.") or payload["state_dict"]
     facts = {"step": payload["global_step"], **payload["ldm"]}
@@ -118,10 +113,7 @@ def link_checkpoint(path: Path, name: str) -> None:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Returns the payload of a checkpoint; its tensors are memory-mapped.
-
-    Raises CheckpointError if the file does not match its manifest or holds anything but data.
-    """
+    """Returns the payload, memory-mapped; CheckpointError if its manifest or content is wrong."""
     path = path.resolve()
     if problem := find_checkpoint_flaw(path):
         good = find_last_good_checkpoint(path.parent, other_than=path)
@@ -146,7 +138,12 @@ def find_checkpoint_flaw(path: Path) -> str | None:
     if not path.is_file():
         return "there is no such file"
     if not manifest_path(path).is_file():
-        return f"its manifest {manifest_path(path).name} is missing (a save that did not finish?)"
+        if not path.name.startswith("step="):
+            return _find_archive_flaw(path)
+        return (
+            f"its manifest {manifest_path(path).name} is missing (a save that did not finish, or a "
+            "copy without it?)"
+        )
     try:
         manifest = read_json(manifest_path(path), max_bytes=2**16)
         size, digest = manifest["size"], manifest["sha256"]
@@ -162,6 +159,27 @@ def find_checkpoint_flaw(path: Path) -> str | None:
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
     return None
+
+
+def _find_archive_flaw(path: Path) -> str | None:
+    """Returns why a file that was copied without its manifest, such as best.ckpt, is not whole.
+
+    Names of a run's own saves begin with step=. torch.save stores a checksum of each tensor.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
+                return "it is compressed, and no file that train.py wrote"
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        return f"it has no manifest {manifest_path(path).name}, and is not whole ({error})"
+    if damaged is not None:
+        return f"its content does not have its checksums ({damaged})"
+    return (
+        "its weights are not finite: the training had failed"
+        if has_nonfinite_weights(path)
+        else None
+    )
 
 
 def find_newest_checkpoint(folder: Path) -> Path | None:
@@ -200,13 +218,13 @@ def find_last_good_checkpoint(
     """Returns the newest valid checkpoint of a folder, of those before a step; None without."""
     for path in sorted(folder.glob("step=*.ckpt"), reverse=True):
         early = before is None or parse_checkpoint_step(path) < before
-        if early and path != other_than and is_valid_checkpoint(path):
+        if early and path != other_than and find_checkpoint_flaw(path) is None:
             return path.resolve()
     return None
 
 
 def has_nonfinite_weights(path: Path) -> bool:
-    """Whether weights are not finite, for a checkpoint whose manifest does not say so."""
+    """Returns whether weights are not finite, for a manifest that does not say so."""
     try:
         weights = dict(read_unverified_checkpoint(path)["state_dict"]).values()
         # A view may claim to be larger than its file.
@@ -214,10 +232,6 @@ def has_nonfinite_weights(path: Path) -> bool:
         return not all(weight.isfinite().all() for weight in plain)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
         return False  # whoever reads these weights raises the error
-
-
-def is_valid_checkpoint(path: Path) -> bool:
-    return find_checkpoint_flaw(path) is None
 
 
 def parse_checkpoint_step(path: Path) -> int:
@@ -272,7 +286,7 @@ def delete_checkpoint(path: Path) -> None:
 
 
 def load_module_state(module: nn.Module, state: dict, *, what: str) -> None:
-    """Loads a state dict; raises like `check_module_state`."""
+    """Loads a state dict after `check_module_state`."""
     check_module_state(module, state, what=what)
     module.load_state_dict(state)
 
@@ -282,17 +296,12 @@ def check_module_state(module: nn.Module, state: dict, *, what: str) -> None:
     own = module.state_dict()
     wrong = [f"{name} is missing" for name in own if name not in state]
     wrong += [f"{name} is unknown" for name in state if name not in own]
-    pairs = [(name, state[name], own[name]) for name in own if name in state]
-    wrong += [
-        f"{name} is {tuple(theirs.shape)} in the file and {tuple(ours.shape)} here"
-        for name, theirs, ours in pairs
-        if theirs.shape != ours.shape
-    ]
-    wrong += [
-        f"{name} is {theirs.dtype} in the file and {ours.dtype} here"
-        for name, theirs, ours in pairs
-        if theirs.is_floating_point() != ours.is_floating_point()
-    ]
+    both = [(name, state[name], own[name]) for name in own if name in state]
+    differ = [(name, tuple(a.shape), tuple(b.shape)) for name, a, b in both if a.shape != b.shape]
+    for name, a, b in both:
+        if a.is_floating_point() != b.is_floating_point():
+            differ.append((name, a.dtype, b.dtype))
+    wrong += [f"{name} is {theirs} in the file and {ours} here" for name, theirs, ours in differ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(f"{what} does not fit: {'; '.join(wrong[:3])}{more}")

@@ -76,8 +76,7 @@ def combine_snapshots(
 ) -> dict[str, Tensor]:
     """Returns the weighted sum of the snapshots' state dicts, summed in float64.
 
-    Integer tensors are those of the last one. It calls `on_progress` after each snapshot. Raises
-    SnapshotError if their shapes differ.
+    Integer tensors are those of the last one. on_progress: called after each snapshot.
     """
     total: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}

@@ -18,6 +18,7 @@ MAX_NAME_BYTES = 255  # of one name, on nearly all file systems
 MAX_PATH_BYTES = 4095  # of a whole path, on Linux
 MAX_JSON_BYTES = 2**26
 PACKAGED_PREFIX = "packaged:"
+BUNDLE_FILE = "bundle.json"  # makes a folder a bundle
 
 
 @contextmanager
@@ -64,9 +65,8 @@ def reserve_files(
 ) -> Iterator[Sequence[Path]]:
     """Yields paths that no file has and that this process alone writes during the block.
 
-    `family("")` returns the paths, `family("-2")`, `family("-3"), ..` the alternatives; it prints
-    which one it took. Empty files hold the names; those still empty at the end are deleted.
-    With `overwrite` it yields `family("")`, whether the files exist or not.
+    `family("")` returns the paths, `family("-2")`, `family("-3"), ..` the alternatives; a line says
+    which. Files that are still empty at the end are deleted. overwrite: yields `family("")` anyway.
     """
     wanted = family("")
     if overwrite:
@@ -103,10 +103,7 @@ def _create_empty_files(paths: Sequence[Path]) -> bool:
 
 
 def check_path_length(setting: str, path: Path, *, more: int = 0) -> None:
-    """Raises ValueError if a name in a setting's path, or the path, is too long for the system.
-
-    more: bytes that will be appended to the last name.
-    """
+    """Raises ValueError if a path, with `more` bytes at its end, is too long for the system."""
     name = max([len(os.fsencode(path.name)) + more, *(len(os.fsencode(p)) for p in path.parts)])
     whole = len(os.fsencode(path.absolute())) + more
     excess = max(name - MAX_NAME_BYTES, whole - MAX_PATH_BYTES)
@@ -143,10 +140,7 @@ def check_writable(folder: Path) -> None:
 
 
 def read_regular_file(path: Path, *, max_bytes: int) -> bytes:
-    """Returns the bytes of an untrusted file.
-
-    Raises ValueError if it is larger, or a pipe or device, which could block forever.
-    """
+    """Returns the bytes of an untrusted file; ValueError for a larger one, a pipe or a device."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         stat = os.fstat(descriptor)
@@ -168,9 +162,9 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
 
 
 def read_text(path: str | Path, *, max_bytes: int | None = None) -> str:
-    """Returns the text of a user's file: UTF-8, or UTF-16 with a byte order mark.
+    """Returns the text of a user's file: UTF-8, or UTF-16 with a byte order mark; else ValueError.
 
-    With `max_bytes` the file is read as an untrusted one. Raises ValueError for other encodings.
+    max_bytes: reads it as an untrusted file.
     """
     if max_bytes is None:
         data = Path(path).read_bytes()
@@ -192,10 +186,7 @@ def detect_encoding(data: bytes) -> str:
 
 
 def resolve_path(path: str | Path) -> Path:
-    """Returns the path of a setting: `~` is the home directory, `packaged:NAME` is in ldm/assets.
-
-    Raises FileNotFoundError for an unknown packaged name.
-    """
+    """Returns the path of a setting: `~` is the home directory, `packaged:NAME` in ldm/assets."""
     path = str(path)
     if path.startswith(PACKAGED_PREFIX):
         assets = Path(__file__).parent.parent / "assets"

@@ -1,7 +1,4 @@
-"""Image tensors to Pillow images, grids with captions, and PNG files with metadata.
-
-Shapes: n images, H W pixels.
-"""
+"""Image tensors (3, H, W) to Pillow images, grids with captions, and PNG files with metadata."""
 
 import io
 import json
@@ -106,10 +103,7 @@ def load_font(size: int) -> ImageFont.FreeTypeFont:
 def wrap_text(
     text: str, width: float, font: ImageFont.FreeTypeFont, *, max_lines: int
 ) -> list[str]:
-    """Returns the lines of a text; long words are split, and a long text ends in "...".
-
-    width: pixels of a line.
-    """
+    """Returns a text in lines of `width` pixels; splits long words, ends a long text in "..."."""
     lines, line = [], ""
     # Half an emoji has no UTF-8, and 2000 characters fill any four lines.
     words = text.encode("utf-8", "replace").decode("utf-8")[:2000].split()

@@ -1,7 +1,4 @@
-"""Kernel locks on files and directories: one process at a time.
-
-The kernel frees a lock when its process ends, however that happens.
-"""
+"""Kernel locks on files and directories: the kernel frees them when a process ends, however."""
 
 import errno
 import fcntl
@@ -92,7 +89,7 @@ def lock_directory(directory: Path, *, timeout: float = LOCK_TIMEOUT) -> BinaryI
 
 
 def is_directory_locked(directory: Path) -> bool:
-    """Whether another process holds `lock_directory`.
+    """Returns whether another process holds `lock_directory`.
 
     A process that calls this for a directory that it has locked itself loses its lock.
     """

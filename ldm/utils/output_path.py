@@ -6,39 +6,29 @@ from pathlib import Path
 
 from ldm.utils.files import check_path_length, resolve_path
 
-OUTPUT_IMAGE_SUFFIXES = (".png",)
-OUTPUT_VIDEO_SUFFIXES = (".gif", ".webp", ".mp4")
+OUTPUT_SUFFIXES = {"images": (".png",), "videos": (".gif", ".webp", ".mp4")}
 
 
 def resolve_output_file(out: str | None, default: Path, *, moving: bool | None) -> Path:
     """Returns the file to write: `out`, with a suffix if it has none, or `default` in a folder.
 
-    moving: whether it is a video; None if not known yet. Raises ValueError for a path that is too
-    long or an unsupported suffix.
+    moving: whether it is a video; None if not known yet.
     """
-    kinds = {
-        None: OUTPUT_IMAGE_SUFFIXES + OUTPUT_VIDEO_SUFFIXES,
-        False: OUTPUT_IMAGE_SUFFIXES,
-        True: OUTPUT_VIDEO_SUFFIXES,
-    }[moving]
-    default = default.with_suffix(kinds[0])
+    kinds = {kind: s for kind, s in OUTPUT_SUFFIXES.items() if moving in (None, kind == "videos")}
+    suffixes = [suffix for endings in kinds.values() for suffix in endings]
+    default = default.with_suffix(suffixes[0])
     path = resolve_path(out) if out else default
     check_path_length("out", path, more=len("-000_previews.png"))
     if out and (out.endswith("/") or path.is_dir()):
         path = path / default.name
     ending = re.search(r"\.[a-z][a-z0-9]{1,4}$", path.name.lower())
     if ending is None:
-        path = path.with_name(path.name + kinds[0])
-    elif ending[0] in kinds:
+        path = path.with_name(path.name + suffixes[0])
+    elif ending[0] in suffixes:
         path = path.with_suffix(ending[0])
     else:
-        images, videos = ", ".join(OUTPUT_IMAGE_SUFFIXES), ", ".join(OUTPUT_VIDEO_SUFFIXES)
-        message = {
-            None: f"images are written as {images}, videos as {videos}",
-            False: f"images are written as {images}",
-            True: f"videos are written as {videos}",
-        }[moving]
-        raise ValueError(f"out={out}: {message}")
+        ways = ", ".join(f"{kind} as {', '.join(endings)}" for kind, endings in kinds.items())
+        raise ValueError(f"out={out}: {ways.replace(' as ', ' are written as ', 1)}")
     check_video_writer(path)
     return path
 

@@ -1,7 +1,7 @@
 """Pages of labelled images and numbers, laid out in pixels on white.
 
-Shapes: n images, m captions, H W pixels. A page is about 1264 pixels wide, so that its text is
-still readable at the 900 pixels of a README.
+Shapes: n images, m captions, H W pixels. A page is about 1264 pixels wide: its text is readable at
+the 900 pixels of a README.
 """
 
 import warnings
@@ -67,10 +67,7 @@ class Page:
         align: str = "left",
         math: bool = False,
     ) -> None:
-        """Adds text with its top at y; x is where its lines begin, or as `align` says.
-
-        math: text between dollars is a formula.
-        """
+        """Adds text with its top at y, x as `align` says; math: dollars enclose formulas."""
         style = {"fontsize": size * 72 / _DPI, "color": colour, "ha": align, "va": "baseline"}
         style |= {"fontweight": "bold" if bold else "normal", "parse_math": math}
         for i, line in enumerate(text.split("\n")):
@@ -121,10 +118,7 @@ def measure_heading(description: str, width: int) -> int:
 
 
 def resize_longer_side(image: Tensor, side: int = FIGURE_IMAGE_SIZE) -> Image.Image:
-    """Returns an image (3, H, W) in [-1, 1] with `side` pixels on its longer side.
-
-    Its pixels stay sharp if `side` is a multiple of its size.
-    """
+    """Returns an image (3, H, W) in [-1, 1] with `side` pixels on its longer side."""
     small = to_pil(image)
     longest = max(small.size)
     size = [max(round(length * side / longest), 1) for length in small.size]
@@ -222,14 +216,12 @@ def _draw_change(page: Page, x: int, y: int, change: ImageChange, width: int) ->
     bars, room = left + 100, width - (2 * FIGURE_IMAGE_SIZE + 5 * GAP) - 160
     for i, (word, cosine) in enumerate(change.words):
         top = y + i * round(NOTE_HEIGHT * 1.5)
-        right = word == change.right
-        colour = ACCENT if right else GREY
-        page.add_text(left, top, word, size=NOTE_HEIGHT, bold=right, colour=colour)
-        page.add_box(
-            bars, top + 1, max(cosine, 0) * room, NOTE_HEIGHT, colour if right else "#cccccc"
-        )
-        at = bars + max(cosine, 0) * room + GAP
-        page.add_text(at, top, f"{cosine:.2f}", size=NOTE_HEIGHT, colour=colour)
+        is_right, length = word == change.right, max(cosine, 0) * room
+        colour, bar = (ACCENT, ACCENT) if is_right else (GREY, "#cccccc")
+        page.add_text(left, top, word, size=NOTE_HEIGHT, bold=is_right, colour=colour)
+        page.add_box(bars, top + 1, length, NOTE_HEIGHT, bar)
+        number = f"{cosine:.2f}"
+        page.add_text(bars + length + GAP, top, number, size=NOTE_HEIGHT, colour=colour)
 
 
 def _blue(share: float) -> tuple[float, ...]:

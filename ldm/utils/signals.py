@@ -26,7 +26,12 @@ class StopSignals:
         self.received_at = 0.0
 
     def listen(self) -> None:
-        """Replaces the handlers of all these signals at the same moment."""
+        """Replaces the handlers of all these signals at the same moment; only in the main thread.
+
+        Python allows handlers in no other thread.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
         self.process = os.getpid()
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         for number in STOP_SIGNALS:
@@ -84,8 +89,23 @@ class StopSignals:
 
 
 @contextmanager
+def restore_signal_handlers() -> Iterator[None]:
+    """The handlers of the stop signals after this block are those before it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:  # of C code
+                signal.signal(number, handler)
+
+
+@contextmanager
 def block_stop_signals() -> Iterator[None]:
-    """Processes that are started in this block ignore the stop signals.
+    """Lets processes that are started in this block ignore the stop signals.
 
     A terminal, timeout, systemd or SLURM send them to all processes of a run, which still needs its
     data workers. Signals to this process wait for the end of the block.

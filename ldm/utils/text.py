@@ -42,7 +42,7 @@ def format_table(
 ) -> str:
     """Returns rows of cells as lines, each column as wide as its widest cell.
 
-    align: `<` or `>` for each column; the last letter stands for all further columns. widths: the
+    align: `<` or `>` for each column; the last letter stands for all further ones. widths: the
     least width of each column. gap: what separates two columns.
     """
     least = [*widths, *[0] * len(rows[0])]

@@ -1,7 +1,4 @@
-"""Video tensors to film strips, and to GIF, WebP and MP4 files with metadata.
-
-Shapes: F frames, H W pixels, n videos.
-"""
+"""Video tensors (3, F, H, W) to film strips, and to GIF, WebP and MP4 files with metadata."""
 
 import json
 from collections.abc import Sequence

@@ -20,7 +20,7 @@ import torch
 
 import ldm.config.run
 import ldm.training.loggers.wandb  # noqa: F401
-from ldm.cli.train import train
+from ldm.cli.train import train_command
 from ldm.config.command_line import run_command
 
 torch.set_num_threads(1)
@@ -39,7 +39,7 @@ def live(overrides: list[str], log: Path) -> int:
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.argv = ["train.py", *overrides]
-        run_command(train, "train")
+        run_command(train_command, "train")
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1

@@ -16,10 +16,15 @@ class WandbFile:
     """One start of a run."""
 
     id: str = ""
+    entity: str = ""
     project: str = ""
     group: str = ""
+    job_type: str = ""
     name: str = ""
+    notes: str = ""
     tags: list[str] = field(default_factory=list)
+    alerts: list[tuple[str, str, str]] = field(default_factory=list)  # level, title, text
+    artifacts: dict[str, list[str]] = field(default_factory=dict)  # name -> what it refers to
     config: dict = field(default_factory=dict)
     history: list[dict] = field(default_factory=list)
     axes: dict[str, str] = field(default_factory=dict)  # metric or its glob -> its x axis
@@ -50,6 +55,7 @@ def read(path: Path) -> WandbFile:
             run = record.run
             found.id, found.project, found.group = run.run_id, run.project, run.run_group
             found.name, found.tags = run.display_name, list(run.tags)
+            found.entity, found.job_type, found.notes = run.entity, run.job_type, run.notes
             update(found.config, run.config)
         elif kind == "config":
             update(found.config, record.config)
@@ -60,6 +66,12 @@ def read(path: Path) -> WandbFile:
         elif kind == "metric":
             metric: MetricRecord = record.metric
             found.axes[metric.glob_name or metric.name] = metric.step_metric
+        elif kind == "alert":
+            alert = record.alert
+            found.alerts.append((alert.level, alert.title, alert.text))
+        elif kind == "artifact":
+            parts = record.artifact.manifest.contents
+            found.artifacts[record.artifact.name] = [part.ref for part in parts]
         elif kind == "exit":
             found.exit_code = record.exit.exit_code
     return found

@@ -144,7 +144,7 @@ def make_trainer(
     devices: int = 1,
     strategy: str = "auto",
 ) -> L.Trainer:
-    """As ldm/build.py sets it up, on the processor and without a word."""
+    """The trainer of ldm/config/run.py, on the CPU and without output."""
     return L.Trainer(
         accelerator="cpu",
         devices=devices,

@@ -68,7 +68,7 @@ def test_the_command_line_finds_words(home):
 
 def test_the_command_line_finds_pictures(home):
     key = "000000004"
-    caption = ClipQueries(data=str(home / "shards")).caption_pairs.first_captions[4]
+    caption = ClipQueries(data=str(home / "shards")).dataset.shards.read(4).captions[0]
     said = ask("data=shards", f"text={caption}", "top=3", "out=page.png", home=home)
     rows = said.strip().splitlines()
     assert rows[1].split(maxsplit=2)[1:] == [key, caption]
@@ -94,19 +94,18 @@ def test_similarity_is_clips_own_cosine(about, home):
 
 
 def test_what_was_seen_is_kept_in_the_order_of_the_set(about, monkeypatch):
-    vectors, told = about.embed_images(), about.caption_pairs
-    captions = about.embed_captions(told.captions)
+    vectors, (texts, pairs) = about.embed_images(), about.caption_pairs
+    captions = about.embed_captions(texts)
     shards = about.dataset.shards
     own = torch.stack([about.dataset[i, i]["images"] for i in range(COUNT)])
     torch.testing.assert_close(vectors, F.normalize(about.clip(own), dim=1), atol=1e-5, rtol=0)
-    assert told.first_captions == [shards.read(i).captions[0] for i in range(COUNT)]
-    assert {(int(i), told.captions[j]) for i, j in told.pairs.tolist()} == {
+    assert {(int(i), texts[j]) for i, j in pairs.tolist()} == {
         (i, text) for i in range(COUNT) for text in shards.read(i).captions
     }
     monkeypatch.setattr(about.clip, "_compute_features", None)  # nothing is seen anew
     monkeypatch.setattr(about.clip, "encode_texts", None)
     assert torch.equal(about.embed_images(), vectors)
-    assert torch.equal(about.embed_captions(told.captions), captions)
+    assert torch.equal(about.embed_captions(texts), captions)
 
 
 def test_recall_counts_who_is_nearer_than_ones_own():

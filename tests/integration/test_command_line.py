@@ -230,7 +230,8 @@ def test_sample_takes_any_text(home):
     assert f"3 images next to {grid.relative_to(home)}\n" in said
     singles = sorted(grid.parent.glob(f"{grid.stem}_*.png"))
     assert len(singles) == 3
-    assert Image.open(grid).size == (3 * 16 + 2 * 2, 16)  # three in a row
+    assert Image.open(grid).width == 3 * 192 + 2 * 12  # three in a row, with captions
+    assert "tokens is cut to" in said.partition("Sampling")[0]
     facts = Image.open(singles[1]).text
     assert facts["prompt"] == NASTY
     assert facts["negative"] == "a, b"
@@ -242,6 +243,9 @@ def test_sample_takes_any_text(home):
 @pytest.mark.slow
 def test_sample_long_empty_and_many_prompts(home):
     long = "wave " * 2000
+    said = sample("ckpt=runs/first", "size=32", "n=1", "out=none", cwd=home)
+    assert "size=32: this run was trained on images of 16 pixels" in said
+    assert 'without prompt="..." these are images of anything' in said
     sample("ckpt=runs/first/checkpoints/last.ckpt", f"prompt={long}", "n=1", "out=long", cwd=home)
     assert Image.open(home / "long.png").text["prompt"] == json.dumps([long])
     (home / "prompts.txt").write_text("a red ball\n\na blue ball\n")

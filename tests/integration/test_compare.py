@@ -84,9 +84,9 @@ def test_what_is_the_same_for_all_weights_is_left_to_the_csv_file(tmp_path):
 @pytest.mark.parametrize(
     ("measured", "told"),
     [
-        (None, "look at samples.png."),
-        ({}, "look at samples.png."),
-        ({"val/loss_t0": 1}, "look at samples.png."),
+        (None, "look at the samples."),
+        ({}, "look at the samples."),
+        ({"val/loss_t0": 1}, "look at the samples."),
         ({"val/scene_accuracy": 0.5, "val/fid": 3}, "as metric=val/scene_accuracy does."),
         ({"val/fid_floor": 2, "val/fid": 3, "val/clip_score": 20}, "as metric=val/fid does."),
         ({"val/fd_clip_floor": 2, "val/fd_clip": 3}, "as metric=val/fd_clip does."),
@@ -101,6 +101,34 @@ def test_only_what_was_measured_is_advised(tmp_path, measured, told):
     assert "another scheduler" in doubt
     assert doubt.endswith(told)
     assert not list_ranking_caveats(found, "val/scene_accuracy")
+
+
+def test_scenes_are_ranked_by_their_accuracy_where_every_run_measured_it(tmp_path):
+    for name, accuracy in (("linear", 0.5), ("cosine", 0.25)):
+        measured = {"val/scene_accuracy": accuracy}
+        more = {"choices": {"scheduler": name}, "measured": measured}
+        write_run(tmp_path / "runs" / name, losses=[0.5 if name == "linear" else 0.1], **more)
+    said = compare_runs(find_runs([tmp_path / "runs"]), out=tmp_path / "out")
+    assert "2 runs by val/scene_accuracy (maximize)" in said
+    assert "weight errors differently" not in said
+    assert [row["run"] for row in read(tmp_path / "out" / "ranking.csv")] == ["linear", "cosine"]
+    said = compare_runs(find_runs([tmp_path / "runs"]), out=tmp_path / "out", metric="val/loss")
+    assert "2 runs by val/loss (minimize)" in said
+    write_run(tmp_path / "runs" / "early", losses=[3])
+    assert "by val/loss" in compare_runs(find_runs([tmp_path / "runs"]), out=tmp_path / "out")
+
+
+def test_the_page_of_samples_says_where_its_order_compares_nothing(tmp_path):
+    heights = []
+    for place, differs in (("same", False), ("other", True)):
+        for name in ("linear", "cosine"):
+            choices = {"scheduler": name} if differs else {}
+            write_run(tmp_path / place / name, losses=[1], choices=choices)
+        compare_runs(find_runs([tmp_path / place]), out=tmp_path / place)
+        page = (tmp_path / place / "ranking.md").read_text()
+        assert ("Runs with another scheduler weight errors differently" in page) == differs
+        heights.append(load_png(tmp_path / place / "samples.png")[0].height)
+    assert heights[0] < heights[1], "the heading has more lines"
 
 
 def test_each_column_of_the_page_shows_one_prompt(sweep, tmp_path):

@@ -14,6 +14,7 @@ import peers
 import pytest
 import torch
 from evaluated_runs import COLOURS, Home, asked, composed, measure
+from PIL import Image
 from shell import run, start, wait_for
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
@@ -338,6 +339,8 @@ def test_a_damaged_picture_is_named(shards_run, real):
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ImageError, match=r"kept/0000005.png': damaged PNG"):
         measure(images="kept", data=real / "val")
+    Image.new("RGB", (48, 48)).save(path)  # files of two sizes: that of the real images counts
+    assert measure(images="kept", data=real / "val")["settings"]["size"] == 16
 
 
 def test_a_peer_is_measured_by_the_same_ruler(shards_run, real, tmp_path):
@@ -403,8 +406,8 @@ def test_points_of_a_curve_are_kept_apart(shards_run):
         ({"images": "x"}, [], "there is no folder .x."),
         ({"ckpt": "x"}, [], "neither a run directory nor a file"),
         ({"ckpt": "RUN"}, ["features=none"], "features=none leaves scene accuracy alone"),
-        ({"ckpt": "RUN"}, ["count=4"], "4 images to measure: it takes 8 or more"),
-        ({"ckpt": "RUN"}, ["count=1"], "1 image to measure: it takes 8 or more"),
+        ({"ckpt": "RUN"}, ["count=4"], "4 images to measure: it takes count=8 or more"),
+        ({"ckpt": "RUN"}, ["count=1"], "1 image to measure: it takes count=8 or more"),
         ({"ckpt": "RUN"}, ["count=1", "scenes=true"], "another caption: give count=2 or more"),
         ({"ckpt": "RUN", "data": "gone"}, [], "gone"),
         ({"ckpt": "RUN", "data": "coco"}, [], "data=coco: .* a folder with shards .*data/coco/val"),

@@ -26,7 +26,6 @@ from ldm.cli.explain_figures import (
     SharedNoiseTextToImage,
     _change_scene,
     _compute_word_directions,
-    _render_scene_object,
     decode_to_cpu,
     plot_clip_space,
     plot_forward_process,
@@ -43,13 +42,14 @@ from ldm.config.components import (
     build_frozen_encoders,
 )
 from ldm.config.suggestions import CONF_DIR
+from ldm.data.scenes.draw import draw_scene
 from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.samplers.ddim import DDIMSampler
 from ldm.diffusion.tasks.text_to_image import TextToImage
 from ldm.inference.pipeline import Pipeline
 from ldm.utils.checkpoint_file import link_last_checkpoint, write_checkpoint
 from ldm.utils.hashing import hash_module
-from ldm.utils.images import to_pil
+from ldm.utils.images import from_uint8, to_pil
 from ldm.utils.plots import FIGURE_IMAGE_SIZE, MARGIN, ImageRow, draw_image_grid, resize_longer_side
 
 AT = SamplingSettings(seed=3, size=SIZE, steps=12)
@@ -159,7 +159,7 @@ def test_guidance_goes_over_all_scales(tiny_text):
 
 def test_a_clip_is_drawn(tiny_clip):
     page = plot_clip_space(tiny_clip)
-    base = _render_scene_object(BASE_SCENE, SIZE, np.random.default_rng(0))
+    base = from_uint8(draw_scene(BASE_SCENE, SIZE, np.random.default_rng(0)))
     assert len(places(page, resize_longer_side(base))) == len(SCENE_CHANGES)
     assert render_scene(2, SIZE)[1] == render_scene(2, 64)[1]
 
@@ -173,7 +173,7 @@ def test_a_pair_differs_in_one_thing_and_has_its_word(tiny_clip):
         changed = _change_scene(name, value)
         assert changed.split() != "unseen"
         both = [
-            _render_scene_object(s, 64, np.random.default_rng(0)) for s in (BASE_SCENE, changed)
+            from_uint8(draw_scene(s, 64, np.random.default_rng(0))) for s in (BASE_SCENE, changed)
         ]
         share = (both[0] != both[1]).any(0).float().mean()
         assert 0.02 < share < (1 if name == "background" else 0.3)

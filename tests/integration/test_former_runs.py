@@ -16,6 +16,7 @@ from shell import ROOT, run
 
 from ldm.config.registry import validate_component
 from ldm.experiments.former_names import FORMER_SETTINGS, update_names, update_override
+from ldm.experiments.run_dir import change_concerns
 
 FORMER = ROOT / "tests" / "helpers" / "former"
 SHORT = "data=scenes data.count=16 data.val_count=4 data.batch_size=4 data.workers=0 data.size=16 "
@@ -117,3 +118,11 @@ def test_former_settings_keep_what_is_around_them():
     for both in ({"waves": 2, "positional_waves": 3}, {"positional_waves": 3, "waves": 2}):
         assert update_names({"model": both}) == {"model": {"positional_waves": 3}}
     assert not set(FORMER_SETTINGS) & set(FORMER_SETTINGS.values())
+
+
+def test_resume_allow_takes_former_settings():
+    change = "model.positional_waves was 2, is 3"
+    assert change_concerns(change, ["model.waves"])
+    assert change_concerns(change, ["model"])
+    assert not change_concerns(change, ["model.positional", "classifier.waves"])
+    assert change_concerns("timestep_sampler.power was 2, is 3", ["time_sampler"])

@@ -17,8 +17,8 @@ BRIEF = [
 LOAD = """
 import sys, ldm
 assert "torch" not in sys.modules
-pipeline = ldm.load("runs/two/trainer.devices=2", "guidance.scale=2", "device=cpu")
-print(ldm.__file__, *pipeline(["a red star"], seeds=[0], size=64, steps=1).shape)
+pipe = ldm.load("runs/two/trainer.devices=2", "guidance.scale=2", device="cpu")
+print(ldm.__file__, *pipe("a red star", seeds=[0], steps=1, output_type="pt").shape)
 """
 
 # An environment without ldm[sweep]: Hydra finds no plugins of these names.

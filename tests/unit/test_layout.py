@@ -12,16 +12,16 @@ ROOT = Path(__file__).parents[2]
 # A room imports from the rooms before it in this table, and from itself (docs/design.md).
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
-    "utils": 1660,
+    "utils": 1780,
     "diffusion": 2800,
-    "models": 2650,
-    "data": 3800,
-    "inference": 760,
-    "evaluation": 2900,
-    "experiments": 1900,
-    "training": 2700,
-    "config": 2800,
-    "cli": 2200,
+    "models": 2680,
+    "data": 4080,
+    "inference": 780,
+    "evaluation": 3000,
+    "experiments": 1960,
+    "training": 3150,
+    "config": 5000,
+    "cli": 2100,
 }
 ROOMS = tuple(ROOM_LINES)
 FILES = [*ROOT.glob("ldm/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]

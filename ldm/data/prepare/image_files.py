@@ -17,9 +17,9 @@ from ldm.data.image_decoding import (
     needs_no_conversion,
     read_frames,
     read_image,
-    read_image_bytes,
     resize_short_side,
 )
+from ldm.data.prepare.parquet import read_parquet_records
 from ldm.data.prepare.sources import (
     FolderPart,
     ImageRecord,
@@ -81,11 +81,7 @@ def prepare_coco(
     settings: ImageSettings = _DEFAULTS,
     workers: int = 2,
 ) -> PreparationReport:
-    """Writes shards of a COCO captions file (.json or .json.gz) and its image folder.
-
-    Raises FileNotFoundError or ValueError before it writes anything if the sources are missing or
-    of another kind, or `out` holds shards of other settings.
-    """
+    """Writes shards of a COCO captions file (.json or .json.gz) and its image folder."""
     records = read_coco_records(resolve_path(images), resolve_path(annotations))
     sources = {
         "images": str(resolve_path(images).resolve()),
@@ -103,17 +99,31 @@ def prepare_folder(
     part: FolderPart = "all",
     caption_key: str = "text",
 ) -> PreparationReport:
-    """Writes shards of a folder, see `read_folder_records`; raises like `prepare_coco`.
-
-    With `frames` the files are animations (WebP, GIF, PNG); those with fewer frames are skipped.
-    """
+    """Writes shards of a folder, see `read_folder_records`."""
     records = read_folder_records(resolve_path(images), part=part, caption_key=caption_key)
     sources = {"images": str(resolve_path(images).resolve()), "part": part}
     return _write_shards(records, resolve_path(out), sources, settings, workers)
 
 
+def prepare_parquet(
+    *,
+    images: str,
+    out: str,
+    settings: ImageSettings = _DEFAULTS,
+    workers: int = 2,
+    part: FolderPart = "all",
+    image_key: str | None = None,
+    caption_key: str | None = None,
+) -> PreparationReport:
+    """Writes shards of the Parquet files that match a glob, see `read_parquet_records`."""
+    pattern = str(resolve_path(images))
+    records = read_parquet_records(pattern, part=part, image_key=image_key, caption_key=caption_key)
+    sources = {"images": pattern, "part": part, "image_key": image_key}
+    return _write_shards(records, resolve_path(out), sources, settings, workers)
+
+
 def _write_shards(
-    records: ImageRecords, out: Path, sources: dict[str, str], settings: ImageSettings, workers: int
+    records: ImageRecords, out: Path, sources: dict[str, Any], settings: ImageSettings, workers: int
 ) -> PreparationReport:
     if workers < 1:
         raise ValueError(f"workers must be 1 or more, got {workers}")
@@ -190,7 +200,7 @@ def _map_in_order(pool: ThreadPoolExecutor, fn: Callable, items: Iterable) -> It
 
 def _encode_record(record: ImageRecord, key: str, settings: ImageSettings) -> dict[str, bytes]:
     """Returns the tar members of one image, whose file is copied if it fits already."""
-    source, count = read_image_bytes(record.path), settings.frames
+    source, count = record.read(), settings.frames
     images = [read_image(source)] if count is None else list(read_frames(source, count))
     original_width, original_height = images[0].size
     kind = _PILLOW_FORMATS[settings.format]

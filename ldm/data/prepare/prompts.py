@@ -45,7 +45,7 @@ class PromptTemplate:
 
     In as many positions as a slot has words, each word is used once, in a new random order.
     A slot such as `colour2` without words of its own uses those of `colour`, and no word twice in a
-    text. Raises ValueError for braces without a name, slots without words, and unused words.
+    text.
     """
 
     def __init__(self, text: str, slots: Mapping[str, Sequence[str]]) -> None:
@@ -95,8 +95,7 @@ class PromptTemplate:
 class PromptFile:
     """The prompts of a text file in order, again and again: caption, or caption TAB label.
 
-    A line of a .jsonl file is such as {"caption": "a cat", "label": "cat"}. Raises ValueError for a
-    bad line, for labels on some lines only, and without any prompt.
+    A line of a .jsonl file is such as {"caption": "a cat", "label": "cat"}.
     """
 
     def __init__(self, path: Path) -> None:
@@ -124,14 +123,11 @@ class PromptFile:
         return {"captions": hash_bytes(text.encode("utf-8", "replace"))[:16]}
 
 
+@dataclass(frozen=True)
 class DatasetPrompts:
-    """The captions of a data set, each image once in a new random order in each round.
+    """The captions of a data set: in round k each image's k-th one, in a new random order."""
 
-    Round k uses an image's k-th caption, modulo their number.
-    """
-
-    def __init__(self, shards: ShardReader) -> None:
-        self.shards = shards
+    shards: ShardReader
 
     def __call__(self, position: int) -> Prompt:
         turn, i = draw_in_turn(position, len(self.shards), "captions")

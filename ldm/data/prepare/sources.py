@@ -4,8 +4,9 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
@@ -23,9 +24,9 @@ UNSUPPORTED_SUFFIXES = (
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """An existing image file, its captions (at least one), and more fields for its JSON."""
+    """How to read an encoded image, its captions (at least one), and more fields for its JSON."""
 
-    path: Path
+    read: Callable[[], bytes]
     file_name: str
     captions: list[str]
     fields: dict[str, Any]
@@ -41,26 +42,31 @@ class ImageRecords:
 
     def add(self, file_name: str, texts: list[Any], fields: dict[str, Any]) -> None:
         """Adds an image by its name inside the root, or skips it with the reason."""
-        captions = clean_captions(texts)
         path, name = self.root / file_name, PurePosixPath(file_name)
         if name.is_absolute() or ".." in name.parts:
             self.skip("unsafe name", file_name)
         elif not os.path.isfile(path):  # also False for names that no file can have
             self.skip("missing", file_name)
-        elif not captions:
-            self.skip("no caption", file_name)
         else:
-            self.usable.append(ImageRecord(path, file_name, captions, fields))
+            from ldm.data.image_decoding import read_image_bytes  # torch, for whoever needs it
+
+            self.add_image(partial(read_image_bytes, path), file_name, texts, fields)
+
+    def add_image(
+        self, read: Callable[[], bytes], name: str, texts: list[Any], fields: dict[str, Any]
+    ) -> None:
+        """Adds an image by any unique name, or skips it without a caption."""
+        if captions := clean_captions(texts):
+            self.usable.append(ImageRecord(read, name, captions, fields))
+        else:
+            self.skip("no caption", name)
 
     def skip(self, reason: str, file_name: str) -> None:
         self.skipped.setdefault(reason, []).append(file_name)
 
 
 def read_coco_records(images: Path, annotations: Path) -> ImageRecords:
-    """Returns the images of a COCO captions file (.json or .json.gz), in its order.
-
-    Raises FileNotFoundError if folder, file or all images are missing, ValueError for other JSON.
-    """
+    """Returns the images of a COCO captions file (.json or .json.gz), in its order."""
     records = _open_records(images)
     coco = _read_annotations(annotations)
     rows, notes = (
@@ -89,7 +95,6 @@ def read_folder_records(
     A line of metadata.jsonl has file_name and, under `caption_key`, a caption or a list of them.
     Without that file a.txt holds the caption of a.jpg. It follows links to folders.
     part: "val" is one in ten, by a checksum of the name, so that adding an image moves no other.
-    Raises FileNotFoundError without folder or captioned image, ValueError for a bad line.
     """
     if part not in get_args(FolderPart):
         raise ValueError(f"part must be {', '.join(get_args(FolderPart))}, got '{part}'")
@@ -97,14 +102,14 @@ def read_folder_records(
     metadata = images / "metadata.jsonl"
     if metadata.is_file():
         for file_name, text in _iterate_metadata(metadata, caption_key):
-            if part in ("all", _choose_part(file_name)):
+            if part in ("all", choose_part(file_name)):
                 records.add(file_name, text if isinstance(text, list) else [text], {})
         return _require_usable(records, f"named by {metadata} with a '{caption_key}'")
     for path in sorted(_walk_files(images)):
         file_name, suffix = path.relative_to(images).as_posix(), path.suffix.lower()
         if suffix not in IMAGE_SUFFIXES + UNSUPPORTED_SUFFIXES:
             continue
-        if part not in ("all", _choose_part(file_name)):
+        if part not in ("all", choose_part(file_name)):
             continue
         if is_hidden(file_name):
             records.skip("hidden", file_name)
@@ -153,7 +158,8 @@ def _walk_files(root: Path) -> Iterator[Path]:
             links += [p for p in linked if not Path(real).is_relative_to(os.path.realpath(p))]
 
 
-def _choose_part(file_name: str) -> FolderPart:
+def choose_part(file_name: str) -> FolderPart:
+    """Returns "val" for one name in ten, by its checksum, else "train"."""
     return "train" if zlib.crc32(file_name.encode("utf-8", "replace")) % 10 else "val"
 
 

@@ -87,10 +87,7 @@ def plan_shards(folder: Path, items: Sequence, *, samples_per_shard: int) -> lis
 
 
 def claim_output_folder(out: Path, settings: dict[str, Any]) -> None:
-    """Makes `out` the folder of these settings and deletes what a kill left in it.
-
-    Raises ValueError if it has other settings, FileExistsError if its shards came from elsewhere.
-    """
+    """Makes `out` the folder of these settings alone, and deletes what a kill left in it."""
     path = out / "prepare.json"
     if path.is_file():
         before = read_json(path)

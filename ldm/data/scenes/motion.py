@@ -49,10 +49,7 @@ class MovingScene:
 def sample_moving_scene(
     index: int, *, split: SceneSplit, seed: int = 0
 ) -> tuple[MovingScene, np.random.Generator]:
-    """Returns scene `index` of `sample_scene` with a random direction, and its generator.
-
-    All directions for which the image has room are equally likely.
-    """
+    """Returns scene `index` with one of the directions for which it has room, and its generator."""
     scene, rng = sample_scene(index, split=split, seed=seed)
     free = [direction for direction in DIRECTIONS if has_room_to_move(scene, direction)]
     return MovingScene(scene, free[rng.integers(len(free))]), rng

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ldm.data.prepare.writer import OutputShard, PreparationReport, claim_output_folder, plan_shards
 from ldm.data.scenes.draw import draw_scene
@@ -49,8 +49,7 @@ def prepare_scenes(
     """Writes the first `count` scenes of a split as shards of `size` pixels square.
 
     family: see `sample_scene`; frames: of moving scenes, as lossless animated WebP (None: PNG).
-    A second call writes nothing, and a call at the same time waits for the first. Raises
-    ValueError before it writes anything for settings out of range, or other than before in `out`.
+    A second call writes nothing, and a call at the same time waits for the first.
     """
     for name, value, least in (("count", count, 1), ("size", size, 16), ("workers", workers, 1)):
         if value < least:

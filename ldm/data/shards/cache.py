@@ -44,11 +44,7 @@ class ShardCache:
         self._has_warned = False
 
     def open(self, remote: RemoteShard) -> FileIO:
-        """Returns the shard's copy, downloaded if missing; `close` lets it be deleted again.
-
-        Raises like `download_shard`, and ValueError if the shard is larger than the cache or the
-        folder holds other files.
-        """
+        """Returns the shard's copy, downloaded if missing; `close` lets it be deleted again."""
         path = self.folder / remote.name
         while True:
             if file := self._open_copy(path, remote.size):

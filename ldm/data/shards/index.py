@@ -1,14 +1,11 @@
-"""The index of tar shards: where each sample lies, saved next to the shards or in the cache.
+"""Opens the index of tar shards: loads it, or builds and saves it, and checks what it says."""
 
-Shapes: N samples, S shards, 3 members a sample (image, txt, json), 2 numbers a member.
-"""
-
-import json
 import logging
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,18 +13,21 @@ import numpy as np
 
 from ldm.data.captions import CaptionCount
 from ldm.data.shards.cache import ShardCache
+from ldm.data.shards.index_file import (
+    INDEX_NAME,
+    ShardIndex,
+    list_absolute_names,
+    load_index,
+    save_index,
+)
 from ldm.data.shards.locations import ShardSource, locate_shards, redact_source
-from ldm.data.shards.parallel_scan import TAR_BLOCK_BYTES, measure_short_sides, scan_in_parallel
+from ldm.data.shards.parallel_scan import measure_short_sides, scan_in_parallel
 from ldm.data.shards.remote import RemoteShard
 from ldm.data.shards.tar_headers import SPARSE_MEMBER, ShardError
-from ldm.utils.files import replace_file, resolve_path
+from ldm.utils.files import resolve_path
 from ldm.utils.hashing import hash_bytes
 from ldm.utils.locks import hold_lock
 
-INDEX_NAME = "index.npz"
-
-_ARRAYS = ("shard", "members", "key_bytes", "key_ends")
-_VERSION = 3
 _log = logging.getLogger(__name__)
 
 
@@ -37,6 +37,7 @@ class ReadOptions:
 
     min_size: leave out images whose short side has fewer pixels; cache: holds shards of servers and
     their index; read_only: do not save an index; caption_key: see `read_sample_captions`;
+    captions: the weight of each of several keys, see `read_weighted_captions`;
     on_error: "skip" leaves out sparse members, "stop" raises ShardError for them.
     """
 
@@ -44,6 +45,7 @@ class ReadOptions:
     cache: ShardCache | None = None
     read_only: bool = False
     caption_key: str | None = None
+    captions: Mapping[str, float] | None = None
     on_error: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
@@ -51,89 +53,41 @@ class ReadOptions:
             raise ValueError(f"min_size must be 1 pixel or more, or null, got {self.min_size}")
         if not isinstance(self.caption_key, str | None):
             raise ValueError(f"caption_key is a name or null, got {self.caption_key!r}")
+        if self.captions is not None:
+            if self.caption_key is not None:
+                raise ValueError("caption_key and captions exclude each other: give one of them")
+            weights = self.captions.values() if isinstance(self.captions, Mapping) else ()
+            if not weights or not all(_is_weight(weight) for weight in weights):
+                raise ValueError(
+                    "captions has keys of the json with weights above 0, such as "
+                    f"'{{short: 0.2, long: 0.8}}', got {self.captions}"
+                )
+
+    @property
+    def caption_weights(self) -> dict[str, float]:
+        """The weight of each key of the json that is read; none: as `read_sample_captions`."""
+        key = self.caption_key
+        return dict(self.captions or {}) if key is None else {key: 1.0}
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 DEFAULT_READ_OPTIONS = ReadOptions()
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """The samples of a list of shards, in shard order.
-
-    stamps: of each shard when it was scanned: size in bytes, and mtime in ns or the server's ETag.
-    shard (N,) int32: number of the sample's shard.
-    members (N, 3, 2) uint32: offset in blocks of 512 bytes and size in bytes; (0, 0) if absent.
-    key_bytes, key_ends (N,): all keys in UTF-8 one after another, and where each ends.
-    skipped: how many samples were left out, by reason; sparse: the first sparse member of each
-    shard that has one; captions: counts over all usable samples.
-    short (N,) int32: short side of each image in pixels, 0 if its header cannot be read; None if
-    not measured yet.
-    """
-
-    paths: list[Path | RemoteShard]
-    stamps: list[list[Any]]
-    shard: np.ndarray
-    members: np.ndarray
-    key_bytes: np.ndarray
-    key_ends: np.ndarray
-    skipped: dict[str, int]
-    captions: CaptionCount
-    sparse: list[str]
-    short: np.ndarray | None = None
-    caption_key: str | None = None
-
-    def __len__(self) -> int:
-        return len(self.shard)
-
-    def key(self, i: int) -> str:
-        start = self.key_ends[i - 1] if i > 0 else 0
-        return self.key_bytes[start : self.key_ends[i]].tobytes().decode("utf-8", "replace")
-
-    def locations(self, i: int) -> list[tuple[int, int]]:
-        """Returns (offset, size) in bytes of sample i's image, txt and json; (0, 0) if absent."""
-        return [(block * TAR_BLOCK_BYTES, size) for block, size in self.members[i].tolist()]
-
-    def shard_sizes(self) -> list[int]:
-        """Returns the number of samples in each of the S shards."""
-        return np.bincount(self.shard, minlength=len(self.paths)).tolist()
-
-    @property
-    def fingerprint(self) -> str:
-        """A digest of keys, order, sizes and caption key, wherever the shards are stored."""
-        return hash_bytes(
-            self.key_bytes.tobytes(),
-            (self.caption_key or "").encode("utf-8", "replace"),
-            self.key_ends.astype("<i8").tobytes(),
-            self.members[:, :, 1].astype("<u4").tobytes(),
-        )[:16]
-
-    def select(self, keep: np.ndarray, *, skipped: dict[str, int]) -> "ShardIndex":
-        """Returns the samples for which keep (N,) bool is true; `skipped` counts the others."""
-        lengths = np.diff(self.key_ends, prepend=0)
-        return replace(
-            self,
-            shard=self.shard[keep],
-            members=self.members[keep],
-            key_bytes=self.key_bytes[np.repeat(keep, lengths)],
-            key_ends=np.cumsum(lengths[keep]),
-            short=None if self.short is None else self.short[keep],
-            skipped={**self.skipped, **skipped},
-        )
 
 
 def open_index(source: ShardSource, options: ReadOptions = DEFAULT_READ_OPTIONS) -> ShardIndex:
     """Returns the index of a source (see `locate_shards`), without unusable samples.
 
     It is loaded from `index.npz` in the folder of the shards (or, for other sources, in the cache),
-    or built and saved there if shards were added or changed. Empty captions give a warning.
-    Raises FileNotFoundError without any shard, ShardError for a damaged one and if no sample
-    or no caption is left, ValueError for a URL without cache.
+    or built and saved there if shards were added or changed.
     """
     paths, name, cache = locate_shards(source), redact_source(source), options.cache
     if cache is None and any(isinstance(path, RemoteShard) for path in paths):
         raise ValueError(f"{name}: shards on servers need data.cache=FOLDER to be stored in")
     index = _load_or_build_index(paths, _find_index_path(source, paths, cache), options)
-    index = replace(index, caption_key=options.caption_key)
+    index = replace(index, caption_weights=options.caption_weights)
     if index.sparse and options.on_error != "skip":
         raise ShardError(
             f"{index.sparse[0]} is a {SPARSE_MEMBER}, as `tar -S` writes files with holes, "
@@ -153,18 +107,25 @@ def open_index(source: ShardSource, options: ReadOptions = DEFAULT_READ_OPTIONS)
             f"{name}: no sample has both image and caption (left out: {index.skipped}); "
             "the members of a sample share their name up to the first dot and follow one another"
         )
-    _check_captions(index.captions, options.caption_key, name)
+    _check_captions(index.captions, options, name)
     return index
 
 
-def _check_captions(count: CaptionCount, key: str | None, name: str) -> None:
-    """Warns about empty or undecodable captions; ShardError if no sample has text under `key`."""
-    empty = count.count_empty(key)
-    if key is not None and empty == count.samples:
-        raise ShardError(f"{name}: data.caption_key={key}: {count.describe(key)}")
-    if empty:
-        _log.warning("%s: %s", name, count.describe(key))
-    if count.garbled and key is None:
+def _check_captions(count: CaptionCount, options: ReadOptions, name: str) -> None:
+    """Warns about empty or undecodable captions; ShardError if no sample has text under a key."""
+    keys = tuple(options.caption_weights)
+    for key in keys:
+        if not count.keys.get(key) and options.captions is None:
+            raise ShardError(f"{name}: data.caption_key={key}: {count.describe(key)}")
+        if not count.keys.get(key):
+            others = ", ".join(count.list_likely_keys()) or "no key"
+            raise ShardError(f"{name}: data.captions: no json has text under {key}, but: {others}")
+    if options.captions is not None:
+        shares = (f"{key} in {count.keys[key] / count.samples:.1%}" for key in keys)
+        _log.info("%s: captions: %s of the samples", name, ", ".join(shares))
+    if count.count_empty(*keys):
+        _log.warning("%s: %s", name, count.describe(*keys))
+    if count.garbled and not keys:
         _log.warning(
             "%s: %d of %d samples have captions with U+FFFD, which stands for bytes that are no "
             "UTF-8: save the texts in UTF-8",
@@ -181,19 +142,9 @@ def _find_index_path(
         return folder / INDEX_NAME
     if cache is None:
         return None
-    names = "\n".join(_list_absolute_names(paths))
+    names = "\n".join(list_absolute_names(paths))
     cache.folder.mkdir(parents=True, exist_ok=True)
     return cache.folder / f"index-{hash_bytes(names.encode('utf-8', 'surrogateescape'))[:16]}.npz"
-
-
-def _list_absolute_names(paths: Sequence[Path | RemoteShard]) -> list[str]:
-    return [str(path if isinstance(path, RemoteShard) else path.absolute()) for path in paths]
-
-
-def _list_saved_names(paths: Sequence[Path | RemoteShard], file: Path) -> list[str]:
-    """Returns the shards as an index names them: a folder may move with its index."""
-    in_folder = file.name == INDEX_NAME
-    return [path.name for path in paths] if in_folder else _list_absolute_names(paths)
 
 
 def _read_stamp(path: Path | RemoteShard) -> list[Any]:
@@ -212,13 +163,13 @@ def _load_or_build_index(
     def is_complete(index: ShardIndex | None) -> bool:
         return index is not None and (options.min_size is None or index.short is not None)
 
-    if is_complete(index := _load_index(file, paths, stamps)):
+    if is_complete(index := load_index(file, paths, stamps)):
         return index
     with ExitStack() as stack:
         if file:
             with suppress(OSError):  # a file system without locks
                 stack.enter_context(hold_lock(file.parent))
-        if is_complete(index := _load_index(file, paths, stamps)):
+        if is_complete(index := load_index(file, paths, stamps)):
             return index
         if index is None:
             index = _build_index(paths, stamps, options.cache)
@@ -226,83 +177,30 @@ def _load_or_build_index(
             sides = measure_short_sides(paths, index.shard, index.members, options.cache)
             index = replace(index, short=sides)
         if file and not options.read_only:
-            _save_index(index, file)
+            save_index(index, file)
     return index
 
 
 def _build_index(
     paths: list[Path | RemoteShard], stamps: list[list[Any]], cache: ShardCache | None
 ) -> ShardIndex:
-    shard, members, keys, lengths, skipped = [], [], [], [], Counter()
-    captions, sparse = CaptionCount(), []
-    for number, scanned in enumerate(scan_in_parallel(paths, cache)):
-        keys.append(scanned.key_bytes)
-        lengths.append(scanned.key_lengths)
-        members.append(scanned.members)
-        shard.append(np.full(len(scanned.members), number, np.int32))
-        skipped.update(scanned.skipped)
-        captions.update(scanned.captions)
-        sparse += [f"{paths[number]}: '{scanned.sparse}'"] if scanned.sparse else []
+    keys, lengths, members, sparse = [], [], [], []
+    skipped, captions = Counter(), CaptionCount()
+    for path, scan in zip(paths, scan_in_parallel(paths, cache), strict=True):
+        keys.append(b"".join(scan.keys))
+        lengths.append(np.array([len(key) for key in scan.keys], np.int64))
+        members.append(scan.members)
+        skipped.update(scan.skipped)
+        captions.update(scan.captions)
+        sparse += [f"{path}: '{scan.sparse}'"] if scan.sparse else []
     return ShardIndex(
         paths=paths,
         stamps=stamps,
-        shard=np.concatenate(shard),
+        shard=np.repeat(np.arange(len(paths), dtype=np.int32), [len(part) for part in members]),
         members=np.concatenate(members),
         key_bytes=np.frombuffer(b"".join(keys), np.uint8),
-        key_ends=np.cumsum(np.concatenate(lengths), dtype=np.int64),
+        key_ends=np.cumsum(np.concatenate(lengths)),
         skipped=dict(skipped),
         captions=captions,
         sparse=sparse,
     )
-
-
-def _save_index(index: ShardIndex, file: Path) -> None:
-    meta = {
-        "version": _VERSION,
-        "shards": _list_saved_names(index.paths, file),
-        "stamps": index.stamps,
-        "skipped": index.skipped,
-        "captions": asdict(index.captions),
-        "sparse": index.sparse,
-    }
-    arrays = {name: getattr(index, name) for name in _ARRAYS}
-    if index.short is not None:
-        arrays["short"] = index.short
-    # Errors mean a damaged file, which may be replaced.
-    with suppress(Exception), np.load(file, allow_pickle=False) as before:
-        if "meta" not in before.files:
-            _log.warning("%s is no index of ldm and stays: the new one is in memory only", file)
-            return
-    try:
-        with replace_file(file) as npz:
-            np.savez(npz, meta=np.array(json.dumps(meta)), **arrays)
-    except OSError as error:
-        _log.info("%s: index in memory only: %s", file, error)
-
-
-def _load_index(
-    file: Path | None, paths: list[Path | RemoteShard], stamps: list[list[Any]]
-) -> ShardIndex | None:
-    """Returns the saved index if it is whole and of exactly these shards."""
-    if file is None or not file.is_file():
-        return None
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            if arrays.zip.testzip() is not None:  # numpy does not check the checksums itself
-                return None
-            meta = json.loads(str(arrays["meta"]))
-            current = [_VERSION, _list_saved_names(paths, file), stamps]
-            if [meta["version"], meta["shards"], meta["stamps"]] != current:
-                return None
-            return ShardIndex(
-                paths=paths,
-                stamps=stamps,
-                skipped=meta["skipped"],
-                sparse=meta["sparse"],
-                captions=CaptionCount(**meta["captions"]),
-                short=arrays.get("short"),
-                **{name: arrays[name] for name in _ARRAYS},
-            )
-    except Exception as error:  # zipfile and numpy raise many kinds for damaged files
-        _log.info("%s is built again: %r", file, error)
-        return None

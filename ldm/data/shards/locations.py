@@ -24,8 +24,6 @@ def locate_shards(source: ShardSource) -> list[Path | RemoteShard]:
     """Returns the shards of a folder, .tar file, glob, brace range or URL, or of a list of these.
 
     Folders and globs are in order of name; a shard that is listed twice is there twice.
-    Raises FileNotFoundError without any shard, RemoteError if a server does not answer, ValueError
-    for `pipe:`, a pipe or device, unbalanced braces, an unknown protocol, or a password in a URL.
     """
     sources = [source] if isinstance(source, (str, Path)) else source
     sources = [str(each) if is_url(str(each)) else str(resolve_path(each)) for each in sources]

@@ -2,44 +2,32 @@
 
 import multiprocessing
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
-from io import FileIO, RawIOBase
+from io import FileIO, IOBase
 from pathlib import Path
-from typing import Any, NamedTuple
+from tarfile import BLOCKSIZE
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from ldm.data.captions import CaptionCount
 from ldm.data.image_decoding import ImageError, read_short_side
 from ldm.data.shards.cache import ShardCache
 from ldm.data.shards.remote import REMOTE_THREADS, NoRangesError, RemoteShard
-from ldm.data.shards.tar_headers import RemoteFile, scan_tar
+from ldm.data.shards.tar_headers import RemoteFile, ShardScan, scan_tar
+from ldm.data.shards.webshart_index import scan_webshart_index
 
-TAR_BLOCK_BYTES = 512  # tar aligns members to this
 _MAX_SERIAL_SHARDS = 32  # for fewer, starting processes takes longer
 _HEAD_BYTES = 2**16
 
 
-class ShardArrays(NamedTuple):
-    """A ShardScan with keys and members as the arrays of a ShardIndex."""
-
-    key_bytes: bytes
-    key_lengths: np.ndarray
-    members: np.ndarray
-    skipped: Counter[str]
-    captions: CaptionCount
-    sparse: str | None
-
-
 def scan_in_parallel(
     paths: list[Path | RemoteShard], cache: ShardCache | None
-) -> Iterator[ShardArrays]:
+) -> Iterator[ShardScan]:
     """Yields what each shard holds, in order; raises like `scan_tar` and `read_range`."""
-    scan = partial(_scan_to_arrays, cache=cache)
+    scan = partial(_scan, cache=cache)
     return _map_shards(scan, paths, description="indexing shards")
 
 
@@ -76,43 +64,33 @@ def _map_shards(
             pool.shutdown(cancel_futures=True)
 
 
-def _scan_to_arrays(path: Path | RemoteShard, cache: ShardCache | None) -> ShardArrays:
-    keys, rows, *others = _use_file(path, cache, lambda file: scan_tar(file, str(path)))
-    encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
-    members = np.array(rows, np.int64).reshape(-1, 3, 2)
-    members[..., 0] //= TAR_BLOCK_BYTES
-    lengths = np.array([len(key) for key in encoded], np.int32)
-    return ShardArrays(b"".join(encoded), lengths, members.astype(np.uint32), *others)
+def _scan(path: Path | RemoteShard, cache: ShardCache | None) -> ShardScan:
+    if (found := scan_webshart_index(path)) is not None:
+        return found
+    return _use_file(path, cache, lambda file: scan_tar(file, str(path)))
 
 
 def _measure_shard(
     path: Path | RemoteShard, images: np.ndarray, cache: ShardCache | None
 ) -> np.ndarray:
-    def measure(file: RawIOBase) -> list[int]:
-        return [_measure_image(file, at * TAR_BLOCK_BYTES, size) for at, size in images.tolist()]
+    def measure(file: IOBase) -> list[int]:
+        return [_measure_image(file, at * BLOCKSIZE, size) for at, size in images.tolist()]
 
     return np.array(_use_file(path, cache, measure), np.int32)
 
 
-def _measure_image(file: RawIOBase, offset: int, size: int) -> int:
+def _measure_image(file: IOBase, offset: int, size: int) -> int:
     for length in sorted({min(_HEAD_BYTES, size), size}):  # a long ICC profile may come first
         file.seek(offset)
         try:
-            return read_short_side(_read_exactly(file, length))
+            return read_short_side(file.read(length))
         except ImageError:
             pass
     return 0
 
 
-def _read_exactly(file: RawIOBase, size: int) -> bytes:
-    data = b""
-    while len(data) < size and (more := file.read(size - len(data))):
-        data += more
-    return data
-
-
 def _use_file(
-    path: Path | RemoteShard, cache: ShardCache | None, use: Callable[[RawIOBase], Any]
+    path: Path | RemoteShard, cache: ShardCache | None, use: Callable[[IOBase], Any]
 ) -> Any:
     """Calls `use(file)` on the shard, or on a whole copy if its server supports no ranges."""
     if not isinstance(path, RemoteShard):

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 class ShardPrefetcher:
     """Downloads what a run needs next, up to half of the cache.
 
-    upcoming: endless (position from which it is no longer needed, shard), in the order of use.
+    upcoming: endless, see `ShuffledOrder.shards_from`.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from typing import Any
 
 from webdataset import TarWriter
 
-from ldm.data.captions import read_sample_captions
+from ldm.data.captions import read_sample_captions, read_weighted_captions
 from ldm.data.shards.index import DEFAULT_READ_OPTIONS, ReadOptions, open_index
 from ldm.data.shards.locations import ShardSource
 from ldm.data.shards.remote import RemoteShard
@@ -26,11 +26,15 @@ _MAX_OPEN_REMOTE = 8  # an open one cannot be deleted from the cache
 
 @dataclass(frozen=True)
 class Sample:
-    """One encoded image and its captions (at least one, which may be empty)."""
+    """One encoded image and its captions (at least one, which may be empty).
+
+    weights: how often to draw each caption; None: equally often.
+    """
 
     key: str
     image: bytes
     captions: list[str]
+    weights: list[float] | None = None
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:
@@ -60,8 +64,12 @@ class ShardReader:
         """Returns sample i in 0..N-1, in shard order; ShardError if the shard has changed."""
         shard = int(self.index.shard[i])
         image, txt, record = (self._read_member(shard, *at) for at in self.index.locations(i))
-        captions = read_sample_captions(txt, record, key=self.index.caption_key)
-        return Sample(self.index.key(i), image or b"", captions)
+        keys, weights = self.index.caption_weights, None
+        if len(keys) > 1:
+            captions, weights = read_weighted_captions(record, keys)
+        else:
+            captions = read_sample_captions(txt, record, key=next(iter(keys), None))
+        return Sample(self.index.key(i), image or b"", captions, weights)
 
     def sample_name(self, i: int) -> str:
         """Returns shard and key of sample i, for messages."""

@@ -29,6 +29,10 @@ _SECRET_PARAMETERS = (  # prefixes
     *("x-amz-", "x-goog-", "signature", "sig", "expires", "policy", "key-pair-id", "token"),
     *("awsaccesskeyid", "googleaccessid", "access_token", "st", "se", "sp", "sv", "sr", "skoid"),
 )
+_ETAG_KEYS = (
+    *("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "last_modified"),
+    *("blob_id", "xet_hash"),  # of the hub
+)
 T = TypeVar("T")
 
 
@@ -96,15 +100,12 @@ def find_urls(pattern: str) -> list[str]:
 
 
 def read_range(remote: RemoteShard, start: int, end: int) -> bytes:
-    """Returns the bytes [start, end) with 0 <= start < end <= size.
-
-    Raises RemoteError after `MAX_TRIES` tries, NoRangesError if the server supports no ranges.
-    """
+    """Returns the bytes [start, end); raises RemoteError, or NoRangesError of such a server."""
 
     def read() -> bytes:
         fs, path = _make_filesystem(remote.url)
-        if "http" in fs.protocol:
-            # Unlike cat_file, it does not load a whole file that was sent instead of a range.
+        if "http" in fs.protocol or fs.protocol == "hf":
+            # Unlike cat_file, it loads neither a whole file in place of a range nor a block ahead.
             with fs.open(path, block_size=_CHUNK, cache_type="none", size=remote.size) as file:
                 try:
                     file.seek(start)
@@ -121,10 +122,7 @@ def read_range(remote: RemoteShard, start: int, end: int) -> bytes:
 
 
 def download_shard(remote: RemoteShard, part: Path) -> None:
-    """Copies the shard to `part`, continuing an earlier call.
-
-    Raises RemoteError also if the shard has been replaced on its server.
-    """
+    """Copies the shard to `part`, continuing an earlier call; RemoteError if it was replaced."""
 
     def download_whole() -> None:
         fs, path = _make_filesystem(remote.url)
@@ -140,21 +138,22 @@ def download_shard(remote: RemoteShard, part: Path) -> None:
                 file.flush()
     except NoRangesError:
         _retry(download_whole, remote.url)
-    if _describe_url(remote.url) != remote:
+    if _describe_url(remote.url, refresh=True) != remote:
         part.unlink(missing_ok=True)
         raise RemoteError(f"{remote} was replaced on its server since the run began; restart")
     with open(part, "rb") as file:
         os.fsync(file.fileno())
 
 
-def _describe_url(url: str) -> RemoteShard:
+def _describe_url(url: str, *, refresh: bool = False) -> RemoteShard:
     def ask() -> RemoteShard:
         fs, path = _make_filesystem(url)
+        if refresh:
+            fs.invalidate_cache(path)
         info = fs.info(path)
         if info.get("size") is None:
             raise RemoteError("its server does not say how large it is")
-        keys = ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "last_modified")
-        etag = next((str(info[key]) for key in keys if info.get(key)), "")
+        etag = next((str(info[key]) for key in _ETAG_KEYS if info.get(key)), "")
         return RemoteShard(url, int(info["size"]), etag)
 
     return _retry(ask, url)
@@ -192,13 +191,16 @@ def _retry(action: Callable[[], T], url: str) -> T:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             cause = error if error.__cause__ is None else error.__cause__
-            status = getattr(cause, "status", None)  # of HTTP
+            response = getattr(cause, "response", None)  # of the hub
+            status = getattr(response, "status_code", None) or getattr(cause, "status", None)
             if isinstance(status, int):
                 is_transient = status >= 500 or status in (408, 425, 429)
             else:
                 final = (FileNotFoundError, PermissionError, ValueError)
                 status, is_transient = None, not isinstance(cause, final)
             reason = f"HTTP {status}" if status else type(cause).__name__
+            if response is not None and (code := response.headers.get("X-Error-Code")):
+                reason += f" {code}"
         if not is_transient:
             break
         if attempt < MAX_TRIES - 1:
@@ -206,4 +208,8 @@ def _retry(action: Callable[[], T], url: str) -> T:
     if status in (404, 410) or reason == "FileNotFoundError":
         raise FileNotFoundError(f"no shard at {redact_url(url)} ({reason})") from None
     tries = f"tried {attempt + 1} times" if is_transient else "not worth another try"
+    if status in (401, 403) and url.startswith("hf://"):
+        tries = "private, gated or missing: set HF_TOKEN, and accept the terms on its page if any"
+    if reason == "OfflineModeIsEnabled":
+        tries = "HF_HUB_OFFLINE is set"
     raise RemoteError(f"{redact_url(url)} could not be read: {reason} ({tries})") from None

@@ -1,16 +1,16 @@
-"""Finds the samples of one tar shard by its headers alone.
-
-Shapes: 3 members a sample (image, txt, json), 2 numbers a member (offset, size) in bytes.
-"""
+"""Finds the samples of one tar shard by its headers alone."""
 
 import io
 import itertools
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
-from io import BufferedReader, FileIO, RawIOBase
+from collections.abc import Iterable, Iterator
+from io import BufferedReader, FileIO, IOBase
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+from fsspec.spec import AbstractBufferedFile
 
 from ldm.data.captions import CaptionCount
 from ldm.data.image_decoding import MAX_IMAGE_BYTES
@@ -23,7 +23,7 @@ SPARSE_MEMBER = "sparse member"
 _MEMBERS = ("image", "txt", "json")
 _COLUMN = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2}
 _LIMITS = (MAX_IMAGE_BYTES, MAX_TEXT_BYTES, MAX_TEXT_BYTES)
-_MAX_PADDING = 16 * 2**20  # tar pads to 10 KiB by default
+MAX_PADDING = 16 * 2**20  # tar pads to 10 KiB by default
 _END = bytes(2 * tarfile.BLOCKSIZE)
 
 
@@ -43,14 +43,10 @@ class TarMember(NamedTuple):
 
 
 class ShardScan(NamedTuple):
-    """The usable samples of a shard, and how many others it has, by reason.
+    """The usable samples of a shard, as a ShardIndex has them; skipped: the others, by reason."""
 
-    rows: members (offset, size) x (image, txt, json) of each key; sparse: name of the first sparse
-    member.
-    """
-
-    keys: list[str]
-    rows: list[list[tuple[int, int]]]
+    keys: list[bytes]
+    members: np.ndarray
     skipped: Counter[str]
     captions: CaptionCount
     sparse: str | None
@@ -61,14 +57,15 @@ def scan_shard(path: Path) -> ShardScan:
         return scan_tar(file, str(path))
 
 
-def scan_tar(file: RawIOBase, name: str) -> ShardScan:
-    """Groups members as webdataset does: neighbours with the same name up to the first dot.
+def scan_tar(file: IOBase, name: str) -> ShardScan:
+    return group_members(_iterate_members(file, name))
 
-    Links and devices are ignored. Raises ShardError, with `name`, if the archive is damaged.
-    """
+
+def group_members(members: Iterable[TarMember]) -> ShardScan:
+    """Groups members as webdataset does: neighbours with the same name up to the first dot."""
     keys, rows, skipped, captions, sparse = {}, [], Counter(), CaptionCount(), None
-    for key, members in itertools.groupby(_iterate_members(file, name), key=lambda m: m.key):
-        group = list(members)
+    for key, neighbours in itertools.groupby(members, key=lambda member: member.key):
+        group = list(neighbours)
         row, reason = _locate_members(group)
         if not reason and key in keys:
             reason = "key seen before in its shard"
@@ -81,41 +78,28 @@ def scan_tar(file: RawIOBase, name: str) -> ShardScan:
             rows.append(row)
             texts = {_COLUMN[one.suffix]: one.text for one in group if one.suffix in _COLUMN}
             captions.add(texts.get(1), texts.get(2))
-    return ShardScan(list(keys), rows, skipped, captions, sparse)
+    located = np.array(rows, np.int64).reshape(-1, 3, 2)
+    located[..., 0] //= tarfile.BLOCKSIZE
+    encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
+    return ShardScan(encoded, located.astype(np.uint32), skipped, captions, sparse)
 
 
-class RemoteFile(RawIOBase):
+class RemoteFile(AbstractBufferedFile):
     """A shard on its server as a file that is read in blocks; raises like `read_range`."""
 
-    def __init__(self, remote: RemoteShard, block: int = 2**16) -> None:
-        self._remote, self._block = remote, block
-        self._at, self._first, self._data = 0, 0, b""
+    def __init__(self, remote: RemoteShard) -> None:
+        super().__init__(None, str(remote), size=remote.size, block_size=2**16)
+        self._remote = remote
 
-    def readable(self) -> bool:
-        return True
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return read_range(self._remote, start, end)
 
-    def seekable(self) -> bool:
-        return True
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._remote.size}[whence]
-        self._at = base + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer) -> int:
-        if self._at >= self._remote.size:
-            return 0
-        if not self._first <= self._at < self._first + len(self._data):
-            end = min(self._at + self._block, self._remote.size)
-            self._data, self._first = read_range(self._remote, self._at, end), self._at
-        start = self._at - self._first
-        count = min(len(buffer), len(self._data) - start)
-        buffer[:count] = self._data[start : start + count]
-        self._at += count
-        return count
+def split_member_name(name: str) -> tuple[str, str] | None:
+    """Returns a member's key and its suffix in lower case; None for a name without one of them."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    return (folder + slash + stem, suffix.lower()) if stem and dot else None
 
 
 def _locate_members(group: list[TarMember]) -> tuple[list[tuple[int, int]], str | None]:
@@ -138,7 +122,7 @@ def _locate_members(group: list[TarMember]) -> tuple[list[tuple[int, int]], str 
     return row, "no caption" if txt == record == (0, 0) else None
 
 
-def _iterate_members(raw: RawIOBase, name: str) -> Iterator[TarMember]:
+def _iterate_members(raw: IOBase, name: str) -> Iterator[TarMember]:
     length = raw.seek(0, io.SEEK_END)
     raw.seek(0)
     file = _HeaderReader(raw)
@@ -153,14 +137,12 @@ def _iterate_members(raw: RawIOBase, name: str) -> Iterator[TarMember]:
                 )
                 if not is_sparse and not 0 <= size <= length - at:
                     raise ShardError(f"member '{member.name}' ends outside the file")
-                folder, slash, base = member.name.rpartition("/")
-                stem, dot, suffix = base.partition(".")
-                if stem and dot and member.isreg():
-                    suffix, text = suffix.lower(), None
+                if member.isreg() and (parts := split_member_name(member.name)):
+                    (key, suffix), text = parts, None
                     if suffix in ("txt", "json") and not is_sparse and size <= MAX_TEXT_BYTES:
                         file.seek(at)
                         text = file.read(size)
-                    yield TarMember(folder + slash + stem, suffix, at, size, text, is_sparse)
+                    yield TarMember(key, suffix, at, size, text, is_sparse)
             _check_end(file, tar.offset, length)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise ShardError(
@@ -176,14 +158,14 @@ def _check_end(file: BufferedReader, offset: int, length: int) -> None:
     file.seek(offset)
     if file.read(len(_END)) != _END:
         raise ShardError(f"no end mark after the last member, at byte {offset}")
-    if length - offset > _MAX_PADDING:
+    if length - offset > MAX_PADDING:
         raise ShardError(f"{length - offset:,} bytes from the end mark at byte {offset} on")
     while chunk := file.read(MAX_HEADER_BYTES):
         if chunk.count(0) != len(chunk):
             raise ShardError(f"data after the end mark at byte {offset}; are two archives joined?")
 
 
-def _identify_file(raw: RawIOBase) -> str | None:
+def _identify_file(raw: IOBase) -> str | None:
     raw.seek(0)
     head = raw.read(2)
     if head == b"\x1f\x8b":

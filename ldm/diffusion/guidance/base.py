@@ -1,7 +1,4 @@
-"""What every guidance is: a denoiser made of a conditional denoiser.
-
-A guidance knows no network and guides all channels. One that wraps another has it as `inner`.
-"""
+"""The interface of guidance: it makes a denoiser of a conditional denoiser."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -17,28 +14,31 @@ ConditionalDenoiser = Callable[[Tensor, Tensor, Condition], Tensor]
 
 
 class Guidance(Protocol):
-    """Makes the denoiser of one sampling process; it may keep state until that process ends."""
+    """Makes the denoiser of one sampling process, for all channels of any network.
+
+    The denoiser may keep state until the process ends. A guidance that wraps another has it as
+    `inner`.
+    """
 
     def __call__(self, denoise: ConditionalDenoiser, conditioning: Conditioning) -> Denoise: ...
 
     def reads_negative(self, prompts: GuidancePrompts) -> bool:
-        """Whether the negative condition has any effect for these prompts."""
-        ...
+        """Returns whether the negative condition has any effect for these prompts."""
 
 
-def restrict_to_interval(interval: Sequence[float], guided: Denoise, plain: Denoise) -> Denoise:
-    """`guided` at times in the interval, ends included, and `plain` at the others."""
+def restrict_to_interval(interval: Sequence[float], guide: Denoise, otherwise: Denoise) -> Denoise:
+    """`guide` at times in the interval, ends included, and `otherwise` at the others."""
     low, high = interval
     if low <= 0 and high >= 1:
-        return guided
+        return guide
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         inside = (low <= t) & (t <= high)
         if bool(inside.all()):
-            return guided(x_t, t)
+            return guide(x_t, t)
         if not bool(inside.any()):
-            return plain(x_t, t)
-        return torch.where(expand_dims_like(inside, x_t), guided(x_t, t), plain(x_t, t))
+            return otherwise(x_t, t)
+        return torch.where(expand_dims_like(inside, x_t), guide(x_t, t), otherwise(x_t, t))
 
     return denoise
 

@@ -1,22 +1,15 @@
-"""Classifier-free guidance, adaptive projected guidance and autoguidance.
-
-All three go from one x0_hat away from another.
-"""
+"""Classifier-free guidance, adaptive projected guidance and autoguidance."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.conditioning import Conditioning, GuidancePrompts
-from ldm.diffusion.guidance.base import (
-    ConditionalDenoiser,
-    Denoise,
-    Guidance,
-    check_guidance_interval,
-    restrict_to_interval,
-)
+from ldm.diffusion.conditioning import Condition, Conditioning, GuidancePrompts
+from ldm.diffusion.guidance import base
+from ldm.diffusion.guidance.base import ConditionalDenoiser, Denoise
 from ldm.diffusion.schedules import expand_dims_like
 
 # conditional x0_hat, unconditional x0_hat, t -> the direction of guidance
@@ -27,14 +20,12 @@ Difference = Callable[[Tensor, Tensor, Tensor], Tensor]
 class ClassifierFreeGuidance:
     """x0_hat = uncond + scale (cond - uncond) (Ho and Salimans 2022).
 
-    This equals guiding eps, because x0_hat is an affine function of the network's output. Scale 1
-    is the conditional model alone, at half the cost.
-    interval: the times, from 0 (data) to 1 (noise), that are guided; at the others the conditional
-    x0_hat is used, at half the cost (Kynkaanniemi et al. 2024, arXiv:2404.07724, in t).
+    This equals guiding eps, because x0_hat is an affine function of the network's output.
+    interval: the guided times, from 0 (data) to 1 (noise); at the others, and at scale 1, the
+    conditional x0_hat is used, at half the cost (Kynkaanniemi et al. 2024, arXiv:2404.07724, in t).
     rescale: how far, from 0 to 1, the standard deviation of the network's output is moved back to
-    that of the conditional output (Lin et al. 2024, arXiv:2305.08891, equations 15 and 16).
-    x0_at_zero_output: the x0_hat of a network output of 0, for `rescale`; None if the network
-    predicts x0 itself.
+    that of the conditional output (Lin et al. 2024, arXiv:2305.08891, equations 15 and 16), by
+    x0_at_zero_output, the x0_hat of a network output of 0; None if the network predicts x0 itself.
     """
 
     scale: float = 5.0
@@ -43,38 +34,44 @@ class ClassifierFreeGuidance:
     x0_at_zero_output: Denoise | None = None
 
     def __post_init__(self) -> None:
-        check_guidance_interval(self.interval)
+        base.check_guidance_interval(self.interval)
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance.rescale goes from 0 (none) to 1, not {self.rescale}")
 
     def __call__(self, denoise: ConditionalDenoiser, conditioning: Conditioning) -> Denoise:
-        cond, uncond = conditioning.positive, conditioning.negative
-
-        def plain(x_t: Tensor, t: Tensor) -> Tensor:
-            return denoise(x_t, t, cond)
-
+        cond = conditioning.positive
         if self.scale == 1:
-            return plain
-        both, difference = uncond.cat(cond), self.difference()
+            return lambda x_t, t: denoise(x_t, t, cond)
+        difference = self.difference()
 
-        def guided(x_t: Tensor, t: Tensor) -> Tensor:
-            twice = t if t.ndim == 0 else torch.cat([t, t])
-            x0_uncond, x0_cond = denoise(torch.cat([x_t, x_t]), twice, both).chunk(2)
-            x0_hat = x0_cond + (self.scale - 1) * difference(x0_cond, x0_uncond, t)
-            return self.rescale_output(x0_hat, x0_cond, x_t, t)
+        def combine(t: Tensor, x0_uncond: Tensor, x0_cond: Tensor) -> Tensor:
+            return x0_cond + (self.scale - 1) * difference(x0_cond, x0_uncond, t)
 
-        return restrict_to_interval(self.interval, guided, plain)
+        return self.guide_by_conditions(denoise, [conditioning.negative, cond], combine)
+
+    def guide_by_conditions(
+        self, denoise: ConditionalDenoiser, conditions: Sequence[Condition], combine: Callable
+    ) -> Denoise:
+        """A denoiser that combines t and the x0_hat of each condition, the full one last."""
+        every, n = reduce(Condition.cat, conditions), len(conditions)
+
+        def guide(x_t: Tensor, t: Tensor) -> Tensor:
+            times = t if t.ndim == 0 else torch.cat([t] * n)
+            x0_hats = denoise(torch.cat([x_t] * n), times, every).chunk(n)
+            return self.rescale_output(combine(t, *x0_hats), x0_hats[-1], x_t, t)
+
+        return base.restrict_to_interval(
+            self.interval, guide, lambda x_t, t: denoise(x_t, t, conditions[-1])
+        )
 
     def reads_negative(self, prompts: GuidancePrompts) -> bool:
         return self.scale != 1
 
     def rescale_output(self, x0_hat: Tensor, like: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """x0_hat whose network output has, by `rescale`, the standard deviation of that of `like`.
-
-        At one x_t the output is a multiple of x0_hat - x0_at_zero_output, the same for both.
-        """
+        """x0_hat whose network output has, by `rescale`, the deviation of that of `like`."""
         if self.rescale == 0:
             return x0_hat
+        # At one x_t the output is a multiple of x0_hat - x0_at_zero_output, the same for both.
         zero = self.x0_at_zero_output(x_t, t) if self.x0_at_zero_output else torch.zeros_like(x_t)
         out, like = x0_hat - zero, like - zero
         ratio = like.flatten(1).std(1) / out.flatten(1).std(1)  # (B,)
@@ -90,9 +87,8 @@ class AdaptiveProjectedGuidance(ClassifierFreeGuidance):
     """APG: large scales without oversaturation (Sadat et al. 2024, arXiv:2410.02416, algorithm 1).
 
     cond - uncond gets `momentum` times its value at the step before; then its root mean square per
-    image is limited to `bound` (the paper's threshold is that times the root of the number of
-    elements); then its part parallel to cond, which saturates, is multiplied by `parallel`.
-    Momentum 0, no bound and parallel 1 are classifier-free guidance.
+    image is limited to `bound` (the paper's threshold over the root of the number of elements);
+    then its part parallel to cond, which saturates, is multiplied by `parallel`.
     """
 
     parallel: float = 0.0
@@ -127,8 +123,8 @@ class AdaptiveProjectedGuidance(ClassifierFreeGuidance):
 class Momentum:
     """A running sum over the steps of one sampling process: new + share * the sum before.
 
-    A step may call it several times: at its end (Heun), in rounds (RePaint, inversion) or at a
-    raised time (churn). Each call starts from the last sum of an earlier step.
+    A step may call it several times (Heun, RePaint, inversion, churn). Each call starts from the
+    last sum of an earlier step.
     """
 
     def __init__(self, share: float) -> None:
@@ -152,30 +148,29 @@ class Momentum:
 class Autoguidance:
     """x0_hat = guide + scale (inner - guide), both with the same condition.
 
-    It removes the errors that both share and, unlike classifier-free guidance, keeps the variety
-    (Karras et al. 2024, arXiv:2406.02507). guide: a worse model, earlier or smaller, on the same
-    latents and schedule; scale 1 does not call it. inner: the guidance of the better model.
-    interval: as for `ClassifierFreeGuidance`.
+    It removes the errors that both share and keeps the variety (Karras et al. 2024,
+    arXiv:2406.02507). guide: a worse model, earlier or smaller, on the same latents and schedule;
+    scale 1 does not call it. inner: the guidance of the better model.
     """
 
     guide: ConditionalDenoiser
-    inner: Guidance
+    inner: base.Guidance
     scale: float = 2.0
     interval: Sequence[float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        check_guidance_interval(self.interval)
+        base.check_guidance_interval(self.interval)
 
     def __call__(self, denoise: ConditionalDenoiser, conditioning: Conditioning) -> Denoise:
         inner = self.inner(denoise, conditioning)
         if self.scale == 1:
             return inner
 
-        def guided(x_t: Tensor, t: Tensor) -> Tensor:
+        def extrapolate(x_t: Tensor, t: Tensor) -> Tensor:
             worse = self.guide(x_t, t, conditioning.positive)
             return torch.lerp(worse, inner(x_t, t), self.scale)
 
-        return restrict_to_interval(self.interval, guided, inner)
+        return base.restrict_to_interval(self.interval, extrapolate, inner)
 
     def reads_negative(self, prompts: GuidancePrompts) -> bool:
         return self.inner.reads_negative(prompts)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ldm.diffusion.conditioning import Conditioning, GuidancePrompts
+from ldm.diffusion.conditioning import Condition, Conditioning, GuidancePrompts
 from ldm.diffusion.guidance.base import ConditionalDenoiser, Denoise, restrict_to_interval
 from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.schedules import expand_dims_like
@@ -16,8 +16,7 @@ class CompositionalGuidance(ClassifierFreeGuidance):
     """x0_hat = uncond + scale sum_k weight_k (cond_k - uncond).
 
     AND multiplies the distributions of the parts, NOT divides by one (Liu et al. 2022,
-    arXiv:2206.01714, section 3). Each part costs a call of the network. A prompt of one part of
-    weight 1 gets `ClassifierFreeGuidance`.
+    arXiv:2206.01714, section 3). Each part costs a call of the network.
     """
 
     def __call__(self, denoise: ConditionalDenoiser, conditioning: Conditioning) -> Denoise:
@@ -29,11 +28,10 @@ class CompositionalGuidance(ClassifierFreeGuidance):
         texts = [text for parts in parsed for text, _ in parts]
         # K parts of all prompts together
         weights = torch.tensor([weight for parts in parsed for _, weight in parts])  # (K,)
-        rows = [i for i, parts in enumerate(parsed) for _ in parts]  # the image of each part
-        images = {"concat": cond.concat, "style": cond.style}
-        images = {name: None if part is None else part[rows] for name, part in images.items()}
-        every = uncond.cat(replace(prompts.encode(texts), **images))
-        rows = torch.tensor(rows)  # (K,)
+        rows = torch.tensor([i for i, parts in enumerate(parsed) for _ in parts])  # (K,), images
+        images = Condition(concat=cond.concat, style=cond.style).map(lambda part: part[rows])
+        encoded = replace(prompts.encode(texts), concat=images.concat, style=images.style)
+        every = uncond.cat(encoded)
 
         def denoise_at_scale(x_t: Tensor, t: Tensor, scale: float) -> Tensor:
             image = rows.to(x_t.device)

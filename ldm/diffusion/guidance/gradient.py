@@ -8,30 +8,24 @@ any schedule.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.conditioning import Conditioning, GuidancePrompts
-from ldm.diffusion.guidance.base import (
-    ConditionalDenoiser,
-    Denoise,
-    Guidance,
-    check_guidance_interval,
-    restrict_to_interval,
-)
+from ldm.diffusion.guidance import base
 from ldm.diffusion.schedules import Schedule, expand_dims_like
 
 # The smallest alpha / sigma at which a gradient is taken. As alpha goes to 0 the gradient goes to 0
-# and its factor to infinity; their product has a limit. This ratio is 3e-4 from that limit on the
-# mixture of the tests, and float32 has enough digits there.
+# and its factor to infinity; their product has a limit, and float32 has enough digits here.
 MIN_GRADIENT_SIGNAL = 1e-3
 
 # One prompt per image -> a function of x_t (B, C, h, w) and t: log p(prompt | x_t), (B,)
 Classify = Callable[[Sequence[str]], Callable[[Tensor, Tensor], Tensor]]
 # One prompt per image -> a function of x0_hat (B, C, h, w): how well it fits, (B,), as log p
 RewardModel = Callable[[Sequence[str]], Callable[[Tensor], Tensor]]
-LogProbFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # x_t, t -> x0_hat, log p (B,)
+LogProbFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_t, t, x0_hat -> log p (B,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,61 +38,56 @@ class GradientGuidance(ABC):
     """
 
     schedule: Schedule
-    inner: Guidance
+    inner: base.Guidance
     scale: float = 1.0
     interval: Sequence[float] = (0.0, 1.0)
+    through_denoiser: ClassVar[bool]  # whether the gradient passes through the denoiser
 
     def __post_init__(self) -> None:
-        check_guidance_interval(self.interval)
+        base.check_guidance_interval(self.interval)
 
-    def __call__(self, denoise: ConditionalDenoiser, conditioning: Conditioning) -> Denoise:
+    def __call__(
+        self, denoise: base.ConditionalDenoiser, conditioning: Conditioning
+    ) -> base.Denoise:
         inner = self.inner(denoise, conditioning)
         if self.scale == 0:
             return inner
         prompts = conditioning.require_prompts("guidance by a gradient")
-        log_prob = self.make_log_prob(inner, prompts.texts)
+        log_prob = self.make_log_prob(prompts.texts)
         ratio = torch.tensor(1 / MIN_GRADIENT_SIGNAL, dtype=torch.float64)
         latest = self.schedule.timesteps_at_ratio(ratio).item()
 
-        def guided(x_t: Tensor, t: Tensor) -> Tensor:
+        def guide(x_t: Tensor, t: Tensor) -> Tensor:
             t = t.clamp(max=latest)
             with torch.enable_grad():
                 x = x_t.detach().requires_grad_()
-                x0_hat, log_p = log_prob(x, t)
-                (gradient,) = torch.autograd.grad(log_p.sum(), x)
+                with torch.set_grad_enabled(self.through_denoiser):
+                    x0_hat = inner(x, t)
+                (gradient,) = torch.autograd.grad(log_prob(x, t, x0_hat).sum(), x)
             alpha, sigma = self.schedule(t.to(x_t.device))
             factor = expand_dims_like(self.scale * sigma.square() / alpha, x_t)
             return x0_hat.detach() + factor.to(x_t.dtype) * gradient
 
-        return restrict_to_interval(self.interval, guided, inner)
+        return base.restrict_to_interval(self.interval, guide, inner)
 
     def reads_negative(self, prompts: GuidancePrompts) -> bool:
         return self.inner.reads_negative(prompts)
 
     @abstractmethod
-    def make_log_prob(self, inner: Denoise, texts: Sequence[str]) -> LogProbFunction:
-        """x_t and t to the inner x0_hat and log p (B,), whose gradient reaches x_t."""
+    def make_log_prob(self, texts: Sequence[str]) -> LogProbFunction:
+        """The function whose gradient with respect to x_t guides."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierGuidance(GradientGuidance):
-    """Classifier guidance: the gradient of a classifier that was trained on noisy latents.
-
-    With an exact classifier and scale 1, images follow the conditional distribution, even if the
-    denoiser has no condition.
-    """
+    """Classifier guidance: the gradient of a classifier that was trained on noisy latents."""
 
     classifier: Classify
+    through_denoiser = False
 
-    def make_log_prob(self, inner: Denoise, texts: Sequence[str]) -> LogProbFunction:
+    def make_log_prob(self, texts: Sequence[str]) -> LogProbFunction:
         classify = self.classifier(texts)
-
-        def log_prob(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.no_grad():  # the gradient does not pass through the denoiser
-                x0_hat = inner(x, t)
-            return x0_hat, classify(x, t)
-
-        return log_prob
+        return lambda x_t, t, x0_hat: classify(x_t, t)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +100,8 @@ class ClipGuidance(GradientGuidance):
     """
 
     reward_model: RewardModel
+    through_denoiser = True
 
-    def make_log_prob(self, inner: Denoise, texts: Sequence[str]) -> LogProbFunction:
+    def make_log_prob(self, texts: Sequence[str]) -> LogProbFunction:
         reward = self.reward_model(texts)
-
-        def log_prob(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            x0_hat = inner(x, t)
-            return x0_hat, reward(x0_hat)
-
-        return log_prob
+        return lambda x_t, t, x0_hat: reward(x0_hat)

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from ldm.diffusion.conditioning import Conditioning
-from ldm.diffusion.guidance.base import ConditionalDenoiser, Denoise, restrict_to_interval
+from ldm.diffusion.guidance.base import ConditionalDenoiser, Denoise
 from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 
 
@@ -16,8 +15,7 @@ class StyleGuidance(ClassifierFreeGuidance):
 
     Classifier-free guidance by two conditions, the text and, given the text, the style image
     (Brooks et al. 2023, InstructPix2Pix, arXiv:2211.09800, section 3.2.1, with the two conditions
-    in the other order). A step costs three calls of the network. Equal scales, or no style image,
-    give `ClassifierFreeGuidance`.
+    in the other order). A step costs three calls of the network.
     """
 
     style_scale: float = 2.0
@@ -26,18 +24,12 @@ class StyleGuidance(ClassifierFreeGuidance):
         cond, uncond = conditioning.positive, conditioning.negative
         if cond.style is None:
             return super().__call__(denoise, conditioning)
-        every = uncond.cat(replace(cond, style=uncond.style)).cat(cond)
-
-        def plain(x_t: Tensor, t: Tensor) -> Tensor:
-            return denoise(x_t, t, cond)
-
         if self.scale == self.style_scale == 1:
-            return plain
+            return lambda x_t, t: denoise(x_t, t, cond)
 
-        def guided(x_t: Tensor, t: Tensor) -> Tensor:
-            times = t if t.ndim == 0 else torch.cat([t] * 3)
-            x0_uncond, x0_text, x0_both = denoise(torch.cat([x_t] * 3), times, every).chunk(3)
+        def combine(t: Tensor, x0_uncond: Tensor, x0_text: Tensor, x0_both: Tensor) -> Tensor:
             towards = self.scale * (x0_text - x0_uncond) + self.style_scale * (x0_both - x0_text)
-            return self.rescale_output(x0_uncond + towards, x0_both, x_t, t)
+            return x0_uncond + towards
 
-        return restrict_to_interval(self.interval, guided, plain)
+        text_only = replace(cond, style=uncond.style)
+        return self.guide_by_conditions(denoise, [uncond, text_only, cond], combine)

@@ -2,9 +2,8 @@
 
     x_s = (sigma_s / sigma_t) x_t + (alpha_s - alpha_t sigma_s / sigma_t) d            `take_step`
 
-Samplers differ in the data estimate `d`, in how much of the noise is fresh, and in the timesteps.
-A sampler is a dataclass of settings with one method, `iterate`. This one is Euler's method, or
-DDIM, with d = x0_hat:
+A sampler is a dataclass of settings with one method, `iterate`, which chooses the data estimate `d`
+and how much of the noise is fresh. This one is Euler's method, or DDIM, with d = x0_hat:
 
     class EulerSampler(Sampler):
         def iterate(self, x: Tensor, path: Trajectory) -> StepIterator:
@@ -90,12 +89,11 @@ def check_eta(eta: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(ABC):
-    """What all samplers share: the timesteps, the bounds of x0_hat and the report of each step.
+    """The common part of samplers: the timesteps, the bounds of x0_hat, the report of each step.
 
-    spacing: how the timesteps lie, a name of SPACINGS. clip: x0_hat is clamped to [-clip, clip]
-    (Ho et al. 2020). quantile: dynamic thresholding; an image's bound is that quantile of its
-    |x0_hat| if that is above `clip`, and the result is scaled to [-clip, clip] (Saharia et al.
-    2022, Imagen, section 2.3).
+    spacing: a name of SPACINGS. clip: x0_hat is clamped to [-clip, clip] (Ho et al. 2020).
+    quantile: dynamic thresholding; an image's bound is that quantile of its |x0_hat| if that is
+    above `clip`, and the result is scaled to [-clip, clip] (Saharia et al. 2022, Imagen, 2.3).
     """
 
     spacing: str = "trailing"
@@ -136,13 +134,12 @@ class Sampler(ABC):
 
         `noise` is called at most once per step. `on_step` gets each x0_hat.
         """
-        path = Trajectory(
-            lambda x_t, t: clip_x0_hat(denoise(x_t, t), self.clip, self.quantile),
-            schedule,
-            timesteps,
-            compute_noise_levels(schedule, timesteps),
-            noise,
-        )
+
+        def estimate(x_t: Tensor, t: Tensor) -> Tensor:
+            return clip_x0_hat(denoise(x_t, t), self.clip, self.quantile)
+
+        levels = compute_noise_levels(schedule, timesteps)
+        path = Trajectory(estimate, schedule, timesteps, levels, noise)
         x_s = x
         for i, (x_s, x0_hat) in enumerate(self.iterate(x, path)):  # noqa: B007 (used afterwards)
             if on_step is not None:
@@ -161,7 +158,7 @@ def clip_x0_hat(x0_hat: Tensor, clip: float | None, quantile: float | None) -> T
     if quantile is None:
         return x0_hat.clamp(-clip, clip)
     size = x0_hat.flatten(1).abs()
-    size = size.float() if x0_hat.dtype.itemsize < 4 else size  # torch.quantile needs float32
+    size = size.to(torch.promote_types(size.dtype, torch.float32))  # as torch.quantile needs
     bound = torch.quantile(size, quantile, dim=1).clamp(min=clip).to(x0_hat.dtype)  # (B,)
     bound = expand_dims_like(bound, x0_hat)
     return x0_hat.clamp(-bound, bound) * (clip / bound)

@@ -8,15 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ldm.diffusion.samplers.base import (
-    NoiseLevel,
-    Sampler,
-    StepIterator,
-    Trajectory,
-    check_eta,
-    posterior_std,
-    take_step,
-)
+from ldm.diffusion.samplers import base
+from ldm.diffusion.samplers.base import NoiseLevel, Sampler, StepIterator, Trajectory
 from ldm.diffusion.schedules import Schedule
 
 
@@ -25,28 +18,26 @@ class DDIMSampler(Sampler):
     """`eta` goes from the ODE (0, DDIM) to the posterior's own noise (1, DDPM).
 
     eta = 1 is ancestral sampling (Ho et al. 2020, algorithm 2, with the smaller of their two
-    variances; k-diffusion's euler_ancestral), at any timesteps. eta = 0 is Euler's method in
-    sigma / alpha (k-diffusion's euler), and in t on the flow schedule.
+    variances). eta = 0 is Euler's method in sigma / alpha, and in t on the flow schedule.
     """
 
     eta: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_eta(self.eta)
+        base.check_eta(self.eta)
 
     def iterate(self, x: Tensor, path: Trajectory) -> StepIterator:
-        return iterate_first_order(x, path, lambda now, then: self.eta * posterior_std(now, then))
+        return iterate_first_order(x, path, lambda *step: self.eta * base.posterior_std(*step))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencySampler(Sampler):
-    """For networks distilled to sample in a few steps: all noise is fresh at each step.
+    """Multistep consistency sampling, for networks distilled to a few steps: all noise is fresh.
 
-    Multistep consistency sampling (Song et al. 2023, arXiv:2303.01469, algorithm 1; Luo et al.
-    2023, LCM, algorithm 3), exact if x0_hat is the end of the ODE. `original_steps`: the number of
-    even timesteps of the distillation, 50 for LCMs, from which the timesteps are taken; None for
-    any timestep.
+    Song et al. 2023, arXiv:2303.01469, algorithm 1; Luo et al. 2023, LCM, algorithm 3.
+    original_steps: the number of even timesteps of the distillation, from which the timesteps are
+    taken; None for any timestep.
     """
 
     original_steps: int | None = 50
@@ -83,5 +74,5 @@ def iterate_first_order(
     """The steps from `x` with d = x0_hat and that much fresh noise."""
     for i, (now, then) in enumerate(pairwise(path.noise_levels)):
         x0_hat = path.x0_hat(x, i)
-        x = take_step(x, x0_hat, now, then, up=fresh_noise(now, then), noise=path.noise)
+        x = base.take_step(x, x0_hat, now, then, up=fresh_noise(now, then), noise=path.noise)
         yield x, x0_hat

@@ -1,7 +1,4 @@
-"""EDM's samplers: Euler and Heun, with churn (Karras et al. 2022, algorithms 1 and 2).
-
-Their noise level is r = sigma / alpha here, so that they work on any schedule.
-"""
+"""EDM's samplers: Euler and Heun, with churn (Karras et al. 2022, algorithms 1 and 2)."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,19 +7,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ldm.diffusion.samplers.base import (
-    NoiseLevel,
-    Sampler,
-    StepIterator,
-    Trajectory,
-    compute_noise_levels,
-    take_step,
-)
+from ldm.diffusion.samplers import base
+from ldm.diffusion.samplers.base import NoiseLevel, Sampler, StepIterator, Trajectory
 
 # Heun's method takes the mean of the slopes at both ends of a step: the variable of the slope.
 SLOPES = {
     "flow": lambda alpha, sigma: sigma / (alpha + sigma),  # any schedule seen as rectified flow
-    "edm": lambda alpha, sigma: sigma / alpha if alpha > 0 else math.inf,  # EDM's, of x / alpha
+    # EDM's, of x / alpha; poor if a step ends near pure noise.
+    "edm": lambda alpha, sigma: sigma / alpha if alpha > 0 else math.inf,
     "x0": lambda alpha, sigma: 1.0,  # x0_hat itself: d is its mean
 }
 
@@ -31,14 +23,11 @@ SLOPES = {
 class EDMSampler(Sampler):
     """Order 1 is Euler, d = x0_hat. Order 2 is Heun, with a second call at the end of each step.
 
-    There d = x0_hat + w (x0_hat at the end - x0_hat) with w = c_t / 2 c_s, where c belongs to
-    `slope`: sigma / (alpha + sigma) for `flow`, which is Heun's method of rectified flow on any
-    schedule; sigma / alpha for `edm` (Karras et al. 2022, algorithm 1), poor if a step ends near
-    pure noise; 1 for `x0`. The last step is always Euler's.
-    churn: that much noise is added in total, before the steps with r in [churn_min, churn_max],
-    scaled by `churn_noise` (their algorithm 2: S_churn, S_tmin, S_tmax, S_noise; r is twice their
-    sigma, as their data has half our deviation). The network is called at the raised level, at most
-    the schedule's noisiest. 0 is the ODE.
+    There d = x0_hat + w (x0_hat at the end - x0_hat) with w = c_t / 2 c_s, where `slope` says c:
+    see SLOPES. The last step is always Euler's.
+    churn: that much noise is added in total, before the steps with r = sigma / alpha in
+    [churn_min, churn_max], scaled by `churn_noise` (their algorithm 2: S_churn, S_tmin, S_tmax,
+    S_noise; r is twice their sigma, as their data has half our deviation). 0 is the ODE.
     """
 
     order: int = 2
@@ -67,10 +56,10 @@ class EDMSampler(Sampler):
             if now != before:
                 x = renoise(x, before, now, self.churn_noise * path.noise(x))
             x0_hat = path.estimate(x, timesteps[i])
-            x_s = take_step(x, x0_hat, now, then)
+            x_s = base.take_step(x, x0_hat, now, then)
             if self.order == 2 and then[1] > 0:
-                at_end = path.x0_hat(x_s, i + 1)
-                x_s = take_step(x, torch.lerp(x0_hat, at_end, self.weight(now, then)), now, then)
+                d = torch.lerp(x0_hat, path.x0_hat(x_s, i + 1), self.weight(now, then))
+                x_s = base.take_step(x, d, now, then)
             x = x_s
             yield x, x0_hat
 
@@ -81,10 +70,7 @@ class EDMSampler(Sampler):
         return w if math.isfinite(w) else 0.0  # EDM's r has no slope at pure noise: Euler
 
     def apply_churn(self, path: Trajectory) -> tuple[Tensor, list[NoiseLevel]]:
-        """Where the steps start after churn: times and noise levels.
-
-        All at once before the first step, so that no step waits for the device.
-        """
+        """The times and noise levels at which the steps start after churn."""
         if self.churn == 0:
             return path.timesteps, path.noise_levels
         now = torch.tensor(path.noise_levels[:-1], dtype=torch.float64)  # (steps, 2)
@@ -94,7 +80,7 @@ class EDMSampler(Sampler):
         churned = r.isfinite() & (r >= self.churn_min) & (r <= churn_max)
         raised = path.schedule.timesteps_at_ratio(r * (1 + gamma))
         timesteps = torch.where(churned, raised.to(path.timesteps), path.timesteps[:-1])
-        levels = compute_noise_levels(path.schedule, raised)
+        levels = base.compute_noise_levels(path.schedule, raised)
         pairs = zip(churned.tolist(), levels, path.noise_levels[:-1], strict=True)
         return timesteps, [high if yes else low for yes, high, low in pairs]
 

@@ -22,12 +22,10 @@ def invert_ddim(
 ) -> Tensor:
     """The latents (B, C, h, w) at timesteps[0] from which DDIM generates `x0`.
 
-    `timesteps` fall to 0, as a sampler takes them; the same update rule goes along them backwards.
-    The x0_hat at the noisy end of a step is unknown: the first estimate is made at the clean end,
-    and each of `rounds` calls of the network improves it (Pan et al. 2023, AIDI, section 3). One
-    round is the original DDIM inversion (Dhariwal and Nichol 2021, appendix F), from which DDIM
-    leads near x0 only. `on_step` gets each x0_hat, from clean to noisy. To pure noise take two
-    steps or more: a single one would lose x0.
+    `timesteps` fall to 0, as a sampler takes them; to pure noise take two or more. The x0_hat at
+    the noisy end of a step is unknown: each of `rounds` calls of the network improves its estimate
+    (Pan et al. 2023, AIDI, section 3). One round is the original DDIM inversion (Dhariwal and
+    Nichol 2021, appendix F). `on_step` gets each x0_hat, from clean to noisy.
     """
     if rounds < 1:
         raise ValueError(f"inversion takes one round or more, not {rounds}")

@@ -17,16 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.diffusion.samplers.base import (
-    NoiseLevel,
-    Sampler,
-    StepIterator,
-    Trajectory,
-    check_eta,
-    posterior_std,
-    sigma_ratio,
-    take_step,
-)
+from ldm.diffusion.samplers import base
+from ldm.diffusion.samplers.base import NoiseLevel, Sampler, StepIterator, Trajectory
 
 SOLVER_ORDERS = (1, 2, 3)  # polynomials of higher order oscillate
 
@@ -43,11 +35,8 @@ class DPMSolverSampler(Sampler):
     """DPM-Solver++ (multistep) of order 1 to 3; order 2 is their algorithm 2, known as 2M.
 
     `eta` goes from the ODE (0) to the SDE (1, SDE-DPM-Solver++, Lu et al. 2022, section 5), as in
-    DDIM, which is order 1. One call of the network per step. The first steps have the order that
-    the past allows, the last one order 1, the one before it order 2.
-    Order 3 has the exact mean and converges at third order: the published code, k-diffusion and
-    diffusers take half of its last term (their D2 lacks the 2 of the singlestep solver in the same
-    code) and converge at second order (tests/unit/diffusion/samplers/test_orders.py).
+    DDIM, which is order 1. Order 3 has the exact mean and converges at third order: the published
+    code, k-diffusion and diffusers take half of its last term and converge at second order.
     """
 
     order: int = 2
@@ -56,26 +45,17 @@ class DPMSolverSampler(Sampler):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_solver_order(self.order)
-        check_eta(self.eta)
+        base.check_eta(self.eta)
 
     def iterate(self, x: Tensor, path: Trajectory) -> StepIterator:
-        past: list[Point] = []
-        steps = len(path.noise_levels) - 1
-        for i, (now, then) in enumerate(pairwise(path.noise_levels)):
-            x0_hat = path.x0_hat(x, i)
-            past = [*past, Point(now, x0_hat)][-self.order :]
-            up = self.eta * posterior_std(now, then)
-            d = average_x0_hat(past[-order_at(i, steps, self.order) :], now, then, up=up)
-            x = take_step(x, d, now, then, up=up, noise=path.noise)
-            yield x, x0_hat
+        return iterate_multistep(x, path, self.order, eta=self.eta)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UniPCSampler(Sampler):
     """UniPC with B2(h), multistep, of order 1 to 3 (Zhao et al. 2023, algorithms 1 and 2).
 
-    The x0_hat at the end of a step corrects that step without another call of the network: one
-    order more for the same one call per step.
+    The x0_hat at the end of a step corrects that step, for one order more without another call.
     """
 
     order: int = 3
@@ -85,20 +65,7 @@ class UniPCSampler(Sampler):
         check_solver_order(self.order)
 
     def iterate(self, x: Tensor, path: Trajectory) -> StepIterator:
-        past: list[Point] = []
-        used: list[Point] = []  # those of the last step, which started from `before`
-        before = x
-        steps = len(path.noise_levels) - 1
-        for i, (now, then) in enumerate(pairwise(path.noise_levels)):
-            x0_hat = path.x0_hat(x, i)
-            here = Point(now, x0_hat)
-            if used:
-                last = used[-1].level
-                x = take_step(before, average_x0_hat([*used, here], last, now), last, now)
-            past = [*past, here][-self.order :]
-            used, before = past[-order_at(i, steps, self.order) :], x
-            x = take_step(x, average_x0_hat(used, now, then), now, then)
-            yield x, x0_hat
+        return iterate_multistep(x, path, self.order, correct=True)
 
 
 def check_solver_order(order: int) -> None:
@@ -107,9 +74,23 @@ def check_solver_order(order: int) -> None:
         raise ValueError(f"order {order} is none of {', '.join(map(str, SOLVER_ORDERS))}")
 
 
-def order_at(i: int, steps: int, order: int) -> int:
-    """The order of the i-th step: limited by the past, and lower at the end (Zhao et al. 2023)."""
-    return min(order, i + 1, steps - i)
+def iterate_multistep(
+    x: Tensor, path: Trajectory, order: int, *, eta: float = 0.0, correct: bool = False
+) -> StepIterator:
+    """The steps from `x`; correct: UniPC's corrector, which takes the last step again."""
+    points, before = [], x
+    steps = len(path.noise_levels) - 1
+    for i, (now, then) in enumerate(pairwise(path.noise_levels)):
+        here = Point(now, path.x0_hat(x, i))
+        if correct and points:
+            last = points[-1].level
+            x = base.take_step(before, average_x0_hat([*points, here], last, now), last, now)
+        # Limited by the past, and lower at the end (Zhao et al. 2023).
+        points = [*points, here][-min(order, i + 1, steps - i) :]
+        before, up = x, eta * base.posterior_std(now, then)
+        d = average_x0_hat(points, now, then, up=up)
+        x = base.take_step(x, d, now, then, up=up, noise=path.noise)
+        yield x, here.x0_hat
 
 
 def average_x0_hat(
@@ -117,8 +98,7 @@ def average_x0_hat(
 ) -> Tensor:
     """The mean x0_hat (B, C, h, w) over the step from `now` to `then`.
 
-    points: from old to new, one of them at `now`; the last may be at `then`. Fresh noise `up` gives
-    the end of the step more weight.
+    points: from old to new, one of them at `now`; the last may be at `then`. up: fresh noise.
     """
     if len(points) == 1:
         return points[0].x0_hat
@@ -129,7 +109,7 @@ def average_x0_hat(
 
 
 def locate_in_step(level: NoiseLevel, now: NoiseLevel, then: NoiseLevel) -> float:
-    """Where a level lies in lambda, with `now` at 0 and `then` at 1."""
+    """The place of a level in lambda, with `now` at 0 and `then` at 1."""
     if level in (now, then):
         return float(level == then)
     return (half_log_snr(level) - half_log_snr(now)) / (half_log_snr(then) - half_log_snr(now))
@@ -148,15 +128,15 @@ def quadrature_weights(
 ) -> list[float]:
     """The weights of the values at `locations` in the mean over the step from 0 to 1.
 
-    One value is the mean. Two give a line, evaluated in the middle of the step, as in 2M and B2(h).
-    Three give a polynomial, whose mean is exact.
+    Two values give a line, evaluated in the middle of the step, as in 2M and B2(h); three give a
+    polynomial, whose mean is exact.
     """
     n = len(locations)
     if n <= 2:
         moments = [1.0, 0.5][:n]
     else:
         # e^-decay is the factor of x_t / alpha_t in x_s / alpha_s.
-        decay = -math.log(sigma_ratio(now, then, up=up) * now[0] / then[0])
+        decay = -math.log(base.sigma_ratio(now, then, up=up) * now[0] / then[0])
         moments = [1.0]  # of u^k over [0, 1], weighted by e^(decay u), by parts
         for k in range(1, n):
             moments.append(-1 / math.expm1(-decay) - k / decay * moments[-1])

@@ -1,8 +1,4 @@
-"""A warning before sampling: does this sampler overshoot with these timesteps?
-
-A multistep solver extrapolates x0_hat linearly and overshoots if its last step is long: images get
-too much contrast. How much is measured on normal data, whose denoiser is known.
-"""
+"""A warning before sampling, where a multistep solver overshoots: images get too much contrast."""
 
 from dataclasses import replace
 
@@ -19,10 +15,8 @@ MAX_OVERSHOOT = 1.2  # the ratio of standard deviations from which on there is a
 def measure_overshoot(
     sampler: Sampler, schedule: Schedule, steps: int, *, start: float = 1.0
 ) -> float:
-    """The standard deviation of sampled normal data over its own; 1 is right.
-
-    Exact, because all is linear: image 0 follows the noise at the start, each other image one draw.
-    """
+    """The standard deviation of sampled normal data, whose denoiser is known, over its own."""
+    # Exact, as all is linear: image 0 follows the noise at the start, each other image one draw.
     sampler = replace(sampler, clip=None, quantile=None)
     timesteps = sampler.timesteps(schedule, steps, start=start)
     x = torch.zeros(steps + 1, 1, 1, 1, dtype=torch.float64)

@@ -1,7 +1,4 @@
-"""RePaint: each step several times, with fresh noise in between (Lugmayr et al. 2022, section 4.2).
-
-The known part that is put into x0_hat and the generated rest come to fit each other.
-"""
+"""RePaint: each step several times, with fresh noise in between (Lugmayr et al. 2022, 4.2)."""
 
 from dataclasses import dataclass
 from itertools import pairwise

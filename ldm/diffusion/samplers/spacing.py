@@ -1,8 +1,4 @@
-"""Timesteps of sampling: where a sampler calls the network (trailing, linspace, karras ..).
-
-`trailing`, `leading` and `linspace` are even in t. The others are even in a function of the
-noise-to-signal ratio r = sigma / alpha, so that the noise levels are the same on any schedule.
-"""
+"""Timesteps of sampling: even in t, or in a function of the noise-to-signal ratio sigma / alpha."""
 
 import math
 
@@ -32,7 +28,7 @@ def space_timesteps(
 ) -> Tensor:
     """The times of sampling (steps + 1,), in float64 on the CPU, falling from `start` to 0.
 
-    Raises ValueError for an unknown spacing, and for steps that do not fit start and schedule.
+    Raises ValueError for steps that do not fit start and schedule.
     """
     if spacing not in SPACINGS:
         raise ValueError(f"spacing '{spacing}' is none of {', '.join(SPACINGS)}")
@@ -61,8 +57,7 @@ def space_linearly(schedule: Schedule, steps: int, start: float, spacing: str) -
     """Times (steps,) that are even in t (Lin et al. 2024, arXiv:2305.08891, table 2).
 
     `trailing` contains the noisiest time, `leading` the cleanest, `linspace` both. On a table
-    `leading` has a whole stride, floor(table / steps): 30 steps of 1000 begin at index 957, as in
-    diffusers with steps_offset=0 (Stable Diffusion's 1 adds one to each index).
+    `leading` has a whole stride, floor(table / steps), as in diffusers with steps_offset=0.
     """
     i = torch.arange(steps, dtype=torch.float64)
     first = 1 / schedule.steps
@@ -76,11 +71,9 @@ def space_linearly(schedule: Schedule, steps: int, start: float, spacing: str) -
 def space_by_ratio(schedule: Schedule, steps: int, start: float, spacing: str) -> Tensor:
     """Times (steps,) that are even in a function of r.
 
-    `karras` is EDM's, `logsnr` is even in log(alpha / sigma); both go from the noisiest level of
-    the schedule to its cleanest. `ays` is even in the angle atan(r), down to 0. There DDIM's error
-    on normal data of unit variance is smallest, as it is scaled by the product of the cosines of
-    the angle steps: Align Your Steps (Sabour et al. 2024, arXiv:2404.14507, section 3) without a
-    network. With alpha = cos t and sigma = sin t it is `trailing`.
+    `karras` and `logsnr` go from the noisiest level of the schedule to its cleanest. `ays` is even
+    in the angle atan(r), down to 0, where DDIM's error on normal data of unit variance is smallest:
+    Align Your Steps (Sabour et al. 2024, arXiv:2404.14507, section 3) without a network.
     """
     scale, unscale = SPACING_TRANSFORMS[spacing]
     first = 1 / schedule.steps

@@ -13,9 +13,8 @@ from ldm.diffusion.guidance.base import ConditionalDenoiser
 class TiledDenoiser:
     """A denoiser of any grid out of one for `side` x `side` cells.
 
-    At each call the x0_hats of the windows are averaged, with weights that fall towards each
-    window's edge (Bar-Tal et al. 2023, MultiDiffusion, arXiv:2302.08113). Windows lie at equal
-    distances and overlap by `overlap` cells or more. A grid of one window is not cut.
+    The x0_hats of windows, which overlap by `overlap` cells or more, are averaged with weights that
+    fall towards each window's edge (Bar-Tal et al. 2023, MultiDiffusion, arXiv:2302.08113).
     """
 
     denoise: ConditionalDenoiser
@@ -44,7 +43,7 @@ class TiledDenoiser:
 
 
 def compute_window_starts(length: int, side: int, overlap: int) -> list[int]:
-    """Where windows that cover `length` cells evenly begin; ValueError if it is too short."""
+    """The first cells of windows that cover `length` cells evenly; ValueError if there is none."""
     if length < side:
         raise ValueError(f"a grid of {length} cells is smaller than a window of {side}")
     more = -(-(length - side) // (side - overlap))  # windows after the first

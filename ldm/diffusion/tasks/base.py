@@ -1,4 +1,4 @@
-"""What every task is: the inputs of the network besides the noise, and where sampling starts."""
+"""The interface of tasks: extra inputs of the network, and the start of sampling."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Invert = Callable[[Tensor, float], Tensor]  # latents (B, C, h, w) at 0, t -> la
 
 @dataclass(frozen=True)
 class Request:
-    """What the user wants: the shape of the latents, and the image and mask of some tasks."""
+    """The user's wishes: the shape of the latents, and the image and mask of some tasks."""
 
     latents: Tensor  # (B, C, h, w), empty: their shape, type and device
     image: Tensor | None = None  # (B, 3, H, W) in [-1, 1]
@@ -29,19 +29,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Start:
-    """Where sampling starts.
-
-    project: puts the known part of an image into an x0_hat (B, C, h, w). rounds: how often each
-    step is taken, with fresh noise in between. to_latents: latents of an image from what the
-    network predicts (see `Task.training_pair`); None if they are the same.
-    """
+    """The start of sampling, and what a task does to each x0_hat (B, C, h, w)."""
 
     x: Tensor  # (B, C, h, w), at the first time of the timesteps that start at `t`
     t: float
     concat: Tensor | None = None  # (B, E, h, w), extra channels of the network
-    project: Callable[[Tensor], Tensor] | None = None
-    rounds: int = 1
-    to_latents: Callable[[Tensor], Tensor] | None = None
+    project: Callable[[Tensor], Tensor] = lambda x0_hat: x0_hat  # puts in the known part
+    rounds: int = 1  # how often each step is taken, with fresh noise in between
+    to_latents: Callable[[Tensor], Tensor] = lambda x0_hat: x0_hat  # where it predicts others
 
 
 class Task(Protocol):
@@ -61,13 +56,13 @@ class Task(Protocol):
         return 0
 
     def incompatible_with(self, trained: Any) -> str | None:
-        """Why a network of the task `trained` cannot do this one; None if it can."""
+        """Returns why a network of the task `trained` cannot do this one; None if it can."""
         if trained.extra_channels(1):
             return f"a network of task={trained.name} takes more inputs than noise"
         return None
 
     def check_size(self, size: int) -> None:
-        """ValueError if it cannot be trained on squares of `size` pixels."""
+        """Raises ValueError if it cannot be trained on squares of `size` pixels."""
         return
 
     def example_inputs(self, images: Tensor, *, generator: Generators) -> dict[str, Tensor]:
@@ -85,8 +80,7 @@ class Task(Protocol):
         return latents, None
 
     def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
-        """Where sampling starts; ValueError if the request does not fit the task."""
-        ...
+        """Returns the start of sampling; ValueError if the request does not fit the task."""
 
 
 def add_noise_at_strength(x0: Tensor, request: Request, schedule: Schedule, noise: Noise) -> Tensor:

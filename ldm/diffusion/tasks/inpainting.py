@@ -18,13 +18,12 @@ from ldm.diffusion.tasks.masks import random_masks
 class ProjectedInpainting(Task):
     """Inpainting by any text-to-image model: each x0_hat gets the known latents back.
 
-    The model does not see how its part fits the known part; `rounds` above 1 takes each step again,
-    with fresh noise (Lugmayr et al. 2022, RePaint, arXiv:2201.09865, algorithm 1).
+    rounds: above 1 each step is taken again, with fresh noise (Lugmayr et al. 2022, RePaint,
+    arXiv:2201.09865, algorithm 1), so that the generated part comes to fit the known part.
     """
 
     name = "inpaint_projected"
     sampling_only = True
-
     rounds: int = 1
 
     def __post_init__(self) -> None:
@@ -71,7 +70,7 @@ class Inpainting(Task):
 def project_known(
     request: Request, encode: Encode, schedule: Schedule, noise: Noise, *, task: Task
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The image with noise up to t = strength, and what puts its known part into an x0_hat."""
+    """The image with noise up to t = strength, and the function that projects an x0_hat."""
     if request.image is None or request.mask is None:
         raise ValueError(f"task={task.name} takes an image and a mask: image=FILE mask=FILE")
     known, hidden = encode(request.image), downsample_mask(request.mask, like=request.latents)

@@ -16,8 +16,7 @@ _NUMBERS_PER_MASK = 1 + 2 * STROKE_CORNERS  # those of a stroke, which takes the
 def random_masks(images: Tensor, *, generator: Generators) -> Tensor:
     """Masks (B, 1, H, W) of images (B, 3, H, W): 1 in a rectangle, stroke or half-plane, or in all.
 
-    The kinds are those that people draw; masks of the whole image keep the model able to generate
-    from text alone. Each mask has one pixel or more.
+    Each mask has one pixel or more.
     """
     n, _, height, width = images.shape
     device = images.device

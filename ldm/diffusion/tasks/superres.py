@@ -18,30 +18,21 @@ from ldm.diffusion.tasks.base import Encode, Request, Start, Task
 class SuperResolution(Task):
     """An image `scale` times as wide, by a network with the small image as input.
 
-    Extra channels: the latents of the small image, enlarged smoothly and with some noise; the level
-    of that noise, 0 to 1; and log2(scale) - 1. The noise hides the errors of small images that
-    other models generated (Ho et al. 2022, Cascaded Diffusion Models, arXiv:2106.15282, section
-    4.2; Saharia et al. 2022, Imagen, arXiv:2205.11487, section 2.3).
-
-    The network learns the difference from the small image, which takes fewer features than the
-    whole image (Li et al. 2022, SRDiff, arXiv:2104.14951, section 3.2).
-
-    scales: the factors of training, a random one for each image. scale: the factor of sampling.
-    max_noise_level, noise_level: the highest level in training, the level in sampling.
-    tile_overlap: the share of a window that overlaps the next one, for images larger than those of
-    training. residual_std: the standard deviation of the difference, in units of the latents, by
-    which it is divided.
+    Extra channels: the latents of the small image, enlarged smoothly and with some noise, which
+    hides the errors of generated images (Ho et al. 2022, Cascaded Diffusion Models,
+    arXiv:2106.15282, section 4.2); the level of that noise, 0 to 1; and log2(scale) - 1.
+    The network learns the difference from the small image (Li et al. 2022, SRDiff,
+    arXiv:2104.14951, section 3.2).
     """
 
     name = "superres"
     needs_image = True
-
-    scales: Sequence[int] = (2, 4)
-    scale: int = 2
-    max_noise_level: float = 0.3
-    noise_level: float = 0.0
-    tile_overlap: float = 0.25
-    residual_std: float = 0.1
+    scales: Sequence[int] = (2, 4)  # of training, a random one for each image
+    scale: int = 2  # of sampling
+    max_noise_level: float = 0.3  # in training
+    noise_level: float = 0.0  # in sampling
+    tile_overlap: float = 0.25  # the share of a window that overlaps the next one
+    residual_std: float = 0.1  # of the difference, in units of the latents, which it divides
 
     def __post_init__(self) -> None:
         scales = list(self.scales)
@@ -70,7 +61,6 @@ class SuperResolution(Task):
         return None
 
     def check_size(self, size: int) -> None:
-        """ValueError unless all of `scales` divide it."""
         if wrong := [scale for scale in self.scales if size % scale]:
             raise ValueError(
                 f"task.scales={list(self.scales)}: images of data.size={size} cannot be shrunk "
@@ -84,7 +74,13 @@ class SuperResolution(Task):
         self, latents: Tensor, images: Tensor, encode: Encode, *, generator: Generators
     ) -> tuple[Tensor, Tensor]:
         """The difference from the image at one of `scales`, and channels (B, C + 2, h, w)."""
-        small, level, scale = self._random_small_images(images, generator)
+        choice, level = rand((len(images), 2), generator, device=images.device).float().unbind(1)
+        choice = (choice * len(self.scales)).long()  # (B,)
+        small = torch.empty_like(images)
+        for i, scale in enumerate(self.scales):
+            enlarged = upsample_images(downsample_images(images, scale), scale)
+            small = torch.where(expand_dims_like(choice == i, images), enlarged, small)
+        scale = torch.tensor(list(self.scales), device=images.device)[choice]  # (B,)
         x0 = encode(small)  # (B, C, h, w)
         noise = randn(latents.shape, derive_generators(generator, "small"), device=latents.device)
         concat = add_noise_channels(x0, noise.to(latents), self.max_noise_level * level, scale)
@@ -96,23 +92,12 @@ class SuperResolution(Task):
         x0 = encode(upsample_images(request.image, self.scale))  # (B, C, h, w)
         ones = x0.new_ones(len(x0))
         concat = add_noise_channels(x0, noise(x0), self.noise_level * ones, self.scale * ones)
-
-        def to_latents(residual: Tensor) -> Tensor:
-            return x0 + self.residual_std * residual
-
-        return Start(x=noise(request.latents), t=1.0, concat=concat, to_latents=to_latents)
-
-    def _random_small_images(
-        self, images: Tensor, generator: Generators
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Enlarged small images (B, 3, H, W), levels in [0, 1), and scales, (B,) each."""
-        choice, level = rand((len(images), 2), generator, device=images.device).float().unbind(1)
-        choice = (choice * len(self.scales)).long()  # (B,)
-        small = torch.empty_like(images)
-        for i, scale in enumerate(self.scales):
-            enlarged = upsample_images(downsample_images(images, scale), scale)
-            small = torch.where(expand_dims_like(choice == i, images), enlarged, small)
-        return small, level, torch.tensor(list(self.scales), device=images.device)[choice]
+        return Start(
+            x=noise(request.latents),
+            t=1.0,
+            concat=concat,
+            to_latents=lambda residual: x0 + self.residual_std * residual,
+        )
 
 
 def add_noise_channels(x0: Tensor, noise: Tensor, level: Tensor, scale: Tensor) -> Tensor:

@@ -17,11 +17,11 @@ from ldm.diffusion.tasks.base import Encode, Request, Start, Task
 class TextToVideo(Task):
     """A video from pure noise and a prompt; with an image, one that begins with it.
 
-    Extra channels, the same for all frames: whether the first frame is an input, then its latents
+    Extra channels, the same for all frames: 1 if the first frame is an input, then its latents
     (Blattmann et al. 2023, Stable Video Diffusion, arXiv:2311.15127, section 4.3).
     first_frame_prob: the share of training videos whose first frame is an input.
-    shared_noise: the share of the noise's variance that all frames have in common, which makes
-    frames alike (Ge et al. 2023, "Preserve Your Own Correlation", arXiv:2305.10474, section 4.1).
+    shared_noise: the share of the noise's variance that all frames have in common (Ge et al. 2023,
+    "Preserve Your Own Correlation", arXiv:2305.10474, section 4.1).
     """
 
     name = "video"
@@ -60,21 +60,21 @@ class TextToVideo(Task):
     def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
         if request.mask is not None or request.strength != 1:
             raise ValueError("task=video takes a prompt and image=FILE for its first frame alone")
-        x, project = noise(request.latents), None  # (B, C, F, h, w)
-        first = torch.zeros_like(x[:, :, 0])  # (B, C, h, w)
-        present = torch.full((len(x),), request.image is not None, device=x.device)
-        if request.image is not None:
-            first = encode(request.image)
+        x = noise(request.latents)  # (B, C, F, h, w)
+        if request.image is None:
+            first, absent = torch.zeros_like(x[:, :, 0]), torch.zeros(len(x), device=x.device)
+            return Start(x=x, t=1.0, concat=first_frame_channels(first, absent, like=x))
+        first, present = encode(request.image), torch.ones(len(x), device=x.device)  # (B, C, h, w)
 
-            def project(x0_hat: Tensor) -> Tensor:
-                return torch.cat([first[:, :, None], x0_hat[:, :, 1:]], dim=2)
+        def project(x0_hat: Tensor) -> Tensor:
+            return torch.cat([first[:, :, None], x0_hat[:, :, 1:]], dim=2)
 
         concat = first_frame_channels(first, present, like=x)
         return Start(x=x, t=1.0, concat=concat, project=project)
 
 
 def first_frame_channels(first: Tensor, present: Tensor, *, like: Tensor) -> Tensor:
-    """(B, 1 + C, F, h, w) of first frames (B, C, h, w); zeros where `present` (B,) is False."""
+    """(B, 1 + C, F, h, w) of first frames (B, C, h, w); zeros where `present` (B,) is 0."""
     flag = present.to(first)[:, None, None, None].expand(-1, 1, *first.shape[2:])
     both = torch.cat([flag, first * flag], dim=1)  # (B, 1 + C, h, w)
     return both[:, :, None].expand(-1, -1, like.shape[2], -1, -1)

@@ -98,8 +98,7 @@ class NetworkFeatures:
     def __call__(self, images: Tensor) -> Tensor:
         """Returns features (n, D), float32, of uint8 images (n, 3, H, W), on the images' device.
 
-        The network moves there. Autocast around the call changes nothing. On an accelerator all n
-        images are one batch.
+        The network moves there. On an accelerator all n images are one batch.
         """
         check_uint8_images(images)
         if not len(images):

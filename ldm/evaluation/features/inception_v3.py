@@ -6,7 +6,7 @@ pools: means leave the padding out, and the last block takes a maximum. torch-fi
 network, but needs torchvision. Parameters have the names of the published file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, cat, nn
 from torch.nn import functional as F
@@ -15,25 +15,18 @@ INCEPTION_CLASSES = 1008
 INCEPTION_WIDTH = 2048
 INCEPTION_SIZE = 299
 
-# (name, its input, output channels, kernel, stride); "in" is the block's input, "pool" that input
-# pooled. Branches that no row reads are the block's output, in this order, an unread pool last.
-BranchSpec = tuple[str, str, int, int | tuple[int, int], int]
+# Convolutions of each branch: output channels and kernel; two kernels stand side by side. Each is
+# called like its branch, with its number, and with a letter where two stand side by side.
+KernelSize = int | tuple[int, int]
+BranchSpecs = Mapping[str, Sequence[tuple[int, *tuple[KernelSize, ...]]]]
 
 
 class ConvNormReLU(nn.Module):
-    """A convolution, its normalisation and a ReLU."""
+    """A convolution, its normalisation and a ReLU; how: the convolution's stride or padding."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: int | tuple[int, int],
-        *,
-        stride: int = 1,
-        padding: int | tuple[int, int] = 0,
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel: KernelSize, **how) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, bias=False, **how)
         self.bn = nn.BatchNorm2d(out_channels, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,25 +37,31 @@ class ConvNormReLU(nn.Module):
 class InceptionBlock(nn.Module):
     """Parallel branches of convolutions, whose channels are concatenated.
 
-    A convolution with stride 1 keeps the size, one with stride 2 drops incomplete windows.
-    `pool` is "mean" or "max" over 3 x 3, or "halve", a maximum with stride 2.
+    `pool` is "mean" or "max" over 3 x 3, the input of branch_pool; or "halve", a maximum with
+    stride 2 that is a branch of its own: then each branch ends with stride 2 and drops incomplete
+    windows.
     """
 
-    def __init__(self, in_channels: int, rows: Sequence[BranchSpec], *, pool: str) -> None:
+    def __init__(self, in_channels: int, branches: BranchSpecs, *, pool: str) -> None:
         super().__init__()
-        widths = {"in": in_channels, "pool": in_channels}
-        for name, source, out_channels, kernel, stride in rows:
-            sides = (kernel, kernel) if isinstance(kernel, int) else kernel
-            padding = tuple(side // 2 for side in sides) if stride == 1 else 0
-            conv = ConvNormReLU(
-                widths[source], out_channels, kernel, stride=stride, padding=padding
-            )
-            self.add_module(name, conv)
-            widths[name] = out_channels
-        self.sources = {name: source for name, source, *_ in rows}
         self.pool = pool
-        read = set(self.sources.values())
-        self.outputs = [name for name in [*self.sources, "pool"] if name not in read]
+        self.sources: dict[str, str] = {}  # of each convolution: another one, "in" or "pool"
+        self.outputs: list[str] = []
+        widths = {"in": in_channels, "pool": in_channels}
+        for branch, convolutions in branches.items():
+            source = "pool" if branch == "branch_pool" else "in"
+            for i, (out_channels, *kernels) in enumerate(convolutions, 1):
+                stem = f"{branch}_{i}" if len(convolutions) > 1 else branch
+                names = [f"{stem}{letter}" for letter in "ab"] if len(kernels) > 1 else [stem]
+                halves = pool == "halve" and i == len(convolutions)
+                how = {"stride": 2} if halves else {"padding": "same"}
+                for name, kernel in zip(names, kernels, strict=True):
+                    self.add_module(name, ConvNormReLU(widths[source], out_channels, kernel, **how))
+                    self.sources[name], widths[name] = source, out_channels
+                source = names[0]
+            self.outputs += names
+        if pool == "halve":
+            self.outputs.append("pool")
         self.out_channels = sum(widths[name] for name in self.outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,12 +86,12 @@ class InceptionV3(nn.Module):
         super().__init__()
         self.Conv2d_1a_3x3 = ConvNormReLU(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = ConvNormReLU(32, 32, 3)
-        self.Conv2d_2b_3x3 = ConvNormReLU(32, 64, 3, padding=1)
+        self.Conv2d_2b_3x3 = ConvNormReLU(32, 64, 3, padding="same")
         self.Conv2d_3b_1x1 = ConvNormReLU(64, 80, 1)
         self.Conv2d_4a_3x3 = ConvNormReLU(80, 192, 3)
         channels = 192
-        for name, rows, pool in _inception_blocks():
-            block = InceptionBlock(channels, rows, pool=pool)
+        for name, branches, pool in _inception_blocks():
+            block = InceptionBlock(channels, branches, pool=pool)
             self.add_module(f"Mixed_{name}", block)
             channels = block.out_channels
         self.fc = nn.Linear(channels, INCEPTION_CLASSES)  # no part of the features
@@ -108,8 +107,8 @@ class InceptionV3(nn.Module):
         return x.mean(dim=(2, 3))
 
 
-def _inception_blocks() -> list[tuple[str, list[BranchSpec], str]]:
-    """Returns name, rows and pool of each block, in order."""
+def _inception_blocks() -> list[tuple[str, BranchSpecs, str]]:
+    """Returns name, branches and pool of each block, in order."""
     return [
         ("5b", _block_35(32), "mean"),
         ("5c", _block_35(64), "mean"),
@@ -125,57 +124,38 @@ def _inception_blocks() -> list[tuple[str, list[BranchSpec], str]]:
     ]
 
 
-def _block_35(pool: int) -> list[BranchSpec]:
-    return [
-        ("branch1x1", "in", 64, 1, 1),
-        ("branch5x5_1", "in", 48, 1, 1),
-        ("branch5x5_2", "branch5x5_1", 64, 5, 1),
-        ("branch3x3dbl_1", "in", 64, 1, 1),
-        ("branch3x3dbl_2", "branch3x3dbl_1", 96, 3, 1),
-        ("branch3x3dbl_3", "branch3x3dbl_2", 96, 3, 1),
-        ("branch_pool", "pool", pool, 1, 1),
-    ]
+def _block_35(pool: int) -> BranchSpecs:
+    return {
+        "branch1x1": [(64, 1)],
+        "branch5x5": [(48, 1), (64, 5)],
+        "branch3x3dbl": [(64, 1), (96, 3), (96, 3)],
+        "branch_pool": [(pool, 1)],
+    }
 
 
-_TO_17: list[BranchSpec] = [
-    ("branch3x3", "in", 384, 3, 2),
-    ("branch3x3dbl_1", "in", 64, 1, 1),
-    ("branch3x3dbl_2", "branch3x3dbl_1", 96, 3, 1),
-    ("branch3x3dbl_3", "branch3x3dbl_2", 96, 3, 2),
-]
+_TO_17: BranchSpecs = {"branch3x3": [(384, 3)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3)]}
 
 
-def _block_17(width: int) -> list[BranchSpec]:
-    return [
-        ("branch1x1", "in", 192, 1, 1),
-        ("branch7x7_1", "in", width, 1, 1),
-        ("branch7x7_2", "branch7x7_1", width, (1, 7), 1),
-        ("branch7x7_3", "branch7x7_2", 192, (7, 1), 1),
-        ("branch7x7dbl_1", "in", width, 1, 1),
-        ("branch7x7dbl_2", "branch7x7dbl_1", width, (7, 1), 1),
-        ("branch7x7dbl_3", "branch7x7dbl_2", width, (1, 7), 1),
-        ("branch7x7dbl_4", "branch7x7dbl_3", width, (7, 1), 1),
-        ("branch7x7dbl_5", "branch7x7dbl_4", 192, (1, 7), 1),
-        ("branch_pool", "pool", 192, 1, 1),
-    ]
+def _block_17(width: int) -> BranchSpecs:
+    across, down = (1, 7), (7, 1)
+    return {
+        "branch1x1": [(192, 1)],
+        "branch7x7": [(width, 1), (width, across), (192, down)],
+        "branch7x7dbl": [
+            *((width, 1), (width, down), (width, across), (width, down)),
+            (192, across),
+        ],
+        "branch_pool": [(192, 1)],
+    }
 
 
-_TO_8: list[BranchSpec] = [
-    ("branch3x3_1", "in", 192, 1, 1),
-    ("branch3x3_2", "branch3x3_1", 320, 3, 2),
-    ("branch7x7x3_1", "in", 192, 1, 1),
-    ("branch7x7x3_2", "branch7x7x3_1", 192, (1, 7), 1),
-    ("branch7x7x3_3", "branch7x7x3_2", 192, (7, 1), 1),
-    ("branch7x7x3_4", "branch7x7x3_3", 192, 3, 2),
-]
-_BLOCK_8: list[BranchSpec] = [
-    ("branch1x1", "in", 320, 1, 1),
-    ("branch3x3_1", "in", 384, 1, 1),
-    ("branch3x3_2a", "branch3x3_1", 384, (1, 3), 1),
-    ("branch3x3_2b", "branch3x3_1", 384, (3, 1), 1),
-    ("branch3x3dbl_1", "in", 448, 1, 1),
-    ("branch3x3dbl_2", "branch3x3dbl_1", 384, 3, 1),
-    ("branch3x3dbl_3a", "branch3x3dbl_2", 384, (1, 3), 1),
-    ("branch3x3dbl_3b", "branch3x3dbl_2", 384, (3, 1), 1),
-    ("branch_pool", "pool", 192, 1, 1),
-]
+_TO_8: BranchSpecs = {
+    "branch3x3": [(192, 1), (320, 3)],
+    "branch7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3)],
+}
+_BLOCK_8: BranchSpecs = {
+    "branch1x1": [(320, 1)],
+    "branch3x3": [(384, 1), (384, (1, 3), (3, 1))],
+    "branch3x3dbl": [(448, 1), (384, 3), (384, (1, 3), (3, 1))],
+    "branch_pool": [(192, 1)],
+}

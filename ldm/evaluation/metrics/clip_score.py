@@ -1,7 +1,4 @@
-"""The CLIP score: how well images agree with their captions.
-
-Shapes: n images or captions, D features of one CLIP.
-"""
+"""The CLIP score: how well n images agree with their captions, by D features of one CLIP."""
 
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize

@@ -1,7 +1,4 @@
-"""Mean and covariance of feature rows, in float64.
-
-Shapes: n rows (images), D features, r rank.
-"""
+"""Mean and covariance of feature rows (n, D), in float64."""
 
 from dataclasses import dataclass
 from functools import cached_property

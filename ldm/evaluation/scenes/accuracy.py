@@ -24,8 +24,7 @@ class PromptAccuracy:
     """Prompts of "val" and of "unseen", and how often images generated from them are right.
 
     "val" has combinations of colour and shape that training has, "unseen" has others: `count` of
-    each, "val" first. Prompt i of either split has seed + i. `scenes`, `prompts` and `seeds` are
-    lists of `len(self)`.
+    each, "val" first. Prompt i of either split has seed + i.
     """
 
     kind: str  # the prefix of the metrics' names
@@ -92,11 +91,7 @@ class PromptAccuracy:
 
 
 class ScenePromptAccuracy(PromptAccuracy):
-    """The accuracy of the first `count` scenes of either split; chance: another scene's caption.
-
-    scene_accuracy (the whole caption), scene_color, scene_shape, scene_size, scene_relation,
-    scene_background, scene_style.
-    """
+    """The accuracy of the first `count` scenes of either split; chance: another scene's caption."""
 
     kind, names, max_rolls = "scene", SCENE_METRICS, 8
 

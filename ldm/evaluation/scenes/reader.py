@@ -13,41 +13,32 @@ from itertools import product
 import numpy as np
 from PIL import Image
 
+from ldm.data.scenes import world
 from ldm.data.scenes.draw import BACKGROUND_SHADE, WHITE, compute_coverage
-from ldm.data.scenes.world import (
-    BACKGROUNDS,
-    COLOURS,
-    OBJECT_RADIUS,
-    OPPOSITE_RELATION,
-    SHAPES,
-    STYLES,
-    Scene,
-    SceneObject,
-)
 
 SCENE_ATTRIBUTES = ("color", "shape", "size", "relation", "background", "style")
 
 READER_SIZE = 48  # pixels; enough to distinguish the kinds
 _EDGE = 6  # pixels; no object is centred nearer to the border
 _GRID = READER_SIZE - 2 * _EDGE
-_BLUR = 1 / 64  # standard deviation, in widths of the picture
+_BLUR = 1 / 64  # standard deviation, in widths of the image
 _MIN_EXPLAINED_SHARE = 0.45  # the least share of an object's own square that it must explain
 _MIN_ENERGY = 1e5  # the least square: the faintest object has ten times that, a shadow less
 _MIN_SEPARATION = 1.1  # of two centres, in sums of their radii; the world draws them further apart
 _MAX_OBJECTS = 4
 _MAX_TONE_DISTANCE = 60.0  # from the nearest background's tone, Euclidean in RGB
-_KINDS = tuple(product(SHAPES, OBJECT_RADIUS, STYLES))
+_KINDS = tuple(product(world.SHAPES, world.OBJECT_RADIUS, world.STYLES))
 
 
 @dataclass(frozen=True)
 class SceneReading:
     """The content of an image: objects from left (or top) on, and None for what is unknown.
 
-    `relation` is the first object's to the second, "left of" or "above", where there are two.
-    `places` are the objects' centres (row, column), of READER_SIZE; they are not compared.
+    relation: of the first object to the second, "left of" or "above", if there are two. places:
+    centres of the objects (row, column), of READER_SIZE; they are not compared.
     """
 
-    objects: tuple[SceneObject, ...]
+    objects: tuple[world.SceneObject, ...]
     relation: str | None
     background: str | None
     style: str | None
@@ -62,7 +53,7 @@ def read_scenes(images: np.ndarray) -> list[SceneReading]:
 
 
 def compute_scene_accuracy(
-    readings: Sequence[SceneReading], scenes: Sequence[Scene]
+    readings: Sequence[SceneReading], scenes: Sequence[world.Scene]
 ) -> dict[str, float]:
     """Returns the share of scenes, in [0, 1], read right as a whole and in each attribute."""
     if len(readings) != len(scenes) or not scenes:
@@ -71,7 +62,7 @@ def compute_scene_accuracy(
     return dict(zip(("scene", *SCENE_ATTRIBUTES), np.mean(rows, axis=0).tolist(), strict=True))
 
 
-def match_scene(reading: SceneReading, scene: Scene) -> tuple[bool, ...]:
+def match_scene(reading: SceneReading, scene: world.Scene) -> tuple[bool, ...]:
     """Returns whether the whole scene is read right, then each of SCENE_ATTRIBUTES.
 
     An attribute of the objects counts where both are right, whichever of them is named first: the
@@ -82,7 +73,7 @@ def match_scene(reading: SceneReading, scene: Scene) -> tuple[bool, ...]:
     if len(reading.objects) != 2:
         return (False,) * 5 + shared
 
-    def compare(objects: tuple[SceneObject, ...], relation: str | None) -> tuple[bool, ...]:
+    def compare(objects: tuple[world.SceneObject, ...], relation: str | None) -> tuple[bool, ...]:
         pairs = list(zip(objects, scene.objects, strict=True))
         return (
             all(a.colour == b.colour for a, b in pairs),
@@ -92,7 +83,7 @@ def match_scene(reading: SceneReading, scene: Scene) -> tuple[bool, ...]:
         )
 
     straight = compare(reading.objects, reading.relation)
-    turned = compare(reading.objects[::-1], OPPOSITE_RELATION[reading.relation])
+    turned = compare(reading.objects[::-1], world.OPPOSITE_RELATION[reading.relation])
     each = max(straight, turned, key=sum) + shared
     return (all(each), *each)
 
@@ -107,7 +98,7 @@ def _read_one(image: np.ndarray) -> SceneReading:
     axis = int(spread.argmax())  # 0 down, 1 across
     found.sort(key=lambda one: one[2][axis])
     styles = {style for _, style, _ in found}
-    distances = {name: np.linalg.norm(tone - rgb) for name, rgb in BACKGROUNDS.items()}
+    distances = {name: np.linalg.norm(tone - rgb) for name, rgb in world.BACKGROUNDS.items()}
     background = min(distances, key=distances.get)
     return SceneReading(
         objects=tuple(one for one, _, _ in found),
@@ -120,11 +111,11 @@ def _read_one(image: np.ndarray) -> SceneReading:
 
 def _find_objects(
     residual: np.ndarray, tone: np.ndarray
-) -> list[tuple[SceneObject, str, tuple[int, int]]]:
+) -> list[tuple[world.SceneObject, str, tuple[int, int]]]:
     """Returns objects, with style and (row, column), that explain the foreground (S, S, 3)."""
     gains, energies = _compute_gains(residual, tone)  # (K, C, P), (K, C)
     rows, columns = np.divmod(np.arange(_GRID**2), _GRID)
-    reach = np.array([OBJECT_RADIUS[size] for _, size, _ in _KINDS]) * READER_SIZE  # (K,)
+    reach = np.array([world.OBJECT_RADIUS[size] for _, size, _ in _KINDS]) * READER_SIZE  # (K,)
     found = []
     while len(found) < _MAX_OBJECTS:
         kind, colour, place = np.unravel_index(gains.argmax(), gains.shape)
@@ -133,7 +124,7 @@ def _find_objects(
             break
         shape, size, style = _KINDS[kind]
         at = int(rows[place]), int(columns[place])
-        found.append((SceneObject(shape, tuple(COLOURS)[colour], size), style, at))
+        found.append((world.SceneObject(shape, tuple(world.COLOURS)[colour], size), style, at))
         distance = np.hypot(rows - at[0], columns - at[1])  # (P,)
         taken = distance < _MIN_SEPARATION * (reach + reach[kind])[:, None]  # (K, P)
         gains.transpose(0, 2, 1)[taken] = -np.inf
@@ -149,7 +140,7 @@ def _compute_gains(residual: np.ndarray, tone: np.ndarray) -> tuple[np.ndarray, 
     spectrum, size = np.fft.rfft2(residual.transpose(2, 0, 1)), (READER_SIZE, READER_SIZE)
     products = np.fft.irfft2(spectrum * spectra[:, None], s=size)  # (masks, 3, S, S)
     inside = products[..., _EDGE:-_EDGE, _EDGE:-_EDGE].reshape(len(spectra), 3, -1)
-    colours = np.array(list(COLOURS.values()), np.float32)
+    colours = np.array(list(world.COLOURS.values()), np.float32)
     # A body changes the tone into its colour, white changes that colour into white.
     paint = np.stack([colours - tone, np.array(WHITE, np.float32) - colours], axis=1)  # (C, 2, 3)
     energies = np.einsum("cai,kab,cbi->kc", paint, gram, paint, optimize=True)
@@ -168,7 +159,7 @@ def _build_template_bank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     offsets = np.fft.fftfreq(READER_SIZE)  # both ways from the corner, which is the centre
     grid, side = (offsets[None], offsets[:, None]), READER_SIZE
     stacks = [
-        compute_coverage(shape, style, *grid, radius=OBJECT_RADIUS[size], size=side)
+        compute_coverage(shape, style, *grid, radius=world.OBJECT_RADIUS[size], size=side)
         for shape, size, style in _KINDS
     ]
     flat = np.array(stacks, np.float32).reshape(2 * len(_KINDS), -1)

@@ -73,10 +73,7 @@ class LocalMachine:
 
 
 class LocalProcess:
-    """A job as a process, in a session of its own: signals of a terminal reach the sweep alone.
-
-    It is killed with this process (`die_with_parent`).
-    """
+    """A job in a session of its own, which signals of a terminal do not reach."""
 
     def __init__(
         self,

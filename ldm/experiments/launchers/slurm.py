@@ -30,10 +30,7 @@ class SlurmTask:
 
 
 class SlurmQueue:
-    """Submits jobs, except those that are in the queue from an earlier call.
-
-    Raises OSError if there is no SLURM, or if it refuses a job.
-    """
+    """Submits jobs, except those that are in the queue from an earlier call."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

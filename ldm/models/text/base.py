@@ -1,24 +1,22 @@
-"""What frozen text encoders share: a tokenizer with one fixed length, and a cached empty caption.
-
-Shapes: B captions, L tokens (`max_length`).
-"""
+"""The common parts of frozen text encoders: a tokenizer of one fixed length, and its encoder."""
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ldm.diffusion.conditioning import Condition
+from ldm.models.huggingface import silence_transformers
 
 
 class CaptionTokenizer:
     """Captions to token ids of one fixed length, as published weights were trained with.
 
-    A row is a caption's tokens, then padding. A caption that is too long loses its last words but
-    not the end token, whose state is CLIP's summary. `seen` counts the captions so far, `truncated`
-    those that were cut.
+    A caption that is too long loses its last words, but not the end token, whose state is CLIP's
+    summary. `seen` counts the captions so far, `truncated` those that were cut.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
@@ -27,10 +25,7 @@ class CaptionTokenizer:
         self.seen = self.truncated = 0
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Returns token ids (B, L), int64, on the CPU; any string is accepted, also half an emoji.
-
-        Raises TypeError where `captions` is one string.
-        """
+        """Returns token ids (B, L), int64, on the CPU; TypeError where `captions` is one string."""
         return self.tokenize_with_mask(captions)[0]
 
     def tokenize_with_mask(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -40,13 +35,12 @@ class CaptionTokenizer:
         rows = self.tokenizer(texts, verbose=False)["input_ids"]
         lengths = [len(row) for row in rows]
         self._count(lengths, texts)
-        ids = torch.tensor([self._fit(row) for row in rows])
+        ids = torch.full((len(rows), self.max_length), self.tokenizer.pad_token_id)
+        for padded, row in zip(ids, rows, strict=True):
+            padded[: len(row)] = torch.tensor(row[: self.max_length])
+            if len(row) > self.max_length:
+                padded[-1] = self.tokenizer.eos_token_id
         return ids, torch.arange(self.max_length) < torch.tensor(lengths)[:, None]
-
-    def _fit(self, row: list[int]) -> list[int]:
-        if len(row) > self.max_length:
-            return [*row[: self.max_length - 1], self.tokenizer.eos_token_id]
-        return row + [self.tokenizer.pad_token_id] * (self.max_length - len(row))
 
     def _count(self, lengths: list[int], texts: list[str]) -> None:
         long = [i for i, length in enumerate(lengths) if length > self.max_length]
@@ -54,7 +48,7 @@ class CaptionTokenizer:
             warnings.warn(
                 f"a caption of {lengths[long[0]]} tokens is cut to {self.max_length}: "
                 f"{texts[long[0]][:60]!r}... Put what matters first, or take a text encoder with a "
-                "larger max_length. Said once; .truncated counts.",
+                "larger max_length. Later ones are cut without this line.",
                 stacklevel=4,
             )
         self.seen += len(lengths)
@@ -85,6 +79,12 @@ class FrozenTextEncoder(nn.Module):
             with torch.inference_mode(False):
                 self._null[key] = self([""])
         return self._null[key].map(lambda part: part.expand(n, *part.shape[1:]))
+
+    def save(self, folder: Path) -> None:
+        """Writes safetensors, config.json and tokenizer, a folder for `path`."""
+        with silence_transformers():
+            self.model.save_pretrained(folder)
+            self.tokenize.tokenizer.save_pretrained(folder)
 
     def train(self, mode: bool = True) -> "FrozenTextEncoder":
         """Stays in eval mode."""

@@ -9,10 +9,7 @@ from ldm.models.base import TextEncoder
 
 
 class CachedTextEncoder:
-    """Caches the conditions of `text` on the host, up to `gib`.
-
-    Each evaluation uses the same prompts, and a large text encoder is slower than the transfer.
-    """
+    """Caches the conditions of `text` on the host, up to `gib`."""
 
     def __init__(self, text: TextEncoder, *, gib: float = 4.0) -> None:
         self.text = text
@@ -35,7 +32,12 @@ class CachedTextEncoder:
             cond = self.text(new)
             for i, caption in enumerate(new):
                 rows[caption] = cond.map(lambda part, i=i: part[i : i + 1])
-                self._store_in_cache(caption, rows[caption])
+                size = sum(part.nbytes for part in rows[caption].parts() if part is not None)
+                if size <= self.free_bytes:
+                    # A copy, as a slice would hold the memory of its whole batch.
+                    copy = rows[caption].map(lambda part: part.detach().to("cpu", copy=True))
+                    self.cache[caption] = copy
+                    self.free_bytes -= size
         # The null condition is on the encoder's device; it may have no parts at all.
         devices = (part.device for part in self.null(1).parts() if part is not None)
         device = next(devices, "cpu")
@@ -45,10 +47,3 @@ class CachedTextEncoder:
     def null(self, n: int) -> Condition:
         """Returns the text encoder's null condition."""
         return self.text.null(n)
-
-    def _store_in_cache(self, caption: str, row: Condition) -> None:
-        size = sum(part.nbytes for part in row.parts() if part is not None)
-        if size <= self.free_bytes:
-            # A copy, as a slice would hold the memory of its whole batch.
-            self.cache[caption] = row.map(lambda part: part.detach().to("cpu", copy=True))
-            self.free_bytes -= size

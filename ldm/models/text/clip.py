@@ -1,7 +1,4 @@
-"""CLIP's text encoder, frozen: captions to the states that a denoiser attends to.
-
-Shapes: B captions, L tokens (`max_length`), D text width, P pooled width.
-"""
+"""CLIP's text encoder, frozen: captions to the states that a denoiser attends to."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,10 +24,8 @@ class ClipTextEncoder(FrozenTextEncoder):
 
     path: a folder with a CLIPTextModel or a whole CLIPModel and its tokenizer, a diffusers pipeline
     folder, a run directory with `clip/`, `packaged:clip` (comes with ldm), or the name of a CLIP
-    model on the hub.
-    `width` is D, `max_length` is L, `pooled_width` is P, 0 unless `pooled`. Pooled states are
-    whitened if the folder has a whitening, as those of `train.py` do.
-    Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", 3.3.
+    model on the hub. `width` is D, `max_length` L, `pooled_width` P, 0 unless `pooled`. Pooled
+    states are whitened if the folder has a whitening. Rombach et al. 2022, section 3.3.
     """
 
     def __init__(self, path: str, *, pooled: bool = False) -> None:
@@ -41,14 +36,19 @@ class ClipTextEncoder(FrozenTextEncoder):
         self.pooled_width = self.width if pooled else 0
         folder = _find_clip_folders(resolve_path(path))[0]
         whitened = pooled and (folder / WHITENING_FILE).is_file()
+        self.whitened = whitened
         self.whiten = Whitening.load(folder, width=self.width) if whitened else nn.Identity()
+
+    def save(self, folder: Path) -> None:
+        """Writes model, tokenizer and whitening, a folder for `path`."""
+        super().save(folder)
+        if self.whitened:
+            self.whiten.save(folder)
 
     @torch.no_grad()
     def forward(self, captions: Sequence[str]) -> Condition:
-        """Returns the states after the last LayerNorm; that of the end token may be `pooled`.
-
-        `mask` is None: published denoisers were trained to attend to the padding as well.
-        """
+        """Returns the states after the last LayerNorm; that of the end token may be `pooled`."""
+        # Without a mask: published denoisers were trained to attend to the padding as well.
         ids = self.tokenize(captions).to(self.model.device)  # (B, L)
         out = self.model(input_ids=ids)
         pooled = self.whiten(out.pooler_output) if self.pooled_width else None  # (B, P)
@@ -58,9 +58,8 @@ class ClipTextEncoder(FrozenTextEncoder):
 def load_clip(kind: type[ClipModelType], path: str) -> tuple[ClipModelType, CLIPTokenizer]:
     """Loads a CLIP model in float32 and its tokenizer, from a folder or by its name on the hub.
 
-    A folder is never searched on the hub, and no pickle is executed.
-    Raises OSError where the model cannot be read, and ValueError where weights or tokenizer do not
-    belong to it.
+    A folder is never searched on the hub, and no pickle is executed. Raises OSError where there is
+    no model, and ValueError where weights or tokenizer do not belong to it.
     """
     folder = resolve_path(path)
     local = folder.is_dir()

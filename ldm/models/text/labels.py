@@ -1,7 +1,4 @@
-"""Text encoders without a language model: no condition at all, or one of a list of names.
-
-Shapes: B captions, K names.
-"""
+"""Text encoders without a language model: no condition at all, or one of a list of K names."""
 
 import difflib
 import re
@@ -9,8 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from ldm.diffusion.conditioning import Condition
 from ldm.models.text.base import ensure_caption_list
@@ -39,9 +35,8 @@ class LabelTextEncoder(nn.Module):
     """One of K names for each caption, as a one-hot `pooled`: for class-conditional models.
 
     A caption has the first name in it, in whole words and any case; of two names that begin at the
-    same place, the longer. An empty caption has the null condition, all zeros.
-    names: a list, or a text file with one name a line. They are part of the state, so digests of
-    two lists differ.
+    same place, the longer. An empty caption has none, all zeros. names: a list, or a text file with
+    one name a line.
     """
 
     width = max_length = truncated = 0
@@ -66,21 +61,19 @@ class LabelTextEncoder(nn.Module):
         longest_first = sorted(folded, key=len, reverse=True)
         self.pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
         self.pooled_width = len(self.names)
+        # A part of the state, so that the digests of two lists differ.
         self.register_buffer("spelled", torch.tensor(list("\n".join(folded).encode())).byte())
 
     def forward(self, captions: Sequence[str]) -> Condition:
         """Returns `pooled` only, one-hot (B, K)."""
-        rows = [self.index(caption) for caption in ensure_caption_list(captions)]
-        numbers = torch.tensor([0 if row is None else row for row in rows])
-        known = torch.tensor([row is not None for row in rows])
-        pooled = F.one_hot(numbers.long(), self.pooled_width).float() * known[:, None]
+        pooled = torch.zeros(len(ensure_caption_list(captions)), self.pooled_width)
+        for row, caption in zip(pooled, captions, strict=True):
+            if (number := self.index(caption)) is not None:
+                row[number] = 1
         return Condition(pooled=pooled.to(self.spelled.device))
 
     def index(self, caption: str) -> int | None:
-        """Returns the number of a caption's name; None for an empty caption.
-
-        Raises ValueError, with the nearest name, where a caption has none.
-        """
+        """Returns the number of a caption's name, None for an empty caption, else ValueError."""
         words = " ".join(caption.casefold().split())
         if not words:
             return None
@@ -99,7 +92,3 @@ class LabelTextEncoder(nn.Module):
     def null(self, n: int) -> Condition:
         """Returns zeros (n, K): no name."""
         return Condition(pooled=self.spelled.new_zeros(n, self.pooled_width, dtype=torch.float32))
-
-    def encode_all_labels(self) -> Tensor:
-        """Returns `pooled` of each name, one-hot (K, K)."""
-        return torch.eye(self.pooled_width, device=self.spelled.device)

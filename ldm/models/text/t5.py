@@ -1,7 +1,4 @@
-"""T5's text encoder, frozen: trained on language only, as in Imagen.
-
-Shapes: B captions, L tokens (`max_length`), D text width.
-"""
+"""T5's text encoder, frozen: trained on language only, as in Imagen."""
 
 import json
 from collections.abc import Sequence
@@ -25,11 +22,8 @@ class T5TextEncoder(FrozenTextEncoder):
 
     path: a folder with a T5 model and its tokenizer, a diffusers pipeline folder whose
     `text_encoder` or `text_encoder_<n>` is one, or a name on the hub such as google/flan-t5-base.
-    Only safetensors are opened. max_length: L, as T5 has no longest caption. dtype: of the
-    computation; published weights overflow in float16. pooled: the mean over a caption's tokens is
-    added to the time embedding as well.
-    Saharia et al. 2022, "Photorealistic Text-to-Image Diffusion Models with Deep Language
-    Understanding", 2.1.
+    Only safetensors are opened. max_length: L. dtype: of the computation. pooled: the mean over a
+    caption's tokens is an input as well. Saharia et al. 2022, Imagen, section 2.1.
     """
 
     def __init__(
@@ -70,8 +64,8 @@ class T5TextEncoder(FrozenTextEncoder):
 def load_t5(path: str, *, dtype: torch.dtype) -> tuple[T5EncoderModel, T5Tokenizer]:
     """Loads a T5 encoder and its tokenizer; a folder is never searched on the hub.
 
-    Raises OSError where the model cannot be read, and ValueError where weights or tokenizer do not
-    belong to it.
+    Raises OSError where there is no model, and ValueError where weights or tokenizer do not belong
+    to it.
     """
     folder = resolve_path(path)
     local = folder.is_dir()
@@ -83,7 +77,7 @@ def load_t5(path: str, *, dtype: torch.dtype) -> tuple[T5EncoderModel, T5Tokeniz
     except (OSError, SafetensorError) as error:
         why = str(error).splitlines()[0]
         raise OSError(
-            f"no T5 encoder at '{path}': {why}\nGive text_encoder.path= a folder with config.json, "
+            f"no T5 encoder at '{path}': {why}\nGive a folder with config.json, "
             "model.safetensors and tokenizer.json, or the name of a model on huggingface.co that "
             "has safetensors, such as google/flan-t5-base"
         ) from error

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldm.utils.checkpoint_file import link_checkpoint
@@ -13,25 +14,24 @@ CHECKPOINT_NAME_PATTERN = re.compile(r"step=\d{8,}(_end)?\.ckpt")  # a name in t
 BEST_CHECKPOINTS_FILE = "best.json"
 
 
+@dataclass(kw_only=True)
 class BestCheckpoints:
-    """The `keep` checkpoints of `folder` whose validations had the best values of `metric`.
+    """The `keep` checkpoints of `folder` whose validations had the best values of `metric`."""
 
-    `values` holds file names and values, best first, as best.json does. `pending` is what `values`
-    will be once the current save is complete.
-    """
+    folder: Path
+    keep: int
+    metric: str
+    direction: str
+    values: dict[str, float] = field(default_factory=dict)  # of files, best first, as in best.json
 
-    def __init__(self, folder: Path, *, keep: int, metric: str, direction: str) -> None:
-        if keep < 0:
-            raise ValueError(f"checkpoint.keep_best={keep} must be 0 or more")
-        if direction not in ("minimize", "maximize"):
-            raise ValueError(f"direction={direction} is neither minimize nor maximize")
-        self.folder, self.keep, self.metric = folder, keep, metric
-        self.sign = 1 if direction == "minimize" else -1
-        self.values: dict[str, float] = {}
-        self.pending = self.values
+    def __post_init__(self) -> None:
+        if self.direction not in ("minimize", "maximize"):
+            raise ValueError(f"direction={self.direction} is neither minimize nor maximize")
+        self.sign = 1 if self.direction == "minimize" else -1
+        self.pending = self.values  # what `values` will be once the current save is complete
 
     def accepts(self, value: float) -> bool:
-        """Whether a value is finite and among the `keep` best."""
+        """Returns whether a value is finite and among the `keep` best."""
         values = list(self.pending.values())
         better = len(values) < self.keep or self.sign * value < self.sign * values[-1]
         return better and math.isfinite(value)

@@ -3,8 +3,10 @@
 import shutil
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from copy import copy
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,17 +25,47 @@ from ldm.utils.checkpoint_file import (
     write_checkpoint,
 )
 
+# Of these exact types: a subclass, as numpy's numbers are, would be stored as an object.
+CHECKPOINT_TYPES = (str, bytes, bool, int, float, complex, type(None))
+# The entries of a checkpoint that a run needs; others are of callbacks.
+RUN_STATE_KEYS = {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "ldm"}
+
 
 class SafeCheckpointIO(CheckpointIO):
     """Lightning's access to `ldm.utils.checkpoint_file`: verified files without pickled objects.
 
-    storage_options: a function of payload and path that replaces `write_checkpoint`.
+    What a user's callback stores must be tensors and plain values: anything else is left out, with
+    one warning. storage_options: a function of payload and path that replaces `write_checkpoint`.
     """
+
+    def __init__(self) -> None:
+        self.warned: set[str] = set()
 
     def save_checkpoint(
         self, checkpoint: dict, path, storage_options: Callable[[dict, Path], None] | None = None
     ) -> None:
+        for name in self._find_objects(checkpoint.get("callbacks", {}), "the state of callback {}"):
+            del checkpoint["callbacks"][name]
+        for name in self._find_objects(checkpoint, "the entry '{}' of a callback"):
+            del checkpoint[name]
         (storage_options or write_checkpoint)(checkpoint, Path(path))
+
+    def _find_objects(self, states: dict, what: str) -> list[str]:
+        """Returns the keys of what a checkpoint cannot hold; warns once of each."""
+        found = {
+            name: kind
+            for name, state in states.items()
+            if name not in RUN_STATE_KEYS and (kind := find_object(state)) is not None
+        }
+        for name in found.keys() - self.warned:
+            warnings.warn(
+                f"{what.format(name)} holds a {found[name]}: it is not saved, and a resumed run "
+                "begins without it. A checkpoint holds tensors, numbers, texts, lists and "
+                "dictionaries of these",
+                stacklevel=2,
+            )
+        self.warned |= found.keys()
+        return list(found)
 
     def load_checkpoint(self, path, map_location=None, weights_only: bool | None = None) -> dict:
         return read_checkpoint(Path(path))
@@ -42,28 +74,24 @@ class SafeCheckpointIO(CheckpointIO):
         delete_checkpoint(Path(path))
 
 
+@dataclass(kw_only=True)
 class CheckpointWriter:
-    """Writes checkpoints, turns last.ckpt and best.ckpt to them, and deletes the older ones.
+    """Writes checkpoints, turns last.ckpt and best.ckpt to them, and deletes the older ones."""
 
-    keep: the number of newest checkpoints that stay, besides `best`. background: a thread writes a
-    copy in host memory. weights: each save also writes weights/step=*.safetensors.
-    `problem` says why the last save failed for lack of space or rights; None if it did not.
-    """
-
-    def __init__(
-        self, folder: Path, *, keep: int, best: BestCheckpoints, background: bool, weights: bool
-    ) -> None:
-        self.folder, self.keep, self.best = folder, keep, best
-        self.background, self.weights = background, weights
-        self.thread: threading.Thread | None = None
-        self.error: BaseException | None = None  # of the last save, until `wait` reports it
-        self.problem: str | None = None
-        self.pool: dict[str, Tensor] = {}
-        self.doubtful_from: int | None = None
+    folder: Path
+    keep: int  # the number of newest checkpoints that stay, besides `best`
+    best: BestCheckpoints
+    background: bool  # a thread writes a copy in host memory
+    weights: bool  # each save also writes weights/step=*.safetensors
+    thread: threading.Thread | None = None
+    error: BaseException | None = None  # of the last save, until `wait` reports it
+    problem: str | None = None  # why the last save failed for lack of space or rights
+    doubtful_from: int | None = None
+    pool: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def is_busy(self) -> bool:
-        """Whether a save is under way."""
+        """Returns whether a save is under way."""
         return self.thread is not None and self.thread.is_alive()
 
     def save(self, payload: dict, path: Path) -> None:
@@ -127,6 +155,17 @@ class CheckpointWriter:
                 export_weights(payload, self.folder.parent / "weights" / name)
         except BaseException as error:
             self.error = error
+
+
+def find_object(value: object) -> str | None:
+    """Returns the type of the first part that is no tensor and no plain value; None without one."""
+    kind = type(value)
+    if kind in CHECKPOINT_TYPES or isinstance(value, Tensor):
+        return None
+    if kind not in (dict, OrderedDict, list, tuple):
+        return f"{kind.__module__}.{kind.__qualname__}"
+    parts = [*value, *value.values()] if isinstance(value, dict) else value
+    return next((found for part in parts if (found := find_object(part))), None)
 
 
 def copy_to_host(value: object, pool: dict[str, Tensor], at: str = "") -> object:

@@ -1,7 +1,6 @@
 """When a run saves a checkpoint, what the checkpoint says of the run, and how a run resumes."""
 
 import math
-import signal
 from pathlib import Path
 
 import lightning as L
@@ -9,8 +8,8 @@ import lightning as L
 from ldm.training.callbacks.best_checkpoints import BestCheckpoints
 from ldm.training.callbacks.checkpoint_storage import CheckpointWriter
 from ldm.training.callbacks.nonfinite import (
+    NonFiniteStepSkipper,
     check_finite_weights,
-    find_first_skipped_step,
     find_non_finite_metrics,
 )
 from ldm.training.lightning_adapter import (
@@ -21,10 +20,9 @@ from ldm.training.lightning_adapter import (
     set_max_steps,
 )
 from ldm.utils.checkpoint_file import CheckpointError, manifest_path
+from ldm.utils.signals import STOP_SIGNALS
 
-IMMEDIATE_EXIT_CODES = {
-    128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-}
+IMMEDIATE_EXIT_CODES = {128 + number for number in STOP_SIGNALS}
 
 
 class Checkpoints(L.Callback):
@@ -54,13 +52,15 @@ class Checkpoints(L.Callback):
         direction: str = "minimize",
         background: bool = False,
         weights: bool = False,
+        skipper: NonFiniteStepSkipper | None = None,
     ) -> None:
-        if every < 1 or keep < 1:
-            raise ValueError("checkpoint.every and checkpoint.keep must be 1 or more")
         self.folder, self.every, self.facts, self.metric = folder, every, facts, metric
-        self.best = BestCheckpoints(folder, keep=keep_best, metric=metric, direction=direction)
+        self.skipper = skipper
+        self.best = BestCheckpoints(
+            folder=folder, keep=keep_best, metric=metric, direction=direction
+        )
         self.writer = CheckpointWriter(
-            folder, keep=keep, best=self.best, background=background, weights=weights
+            folder=folder, keep=keep, best=self.best, background=background, weights=weights
         )
         self.saved = self.loaded = -1
         self.images_seen = 0  # up to the last whole step
@@ -141,7 +141,7 @@ class Checkpoints(L.Callback):
         due = at_validation and self.validated < trainer.global_step
         facts = {"images_seen": self.images_seen, "validated": not due, "finite": True}
         checkpoint["ldm"] = {**self.facts, **trainer.datamodule.rules(), **facts}
-        doubts = self.unsound_from, find_first_skipped_step(trainer)
+        doubts = self.unsound_from, self._find_first_skipped_step(trainer)
         if doubts := [step for step in doubts if step is not None]:
             checkpoint["ldm"]["doubtful_from"] = min(doubts)
         if self.best.keep:
@@ -166,12 +166,16 @@ class Checkpoints(L.Callback):
 
         Raises NotFiniteError where its weights are not finite.
         """
-        check_finite_weights(trainer, self.folder)
+        skipped_from = self._find_first_skipped_step(trainer)
+        check_finite_weights(trainer, self.folder, skipped_from=skipped_from)
         self.saved = trainer.global_step
         for logger in trainer.loggers:
             logger.save()  # the rows of this step must be on the disk before its checkpoint
         path = self.path(trainer.global_step, suffix)
         trainer.save_checkpoint(path, storage_options=self.writer.save)
+
+    def _find_first_skipped_step(self, trainer: L.Trainer) -> int | None:
+        return self.skipper.find_first_skipped_step(trainer.global_step) if self.skipper else None
 
     def path(self, step: int, suffix: str = "") -> Path:
         """Returns the file of a step."""

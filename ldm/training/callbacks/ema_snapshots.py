@@ -16,8 +16,6 @@ class EMASnapshots(L.Callback):
     """
 
     def __init__(self, folder: Path, *, every: int) -> None:
-        if every < 1:
-            raise ValueError(f"phema.every={every} must be 1 or more")
         self.folder = folder
         self.every = every
         self.has_warned = False

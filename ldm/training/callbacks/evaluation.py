@@ -9,11 +9,12 @@ from pathlib import Path
 import lightning as L
 import torch
 from torch import nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ldm.data.dataset import TextImageDataset
 from ldm.evaluation.distributed import ProcessGroup
 from ldm.evaluation.features.base import FeatureExtractor
+from ldm.evaluation.image_metrics import ImageMetric
 from ldm.evaluation.protocol import EvaluationProtocol, select_prompt_subset
 from ldm.evaluation.scenes.accuracy import ScenePromptAccuracy
 from ldm.evaluation.scenes.motion import MotionPromptAccuracy
@@ -113,6 +114,7 @@ class ImageQuality(L.Callback):
         batch: int,
         raw: bool,
         cache: str,
+        metrics: Mapping[str, ImageMetric] | None = None,
     ) -> None:
         if every < 0:
             raise ValueError(f"every is a number of images, 0 or more, got {every}")
@@ -133,6 +135,7 @@ class ImageQuality(L.Callback):
             cache=resolve_path(cache),
             at_most=real,
             batch=batch,
+            metrics=metrics,
         )
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:

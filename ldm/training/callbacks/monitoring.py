@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm.diffusion.rng import derive_seed
 from ldm.models.random_layers import assign_image_positions, find_random_layers
-from ldm.training.lightning_adapter import count_resumed_batches
+from ldm.training.lightning_adapter import correct_logging_step, count_resumed_batches
 from ldm.utils.images import save_png
 
 
@@ -143,6 +143,19 @@ class RandomLayerSeeding(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, module, batch: dict, batch_idx: int) -> None:
         torch.manual_seed(derive_seed(self.seed, batch["position"][0], stream="modules"))
         assign_image_positions(self.layers, self.seed, batch["position"])
+
+
+class StepCounter(L.Callback):
+    """Has Lightning log what a user's callbacks log in training under the right optimizer step.
+
+    Lightning would take the step before, whose row is written already.
+    """
+
+    def on_train_batch_start(self, trainer: L.Trainer, module, batch: dict, batch_idx: int) -> None:
+        correct_logging_step(trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx) -> None:
+        module.log("step", float(trainer.global_step))
 
 
 class ProgressBar(TQDMProgressBar):

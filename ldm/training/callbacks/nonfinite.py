@@ -26,8 +26,11 @@ class NotFiniteError(RuntimeError):
     """Weights, validation losses or many steps in a row are not finite."""
 
 
-def check_finite_weights(trainer: L.Trainer, folder: Path) -> None:
-    """Raises NotFiniteError on all ranks if the weights are not finite."""
+def check_finite_weights(trainer: L.Trainer, folder: Path, *, skipped_from: int | None) -> None:
+    """Raises NotFiniteError on all ranks if the weights are not finite.
+
+    skipped_from: the first step of the current row of skipped steps.
+    """
     weights = trainer.lightning_module.parameters()
     parts = [w.to_local() if isinstance(w, DTensor) else w for w in weights]
     # Waits for the device once.
@@ -35,8 +38,7 @@ def check_finite_weights(trainer: L.Trainer, folder: Path) -> None:
     if not trainer.strategy.reduce_boolean_decision(finite, all=True):
         raise NotFiniteError(
             f"the weights are not finite after step {trainer.global_step}, and not saved. "
-            f"{format_last_good_checkpoint(folder, find_first_skipped_step(trainer))}; "
-            f"{NON_FINITE_REMEDY}"
+            f"{format_last_good_checkpoint(folder, skipped_from)}; {NON_FINITE_REMEDY}"
         )
 
 
@@ -44,15 +46,6 @@ def format_last_good_checkpoint(folder: Path, before: int | None) -> str:
     """Returns a sentence about the newest checkpoint from before a step."""
     path = find_last_good_checkpoint(folder, before=before)
     return f"The last good checkpoint is {path or 'none yet'}"
-
-
-def find_first_skipped_step(trainer: L.Trainer) -> int | None:
-    """Returns the first step of the current row of skipped steps; None if there is none."""
-    for callback in trainer.callbacks:
-        if isinstance(callback, NonFiniteStepSkipper):
-            callback.count_skipped_steps()
-            return trainer.global_step - callback.in_a_row + 1 if callback.in_a_row else None
-    return None
 
 
 def find_non_finite_metrics(metrics: Mapping[str, object], metric: str) -> list[str]:
@@ -77,8 +70,6 @@ class NonFiniteStepSkipper(L.Callback):
     state_key = "SkipNonFinite"  # its former name, under which checkpoints hold its state
 
     def __init__(self, report: Path, *, monitor: ThroughputMonitor, stop_after: int) -> None:
-        if stop_after < 1:
-            raise ValueError(f"stop_after_skips={stop_after} must be 1 or more")
         self.report, self.monitor, self.stop_after = report, monitor, stop_after
         self.skipped = self.num_reported = 0
         self.in_a_row = 0
@@ -131,6 +122,11 @@ class NonFiniteStepSkipper(L.Callback):
         if self.skipped > self.num_reported:
             self.report_skipped_steps(trainer)
 
+    def find_first_skipped_step(self, step: int) -> int | None:
+        """Returns the first of the skipped steps in a row that end at `step`; None without one."""
+        self.count_skipped_steps()
+        return step - self.in_a_row + 1 if self.in_a_row else None
+
     def count_skipped_steps(self) -> None:
         """Counts the skipped steps since the last count; waits for the device."""
         if not self.flags or self.in_a_row == self.stop_after:
@@ -173,11 +169,14 @@ class NonFiniteStepSkipper(L.Callback):
                 write_text(self.report, json.dumps(merge_rank_reports(of_ranks), indent=1) + "\n")
             except OSError as error:
                 message += f", or would: {error.strerror}"
+            for logger in trainer.loggers:
+                logger.alert("steps that are not finite", message)
             if not too_many:
                 warnings.warn(message, stacklevel=2)
         if too_many:
             folder = self.report.parent / "checkpoints"
-            good = format_last_good_checkpoint(folder, find_first_skipped_step(trainer))
+            before = self.find_first_skipped_step(trainer.global_step)
+            good = format_last_good_checkpoint(folder, before)
             raise NotFiniteError(
                 f"{message}. {self.stop_after} in a row are too many (stop_after_skips). {good}. "
                 f"Look at the samples, or {NON_FINITE_REMEDY}"

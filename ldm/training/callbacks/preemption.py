@@ -27,10 +27,7 @@ class PreemptionHandler(L.Callback):
         max_hours: float | None = None,
         signals: StopSignals | None = None,
     ) -> None:
-        if max_hours is not None and not max_hours > 0:
-            raise ValueError(f"trainer.max_hours={max_hours} must be above 0")
-        self.save = save
-        self.every = every
+        self.save, self.every = save, every
         self.ends_at = math.inf if max_hours is None else time.monotonic() + max_hours * 3600
         self.signals = signals or StopSignals()
 

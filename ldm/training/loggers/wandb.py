@@ -1,9 +1,10 @@
-"""Weights & Biases: group, name and id of a run; offline if no server answers."""
+"""Weights & Biases: names, tags and id of a run; offline if no server answers."""
 
 import netrc
 import os
+import secrets
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from ldm.experiments.run_dir import get_wandb_id
-from ldm.training.loggers.base import RunLogger
+from ldm.training.loggers.base import RunLogger, format_first_line, keep_training, split_run_name
+from ldm.training.loggers.run_ids import forget_copied_ids, write_run_id
 from ldm.utils.files import write_text
 
 WANDB_STEP_KEY = "trainer/global_step"  # Lightning's name; every row of numbers has it
@@ -24,53 +25,81 @@ WANDB_METRIC_AXES = {
     "perf/*": WANDB_STEP_KEY,
     IMAGES_SEEN_KEY: WANDB_STEP_KEY,
     "val/*": IMAGES_SEEN_KEY,
+    "eval/*": WANDB_STEP_KEY,
     "samples": IMAGES_SEEN_KEY,
 }
 # Seconds to wait for a server, unless the environment sets them.
 WANDB_TIMEOUTS = {"init_timeout": 15.0, "finish_timeout": 60.0}
+WANDB_MODES = ("online", "offline", "disabled")
 
 
 def wandb_logger(
     *,
     run_dir: Path,
     name: str,
-    overrides: list[str],
-    project: str = "ldm",
-    offline: bool | None = None,
+    overrides: Sequence[str],
+    entity: str | None = None,
+    project: str | None = None,
+    group: str | None = None,
+    job_type: str | None = None,
+    tags: Sequence[str] | None = None,
+    notes: str | None = None,
+    mode: str | None = None,
+    artifact: str | None = None,
 ) -> "WandbRun":
     """Returns the run's W&B logger; the run `a/b` is `b` in the group `a`.
 
-    Its tags are the overrides that `b` contains, or all of them.
-    offline: None means offline unless there is an API key or WANDB_MODE. `wandb sync` sends an
-    offline run from <run_dir>/wandb. With a key but no server that accepts it, the run is offline
-    after WANDB_INIT_TIMEOUT (15) seconds.
+    A setting that is null is left to its variable WANDB_ENTITY, WANDB_PROJECT, WANDB_RUN_GROUP,
+    WANDB_JOB_TYPE, WANDB_TAGS, WANDB_NOTES or WANDB_MODE, then to W&B, except that the project is
+    `ldm` and that a run without an API key is offline. What a sweep varies is added to the tags.
+    artifact: "best" logs the best checkpoint as an artifact by reference, where the run ends.
+    Raises ValueError for a mode or an artifact that does not exist.
     """
+    if mode not in (None, *WANDB_MODES):
+        raise ValueError(f"logger.wandb.mode={mode} is none of {', '.join(WANDB_MODES)}")
+    if artifact not in (None, "best"):
+        raise ValueError(f"logger.wandb.artifact={artifact} is neither best nor null")
     if os.path.expanduser("~") == "~":  # W&B does not start without a home directory
         os.environ["HOME"] = "/nonexistent"
-    if offline is None and "WANDB_MODE" not in os.environ:
-        offline = not has_wandb_key()
-    group, _, own = str(name).rpartition("/")
-    differing = [text for text in overrides if text in own]  # in a sweep, all of them name a job
-    tags = dict.fromkeys(
-        text if len(text) <= 64 else f"{text[:61]}..." for text in differing or overrides
-    )
-    run = {"project": project, "group": group[:128] or None, "name": own[:128], "tags": list(tags)}
-    return WandbRun(run_dir, run=run, overrides=overrides, offline=bool(offline))
+    mode = mode or os.environ.get("WANDB_MODE") or (None if has_wandb_key() else "offline")
+    sweep, job, varied = split_run_name(name, overrides)
+    group = group or os.environ.get("WANDB_RUN_GROUP") or sweep[:128]
+    tags = tags or [tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag]
+    tags = [tags] if isinstance(tags, str) else tags
+    run = {
+        "entity": entity,
+        "project": project or os.environ.get("WANDB_PROJECT") or "ldm",
+        "group": group or None,
+        "job_type": job_type,
+        "name": job[:128],
+        "tags": list(dict.fromkeys(shorten_tag(tag) for tag in (*varied, *tags))) or None,
+        "notes": notes,
+    }
+    return WandbRun(run_dir, run=run, overrides=overrides, mode=mode, artifact=artifact)
 
 
 class WandbRun(WandbLogger, RunLogger):
     """Lightning's logger for a W&B run that starts at its first use and never stops the training.
 
     A resumed run directory continues its W&B run: the id is in <run_dir>/wandb_id, and the address,
-    once a server had the run, in <run_dir>/wandb_url. After a kill some steps are logged twice
-    under the same `trainer/global_step`; metrics.csv drops the older ones, W&B cannot.
+    once a server had the run, in <run_dir>/wandb_url. With a key but no server that accepts it, the
+    run is offline after WANDB_INIT_TIMEOUT (15) seconds. `wandb sync` sends an offline run from
+    <run_dir>/wandb. After a kill some steps are logged twice under the same `trainer/global_step`;
+    metrics.csv drops the older ones, W&B cannot.
     """
 
-    def __init__(self, run_dir: Path, *, run: dict, overrides: list[str], offline: bool) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        run: dict,
+        overrides: Sequence[str],
+        mode: str | None,
+        artifact: str | None = None,
+    ) -> None:
         super().__init__(save_dir=run_dir, **run)
-        self.run_dir, self.run, self.offline = run_dir, run, offline
+        self.run_dir, self.run, self.mode, self.artifact = run_dir, run, mode, artifact
         self.images_seen: dict[str, object] = {}
-        self.has_warned = False
         self.overrides = {key: value for key, _, value in (o.partition("=") for o in overrides)}
 
     @property
@@ -80,9 +109,10 @@ class WandbRun(WandbLogger, RunLogger):
             return self._experiment
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B would wait for a dead server
         run, url_file = None, self.run_dir / "wandb_url"
-        if not self.offline:
+        forget_copied_ids(self.run_dir)
+        if self.mode != "offline":
             try:
-                run = self._start("must" if url_file.is_file() else "allow", mode=None)
+                run = self._start("must" if url_file.is_file() else "allow", mode=self.mode)
             except Exception as error:
                 print(f"W&B cannot be used: {format_first_line(error)}", flush=True)
                 with suppress(Exception, SystemExit):
@@ -92,7 +122,8 @@ class WandbRun(WandbLogger, RunLogger):
             self._print_sync_command("W&B is offline", "", "offline-run-*")
         elif run.url:
             write_text(url_file, f"{run.url}\n")
-        run.config.update({"overrides": self.overrides}, allow_val_change=True)
+        if self.overrides:
+            run.config.update({"overrides": self.overrides}, allow_val_change=True)
         run.define_metric(WANDB_STEP_KEY)
         for metric, axis in WANDB_METRIC_AXES.items():
             run.define_metric(metric, step_metric=axis, step_sync=True)
@@ -110,23 +141,35 @@ class WandbRun(WandbLogger, RunLogger):
         return wandb.init(**run, resume=resume, mode=mode, settings=settings)
 
     @rank_zero_only
+    @keep_training("W&B")
     def log_metrics(self, metrics: Mapping[str, object], step: int | None = None) -> None:
-        """Logs a row with the latest images_seen; only the first failure is printed."""
+        """Logs a row with the latest images_seen."""
         if IMAGES_SEEN_KEY in metrics:
             self.images_seen = {IMAGES_SEEN_KEY: metrics[IMAGES_SEEN_KEY]}
-        try:
-            super().log_metrics(self.images_seen | dict(metrics), step)
-        except Exception as error:
-            if not self.has_warned:
-                reason = format_first_line(error)
-                print(f"W&B did not take {', '.join(metrics)}: {reason}", flush=True)
-            self.has_warned = True
+        super().log_metrics(self.images_seen | dict(metrics), step)
 
-    def finish(self, *, failed: bool) -> None:
+    @rank_zero_only
+    @keep_training("W&B")
+    def alert(self, title: str, text: str) -> None:
+        level = wandb.AlertLevel.WARN if "preempted" in title else wandb.AlertLevel.ERROR
+        self.experiment.alert(title, text, level)
+
+    @keep_training("W&B")
+    def log_best_checkpoint(self, path: Path) -> None:
+        """Logs a checkpoint as an artifact, which refers to the file and does not upload it."""
+        artifact = wandb.Artifact(f"checkpoint-{get_wandb_id(self.run_dir)}", type="model")
+        artifact.add_reference(f"file://{path.resolve()}")
+        self.experiment.log_artifact(artifact, aliases=["best", path.resolve().stem])
+
+    def finish(self, *, status: str) -> None:
         """Closes the run; what a server has not taken in 60 seconds stays on disk."""
+        if self._experiment is None:
+            return
+        best = self.run_dir / "checkpoints" / "best.ckpt"
+        if self.artifact == "best" and best.is_file():
+            self.log_best_checkpoint(best)
         try:
-            if self._experiment is not None:
-                self._experiment.finish(exit_code=int(failed))
+            self._experiment.finish(exit_code=int(status == "failed"))
         except Exception as error:
             reason = f"W&B did not take everything ({format_first_line(error)})"
             folders = f"*run-*-{get_wandb_id(self.run_dir)}"
@@ -137,13 +180,21 @@ class WandbRun(WandbLogger, RunLogger):
         print(f"{reason}; `wandb sync {option}{where}{folders}` sends the run later", flush=True)
 
 
-def format_first_line(error: Exception) -> str:
-    """Returns the first line of an error's message, or its type."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+def get_wandb_id(run_dir: Path) -> str:
+    """Returns the W&B id of a run directory; the first call makes it."""
+    path = run_dir / "wandb_id"
+    if not path.is_file():
+        write_run_id(path, secrets.token_hex(4))
+    return path.read_text().strip()
+
+
+def shorten_tag(text: str) -> str:
+    """Returns a tag of at most 64 characters, which W&B takes."""
+    return text if len(text) <= 64 else f"{text[:61]}..."
 
 
 def has_wandb_key() -> bool:
-    """Whether there is a W&B API key in the environment or where `wandb login` writes it."""
+    """Returns whether a W&B API key is in the environment or where `wandb login` writes it."""
     server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     host = server.partition("://")[2].partition("/")[0] or server
     # wandb's own rule. Without a home directory `~` stays, and no such file exists.

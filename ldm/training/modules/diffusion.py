@@ -25,7 +25,6 @@ class LatentDiffusion(L.LightningModule):
 
     `components` is a plain dataclass, so that the frozen modules are neither saved nor wrapped.
     Random numbers of an image depend on (seed, position of the image in the run) alone.
-    Raises ValueError for a `caption_dropout` outside 0 to 1.
     """
 
     skipped: Tensor | None = None  # set by NonFiniteStepSkipper: 1.0 where this step is left out
@@ -42,8 +41,6 @@ class LatentDiffusion(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 <= caption_dropout <= 1:
-            raise ValueError(f"caption_dropout is a share from 0 to 1, got {caption_dropout}")
         self.components = components
         components.autoencoder.eval().requires_grad_(False)
         self.denoiser = components.denoiser
@@ -72,21 +69,19 @@ class LatentDiffusion(L.LightningModule):
 
     @torch.no_grad()
     def encode(self, batch: dict, *, training: bool = True) -> tuple[Tensor, Condition]:
-        """Latents (B, C, h, w) and Condition of a batch; training: with dropped conditions."""
+        """Returns target latents (B, C, h, w) and Condition; training: with dropped conditions."""
+        encode, task = self.components.autoencoder.encode, self.components.task
         style, captions = self.encode_style(batch, training=training)
-        x0 = self.encode_images(batch)
+        x0 = encode(batch["images"], generator=self.make_generators(batch, "posterior"))
         cond = self.encode_text(captions)
         if training:
             cond = self.drop_conditions(batch, cond)
-        return self.make_pair(batch, x0, replace(cond, style=style))
-
-    def encode_images(self, batch: dict) -> Tensor:
-        """Latents (B, C, h, w) of the images, drawn from the autoencoder's posterior."""
-        generators = self.make_generators(batch, "posterior")
-        return self.components.autoencoder.encode(batch["images"], generator=generators)
+        generators = self.make_generators(batch, "task")
+        x0, concat = task.training_pair(x0, batch["images"], encode, generator=generators)
+        return x0, replace(cond, style=style, concat=concat)
 
     def encode_text(self, captions: Sequence[str]) -> Condition:
-        """The Condition of captions; counts those that are cut."""
+        """Returns the Condition of captions; counts those that are cut."""
         text_encoder = self.components.text_encoder
         before = text_encoder.truncated
         cond = text_encoder(captions)
@@ -95,7 +90,7 @@ class LatentDiffusion(L.LightningModule):
         return cond
 
     def encode_style(self, batch: dict, *, training: bool) -> tuple[Tensor | None, Sequence[str]]:
-        """Style features (B, N, F) of the images themselves, and the captions that go with them.
+        """Returns style features (B, N, F) of the images, and the captions that go with them.
 
         In training some images have no style, and some captions lose their words about style.
         """
@@ -111,21 +106,12 @@ class LatentDiffusion(L.LightningModule):
         return style, captions
 
     def drop_conditions(self, batch: dict, cond: Condition) -> Condition:
-        """The condition, with a share `caption_dropout` of its captions empty, for guidance."""
+        """Returns the condition with a share `caption_dropout` of empty captions, for guidance."""
         if self.caption_dropout <= 0:
             return cond
         keep = self.draw_shares(batch, "caption") >= self.caption_dropout
         null = self.components.text_encoder.null(len(keep))
         return cond.where(keep.to(self.device, non_blocking=True), null)
-
-    def make_pair(self, batch: dict, x0: Tensor, cond: Condition) -> tuple[Tensor, Condition]:
-        """What the task trains: its target latents, and the condition with its extra channels."""
-        generators = self.make_generators(batch, "task")
-        encode = self.components.autoencoder.encode
-        x0, concat = self.components.task.training_pair(
-            x0, batch["images"], encode, generator=generators
-        )
-        return x0, replace(cond, concat=concat)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         x0, cond = self.encode(batch, training=False)
@@ -152,12 +138,12 @@ class LatentDiffusion(L.LightningModule):
             self.log(f"val/{name}", metric, prog_bar=name == "loss")
 
     def make_generators(self, batch: dict, stream: str, *, device=None) -> list[torch.Generator]:
-        """One generator an image, for one use."""
+        """Returns one generator per image for one stream of random numbers."""
         device = self.device if device is None else device
         return make_generators(self.seed, batch["position"], stream=stream, device=device)
 
     def draw_shares(self, batch: dict, stream: str) -> Tensor:
-        """One uniform number (B,) an image, on the CPU."""
+        """Returns one uniform number (B,) per image, on the CPU."""
         return rand(len(batch["images"]), self.make_generators(batch, stream, device="cpu"))
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
@@ -172,8 +158,7 @@ class LatentDiffusion(L.LightningModule):
         for module in self.components.frozen.values():
             module.to(self.device)
 
-    def on_validation_start(self) -> None:
-        self.on_fit_start()
+    on_validation_start = on_fit_start
 
     def on_train_end(self) -> None:
         if self.cut and self.trainer.is_global_zero:

@@ -103,7 +103,7 @@ class Job:
         assert all(not machine.processes() for machine in self.machines.values())
         told = self.told()
         assert told.count(f"{self.run_dir.name} begins: ") == 1
-        assert told.count(f"{self.run_dir.name} resumes: ") >= lives - 1, told
+        assert told.count(f"{self.run_dir.name} resumes from step ") >= lives - 1, told
         assert read_result(self.run_dir)["status"] == "finished"
         assert not list(self.run_dir.glob("**/*.tmp"))
         whole = self.home / "runs" / "whole"

@@ -38,7 +38,7 @@ def test_jobs_that_are_requeued_go_on_as_if_nothing_had_been(prepared, tmp_path,
         assert (job / "slurm_job_id").read_text().strip() == number, "it was not submitted again"
         output = (job / "output.log").read_text()
         assert f"SIG{signal}: saving after this step" in output
-        assert output.count(" begins: ") == output.count(" resumes: ") == 1
+        assert output.count(" begins: ") == output.count(" resumes from step ") == 1
         assert "on 2 x cpu" in output
         result = json.loads((job / "result.json").read_text())
         assert (result["status"], result["steps"]) == ("finished", 150)

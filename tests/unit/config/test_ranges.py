@@ -5,12 +5,20 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from lightning.fabric.plugins.precision.precision import (
+    _PRECISION_INPUT_STR,
+    _PRECISION_INPUT_STR_ALIAS,
+)
 from omegaconf import OmegaConf
 from shell import ROOT, TRAIN, run
 
 from ldm.config import command_line
 from ldm.config.config_check import check_config
 from ldm.config.ranges import SETTING_RANGES, find_setting_rule, format_invalid_value
+from ldm.diffusion.predictions import PREDICTIONS
+from ldm.diffusion.samplers.edm import SLOPES
+from ldm.diffusion.samplers.spacing import SPACINGS
+from ldm.diffusion.timesteps import SPREADS
 from ldm.utils.errors import UsageError
 
 COMMANDS = sorted(path.stem for path in Path(command_line.CONF_DIR).glob("*.yaml"))
@@ -20,6 +28,7 @@ NULL_MEANS = {
     "prepare size": "as large as it is",
     "sampler.original_steps": "any time",
     "trainer.gradient_clip_val": "no bound",
+    "trainer.precision": "float32",
     "hydra.devices": "a fair share",
     "hydra.seed": "another one each time",
 }
@@ -80,6 +89,17 @@ def test_every_number_of_every_file_has_a_range_in_which_it_lies():
             )
         if find_setting_rule(key, command) is not None and "${" not in str(value):
             assert not format_invalid_value(key, value, command, default=value)
+
+
+def test_words_are_those_of_the_classes():
+    for key, words in (
+        ("sampler.spacing", SPACINGS),
+        ("sampler.slope", SLOPES),
+        ("timestep_sampler.spread", SPREADS),
+        ("objective.kind", PREDICTIONS),
+        ("trainer.precision", _PRECISION_INPUT_STR.__args__ + _PRECISION_INPUT_STR_ALIAS.__args__),
+    ):
+        assert set(find_setting_rule(key, "train")[0].words) == set(words)
 
 
 def test_odd_values_are_one_line_or_have_a_meaning():
@@ -174,6 +194,12 @@ def test_classes_from_elsewhere_have_no_ranges():
         (["name=../x"], "name='../x' names no run"),
         (['name="a\nb"'], r"name='a\nb' names no run"),
         (["name=a\nb"], r"cannot read name=a\nb: what has blanks"),
+        (["stage=foo"], "stage=foo must be one of diffusion, autoencoder, clip, classifier"),
+        (["trainer.accelerator=foo"], "trainer.accelerator=foo must be one of auto, cpu, gpu"),
+        (["data.size=100"], "data.size=100 must be a multiple of 16"),
+        (["init=runs/gone"], "init='runs/gone' is neither a run directory nor a file"),
+        (["data=shards", "data.train=gone", "data.val=gone"], "no shards at gone: `python -m ldm"),
+        (["-m", "scheduler=cosine,linear", "stage=foo"], "stage=foo must be one of"),
         (["guidance=7"], "guidance=7 is no option of guidance: guidance.scale=7 sets"),
         (["-m", "optimizer.lr=1e-3,-1"], "optimizer.lr=-1 must be"),
         (["-m", "scheduler=cosine,linear", "seed=null"], "seed=null must be"),
@@ -197,6 +223,9 @@ def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path, words, said):
         ("ldm.evaluate ckpt=x guidance=1,2,3", "guidance.scale=1,2,3 sets"),
         ("ldm.evaluate ckpt=x guidance.scale=1,nan", "guidance.scale=nan must be"),
         ("ldm.prepare scenes out=x size=null", "size=null is for image files"),
+        ("ldm.prepare foldr out=x", "there is no source 'foldr' - did you mean folder?"),
+        ("ldm.prepare", "a source is needed. Give one of coco, folder"),
+        ("ldm.evaluate --ckpt x", "--ckpt is no flag: settings are written without dashes, ckpt=x"),
         ("ldm.phema ckpt=x lengths=0.1,nan", "lengths=0.1,nan: each must be a number above 0"),
     ],
 )

@@ -19,7 +19,6 @@ from world import small_autoencoder, write_shapes
 
 from ldm.cli.explain import is_text_to_image_run
 from ldm.cli.package import package_autoencoder
-from ldm.cli.train import check_config_unchanged
 from ldm.config import command_line
 from ldm.config.components import build_objective, load_diffusion_checkpoint, warm_start_from_run
 from ldm.config.evaluation import build_evaluation_source
@@ -27,6 +26,7 @@ from ldm.config.guidance import load_guide_denoiser, load_noisy_classifier
 from ldm.config.own_components import COMPONENT_GROUPS, DIFFUSION_GROUPS
 from ldm.config.pipeline import LoadedPipeline, load_cascade, load_pipeline
 from ldm.config.registry import list_component_targets, validate_component
+from ldm.config.train_run import check_config_unchanged
 from ldm.config.training_images import SCENES_TARGET, open_run_images
 from ldm.diffusion.schedules import cosine
 from ldm.diffusion.tasks.text_to_image import TextToImage
@@ -300,6 +300,14 @@ def test_a_trusted_component_may_have_mappings_and_components_of_its_package():
     for shift in ({"low": 1, "high": [2, 3]}, inner, [{"part": inner}]):
         whole = OWN | {"shift": shift}
         assert validate_component(whole, "scheduler", trust=["own_noise"]) == whole
+
+
+def test_weights_of_caption_keys_are_plain_values():
+    data = {"_target_": "ldm.data.datamodule.TextImageData", "captions": {"long": 0.8, "short": 1}}
+    assert validate_component(data, "data") == data
+    for wrong in ({"long": "x"}, {"long": {"_target_": "os.mkdir"}}, {"_target_": "os.mkdir"}, {}):
+        with pytest.raises(ValueError, match=r"data\.captions is a component"):
+            validate_component(data | {"captions": wrong}, "data")
 
 
 TEXTS = {

@@ -1,17 +1,21 @@
 """What sample.py is asked for, before anything is loaded."""
 
-import os
 import sys
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from shell import ROOT, run
+from shell import run
 
 from ldm.config import command_line
 from ldm.config.command_line import read_prompts
 from ldm.config.config_check import check_config
-from ldm.config.sample_options import SAMPLE_TEXT_OPTIONS, check_sample_options, list_cascade_runs
+from ldm.config.sample_options import (
+    SAMPLE_TEXT_OPTIONS,
+    check_output_fits_run,
+    check_sample_options,
+    list_cascade_runs,
+)
 from ldm.config.suggestions import format_unknown_setting
 from ldm.utils.errors import UsageError
 
@@ -142,7 +146,20 @@ def test_prompts_that_are_no_text_are_named(home):
         read_prompts({"prompt": "", "prompts": "p.txt"})
 
 
-def test_help_says_what_settings_mean(tmp_path):
-    said = run(str(ROOT / "sample.py"), "--help", cwd=tmp_path)
-    assert "Settings worth knowing" in said
-    assert not os.listdir(tmp_path)
+def test_size_and_suffix_are_refused_by_the_settings_of_the_run(tmp_path):
+    """Without torch; what cannot be read there is left to whoever loads the checkpoint."""
+    settings = "autoencoder: {_target_: ldm.x, patch: 2, multipliers: [1, 2]}\n"
+    settings += "model: {_target_: ldm.y, multipliers: [1, 2, 4]}\n"
+    tmp_path.joinpath("config.yaml").write_text(settings + "data: {size: 64, frames: 8}\n")
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    for ckpt in (str(tmp_path), str(checkpoint)):
+        check_output_fits_run(ckpt, size=32, out="a.gif")
+        with pytest.raises(UsageError, match=r"size=40: this run .* multiples of 16: size=48"):
+            check_output_fits_run(ckpt, size=40, out=None)
+        with pytest.raises(UsageError, match=r"out=a\.png: videos are written as"):
+            check_output_fits_run(ckpt, size=None, out="a.png")
+    tmp_path.joinpath("config.yaml").write_text(settings.replace("ldm.y", "own.y") + "data: {}\n")
+    check_output_fits_run(str(tmp_path), size=40, out="a.png")
+    for damaged in ("[", "data: 3", "data: {}\nautoencoder: 3", "x: " + "[" * 99):
+        tmp_path.joinpath("config.yaml").write_text(damaged)
+        check_output_fits_run(str(tmp_path), size=40, out="a.gif")

@@ -80,7 +80,7 @@ def test_captions_are_counted_and_the_key_that_has_them_is_named():
     count.update(other)
     assert (count.samples, count.empty, count.garbled) == (3, 2, 1)
     assert (count.count_empty("TEXT"), count.count_empty("absent")) == (1, 3)
-    assert count.describe(None) == (
+    assert count.describe() == (
         "2 of 3 samples have an empty caption (read: captions, caption, .txt); their json has text "
         "under TEXT, url: data.caption_key=TEXT"
     )

@@ -47,6 +47,9 @@ def test_the_centre_is_measured_at_the_size_asked_for(tmp_path):
     picture(tmp_path / "tall.jpg", (20, 30))
     with pytest.raises(ValueError, match=r"has 20 pixels and .*wide.png' 32: give the size"):
         ImageFolder(tmp_path)
+    with pytest.raises(ValueError, match="give the size"):
+        ImageFolder(tmp_path, usual_size=lambda: None)
+    assert ImageFolder(tmp_path, usual_size=lambda: 24).size == 24
     folder = ImageFolder(tmp_path, size=24)
     assert folder([0, 1]).shape == (2, 3, 24, 24)
     wanted = resize_short_side(crop_square(read_image(wide), 32, x=0.5, y=0.5), 24)

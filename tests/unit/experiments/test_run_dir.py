@@ -9,7 +9,6 @@ from ldm.experiments.run_dir import (
     get_launcher_layout,
     get_launcher_rank,
     get_train_log_path,
-    get_wandb_id,
     infer_metric_direction,
     list_config_changes,
     make_run_stamp,
@@ -93,14 +92,6 @@ def test_the_rank_is_the_one_among_all_processes(monkeypatch, launcher, rank):
     assert get_launcher_rank() == rank
     assert select_on_first_rank(".hydra") == (None if rank else ".hydra")
     assert get_train_log_path("runs/x") == (os.devnull if rank else "runs/x/train.log")
-
-
-def test_the_wandb_id_is_kept(tmp_path):
-    run = tmp_path / "runs" / "first"
-    made = get_wandb_id(run)
-    assert re.fullmatch(r"[0-9a-f]{8}", made)
-    assert get_wandb_id(run) == made
-    assert get_wandb_id(tmp_path / "runs" / "second") != made
 
 
 def test_a_result_is_read_back_and_replaced(tmp_path):

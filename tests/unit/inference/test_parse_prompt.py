@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.inference.prompts import parse_prompt
+from ldm.inference.prompts import find_unseen_words, parse_prompt
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,12 @@ def test_a_part_without_words_is_refused(prompt):
 def test_any_other_text_is_one_part(text):
     if ":" not in text:
         assert parse_prompt(text) == [(text.strip(), 1.0)]
+
+
+def test_words_that_the_packaged_text_encoder_never_saw_are_found():
+    assert find_unseen_words(["a big Red heart above a blue star, spotted on navy :0.5"]) == []
+    assert find_unseen_words(["a zebra AND a star NOT a dog", "", "2 Zebras, a zebra"]) == [
+        "zebra",
+        "dog",
+        "zebras",
+    ]

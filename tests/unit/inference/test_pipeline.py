@@ -178,3 +178,10 @@ def test_a_word_for_a_sampler_that_overshoots_at_these_steps(tiny_text):
     assert "overshoots in 30 steps with spacing=leading" in word
     pipe = pipe.replace_components(task=ProjectedInpainting(rounds=2))  # of first order
     assert pipe.collect_warnings(30) == []
+
+
+def test_a_word_for_a_size_that_was_not_trained(tiny_text):
+    pipe = replace(pipeline(tiny_text), trained_size=16)
+    assert pipe.collect_warnings(4, size=(16, 16)) == []
+    (word,) = pipe.collect_warnings(4, size=(16, 32))
+    assert word.startswith("size=[16,32]: this run was trained on images of 16 pixels")

@@ -1,6 +1,5 @@
 """The running average against its definition."""
 
-import pytest
 import torch
 from torch import nn
 
@@ -90,9 +89,3 @@ def test_a_state_dict_goes_round():
     for average in (ema, other):
         average.update(net, step=4)
     assert torch.equal(ema.module.weight, other.module.weight)
-
-
-@pytest.mark.parametrize("decay", [-0.1, 1, 1.5])
-def test_a_decay_out_of_range_is_refused(decay):
-    with pytest.raises(ValueError, match=rf"ema.decay={decay} must lie in \[0, 1\)"):
-        EMA(Net(), decay=decay)

@@ -161,12 +161,6 @@ def test_tracks_are_neither_in_training_nor_trained():
     }
 
 
-@pytest.mark.parametrize("wrong", [0.05, "often", [0.05, "x"]])
-def test_lengths_that_are_no_numbers_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"is no list of numbers: give phema.lengths=\[0.05"):
-        PowerEMA(Net(), lengths=wrong)
-
-
 def test_a_length_given_twice_is_refused():
     with pytest.raises(ValueError, match=r"phema.lengths=\[0.1, 0.1\] names a length twice"):
         PowerEMA(Net(), lengths=[0.1, 0.1])

@@ -227,9 +227,3 @@ def test_a_batch_size_that_does_not_divide_is_refused(shapes, tiny_text):
         ValueError, match=r"data.batch_size=5 .* must be a multiple of 2 \(1 dev.*, so 4 or 6"
     ):
         trainer.fit(latent_diffusion(tiny_text), datamodule=data)
-
-
-@pytest.mark.parametrize("wrong", [{"every": 0, "keep": 1}, {"every": 1, "keep": 0}])
-def test_every_or_keep_below_one_is_refused(tmp_path, wrong):
-    with pytest.raises(ValueError, match="must be 1 or more"):
-        Checkpoints(tmp_path, **wrong, facts={})

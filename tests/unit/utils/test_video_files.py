@@ -167,6 +167,18 @@ def test_videos_replace_no_file(tmp_path):
     assert names == {"x-2.gif", "x-2.png", "x-2_000.gif", "x-2_000.png"}
 
 
+def test_several_images_of_one_prompt_are_as_large_as_those_of_several(tmp_path):
+    """And have captions; an image alone is saved as it is."""
+    images, sizes = [video()[:, 0], video(seed=1)[:, 0]], []
+    for prompts in (["a", "a"], ["a", "b"]):
+        jobs = [(prompt, seed) for seed, prompt in enumerate(prompts)]
+        sizes.append(load_png(save_outputs(images, jobs, tmp_path / "x.png", {}))[0].size)
+    assert sizes[0] == sizes[1]
+    assert sizes[0][0] >= 2 * 192
+    alone = load_png(save_outputs(images[:1], [("a", 0)], tmp_path / "x.png", {}))[0]
+    assert alone.size == (images[0].shape[-1], images[0].shape[-2])
+
+
 def test_two_at_the_same_time_write_different_files(tmp_path):
     def save(seed: int) -> Path:
         return save_outputs([video(seed=seed)[:, 0]], [("a", seed)], tmp_path / "x.png", {})

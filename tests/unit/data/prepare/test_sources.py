@@ -35,7 +35,7 @@ def test_coco_records_and_skipped_images(images, tmp_path):
     path.write_text(json.dumps(coco(*rows, captions=captions)))
     records = read_coco_records(images, path)
     (found,) = records.usable
-    assert (found.path, found.file_name) == (images / "b.png", "b.png")
+    assert (found.read(), found.file_name) == (picture(), "b.png")
     assert found.captions == ["one", "two words"]
     assert found.fields == {"image_id": 0, "url": "http://f/b"}
     assert records.skipped == {

@@ -67,7 +67,7 @@ DAMAGED = {
 
 def test_the_archive_to_damage_is_whole(tmp_path):
     assert len(GOOD) >= 14 * 512
-    assert scan_shard(write(tmp_path, GOOD))[0] == ["0000", "0001", "0002"]
+    assert scan_shard(write(tmp_path, GOOD))[0] == [b"0000", b"0001", b"0002"]
 
 
 @pytest.mark.parametrize("name", DAMAGED)
@@ -124,7 +124,7 @@ def test_missing_folder_or_shard_is_named(tmp_path):
 
 def left_out(tmp_path, members) -> tuple[list[str], dict[str, int]]:
     keys, _, skipped, *_ = scan_shard(write(tmp_path, tar_bytes(members)))
-    return keys, dict(skipped)
+    return [key.decode() for key in keys], dict(skipped)
 
 
 def test_unusable_samples_are_counted_and_others_stay(tmp_path):
@@ -181,7 +181,7 @@ def test_links_and_devices_are_no_members(tmp_path):
         blocks += header(f"{number}.png", 0, kind, "/etc/passwd")
         blocks += header(f"{number}.txt", 1) + b"x".ljust(512, b"\0")
     keys, _, skipped, *_ = scan_shard(write(tmp_path, blocks + GOOD))
-    assert keys == ["0000", "0001", "0002"]
+    assert keys == [b"0000", b"0001", b"0002"]
     assert skipped == {"no image": 3}
 
 

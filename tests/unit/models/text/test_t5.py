@@ -121,7 +121,7 @@ def test_one_string_is_refused(text):
 
 
 def test_a_folder_without_t5_is_refused_with_a_remedy(folder, tmp_path):
-    with pytest.raises(OSError, match=r"(?s)no T5 encoder at .*text_encoder\.path="):
+    with pytest.raises(OSError, match=r"(?s)no T5 encoder at .*Give a folder with"):
         T5TextEncoder(str(tmp_path))
     other = shutil.copytree(folder, tmp_path / "wide")
     config = json.loads((other / "config.json").read_text())

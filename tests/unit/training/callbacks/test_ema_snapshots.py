@@ -170,8 +170,3 @@ def test_shards_are_refused(tiny_text):
     with pytest.raises(ValueError, match=r"fsdp keeps no averages .*: take phema.lengths=\[\]"):
         FullyShardedStrategy.check_module(latent_diffusion(tiny_text, phema_lengths=LENGTHS))
     FullyShardedStrategy.check_module(latent_diffusion(tiny_text))
-
-
-def test_every_below_one_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"phema.every=0 must be 1 or more"):
-        EMASnapshots(tmp_path, every=0)

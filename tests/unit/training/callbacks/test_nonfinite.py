@@ -47,15 +47,16 @@ def train(
     clip: float = 1.0,
     keep: int = 9,
     validate_every: int | None = None,
+    logger: type[CsvLog] = CsvLog,
 ) -> NonFiniteStepSkipper:
     trainer = make_trainer(steps=steps, callbacks=[], accumulate=accumulate, clip=clip)
     [meter] = trainer.callbacks[:1]
     meter.every = every
     skip = NonFiniteStepSkipper(folder / "bad_batches.json", monitor=meter, stop_after=stop_after)
-    keeper = Checkpoints(folder / "checkpoints", every=2, keep=keep, facts={})
+    keeper = Checkpoints(folder / "checkpoints", every=2, keep=keep, facts={}, skipper=skip)
     trainer.callbacks += [*callbacks, skip, keeper]
     trainer.val_check_interval = validate_every or trainer.val_check_interval
-    trainer.loggers = [CsvLog(folder / "metrics.csv")]
+    trainer.loggers = [logger(folder / "metrics.csv")]
     last = folder / "checkpoints" / "last.ckpt"
     how = {"ckpt_path": last if last.exists() else None, "weights_only": True}
     trainer.fit(module, datamodule=shapes_data(shapes), **how)
@@ -107,6 +108,18 @@ def test_an_unfused_optimizer_skips_the_step_too(tmp_path, shapes, tiny_text):
     assert seen[1][1] != seen[2][1]
 
 
+@pytest.mark.filterwarnings("ignore:the loss or the gradient was not finite")
+def test_a_skipped_step_alerts_the_owner(tmp_path, shapes, tiny_text):
+    class AlertLog(CsvLog):
+        def alert(self, title: str, text: str) -> None:
+            alerts.append((title, text.partition(":")[0]))
+
+    alerts = []
+    train(tmp_path, shapes, latent_diffusion(tiny_text), Spoil(1), steps=3, logger=AlertLog)
+    text = "the loss or the gradient was not finite at step 2"
+    assert alerts == [("steps that are not finite", text)]
+
+
 @pytest.mark.parametrize("every", [1, 4])
 def test_too_many_skipped_steps_in_a_row_stop_the_run_and_list_the_samples(
     tmp_path, shapes, tiny_text, every
@@ -150,11 +163,6 @@ def test_on_a_device_the_average_moves_by_what_the_device_says():
     lerp_by_tensor(averages, weights, 0.25 * (1 - torch.tensor(0.0)))
     for now, then, weight in zip(averages, before, weights, strict=True):
         torch.testing.assert_close(now, then.lerp(weight, 0.25))
-
-
-def test_stop_after_below_one_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="stop_after_skips=0 must be 1 or more"):
-        NonFiniteStepSkipper(tmp_path, monitor=None, stop_after=0)
 
 
 class SpoilWeights(L.Callback):
@@ -255,7 +263,8 @@ BAD, stop_after = json.loads(sys.argv[4]), int(sys.argv[5])
 quiet = {f"enable_{what}": False for what in ("checkpointing", "model_summary", "progress_bar")}
 monitor, watch = ThroughputMonitor(every=1), Watch()
 skip = NonFiniteStepSkipper(checkpoint.Path("bad.json"), monitor=monitor, stop_after=stop_after)
-keeper = Checkpoints(checkpoint.Path("checkpoints"), every=1, keep=9, facts={}, background=True)
+how = {"every": 1, "keep": 9, "background": True, "skipper": skip}
+keeper = Checkpoints(checkpoint.Path("checkpoints"), **how, facts={})
 trainer = L.Trainer(
     accelerator="cpu", devices=2,
     strategy={"ddp": "ddp", "fsdp": FullyShardedStrategy()}[sys.argv[3]],

@@ -1,6 +1,7 @@
 """W&B with no key, no network, a server: what lies on disk and what arrives."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -59,16 +60,92 @@ def log_steps(run_dir: Path, steps: range, *, failed: bool = False, **settings) 
         logger.log_metrics({"val/loss": 0.25}, step=steps[-1])
         logger.log_image("samples", [Image.new("RGB", (4, 4), "red")], step=steps[-1])
         logger.log_table("ranking", ["run", "val/loss"], [["a=b", 0.5], ['<c>:|?*"', None]])
-        logger.finish(failed=failed)
+        logger.finish(status="failed" if failed else "finished")
     finally:
         wandb.teardown()
 
 
-def test_a_single_run_is_tagged_with_all_overrides(tmp_path):
-    given = [*OVERRIDES, OVERRIDES[0]]
-    logger = wandb_logger(run_dir=tmp_path, name="alone", overrides=given, offline=True)
-    assert logger.run["group"] is None
-    assert logger.run["tags"] == [*OVERRIDES[:2], f"{OVERRIDES[2][:61]}..."]
+def test_tags_are_what_a_sweep_varies_and_those_of_the_user(tmp_path):
+    def tags(name, **settings):
+        return wandb_logger(run_dir=tmp_path, name=name, overrides=OVERRIDES, **settings).run[
+            "tags"
+        ]
+
+    assert tags("alone") is None
+    assert tags("alone", tags="baseline") == ["baseline"]
+    assert tags("demo/optimizer.lr=1e-3", tags=["x", "x"]) == ["optimizer.lr=1e-3", "x"]
+    long = f"demo/samples.prompts=-red-red~{'0' * 6},scheduler=cosine"  # a label with a digest
+    assert tags(long) == ["scheduler=cosine", f"{OVERRIDES[2][:61]}..."]
+    assert tags("demo/data.optimizer.lr=1e-3") is None
+
+
+SETTINGS = {
+    "entity": "team",
+    "project": "faces",
+    "group": "night",
+    "job_type": "train",
+    "notes": "first try",
+    "tags": ["a", "b"],
+}
+
+
+@pytest.mark.parametrize("by", ["settings", "environment", "both"])
+def test_settings_come_before_the_environment_and_that_before_ours(tmp_path, monkeypatch, by):
+    names = {"group": "WANDB_RUN_GROUP"}
+    if by != "settings":
+        for name, value in SETTINGS.items():
+            other = value if by == "environment" else ["other"]
+            text = ",".join(other) if isinstance(other, list) else other
+            monkeypatch.setenv(names.get(name, f"WANDB_{name.upper()}"), text)
+        monkeypatch.setenv("WANDB_MODE", "offline" if by == "environment" else "online")
+    given = {} if by == "environment" else SETTINGS | {"mode": "offline"}
+    log_steps(tmp_path, range(1), **given)
+    (run,) = wandb_files.of_run(tmp_path)
+    found = {name: getattr(run, name) for name in SETTINGS}
+    assert found == SETTINGS | {"tags": ["scheduler=cosine", "a", "b"]}
+
+
+def test_a_run_can_be_without_wandb(tmp_path, capsys):
+    log_steps(tmp_path, range(1), mode="disabled")
+    assert not wandb_files.of_run(tmp_path)
+    assert "W&B" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [{"mode": "of"}, {"artifact": "last"}])
+def test_an_unknown_mode_or_artifact_is_refused(tmp_path, wrong):
+    with pytest.raises(ValueError, match=r"logger.wandb.(mode=of is none of on|artifact=last is)"):
+        wandb_logger(run_dir=tmp_path, name="x", overrides=[], **wrong)
+
+
+def test_alerts_and_the_best_checkpoint_are_in_the_file(tmp_path):
+    best = tmp_path / "checkpoints" / "step=00000002.ckpt"
+    best.parent.mkdir()
+    best.write_bytes(b"weights")
+    best.with_name("best.ckpt").symlink_to(best.name)
+    logger = wandb_logger(run_dir=tmp_path, name="x", overrides=[], artifact="best")
+    logger.log_metrics({"val/loss": 1.0}, step=2)
+    logger.alert("run preempted", "at step 2")
+    logger.alert("run failed", "ValueError: x")
+    logger.finish(status="failed")
+    wandb.teardown()
+    (run,) = wandb_files.of_run(tmp_path)
+    assert run.alerts == [
+        ("WARN", "run preempted", "at step 2"),
+        ("ERROR", "run failed", "ValueError: x"),
+    ]
+    assert run.artifacts == {f"checkpoint-{run.id}": [f"file://{best}"]}
+
+
+def test_a_copied_run_directory_gets_a_run_of_its_own(tmp_path, server, capsys):
+    log_steps(tmp_path / "first", range(3))
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    log_steps(tmp_path / "copy", range(3, 5))
+    assert "copy is a copy of" in capsys.readouterr().out
+    first, copy = ((tmp_path / name / "wandb_id").read_text().strip() for name in ("first", "copy"))
+    assert set(server.runs) == {first, copy}
+    losses = [row for row in server.runs[first].history.values() if "train/loss" in row]
+    assert len(losses) == 3, "the original got nothing"
+    assert copy in (tmp_path / "copy" / "wandb_url").read_text()
 
 
 def test_a_job_of_a_sweep(tmp_path, capsys):
@@ -97,7 +174,7 @@ def test_results_are_plotted_against_images_seen(tmp_path):
     log_steps(tmp_path, range(3))
     (run,) = wandb_files.of_run(tmp_path)
     step = "trainer/global_step"  # its own axis; and no two globs fit one name: W&B takes any
-    steps = {"train/*": step, "perf/*": step, "images_seen": step}
+    steps = {"train/*": step, "perf/*": step, "eval/*": step, "images_seen": step}
     assert run.axes == {step: "", **steps, "val/*": "images_seen", "samples": "images_seen"}
     assert run.series("val/loss", "images_seen") == {8: 0.25}
     (picture,) = run.series("samples/_type", "images_seen")
@@ -107,7 +184,7 @@ def test_results_are_plotted_against_images_seen(tmp_path):
 def test_names_and_overrides_of_a_single_run(tmp_path):
     log_steps(tmp_path, range(1), name="first", overrides=["a=1", "a=1"])
     (run,) = wandb_files.of_run(tmp_path)
-    assert (run.group, run.name, run.tags) == ("", "first", ["a=1"])
+    assert (run.group, run.name, run.tags) == ("", "first", [])
 
 
 def test_a_resumed_run_goes_on_offline(tmp_path):
@@ -125,8 +202,8 @@ def test_runs_do_not_mix_in_one_process(tmp_path):
     loggers = [wandb_logger(run_dir=tmp_path / n, name=n, overrides=[]) for n in ("a", "b")]
     for value, logger in enumerate(loggers):
         logger.log_metrics({"val/loss": float(value)}, step=1)
-    loggers[1].finish(failed=False)
-    loggers[0].finish(failed=False)
+    loggers[1].finish(status="finished")
+    loggers[0].finish(status="finished")
     wandb.teardown()
     for value, name in enumerate(("a", "b")):
         (run,) = wandb_files.of_run(tmp_path / name)
@@ -201,7 +278,7 @@ def test_a_server_that_dies_does_not_disturb_the_run(tmp_path, server, capsys):
     for step in range(1, 9):
         logger.log_metrics({"train/loss": 1.0}, step=step)
     assert time.perf_counter() - began < 2
-    logger.finish(failed=False)
+    logger.finish(status="finished")
     wandb.teardown()
     assert time.perf_counter() - began < 20
     assert "`wandb sync --include-online " in capsys.readouterr().out
@@ -234,7 +311,7 @@ def test_a_dead_wandb_process_does_not_stop_the_training(tmp_path, capsys):
     time.sleep(0.5)
     for step in range(1, 5):
         logger.log_metrics({"train/loss": 1.0}, step=step)
-    logger.finish(failed=False)
+    logger.finish(status="finished")
     assert "`wandb sync " in capsys.readouterr().out
     with pytest.raises(ConnectionError):
         wandb.teardown()

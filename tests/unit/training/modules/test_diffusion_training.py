@@ -184,8 +184,3 @@ def test_the_logged_loss_does_not_depend_on_accumulation(shapes, tiny_text):
         trainer.fit(latent_diffusion(tiny_text), datamodule=shapes_data(shapes))
         logged.append(trainer.callbacks[0].latest["train/loss"])
     assert logged[0] == pytest.approx(logged[1], rel=1e-5)
-
-
-def test_a_caption_dropout_out_of_range_is_refused(tiny_text):
-    with pytest.raises(ValueError, match="caption_dropout is a share from 0 to 1, got 2"):
-        latent_diffusion(tiny_text, caption_dropout=2)

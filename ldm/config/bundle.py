@@ -1,0 +1,118 @@
+"""Writes a trained model as a bundle: weights, configuration, frozen components, model card."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from ldm.config.components import (
+    find_component_location,
+    load_diffusion_checkpoint,
+    set_component_location,
+)
+from ldm.config.composition import compose_config, isolate_hydra
+from ldm.config.model_card import write_model_card
+from ldm.config.pipeline import explain_moved_component, load_pipeline
+from ldm.config.trust import list_trusted_packages
+from ldm.models.clip import Clip
+from ldm.models.diffusers_format import save_autoencoder
+from ldm.utils.bundle_file import is_bundle, write_bundle_manifest, write_bundle_weights
+from ldm.utils.checkpoint_file import select_prefix
+from ldm.utils.errors import UsageError
+from ldm.utils.files import TEMPORARY_SUFFIX
+
+
+def write_bundle(
+    cfg: DictConfig, ckpt: str, out: Path, locations: Mapping[str, str | None]
+) -> dict[str, str]:
+    """Writes the bundle of a run or a checkpoint to `out`, whole or not at all.
+
+    locations: where frozen components are, if not where the run says. The bundle is loaded before
+    it gets its name. Returns the frozen components that were not copied, with their locations.
+    """
+    trust = list_trusted_packages(cfg)
+    source = load_diffusion_checkpoint(ckpt, trust=trust)
+    if is_bundle(source.path):
+        raise UsageError(f"ckpt={ckpt} is a bundle already: copy its folder")
+    for name, location in locations.items():
+        if location is not None:
+            set_component_location(source.config, name, location)
+    places = {name: find_component_location(source.config[name]) for name in source.digests}
+    places = {name: place for name, place in places.items() if place is not None}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=out.parent, prefix=f".{out.name}.", suffix=TEMPORARY_SUFFIX
+    ) as temporary:
+        folder = Path(temporary, out.name)
+        folder.mkdir()
+        copies = {}
+        for name in places if cfg.frozen == "copy" else ():
+            part = source.config[name]
+            if (write := COMPONENT_WRITERS.get(part._target_)) is not None:
+                with explain_moved_component(source.config):
+                    copies[name] = f"{name}{write(part, folder / name)}"
+        others = {name: place for name, place in places.items() if name not in copies}
+        payload = source.payload
+        write_bundle_weights(
+            folder, select_prefix(payload, "ema.module."), payload["ldm"]["config"]
+        )
+        facts = {
+            "stage": payload["ldm"]["stage"],
+            "step": payload["global_step"],
+            "frozen": source.digests,
+            "origins": places,
+            "copies": copies,
+        }
+        write_bundle_manifest(folder, facts)
+        with isolate_hydra():
+            sampling = compose_config("sample", [f"trust=[{','.join(trust)}]", "device=cpu"])
+        loaded = load_pipeline(sampling, str(folder), others)
+        write_model_card(
+            folder,
+            loaded,
+            source.path.resolve(),
+            origins=places,
+            name=out.name,
+            license=cfg.license,
+        )
+        write_bundle_manifest(folder, facts)
+        folder.replace(out)
+    return others
+
+
+def write_autoencoder_copy(part: DictConfig, folder: Path) -> str:
+    """Writes the weights of an autoencoder; returns where in `folder` they are read from."""
+    save_autoencoder(instantiate(part), folder, dtype=torch.float32, exact_scale=True)
+    return ""
+
+
+def write_text_encoder_copy(part: DictConfig, folder: Path) -> str:
+    """As `write_autoencoder_copy`, of a text encoder of transformers."""
+    instantiate(part).save(folder)
+    return ""
+
+
+def write_style_encoder_copy(part: DictConfig, folder: Path) -> str:
+    """As `write_autoencoder_copy`, of the whole CLIP of a style encoder."""
+    Clip.load(part.path).save(folder)
+    return ""
+
+
+def write_label_copy(part: DictConfig, folder: Path) -> str:
+    """As `write_autoencoder_copy`, of the names of classes."""
+    folder.mkdir()
+    (folder / "names.txt").write_text("\n".join([*instantiate(part).names, ""]))
+    return "/names.txt"
+
+
+# By the target of a component's configuration; others stay where they are.
+COMPONENT_WRITERS: dict[str, Callable[[DictConfig, Path], str]] = {
+    "ldm.models.diffusers_format.make_autoencoder_kl": write_autoencoder_copy,
+    "ldm.models.text.clip.ClipTextEncoder": write_text_encoder_copy,
+    "ldm.models.text.t5.T5TextEncoder": write_text_encoder_copy,
+    "ldm.models.text.labels.LabelTextEncoder": write_label_copy,
+    "ldm.models.style.ClipStyleEncoder": write_style_encoder_copy,
+}

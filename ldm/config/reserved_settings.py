@@ -1,0 +1,65 @@
+"""Settings that a run decides itself, and what to give in their place.
+
+A component's added settings are arguments of its class, but ldm/config passes some arguments
+itself: those would replace what the user gives. Imports nothing, so that a check costs nothing.
+"""
+
+# The setting, and the remedy: a test compares this table with what ldm/config passes.
+RESERVED_SETTINGS = {
+    "trainer.callbacks": "give callbacks=NAME, or '+callbacks.mine._target_=mypackage.Class'",
+    "trainer.logger": "give logger=NAME, or '+logger.mine._target_=mypackage.Class'",
+    "trainer.strategy": "give strategy=ddp, strategy=fsdp, or strategy._target_=mypackage.Class",
+    "trainer.plugins": "leave it out: the run has a plugin of its own, which writes checkpoints",
+    "trainer.default_root_dir": "give name=my-run",
+    "trainer.enable_checkpointing": "see checkpoint.every and checkpoint.keep",
+    "trainer.enable_model_summary": (
+        "give '+callbacks.summary._target_=lightning.pytorch.callbacks.ModelSummary'"
+    ),
+    "trainer.check_val_every_n_epoch": "give trainer.val_check_interval, in optimizer steps",
+    "trainer.num_sanity_val_steps": "see validate_first",
+    "trainer.use_distributed_sampler": "leave it out: the data give each rank its share",
+    "trainer.inference_mode": "leave it out: the first validation's numbers are used in training",
+    "trainer.max_epochs": "give trainer.max_steps",
+    "data.seed": "give seed",
+    "model.in_channels": "autoencoder and task decide it",
+    "model.out_channels": "autoencoder decides it",
+    "model.context_dim": "text_encoder decides it",
+    "model.pooled_dim": "text_encoder decides it",
+    "objective.schedule": "give scheduler=NAME",
+    "objective.weighting": "give weighting=NAME",
+    "objective.loss": "give loss=NAME",
+    "objective.timestep_sampler": "give timestep_sampler=NAME",
+    "timestep_sampler.batch": "give data.batch_size",
+    "clip.tokenizer": "vocab_size decides it",
+    "clip.image_size": "give data.size",
+    "classifier.in_channels": "autoencoder decides it",
+    "classifier.schedule": "give scheduler=NAME",
+    "logger.wandb.run_dir": "give name=my-run",
+    "logger.wandb.name": "give name=my-run",
+    "logger.wandb.overrides": "leave it out: they are the words of the command line",
+    "logger.tensorboard.run_dir": "give name=my-run",
+    "logger.mlflow.run_dir": "give name=my-run",
+    "logger.mlflow.name": "give name=my-run",
+    "logger.mlflow.overrides": "leave it out: they are the words of the command line",
+    "eval.scenes.size": "give data.size",
+    "eval.images.size": "give data.size",
+    "eval.images.images": "give data.val",
+    "eval.images.reference_images": "give data.train",
+    "eval.images.folder": "give name=my-run",
+    "eval.images.raw_denoiser": "see eval.images.raw",
+    "eval.images.settings": "leave it out: they are those of the run",
+    "eval.images.metrics": "give metrics=NAME",
+}
+# Groups whose keys name components.
+NAMED_COMPONENT_GROUPS = ("callbacks", "metrics", "eval", "features", "logger")
+# What only a run that trains a denoiser reads.
+DENOISER_SETTINGS = ("init", "eval", "features", "metrics")
+# What ldm.evaluate does not read of a pipeline of diffusers, and of image files.
+UNREAD_SETTINGS = {
+    "run": (),
+    "peer": ("sampler", "raw", "autoencoder", "text_encoder", "trust"),
+    "images": (
+        *("sampler", "guidance", "steps", "seed", "count", "scenes", "raw"),
+        *("autoencoder", "text_encoder", "trust"),
+    ),
+}

@@ -1,0 +1,160 @@
+"""One training run in its directory: locked, checked against its beginning, trained or resumed."""
+
+import time
+from collections.abc import Iterable
+from contextlib import closing, nullcontext, suppress
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from ldm.config.command_line import convert_to_usage_errors
+from ldm.config.config_check import compose_default_config
+from ldm.config.training_checks import check_before_imports
+from ldm.experiments.run_dir import (
+    SWEEP_FILE,
+    change_concerns,
+    get_launcher_rank,
+    is_run_finished,
+    list_config_changes,
+    read_last_value,
+    read_partial_result,
+    read_result,
+    read_yaml_settings,
+    write_result,
+)
+from ldm.utils.errors import UsageError, suggest_nearest
+from ldm.utils.files import write_text
+from ldm.utils.locks import lock_directory
+from ldm.utils.signals import StopSignals
+
+
+def train_run(cfg: DictConfig, run_dir: Path, signals: StopSignals) -> dict:
+    """Trains a run, or resumes it, and returns its result.json.
+
+    Raises UsageError before the training begins, SystemExit after a stop signal.
+    """
+    # Children and other machines respect the lock; several ranks share that of the first.
+    with convert_to_usage_errors():
+        lock = closing(lock_directory(run_dir)) if get_launcher_rank() == 0 else nullcontext()
+    with lock:
+        with convert_to_usage_errors():
+            check_config_unchanged(cfg, run_dir)
+            if is_run_finished(run_dir, cfg.trainer.max_steps, stops=bool(cfg.early_stop)):
+                value = f"{cfg.metric} = {read_last_value(run_dir, cfg.metric)}"
+                print(
+                    f"{run_dir} is finished: {value}. Raise trainer.max_steps to go on, or choose "
+                    "another name"
+                )
+                return read_result(run_dir)
+            check_before_imports(cfg, run_dir)
+            job = build_interruptible_job(cfg, run_dir, signals)
+        return train_job(cfg, job, run_dir, signals)
+
+
+def check_config_unchanged(cfg: DictConfig, run_dir: Path) -> None:
+    """Refuses to resume a run under another configuration; UsageError names what differs."""
+    if (run_dir / SWEEP_FILE).is_file():
+        raise UsageError(f"{run_dir} is a sweep, and no run: give another name=...")
+    file = run_dir / "config.yaml"
+    # Without a checkpoint there is nothing to resume.
+    saved = any((run_dir / "checkpoints").glob("step=*.ckpt"))
+    if not file.is_file() or not saved or get_launcher_rank() != 0:
+        return
+    try:
+        old = read_yaml_settings(file)
+    except ValueError as error:
+        raise UsageError(f"{error}. Move the folder away to begin anew") from error
+    new = OmegaConf.to_container(cfg, resolve=True)
+    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    changes = list_config_changes(old, new, compose_default_config("train", words))
+    changes = [change for change in changes if not change_concerns(change, cfg.resume.allow)]
+    if changes:
+        keys = ",".join(change.partition(" was ")[0] for change in changes)
+        raise UsageError(
+            f"{run_dir} was started with other settings: {'; '.join(changes[:5])}. Give those "
+            "again to continue it, another name=... for a new run, or "
+            f"resume.allow=[{keys}] to change them in this one"
+        )
+
+
+def build_interruptible_job(cfg: DictConfig, run_dir: Path, signals: StopSignals):
+    """Builds the run; where a signal ends that, result.json says so."""
+    first = get_launcher_rank() == 0
+    try:
+        with signals.exit_on_signal():
+            if first:
+                write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+            from ldm.config.run import build_job  # torch: a typo need not wait for it
+
+            job = build_job(cfg, run_dir, signals)
+        signals.at_once = False
+        return job
+    except SystemExit:
+        if signals.received is not None and first:
+            signals.at_once = False
+            result = {"status": "preempted"} | read_partial_result(run_dir, cfg.metric)
+            with suppress(OSError):  # a full disk; the files of an earlier call are still valid
+                write_result(run_dir, result)
+            print_outcome(run_dir, result)
+            signals.requeue()
+        raise
+
+
+def train_job(cfg: DictConfig, job, run_dir: Path, signals: StopSignals) -> dict:
+    """Trains, from the newest checkpoint if there is one; writes result.json however it ends."""
+    first = get_launcher_rank() == 0
+    spent = read_result(run_dir).get("seconds", 0.0)
+    start, end = time.time(), {"status": "failed"}
+    try:
+        with signals.exit_on_signal():
+            if first:
+                (run_dir / "result.json").unlink(missing_ok=True)  # of an earlier, shorter call
+                print(f"{run_dir} {job.describe()}", flush=True)
+            if job.trainer.world_size == 1:  # several leave together, where the training begins
+                signals.leave_at_once()
+            if cfg.validate_first and job.resume is None:
+                job.trainer.validate(job.module, datamodule=job.data, verbose=False)
+                check_metric_logged(cfg.metric, job.metrics())
+            job.trainer.fit(
+                job.module, datamodule=job.data, ckpt_path=job.resume, weights_only=True
+            )
+        job.check_end(run_dir, cfg.metric)
+        end = {"status": "finished"}
+    except (KeyboardInterrupt, SystemExit):
+        end = {"status": "preempted"}
+        if first:
+            signals.requeue()
+        raise
+    except BaseException as error:
+        end["error"], reports = job.failed(run_dir, error)
+        first = first or reports
+        raise
+    finally:
+        signals.at_once = False
+        seconds = round(spent + time.time() - start, 1)
+        if first:
+            result = end | job.outcome(run_dir, cfg.metric) | {"seconds": seconds}
+            job.finish(run_dir, cfg.metric, cfg.direction, result)
+            print_outcome(run_dir, result)
+    return result if first else end
+
+
+def check_metric_logged(metric: str, logged: Iterable[str]) -> None:
+    """UsageError for a metric that the first validation did not measure."""
+    if metric not in logged and not metric.startswith(("train/", "perf/")):
+        known = sorted(name for name in logged if "/" in name)
+        raise UsageError(
+            f"metric={metric} is not measured by this run{suggest_nearest(metric, known)} "
+            f"There are: {', '.join(known)}"
+        )
+
+
+def print_outcome(run_dir: Path, result: dict) -> None:
+    """Prints how a run ended."""
+    newest = result["checkpoint"] or "none: the same command begins anew"
+    print(
+        f"{result['status']} at step {result['steps']}; {result['metric']} = {result['value']}; "
+        f"newest checkpoint: {newest}; more in {run_dir}",
+        flush=True,
+    )

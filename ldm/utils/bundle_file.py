@@ -1,0 +1,111 @@
+"""Bundles: a trained model in one folder, without pickles, for other machines.
+
+bundle.json       stage, step, digests of the frozen components, size and SHA-256 of each file
+config.yaml       the configuration of the training
+denoiser.safetensors      the averaged weights
+autoencoder/ ..   the frozen components that were copied; README.md: the model card
+"""
+
+import json
+from pathlib import Path, PurePosixPath
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ldm.utils.checkpoint_file import CheckpointError, manifest_path
+from ldm.utils.files import BUNDLE_FILE, read_json, read_text, write_text
+from ldm.utils.hashing import hash_file
+
+BUNDLE_CONFIG_FILE = "config.yaml"
+BUNDLE_WEIGHTS_FILE = "denoiser.safetensors"
+BUNDLE_DATA_FILES = (BUNDLE_WEIGHTS_FILE, BUNDLE_CONFIG_FILE)
+BUNDLE_FORMAT = 1
+MAX_BUNDLE_BYTES = 2**20  # of bundle.json and config.yaml
+
+
+def is_bundle(folder: Path) -> bool:
+    """Returns whether a folder is a bundle, whole or damaged."""
+    return (folder / BUNDLE_FILE).is_file()
+
+
+def write_bundle_weights(folder: Path, weights: dict[str, Tensor], config: str) -> None:
+    """Writes the weights and the configuration of a bundle."""
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(tensors, folder / BUNDLE_WEIGHTS_FILE)
+    write_text(folder / BUNDLE_CONFIG_FILE, config)
+
+
+def write_bundle_manifest(folder: Path, facts: dict) -> None:
+    """Writes bundle.json: `facts`, and the digests of all files in the folder."""
+    whole = {"format": BUNDLE_FORMAT, **facts, "files": describe_bundle_files(folder)}
+    write_text(folder / BUNDLE_FILE, json.dumps(whole, indent=1) + "\n")
+    mode = (folder / BUNDLE_FILE).stat().st_mode
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)  # safetensors writes files for their owner alone
+
+
+def describe_bundle_files(folder: Path) -> dict[str, dict]:
+    """Returns size and SHA-256 of each file in a folder, by its path; without bundle.json."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): {
+            "size": path.stat().st_size,
+            "sha256": hash_file(path),
+        }
+        for path in paths
+        if path != folder / BUNDLE_FILE
+    }
+
+
+def read_bundle(folder: Path) -> tuple[dict, dict[str, str]]:
+    """Returns a bundle as the payload of a checkpoint, and the paths of frozen components.
+
+    Raises CheckpointError if weights or configuration do not have their digests; whoever builds a
+    frozen component compares it with its own digest in the payload.
+    """
+    facts = read_bundle_manifest(folder)
+    for name, digest in facts["digests"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{folder} is no whole bundle: {name} is missing")
+        if hash_file(path) != digest:
+            raise CheckpointError(f"{path} does not have the digest in {BUNDLE_FILE}")
+    try:
+        weights = load_file(folder / BUNDLE_WEIGHTS_FILE)
+        config = read_text(folder / BUNDLE_CONFIG_FILE, max_bytes=MAX_BUNDLE_BYTES)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(f"{folder} cannot be used: {error}") from error
+    copies = {name: str(folder / place) for name, place in facts["copies"].items()}
+    payload = {
+        "state_dict": {f"ema.module.{name}": tensor for name, tensor in weights.items()},
+        "global_step": facts["step"],
+        "ldm": {"stage": facts["stage"], "frozen": facts["frozen"], "config": config},
+    }
+    return payload, copies
+
+
+def read_weights_digest(path: Path) -> str:
+    """Returns the SHA-256 of a checkpoint file, or of the weights of a bundle."""
+    if is_bundle(path):
+        return read_bundle_manifest(path)["digests"][BUNDLE_WEIGHTS_FILE]
+    manifest = manifest_path(path)
+    return read_json(manifest)["sha256"] if manifest.is_file() else hash_file(path)
+
+
+def read_bundle_manifest(folder: Path) -> dict:
+    """Returns bundle.json; raises CheckpointError if it is damaged or of another format."""
+    path = folder / BUNDLE_FILE
+    try:
+        facts = read_json(path, max_bytes=MAX_BUNDLE_BYTES)
+        if (version := facts["format"]) != BUNDLE_FORMAT:
+            raise ValueError(f"its format is {version!r:.20}, and this ldm reads {BUNDLE_FORMAT}")
+        needed = {key: facts[key] for key in ("step", "stage", "frozen", "copies")}
+        for place in map(PurePosixPath, needed["copies"].values()):
+            if place.is_absolute() or ".." in place.parts:
+                raise ValueError(f"{str(place)!r:.80} is outside of the bundle")
+        digests = {name: str(facts["files"][name]["sha256"]) for name in BUNDLE_DATA_FILES}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
+    return {**needed, "digests": digests}

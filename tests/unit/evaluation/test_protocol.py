@@ -290,7 +290,8 @@ class CaptionedLevel:
     """The mean grey level of generated and real images, in the order in which they come."""
 
     def update(self, images, captions, real):
-        self.seen += [(real, *pair) for pair in zip(captions, images.flatten(1).sum(1).tolist())]
+        levels = images.flatten(1).sum(1).tolist()
+        self.seen += [(real, *pair) for pair in zip(captions, levels, strict=True)]
 
     def compute(self):
         real = [level for is_real, _, level in self.seen if is_real]

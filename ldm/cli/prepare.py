@@ -1,5 +1,6 @@
 """ldm prepare coco|folder|parquet|scenes [images=DIR] [annotations=FILE] out=DIR [size=..]"""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,9 @@ def main(cfg: DictConfig, paths: dict[str, str | None]) -> None:
         )
     out = require_option(paths, "out")
     check_path_length("out", Path(out))
+    images = paths.get("images")
+    if cfg.source in ("coco", "folder") and images and not os.path.isdir(images):
+        raise UsageError(f"images={images}: there is no such folder")
     prepare = prepare_scene_shards if cfg.source == "scenes" else prepare_image_shards
     report = prepare(cfg, paths)
     skipped = ", ".join(f"{len(names)} {reason}" for reason, names in report.skipped.items())

@@ -53,6 +53,7 @@ PASSED_ARGUMENTS = {
 SOMETIMES_PASSED = {
     "model": ("temporal", "style_dim", "style_code"),
     "guidance": ("schedule", "x0_at_zero_output"),
+    "logger": ("run_dir", "name", "overrides"),
 }
 
 BARE_INIT_MODULES = ("typing", "torch.nn.modules.module")

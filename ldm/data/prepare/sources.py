@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 from ldm.data.captions import clean_captions
-from ldm.data.image_decoding import read_image_bytes
 from ldm.utils.files import read_text
 
 FolderPart = Literal["all", "train", "val"]
@@ -49,6 +48,8 @@ class ImageRecords:
         elif not os.path.isfile(path):  # also False for names that no file can have
             self.skip("missing", file_name)
         else:
+            from ldm.data.image_decoding import read_image_bytes  # torch, for whoever needs it
+
             self.add_image(partial(read_image_bytes, path), file_name, texts, fields)
 
     def add_image(

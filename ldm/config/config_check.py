@@ -173,9 +173,12 @@ def check_added_hydra_settings(config: DictConfig) -> None:
     for word in config.hydra.overrides.hydra:
         key = word.lstrip("+").partition("=")[0]
         place, _, leaf = key.rpartition(".")
-        kind = OmegaConf.get_type(OmegaConf.select(config, place)) if word[0] == "+" else dict
+        node = OmegaConf.select(config, place) if word[0] == "+" else None
+        kind = OmegaConf.get_type(node)
         if is_dataclass(kind) and leaf not in {field.name for field in fields(kind)}:
             raise UsageError(format_unknown_setting(key, "train"))
+        if kind is dict and "_target_" in node:
+            check_setting_names([leaf], place, node["_target_"], node)
 
 
 def check_logger_packages(loggers: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
 """The model card of a bundle: what the model is, how to use it, data, metrics, licence, files."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,15 +89,16 @@ def format_card_usage(loaded: LoadedPipeline, name: str, prompt: str) -> str:
     leaves = dict(iterate_leaves({group: config.get(group) for group in CARD_GROUPS}))
     targets = {value for key, value in leaves.items() if key.endswith("_target_")}
     packages = sorted({target.partition(".")[0] for target in targets} - {"ldm"})
+    shell_name = shlex.quote(name)
     word = f" trust=[{','.join(packages)}]" if packages else ""
     argument = f", trust={json.dumps(packages)}" if packages else ""
     return f"""\
 ## Use
 
 ```bash
-ldm sample ckpt={name}{word} prompt={json.dumps(prompt)}
-ldm evaluate ckpt={name}{word}
-ldm train init={name}{word} name=my-run ...
+ldm sample ckpt={shell_name}{word} prompt={shlex.quote(prompt)}
+ldm evaluate ckpt={shell_name}{word}
+ldm train init={shell_name}{word} name=my-run ...
 ```
 
 ```python

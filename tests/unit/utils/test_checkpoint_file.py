@@ -397,6 +397,20 @@ def test_find_checkpoint_accepts_a_file_or_a_run(file, tmp_path):
     assert find_checkpoint(f"{file.parent}/best.ckpt").resolve() == file
 
 
+def test_a_copy_without_its_manifest_is_checked_by_its_own_checksums(file, tmp_path):
+    copy = tmp_path / "best.ckpt"
+    copy.write_bytes(file.read_bytes())
+    assert read_checkpoint(copy)["global_step"] == 1
+    for damage in (flip_a_bit, cut(0.5)):
+        damage(copy)
+        with pytest.raises(CheckpointError, match=r"does not have its checksums|is not whole"):
+            read_checkpoint(copy)
+    write_checkpoint({**payload(), "state_dict": {"a": torch.tensor([float("nan")])}}, copy)
+    manifest_path(copy).unlink()
+    with pytest.raises(CheckpointError, match="its weights are not finite"):
+        read_checkpoint(copy)
+
+
 def test_find_checkpoint_names_the_nearest(file, tmp_path, monkeypatch):
     (tmp_path / "new").mkdir()
     with pytest.raises(CheckpointError, match=r"new' has no checkpoint \(yet\) in .*/checkpoints"):

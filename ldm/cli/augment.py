@@ -134,7 +134,7 @@ def check_augment_folder(out: Path) -> None:
 
 
 def create_prompts(cfg: DictConfig, options: TextOptions, words: SlotWords):
-    """Returns the prompts of the template or of `captions`; None where neither is given."""
+    """Returns the prompts of the template or of `captions`; None without both."""
     from ldm.data.prepare.prompts import DatasetPrompts, PromptFile, PromptTemplate
     from ldm.data.shards.index import ReadOptions
     from ldm.data.shards.reader import ShardReader

@@ -1,13 +1,20 @@
 """ldm compare RUN_OR_SWEEP_DIR ... [metric=val/loss out=DIR]; --help tells more."""
 
-import argparse
+import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.config.command_line import LAYOUT_CHARACTERS, configure_output_encoding, pop_text_options
+from ldm.config.command_line import (
+    LAYOUT_CHARACTERS,
+    configure_output_encoding,
+    exit_with_usage_error,
+    split_text_options,
+)
+from ldm.config.search_path import order_command_words
 from ldm.experiments.ranking import find_runs
 from ldm.experiments.report import compare_runs
-from ldm.utils.errors import program_name
+from ldm.utils.errors import UsageError, suggest_nearest
 from ldm.utils.files import check_path_length, resolve_path
 from ldm.utils.text import escape_control_characters
 
@@ -29,30 +36,39 @@ of the same settings and images, quality_*.png shows them in one plot.
   overwrite=true   replaces files in it that have the names of these and are no earlier ranking"""
 
 
+COMPARE_OPTIONS = ("metric", "direction", "out", "overwrite")
+
+
 def main() -> None:
-    """Parses the command line, ranks the runs and prints the table."""
+    """Reads the command line, ranks the runs and prints the table."""
     configure_output_encoding()
-    texts = pop_text_options(["metric", "direction", "out", "overwrite"])
-    parser = argparse.ArgumentParser(
-        prog="python -m ldm.compare",
-        usage="python -m ldm.compare RUN_OR_SWEEP_DIR ... [metric=KEY out=DIR]",
-        description=COMPARE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("directory", nargs="+", type=Path, help="a run, or a folder with runs")
-    folders = parser.parse_args().directory
-    out = Path(texts.pop("out", None) or (folders[0] if len(folders) == 1 else "compared"))
-    texts["overwrite"] = texts.get("overwrite") == "true"
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # its reader may leave early, as `head` does
+        print(COMPARE_HELP)
+        return
     try:
+        texts, words = split_text_options(order_command_words(sys.argv[1:]), COMPARE_OPTIONS)
+        folders = read_run_folders(words)
+        out = Path(texts.pop("out", None) or (folders[0] if len(folders) == 1 else "compared"))
         check_path_length("out", out, more=len("/quality.png"))
-        text = compare_runs(
-            find_runs([resolve_path(folder) for folder in folders]), out=out, **texts
-        )
+        overwrite = texts.pop("overwrite", "false").lower()
+        if overwrite not in ("true", "false"):
+            raise UsageError(f"overwrite={overwrite} must be true or false")
+        text = compare_runs(find_runs(folders), out=out, overwrite=overwrite == "true", **texts)
         print(escape_control_characters(text, keep=LAYOUT_CHARACTERS))
     except (ValueError, OSError) as error:
-        message = escape_control_characters(str(error), keep=LAYOUT_CHARACTERS)
-        print(f"\n{program_name()}: {message}", file=sys.stderr)
-        sys.exit(2)
+        exit_with_usage_error(UsageError(str(error)), "compare")
+
+
+def read_run_folders(words: Sequence[str]) -> list[Path]:
+    """Returns the folders on the command line; UsageError without one, or for another word."""
+    for key, equals, _ in (word.partition("=") for word in words if not Path(word).exists()):
+        if equals and "/" not in key:  # the job of a sweep is a folder such as a/scheduler=cosine
+            near = suggest_nearest(key, COMPARE_OPTIONS)
+            raise UsageError(f"there is no setting '{key}'{near or '; --help lists them'}")
+    if not words:
+        raise UsageError("a run, or a folder with runs, is needed: give runs/my-sweep")
+    return [resolve_path(word) for word in words]
 
 
 if __name__ == "__main__":

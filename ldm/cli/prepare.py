@@ -1,5 +1,6 @@
 """ldm prepare coco|folder|parquet|scenes [images=DIR] [annotations=FILE] out=DIR [size=..]"""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +9,7 @@ from omegaconf import DictConfig
 
 from ldm.config.command_line import command, require_option
 from ldm.utils.errors import UsageError, suggest_nearest
-from ldm.utils.files import check_path_length
+from ldm.utils.files import check_path_length, resolve_path
 
 if TYPE_CHECKING:
     from ldm.data.prepare.writer import PreparationReport
@@ -36,6 +37,9 @@ def main(cfg: DictConfig, paths: dict[str, str | None]) -> None:
         )
     out = require_option(paths, "out")
     check_path_length("out", Path(out))
+    images = paths.get("images")
+    if cfg.source in ("coco", "folder") and images and not os.path.isdir(images):
+        raise UsageError(f"images={images}: there is no such folder")
     prepare = prepare_scene_shards if cfg.source == "scenes" else prepare_image_shards
     report = prepare(cfg, paths)
     skipped = ", ".join(f"{len(names)} {reason}" for reason, names in report.skipped.items())
@@ -44,17 +48,14 @@ def main(cfg: DictConfig, paths: dict[str, str | None]) -> None:
 
 
 def prepare_image_shards(cfg: DictConfig, paths: dict[str, str | None]) -> "PreparationReport":
-    """Writes shards of image files."""
-    from ldm.data.prepare.image_files import (  # torch: a typo need not wait for it
-        ImageSettings,
-        prepare_coco,
-        prepare_folder,
-        prepare_parquet,
-    )
+    """Writes shards of image files, or of Parquet files with images."""
+    # torch: a typo need not wait for it
+    from ldm.data.prepare.image_files import ImageSettings, write_image_shards
+    from ldm.data.prepare.parquet import read_parquet_records
+    from ldm.data.prepare.sources import read_coco_records, read_folder_records
 
+    images, out = (resolve_path(require_option(paths, name)) for name in ("images", "out"))
     names = ("size", "format", "quality", "samples_per_shard", "limit", "frames")
-    options = {name: require_option(paths, name) for name in ("images", "out")}
-    options["workers"] = cfg.workers
     if cfg.source == "coco":
         if cfg.frames is not None:
             raise UsageError("frames is for folder, parquet and scenes: COCO has images")
@@ -62,16 +63,18 @@ def prepare_image_shards(cfg: DictConfig, paths: dict[str, str | None]) -> "Prep
             raise UsageError(
                 "caption_key is for folder and parquet: COCO's captions have their place"
             )
-        options["annotations"] = require_option(paths, "annotations")
+        annotations = resolve_path(require_option(paths, "annotations"))
     if cfg.source != "parquet" and cfg.image_key is not None:
         raise UsageError(f"image_key is for parquet: {cfg.source} has image files")
-    options["settings"] = ImageSettings(**{name: cfg[name] for name in names})
+    settings = ImageSettings(**{name: cfg[name] for name in names})
     if cfg.source == "coco":
-        return prepare_coco(**options)
-    if cfg.source == "folder":
-        return prepare_folder(**options, part=cfg.part, caption_key=cfg.caption_key or "text")
-    keys = {"image_key": cfg.image_key, "caption_key": cfg.caption_key}
-    return prepare_parquet(**options, part=cfg.part, **keys)
+        records = read_coco_records(images, annotations)
+    elif cfg.source == "folder":
+        records = read_folder_records(images, part=cfg.part, caption_key=cfg.caption_key or "text")
+    else:
+        keys = {"image_key": cfg.image_key, "caption_key": cfg.caption_key}
+        records = read_parquet_records(str(images), part=cfg.part, **keys)
+    return write_image_shards(records, out, settings=settings, workers=cfg.workers)
 
 
 def prepare_scene_shards(cfg: DictConfig, paths: dict[str, str | None]) -> "PreparationReport":

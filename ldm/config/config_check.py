@@ -173,9 +173,12 @@ def check_added_hydra_settings(config: DictConfig) -> None:
     for word in config.hydra.overrides.hydra:
         key = word.lstrip("+").partition("=")[0]
         place, _, leaf = key.rpartition(".")
-        kind = OmegaConf.get_type(OmegaConf.select(config, place)) if word[0] == "+" else dict
+        node = OmegaConf.select(config, place) if word[0] == "+" else None
+        kind = OmegaConf.get_type(node)
         if is_dataclass(kind) and leaf not in {field.name for field in fields(kind)}:
             raise UsageError(format_unknown_setting(key, "train"))
+        if kind is dict and "_target_" in node:
+            check_setting_names([leaf], place, node["_target_"], node)
 
 
 def check_logger_packages(loggers: Iterable[str]) -> None:
@@ -260,7 +263,7 @@ def _check_settings(
             raise UsageError(format_unknown_setting(f"{name}.{next(iter(value))}", config_name))
         if prefix in NAMED_COMPONENT_PREFIXES and usual is ... and isinstance(value, dict):
             usual = value  # a component that the command line adds
-        if isinstance(usual, dict) and usual:
+        if isinstance(usual, dict) and (usual or name in NAMED_COMPONENT_GROUPS):
             if not isinstance(value, dict):
                 inside = ", ".join(f"{name}.{key}" for key in usual if key != "_target_")
                 raise UsageError(

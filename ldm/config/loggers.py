@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig
 
-from ldm.config.own_components import list_parameters
+from ldm.config.own_components import import_component, list_parameters
 from ldm.training.loggers.base import add_run_methods
 from ldm.training.loggers.csv import CsvLog
 from ldm.utils.errors import UsageError
@@ -21,7 +21,8 @@ def build_loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:
     run = {"run_dir": run_dir, "name": cfg.name, "overrides": get_command_line_overrides()}
     loggers: list[Logger] = [CsvLog(run_dir / "metrics.csv")]
     for key, option in (cfg.logger or {}).items():
-        names = {each.name for each in list_parameters(get_object(option["_target_"]))}
+        target = import_component(option["_target_"], f"logger.{key}")
+        names = {each.name for each in list_parameters(target)}
         given = {name: run[name] for name in run if name in names and name not in option}
         logger = instantiate(option, **given)
         if not isinstance(logger, Logger):

@@ -2,9 +2,9 @@
 
 import difflib
 import inspect
-import traceback
+import pydoc
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
+from importlib.util import find_spec
 
 from hydra import compose, initialize_config_dir
 
@@ -42,7 +42,7 @@ INTERFACES = {
     "optimizer": "collections.abc.Callable",
     "metrics": "ldm.evaluation.image_metrics.ImageMetric",
 }
-# Arguments that no YAML has: a component of these groups gets all of them, or some.
+# Arguments that no YAML has, of each component of these groups, and of some.
 PASSED_ARGUMENTS = {
     "model": ("in_channels", "out_channels", "context_dim", "pooled_dim"),
     "objective": ("schedule", "weighting", "loss", "timestep_sampler"),
@@ -53,6 +53,7 @@ PASSED_ARGUMENTS = {
 SOMETIMES_PASSED = {
     "model": ("temporal", "style_dim", "style_code"),
     "guidance": ("schedule", "x0_at_zero_output"),
+    "logger": ("run_dir", "name", "overrides"),
 }
 
 BARE_INIT_MODULES = ("typing", "torch.nn.modules.module")
@@ -67,11 +68,10 @@ def check_own_component(node: Mapping, place: str, default: Mapping) -> None:
     target, group = str(node["_target_"]), find_component_group(place)
     found = import_component(target, place)
     if group in INTERFACES and inspect.isclass(found):
-        module, _, name = INTERFACES[group].rpartition(".")
-        if missing := list_missing_methods(found, getattr(import_module(module), name)):
-            raise UsageError(
-                f"{place}={target} has no {', '.join(missing)}, as every {group} has: see {module}"
-            )
+        interface = INTERFACES[group]
+        if missing := list_missing_methods(found, import_component(interface, group)):
+            missing = ", ".join(missing)
+            raise UsageError(f"{place}={target} has no {missing}, as {interface} has")
     passed = PASSED_ARGUMENTS.get(group, ())
     for name in passed:
         if not takes_argument(found, name):
@@ -170,42 +170,20 @@ def list_missing_methods(found: type, interface: type) -> list[str]:
 def import_component(target: str, place: str) -> Callable:
     """The class or function that a target names; UsageError with the reason where there is none."""
     what = f"{place}._target_={target}"
-    names = target.split(".")
-    if len(names) < 2 or not all(names):
+    module, _, name = target.rpartition(".")
+    if not all(part.isidentifier() for part in (*module.split("."), name)):
         raise UsageError(f"{what} is no name of a class: give mypackage.module.Class")
-    for end in range(len(names) - 1, 0, -1):
-        module = ".".join(names[:end])
-        try:
-            found: object = import_module(module)
-            break
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-                raise _explain_import_error(what, module, error) from error
-            missing = error
-        except Exception as error:
-            raise _explain_import_error(what, module, error) from error
-    else:
+    if find_spec(target.partition(".")[0]) is None:
         raise UsageError(
-            f"{what}: {missing}. If it is yours, install it, or give PYTHONPATH=FOLDER, where it "
-            "lies"
+            f"{what}: No module named '{target.partition('.')[0]}'. If it is yours, install it, or "
+            "give PYTHONPATH=FOLDER, where it lies"
         )
-    for name in names[end:]:
-        if not hasattr(found, name):
-            near = difflib.get_close_matches(name, dir(found), n=1)
-            hint = f" - did you mean {near[0]}?" if near else ""
-            raise UsageError(f"{what}: {'.'.join(names[:end])} has no '{name}'{hint}")
-        found, end = getattr(found, name), end + 1
+    try:
+        found = pydoc.locate(target)
+        near = difflib.get_close_matches(name, dir(pydoc.locate(module)), n=1)
+    except pydoc.ErrorDuringImport as error:
+        raise UsageError(f"{what}: {str(error).splitlines()[0]}") from error
     if not callable(found):
-        raise UsageError(f"{what} is no class or function")
+        hint = f" - did you mean {near[0]}?" if near else ""
+        raise UsageError(f"{what}: there is no such class or function{hint}")
     return found
-
-
-def _explain_import_error(what: str, module: str, error: Exception) -> UsageError:
-    why = str(error).splitlines() or [""]
-    frames = [
-        each for each in traceback.extract_tb(error.__traceback__) if "<" not in each.filename
-    ]
-    where = f"{frames[-1].filename}, line {frames[-1].lineno}"
-    return UsageError(
-        f"{what}: {module} cannot be imported: {type(error).__name__}: {why[0]} ({where})"
-    )

@@ -146,6 +146,8 @@ RULES: tuple[tuple[NumberRule | ListRule | ExactRule | ChoiceRule | SettingRule,
     (ChoiceRule(("center", "random")), "data.crop"),
     (ChoiceRule(("stop", "skip")), "data.on_error"),
     (ChoiceRule(("jpg", "png", "webp")), "format"),
+    (ChoiceRule(("all", "train", "val", "unseen")), "prepare part"),
+    (ChoiceRule(("copy", "reference")), "bundle frozen"),
     # Counts.
     (POSITIVE, "n, top, most, limit, phema.every, checkpoint.every, checkpoint.keep"),
     (POSITIVE, "data.count, data.val_count, data.window, data.group, data.family, data.val_limit"),

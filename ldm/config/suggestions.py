@@ -40,7 +40,8 @@ def explain_hydra_error(error: Exception, config_name: str) -> str:
         near = suggest_nearest(option, options) or "."
         hint = OWN_DATA_HINT if group == "data" and near == "." else ""
         if (package := SWEEP_PACKAGES.get(option)) is not None:
-            return f"{group}={option} needs a package: pip install {package}"
+            typed = option.removeprefix("submitit_")  # the launcher whose settings slurm takes
+            return f"{group}={typed} needs a package: pip install {package}"
         return f"{group}={option} does not exist{near} There are: {', '.join(options)}{hint}"
     if found := re.search(r"Could not (?:override|append to config\.?) '?([\w@/.:-]+)'?", message):
         key = found[1].rstrip(".")

@@ -7,9 +7,10 @@ from omegaconf import DictConfig
 
 from ldm.config.sample_options import check_checkpoints_exist
 from ldm.config.size_multiple import read_size_multiple
+from ldm.data.position_sampler import split_batch
 from ldm.data.shards.locations import is_url, locate_shards
 from ldm.experiments.run_dir import get_launcher_layout
-from ldm.utils.errors import UsageError
+from ldm.utils.errors import UsageError, format_program
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def check_before_imports(cfg: DictConfig, run_dir: Path) -> None:
     """Refuses what the settings alone show to be wrong, before the slow imports.
 
-    Raises UsageError, and FileNotFoundError for data that are not there.
+    Raises UsageError or ValueError, and FileNotFoundError for data that are not there.
     """
     new = not any((run_dir / "checkpoints").glob("step=*.ckpt"))
     guides = {name: cfg.guidance.get(name) for name in ("guide", "classifier")}
@@ -29,7 +30,28 @@ def check_before_imports(cfg: DictConfig, run_dir: Path) -> None:
     for name in ("train", "val"):
         check_data_exist(cfg.data.get(name))
     check_image_size(cfg.data.size, read_size_multiple(cfg, stage=cfg.stage))
+    check_frozen_paths(cfg)
+    devices, nodes = get_launcher_layout() or (cfg.trainer.devices, cfg.trainer.num_nodes)
+    count = devices if isinstance(devices, int) and devices > 0 else 1  # or not known yet
+    split_batch(cfg.data.batch_size, count * nodes, cfg.trainer.accumulate_grad_batches)
     get_devices(cfg)
+
+
+def check_frozen_paths(cfg: DictConfig) -> None:
+    """UsageError where a trained component that the denoiser needs is not given, or not there."""
+    for name, experiment in (("autoencoder", "autoencoder_coco"), ("text_encoder", "clip_coco")):
+        if cfg.stage not in ("diffusion", "classifier"):
+            continue
+        path = cfg[name].get("path", "none needed")
+        if path is None:
+            raise UsageError(
+                f"{name}.path is needed: a trained {name.replace('_', ' ')} that the denoiser "
+                f"needs. Train one with `{format_program('train')} experiment={experiment}`, then "
+                f"give {name}.path=runs/{experiment}, or the folder or hub name of a published one"
+            )
+        is_local = str(path).startswith(("runs/", "/", "./", "../", "~"))  # no name on the hub
+        if is_local and not Path(path).expanduser().exists():
+            raise UsageError(f"{name}.path={path}: there is no such run or folder")
 
 
 def check_data_exist(source: object) -> None:

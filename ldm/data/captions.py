@@ -51,7 +51,7 @@ def read_weighted_captions(
     """
     fields = _parse_json_object(record)
     captions, shares = [], []
-    for key in sorted(weights, key=lambda key: -weights[key]):
+    for key in sorted(weights, key=lambda key: (-weights[key], key)):
         texts = _clean_value(fields.get(key))
         captions += texts
         shares += [weights[key] / len(texts) for _ in texts]

@@ -12,7 +12,12 @@ from torch.utils.data import DataLoader
 
 from ldm.data.bad_samples import BadSampleCounter
 from ldm.data.dataset import Batch, TextImageDataset, collate
-from ldm.data.position_sampler import PositionBatchSampler, ShuffledOrder, split_strided_batches
+from ldm.data.position_sampler import (
+    PositionBatchSampler,
+    ShuffledOrder,
+    split_batch,
+    split_strided_batches,
+)
 from ldm.data.shards.cache import ShardCache
 from ldm.data.shards.index import ReadOptions
 from ldm.data.shards.locations import ShardSource
@@ -110,15 +115,7 @@ class TextImageData(L.LightningDataModule):
 
     def micro_batch(self, world: int, accumulate: int) -> int:
         """Returns the images of one rank and micro-step; ValueError if they do not divide."""
-        parts = world * accumulate
-        if self.batch_size < 1 or self.batch_size % parts:
-            below = self.batch_size // parts * parts
-            near = " or ".join(str(n) for n in (below, below + parts) if n > 0)
-            raise ValueError(
-                f"data.batch_size={self.batch_size} is the batch of an optimizer step: it must be "
-                f"a multiple of {parts} ({world} devices x {accumulate} accumulated), so {near}"
-            )
-        return self.batch_size // parts
+        return split_batch(self.batch_size, world, accumulate)
 
     def train_dataloader(self) -> "FixedLengthLoader":
         """Returns the rest of the run, from `position` on."""

@@ -22,6 +22,19 @@ def draw_random_bits(count: int, *key: int) -> np.ndarray:
     return np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
 
 
+def split_batch(batch: int, world: int, accumulate: int) -> int:
+    """Returns the images of one rank and micro-step; ValueError if they do not divide."""
+    parts = world * accumulate
+    if batch < 1 or batch % parts:
+        below = batch // parts * parts
+        near = " or ".join(str(n) for n in (below, below + parts) if n > 0)
+        raise ValueError(
+            f"data.batch_size={batch} is the batch of an optimizer step: it must be a multiple of "
+            f"{parts} ({world} devices x {accumulate} accumulated), so {near}"
+        )
+    return batch // parts
+
+
 class ShuffledOrder:
     """The endless sequence of shuffled epochs over shards of the given sizes.
 

@@ -47,7 +47,7 @@ class ImageMetrics:
 
     @property
     def needs_real_images(self) -> bool:
-        """Whether a metric compares with real images."""
+        """Returns whether a metric compares with real images."""
         return any("real" in arguments for arguments in self.arguments.values())
 
     def reset(self, device: torch.device) -> None:

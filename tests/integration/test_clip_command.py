@@ -68,7 +68,7 @@ def test_the_command_line_finds_words(home):
 
 def test_the_command_line_finds_pictures(home):
     key = "000000004"
-    caption = ClipQueries(data=str(home / "shards")).caption_pairs[0][4]
+    caption = ClipQueries(data=str(home / "shards")).dataset.shards.read(4).captions[0]
     said = ask("data=shards", f"text={caption}", "top=3", "out=page.png", home=home)
     rows = said.strip().splitlines()
     assert rows[1].split(maxsplit=2)[1:] == [key, caption]

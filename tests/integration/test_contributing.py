@@ -26,7 +26,7 @@ def outside(tmp_path):
 
 def test_each_component_is_ten_lines_of_code():
     components = [name for name, _ in FILES if name.startswith("mypackage/")]
-    assert len(components) == 5
+    assert len(components) == 7
     for name, text in FILES:
         lines = [line for line in text.splitlines() if line.strip()]
         assert len(lines) <= 12, name
@@ -54,6 +54,8 @@ def test_the_commands_use_all_components(outside):
     with (outside / "runs" / "mine" / "metrics.csv").open() as file:
         last = list(csv.DictReader(file))[-1]
     assert float(last["val/fd_colour"]) > 0
+    assert float(last["val/grey"]) > 0
+    assert float(last["mine/weights"]) > 0
     sample += ["n=1", "steps=2", "out=a.png"]
     untrusted = [word for word in sample if not word.startswith("trust=")]
     said = run(*untrusted, cwd=outside, expect=2, **path)

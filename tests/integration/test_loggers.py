@@ -64,7 +64,7 @@ def test_a_run_with_four_loggers_is_preempted_and_resumes(tmp_path, monkeypatch)
     team = (four / "team.txt").read_text()
     assert "seed 0\n" in team
     assert "run preempted: runs/four at step 1 was preempted\n" in team
-    assert "step 6: epoch, " in team
+    assert "step 6: val/loss, " in team
 
 
 def test_a_logger_without_its_package_is_refused_at_once(tmp_path):

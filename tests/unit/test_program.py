@@ -1,6 +1,6 @@
 """The program `ldm`, its name in messages, and the package as Python code sees it."""
 
-import ast
+import re
 import sys
 
 import pytest
@@ -15,12 +15,8 @@ CLI = ROOT / "ldm" / "cli"
 
 
 def test_each_file_of_cli_that_has_a_main_is_a_verb():
-    trees = {path.stem: ast.parse(path.read_text()) for path in CLI.glob("*.py")}
-    mains = {
-        stem
-        for stem, tree in trees.items()
-        if any(getattr(node, "name", None) == "main" for node in tree.body)
-    }
+    main = re.compile(r"^(def main\(|main = )", re.MULTILINE)
+    mains = {path.stem for path in CLI.glob("*.py") if main.search(path.read_text())}
     assert mains == set(VERBS)
 
 

@@ -19,17 +19,10 @@ from ldm.data.image_decoding import (
     read_image,
     resize_short_side,
 )
-from ldm.data.prepare.parquet import read_parquet_records
-from ldm.data.prepare.sources import (
-    FolderPart,
-    ImageRecord,
-    ImageRecords,
-    read_coco_records,
-    read_folder_records,
-)
+from ldm.data.prepare.sources import ImageRecord, ImageRecords
 from ldm.data.prepare.writer import OutputShard, PreparationReport, claim_output_folder, plan_shards
 from ldm.data.shards.index import open_index
-from ldm.utils.files import resolve_path, write_json
+from ldm.utils.files import write_json
 from ldm.utils.hashing import hash_bytes
 
 ImageFormat = Literal["jpg", "png", "webp"]
@@ -73,64 +66,19 @@ class ImageSettings:
 _DEFAULTS = ImageSettings()
 
 
-def prepare_coco(
-    *,
-    images: str,
-    annotations: str,
-    out: str,
-    settings: ImageSettings = _DEFAULTS,
-    workers: int = 2,
+def write_image_shards(
+    records: ImageRecords, out: Path, *, settings: ImageSettings = _DEFAULTS, workers: int = 2
 ) -> PreparationReport:
-    """Writes shards of a COCO captions file (.json or .json.gz) and its image folder."""
-    records = read_coco_records(resolve_path(images), resolve_path(annotations))
-    sources = {
-        "images": str(resolve_path(images).resolve()),
-        "annotations": str(resolve_path(annotations).resolve()),
-    }
-    return _write_shards(records, resolve_path(out), sources, settings, workers)
+    """Writes shards of a source's records, and goes on where an earlier call was stopped.
 
-
-def prepare_folder(
-    *,
-    images: str,
-    out: str,
-    settings: ImageSettings = _DEFAULTS,
-    workers: int = 2,
-    part: FolderPart = "all",
-    caption_key: str = "text",
-) -> PreparationReport:
-    """Writes shards of a folder, see `read_folder_records`."""
-    records = read_folder_records(resolve_path(images), part=part, caption_key=caption_key)
-    sources = {"images": str(resolve_path(images).resolve()), "part": part}
-    return _write_shards(records, resolve_path(out), sources, settings, workers)
-
-
-def prepare_parquet(
-    *,
-    images: str,
-    out: str,
-    settings: ImageSettings = _DEFAULTS,
-    workers: int = 2,
-    part: FolderPart = "all",
-    image_key: str | None = None,
-    caption_key: str | None = None,
-) -> PreparationReport:
-    """Writes shards of the Parquet files that match a glob, see `read_parquet_records`."""
-    pattern = str(resolve_path(images))
-    records = read_parquet_records(pattern, part=part, image_key=image_key, caption_key=caption_key)
-    sources = {"images": pattern, "part": part, "image_key": image_key}
-    return _write_shards(records, resolve_path(out), sources, settings, workers)
-
-
-def _write_shards(
-    records: ImageRecords, out: Path, sources: dict[str, Any], settings: ImageSettings, workers: int
-) -> PreparationReport:
+    With `frames` the records are animations (WebP, GIF, PNG); those with fewer frames are skipped.
+    """
     if workers < 1:
         raise ValueError(f"workers must be 1 or more, got {workers}")
     usable = records.usable[: settings.limit]
     shards = plan_shards(out, usable, samples_per_shard=settings.samples_per_shard)
     lines = (json.dumps([r.file_name, r.captions, r.fields]).encode() for r in usable)
-    claim_output_folder(out, {**sources, **asdict(settings), "records": hash_bytes(*lines)})
+    claim_output_folder(out, {**records.sources, **asdict(settings), "records": hash_bytes(*lines)})
     stats = []
     unit = "image" if settings.frames is None else "video"
     with (

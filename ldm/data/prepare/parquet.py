@@ -6,10 +6,10 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, get_args
+from typing import Any
 
 from ldm.data.image_decoding import ImageError
-from ldm.data.prepare.sources import FolderPart, ImageRecords, choose_part
+from ldm.data.prepare.sources import FolderPart, ImageRecords, is_in_part, require_usable
 from ldm.utils.errors import UsageError
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
@@ -30,12 +30,11 @@ def read_parquet_records(
     texts, or of lists of them; None guesses. Other columns of texts become fields of the JSON.
     part: "val" is one row in ten, by a checksum of the file's name and the row's number.
     """
-    if part not in get_args(FolderPart):
-        raise ValueError(f"part must be {', '.join(get_args(FolderPart))}, got '{part}'")
     if Path(pattern).is_dir():
         pattern = f"{glob.escape(pattern)}/*.parquet"
     paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-    records, reader = ImageRecords(Path(pattern)), _ParquetReader()
+    sources = {"images": pattern, "part": part, "image_key": image_key}
+    records, reader = ImageRecords(Path(pattern), sources), _ParquetReader()
     root = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
     for path in paths:
         schema, groups = reader.read_schema(path)
@@ -46,16 +45,13 @@ def read_parquet_records(
             for row, fields in enumerate(reader.read_group(path, group, columns).to_pylist()):
                 name = f"{path.relative_to(root).as_posix()}#{number}"
                 number += 1
-                if part not in ("all", choose_part(name)):
+                if not is_in_part(name, part):
                     continue
                 read = partial(reader.read_image, path, group, image, row)
                 text = fields.pop(caption)
                 rest = {key: fields[key] for key in fields if key not in _RESERVED_FIELDS}
                 records.add_image(read, name, text if isinstance(text, list) else [text], rest)
-    if not records.usable:
-        counts = {reason: len(names) for reason, names in records.skipped.items()}
-        raise FileNotFoundError(f"no Parquet rows with a caption at {pattern}; left out: {counts}")
-    return records
+    return require_usable(records, "(Parquet files) with a caption")
 
 
 class _ParquetReader:

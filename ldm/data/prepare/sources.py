@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 from ldm.data.captions import clean_captions
-from ldm.data.image_decoding import read_image_bytes
 from ldm.utils.files import read_text
 
 FolderPart = Literal["all", "train", "val"]
@@ -35,9 +34,13 @@ class ImageRecord:
 
 @dataclass
 class ImageRecords:
-    """The usable records of a source, and the names of the others by reason."""
+    """The usable records of a source, and the names of the others by reason.
+
+    sources: the settings that determine them, as plain values for `prepare.json`.
+    """
 
     root: Path
+    sources: dict[str, Any]
     usable: list[ImageRecord] = field(default_factory=list)
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
@@ -49,6 +52,8 @@ class ImageRecords:
         elif not os.path.isfile(path):  # also False for names that no file can have
             self.skip("missing", file_name)
         else:
+            from ldm.data.image_decoding import read_image_bytes  # torch, for whoever needs it
+
             self.add_image(partial(read_image_bytes, path), file_name, texts, fields)
 
     def add_image(
@@ -66,7 +71,7 @@ class ImageRecords:
 
 def read_coco_records(images: Path, annotations: Path) -> ImageRecords:
     """Returns the images of a COCO captions file (.json or .json.gz), in its order."""
-    records = _open_records(images)
+    records = _open_records(images, annotations=str(annotations.resolve()))
     coco = _read_annotations(annotations)
     rows, notes = (
         coco.get(name) if isinstance(coco, dict) else None for name in ("images", "annotations")
@@ -83,7 +88,7 @@ def read_coco_records(images: Path, annotations: Path) -> ImageRecords:
         url = row.get("flickr_url") or row.get("coco_url")
         fields = {"image_id": row["id"], "url": url}
         records.add(str(row["file_name"]), texts.get(row["id"], []), fields)
-    return _require_usable(records, f"named by {annotations} with a caption")
+    return require_usable(records, f"named by {annotations} with a caption")
 
 
 def read_folder_records(
@@ -95,20 +100,18 @@ def read_folder_records(
     Without that file a.txt holds the caption of a.jpg. It follows links to folders.
     part: "val" is one in ten, by a checksum of the name, so that adding an image moves no other.
     """
-    if part not in get_args(FolderPart):
-        raise ValueError(f"part must be {', '.join(get_args(FolderPart))}, got '{part}'")
-    records = _open_records(images)
+    records = _open_records(images, part=part)
     metadata = images / "metadata.jsonl"
     if metadata.is_file():
         for file_name, text in _iterate_metadata(metadata, caption_key):
-            if part in ("all", choose_part(file_name)):
+            if is_in_part(file_name, part):
                 records.add(file_name, text if isinstance(text, list) else [text], {})
-        return _require_usable(records, f"named by {metadata} with a '{caption_key}'")
+        return require_usable(records, f"named by {metadata} with a '{caption_key}'")
     for path in sorted(_walk_files(images)):
         file_name, suffix = path.relative_to(images).as_posix(), path.suffix.lower()
         if suffix not in IMAGE_SUFFIXES + UNSUPPORTED_SUFFIXES:
             continue
-        if part not in ("all", choose_part(file_name)):
+        if not is_in_part(file_name, part):
             continue
         if is_hidden(file_name):
             records.skip("hidden", file_name)
@@ -116,7 +119,7 @@ def read_folder_records(
             records.skip(f"in {suffix[1:]}, which is not read", file_name)
         else:
             _add_with_text(records, file_name)
-    return _require_usable(records, "with a .txt of its name (or a line in metadata.jsonl)")
+    return require_usable(records, "with a .txt of its name (or a line in metadata.jsonl)")
 
 
 def list_image_files(folder: Path) -> list[Path]:
@@ -157,18 +160,22 @@ def _walk_files(root: Path) -> Iterator[Path]:
             links += [p for p in linked if not Path(real).is_relative_to(os.path.realpath(p))]
 
 
-def choose_part(file_name: str) -> FolderPart:
-    """Returns "val" for one name in ten, by its checksum, else "train"."""
-    return "train" if zlib.crc32(file_name.encode("utf-8", "replace")) % 10 else "val"
+def is_in_part(name: str, part: FolderPart) -> bool:
+    """Whether a record belongs to a part: one in ten, by the checksum of its name, is in "val"."""
+    if part not in get_args(FolderPart):
+        raise ValueError(f"part must be {', '.join(get_args(FolderPart))}, got '{part}'")
+    is_val = zlib.crc32(name.encode("utf-8", "replace")) % 10 == 0
+    return part == "all" or is_val == (part == "val")
 
 
-def _open_records(images: Path) -> ImageRecords:
+def _open_records(images: Path, **sources: str) -> ImageRecords:
     if not images.is_dir():
         raise FileNotFoundError(f"image folder not found: {images}")
-    return ImageRecords(images)
+    return ImageRecords(images, {"images": str(images.resolve()), **sources})
 
 
-def _require_usable(records: ImageRecords, wanted: str) -> ImageRecords:
+def require_usable(records: ImageRecords, wanted: str) -> ImageRecords:
+    """Returns the records; raises FileNotFoundError if none is usable."""
     if not records.usable:
         counts = {reason: len(names) for reason, names in records.skipped.items()}
         unread = any(reason.endswith("not read") for reason in counts)

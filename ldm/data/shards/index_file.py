@@ -72,7 +72,7 @@ class ShardIndex:
         """A digest of keys, order, sizes and caption keys, wherever the shards are stored."""
         keys = "".join(self.caption_weights)
         if len(self.caption_weights) > 1:
-            keys = json.dumps(self.caption_weights)
+            keys = json.dumps(self.caption_weights, sort_keys=True)
         return hash_bytes(
             self.key_bytes.tobytes(),
             keys.encode("utf-8", "replace"),

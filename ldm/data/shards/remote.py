@@ -210,4 +210,6 @@ def _retry(action: Callable[[], T], url: str) -> T:
     tries = f"tried {attempt + 1} times" if is_transient else "not worth another try"
     if status in (401, 403) and url.startswith("hf://"):
         tries = "private, gated or missing: set HF_TOKEN, and accept the terms on its page if any"
+    if reason == "OfflineModeIsEnabled":
+        tries = "HF_HUB_OFFLINE is set"
     raise RemoteError(f"{redact_url(url)} could not be read: {reason} ({tries})") from None

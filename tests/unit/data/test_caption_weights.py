@@ -37,6 +37,8 @@ def test_the_heaviest_key_comes_first_and_a_list_shares_its_weight():
     record = json.dumps({"short": "s", "long": ["one", " ", "two"], "other": "o"}).encode()
     assert read_weighted_captions(record, WEIGHTS) == (["one", "two", "s"], [0.4, 0.4, 0.2])
     assert read_weighted_captions(b'{"short": "s"}', WEIGHTS) == (["s"], [0.2])
+    for equal in ({"short": 1, "long": 1}, {"long": 1, "short": 1}):  # a run may resume with both
+        assert read_weighted_captions(record, equal)[0] == ["one", "two", "s"]
     assert read_weighted_captions(b'{"other": "o"}', WEIGHTS) == ([""], [1.0])
     assert read_weighted_captions(None, WEIGHTS) == ([""], [1.0])
 

@@ -284,3 +284,43 @@ def test_facts_tell_apart_what_gives_other_numbers(folders, clip, tmp_path, tiny
         assert one not in found[:i], changes[i]
     assert facts() == found[0]
     assert facts(batch=7) == found[0], "its roundings are no other protocol"
+
+
+class CaptionedLevel:
+    """The mean grey level of generated and real images, in the order in which they come."""
+
+    def update(self, images, captions, real):
+        levels = images.flatten(1).sum(1).tolist()
+        self.seen += [(real, *pair) for pair in zip(captions, levels, strict=True)]
+
+    def compute(self):
+        real = [level for is_real, _, level in self.seen if is_real]
+        own = [level for is_real, _, level in self.seen if not is_real]
+        return {"real": sum(real) / len(real), "own": sum(own) / len(own), "n": len(self.seen)}
+
+    def reset(self):
+        self.seen = []
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_metric_sees_all_images_in_order_in_any_number_of_processes(
+    folders, clip, tiny_text, tmp_path, world
+):
+    def work():
+        metric, paint = CaptionedLevel(), Painter(tiny_text)
+        one = quality(folders, clip, tmp_path / "cache", metrics={"level": metric})
+        one.networks = []
+        one.prepare(CPU)
+        found = one.measure(one.extract_features(paint, folder=tmp_path / "pieces"))
+        return found, getattr(metric, "seen", []), paint.painted
+
+    found, seen, painted = work()
+    assert painted == 22
+    assert [caption for is_real, caption, _ in seen if not is_real] == [
+        balls.captions(i)[0] for i in shuffle_indices(40)[:22]
+    ]
+    assert found["level_n"] == 22 + 25
+    results = several(world, work, tmp_path)
+    assert results[0][:2] == (found, seen)
+    assert sum(painted for *_, painted in results) == 0, "the pieces hold the images"
+    assert all(result[0] == found for result in results)

@@ -8,7 +8,7 @@ import pytest
 from material import picture
 from test_prepare import contents, fields
 
-from ldm.data.prepare.image_files import ImageSettings, prepare_parquet
+from ldm.data.prepare.image_files import ImageSettings, write_image_shards
 from ldm.data.prepare.parquet import read_parquet_records
 from ldm.data.shards.reader import ShardReader
 from ldm.utils.errors import UsageError
@@ -39,10 +39,10 @@ def folder(tmp_path):
     return tmp_path / "data"
 
 
-def prepare(folder, out, **changed):
+def prepare(folder, out, *, workers=2, **keys):
     settings = ImageSettings(size=8, samples_per_shard=3, format="png")
-    how = {"images": f"{folder}/train-*.parquet", "settings": settings} | changed
-    return prepare_parquet(out=str(out), **how)
+    records = read_parquet_records(f"{folder}/train-*.parquet", **keys)
+    return write_image_shards(records, out, settings=settings, workers=workers)
 
 
 def test_shards_of_parquet_files(folder, tmp_path):
@@ -102,7 +102,7 @@ def test_other_files_are_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1, or not")
     with pytest.raises(ValueError, match=r"a\.parquet is no intact Parquet file"):
         read_parquet_records(str(tmp_path / "*.parquet"))
-    with pytest.raises(FileNotFoundError, match=r"no Parquet rows .*/b\*"):
+    with pytest.raises(FileNotFoundError, match=r"no image in .*/b\* \(Parquet files\)"):
         read_parquet_records(str(tmp_path / "b*"))
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.image_decoding import read_image
-from ldm.data.prepare.image_files import ImageSettings, prepare_coco, prepare_folder
+from ldm.data.prepare.image_files import ImageSettings, write_image_shards
+from ldm.data.prepare.sources import read_coco_records, read_folder_records
 from ldm.data.shards.reader import ShardReader
 
 
@@ -41,7 +42,8 @@ def folder(tmp_path) -> Path:
 def prepare(folder: Path, out: Path, **changed):
     workers = changed.pop("workers", 3)
     settings = ImageSettings(**{"size": 16, "samples_per_shard": 2, **changed})
-    return prepare_folder(images=str(folder), out=str(out), settings=settings, workers=workers)
+    records = read_folder_records(folder)
+    return write_image_shards(records, out, settings=settings, workers=workers)
 
 
 def test_shards_of_a_folder(folder, tmp_path):
@@ -183,7 +185,7 @@ def test_refused_calls_leave_nothing_behind(folder, tmp_path):
     with pytest.raises(FileNotFoundError):
         prepare(tmp_path / "absent", out)
     with pytest.raises(FileNotFoundError):
-        prepare_coco(images=str(folder), annotations=str(tmp_path / "absent.json"), out=str(out))
+        read_coco_records(folder, tmp_path / "absent.json")
     assert not out.exists()
 
 
@@ -220,12 +222,10 @@ def test_only_images_that_fit_are_copied(tmp_path, format):
 
 def test_real_coco(real_data, tmp_path):
     coco = real_data("coco_mini")
-    report = prepare_coco(
-        images=str(coco / "val2017"),
-        annotations=str(coco / "annotations/captions_val2017.json"),
-        out=str(tmp_path),
-        settings=ImageSettings(size=64, samples_per_shard=50),
-    )
+    annotations = coco / "annotations/captions_val2017.json"
+    records = read_coco_records(coco / "val2017", annotations)
+    settings = ImageSettings(size=64, samples_per_shard=50)
+    report = write_image_shards(records, tmp_path, settings=settings)
     assert (report.written, report.skipped) == (103, {})
     shards = ShardReader(tmp_path)
     assert shards.index.shard_sizes() == [50, 50, 3]
@@ -244,19 +244,16 @@ def test_real_coco(real_data, tmp_path):
 
 
 def test_real_annotations_without_their_images(real_data, tmp_path):
-    report = prepare_coco(
-        images=str(real_data("coco_mini") / "val2017"),
-        annotations=str(real_data("coco_captions_val2017") / "captions_val2017.json.gz"),
-        out=str(tmp_path),
-        settings=ImageSettings(size=64, limit=10),
-    )
+    annotations = real_data("coco_captions_val2017") / "captions_val2017.json.gz"
+    records = read_coco_records(real_data("coco_mini") / "val2017", annotations)
+    report = write_image_shards(records, tmp_path, settings=ImageSettings(size=64, limit=10))
     assert report.written == 10
     assert {reason: len(names) for reason, names in report.skipped.items()} == {"missing": 4897}
 
 
 def test_real_emoji(real_data, tmp_path):
-    emoji = real_data("emoji64")
-    report = prepare_folder(images=str(emoji), out=str(tmp_path), settings=ImageSettings(size=32))
+    records = read_folder_records(real_data("emoji64"))
+    report = write_image_shards(records, tmp_path, settings=ImageSettings(size=32))
     assert (report.written, report.skipped) == (459, {})
     sample = ShardReader(tmp_path).read(0)
     assert sample.captions == ["grinning face"]

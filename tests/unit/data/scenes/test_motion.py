@@ -10,7 +10,8 @@ from PIL import Image
 from ldm.data import image_decoding
 from ldm.data.dataset import TextImageDataset
 from ldm.data.image_decoding import ImageError, read_frames, read_image
-from ldm.data.prepare.image_files import ImageSettings, prepare_folder
+from ldm.data.prepare.image_files import ImageSettings, write_image_shards
+from ldm.data.prepare.sources import read_folder_records
 from ldm.data.scenes.datamodule import scenes_data
 from ldm.data.scenes.motion import (
     DIRECTIONS,
@@ -176,7 +177,7 @@ def test_a_folder_of_animations_becomes_shards(tmp_path):
     with pytest.raises(ValueError, match="in format=webp"):
         ImageSettings(size=32, frames=3)
     settings = ImageSettings(size=32, frames=3, format="webp")
-    report = prepare_folder(images=str(folder), out=str(tmp_path / "out"), settings=settings)
+    report = write_image_shards(read_folder_records(folder), tmp_path / "out", settings=settings)
     assert (report.written, report.skipped) == (3, {"too few frames": ["still.png"]})
     data = TextImageDataset(ShardReader(tmp_path / "out"), size=16, frames=3, seed=0, train=False)
     for i in range(3):

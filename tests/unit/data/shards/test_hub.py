@@ -90,6 +90,12 @@ def test_a_private_data_set_needs_a_token(hub, monkeypatch):
     assert [str(shard) for shard in locate_shards(f"{ADDRESS}/*.tar")] == [f"{ADDRESS}/a.tar"]
 
 
+def test_the_environment_may_forbid_the_hub(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(RemoteError, match=r"a\.tar could not be read: .*HF_HUB_OFFLINE is set"):
+        locate_shards(f"{ADDRESS}/a.tar")
+
+
 def test_what_is_not_there_is_named(hub):
     hub.add("a.tar", tar_bytes(samples(2)))
     for address in (f"{ADDRESS}/b.tar", "hf://datasets/team/other/a.tar"):

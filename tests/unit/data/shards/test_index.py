@@ -353,7 +353,7 @@ def test_training_on_captions_needs_at_least_one_caption(tmp_path):
     how = {"train": str(tmp_path), "val": str(tmp_path), "size": 8, "batch_size": 1}
     data = TextImageData(**how)
     encoder = torch.nn.Identity()
-    encoder.names = None
+    encoder.names, encoder.width, encoder.pooled_width = None, 8, None
     with pytest.raises(UsageError, match=r"1 of 1 samples .*caption_key=text.*text_encoder=none"):
         check_captions_readable(encoder, data)
     check_captions_readable(NullTextEncoder(), data)

@@ -87,8 +87,8 @@ def build_evaluation_callbacks(
     if quality:
         settings = OmegaConf.to_container(cfg, resolve=True)
         settings = {name: settings[name] for name in GENERATION_GROUPS}
-        quality = instantiate(
-            quality,
+        # Passed to the call: instantiate would take apart what is a dataclass.
+        quality = instantiate(quality, _partial_=True)(
             pipeline,
             build_feature_extractors(cfg),
             images=data.val_set,

@@ -4,16 +4,19 @@ import difflib
 import logging
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
 
-from ldm.config.search_path import CONF_DIR, is_config_group, list_group_options
+from ldm.config.help import list_verb_groups
+from ldm.config.search_path import CONF_DIR, list_group_options
 from ldm.experiments.run_dir import HYDRA_RESOLVERS
 from ldm.utils.errors import format_program, suggest_nearest
 from ldm.utils.text import escape_control_characters
@@ -81,8 +84,9 @@ def format_unknown_setting(key: str, config_name: str) -> str:
     near = suggest_nearest(key, list_known_keys(config_name, key))
     group, _, leaf = key.partition(".")
     others: dict[str, list[str]] = {}  # of the options that were not chosen
-    for option, path in list_group_options(group).items() if leaf else ():
-        for name in _find_closest(leaf, _option_keys(OmegaConf.load(path))):
+    for option in list_group_options(group) if leaf else ():
+        known = [name.partition(".")[2] for name in list_option_keys(group, option)]
+        for name in _find_closest(leaf, known):
             others.setdefault(f"{group}.{name}", []).append(option)
     same = [name for name in others if _split_name(name) == _split_name(key)]
     if same:
@@ -107,35 +111,52 @@ def _split_name(name: str) -> list[str]:
     return sorted(re.split(r"[._]", name))
 
 
-def _option_keys(option: DictConfig) -> list[str]:
-    """The settings of an option, with those that are options themselves."""
-    chosen = [place for entry in option.get("defaults", ()) if entry != "_self_" for place in entry]
-    return [*option, *(place.rpartition("@")[2] for place in chosen if "@" in place)]
-
-
 def list_known_keys(config_name: str, wanted: str = "") -> list[str]:
     """Every key and group with the options of the command line; Hydra's for `hydra.*`."""
-    GlobalHydra.instance().clear()
-    ours = not wanted.startswith("hydra.")
-    chosen = [
-        word
-        for word in sys.argv[1:]
-        if (is_config_group(word.partition("=")[0]) if ours else word.startswith("hydra/"))
-    ]
-    with initialize_config_dir(CONF_DIR, version_base="1.3"):
-        try:
-            cfg = compose(config_name, overrides=chosen, return_hydra_config=not ours)
-        except HydraException:  # several values, of a sweep
-            cfg = compose(config_name, return_hydra_config=not ours)
-    return list(_keys(cfg) if ours else _keys(cfg.hydra, "hydra."))
+    typed = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
+    if wanted.startswith("hydra."):
+        chosen = [f"{key}={typed[key]}" for key in typed if key.startswith("hydra/")]
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(CONF_DIR, version_base="1.3"):
+            cfg = compose(config_name, overrides=chosen, return_hydra_config=True)
+        return list(_iterate_keys(OmegaConf.to_container(cfg.hydra, resolve=False), "hydra."))
+    settings = read_plain_yaml(Path(CONF_DIR, f"{config_name}.yaml"))
+    groups = list_verb_groups(settings.pop("defaults", ()))
+    keys = [key for key in _iterate_keys(settings, "") if not key.startswith("hydra.")]
+    for group, option in groups.items():
+        names = typed.get(group, option) or ()
+        names = names.strip("[]").split(",") if isinstance(names, str) else names
+        keys += [group, *(key for name in names for key in list_option_keys(group, name))]
+    return keys
 
 
-def _keys(cfg: DictConfig, prefix: str = "") -> Iterable[str]:
-    for key in cfg:
+def list_option_keys(group: str, option: str, place: str | None = None) -> Iterator[str]:
+    """The settings of an option, with those of the options inside it; place: its key."""
+    place = group if place is None else place
+    path = list_group_options(group).get(option)
+    settings = read_plain_yaml(path) if path else {}
+    for entry in settings.pop("defaults", ()):
+        if isinstance(entry, dict):
+            [(key, name)] = entry.items()
+            inner, _, at = key.lstrip("/").partition("@")
+            if at and name:
+                yield f"{place}.{at}"
+                yield from list_option_keys(inner, name, f"{place}.{at}")
+        elif entry != "_self_":
+            yield from list_option_keys(group, entry, place)
+    yield from _iterate_keys(settings, f"{place}.")
+
+
+def read_plain_yaml(path: Path) -> dict:
+    """The settings of an option as plain values, quicker than Hydra reads them."""
+    return yaml.safe_load(path.read_text()) or {}
+
+
+def _iterate_keys(settings: dict, prefix: str) -> Iterator[str]:
+    for key, value in settings.items():
         yield f"{prefix}{key}"
-        node = cfg._get_node(key)
-        if isinstance(node, DictConfig) and not node._is_none():
-            yield from _keys(node, f"{prefix}{key}.")
+        if isinstance(value, dict):
+            yield from _iterate_keys(value, f"{prefix}{key}.")
 
 
 # Settings of hydra-optuna-sweeper that follow from the run's own.

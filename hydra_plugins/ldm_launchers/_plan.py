@@ -11,8 +11,9 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from ldm.config.command_line import convert_to_usage_errors, register_new_directories
+from ldm.config.command_line import convert_to_usage_errors
 from ldm.config.config_check import check_config, check_run_name
+from ldm.config.new_directories import register_new_directories
 from ldm.config.search_path import list_config_dir_flags
 from ldm.experiments.former_names import former_setting
 from ldm.experiments.jobs import JobHost, SweepJob, format_job_label, hash_texts

@@ -1,5 +1,6 @@
 """ldm prepare coco|folder|parquet|scenes [images=DIR] [annotations=FILE] out=DIR [size=..]"""
 
+import glob
 import os
 import sys
 from pathlib import Path
@@ -40,6 +41,8 @@ def main(cfg: DictConfig, paths: dict[str, str | None]) -> None:
     images = paths.get("images")
     if cfg.source in ("coco", "folder") and images and not os.path.isdir(images):
         raise UsageError(f"images={images}: there is no such folder")
+    if cfg.source == "parquet" and images and not glob.glob(images, recursive=True):
+        raise UsageError(f"images={images}: there is no such file")
     prepare = prepare_scene_shards if cfg.source == "scenes" else prepare_image_shards
     report = prepare(cfg, paths)
     skipped = ", ".join(f"{len(names)} {reason}" for reason, names in report.skipped.items())

@@ -82,13 +82,14 @@ def build_evaluation_callbacks(
         if (scenes or quality) and get_launcher_rank() == 0:
             print(f"eval: task={task.name} starts from an image, so only val/loss is measured")
         scenes = quality = None
+    # Passed to the call: instantiate would take apart what is a dataclass or a dictionary.
+    build = partial(instantiate, _partial_=True, _convert_="all")
     if scenes:
-        callbacks.append(instantiate(scenes, pipeline, size=data.size))
+        callbacks.append(build(scenes)(pipeline, size=data.size))
     if quality:
         settings = OmegaConf.to_container(cfg, resolve=True)
         settings = {name: settings[name] for name in GENERATION_GROUPS}
-        quality = instantiate(
-            quality,
+        measurement = build(quality)(
             pipeline,
             build_feature_extractors(cfg),
             images=data.val_set,
@@ -99,11 +100,9 @@ def build_evaluation_callbacks(
             metrics=metrics,
             settings=json.dumps({"dtype": str(pipeline.dtype), **settings}, sort_keys=True),
         )
-        callbacks.append(quality)
+        callbacks.append(measurement)
     for name, node in found.items():
-        # Passed to the call: instantiate would take apart what is a dataclass.
-        build = instantiate(node, _partial_=True, _convert_="all")
-        built = build(pipeline=pipeline, data=data, folder=run_dir / "eval" / name)
+        built = build(node)(pipeline=pipeline, data=data, folder=run_dir / "eval" / name)
         callbacks.append(check_is_callback(built, f"eval.{name}"))
     return callbacks
 

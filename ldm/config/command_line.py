@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import sys
 import traceback
@@ -19,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.help import format_help
+from ldm.config.new_directories import remove_new_directories
 from ldm.config.own_components import list_replaced_settings
 from ldm.config.reserved_settings import NAMED_COMPONENT_GROUPS
 from ldm.config.search_path import (
@@ -33,7 +33,7 @@ from ldm.experiments.former_names import is_own_target, update_override
 from ldm.experiments.run_dir import get_launcher_layout, get_launcher_rank, parse_number
 from ldm.utils.errors import UsageError, program_name
 from ldm.utils.files import read_text
-from ldm.utils.locks import InUseError, is_directory_locked
+from ldm.utils.locks import InUseError
 from ldm.utils.text import escape_control_characters, replace_invalid_bytes
 
 # Texts that people or networks read; every other one is a path, or may be.
@@ -41,16 +41,6 @@ FREE_TEXT_OPTIONS = ("prompt", "negative", "source", "text")
 TextOptions = dict[str, str | None]  # paths and free texts by their keys, as typed
 LAYOUT_CHARACTERS = "\n\t"
 HELP_FLAGS = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}
-# The files that a run or a sweep has before anything is trained.
-UNTRAINED_RUN_FILES = {
-    ".hydra",
-    ".lock",
-    "train.log",
-    "config.yaml",
-    "multirun.yaml",
-    "checkpoints",
-}
-_new_directories: list[Path] = []
 
 
 def update_former_settings() -> None:
@@ -219,30 +209,6 @@ def exit_with_usage_error(error: Exception, config_name: str) -> NoReturn:
     )
     remove_new_directories()
     sys.exit(2)
-
-
-def register_new_directories(directory: Path) -> None:
-    """Notes the directories that are about to be made for this one, itself included."""
-    paths = [*reversed(directory.parents), directory]
-    _new_directories.extend(path for path in paths if not path.exists())
-
-
-def remove_new_directories() -> None:
-    """Deletes the noted directories that hold nothing trained or generated.
-
-    Those of another process, which began at the same time, stay.
-    """
-    while _new_directories and get_launcher_rank() == 0:
-        path = _new_directories.pop()
-        names = {each.name for each in path.iterdir()} if path.is_dir() else set()
-        untrained = names <= UNTRAINED_RUN_FILES and not list(path.glob("checkpoints/*"))
-        if untrained and not is_directory_locked(path):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def forget_new_directories() -> None:
-    """Lets the noted directories stay, whatever comes."""
-    _new_directories.clear()
 
 
 def check_group_option(group: str, value: str) -> None:

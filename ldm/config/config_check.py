@@ -18,12 +18,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
-from ldm.config.command_line import (
-    USAGE_ERRORS,
-    exit_with_usage_error,
-    print_note,
-    register_new_directories,
-)
+from ldm.config.command_line import USAGE_ERRORS, exit_with_usage_error, print_note
+from ldm.config.new_directories import register_new_directories
 from ldm.config.own_components import check_own_component, check_setting_names
 from ldm.config.ranges import (
     OWN_TARGET_PREFIXES,

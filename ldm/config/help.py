@@ -17,13 +17,10 @@ def format_help(verb: str, words: Iterable[str]) -> str:
     typed = dict(word.split("=", 1) for word in words if "=" in word)
     parts = [config.hydra.help.template.rstrip()]
     if groups := list_verb_groups(config.defaults):
-        parts += [
-            "Groups with their options (group=option, * is chosen) and settings (group.key=value):"
-        ]
-        chosen = groups | {
-            group: typed[group].strip("[]").split(",") for group in groups & typed.keys()
-        }
-        parts += [format_group(group, names) for group, names in chosen.items()]
+        parts += ["Groups (group=option, * is chosen) with their settings (group.key=value):"]
+        for group, default in groups.items():
+            chosen = typed[group].strip("[]").split(",") if group in typed else default
+            parts.append(format_group(group, chosen))
     settings = re.search(r"\n\n(.*)\n\nhydra:", path.read_text(), re.DOTALL)[1]
     parts += ["Settings and their defaults (key=value):\n" + _indent(settings)]
     return "\n\n".join(parts)

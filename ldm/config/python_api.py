@@ -17,16 +17,15 @@ from hydra import compose as compose_hydra_settings
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from ldm.config.command_line import (
-    convert_to_usage_errors,
-    forget_new_directories,
-    register_new_directories,
-    remove_new_directories,
-    split_text_options,
-)
+from ldm.config.command_line import convert_to_usage_errors, split_text_options
 from ldm.config.composition import compose_config, drop_hydra_settings, isolate_hydra
 from ldm.config.config_check import check_config, check_run_directory
 from ldm.config.measurement import EVALUATE_TEXT_OPTIONS, record_evaluation
+from ldm.config.new_directories import (
+    forget_new_directories,
+    register_new_directories,
+    remove_new_directories,
+)
 from ldm.config.sample_options import check_checkpoints_and_device
 from ldm.config.search_path import CONF_DIR
 from ldm.config.train_run import check_config_unchanged, train_run

@@ -125,7 +125,7 @@ class TrainingJob:
 
 
 def prepare_run_directory(run_dir: Path, module: L.LightningModule) -> Path | None:
-    """The checkpoint to resume from, which fits the module; removes what earlier calls left."""
+    """Returns the checkpoint to resume from, if there is one; removes what earlier calls left."""
     first, resume = get_launcher_rank() == 0, find_newest_checkpoint(run_dir / "checkpoints")
     if first:
         check_writable(run_dir / "checkpoints")

@@ -20,6 +20,7 @@ READERS = {
     "phema": ["-m", "ldm.phema", "ckpt=runs/team", "lengths=0.1,0.2", "count=8", "steps=1"],
     "augment": ["-m", "ldm.augment", "ckpt=runs/team", "n=2", "steps=1", "out=more", "clip=none"],
     "explain": ["-m", "ldm.explain", "ckpt=runs/team", "steps=2"],
+    "bundle": ["-m", "ldm.bundle", "ckpt=runs/team", "out=untrusted"],
     "init": [TRAIN, *FEW, *TEAM, "init=runs/team", "name=more"],
     "cascade": [SAMPLE, "cascade=[runs/ours,runs/team]", "prompt=a red circle", "steps=2"],
     "guide": [
@@ -78,6 +79,17 @@ def test_a_command_without_trust_refuses_the_run_and_imports_nothing(home, site,
 @pytest.mark.parametrize("reader", ["sample", "evaluate", "phema", "augment", "init"])
 def test_a_command_with_trust_reads_the_run(home, site, reader):
     run(*READERS[reader], "trust=[teampackage]", cwd=home, **site)
+
+
+def test_a_bundle_of_the_run_is_sampled_where_the_package_is_trusted(home, site):
+    words = ["-m", "ldm.bundle", "ckpt=runs/team", "out=shared", "trust=teampackage"]
+    run(*words, cwd=home, **site)
+    card = (home / "shared" / "README.md").read_text()
+    assert "ckpt=shared trust=[teampackage]" in card
+    assert 'ldm.load("shared", trust=["teampackage"])' in card
+    sample = [SAMPLE, "ckpt=shared", "prompt=a red circle", "n=1", "steps=2", "out=s.png"]
+    assert "add trust=[teampackage]" in run(*sample, cwd=home, expect=2, **site)
+    run(*sample, "trust=[teampackage]", cwd=home, **site)
 
 
 def test_one_line_of_the_users_configuration_file_is_trust_as_well(home, site, tmp_path):

@@ -7,6 +7,7 @@ import sys
 import zipfile
 
 import pytest
+from notebooks import read_code_cells
 from shell import ROOT, run
 
 SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "ldm", "conf", "hydra_plugins")
@@ -20,6 +21,16 @@ assert "torch" not in sys.modules
 pipe = ldm.load("runs/two/trainer.devices=2", "guidance.scale=2", device="cpu")
 print(ldm.__file__, *pipe("a red star", seeds=[0], steps=1, output_type="pt").shape)
 """
+
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+BRIEF_NOTEBOOK = {
+    
+        "steps = 120 ": "steps = 4 ",
+        "steps = 30 ": "steps = 4 ",
+        "data.count=1500": "data.count=64"
+    ,
+    "data.count=500": "data.count=64", "val_check_interval=10": "val_check_interval=2",
+}
 
 # An environment without ldm[sweep]: Hydra finds no plugins of these names.
 WITHOUT_SWEEP = """
@@ -78,6 +89,18 @@ def test_a_sweep_with_ranks_samples_and_scores_in_an_empty_folder(wheel, tmp_pat
     assert "fd_" not in ldm("evaluate", ckpt, "features=none", "count=4", "steps=1")
     printed = run("-c", LOAD, cwd=tmp_path, PYTHONPATH=str(wheel))
     assert f"{wheel / 'ldm' / '__init__.py'} 1 3 64 64" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_in_an_empty_folder(wheel, tmp_path, notebook):
+    """Its cells as one script, with a training of a few steps."""
+    code = "\n".join(read_code_cells(notebook))
+    for long, short in BRIEF_NOTEBOOK.items():
+        code = code.replace(long, short)
+    assert "steps = 4 " in code
+    run("-c", code, cwd=tmp_path, PYTHONPATH=str(wheel), MPLBACKEND="agg")
+    assert list(tmp_path.glob("runs/**/result.json"))
 
 
 def test_training_needs_no_package_of_sweeps(tmp_path):

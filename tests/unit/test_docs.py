@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from notebooks import read_cells, read_code_cells
 
 from ldm.__main__ import VERBS
 
@@ -51,3 +52,20 @@ def test_messages_of_troubleshooting_are_those_of_the_program():
     }
     assert len(parts) > 20
     assert not [part for part in parts if len(part) > 4 and not any(part in text for text in texts)]
+
+
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_holds_its_images_and_no_errors(path):
+    """tests/integration/test_wheel.py runs the cells."""
+    outputs = [output for cell in read_cells(path) for output in cell.get("outputs", ())]
+    images = [
+        output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", ())
+    ]
+    assert images
+    assert path.stat().st_size < 600_000
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    for code in read_code_cells(path):
+        compile(code, path.name, "exec")

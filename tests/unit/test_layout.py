@@ -19,7 +19,7 @@ ROOM_LINES = {
     "inference": 780,
     "evaluation": 3000,
     "experiments": 1960,
-    "training": 3150,
+    "training": 3075,
     "config": 5000,
     "cli": 2100,
 }

@@ -17,7 +17,6 @@ from typing import TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import fsspec
-from fsspec.registry import known_implementations
 
 MAX_TRIES = 3
 RETRY_WAIT = 0.5  # seconds before the second try; four times as long before each further one
@@ -172,9 +171,10 @@ def _make_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         return fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
-        hint = known_implementations.get(protocol, {}).get("err", str(error))
+        missing = getattr(error.__cause__, "name", None)
+        remedy = f"pip install {missing}" if missing else str(error)
         raise UrlError(
-            f"{redact_url(url)}: {protocol}:// needs a further package. {hint}"
+            f"{redact_url(url)}: {protocol}:// needs a further package: {remedy}"
         ) from None
     except ValueError:
         raise UrlError(f"{redact_url(url)}: no protocol called {protocol}:// is known") from None

@@ -44,7 +44,7 @@ class MedianStopping(L.Callback):
             trainer.should_stop = True
 
     def is_behind(self, trainer: L.Trainer) -> bool:
-        """Whether the median of the other jobs' best values so far is better than this run's."""
+        """Returns whether the median of the other jobs' best values is better than this run's."""
         step = trainer.global_step
         others = [d for d in self.run_dir.parent.iterdir() if d.is_dir() and d != self.run_dir]
         values = [value for d in others if (value := self._best_until(d, step)) is not None]
@@ -62,7 +62,7 @@ class MedianStopping(L.Callback):
         return True
 
     def _best_until(self, directory: Path, step: int = 0) -> float | None:
-        """The best value of a run up to a step (0: at all); None if it has not reached the step."""
+        """Returns a run's best value up to a step (0: at all); None if it is not there yet."""
         rows = [row for row in read_metrics(directory) if self.metric in row]
         if not rows or rows[-1]["step"] < step:
             return None

@@ -168,7 +168,7 @@ class ProgressBar(TQDMProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """The batches of the remaining optimizer steps; Lightning takes a step for a batch."""
+        """Returns the batches of the remaining steps; Lightning takes a step for a batch."""
         left = self.trainer.max_steps - self.trainer.global_step
         batches = self.trainer.num_training_batches
         return min(batches, left * self.trainer.accumulate_grad_batches) if left > 0 else batches

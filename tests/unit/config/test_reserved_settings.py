@@ -11,12 +11,20 @@ BY_US = {"trainer.val_check_interval"}  # the setting in another unit
 PLACES = {"quality": "eval.images", "scenes": "eval.scenes"}
 
 
+def find_component(call):
+    """The node of instantiate(node, ...), or of build(node)(...)."""
+    inner = call.func if isinstance(call.func, ast.Call) else call
+    name = ast.unparse(inner.func)
+    is_one = name == "instantiate" or (name == "build" and inner is not call)
+    return inner.args[0] if is_one else None
+
+
 def passed_settings():
     """The keywords of all calls instantiate(cfg.GROUP, ...)."""
     for path in CONFIG.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "instantiate":
-                what = ast.unparse(node.args[0])
+            if isinstance(node, ast.Call) and (made := find_component(node)) is not None:
+                what = ast.unparse(made)
                 what = "trainer" if "cfg.trainer" in what else what.removeprefix("cfg.")
                 place = PLACES.get(what, what)
                 if Path(CONF_DIR, place.partition(".")[0]).is_dir():

@@ -32,7 +32,7 @@ class BrightnessGap:
         return {"level": means[0], "gap": means[0] - means[1]}
 
     def reset(self):
-        self.levels = [], []
+        self.levels = [[], []]
 
 
 class RedCircle(L.Callback):

@@ -1,5 +1,7 @@
 """Shards of a data set on the hub: hf://datasets/ORGANISATION/NAME[@REVISION]/FILE."""
 
+import sys
+
 import pytest
 from hub import REPO, TOKEN, serve_hub
 from huggingface_hub import HfFileSystem
@@ -10,7 +12,7 @@ from ldm.data.shards.cache import ShardCache
 from ldm.data.shards.index import ReadOptions, open_index
 from ldm.data.shards.locations import locate_shards
 from ldm.data.shards.reader import ShardReader
-from ldm.data.shards.remote import RemoteError, describe_urls, download_shard, read_range
+from ldm.data.shards.remote import RemoteError, UrlError, describe_urls, download_shard, read_range
 
 ADDRESS = f"hf://datasets/{REPO}"
 BIG = tar_bytes([("a.png", bytes(20 * 2**20)), *samples(1)])
@@ -93,6 +95,14 @@ def test_a_private_data_set_needs_a_token(hub, monkeypatch):
 def test_the_environment_may_forbid_the_hub(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RemoteError, match=r"a\.tar could not be read: .*HF_HUB_OFFLINE is set"):
+        locate_shards(f"{ADDRESS}/a.tar")
+
+
+def test_without_its_package_the_hub_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    loaded = sys.modules["fsspec.registry"]._registry  # the package shows a view of it
+    monkeypatch.delitem(loaded, "hf", raising=False)
+    with pytest.raises(UrlError, match=r"needs a further package: pip install huggingface_hub"):
         locate_shards(f"{ADDRESS}/a.tar")
 
 

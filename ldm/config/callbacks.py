@@ -71,10 +71,7 @@ def build_evaluation_callbacks(
     run_dir: Path,
     metrics: Mapping[str, ImageMetric],
 ) -> list[L.Callback]:
-    """The measurements of `cfg.eval`; ours are none for tasks that start from images.
-
-    A user's own gets the pipeline, the data and a folder where it may write.
-    """
+    """The measurements of `cfg.eval`; ours are none for tasks that start from images."""
     found, task = dict(cfg.eval or {}), pipeline.components.task
     scenes, quality = (found.pop(name, None) for name in OUR_EVALUATIONS)
     callbacks = []

@@ -16,10 +16,7 @@ from ldm.utils.errors import UsageError
 
 
 def pop_sweep_choices() -> dict[str, list[str]]:
-    """Removes `name=a,b,c` and --multirun from the command line; returns names with their values.
-
-    Values are as typed, each once.
-    """
+    """Removes `name=a,b,c` and --multirun from the command line; returns the values by name."""
     parser, choices, words = OverridesParser.create(), {}, []
     for word in sys.argv[1:]:
         words.append(word)
@@ -36,10 +33,7 @@ def pop_sweep_choices() -> dict[str, list[str]]:
 def compose_combinations(
     config_name: str, choices: Mapping[str, list[str]], *, may_vary: Sequence[str]
 ) -> list[tuple[dict[str, str], DictConfig]]:
-    """Returns every combination of the choices, with its configuration; call it inside hydra.main.
-
-    Raises UsageError for a choice of any setting outside `may_vary`.
-    """
+    """Returns each combination of the choices with its configuration; call it inside hydra.main."""
     for name, values in choices.items():
         check_group_option(name, ",".join(values))
         if name.partition(".")[0] not in may_vary:

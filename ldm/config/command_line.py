@@ -269,10 +269,7 @@ def require_option(options: Mapping[str, str | None], name: str) -> str:
 
 
 def read_prompts(options: Mapping[str, str | None]) -> list[str]:
-    """The lines with text of the file `prompts`, else the one `prompt`, else none.
-
-    Raises UsageError where the file has no such line.
-    """
+    """The lines with text of the file `prompts`, else the one `prompt`, else none."""
     if options["prompts"] is None:
         return [] if options["prompt"] is None else [options["prompt"]]
     try:

@@ -1,8 +1,4 @@
-"""Configuration, or a checkpoint's, to the components of a model.
-
-A size that one component must know of another (widths, channels) is read from the built object and
-passed on here; no YAML repeats it.
-"""
+"""Configuration, or a checkpoint, to the components of a model; sizes are read from built ones."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -208,11 +204,7 @@ def set_component_location(cfg: DictConfig, name: str, location: str) -> None:
 def warm_start_from_run(
     init: str, components: Components, *, trust: Sequence[str] | None = None
 ) -> str:
-    """Copies the averaged weights of another run into the denoiser; returns a line that says so.
-
-    The other run may lack the style encoder. Raises UsageError where its frozen components or its
-    schedule differ, since its weights depend on these.
-    """
+    """Copies the averaged weights of another run into the denoiser; returns a line that says so."""
     source = load_diffusion_checkpoint(init, name="init", trust=trust)
     frozen = components.frozen
     others = [

@@ -1,7 +1,4 @@
-"""The check of a command's configuration, before anything is written.
-
-Hydra makes the run directory before it calls `main`, but calls this before that.
-"""
+"""The check of a command's configuration; Hydra calls it before it makes the run directory."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -65,10 +62,7 @@ class ConfigCheckCallback(Callback):
         self._check(config, [])
 
     def on_multirun_start(self, config: DictConfig, **more: object) -> None:
-        """Checks what all jobs of a sweep share, its launcher, and each value of a number.
-
-        Other mistakes of a single job are found when the jobs are planned.
-        """
+        """Checks what all jobs of a sweep share; the plan of the sweep checks each job."""
         parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         self._check(config, [override for override in parsed if override.is_sweep_override()])
 
@@ -172,10 +166,7 @@ def check_config(
 
 
 def compose_config(command: str, overrides: Sequence[str]) -> DictConfig:
-    """The settings of a command, checked as its command line does; UsageError for a mistake.
-
-    Hydra is initialized, as in `isolate_hydra`.
-    """
+    """The checked settings of a command, or UsageError; call it where Hydra is initialized."""
     words = [quote_override(update_override(word)) for word in overrides]
     try:
         for word in words:

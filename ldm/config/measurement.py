@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +11,6 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.config.evaluation_log import find_logged_run, log_evaluation
 from ldm.config.reserved_settings import UNREAD_SETTINGS
 from ldm.config.sample_options import check_checkpoints_and_device
 from ldm.experiments.curves import write_curve
@@ -20,6 +19,7 @@ from ldm.experiments.evaluation_results import (
     check_result_location,
     rename_former_metrics,
 )
+from ldm.training.loggers.evaluation_log import find_logged_run, log_evaluation
 from ldm.utils.errors import UsageError
 from ldm.utils.files import reserve_files, resolve_path, write_text
 from ldm.utils.text import get_progress_interval
@@ -116,10 +116,7 @@ def record_evaluation(
 
 
 def write_evaluation(facts: dict, out: Path, *, overwrite: bool) -> EvaluationRecord:
-    """Writes the results of one point to `out`, a .json file or a folder.
-
-    An existing file gets a number; in a folder, former results of other settings are renamed.
-    """
+    """Writes the results of one point to `out`, a .json file or a folder."""
     note, path = "", out / "metrics.json"
     writing = nullcontext([path])
     if out.suffix == ".json":
@@ -152,6 +149,7 @@ def measure_point(
     from tqdm.auto import tqdm
 
     from ldm.evaluation.distributed import ProcessGroup
+    from ldm.evaluation.scenes.accuracy import measure_scene_accuracy
 
     quality, ranks, keep = source.quality, ProcessGroup(), options["keep"]
     bar = partial(tqdm, unit="image", disable=ranks.rank != 0, mininterval=get_progress_interval())
@@ -166,8 +164,9 @@ def measure_point(
     if source.scenes is not None:
         total = -(-len(source.scenes) // ranks.world_size)
         with bar(total=total, desc="Scenes") as progress:
+            folder = pieces / f"scenes-{source.scenes.batch}"
             results["metrics"] |= measure_scene_accuracy(
-                source.scenes, generate, pieces, progress.update
+                source.scenes, generate, folder=folder, done=progress.update
             )
     if quality is not None:
         if ranks.rank == 0 and any(quality.subset.captions):
@@ -189,32 +188,6 @@ def measure_point(
         metrics, results["intervals"], results["floor"] = quality.estimate(features)
         results["metrics"] |= metrics
     return {**results, **facts}, pieces
-
-
-def measure_scene_accuracy(
-    scenes, generate: Callable, pieces: Path, done: Callable[[int], object]
-) -> dict[str, float]:
-    """Returns the metrics of `scenes`; every process generates a share, `pieces` holds the counts.
-
-    `done(n)` is called after each batch of n images.
-    """
-    from torch import from_numpy
-
-    from ldm.evaluation.feature_table import tabulate
-    from ldm.evaluation.scenes.accuracy import METRIC_SUFFIXES, SCENE_METRICS
-
-    starts = range(0, len(scenes), scenes.batch)
-    items = [range(first, min(first + scenes.batch, len(scenes))) for first in starts]
-    shape = len(METRIC_SUFFIXES), len(SCENE_METRICS)
-    table = tabulate(
-        len(items),
-        lambda row: {"tally": from_numpy(scenes.tally(generate, items[row.start])).reshape(1, -1)},
-        columns={"tally": shape[0] * shape[1]},
-        batch=1,
-        folder=pieces / f"scenes-{scenes.batch}",
-        done=lambda row: done(sum(len(items[i]) for i in row)),
-    )
-    return scenes.metrics(table["tally"].sum(dim=0).long().reshape(shape).numpy())
 
 
 def format_point(varied: dict[str, str]) -> str:

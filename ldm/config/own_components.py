@@ -123,10 +123,7 @@ def takes_argument(found: Callable, name: str) -> bool:
 
 
 def list_replaced_settings(words: Sequence[str], config_name: str) -> dict[str, list[str]]:
-    """The settings that `group._target_=mypackage.Class` leaves without a reader, by target.
-
-    They belong to the class of the group's option, and are not on the command line themselves.
-    """
+    """The settings of a group that `group._target_=mypackage.Class` leaves without a reader."""
     typed = {word.lstrip("+~").partition("=")[0]: word.partition("=")[2] for word in words}
     targets = {key.removesuffix("._target_"): typed[key] for key in typed if "._target_" in key}
     targets = {

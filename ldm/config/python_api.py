@@ -1,8 +1,4 @@
-"""What Python code calls: `ldm.load`, `ldm.compose`, `ldm.train` and `ldm.evaluate`.
-
-Mistakes are UsageError, a ValueError, with the message of the command line. A call leaves the
-process as it was: signal handlers, random states, environment, Hydra.
-"""
+"""What Python code calls: `ldm.load`, `ldm.compose`, `ldm.train` and `ldm.evaluate`."""
 
 import os
 import signal

@@ -169,10 +169,7 @@ OPTUNA_DEFAULTS = {
 
 
 def set_optuna_defaults() -> None:
-    """Sets the defaults of hydra/sweeper=optuna, where it is installed.
-
-    Hydra refuses a YAML file with the name of a plugin's settings, so its store is changed.
-    """
+    """Sets the defaults of hydra/sweeper=optuna in Hydra's store, which refuses a YAML file."""
     Plugins.instance()  # finds the plugins, which then store their settings
     logging.getLogger("alembic").setLevel(logging.WARNING)  # of optuna, about itself
     store = ConfigStore.instance()

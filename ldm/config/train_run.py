@@ -29,10 +29,7 @@ from ldm.utils.signals import StopSignals
 
 
 def train_run(cfg: DictConfig, run_dir: Path, signals: StopSignals) -> dict:
-    """Trains a run, or resumes it, and returns its result.json.
-
-    Raises UsageError before the training begins, SystemExit after a stop signal.
-    """
+    """Trains a run, or resumes it, and returns its result.json; SystemExit after a stop signal."""
     # Children and other machines respect the lock; several ranks share that of the first.
     with convert_to_usage_errors():
         lock = closing(lock_directory(run_dir)) if get_launcher_rank() == 0 else nullcontext()

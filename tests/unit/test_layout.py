@@ -18,9 +18,9 @@ ROOM_LINES = {
     "data": 4080,
     "inference": 780,
     "evaluation": 3000,
-    "experiments": 1960,
-    "training": 3075,
-    "config": 5000,
+    "experiments": 2070,
+    "training": 3150,
+    "config": 4680,
     "cli": 2100,
 }
 ROOMS = tuple(ROOM_LINES)

@@ -200,7 +200,7 @@ def test_a_strangers_bundle_runs_no_code_and_reads_nothing_else(bundle, tmp_path
         (["ckpt=runs/first", "out=ae"], "out=ae exists and is no empty folder"),
         (["ckpt=runs/first", "out=runs/first/x"], "inside of"),
         (["ckpt=runs/first", "out=shared/model v1.0/x"], "inside of"),
-        (["ckpt=runs/first", "out=x", "frozen=link"], "frozen=link is neither copy nor reference"),
+        (["ckpt=runs/first", "out=x", "frozen=link"], "frozen=link must be one of copy, reference"),
         (["ckpt=shared/model v1.0", "out=x"], "is a bundle already: copy its folder"),
     ],
 )

@@ -4,21 +4,19 @@ import difflib
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 
-import yaml
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
-from hydra.errors import MissingConfigException, OverrideParseException
-from omegaconf import OmegaConf
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
 
-from ldm.config.help import list_verb_groups
-from ldm.config.search_path import CONF_DIR, list_group_options
+from ldm.config.composition import compose_default_config, isolate_hydra
+from ldm.config.search_path import is_config_group, list_group_options
 from ldm.experiments.run_dir import HYDRA_RESOLVERS
-from ldm.utils.errors import format_program, suggest_nearest
+from ldm.utils.errors import UsageError, format_program, suggest_nearest
 from ldm.utils.text import escape_control_characters
 
 for _name, _resolver in {**HYDRA_RESOLVERS, "program": format_program}.items():
@@ -38,7 +36,7 @@ def explain_hydra_error(error: Exception, config_name: str) -> str:
         group, _, option = found[1].partition("/")
         if group == "hydra":  # whose groups are hydra/launcher and the like
             group, _, option = found[1].rpartition("/")
-        with initialize_config_dir(CONF_DIR, version_base="1.3"):
+        with isolate_hydra():
             options = GlobalHydra.instance().config_loader().get_group_options(group)
         near = suggest_nearest(option, options) or "."
         hint = OWN_DATA_HINT if group == "data" and near == "." else ""
@@ -66,6 +64,28 @@ def explain_hydra_error(error: Exception, config_name: str) -> str:
     return message
 
 
+def check_setting_keys(words: Iterable[str], config_name: str) -> None:
+    """UsageError for a setting that no chosen option has: Hydra would compose twice to find it.
+
+    Words that change which settings there are, and Hydra's own settings, are left to Hydra.
+    """
+    pairs = [word.partition("=") for word in words]
+    flags = {key for key, _, _ in pairs if key[:1] in ("+", "~", "-")}
+    options = [(key, value) for key, _, value in pairs if is_config_group(key)]
+    swept = [(key, value) for key, value in options if "," in value and value[0] != "["]
+    if flags - {"--config-dir", "-m", "--multirun"} or (swept and flags <= {"--config-dir"}):
+        return
+    options = ["=".join(option) for option in options if option not in swept]
+    default = compose_default_config(config_name, options)
+    for key, equals, _ in pairs:
+        node: object = default
+        is_ours = re.fullmatch(r"[\w.]+", key) and key.partition(".")[0] != "hydra"
+        for part in key.split(".") if equals and is_ours and not is_config_group(key) else ():
+            if isinstance(node, dict) and part not in node:
+                raise UsageError(format_unknown_setting(key, config_name))
+            node = node[part] if isinstance(node, dict) else None
+
+
 def format_single_value_error(key: str, values: str, config_name: str) -> str:
     """The message for several values of a setting that takes one."""
     list_ = f"a list stands in brackets, '{key}=[{values}]'"
@@ -84,9 +104,8 @@ def format_unknown_setting(key: str, config_name: str) -> str:
     near = suggest_nearest(key, list_known_keys(config_name, key))
     group, _, leaf = key.partition(".")
     others: dict[str, list[str]] = {}  # of the options that were not chosen
-    for option in list_group_options(group) if leaf else ():
-        known = [name.partition(".")[2] for name in list_option_keys(group, option)]
-        for name in _find_closest(leaf, known):
+    for option, path in list_group_options(group).items() if leaf else ():
+        for name in _find_closest(leaf, _option_keys(OmegaConf.load(path))):
             others.setdefault(f"{group}.{name}", []).append(option)
     same = [name for name in others if _split_name(name) == _split_name(key)]
     if same:
@@ -111,52 +130,30 @@ def _split_name(name: str) -> list[str]:
     return sorted(re.split(r"[._]", name))
 
 
+def _option_keys(option: DictConfig) -> list[str]:
+    """The settings of an option, with those that are options themselves."""
+    chosen = [place for entry in option.get("defaults", ()) if entry != "_self_" for place in entry]
+    return [*option, *(place.rpartition("@")[2] for place in chosen if "@" in place)]
+
+
 def list_known_keys(config_name: str, wanted: str = "") -> list[str]:
     """Every key and group with the options of the command line; Hydra's for `hydra.*`."""
-    typed = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
-    if wanted.startswith("hydra."):
-        chosen = [f"{key}={typed[key]}" for key in typed if key.startswith("hydra/")]
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(CONF_DIR, version_base="1.3"):
-            cfg = compose(config_name, overrides=chosen, return_hydra_config=True)
-        return list(_iterate_keys(OmegaConf.to_container(cfg.hydra, resolve=False), "hydra."))
-    settings = read_plain_yaml(Path(CONF_DIR, f"{config_name}.yaml"))
-    groups = list_verb_groups(settings.pop("defaults", ()))
-    keys = [key for key in _iterate_keys(settings, "") if not key.startswith("hydra.")]
-    for group, option in groups.items():
-        names = typed.get(group, option) or ()
-        names = names.strip("[]").split(",") if isinstance(names, str) else names
-        keys += [group, *(key for name in names for key in list_option_keys(group, name))]
-    return keys
+    if not wanted.startswith("hydra."):
+        try:
+            return [*_keys(compose_default_config(config_name, sys.argv[1:]))]
+        except HydraException:  # several values, of a sweep
+            return [*_keys(compose_default_config(config_name, []))]
+    options = [word for word in sys.argv[1:] if word.startswith("hydra/")]
+    with isolate_hydra():
+        cfg = compose(config_name, overrides=options, return_hydra_config=True)
+    return [*_keys(OmegaConf.to_container(cfg.hydra), "hydra.")]
 
 
-def list_option_keys(group: str, option: str, place: str | None = None) -> Iterator[str]:
-    """The settings of an option, with those of the options inside it; place: its key."""
-    place = group if place is None else place
-    path = list_group_options(group).get(option)
-    settings = read_plain_yaml(path) if path else {}
-    for entry in settings.pop("defaults", ()):
-        if isinstance(entry, dict):
-            [(key, name)] = entry.items()
-            inner, _, at = key.lstrip("/").partition("@")
-            if at and name:
-                yield f"{place}.{at}"
-                yield from list_option_keys(inner, name, f"{place}.{at}")
-        elif entry != "_self_":
-            yield from list_option_keys(group, entry, place)
-    yield from _iterate_keys(settings, f"{place}.")
-
-
-def read_plain_yaml(path: Path) -> dict:
-    """The settings of an option as plain values, quicker than Hydra reads them."""
-    return yaml.safe_load(path.read_text()) or {}
-
-
-def _iterate_keys(settings: dict, prefix: str) -> Iterator[str]:
+def _keys(settings: Mapping, prefix: str = "") -> Iterator[str]:
     for key, value in settings.items():
         yield f"{prefix}{key}"
         if isinstance(value, dict):
-            yield from _iterate_keys(value, f"{prefix}{key}.")
+            yield from _keys(value, f"{prefix}{key}.")
 
 
 # Settings of hydra-optuna-sweeper that follow from the run's own.

@@ -13,7 +13,7 @@ from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from ldm.config.command_line import (
     USAGE_ERRORS,
@@ -23,6 +23,7 @@ from ldm.config.command_line import (
     quote_override,
 )
 from ldm.config.composition import compose_default_config, drop_hydra_settings
+from ldm.config.metric_check import check_metric_names
 from ldm.config.new_directories import register_new_directories
 from ldm.config.own_components import check_own_component, check_setting_names
 from ldm.config.ranges import (
@@ -150,7 +151,7 @@ def check_config(
     overrides = HydraConfig.get().overrides.task if overrides is None else overrides
     try:
         settings = OmegaConf.to_container(cfg, resolve=True)
-    except InterpolationKeyError as error:
+    except InterpolationResolutionError as error:
         raise UsageError(f"{error.full_key}: {error.msg.splitlines()[0]}") from error
     _check_settings(settings, compose_default_config(config_name, overrides), "", config_name)
     if config_name == "train":
@@ -159,6 +160,7 @@ def check_config(
     check_named_components(settings)
     if config_name == "train" and not swept:
         check_evaluation_settings(settings, overrides)
+        check_metric_names(settings)
     if cfg.get("direction") not in (None, "minimize", "maximize"):
         raise UsageError(f"direction={cfg.direction} is neither minimize nor maximize")
     if "trust" in cfg:

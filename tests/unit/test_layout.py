@@ -20,7 +20,7 @@ ROOM_LINES = {
     "evaluation": 3000,
     "experiments": 2070,
     "training": 3150,
-    "config": 4680,
+    "config": 4690,
     "cli": 2100,
 }
 ROOMS = tuple(ROOM_LINES)

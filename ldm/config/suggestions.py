@@ -15,12 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.composition import compose_default_config, isolate_hydra
 from ldm.config.search_path import is_config_group, list_group_options
-from ldm.experiments.run_dir import HYDRA_RESOLVERS
 from ldm.utils.errors import UsageError, format_program, suggest_nearest
 from ldm.utils.text import escape_control_characters
-
-for _name, _resolver in {**HYDRA_RESOLVERS, "program": format_program}.items():
-    OmegaConf.register_new_resolver(_name, _resolver, replace=True)
 
 # Options of Hydra's plugins that ldm[sweep] brings along.
 SWEEP_PACKAGES = {"optuna": "hydra-optuna-sweeper", "submitit_slurm": "hydra-submitit-launcher"}

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import product
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from ldm.config.command_line import check_group_option
+from ldm.config.composition import list_task_words
 from ldm.config.config_check import compose_config
 from ldm.utils.errors import UsageError
 
@@ -45,6 +45,6 @@ def compose_combinations(
     for values in product(*choices.values()):
         varied = dict(zip(choices, values, strict=True))
         overrides = [f"{name}={value}" for name, value in varied.items()]
-        overrides = [*HydraConfig.get().overrides.task, *overrides]
+        overrides = [*list_task_words(), *overrides]
         combinations.append((varied, compose_config(config_name, overrides)))
     return combinations

@@ -18,7 +18,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.help import format_help
-from ldm.config.new_directories import remove_new_directories
 from ldm.config.own_components import list_replaced_settings
 from ldm.config.reserved_settings import NAMED_COMPONENT_GROUPS
 from ldm.config.search_path import (
@@ -30,6 +29,7 @@ from ldm.config.search_path import (
 )
 from ldm.config.suggestions import check_setting_keys, explain_hydra_error
 from ldm.experiments.former_names import is_own_target, update_override
+from ldm.experiments.new_directories import remove_new_directories
 from ldm.experiments.run_dir import get_launcher_layout, get_launcher_rank, parse_number
 from ldm.utils.errors import UsageError, program_name
 from ldm.utils.files import read_text

@@ -14,7 +14,7 @@ from ldm.config.own_components import DIFFUSION_GROUPS
 from ldm.config.registry import validate_file_config
 from ldm.config.search_path import CONF_DIR, list_group_options
 from ldm.diffusion.objective import Objective
-from ldm.diffusion.schedules import Schedule
+from ldm.diffusion.schedules import Schedule, is_same_schedule
 from ldm.diffusion.tasks.base import Task
 from ldm.evaluation.features.base import FeatureExtractor
 from ldm.evaluation.image_metrics import ImageMetric
@@ -234,9 +234,3 @@ def suggest_overrides(cfg: DictConfig, group: str) -> list[str]:
         words = {k: v if isinstance(v, str) else json.dumps(v) for k, v in other.items()}
         found.append([f"{group}={name}", *(f"{group}.{k}={v}" for k, v in words.items())])
     return min(found, key=len)
-
-
-def is_same_schedule(a: Schedule, b: Schedule) -> bool:
-    """Whether two schedules have the same noise at the same times."""
-    t = torch.linspace(0, 1, 65, dtype=torch.float64)
-    return all(torch.equal(one.cpu(), two.cpu()) for one, two in zip(a(t), b(t), strict=True))

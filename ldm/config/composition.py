@@ -41,6 +41,11 @@ def drop_hydra_settings(cfg: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
 
 
+def list_task_words() -> list[str]:
+    """The settings of the command line of this Hydra application; none where there is no such."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
 def list_option_words(words: Iterable[str]) -> list[str]:
     """The words that choose an option of a group."""
     return [word for word in words if is_config_group(word.partition("=")[0])]

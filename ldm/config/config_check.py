@@ -6,7 +6,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hydra import compose
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.utils import JobReturn
@@ -22,9 +21,8 @@ from ldm.config.command_line import (
     print_note,
     quote_override,
 )
-from ldm.config.composition import compose_default_config, drop_hydra_settings
+from ldm.config.composition import compose_default_config, drop_hydra_settings, list_task_words
 from ldm.config.metric_check import check_metric_names
-from ldm.config.new_directories import register_new_directories
 from ldm.config.own_components import check_own_component, check_setting_names
 from ldm.config.ranges import (
     OWN_TARGET_PREFIXES,
@@ -41,6 +39,7 @@ from ldm.config.search_path import is_config_group
 from ldm.config.suggestions import explain_hydra_error, format_unknown_setting
 from ldm.config.trust import check_own_packages, find_user_config_file, list_trusted_packages
 from ldm.experiments.former_names import FORMER_SETTINGS, update_override
+from ldm.experiments.new_directories import register_new_directories
 from ldm.experiments.run_dir import FIXED_RUN_FILES
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_no_links, check_path_length
@@ -148,7 +147,7 @@ def check_config(
     overrides: the command line that `cfg` was composed of; None: this process's own. swept: the
     jobs have other values, so that what one setting says of another is checked for each of them.
     """
-    overrides = HydraConfig.get().overrides.task if overrides is None else overrides
+    overrides = list_task_words() if overrides is None else overrides
     try:
         settings = OmegaConf.to_container(cfg, resolve=True)
     except InterpolationResolutionError as error:

@@ -14,13 +14,12 @@ from ldm.config.components import (
     build_denoiser,
     build_objective,
     build_style_encoder,
-    is_same_schedule,
     load_diffusion_checkpoint,
     load_stage_checkpoint,
 )
 from ldm.config.own_components import CLASSIFIER_GROUPS
 from ldm.diffusion.guidance.base import ConditionalDenoiser, Guidance
-from ldm.diffusion.schedules import Schedule
+from ldm.diffusion.schedules import Schedule, is_same_schedule
 from ldm.inference.components import Components
 from ldm.models.clip import Clip
 from ldm.models.clip_reward import ClipReward

@@ -1,9 +1,7 @@
 """Measures a run, a pipeline of diffusers or images, and writes the results."""
 
-import json
 import shutil
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -17,11 +15,12 @@ from ldm.experiments.curves import write_curve
 from ldm.experiments.evaluation_results import (
     check_image_folder,
     check_result_location,
-    rename_former_metrics,
+    save_point_images,
+    write_evaluation,
 )
 from ldm.training.loggers.evaluation_log import find_logged_run, log_evaluation
 from ldm.utils.errors import UsageError
-from ldm.utils.files import reserve_files, resolve_path, write_text
+from ldm.utils.files import resolve_path
 from ldm.utils.text import get_progress_interval
 
 EVALUATE_TEXT_OPTIONS = (
@@ -105,7 +104,8 @@ def record_evaluation(
     if not first:
         return None
     if len(points) == 1:
-        record = write_evaluation(results[0], out, overwrite=overwrite)
+        path, note = write_evaluation(results[0], out, overwrite=overwrite)
+        record = EvaluationRecord(results, [path], note)
     else:
         record = EvaluationRecord(results, write_curve(results, out))
     for pieces in waiting:
@@ -113,19 +113,6 @@ def record_evaluation(
     if logged_run is not None:
         log_evaluation(logged_run, source, points, results)
     return record
-
-
-def write_evaluation(facts: dict, out: Path, *, overwrite: bool) -> EvaluationRecord:
-    """Writes the results of one point to `out`, a .json file or a folder."""
-    note, path = "", out / "metrics.json"
-    writing = nullcontext([path])
-    if out.suffix == ".json":
-        writing = reserve_files(lambda n: [out.with_stem(out.stem + n)], overwrite=overwrite)
-    else:
-        note = rename_former_metrics(path, facts)
-    with writing as [path]:
-        write_text(path, json.dumps(facts, indent=2) + "\n")
-    return EvaluationRecord([facts], [path], note)
 
 
 def describe_point(source, cfg: DictConfig, options: dict[str, str | None]) -> tuple[dict, Path]:
@@ -205,16 +192,3 @@ def format_device_name(device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def save_point_images(folder: Path, subset, items: range, images) -> None:
-    """Saves each image as a PNG, named by its number in the subset, with its caption in a .txt."""
-    from PIL import Image
-
-    from ldm.utils.images import save_png
-
-    for i, image in zip(items, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-        facts = {"prompt": subset.captions[i], "seed": subset.seeds[i], "key": subset.keys[i]}
-        path = folder / f"{i:07d}.png"
-        save_png(Image.fromarray(image), path, facts)
-        write_text(path.with_suffix(".txt"), subset.captions[i] + "\n")

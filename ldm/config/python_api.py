@@ -17,14 +17,14 @@ from ldm.config.command_line import convert_to_usage_errors, split_text_options
 from ldm.config.composition import drop_hydra_settings, isolate_hydra
 from ldm.config.config_check import check_config, check_run_directory, compose_config
 from ldm.config.measurement import EVALUATE_TEXT_OPTIONS, record_evaluation
-from ldm.config.new_directories import (
+from ldm.config.sample_options import check_checkpoints_and_device
+from ldm.config.search_path import CONF_DIR
+from ldm.config.train_run import check_config_unchanged, train_run
+from ldm.experiments.new_directories import (
     forget_new_directories,
     register_new_directories,
     remove_new_directories,
 )
-from ldm.config.sample_options import check_checkpoints_and_device
-from ldm.config.search_path import CONF_DIR
-from ldm.config.train_run import check_config_unchanged, train_run
 from ldm.experiments.run_dir import get_launcher_layout, get_launcher_rank, read_result
 from ldm.utils.errors import UsageError, suggest_nearest
 from ldm.utils.files import write_text

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
+from hydra import initialize_config_dir
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.help import format_help
 from ldm.config.new_directories import remove_new_directories
-from ldm.config.own_components import list_replaced_settings
+from ldm.config.own_components import list_replaced_settings, write_deletions
 from ldm.config.reserved_settings import NAMED_COMPONENT_GROUPS
 from ldm.config.search_path import (
     CONF_DIR,
@@ -132,9 +133,9 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
             return
         for word in words:
             check_group_option(*word.partition("=")[::2])
-        for target, keys in list_replaced_settings(words, config_name).items():
-            sys.argv += [f"~{key}" for key in keys]
-            print_note(f"{target} takes no {', '.join(keys)}: left out")
+        if any("._target_=" in word for word in words):
+            with initialize_config_dir(CONF_DIR, version_base="1.3"):
+                sys.argv += delete_replaced_settings(words, config_name)
         main()
     except USAGE_ERRORS as error:
         exit_with_usage_error(error, config_name)
@@ -153,6 +154,15 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
         exit_with_usage_error(
             UsageError(f"nothing can be written to {place} ({why.strerror})"), config_name
         )
+
+
+def delete_replaced_settings(words: Sequence[str], config_name: str) -> list[str]:
+    """The words that delete what a class of the command line does not take; notes name it."""
+    deletions = []
+    for target, keys in list_replaced_settings(words, config_name).items():
+        print_note(f"{target} takes no {', '.join(keys)}: left out")
+        deletions += write_deletions(keys)
+    return deletions
 
 
 def command(

@@ -11,7 +11,7 @@ from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.config.command_line import check_group_option, quote_override
+from ldm.config.command_line import check_group_option, delete_replaced_settings, quote_override
 from ldm.config.config_check import check_config
 from ldm.config.suggestions import CONF_DIR, explain_hydra_error
 from ldm.experiments.former_names import update_override
@@ -42,6 +42,7 @@ def compose_config(command: str, overrides: Sequence[str], *, hydra: bool = Fals
     try:
         for word in words:
             check_group_option(*word.partition("=")[::2])
+        words += delete_replaced_settings(words, command)
         cfg = compose(command, words, return_hydra_config=hydra)
         check_config(drop_hydra_settings(cfg), command, words)
     except (HydraException, OmegaConfBaseException) as error:

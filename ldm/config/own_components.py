@@ -3,14 +3,14 @@
 import difflib
 import inspect
 import pydoc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 
-from hydra import compose, initialize_config_dir
+from hydra import compose
 
 from ldm.config.ranges import OWN_TARGET_PREFIXES
 from ldm.config.reserved_settings import NAMED_COMPONENT_GROUPS
-from ldm.config.search_path import CONF_DIR, is_config_group
+from ldm.config.search_path import is_config_group
 from ldm.utils.errors import UsageError, suggest_nearest
 
 # The groups of the components of a model.
@@ -96,7 +96,7 @@ def check_setting_names(keys: Sequence[str], place: str, target: str, default: M
         return
     if wrong[0] in default and default.get("_target_") != target:  # of a class that was replaced
         others = [key for key in wrong if key in default]
-        words = " ".join(f"~{place}.{key}" for key in others)
+        words = " ".join(write_deletions(f"{place}.{key}" for key in others))
         raise UsageError(f"{target} takes no {', '.join(others)}: leave them out with {words}")
     passed = PASSED_ARGUMENTS.get(find_component_group(place), ())
     own = [each.name for each in list_parameters(found) if each.name not in passed]
@@ -127,6 +127,7 @@ def list_replaced_settings(words: Sequence[str], config_name: str) -> dict[str, 
     """The settings that `group._target_=mypackage.Class` leaves without a reader, by target.
 
     They belong to the class of the group's option, and are not on the command line themselves.
+    Hydra is initialized.
     """
     typed = {word.lstrip("+~").partition("=")[0]: word.partition("=")[2] for word in words}
     targets = {key.removesuffix("._target_"): typed[key] for key in typed if "._target_" in key}
@@ -138,15 +139,18 @@ def list_replaced_settings(words: Sequence[str], config_name: str) -> dict[str, 
     options = [word for word in words if is_config_group(word.partition("=")[0])]
     if not targets or any("," in word for word in (*targets.values(), *options)):
         return {}
-    with initialize_config_dir(CONF_DIR, version_base="1.3"):
-        cfg = compose(config_name, overrides=options)
-    replaced = {}
+    cfg, replaced = compose(config_name, overrides=options), {}
     for group, target in targets.items():
         found = import_component(target, group)
         names = {each.name for each in list_parameters(found)}
         keys = [key for key in cfg.get(group) or () if key[0] != "_" and key not in names]
         replaced[target] = [key for key in (f"{group}.{key}" for key in keys) if key not in typed]
     return {target: keys for target, keys in replaced.items() if keys}
+
+
+def write_deletions(keys: Iterable[str]) -> list[str]:
+    """The words that delete settings: Hydra's ~ refuses one that is null, so each gets a value."""
+    return [word for key in keys for word in (f"{key}=0", f"~{key}")]
 
 
 def find_component_group(place: str) -> str:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.help import format_help
-from ldm.config.own_components import list_replaced_settings
+from ldm.config.own_components import list_replaced_settings, write_deletions
 from ldm.config.reserved_settings import NAMED_COMPONENT_GROUPS
 from ldm.config.search_path import (
     CONF_DIR,
@@ -132,9 +132,7 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
             return
         for word in words:
             check_group_option(*word.partition("=")[::2])
-        for target, keys in list_replaced_settings(words, config_name).items():
-            sys.argv += [f"~{key}" for key in keys]
-            print_note(f"{target} takes no {', '.join(keys)}: left out")
+        sys.argv += delete_replaced_settings(words, config_name)
         check_setting_keys(words, config_name)
         main()
     except USAGE_ERRORS as error:
@@ -154,6 +152,15 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
         exit_with_usage_error(
             UsageError(f"nothing can be written to {place} ({why.strerror})"), config_name
         )
+
+
+def delete_replaced_settings(words: Sequence[str], config_name: str) -> list[str]:
+    """The words that delete what a class of the command line does not take; notes name it."""
+    deletions = []
+    for target, keys in list_replaced_settings(words, config_name).items():
+        print_note(f"{target} takes no {', '.join(keys)}: left out")
+        deletions += write_deletions(keys)
+    return deletions
 
 
 def command(

@@ -232,5 +232,7 @@ def suggest_overrides(cfg: DictConfig, group: str) -> list[str]:
         option = OmegaConf.load(path)
         other = {key: value for key, value in have.items() if option.get(key, ...) != value}
         words = {k: v if isinstance(v, str) else json.dumps(v) for k, v in other.items()}
-        found.append([f"{group}={name}", *(f"{group}.{k}={v}" for k, v in words.items())])
+        added = {key: "" if key in option else "+" for key in words}
+        words = [f"{added[key]}{group}.{key}={value}" for key, value in words.items()]
+        found.append([f"{group}={name}", *words])
     return min(found, key=len)

@@ -17,6 +17,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from ldm.config.command_line import (
     USAGE_ERRORS,
     check_group_option,
+    delete_replaced_settings,
     exit_with_usage_error,
     print_note,
     quote_override,
@@ -172,6 +173,7 @@ def compose_config(command: str, overrides: Sequence[str]) -> DictConfig:
     try:
         for word in words:
             check_group_option(*word.partition("=")[::2])
+        words += delete_replaced_settings(words, command)
         cfg = compose(command, words)
         check_config(cfg, command, words)
     except (HydraException, OmegaConfBaseException) as error:

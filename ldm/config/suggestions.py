@@ -99,6 +99,12 @@ def format_unknown_setting(key: str, config_name: str) -> str:
     key = key.rpartition("@")[2]  # group@place, an option somewhere else
     near = suggest_nearest(key, list_known_keys(config_name, key))
     group, _, leaf = key.partition(".")
+    typed = dict(word.partition("=")[::2] for word in sys.argv[1:])
+    if target := typed.get(f"{group}._target_"):
+        return (
+            f"there is no setting '{key}' of the chosen option: one that {target} takes is added, "
+            f"+{key}=..."
+        )
     others: dict[str, list[str]] = {}  # of the options that were not chosen
     for option, path in list_group_options(group).items() if leaf else ():
         for name in _find_closest(leaf, _option_keys(OmegaConf.load(path))):

@@ -91,6 +91,9 @@ def test_settings_are_said_as_they_are_typed():
         {"task": {"_target_": "ldm.diffusion.tasks.superres.SuperResolution", "scales": [2, 8]}}
     )
     assert suggest_overrides(cfg, "task") == ["task=superres", "task.scales=[2, 8]"]
+    own = OmegaConf.create({"scheduler": {"_target_": "mine.Sine", "power": 2}})
+    words = suggest_overrides(own, "scheduler")
+    assert words[1:] == ["scheduler._target_=mine.Sine", "+scheduler.power=2"]
 
 
 def test_videos_are_counted_as_videos(home):

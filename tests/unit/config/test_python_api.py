@@ -14,6 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
+from team import OUTSIDE
 
 import ldm
 from ldm.config.composition import CONF_DIR
@@ -67,6 +68,18 @@ def _in_home(request, monkeypatch):
 @pytest.fixture(scope="module")
 def pipe(home):
     return ldm.load(home / "runs" / "pair" / "cosine")
+
+
+def test_compose_takes_a_class_in_place_of_an_options_own(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(OUTSIDE)
+    sampler = "teampackage.diffusion.PlainEulerSampler"
+    cfg = ldm.compose("train", [f"sampler._target_={sampler}"])
+    left = {"_target_": sampler, "spacing": "trailing"}
+    assert cfg.sampler == left, "the null settings of ddim are left out, too"
+    assert (
+        f"{sampler} takes no sampler.eta, sampler.clip, sampler.quantile: left out"
+        in capsys.readouterr().err
+    )
 
 
 def test_compose_gives_the_settings_of_the_command_line():

@@ -24,12 +24,11 @@ print(ldm.__file__, *pipe("a red star", seeds=[0], steps=1, output_type="pt").sh
 
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 BRIEF_NOTEBOOK = {
-    
-        "steps = 120 ": "steps = 4 ",
-        "steps = 30 ": "steps = 4 ",
-        "data.count=1500": "data.count=64"
-    ,
-    "data.count=500": "data.count=64", "val_check_interval=10": "val_check_interval=2",
+    "steps = 120 ": "steps = 4 ",
+    "steps = 30 ": "steps = 4 ",
+    "data.count=1500": "data.count=64",
+    "data.count=500": "data.count=64",
+    "val_check_interval=10": "val_check_interval=2",
 }
 
 # An environment without ldm[sweep]: Hydra finds no plugins of these names.

@@ -12,6 +12,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ldm.config.command_line import convert_to_usage_errors
+from ldm.config.composition import drop_hydra_settings
 from ldm.config.config_check import check_config, check_run_name
 from ldm.config.new_directories import register_new_directories
 from ldm.config.search_path import list_config_dir_flags
@@ -72,7 +73,7 @@ class SweepPlan:
         register_new_directories(self.directory)
         with convert_to_usage_errors():
             self._lock = lock_directory(self.directory)
-            base = _to_dict(_without_hydra(self._compose(same)))
+            base = _to_dict(drop_hydra_settings(self._compose(same)))
             self.shared = merge_shared_settings(self.directory, base, swept=self.swept)
 
     def _default_name(self, same: Sequence[str]) -> str:
@@ -111,7 +112,7 @@ class SweepPlan:
 
     def _job(self, label: str, overrides: Sequence[str]) -> SweepJob:
         cfg = self._compose(overrides)
-        check_config(_without_hydra(cfg), "train", overrides)
+        check_config(drop_hydra_settings(cfg), "train", overrides)
         devices = cfg.trainer.devices
         return SweepJob(
             name=f"{self.name}/{label}",
@@ -147,10 +148,6 @@ class SweepPlan:
 
 def _input_lines(overrides: Iterable[Override]) -> list[str]:
     return [str(override.input_line) for override in overrides]
-
-
-def _without_hydra(cfg: DictConfig) -> DictConfig:
-    return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
 
 
 def _to_dict(cfg: DictConfig) -> dict[str, Any]:

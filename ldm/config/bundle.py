@@ -13,7 +13,8 @@ from ldm.config.components import (
     load_diffusion_checkpoint,
     set_component_location,
 )
-from ldm.config.composition import compose_config, isolate_hydra
+from ldm.config.composition import isolate_hydra
+from ldm.config.config_check import compose_config
 from ldm.config.model_card import write_model_card
 from ldm.config.pipeline import explain_moved_component, load_pipeline
 from ldm.config.trust import list_trusted_packages

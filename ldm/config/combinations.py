@@ -5,14 +5,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import product
 
-from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from ldm.config.command_line import check_group_option
-from ldm.config.config_check import check_config
+from ldm.config.config_check import compose_config
 from ldm.utils.errors import UsageError
 
 
@@ -53,6 +52,5 @@ def compose_combinations(
         varied = dict(zip(choices, values, strict=True))
         overrides = [f"{name}={value}" for name, value in varied.items()]
         overrides = [*HydraConfig.get().overrides.task, *overrides]
-        combinations.append((varied, compose(config_name, overrides)))
-        check_config(combinations[-1][1], config_name, overrides)
+        combinations.append((varied, compose_config(config_name, overrides)))
     return combinations

@@ -28,7 +28,7 @@ from ldm.config.search_path import (
     list_group_options,
     order_command_words,
 )
-from ldm.config.suggestions import explain_hydra_error
+from ldm.config.suggestions import check_setting_keys, explain_hydra_error
 from ldm.experiments.former_names import is_own_target, update_override
 from ldm.experiments.run_dir import get_launcher_layout, get_launcher_rank, parse_number
 from ldm.utils.errors import UsageError, program_name
@@ -135,6 +135,7 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
         for target, keys in list_replaced_settings(words, config_name).items():
             sys.argv += [f"~{key}" for key in keys]
             print_note(f"{target} takes no {', '.join(keys)}: left out")
+        check_setting_keys(words, config_name)
         main()
     except USAGE_ERRORS as error:
         exit_with_usage_error(error, config_name)

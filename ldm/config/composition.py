@@ -1,21 +1,17 @@
-"""Composes settings in a Python process that may be a Hydra application itself."""
+"""Composes settings with Hydra, in a process that may be a Hydra application itself."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.core.utils import JobRuntime
 from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from ldm.config.command_line import check_group_option, quote_override
-from ldm.config.config_check import check_config
-from ldm.config.suggestions import CONF_DIR, explain_hydra_error
-from ldm.experiments.former_names import update_override
-from ldm.utils.errors import UsageError
+from ldm.config.search_path import CONF_DIR, is_config_group, list_config_dir_flags
 
 
 @contextmanager
@@ -23,6 +19,7 @@ def isolate_hydra() -> Iterator[None]:
     """Initializes Hydra for conf/; afterwards Hydra is as it was before the block."""
     hydra, config, base = GlobalHydra.instance(), HydraConfig.instance(), VersionBase.instance()
     before = hydra.hydra, config.cfg, base.version_base
+    job, job_name = JobRuntime.instance(), JobRuntime.instance().get("name")
     hydra.clear()
     config.cfg = None
     try:
@@ -31,25 +28,28 @@ def isolate_hydra() -> Iterator[None]:
     finally:
         GlobalHydra.set_instance(hydra)  # initialize_config_dir leaves a copy
         hydra.hydra, config.cfg, base.version_base = before
-
-
-def compose_config(command: str, overrides: Sequence[str], *, hydra: bool = False) -> DictConfig:
-    """The settings of a command, checked as its command line does; call it in `isolate_hydra`.
-
-    hydra: with Hydra's own settings. Raises UsageError.
-    """
-    words = [quote_override(update_override(word)) for word in overrides]
-    try:
-        for word in words:
-            check_group_option(*word.partition("=")[::2])
-        cfg = compose(command, words, return_hydra_config=hydra)
-        check_config(drop_hydra_settings(cfg), command, words)
-    except (HydraException, OmegaConfBaseException) as error:
-        GlobalHydra.instance().clear()  # the explanation composes other settings
-        raise UsageError(explain_hydra_error(error, command)) from error
-    return cfg
+        job.set("name", job_name)
 
 
 def drop_hydra_settings(cfg: DictConfig) -> DictConfig:
     """The settings without Hydra's own."""
     return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+
+
+def list_option_words(words: Iterable[str]) -> list[str]:
+    """The words that choose an option of a group."""
+    return [word for word in words if is_config_group(word.partition("=")[0])]
+
+
+def compose_default_config(config_name: str, words: Iterable[str]) -> dict:
+    """The default settings of the options that these words choose, as plain values."""
+    flags = list_config_dir_flags()
+    return _compose_default_config(config_name, (*list_option_words(words),), (*flags,))
+
+
+@cache
+def _compose_default_config(
+    config_name: str, options: Sequence[str], directories: Sequence[str]
+) -> dict:
+    with isolate_hydra():
+        return OmegaConf.to_container(compose(config_name, overrides=[*options]))

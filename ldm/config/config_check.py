@@ -3,9 +3,8 @@
 Hydra makes the run directory before it calls `main`, but calls this before that.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,11 +13,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationKeyError
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from ldm.config.command_line import USAGE_ERRORS, exit_with_usage_error, print_note
+from ldm.config.command_line import (
+    USAGE_ERRORS,
+    check_group_option,
+    exit_with_usage_error,
+    print_note,
+    quote_override,
+)
+from ldm.config.composition import compose_default_config, drop_hydra_settings
 from ldm.config.new_directories import register_new_directories
 from ldm.config.own_components import check_own_component, check_setting_names
 from ldm.config.ranges import (
@@ -33,9 +40,9 @@ from ldm.config.reserved_settings import (
     RESERVED_SETTINGS,
 )
 from ldm.config.search_path import is_config_group
-from ldm.config.suggestions import format_unknown_setting
+from ldm.config.suggestions import explain_hydra_error, format_unknown_setting
 from ldm.config.trust import check_own_packages, find_user_config_file, list_trusted_packages
-from ldm.experiments.former_names import FORMER_SETTINGS
+from ldm.experiments.former_names import FORMER_SETTINGS, update_override
 from ldm.experiments.run_dir import FIXED_RUN_FILES
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_no_links, check_path_length
@@ -75,7 +82,7 @@ class ConfigCheckCallback(Callback):
         try:
             lines = [override.input_line for override in swept]
             typed = [line for line in config.hydra.overrides.task if line not in lines]
-            own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+            own = drop_hydra_settings(config)
             check_added_hydra_settings(config)
             check_config(own, self.command, typed, swept=bool(swept))
             for key, value, default in [
@@ -164,6 +171,22 @@ def check_config(
         list_trusted_packages(cfg)
 
 
+def compose_config(command: str, overrides: Sequence[str]) -> DictConfig:
+    """The settings of a command, checked as its command line does; UsageError for a mistake.
+
+    Hydra is initialized, as in `isolate_hydra`.
+    """
+    words = [quote_override(update_override(word)) for word in overrides]
+    try:
+        for word in words:
+            check_group_option(*word.partition("=")[::2])
+        cfg = compose(command, words)
+        check_config(cfg, command, words)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(explain_hydra_error(error, command)) from error
+    return cfg
+
+
 def check_added_hydra_settings(config: DictConfig) -> None:
     """UsageError for a setting of Hydra that a user added and that Hydra does not know."""
     for word in config.hydra.overrides.hydra:
@@ -214,17 +237,6 @@ def check_evaluation_settings(settings: dict, overrides: Iterable[str]) -> None:
                 f"{word}: {key} are of the images of eval=fast or eval=full: add one, as in "
                 "eval=fast or eval='[scenes,fast]'"
             )
-
-
-def compose_default_config(config_name: str, overrides: Iterable[str]) -> dict:
-    """The default settings of the options that these overrides choose."""
-    groups = (word for word in overrides if is_config_group(word.partition("=")[0]))
-    return _compose_default_config(config_name, tuple(groups))
-
-
-@cache
-def _compose_default_config(config_name: str, groups: tuple[str, ...]) -> dict:
-    return OmegaConf.to_container(compose(config_name, overrides=list(groups)))
 
 
 def check_run_name(name: object) -> None:

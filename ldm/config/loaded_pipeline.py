@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from ldm.config.composition import compose_config, isolate_hydra
+from ldm.config.composition import isolate_hydra
+from ldm.config.config_check import compose_config
 from ldm.config.guidance import build_guidance
 from ldm.config.ranges import format_invalid_value
 from ldm.diffusion.guidance.base import Guidance

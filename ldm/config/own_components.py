@@ -6,11 +6,10 @@ import pydoc
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 
-from hydra import compose, initialize_config_dir
-
+from ldm.config.composition import compose_default_config, list_option_words
 from ldm.config.ranges import OWN_TARGET_PREFIXES
 from ldm.config.reserved_settings import NAMED_COMPONENT_GROUPS
-from ldm.config.search_path import CONF_DIR, is_config_group
+from ldm.config.search_path import is_config_group
 from ldm.utils.errors import UsageError, suggest_nearest
 
 # The groups of the components of a model.
@@ -135,16 +134,15 @@ def list_replaced_settings(words: Sequence[str], config_name: str) -> dict[str, 
         for group, target in targets.items()
         if is_config_group(group) and not target.startswith(OWN_TARGET_PREFIXES)
     }
-    options = [word for word in words if is_config_group(word.partition("=")[0])]
+    options = list_option_words(words)
     if not targets or any("," in word for word in (*targets.values(), *options)):
         return {}
-    with initialize_config_dir(CONF_DIR, version_base="1.3"):
-        cfg = compose(config_name, overrides=options)
+    default = compose_default_config(config_name, options)
     replaced = {}
     for group, target in targets.items():
         found = import_component(target, group)
         names = {each.name for each in list_parameters(found)}
-        keys = [key for key in cfg.get(group) or () if key[0] != "_" and key not in names]
+        keys = [key for key in default.get(group) or () if key[0] != "_" and key not in names]
         replaced[target] = [key for key in (f"{group}.{key}" for key in keys) if key not in typed]
     return {target: keys for target, keys in replaced.items() if keys}
 

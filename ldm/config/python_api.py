@@ -18,8 +18,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from ldm.config.command_line import convert_to_usage_errors, split_text_options
-from ldm.config.composition import compose_config, drop_hydra_settings, isolate_hydra
-from ldm.config.config_check import check_config, check_run_directory
+from ldm.config.composition import drop_hydra_settings, isolate_hydra
+from ldm.config.config_check import check_config, check_run_directory, compose_config
 from ldm.config.measurement import EVALUATE_TEXT_OPTIONS, record_evaluation
 from ldm.config.new_directories import (
     forget_new_directories,

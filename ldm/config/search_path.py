@@ -98,7 +98,7 @@ def list_config_directories() -> list[Path]:
 def find_package_directories() -> tuple[tuple[str, Path | None], ...]:
     """Each entry point of installed packages, with its directory; None where there is none."""
     points = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name)
-    return tuple((str(point.value), find_package_directory(point.value)) for point in points)
+    return tuple((point.value, find_package_directory(point.value)) for point in points)
 
 
 def find_package_directory(name: str) -> Path | None:

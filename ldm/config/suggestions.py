@@ -4,18 +4,19 @@ import difflib
 import logging
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.config.search_path import CONF_DIR, is_config_group, list_group_options
+from ldm.config.composition import compose_default_config, isolate_hydra
+from ldm.config.search_path import is_config_group, list_group_options
 from ldm.experiments.run_dir import HYDRA_RESOLVERS
-from ldm.utils.errors import format_program, suggest_nearest
+from ldm.utils.errors import UsageError, format_program, suggest_nearest
 from ldm.utils.text import escape_control_characters
 
 for _name, _resolver in {**HYDRA_RESOLVERS, "program": format_program}.items():
@@ -35,7 +36,7 @@ def explain_hydra_error(error: Exception, config_name: str) -> str:
         group, _, option = found[1].partition("/")
         if group == "hydra":  # whose groups are hydra/launcher and the like
             group, _, option = found[1].rpartition("/")
-        with initialize_config_dir(CONF_DIR, version_base="1.3"):
+        with isolate_hydra():
             options = GlobalHydra.instance().config_loader().get_group_options(group)
         near = suggest_nearest(option, options) or "."
         hint = OWN_DATA_HINT if group == "data" and near == "." else ""
@@ -61,6 +62,28 @@ def explain_hydra_error(error: Exception, config_name: str) -> str:
     if found := re.match(r"Ambiguous value for argument '(.*?)=(.*?)'\n1\. ", message, re.DOTALL):
         return format_single_value_error(found[1], found[2], config_name)
     return message
+
+
+def check_setting_keys(words: Iterable[str], config_name: str) -> None:
+    """UsageError for a setting that no chosen option has: Hydra would compose twice to find it.
+
+    Words that change which settings there are, and Hydra's own settings, are left to Hydra.
+    """
+    pairs = [word.partition("=") for word in words]
+    flags = {key for key, _, _ in pairs if key[:1] in ("+", "~", "-")}
+    options = [(key, value) for key, _, value in pairs if is_config_group(key)]
+    swept = [(key, value) for key, value in options if "," in value and value[0] != "["]
+    if flags - {"--config-dir", "-m", "--multirun"} or (swept and flags <= {"--config-dir"}):
+        return
+    options = ["=".join(option) for option in options if option not in swept]
+    default = compose_default_config(config_name, options)
+    for key, equals, _ in pairs:
+        node: object = default
+        is_ours = re.fullmatch(r"[\w.]+", key) and key.partition(".")[0] != "hydra"
+        for part in key.split(".") if equals and is_ours and not is_config_group(key) else ():
+            if isinstance(node, dict) and part not in node:
+                raise UsageError(format_unknown_setting(key, config_name))
+            node = node[part] if isinstance(node, dict) else None
 
 
 def format_single_value_error(key: str, values: str, config_name: str) -> str:
@@ -115,27 +138,22 @@ def _option_keys(option: DictConfig) -> list[str]:
 
 def list_known_keys(config_name: str, wanted: str = "") -> list[str]:
     """Every key and group with the options of the command line; Hydra's for `hydra.*`."""
-    GlobalHydra.instance().clear()
-    ours = not wanted.startswith("hydra.")
-    chosen = [
-        word
-        for word in sys.argv[1:]
-        if (is_config_group(word.partition("=")[0]) if ours else word.startswith("hydra/"))
-    ]
-    with initialize_config_dir(CONF_DIR, version_base="1.3"):
+    if not wanted.startswith("hydra."):
         try:
-            cfg = compose(config_name, overrides=chosen, return_hydra_config=not ours)
+            return [*_keys(compose_default_config(config_name, sys.argv[1:]))]
         except HydraException:  # several values, of a sweep
-            cfg = compose(config_name, return_hydra_config=not ours)
-    return list(_keys(cfg) if ours else _keys(cfg.hydra, "hydra."))
+            return [*_keys(compose_default_config(config_name, []))]
+    options = [word for word in sys.argv[1:] if word.startswith("hydra/")]
+    with isolate_hydra():
+        cfg = compose(config_name, overrides=options, return_hydra_config=True)
+    return [*_keys(OmegaConf.to_container(cfg.hydra), "hydra.")]
 
 
-def _keys(cfg: DictConfig, prefix: str = "") -> Iterable[str]:
-    for key in cfg:
+def _keys(settings: Mapping, prefix: str = "") -> Iterator[str]:
+    for key, value in settings.items():
         yield f"{prefix}{key}"
-        node = cfg._get_node(key)
-        if isinstance(node, DictConfig) and not node._is_none():
-            yield from _keys(node, f"{prefix}{key}.")
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")
 
 
 # Settings of hydra-optuna-sweeper that follow from the run's own.

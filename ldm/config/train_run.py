@@ -9,8 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.command_line import convert_to_usage_errors
-from ldm.config.config_check import compose_default_config
-from ldm.config.training_checks import check_before_imports
+from ldm.config.composition import compose_default_config
 from ldm.experiments.run_dir import (
     SWEEP_FILE,
     change_concerns,
@@ -47,6 +46,8 @@ def train_run(cfg: DictConfig, run_dir: Path, signals: StopSignals) -> dict:
                     "another name"
                 )
                 return read_result(run_dir)
+            from ldm.config.training_checks import check_before_imports  # numpy, fsspec
+
             check_before_imports(cfg, run_dir)
             job = build_interruptible_job(cfg, run_dir, signals)
         return train_job(cfg, job, run_dir, signals)

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from ldm.cli.evaluate import evaluate_points
 from ldm.config.measurement import EVALUATE_TEXT_OPTIONS
 from ldm.config.run import build_job
-from ldm.config.suggestions import CONF_DIR
+from ldm.config.search_path import CONF_DIR
 from ldm.training.job import TrainingJob
 
 TINY = [

@@ -11,7 +11,7 @@ from shell import ROOT, run, train
 
 from ldm.config.command_line import quote_override
 from ldm.config.pipeline import load_pipeline
-from ldm.config.suggestions import CONF_DIR
+from ldm.config.search_path import CONF_DIR
 from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.errors import UsageError
 

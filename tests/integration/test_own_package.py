@@ -39,7 +39,14 @@ def site(tmp_path_factory) -> dict[str, str]:
 def home(tmp_path_factory, site) -> Path:
     """A folder with a run of the installed package's components, and one of ours."""
     home = tmp_path_factory.mktemp("home")
-    words = [*SMALL, *TEAM, "eval=fast", "eval.images.count=8", "eval.images.steps=1"]
+    words = [
+        *SMALL,
+        *TEAM,
+        "features=team",
+        "eval=fast",
+        "eval.images.count=8",
+        "eval.images.steps=1",
+    ]
     words += ["trainer.max_steps=2", "phema.lengths=[0.1,0.2]", "phema.every=1", "name=team"]
     said = run(TRAIN, *words, cwd=home, **site)
     assert "note: this run uses components of teampackage: commands that read it need" in said

@@ -10,7 +10,7 @@ from shell import ROOT, run, train
 
 from ldm.config.command_line import quote_override
 from ldm.config.pipeline import load_cascade
-from ldm.config.suggestions import CONF_DIR
+from ldm.config.search_path import CONF_DIR
 from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.guidance.compositional import CompositionalGuidance
 

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from ldm.config.components import suggest_overrides
 from ldm.config.run import build_diffusion_components, build_job
-from ldm.config.suggestions import CONF_DIR
+from ldm.config.search_path import CONF_DIR
 from ldm.utils.errors import UsageError
 
 MOVING = ["data=moving_scenes", "data.count=4", "data.val_count=2", "data.frames=2"]

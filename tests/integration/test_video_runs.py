@@ -12,7 +12,7 @@ from shell import ROOT, TRAIN, rows, run, tensors
 
 from ldm.config.command_line import quote_override
 from ldm.config.pipeline import load_pipeline
-from ldm.config.suggestions import CONF_DIR
+from ldm.config.search_path import CONF_DIR
 from ldm.utils.errors import UsageError
 
 pytestmark = pytest.mark.slow  # each test is processes

@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
 import ldm
-from ldm.config.suggestions import CONF_DIR
+from ldm.config.search_path import CONF_DIR
 from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.samplers.multistep import DPMSolverSampler
 

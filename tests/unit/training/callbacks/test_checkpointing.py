@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from checkpoint_limits import At, limit_files
@@ -127,10 +128,27 @@ def test_an_error_waits_for_the_save(tmp_path, shapes, tiny_text):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_payload_that_cannot_be_stored_ends_the_run(tmp_path, shapes, tiny_text):
+def test_the_state_of_a_callback_that_is_no_plain_value_is_left_out(tmp_path, shapes, tiny_text):
     class Odd(L.Callback):
         def state_dict(self) -> dict:
-            return {"odd": lambda: None}
+            return {"odd": np.float64(1)}
+
+        def on_save_checkpoint(self, trainer: L.Trainer, module, checkpoint: dict) -> None:
+            checkpoint |= {"mine": {"path": Path()}, "plain": [1, "a", None, torch.ones(2)]}
+
+    with pytest.warns(UserWarning, match=r"Odd holds a numpy\.float64: it is not saved") as found:
+        train(tmp_path, shapes, tiny_text, Odd(), steps=6, background=True)
+    assert sum("is not saved" in str(each.message) for each in found) == 2, "once for each"
+    payload = read_checkpoint(tmp_path / "last.ckpt")
+    assert not [name for name in payload["callbacks"] if "Odd" in name]
+    assert "mine" not in payload
+    assert payload["plain"][:3] == [1, "a", None]
+
+
+def test_a_payload_that_cannot_be_stored_ends_the_run(tmp_path, shapes, tiny_text):
+    class Odd(L.Callback):
+        def on_save_checkpoint(self, trainer: L.Trainer, module, checkpoint: dict) -> None:
+            checkpoint["loops"]["odd"] = lambda: None
 
     with pytest.raises(Exception, match="lambda"):
         train(tmp_path, shapes, tiny_text, Odd(), steps=6, background=True)

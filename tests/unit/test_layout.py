@@ -19,8 +19,8 @@ ROOM_LINES = {
     "inference": 780,
     "evaluation": 3000,
     "experiments": 1960,
-    "training": 3075,
-    "config": 5000,
+    "training": 3110,
+    "config": 5080,
     "cli": 2100,
 }
 ROOMS = tuple(ROOM_LINES)

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
-from hydra.errors import HydraException, InstantiationException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ldm.config.help import format_help
 from ldm.config.own_components import list_replaced_settings, write_deletions
@@ -27,7 +29,11 @@ from ldm.config.search_path import (
     list_group_options,
     order_command_words,
 )
-from ldm.config.suggestions import check_setting_keys, explain_hydra_error
+from ldm.config.suggestions import (
+    check_setting_keys,
+    explain_composition_error,
+    explain_hydra_error,
+)
 from ldm.experiments.former_names import is_own_target, update_override
 from ldm.experiments.new_directories import remove_new_directories
 from ldm.experiments.run_dir import get_launcher_layout, get_launcher_rank, parse_number
@@ -142,7 +148,10 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
         more = "; the same command goes on from here" if resumable else ""
         print(f"\n{program_name()}: {how}{more}", file=sys.stderr)
         sys.exit(code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, YAMLError) as error:
+        message = explain_composition_error(error, config_name, sys.argv[1:])
+        if message and not _has_entered(main, error):
+            exit_with_usage_error(UsageError(message), config_name)
         if "No trials are completed" in str(error):  # so optuna says that every job failed
             return
         why = error if isinstance(error, OSError) else error.__cause__  # logging wraps those
@@ -220,7 +229,9 @@ def exit_with_usage_error(error: Exception, config_name: str) -> NoReturn:
 
 
 def check_group_option(group: str, value: str) -> None:
-    """UsageError for a number in place of a group's option, as in guidance=7, or a component."""
+    """UsageError for what names no option of a group, as guidance=7 or eval=null."""
+    if not group.lstrip("+~").partition("@")[0]:
+        raise UsageError(f"'{group}={value}' is no setting: they are written key=value")
     if is_config_group(group) and "_target_" in value and not group.startswith("+"):
         raise UsageError(
             f"{group}={value} chooses no option: a component without a file of its own is added "
@@ -228,11 +239,34 @@ def check_group_option(group: str, value: str) -> None:
             if group in NAMED_COMPONENT_GROUPS
             else f"{group}={value} chooses no option: give {group}._target_=mypackage.module.Class"
         )
-    if is_config_group(group) and value and None not in map(parse_number, value.split(",")):
+    if not is_config_group(group) or not value:
+        return
+    if not all(map(_is_option_name, _list_chosen_options(f"{group}={value}"))):
         options = ", ".join(list_group_options(group))
         key = {"guidance": "guidance.scale", "optimizer": "optimizer.lr"}.get(group)
-        meant = f"{key}={value} sets the number, and " if key else ""
+        numbers = key and None not in map(parse_number, value.split(","))
+        meant = f"{key}={value} sets the number, and " if numbers else ""
         raise UsageError(f"{group}={value} is no option of {group}: {meant}there are: {options}")
+
+
+def _list_chosen_options(word: str) -> list[object]:
+    """The values of `group=value`, of a sweep as well; of an empty list, None."""
+    parser = OverridesParser.create()
+    try:
+        override = parser.parse_override(word)
+        texts = override.sweep_string_iterator() if override.is_choice_sweep() else []
+        values = [parser.parse_override(f"x={text}").value() for text in texts]
+    except OverrideParseException:  # which Hydra raises as well
+        return []
+    if not override.is_sweep_override():
+        values = [override.value()]
+    lists = [each if isinstance(each, list) else [each] for each in values]
+    return [each for chosen in lists for each in chosen or [None]]
+
+
+def _is_option_name(value: object) -> bool:
+    """Whether a value may name an option: no null or number, and no path to another group."""
+    return isinstance(value, str) and not {"..", ""} & set(value.split("/"))
 
 
 def _has_entered(main: Callable[[], None], error: BaseException) -> bool:

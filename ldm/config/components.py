@@ -198,6 +198,8 @@ def set_component_location(cfg: DictConfig, name: str, location: str) -> None:
             f"{name}={location}: the run was trained with {part.get('_target_', 'none')}, which is "
             "read from nowhere: leave it out"
         )
+    if "${" in location:
+        raise UsageError(f"{location}: a path with ${{ cannot be used here: rename that folder")
     cfg[name][key] = location
 
 

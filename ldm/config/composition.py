@@ -47,8 +47,9 @@ def list_task_words() -> list[str]:
 
 
 def list_option_words(words: Iterable[str]) -> list[str]:
-    """The words that choose an option of a group."""
-    return [word for word in words if is_config_group(word.partition("=")[0])]
+    """The words that choose an option of a group, and not those that leave a group out."""
+    chosen = [word for word in words if not word.startswith("~")]
+    return [word for word in chosen if is_config_group(word.partition("=")[0])]
 
 
 def compose_default_config(config_name: str, words: Iterable[str]) -> dict:

@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from yaml import YAMLError
 
 from ldm.config.command_line import (
     USAGE_ERRORS,
@@ -24,7 +25,7 @@ from ldm.config.command_line import (
 )
 from ldm.config.composition import compose_default_config, drop_hydra_settings, list_task_words
 from ldm.config.metric_check import check_metric_names
-from ldm.config.own_components import check_own_component, check_setting_names
+from ldm.config.own_components import DIFFUSION_GROUPS, check_own_component, check_setting_names
 from ldm.config.ranges import (
     OWN_TARGET_PREFIXES,
     find_setting_rule,
@@ -37,7 +38,11 @@ from ldm.config.reserved_settings import (
     RESERVED_SETTINGS,
 )
 from ldm.config.search_path import is_config_group
-from ldm.config.suggestions import explain_hydra_error, format_unknown_setting
+from ldm.config.suggestions import (
+    explain_composition_error,
+    explain_hydra_error,
+    format_unknown_setting,
+)
 from ldm.config.trust import check_own_packages, find_user_config_file, list_trusted_packages
 from ldm.experiments.former_names import FORMER_SETTINGS, update_override
 from ldm.experiments.new_directories import register_new_directories
@@ -153,9 +158,13 @@ def check_config(
         settings = OmegaConf.to_container(cfg, resolve=True)
     except InterpolationResolutionError as error:
         raise UsageError(f"{error.full_key}: {error.msg.splitlines()[0]}") from error
-    _check_settings(settings, compose_default_config(config_name, overrides), "", config_name)
+    default = compose_default_config(config_name, overrides)
+    if left_out := [key for key in default if key not in settings]:
+        raise UsageError(f"~{left_out[0]}: a setting cannot be left out, it has another value")
+    _check_settings(settings, default, "", config_name)
     if config_name == "train":
         check_run_name(cfg.name)
+        check_components_named(settings)
         check_logger_packages(cfg.logger or {})
     check_named_components(settings)
     if config_name == "train" and not swept:
@@ -172,12 +181,22 @@ def compose_config(command: str, overrides: Sequence[str]) -> DictConfig:
     words = [quote_override(update_override(word)) for word in overrides]
     try:
         for word in words:
+            if word.lstrip("+").startswith("hydra.searchpath="):
+                raise UsageError(
+                    f"{word}: the command line takes folders of options. Python finds those of "
+                    "installed packages, by the entry point ldm.conf"
+                )
             check_group_option(*word.partition("=")[::2])
         words += delete_replaced_settings(words, command)
         cfg = compose(command, words)
         check_config(cfg, command, words)
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(explain_hydra_error(error, command)) from error
+    except (ValueError, YAMLError) as error:
+        message = explain_composition_error(error, command, words)
+        if message is None or isinstance(error, UsageError):
+            raise
+        raise UsageError(message) from error
     return cfg
 
 
@@ -199,6 +218,17 @@ def check_logger_packages(loggers: Iterable[str]) -> None:
     for name in loggers:
         if name in LOGGER_PACKAGES and find_spec(name) is None:
             raise UsageError(f"logger={name} needs a package: pip install {LOGGER_PACKAGES[name]}")
+
+
+def check_components_named(settings: dict) -> None:
+    """UsageError for an option of a needed component whose file names none."""
+    for group in (*DIFFUSION_GROUPS, "sampler", "guidance", "optimizer", "data"):
+        node = settings.get(group)
+        if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+            raise UsageError(
+                f"{group}: this option's file names no component, with a line such as "
+                "`_target_: mypackage.module.Class`"
+            )
 
 
 def check_named_components(settings: dict) -> None:

@@ -24,11 +24,9 @@ CONF_DIR = str(next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf")
 ENTRY_POINT_GROUP = "ldm.conf"
 CONFIG_DIR_FLAGS = ("--config-dir", "-cd")
 # Hydra's flags: those that take a value, and the others.
-VALUE_FLAGS = {
-    *CONFIG_DIR_FLAGS,
-    *("--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p"),
-    *("--info", "-i", "--experimental-rerun"),
-}
+VALUE_FLAGS = {*CONFIG_DIR_FLAGS, *("--cfg", "-c", "--package", "-p", "--info", "-i")}
+# They replace conf/, or run the code of a pickle.
+REFUSED_FLAGS = {"--config-path", "-cp", "--config-name", "-cn", "--experimental-rerun"}
 PLAIN_FLAGS = {
     *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r"),
     *("--multirun", "-m", "--shell-completion", "-sc"),
@@ -46,6 +44,8 @@ def order_command_words(words: Sequence[str]) -> list[str]:
     rest = iter(words)
     for word in rest:
         flag, equals, value = word.partition("=")
+        if flag in REFUSED_FLAGS:
+            raise UsageError(f"{flag} of Hydra is not used here: --config-dir=DIR adds options")
         if flag in VALUE_FLAGS and not equals:
             value = next(rest, "")
         if flag in CONFIG_DIR_FLAGS:
@@ -73,11 +73,16 @@ def _read_search_path(word: str) -> list[str]:
         value = OverridesParser.create().parse_override(word).value()
     except OverrideParseException:
         value = None
-    if not isinstance(value, list):
-        return [word]  # which is no directory, and refused as such
-    places = (str(each).rpartition("://") for each in value)
+    places = [str(each).rpartition("://") for each in value] if isinstance(value, list) else []
+    if not places or {scheme for scheme, _, _ in places} - {"", "file", "pkg"}:
+        raise UsageError(
+            f"{word}: it is a list of directories, as in "
+            "'hydra.searchpath=[file://DIR,pkg://mypackage.conf]'"
+        )
     return [
-        str(find_package_directory(rest) or rest) if scheme == "pkg" else os.path.abspath(rest)
+        str(find_package_directory(rest) or f"pkg://{rest}")
+        if scheme == "pkg"
+        else os.path.abspath(rest)
         for scheme, _, rest in places
     ]
 

@@ -4,7 +4,8 @@ import difflib
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from hydra import compose
 from hydra.core.config_store import ConfigStore
@@ -12,9 +13,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from ldm.config.composition import compose_default_config, isolate_hydra
-from ldm.config.search_path import is_config_group, list_group_options
+from ldm.config.search_path import is_config_group, list_config_directories, list_group_options
 from ldm.utils.errors import UsageError, format_program, suggest_nearest
 from ldm.utils.text import escape_control_characters
 
@@ -57,7 +59,30 @@ def explain_hydra_error(error: Exception, config_name: str) -> str:
         )
     if found := re.match(r"Ambiguous value for argument '(.*?)=(.*?)'\n1\. ", message, re.DOTALL):
         return format_single_value_error(found[1], found[2], config_name)
+    if message.startswith("Error merging override "):
+        word, why = message.removeprefix("Error merging override "), f"{error.__cause__}"
+        return f"{word} does not fit: {why.splitlines()[0]}"
     return message
+
+
+def explain_composition_error(
+    error: Exception, config_name: str, words: Sequence[str]
+) -> str | None:
+    """An error of a library while it composes the settings, in plain words; None for others."""
+    if isinstance(error, YAMLError):
+        return f"an option's file is no YAML: {' '.join(str(error).split())}"
+    if isinstance(error, UnicodeDecodeError):
+        for path in (path for each in list_config_directories() for path in each.glob("**/*.yaml")):
+            with suppress(OSError):
+                if error.object.startswith(path.read_bytes()[:512]):
+                    return f"{path} is no UTF-8: save it so"
+    if str(error).startswith("invalid literal for int()"):
+        default = OmegaConf.create(compose_default_config(config_name, words))
+        for word in words:
+            key = word.lstrip("+~").partition("=")[0].rpartition(".")[0]
+            if key and OmegaConf.is_list(OmegaConf.select(default, key)):
+                return f"{word}: {key} is a list: give {key}=[...]"
+    return None
 
 
 def check_setting_keys(words: Iterable[str], config_name: str) -> None:

@@ -62,10 +62,15 @@ def describe_bundle_files(folder: Path) -> dict[str, dict]:
 def read_bundle(folder: Path) -> tuple[dict, dict[str, str]]:
     """Returns a bundle as the payload of a checkpoint, and the paths of frozen components.
 
-    Raises CheckpointError if weights or configuration do not have their digests; whoever builds a
-    frozen component compares it with its own digest in the payload.
+    Raises CheckpointError if a copied component is missing, and if weights or configuration do not
+    have their digests; whoever builds a frozen component compares it with its own digest in the
+    payload.
     """
     facts = read_bundle_manifest(folder)
+    copies = {name: str(folder / place) for name, place in facts["copies"].items()}
+    for place in copies.values():  # a component that is not here would be searched on the hub
+        if not Path(place).exists():
+            raise CheckpointError(f"{folder} is no whole bundle: {place} is missing")
     for name, digest in facts["digests"].items():
         path = folder / name
         if not path.is_file():
@@ -77,7 +82,9 @@ def read_bundle(folder: Path) -> tuple[dict, dict[str, str]]:
         config = read_text(folder / BUNDLE_CONFIG_FILE, max_bytes=MAX_BUNDLE_BYTES)
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{folder} cannot be used: {error}") from error
-    copies = {name: str(folder / place) for name, place in facts["copies"].items()}
+    # float(): not every dtype has isfinite.
+    if not all(tensor.float().isfinite().all() for tensor in weights.values()):
+        raise CheckpointError(f"{folder} cannot be used: its weights are not finite")
     payload = {
         "state_dict": {f"ema.module.{name}": tensor for name, tensor in weights.items()},
         "global_step": facts["step"],

@@ -20,7 +20,7 @@ ROOM_LINES = {
     "evaluation": 3000,
     "experiments": 2130,
     "training": 3150,
-    "config": 4620,
+    "config": 4720,
     "cli": 2100,
 }
 ROOMS = tuple(ROOM_LINES)

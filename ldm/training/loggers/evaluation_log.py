@@ -34,11 +34,14 @@ def log_evaluation(
     from ldm.utils.images import to_pil
 
     config = read_yaml_settings(run_dir / "config.yaml")
-    settings = config.get("logger") or {}
-    settings = settings.get("wandb", settings)
+    settings = config.get("logger")
+    settings = settings.get("wandb", settings) if isinstance(settings, dict) else {}
+    settings = settings if isinstance(settings, dict) else {}
     own = {key: settings[key] for key in LOGGED_SETTINGS if isinstance(settings.get(key), str)}
     with lock_directory(run_dir):
-        logger = wandb_logger(run_dir=run_dir, name=config["name"], overrides=[], **own)
+        logger = wandb_logger(
+            run_dir=run_dir, name=str(config.get("name", run_dir.name)), overrides=[], **own
+        )
         step = results[0]["step"]
         if len(results) == 1:
             metrics = results[0]["metrics"]

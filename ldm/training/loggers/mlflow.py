@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from ldm.training.loggers.base import RunLogger, format_first_line, keep_training, split_run_name
-from ldm.training.loggers.run_ids import forget_copied_ids, write_run_id
+from ldm.training.loggers.run_ids import forget_copied_ids, read_run_id, write_run_id
 
 # It warns that it creates an experiment which is not there.
 logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)
@@ -55,7 +55,7 @@ class MlflowRun(MLFlowLogger, RunLogger):
                 job,
                 tracking_uri or mlflow.get_tracking_uri(),
                 tags=own | dict(tags or {}),
-                run_id=self.id_file.read_text().strip() if self.id_file.is_file() else None,
+                run_id=read_run_id(self.id_file) if self.id_file.is_file() else None,
             )
 
     @property

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from ldm.training.loggers.base import RunLogger, format_first_line, keep_training, split_run_name
-from ldm.training.loggers.run_ids import forget_copied_ids, write_run_id
+from ldm.training.loggers.run_ids import forget_copied_ids, read_run_id, write_run_id
 from ldm.utils.files import write_text
 
 WANDB_STEP_KEY = "trainer/global_step"  # Lightning's name; every row of numbers has it
@@ -53,12 +53,14 @@ def wandb_logger(
     WANDB_JOB_TYPE, WANDB_TAGS, WANDB_NOTES or WANDB_MODE, then to W&B, except that the project is
     `ldm` and that a run without an API key is offline. What a sweep varies is added to the tags.
     artifact: "best" logs the best checkpoint as an artifact by reference, where the run ends.
-    Raises ValueError for a mode or an artifact that does not exist.
+    Raises ValueError for a mode or an artifact that does not exist, and for a damaged wandb_id.
     """
     if mode not in (None, *WANDB_MODES):
         raise ValueError(f"logger.wandb.mode={mode} is none of {', '.join(WANDB_MODES)}")
     if artifact not in (None, "best"):
         raise ValueError(f"logger.wandb.artifact={artifact} is neither best nor null")
+    if (run_dir / "wandb_id").is_file():
+        read_run_id(run_dir / "wandb_id")
     if os.path.expanduser("~") == "~":  # W&B does not start without a home directory
         os.environ["HOME"] = "/nonexistent"
     mode = mode or os.environ.get("WANDB_MODE") or (None if has_wandb_key() else "offline")
@@ -185,7 +187,7 @@ def get_wandb_id(run_dir: Path) -> str:
     path = run_dir / "wandb_id"
     if not path.is_file():
         write_run_id(path, secrets.token_hex(4))
-    return path.read_text().strip()
+    return read_run_id(path)
 
 
 def shorten_tag(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 import yaml
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save
 from shell import run
 from tiny_t5 import save_tiny_t5
 
@@ -188,7 +190,28 @@ def test_a_strangers_bundle_runs_no_code_and_reads_nothing_else(bundle, tmp_path
         (bundle / "bundle.json").write_text(json.dumps(facts))
         with pytest.raises(CheckpointError, match=f"'{place}' is outside of the bundle"):
             read_bundle(bundle)
+    for place in ("${oc.env:HOME}", "???", "gone\0"):  # never looked up, nor searched on the hub
+        facts["copies"]["autoencoder"] = place
+        (bundle / "bundle.json").write_text(json.dumps(facts))
+        with pytest.raises(ValueError, match=f"no whole bundle: .*{re.escape(place)}"):
+            ldm.load(bundle, trust=["own_noise"])
     assert not Path("made").exists()
+
+
+def test_a_folder_may_have_nearly_any_name(bundle):
+    bundle = bundle.rename("a=b, [c]")
+    assert isinstance(generate(bundle), torch.Tensor)
+    bundle = bundle.rename("my ${oc.env:HOME}")
+    with pytest.raises(ValueError, match=r"a path with \$\{ cannot be used here"):
+        ldm.load(bundle)
+
+
+def test_weights_that_are_not_finite_are_refused(bundle):
+    weights = load_file(bundle / BUNDLE_WEIGHTS_FILE)
+    weights[next(iter(weights))][0] = float("nan")
+    rewrite(bundle, BUNDLE_WEIGHTS_FILE, save(weights))
+    with pytest.raises(CheckpointError, match="its weights are not finite"):
+        read_bundle(bundle)
 
 
 @pytest.mark.parametrize(

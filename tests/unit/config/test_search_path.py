@@ -1,5 +1,6 @@
 """Options of folders and of installed packages: found, suggested, and checked before a run."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from hydra import initialize_config_dir
 from shell import ROOT, TRAIN, run
 from team import CONF, OUTSIDE, install
 
+import ldm
 from ldm.config.own_components import check_own_component, list_replaced_settings
 from ldm.config.search_path import CONF_DIR, list_group_options, order_command_words
 from ldm.config.suggestions import format_unknown_setting
@@ -74,13 +76,66 @@ def test_a_broken_package_is_named_and_breaks_nothing_else(tmp_path):
     [
         (["--config-dir", "nowhere"], "--config-dir: there is no directory '"),
         (["--config-dir"], "--config-dir: there is no directory ''"),
-        (["hydra.searchpath=conf"], "there is no directory 'hydra.searchpath=conf'"),
+        (["hydra.searchpath=conf"], "hydra.searchpath=conf: it is a list of directories"),
+        (["hydra.searchpath=[http://conf]"], "it is a list of directories"),
+        (["hydra.searchpath=[pkg://nowhere]"], "there is no directory 'pkg://nowhere'"),
+        (["--experimental-rerun", "config.pickle"], "--experimental-rerun of Hydra is not used"),
+        (["--config-path=conf"], "--config-path of Hydra is not used here"),
+        (["trust.x=1"], "trust.x=1: trust is a list: give trust=[...]"),
     ],
 )
 def test_a_directory_that_is_not_there_is_refused(tmp_path, flags, words):
     said = run(TRAIN, "scheduler=cosine", *flags, cwd=tmp_path, expect=2)
     assert words in said
     assert len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"\xff\xfe_target_: x.y", "mine.yaml is no UTF-8: save it so"),
+        (b"a: [1", "an option's file is no YAML: while parsing a flow sequence in"),
+        (b"!!python/object/apply:os.mkdir [made]", "is no YAML: could not determine a constructor"),
+        (b"", "scheduler: this option's file names no component"),
+        (b"[1, 2]", "scheduler: this option's file names no component"),
+        (b"a text", "scheduler: this option's file names no component"),
+        (b"# @package _global_\nseed: 1", "scheduler: this option's file names no component"),
+        (b"power: ${nowhere}\n_target_: ldm.diffusion.schedules.linear", "'nowhere' not found"),
+    ],
+)
+def test_an_option_that_is_no_component_is_named(tmp_path, monkeypatch, data, words):
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "mine.yaml").write_bytes(data)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--config-dir={tmp_path}"])
+    with pytest.raises(UsageError, match=re.escape(words)):
+        ldm.compose("train", ["scheduler=mine"])
+    assert [path.name for path in tmp_path.iterdir()] == ["scheduler"]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("guidance=null", "guidance=null is no option of guidance: there are: apg"),
+        ("eval=true", "eval=true is no option of eval"),
+        ("eval=[]", "eval=[] is no option of eval: there are: fast, full, motion, none"),
+        ("eval=[fast,[scenes]]", "is no option of eval"),
+        ("callbacks={a:1}", "is no option of callbacks"),
+        ("scheduler=../data/scenes", "is no option of scheduler"),
+        ("scheduler=/etc/passwd", "is no option of scheduler"),
+        ("~eval", "~eval: a setting cannot be left out"),
+        ("~scheduler", "~scheduler: a setting cannot be left out"),
+        ("~seed", "~seed: a setting cannot be left out"),
+        ("=1", "'=1' is no setting"),
+        ("model.multipliers.x=1", "model.multipliers is a list"),
+        ("trust={a:1}", "trust={a:1} does not fit: "),
+        ("hydra.searchpath=[/x]", "the command line takes folders of options"),
+    ],
+)
+def test_what_chooses_no_option_is_refused_in_one_line(word, message):
+    with pytest.raises(UsageError, match=re.escape(message)) as error:
+        ldm.compose("train", [word])
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from ldm.training.loggers.run_ids import ORIGIN_FILE, forget_copied_ids
-from ldm.training.loggers.wandb import get_wandb_id
+from ldm.training.loggers.wandb import get_wandb_id, wandb_logger
 
 
 @pytest.fixture
@@ -89,3 +89,22 @@ def test_a_run_of_before_keeps_its_id(original):
     assert (original / ORIGIN_FILE).is_file()
     (original / ORIGIN_FILE).write_text("{")
     assert keeps_its_ids(original)
+
+
+@pytest.mark.parametrize("text", ["[1]", '"x"', "1", "{}", '{"path": 1}', "[" * 100_000])
+def test_an_origin_that_says_nothing_is_none(original, text):
+    (original / ORIGIN_FILE).write_text(text)
+    assert keeps_its_ids(original)
+
+
+def test_an_origin_brings_no_control_characters(original, capsys):
+    elsewhere(original, host="elsewhere", path="/\x1b[2Jx", inode=1)
+    assert not keeps_its_ids(original)
+    assert "is a copy of /\\x1b[2Jx on elsewhere" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["$(touch x)", "../x", "a b", "a\nb", "-x", "", "x" * 200])
+def test_a_file_with_another_text_than_an_id_is_refused(original, text):
+    (original / "wandb_id").write_text(text)
+    with pytest.raises(ValueError, match="wandb_id holds no id of a run: delete it"):
+        wandb_logger(run_dir=original, name="first", overrides=[])

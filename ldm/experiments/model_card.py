@@ -34,7 +34,7 @@ class ModelFacts:
     def list_packages(self) -> list[str]:
         """The packages of its components other than ours."""
         leaves = dict(iterate_leaves(self.components))
-        targets = {value for key, value in leaves.items() if key.endswith("_target_")}
+        targets = {str(value) for key, value in leaves.items() if key.endswith("_target_")}
         return sorted({target.partition(".")[0] for target in targets} - {"ldm"})
 
 

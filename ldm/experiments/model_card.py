@@ -3,7 +3,7 @@
 import json
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ class ModelFacts:
     size: int
     num_frames: int | None
     step: int
-    components: Mapping[str, Mapping]  # their settings, by group
+    components: dict[str, dict]  # their settings, by group
     data: Sequence[str]  # where the training images are from
 
     def list_packages(self) -> list[str]:

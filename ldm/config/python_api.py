@@ -59,6 +59,8 @@ def load(
 
     from ldm.config.pipeline import load_pipeline
 
+    if not isinstance(dtype, torch.dtype | None):
+        raise UsageError(f"dtype={dtype} is no torch.dtype: give torch.bfloat16")
     texts, words = split_text_options(overrides, LOCATION_SETTINGS)
     with isolate_hydra():
         cfg = compose_config("sample", [*words, *_list_keyword_overrides(trust, device)])
@@ -101,7 +103,8 @@ def train(cfg: DictConfig) -> dict:
     `run_dir` is added to the result. A run that exists is resumed. A stop signal saves first and
     then takes its usual course: Ctrl-C raises KeyboardInterrupt.
     """
-    if (words := OmegaConf.select(cfg, "hydra.overrides.task")) is None:
+    is_config = isinstance(cfg, DictConfig)
+    if not is_config or (words := OmegaConf.select(cfg, "hydra.overrides.task")) is None:
         raise UsageError('ldm.train: give the configuration of ldm.compose("train", [...])')
     own, words = drop_hydra_settings(cfg), list(words)
     # A rank that Lightning has started does not leave alone: the first one would wait for it.

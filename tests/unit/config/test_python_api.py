@@ -152,6 +152,8 @@ def test_a_refused_run_leaves_no_folder_and_a_changed_one_is_not_resumed(home):
         ldm.train(changed)
     with pytest.raises(ldm.UsageError, match=r"give the configuration of ldm.compose"):
         ldm.train(ldm.compose("train")["trainer"])
+    with pytest.raises(ldm.UsageError, match=r"give the configuration of ldm.compose"):
+        ldm.train({"name": "x"})
 
 
 def test_ctrl_c_saves_and_raises_keyboard_interrupt(home):
@@ -238,6 +240,12 @@ def test_load_takes_settings_that_are_no_arguments_of_the_call(home):
             ldm.load("runs/pair/cosine", word)
     with pytest.raises(ldm.UsageError, match="device=cuda:99 is not here"):
         ldm.load("runs/pair/cosine", device="cuda:99")
+    with pytest.raises(ldm.UsageError, match=r"dtype=bfloat16 is no torch.dtype"):
+        ldm.load("runs/pair/cosine", dtype="bfloat16")
+
+
+def test_a_pipeline_is_shown_in_one_line(pipe):
+    assert repr(pipe) == f"LoadedPipeline('{pipe.path}', step=1, task='text2img', device='cpu')"
 
 
 def test_evaluate_gives_the_metrics_of_the_command(home):

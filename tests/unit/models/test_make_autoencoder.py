@@ -57,7 +57,7 @@ def test_an_unknown_packaged_model_is_refused_with_the_known_ones():
 
 def test_a_missing_autoencoder_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match=r"'nobody/nothing' is neither here nor"):
+    with pytest.raises(FileNotFoundError, match=r"'nobody/nothing': it is neither here nor"):
         make_autoencoder_kl(path="nobody/nothing", **SIZES)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(CheckpointError, match="has no checkpoint"):

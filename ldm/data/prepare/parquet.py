@@ -105,7 +105,7 @@ def _choose_column(path: Path, schema: Any, key: str, name: str | None, likely: 
     if not names:
         kind = "encoded images" if key == "image_key" else "texts"
         columns = ", ".join(f"{column.name} ({column.type})" for column in schema)
-        wanted = f"{key}={name} is no column of {kind}" if name else f"which column has {kind}?"
+        wanted = f"{key}={name} is no column of {kind}." if name else f"which column has {kind}?"
         raise UsageError(f"{path}: {wanted} Give {key}= one of its columns: {columns}")
     return names[0]
 

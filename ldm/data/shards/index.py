@@ -24,6 +24,7 @@ from ldm.data.shards.locations import ShardSource, locate_shards, redact_source
 from ldm.data.shards.parallel_scan import measure_short_sides, scan_in_parallel
 from ldm.data.shards.remote import RemoteShard
 from ldm.data.shards.tar_headers import SPARSE_MEMBER, ShardError
+from ldm.utils.errors import suggest_nearest
 from ldm.utils.files import resolve_path
 from ldm.utils.hashing import hash_bytes
 from ldm.utils.locks import hold_lock
@@ -119,7 +120,9 @@ def _check_captions(count: CaptionCount, options: ReadOptions, name: str) -> Non
             raise ShardError(f"{name}: data.caption_key={key}: {count.describe(key)}")
         if not count.keys.get(key):
             others = ", ".join(count.list_likely_keys()) or "no key"
-            raise ShardError(f"{name}: data.captions: no json has text under {key}, but: {others}")
+            near = suggest_nearest(key, [each for each, number in count.keys.items() if number])
+            why = f"no json has text under {key}, but: {others}{near}"
+            raise ShardError(f"{name}: data.captions: {why}")
     if options.captions is not None:
         shares = (f"{key} in {count.keys[key] / count.samples:.1%}" for key in keys)
         _log.info("%s: captions: %s of the samples", name, ", ".join(shares))

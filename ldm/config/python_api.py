@@ -105,7 +105,8 @@ def train(cfg: DictConfig) -> dict:
     `run_dir` is added to the result. A run that exists is resumed. A stop signal saves first and
     then takes its usual course: Ctrl-C raises KeyboardInterrupt.
     """
-    if (words := OmegaConf.select(cfg, "hydra.overrides.task")) is None:
+    words = OmegaConf.select(cfg, "hydra.overrides.task") if OmegaConf.is_dict(cfg) else None
+    if words is None:
         raise UsageError('ldm.train: give the configuration of ldm.compose("train", [...])')
     own, words = drop_hydra_settings(cfg), list(words)
     # A rank that Lightning has started does not leave alone: the first one would wait for it.

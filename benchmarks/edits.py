@@ -21,8 +21,8 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.config.composition import CONF_DIR
 from ldm.config.pipeline import load_pipeline
-from ldm.config.search_path import CONF_DIR
 from ldm.data.scenes.draw import OUTER_OUTLINE, arrange_objects, draw_scene_at
 from ldm.data.scenes.world import BACKGROUNDS, COLOURS, SHAPES, STYLES, Scene, caption, sample_scene
 from ldm.evaluation.scenes.reader import SCENE_ATTRIBUTES, match_scene, read_scenes

@@ -21,8 +21,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
+from ldm.config.composition import CONF_DIR
 from ldm.config.pipeline import load_pipeline
-from ldm.config.search_path import CONF_DIR
 from ldm.data.scenes.motion import caption_moving_scene, draw_moving_scene, sample_moving_scene
 from ldm.evaluation.metrics.intervals import wilson_interval
 from ldm.evaluation.scenes.accuracy import ACCURACY_SPLITS, PromptImageGenerator

@@ -14,10 +14,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from ldm.config.command_line import convert_to_usage_errors
 from ldm.config.composition import drop_hydra_settings
 from ldm.config.config_check import check_config, check_run_name
-from ldm.config.new_directories import register_new_directories
 from ldm.config.search_path import list_config_dir_flags
 from ldm.experiments.former_names import former_setting
 from ldm.experiments.jobs import JobHost, SweepJob, format_job_label, hash_texts
+from ldm.experiments.new_directories import register_new_directories
 from ldm.experiments.run_dir import get_launcher_layout, read_last_value
 from ldm.experiments.sweep import merge_shared_settings, run_sweep_jobs
 from ldm.utils.errors import UsageError, format_program

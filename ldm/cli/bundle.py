@@ -19,8 +19,6 @@ def main(cfg: DictConfig, options: dict[str, str | None]) -> None:
     ckpt, out = require_option(options, "ckpt"), Path(require_option(options, "out"))
     check_bundle_folder(out)
     check_checkpoints_exist({"ckpt": ckpt})
-    if cfg.frozen not in ("copy", "reference"):
-        raise UsageError(f"frozen={cfg.frozen} is neither copy nor reference")
     cfg.license = options["license"]
 
     from ldm.config.bundle import write_bundle  # torch: an error above need not wait for it

@@ -76,9 +76,11 @@ def format_setting(value: object) -> object:
 def format_image_table(facts: dict) -> str:
     """Returns a row for each metric: value, interval, value of real images, and of chance."""
     metrics, protocol = facts["metrics"], facts["protocol"]
+    own = tuple(protocol.get("metrics", ()))
     rows = [["", "value", "95 % interval", "floor", "chance"]]
     for name, value in metrics.items():
-        if name.startswith("scene_") or name.endswith(("_floor", "_real", "_chance")):
+        is_in_a_column = name.startswith("scene_") or name.endswith(("_floor", "_real", "_chance"))
+        if is_in_a_column and not name.startswith(own):
             continue
         ends = " .. ".join(map(_format_metric, facts["intervals"].get(name, ())))
         real = facts["floor"].get(name, metrics.get(f"{name}_real"))

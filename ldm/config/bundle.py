@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.components import (
     find_component_location,
@@ -16,9 +16,11 @@ from ldm.config.components import (
 )
 from ldm.config.composition import isolate_hydra
 from ldm.config.config_check import compose_config
-from ldm.config.model_card import write_model_card
+from ldm.config.own_components import DIFFUSION_GROUPS, OPTIONAL_GROUPS
 from ldm.config.pipeline import explain_moved_component, load_pipeline
+from ldm.config.training_images import describe_run_data
 from ldm.config.trust import list_trusted_packages
+from ldm.experiments.model_card import ModelFacts, write_model_card
 from ldm.models.clip import Clip
 from ldm.models.diffusers_format import save_autoencoder
 from ldm.utils.bundle_file import is_bundle, write_bundle_manifest, write_bundle_weights
@@ -72,14 +74,19 @@ def write_bundle(
         with isolate_hydra():
             sampling = compose_config("sample", [f"trust=[{','.join(trust)}]", "device=cpu"])
         loaded = load_pipeline(sampling, str(folder), others)
-        write_model_card(
-            folder,
-            loaded,
-            source.path.resolve(),
-            origins=places,
-            name=out.name,
-            license=cfg.license,
+        model = ModelFacts(
+            out.name,
+            cfg.license,
+            parameters=sum(
+                each.numel() for each in loaded.pipeline.components.denoiser.parameters()
+            ),
+            size=loaded.size,
+            num_frames=loaded.pipeline.num_frames,
+            step=loaded.step,
+            components=collect_components(loaded.config, places),
+            data=describe_run_data(loaded),
         )
+        write_model_card(folder, model, source.path.resolve())
         write_bundle_manifest(folder, facts)
         try:
             folder.replace(out)
@@ -88,6 +95,14 @@ def write_bundle(
                 raise
             raise UsageError(f"out={out} was made meanwhile: give another out=DIR") from error
     return others
+
+
+def collect_components(config: DictConfig, places: Mapping[str, str]) -> dict[str, dict]:
+    """The settings of the components, the frozen ones with the places that they were read from."""
+    for name, place in places.items():
+        set_component_location(config, name, place)
+    groups = (*DIFFUSION_GROUPS, *OPTIONAL_GROUPS)
+    return {name: OmegaConf.to_container(config[name]) for name in groups if config.get(name)}
 
 
 def write_autoencoder_copy(part: DictConfig, folder: Path) -> str:

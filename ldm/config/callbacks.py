@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ldm.config.components import build_feature_extractors
+from ldm.config.own_components import DIFFUSION_GROUPS
 from ldm.config.sample_options import print_to_stderr
 from ldm.data.datamodule import TextImageData
 from ldm.evaluation.image_metrics import ImageMetric
@@ -33,16 +34,7 @@ from ldm.utils.signals import StopSignals
 
 OUR_EVALUATIONS = ("scenes", "images")
 # The groups that decide what a generated image looks like.
-GENERATION_GROUPS = [
-    "autoencoder",
-    "text_encoder",
-    "model",
-    "scheduler",
-    "objective",
-    "task",
-    "sampler",
-    "guidance",
-]
+GENERATION_GROUPS = (*DIFFUSION_GROUPS, "sampler", "guidance")
 
 
 def build_sample_callbacks(
@@ -71,10 +63,7 @@ def build_evaluation_callbacks(
     run_dir: Path,
     metrics: Mapping[str, ImageMetric],
 ) -> list[L.Callback]:
-    """The measurements of `cfg.eval`; ours are none for tasks that start from images.
-
-    A user's own gets the pipeline, the data and a folder where it may write.
-    """
+    """The measurements of `cfg.eval`; ours are none for tasks that start from images."""
     found, task = dict(cfg.eval or {}), pipeline.components.task
     scenes, quality = (found.pop(name, None) for name in OUR_EVALUATIONS)
     callbacks = []

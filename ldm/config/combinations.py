@@ -5,21 +5,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import product
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from ldm.config.command_line import check_group_option
+from ldm.config.composition import list_task_words
 from ldm.config.config_check import compose_config
 from ldm.utils.errors import UsageError
 
 
 def pop_sweep_choices() -> dict[str, list[str]]:
-    """Removes `name=a,b,c` and --multirun from the command line; returns names with their values.
-
-    Values are as typed, each once.
-    """
+    """Removes `name=a,b,c` and --multirun from the command line; returns the values by name."""
     parser, choices, words = OverridesParser.create(), {}, []
     for word in sys.argv[1:]:
         words.append(word)
@@ -36,10 +33,7 @@ def pop_sweep_choices() -> dict[str, list[str]]:
 def compose_combinations(
     config_name: str, choices: Mapping[str, list[str]], *, may_vary: Sequence[str]
 ) -> list[tuple[dict[str, str], DictConfig]]:
-    """Returns every combination of the choices, with its configuration; call it inside hydra.main.
-
-    Raises UsageError for a choice of any setting outside `may_vary`.
-    """
+    """Returns each combination of the choices with its configuration; call it inside hydra.main."""
     for name, values in choices.items():
         check_group_option(name, ",".join(values))
         if name.partition(".")[0] not in may_vary:
@@ -51,6 +45,6 @@ def compose_combinations(
     for values in product(*choices.values()):
         varied = dict(zip(choices, values, strict=True))
         overrides = [f"{name}={value}" for name, value in varied.items()]
-        overrides = [*HydraConfig.get().overrides.task, *overrides]
+        overrides = [*list_task_words(), *overrides]
         combinations.append((varied, compose_config(config_name, overrides)))
     return combinations

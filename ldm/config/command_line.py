@@ -20,8 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ldm.config.help import format_help
-from ldm.config.new_directories import remove_new_directories
-from ldm.config.own_components import list_replaced_settings
+from ldm.config.own_components import list_replaced_settings, write_deletions
 from ldm.config.reserved_settings import NAMED_COMPONENT_GROUPS
 from ldm.config.search_path import (
     CONF_DIR,
@@ -36,6 +35,7 @@ from ldm.config.suggestions import (
     explain_hydra_error,
 )
 from ldm.experiments.former_names import is_own_target, update_override
+from ldm.experiments.new_directories import remove_new_directories
 from ldm.experiments.run_dir import get_launcher_layout, get_launcher_rank, parse_number
 from ldm.utils.errors import UsageError, program_name
 from ldm.utils.files import read_text
@@ -138,9 +138,7 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
             return
         for word in words:
             check_group_option(*word.partition("=")[::2])
-        for target, keys in list_replaced_settings(words, config_name).items():
-            sys.argv += [f"~{key}" for key in keys]
-            print_note(f"{target} takes no {', '.join(keys)}: left out")
+        sys.argv += delete_replaced_settings(words, config_name)
         check_setting_keys(words, config_name)
         main()
     except USAGE_ERRORS as error:
@@ -163,6 +161,15 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
         exit_with_usage_error(
             UsageError(f"nothing can be written to {place} ({why.strerror})"), config_name
         )
+
+
+def delete_replaced_settings(words: Sequence[str], config_name: str) -> list[str]:
+    """The words that delete what a class of the command line does not take; notes name it."""
+    deletions = []
+    for target, keys in list_replaced_settings(words, config_name).items():
+        print_note(f"{target} takes no {', '.join(keys)}: left out")
+        deletions += write_deletions(keys)
+    return deletions
 
 
 def command(
@@ -303,10 +310,7 @@ def require_option(options: Mapping[str, str | None], name: str) -> str:
 
 
 def read_prompts(options: Mapping[str, str | None]) -> list[str]:
-    """The lines with text of the file `prompts`, else the one `prompt`, else none.
-
-    Raises UsageError where the file has no such line.
-    """
+    """The lines with text of the file `prompts`, else the one `prompt`, else none."""
     if options["prompts"] is None:
         return [] if options["prompt"] is None else [options["prompt"]]
     try:

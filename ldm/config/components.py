@@ -1,8 +1,4 @@
-"""Configuration, or a checkpoint's, to the components of a model.
-
-A size that one component must know of another (widths, channels) is read from the built object and
-passed on here; no YAML repeats it.
-"""
+"""Configuration, or a checkpoint, to the components of a model; sizes are read from built ones."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,7 +14,7 @@ from ldm.config.own_components import DIFFUSION_GROUPS
 from ldm.config.registry import validate_file_config
 from ldm.config.search_path import CONF_DIR, list_group_options
 from ldm.diffusion.objective import Objective
-from ldm.diffusion.schedules import Schedule
+from ldm.diffusion.schedules import Schedule, is_same_schedule
 from ldm.diffusion.tasks.base import Task
 from ldm.evaluation.features.base import FeatureExtractor
 from ldm.evaluation.image_metrics import ImageMetric
@@ -210,11 +206,7 @@ def set_component_location(cfg: DictConfig, name: str, location: str) -> None:
 def warm_start_from_run(
     init: str, components: Components, *, trust: Sequence[str] | None = None
 ) -> str:
-    """Copies the averaged weights of another run into the denoiser; returns a line that says so.
-
-    The other run may lack the style encoder. Raises UsageError where its frozen components or its
-    schedule differ, since its weights depend on these.
-    """
+    """Copies the averaged weights of another run into the denoiser; returns a line that says so."""
     source = load_diffusion_checkpoint(init, name="init", trust=trust)
     frozen = components.frozen
     others = [
@@ -242,11 +234,7 @@ def suggest_overrides(cfg: DictConfig, group: str) -> list[str]:
         option = OmegaConf.load(path)
         other = {key: value for key, value in have.items() if option.get(key, ...) != value}
         words = {k: v if isinstance(v, str) else json.dumps(v) for k, v in other.items()}
-        found.append([f"{group}={name}", *(f"{group}.{k}={v}" for k, v in words.items())])
+        added = {key: "" if key in option else "+" for key in words}
+        words = [f"{added[key]}{group}.{key}={value}" for key, value in words.items()]
+        found.append([f"{group}={name}", *words])
     return min(found, key=len)
-
-
-def is_same_schedule(a: Schedule, b: Schedule) -> bool:
-    """Whether two schedules have the same noise at the same times."""
-    t = torch.linspace(0, 1, 65, dtype=torch.float64)
-    return all(torch.equal(one.cpu(), two.cpu()) for one, two in zip(a(t), b(t), strict=True))

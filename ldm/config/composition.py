@@ -12,6 +12,11 @@ from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.search_path import CONF_DIR, is_config_group, list_config_dir_flags
+from ldm.experiments.run_dir import HYDRA_RESOLVERS
+from ldm.utils.errors import format_program
+
+for _name, _resolver in {**HYDRA_RESOLVERS, "program": format_program}.items():
+    OmegaConf.register_new_resolver(_name, _resolver, replace=True)
 
 
 @contextmanager
@@ -34,6 +39,11 @@ def isolate_hydra() -> Iterator[None]:
 def drop_hydra_settings(cfg: DictConfig) -> DictConfig:
     """The settings without Hydra's own."""
     return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+
+
+def list_task_words() -> list[str]:
+    """The settings of the command line of this Hydra application; none where there is no such."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def list_option_words(words: Iterable[str]) -> list[str]:

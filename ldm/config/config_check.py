@@ -1,7 +1,4 @@
-"""The check of a command's configuration, before anything is written.
-
-Hydra makes the run directory before it calls `main`, but calls this before that.
-"""
+"""The check of a command's configuration; Hydra calls it before it makes the run directory."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -9,25 +6,25 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hydra import compose
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError
 
 from ldm.config.command_line import (
     USAGE_ERRORS,
     check_group_option,
+    delete_replaced_settings,
     exit_with_usage_error,
     print_note,
     quote_override,
 )
-from ldm.config.composition import compose_default_config, drop_hydra_settings
-from ldm.config.new_directories import register_new_directories
+from ldm.config.composition import compose_default_config, drop_hydra_settings, list_task_words
+from ldm.config.metric_check import check_metric_names
 from ldm.config.own_components import DIFFUSION_GROUPS, check_own_component, check_setting_names
 from ldm.config.ranges import (
     OWN_TARGET_PREFIXES,
@@ -48,6 +45,7 @@ from ldm.config.suggestions import (
 )
 from ldm.config.trust import check_own_packages, find_user_config_file, list_trusted_packages
 from ldm.experiments.former_names import FORMER_SETTINGS, update_override
+from ldm.experiments.new_directories import register_new_directories
 from ldm.experiments.run_dir import FIXED_RUN_FILES
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_no_links, check_path_length
@@ -70,10 +68,7 @@ class ConfigCheckCallback(Callback):
         self._check(config, [])
 
     def on_multirun_start(self, config: DictConfig, **more: object) -> None:
-        """Checks what all jobs of a sweep share, its launcher, and each value of a number.
-
-        Other mistakes of a single job are found when the jobs are planned.
-        """
+        """Checks what all jobs of a sweep share; the plan of the sweep checks each job."""
         parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         self._check(config, [override for override in parsed if override.is_sweep_override()])
 
@@ -158,10 +153,10 @@ def check_config(
     overrides: the command line that `cfg` was composed of; None: this process's own. swept: the
     jobs have other values, so that what one setting says of another is checked for each of them.
     """
-    overrides = HydraConfig.get().overrides.task if overrides is None else overrides
+    overrides = list_task_words() if overrides is None else overrides
     try:
         settings = OmegaConf.to_container(cfg, resolve=True)
-    except InterpolationKeyError as error:
+    except InterpolationResolutionError as error:
         raise UsageError(f"{error.full_key}: {error.msg.splitlines()[0]}") from error
     default = compose_default_config(config_name, overrides)
     if left_out := [key for key in default if key not in settings]:
@@ -174,6 +169,7 @@ def check_config(
     check_named_components(settings)
     if config_name == "train" and not swept:
         check_evaluation_settings(settings, overrides)
+        check_metric_names(settings)
     if cfg.get("direction") not in (None, "minimize", "maximize"):
         raise UsageError(f"direction={cfg.direction} is neither minimize nor maximize")
     if "trust" in cfg:
@@ -181,10 +177,7 @@ def check_config(
 
 
 def compose_config(command: str, overrides: Sequence[str]) -> DictConfig:
-    """The settings of a command, checked as its command line does; UsageError for a mistake.
-
-    Hydra is initialized, as in `isolate_hydra`.
-    """
+    """The checked settings of a command, or UsageError; call it where Hydra is initialized."""
     words = [quote_override(update_override(word)) for word in overrides]
     try:
         for word in words:
@@ -194,6 +187,7 @@ def compose_config(command: str, overrides: Sequence[str]) -> DictConfig:
                     "installed packages, by the entry point ldm.conf"
                 )
             check_group_option(*word.partition("=")[::2])
+        words += delete_replaced_settings(words, command)
         cfg = compose(command, words)
         check_config(cfg, command, words)
     except (HydraException, OmegaConfBaseException) as error:

@@ -64,11 +64,7 @@ class EvaluationSource:
 def build_evaluation_source(
     cfg: DictConfig, options: TextOptions, *, kind: str
 ) -> EvaluationSource:
-    """The source of this `kind`: "run", "peer" or "images"; torchrun's processes join here.
-
-    Raises UsageError where there is nothing to compare with or nothing to measure, ValueError and
-    OSError for bad files.
-    """
+    """The source of this `kind`: "run", "peer" or "images"; torchrun's processes join here."""
     if kind != "run" and not cfg.features and not cfg.metrics:
         raise UsageError("features=none leaves nothing to measure: give features='[clip]'")
     networks = build_feature_extractors(cfg)  # missing weights are reported first
@@ -272,10 +268,7 @@ def build_quality(
     subset: PromptSubset | None = None,
     has_captions: bool = True,
 ) -> EvaluationProtocol:
-    """The protocol that compares generated images with `real` and `others`, or those of `options`.
-
-    UsageError where there are no images to compare with.
-    """
+    """The protocol that compares generated images with `real` and `others`, or with `options`."""
     real = real or open_real_images(cfg, options, "data", size)
     if options["others"] is not None:
         others = open_real_images(cfg, options, "others", size)

@@ -14,13 +14,12 @@ from ldm.config.components import (
     build_denoiser,
     build_objective,
     build_style_encoder,
-    is_same_schedule,
     load_diffusion_checkpoint,
     load_stage_checkpoint,
 )
 from ldm.config.own_components import CLASSIFIER_GROUPS
 from ldm.diffusion.guidance.base import ConditionalDenoiser, Guidance
-from ldm.diffusion.schedules import Schedule
+from ldm.diffusion.schedules import Schedule, is_same_schedule
 from ldm.inference.components import Components
 from ldm.models.clip import Clip
 from ldm.models.clip_reward import ClipReward
@@ -43,10 +42,7 @@ def build_guidance(
     device: torch.device,
     trust: Sequence[str] | None = None,
 ) -> Guidance:
-    """The guidance of `cfg` with its inner guidance and its models, which are put on `device`.
-
-    Raises UsageError where a model is missing, or belongs to another latent space.
-    """
+    """The guidance of `cfg` with its inner guidance and its models, which are put on `device`."""
     loaders = {
         "guide": partial(load_guide_denoiser, trust=trust),
         "classifier": partial(load_classifier_guide, trust=trust),
@@ -74,10 +70,7 @@ def build_guidance(
 def load_guide_denoiser(
     path: str, components: Components, *, device: torch.device, trust: Sequence[str] | None = None
 ) -> ConditionalDenoiser:
-    """The averaged denoiser of a run on the same latents, text encoder and schedule.
-
-    Raises UsageError where these, or the task, differ.
-    """
+    """The averaged denoiser of a run on the same latents, text encoder and schedule."""
     source, task = (
         load_diffusion_checkpoint(path, name="guidance.guide", trust=trust),
         components.task,
@@ -134,10 +127,7 @@ def load_clip_reward(path: str, components: Components, *, device: torch.device)
 def build_noisy_classifier(
     cfg: DictConfig, autoencoder: nn.Module, text_encoder: nn.Module, schedule: Schedule
 ) -> NoisyClassifier:
-    """The network of `cfg.classifier`, with the sizes of the components around it.
-
-    Raises ValueError where the text encoder has no pooled state.
-    """
+    """The network of `cfg.classifier`, with the sizes of the components around it."""
     sizes = {"schedule": schedule, "in_channels": autoencoder.channels}
     return NoisyClassifier(instantiate(cfg.classifier, **sizes, _convert_="all"), text_encoder)
 
@@ -145,11 +135,7 @@ def build_noisy_classifier(
 def load_noisy_classifier(
     ckpt: str, components: Components, *, device: torch.device, trust: Sequence[str] | None = None
 ) -> NoisyClassifier:
-    """The classifier of a run of stage=classifier, frozen, for a model on the same latents.
-
-    Raises UsageError for a run of another stage, autoencoder or scheduler, CheckpointError where
-    files are damaged, name other code than ours, or the text encoder is not the one trained with.
-    """
+    """The classifier of a run of stage=classifier, frozen, for a model on the same latents."""
     hint = f"a classifier is what `{format_program('train')} experiment=classifier_scenes` trains"
     loaded = load_stage_checkpoint(
         ckpt,

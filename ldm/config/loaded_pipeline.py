@@ -33,7 +33,7 @@ from ldm.utils.video import to_pil_frames
 ImageSource = str | PathLike[str] | Image.Image  # a file, or an image in memory
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LoadedPipeline:
     """A pipeline from a checkpoint, with the facts that results record of it.
 
@@ -47,6 +47,10 @@ class LoadedPipeline:
     settings: dict  # sampler, guidance and which weights, as plain values
     task: dict  # the task, as plain values
     trust: Sequence[str] = ()  # packages whose components may be built
+
+    def __repr__(self) -> str:
+        task, device = self.pipeline.components.task.name, self.pipeline.device
+        return f"LoadedPipeline('{self.path}', step={self.step}, task='{task}', device='{device}')"
 
     @property
     def size(self) -> int:

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig
 
+from ldm.config.composition import list_task_words
 from ldm.config.own_components import import_component, list_parameters
 from ldm.training.loggers.base import add_run_methods
 from ldm.training.loggers.csv import CsvLog
@@ -35,5 +35,4 @@ def build_loggers(cfg: DictConfig, run_dir: Path) -> list[Logger]:
 
 def get_command_line_overrides() -> list[str]:
     """Returns the settings of the command line, without the run's name."""
-    task = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    return [text for text in task if not text.startswith("name=")]
+    return [text for text in list_task_words() if not text.startswith("name=")]

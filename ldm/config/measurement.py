@@ -1,9 +1,7 @@
 """Measures a run, a pipeline of diffusers or images, and writes the results."""
 
-import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -11,17 +9,18 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.config.evaluation_log import find_logged_run, log_evaluation
 from ldm.config.reserved_settings import UNREAD_SETTINGS
 from ldm.config.sample_options import check_checkpoints_and_device
 from ldm.experiments.curves import write_curve
 from ldm.experiments.evaluation_results import (
     check_image_folder,
     check_result_location,
-    rename_former_metrics,
+    save_point_images,
+    write_evaluation,
 )
+from ldm.training.loggers.evaluation_log import find_logged_run, log_evaluation
 from ldm.utils.errors import UsageError
-from ldm.utils.files import reserve_files, resolve_path, write_text
+from ldm.utils.files import resolve_path
 from ldm.utils.text import get_progress_interval
 
 EVALUATE_TEXT_OPTIONS = (
@@ -105,7 +104,8 @@ def record_evaluation(
     if not first:
         return None
     if len(points) == 1:
-        record = write_evaluation(results[0], out, overwrite=overwrite)
+        path, note = write_evaluation(results[0], out, overwrite=overwrite)
+        record = EvaluationRecord(results, [path], note)
     else:
         record = EvaluationRecord(results, write_curve(results, out))
     for pieces in waiting:
@@ -113,22 +113,6 @@ def record_evaluation(
     if logged_run is not None:
         log_evaluation(logged_run, source, points, results)
     return record
-
-
-def write_evaluation(facts: dict, out: Path, *, overwrite: bool) -> EvaluationRecord:
-    """Writes the results of one point to `out`, a .json file or a folder.
-
-    An existing file gets a number; in a folder, former results of other settings are renamed.
-    """
-    note, path = "", out / "metrics.json"
-    writing = nullcontext([path])
-    if out.suffix == ".json":
-        writing = reserve_files(lambda n: [out.with_stem(out.stem + n)], overwrite=overwrite)
-    else:
-        note = rename_former_metrics(path, facts)
-    with writing as [path]:
-        write_text(path, json.dumps(facts, indent=2) + "\n")
-    return EvaluationRecord([facts], [path], note)
 
 
 def describe_point(source, cfg: DictConfig, options: dict[str, str | None]) -> tuple[dict, Path]:
@@ -152,6 +136,7 @@ def measure_point(
     from tqdm.auto import tqdm
 
     from ldm.evaluation.distributed import ProcessGroup
+    from ldm.evaluation.scenes.accuracy import measure_scene_accuracy
 
     quality, ranks, keep = source.quality, ProcessGroup(), options["keep"]
     bar = partial(tqdm, unit="image", disable=ranks.rank != 0, mininterval=get_progress_interval())
@@ -166,8 +151,9 @@ def measure_point(
     if source.scenes is not None:
         total = -(-len(source.scenes) // ranks.world_size)
         with bar(total=total, desc="Scenes") as progress:
+            folder = pieces / f"scenes-{source.scenes.batch}"
             results["metrics"] |= measure_scene_accuracy(
-                source.scenes, generate, pieces, progress.update
+                source.scenes, generate, folder=folder, done=progress.update
             )
     if quality is not None:
         if ranks.rank == 0 and any(quality.subset.captions):
@@ -191,32 +177,6 @@ def measure_point(
     return {**results, **facts}, pieces
 
 
-def measure_scene_accuracy(
-    scenes, generate: Callable, pieces: Path, done: Callable[[int], object]
-) -> dict[str, float]:
-    """Returns the metrics of `scenes`; every process generates a share, `pieces` holds the counts.
-
-    `done(n)` is called after each batch of n images.
-    """
-    from torch import from_numpy
-
-    from ldm.evaluation.feature_table import tabulate
-    from ldm.evaluation.scenes.accuracy import METRIC_SUFFIXES, SCENE_METRICS
-
-    starts = range(0, len(scenes), scenes.batch)
-    items = [range(first, min(first + scenes.batch, len(scenes))) for first in starts]
-    shape = len(METRIC_SUFFIXES), len(SCENE_METRICS)
-    table = tabulate(
-        len(items),
-        lambda row: {"tally": from_numpy(scenes.tally(generate, items[row.start])).reshape(1, -1)},
-        columns={"tally": shape[0] * shape[1]},
-        batch=1,
-        folder=pieces / f"scenes-{scenes.batch}",
-        done=lambda row: done(sum(len(items[i]) for i in row)),
-    )
-    return scenes.metrics(table["tally"].sum(dim=0).long().reshape(shape).numpy())
-
-
 def format_point(varied: dict[str, str]) -> str:
     """Returns the settings of a point that vary: guidance.scale=3, steps=10."""
     return ", ".join(f"{key}={value}" for key, value in varied.items())
@@ -232,16 +192,3 @@ def format_device_name(device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def save_point_images(folder: Path, subset, items: range, images) -> None:
-    """Saves each image as a PNG, named by its number in the subset, with its caption in a .txt."""
-    from PIL import Image
-
-    from ldm.utils.images import save_png
-
-    for i, image in zip(items, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-        facts = {"prompt": subset.captions[i], "seed": subset.seeds[i], "key": subset.keys[i]}
-        path = folder / f"{i:07d}.png"
-        save_png(Image.fromarray(image), path, facts)
-        write_text(path.with_suffix(".txt"), subset.captions[i] + "\n")

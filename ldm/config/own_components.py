@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import pydoc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 
 from ldm.config.composition import compose_default_config, list_option_words
@@ -95,7 +95,7 @@ def check_setting_names(keys: Sequence[str], place: str, target: str, default: M
         return
     if wrong[0] in default and default.get("_target_") != target:  # of a class that was replaced
         others = [key for key in wrong if key in default]
-        words = " ".join(f"~{place}.{key}" for key in others)
+        words = " ".join(write_deletions(f"{place}.{key}" for key in others))
         raise UsageError(f"{target} takes no {', '.join(others)}: leave them out with {words}")
     passed = PASSED_ARGUMENTS.get(find_component_group(place), ())
     own = [each.name for each in list_parameters(found) if each.name not in passed]
@@ -123,10 +123,7 @@ def takes_argument(found: Callable, name: str) -> bool:
 
 
 def list_replaced_settings(words: Sequence[str], config_name: str) -> dict[str, list[str]]:
-    """The settings that `group._target_=mypackage.Class` leaves without a reader, by target.
-
-    They belong to the class of the group's option, and are not on the command line themselves.
-    """
+    """The settings of a group that `group._target_=mypackage.Class` leaves without a reader."""
     typed = {word.lstrip("+~").partition("=")[0]: word.partition("=")[2] for word in words}
     targets = {key.removesuffix("._target_"): typed[key] for key in typed if "._target_" in key}
     targets = {
@@ -145,6 +142,11 @@ def list_replaced_settings(words: Sequence[str], config_name: str) -> dict[str, 
         keys = [key for key in default.get(group) or () if key[0] != "_" and key not in names]
         replaced[target] = [key for key in (f"{group}.{key}" for key in keys) if key not in typed]
     return {target: keys for target, keys in replaced.items() if keys}
+
+
+def write_deletions(keys: Iterable[str]) -> list[str]:
+    """The words that delete settings: Hydra's ~ refuses one that is null, so each gets a value."""
+    return [word for key in keys for word in (f"{key}=0", f"~{key}")]
 
 
 def find_component_group(place: str) -> str:

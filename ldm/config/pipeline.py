@@ -34,9 +34,6 @@ def load_pipeline(cfg: DictConfig, ckpt: str, locations: dict[str, str | None]) 
     """The pipeline of a diffusion run; without a task in `cfg` it does what it was trained for.
 
     locations: where frozen components are, by name, if not where the training configuration says.
-    Raises CheckpointError for a bad checkpoint and for other frozen components than those trained
-    with, UsageError for a task or frames that the network was not trained for and for a device that
-    is not here.
     """
     device, trust = select_device(cfg.device), list_trusted_packages(cfg)
     source = load_diffusion_checkpoint(ckpt, trust=trust)

@@ -1,8 +1,4 @@
-"""What Python code calls: `ldm.load`, `ldm.compose`, `ldm.train` and `ldm.evaluate`.
-
-Mistakes are UsageError, a ValueError, with the message of the command line. A call leaves the
-process as it was: signal handlers, random states, environment, Hydra.
-"""
+"""What Python code calls: `ldm.load`, `ldm.compose`, `ldm.train` and `ldm.evaluate`."""
 
 import os
 import signal
@@ -21,14 +17,14 @@ from ldm.config.command_line import convert_to_usage_errors, split_text_options
 from ldm.config.composition import drop_hydra_settings, isolate_hydra
 from ldm.config.config_check import check_config, check_run_directory, compose_config
 from ldm.config.measurement import EVALUATE_TEXT_OPTIONS, record_evaluation
-from ldm.config.new_directories import (
+from ldm.config.sample_options import check_checkpoints_and_device
+from ldm.config.search_path import CONF_DIR
+from ldm.config.train_run import check_config_unchanged, train_run
+from ldm.experiments.new_directories import (
     forget_new_directories,
     register_new_directories,
     remove_new_directories,
 )
-from ldm.config.sample_options import check_checkpoints_and_device
-from ldm.config.search_path import CONF_DIR
-from ldm.config.train_run import check_config_unchanged, train_run
 from ldm.experiments.run_dir import get_launcher_layout, get_launcher_rank, read_result
 from ldm.utils.errors import UsageError, suggest_nearest
 from ldm.utils.files import write_text
@@ -63,6 +59,8 @@ def load(
 
     from ldm.config.pipeline import load_pipeline
 
+    if not isinstance(dtype, torch.dtype | None):
+        raise UsageError(f"dtype={dtype} is no torch.dtype: give torch.bfloat16")
     texts, words = split_text_options(overrides, LOCATION_SETTINGS)
     with isolate_hydra():
         cfg = compose_config("sample", [*words, *_list_keyword_overrides(trust, device)])
@@ -105,8 +103,8 @@ def train(cfg: DictConfig) -> dict:
     `run_dir` is added to the result. A run that exists is resumed. A stop signal saves first and
     then takes its usual course: Ctrl-C raises KeyboardInterrupt.
     """
-    words = OmegaConf.select(cfg, "hydra.overrides.task") if OmegaConf.is_dict(cfg) else None
-    if words is None:
+    is_config = isinstance(cfg, DictConfig)
+    if not is_config or (words := OmegaConf.select(cfg, "hydra.overrides.task")) is None:
         raise UsageError('ldm.train: give the configuration of ldm.compose("train", [...])')
     own, words = drop_hydra_settings(cfg), list(words)
     # A rank that Lightning has started does not leave alone: the first one would wait for it.

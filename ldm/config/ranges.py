@@ -1,9 +1,7 @@
 """The numbers and words that each setting takes: one table, read before anything is imported.
 
-A key of `conf/` is found by its whole name, else by its first and last part (`guidance.inner.scale`
-is `guidance.scale`). A name such as `augment keep` is for one command. Null is allowed where the
-default is null or the rule has NULL. A setting of a class from elsewhere must be finite; nothing
-else is known of it.
+A key is found by its whole name, else by its first and last part (`guidance.inner.scale` is
+`guidance.scale`); `augment keep` is for one command. Null is allowed where the default is null.
 """
 
 import math

@@ -167,6 +167,9 @@ def check_trusted_target(target: str, place: str, trust: Sequence[str] | None) -
         is_own = is_defined_in(found, package) and get_object(target) is found
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else ""
+        if missing == package:
+            remedy = f"install {package}, or give PYTHONPATH=FOLDER, where it lies"
+            raise ValueError(f"{refusal}, and there is no module '{package}': {remedy}") from None
         if not missing or not f"{module}.".startswith(f"{missing}."):  # of the user's own code
             error = _shorten_repr(error)
             raise ValueError(f"{refusal}; {package} was trusted, and fails: {error}") from None

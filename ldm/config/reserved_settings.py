@@ -1,8 +1,4 @@
-"""Settings that a run decides itself, and what to give in their place.
-
-A component's added settings are arguments of its class, but ldm/config passes some arguments
-itself: those would replace what the user gives. Imports nothing, so that a check costs nothing.
-"""
+"""Settings that a run decides itself, and what to give in their place; imports nothing."""
 
 # The setting, and the remedy: a test compares this table with what ldm/config passes.
 RESERVED_SETTINGS = {

@@ -73,10 +73,7 @@ HIDDEN_WARNINGS = (
 
 
 def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None) -> TrainingJob:
-    """Everything for `cfg.stage`: diffusion, autoencoder, clip or classifier.
-
-    signals: of the process, where it listens to them already.
-    """
+    """Everything for `cfg.stage`: diffusion, autoencoder, clip or classifier."""
     if cfg.stage not in ("diffusion", *STAGE_BUILDERS):
         raise UsageError(f"stage={cfg.stage} is none of diffusion, {', '.join(STAGE_BUILDERS)}")
     devices = get_devices(cfg)
@@ -124,10 +121,7 @@ def hide_warnings() -> None:
 
 
 def build_diffusion_components(cfg: DictConfig, run_dir: Path) -> Components:
-    """The components of a denoiser's training; a new run starts from the weights of `cfg.init`.
-
-    Raises UsageError and ValueError for components that do not fit together.
-    """
+    """The components of a denoiser's training; a new run starts from the weights of `cfg.init`."""
     task = instantiate(cfg.task)
     if task.sampling_only:
         raise UsageError(

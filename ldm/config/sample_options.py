@@ -26,11 +26,7 @@ SAMPLE_TEXT_OPTIONS = ("prompt", "negative", "source", *INPUT_FILE_OPTIONS, *LOC
 def check_sample_options(
     cfg: DictConfig, options: Mapping[str, str | None], *, has_prompt: bool
 ) -> dict[str, str | None]:
-    """The text options with `~` in paths expanded; has_prompt: `prompt` is on the command line.
-
-    Raises UsageError for files that are not there, for an `out` that no image can have, and for
-    options that contradict each other.
-    """
+    """The text options with `~` in paths expanded; has_prompt: `prompt` is on the command line."""
     paths = {name: options.get(name) or None for name in INPUT_FILE_OPTIONS + LOCATION_OPTIONS}
     options = dict(options) | {n: path and os.path.expanduser(path) for n, path in paths.items()}
     for name in INPUT_FILE_OPTIONS:
@@ -101,10 +97,7 @@ def check_output_fits_run(ckpt: str, *, size: int | Sequence[int] | None, out: s
 
 
 def select_device(name: str | None) -> "torch.device":
-    """The device of this name; without one a GPU where there is one.
-
-    Raises UsageError where there is no such device.
-    """
+    """The device of this name, or UsageError; without one a GPU where there is one."""
     import torch  # not before the mistakes that need no torch
 
     has_gpu = torch.cuda.is_available()

@@ -13,10 +13,7 @@ NETWORKS = {  # of each stage, those that halve an image
 
 
 def read_size_multiple(settings: Mapping, *, stage: str = "diffusion") -> int:
-    """Returns what the networks of a stage need sides of images to be multiples of, in pixels.
-
-    It is 1 where a network of another package does not say.
-    """
+    """What sides of images must be multiples of; 1 where a network of another package is used."""
     multiple = 1
     for each in (settings[name] for name in NETWORKS[stage]):
         if not str(each.get("_target_")).startswith(OWN_TARGET_PREFIXES):

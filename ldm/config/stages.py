@@ -1,7 +1,4 @@
-"""Configuration to the stages that train no denoiser: autoencoder, CLIP and classifier.
-
-Each function returns a module, its callbacks, and the frozen components that it was built on.
-"""
+"""Configuration to the stages without a denoiser: each a module, callbacks, frozen components."""
 
 from pathlib import Path
 

@@ -17,12 +17,8 @@ from yaml import YAMLError
 
 from ldm.config.composition import compose_default_config, isolate_hydra
 from ldm.config.search_path import is_config_group, list_config_directories, list_group_options
-from ldm.experiments.run_dir import HYDRA_RESOLVERS
 from ldm.utils.errors import UsageError, format_program, suggest_nearest
 from ldm.utils.text import escape_control_characters
-
-for _name, _resolver in {**HYDRA_RESOLVERS, "program": format_program}.items():
-    OmegaConf.register_new_resolver(_name, _resolver, replace=True)
 
 # Options of Hydra's plugins that ldm[sweep] brings along.
 SWEEP_PACKAGES = {"optuna": "hydra-optuna-sweeper", "submitit_slurm": "hydra-submitit-launcher"}
@@ -128,6 +124,12 @@ def format_unknown_setting(key: str, config_name: str) -> str:
     key = key.rpartition("@")[2]  # group@place, an option somewhere else
     near = suggest_nearest(key, list_known_keys(config_name, key))
     group, _, leaf = key.partition(".")
+    typed = dict(word.partition("=")[::2] for word in sys.argv[1:])
+    if target := typed.get(f"{group}._target_"):
+        return (
+            f"there is no setting '{key}' of the chosen option: one that {target} takes is added, "
+            f"+{key}=..."
+        )
     others: dict[str, list[str]] = {}  # of the options that were not chosen
     for option, path in list_group_options(group).items() if leaf else ():
         for name in _find_closest(leaf, _option_keys(OmegaConf.load(path))):
@@ -194,10 +196,7 @@ OPTUNA_DEFAULTS = {
 
 
 def set_optuna_defaults() -> None:
-    """Sets the defaults of hydra/sweeper=optuna, where it is installed.
-
-    Hydra refuses a YAML file with the name of a plugin's settings, so its store is changed.
-    """
+    """Sets the defaults of hydra/sweeper=optuna in Hydra's store, which refuses a YAML file."""
     Plugins.instance()  # finds the plugins, which then store their settings
     logging.getLogger("alembic").setLevel(logging.WARNING)  # of optuna, about itself
     store = ConfigStore.instance()

@@ -5,11 +5,10 @@ from collections.abc import Iterable
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.command_line import convert_to_usage_errors
-from ldm.config.composition import compose_default_config
+from ldm.config.composition import compose_default_config, list_task_words
 from ldm.experiments.run_dir import (
     SWEEP_FILE,
     change_concerns,
@@ -29,10 +28,7 @@ from ldm.utils.signals import StopSignals
 
 
 def train_run(cfg: DictConfig, run_dir: Path, signals: StopSignals) -> dict:
-    """Trains a run, or resumes it, and returns its result.json.
-
-    Raises UsageError before the training begins, SystemExit after a stop signal.
-    """
+    """Trains a run, or resumes it, and returns its result.json; SystemExit after a stop signal."""
     # Children and other machines respect the lock; several ranks share that of the first.
     with convert_to_usage_errors():
         lock = closing(lock_directory(run_dir)) if get_launcher_rank() == 0 else nullcontext()
@@ -67,8 +63,8 @@ def check_config_unchanged(cfg: DictConfig, run_dir: Path) -> None:
     except ValueError as error:
         raise UsageError(f"{error}. Move the folder away to begin anew") from error
     new = OmegaConf.to_container(cfg, resolve=True)
-    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    changes = list_config_changes(old, new, compose_default_config("train", words))
+    default = compose_default_config("train", list_task_words())
+    changes = list_config_changes(old, new, default)
     changes = [change for change in changes if not change_concerns(change, cfg.resume.allow)]
     if changes:
         keys = ",".join(change.partition(" was ")[0] for change in changes)

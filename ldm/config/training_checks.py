@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 
 
 def check_before_imports(cfg: DictConfig, run_dir: Path) -> None:
-    """Refuses what the settings alone show to be wrong, before the slow imports.
-
-    Raises UsageError or ValueError, and FileNotFoundError for data that are not there.
-    """
+    """Refuses what the settings alone show to be wrong, before the slow imports."""
     new = not any((run_dir / "checkpoints").glob("step=*.ckpt"))
     guides = {name: cfg.guidance.get(name) for name in ("guide", "classifier")}
     named = {f"guidance.{name}": ckpt for name, ckpt in guides.items()}
@@ -63,10 +60,7 @@ def check_data_exist(source: object) -> None:
 
 
 def get_devices(cfg: DictConfig) -> dict[str, int]:
-    """Devices and machines of torchrun or srun, where these started the processes; else nothing.
-
-    Raises UsageError where the configuration wants others, or GPUs where there is none.
-    """
+    """Devices and machines of torchrun or srun, where these started the processes; else nothing."""
     import torch
 
     kind = cfg.trainer.accelerator
@@ -103,10 +97,7 @@ def check_image_size(size: int, multiple: int) -> None:
 
 
 def check_data_kind(cfg: DictConfig, subject: str, *, is_video: bool) -> None:
-    """UsageError where the data, or what is measured, are images and `subject` is for videos.
-
-    And the other way round.
-    """
+    """UsageError where one of data and `subject` is of images and the other of videos."""
     if is_video != (cfg.data.get("frames") is not None):
         have, want = ("images", "videos") if is_video else ("videos", "images")
         remedy = "task=video, or other data"
@@ -136,10 +127,7 @@ def check_has_captions(data: "TextImageData") -> None:
 
 
 def check_captions_readable(text_encoder: "nn.Module", data: "TextImageData") -> None:
-    """Refuses, before the first batches, captions that this text encoder cannot read.
-
-    UsageError where there are none, ValueError where they hold none of its names.
-    """
+    """Refuses captions that this text encoder cannot read before the first batches."""
     if text_encoder.width or text_encoder.pooled_width:
         check_has_captions(data)
     if text_encoder.names:

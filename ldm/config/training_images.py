@@ -13,6 +13,7 @@ from ldm.config.search_path import list_group_options
 from ldm.data.dataset import TextImageDataset
 from ldm.data.image_decoding import read_short_side
 from ldm.data.scenes.datamodule import locate_scene_folders
+from ldm.data.scenes.world import WORLD_VERSION
 from ldm.data.shards.cache import ShardCache
 from ldm.data.shards.index import ReadOptions
 from ldm.data.shards.locations import ShardSource, is_url, redact_source
@@ -54,6 +55,23 @@ def find_run_data(data: dict) -> tuple[ShardSource, ShardSource]:
     return val, train
 
 
+def describe_run_data(loaded: LoadedPipeline) -> list[str]:
+    """Where the training images are from, and their digests where they are on this machine."""
+    data = loaded.data
+    if data._target_ == SCENES_TARGET:
+        lines = [f"drawn scenes, version {WORLD_VERSION}, {data.count} for training"]
+    else:
+        lines = [f"{data.get('train')}, for training"]
+    try:
+        val, train = open_run_images(loaded, loaded.size)
+    except ValueError:
+        return [*lines, "its digest is not known: the images are not where this bundle was made"]
+    for name, images in (("training", train), ("validation", val)):
+        index = images.shards.index
+        lines.append(f"digest of {len(images)} images for {name}: {index.fingerprint}")
+    return lines
+
+
 def open_local_images(
     source: ShardSource,
     size: int,
@@ -64,10 +82,7 @@ def open_local_images(
     caption_key: str | None = None,
     captions: dict[str, float] | None = None,
 ) -> TextImageDataset:
-    """The images of a source that a file names; UsageError unless it is on this machine.
-
-    No index is written next to them.
-    """
+    """The images of a source on this machine that a file names, read without writing an index."""
     places = [source] if isinstance(source, str) else source
     try:
         if any(is_url(str(place)) for place in places):

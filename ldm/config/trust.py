@@ -16,10 +16,7 @@ MAX_USER_CONFIG_BYTES = 2**16
 
 
 def list_trusted_packages(cfg: DictConfig) -> tuple[str, ...]:
-    """The packages that the setting `trust` names, and those of the user's configuration file.
-
-    Raises UsageError where one of the two is no list of packages.
-    """
+    """The packages that the setting `trust` names, and those of the user's configuration file."""
     trust = OmegaConf.to_container(OmegaConf.create({"trust": cfg.get("trust")}))["trust"]
     return tuple(dict.fromkeys([*parse_package_names(trust), *read_user_trust()]))
 

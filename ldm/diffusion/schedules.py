@@ -260,3 +260,9 @@ def rescale_zero_terminal_snr(log_alpha_bar: Tensor) -> Tensor:
 def expand_dims_like(coefficient: Tensor, x: Tensor) -> Tensor:
     """A coefficient () or (B,) in a shape that multiplies `x` (B, ...), on its device."""
     return coefficient.reshape(-1, *[1] * (x.ndim - 1)).to(x.device)
+
+
+def is_same_schedule(a: Schedule, b: Schedule) -> bool:
+    """Returns whether two schedules have the same noise at the same times."""
+    t = torch.linspace(0, 1, 65, dtype=torch.float64)
+    return all(torch.equal(one.cpu(), two.cpu()) for one, two in zip(a(t), b(t), strict=True))

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from ldm.experiments.curves import check_curve_files
 from ldm.experiments.former_names import update_names
 from ldm.experiments.run_dir import list_config_changes
 from ldm.utils.errors import UsageError
+from ldm.utils.files import reserve_files, write_text
 
 RESULT_KEYS = ("varied", "metrics", "intervals", "floor")  # the other keys say how it was measured
 OUTPUT_HINT = "give another {}=.., or overwrite=true to replace what is there"
@@ -54,3 +56,32 @@ def rename_former_metrics(path: Path, facts: dict) -> str:
     changes = [change for change in list_config_changes(former, own) if len(change) < 80]
     why = f" ({', '.join(changes[:3])})" if changes else ""
     return f"the former {path.name}{why} is kept as {renamed.name}\n"
+
+
+def write_evaluation(facts: dict, out: Path, *, overwrite: bool) -> tuple[Path, str]:
+    """Writes the results of one point to `out`, a .json file or a folder; returns the file, a note.
+
+    An existing file gets a number; in a folder, former results of other settings are renamed.
+    """
+    note, path = "", out / "metrics.json"
+    writing = nullcontext([path])
+    if out.suffix == ".json":
+        writing = reserve_files(lambda n: [out.with_stem(out.stem + n)], overwrite=overwrite)
+    else:
+        note = rename_former_metrics(path, facts)
+    with writing as [path]:
+        write_text(path, json.dumps(facts, indent=2) + "\n")
+    return path, note
+
+
+def save_point_images(folder: Path, subset, items: range, images) -> None:
+    """Saves each image as a PNG, named by its number in the subset, with its caption in a .txt."""
+    from PIL import Image
+
+    from ldm.utils.images import save_png
+
+    for i, image in zip(items, images.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+        facts = {"prompt": subset.captions[i], "seed": subset.seeds[i], "key": subset.keys[i]}
+        path = folder / f"{i:07d}.png"
+        save_png(Image.fromarray(image), path, facts)
+        write_text(path.with_suffix(".txt"), subset.captions[i] + "\n")

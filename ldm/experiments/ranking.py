@@ -4,7 +4,7 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -131,7 +131,7 @@ def find_run_differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     return table
 
 
-def iterate_leaves(node: dict, prefix: str = "") -> Iterable[tuple[str, object]]:
+def iterate_leaves(node: Mapping, prefix: str = "") -> Iterable[tuple[str, object]]:
     """Yields each setting with its whole name, such as model.channels."""
     for key, value in node.items():
         if isinstance(value, dict):

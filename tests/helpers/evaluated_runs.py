@@ -8,9 +8,9 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 
 from ldm.cli.evaluate import evaluate_points
+from ldm.config.composition import CONF_DIR
 from ldm.config.measurement import EVALUATE_TEXT_OPTIONS
 from ldm.config.run import build_job
-from ldm.config.search_path import CONF_DIR
 from ldm.training.job import TrainingJob
 
 TINY = [

@@ -15,7 +15,7 @@ from world import CAPTIONS, write_shapes
 
 from ldm.cli.augment import AUGMENT_TEXT_OPTIONS, augment_dataset
 from ldm.config.command_line import convert_to_usage_errors
-from ldm.config.search_path import CONF_DIR
+from ldm.config.composition import CONF_DIR
 from ldm.data.prepare.synthetic import ScoreFilter
 from ldm.data.prepare.writer import OutputShard, plan_shards
 from ldm.data.shards.reader import ShardReader

@@ -23,7 +23,7 @@ from world import CAPTIONS, shape
 from ldm.cli.evaluate import VARIABLE_GROUPS, evaluate_points, format_scene_table
 from ldm.config.combinations import pop_sweep_choices
 from ldm.config.command_line import convert_to_usage_errors
-from ldm.config.search_path import CONF_DIR
+from ldm.config.composition import CONF_DIR
 from ldm.data.image_decoding import ImageError
 from ldm.data.shards.reader import ShardReader, write_shard
 from ldm.evaluation.prompt_subset import PromptSubset

@@ -41,7 +41,7 @@ from ldm.config.components import (
     build_denoiser,
     build_frozen_encoders,
 )
-from ldm.config.search_path import CONF_DIR
+from ldm.config.composition import CONF_DIR
 from ldm.data.scenes.draw import draw_scene
 from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.samplers.ddim import DDIMSampler

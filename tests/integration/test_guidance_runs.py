@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 from shell import ROOT, run, train
 
 from ldm.config.command_line import quote_override
+from ldm.config.composition import CONF_DIR
 from ldm.config.pipeline import load_pipeline
-from ldm.config.search_path import CONF_DIR
 from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.errors import UsageError
 

@@ -125,9 +125,11 @@ def test_options_reach_every_rank(home, site, way):
 
 def test_a_class_on_the_command_line_needs_no_file(home):
     own = ["scheduler._target_=teampackage.diffusion.SineSchedule", "+scheduler.power=2"]
+    own += ["sampler._target_=teampackage.diffusion.PlainEulerSampler"]  # ddim has null settings
     small = ["model=nano", "model.channels=16", "autoencoder=identity", "name=typed"]
     said = run(TRAIN, *FEW, *own, *small, cwd=home, **FOLDER)
     assert "SineSchedule takes no scheduler.steps, scheduler.offset" in said
+    assert "PlainEulerSampler takes no sampler.eta, sampler.clip, sampler.quantile" in said
     assert "power: 2" in targets(home, "typed")
     sample = [SAMPLE, "ckpt=runs/typed", "prompt=a red circle", "n=1", "steps=2", "out=t.png"]
     run(*sample, "trust=teampackage", cwd=home, **FOLDER)

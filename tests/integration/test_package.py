@@ -19,7 +19,7 @@ from ldm.cli.package import (
     package_autoencoder,
 )
 from ldm.config.components import build_frozen_encoders
-from ldm.config.search_path import CONF_DIR
+from ldm.config.composition import CONF_DIR
 from ldm.data.scenes.world import sample_scene
 from ldm.models.clip import Clip
 from ldm.utils.checkpoint_file import write_checkpoint

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from shell import ROOT, run
 
 from ldm.cli.phema import PHEMA_TEXT_OPTIONS, synthesize_ema
-from ldm.config.search_path import CONF_DIR
+from ldm.config.composition import CONF_DIR
 from ldm.experiments.curves import read_curves
 from ldm.training.power_ema import EMAProfile, solve_mixture
 from ldm.utils.checkpoint_file import (

@@ -17,8 +17,8 @@ from PIL import Image
 from ldm.cli.augment import AUGMENT_TEXT_OPTIONS as AUGMENT
 from ldm.cli.clip import CLIP_TEXT_OPTIONS as CLIP
 from ldm.cli.phema import PHEMA_TEXT_OPTIONS as PHEMA
+from ldm.config.composition import CONF_DIR
 from ldm.config.measurement import EVALUATE_TEXT_OPTIONS as EVALUATE
-from ldm.config.search_path import CONF_DIR
 
 ROOT = Path(__file__).parents[2]
 COCO = ROOT.parent / "shared" / "data" / "coco_mini"

@@ -9,8 +9,8 @@ from PIL import Image
 from shell import ROOT, run, train
 
 from ldm.config.command_line import quote_override
+from ldm.config.composition import CONF_DIR
 from ldm.config.pipeline import load_cascade
-from ldm.config.search_path import CONF_DIR
 from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.guidance.compositional import CompositionalGuidance
 

@@ -6,8 +6,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ldm.config.components import suggest_overrides
+from ldm.config.composition import CONF_DIR
 from ldm.config.run import build_diffusion_components, build_job
-from ldm.config.search_path import CONF_DIR
 from ldm.utils.errors import UsageError
 
 MOVING = ["data=moving_scenes", "data.count=4", "data.val_count=2", "data.frames=2"]
@@ -91,6 +91,9 @@ def test_settings_are_said_as_they_are_typed():
         {"task": {"_target_": "ldm.diffusion.tasks.superres.SuperResolution", "scales": [2, 8]}}
     )
     assert suggest_overrides(cfg, "task") == ["task=superres", "task.scales=[2, 8]"]
+    own = OmegaConf.create({"scheduler": {"_target_": "mine.Sine", "power": 2}})
+    words = suggest_overrides(own, "scheduler")
+    assert words[1:] == ["scheduler._target_=mine.Sine", "+scheduler.power=2"]
 
 
 def test_videos_are_counted_as_videos(home):

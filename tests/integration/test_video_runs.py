@@ -11,8 +11,8 @@ from PIL import Image
 from shell import ROOT, TRAIN, rows, run, tensors
 
 from ldm.config.command_line import quote_override
+from ldm.config.composition import CONF_DIR
 from ldm.config.pipeline import load_pipeline
-from ldm.config.search_path import CONF_DIR
 from ldm.utils.errors import UsageError
 
 pytestmark = pytest.mark.slow  # each test is processes

@@ -18,9 +18,9 @@ ROOM_LINES = {
     "data": 4080,
     "inference": 780,
     "evaluation": 3000,
-    "experiments": 1960,
-    "training": 3110,
-    "config": 5080,
+    "experiments": 2130,
+    "training": 3150,
+    "config": 4720,
     "cli": 2100,
 }
 ROOMS = tuple(ROOM_LINES)

@@ -129,13 +129,14 @@ class ShardCache:
 
     def _list_shards(self) -> list[tuple[int, int, Path]]:
         """Returns (time of last use, bytes when whole, path) of all shards and parts."""
-        found = []
+        found = {}  # once each: a part gets its name while the folder is listed
         for entry in os.scandir(self.folder):
             match = CACHED_SHARD_PATTERN.fullmatch(entry.name)
             if match and entry.is_file(follow_symlinks=False):
+                name = entry.name.removesuffix(PARTIAL_SUFFIX)
                 with suppress(FileNotFoundError):
-                    found.append((entry.stat().st_mtime_ns, int(match[1]), Path(entry.path)))
-        return found
+                    found[name] = entry.stat().st_mtime_ns, int(match[1]), Path(entry.path)
+        return list(found.values())
 
     def _delete_unused(self, path: Path) -> bool:
         """Deletes a shard that nobody reads, or a part that nobody writes."""

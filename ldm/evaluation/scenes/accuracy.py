@@ -4,11 +4,13 @@ Shapes: n images, H W pixels, A numbers (the whole caption, then SCENE_ATTRIBUTE
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, from_numpy
 
 from ldm.data.scenes.world import Scene, caption, sample_scene
+from ldm.evaluation.feature_table import tabulate
 from ldm.evaluation.scenes.reader import SCENE_ATTRIBUTES, SceneReading, match_scene, read_scenes
 from ldm.utils.images import to_uint8
 
@@ -104,3 +106,28 @@ class ScenePromptAccuracy(PromptAccuracy):
 
     def match(self, reading: SceneReading, scene: Scene, other: Scene) -> Sequence[bool]:
         return match_scene(reading, other)
+
+
+def measure_scene_accuracy(
+    scenes: ScenePromptAccuracy,
+    generate: PromptImageGenerator,
+    *,
+    folder: Path,
+    done: Callable[[int], object],
+) -> dict[str, float]:
+    """Returns the metrics; every process generates a share, and `folder` holds the counts.
+
+    `done(n)` is called after each batch of n images.
+    """
+    starts = range(0, len(scenes), scenes.batch)
+    items = [range(first, min(first + scenes.batch, len(scenes))) for first in starts]
+    shape = len(METRIC_SUFFIXES), len(SCENE_METRICS)
+    table = tabulate(
+        len(items),
+        lambda row: {"tally": from_numpy(scenes.tally(generate, items[row.start])).reshape(1, -1)},
+        columns={"tally": shape[0] * shape[1]},
+        batch=1,
+        folder=folder,
+        done=lambda row: done(sum(len(items[i]) for i in row)),
+    )
+    return scenes.metrics(table["tally"].sum(dim=0).long().reshape(shape).numpy())

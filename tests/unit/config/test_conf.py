@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm.config.components import build_denoiser, build_objective
+from ldm.config.composition import CONF_DIR
 from ldm.config.guidance import build_guidance
 from ldm.config.own_components import DIFFUSION_GROUPS
 from ldm.config.registry import validate_file_config
-from ldm.config.search_path import CONF_DIR
 from ldm.diffusion.rng import make_generators
 from ldm.inference.components import Components
 from ldm.utils.errors import UsageError

@@ -8,8 +8,8 @@ import yaml
 from shell import ROOT, run
 
 from ldm.__main__ import VERBS
+from ldm.config.composition import CONF_DIR
 from ldm.config.help import format_help, list_verb_groups, split_option
-from ldm.config.search_path import CONF_DIR
 
 
 def test_sample_lists_the_groups_that_it_takes_and_no_others():

@@ -14,9 +14,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
+from team import OUTSIDE
 
 import ldm
-from ldm.config.search_path import CONF_DIR
+from ldm.config.composition import CONF_DIR
 from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.samplers.multistep import DPMSolverSampler
 
@@ -67,6 +68,18 @@ def _in_home(request, monkeypatch):
 @pytest.fixture(scope="module")
 def pipe(home):
     return ldm.load(home / "runs" / "pair" / "cosine")
+
+
+def test_compose_takes_a_class_in_place_of_an_options_own(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(OUTSIDE)
+    sampler = "teampackage.diffusion.PlainEulerSampler"
+    cfg = ldm.compose("train", [f"sampler._target_={sampler}"])
+    left = {"_target_": sampler, "spacing": "trailing"}
+    assert cfg.sampler == left, "the null settings of ddim are left out, too"
+    assert (
+        f"{sampler} takes no sampler.eta, sampler.clip, sampler.quantile: left out"
+        in capsys.readouterr().err
+    )
 
 
 def test_compose_gives_the_settings_of_the_command_line():
@@ -139,6 +152,8 @@ def test_a_refused_run_leaves_no_folder_and_a_changed_one_is_not_resumed(home):
         ldm.train(changed)
     with pytest.raises(ldm.UsageError, match=r"give the configuration of ldm.compose"):
         ldm.train(ldm.compose("train")["trainer"])
+    with pytest.raises(ldm.UsageError, match=r"give the configuration of ldm.compose"):
+        ldm.train({"name": "x"})
 
 
 def test_ctrl_c_saves_and_raises_keyboard_interrupt(home):
@@ -225,6 +240,12 @@ def test_load_takes_settings_that_are_no_arguments_of_the_call(home):
             ldm.load("runs/pair/cosine", word)
     with pytest.raises(ldm.UsageError, match="device=cuda:99 is not here"):
         ldm.load("runs/pair/cosine", device="cuda:99")
+    with pytest.raises(ldm.UsageError, match=r"dtype=bfloat16 is no torch.dtype"):
+        ldm.load("runs/pair/cosine", dtype="bfloat16")
+
+
+def test_a_pipeline_is_shown_in_one_line(pipe):
+    assert repr(pipe) == f"LoadedPipeline('{pipe.path}', step=1, task='text2img', device='cpu')"
 
 
 def test_evaluate_gives_the_metrics_of_the_command(home):

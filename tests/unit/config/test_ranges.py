@@ -196,6 +196,17 @@ def test_classes_from_elsewhere_have_no_ranges():
         (["name=a\nb"], r"cannot read name=a\nb: what has blanks"),
         (["stage=foo"], "stage=foo must be one of diffusion, autoencoder, clip, classifier"),
         (["trainer.accelerator=foo"], "trainer.accelerator=foo must be one of auto, cpu, gpu"),
+        (["metric=loss"], "metric=loss is not measured by this run - did you mean val/loss?"),
+        (
+            ["metric=foo"],
+            "metric=foo is not measured by this run: it measures train/loss, val/scene",
+        ),
+        (["eval=none", "metric=val/motion_x"], "this run: eval=scenes, or eval=motion for videos,"),
+        (["early_stop=patience", "early_stop.metric=val/fid"], "early_stop.metric=val/fid is not"),
+        (
+            ["experiment=clip_coco", "metric=val/psnr"],
+            "metric=val/psnr is not measured by this run",
+        ),
         (["data.size=100"], "data.size=100 must be a multiple of 16"),
         (["init=runs/gone"], "init='runs/gone' is neither a run directory nor a file"),
         (["data=shards", "data.train=gone", "data.val=gone"], "no shards at gone: `python -m ldm"),

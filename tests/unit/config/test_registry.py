@@ -258,6 +258,12 @@ def test_only_what_a_trusted_package_defines_may_be_built(target, words, place):
     assert not Path("made").exists()
 
 
+def test_a_trusted_package_that_is_not_installed_is_named(place):
+    words = "there is no module 'own_nothing': install own_nothing, or give PYTHONPATH=FOLDER"
+    with pytest.raises(ValueError, match=words):
+        validate_component({"_target_": "own_nothing.a.B"}, "scheduler", trust=["own_nothing"])
+
+
 OTHERS = ("os.makedirs", "shutil.rmtree", "subprocess.Popen", "importlib.import_module")
 OTHERS += ("torch.hub.load", "lightning.Trainer", "hydra.utils.instantiate", "builtins.list")
 OTHERS += ("__main__.main", "hydra_plugins.ldm_launchers.local.list")

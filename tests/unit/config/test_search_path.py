@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import initialize_config_dir
 from shell import ROOT, TRAIN, run
 from team import CONF, OUTSIDE, install
 
 import ldm
 from ldm.config.own_components import check_own_component, list_replaced_settings
 from ldm.config.search_path import CONF_DIR, list_group_options, order_command_words
+from ldm.config.suggestions import format_unknown_setting
 from ldm.config.trust import list_trusted_packages, read_user_trust
 from ldm.utils.errors import UsageError
 
@@ -148,7 +150,11 @@ def test_what_chooses_no_option_is_refused_in_one_line(word, message):
     ("place", "node", "words"),
     [
         ("scheduler", {"_target_": SINE, "powr": 1}, "takes no 'powr' - did you mean power?"),
-        ("scheduler", {"_target_": SINE, "steps": 1}, "leave them out with ~scheduler.steps"),
+        (
+            "scheduler",
+            {"_target_": SINE, "steps": 1},
+            "leave them out with scheduler.steps=0 ~scheduler.steps",
+        ),
         ("scheduler", {"_target_": f"{SINE}s"}, "did you mean SineSchedule?"),
         ("scheduler", {"_target_": "teampackage.x.X"}, "there is no such class or function"),
         ("scheduler", {"_target_": "nopackage.X"}, "give PYTHONPATH=FOLDER, where it lies"),
@@ -171,9 +177,20 @@ def test_a_class_that_does_not_fit_is_refused_in_one_line(place, node, words):
 
 def test_a_class_on_the_command_line_leaves_out_what_it_does_not_take():
     words = [f"scheduler._target_={SINE}", "+scheduler.power=2", "scheduler.steps=5"]
-    rest = ["offset", "max_beta", "zero_terminal_snr"]
-    assert list_replaced_settings(words, "train") == {SINE: [f"scheduler.{key}" for key in rest]}
-    assert list_replaced_settings(["scheduler=cosine", "name=x"], "train") == {}
+    rest = [f"scheduler.{key}" for key in ("offset", "max_beta", "zero_terminal_snr")]
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
+        assert list_replaced_settings(words, "train") == {SINE: rest}
+        assert list_replaced_settings(["scheduler=cosine", "name=x"], "train") == {}
+
+
+def test_a_setting_of_such_a_class_is_added(monkeypatch):
+    words = ["train.py", f"scheduler._target_={SINE}", "scheduler.power=2"]
+    monkeypatch.setattr(sys, "argv", words)
+    said = format_unknown_setting("scheduler.power", "train")
+    assert said == (
+        "there is no setting 'scheduler.power' of the chosen option: one that "
+        f"{SINE} takes is added, +scheduler.power=..."
+    )
 
 
 def test_the_users_configuration_file_trusts_packages_for_all_commands(tmp_path, monkeypatch):

@@ -199,6 +199,13 @@ def test_real_pictures_and_chance_stand_beside_a_metric():
     assert "8 images against 20 real ones" in rows[-1]
 
 
+def test_each_number_of_an_own_metric_has_a_row():
+    facts = point(1, {**PROTOCOL, "metrics": ["colour", "scene_depth"]})
+    facts["metrics"] |= {"colour_generated": 23.0, "colour_real": 61.0, "scene_depth": 2.0}
+    names = [row.split()[0] for row in format_image_table(facts).splitlines()[1:-1]]
+    assert names[3:] == ["colour_generated", "colour_real", "scene_depth"]
+
+
 @pytest.fixture
 def runs(tmp_path) -> list[Path]:
     places = [write_run(tmp_path / "runs" / name, losses=[1, 0.5]) for name in "abcd"]

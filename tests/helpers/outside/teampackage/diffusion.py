@@ -55,6 +55,9 @@ class MiddleTimestepSampler:
 class PlainEulerSampler(Sampler):
     """One step from time to time."""
 
+    def __init__(self, *, spacing: str = "trailing") -> None:
+        super().__init__(spacing=spacing)
+
     def iterate(self, x, path):
         for i, (now, then) in enumerate(pairwise(path.noise_levels)):
             x0_hat = path.x0_hat(x, i)

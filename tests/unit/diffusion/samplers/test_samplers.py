@@ -10,7 +10,7 @@ from mixture import agreement, ideal_denoiser
 from omegaconf import OmegaConf
 from oracle import KINDS, SCHEDULES, STEPS, assert_same, generator, in_double, ours, start, theirs
 
-from ldm.config.search_path import CONF_DIR
+from ldm.config.composition import CONF_DIR
 from ldm.diffusion.rng import ImageNoise
 from ldm.diffusion.samplers.ddim import ConsistencySampler, DDIMSampler
 from ldm.diffusion.samplers.edm import EDMSampler

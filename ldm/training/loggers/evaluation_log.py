@@ -1,9 +1,7 @@
 """The results of an evaluation in the W&B run of the training, where log=true asks for it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from omegaconf import DictConfig
 
 from ldm.experiments.curves import list_curve_rows
 from ldm.experiments.run_dir import find_run_of_checkpoint, read_result, read_yaml_settings
@@ -26,7 +24,7 @@ def find_logged_run(ckpt: str | None) -> Path:
 
 
 def log_evaluation(
-    run_dir: Path, source, points: Sequence[tuple[dict, DictConfig]], results: Sequence[dict]
+    run_dir: Path, source, points: Sequence[tuple[dict, Mapping]], results: Sequence[dict]
 ) -> None:
     """Logs the numbers and some images of each point to the run's own W&B run.
 

@@ -3,15 +3,10 @@
 import json
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from ldm.config.loaded_pipeline import LoadedPipeline
-from ldm.config.own_components import DIFFUSION_GROUPS, OPTIONAL_GROUPS
-from ldm.config.training_images import SCENES_TARGET, open_run_images
-from ldm.data.scenes.world import WORLD_VERSION
 from ldm.experiments.ranking import iterate_leaves
 from ldm.experiments.run_dir import find_run_of_checkpoint, read_metrics
 from ldm.utils.bundle_file import describe_bundle_files
@@ -21,35 +16,43 @@ from ldm.utils.images import load_png
 CARD_FILE = "README.md"
 SAMPLE_FILE = "samples.png"
 METRICS_FILE = "metrics.json"
-CARD_GROUPS = (*DIFFUSION_GROUPS, *OPTIONAL_GROUPS)
 
 
-def write_model_card(
-    folder: Path,
-    loaded: LoadedPipeline,
-    ckpt: Path,
-    *,
-    origins: Mapping[str, str],
-    name: str,
-    license: str | None,
-) -> None:
-    """Writes README.md, and copies samples and metrics of the run, if `ckpt` lies in one.
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model card says of a model."""
 
-    origins: where frozen components were read from; name: what the folder will be called.
-    """
+    name: str
+    license: str | None
+    parameters: int
+    size: int
+    num_frames: int | None
+    step: int
+    components: dict[str, dict]  # their settings, by group
+    data: Sequence[str]  # where the training images are from
+
+    def list_packages(self) -> list[str]:
+        """The packages of its components other than ours."""
+        leaves = dict(iterate_leaves(self.components))
+        targets = {str(value) for key, value in leaves.items() if key.endswith("_target_")}
+        return sorted({target.partition(".")[0] for target in targets} - {"ldm"})
+
+
+def write_model_card(folder: Path, model: ModelFacts, ckpt: Path) -> None:
+    """Writes README.md, and copies samples and metrics of the run, if `ckpt` lies in one."""
     run = find_run_of_checkpoint(ckpt)
     prompt, has_samples, metrics = "...", False, ""
     if run != Path():
         prompt, has_samples = copy_samples(run, folder)
-        metrics = copy_metrics(run, folder, loaded.step)
+        metrics = copy_metrics(run, folder, model.step)
     sections = [
-        format_card_head(name, loaded, license),
+        format_card_head(model),
         f"![samples of the training]({SAMPLE_FILE})" * has_samples,
-        format_card_usage(loaded, name, prompt),
-        format_card_training(loaded, origins),
+        format_card_usage(model, prompt),
+        format_card_training(model),
         metrics,
         format_card_files(folder),
-        f"## Licence\n\n{license or 'None is stated: ask who gave you this model.'}",
+        f"## Licence\n\n{model.license or 'None is stated: ask who gave you this model.'}",
     ]
     write_text(folder / CARD_FILE, "\n\n".join(filter(None, sections)) + "\n")
 
@@ -65,32 +68,27 @@ def copy_samples(run: Path, folder: Path) -> tuple[str, bool]:
     return str(prompts[0]), True
 
 
-def format_card_head(name: str, loaded: LoadedPipeline, license: str | None) -> str:
+def format_card_head(model: ModelFacts) -> str:
     """The card's metadata, as the Hugging Face hub reads it, and one sentence on the model."""
-    moving = loaded.pipeline.num_frames is not None
+    moving = model.num_frames is not None
     metadata = {
         "library_name": "ldm",
         "pipeline_tag": "text-to-video" if moving else "text-to-image",
-        **({"license": license} if license else {}),
+        **({"license": model.license} if model.license else {}),
     }
-    weights = sum(each.numel() for each in loaded.pipeline.components.denoiser.parameters())
     lines = [f"{key}: {json.dumps(value)}" for key, value in metadata.items()]
-    kind = f"videos of {loaded.pipeline.num_frames} frames" if moving else "images"
+    kind = f"videos of {model.num_frames} frames" if moving else "images"
     return (
-        "---\n" + "\n".join(lines) + f"\n---\n\n# {name}\n\n"
-        f"A latent diffusion model of {weights / 1e6:.1f} M parameters for {kind} of "
-        f"{loaded.size} x {loaded.size} pixels, trained with ldm for {loaded.step} steps. "
+        "---\n" + "\n".join(lines) + f"\n---\n\n# {model.name}\n\n"
+        f"A latent diffusion model of {model.parameters / 1e6:.1f} M parameters for {kind} of "
+        f"{model.size} x {model.size} pixels, trained with ldm for {model.step} steps. "
         "These are the averaged weights (EMA)."
     )
 
 
-def format_card_usage(loaded: LoadedPipeline, name: str, prompt: str) -> str:
+def format_card_usage(model: ModelFacts, prompt: str) -> str:
     """Commands and Python code that use the model."""
-    config = OmegaConf.to_container(loaded.config)
-    leaves = dict(iterate_leaves({group: config.get(group) for group in CARD_GROUPS}))
-    targets = {value for key, value in leaves.items() if key.endswith("_target_")}
-    packages = sorted({target.partition(".")[0] for target in targets} - {"ldm"})
-    shell_name = shlex.quote(name)
+    packages, shell_name = model.list_packages(), shlex.quote(model.name)
     word = f" trust=[{','.join(packages)}]" if packages else ""
     argument = f", trust={json.dumps(packages)}" if packages else ""
     return f"""\
@@ -105,41 +103,20 @@ ldm train init={shell_name}{word} name=my-run ...
 ```python
 import ldm
 
-pipe = ldm.load({json.dumps(name)}{argument})
+pipe = ldm.load({json.dumps(model.name)}{argument})
 images = pipe({json.dumps(prompt)}, seeds=[0, 1])
 ```"""
 
 
-def format_card_training(loaded: LoadedPipeline, origins: Mapping[str, str]) -> str:
+def format_card_training(model: ModelFacts) -> str:
     """The components, where the frozen ones are from, and the data with their digests."""
-    config = OmegaConf.to_container(loaded.config)
     rows = []
-    for group in filter(config.get, CARD_GROUPS):
-        part = config[group]
-        if group in origins:
-            part["path" if "path" in part else "names"] = origins[group]
+    for group, part in model.components.items():
         leaves = {key: value for key, value in iterate_leaves(part) if "_target_" not in key}
         words = [f"`{part['_target_']}`", *(f"{key}={value}" for key, value in leaves.items())]
         rows.append(f"- {group}: {', '.join(words)}")
-    rows += [f"- data: {line}" for line in describe_run_data(loaded)]
+    rows += [f"- data: {line}" for line in model.data]
     return "\n".join(["## Training", "", *rows])
-
-
-def describe_run_data(loaded: LoadedPipeline) -> list[str]:
-    """Where the training images are from, and their digests where they are on this machine."""
-    data = loaded.data
-    if data._target_ == SCENES_TARGET:
-        lines = [f"drawn scenes, version {WORLD_VERSION}, {data.count} for training"]
-    else:
-        lines = [f"{data.get('train')}, for training"]
-    try:
-        val, train = open_run_images(loaded, loaded.size)
-    except ValueError:
-        return [*lines, "its digest is not known: the images are not where this bundle was made"]
-    for name, images in (("training", train), ("validation", val)):
-        index = images.shards.index
-        lines.append(f"digest of {len(images)} images for {name}: {index.fingerprint}")
-    return lines
 
 
 def copy_metrics(run: Path, folder: Path, step: int) -> str:

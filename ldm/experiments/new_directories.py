@@ -25,10 +25,7 @@ def register_new_directories(directory: Path) -> None:
 
 
 def remove_new_directories() -> None:
-    """Deletes the noted directories that hold nothing trained or generated.
-
-    Those of another process, which began at the same time, stay.
-    """
+    """Deletes the noted directories that hold nothing trained or generated and that nobody uses."""
     while _new_directories and get_launcher_rank() == 0:
         path = _new_directories.pop()
         names = {each.name for each in path.iterdir()} if path.is_dir() else set()

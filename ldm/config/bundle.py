@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Mapping
+from errno import EEXIST, ENOTDIR, ENOTEMPTY
 from pathlib import Path
 
 import torch
@@ -87,7 +88,12 @@ def write_bundle(
         )
         write_model_card(folder, model, source.path.resolve())
         write_bundle_manifest(folder, facts)
-        folder.replace(out)
+        try:
+            folder.replace(out)
+        except OSError as error:
+            if error.errno not in (ENOTEMPTY, EEXIST, ENOTDIR):
+                raise
+            raise UsageError(f"out={out} was made meanwhile: give another out=DIR") from error
     return others
 
 

@@ -142,7 +142,7 @@ def check_metric_logged(metric: str, logged: Iterable[str]) -> None:
     if metric not in logged and not metric.startswith(("train/", "perf/")):
         known = sorted(name for name in logged if "/" in name)
         raise UsageError(
-            f"metric={metric} is not measured by this run{suggest_nearest(metric, known)} "
+            f"metric={metric} is not measured by this run{suggest_nearest(metric, known) or '.'} "
             f"There are: {', '.join(known)}"
         )
 

@@ -10,7 +10,7 @@ from ldm.config.own_components import COMPONENT_GROUPS
 from ldm.config.ranges import OWN_TARGET_PREFIXES
 from ldm.utils.errors import UsageError
 from ldm.utils.files import read_text
-from ldm.utils.plain_yaml import parse_plain_mapping
+from ldm.utils.plain_yaml import parse_plain_mapping, parse_plain_yaml
 
 MAX_USER_CONFIG_BYTES = 2**16
 
@@ -24,10 +24,11 @@ def list_trusted_packages(cfg: DictConfig) -> tuple[str, ...]:
 def read_user_trust() -> list[str]:
     """The packages of the line `trust: [mypackage]` in the user's configuration file."""
     path = find_user_config_file()
-    if not path.exists():
+    if not os.path.lexists(path):  # a folder that cannot be read is none
         return []
     try:
-        settings = parse_plain_mapping(read_text(path, max_bytes=MAX_USER_CONFIG_BYTES))
+        text = read_text(path, max_bytes=MAX_USER_CONFIG_BYTES)
+        settings = {} if parse_plain_yaml(text) is None else parse_plain_mapping(text)
         if others := settings.keys() - {"trust"}:
             raise ValueError(f"it has the key '{min(others)}', where `trust` alone is read")
         return parse_package_names(settings.get("trust"))

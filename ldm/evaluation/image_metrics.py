@@ -78,7 +78,7 @@ class ImageMetrics:
                     values |= {f"{name}_{key}": float(value) for key, value in result.items()}
                 else:
                     values[name] = float(result)
-            except (TypeError, ValueError, RuntimeError) as error:
+            except (TypeError, ValueError, OverflowError, RuntimeError) as error:
                 raise ValueError(
                     f"metrics.{name}: compute() returns {type(result).__name__}, and neither a "
                     f"number nor a mapping of numbers ({error})"

@@ -59,7 +59,8 @@ def write_model_card(folder: Path, model: ModelFacts, ckpt: Path) -> None:
 
 def copy_samples(run: Path, folder: Path) -> tuple[str, bool]:
     """Copies the newest samples of a run; returns their first prompt, and whether there are any."""
-    paths = sorted((run / "samples").glob("step=*.png"))
+    # A link of a stranger's run may lead to any file here.
+    paths = sorted(p for p in (run / "samples").glob("step=*.png") if not p.is_symlink())
     if not paths:
         return "...", False
     shutil.copyfile(paths[-1], folder / SAMPLE_FILE)
@@ -126,10 +127,15 @@ def copy_metrics(run: Path, folder: Path, step: int) -> str:
             last |= {name: value for name, value in row.items() if name.startswith("val/")}
     lines = [f"- {k}: {v:.4g}" for k, v in last.items() if not k.startswith("val/loss_t")]
     path = run / METRICS_FILE
-    facts = read_json(path) if path.is_file() else {}
+    facts = read_json(path) if path.is_file() and not path.is_symlink() else {}
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} is not what ldm evaluate wrote: move it away")
     if facts.get("step") == step:
+        try:
+            lines += [f"- {name}: {value:.4g}" for name, value in facts["metrics"].items()]
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not what ldm evaluate wrote: move it away") from error
         shutil.copyfile(path, folder / METRICS_FILE)
-        lines += [f"- {name}: {value:.4g}" for name, value in facts["metrics"].items()]
         lines.append(f"- {METRICS_FILE} says how the latter were measured")
     return "\n".join(["## Metrics", "", *lines]) if lines else ""
 

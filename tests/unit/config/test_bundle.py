@@ -17,7 +17,10 @@ from tiny_t5 import save_tiny_t5
 
 import ldm
 from ldm.cli.bundle import main
-from ldm.config.bundle import COMPONENT_WRITERS
+from ldm.config.bundle import COMPONENT_WRITERS, write_bundle
+from ldm.config.composition import isolate_hydra
+from ldm.config.config_check import compose_config
+from ldm.config.model_card import copy_metrics, copy_samples
 from ldm.config.registry import list_component_targets
 from ldm.utils.bundle_file import BUNDLE_WEIGHTS_FILE, read_bundle
 from ldm.utils.checkpoint_file import CheckpointError, write_checkpoint
@@ -295,3 +298,36 @@ def test_a_copy_of_a_frozen_component_has_its_digest(write, tmp_path):
 
 def test_each_writer_is_of_a_target_of_conf():
     assert COMPONENT_WRITERS.keys() <= set().union(*list_component_targets().values())
+
+
+@pytest.mark.parametrize("text", ["[]", '{"step": 1}', '{"step": 1, "metrics": {"a": "x"}}'])
+def test_damaged_metrics_are_named_and_not_copied(tmp_path, text):
+    (tmp_path / "metrics.json").write_text(text)
+    (tmp_path / "bundle").mkdir()
+    with pytest.raises(ValueError, match=r"metrics\.json is not what ldm evaluate wrote"):
+        copy_metrics(tmp_path, tmp_path / "bundle", 1)
+    assert not any((tmp_path / "bundle").iterdir())
+
+
+def test_links_in_a_run_are_not_followed(tmp_path):
+    (tmp_path / "secret.json").write_text('{"step": 1, "metrics": {}}')
+    (tmp_path / "metrics.json").symlink_to("secret.json")
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "step=00000001.png").symlink_to("../secret.json")
+    (tmp_path / "bundle").mkdir()
+    copy_metrics(tmp_path, tmp_path / "bundle", 1)
+    copy_samples(tmp_path, tmp_path / "bundle")
+    assert not any((tmp_path / "bundle").iterdir())
+
+
+def test_a_folder_that_appears_meanwhile_is_left_alone(home, monkeypatch):
+    monkeypatch.chdir(home)
+    Path("taken").mkdir()
+    Path("taken", "mine.txt").write_text("mine")
+    with isolate_hydra():
+        cfg = compose_config("bundle", [])
+    cfg.license = None
+    with pytest.raises(ValueError, match="out=taken was made meanwhile"):
+        write_bundle(cfg, "runs/first", Path("taken"), {})
+    assert [path.name for path in Path("taken").iterdir()] == ["mine.txt"]
+    assert not list(Path().glob(".taken*"))

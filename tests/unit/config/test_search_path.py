@@ -13,7 +13,7 @@ import ldm
 from ldm.config.own_components import check_own_component, list_replaced_settings
 from ldm.config.search_path import CONF_DIR, list_group_options, order_command_words
 from ldm.config.suggestions import format_unknown_setting
-from ldm.config.trust import list_trusted_packages
+from ldm.config.trust import list_trusted_packages, read_user_trust
 from ldm.utils.errors import UsageError
 
 FOLDER = {"PYTHONPATH": f"{ROOT}:{OUTSIDE}"}
@@ -88,6 +88,14 @@ def test_a_directory_that_is_not_there_is_refused(tmp_path, flags, words):
     said = run(TRAIN, "scheduler=cosine", *flags, cwd=tmp_path, expect=2)
     assert words in said
     assert len(said.strip().splitlines()) == 1
+
+
+def test_a_link_of_the_users_that_leads_nowhere_is_named(tmp_path, monkeypatch):
+    (tmp_path / "ldm").mkdir()
+    (tmp_path / "ldm" / "config.yaml").symlink_to("gone.yaml")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    with pytest.raises(UsageError, match=r"config.yaml: .*No such file"):
+        read_user_trust()
 
 
 @pytest.mark.parametrize(
@@ -192,6 +200,9 @@ def test_the_users_configuration_file_trusts_packages_for_all_commands(tmp_path,
     file.parent.mkdir()
     file.write_text("trust: [b, a]\n")
     assert list_trusted_packages({"trust": ["a"]}) == ("a", "b")
+    for text in ("", "# trust: [mypackage]\n", "trust:"):
+        file.write_text(text)
+        assert read_user_trust() == []
     for text in ("trust: 5", "trust: [b.c]", "truth: [b]", "[", "- b", "trust: !!python/name:os"):
         file.write_text(text)
         with pytest.raises(UsageError, match=r"config.yaml: .* It holds one line, trust: \["):

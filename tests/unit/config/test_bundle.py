@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from hydra.utils import instantiate
+from ldm.config.model_card import copy_metrics, copy_samples
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save
 from shell import run
@@ -20,7 +21,6 @@ from ldm.cli.bundle import main
 from ldm.config.bundle import COMPONENT_WRITERS, write_bundle
 from ldm.config.composition import isolate_hydra
 from ldm.config.config_check import compose_config
-from ldm.config.model_card import copy_metrics, copy_samples
 from ldm.config.registry import list_component_targets
 from ldm.utils.bundle_file import BUNDLE_WEIGHTS_FILE, read_bundle
 from ldm.utils.checkpoint_file import CheckpointError, write_checkpoint

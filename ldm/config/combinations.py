@@ -9,9 +9,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from ldm.config.command_line import check_group_option
 from ldm.config.composition import list_task_words
 from ldm.config.config_check import compose_config
+from ldm.config.suggestions import check_group_option
 from ldm.utils.errors import UsageError
 
 

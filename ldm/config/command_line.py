@@ -13,30 +13,23 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ldm.config.help import format_help
 from ldm.config.own_components import list_replaced_settings, write_deletions
-from ldm.config.reserved_settings import NAMED_COMPONENT_GROUPS
-from ldm.config.search_path import (
-    CONF_DIR,
-    check_config_directories,
-    is_config_group,
-    list_group_options,
-    order_command_words,
-)
+from ldm.config.search_path import CONF_DIR, check_config_directories, order_command_words
 from ldm.config.suggestions import (
+    check_group_option,
     check_setting_keys,
     explain_composition_error,
     explain_hydra_error,
 )
 from ldm.experiments.former_names import is_own_target, update_override
 from ldm.experiments.new_directories import remove_new_directories
-from ldm.experiments.run_dir import get_launcher_layout, get_launcher_rank, parse_number
+from ldm.experiments.run_dir import get_launcher_layout, get_launcher_rank
 from ldm.utils.errors import UsageError, program_name
 from ldm.utils.files import read_text
 from ldm.utils.locks import InUseError
@@ -226,47 +219,6 @@ def exit_with_usage_error(error: Exception, config_name: str) -> NoReturn:
     )
     remove_new_directories()
     sys.exit(2)
-
-
-def check_group_option(group: str, value: str) -> None:
-    """UsageError for what names no option of a group, as guidance=7 or eval=null."""
-    if not group.lstrip("+~").partition("@")[0]:
-        raise UsageError(f"'{group}={value}' is no setting: they are written key=value")
-    if is_config_group(group) and "_target_" in value and not group.startswith("+"):
-        raise UsageError(
-            f"{group}={value} chooses no option: a component without a file of its own is added "
-            f"under a name, as in '+{group}.mine._target_=mypackage.module.Class'"
-            if group in NAMED_COMPONENT_GROUPS
-            else f"{group}={value} chooses no option: give {group}._target_=mypackage.module.Class"
-        )
-    if not is_config_group(group) or not value:
-        return
-    if not all(map(_is_option_name, _list_chosen_options(f"{group}={value}"))):
-        options = ", ".join(list_group_options(group))
-        key = {"guidance": "guidance.scale", "optimizer": "optimizer.lr"}.get(group)
-        numbers = key and None not in map(parse_number, value.split(","))
-        meant = f"{key}={value} sets the number, and " if numbers else ""
-        raise UsageError(f"{group}={value} is no option of {group}: {meant}there are: {options}")
-
-
-def _list_chosen_options(word: str) -> list[object]:
-    """The values of `group=value`, of a sweep as well; of an empty list, None."""
-    parser = OverridesParser.create()
-    try:
-        override = parser.parse_override(word)
-        texts = override.sweep_string_iterator() if override.is_choice_sweep() else []
-        values = [parser.parse_override(f"x={text}").value() for text in texts]
-    except OverrideParseException:  # which Hydra raises as well
-        return []
-    if not override.is_sweep_override():
-        values = [override.value()]
-    lists = [each if isinstance(each, list) else [each] for each in values]
-    return [each for chosen in lists for each in chosen or [None]]
-
-
-def _is_option_name(value: object) -> bool:
-    """Whether a value may name an option: no null or number, and no path to another group."""
-    return isinstance(value, str) and not {"..", ""} & set(value.split("/"))
 
 
 def _has_entered(main: Callable[[], None], error: BaseException) -> bool:

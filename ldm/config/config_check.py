@@ -17,7 +17,6 @@ from yaml import YAMLError
 
 from ldm.config.command_line import (
     USAGE_ERRORS,
-    check_group_option,
     delete_replaced_settings,
     exit_with_usage_error,
     print_note,
@@ -39,6 +38,7 @@ from ldm.config.reserved_settings import (
 )
 from ldm.config.search_path import is_config_group
 from ldm.config.suggestions import (
+    check_group_option,
     explain_composition_error,
     explain_hydra_error,
     format_unknown_setting,

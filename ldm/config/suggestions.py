@@ -10,19 +10,63 @@ from contextlib import suppress
 from hydra import compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from ldm.config.composition import compose_default_config, isolate_hydra
+from ldm.config.reserved_settings import NAMED_COMPONENT_GROUPS
 from ldm.config.search_path import is_config_group, list_config_directories, list_group_options
+from ldm.experiments.run_dir import parse_number
 from ldm.utils.errors import UsageError, format_program, suggest_nearest
 from ldm.utils.text import escape_control_characters
 
 # Options of Hydra's plugins that ldm[sweep] brings along.
 SWEEP_PACKAGES = {"optuna": "hydra-optuna-sweeper", "submitit_slurm": "hydra-submitit-launcher"}
 OWN_DATA_HINT = " (for shards in a folder, give data=shards data.train=DIR data.val=DIR)"
+
+
+def check_group_option(group: str, value: str) -> None:
+    """UsageError for what names no option of a group, as guidance=7 or eval=null."""
+    if not group.lstrip("+~").partition("@")[0]:
+        raise UsageError(f"'{group}={value}' is no setting: they are written key=value")
+    if is_config_group(group) and "_target_" in value and not group.startswith("+"):
+        raise UsageError(
+            f"{group}={value} chooses no option: a component without a file of its own is added "
+            f"under a name, as in '+{group}.mine._target_=mypackage.module.Class'"
+            if group in NAMED_COMPONENT_GROUPS
+            else f"{group}={value} chooses no option: give {group}._target_=mypackage.module.Class"
+        )
+    if not is_config_group(group) or not value:
+        return
+    if not all(map(_is_option_name, _list_chosen_options(f"{group}={value}"))):
+        options = ", ".join(list_group_options(group))
+        key = {"guidance": "guidance.scale", "optimizer": "optimizer.lr"}.get(group)
+        numbers = key and None not in map(parse_number, value.split(","))
+        meant = f"{key}={value} sets the number, and " if numbers else ""
+        raise UsageError(f"{group}={value} is no option of {group}: {meant}there are: {options}")
+
+
+def _list_chosen_options(word: str) -> list[object]:
+    """The values of `group=value`, of a sweep as well; of an empty list, None."""
+    parser = OverridesParser.create()
+    try:
+        override = parser.parse_override(word)
+        texts = override.sweep_string_iterator() if override.is_choice_sweep() else []
+        values = [parser.parse_override(f"x={text}").value() for text in texts]
+    except OverrideParseException:  # which Hydra raises as well
+        return []
+    if not override.is_sweep_override():
+        values = [override.value()]
+    lists = [each if isinstance(each, list) else [each] for each in values]
+    return [each for chosen in lists for each in chosen or [None]]
+
+
+def _is_option_name(value: object) -> bool:
+    """Whether a value may name an option: no null or number, and no path to another group."""
+    return isinstance(value, str) and not {"..", ""} & set(value.split("/"))
 
 
 def explain_hydra_error(error: Exception, config_name: str) -> str:

@@ -12,16 +12,16 @@ ROOT = Path(__file__).parents[2]
 # A room imports from the rooms before it in this table, and from itself (docs/design.md).
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
-    "utils": 1780,
-    "diffusion": 2800,
-    "models": 2680,
-    "data": 4080,
-    "inference": 780,
+    "utils": 1770,
+    "diffusion": 2620,
+    "models": 2520,
+    "data": 4050,
+    "inference": 745,
     "evaluation": 3000,
-    "experiments": 2130,
-    "training": 3150,
-    "config": 4720,
-    "cli": 2100,
+    "experiments": 2140,
+    "training": 3180,
+    "config": 4780,
+    "cli": 1850,
 }
 ROOMS = tuple(ROOM_LINES)
 FILES = [*ROOT.glob("ldm/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -26,6 +25,7 @@ from ldm.config.search_path import (
     CONF_DIR,
     check_config_directories,
     is_config_group,
+    list_chosen_options,
     list_group_options,
     order_command_words,
 )
@@ -241,27 +241,12 @@ def check_group_option(group: str, value: str) -> None:
         )
     if not is_config_group(group) or not value:
         return
-    if not all(map(_is_option_name, _list_chosen_options(f"{group}={value}"))):
+    if not all(map(_is_option_name, list_chosen_options(f"{group}={value}"))):
         options = ", ".join(list_group_options(group))
         key = {"guidance": "guidance.scale", "optimizer": "optimizer.lr"}.get(group)
         numbers = key and None not in map(parse_number, value.split(","))
         meant = f"{key}={value} sets the number, and " if numbers else ""
         raise UsageError(f"{group}={value} is no option of {group}: {meant}there are: {options}")
-
-
-def _list_chosen_options(word: str) -> list[object]:
-    """The values of `group=value`, of a sweep as well; of an empty list, None."""
-    parser = OverridesParser.create()
-    try:
-        override = parser.parse_override(word)
-        texts = override.sweep_string_iterator() if override.is_choice_sweep() else []
-        values = [parser.parse_override(f"x={text}").value() for text in texts]
-    except OverrideParseException:  # which Hydra raises as well
-        return []
-    if not override.is_sweep_override():
-        values = [override.value()]
-    lists = [each if isinstance(each, list) else [each] for each in values]
-    return [each for chosen in lists for each in chosen or [None]]
 
 
 def _is_option_name(value: object) -> bool:

@@ -19,8 +19,8 @@ ROOM_LINES = {
     "inference": 780,
     "evaluation": 3000,
     "experiments": 2130,
-    "training": 3150,
-    "config": 4720,
+    "training": 3160,
+    "config": 4740,
     "cli": 2100,
 }
 ROOMS = tuple(ROOM_LINES)

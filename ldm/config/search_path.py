@@ -152,3 +152,18 @@ def list_group_options(group: str) -> dict[str, Path]:
     files = [file for path in list_config_directories() for file in path.glob(f"{group}/*.yaml")]
     first = {file.stem: file for file in reversed(files)}
     return dict(sorted(first.items()))
+
+
+def list_chosen_options(word: str) -> list[object]:
+    """The values of `group=value`, of a sweep as well; of an empty list, None."""
+    parser = OverridesParser.create()
+    try:
+        override = parser.parse_override(word)
+        texts = override.sweep_string_iterator() if override.is_choice_sweep() else []
+        values = [parser.parse_override(f"x={text}").value() for text in texts]
+    except OverrideParseException:  # which Hydra raises as well
+        return []
+    if not override.is_sweep_override():
+        values = [override.value()]
+    lists = [each if isinstance(each, list) else [each] for each in values]
+    return [each for chosen in lists for each in chosen or [None]]

@@ -10,7 +10,6 @@ from contextlib import suppress
 from hydra import compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -18,7 +17,12 @@ from yaml import YAMLError
 
 from ldm.config.composition import compose_default_config, isolate_hydra
 from ldm.config.reserved_settings import NAMED_COMPONENT_GROUPS
-from ldm.config.search_path import is_config_group, list_config_directories, list_group_options
+from ldm.config.search_path import (
+    is_config_group,
+    list_chosen_options,
+    list_config_directories,
+    list_group_options,
+)
 from ldm.experiments.run_dir import parse_number
 from ldm.utils.errors import UsageError, format_program, suggest_nearest
 from ldm.utils.text import escape_control_characters
@@ -41,27 +45,12 @@ def check_group_option(group: str, value: str) -> None:
         )
     if not is_config_group(group) or not value:
         return
-    if not all(map(_is_option_name, _list_chosen_options(f"{group}={value}"))):
+    if not all(map(_is_option_name, list_chosen_options(f"{group}={value}"))):
         options = ", ".join(list_group_options(group))
         key = {"guidance": "guidance.scale", "optimizer": "optimizer.lr"}.get(group)
         numbers = key and None not in map(parse_number, value.split(","))
         meant = f"{key}={value} sets the number, and " if numbers else ""
         raise UsageError(f"{group}={value} is no option of {group}: {meant}there are: {options}")
-
-
-def _list_chosen_options(word: str) -> list[object]:
-    """The values of `group=value`, of a sweep as well; of an empty list, None."""
-    parser = OverridesParser.create()
-    try:
-        override = parser.parse_override(word)
-        texts = override.sweep_string_iterator() if override.is_choice_sweep() else []
-        values = [parser.parse_override(f"x={text}").value() for text in texts]
-    except OverrideParseException:  # which Hydra raises as well
-        return []
-    if not override.is_sweep_override():
-        values = [override.value()]
-    lists = [each if isinstance(each, list) else [each] for each in values]
-    return [each for chosen in lists for each in chosen or [None]]
 
 
 def _is_option_name(value: object) -> bool:

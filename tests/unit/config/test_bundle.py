@@ -22,6 +22,7 @@ from ldm.config.bundle import COMPONENT_WRITERS, write_bundle
 from ldm.config.composition import isolate_hydra
 from ldm.config.config_check import compose_config
 from ldm.config.registry import list_component_targets
+from ldm.experiments.model_card import copy_metrics, copy_samples
 from ldm.utils.bundle_file import BUNDLE_WEIGHTS_FILE, read_bundle
 from ldm.utils.checkpoint_file import CheckpointError, write_checkpoint
 from ldm.utils.files import resolve_path

@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from hydra.utils import instantiate
-from ldm.config.model_card import copy_metrics, copy_samples
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save
 from shell import run

@@ -11,7 +11,8 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 FILES = re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", TEXT, re.DOTALL)
 [COMMANDS] = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
 SMALL = "data=scenes data.count=16 data.val_count=16 data.batch_size=4 data.workers=0 data.size=16 "
-SMALL += "trainer=cpu trainer.log_every_n_steps=1 trainer.max_steps=2 trainer.val_check_interval=2 logger=csv samples.n=1 "
+SMALL += "trainer=cpu trainer.log_every_n_steps=1 trainer.max_steps=2 "
+SMALL += "trainer.val_check_interval=2 logger=csv samples.n=1 "
 SMALL += "samples.steps=1 eval.images.count=8 eval.images.steps=1 autoencoder=identity "
 SMALL += "autoencoder.patch=4 text_encoder=labels"
 

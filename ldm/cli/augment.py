@@ -159,7 +159,7 @@ def create_training_prompts(options: TextOptions, restored):
     except (UsageError, FileNotFoundError) as error:
         raise UsageError(
             f"the training captions of {options['ckpt']} are not here: give template=... or "
-            f"captions=... ({error})"
+            f"captions=... ({error.__cause__ or error})"
         ) from error
 
 

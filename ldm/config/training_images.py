@@ -4,6 +4,9 @@ A checkpoint may come from anyone: what it says of its data is read, and nothing
 or written for it.
 """
 
+import shlex
+from pathlib import Path
+
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.command_line import TextOptions
@@ -42,6 +45,8 @@ def open_run_images(loaded: LoadedPipeline, size: int) -> tuple[TextImageDataset
             f"{loaded.path} does not say what it was trained on ({error}): it was not run. Give "
             "data=DIR, real images to compare with"
         ) from error
+    if data["_target_"] == SCENES_TARGET:
+        check_scenes_drawn(data, *places)
     return tuple(open_local_images(place, size, **options) for place in places)
 
 
@@ -53,6 +58,22 @@ def find_run_data(data: dict) -> tuple[ShardSource, ShardSource]:
     else:
         train, val = data["train"], data["val"]
     return val, train
+
+
+def check_scenes_drawn(data: dict, val: str, train: str) -> None:
+    """UsageError with the commands that draw the scenes of `data`, where they are missing."""
+    counts = {(val, "val"): data["val_count"], (train, "train"): data["count"]}
+    frames = f" frames={data['frames']}" if data.get("frames") else ""
+    commands = [
+        f"`python -m ldm.prepare scenes part={part} limit={count} size={data['size']}{frames} "
+        f"out={shlex.quote(place)}`"
+        for (place, part), count in counts.items()
+        if not Path(place).is_dir()
+    ]
+    if commands and data.get("family", 1) == 1:  # others are drawn by a training alone
+        raise UsageError(
+            f"the scenes of the run are not on this machine: {' and '.join(commands)} draws them"
+        )
 
 
 def describe_run_data(loaded: LoadedPipeline) -> list[str]:

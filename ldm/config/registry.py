@@ -6,7 +6,6 @@ imported or called. A user may allow packages of their own by name (`trust=[mypa
 """
 
 import inspect
-import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
@@ -19,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.config.own_components import COMPONENT_GROUPS, NESTED_GROUPS, takes_argument
 from ldm.config.ranges import format_invalid_value
 from ldm.config.search_path import CONF_DIR
+from ldm.config.trust import NEVER_TRUSTED
 from ldm.experiments.former_names import update_names
 from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.plain_yaml import parse_plain_mapping
@@ -31,16 +31,6 @@ SIZE_SETTINGS = {
 MAX_INTEGER = 10**7  # larger than any size of a component
 MAX_LIST_LENGTH = 100_000
 PLAIN_TYPES = (str, bool, int, float, type(None))
-# No packages of a user's own: some of their functions delete files or run them. Of ldm, only the
-# targets of conf/ may be built.
-NEVER_TRUSTED = sys.stdlib_module_names | {
-    *("ldm", "hydra_plugins", "__main__", "torch", "lightning"),
-    *("pytorch_lightning", "torchmetrics"),
-    *("lightning_fabric", "lightning_utilities", "hydra", "omegaconf", "wandb", "transformers"),
-    *("diffusers", "accelerate", "huggingface_hub", "webdataset", "safetensors", "tokenizers"),
-    *("numpy", "scipy", "PIL", "matplotlib", "torchvision", "yaml", "fsspec", "optuna", "submitit"),
-    *("cloudpickle", "joblib", "setuptools", "pkg_resources", "pip", "_pytest", "pytest", "tqdm"),
-}
 
 
 @cache

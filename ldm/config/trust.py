@@ -1,6 +1,7 @@
 """The packages of a user's own that a file may name components of."""
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,6 +14,16 @@ from ldm.utils.files import read_text
 from ldm.utils.plain_yaml import parse_plain_mapping, parse_plain_yaml
 
 MAX_USER_CONFIG_BYTES = 2**16
+# No packages of a user's own: some of their functions delete files or run them. Of ldm, only the
+# targets of conf/ may be built.
+NEVER_TRUSTED = sys.stdlib_module_names | {
+    *("ldm", "hydra_plugins", "__main__", "torch", "lightning"),
+    *("pytorch_lightning", "torchmetrics"),
+    *("lightning_fabric", "lightning_utilities", "hydra", "omegaconf", "wandb", "transformers"),
+    *("diffusers", "accelerate", "huggingface_hub", "webdataset", "safetensors", "tokenizers"),
+    *("numpy", "scipy", "PIL", "matplotlib", "torchvision", "yaml", "fsspec", "optuna", "submitit"),
+    *("cloudpickle", "joblib", "setuptools", "pkg_resources", "pip", "_pytest", "pytest", "tqdm"),
+}
 
 
 def list_trusted_packages(cfg: DictConfig) -> tuple[str, ...]:
@@ -49,6 +60,8 @@ def parse_package_names(trust: object) -> list[str]:
             whole = str(name).partition(".")[0]
             example = whole if whole.isidentifier() and isinstance(name, str) else "mypackage"
             raise UsageError(f"trust={name} is no name of a package: give trust=[{example}]")
+        if name in NEVER_TRUSTED:
+            raise UsageError(f"trust=[{name}]: {name} is no package of your own, leave it out")
     return names
 
 

@@ -289,5 +289,7 @@ def test_trust_names_packages(value):
         words = [f"trust={value}"]
         with pytest.raises(UsageError, match=r"is no name of a package: give trust=\["):
             check_config(compose("sample", words), "sample", words)
+        with pytest.raises(UsageError, match="shutil is no package of your own, leave it out"):
+            check_config(compose("sample", ["trust=[mine,shutil]"]), "sample", [])
         for good in ("trust=[]", "trust=null", "trust=mine", "trust=[mine,others]"):
             check_config(compose("sample", [good]), "sample", [good])

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from hydra import compose
 from hydra.core.config_store import ConfigStore
@@ -82,9 +83,10 @@ def explain_hydra_error(error: Exception, config_name: str) -> str:
         return f"{found[1]} is needed: give {found[1]}=..."
     if isinstance(error, OverrideParseException):
         if "=" not in error.override:
-            return (
-                f"'{error.override}' is no setting: they are written key=value; --help lists them"
-            )
+            word = error.override
+            has_ckpt = Path(word).exists() and "ckpt" in list_known_keys(config_name)
+            remedy = f"give ckpt={word}" if has_ckpt else "--help lists them"
+            return f"'{word}' is no setting: they are written key=value; {remedy}"
         key, _, value = escape_control_characters(error.override).partition("=")
         return (
             f"cannot read {key}={value}: what has blanks or special characters stands in quotes "
@@ -165,7 +167,10 @@ def format_unknown_setting(key: str, config_name: str) -> str:
         )
     others: dict[str, list[str]] = {}  # of the options that were not chosen
     for option, path in list_group_options(group).items() if leaf else ():
-        for name in _find_closest(leaf, _option_keys(OmegaConf.load(path))):
+        settings = OmegaConf.load(path)
+        nested = group in NAMED_COMPONENT_GROUPS
+        names = _keys(OmegaConf.to_container(settings)) if nested else _option_keys(settings)
+        for name in _find_closest(leaf, list(names)):
             others.setdefault(f"{group}.{name}", []).append(option)
     same = [name for name in others if _split_name(name) == _split_name(key)]
     if same:
@@ -176,6 +181,8 @@ def format_unknown_setting(key: str, config_name: str) -> str:
         return f"there is no setting '{key}'{near}"
     known = "; ".join(f"{name} of {', '.join(options)}" for name, options in others.items())
     option = next(iter(others.values()))[0]
+    if group in NAMED_COMPONENT_GROUPS and typed.get(group, "") not in ("", "none", "csv"):
+        option = f"'[{typed[group].strip('[]')},{option}]'"  # next to those that are chosen
     return f"there is no setting '{key}' here, but there is {known}: add {group}={option}"
 
 

@@ -313,6 +313,7 @@ def test_training_mistakes_are_told_plainly(home):
         ),
         ("-m weighting=p2,edm weighting.gama=3", "there is weighting.gamma of min_snr"),
         ("scheduler.shift=3", "'scheduler.shift' here, but there is scheduler.shift of flow"),
+        ("logger=tensorboard logger.wandb.notes=x", "add logger='[tensorboard,wandb]'"),
         ("guidance@guidance.inner=cfg", "guidance.inner of autoguidance, classifier, clip"),
         ("data.max_steps=5", "did you mean trainer.max_steps?"),
         (

@@ -51,7 +51,10 @@ def check_group_option(group: str, value: str) -> None:
         key = {"guidance": "guidance.scale", "optimizer": "optimizer.lr"}.get(group)
         numbers = key and None not in map(parse_number, value.split(","))
         meant = f"{key}={value} sets the number, and " if numbers else ""
-        raise UsageError(f"{group}={value} is no option of {group}: {meant}there are: {options}")
+        hint = OWN_DATA_HINT if group == "data" else ""
+        raise UsageError(
+            f"{group}={value} is no option of {group}: {meant}there are: {options}{hint}"
+        )
 
 
 def _is_option_name(value: object) -> bool:

@@ -1,6 +1,6 @@
 """A warning before sampling, where a multistep solver overshoots: images get too much contrast."""
 
-from dataclasses import replace
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ def measure_overshoot(
 ) -> float:
     """The standard deviation of sampled normal data, whose denoiser is known, over its own."""
     # Exact, as all is linear: image 0 follows the noise at the start, each other image one draw.
-    sampler = replace(sampler, clip=None, quantile=None)
+    sampler = copy(sampler)  # not dataclasses.replace: a class may have a constructor of its own
+    for bound in ("clip", "quantile"):
+        object.__setattr__(sampler, bound, None)
     timesteps = sampler.timesteps(schedule, steps, start=start)
     x = torch.zeros(steps + 1, 1, 1, 1, dtype=torch.float64)
     alpha, sigma = schedule(timesteps[0])

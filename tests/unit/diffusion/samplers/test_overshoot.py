@@ -69,3 +69,16 @@ def test_a_picture_that_is_noised_to_a_time_begins_with_its_own_deviation():
         )
         is not None
     )
+
+
+class WholeStep(DDIMSampler):
+    """With a constructor of its own, as a team's class may have."""
+
+    def __init__(self, *, name: str = "") -> None:
+        super().__init__(clip=1.0)
+
+
+def test_a_sampler_with_a_constructor_of_its_own_is_measured():
+    sampler = WholeStep(name="mine")
+    assert format_overshoot_warning(sampler, cosine(), 12) is None
+    assert sampler.clip == 1.0

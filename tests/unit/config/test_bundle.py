@@ -181,6 +181,8 @@ def test_a_strangers_bundle_runs_no_code_and_reads_nothing_else(bundle, tmp_path
     config["scheduler"] = {"_target_": "os.mkdir", "path": "made"}
     rewrite(bundle, "config.yaml", yaml.safe_dump(config).encode())
     with pytest.raises(ValueError, match=r"asks to call 'os.mkdir'"):
+        ldm.load(bundle)
+    with pytest.raises(ValueError, match=r"os is no package of your own, leave it out"):
         ldm.load(bundle, trust=["os"])
     config["scheduler"] = {"_target_": "own_noise.schedules.PowerSchedule", "shift": -3.0}
     rewrite(bundle, "config.yaml", yaml.safe_dump(config).encode())

@@ -70,7 +70,7 @@ def write_bundle(
             "origins": places,
             "copies": copies,
         }
-        write_bundle_manifest(folder, facts)
+        files = write_bundle_manifest(folder, facts)
         with isolate_hydra():
             sampling = compose_config("sample", [f"trust=[{','.join(trust)}]", "device=cpu"])
         loaded = load_pipeline(sampling, str(folder), others)
@@ -86,8 +86,8 @@ def write_bundle(
             components=collect_components(loaded.config, places),
             data=describe_run_data(loaded),
         )
-        write_model_card(folder, model, source.path.resolve())
-        write_bundle_manifest(folder, facts)
+        write_model_card(folder, model, source.path.resolve(), files)
+        write_bundle_manifest(folder, facts, files)
         try:
             folder.replace(out)
         except OSError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ldm.experiments.ranking import iterate_leaves
 from ldm.experiments.run_dir import find_run_of_checkpoint, read_metrics
-from ldm.utils.bundle_file import describe_bundle_files
+from ldm.utils.bundle_file import BundleFiles, describe_bundle_files
 from ldm.utils.files import read_json, write_text
 from ldm.utils.images import load_png
 
@@ -38,8 +38,11 @@ class ModelFacts:
         return sorted({target.partition(".")[0] for target in targets} - {"ldm"})
 
 
-def write_model_card(folder: Path, model: ModelFacts, ckpt: Path) -> None:
-    """Writes README.md, and copies samples and metrics of the run, if `ckpt` lies in one."""
+def write_model_card(folder: Path, model: ModelFacts, ckpt: Path, known: BundleFiles) -> None:
+    """Writes README.md, and copies samples and metrics of the run, if `ckpt` lies in one.
+
+    known: the files of the bundle so far, with their digests.
+    """
     run = find_run_of_checkpoint(ckpt)
     prompt, has_samples, metrics = "...", False, ""
     if run != Path():
@@ -51,7 +54,7 @@ def write_model_card(folder: Path, model: ModelFacts, ckpt: Path) -> None:
         format_card_usage(model, prompt),
         format_card_training(model),
         metrics,
-        format_card_files(folder),
+        format_card_files(describe_bundle_files(folder, known)),
         f"## Licence\n\n{model.license or 'None is stated: ask who gave you this model.'}",
     ]
     write_text(folder / CARD_FILE, "\n\n".join(filter(None, sections)) + "\n")
@@ -140,10 +143,7 @@ def copy_metrics(run: Path, folder: Path, step: int) -> str:
     return "\n".join(["## Metrics", "", *lines]) if lines else ""
 
 
-def format_card_files(folder: Path) -> str:
+def format_card_files(files: BundleFiles) -> str:
     """Size and SHA-256 of each file so far."""
-    rows = [
-        f"| {name} | {facts['size']} | `{facts['sha256']}` |"
-        for name, facts in describe_bundle_files(folder).items()
-    ]
+    rows = [f"| {name} | {facts['size']} | `{facts['sha256']}` |" for name, facts in files.items()]
     return "\n".join(["## Files", "", "| file | bytes | sha256 |", "| --- | --- | --- |", *rows])

@@ -7,7 +7,9 @@ autoencoder/ ..   the frozen components that were copied; README.md: the model c
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,6 +23,8 @@ BUNDLE_CONFIG_FILE = "config.yaml"
 BUNDLE_WEIGHTS_FILE = "denoiser.safetensors"
 BUNDLE_DATA_FILES = (BUNDLE_WEIGHTS_FILE, BUNDLE_CONFIG_FILE)
 BUNDLE_FORMAT = 1
+BundleFiles = Mapping[str, Mapping[str, int | str]]  # size and sha256 of files, by their paths
+NO_FILES: BundleFiles = MappingProxyType({})
 MAX_BUNDLE_BYTES = 2**20  # of bundle.json and config.yaml
 
 
@@ -36,26 +40,29 @@ def write_bundle_weights(folder: Path, weights: dict[str, Tensor], config: str) 
     write_text(folder / BUNDLE_CONFIG_FILE, config)
 
 
-def write_bundle_manifest(folder: Path, facts: dict) -> None:
-    """Writes bundle.json: `facts`, and the digests of all files in the folder."""
-    whole = {"format": BUNDLE_FORMAT, **facts, "files": describe_bundle_files(folder)}
+def write_bundle_manifest(folder: Path, facts: dict, known: BundleFiles = NO_FILES) -> BundleFiles:
+    """Writes bundle.json: `facts`, and the digests of all files, which it returns."""
+    files = describe_bundle_files(folder, known)
+    whole = {"format": BUNDLE_FORMAT, **facts, "files": files}
     write_text(folder / BUNDLE_FILE, json.dumps(whole, indent=1) + "\n")
     mode = (folder / BUNDLE_FILE).stat().st_mode
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(mode)  # safetensors writes files for their owner alone
+    return files
 
 
-def describe_bundle_files(folder: Path) -> dict[str, dict]:
-    """Returns size and SHA-256 of each file in a folder, by its path; without bundle.json."""
+def describe_bundle_files(folder: Path, known: BundleFiles = NO_FILES) -> BundleFiles:
+    """Returns size and SHA-256 of each file in a folder, by its path; without bundle.json.
+
+    known: what an earlier call returned of files that have not changed; they are not read again.
+    """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
     return {
-        path.relative_to(folder).as_posix(): {
-            "size": path.stat().st_size,
-            "sha256": hash_file(path),
-        }
-        for path in paths
-        if path != folder / BUNDLE_FILE
+        name: known.get(name) or {"size": path.stat().st_size, "sha256": hash_file(path)}
+        for name, path in names.items()
+        if name != BUNDLE_FILE
     }
 
 

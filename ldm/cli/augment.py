@@ -13,14 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.command_line import TextOptions, command, pop_text_options, require_option
 from ldm.config.measurement import format_device_name
-from ldm.config.sample_options import check_checkpoints_and_device
+from ldm.config.sample_options import LOCATION_SETTINGS, check_checkpoints_and_device
 from ldm.utils.errors import UsageError
 from ldm.utils.locks import InUseError, lock_directory
 from ldm.utils.text import get_progress_interval
 
 AUGMENT_TEXT_OPTIONS = (
     *("ckpt", "out", "template", "captions", "negative", "clip"),
-    *("autoencoder", "text_encoder", "style_encoder"),
+    *LOCATION_SETTINGS,
 )
 AUGMENT_SETTINGS = (
     *("n", "seed", "steps", "min_score", "keep", "format", "samples_per_shard", "batch"),

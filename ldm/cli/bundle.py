@@ -5,12 +5,11 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ldm.config.command_line import command, require_option
-from ldm.config.sample_options import check_checkpoints_exist
+from ldm.config.sample_options import LOCATION_SETTINGS, check_checkpoints_exist
 from ldm.utils.errors import UsageError
 from ldm.utils.files import BUNDLE_FILE, check_path_length
 
-BUNDLE_LOCATIONS = ("autoencoder", "text_encoder", "style_encoder")
-BUNDLE_TEXT_OPTIONS = ("ckpt", "out", "license", *BUNDLE_LOCATIONS)
+BUNDLE_TEXT_OPTIONS = ("ckpt", "out", "license", *LOCATION_SETTINGS)
 
 
 @command("bundle", texts=BUNDLE_TEXT_OPTIONS)
@@ -23,7 +22,7 @@ def main(cfg: DictConfig, options: dict[str, str | None]) -> None:
 
     from ldm.config.bundle import write_bundle  # torch: an error above need not wait for it
 
-    others = write_bundle(cfg, ckpt, out, {name: options[name] for name in BUNDLE_LOCATIONS})
+    others = write_bundle(cfg, ckpt, out, {name: options[name] for name in LOCATION_SETTINGS})
     for name, place in others.items():
         print(f"{name}: not copied, it is read from {place} and must have the same digest")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())

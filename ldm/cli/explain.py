@@ -6,15 +6,12 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ldm.config.command_line import command, read_prompts, require_option
-from ldm.config.sample_options import check_checkpoints_and_device
+from ldm.config.sample_options import LOCATION_SETTINGS, check_checkpoints_and_device
 from ldm.experiments.run_dir import read_result, read_yaml_settings
 from ldm.utils.errors import UsageError, format_program
 from ldm.utils.files import check_path_length, reserve_files, resolve_path
 
-EXPLAIN_TEXT_OPTIONS = (
-    *("ckpt", "out", "prompt", "prompts", "image"),
-    *("autoencoder", "text_encoder", "style_encoder"),
-)
+EXPLAIN_TEXT_OPTIONS = (*("ckpt", "out", "prompt", "prompts", "image"), *LOCATION_SETTINGS)
 TEXT_TO_IMAGE_TARGET = "ldm.diffusion.tasks.text_to_image.TextToImage"
 EXPLAIN_FIGURES = ("forward", "reverse", "noise", "guidance", "clip")
 NUM_GUIDANCE_PROMPTS = 3  # rows of guidance.png

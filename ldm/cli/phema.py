@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.config.command_line import TextOptions, command, require_option
 from ldm.config.measurement import measure_point
 from ldm.config.ranges import EMA_LENGTH_RANGE
-from ldm.config.sample_options import check_checkpoints_and_device
+from ldm.config.sample_options import LOCATION_SETTINGS, check_checkpoints_and_device
 from ldm.experiments import curves
 from ldm.experiments.run_dir import get_launcher_rank, infer_metric_direction, parse_number
 from ldm.utils.errors import UsageError, suggest_nearest
@@ -20,7 +20,7 @@ from ldm.utils.text import get_progress_interval
 
 PHEMA_TEXT_OPTIONS = (
     *("ckpt", "lengths", "metric", "data", "others", "subset", "out"),
-    *("autoencoder", "text_encoder", "style_encoder"),
+    *LOCATION_SETTINGS,
 )
 APPROXIMATE_MISFIT = 0.1  # an average with a larger misfit is called approximate
 PREFERRED_METRICS = ("scene_accuracy", "clip_score")  # what decides where no metric is requested

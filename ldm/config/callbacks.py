@@ -12,6 +12,7 @@ from torch import nn
 
 from ldm.config.components import build_feature_extractors
 from ldm.config.own_components import DIFFUSION_GROUPS
+from ldm.config.reserved_settings import OUR_EVALUATIONS
 from ldm.config.sample_options import print_to_stderr
 from ldm.data.datamodule import TextImageData
 from ldm.evaluation.image_metrics import ImageMetric
@@ -32,7 +33,6 @@ from ldm.training.callbacks.resume_report import ResumeReport
 from ldm.utils.errors import UsageError
 from ldm.utils.signals import StopSignals
 
-OUR_EVALUATIONS = ("scenes", "images")
 # The groups that decide what a generated image looks like.
 GENERATION_GROUPS = (*DIFFUSION_GROUPS, "sampler", "guidance")
 

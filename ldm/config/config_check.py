@@ -50,7 +50,7 @@ from ldm.experiments.run_dir import FIXED_RUN_FILES
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_no_links, check_path_length
 
-LOGGER_PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}  # module, name to install
+LOGGER_PACKAGES = ("tensorboard", "mlflow")  # loggers of the same names
 NAMED_COMPONENT_PREFIXES = tuple(f"{group}." for group in NAMED_COMPONENT_GROUPS)
 
 
@@ -217,7 +217,7 @@ def check_logger_packages(loggers: Iterable[str]) -> None:
     """Raises UsageError for a logger whose package is not installed."""
     for name in loggers:
         if name in LOGGER_PACKAGES and find_spec(name) is None:
-            raise UsageError(f"logger={name} needs a package: pip install {LOGGER_PACKAGES[name]}")
+            raise UsageError(f"logger={name} needs a package: pip install {name}")
 
 
 def check_components_named(settings: dict) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.reserved_settings import UNREAD_SETTINGS
-from ldm.config.sample_options import check_checkpoints_and_device
+from ldm.config.sample_options import LOCATION_SETTINGS, check_checkpoints_and_device
 from ldm.experiments.curves import write_curve
 from ldm.experiments.evaluation_results import (
     check_image_folder,
@@ -25,7 +25,7 @@ from ldm.utils.text import get_progress_interval
 
 EVALUATE_TEXT_OPTIONS = (
     *("ckpt", "images", "data", "others", "subset", "out", "keep"),
-    *("autoencoder", "text_encoder", "style_encoder"),
+    *LOCATION_SETTINGS,
 )
 EVALUATE_LIBRARIES = ("ldm", "torch", "torchmetrics", "transformers", "numpy", "pillow")
 EvaluationPoint = tuple[dict[str, str], DictConfig]  # what differs from other points; all settings

@@ -9,8 +9,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.components import (
-    FROZEN_GROUPS,
-    STYLE_GROUP,
     build_components,
     find_component_location,
     get_autocast_dtype,
@@ -19,7 +17,7 @@ from ldm.config.components import (
 )
 from ldm.config.guidance import build_guidance
 from ldm.config.loaded_pipeline import LoadedPipeline, check_task
-from ldm.config.sample_options import select_device
+from ldm.config.sample_options import LOCATION_SETTINGS, select_device
 from ldm.config.trust import list_trusted_packages
 from ldm.inference.pipeline import Pipeline
 from ldm.utils.checkpoint_file import CheckpointError
@@ -38,7 +36,7 @@ def load_pipeline(cfg: DictConfig, ckpt: str, locations: dict[str, str | None]) 
     device, trust = select_device(cfg.device), list_trusted_packages(cfg)
     source = load_diffusion_checkpoint(ckpt, trust=trust)
     trained = source.config
-    for name in (*FROZEN_GROUPS, STYLE_GROUP):
+    for name in LOCATION_SETTINGS:
         if locations.get(name) is not None:
             set_component_location(trained, name, locations[name])
     task = instantiate(cfg.get("task") or trained.task)
@@ -89,7 +87,7 @@ def explain_moved_component(trained: DictConfig) -> Iterator[None]:
         yield
     except (OSError, ValueError, InstantiationException) as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) else error
-        for name in (*FROZEN_GROUPS, STYLE_GROUP):
+        for name in LOCATION_SETTINGS:
             place = find_component_location(trained.get(name) or {})
             if place is not None and place in str(cause):
                 raise UsageError(f"{cause}. If the {name} has moved, give {name}=PATH") from error

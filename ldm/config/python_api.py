@@ -17,7 +17,7 @@ from ldm.config.command_line import convert_to_usage_errors, split_text_options
 from ldm.config.composition import drop_hydra_settings, isolate_hydra
 from ldm.config.config_check import check_config, check_run_directory, compose_config
 from ldm.config.measurement import EVALUATE_TEXT_OPTIONS, record_evaluation
-from ldm.config.sample_options import check_checkpoints_and_device
+from ldm.config.sample_options import LOCATION_SETTINGS, check_checkpoints_and_device
 from ldm.config.search_path import CONF_DIR
 from ldm.config.train_run import check_config_unchanged, train_run
 from ldm.experiments.new_directories import (
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
     from ldm.config.loaded_pipeline import LoadedPipeline
 
-LOCATION_SETTINGS = ("autoencoder", "text_encoder", "style_encoder")
 LOAD_SETTINGS = ("sampler", "guidance", "task", "raw", "frames", "device", "trust")
 
 

@@ -48,6 +48,7 @@ RESERVED_SETTINGS = {
 }
 # Groups whose keys name components.
 NAMED_COMPONENT_GROUPS = ("callbacks", "metrics", "eval", "features", "logger")
+OUR_EVALUATIONS = ("scenes", "images")  # keys of eval; others are of the user's own
 # What only a run that trains a denoiser reads.
 DENOISER_SETTINGS = ("init", "eval", "features", "metrics")
 # What ldm.evaluate does not read of a pipeline of diffusers, and of image files.

@@ -19,15 +19,16 @@ if TYPE_CHECKING:
     import torch
 
 INPUT_FILE_OPTIONS = ("image", "mask", "style", "prompts")
-LOCATION_OPTIONS = ("ckpt", "out", "autoencoder", "text_encoder", "style_encoder")
-SAMPLE_TEXT_OPTIONS = ("prompt", "negative", "source", *INPUT_FILE_OPTIONS, *LOCATION_OPTIONS)
+LOCATION_SETTINGS = ("autoencoder", "text_encoder", "style_encoder")  # where frozen parts are now
+PATH_OPTIONS = (*INPUT_FILE_OPTIONS, "ckpt", "out", *LOCATION_SETTINGS)
+SAMPLE_TEXT_OPTIONS = ("prompt", "negative", "source", *PATH_OPTIONS)
 
 
 def check_sample_options(
     cfg: DictConfig, options: Mapping[str, str | None], *, has_prompt: bool
 ) -> dict[str, str | None]:
     """The text options with `~` in paths expanded; has_prompt: `prompt` is on the command line."""
-    paths = {name: options.get(name) or None for name in INPUT_FILE_OPTIONS + LOCATION_OPTIONS}
+    paths = {name: options.get(name) or None for name in PATH_OPTIONS}
     options = dict(options) | {n: path and os.path.expanduser(path) for n, path in paths.items()}
     for name in INPUT_FILE_OPTIONS:
         check_input_file(name, options[name])
@@ -62,14 +63,19 @@ def check_checkpoints_and_device(cfg: DictConfig, *ckpts: str, out: str | None =
     Also where the settings of the first checkpoint's run show that it generates no images of
     `cfg.size`, or none that `out` can hold.
     """
-    guides = {name: (cfg.get("guidance") or {}).get(name) for name in ("guide", "classifier")}
     for ckpt in ckpts:
         check_checkpoints_exist({"ckpt": ckpt})
-    check_checkpoints_exist({f"guidance.{name}": guide for name, guide in guides.items()})
+    check_checkpoints_exist(list_guides(cfg))
     if ckpts:
         check_output_fits_run(ckpts[0], size=cfg.get("size"), out=out)
     if cfg.device is not None:
         select_device(cfg.device)
+
+
+def list_guides(cfg: DictConfig) -> dict[str, str | None]:
+    """The checkpoints that the guidance reads, by their settings."""
+    guidance = cfg.get("guidance") or {}
+    return {f"guidance.{name}": guidance.get(name) for name in ("guide", "classifier")}
 
 
 def check_checkpoints_exist(named: Mapping[str, str | None]) -> None:

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from ldm.config.sample_options import check_checkpoints_exist
+from ldm.config.reserved_settings import OUR_EVALUATIONS
+from ldm.config.sample_options import check_checkpoints_exist, list_guides
 from ldm.config.size_multiple import read_size_multiple
 from ldm.data.position_sampler import split_batch
 from ldm.data.shards.locations import is_url, locate_shards
@@ -21,9 +22,7 @@ if TYPE_CHECKING:
 def check_before_imports(cfg: DictConfig, run_dir: Path) -> None:
     """Refuses what the settings alone show to be wrong, before the slow imports."""
     new = not any((run_dir / "checkpoints").glob("step=*.ckpt"))
-    guides = {name: cfg.guidance.get(name) for name in ("guide", "classifier")}
-    named = {f"guidance.{name}": ckpt for name, ckpt in guides.items()}
-    check_checkpoints_exist(named | ({"init": cfg.init} if new else {}))
+    check_checkpoints_exist(list_guides(cfg) | ({"init": cfg.init} if new else {}))
     for name in ("train", "val"):
         check_data_exist(cfg.data.get(name))
     check_image_size(cfg.data.size, read_size_multiple(cfg, stage=cfg.stage))
@@ -36,9 +35,9 @@ def check_before_imports(cfg: DictConfig, run_dir: Path) -> None:
 
 def check_frozen_paths(cfg: DictConfig) -> None:
     """UsageError where a trained component that the denoiser needs is not given, or not there."""
+    if cfg.stage not in ("diffusion", "classifier"):
+        return
     for name, experiment in (("autoencoder", "autoencoder_coco"), ("text_encoder", "clip_coco")):
-        if cfg.stage not in ("diffusion", "classifier"):
-            continue
         path = cfg[name].get("path", "none needed")
         if path is None:
             raise UsageError(
@@ -114,7 +113,7 @@ def check_data_kind(cfg: DictConfig, subject: str, *, is_video: bool) -> None:
 
 def _find_measurements(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
     """Our own entries of `eval`, which are for images or, with `moving`, for videos."""
-    return [(name, cfg.eval[name]) for name in ("scenes", "images") if name in (cfg.eval or ())]
+    return [(name, cfg.eval[name]) for name in OUR_EVALUATIONS if name in (cfg.eval or ())]
 
 
 def check_has_captions(data: "TextImageData") -> None:

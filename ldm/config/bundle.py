@@ -60,9 +60,8 @@ def write_bundle(
                     copies[name] = f"{name}{write(part, folder / name)}"
         others = {name: place for name, place in places.items() if name not in copies}
         payload = source.payload
-        write_bundle_weights(
-            folder, select_prefix(payload, "ema.module."), payload["ldm"]["config"]
-        )
+        weights = select_prefix(payload, "ema.module.")
+        write_bundle_weights(folder, weights, payload["ldm"]["config"])
         facts = {
             "stage": payload["ldm"]["stage"],
             "step": payload["global_step"],
@@ -74,12 +73,11 @@ def write_bundle(
         with isolate_hydra():
             sampling = compose_config("sample", [f"trust=[{','.join(trust)}]", "device=cpu"])
         loaded = load_pipeline(sampling, str(folder), others)
+        denoiser = loaded.pipeline.components.denoiser
         model = ModelFacts(
             out.name,
             cfg.license,
-            parameters=sum(
-                each.numel() for each in loaded.pipeline.components.denoiser.parameters()
-            ),
+            parameters=sum(each.numel() for each in denoiser.parameters()),
             size=loaded.size,
             num_frames=loaded.pipeline.num_frames,
             step=loaded.step,

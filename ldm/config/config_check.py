@@ -164,7 +164,7 @@ def check_config(
     _check_settings(settings, default, "", config_name)
     if config_name == "train":
         check_run_name(cfg.name)
-        check_components_named(settings)
+        check_needed_components(settings)
         check_logger_packages(cfg.logger or {})
     check_named_components(settings)
     if config_name == "train" and not swept:
@@ -220,7 +220,7 @@ def check_logger_packages(loggers: Iterable[str]) -> None:
             raise UsageError(f"logger={name} needs a package: pip install {name}")
 
 
-def check_components_named(settings: dict) -> None:
+def check_needed_components(settings: dict) -> None:
     """UsageError for an option of a needed component whose file names none."""
     for group in (*DIFFUSION_GROUPS, "sampler", "guidance", "optimizer", "data"):
         node = settings.get(group)

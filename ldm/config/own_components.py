@@ -69,8 +69,7 @@ def check_own_component(node: Mapping, place: str, default: Mapping) -> None:
     if group in INTERFACES and inspect.isclass(found):
         interface = INTERFACES[group]
         if missing := list_missing_methods(found, import_component(interface, group)):
-            missing = ", ".join(missing)
-            raise UsageError(f"{place}={target} has no {missing}, as {interface} has")
+            raise UsageError(f"{place}={target} has no {', '.join(missing)}, as {interface} has")
     passed = PASSED_ARGUMENTS.get(group, ())
     for name in passed:
         if not takes_argument(found, name):
@@ -134,8 +133,7 @@ def list_replaced_settings(words: Sequence[str], config_name: str) -> dict[str, 
     options = list_option_words(words)
     if not targets or any("," in word for word in (*targets.values(), *options)):
         return {}
-    default = compose_default_config(config_name, options)
-    replaced = {}
+    default, replaced = compose_default_config(config_name, options), {}
     for group, target in targets.items():
         found = import_component(target, group)
         names = {each.name for each in list_parameters(found)}

@@ -102,9 +102,8 @@ class ChoiceRule:
         return f"one of {', '.join(self.words)}"
 
 
-SettingRule = tuple[
-    NumberRule | ListRule | ExactRule | ChoiceRule, ...
-]  # a value needs to fit one of them
+ValueRule = NumberRule | ListRule | ExactRule | ChoiceRule
+SettingRule = tuple[ValueRule, ...]  # a value needs to fit one of them
 
 
 def integers(interval: str) -> NumberRule:
@@ -130,7 +129,7 @@ PRECISIONS = (  # Lightning's
 )
 
 # A rule, or several of which one is enough, and the settings that it is for.
-RULES: tuple[tuple[NumberRule | ListRule | ExactRule | ChoiceRule | SettingRule, str], ...] = (
+RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     # Words.
     (ChoiceRule(("diffusion", "autoencoder", "clip", "classifier")), "stage"),
     (ChoiceRule(("auto", "cpu", "gpu", "cuda", "mps", "tpu")), "trainer.accelerator"),

@@ -5,6 +5,8 @@ or written for it.
 """
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -46,7 +48,8 @@ def open_run_images(loaded: LoadedPipeline, size: int) -> tuple[TextImageDataset
             "data=DIR, real images to compare with"
         ) from error
     if data["_target_"] == SCENES_TARGET:
-        check_scenes_drawn(data, *places)
+        with explain_missing_images():
+            check_scenes_drawn(data, *places)
     return tuple(open_local_images(place, size, **options) for place in places)
 
 
@@ -61,7 +64,7 @@ def find_run_data(data: dict) -> tuple[ShardSource, ShardSource]:
 
 
 def check_scenes_drawn(data: dict, val: str, train: str) -> None:
-    """UsageError with the commands that draw the scenes of `data`, where they are missing."""
+    """FileNotFoundError with the commands that draw the scenes of `data`, if they are missing."""
     counts = {(val, "val"): data["val_count"], (train, "train"): data["count"]}
     frames = f" frames={data['frames']}" if data.get("frames") else ""
     commands = [
@@ -71,7 +74,7 @@ def check_scenes_drawn(data: dict, val: str, train: str) -> None:
         if not Path(place).is_dir()
     ]
     if commands and data.get("family", 1) == 1:  # others are drawn by a training alone
-        raise UsageError(
+        raise FileNotFoundError(
             f"the scenes of the run are not on this machine: {' and '.join(commands)} draws them"
         )
 
@@ -105,19 +108,26 @@ def open_local_images(
 ) -> TextImageDataset:
     """The images of a source on this machine that a file names, read without writing an index."""
     places = [source] if isinstance(source, str) else source
-    try:
+    with explain_missing_images():
         if any(is_url(str(place)) for place in places):
             raise FileNotFoundError(f"{redact_source(source)} is on a server")
         options = {"min_size": min_size, "on_error": on_error, "caption_key": caption_key}
         shards = ShardReader(source, ReadOptions(**options, captions=captions, read_only=True))
+    return TextImageDataset(
+        shards, size=size, seed=0, train=False, on_error=on_error, frames=frames
+    )
+
+
+@contextmanager
+def explain_missing_images() -> Iterator[None]:
+    """Turns the errors of images that cannot be read into a UsageError with the remedy."""
+    try:
+        yield
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(
             f"the images of the run are not here ({error}): give data=DIR, real images to "
             "compare with"
         ) from error
-    return TextImageDataset(
-        shards, size=size, seed=0, train=False, on_error=on_error, frames=frames
-    )
 
 
 def open_real_images(

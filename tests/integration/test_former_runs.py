@@ -101,7 +101,9 @@ def test_a_former_setting_in_a_file_of_the_user_is_named(tmp_path):
     words = ["model._target_=mine.Net", "+model.waves=2", "--cfg=job"]
     said = run(str(ROOT / "train.py"), *words, cwd=tmp_path, PYTHONPATH=f"{ROOT}:{tmp_path}")
     assert "  waves: 2" in said
-    assert "is called" not in said
+    [note] = [line for line in said.splitlines() if "note:" in line]
+    assert note.startswith("note: mine.Net takes no model.channels, ")
+    assert "waves" not in note.replace("positional_waves", "")
 
 
 def test_former_settings_keep_what_is_around_them():

@@ -2,17 +2,14 @@
 
 Every number is CPU time of one thread. In each round all variants run once, in a random order, and
 a ratio compares two variants of the same round: other load on the machine meets both alike.
-Import this module first: it limits the libraries to one thread before they start.
+This module limits the libraries to one thread: import torch and NumPy after it, in functions.
 """
 
-import os
-
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes are forked
-
 import argparse
+import gc
 import json
+import multiprocessing
+import os
 import platform
 import random
 import shlex
@@ -20,13 +17,19 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
 
 from tqdm import tqdm
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[_name] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes are forked
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -49,7 +52,7 @@ def make_parser(name: str, doc: str, *, rounds: int = 7) -> argparse.ArgumentPar
         type=int,
         default=rounds,
         metavar="N",
-        help="rounds in which each variant runs once; the result is the median (default: %(default)s)",
+        help="rounds, in which each variant runs once; results are medians (default: %(default)s)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="a trial of seconds, with tiny sizes and 2 rounds"
@@ -74,7 +77,7 @@ def race(
 ) -> dict[str, list[float]]:
     """Returns the CPU seconds of each variant in each round.
 
-    A variant that measures itself returns its seconds. warm_up: rounds before the first that counts.
+    A variant that measures itself returns its seconds. warm_up: rounds that do not count.
     """
     found: dict[str, list[float]] = {name: [] for name in variants}
     order, shuffle = list(variants), random.Random(0).shuffle
@@ -157,7 +160,7 @@ def format_cell(value: object) -> str:
     """Returns a number with three or four significant digits, and anything else as it is."""
     if not isinstance(value, float):
         return "-" if value is None else str(value)
-    if value and abs(value) < 1e-3:
+    if value and abs(value) < 0.01:
         return f"{value:.1e}"
     return f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
 
@@ -229,6 +232,9 @@ def run_forked(action: Callable[[], object]) -> float:
     if pid == 0:
         try:
             action()
+            gc.collect()
+            for worker in multiprocessing.active_children():
+                worker.join()  # the time of those that still run is in no account
             os._exit(0)
         except BaseException:
             traceback.print_exc()
@@ -237,6 +243,18 @@ def run_forked(action: Callable[[], object]) -> float:
     if code:
         sys.exit("a measured process failed")
     return usage.ru_utime + usage.ru_stime
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Hides what Python code prints."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        yield
 
 
 def fit_exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:

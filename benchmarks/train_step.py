@@ -4,20 +4,21 @@
     python -m benchmarks.train_step --shape S --compile --out runs/train_step.json
     python -m benchmarks.train_step --quick          # does it run? (a tiny network)
 
-A step is: noise, forward pass, loss, backward pass, clipping, AdamW, average of the weights. Latents
-and text states are given. S has 6.3 M parameters, latents 4 x 16 x 16, text states 77 x 128 and
-batch 16; M 34.9 M, 4 x 32 x 32, 77 x 256 and batch 4. Both networks begin with the same weights;
-before the rounds the script checks that their outputs are the same.
+A step is: noise, forward pass, loss, backward pass, clipping, AdamW, average of the weights.
+Latents and text states are given. S has 6.3 M parameters, latents 4 x 16 x 16, text states
+77 x 128 and batch 16; M has 34.9 M, 4 x 32 x 32, 77 x 256 and batch 4. Both networks begin with the
+same weights; before the rounds the script checks that their outputs are the same.
 Ours: memory layout, kernels and precision are those that `train.py` chooses. diffusers: as in its
 training scripts, with AdamW, EMAModel, mse_loss, clip_grad_norm_ and loss.item() in each step.
 The ratio is to diffusers in float32, and above 1 is faster. --compile takes minutes on a CPU.
 """
 
-from benchmarks import harness  # first: it sets the number of threads
-
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+
+from benchmarks import harness
 
 BASE = "diffusers float32"
 
@@ -52,7 +53,6 @@ def measure(name: str, folder: Path, args) -> tuple[list[harness.Row], dict]:
     )
     from ldm.config.run import build_job
 
-    torch.set_num_threads(1)
     shape = SHAPES[name]
     data = write_blank_shards(folder / "data", shape.side)
 
@@ -108,31 +108,40 @@ def measure(name: str, folder: Path, args) -> tuple[list[harness.Row], dict]:
 
 def step_ours(job, images, captions: list[str]) -> Callable[[], None]:
     """Returns a step of a job of ours, without Lightning's loop."""
-    import torch
-
-    module, batch = job.module.train(), len(images)
-    fitted = module.make_optimizer(module.denoiser.parameters(), steps=10_000)
+    fitted = job.module.make_optimizer(job.module.denoiser.parameters(), steps=10_000)
     optimizer, curve = fitted["optimizer"], fitted["lr_scheduler"]["scheduler"]
-    precision = job.trainer.precision_plugin
-    weights = list(module.denoiser.parameters())
     done = 0
 
     def step() -> None:
         nonlocal done
-        position = list(range(done * batch, (done + 1) * batch))
-        with precision.train_step_context():
-            loss = module.training_step(
-                {"images": images, "captions": captions, "position": position}, done
-            )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        curve.step()
+        position = list(range(done * len(images), (done + 1) * len(images)))
+        batch = {"images": images, "captions": captions, "position": position}
         done += 1
-        module.ema.update(module.denoiser, step=done)
+        train_bare(job.module, batch, optimizer, curve, job.trainer.precision_plugin, done)
 
+    job.module.train()
     return step
+
+
+def train_bare(
+    module, batch: dict, optimizer, curve, precision, step: int, clock=lambda name: nullcontext()
+) -> None:
+    """Trains our module for one step by a loop of a few lines; clock: a context for each part."""
+    import torch
+
+    with clock("forward"), precision.train_step_context():
+        loss = module.training_step(batch, step)
+    with clock("zero_grad"):
+        optimizer.zero_grad()
+    with clock("backward"):
+        loss.backward()
+    with clock("clip"):
+        torch.nn.utils.clip_grad_norm_(module.denoiser.parameters(), 1.0)
+    with clock("optimizer"):
+        optimizer.step()
+        module.ema.update(module.denoiser, step=step)
+    with clock("curve"):
+        curve.step()
 
 
 def step_peer(net, latents, tokens, *, bf16: bool = False) -> Callable[[], None]:

@@ -120,6 +120,12 @@ def compare(
     return rows
 
 
+def summarize(what: str, values: Sequence[float], *, unit: str) -> Row:
+    """Returns a row of the median and the quartiles of values in `unit`."""
+    low, _, high = quantiles(values, n=4) if len(values) > 1 else [*values] * 3
+    return {"what": what, unit: median(values), "low": low, "high": high, f"_{unit}": list(values)}
+
+
 def report(args: argparse.Namespace, tables: Mapping[str, Sequence[Row]], **facts: object) -> None:
     """Prints the tables in Markdown; writes them, and how they came about, to `args.out`."""
     for title, rows in tables.items():
@@ -211,12 +217,12 @@ class Usage:
     output: str
 
 
-def run_process(words: Sequence[str], *, status: int = 0, **environment: str) -> Usage:
-    """Runs `python WORDS` in the project's folder; SystemExit unless it ends with `status`."""
-    command = [sys.executable, *map(str, words)]
-    given = {**os.environ, **environment}
+def run_process(words: Sequence[object], *, cwd: Path = ROOT, status: int = 0) -> Usage:
+    """Runs `python WORDS` in the folder `cwd`; SystemExit unless it ends with `status`."""
+    command, given = [sys.executable, *map(str, words)], {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
     with subprocess.Popen(
-        command, cwd=ROOT, env=given, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, cwd=cwd, env=given, text=True, stdout=pipe, stderr=subprocess.STDOUT
     ) as process:
         output = process.stdout.read()
         _, code, usage = os.wait4(process.pid, 0)

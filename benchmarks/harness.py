@@ -72,6 +72,19 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> argpa
     return args
 
 
+def add_only(parser: argparse.ArgumentParser) -> None:
+    """Adds --only, for `select`."""
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows with this in their name")
+
+
+def select(variants: Mapping[str, object], args: argparse.Namespace, parser) -> dict:
+    """Returns the variants that --only chooses; ends the program where there is none."""
+    chosen = {name: run for name, run in variants.items() if args.only in name}
+    if not chosen:
+        parser.error(f"--only {args.only}: there is no such row. There are: {', '.join(variants)}")
+    return chosen
+
+
 def race(
     variants: Mapping[str, Callable[[], float | None]], *, rounds: int, title: str, warm_up: int = 1
 ) -> dict[str, list[float]]:

@@ -4,10 +4,10 @@
     python -m benchmarks.memory --model nano
     python -m benchmarks.memory --quick              # does it run? (model=nano)
 
-Each row is a process of its own; the number is the peak of its resident memory (RSS), in GiB. For
-model=small (220 M parameters, 16 bytes each in training) it shows what a checkpoint adds, written in
-the background and in the foreground, and one step of the same network in ldm and in diffusers by a
-bare loop, in float32 with AdamW and an average of the weights, batch 1.
+Each row is a process of its own; the number is the peak of its resident memory (RSS), in GiB.
+model=small has 220 M parameters, 16 bytes each in training. The rows show what a checkpoint adds,
+written in the background and in the foreground, and one step of the same network in ldm and in
+diffusers by a bare loop (float32, AdamW, an average of the weights, batch 1).
 """
 
 import tempfile
@@ -24,6 +24,7 @@ def main(words: list[str] | None = None) -> None:
     """Measures the processes."""
     parser = harness.make_parser("memory", __doc__, rounds=1)
     parser.add_argument("--model", default="small", help="option of conf/model (default: small)")
+    harness.add_only(parser)
     parser.add_argument("--bare", choices=["ldm", "diffusers"], help="(one step in this process)")
     args = harness.parse(parser, words)
     if args.quick:
@@ -32,7 +33,7 @@ def main(words: list[str] | None = None) -> None:
         take_step(args.bare, args.model)
         return
     with tempfile.TemporaryDirectory() as folder:
-        variants = list_variants(Path(folder), args)
+        variants = harness.select(list_variants(Path(folder), args), args, parser)
         found = harness.race(variants, rounds=args.rounds, title="memory", warm_up=0)
     rows = [harness.summarize(name, values, unit="GiB") for name, values in found.items()]
     harness.report(args, {f"peak memory, model={args.model}": rows})
@@ -42,8 +43,8 @@ def list_variants(folder: Path, args) -> dict:
     """Returns what runs each process once, and gives its peak in GiB."""
     common = [
         "logger=csv", "eval=none", "features=none", "samples.n=0", "validate_first=false",
-        "trainer.limit_val_batches=1", "data.val_batch_size=8", "data.count=64", "data.val_count=64",
-        f"data.folder={folder}/scenes", "data.workers=0",
+        "trainer.limit_val_batches=1", "data.val_batch_size=8", "data.workers=0",
+        "data.count=64", "data.val_count=64", f"data.folder={folder}/scenes",
     ]  # fmt: skip
 
     def python(*words: object) -> float:
@@ -51,9 +52,7 @@ def list_variants(folder: Path, args) -> dict:
 
     def train(*words: str) -> float:
         with tempfile.TemporaryDirectory(dir=folder) as runs:
-            return python(
-                TRAIN, f"name={Path(runs).name}", f"hydra.run.dir={runs}", *common, *words
-            )
+            return python(TRAIN, "name=run", f"hydra.run.dir={runs}", *common, *words)
 
     one = [f"model={args.model}", "data.batch_size=1", "trainer.max_steps=2"]
     variants = {

@@ -23,16 +23,14 @@ def main(words: list[str] | None = None) -> None:
     """Measures the commands."""
     parser = harness.make_parser("startup", __doc__)
     parser.add_argument("--run", type=Path, help="a run; default: one of two steps is trained")
-    parser.add_argument("--only", default="", metavar="TEXT", help="commands that contain this")
+    harness.add_only(parser)
     args = harness.parse(parser, words)
     with tempfile.TemporaryDirectory() as folder:
         measured = list_commands(Path(folder), args)
         if args.quick:
             measured = {name: measured[name] for name in ("python -c pass", "train.py model=nan0")}
-        chosen = {name: run for name, run in measured.items() if args.only in name}
-        if not chosen:
-            parser.error(f"--only {args.only}: there are {', '.join(measured)}")
-        seconds = harness.race(chosen, rounds=args.rounds, title="start-up")
+        measured = harness.select(measured, args, parser)
+        seconds = harness.race(measured, rounds=args.rounds, title="start-up")
     rows = [harness.summarize(name, values, unit="CPU s") for name, values in seconds.items()]
     harness.report(args, {"start-up": rows})
 

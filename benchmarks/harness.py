@@ -108,6 +108,10 @@ def race(
     return found
 
 
+def discard(result: object) -> None:
+    """Drops a result: a variant that returns something would seem to measure itself."""
+
+
 def compare(
     seconds: Mapping[str, Sequence[float]], *, base: str, unit: str = "ms", per: float = 1
 ) -> list[Row]:
@@ -119,7 +123,7 @@ def compare(
     rows = []
     for name, own in seconds.items():
         ratios = [b / a for a, b in zip(own, seconds[base], strict=True)]
-        low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        low, _, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         rows.append(
             {
                 "variant": name,
@@ -135,7 +139,7 @@ def compare(
 
 def summarize(what: str, values: Sequence[float], *, unit: str) -> Row:
     """Returns a row of the median and the quartiles of values in `unit`."""
-    low, _, high = quantiles(values, n=4) if len(values) > 1 else [*values] * 3
+    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
     return {"what": what, unit: median(values), "low": low, "high": high, f"_{unit}": list(values)}
 
 

@@ -141,8 +141,19 @@ class RandomLayerSeeding(L.Callback):
         self.layers = find_random_layers(module)
 
     def on_train_batch_start(self, trainer: L.Trainer, module, batch: dict, batch_idx: int) -> None:
-        torch.manual_seed(derive_seed(self.seed, batch["position"][0], stream="modules"))
+        seed = derive_seed(self.seed, batch["position"][0], stream="modules")
+        seed_default_generators(module.device, seed)
         assign_image_positions(self.layers, self.seed, batch["position"])
+
+
+def seed_default_generators(device: torch.device, seed: int) -> None:
+    """Seeds the generators of the CPU and of `device` as torch.manual_seed does, which is slow."""
+    if device.type not in ("cpu", "cuda"):
+        torch.manual_seed(seed)
+        return
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
 
 
 class StepCounter(L.Callback):

@@ -174,7 +174,7 @@ class TextImageData(L.LightningDataModule):
         is_training = self.trainer is not None and self.trainer.training
         skips = self.train_skips if is_training else self.val_skips
         skips.add(len(batch["key"]), batch["skipped"])
-        return {**batch, "images": batch["images"].float() / 127.5 - 1}
+        return {**batch, "images": batch["images"].float().div_(127.5).sub_(1)}
 
 
 class SignalSafeDataLoader(DataLoader):

@@ -19,7 +19,7 @@ ROOM_LINES = {
     "inference": 745,
     "evaluation": 3000,
     "experiments": 2140,
-    "training": 3180,
+    "training": 3650,
     "config": 4780,
     "cli": 1850,
 }

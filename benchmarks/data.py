@@ -51,7 +51,7 @@ def main(words: list[str] | None = None) -> None:
         args.samples, total, pictures = 2 * BATCH, 4 * BATCH, pictures[:8]
     chosen = {args.case: CASES[args.case]} if args.case else CASES
     load_libraries()
-    tables = {}
+    report = harness.Report(args, samples=args.samples, pictures=len(pictures))
     with tempfile.TemporaryDirectory() as temporary:
         folders = {
             source: write_shards(Path(temporary, str(source)), pictures, source, total)
@@ -60,8 +60,7 @@ def main(words: list[str] | None = None) -> None:
         for name, (source, size) in chosen.items():
             for workers in (0, args.workers) if name == WITH_WORKERS else (0,):
                 rows = measure(folders[source], size, workers, args)
-                tables[f"loading, {name}, {workers} workers"] = rows
-    harness.report(args, tables, samples=args.samples, pictures=len(pictures))
+                report.add(f"loading, {name}, {workers} workers", rows)
 
 
 def find_pictures(folder: Path = PICTURES) -> list[Path]:

@@ -41,7 +41,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--only", choices=SERIES, help="one series")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the series, as PNG")
     args = harness.parse(parser, words)
-    found = {}
+    report, found = harness.Report(args), {}
     for name in [args.only] if args.only else SERIES:
         sizes, unit, small = SERIES[name]
         with tempfile.TemporaryDirectory() as folder:
@@ -49,8 +49,8 @@ def main(words: list[str] | None = None) -> None:
             seconds = harness.race(works, rounds=args.rounds, title=name)
         rows = [harness.summarize(size, values, unit="CPU s") for size, values in seconds.items()]
         found[name] = [{unit: row.pop("what"), **row} for row in rows]
-    exponents = [{"series": name, **fit(rows)} for name, rows in found.items()]
-    harness.report(args, {**found, "exponents": exponents})
+        report.add(name, found[name])
+    report.add("exponents", [{"series": name, **fit(rows)} for name, rows in found.items()])
     if args.picture:
         draw(found, args.picture)
 

@@ -64,6 +64,7 @@ STAGE_BUILDERS = {  # the stages that train no denoiser
     "clip": build_clip_training,
     "classifier": build_classifier_training,
 }
+OWN_KEYS = ("max_hours", "peak_tflops")  # of cfg.trainer, which Lightning's Trainer lacks
 HIDDEN_WARNINGS = (
     "LeafSpec",  # Lightning's own affair
     "in eval mode at the start",  # the average and the text encoder are
@@ -93,7 +94,11 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
     module, callbacks, frozen = build(cfg, data, run_dir)
     module.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
     resume = prepare_run_directory(run_dir, module)
-    monitor = ThroughputMonitor(every=cfg.trainer.log_every_n_steps)
+    monitor = ThroughputMonitor(
+        every=cfg.trainer.log_every_n_steps,
+        peak_tflops=cfg.trainer.get("peak_tflops"),
+        count_flops=module.count_flops if cfg.stage == "diffusion" else None,
+    )
     facts = {
         "stage": cfg.stage,
         "config": OmegaConf.to_yaml(cfg, resolve=True),
@@ -205,7 +210,7 @@ def build_trainer(
 ) -> L.Trainer:
     """Lightning's Trainer, with our callbacks and loggers in place of its own."""
     return instantiate(
-        OmegaConf.masked_copy(cfg.trainer, [key for key in cfg.trainer if key != "max_hours"]),
+        OmegaConf.masked_copy(cfg.trainer, [key for key in cfg.trainer if key not in OWN_KEYS]),
         **devices,
         strategy=instantiate(cfg.strategy) if cfg.strategy else "auto",
         # Lightning counts this in batches, we in optimizer steps.

@@ -83,9 +83,9 @@ def measure(name: str, folder: Path, args) -> list[harness.Row]:
     }
     if args.compile:
         theirs["diffusers bfloat16 (weights), compiled"] = peer(dtype=torch.bfloat16, compiled=True)
-    variants = {label: lambda run=run: discard(run()) for label, run in theirs.items()}
+    variants = {label: lambda run=run: harness.discard(run()) for label, run in theirs.items()}
     for label, pipeline in ours.items():
-        variants[label] = lambda pipeline=pipeline: discard(
+        variants[label] = lambda pipeline=pipeline: harness.discard(
             pipeline(prompts, seeds=seeds, size=shape.side, steps=shape.steps)
         )
     seconds = harness.race(variants, rounds=args.rounds, title=name)
@@ -97,10 +97,6 @@ def measure(name: str, folder: Path, args) -> list[harness.Row]:
     for row in rows:
         row["error"] = relative_rms(latents[row["variant"]], latents[BASE])
     return rows
-
-
-def discard(result: object) -> None:
-    """Drops a result: a variant that returns something would seem to measure itself."""
 
 
 def train_one_step(shape, folder: Path) -> Path:

@@ -29,7 +29,7 @@ from ldm.config.components import (
 )
 from ldm.config.guidance import build_guidance
 from ldm.config.loggers import build_loggers
-from ldm.config.sample_options import get_compile_mode
+from ldm.config.sample_options import get_compile_mode, print_on_first_rank
 from ldm.config.stages import (
     build_autoencoder_training,
     build_classifier_training,
@@ -44,7 +44,6 @@ from ldm.config.training_checks import (
 from ldm.config.trust import list_trusted_packages
 from ldm.data.datamodule import TextImageData
 from ldm.evaluation.image_metrics import ImageMetric
-from ldm.experiments.run_dir import get_launcher_rank
 from ldm.inference.components import Components
 from ldm.inference.pipeline import Pipeline
 from ldm.training.callbacks.checkpoint_storage import SafeCheckpointIO
@@ -145,12 +144,6 @@ def build_diffusion_components(cfg: DictConfig, run_dir: Path) -> Components:
         message = warm_start_from_run(cfg.init, components, trust=list_trusted_packages(cfg))
         print_on_first_rank(message)
     return components
-
-
-def print_on_first_rank(line: str) -> None:
-    """Prints a line in the first process of a run."""
-    if get_launcher_rank() == 0:
-        print(line, flush=True)
 
 
 def build_diffusion_training(

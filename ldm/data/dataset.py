@@ -110,7 +110,7 @@ class TextImageDataset(Dataset):
         if images is None:
             images = torch.empty((len(at), *self.image_shape), dtype=torch.uint8)
         items = [self.read_into(images[n], *place) for n, place in enumerate(at)]
-        return {**collect_fields(items), "images": images[: len(at)]}
+        return join_items(items, images[: len(at)])
 
     def read_into(self, images: Tensor, index: int, position: int) -> TextImageItem:
         """Returns a sample, decoded into `images`, uint8 of `image_shape`."""
@@ -179,14 +179,15 @@ class TextImageDataset(Dataset):
 
 
 def collate(items: list[TextImageItem]) -> Batch:
-    return {**collect_fields(items), "images": torch.stack([item["images"] for item in items])}
+    return join_items(items, torch.stack([item["images"] for item in items]))
 
 
-def collect_fields(items: list[TextImageItem]) -> dict[str, list]:
-    """Returns the fields of a Batch but for the images."""
-    return {
-        "captions": [item["captions"] for item in items],
-        "position": [item["position"] for item in items],
-        "key": [item["key"] for item in items],
-        "skipped": [skip for item in items for skip in item["skipped"]],
-    }
+def join_items(items: list[TextImageItem], images: Tensor) -> Batch:
+    """Returns samples as a batch with these images."""
+    return Batch(
+        images=images,
+        captions=[item["captions"] for item in items],
+        position=[item["position"] for item in items],
+        key=[item["key"] for item in items],
+        skipped=[skip for item in items for skip in item["skipped"]],
+    )

@@ -87,8 +87,8 @@ def test_state_dict_and_copies_are_those_of_the_plain_network():
 def test_errors_are_those_of_the_network_or_one_line():
     net = make_unet()
     compile_network(net, "default", backend="eager", report=lambda line: None)
+    x, t, cond = make_batch(2)
     with pytest.raises(ValueError, match="the network takes 4 channels, got 3"):
-        x, t, cond = make_batch(2)
         net(x[:, :3], t, cond)
 
     class Printer(torch.nn.Linear):

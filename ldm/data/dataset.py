@@ -113,7 +113,7 @@ class TextImageDataset(Dataset):
         items = []
         for first in range(0, len(at), _READ_AHEAD):
             items += self._read_items(at[first : first + _READ_AHEAD], images[first:])
-        return {**collect_fields(items), "images": images[: len(at)]}
+        return join_items(items, images[: len(at)])
 
     def _read_items(self, at: Sequence[tuple[int, int]], images: Tensor) -> list[TextImageItem]:
         # Each part of the work for all of them: its code then stays in the processor's cache.
@@ -204,14 +204,15 @@ class TextImageDataset(Dataset):
 
 
 def collate(items: list[TextImageItem]) -> Batch:
-    return {**collect_fields(items), "images": torch.stack([item["images"] for item in items])}
+    return join_items(items, torch.stack([item["images"] for item in items]))
 
 
-def collect_fields(items: list[TextImageItem]) -> dict[str, list]:
-    """Returns the fields of a Batch but for the images."""
-    return {
-        "captions": [item["captions"] for item in items],
-        "position": [item["position"] for item in items],
-        "key": [item["key"] for item in items],
-        "skipped": [skip for item in items for skip in item["skipped"]],
-    }
+def join_items(items: list[TextImageItem], images: Tensor) -> Batch:
+    """Returns samples as a batch with these images."""
+    return Batch(
+        images=images,
+        captions=[item["captions"] for item in items],
+        position=[item["position"] for item in items],
+        key=[item["key"] for item in items],
+        skipped=[skip for item in items for skip in item["skipped"]],
+    )

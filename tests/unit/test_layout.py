@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[2]
 ROOM_LINES = {
     "utils": 1780,
     "diffusion": 2620,
-    "models": 2520,
+    "models": 2760,
     "data": 4050,
     "inference": 745,
     "evaluation": 3000,
     "experiments": 2140,
-    "training": 3180,
+    "training": 3650,
     "config": 4780,
     "cli": 1850,
 }

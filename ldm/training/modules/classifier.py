@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric
 from ldm.diffusion.rng import make_generators, rand, randn
 from ldm.diffusion.schedules import expand_dims_like
 from ldm.models.noisy_classifier import NoisyClassifier
+from ldm.training.step_clock import StepClock
 
 NUM_RECALL_BANDS = 8  # val/recall_t0 .. t7: the same equal parts of t as LatentDiffusion's
 
@@ -28,6 +29,8 @@ class ClassifierTraining(L.LightningModule):
     right. Autoencoder and text encoder are frozen, used and not stored. Random numbers of an image
     depend only on (seed, position of the image in the run).
     """
+
+    clock: StepClock | None = None  # set by ThroughputMonitor
 
     def __init__(
         self, classifier: NoisyClassifier, autoencoder: nn.Module, *, optimizer, seed: int = 0
@@ -44,6 +47,8 @@ class ClassifierTraining(L.LightningModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         x0, pooled = self.encode(batch)
+        if self.clock is not None:
+            self.clock.mark("encoders")
         t = rand(len(x0), self.make_generators(batch, "time"), device=x0.device)
         images = self.encode_noisy_latents(x0, t, self.draw_noise(batch, "noise", x0))
         return self.loss(images, pooled, batch["captions"])

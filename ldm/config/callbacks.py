@@ -82,7 +82,7 @@ def build_evaluation_callbacks(
         measurement = build(quality)(
             pipeline,
             build_feature_extractors(cfg),
-            images=data.val_set,
+            images=data.val_set.without_augmentation(),
             reference_images=data.train_set.without_augmentation(),
             size=data.size,
             folder=run_dir / "eval",

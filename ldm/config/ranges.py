@@ -132,6 +132,8 @@ PRECISIONS = (  # Lightning's
 RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     # Words.
     (ChoiceRule(("diffusion", "autoencoder", "clip", "classifier")), "stage"),
+    # Without quotes, YAML reads off as false.
+    ((ChoiceRule(("off", "default", "reduce-overhead")), ExactRule(False)), "compile"),
     (ChoiceRule(("auto", "cpu", "gpu", "cuda", "mps", "tpu")), "trainer.accelerator"),
     ((ChoiceRule(PRECISIONS), NULL), "trainer.precision"),
     (ChoiceRule(("trailing", "leading", "linspace", "karras", "logsnr", "ays")), "sampler.spacing"),

@@ -29,6 +29,7 @@ from ldm.config.components import (
 )
 from ldm.config.guidance import build_guidance
 from ldm.config.loggers import build_loggers
+from ldm.config.sample_options import get_compile_mode
 from ldm.config.stages import (
     build_autoencoder_training,
     build_classifier_training,
@@ -142,9 +143,14 @@ def build_diffusion_components(cfg: DictConfig, run_dir: Path) -> Components:
     check_image_size(cfg.data.size, components.autoencoder.factor * components.denoiser.multiple)
     if cfg.init is not None and find_newest_checkpoint(run_dir / "checkpoints") is None:
         message = warm_start_from_run(cfg.init, components, trust=list_trusted_packages(cfg))
-        if get_launcher_rank() == 0:
-            print(message, flush=True)
+        print_on_first_rank(message)
     return components
+
+
+def print_on_first_rank(line: str) -> None:
+    """Prints a line in the first process of a run."""
+    if get_launcher_rank() == 0:
+        print(line, flush=True)
 
 
 def build_diffusion_training(
@@ -165,6 +171,11 @@ def build_diffusion_training(
         validate_raw=cfg.validate_raw,
         seed=cfg.seed,
     )
+    if (mode := get_compile_mode(cfg)) is not None:
+        from ldm.models.compilation import compile_network  # the compiler takes a second to import
+
+        for network in (module.denoiser, module.ema.module):
+            compile_network(network, mode, report=print_on_first_rank)
     pipeline = build_validation_pipeline(cfg, module, data)
     callbacks = build_sample_callbacks(cfg, pipeline, data, run_dir)
     if module.phema is not None:

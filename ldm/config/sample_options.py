@@ -118,6 +118,11 @@ def select_device(name: str | None) -> "torch.device":
     return device
 
 
+def get_compile_mode(cfg: DictConfig) -> str | None:
+    """The mode of torch.compile; None without it."""
+    return cfg.get("compile") if cfg.get("compile") not in (False, "off") else None
+
+
 def check_input_file(name: str, path: str | None) -> None:
     """UsageError, with the option's name, where a path is no file."""
     if path and not os.path.isfile(path):

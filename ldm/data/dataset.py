@@ -4,6 +4,7 @@ Shapes: B batch, S side of the square image, F frames of a video.
 """
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict
 
@@ -22,6 +23,7 @@ from ldm.data.image_decoding import (
 )
 from ldm.data.position_sampler import CAPTION_STREAM, CROP_STREAM, draw_random_bits
 from ldm.data.shards.reader import Sample, ShardReader
+from ldm.data.square_reading import read_square, resize_square
 
 _MAX_TRIES = 10_000  # undecodable samples in a row
 
@@ -57,7 +59,8 @@ class TextImageDataset(Dataset):
     In training (seed, epoch, index) chooses the caption, (seed, position) crop and flip; otherwise
     each sample has its centre and first caption (of the heaviest key). The crop is the image's
     shorter side, scaled to `size`. even_crops: all positions of a random crop are equally likely,
-    see `crop_square`.
+    see `place_square`. fast_pixels: those of `read_square`, else of `crop_and_resize` (Pillow's
+    resize, for numbers that are compared with others).
     frames: samples are animations, of which it takes so many frames, evenly; None: images.
     on_error: for a damaged image "stop" raises ImageError; "skip" uses the next sample (index + 1,
     + 2, .. modulo N) that can be decoded, or raises TooManySkippedError if none can.
@@ -72,6 +75,7 @@ class TextImageDataset(Dataset):
     seed: int
     train: bool
     even_crops: bool = True
+    fast_pixels: bool = False
     _damaged: dict[int, BadSample] = field(default_factory=dict, init=False)  # not tried again
 
     def __post_init__(self) -> None:
@@ -87,18 +91,33 @@ class TextImageDataset(Dataset):
             raise ValueError(f"a video has 2 frames or more, got {self.frames}; null is for images")
 
     def without_augmentation(self, *, size: int | None = None) -> "TextImageDataset":
-        """Returns the same samples as in validation: centre and first caption."""
-        return replace(self, size=size or self.size, train=False)
+        """Returns the samples as evaluations read them: centre, first caption, Pillow's resize."""
+        return replace(self, size=size or self.size, train=False, fast_pixels=False)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(3, S, S) of an image, or (3, F, S, S) of a video."""
+        return (3, *([self.frames] if self.frames else []), self.size, self.size)
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def __getitem__(self, at: tuple[int, int]) -> TextImageItem:
-        index, position = at
+        return self.read_into(torch.empty(self.image_shape, dtype=torch.uint8), *at)
+
+    def read_batch(self, at: Sequence[tuple[int, int]], images: Tensor | None = None) -> Batch:
+        """Returns the samples at (index, position), decoded into `images` if they are given."""
+        if images is None:
+            images = torch.empty((len(at), *self.image_shape), dtype=torch.uint8)
+        items = [self.read_into(images[n], *place) for n, place in enumerate(at)]
+        return {**collect_fields(items), "images": images[: len(at)]}
+
+    def read_into(self, images: Tensor, index: int, position: int) -> TextImageItem:
+        """Returns a sample, decoded into `images`, uint8 of `image_shape`."""
         reasons = Counter()
         first: BadSample | None = None
         for i in range(index, index + min(len(self), _MAX_TRIES)):
-            item, problem = self._load(i % len(self), position)
+            item, problem = self._load(i % len(self), position, images)
             if item is not None:
                 return {**item, "skipped": [first] if first else []}
             first = first or problem
@@ -108,12 +127,14 @@ class TextImageDataset(Dataset):
             f"({format_skip_counts(reasons)})"
         )
 
-    def _load(self, index: int, position: int) -> tuple[TextImageItem | None, BadSample | None]:
+    def _load(
+        self, index: int, position: int, images: Tensor
+    ) -> tuple[TextImageItem | None, BadSample | None]:
         if index in self._damaged:
             return None, self._damaged[index]
         sample = self.shards.read(index)
         try:
-            images = self._decode(sample.image, position)
+            self._decode(sample.image, position, images)
         except ImageError as error:
             message = f"{self.shards.sample_name(index)}: {error}"
             if self.on_error != "skip":
@@ -125,23 +146,30 @@ class TextImageDataset(Dataset):
             images=images, captions=caption, position=position, key=sample.key, skipped=[]
         ), None
 
-    def _decode(self, data: bytes, position: int) -> Tensor:
-        x, y, flip = draw_random_bits(3, CROP_STREAM, self.seed, position) / 2.0**64
-        crop = (
-            {"x": x, "y": y, "even": self.even_crops}
-            if self.train and self.crop == "random"
-            else {}
-        )
-        frames = read_frames(data, self.frames) if self.frames else [read_image(data)]
-        images = [pil_to_tensor(crop_and_resize(frame, self.size, **crop)) for frame in frames]
-        pixels = torch.stack(images, dim=1) if self.frames else images[0]
-        return (
-            pixels.flip(-1) if self.train and flip < self.flip else pixels
-        )  # (3, S, S) or (3, F, S, S)
+    def _decode(self, data: bytes, position: int, images: Tensor) -> None:
+        crop, flip = {"x": 0.5, "y": 0.5, "even": False}, 1.0
+        if self.train:
+            x, y, flip = draw_random_bits(3, CROP_STREAM, self.seed, position) / 2.0**64
+            if self.crop == "random":
+                crop = {"x": x, "y": y, "even": self.even_crops}
+        parts = images.unbind(1) if self.frames else [images]
+        for part, square in zip(parts, self._read_squares(data, crop), strict=True):
+            part.copy_(square.flip(-1) if flip < self.flip else square)
+
+    def _read_squares(self, data: bytes, crop: dict) -> Iterator[Tensor]:
+        """Yields the image or the frames, (3, S, S)."""
+        if not self.fast_pixels:
+            for frame in read_frames(data, self.frames) if self.frames else [read_image(data)]:
+                yield pil_to_tensor(crop_and_resize(frame, self.size, **crop))
+        elif not self.frames:
+            yield read_square(data, self.size, **crop)
+        else:
+            for frame in read_frames(data, self.frames):
+                yield resize_square(np.array(frame), self.size, **crop)
 
     def _choose_caption(self, sample: Sample, index: int, *, epoch: int) -> str:
         captions, weights = sample.captions, sample.weights
-        if not self.train:
+        if not self.train or len(captions) == 1:
             return captions[0]
         bits = draw_random_bits(1, CAPTION_STREAM, self.seed, epoch, index)[0]
         if weights is None:
@@ -151,10 +179,14 @@ class TextImageDataset(Dataset):
 
 
 def collate(items: list[TextImageItem]) -> Batch:
-    return Batch(
-        images=torch.stack([item["images"] for item in items]),
-        captions=[item["captions"] for item in items],
-        position=[item["position"] for item in items],
-        key=[item["key"] for item in items],
-        skipped=[skip for item in items for skip in item["skipped"]],
-    )
+    return {**collect_fields(items), "images": torch.stack([item["images"] for item in items])}
+
+
+def collect_fields(items: list[TextImageItem]) -> dict[str, list]:
+    """Returns the fields of a Batch but for the images."""
+    return {
+        "captions": [item["captions"] for item in items],
+        "position": [item["position"] for item in items],
+        "key": [item["key"] for item in items],
+        "skipped": [skip for item in items for skip in item["skipped"]],
+    }

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor, nn
 
-from ldm.models.clip import Clip
 from ldm.models.layers import Attention, zero_module
 from ldm.models.random_layers import GaussianNoise
 from ldm.utils.transfer import send
@@ -51,6 +50,8 @@ class ClipStyleEncoder(nn.Module):
                 raise ValueError(f"style_encoder.{name} is a share from 0 to 1, got {share}")
         if code < 2:
             raise ValueError(f"style_encoder.code={code}: it takes 2 numbers or more")
+        from ldm.models.clip import Clip  # transformers: seconds, for this encoder alone
+
         self.clip = clip = Clip.load(path)
         del clip.model.text_model, clip.model.text_projection
         tower = clip.model.vision_model

@@ -1,5 +1,6 @@
 """A profile of a few training steps, for `profile=true`."""
 
+import os
 from pathlib import Path
 
 import lightning as L
@@ -37,6 +38,7 @@ class StepProfiler(L.Callback):
             return  # a part of a step, or another rank's affair
         self.seen = step
         if step == self.begins_after:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no lines of torch's profiler
             kinds = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 kinds.append(ProfilerActivity.CUDA)

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from world import CAPTIONS, latent_diffusion, make_trainer, shapes_data, unet
 
 from ldm.diffusion.conditioning import Condition
+from ldm.models.compilation import compile_network
 from ldm.training.callbacks.monitoring import ThroughputMonitor
 from ldm.training.loggers.csv import CsvLog
 from ldm.training.step_clock import StepClock, count_forward_flops, find_peak_tflops
@@ -41,7 +42,7 @@ def test_parts_of_a_name_are_added():
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_shares_of_a_logged_step_are_logged(tiny_text, shapes, accumulate):
-    rows, module = train(tiny_text, shapes, steps=6, every=3, accumulate=accumulate)
+    rows, _ = train(tiny_text, shapes, steps=6, every=3, accumulate=accumulate)
     assert [row["at"] for row in rows] == [3, 6]
     for row in rows:
         shares = {name: value for name, value in row.items() if name.startswith("perf/share_")}
@@ -64,8 +65,12 @@ def test_operations_are_those_of_a_forward_and_a_backward_pass(tiny_text):
     net = unet(tiny_text)
     cond = tiny_text(CAPTIONS[:4])
     x, t = torch.randn(4, 3, 16, 16), torch.rand(4)
+    said: list[str] = []
+    compile_network(net, "default", backend="eager", report=said.append)
     state = torch.get_rng_state()
     counted = 3 * count_forward_flops(net, x, t, cond)
+    assert not said, "it is not compiled"
+    net._compiled_call_impl = None
     assert torch.equal(state, torch.get_rng_state())
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         net(x, t, cond).sum().backward()

@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 
 from ldm.models.layers import Attention, zero_module
 from ldm.models.random_layers import GaussianNoise
+from ldm.utils.transfer import send
 
 NUM_STYLE_TOKENS = 8
 STYLE_CODE_NOISE_STD = 0.4  # in training, of a code whose own standard deviation is 1
@@ -112,7 +113,8 @@ def shuffle_tiles(images: Tensor, tiles: int, generators: Sequence[Generator]) -
 
 def sample_permutations(n: int, generators: Sequence[Generator], device: torch.device) -> Tensor:
     """Returns a permutation of 0 .. n - 1 for each CPU generator, (B, n)."""
-    return torch.stack([torch.randperm(n, generator=own) for own in generators]).to(device)
+    orders = torch.stack([torch.randperm(n, generator=own) for own in generators])
+    return send(orders, device)
 
 
 class StyleTokens(nn.Module):

@@ -17,6 +17,7 @@ from ldm.diffusion.rng import make_generators, rand, randn
 from ldm.diffusion.schedules import expand_dims_like
 from ldm.models.noisy_classifier import NoisyClassifier
 from ldm.training.step_clock import StepClock
+from ldm.utils.transfer import send
 
 NUM_RECALL_BANDS = 8  # val/recall_t0 .. t7: the same equal parts of t as LatentDiffusion's
 
@@ -77,7 +78,7 @@ class ClassifierTraining(L.LightningModule):
         if self.classifier.has_names:
             return F.cross_entropy(self.classifier.class_log_probs(images), pooled)
         texts = self.classifier.encode_texts(pooled)
-        ids = hash_captions(captions).to(images.device)
+        ids = send(hash_captions(captions), images.device)
         if self.training and self.trainer.world_size > 1:
             images = self.all_gather(images, sync_grads=True).flatten(0, 1)  # (G, S)
             texts = self.all_gather(texts, sync_grads=True).flatten(0, 1)  # (G, S)
@@ -101,7 +102,7 @@ class ClassifierTraining(L.LightningModule):
         if self.classifier.has_names:
             best = self.classifier.class_log_probs(images).argmax(1)  # (B,)
             return pooled.gather(1, best[:, None]).mean()
-        ids = hash_captions(captions).to(images.device)
+        ids = send(hash_captions(captions), images.device)
         texts = self.classifier.encode_texts(pooled)
         best = self.classifier.similarity(images, texts).argmax(1)  # (B,)
         return (ids[best] == ids).float().mean()

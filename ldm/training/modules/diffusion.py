@@ -17,6 +17,7 @@ from ldm.inference.components import Components
 from ldm.training.ema import EMA
 from ldm.training.power_ema import PowerEMA
 from ldm.training.step_clock import StepClock, count_forward_flops
+from ldm.utils.transfer import send
 
 NUM_LOSS_BANDS = 8  # val/loss_t0 .. t7: equal parts of t
 
@@ -131,7 +132,7 @@ class LatentDiffusion(L.LightningModule):
             return cond
         keep = self.draw_shares(batch, "caption") >= self.caption_dropout
         null = self.components.text_encoder.null(len(keep))
-        return cond.where(keep.to(self.device, non_blocking=True), null)
+        return cond.where(send(keep, self.device), null)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         x0, cond = self.encode(batch, training=False)

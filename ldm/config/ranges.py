@@ -132,6 +132,7 @@ PRECISIONS = (  # Lightning's
 RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     # Words.
     (ChoiceRule(("diffusion", "autoencoder", "clip", "classifier")), "stage"),
+    (ChoiceRule(("philox", "torch")), "rng"),
     (ChoiceRule(("auto", "cpu", "gpu", "cuda", "mps", "tpu")), "trainer.accelerator"),
     ((ChoiceRule(PRECISIONS), NULL), "trainer.precision"),
     (ChoiceRule(("trailing", "leading", "linspace", "karras", "logsnr", "ays")), "sampler.spacing"),

@@ -159,6 +159,7 @@ def build_diffusion_training(
         caption_dropout=cfg.caption_dropout,
         validate_raw=cfg.validate_raw,
         seed=cfg.seed,
+        rng=cfg.rng,
     )
     pipeline = build_validation_pipeline(cfg, module, data)
     callbacks = build_sample_callbacks(cfg, pipeline, data, run_dir)
@@ -182,6 +183,7 @@ def build_validation_pipeline(
         dtype=get_autocast_dtype(cfg.trainer.get("precision")) if on_gpu else None,
         trained_size=data.size,
         num_frames=data.frames,
+        rng=cfg.rng,
     )
 
 

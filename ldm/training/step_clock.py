@@ -102,6 +102,6 @@ def count_forward_flops(net: nn.Module, x: Tensor, t: Tensor, cond: Condition) -
         FlopCounterMode(display=False) as counter,
     ):
         state = {name: fake(value) for name, value in tensors}
-        # A copy is not compiled.
+        # A copy is not compiled, and a compiled call is not counted.
         torch.func.functional_call(copy(net), state, (fake(x), fake(t), cond.map(fake)))
     return counter.get_total_flops()

@@ -27,6 +27,7 @@ from PIL import Image
 from benchmarks import harness
 
 BASE = "webdataset"
+PICTURES = harness.SHARED / "data" / "coco_mini"
 BATCH, SHARDS = 64, 6
 CASES = {"256-64": (256, 64), "256-256": (256, 256), "640-256": (640, 256), "640-64": (640, 64)}
 WITH_WORKERS = "256-256"  # the case that is measured with workers as well
@@ -40,11 +41,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument(
         "--samples", type=int, default=1536, help="of a measurement (default: 1536)"
     )
-    parser.add_argument(
-        "--images", type=Path, default=harness.SHARED / "data" / "coco_mini", help="JPEGs, searched"
-    )
+    parser.add_argument("--images", type=Path, default=PICTURES, help="JPEGs, searched")
     args = harness.parse(parser, words)
-    pictures = sorted(args.images.rglob("*.jpg"))
+    pictures = find_pictures(args.images)
     if not pictures:
         parser.error(f"--images {args.images}: there is no .jpg; give a folder with some")
     total = 3000
@@ -52,7 +51,7 @@ def main(words: list[str] | None = None) -> None:
         args.samples, total, pictures = 2 * BATCH, 4 * BATCH, pictures[:8]
     chosen = {args.case: CASES[args.case]} if args.case else CASES
     load_libraries()
-    tables = {}
+    report = harness.Report(args, samples=args.samples, pictures=len(pictures))
     with tempfile.TemporaryDirectory() as temporary:
         folders = {
             source: write_shards(Path(temporary, str(source)), pictures, source, total)
@@ -61,8 +60,11 @@ def main(words: list[str] | None = None) -> None:
         for name, (source, size) in chosen.items():
             for workers in (0, args.workers) if name == WITH_WORKERS else (0,):
                 rows = measure(folders[source], size, workers, args)
-                tables[f"loading, {name}, {workers} workers"] = rows
-    harness.report(args, tables, samples=args.samples, pictures=len(pictures))
+                report.add(f"loading, {name}, {workers} workers", rows)
+
+
+def find_pictures(folder: Path = PICTURES) -> list[Path]:
+    return sorted(folder.rglob("*.jpg"))
 
 
 def load_libraries() -> None:

@@ -135,6 +135,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     ((ExactRule("auto"), ExactRule(True), ExactRule(False)), "checkpoint.background"),
     # Without quotes, YAML reads off as false.
     ((ChoiceRule(("off", "default", "reduce-overhead")), ExactRule(False)), "compile"),
+    (ChoiceRule(("philox", "torch")), "rng"),
     (ChoiceRule(("auto", "cpu", "gpu", "cuda", "mps", "tpu")), "trainer.accelerator"),
     ((ChoiceRule(PRECISIONS), NULL), "trainer.precision"),
     (ChoiceRule(("trailing", "leading", "linspace", "karras", "logsnr", "ays")), "sampler.spacing"),

@@ -163,6 +163,7 @@ def build_diffusion_training(
         caption_dropout=cfg.caption_dropout,
         validate_raw=cfg.validate_raw,
         seed=cfg.seed,
+        rng=cfg.rng,
     )
     if (mode := get_compile_mode(cfg)) is not None:
         from ldm.models.compilation import compile_network  # the compiler takes a second to import
@@ -191,6 +192,7 @@ def build_validation_pipeline(
         dtype=get_autocast_dtype(cfg.trainer.get("precision")) if on_gpu else None,
         trained_size=data.size,
         num_frames=data.frames,
+        rng=cfg.rng,
     )
 
 

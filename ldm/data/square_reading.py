@@ -62,8 +62,8 @@ def read_square(
     shrink = next((n for n in (8, 4, 2) if short >= n * MIN_REDUCTION * size), 1)
     square = resize_square(_decode_jpeg(data, header, shrink), size, x=x, y=y, even=even)
     if header.profile and (transform := find_srgb_transform(header.profile, "RGB")):
-        pixels = np.ascontiguousarray(square.permute(1, 2, 0))
-        return torch.from_numpy(np.array(transform.apply(Image.fromarray(pixels)))).permute(2, 0, 1)
+        image = Image.fromarray(square.permute(1, 2, 0).contiguous().numpy())
+        return torch.from_numpy(np.array(transform.apply(image))).permute(2, 0, 1)
     return square
 
 

@@ -29,6 +29,7 @@ from ldm.training.callbacks.monitoring import (
 )
 from ldm.training.callbacks.nonfinite import NonFiniteStepSkipper
 from ldm.training.callbacks.preemption import PreemptionHandler
+from ldm.training.callbacks.profiling import StepProfiler
 from ldm.training.callbacks.resume_report import ResumeReport
 from ldm.utils.errors import UsageError
 from ldm.utils.signals import StopSignals
@@ -81,7 +82,7 @@ def build_evaluation_callbacks(
         measurement = build(quality)(
             pipeline,
             build_feature_extractors(cfg),
-            images=data.val_set,
+            images=data.val_set.without_augmentation(),
             reference_images=data.train_set.without_augmentation(),
             size=data.size,
             folder=run_dir / "eval",
@@ -139,6 +140,7 @@ def build_callbacks(
         ProgressBar(monitor),
         skipper,
         *([StepCounter()] if has_own else []),
+        *([StepProfiler(run_dir / "profile")] if cfg.get("profile") else []),
         *callbacks,
         checkpoints,
         ResumeReport(),

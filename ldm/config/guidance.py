@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from hydra.utils import instantiate
@@ -21,12 +22,13 @@ from ldm.config.own_components import CLASSIFIER_GROUPS
 from ldm.diffusion.guidance.base import ConditionalDenoiser, Guidance
 from ldm.diffusion.schedules import Schedule, is_same_schedule
 from ldm.inference.components import Components
-from ldm.models.clip import Clip
-from ldm.models.clip_reward import ClipReward
 from ldm.models.noisy_classifier import NoisyClassifier
 from ldm.utils.checkpoint_file import CheckpointError, load_module_state, select_prefix
 from ldm.utils.errors import UsageError, format_program
 from ldm.utils.hashing import hash_module
+
+if TYPE_CHECKING:
+    from ldm.models.clip_reward import ClipReward
 
 GUIDANCE_MODEL_HINTS = {
     "guide": "a checkpoint of a worse run of the same kind",
@@ -113,8 +115,11 @@ def load_classifier_guide(
     return load_noisy_classifier(path, components, device=device, trust=trust).make_log_likelihood
 
 
-def load_clip_reward(path: str, components: Components, *, device: torch.device) -> ClipReward:
+def load_clip_reward(path: str, components: Components, *, device: torch.device) -> "ClipReward":
     """A CLIP that reads decoded latents; UsageError where there is none at `path`."""
+    from ldm.models.clip import Clip  # transformers: seconds, for this guidance alone
+    from ldm.models.clip_reward import ClipReward
+
     try:
         clip = Clip.load(path)
     except OSError as error:

@@ -17,7 +17,12 @@ from ldm.config.components import (
 )
 from ldm.config.guidance import build_guidance
 from ldm.config.loaded_pipeline import LoadedPipeline, check_task
-from ldm.config.sample_options import LOCATION_SETTINGS, select_device
+from ldm.config.sample_options import (
+    LOCATION_SETTINGS,
+    get_compile_mode,
+    print_to_stderr,
+    select_device,
+)
 from ldm.config.trust import list_trusted_packages
 from ldm.inference.pipeline import Pipeline
 from ldm.utils.checkpoint_file import CheckpointError
@@ -58,6 +63,10 @@ def load_pipeline(cfg: DictConfig, ckpt: str, locations: dict[str, str | None]) 
             )
     source.load_denoiser(components.denoiser, "denoiser." if cfg.raw else "ema.module.")
     components.to(device)
+    if (mode := get_compile_mode(cfg)) is not None:
+        from ldm.models.compilation import compile_network  # the compiler takes a second to import
+
+        compile_network(components.denoiser, mode, report=print_to_stderr)
     pipeline = Pipeline(
         components,
         instantiate(cfg.sampler),

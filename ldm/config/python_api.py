@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from ldm.config.loaded_pipeline import LoadedPipeline
 
-LOAD_SETTINGS = ("sampler", "guidance", "task", "raw", "frames", "device", "trust")
+LOAD_SETTINGS = ("sampler", "guidance", "task", "raw", "frames", "device", "trust", "compile")
 
 
 def load(

@@ -132,7 +132,13 @@ PRECISIONS = (  # Lightning's
 RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     # Words.
     (ChoiceRule(("diffusion", "autoencoder", "clip", "classifier")), "stage"),
+<<<<<<< HEAD
     (ChoiceRule(("philox", "torch")), "rng"),
+=======
+    ((ExactRule("auto"), ExactRule(True), ExactRule(False)), "checkpoint.background"),
+    # Without quotes, YAML reads off as false.
+    ((ChoiceRule(("off", "default", "reduce-overhead")), ExactRule(False)), "compile"),
+>>>>>>> main
     (ChoiceRule(("auto", "cpu", "gpu", "cuda", "mps", "tpu")), "trainer.accelerator"),
     ((ChoiceRule(PRECISIONS), NULL), "trainer.precision"),
     (ChoiceRule(("trailing", "leading", "linspace", "karras", "logsnr", "ays")), "sampler.spacing"),
@@ -217,7 +223,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (NumberRule("(0, 1000000]"), "time_power, timestep_sampler.power, timestep_sampler.std"),
     (NumberRule("(0, 1000000]"), "scheduler.shift, scheduler.scale, scheduler.tau, loss.c"),
     (NumberRule("(0, 1000000]"), "weighting.sigma_data, weighting.k, task.residual_std"),
-    (NumberRule("(0, 1000000]"), "clip.max_scale, strategy.minutes"),
+    (NumberRule("(0, 1000000]"), "clip.max_scale, strategy.minutes, trainer.peak_tflops"),
     (NumberRule("[0, 1000000]"), "kl_weight, objective.offset_noise, objective.input_perturbation"),
     (NumberRule("[0, 1000000]"), "optimizer.lr, optimizer.weight_decay, weighting.gamma"),
     (NumberRule("[0, 1000000]"), "sampler.churn, sampler.churn_noise"),

@@ -29,6 +29,7 @@ from ldm.config.components import (
 )
 from ldm.config.guidance import build_guidance
 from ldm.config.loggers import build_loggers
+from ldm.config.sample_options import get_compile_mode, print_on_first_rank
 from ldm.config.stages import (
     build_autoencoder_training,
     build_classifier_training,
@@ -43,7 +44,6 @@ from ldm.config.training_checks import (
 from ldm.config.trust import list_trusted_packages
 from ldm.data.datamodule import TextImageData
 from ldm.evaluation.image_metrics import ImageMetric
-from ldm.experiments.run_dir import get_launcher_rank
 from ldm.inference.components import Components
 from ldm.inference.pipeline import Pipeline
 from ldm.training.callbacks.checkpoint_storage import SafeCheckpointIO
@@ -63,6 +63,7 @@ STAGE_BUILDERS = {  # the stages that train no denoiser
     "clip": build_clip_training,
     "classifier": build_classifier_training,
 }
+OWN_KEYS = ("max_hours", "peak_tflops")  # of cfg.trainer, which Lightning's Trainer lacks
 HIDDEN_WARNINGS = (
     "LeafSpec",  # Lightning's own affair
     "in eval mode at the start",  # the average and the text encoder are
@@ -92,7 +93,11 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
     module, callbacks, frozen = build(cfg, data, run_dir)
     module.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
     resume = prepare_run_directory(run_dir, module)
-    monitor = ThroughputMonitor(every=cfg.trainer.log_every_n_steps)
+    monitor = ThroughputMonitor(
+        every=cfg.trainer.log_every_n_steps,
+        peak_tflops=cfg.trainer.get("peak_tflops"),
+        count_flops=module.count_flops if cfg.stage == "diffusion" else None,
+    )
     facts = {
         "stage": cfg.stage,
         "config": OmegaConf.to_yaml(cfg, resolve=True),
@@ -137,8 +142,7 @@ def build_diffusion_components(cfg: DictConfig, run_dir: Path) -> Components:
     check_image_size(cfg.data.size, components.autoencoder.factor * components.denoiser.multiple)
     if cfg.init is not None and find_newest_checkpoint(run_dir / "checkpoints") is None:
         message = warm_start_from_run(cfg.init, components, trust=list_trusted_packages(cfg))
-        if get_launcher_rank() == 0:
-            print(message, flush=True)
+        print_on_first_rank(message)
     return components
 
 
@@ -161,6 +165,11 @@ def build_diffusion_training(
         seed=cfg.seed,
         rng=cfg.rng,
     )
+    if (mode := get_compile_mode(cfg)) is not None:
+        from ldm.models.compilation import compile_network  # the compiler takes a second to import
+
+        for network in (module.denoiser, module.ema.module):
+            compile_network(network, mode, report=print_on_first_rank)
     pipeline = build_validation_pipeline(cfg, module, data)
     callbacks = build_sample_callbacks(cfg, pipeline, data, run_dir)
     if module.phema is not None:
@@ -196,7 +205,7 @@ def build_trainer(
 ) -> L.Trainer:
     """Lightning's Trainer, with our callbacks and loggers in place of its own."""
     return instantiate(
-        OmegaConf.masked_copy(cfg.trainer, [key for key in cfg.trainer if key != "max_hours"]),
+        OmegaConf.masked_copy(cfg.trainer, [key for key in cfg.trainer if key not in OWN_KEYS]),
         **devices,
         strategy=instantiate(cfg.strategy) if cfg.strategy else "auto",
         # Lightning counts this in batches, we in optimizer steps.

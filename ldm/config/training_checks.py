@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from ldm.config.reserved_settings import OUR_EVALUATIONS
-from ldm.config.sample_options import check_checkpoints_exist, list_guides
+from ldm.config.sample_options import check_checkpoints_exist, get_compile_mode, list_guides
 from ldm.config.size_multiple import read_size_multiple
 from ldm.data.position_sampler import split_batch
 from ldm.data.shards.locations import is_url, locate_shards
@@ -27,6 +27,7 @@ def check_before_imports(cfg: DictConfig, run_dir: Path) -> None:
         check_data_exist(cfg.data.get(name))
     check_image_size(cfg.data.size, read_size_multiple(cfg, stage=cfg.stage))
     check_frozen_paths(cfg)
+    check_compile(cfg)
     devices, nodes = get_launcher_layout() or (cfg.trainer.devices, cfg.trainer.num_nodes)
     count = devices if isinstance(devices, int) and devices > 0 else 1  # or not known yet
     split_batch(cfg.data.batch_size, count * nodes, cfg.trainer.accumulate_grad_batches)
@@ -48,6 +49,20 @@ def check_frozen_paths(cfg: DictConfig) -> None:
         is_local = str(path).startswith(("runs/", "/", "./", "../", "~"))  # no name on the hub
         if is_local and not Path(path).expanduser().exists():
             raise UsageError(f"{name}.path={path}: there is no such run or folder")
+
+
+def check_compile(cfg: DictConfig) -> None:
+    """UsageError where the denoiser is to be compiled and cannot be."""
+    mode = get_compile_mode(cfg)
+    if mode is not None and cfg.stage != "diffusion":
+        raise UsageError(
+            f"compile={mode} is for the denoiser, and stage={cfg.stage} trains none: leave it out"
+        )
+    if mode is not None and "fsdp" in (cfg.strategy or {}).get("_target_", ""):
+        raise UsageError(
+            f"compile={mode}: strategy=fsdp gathers the weights between the parts of the network, "
+            "which are one graph then: take strategy=ddp or compile=off"
+        )
 
 
 def check_data_exist(source: object) -> None:

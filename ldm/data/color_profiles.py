@@ -26,8 +26,13 @@ def is_srgb(image: Image.Image) -> bool:
 
 def _find_transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
     profile = image.info.get("icc_profile")
-    mode, transform = _build_transform(profile) if profile else (None, None)
-    return transform if mode == _BASE.get(image.mode) else None
+    return find_srgb_transform(profile, _BASE.get(image.mode)) if profile else None
+
+
+def find_srgb_transform(profile: bytes, mode: str | None) -> ImageCms.ImageCmsTransform | None:
+    """Returns the transform to sRGB of images in this Pillow mode, or None if none is needed."""
+    own_mode, transform = _build_transform(profile)
+    return transform if own_mode == mode else None
 
 
 @lru_cache(_CACHED_PROFILES)

@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from ldm.data.bad_samples import BadSampleCounter
-from ldm.data.dataset import Batch, TextImageDataset, collate
+from ldm.data.batch_slots import PREFETCH, BatchDataset, allocate_slots, pass_batch
+from ldm.data.dataset import Batch, TextImageDataset
 from ldm.data.position_sampler import (
     PositionBatchSampler,
     ShuffledOrder,
@@ -84,6 +85,7 @@ class TextImageData(L.LightningDataModule):
         )
         train_shards, val_shards = ShardReader(train, options), ShardReader(val, options)
         common = {"size": size, "on_error": on_error, "frames": frames, "seed": seed}
+        common["fast_pixels"] = True
         self.train_set = TextImageDataset(train_shards, **common, crop=crop, flip=flip, train=True)
         self.val_set = TextImageDataset(val_shards, **common, train=False)
         self.train_skips = BadSampleCounter("training", limit=max_skipped)
@@ -96,12 +98,17 @@ class TextImageData(L.LightningDataModule):
 
     def rules(self) -> dict[str, bool]:
         """Returns what a checkpoint stores, so that the run resumes by the same rules."""
-        return {"even_crops": self.train_set.even_crops}
+        return {"even_crops": self.train_set.even_crops, "fast_pixels": self.train_set.fast_pixels}
 
     def resume(self, facts: dict) -> None:
-        """Continues after the images seen, by the rules of a checkpoint (none: uneven crops)."""
+        """Continues after the images seen, by the rules of a checkpoint; those of before have none.
+
+        Then crops are uneven, and Pillow resizes.
+        """
         self.position = int(facts["images_seen"])
         self.train_set.even_crops = facts.get("even_crops", False)
+        fast_pixels = facts.get("fast_pixels", False)
+        self.train_set.fast_pixels = self.val_set.fast_pixels = fast_pixels
 
     def train_captions(self) -> list[str]:
         """Returns every caption of the training set."""
@@ -120,16 +127,17 @@ class TextImageData(L.LightningDataModule):
     def train_dataloader(self) -> "FixedLengthLoader":
         """Returns the rest of the run, from `position` on."""
         trainer = self.trainer
+        batch = self.micro_batch(trainer.world_size, trainer.accumulate_grad_batches)
         batches = PositionBatchSampler(
             self.order,
-            batch=self.micro_batch(trainer.world_size, trainer.accumulate_grad_batches),
+            batch=batch,
             rank=trainer.global_rank,
             world=trainer.world_size,
             start=lambda: self.position,
             on_position=self._prefetch,
         )
         length = trainer.max_steps * trainer.accumulate_grad_batches
-        loader = self._make_loader(self.train_set, batches)
+        loader = self._make_loader(self.train_set, batches, batch=batch)
         return FixedLengthLoader(loader, length if length > 0 else 2**40)
 
     def _prefetch(self, position: int) -> None:
@@ -156,16 +164,18 @@ class TextImageData(L.LightningDataModule):
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
         )
-        return self._make_loader(self.val_set, batches)
+        return self._make_loader(self.val_set, batches, batch=max(map(len, batches), default=0))
 
-    def _make_loader(self, dataset: TextImageDataset, batches) -> DataLoader:
-        return SignalSafeDataLoader(
-            dataset,
+    def _make_loader(self, dataset: TextImageDataset, batches, *, batch: int) -> DataLoader:
+        slots = allocate_slots(dataset, batch=batch, workers=self.workers)
+        return WholeBatchLoader(
+            BatchDataset(dataset, slots),
             batch_sampler=batches,
-            collate_fn=collate,
+            collate_fn=pass_batch,
             num_workers=self.workers,
+            prefetch_factor=PREFETCH if self.workers else None,
             persistent_workers=self.workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=slots is None and torch.cuda.is_available(),
             worker_init_fn=stop_with_parent,
         )
 
@@ -174,15 +184,16 @@ class TextImageData(L.LightningDataModule):
         is_training = self.trainer is not None and self.trainer.training
         skips = self.train_skips if is_training else self.val_skips
         skips.add(len(batch["key"]), batch["skipped"])
-        return {**batch, "images": batch["images"].float() / 127.5 - 1}
+        return {**batch, "images": batch["images"].float().div_(127.5).sub_(1)}
 
 
-class SignalSafeDataLoader(DataLoader):
-    """A DataLoader whose workers ignore the signals that ask the run to stop."""
+class WholeBatchLoader(DataLoader):
+    """A DataLoader of a BatchDataset, whose workers ignore the signals that ask the run to stop."""
 
     def __iter__(self):
         with block_stop_signals():
-            return super().__iter__()
+            messages = super().__iter__()
+        return self.dataset.open_batches(messages)
 
 
 class FixedLengthLoader:
@@ -197,8 +208,9 @@ class FixedLengthLoader:
 
     def __iter__(self):
         # Lightning ends the workers of `_iterator`; the garbage collector waits five seconds each.
-        self._iterator = iter(self.loader)
-        return self._iterator
+        batches = iter(self.loader)
+        self._iterator = self.loader._iterator
+        return batches
 
     def state_dict(self) -> dict:
         """Returns nothing: the checkpoint has the position."""

@@ -4,6 +4,7 @@ Shapes: B batch, S side of the square image, F frames of a video.
 """
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict
 
@@ -22,8 +23,10 @@ from ldm.data.image_decoding import (
 )
 from ldm.data.position_sampler import CAPTION_STREAM, CROP_STREAM, draw_random_bits
 from ldm.data.shards.reader import Sample, ShardReader
+from ldm.data.square_reading import read_square, resize_square
 
 _MAX_TRIES = 10_000  # undecodable samples in a row
+_READ_AHEAD = 16  # encoded samples in memory at a time
 
 
 class TextImageItem(TypedDict):
@@ -57,7 +60,8 @@ class TextImageDataset(Dataset):
     In training (seed, epoch, index) chooses the caption, (seed, position) crop and flip; otherwise
     each sample has its centre and first caption (of the heaviest key). The crop is the image's
     shorter side, scaled to `size`. even_crops: all positions of a random crop are equally likely,
-    see `crop_square`.
+    see `place_square`. fast_pixels: those of `read_square`, else of `crop_and_resize` (Pillow's
+    resize, for numbers that are compared with others).
     frames: samples are animations, of which it takes so many frames, evenly; None: images.
     on_error: for a damaged image "stop" raises ImageError; "skip" uses the next sample (index + 1,
     + 2, .. modulo N) that can be decoded, or raises TooManySkippedError if none can.
@@ -72,6 +76,7 @@ class TextImageDataset(Dataset):
     seed: int
     train: bool
     even_crops: bool = True
+    fast_pixels: bool = False
     _damaged: dict[int, BadSample] = field(default_factory=dict, init=False)  # not tried again
 
     def __post_init__(self) -> None:
@@ -87,61 +92,109 @@ class TextImageDataset(Dataset):
             raise ValueError(f"a video has 2 frames or more, got {self.frames}; null is for images")
 
     def without_augmentation(self, *, size: int | None = None) -> "TextImageDataset":
-        """Returns the same samples as in validation: centre and first caption."""
-        return replace(self, size=size or self.size, train=False)
+        """Returns the samples as evaluations read them: centre, first caption, Pillow's resize."""
+        return replace(self, size=size or self.size, train=False, fast_pixels=False)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(3, S, S) of an image, or (3, F, S, S) of a video."""
+        return (3, *([self.frames] if self.frames else []), self.size, self.size)
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def __getitem__(self, at: tuple[int, int]) -> TextImageItem:
-        index, position = at
-        reasons = Counter()
-        first: BadSample | None = None
-        for i in range(index, index + min(len(self), _MAX_TRIES)):
-            item, problem = self._load(i % len(self), position)
-            if item is not None:
-                return {**item, "skipped": [first] if first else []}
-            first = first or problem
-            reasons[problem.reason] += 1
+        return self._read_items([at], torch.empty((1, *self.image_shape), dtype=torch.uint8))[0]
+
+    def read_batch(self, at: Sequence[tuple[int, int]], images: Tensor | None = None) -> Batch:
+        """Returns the samples at (index, position), decoded into `images` if they are given."""
+        if images is None:
+            images = torch.empty((len(at), *self.image_shape), dtype=torch.uint8)
+        items = []
+        for first in range(0, len(at), _READ_AHEAD):
+            items += self._read_items(at[first : first + _READ_AHEAD], images[first:])
+        return join_items(items, images[: len(at)])
+
+    def _read_items(self, at: Sequence[tuple[int, int]], images: Tensor) -> list[TextImageItem]:
+        # Each part of the work for all of them: its code then stays in the processor's cache.
+        crops = [self._draw_crop(position) for _, position in at]
+        samples = [None if i in self._damaged else self._read_sample(i, p) for i, p in at]
+        return [
+            self._decode_or_replace(*place, *crop, sample, out)
+            for place, crop, sample, out in zip(at, crops, samples, images, strict=False)
+        ]
+
+    def _decode_or_replace(
+        self, index: int, position: int, crop: dict, flip: bool, sample: Sample | None, out: Tensor
+    ) -> TextImageItem:
+        """Decodes this sample into `out`, or the next one that can be decoded."""
+        problems: list[BadSample] = []
+        for i in (n % len(self) for n in range(index, index + min(len(self), _MAX_TRIES))):
+            problem = self._damaged.get(i)
+            if problem is None:
+                sample = sample if i == index else self._read_sample(i, position)
+                problem = self._decode(i, sample.image, crop, flip, out)
+            if problem is None:
+                return TextImageItem(
+                    images=out,
+                    captions=sample.captions[0],
+                    position=position,
+                    key=sample.key,
+                    skipped=problems[:1],
+                )
+            problems.append(problem)
+        reasons = format_skip_counts(Counter(problem.reason for problem in problems))
         raise TooManySkippedError(
-            f"{first.message}; none of the {reasons.total()} samples from there on can be decoded "
-            f"({format_skip_counts(reasons)})"
+            f"{problems[0].message}; none of the {len(problems)} samples from there on can be "
+            f"decoded ({reasons})"
         )
 
-    def _load(self, index: int, position: int) -> tuple[TextImageItem | None, BadSample | None]:
-        if index in self._damaged:
-            return None, self._damaged[index]
-        sample = self.shards.read(index)
+    def _decode(
+        self, index: int, data: bytes, crop: dict, flip: bool, out: Tensor
+    ) -> BadSample | None:
+        parts = out.unbind(1) if self.frames else [out]
         try:
-            images = self._decode(sample.image, position)
+            for part, square in zip(parts, self._read_squares(data, crop), strict=True):
+                part.copy_(square)
+                if flip:
+                    part.copy_(part.flip(-1))
         except ImageError as error:
             message = f"{self.shards.sample_name(index)}: {error}"
             if self.on_error != "skip":
                 raise ImageError(message) from error
             self._damaged[index] = BadSample(error.reason, message)
-            return None, self._damaged[index]
-        caption = self._choose_caption(sample, index, epoch=position // len(self))
-        return TextImageItem(
-            images=images, captions=caption, position=position, key=sample.key, skipped=[]
-        ), None
+            return self._damaged[index]
+        return None
 
-    def _decode(self, data: bytes, position: int) -> Tensor:
+    def _draw_crop(self, position: int) -> tuple[dict, bool]:
+        """Returns the arguments of `place_square`, and whether the image is flipped."""
+        if not self.train:
+            return {"x": 0.5, "y": 0.5, "even": False}, False
         x, y, flip = draw_random_bits(3, CROP_STREAM, self.seed, position) / 2.0**64
-        crop = (
-            {"x": x, "y": y, "even": self.even_crops}
-            if self.train and self.crop == "random"
-            else {}
-        )
-        frames = read_frames(data, self.frames) if self.frames else [read_image(data)]
-        images = [pil_to_tensor(crop_and_resize(frame, self.size, **crop)) for frame in frames]
-        pixels = torch.stack(images, dim=1) if self.frames else images[0]
-        return (
-            pixels.flip(-1) if self.train and flip < self.flip else pixels
-        )  # (3, S, S) or (3, F, S, S)
+        if self.crop != "random":
+            x, y = 0.5, 0.5
+        return {"x": x, "y": y, "even": self.crop == "random" and self.even_crops}, flip < self.flip
+
+    def _read_sample(self, index: int, position: int) -> Sample:
+        """Returns a sample with the caption of this position alone."""
+        sample = self.shards.read(index)
+        caption = self._choose_caption(sample, index, epoch=position // len(self))
+        return Sample(sample.key, sample.image, [caption])
+
+    def _read_squares(self, data: bytes, crop: dict) -> Iterator[Tensor]:
+        """Yields the image or the frames, (3, S, S)."""
+        if not self.fast_pixels:
+            for frame in read_frames(data, self.frames) if self.frames else [read_image(data)]:
+                yield pil_to_tensor(crop_and_resize(frame, self.size, **crop))
+        elif not self.frames:
+            yield read_square(data, self.size, **crop)
+        else:
+            for frame in read_frames(data, self.frames):
+                yield resize_square(np.array(frame), self.size, **crop)
 
     def _choose_caption(self, sample: Sample, index: int, *, epoch: int) -> str:
         captions, weights = sample.captions, sample.weights
-        if not self.train:
+        if not self.train or len(captions) == 1:
             return captions[0]
         bits = draw_random_bits(1, CAPTION_STREAM, self.seed, epoch, index)[0]
         if weights is None:
@@ -151,8 +204,13 @@ class TextImageDataset(Dataset):
 
 
 def collate(items: list[TextImageItem]) -> Batch:
+    return join_items(items, torch.stack([item["images"] for item in items]))
+
+
+def join_items(items: list[TextImageItem], images: Tensor) -> Batch:
+    """Returns samples as a batch with these images."""
     return Batch(
-        images=torch.stack([item["images"] for item in items]),
+        images=images,
         captions=[item["captions"] for item in items],
         position=[item["position"] for item in items],
         key=[item["key"] for item in items],

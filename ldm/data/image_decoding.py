@@ -75,6 +75,19 @@ def read_frames(data: bytes, frames: int) -> Iterator[Image.Image]:
             yield rgb
 
 
+def read_raw_rgb(data: bytes, *, shrink: int = 1) -> Image.Image:
+    """Returns a JPEG as it is stored: neither upright nor in sRGB.
+
+    shrink: the decoder scales the sides by 1 / shrink (1, 2, 4 or 8), rounded up.
+    """
+    with _open_image(data) as image:
+        try:
+            image.draft("RGB", (image.width // shrink, image.height // shrink))
+            return image.convert("RGB")
+        except Exception as error:  # see _decode_image
+            raise ImageError(f"damaged {image.format}", str(error)) from error
+
+
 def needs_no_conversion(data: bytes, format: str) -> bool:
     """Whether the header says: one upright, opaque sRGB image in this Pillow format."""
     with _open_image(data) as image:
@@ -104,11 +117,18 @@ def resize_short_side(image: Image.Image, size: int) -> Image.Image:
 def crop_square(
     image: Image.Image, size: int, *, x: float, y: float, even: bool = False
 ) -> Image.Image:
-    """Crops a square of `size` pixels; x, y in [0, 1] run from left and top to right and bottom.
+    """Crops a square of `size` pixels at the place of `place_square`."""
+    left, top = place_square(*image.size, size, x=x, y=y, even=even)
+    return image.crop((left, top, left + size, top + size))
+
+
+def place_square(
+    width: int, height: int, size: int, *, x: float, y: float, even: bool = False
+) -> tuple[int, int]:
+    """Returns left and top of a square; x, y in [0, 1] run from left and top to right and bottom.
 
     even: all positions have the same share of [0, 1], otherwise the outermost have half of that.
     """
-    width, height = image.size
     if size > min(width, height):
         raise ValueError(f"cannot crop {size} x {size} pixels from {width} x {height}")
     if even:
@@ -116,7 +136,7 @@ def crop_square(
         top = min(int(y * (height - size + 1)), height - size)
     else:
         left, top = round(x * (width - size)), round(y * (height - size))
-    return image.crop((left, top, left + size, top + size))
+    return left, top
 
 
 def crop_and_resize(

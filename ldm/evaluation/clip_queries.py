@@ -30,11 +30,10 @@ from ldm.evaluation.metrics.retrieval import compute_retrieval_ranks
 from ldm.evaluation.prompt_subset import shuffle_indices
 from ldm.evaluation.reference import compute_real_features, find_feature_table
 from ldm.evaluation.tensor_cache import hash_facts, write_tensor_file
-from ldm.utils.files import PACKAGED_PREFIX
+from ldm.models.text.packaged import PACKAGED_CLIP
 from ldm.utils.images import make_captioned_grid
 from ldm.utils.text import get_progress_interval
 
-PACKAGED_CLIP = PACKAGED_PREFIX + "clip"
 NUM_SCENE_CAPTIONS = 5000  # captions of the drawn world, for the words of packaged:clip
 DEFAULT_LABEL_TEMPLATE = "a picture of a {}"
 RESULT_IMAGE_SIZE = 192  # pixels of an image on the page of search results

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
-import torchmetrics
 from torch import Tensor, nn
 
 
@@ -36,8 +35,10 @@ class ImageMetrics:
         self.metrics = metrics
         self.arguments = {name: _list_arguments(metric) for name, metric in metrics.items()}
         networks = [metric for metric in metrics.values() if isinstance(metric, nn.Module)]
+        if networks:
+            from torchmetrics import Metric  # slow to import, and most runs have no such metric
         for part in (part for network in networks for part in network.modules()):
-            if isinstance(part, torchmetrics.Metric):  # the other processes compute nothing
+            if isinstance(part, Metric):  # the other processes compute nothing
                 part.distributed_available_fn = lambda: False
 
     @property

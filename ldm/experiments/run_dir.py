@@ -33,7 +33,7 @@ LOWER_IS_BETTER_PREFIXES = (
 # Settings that may differ between two calls of one run: they change no weights.
 CHANGEABLE_SETTINGS = (
     *("name", "direction", "early_stop", "eval", "features", "trainer", "strategy", "logger"),
-    *("callbacks", "metrics"),
+    *("callbacks", "metrics", "compile", "profile"),
     *("checkpoint", "stop_after_skips", "samples", "resume", "trust", "metric", "validate_first"),
     *("data.workers", "data.on_error", "data.max_skipped", "data.cache", "data.cache_gb"),
     "data.val_batch_size",

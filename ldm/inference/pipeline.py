@@ -199,7 +199,7 @@ class Pipeline:
     def denoise(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """x0_hat (B, C, h, w) of x_t at t, () or (B,) on any device, without guidance."""
         denoiser, objective = self.components.denoiser, self.components.objective
-        return objective.predict_x0(denoiser, x_t, t.to(x_t.device), cond)
+        return objective.predict_x0(denoiser, x_t, t.to(x_t.device, non_blocking=True), cond)
 
     def _make_denoiser(
         self,

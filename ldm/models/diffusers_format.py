@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -242,6 +241,8 @@ def make_autoencoder_kl(
 
 def download_autoencoder_files(name: str) -> Path:
     """Returns the local copy of a model of the Hugging Face hub."""
+    from huggingface_hub import snapshot_download  # slow to import
+
     try:
         return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors"]))
     except Exception as error:

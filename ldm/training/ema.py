@@ -1,6 +1,7 @@
 """The exponential moving average of the denoiser's weights."""
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ class EMA(nn.Module):
         super().__init__()
         self.decay = decay
         self.module = copy.deepcopy(denoiser).eval().requires_grad_(False)
+        self.pair = TensorPair(self.module, denoiser)
 
     @torch.no_grad()
     def update(self, denoiser: nn.Module, *, step: int, skipped: Tensor | None = None) -> None:
@@ -24,17 +26,45 @@ class EMA(nn.Module):
         skipped: (), 1.0 if the step was skipped and the average stays, else 0.0.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages, weights = list(self.module.parameters()), list(denoiser.parameters())
+        if self.pair.network is not denoiser:
+            self.pair = TensorPair(self.module, denoiser)
+        averages, weights = self.pair.parameters()
         if skipped is not None and skipped.device.type != "cpu":  # reading it would wait
             lerp_by_tensor(averages, weights, (1 - decay) * (1 - skipped))
         elif skipped is None or skipped == 0:
             torch._foreach_lerp_(averages, weights, 1 - decay)
-        for average, value in zip(self.module.buffers(), denoiser.buffers(), strict=True):
-            average.copy_(value)
+        self.pair.copy_buffers()
 
     def train(self, mode: bool = True) -> "EMA":
         """Returns the average, which is never in training mode."""
         return super().train(False)
+
+
+class TensorPair:
+    """The tensors of an average and of its network, without a walk over their modules each step.
+
+    A parameter may be replaced by another, as in a sharded network, but not a submodule.
+    """
+
+    def __init__(self, average: nn.Module, network: nn.Module) -> None:
+        self.network = network
+        nets = [list(net.modules()) for net in (average, network)]
+        self._parameters = [[part._parameters for part in net if part._parameters] for net in nets]
+        self._buffers = [[part._buffers for part in net if part._buffers] for net in nets]
+
+    def parameters(self) -> list[list[Tensor]]:
+        """Returns the parameters of both, in the same order."""
+        return [list_tensors(places) for places in self._parameters]
+
+    def copy_buffers(self) -> None:
+        """Copies the network's buffers into those of the average."""
+        for average, value in zip(*map(list_tensors, self._buffers), strict=True):
+            average.copy_(value)
+
+
+def list_tensors(places: list[Mapping[str, Tensor | None]]) -> list[Tensor]:
+    """Returns the tensors of modules' dictionaries; one that several modules share comes once."""
+    return list({id(t): t for place in places for t in place.values() if t is not None}.values())
 
 
 def lerp_by_tensor(averages: list[Tensor], weights: list[Tensor], share: Tensor) -> None:

@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable
 
 import lightning as L
-import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
+from torch.optim import Optimizer
 
 from ldm.utils.signals import STOP_SIGNALS, block_stop_signals
 
@@ -82,8 +84,11 @@ def replace_signal_handlers(trainer: L.Trainer, listen: Callable[[], None]) -> N
 
     `_signal_connector`: the handlers save in the middle of a step, wait for ranks that may wait
     for something else, and exit with 0. Trainer has no switch for them.
+    `_broadcast_sigterm_tensor`: with several ranks it sends their flag, which then never changes,
+    before each batch, and waits for the device.
     """
     trainer._signal_connector.register_signal_handlers = listen
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
 
 def defer_launch_signals(trainer: L.Trainer) -> None:
@@ -129,7 +134,32 @@ def end_processes(processes: list[subprocess.Popen]) -> None:
             process.kill()
 
 
-def allow_gradient_clipping(optimizer: torch.optim.Optimizer) -> None:
+def replace_gradient_clipping(
+    trainer: L.Trainer, measure_norm: Callable[[Optimizer], Tensor]
+) -> None:
+    """Has Lightning clip by the norm that `measure_norm` returns, instead of by one of its own.
+
+    `configure_gradient_clipping` of the module, which is called before each optimizer step, after
+    the callbacks: a hook of the module alone, so that a callback has to replace it.
+    """
+
+    def clip(
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        norm = measure_norm(optimizer)
+        if gradient_clip_algorithm == "value":
+            how = {"gradient_clip_algorithm": gradient_clip_algorithm}
+            trainer.lightning_module.clip_gradients(optimizer, gradient_clip_val, **how)
+        elif gradient_clip_val:
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+            clip_grads_with_norm_(weights, gradient_clip_val, norm)
+
+    trainer.lightning_module.configure_gradient_clipping = clip
+
+
+def allow_gradient_clipping(optimizer: Optimizer) -> None:
     """Lets Lightning clip gradients of a fused optimizer.
 
     `_step_supports_amp_scaling`, of torch: Lightning refuses to clip where it is true.

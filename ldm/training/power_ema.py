@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ldm.training.ema import TensorPair
+
 MAX_EMA_LENGTH = 12**-0.5  # gamma 0: all steps have the same weight
 
 
@@ -101,16 +103,17 @@ class PowerEMA(nn.Module):
         self.tracks = nn.ModuleList(
             copy.deepcopy(denoiser).eval().requires_grad_(False) for _ in self.lengths
         )
+        self.pairs = [TensorPair(track, denoiser) for track in self.tracks]
 
     @torch.no_grad()
     def update(self, denoiser: nn.Module, *, step: int) -> None:
         """Moves towards `denoiser` after optimizer step `step`, counted from 1."""
-        weights = list(denoiser.parameters())
-        for gamma, track in zip(self.exponents, self.tracks, strict=True):
+        if self.pairs[0].network is not denoiser:
+            self.pairs = [TensorPair(track, denoiser) for track in self.tracks]
+        for gamma, pair in zip(self.exponents, self.pairs, strict=True):
             share = 1 - (1 - 1 / step) ** (gamma + 1)
-            torch._foreach_lerp_(list(track.parameters()), weights, share)
-            for average, value in zip(track.buffers(), denoiser.buffers(), strict=True):
-                average.copy_(value)
+            torch._foreach_lerp_(*pair.parameters(), share)
+            pair.copy_buffers()
 
     def train(self, mode: bool = True) -> "PowerEMA":
         """Returns the averages, which are never in training mode."""

@@ -1,5 +1,7 @@
 """Image tensors (3, H, W) to Pillow images, grids with captions, and PNG files with metadata."""
 
+from __future__ import annotations
+
 import io
 import json
 import math
@@ -7,14 +9,16 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from ldm.utils.files import read_regular_file, replace_file
+
+if TYPE_CHECKING:  # a command that only reads PNG files need not wait for torch
+    from torch import Tensor
 
 MAX_PNG_BYTES = 2**28
 
@@ -31,6 +35,8 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 def from_uint8(image: np.ndarray) -> Tensor:
     """Converts uint8 (H, W, 3) to an image (3, H, W) in [-1, 1]."""
+    import torch
+
     return torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1
 
 

@@ -4,18 +4,23 @@ Shapes: n images, m captions, H W pixels. A page is about 1264 pixels wide: its 
 the 900 pixels of a README.
 """
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
-from torch import Tensor
 
 from ldm.utils.images import load_font, to_pil, wrap_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FIGURE_IMAGE_SIZE = 128  # pixels of an image's longer side
 GAP, MARGIN = 8, 24

@@ -12,15 +12,15 @@ ROOT = Path(__file__).parents[2]
 # A room imports from the rooms before it in this table, and from itself (docs/design.md).
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
-    "utils": 1770,
+    "utils": 1785,
     "diffusion": 2980,
-    "models": 2520,
+    "models": 2760,
     "data": 4050,
     "inference": 745,
     "evaluation": 3000,
     "experiments": 2140,
-    "training": 3180,
-    "config": 4780,
+    "training": 3650,
+    "config": 4790,
     "cli": 1850,
 }
 ROOMS = tuple(ROOM_LINES)

@@ -94,6 +94,12 @@ def test_a_mistake_is_printed_before_torch_is_imported():
     assert run("-c", code, "name=x", cwd=ROOT) == "set() True\n"
 
 
+def test_runs_are_compared_without_torch():
+    """All that `ldm compare` imports, its pages of images as well."""
+    modules = "ldm.cli.compare, ldm.experiments.plots, ldm.utils.images, ldm.utils.plots"
+    assert run("-c", f"import sys, {modules}; print('torch' in sys.modules)", cwd=ROOT) == "False\n"
+
+
 def test_load_takes_the_settings_of_sample_and_raises_value_errors(tmp_path):
     """Those of former names as well; each mistake is one of the words, not of the checkpoint."""
     for words, message in (

@@ -3,13 +3,17 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from ldm.diffusion.conditioning import Condition
-from ldm.models.huggingface import silence_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ldm.models.text.packaged import PackagedTokenizer
 
 
 class CaptionTokenizer:
@@ -19,7 +23,9 @@ class CaptionTokenizer:
     summary. `seen` counts the captions so far, `truncated` those that were cut.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase | PackagedTokenizer", max_length: int
+    ) -> None:
         tokenizer.model_max_length = max_length  # diffusers pads to it in a saved folder
         self.tokenizer, self.max_length = tokenizer, max_length
         self.seen = self.truncated = 0
@@ -82,6 +88,8 @@ class FrozenTextEncoder(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Writes safetensors, config.json and tokenizer, a folder for `path`."""
+        from ldm.models.huggingface import silence_transformers
+
         with silence_transformers():
             self.model.save_pretrained(folder)
             self.tokenize.tokenizer.save_pretrained(folder)

@@ -3,20 +3,23 @@
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from ldm.diffusion.conditioning import Condition
-from ldm.models.huggingface import load_pretrained_model
 from ldm.models.text.base import CaptionTokenizer, FrozenTextEncoder
+from ldm.models.text.packaged import PACKAGED_CLIP, load_packaged_clip_text
 from ldm.models.whitening import WHITENING_FILE, Whitening
 from ldm.utils.files import resolve_path
+from ldm.utils.transfer import send
 
-ClipModelType = TypeVar("ClipModelType", CLIPTextModel, CLIPModel)
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+ClipModelType = TypeVar("ClipModelType", "CLIPTextModel", "CLIPModel")
 
 
 class ClipTextEncoder(FrozenTextEncoder):
@@ -29,7 +32,8 @@ class ClipTextEncoder(FrozenTextEncoder):
     """
 
     def __init__(self, path: str, *, pooled: bool = False) -> None:
-        model, tokenizer = load_clip(CLIPTextModel, path)
+        self.is_packaged = path == PACKAGED_CLIP
+        model, tokenizer = load_packaged_clip_text() if self.is_packaged else load_clip_text(path)
         length = model.config.max_position_embeddings
         super().__init__(model, CaptionTokenizer(tokenizer, length))
         self.width = model.config.hidden_size
@@ -41,7 +45,10 @@ class ClipTextEncoder(FrozenTextEncoder):
 
     def save(self, folder: Path) -> None:
         """Writes model, tokenizer and whitening, a folder for `path`."""
-        super().save(folder)
+        if self.is_packaged:  # its own files are those of a whole CLIP
+            ClipTextEncoder(str(resolve_path(PACKAGED_CLIP))).save(folder)
+        else:
+            super().save(folder)
         if self.whitened:
             self.whiten.save(folder)
 
@@ -49,18 +56,29 @@ class ClipTextEncoder(FrozenTextEncoder):
     def forward(self, captions: Sequence[str]) -> Condition:
         """Returns the states after the last LayerNorm; that of the end token may be `pooled`."""
         # Without a mask: published denoisers were trained to attend to the padding as well.
-        ids = self.tokenize(captions).to(self.model.device)  # (B, L)
+        ids = send(self.tokenize(captions), self.model.device)  # (B, L)
         out = self.model(input_ids=ids)
         pooled = self.whiten(out.pooler_output) if self.pooled_width else None  # (B, P)
         return Condition(tokens=out.last_hidden_state, pooled=pooled)  # (B, L, D)
 
 
-def load_clip(kind: type[ClipModelType], path: str) -> tuple[ClipModelType, CLIPTokenizer]:
+def load_clip_text(path: str) -> "tuple[CLIPTextModel, CLIPTokenizer]":
+    """`load_clip` of the text half."""
+    from transformers import CLIPTextModel  # slow to import
+
+    return load_clip(CLIPTextModel, path)
+
+
+def load_clip(kind: type[ClipModelType], path: str) -> "tuple[ClipModelType, CLIPTokenizer]":
     """Loads a CLIP model in float32 and its tokenizer, from a folder or by its name on the hub.
 
     A folder is never searched on the hub, and no pickle is executed. Raises OSError where there is
     no model, and ValueError where weights or tokenizer do not belong to it.
     """
+    from transformers import CLIPTokenizer
+
+    from ldm.models.huggingface import load_pretrained_model
+
     folder = resolve_path(path)
     local = folder.is_dir()
     model_at, tokenizer_at = _find_clip_folders(folder) if local else (path, path)

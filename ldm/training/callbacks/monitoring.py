@@ -11,9 +11,12 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from PIL import Image
 
+from ldm.data.dataset import Batch
 from ldm.diffusion.rng import derive_seed
 from ldm.models.random_layers import assign_image_positions, find_random_layers
+from ldm.training.distributed import format_exception
 from ldm.training.lightning_adapter import correct_logging_step, count_resumed_batches
+from ldm.training.step_clock import StepClock, find_peak_tflops
 from ldm.utils.images import save_png
 
 
@@ -21,16 +24,28 @@ class ThroughputMonitor(L.Callback):
     """Counts images, and logs loss and speed as means over the steps between two logging steps.
 
     Nothing is read from the device in between. Metrics: train/loss; images_seen; data/skipped
-    (samples of the run that could not be read, over all ranks); perf/images_per_s;
+    (samples of the run that could not be read, over all ranks); perf/images_per_s; perf/step_ms;
     perf/data_wait (share of the training time spent waiting for data); perf/eval_share (share of
     this process's time spent on validations, metrics and sample images); perf/memory_gib (peak of
-    the accelerator, absent without one).
+    the accelerator, absent without one); perf/share_data, _encoders, _denoiser, _backward and
+    _optimizer (of the last step alone; _denoiser is the forward pass of what is trained);
+    perf/mfu (share of `peak_tflops`, or of the peak of a known device, that the FLOPs of
+    `count_flops` are; absent without one of them).
+    count_flops: returns the FLOPs of a batch of one micro-step.
     """
 
     state_key = "Meter"  # its former name, under which checkpoints hold its state
 
-    def __init__(self, *, every: int) -> None:
-        self.every = every
+    def __init__(
+        self,
+        *,
+        every: int,
+        peak_tflops: float | None = None,
+        count_flops: Callable[[Batch], int] | None = None,
+    ) -> None:
+        self.every, self.peak_tflops, self.count_flops = every, peak_tflops, count_flops
+        self.flops: int | None = None  # of a micro-step, once counted
+        self.clock = StepClock()
         self.latest: dict[str, float] = {}
         self.skipped = 0  # of all ranks, at the last logging step
         self.own_skipped = self.own_counted = 0  # of this process: all, and those in `skipped`
@@ -42,7 +57,11 @@ class ThroughputMonitor(L.Callback):
             logger.rewind(trainer.global_step)
         self.since, self.evaluated = time.perf_counter(), 0.0
         self.interrupted: float | None = None  # when a validation began that may not be over
+        module.clock = self.clock
+        if self.peak_tflops is None:
+            self.peak_tflops = find_peak_tflops(module.device, str(trainer.precision))
         self._restart()
+        self._start_clock(trainer)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._continue_training()
@@ -54,6 +73,11 @@ class ThroughputMonitor(L.Callback):
     def _restart(self) -> None:
         self.loss, self.batches, self.images, self.waited = 0.0, 0, 0, 0.0
         self.began = self.ended = time.perf_counter()
+
+    def _start_clock(self, trainer: L.Trainer) -> None:
+        """Measures the parts of the next step if it will be logged."""
+        if trainer.global_step + 1 >= self.last_logged_step + self.every:
+            self.clock.start(trainer.strategy.root_device)
 
     def _continue_training(self) -> None:
         """Ends a validation, which includes the sample images after it."""
@@ -67,12 +91,30 @@ class ThroughputMonitor(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module, batch: dict, batch_idx: int) -> None:
         self._continue_training()
+        self.clock.mark("data")
         self.waited += time.perf_counter() - self.ended
         completes = (self.micro_steps + 1) % trainer.accumulate_grad_batches == 0
         if completes and trainer.global_step + 1 >= trainer.max_steps > 0:
             trainer.val_check_batch = 1  # the last step is always validated
+        if self.flops is None and self.peak_tflops and self.count_flops is not None:
+            self._count_flops(self.count_flops, batch)
+
+    def _count_flops(self, count: Callable[[Batch], int], batch: Batch) -> None:
+        try:
+            self.flops = count(batch)
+        except Exception as error:  # of a network of the user's
+            self.flops = 0
+            reason = format_exception(error).splitlines()[0]
+            warnings.warn(f"perf/mfu is left out: FLOPs cannot be counted ({reason})", stacklevel=2)
+
+    def on_before_backward(self, trainer: L.Trainer, module, loss) -> None:
+        self.clock.mark("denoiser")
+
+    def on_after_backward(self, trainer: L.Trainer, module) -> None:
+        self.clock.mark("backward")
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx) -> None:
+        self.clock.mark("optimizer")
         self.ended = time.perf_counter()
         self.micro_steps += 1
         # Lightning's outputs["loss"] is divided by the number of accumulated batches.
@@ -83,11 +125,14 @@ class ThroughputMonitor(L.Callback):
         self.own_skipped = trainer.datamodule.train_skips.total
         if trainer.global_step >= self.last_logged_step + self.every:
             self._log(trainer)
+        if self.micro_steps % trainer.accumulate_grad_batches == 0:
+            self._start_clock(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":
             if self.batches:
                 self._log(trainer)
+            self.clock.stop()
             self.interrupted = time.perf_counter()
         elif trainer.state.fn == "validate":  # W&B plots the first validation against it
             for logger in trainer.loggers:
@@ -100,18 +145,24 @@ class ThroughputMonitor(L.Callback):
 
     def _log(self, trainer: L.Trainer) -> None:
         loss = trainer.strategy.reduce(self.loss / self.batches, reduce_op="mean")
+        mean_loss = float(loss)  # waits until the device has ended these steps
         seconds = time.perf_counter() - self.began
+        micro_step = seconds / self.batches
         new = torch.tensor(float(self.own_skipped - self.own_counted), device=loss.device)
         self.skipped += int(trainer.strategy.reduce(new, reduce_op="sum"))
         self.own_counted = self.own_skipped
         self.latest = {
-            "train/loss": float(loss),
+            "train/loss": mean_loss,
             "images_seen": trainer.datamodule.position,
             "data/skipped": self.skipped,
             "perf/images_per_s": self.images / seconds,
+            "perf/step_ms": 1000 * micro_step * trainer.accumulate_grad_batches,
             "perf/data_wait": self.waited / seconds,
             "perf/eval_share": self._eval_share(),
+            **{f"perf/share_{part}": share for part, share in self.clock.read_shares().items()},
         }
+        if self.flops and self.peak_tflops:
+            self.latest["perf/mfu"] = self.flops / micro_step / (self.peak_tflops * 1e12)
         if torch.cuda.is_available():
             self.latest["perf/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         for logger in trainer.loggers:
@@ -141,9 +192,25 @@ class RandomLayerSeeding(L.Callback):
         self.layers = find_random_layers(module)
 
     def on_train_batch_start(self, trainer: L.Trainer, module, batch: dict, batch_idx: int) -> None:
+<<<<<<< HEAD
         torch.manual_seed(derive_seed(self.seed, batch["position"][0], stream="modules"))
         how = {"device": module.device, "rng": self.rng}
         assign_image_positions(self.layers, self.seed, batch["position"], **how)
+=======
+        seed = derive_seed(self.seed, batch["position"][0], stream="modules")
+        seed_default_generators(module.device, seed)
+        assign_image_positions(self.layers, self.seed, batch["position"])
+>>>>>>> main
+
+
+def seed_default_generators(device: torch.device, seed: int) -> None:
+    """Seeds the generators of the CPU and of `device` as torch.manual_seed does, which is slow."""
+    if device.type not in ("cpu", "cuda"):
+        torch.manual_seed(seed)
+        return
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
 
 
 class StepCounter(L.Callback):

@@ -5,6 +5,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -16,6 +17,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from ldm.training.callbacks.monitoring import ThroughputMonitor
+from ldm.training.lightning_adapter import replace_gradient_clipping
 from ldm.utils.checkpoint_file import find_last_good_checkpoint
 from ldm.utils.files import write_text
 
@@ -83,6 +85,7 @@ class NonFiniteStepSkipper(L.Callback):
         self.batches: list[dict] = []
         self.flags: list[Tensor] = []  # 1.0 for a skipped step
         self.steps: list[int] = []
+        replace_gradient_clipping(trainer, partial(self.measure_norm, module))
 
     def on_before_backward(self, trainer: L.Trainer, module, loss: Tensor) -> None:
         # The gradient tells all ranks: if the loss is not finite, no gradient is.
@@ -90,18 +93,19 @@ class NonFiniteStepSkipper(L.Callback):
         loss.register_hook(lambda gradient: torch.where(finite, gradient, torch.nan))
         self.losses.append(loss.detach())
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, module, optimizer: Optimizer) -> None:
+    def measure_norm(self, module: L.LightningModule, optimizer: Optimizer) -> Tensor:
+        """Returns the norm () of all gradients; has the step skipped where it is not finite."""
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         norm = get_total_norm([w.grad for w in weights if w.grad is not None])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        module.skipped = (~norm.isfinite()).float()
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        module.skipped = (~whole.isfinite()).float()
         if optimizer.defaults.get("fused"):
             optimizer.found_inf = module.skipped  # as torch's GradScaler does
         elif module.skipped:  # waits for the device
             optimizer.zero_grad(set_to_none=True)
         self.flags.append(module.skipped)
-        self.steps.append(trainer.global_step + 1)
+        self.steps.append(module.trainer.global_step + 1)
+        return norm
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx) -> None:
         self.batches.append({"positions": batch["position"], "keys": batch["key"]})

@@ -16,6 +16,8 @@ from torchmetrics import MeanMetric
 from ldm.diffusion.rng import ImageGenerators, make_generators, rand, randn
 from ldm.diffusion.schedules import expand_dims_like
 from ldm.models.noisy_classifier import NoisyClassifier
+from ldm.training.step_clock import StepClock
+from ldm.utils.transfer import send
 
 NUM_RECALL_BANDS = 8  # val/recall_t0 .. t7: the same equal parts of t as LatentDiffusion's
 
@@ -28,6 +30,8 @@ class ClassifierTraining(L.LightningModule):
     right. Autoencoder and text encoder are frozen, used and not stored. Random numbers of an image
     depend only on (seed, position of the image in the run).
     """
+
+    clock: StepClock | None = None  # set by ThroughputMonitor
 
     def __init__(
         self,
@@ -50,6 +54,8 @@ class ClassifierTraining(L.LightningModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         x0, pooled = self.encode(batch)
+        if self.clock is not None:
+            self.clock.mark("encoders")
         t = rand(len(x0), self.make_generators(batch, "time"), device=x0.device)
         images = self.encode_noisy_latents(x0, t, self.draw_noise(batch, "noise", x0))
         return self.loss(images, pooled, batch["captions"])
@@ -78,7 +84,7 @@ class ClassifierTraining(L.LightningModule):
         if self.classifier.has_names:
             return F.cross_entropy(self.classifier.class_log_probs(images), pooled)
         texts = self.classifier.encode_texts(pooled)
-        ids = hash_captions(captions).to(images.device)
+        ids = send(hash_captions(captions), images.device)
         if self.training and self.trainer.world_size > 1:
             images = self.all_gather(images, sync_grads=True).flatten(0, 1)  # (G, S)
             texts = self.all_gather(texts, sync_grads=True).flatten(0, 1)  # (G, S)
@@ -102,7 +108,7 @@ class ClassifierTraining(L.LightningModule):
         if self.classifier.has_names:
             best = self.classifier.class_log_probs(images).argmax(1)  # (B,)
             return pooled.gather(1, best[:, None]).mean()
-        ids = hash_captions(captions).to(images.device)
+        ids = send(hash_captions(captions), images.device)
         texts = self.classifier.encode_texts(pooled)
         best = self.classifier.similarity(images, texts).argmax(1)  # (B,)
         return (ids[best] == ids).float().mean()

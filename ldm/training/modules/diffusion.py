@@ -16,6 +16,8 @@ from ldm.diffusion.rng import ImageGenerators, make_generators, rand, randn
 from ldm.inference.components import Components
 from ldm.training.ema import EMA
 from ldm.training.power_ema import PowerEMA
+from ldm.training.step_clock import StepClock, count_forward_flops
+from ldm.utils.transfer import send
 
 NUM_LOSS_BANDS = 8  # val/loss_t0 .. t7: equal parts of t
 
@@ -27,6 +29,7 @@ class LatentDiffusion(L.LightningModule):
     Random numbers of an image depend on (seed, position of the image in the run) alone.
     """
 
+    clock: StepClock | None = None  # set by ThroughputMonitor
     skipped: Tensor | None = None  # set by NonFiniteStepSkipper: 1.0 where this step is left out
 
     def __init__(
@@ -63,10 +66,28 @@ class LatentDiffusion(L.LightningModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         x0, cond = self.encode(batch)
+        if self.clock is not None:
+            self.clock.mark("encoders")
         noise, shape_noise = self.make_generators(batch, "noise"), self.components.task.shape_noise
         return self.objective.loss(
             self.denoiser, x0, cond, generator=noise, shape_noise=shape_noise
         ).mean()
+
+    @torch.no_grad()
+    def count_flops(self, batch: dict) -> int:
+        """Returns the FLOPs of a training step on a batch, without optimizer and averages.
+
+        A backward pass is counted as twice its forward pass; with checkpointing, it is still that.
+        """
+        from torch.utils.flop_counter import FlopCounterMode  # imports the compiler
+
+        captions = self.captions, self.cut
+        context = self.trainer.precision_plugin.forward_context()
+        with context, FlopCounterMode(display=False) as encoders:
+            x0, cond = self.encode(batch)
+        self.captions, self.cut = captions
+        t = torch.zeros(len(x0), device=x0.device)
+        return encoders.get_total_flops() + 3 * count_forward_flops(self.ema.module, x0, t, cond)
 
     @torch.no_grad()
     def encode(self, batch: dict, *, training: bool = True) -> tuple[Tensor, Condition]:
@@ -112,7 +133,7 @@ class LatentDiffusion(L.LightningModule):
             return cond
         keep = self.draw_shares(batch, "caption") >= self.caption_dropout
         null = self.components.text_encoder.null(len(keep))
-        return cond.where(keep.to(self.device, non_blocking=True), null)
+        return cond.where(send(keep, self.device), null)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         x0, cond = self.encode(batch, training=False)

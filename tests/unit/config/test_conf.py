@@ -26,7 +26,7 @@ EXPERIMENTS = sorted(Path(CONF_DIR, "experiment").glob("*.yaml"))
 GROUPS = sorted({path.parent.name for path in LEAVES})
 # What ldm/config passes in addition to the YAML.
 CPU = torch.device("cpu")
-OURS = {"trainer": {"max_hours"}}  # what ldm/config takes for itself
+OURS = {"trainer": {"max_hours", "peak_tflops"}}  # what ldm/config takes for itself
 HANDED = {
     "model": {"in_channels", "out_channels", "context_dim"},
     "objective": {"schedule", "weighting", "timestep_sampler"},

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ldm.training.ema import EMA
+from ldm.training.ema import EMA, TensorPair
 
 
 class Net(nn.Module):
@@ -89,3 +89,15 @@ def test_a_state_dict_goes_round():
     for average in (ema, other):
         average.update(net, step=4)
     assert torch.equal(ema.module.weight, other.module.weight)
+
+
+def test_the_tensors_of_a_pair_are_those_of_the_networks():
+    shared = nn.Linear(2, 2)
+    one, other = nn.Sequential(Net(), shared, shared), nn.Sequential(Net(), shared, shared)
+    pair = TensorPair(one, other)
+    one[0].weight = nn.Parameter(torch.ones(3, 2))  # as FSDP replaces weights
+    for net, tensors in zip((one, other), pair.parameters(), strict=True):
+        assert [id(t) for t in tensors] == [id(t) for t in net.parameters()]
+    other[0].count.fill_(7)
+    pair.copy_buffers()
+    assert one[0].count == 7

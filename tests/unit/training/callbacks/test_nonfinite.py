@@ -91,6 +91,21 @@ def test_a_skipped_step_equals_a_run_without_that_update(
     assert not (tmp_path / "b" / "bad_batches.json").exists()
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("clip", [0.01, 1e6])
+def test_clipping_by_the_known_norm_changes_no_bit(tmp_path, shapes, tiny_text, clip, precision):
+    how = {"steps": 3, "clip": clip, "precision": precision}
+    lightnings, ours = (latent_diffusion(tiny_text) for _ in range(2))
+    make_trainer(**how).fit(lightnings, datamodule=shapes_data(shapes))
+    trainer = make_trainer(**how)
+    monitor = trainer.callbacks[0]
+    trainer.callbacks.append(
+        NonFiniteStepSkipper(tmp_path / "bad.json", monitor=monitor, stop_after=3)
+    )
+    trainer.fit(ours, datamodule=shapes_data(shapes))
+    assert hash_module(ours) == hash_module(lightnings)
+
+
 @pytest.mark.filterwarnings("ignore:the loss or the gradient was not finite")
 def test_an_unfused_optimizer_skips_the_step_too(tmp_path, shapes, tiny_text):
     module = latent_diffusion(tiny_text)

@@ -4,10 +4,16 @@ import time
 
 import lightning as L
 import pytest
+import torch
 from PIL import Image
 from world import latent_diffusion, make_trainer, shapes_data
 
-from ldm.training.callbacks.monitoring import ProgressBar, SampleImages, ThroughputMonitor
+from ldm.training.callbacks.monitoring import (
+    ProgressBar,
+    SampleImages,
+    ThroughputMonitor,
+    seed_default_generators,
+)
 from ldm.training.loggers.csv import CsvLog
 
 SLOW = 0.5  # seconds that pictures take
@@ -100,3 +106,10 @@ def test_the_bar_of_a_resumed_run_goes_on(shapes, tiny_text, accumulate, tmp_pat
     assert bar.train_progress_bar.total == 5 * accumulate
     assert bar.train_progress_bar.n == 5 * accumulate
     assert bar.train_progress_bar.initial == 3 * accumulate
+
+
+def test_the_default_generators_get_the_seed_that_manual_seed_gives():
+    seed_default_generators(torch.device("cpu"), 2**62 + 1)
+    drawn = torch.rand(3)
+    torch.manual_seed(2**62 + 1)
+    assert torch.equal(drawn, torch.rand(3))

@@ -1,0 +1,90 @@
+"""Whole batches, which worker processes decode into slots of shared memory.
+
+Shapes: W workers, N slots of each, B batch.
+"""
+
+import logging
+import math
+import shutil
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from ldm.data.dataset import Batch, TextImageDataset
+
+PREFETCH = 2  # batches that a worker of a DataLoader has under way, which is torch's own default
+_SLOTS = PREFETCH + 2  # the others: the batch that the consumer has, and the one before it
+_SHARED_MEMORY = Path("/dev/shm")
+_log = logging.getLogger(__name__)
+
+
+class BatchDataset(Dataset):
+    """Batches of a data set, by lists of (index, position), for a DataLoader.
+
+    slots (W, N, B, ..): where workers put the images, in turn. A batch stays as it is until the
+    loader has handed out two more: each makes the worker begin the batch `PREFETCH` after it.
+    """
+
+    def __init__(self, dataset: TextImageDataset, slots: Tensor | None = None) -> None:
+        self.dataset = dataset
+        self.slots = slots
+        self._used = 0
+        self._is_pinned = False
+
+    def __getitems__(self, at: Sequence[tuple[int, int]]) -> Batch | tuple[int, int, dict]:
+        """Returns a batch, or the worker, the slot with the images, and the other fields."""
+        if self.slots is None:
+            return self.dataset.read_batch(at)
+        worker, slot = get_worker_info().id, self._used % _SLOTS
+        self._used += 1
+        batch = self.dataset.read_batch(at, self.slots[worker, slot])
+        return worker, slot, {name: value for name, value in batch.items() if name != "images"}
+
+    def open_batches(self, messages: Iterator) -> Iterator[Batch]:
+        """Yields the batches of the messages that a DataLoader received from its workers."""
+        if self.slots is None:
+            yield from messages
+            return
+        if torch.cuda.is_available() and not self._is_pinned:
+            self._pin()
+        transfers = deque()
+        for worker, slot, fields in messages:
+            yield {**fields, "images": self.slots[worker, slot, : len(fields["key"])]}
+            if self._is_pinned:  # the next message frees the slot of 2 W batches ago
+                transfers.append(torch.cuda.current_stream().record_event())
+                if len(transfers) == 2 * len(self.slots):
+                    transfers.popleft().synchronize()
+
+    def _pin(self) -> None:
+        """Makes the slots page-locked, so that a GPU copies them while the run goes on."""
+        runtime, address = torch.cuda.cudart(), self.slots.data_ptr()
+        self._is_pinned = int(runtime.cudaHostRegister(address, self.slots.nbytes, 0)) == 0
+        if self._is_pinned:
+            weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
+
+
+def allocate_slots(dataset: TextImageDataset, *, batch: int, workers: int) -> Tensor | None:
+    """Returns slots for so many workers, or None without workers or enough shared memory."""
+    shape = (workers, _SLOTS, batch, *dataset.image_shape)
+    size = math.prod(shape)
+    if not size:
+        return None
+    if _SHARED_MEMORY.is_dir() and 2 * size > (free := shutil.disk_usage(_SHARED_MEMORY).free):
+        _log.warning(
+            "%s has %d MiB free; %d workers that decode batches of %d images in place need twice "
+            "%d MiB, so they send copies, which is slower. Enlarge it (docker run --shm-size), or "
+            "lower data.workers",
+            *(_SHARED_MEMORY, free >> 20, workers, batch, -(-size >> 20)),
+        )
+        return None
+    return torch.zeros(shape, dtype=torch.uint8).share_memory_()  # the copy touches every page
+
+
+def pass_batch(batch):
+    """Returns a batch as it is, as the `collate_fn` of whole batches."""
+    return batch

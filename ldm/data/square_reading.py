@@ -1,0 +1,137 @@
+"""Reads images for training as squares: a quick decoder where it gives the same, torch's resize.
+
+The pixels are those of `image_decoding.crop_and_resize` but for three things: torch's resize rounds
+otherwise, a JPEG much larger than the square is decoded at a fraction of its size, and the colours
+of a JPEG are converted to sRGB after the resize. Shapes: S side of the square.
+"""
+
+import re
+import struct
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldm.data.color_profiles import find_srgb_transform
+from ldm.data.image_decoding import (
+    MAX_IMAGE_BYTES,
+    MAX_IMAGE_PIXELS,
+    place_square,
+    read_image,
+    read_raw_rgb,
+)
+
+try:
+    import simplejpeg
+except ImportError:  # the optional `ldm[fast]`
+    simplejpeg = None
+
+MIN_REDUCTION = 3  # a JPEG decoded at a fraction of its size has this many times the pixels wanted
+
+_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive (ITU-T T.81, table B.1)
+_SCAN, _APP1, _APP2 = 0xDA, 0xE1, 0xE2
+# tables, restart interval, comment, and the APPn that tell nothing about the pixels' meaning
+_PASSED = {0xC4, 0xDB, 0xDD, 0xFE, 0xE0, *range(0xE3, 0xF0)}
+_ORIENTATION = 0x0112  # EXIF 2.32, table 4
+_TURNED_BY_XMP = re.compile(rb'(?<!/)tiff:Orientation(?!="1"|>1<)')
+_ICC = b"ICC_PROFILE\0\1\1"  # ICC.1:2022, annex B.4: the only chunk of a profile
+
+
+class PlainJpeg(NamedTuple):
+    """The header of an upright JPEG of 8 bits, grey, or in three colours with their profile."""
+
+    width: int
+    height: int
+    profile: bytes | None
+
+
+def read_square(
+    data: bytes, size: int, *, x: float = 0.5, y: float = 0.5, even: bool = False
+) -> Tensor:
+    """Returns a crop of an image's shorter side, uint8 (3, size, size); x, y: see `place_square`.
+
+    Raises ImageError like `read_image`.
+    """
+    header = find_plain_jpeg(data)
+    if header is None:
+        return resize_square(np.array(read_image(data)), size, x=x, y=y, even=even)
+    short = min(header.width, header.height)
+    shrink = next((n for n in (8, 4, 2) if short >= n * MIN_REDUCTION * size), 1)
+    square = resize_square(_decode_jpeg(data, header, shrink), size, x=x, y=y, even=even)
+    if header.profile and (transform := find_srgb_transform(header.profile, "RGB")):
+        image = Image.fromarray(square.permute(1, 2, 0).contiguous().numpy())
+        return torch.from_numpy(np.array(transform.apply(image))).permute(2, 0, 1)
+    return square
+
+
+def resize_square(pixels: np.ndarray, size: int, *, x: float, y: float, even: bool) -> Tensor:
+    """Crops the shorter side of uint8 (H, W, 3), and resizes it to (3, size, size)."""
+    height, width = pixels.shape[:2]
+    short = min(width, height)
+    left, top = place_square(width, height, short, x=x, y=y, even=even)
+    square = torch.from_numpy(pixels[top : top + short, left : left + short]).permute(2, 0, 1)
+    if short == size:
+        return square
+    return F.interpolate(square[None], (size, size), mode="bicubic", antialias=True)[0]
+
+
+def find_plain_jpeg(data: bytes) -> PlainJpeg | None:
+    """Returns the header of a plain JPEG within our limits, or None for any other data.
+
+    The segments are followed as libjpeg follows them, up to the first scan.
+    """
+    if not data.startswith(b"\xff\xd8") or len(data) > MAX_IMAGE_BYTES:
+        return None
+    width = height = components = 0
+    seen, profile, at = set(), None, 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        segment = data[at + 4 : at + 2 + length]
+        if marker == _SCAN:
+            fits = 0 < width * height <= MAX_IMAGE_PIXELS and not (profile and components == 1)
+            return PlainJpeg(width, height, profile) if fits else None
+        if marker in _FRAMES and len(segment) >= 6 and not width:
+            depth, height, width, components = struct.unpack(">BHHB", segment[:6])
+            if depth != 8 or components not in (1, 3):
+                return None
+        elif marker == _APP2 and segment.startswith(_ICC) and profile is None:
+            profile = segment[len(_ICC) :]
+        elif not (marker in _PASSED or (marker == _APP1 and _is_upright(segment, seen))):
+            return None
+        at += 2 + length
+    return None
+
+
+def _is_upright(segment: bytes, seen: set[bytes]) -> bool:
+    """Whether an APP1 segment, the first of its kind, says that the image is upright."""
+    kind = segment[:6]
+    if kind in seen:
+        return False
+    seen.add(kind)
+    if kind != b"Exif\0\0":
+        return _TURNED_BY_XMP.search(segment) is None
+    try:
+        exif = Image.Exif()
+        exif.load(segment)
+        return exif.get(_ORIENTATION, 1) == 1
+    except Exception:  # damaged EXIF: Pillow's many kinds
+        return False
+
+
+def _decode_jpeg(data: bytes, header: PlainJpeg, shrink: int) -> np.ndarray:
+    """Returns uint8 (H, W, 3) at a fraction of the size; ImageError for what Pillow refuses."""
+    sides = -(-header.height // shrink), -(-header.width // shrink)
+    if simplejpeg is not None:
+        try:
+            pixels = simplejpeg.decode_jpeg(
+                data, min_height=sides[0], min_width=sides[1], min_factor=shrink
+            )
+        except ValueError:  # damaged, or odd: Pillow decides
+            pass
+        else:
+            if pixels.shape == (*sides, 3):
+                return pixels
+    return np.array(read_raw_rgb(data, shrink=shrink))

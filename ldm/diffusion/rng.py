@@ -20,6 +20,7 @@ from ldm.diffusion.philox import (
     make_philox_round_keys,
     normal_from_philox_words,
 )
+from ldm.utils.transfer import send
 
 MAX_HOST_WORDS = 2**19  # of a draw for a GPU: more are drawn there, in some 200 operations
 _DOUBLE_BITS = 53
@@ -168,7 +169,7 @@ class PhiloxGenerators(ImageGenerators):
         if by_tensors:
             return compute_philox_words(self.indices, words, round_keys=self.round_keys, draw=draw)
         drawn = draw_philox_words(self.positions, words, key=self.key, draw=draw)
-        return send_to_device(drawn, self.device)
+        return send(drawn, self.device)
 
 
 RNGS = {"philox": PhiloxGenerators, "torch": TorchGenerators}
@@ -232,12 +233,7 @@ def derive_philox_key(seed: int, stream: str) -> int:
 @lru_cache(16)
 def send_positions(positions: tuple[int, ...], device: torch.device) -> Tensor:
     """Positions (B,) on a device, sent once for all streams of a step."""
-    return send_to_device(torch.tensor(positions, dtype=torch.int64), device)
-
-
-def send_to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, without waiting for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    return send(torch.tensor(positions, dtype=torch.int64), device)
 
 
 def randn(
@@ -276,9 +272,9 @@ def randperm(
 ) -> Tensor:
     """A random order of 0 .. n - 1 for each image, (B, n)."""
     if isinstance(generator, ImageGenerators):
-        return generator.permutation(n).to(device)
+        return send(generator.permutation(n), device)
     orders = [torch.randperm(n, generator=own, device=own.device) for own in generator]
-    return torch.stack(orders).to(device)
+    return send(torch.stack(orders), device)
 
 
 _rand_double = partial(torch.rand, dtype=torch.float64)

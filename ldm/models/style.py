@@ -11,14 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-<<<<<<< HEAD
 from ldm.diffusion.rng import Generators, randperm
 from ldm.models.clip import Clip
-=======
->>>>>>> main
 from ldm.models.layers import Attention, zero_module
 from ldm.models.random_layers import GaussianNoise
-from ldm.utils.transfer import send
 
 NUM_STYLE_TOKENS = 8
 STYLE_CODE_NOISE_STD = 0.4  # in training, of a code whose own standard deviation is 1
@@ -55,7 +51,6 @@ class ClipStyleEncoder(nn.Module):
                 raise ValueError(f"style_encoder.{name} is a share from 0 to 1, got {share}")
         if code < 2:
             raise ValueError(f"style_encoder.code={code}: it takes 2 numbers or more")
-        from ldm.models.clip import Clip  # transformers: seconds, for this encoder alone
 
         self.clip = clip = Clip.load(path)
         del clip.model.text_model, clip.model.text_projection
@@ -114,15 +109,6 @@ def shuffle_tiles(images: Tensor, tiles: int, generators: Generators) -> Tensor:
     return cut.unflatten(1, (tiles, tiles)).permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
 
 
-<<<<<<< HEAD
-=======
-def sample_permutations(n: int, generators: Sequence[Generator], device: torch.device) -> Tensor:
-    """Returns a permutation of 0 .. n - 1 for each CPU generator, (B, n)."""
-    orders = torch.stack([torch.randperm(n, generator=own) for own in generators])
-    return send(orders, device)
-
-
->>>>>>> main
 class StyleTokens(nn.Module):
     """The features of a style image (B, N, F) to `NUM_STYLE_TOKENS` tokens (B, K, D).
 

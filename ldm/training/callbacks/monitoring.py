@@ -192,15 +192,10 @@ class RandomLayerSeeding(L.Callback):
         self.layers = find_random_layers(module)
 
     def on_train_batch_start(self, trainer: L.Trainer, module, batch: dict, batch_idx: int) -> None:
-<<<<<<< HEAD
-        torch.manual_seed(derive_seed(self.seed, batch["position"][0], stream="modules"))
-        how = {"device": module.device, "rng": self.rng}
-        assign_image_positions(self.layers, self.seed, batch["position"], **how)
-=======
         seed = derive_seed(self.seed, batch["position"][0], stream="modules")
         seed_default_generators(module.device, seed)
-        assign_image_positions(self.layers, self.seed, batch["position"])
->>>>>>> main
+        how = {"device": module.device, "rng": self.rng}
+        assign_image_positions(self.layers, self.seed, batch["position"], **how)
 
 
 def seed_default_generators(device: torch.device, seed: int) -> None:

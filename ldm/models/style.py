@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.rng import Generators, randperm
-from ldm.models.clip import Clip
 from ldm.models.layers import Attention, zero_module
 from ldm.models.random_layers import GaussianNoise
 
@@ -51,6 +50,7 @@ class ClipStyleEncoder(nn.Module):
                 raise ValueError(f"style_encoder.{name} is a share from 0 to 1, got {share}")
         if code < 2:
             raise ValueError(f"style_encoder.code={code}: it takes 2 numbers or more")
+        from ldm.models.clip import Clip  # transformers: seconds, for this encoder alone
 
         self.clip = clip = Clip.load(path)
         del clip.model.text_model, clip.model.text_projection

@@ -56,7 +56,7 @@ def keep_former_rng(cfg: DictConfig, run_dir: Path) -> None:
     """Gives a resumed run the random numbers of torch if it began with them; one line says so."""
     settings = read_former_settings(run_dir)
     began = None if settings is None else get_rng(settings)
-    if began == FORMER_RNG and not change_concerns("rng was", cfg.resume.allow):
+    if began == FORMER_RNG and not change_concerns(f"rng was {began}", cfg.resume.allow):
         cfg.rng = began
     if cfg.rng == FORMER_RNG and get_launcher_rank() == 0:
         how = "keeps" if began == FORMER_RNG else "begins with"

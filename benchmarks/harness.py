@@ -252,6 +252,8 @@ def run_process(words: Sequence[object], *, cwd: Path = ROOT, status: int = 0) -
 
 def run_forked(action: Callable[[], object]) -> float:
     """Runs `action` in a fork of this process; returns the CPU seconds of it and its children."""
+    gc.collect()
+    gc.freeze()  # a collection in the fork would copy the memory of this process
     pid = os.fork()
     if pid == 0:
         try:
@@ -263,6 +265,7 @@ def run_forked(action: Callable[[], object]) -> float:
         except BaseException:
             traceback.print_exc()
             os._exit(1)
+    gc.unfreeze()
     _, code, usage = os.wait4(pid, 0)
     if code:
         sys.exit("a measured process failed")

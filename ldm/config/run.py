@@ -51,7 +51,7 @@ from ldm.training.callbacks.ema_snapshots import EMASnapshots
 from ldm.training.callbacks.monitoring import ThroughputMonitor
 from ldm.training.fsdp import FullyShardedStrategy
 from ldm.training.job import TrainingJob, prepare_run_directory
-from ldm.training.lightning_adapter import defer_launch_signals
+from ldm.training.lightning_adapter import NoProfiler, defer_launch_signals
 from ldm.training.modules.diffusion import LatentDiffusion
 from ldm.utils.checkpoint_file import find_newest_checkpoint
 from ldm.utils.errors import UsageError, format_program
@@ -217,6 +217,7 @@ def build_trainer(
         plugins=[SafeCheckpointIO()],
         callbacks=callbacks,
         logger=loggers,
+        profiler=cfg.trainer.get("profiler") or NoProfiler(),
         default_root_dir=run_dir,
         enable_checkpointing=False,  # Lightning's own
         enable_model_summary=False,

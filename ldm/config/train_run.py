@@ -57,7 +57,7 @@ def keep_former_rng(cfg: DictConfig, run_dir: Path) -> None:
     if file.is_file() and any((run_dir / "checkpoints").glob("step=*.ckpt")):
         with suppress(ValueError):  # the check of the other settings reports it
             began = get_rng(read_yaml_settings(file))
-    if began == FORMER_RNG and not change_concerns("rng was", cfg.resume.allow):
+    if began == FORMER_RNG and not change_concerns(f"rng was {began}", cfg.resume.allow):
         cfg.rng = began
     if cfg.rng == FORMER_RNG and get_launcher_rank() == 0:
         how = "keeps" if began == FORMER_RNG else "begins with"

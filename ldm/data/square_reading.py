@@ -1,8 +1,9 @@
 """Reads images for training as squares: a quick decoder where it gives the same, torch's resize.
 
 The pixels are those of `image_decoding.crop_and_resize` but for three things: torch's resize rounds
-otherwise, a JPEG much larger than the square is decoded at a fraction of its size, and the colours
-of a JPEG are converted to sRGB after the resize. Shapes: S side of the square.
+otherwise (2 levels of 255), a JPEG much larger than the square is decoded at a fraction of its size
+(10 levels; the crop moves by less than a pixel of that size), and the colours of a JPEG are
+converted to sRGB after the resize. Shapes: S side of the square.
 """
 
 import re

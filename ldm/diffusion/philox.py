@@ -73,7 +73,7 @@ def compute_philox_words(
         [first, second, torch.full_like(first, draw), torch.zeros_like(first)]
     )  # (4, B, blocks)
     out = philox_4x64(counter.flatten(1), round_keys)  # (4, N)
-    return out.T.reshape(len(positions), blocks * WORDS_PER_BLOCK)
+    return out.T.contiguous().view(len(positions), blocks * WORDS_PER_BLOCK)
 
 
 def philox_4x64(counter: Tensor, round_keys: Tensor) -> Tensor:

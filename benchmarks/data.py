@@ -17,6 +17,7 @@ a process of its own, over --samples samples. The ratio is to webdataset, and ab
 import io
 import random
 import tempfile
+import warnings
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -73,6 +74,8 @@ def load_libraries() -> None:
     import webdataset  # noqa: F401
 
     import ldm.data.datamodule  # noqa: F401
+
+    warnings.filterwarnings("ignore", message=".*worker processes in total")  # more than cores
 
 
 def write_shards(folder: Path, pictures: list[Path], source: int, total: int) -> Path:

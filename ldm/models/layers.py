@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.diffusion.conditioning import Condition
 from ldm.models.kernels import attend
@@ -248,7 +249,12 @@ class Stage(nn.Module):
     """The layers of one resolution: residual blocks, each followed by its attention, if any.
 
     The middle of a network is block, attention, block. `resample` leads to the next resolution.
+    The attribute `checkpointing` has the backward pass compute each block and its attention again,
+    so what is inside them is not kept ("Training deep nets with sublinear memory cost", Chen et
+    al. 2016).
     """
+
+    checkpointing = False
 
     def __init__(
         self,
@@ -275,15 +281,22 @@ class Stage(nn.Module):
         from the end. temporal: mixes the frames of the result, if x are frames of videos.
         """
         features = []
-        for i, block in enumerate(self.blocks):
-            if skips:
-                x = torch.cat([x, skips[-1 - i]], dim=1)  # (B, C + C_skip, h, w)
-            x = block(x, emb)
-            if i < len(self.attentions):
-                x = self.attentions[i](x, cond)
+        for i in range(len(self.blocks)):
+            inputs = (i, x, skips[-1 - i] if skips else None, emb, cond)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(self._run_block, *inputs, use_reentrant=False)
+            else:
+                x = self._run_block(*inputs)
             features.append(x)
         if self.resample is not None:
             features.append(self.resample(x))
         if temporal is not None:
             features[-1] = temporal(features[-1])
         return features
+
+    def _run_block(
+        self, i: int, x: Tensor, skip: Tensor | None, emb: Tensor | None, cond: Condition | None
+    ) -> Tensor:
+        x = x if skip is None else torch.cat([x, skip], dim=1)  # (B, C + C_skip, h, w)
+        x = self.blocks[i](x, emb)
+        return self.attentions[i](x, cond) if i < len(self.attentions) else x

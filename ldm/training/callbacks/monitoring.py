@@ -220,7 +220,9 @@ class StepCounter(L.Callback):
         correct_logging_step(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx) -> None:
-        module.log("step", float(trainer.global_step))
+        # Only where Lightning logs: on a GPU this waits for the device.
+        if trainer.global_step % trainer.log_every_n_steps == 0 or trainer.should_stop:
+            module.log("step", float(trainer.global_step))
 
 
 class ProgressBar(TQDMProgressBar):

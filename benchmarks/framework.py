@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
-from statistics import mean, median, quantiles
+from statistics import mean
 
 from tqdm import tqdm
 
@@ -47,8 +47,9 @@ def main(words: list[str] | None = None) -> None:
         args.steps = 3
     with tempfile.TemporaryDirectory() as folder:
         costs, hooks = measure(Path(folder), args)
-    report = {"a step of model=nano, batch 2": costs, "where the time goes": hooks}
-    harness.report(args, report, steps=args.steps, workers=args.workers, logger=args.logger)
+    report = harness.Report(args, steps=args.steps, workers=args.workers, logger=args.logger)
+    report.add("a step of model=nano, batch 2", costs)
+    report.add("where the time goes", hooks)
 
 
 def measure(folder: Path, args) -> tuple[list[harness.Row], list[harness.Row]]:
@@ -112,22 +113,14 @@ def measure(folder: Path, args) -> tuple[list[harness.Row], list[harness.Row]]:
 
     loop, trainer = average(bare), average(whole)
     above = [b - a for a, b in zip(loop, trainer, strict=True)]
-    costs = [
-        describe("the bare loop", loop),
-        describe("train.py", trainer),
-        describe("the difference", above),
-    ]
+    rounds = {"the bare loop": loop, "train.py": trainer, "the difference": above}
+    costs = [harness.summarize(what, values, unit="ms") for what, values in rounds.items()]
     step = 1e3 * mean(whole[SETTLING + measured : SETTLING + measured + profiled])
     return costs, profiler.list_rows(steps=profiled, total=step)
 
 
 def no_clock(name: str) -> nullcontext:
     return nullcontext()
-
-
-def describe(label: str, rounds: list[float]) -> harness.Row:
-    low, _, high = quantiles(rounds, n=4) if len(rounds) > 1 else rounds * 3
-    return {"what": label, "ms": median(rounds), "low": low, "high": high, "_ms": rounds}
 
 
 def make_profiler():

@@ -72,6 +72,19 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> argpa
     return args
 
 
+def add_only(parser: argparse.ArgumentParser) -> None:
+    """Adds --only, for `select`."""
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows with this in their name")
+
+
+def select(variants: Mapping[str, object], args: argparse.Namespace, parser) -> dict:
+    """Returns the variants that --only chooses; ends the program where there is none."""
+    chosen = {name: run for name, run in variants.items() if args.only in name}
+    if not chosen:
+        parser.error(f"--only {args.only}: there is no such row. There are: {', '.join(variants)}")
+    return chosen
+
+
 def race(
     variants: Mapping[str, Callable[[], float | None]], *, rounds: int, title: str, warm_up: int = 1
 ) -> dict[str, list[float]]:
@@ -95,6 +108,10 @@ def race(
     return found
 
 
+def discard(result: object) -> None:
+    """Drops a result: a variant that returns something would seem to measure itself."""
+
+
 def compare(
     seconds: Mapping[str, Sequence[float]], *, base: str, unit: str = "ms", per: float = 1
 ) -> list[Row]:
@@ -106,7 +123,7 @@ def compare(
     rows = []
     for name, own in seconds.items():
         ratios = [b / a for a, b in zip(own, seconds[base], strict=True)]
-        low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        low, _, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         rows.append(
             {
                 "variant": name,
@@ -120,24 +137,31 @@ def compare(
     return rows
 
 
-def report(args: argparse.Namespace, tables: Mapping[str, Sequence[Row]], **facts: object) -> None:
-    """Prints the tables in Markdown; writes them, and how they came about, to `args.out`."""
-    for title, rows in tables.items():
+def summarize(what: str, values: Sequence[float], *, unit: str) -> Row:
+    """Returns a row of the median and the quartiles of values in `unit`."""
+    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    return {"what": what, unit: median(values), "low": low, "high": high, f"_{unit}": list(values)}
+
+
+class Report:
+    """The tables of one benchmark: each is printed and written to `args.out` once it is measured.
+
+    facts: what else the file says of them.
+    """
+
+    def __init__(self, args: argparse.Namespace, **facts: object) -> None:
+        self.out, self.tables = args.out, {}
+        options = {key: getattr(args, key) for key in ("benchmark", "command", "rounds", "quick")}
+        self.facts = {**options, **describe_machine(), **facts}
+
+    def add(self, title: str, rows: Sequence[Row]) -> None:
+        """Adds a table."""
         print_table(title, rows)
-    if args.out is None:
-        return
-    found = {
-        "benchmark": args.benchmark,
-        "command": args.command,
-        "rounds": args.rounds,
-        "quick": args.quick,
-        **describe_machine(),
-        **facts,
-        "tables": tables,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1, default=str) + "\n")
-    print(f"\n{args.out}")
+        self.tables[title] = rows
+        if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            found = {**self.facts, "tables": self.tables}
+            self.out.write_text(json.dumps(found, indent=1, default=str) + "\n")
 
 
 def print_table(title: str, rows: Sequence[Row]) -> None:
@@ -145,7 +169,7 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
     keys = list(dict.fromkeys(key for row in rows for key in row if not key.startswith("_")))
     lines = [keys, *([format_cell(row.get(key)) for key in keys] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(keys))]
-    print(f"\n{title}")
+    print(f"\n{title}\n")
     for number, line in enumerate(lines):
         cells = [
             cell.ljust(width) if i == 0 else cell.rjust(width)
@@ -153,7 +177,7 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
         ]
         print(f"| {' | '.join(cells)} |")
         if number == 0:
-            print(f"| {' | '.join('-' * width for width in widths)} |")
+            print(f"| {' | '.join('-' * width for width in widths)} |", flush=True)
 
 
 def format_cell(value: object) -> str:
@@ -211,12 +235,12 @@ class Usage:
     output: str
 
 
-def run_process(words: Sequence[str], *, status: int = 0, **environment: str) -> Usage:
-    """Runs `python WORDS` in the project's folder; SystemExit unless it ends with `status`."""
-    command = [sys.executable, *map(str, words)]
-    given = {**os.environ, **environment}
+def run_process(words: Sequence[object], *, cwd: Path = ROOT, status: int = 0) -> Usage:
+    """Runs `python WORDS` in the folder `cwd`; SystemExit unless it ends with `status`."""
+    command, given = [sys.executable, *map(str, words)], {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
     with subprocess.Popen(
-        command, cwd=ROOT, env=given, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, cwd=cwd, env=given, text=True, stdout=pipe, stderr=subprocess.STDOUT
     ) as process:
         output = process.stdout.read()
         _, code, usage = os.wait4(process.pid, 0)
@@ -228,6 +252,8 @@ def run_process(words: Sequence[str], *, status: int = 0, **environment: str) ->
 
 def run_forked(action: Callable[[], object]) -> float:
     """Runs `action` in a fork of this process; returns the CPU seconds of it and its children."""
+    gc.collect()
+    gc.freeze()  # a collection in the fork would copy the memory of this process
     pid = os.fork()
     if pid == 0:
         try:
@@ -239,6 +265,7 @@ def run_forked(action: Callable[[], object]) -> float:
         except BaseException:
             traceback.print_exc()
             os._exit(1)
+    gc.unfreeze()
     _, code, usage = os.wait4(pid, 0)
     if code:
         sys.exit("a measured process failed")

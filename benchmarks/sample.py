@@ -29,11 +29,10 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="also with torch.compile, bfloat16")
     args = harness.parse(parser, words)
     shapes = ["tiny"] if args.quick else [args.shape] if args.shape else ["S", "M"]
-    tables = {}
+    report = harness.Report(args)
     for name in shapes:
         with tempfile.TemporaryDirectory() as folder:
-            tables[f"sampling, {name}"] = measure(name, Path(folder), args)
-    harness.report(args, tables)
+            report.add(f"sampling, {name}", measure(name, Path(folder), args))
 
 
 def measure(name: str, folder: Path, args) -> list[harness.Row]:
@@ -83,9 +82,9 @@ def measure(name: str, folder: Path, args) -> list[harness.Row]:
     }
     if args.compile:
         theirs["diffusers bfloat16 (weights), compiled"] = peer(dtype=torch.bfloat16, compiled=True)
-    variants = {label: lambda run=run: discard(run()) for label, run in theirs.items()}
+    variants = {label: lambda run=run: harness.discard(run()) for label, run in theirs.items()}
     for label, pipeline in ours.items():
-        variants[label] = lambda pipeline=pipeline: discard(
+        variants[label] = lambda pipeline=pipeline: harness.discard(
             pipeline(prompts, seeds=seeds, size=shape.side, steps=shape.steps)
         )
     seconds = harness.race(variants, rounds=args.rounds, title=name)
@@ -97,10 +96,6 @@ def measure(name: str, folder: Path, args) -> list[harness.Row]:
     for row in rows:
         row["error"] = relative_rms(latents[row["variant"]], latents[BASE])
     return rows
-
-
-def discard(result: object) -> None:
-    """Drops a result: a variant that returns something would seem to measure itself."""
 
 
 def train_one_step(shape, folder: Path) -> Path:

@@ -13,7 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.command_line import TextOptions, command, pop_text_options, require_option
 from ldm.config.measurement import format_device_name
-from ldm.config.sample_options import LOCATION_SETTINGS, check_checkpoints_and_device
+from ldm.config.sample_options import (
+    LOCATION_SETTINGS,
+    check_checkpoints_and_device,
+    print_on_first_rank,
+)
 from ldm.utils.errors import UsageError
 from ldm.utils.locks import InUseError, lock_directory
 from ldm.utils.text import get_progress_interval
@@ -168,7 +172,6 @@ def create_clip_scorer(clip: str | None, restored) -> tuple[Callable, str | None
     if clip in NO_CLIP:
         return lambda images, prompts: [None] * len(prompts), None
 
-    from ldm.config.evaluation import print_on_first_rank
     from ldm.config.training_images import SCENES_TARGET
     from ldm.evaluation.features.clip import ClipFeatures
     from ldm.evaluation.metrics.clip_score import clip_score

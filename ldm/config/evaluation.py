@@ -20,6 +20,7 @@ from ldm.config.pipeline import (
     load_pipeline,
     replace_sampling,
 )
+from ldm.config.sample_options import print_on_first_rank
 from ldm.config.training_images import (
     SCENES_TARGET,
     find_real_size,
@@ -83,12 +84,6 @@ def build_evaluation_source(
             "give features.clip.path=openai/clip-vit-base-patch32, a folder, or a run of stage=clip"
         )
     return source
-
-
-def print_on_first_rank(text: str) -> None:
-    """Prints once, whatever the number of processes."""
-    if ProcessGroup().rank == 0:
-        print(text, flush=True)
 
 
 def join_process_group(device: torch.device) -> torch.device:

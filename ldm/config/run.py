@@ -29,7 +29,7 @@ from ldm.config.components import (
 )
 from ldm.config.guidance import build_guidance
 from ldm.config.loggers import build_loggers
-from ldm.config.sample_options import get_compile_mode
+from ldm.config.sample_options import get_compile_mode, print_on_first_rank
 from ldm.config.stages import (
     build_autoencoder_training,
     build_classifier_training,
@@ -44,7 +44,6 @@ from ldm.config.training_checks import (
 from ldm.config.trust import list_trusted_packages
 from ldm.data.datamodule import TextImageData
 from ldm.evaluation.image_metrics import ImageMetric
-from ldm.experiments.run_dir import get_launcher_rank
 from ldm.inference.components import Components
 from ldm.inference.pipeline import Pipeline
 from ldm.training.callbacks.checkpoint_storage import SafeCheckpointIO
@@ -147,12 +146,6 @@ def build_diffusion_components(cfg: DictConfig, run_dir: Path) -> Components:
     return components
 
 
-def print_on_first_rank(line: str) -> None:
-    """Prints a line in the first process of a run."""
-    if get_launcher_rank() == 0:
-        print(line, flush=True)
-
-
 def build_diffusion_training(
     components: Components,
     metrics: Mapping[str, ImageMetric],
@@ -170,6 +163,7 @@ def build_diffusion_training(
         caption_dropout=cfg.caption_dropout,
         validate_raw=cfg.validate_raw,
         seed=cfg.seed,
+        rng=cfg.rng,
     )
     if (mode := get_compile_mode(cfg)) is not None:
         from ldm.models.compilation import compile_network  # the compiler takes a second to import
@@ -198,6 +192,7 @@ def build_validation_pipeline(
         dtype=get_autocast_dtype(cfg.trainer.get("precision")) if on_gpu else None,
         trained_size=data.size,
         num_frames=data.frames,
+        rng=cfg.rng,
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from ldm.config.size_multiple import read_size_multiple
-from ldm.experiments.run_dir import find_run_of_checkpoint, read_yaml_settings
+from ldm.experiments.run_dir import find_run_of_checkpoint, get_launcher_rank, read_yaml_settings
 from ldm.inference.image_size import parse_image_size
 from ldm.utils.errors import UsageError, format_unknown_checkpoint
 from ldm.utils.files import resolve_path
@@ -139,3 +139,9 @@ def list_cascade_runs(cfg: DictConfig) -> list[str]:
     """The runs of `cascade`, a list or one alone, with `~` expanded."""
     cascade = [cfg.cascade] if isinstance(cfg.cascade, str) else cfg.cascade or []
     return [os.path.expanduser(str(ckpt)) for ckpt in cascade]
+
+
+def print_on_first_rank(line: str) -> None:
+    """Prints a line once, whatever the number of processes."""
+    if get_launcher_rank() == 0:
+        print(line, flush=True)

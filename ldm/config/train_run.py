@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.command_line import convert_to_usage_errors
 from ldm.config.composition import compose_default_config, list_task_words
+from ldm.experiments.former_names import FORMER_RNG, get_rng
 from ldm.experiments.run_dir import (
     SWEEP_FILE,
     change_concerns,
@@ -34,6 +35,7 @@ def train_run(cfg: DictConfig, run_dir: Path, signals: StopSignals) -> dict:
         lock = closing(lock_directory(run_dir)) if get_launcher_rank() == 0 else nullcontext()
     with lock:
         with convert_to_usage_errors():
+            keep_former_rng(cfg, run_dir)
             check_config_unchanged(cfg, run_dir)
             if is_run_finished(run_dir, cfg.trainer.max_steps, stops=bool(cfg.early_stop)):
                 value = f"{cfg.metric} = {read_last_value(run_dir, cfg.metric)}"
@@ -49,6 +51,19 @@ def train_run(cfg: DictConfig, run_dir: Path, signals: StopSignals) -> dict:
         return train_job(cfg, job, run_dir, signals)
 
 
+def keep_former_rng(cfg: DictConfig, run_dir: Path) -> None:
+    """Gives a resumed run the random numbers of torch if it began with them; one line says so."""
+    file, began = run_dir / "config.yaml", None
+    if file.is_file() and any((run_dir / "checkpoints").glob("step=*.ckpt")):
+        with suppress(ValueError):  # the check of the other settings reports it
+            began = get_rng(read_yaml_settings(file))
+    if began == FORMER_RNG and not change_concerns(f"rng was {began}", cfg.resume.allow):
+        cfg.rng = began
+    if cfg.rng == FORMER_RNG and get_launcher_rank() == 0:
+        how = "keeps" if began == FORMER_RNG else "begins with"
+        print(f"{run_dir} {how} the random numbers of torch (rng=torch)", flush=True)
+
+
 def check_config_unchanged(cfg: DictConfig, run_dir: Path) -> None:
     """Refuses to resume a run under another configuration; UsageError names what differs."""
     if (run_dir / SWEEP_FILE).is_file():
@@ -62,7 +77,7 @@ def check_config_unchanged(cfg: DictConfig, run_dir: Path) -> None:
         old = read_yaml_settings(file)
     except ValueError as error:
         raise UsageError(f"{error}. Move the folder away to begin anew") from error
-    new = OmegaConf.to_container(cfg, resolve=True)
+    old["rng"], new = get_rng(old), OmegaConf.to_container(cfg, resolve=True)
     default = compose_default_config("train", list_task_words())
     changes = list_config_changes(old, new, default)
     changes = [change for change in changes if not change_concerns(change, cfg.resume.allow)]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm.diffusion.conditioning import Condition, Conditioning, GuidancePrompts
 from ldm.diffusion.guidance.base import ConditionalDenoiser, Denoise, Guidance
-from ldm.diffusion.rng import ImageNoise
+from ldm.diffusion.rng import ImageNoise, make_sampling_generators
 from ldm.diffusion.samplers.base import OnStep, Sampler
 from ldm.diffusion.samplers.ddim import DDIMSampler
 from ldm.diffusion.samplers.inversion import invert_ddim
@@ -32,6 +32,7 @@ class Pipeline:
     dtype: torch.dtype | None = None  # of autocast; None is float32
     trained_size: int | None = None  # pixels; a task with tiles generates tiles of that size
     num_frames: int | None = None  # of a video; None generates images
+    rng: str = "philox"  # or `torch`, for the images of former runs
 
     def replace_components(self, **changes: object) -> "Pipeline":
         """The same pipeline with other components."""
@@ -79,7 +80,7 @@ class Pipeline:
         size = (size, size) if isinstance(size, int) else tuple(size)
         task, schedule = self.components.task, self.components.objective.schedule
         encode = self.components.autoencoder.encode
-        white_noise = ImageNoise(seeds, device=self.device)
+        white_noise = ImageNoise(seeds, device=self.device, rng=self.rng)
 
         def noise(x: Tensor) -> Tensor:
             return task.shape_noise(white_noise(x))
@@ -237,7 +238,7 @@ class Pipeline:
                 f"style=: this model was trained without style images; `{format_program('train')} "
                 "style_encoder=clip init=RUN` starts from it and trains one that takes them"
             )
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generators = make_sampling_generators(seeds, stream="style", rng=self.rng)
         images = style.to(self.device).expand(len(seeds), *style.shape[1:])
         return self.components.style_encoder(images, generators)
 

@@ -38,9 +38,10 @@ class CompiledCall:
     def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         if self.calls < 2:
             self._report_time()
+        t = t.expand(len(x)).contiguous()  # else a graph for () and one for (B,)
         if not self.has_fixed_sizes:
             for part in (x, t, *cond.parts()):
-                if part is not None and part.ndim:
+                if part is not None:
                     maybe_mark_dynamic(part, 0)
         try:
             out = self.compiled(x, t, cond)

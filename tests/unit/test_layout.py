@@ -12,12 +12,12 @@ ROOT = Path(__file__).parents[2]
 # A room imports from the rooms before it in this table, and from itself (docs/design.md).
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
-    "utils": 1785,
-    "diffusion": 2620,
+    "utils": 1800,
+    "diffusion": 2980,
     "models": 2760,
     "data": 4050,
     "inference": 745,
-    "evaluation": 3000,
+    "evaluation": 3070,
     "experiments": 2140,
     "training": 3650,
     "config": 4790,

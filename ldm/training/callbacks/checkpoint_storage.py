@@ -1,5 +1,6 @@
 """How a checkpoint gets to the disk: Lightning's plugin, and a writer that may use a thread."""
 
+import math
 import shutil
 import threading
 import warnings
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
@@ -25,6 +27,7 @@ from ldm.utils.checkpoint_file import (
     write_checkpoint,
 )
 
+SMALL_COPY = 2**28  # bytes; those of model=nano are 110 MiB
 # Of these exact types: a subclass, as numpy's numbers are, would be stored as an object.
 CHECKPOINT_TYPES = (str, bytes, bool, int, float, complex, type(None))
 # The entries of a checkpoint that a run needs; others are of callbacks.
@@ -81,7 +84,7 @@ class CheckpointWriter:
     folder: Path
     keep: int  # the number of newest checkpoints that stay, besides `best`
     best: BestCheckpoints
-    background: bool  # a thread writes a copy in host memory
+    background: bool | Literal["auto"]  # a thread writes a copy in host memory
     weights: bool  # each save also writes weights/step=*.safetensors
     thread: threading.Thread | None = None
     error: BaseException | None = None  # of the last save, until `wait` reports it
@@ -97,6 +100,8 @@ class CheckpointWriter:
     def save(self, payload: dict, path: Path) -> None:
         """Writes a checkpoint, or starts to; Lightning calls it on rank 0."""
         self.wait()
+        if self.background == "auto":
+            self._choose_background(payload)
         if self.background:
             payload = copy_to_host(payload, self.pool)
             if torch.cuda.is_available():
@@ -132,6 +137,22 @@ class CheckpointWriter:
         )
         warnings.warn(f"{self.problem}; the training goes on", stacklevel=2)
 
+    def _choose_background(self, payload: dict) -> None:
+        size = count_tensor_bytes(payload)
+        on_cpu = next(iter(payload["state_dict"].values())).device.type == "cpu"
+        self.background = has_memory_for_copy(
+            size, on_cpu=on_cpu, available=read_available_memory()
+        )
+        if size > SMALL_COPY:
+            how, other = "in the foreground, without a copy", "true writes a copy while the"
+            if self.background:
+                how, other = "from a copy in the host's memory", "false makes none, and the"
+            print(
+                f"a checkpoint of {size / 2**30:.1f} GiB is written {how}: checkpoint.background="
+                f"{other} training {'waits' if self.background else 'goes on'}",
+                flush=True,
+            )
+
     def _start(self, payload: dict | None, path: Path) -> None:
         self.problem, self.path = None, path
         self.needed = count_tensor_bytes(payload or {})
@@ -155,6 +176,24 @@ class CheckpointWriter:
                 export_weights(payload, self.folder.parent / "weights" / name)
         except BaseException as error:
             self.error = error
+
+
+def has_memory_for_copy(size: int, *, on_cpu: bool, available: float) -> bool:
+    """Returns whether a copy of `size` bytes of state is small in the host's memory.
+
+    on_cpu: the state is in this memory, too, and is most of what the training takes. available:
+    bytes, of which the copy of a GPU's state may take half.
+    """
+    return size <= SMALL_COPY or (not on_cpu and size <= available / 2)
+
+
+def read_available_memory() -> float:
+    """Returns the bytes of the host's memory that are available; infinity if it does not say."""
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+    except OSError:  # macOS
+        return math.inf
+    return 1024 * int(meminfo.partition("MemAvailable:")[2].split()[0])
 
 
 def find_object(value: object) -> str | None:

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import lightning as L
 
@@ -35,7 +36,8 @@ class Checkpoints(L.Callback):
     as well; `best.ckpt` links to the first of them.
     A save that fails for lack of space or rights gives a warning, and training goes on; only if
     the last save of the run fails, CheckpointError is raised.
-    background: training waits only for a copy in host memory, and a thread writes it.
+    background: training waits only for a copy in host memory, and a thread writes it. "auto": if
+    the copy is small in that memory, which is found out at the first save.
     weights: each save also writes weights/step=*.safetensors next to `folder`.
     facts: plain values stored with each checkpoint, such as the configuration.
     """
@@ -50,7 +52,7 @@ class Checkpoints(L.Callback):
         keep_best: int = 0,
         metric: str = "val/loss",
         direction: str = "minimize",
-        background: bool = False,
+        background: bool | Literal["auto"] = False,
         weights: bool = False,
         skipper: NonFiniteStepSkipper | None = None,
     ) -> None:

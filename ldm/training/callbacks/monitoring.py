@@ -188,8 +188,8 @@ class RandomLayerSeeding(L.Callback):
     numbers depend on the number of devices.
     """
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, rng: str = "philox") -> None:
+        self.seed, self.rng = seed, rng
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.layers = find_random_layers(module)
@@ -197,7 +197,8 @@ class RandomLayerSeeding(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, module, batch: dict, batch_idx: int) -> None:
         seed = derive_seed(self.seed, batch["position"][0], stream="modules")
         seed_default_generators(module.device, seed)
-        assign_image_positions(self.layers, self.seed, batch["position"])
+        how = {"device": module.device, "rng": self.rng}
+        assign_image_positions(self.layers, self.seed, batch["position"], **how)
 
 
 def seed_default_generators(device: torch.device, seed: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from ldm.diffusion.rng import make_generators, rand, randn
+from ldm.diffusion.rng import ImageGenerators, make_generators, rand, randn
 from ldm.diffusion.schedules import expand_dims_like
 from ldm.models.noisy_classifier import NoisyClassifier
 from ldm.training.step_clock import StepClock
@@ -34,13 +34,19 @@ class ClassifierTraining(L.LightningModule):
     clock: StepClock | None = None  # set by ThroughputMonitor
 
     def __init__(
-        self, classifier: NoisyClassifier, autoencoder: nn.Module, *, optimizer, seed: int = 0
+        self,
+        classifier: NoisyClassifier,
+        autoencoder: nn.Module,
+        *,
+        optimizer,
+        seed: int = 0,
+        rng: str = "philox",
     ) -> None:
         super().__init__()
         self.classifier = classifier
         self.frozen = (autoencoder.eval().requires_grad_(False), classifier.text)
         self.make_optimizer = optimizer
-        self.seed = seed
+        self.seed, self.rng = seed, rng
         self.accuracy_name = "accuracy" if classifier.has_names else "recall"
         bands = (f"{self.accuracy_name}_t{band}" for band in range(NUM_RECALL_BANDS))
         self.val = nn.ModuleDict({name: MeanMetric() for name in ("loss", *bands)})
@@ -113,9 +119,10 @@ class ClassifierTraining(L.LightningModule):
         whole = "accuracy" if self.classifier.has_names else "recall_at_1"
         self.log(f"val/{whole}", self.val_accuracy, prog_bar=True)
 
-    def make_generators(self, batch: dict, stream: str) -> list[torch.Generator]:
-        """Returns one generator per image for one stream of random numbers."""
-        return make_generators(self.seed, batch["position"], stream=stream, device=self.device)
+    def make_generators(self, batch: dict, stream: str) -> ImageGenerators:
+        """Returns the images' generators for one stream of random numbers."""
+        how = {"device": self.device, "rng": self.rng}
+        return make_generators(self.seed, batch["position"], stream=stream, **how)
 
     def on_fit_start(self) -> None:
         for part in self.frozen:

@@ -15,7 +15,11 @@ from safetensors.torch import load_file
 from same_training import Validations, assert_same, assert_same_training
 from world import latent_diffusion, make_trainer, shapes_data
 
-from ldm.training.callbacks.checkpoint_storage import copy_to_host
+from ldm.training.callbacks.checkpoint_storage import (
+    copy_to_host,
+    has_memory_for_copy,
+    read_available_memory,
+)
 from ldm.training.callbacks.checkpointing import Checkpoints
 from ldm.training.callbacks.monitoring import SampleImages
 from ldm.utils.checkpoint_file import (
@@ -116,6 +120,29 @@ def test_background_saves_write_the_same_checkpoints(tmp_path, shapes, tiny_text
         assert a.name == b.name
         assert_same(read_checkpoint(a), read_checkpoint(b))
     assert a.name == "step=00000007_end.ckpt"
+
+
+def test_a_large_state_is_copied_only_where_it_is_small_in_memory():
+    gib, cpu = 2**30, {"on_cpu": True, "available": 2**40}
+    gpu = {"on_cpu": False, "available": 8 * gib}
+    assert has_memory_for_copy(gib // 5, **cpu)
+    assert not has_memory_for_copy(gib, **cpu)
+    assert has_memory_for_copy(4 * gib, **gpu)
+    assert not has_memory_for_copy(5 * gib, **gpu)
+    assert 2**20 < read_available_memory() < 2**50
+
+
+def test_auto_says_by_size_that_a_large_checkpoint_is_not_copied(
+    tmp_path, shapes, tiny_text, monkeypatch, capsys
+):
+    train(tmp_path / "small", shapes, tiny_text, steps=1, background="auto")
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("ldm.training.callbacks.checkpoint_storage.SMALL_COPY", 1000)
+    train(tmp_path / "large", shapes, tiny_text, steps=1, background="auto")
+    assert capsys.readouterr().out == (
+        "a checkpoint of 0.0 GiB is written in the foreground, without a copy: "
+        "checkpoint.background=true writes a copy while the training goes on\n"
+    )
 
 
 def test_an_error_waits_for_the_save(tmp_path, shapes, tiny_text):

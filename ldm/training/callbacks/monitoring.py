@@ -197,8 +197,9 @@ class RandomLayerSeeding(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, module, batch: dict, batch_idx: int) -> None:
         seed = derive_seed(self.seed, batch["position"][0], stream="modules")
         seed_default_generators(module.device, seed)
-        how = {"device": module.device, "rng": self.rng}
-        assign_image_positions(self.layers, self.seed, batch["position"], **how)
+        if self.layers:
+            how = {"device": module.device, "rng": self.rng}
+            assign_image_positions(self.layers, self.seed, batch["position"], **how)
 
 
 def seed_default_generators(device: torch.device, seed: int) -> None:

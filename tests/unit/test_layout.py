@@ -15,7 +15,7 @@ ROOM_LINES = {
     "utils": 1800,
     "diffusion": 2980,
     "models": 2760,
-    "data": 4050,
+    "data": 4370,
     "inference": 745,
     "evaluation": 3070,
     "experiments": 2140,

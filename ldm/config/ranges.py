@@ -123,7 +123,8 @@ AMOUNT = NumberRule("[0, inf)")  # however large: a bound that is never reached
 # The width of an EMA, as a share of the run; at most all steps alike.
 EMA_LENGTH_RANGE = NumberRule(f"(0, {12**-0.5}]")
 
-PRECISIONS = (  # Lightning's
+PRECISIONS = (  # Lightning's, and ours
+    "auto",
     *("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
     *("32", "bf16", "16", "64", "transformer-engine", "transformer-engine-float16"),
 )

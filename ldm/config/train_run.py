@@ -36,6 +36,7 @@ def train_run(cfg: DictConfig, run_dir: Path, signals: StopSignals) -> dict:
     with lock:
         with convert_to_usage_errors():
             keep_former_rng(cfg, run_dir)
+            keep_former_precision(cfg, run_dir)
             check_config_unchanged(cfg, run_dir)
             if is_run_finished(run_dir, cfg.trainer.max_steps, stops=bool(cfg.early_stop)):
                 value = f"{cfg.metric} = {read_last_value(run_dir, cfg.metric)}"
@@ -53,15 +54,28 @@ def train_run(cfg: DictConfig, run_dir: Path, signals: StopSignals) -> dict:
 
 def keep_former_rng(cfg: DictConfig, run_dir: Path) -> None:
     """Gives a resumed run the random numbers of torch if it began with them; one line says so."""
-    file, began = run_dir / "config.yaml", None
-    if file.is_file() and any((run_dir / "checkpoints").glob("step=*.ckpt")):
-        with suppress(ValueError):  # the check of the other settings reports it
-            began = get_rng(read_yaml_settings(file))
+    settings = read_former_settings(run_dir)
+    began = None if settings is None else get_rng(settings)
     if began == FORMER_RNG and not change_concerns(f"rng was {began}", cfg.resume.allow):
         cfg.rng = began
     if cfg.rng == FORMER_RNG and get_launcher_rank() == 0:
         how = "keeps" if began == FORMER_RNG else "begins with"
         print(f"{run_dir} {how} the random numbers of torch (rng=torch)", flush=True)
+
+
+def keep_former_precision(cfg: DictConfig, run_dir: Path) -> None:
+    """Gives a resumed run with `trainer.precision=auto` the precision that it began with."""
+    settings = read_former_settings(run_dir)
+    if settings is not None and cfg.trainer.get("precision") == "auto":
+        cfg.trainer.precision = (settings.get("trainer") or {}).get("precision", "32-true")
+
+
+def read_former_settings(run_dir: Path) -> dict | None:
+    """The configuration that a run with a checkpoint began with; None for any other run."""
+    if any((run_dir / "checkpoints").glob("step=*.ckpt")):
+        with suppress(ValueError, OSError):  # the check of all settings reports it
+            return read_yaml_settings(run_dir / "config.yaml") or None
+    return None
 
 
 def check_config_unchanged(cfg: DictConfig, run_dir: Path) -> None:
@@ -99,7 +113,10 @@ def build_interruptible_job(cfg: DictConfig, run_dir: Path, signals: StopSignals
                 write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
             from ldm.config.run import build_job  # torch: a typo need not wait for it
 
+            precision = cfg.trainer.get("precision")
             job = build_job(cfg, run_dir, signals)
+            if first and cfg.trainer.get("precision") != precision:  # "auto" is one of them now
+                write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         signals.at_once = False
         return job
     except SystemExit:

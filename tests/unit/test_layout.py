@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[2]
 ROOM_LINES = {
     "utils": 1800,
     "diffusion": 2980,
-    "models": 2760,
-    "data": 4050,
+    "models": 2850,
+    "data": 4380,
     "inference": 745,
-    "evaluation": 3105,
+    "evaluation": 3110,
     "experiments": 2140,
-    "training": 3650,
-    "config": 4790,
+    "training": 3680,
+    "config": 4920,
     "cli": 1850,
 }
 ROOMS = tuple(ROOM_LINES)

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[2]
 ROOM_LINES = {
     "utils": 1780,
     "diffusion": 2620,
-    "models": 2760,
+    "models": 2800,
     "data": 4050,
-    "inference": 745,
+    "inference": 860,
     "evaluation": 3000,
     "experiments": 2140,
     "training": 3650,

@@ -39,13 +39,14 @@ def main(words: list[str] | None = None) -> None:
         harness.select(variants, args, parser), rounds=args.rounds, title="evaluation", warm_up=0
     )
     rows = [harness.summarize(name, values, unit="CPU s") for name, values in seconds.items()]
-    tables = {f"evaluation, {args.pictures} pictures, {args.real} real ones": rows}
+    report = harness.Report(args, pictures=args.pictures, real=args.real)
+    report.add(f"evaluation, {args.pictures} pictures, {args.real} real ones", rows)
     if ours := distances.get("frechet, first"):
-        tables["Frechet distances"] = [
+        found = [
             {"what": name, "distance": value, "relative difference": abs(value / ours - 1)}
             for name, value in distances.items()
         ]
-    harness.report(args, tables, pictures=args.pictures, real=args.real)
+        report.add("Frechet distances", found)
 
 
 def make_features(count: int, width: int, seed: int):

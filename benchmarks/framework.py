@@ -47,8 +47,9 @@ def main(words: list[str] | None = None) -> None:
         args.steps = 3
     with tempfile.TemporaryDirectory() as folder:
         costs, hooks = measure(Path(folder), args)
-    report = {"a step of model=nano, batch 2": costs, "where the time goes": hooks}
-    harness.report(args, report, steps=args.steps, workers=args.workers, logger=args.logger)
+    report = harness.Report(args, steps=args.steps, workers=args.workers, logger=args.logger)
+    report.add("a step of model=nano, batch 2", costs)
+    report.add("where the time goes", hooks)
 
 
 def measure(folder: Path, args) -> tuple[list[harness.Row], list[harness.Row]]:

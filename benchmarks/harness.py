@@ -143,24 +143,25 @@ def summarize(what: str, values: Sequence[float], *, unit: str) -> Row:
     return {"what": what, unit: median(values), "low": low, "high": high, f"_{unit}": list(values)}
 
 
-def report(args: argparse.Namespace, tables: Mapping[str, Sequence[Row]], **facts: object) -> None:
-    """Prints the tables in Markdown; writes them, and how they came about, to `args.out`."""
-    for title, rows in tables.items():
+class Report:
+    """The tables of one benchmark: each is printed and written to `args.out` once it is measured.
+
+    facts: what else the file says of them.
+    """
+
+    def __init__(self, args: argparse.Namespace, **facts: object) -> None:
+        self.out, self.tables = args.out, {}
+        options = {key: getattr(args, key) for key in ("benchmark", "command", "rounds", "quick")}
+        self.facts = {**options, **describe_machine(), **facts}
+
+    def add(self, title: str, rows: Sequence[Row]) -> None:
+        """Adds a table."""
         print_table(title, rows)
-    if args.out is None:
-        return
-    found = {
-        "benchmark": args.benchmark,
-        "command": args.command,
-        "rounds": args.rounds,
-        "quick": args.quick,
-        **describe_machine(),
-        **facts,
-        "tables": tables,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1, default=str) + "\n")
-    print(f"\n{args.out}")
+        self.tables[title] = rows
+        if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            found = {**self.facts, "tables": self.tables}
+            self.out.write_text(json.dumps(found, indent=1, default=str) + "\n")
 
 
 def print_table(title: str, rows: Sequence[Row]) -> None:
@@ -168,7 +169,7 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
     keys = list(dict.fromkeys(key for row in rows for key in row if not key.startswith("_")))
     lines = [keys, *([format_cell(row.get(key)) for key in keys] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(keys))]
-    print(f"\n{title}")
+    print(f"\n{title}\n")
     for number, line in enumerate(lines):
         cells = [
             cell.ljust(width) if i == 0 else cell.rjust(width)
@@ -176,7 +177,7 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
         ]
         print(f"| {' | '.join(cells)} |")
         if number == 0:
-            print(f"| {' | '.join('-' * width for width in widths)} |")
+            print(f"| {' | '.join('-' * width for width in widths)} |", flush=True)
 
 
 def format_cell(value: object) -> str:
@@ -251,6 +252,8 @@ def run_process(words: Sequence[object], *, cwd: Path = ROOT, status: int = 0) -
 
 def run_forked(action: Callable[[], object]) -> float:
     """Runs `action` in a fork of this process; returns the CPU seconds of it and its children."""
+    gc.collect()
+    gc.freeze()  # a collection in the fork would copy the memory of this process
     pid = os.fork()
     if pid == 0:
         try:
@@ -262,6 +265,7 @@ def run_forked(action: Callable[[], object]) -> float:
         except BaseException:
             traceback.print_exc()
             os._exit(1)
+    gc.unfreeze()
     _, code, usage = os.wait4(pid, 0)
     if code:
         sys.exit("a measured process failed")

@@ -36,7 +36,7 @@ def main(words: list[str] | None = None) -> None:
         variants = harness.select(list_variants(Path(folder), args), args, parser)
         found = harness.race(variants, rounds=args.rounds, title="memory", warm_up=0)
     rows = [harness.summarize(name, values, unit="GiB") for name, values in found.items()]
-    harness.report(args, {f"peak memory, model={args.model}": rows})
+    harness.Report(args).add(f"peak memory, model={args.model}", rows)
 
 
 def list_variants(folder: Path, args) -> dict:

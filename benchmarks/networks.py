@@ -118,7 +118,10 @@ def compose_run(shape: Shape, data: Path, *words: str) -> DictConfig:
 
 @torch.no_grad()
 def fill_zeros(unet: UNet) -> dict[str, Tensor]:
-    """Gives the layers that begin with zeros small weights, so that outputs can be compared."""
+    """Returns the weights, with small numbers in the layers that begin with zeros.
+
+    Otherwise each output would be zero, and comparisons would say nothing.
+    """
     generator = torch.Generator().manual_seed(0)
     state = {name: value.float().clone() for name, value in unet.state_dict().items()}
     for value in state.values():

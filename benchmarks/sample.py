@@ -29,11 +29,10 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="also with torch.compile, bfloat16")
     args = harness.parse(parser, words)
     shapes = ["tiny"] if args.quick else [args.shape] if args.shape else ["S", "M"]
-    tables = {}
+    report = harness.Report(args)
     for name in shapes:
         with tempfile.TemporaryDirectory() as folder:
-            tables[f"sampling, {name}"] = measure(name, Path(folder), args)
-    harness.report(args, tables)
+            report.add(f"sampling, {name}", measure(name, Path(folder), args))
 
 
 def measure(name: str, folder: Path, args) -> list[harness.Row]:

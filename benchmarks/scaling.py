@@ -41,7 +41,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--only", choices=SERIES, help="one series")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the series, as PNG")
     args = harness.parse(parser, words)
-    found = {}
+    report, found = harness.Report(args), {}
     for name in [args.only] if args.only else SERIES:
         sizes, unit, small = SERIES[name]
         with tempfile.TemporaryDirectory() as folder:
@@ -49,8 +49,8 @@ def main(words: list[str] | None = None) -> None:
             seconds = harness.race(works, rounds=args.rounds, title=name)
         rows = [harness.summarize(size, values, unit="CPU s") for size, values in seconds.items()]
         found[name] = [{unit: row.pop("what"), **row} for row in rows]
-    exponents = [{"series": name, **fit(rows)} for name, rows in found.items()]
-    harness.report(args, {**found, "exponents": exponents})
+        report.add(name, found[name])
+    report.add("exponents", [{"series": name, **fit(rows)} for name, rows in found.items()])
     if args.picture:
         draw(found, args.picture)
 
@@ -115,13 +115,17 @@ def make_indices(sizes: tuple[int, ...], folder: Path, args) -> dict[int, Work]:
     one = folder / "one.tar"
     write_shard(one, [(f"{i:04}", members) for i in range(10 if args.quick else 500)])
 
-    ShardReader(str(folder))  # what it imports is no part of the measurement
+    def index(place: Path) -> None:
+        with harness.silence():
+            ShardReader(str(place))
+
+    index(folder)  # what it imports is no part of the measurement
 
     def build(shards: int) -> float:
         place = Path(tempfile.mkdtemp(dir=folder))
         for number in range(shards):
             (place / f"{number:05}.tar").hardlink_to(one)
-        seconds = harness.run_forked(partial(ShardReader, str(place)))
+        seconds = harness.run_forked(partial(index, place))
         shutil.rmtree(place)
         return seconds
 

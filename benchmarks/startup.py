@@ -32,7 +32,7 @@ def main(words: list[str] | None = None) -> None:
         measured = harness.select(measured, args, parser)
         seconds = harness.race(measured, rounds=args.rounds, title="start-up")
     rows = [harness.summarize(name, values, unit="CPU s") for name, values in seconds.items()]
-    harness.report(args, {"start-up": rows})
+    harness.Report(args).add("start-up", rows)
 
 
 def list_commands(folder: Path, args) -> dict:

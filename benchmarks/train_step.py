@@ -30,13 +30,13 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="also with torch.compile, bfloat16")
     args = harness.parse(parser, words)
     shapes = ["tiny"] if args.quick else [args.shape] if args.shape else ["S", "M"]
-    tables, facts = {}, {}
+    report = harness.Report(args, shapes={})
     for name in shapes:
         with tempfile.TemporaryDirectory() as folder:
-            rows, facts[name] = measure(name, Path(folder), args)
-        size = f"{facts[name]['parameters'] / 1e6:.1f} M parameters"
-        tables[f"training step, {name} ({size})"] = rows
-    harness.report(args, tables, shapes=facts)
+            rows, facts = measure(name, Path(folder), args)
+        size = f"{facts['parameters'] / 1e6:.1f} M parameters"
+        report.facts["shapes"][name] = facts
+        report.add(f"training step, {name} ({size})", rows)
 
 
 def measure(name: str, folder: Path, args) -> tuple[list[harness.Row], dict]:

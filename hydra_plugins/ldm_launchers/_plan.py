@@ -12,7 +12,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ldm.config.command_line import convert_to_usage_errors
-from ldm.config.composition import drop_hydra_settings
+from ldm.config.composition import drop_hydra_settings, list_option_words
 from ldm.config.config_check import check_config, check_run_name
 from ldm.config.search_path import list_config_dir_flags
 from ldm.experiments.former_names import former_setting
@@ -73,8 +73,13 @@ class SweepPlan:
         register_new_directories(self.directory)
         with convert_to_usage_errors():
             self._lock = lock_directory(self.directory)
-            base = _to_dict(drop_hydra_settings(self._compose(same)))
-            self.shared = merge_shared_settings(self.directory, base, swept=self.swept)
+            base, default = (
+                _to_dict(drop_hydra_settings(self._compose(words)))
+                for words in (same, list_option_words(same))
+            )
+            self.shared = merge_shared_settings(
+                self.directory, base, swept=self.swept, default=default
+            )
 
     def _default_name(self, same: Sequence[str]) -> str:
         """Returns the name of a sweep without name=: the same for the same command."""

@@ -136,7 +136,7 @@ def build_callbacks(
     has_own = cfg.callbacks or (cfg.eval and set(cfg.eval).difference(OUR_EVALUATIONS))
     return [
         monitor,
-        RandomLayerSeeding(cfg.seed),
+        RandomLayerSeeding(cfg.seed, cfg.rng),
         ProgressBar(monitor),
         skipper,
         *([StepCounter()] if has_own else []),

@@ -1,5 +1,6 @@
 """The frame of all verbs: free text that Hydra's grammar does not parse, checks, error messages."""
 
+import gc
 import os
 import re
 import signal
@@ -117,6 +118,8 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, not to Hydra's printer
     # On busy cores, threads that spin for work make a step ten times slower; libgomp reads this.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # A sixth of the imports of torch and Lightning is collection of garbage, and they make none.
+    gc.set_threshold(10_000, 20)
     configure_output_encoding()
     if HELP_FLAGS & set(sys.argv):  # its reader may leave early, as `head` does
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

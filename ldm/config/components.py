@@ -113,6 +113,13 @@ def build_image_metrics(cfg: DictConfig) -> dict[str, ImageMetric]:
     return metrics
 
 
+def choose_precision(accelerator: str) -> str:
+    """The precision of a training: bfloat16 on a GPU that has it, otherwise float32."""
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    has_bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16-mixed" if has_bfloat16 else "32-true"
+
+
 def get_autocast_dtype(precision: str | int | None) -> torch.dtype | None:
     """The dtype in which a trainer of this precision runs its networks; None for float32."""
     return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(precision))

@@ -50,6 +50,7 @@ from ldm.experiments.run_dir import FIXED_RUN_FILES
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_no_links, check_path_length
 
+ADAMW_8BIT_TARGET = "ldm.training.quantized_optimizer.AdamW8bit"
 LOGGER_PACKAGES = ("tensorboard", "mlflow")  # loggers of the same names
 NAMED_COMPONENT_PREFIXES = tuple(f"{group}." for group in NAMED_COMPONENT_GROUPS)
 
@@ -165,7 +166,7 @@ def check_config(
     if config_name == "train":
         check_run_name(cfg.name)
         check_needed_components(settings)
-        check_logger_packages(cfg.logger or {})
+        check_optional_packages(settings)
     check_named_components(settings)
     if config_name == "train" and not swept:
         check_evaluation_settings(settings, overrides)
@@ -213,9 +214,11 @@ def check_added_hydra_settings(config: DictConfig) -> None:
             check_setting_names([leaf], place, node["_target_"], node)
 
 
-def check_logger_packages(loggers: Iterable[str]) -> None:
-    """Raises UsageError for a logger whose package is not installed."""
-    for name in loggers:
+def check_optional_packages(settings: dict) -> None:
+    """Raises UsageError for a logger or an optimizer whose package is not installed."""
+    if settings["optimizer"]["_target_"] == ADAMW_8BIT_TARGET and find_spec("torchao") is None:
+        raise UsageError("optimizer=adamw8bit needs a package: pip install 'ldm[optimizers]'")
+    for name in settings["logger"] or {}:
         if name in LOGGER_PACKAGES and find_spec(name) is None:
             raise UsageError(f"logger={name} needs a package: pip install {name}")
 

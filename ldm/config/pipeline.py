@@ -77,6 +77,7 @@ def load_pipeline(cfg: DictConfig, ckpt: str, locations: dict[str, str | None]) 
         else None,
         trained_size=trained.data.size,
         num_frames=frames and (cfg.get("frames") or frames),
+        rng=trained.rng,
     )
     return LoadedPipeline(
         pipeline,

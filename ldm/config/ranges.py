@@ -123,7 +123,8 @@ AMOUNT = NumberRule("[0, inf)")  # however large: a bound that is never reached
 # The width of an EMA, as a share of the run; at most all steps alike.
 EMA_LENGTH_RANGE = NumberRule(f"(0, {12**-0.5}]")
 
-PRECISIONS = (  # Lightning's
+PRECISIONS = (  # Lightning's, and ours
+    "auto",
     *("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
     *("32", "bf16", "16", "64", "transformer-engine", "transformer-engine-float16"),
 )
@@ -135,6 +136,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     ((ExactRule("auto"), ExactRule(True), ExactRule(False)), "checkpoint.background"),
     # Without quotes, YAML reads off as false.
     ((ChoiceRule(("off", "default", "reduce-overhead")), ExactRule(False)), "compile"),
+    (ChoiceRule(("philox", "torch")), "rng"),
     (ChoiceRule(("auto", "cpu", "gpu", "cuda", "mps", "tpu")), "trainer.accelerator"),
     ((ChoiceRule(PRECISIONS), NULL), "trainer.precision"),
     (ChoiceRule(("trailing", "leading", "linspace", "karras", "logsnr", "ays")), "sampler.spacing"),

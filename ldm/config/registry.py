@@ -19,7 +19,7 @@ from ldm.config.own_components import COMPONENT_GROUPS, NESTED_GROUPS, takes_arg
 from ldm.config.ranges import format_invalid_value
 from ldm.config.search_path import CONF_DIR
 from ldm.config.trust import NEVER_TRUSTED
-from ldm.experiments.former_names import update_names
+from ldm.experiments.former_names import get_rng, update_names
 from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.plain_yaml import parse_plain_mapping
 
@@ -56,9 +56,9 @@ def validate_file_config(
 ) -> DictConfig:
     """The component groups of a file's configuration, with the names of today.
 
-    needed: the groups that must be there. `data` and `trainer` come along as plain values, all else
-    is left out. trust: the packages whose components are allowed, too; None: the command has no
-    such setting. Raises CheckpointError, which names `where` and what is wrong.
+    needed: the groups that must be there. `data`, `trainer` and `rng` come along as plain values,
+    all else is left out. trust: the packages whose components are allowed, too; None: the command
+    has no such setting. Raises CheckpointError, which names `where` and what is wrong.
     """
     try:
         config = update_names(parse_plain_mapping(text))
@@ -69,6 +69,9 @@ def validate_file_config(
         valid = {name: validate_component(config[name], name, trust=trust) for name in present}
         for group, kinds in SIZE_SETTINGS.items():
             valid[group] = _validate_sizes(config.get(group), group, kinds)
+        valid["rng"] = get_rng(config)
+        if message := format_invalid_value("rng", valid["rng"], "train"):
+            raise ValueError(message)
     except ValueError as error:
         raise CheckpointError(f"{where} is not used, and nothing of it was run: {error}") from error
     return OmegaConf.create(valid)

@@ -24,6 +24,7 @@ from ldm.config.callbacks import (
 from ldm.config.components import (
     build_components,
     build_image_metrics,
+    choose_precision,
     get_autocast_dtype,
     warm_start_from_run,
 )
@@ -46,12 +47,13 @@ from ldm.data.datamodule import TextImageData
 from ldm.evaluation.image_metrics import ImageMetric
 from ldm.inference.components import Components
 from ldm.inference.pipeline import Pipeline
+from ldm.models.kernels import choose_memory_format
 from ldm.training.callbacks.checkpoint_storage import SafeCheckpointIO
 from ldm.training.callbacks.ema_snapshots import EMASnapshots
 from ldm.training.callbacks.monitoring import ThroughputMonitor
 from ldm.training.fsdp import FullyShardedStrategy
 from ldm.training.job import TrainingJob, prepare_run_directory
-from ldm.training.lightning_adapter import defer_launch_signals
+from ldm.training.lightning_adapter import NoProfiler, defer_launch_signals
 from ldm.training.modules.diffusion import LatentDiffusion
 from ldm.utils.checkpoint_file import find_newest_checkpoint
 from ldm.utils.errors import UsageError, format_program
@@ -79,6 +81,8 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
         raise UsageError(f"stage={cfg.stage} is none of diffusion, {', '.join(STAGE_BUILDERS)}")
     devices = get_devices(cfg)
     hide_warnings()
+    if cfg.trainer.get("precision") == "auto":
+        cfg.trainer.precision = choose_precision(cfg.trainer.accelerator)
     own_callbacks = build_own_callbacks(cfg)  # before the seed: they may draw random numbers
     L.seed_everything(cfg.seed, verbose=False)
     # What does not fit together is refused before data are generated or downloaded.
@@ -91,7 +95,6 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
     loggers = build_loggers(cfg, run_dir)
     data = instantiate(cfg.data, seed=cfg.seed)
     module, callbacks, frozen = build(cfg, data, run_dir)
-    module.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
     resume = prepare_run_directory(run_dir, module)
     monitor = ThroughputMonitor(
         every=cfg.trainer.log_every_n_steps,
@@ -106,6 +109,7 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
     callbacks += own_callbacks
     callbacks = build_callbacks(cfg, run_dir, callbacks, monitor, facts, signals)
     trainer = build_trainer(cfg, run_dir, callbacks, loggers, devices)
+    lay_out(module, trainer.strategy.root_device, get_autocast_dtype(cfg.trainer.get("precision")))
     defer_launch_signals(trainer)
     # Refuses now a batch size that the devices cannot share.
     data.micro_batch(trainer.world_size, trainer.accumulate_grad_batches)
@@ -163,6 +167,7 @@ def build_diffusion_training(
         caption_dropout=cfg.caption_dropout,
         validate_raw=cfg.validate_raw,
         seed=cfg.seed,
+        rng=cfg.rng,
     )
     if (mode := get_compile_mode(cfg)) is not None:
         from ldm.models.compilation import compile_network  # the compiler takes a second to import
@@ -191,7 +196,15 @@ def build_validation_pipeline(
         dtype=get_autocast_dtype(cfg.trainer.get("precision")) if on_gpu else None,
         trained_size=data.size,
         num_frames=data.frames,
+        rng=cfg.rng,
     )
+
+
+def lay_out(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Gives the networks the fastest layout, and a GPU the fastest float32 products."""
+    module.to(memory_format=choose_memory_format(device.type, dtype))
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have by default
 
 
 def build_trainer(
@@ -215,6 +228,7 @@ def build_trainer(
         plugins=[SafeCheckpointIO()],
         callbacks=callbacks,
         logger=loggers,
+        profiler=cfg.trainer.get("profiler") or NoProfiler(),
         default_root_dir=run_dir,
         enable_checkpointing=False,  # Lightning's own
         enable_model_summary=False,

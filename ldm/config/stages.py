@@ -23,9 +23,8 @@ from ldm.utils.images import make_image_grid
 def build_autoencoder_training(cfg: DictConfig, data: TextImageData, run_dir: Path):
     """AutoencoderTraining, with images that show originals above their reconstructions."""
     trained = instantiate(cfg.autoencoder)
-    module = AutoencoderTraining(
-        trained, optimizer=instantiate(cfg.optimizer), kl_weight=cfg.kl_weight, seed=cfg.seed
-    )
+    how = {"optimizer": instantiate(cfg.optimizer), "seed": cfg.seed, "rng": cfg.rng}
+    module = AutoencoderTraining(trained, kl_weight=cfg.kl_weight, **how)
     check_image_size(data.size, trained.factor)
     items = [data.val_set[i, i] for i in range(min(cfg.samples.n, len(data.val_set)))]
     if not items:
@@ -59,7 +58,6 @@ def build_classifier_training(cfg: DictConfig, data: TextImageData, run_dir: Pat
     check_captions_readable(text_encoder, data)
     net = build_noisy_classifier(cfg, autoencoder, text_encoder, instantiate(cfg.scheduler))
     check_image_size(data.size, autoencoder.factor * net.tower.multiple)
-    module = ClassifierTraining(
-        net, autoencoder, optimizer=instantiate(cfg.optimizer), seed=cfg.seed
-    )
+    how = {"optimizer": instantiate(cfg.optimizer), "seed": cfg.seed, "rng": cfg.rng}
+    module = ClassifierTraining(net, autoencoder, **how)
     return module, [], {"autoencoder": autoencoder, "text_encoder": text_encoder}

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.command_line import convert_to_usage_errors
 from ldm.config.composition import compose_default_config, list_task_words
+from ldm.experiments.former_names import FORMER_RNG, get_rng
 from ldm.experiments.run_dir import (
     SWEEP_FILE,
     change_concerns,
@@ -34,6 +35,8 @@ def train_run(cfg: DictConfig, run_dir: Path, signals: StopSignals) -> dict:
         lock = closing(lock_directory(run_dir)) if get_launcher_rank() == 0 else nullcontext()
     with lock:
         with convert_to_usage_errors():
+            keep_former_rng(cfg, run_dir)
+            keep_former_precision(cfg, run_dir)
             check_config_unchanged(cfg, run_dir)
             if is_run_finished(run_dir, cfg.trainer.max_steps, stops=bool(cfg.early_stop)):
                 value = f"{cfg.metric} = {read_last_value(run_dir, cfg.metric)}"
@@ -49,6 +52,32 @@ def train_run(cfg: DictConfig, run_dir: Path, signals: StopSignals) -> dict:
         return train_job(cfg, job, run_dir, signals)
 
 
+def keep_former_rng(cfg: DictConfig, run_dir: Path) -> None:
+    """Gives a resumed run the random numbers of torch if it began with them; one line says so."""
+    settings = read_former_settings(run_dir)
+    began = None if settings is None else get_rng(settings)
+    if began == FORMER_RNG and not change_concerns(f"rng was {began}", cfg.resume.allow):
+        cfg.rng = began
+    if cfg.rng == FORMER_RNG and get_launcher_rank() == 0:
+        how = "keeps" if began == FORMER_RNG else "begins with"
+        print(f"{run_dir} {how} the random numbers of torch (rng=torch)", flush=True)
+
+
+def keep_former_precision(cfg: DictConfig, run_dir: Path) -> None:
+    """Gives a resumed run with `trainer.precision=auto` the precision that it began with."""
+    settings = read_former_settings(run_dir)
+    if settings is not None and cfg.trainer.get("precision") == "auto":
+        cfg.trainer.precision = (settings.get("trainer") or {}).get("precision", "32-true")
+
+
+def read_former_settings(run_dir: Path) -> dict | None:
+    """The configuration that a run with a checkpoint began with; None for any other run."""
+    if any((run_dir / "checkpoints").glob("step=*.ckpt")):
+        with suppress(ValueError, OSError):  # the check of all settings reports it
+            return read_yaml_settings(run_dir / "config.yaml") or None
+    return None
+
+
 def check_config_unchanged(cfg: DictConfig, run_dir: Path) -> None:
     """Refuses to resume a run under another configuration; UsageError names what differs."""
     if (run_dir / SWEEP_FILE).is_file():
@@ -62,7 +91,7 @@ def check_config_unchanged(cfg: DictConfig, run_dir: Path) -> None:
         old = read_yaml_settings(file)
     except ValueError as error:
         raise UsageError(f"{error}. Move the folder away to begin anew") from error
-    new = OmegaConf.to_container(cfg, resolve=True)
+    old["rng"], new = get_rng(old), OmegaConf.to_container(cfg, resolve=True)
     default = compose_default_config("train", list_task_words())
     changes = list_config_changes(old, new, default)
     changes = [change for change in changes if not change_concerns(change, cfg.resume.allow)]
@@ -84,7 +113,10 @@ def build_interruptible_job(cfg: DictConfig, run_dir: Path, signals: StopSignals
                 write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
             from ldm.config.run import build_job  # torch: a typo need not wait for it
 
+            precision = cfg.trainer.get("precision")
             job = build_job(cfg, run_dir, signals)
+            if first and cfg.trainer.get("precision") != precision:  # "auto" is one of them now
+                write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         signals.at_once = False
         return job
     except SystemExit:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from ldm.config.config_check import ADAMW_8BIT_TARGET
 from ldm.config.reserved_settings import OUR_EVALUATIONS
 from ldm.config.sample_options import check_checkpoints_exist, get_compile_mode, list_guides
 from ldm.config.size_multiple import read_size_multiple
@@ -27,7 +28,7 @@ def check_before_imports(cfg: DictConfig, run_dir: Path) -> None:
         check_data_exist(cfg.data.get(name))
     check_image_size(cfg.data.size, read_size_multiple(cfg, stage=cfg.stage))
     check_frozen_paths(cfg)
-    check_compile(cfg)
+    check_strategy(cfg)
     devices, nodes = get_launcher_layout() or (cfg.trainer.devices, cfg.trainer.num_nodes)
     count = devices if isinstance(devices, int) and devices > 0 else 1  # or not known yet
     split_batch(cfg.data.batch_size, count * nodes, cfg.trainer.accumulate_grad_batches)
@@ -51,14 +52,16 @@ def check_frozen_paths(cfg: DictConfig) -> None:
             raise UsageError(f"{name}.path={path}: there is no such run or folder")
 
 
-def check_compile(cfg: DictConfig) -> None:
-    """UsageError where the denoiser is to be compiled and cannot be."""
-    mode = get_compile_mode(cfg)
+def check_strategy(cfg: DictConfig) -> None:
+    """UsageError where the denoiser cannot be compiled, or its optimizer cannot be sharded."""
+    mode, is_sharded = get_compile_mode(cfg), "fsdp" in (cfg.strategy or {}).get("_target_", "")
+    if is_sharded and cfg.optimizer._target_ == ADAMW_8BIT_TARGET:
+        raise UsageError("strategy=fsdp shares out float32 moments alone: take optimizer=adamw")
     if mode is not None and cfg.stage != "diffusion":
         raise UsageError(
             f"compile={mode} is for the denoiser, and stage={cfg.stage} trains none: leave it out"
         )
-    if mode is not None and "fsdp" in (cfg.strategy or {}).get("_target_", ""):
+    if mode is not None and is_sharded:
         raise UsageError(
             f"compile={mode}: strategy=fsdp gathers the weights between the parts of the network, "
             "which are one graph then: take strategy=ddp or compile=off"

@@ -140,8 +140,10 @@ def _clean_value(value: Any) -> list[str]:
 
 
 def _parse_json_object(data: bytes | None) -> dict[str, Any]:
+    if not data:
+        return {}
     try:
-        value = json.loads(decode_text(data or b"{}"))
+        value = json.loads(decode_text(data))
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -26,6 +26,7 @@ from ldm.data.shards.prefetch import ShardPrefetcher
 from ldm.data.shards.reader import ShardReader
 from ldm.data.shards.remote import RemoteShard
 from ldm.utils.signals import block_stop_signals, stop_with_parent
+from ldm.utils.transfer import send
 
 
 class TextImageData(L.LightningDataModule):
@@ -178,6 +179,12 @@ class TextImageData(L.LightningDataModule):
             pin_memory=slots is None and torch.cuda.is_available(),
             worker_init_fn=stop_with_parent,
         )
+
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """Sends the images alone; Lightning would also look at each caption, position and key."""
+        return {**batch, "images": send(batch["images"], device)}
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Converts bytes on the device to (B, 3, S, S) or (B, 3, F, S, S) in [-1, 1]."""

@@ -26,6 +26,7 @@ from ldm.data.shards.reader import Sample, ShardReader
 from ldm.data.square_reading import read_square, resize_square
 
 _MAX_TRIES = 10_000  # undecodable samples in a row
+_READ_AHEAD = 16  # encoded samples in memory at a time
 
 
 class TextImageItem(TypedDict):
@@ -103,58 +104,82 @@ class TextImageDataset(Dataset):
         return len(self.shards)
 
     def __getitem__(self, at: tuple[int, int]) -> TextImageItem:
-        return self.read_into(torch.empty(self.image_shape, dtype=torch.uint8), *at)
+        return self._read_items([at], torch.empty((1, *self.image_shape), dtype=torch.uint8))[0]
 
     def read_batch(self, at: Sequence[tuple[int, int]], images: Tensor | None = None) -> Batch:
         """Returns the samples at (index, position), decoded into `images` if they are given."""
         if images is None:
             images = torch.empty((len(at), *self.image_shape), dtype=torch.uint8)
-        items = [self.read_into(images[n], *place) for n, place in enumerate(at)]
+        items = []
+        for first in range(0, len(at), _READ_AHEAD):
+            items += self._read_items(at[first : first + _READ_AHEAD], images[first:])
         return join_items(items, images[: len(at)])
 
-    def read_into(self, images: Tensor, index: int, position: int) -> TextImageItem:
-        """Returns a sample, decoded into `images`, uint8 of `image_shape`."""
-        reasons = Counter()
-        first: BadSample | None = None
-        for i in range(index, index + min(len(self), _MAX_TRIES)):
-            item, problem = self._load(i % len(self), position, images)
-            if item is not None:
-                return {**item, "skipped": [first] if first else []}
-            first = first or problem
-            reasons[problem.reason] += 1
+    def _read_items(self, at: Sequence[tuple[int, int]], images: Tensor) -> list[TextImageItem]:
+        # Each part of the work for all of them: its code then stays in the processor's cache.
+        crops = [self._draw_crop(position) for _, position in at]
+        samples = [None if i in self._damaged else self._read_sample(i, p) for i, p in at]
+        return [
+            self._decode_or_replace(*place, *crop, sample, out)
+            for place, crop, sample, out in zip(at, crops, samples, images, strict=False)
+        ]
+
+    def _decode_or_replace(
+        self, index: int, position: int, crop: dict, flip: bool, sample: Sample | None, out: Tensor
+    ) -> TextImageItem:
+        """Decodes this sample into `out`, or the next one that can be decoded."""
+        problems: list[BadSample] = []
+        for i in (n % len(self) for n in range(index, index + min(len(self), _MAX_TRIES))):
+            problem = self._damaged.get(i)
+            if problem is None:
+                sample = sample if i == index else self._read_sample(i, position)
+                problem = self._decode(i, sample.image, crop, flip, out)
+            if problem is None:
+                return TextImageItem(
+                    images=out,
+                    captions=sample.captions[0],
+                    position=position,
+                    key=sample.key,
+                    skipped=problems[:1],
+                )
+            problems.append(problem)
+        reasons = format_skip_counts(Counter(problem.reason for problem in problems))
         raise TooManySkippedError(
-            f"{first.message}; none of the {reasons.total()} samples from there on can be decoded "
-            f"({format_skip_counts(reasons)})"
+            f"{problems[0].message}; none of the {len(problems)} samples from there on can be "
+            f"decoded ({reasons})"
         )
 
-    def _load(
-        self, index: int, position: int, images: Tensor
-    ) -> tuple[TextImageItem | None, BadSample | None]:
-        if index in self._damaged:
-            return None, self._damaged[index]
-        sample = self.shards.read(index)
+    def _decode(
+        self, index: int, data: bytes, crop: dict, flip: bool, out: Tensor
+    ) -> BadSample | None:
+        parts = out.unbind(1) if self.frames else [out]
         try:
-            self._decode(sample.image, position, images)
+            for part, square in zip(parts, self._read_squares(data, crop), strict=True):
+                part.copy_(square)
+                if flip:
+                    part.copy_(part.flip(-1))
         except ImageError as error:
             message = f"{self.shards.sample_name(index)}: {error}"
             if self.on_error != "skip":
                 raise ImageError(message) from error
             self._damaged[index] = BadSample(error.reason, message)
-            return None, self._damaged[index]
-        caption = self._choose_caption(sample, index, epoch=position // len(self))
-        return TextImageItem(
-            images=images, captions=caption, position=position, key=sample.key, skipped=[]
-        ), None
+            return self._damaged[index]
+        return None
 
-    def _decode(self, data: bytes, position: int, images: Tensor) -> None:
-        crop, flip = {"x": 0.5, "y": 0.5, "even": False}, 1.0
-        if self.train:
-            x, y, flip = draw_random_bits(3, CROP_STREAM, self.seed, position) / 2.0**64
-            if self.crop == "random":
-                crop = {"x": x, "y": y, "even": self.even_crops}
-        parts = images.unbind(1) if self.frames else [images]
-        for part, square in zip(parts, self._read_squares(data, crop), strict=True):
-            part.copy_(square.flip(-1) if flip < self.flip else square)
+    def _draw_crop(self, position: int) -> tuple[dict, bool]:
+        """Returns the arguments of `place_square`, and whether the image is flipped."""
+        if not self.train:
+            return {"x": 0.5, "y": 0.5, "even": False}, False
+        x, y, flip = draw_random_bits(3, CROP_STREAM, self.seed, position) / 2.0**64
+        if self.crop != "random":
+            x, y = 0.5, 0.5
+        return {"x": x, "y": y, "even": self.crop == "random" and self.even_crops}, flip < self.flip
+
+    def _read_sample(self, index: int, position: int) -> Sample:
+        """Returns a sample with the caption of this position alone."""
+        sample = self.shards.read(index)
+        caption = self._choose_caption(sample, index, epoch=position // len(self))
+        return Sample(sample.key, sample.image, [caption])
 
     def _read_squares(self, data: bytes, crop: dict) -> Iterator[Tensor]:
         """Yields the image or the frames, (3, S, S)."""

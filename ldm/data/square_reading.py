@@ -1,8 +1,9 @@
 """Reads images for training as squares: a quick decoder where it gives the same, torch's resize.
 
 The pixels are those of `image_decoding.crop_and_resize` but for three things: torch's resize rounds
-otherwise, a JPEG much larger than the square is decoded at a fraction of its size, and the colours
-of a JPEG are converted to sRGB after the resize. Shapes: S side of the square.
+otherwise (2 levels of 255), a JPEG much larger than the square is decoded at a fraction of its size
+(10 levels; the crop moves by less than a pixel of that size), and the colours of a JPEG are
+converted to sRGB after the resize. Shapes: S side of the square.
 """
 
 import re
@@ -62,8 +63,8 @@ def read_square(
     shrink = next((n for n in (8, 4, 2) if short >= n * MIN_REDUCTION * size), 1)
     square = resize_square(_decode_jpeg(data, header, shrink), size, x=x, y=y, even=even)
     if header.profile and (transform := find_srgb_transform(header.profile, "RGB")):
-        pixels = np.ascontiguousarray(square.permute(1, 2, 0))
-        return torch.from_numpy(np.array(transform.apply(Image.fromarray(pixels)))).permute(2, 0, 1)
+        image = Image.fromarray(square.permute(1, 2, 0).contiguous().numpy())
+        return torch.from_numpy(np.array(transform.apply(image))).permute(2, 0, 1)
     return square
 
 

@@ -13,6 +13,7 @@ from ldm.diffusion.rng import Generators, derive_generators, randn
 from ldm.diffusion.schedules import Schedule, expand_dims_like
 from ldm.diffusion.timesteps import TimestepSampler
 from ldm.diffusion.weightings import Weighting
+from ldm.utils.transfer import send
 
 Network = Callable[[Tensor, Tensor, Condition], Tensor]  # x_t, timestep, cond -> out
 
@@ -78,7 +79,7 @@ class Objective(nn.Module):
         def draw(shape: tuple[int, ...], generator: Generators) -> Tensor:
             return randn(shape, generator, device=x0.device, dtype=x0.dtype)
 
-        t = self.timestep_sampler(len(x0), generator).to(x0.device)
+        t = send(self.timestep_sampler(len(x0), generator), x0.device)
         eps = shape_noise(draw(x0.shape, generator))
         if self.offset_noise:
             shape = (*x0.shape[:2], *[1] * (x0.ndim - 2))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.rng import Generators, ImageGenerators, derive_seed, rand
+from ldm.utils.transfer import send
 
 TimestepSampler = Callable[[int, Generators], Tensor]  # B, one generator per image -> t (B,)
 
@@ -54,7 +55,7 @@ class Uniforms:
             key = f"{generator.seed}/{generator.stream}/sobol"
             integers = [owen_scramble(position, key=key) for position in generator.positions]
             return torch.tensor(integers, dtype=torch.float64) / 2**FRACTION_BITS
-        strata = self._strata(generator).to(generator.device)
+        strata = send(self._strata(generator), generator.device)
         return (strata + rand(n, generator)) / self.batch
 
     def _strata(self, generator: ImageGenerators) -> Tensor:

@@ -20,7 +20,7 @@ from ldm.evaluation.metrics.intervals import (
     jackknife,
     wilson_interval,
 )
-from ldm.evaluation.metrics.kernel_distances import cmmd, kid
+from ldm.evaluation.metrics.kernel_distances import KernelDistances
 from ldm.evaluation.metrics.moments import Moments
 from ldm.evaluation.metrics.precision_recall import Manifold
 
@@ -52,6 +52,7 @@ class Scores:
         self.first = choose_main_network(networks)
         self.moments = {name: Moments.of(table) for name, table in real.items()}
         self.manifold = Manifold(real[self.first])
+        self.kernels = {name: KernelDistances(table) for name, table in real.items()}
         self.classifier = select_class_features(networks)
         self._floor_frechet = self._estimate_frechet(floor, errors=False)
         self.constant = {f"{name}_floor": one.value for name, one in self._floor_frechet.items()}
@@ -108,15 +109,18 @@ class Scores:
     def _estimate_others(self, generated: Tables, *, errors: bool) -> dict[str, Estimate]:
         rows, real = generated[self.first], self.real[self.first]
         size = min(KID_SUBSET_SIZE, len(rows) // 2, len(real) // 2)
-        estimates = {"kid": kid(real, rows, seed=SCORES_SEED, subset_size=size)}
+        kernels = self.kernels[self.first]
+        estimates = {"kid": kernels.kid(rows, seed=SCORES_SEED, subset_size=size)}
         if errors:
             groups = max(2, min(20, len(rows) // 8))
-            estimates |= jackknife(self.manifold.compare, rows, seed=SCORES_SEED, groups=groups)
+            estimates |= jackknife(
+                self.manifold.compare_without, rows, seed=SCORES_SEED, groups=groups
+            )
         else:
             shares = self.manifold.compare(rows)
             estimates |= {name: Estimate(value, math.nan) for name, value in shares.items()}
         if CMMD_NETWORK in generated:
-            estimates["cmmd"] = cmmd(self.real[CMMD_NETWORK], generated[CMMD_NETWORK])
+            estimates["cmmd"] = self.kernels[CMMD_NETWORK].cmmd(generated[CMMD_NETWORK])
         return estimates
 
     def _score_classes(self, generated: Tables) -> dict[str, float]:

@@ -100,6 +100,8 @@ FORMER_OVERRIDES = {
     "logger.offline=null": "logger.wandb.mode=null",
 }
 
+FORMER_RNG = "torch"  # of runs that begin before `rng` is a setting
+
 
 def update_names(config: dict, prefix: str = "") -> dict:
     """Returns the settings of a file with the names of today."""
@@ -122,6 +124,11 @@ def update_names(config: dict, prefix: str = "") -> dict:
 def is_own_target(target: object) -> bool:
     """Returns whether a target is a user's own, whose settings never had other names."""
     return isinstance(target, str) and not target.startswith("ldm.")
+
+
+def get_rng(config: dict) -> object:
+    """Returns the `rng` of a run's settings."""
+    return config.get("rng", FORMER_RNG)
 
 
 def former_setting(name: str) -> str:

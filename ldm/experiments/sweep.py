@@ -26,8 +26,13 @@ from ldm.utils.signals import EX_TEMPFAIL
 ERROR_PREFIX = re.compile(r"^(train\.py|ldm train|python -m ldm\.train): ")  # of `program_name`
 
 
-def merge_shared_settings(directory: Path, base: dict, *, swept: Collection[str]) -> dict:
-    """Returns the settings that all jobs of a sweep share; UsageError if it began with others."""
+def merge_shared_settings(
+    directory: Path, base: dict, *, swept: Collection[str], default: dict
+) -> dict:
+    """Returns the settings that all jobs of a sweep share; UsageError if it began with others.
+
+    default: settings that are new since the sweep began may have these values.
+    """
     path = directory / SWEEP_FILE
     if not path.is_file():
         if (directory / "config.yaml").is_file():
@@ -36,7 +41,7 @@ def merge_shared_settings(directory: Path, base: dict, *, swept: Collection[str]
     old = json.loads(path.read_text())
     swept = sorted({*swept, *old["swept"]})
     free = {*swept, *base["resume"]["allow"]}
-    changes = list_config_changes(update_names(old["base"]), base)
+    changes = list_config_changes(update_names(old["base"]), base, default)
     if changes := [change for change in changes if not change_concerns(change, free)]:
         raise UsageError(
             f"the sweep {directory} was started with other settings: {'; '.join(changes[:5])}. "

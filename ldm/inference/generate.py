@@ -67,7 +67,7 @@ def generate_task_examples(
     n, seeds = len(prompts), list(range(len(prompts)))
     real = [dataset[i % len(dataset), i]["images"] for i in range(n)]
     real = torch.stack(real).float() / 127.5 - 1  # (N, 3, H, W)
-    generators = make_generators(seed, seeds, stream="examples")
+    generators = make_generators(seed, seeds, stream="examples", rng=pipeline.rng)
     inputs = pipeline.components.task.example_inputs(real, generator=generators)
     size = tuple(real.shape[-2:])
     images = pipeline(prompts, seeds=seeds, size=size, steps=steps, **inputs).cpu()

@@ -7,8 +7,13 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.conditioning import Condition, Conditioning, GuidancePrompts
+<<<<<<< HEAD
 from ldm.diffusion.guidance.base import Denoise, Guidance
 from ldm.diffusion.rng import ImageNoise
+=======
+from ldm.diffusion.guidance.base import ConditionalDenoiser, Denoise, Guidance
+from ldm.diffusion.rng import ImageNoise, make_sampling_generators
+>>>>>>> main
 from ldm.diffusion.samplers.base import OnStep, Sampler
 from ldm.diffusion.samplers.ddim import DDIMSampler
 from ldm.diffusion.samplers.inversion import invert_ddim
@@ -33,6 +38,7 @@ class Pipeline:
     dtype: torch.dtype | None = None  # of autocast; None is float32
     trained_size: int | None = None  # pixels; a task with tiles generates tiles of that size
     num_frames: int | None = None  # of a video; None generates images
+    rng: str = "philox"  # or `torch`, for the images of former runs
 
     def replace_components(self, **changes: object) -> "Pipeline":
         """The same pipeline with other components."""
@@ -80,7 +86,7 @@ class Pipeline:
         size = (size, size) if isinstance(size, int) else tuple(size)
         task, schedule = self.components.task, self.components.objective.schedule
         encode = self.components.autoencoder.encode
-        white_noise = ImageNoise(seeds, device=self.device)
+        white_noise = ImageNoise(seeds, device=self.device, rng=self.rng)
 
         def noise(x: Tensor) -> Tensor:
             return task.shape_noise(white_noise(x))
@@ -200,7 +206,7 @@ class Pipeline:
     def denoise(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """x0_hat (B, C, h, w) of x_t at t, () or (B,) on any device, without guidance."""
         denoiser, objective = self.components.denoiser, self.components.objective
-        return objective.predict_x0(denoiser, x_t, t.to(x_t.device), cond)
+        return objective.predict_x0(denoiser, x_t, t.to(x_t.device, non_blocking=True), cond)
 
     def _make_denoiser(
         self,
@@ -239,7 +245,7 @@ class Pipeline:
                 f"style=: this model was trained without style images; `{format_program('train')} "
                 "style_encoder=clip init=RUN` starts from it and trains one that takes them"
             )
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generators = make_sampling_generators(seeds, stream="style", rng=self.rng)
         images = style.to(self.device).expand(len(seeds), *style.shape[1:])
         return self.components.style_encoder(images, generators)
 

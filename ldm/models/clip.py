@@ -16,6 +16,7 @@ from ldm.models.huggingface import silence_transformers
 from ldm.models.text.base import CaptionTokenizer
 from ldm.models.text.clip import load_clip
 from ldm.models.whitening import Whitening
+from ldm.utils.transfer import send
 
 # The pixel statistics in [0, 1] of all published CLIPs (openai/CLIP, clip.py).
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -107,7 +108,7 @@ class Clip(nn.Module):
         ids = self.tokenize(captions)  # (B, L)
         # Attention is causal: tokens after the last end token change nothing, and are left out.
         ends = (ids == self.tokenize.tokenizer.eos_token_id).int().argmax(dim=1)  # (B,)
-        ids = ids[:, : ends.max() + 1].to(self.model.device)
+        ids = send(ids[:, : ends.max() + 1], self.model.device)
         features = self.model.get_text_features(input_ids=ids).pooler_output  # (B, P)
         return F.normalize(features, dim=-1)
 

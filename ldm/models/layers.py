@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.diffusion.conditioning import Condition
+from ldm.models.kernels import attend
 from ldm.models.positional_map import PositionalMap
 from ldm.models.random_layers import Dropout
 
@@ -126,8 +127,7 @@ class Attention(nn.Module):
             for y in (self.to_q(x), *projected)
         )
         mask = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, L)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.to_out(y.transpose(1, 2).flatten(2))
+        return self.to_out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
     def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values (B, L, dim) of a context."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,24 @@ class PositionalMap(nn.Module):
         """emb (B, T), size (h, w) -> (B, N, C)."""
         waves = self.positional_waves
         weights = self.proj(emb).unflatten(1, (waves**2, -1))  # (B, waves^2, C)
-        down, across = (self._cosines(n, emb.device) for n in size)
-        basis = torch.einsum("hi,wj->hwij", down, across).reshape(-1, waves**2)
+        make = make_cosine_basis if torch.compiler.is_compiling() else keep_cosine_basis
+        basis = make(waves, tuple(size), emb.device)
         return basis.to(weights.dtype) @ weights
 
-    def _cosines(self, n: int, device: torch.device) -> Tensor:
-        x = (torch.arange(n, device=device) + 0.5) / n
-        frequencies = torch.arange(self.positional_waves, device=device)
-        cosines = torch.cos(math.pi * x[:, None] * frequencies)
-        cosines[:, 1:] *= math.sqrt(2)  # the mean square is 1, as that of the constant
-        return cosines  # (n, waves)
+
+def make_cosine_basis(waves: int, size: tuple[int, int], device: torch.device) -> Tensor:
+    """Returns the products of the lowest cosines down and across a grid (h, w): (N, waves^2)."""
+    with torch.inference_mode(False):  # it is kept, and a backward pass may need it later
+        down, across = (make_cosines(waves, n, device) for n in size)
+        return torch.einsum("hi,wj->hwij", down, across).reshape(-1, waves**2)
+
+
+keep_cosine_basis = lru_cache(maxsize=64)(make_cosine_basis)
+
+
+def make_cosines(waves: int, n: int, device: torch.device) -> Tensor:
+    """Returns the cosines of the lowest frequencies on n positions, each of mean square 1."""
+    x = (torch.arange(n, device=device) + 0.5) / n
+    cosines = torch.cos(math.pi * x[:, None] * torch.arange(waves, device=device))
+    cosines[:, 1:] *= math.sqrt(2)
+    return cosines  # (n, waves)

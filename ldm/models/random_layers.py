@@ -1,4 +1,4 @@
-"""Layers that draw random numbers in training, from one generator per image.
+"""Layers that draw random numbers in training, which belong to the images of a batch.
 
 Shapes: B images, R rows, B or, where an image has several (frames of a video), a multiple of it.
 """
@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.rng import make_generators
+from ldm.diffusion.rng import ImageGenerators, make_generators
 
-RandomFill = Callable[[Tensor, torch.Generator | None], object]  # writes into a tensor
+DrawNumbers = Callable[[ImageGenerators, Sequence[int]], Tensor]  # in a shape (B, ...)
 
 
 class RandomLayer(nn.Module):
@@ -22,21 +22,18 @@ class RandomLayer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.images: tuple[int, Sequence[int], str] | None = None  # seed, positions, stream
+        self.generators: ImageGenerators | None = None
 
-    def draw(self, like: Tensor, fill: RandomFill) -> Tensor:
-        """Returns random numbers (R, ...), float32, in the shape of `like`."""
-        numbers = torch.empty(like.shape, device=like.device)  # contiguous, whatever `like` is
-        if self.images is None:
-            fill(numbers, None)
-            return numbers
-        seed, positions, stream = self.images
-        if len(like) % len(positions):
-            raise ValueError(f"{len(like)} rows are no multiple of {len(positions)} images")
-        generators = make_generators(seed, positions, stream=stream, device=like.device)
-        for rows, generator in zip(numbers.chunk(len(positions)), generators, strict=True):
-            fill(rows, generator)
-        return numbers
+    def draw(self, like: Tensor, numbers: DrawNumbers, fill: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns random numbers (R, ...), float32, as `like`; fill: where no images are set."""
+        if self.generators is None:
+            return fill(torch.empty(like.shape, device=like.device))  # contiguous
+        images = len(self.generators)
+        if len(like) % images:
+            raise ValueError(f"{len(like)} rows are no multiple of {images} images")
+        drawn = numbers(self.generators, (images, len(like) // images, *like.shape[1:]))
+        self.generators.restart()
+        return drawn.view(like.shape).to(like.device)
 
 
 class Dropout(RandomLayer):
@@ -53,7 +50,11 @@ class Dropout(RandomLayer):
         if not self.training or self.p == 0:
             return x
         keep = 1 - self.p
-        mask = self.draw(x, lambda rows, generator: rows.bernoulli_(keep, generator=generator))
+        mask = self.draw(
+            x,
+            lambda generators, shape: generators.bernoulli(shape, keep),
+            lambda numbers: numbers.bernoulli_(keep),
+        )
         return x * mask.div_(keep).to(x.dtype)
 
 
@@ -68,7 +69,9 @@ class GaussianNoise(RandomLayer):
         """x (R, ...) -> as x."""
         if not self.training:
             return x
-        eps = self.draw(x, lambda rows, generator: rows.normal_(generator=generator))
+        eps = self.draw(
+            x, lambda generators, shape: generators.normal(shape), lambda numbers: numbers.normal_()
+        )
         return x + self.std * eps.to(x.dtype)
 
 
@@ -78,8 +81,15 @@ def find_random_layers(module: nn.Module) -> dict[str, RandomLayer]:
 
 
 def assign_image_positions(
-    layers: dict[str, RandomLayer], seed: int, positions: Sequence[int]
+    layers: dict[str, RandomLayer],
+    seed: int,
+    positions: Sequence[int],
+    *,
+    device: torch.device | str = "cpu",
+    rng: str = "philox",
 ) -> None:
     """Sets the positions of the next batch's images; the name of a layer is its stream."""
     for name, layer in layers.items():
-        layer.images = (seed, tuple(positions), f"modules/{name}")
+        layer.generators = make_generators(
+            seed, positions, stream=f"modules/{name}", device=device, rng=rng
+        )

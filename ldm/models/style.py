@@ -9,8 +9,9 @@ import re
 from collections.abc import Sequence
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
+from ldm.diffusion.rng import Generators, randperm
 from ldm.models.layers import Attention, zero_module
 from ldm.models.random_layers import GaussianNoise
 
@@ -73,12 +74,10 @@ class ClipStyleEncoder(nn.Module):
         self.style_pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.I) if words else None
 
     @torch.no_grad()
-    def forward(
-        self, images: Tensor, generators: Sequence[Generator], *, training: bool = False
-    ) -> Tensor:
-        """Returns features (B, N, F) of images (B, 3, H, W) in [-1, 1]; one generator per image."""
+    def forward(self, images: Tensor, generators: Generators, *, training: bool = False) -> Tensor:
+        """Returns features (B, N, F) of images (B, 3, H, W) in [-1, 1], in an order of each."""
         if training and self.recolour:
-            order = sample_permutations(3, generators, images.device)
+            order = randperm(3, generators, device=images.device)
             images = images.take_along_dim(order[:, :, None, None], dim=1)
         pixels = shuffle_tiles(self.clip.preprocess_images(images), self.tiles, generators)
         states = self.clip.model.vision_model(pixel_values=pixels).last_hidden_state
@@ -101,18 +100,13 @@ class ClipStyleEncoder(nn.Module):
         return super().train(False)
 
 
-def shuffle_tiles(images: Tensor, tiles: int, generators: Sequence[Generator]) -> Tensor:
-    """Cuts images (B, C, S, S) into tiles x tiles and shuffles them, by a generator per image."""
+def shuffle_tiles(images: Tensor, tiles: int, generators: Generators) -> Tensor:
+    """Cuts images (B, C, S, S) into tiles x tiles and shuffles them, each image by itself."""
     cut = images.unflatten(3, (tiles, -1)).unflatten(2, (tiles, -1))  # (B, C, rows, y, columns, x)
     cut = cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (B, tiles^2, C, y, x)
-    order = sample_permutations(tiles**2, generators, images.device)
+    order = randperm(tiles**2, generators, device=images.device)
     cut = cut.take_along_dim(order[:, :, None, None, None], dim=1)
     return cut.unflatten(1, (tiles, tiles)).permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
-
-
-def sample_permutations(n: int, generators: Sequence[Generator], device: torch.device) -> Tensor:
-    """Returns a permutation of 0 .. n - 1 for each CPU generator, (B, n)."""
-    return torch.stack([torch.randperm(n, generator=own) for own in generators]).to(device)
 
 
 class StyleTokens(nn.Module):

@@ -8,9 +8,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from ldm.diffusion.rng import Generators
+from ldm.diffusion.rng import Generators, share_generators
 from ldm.models.layers import Attention, timestep_embedding, zero_module
 
 
@@ -101,13 +101,12 @@ class FramewiseAutoencoder(nn.Module):
     def encode(self, images: Tensor, *, generator: Generators = None) -> Tensor:
         """Returns latents (B, C, F, h, w) of videos (B, 3, F, H, W), or of images.
 
-        generator: one, or one for each video, which its frames share in order.
+        generator: one, or those of the videos, which their frames share in order.
         """
         if images.ndim == 4:
             return self.autoencoder.encode(images, generator=generator)
         frames = images.shape[2]
-        if generator is not None and not isinstance(generator, Generator):
-            generator = [own for own in generator for _ in range(frames)]
+        generator = share_generators(generator, frames)
         latents = self.autoencoder.encode(fold_frames(images), generator=generator)
         return unfold_frames(latents, frames)
 

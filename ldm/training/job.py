@@ -120,7 +120,8 @@ class TrainingJob:
             f"{begins}: {type(self.module).__name__}, {trained / 1e6:.1f} M parameters, on "
             f"{len(self.data.train_set)} {kind} ({len(self.data.val_set)} for validation): "
             f"{self.trainer.max_steps} steps of {self.data.batch_size} {kind} on "
-            f"{self.trainer.world_size} x {self.trainer.strategy.root_device.type}"
+            f"{self.trainer.world_size} x {self.trainer.strategy.root_device.type}, "
+            f"precision {self.trainer.precision}"
         )
 
 

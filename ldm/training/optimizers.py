@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -35,18 +36,24 @@ class AdamW:
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=tuple(self.betas), fused=True)
-        allow_gradient_clipping(optimizer)
+        optimizer = self.make_optimizer(groups)
         settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        settings = deepcopy(settings)  # a learning rate may be a tensor, which the schedule fills
 
         def adapt(optimizer: torch.optim.Optimizer) -> None:
-            match_memory_layout(optimizer)
-            for group, own in zip(optimizer.param_groups, settings, strict=True):
-                group.update(own, initial_lr=own["lr"])
+            for group, own in zip(optimizer.param_groups, deepcopy(settings), strict=True):
+                group.update(own, initial_lr=deepcopy(own["lr"]))
 
         optimizer.register_load_state_dict_post_hook(adapt)
         curve = ConfiguredLambdaLR(optimizer, lambda step: self.factor(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": curve, "interval": "step"}}
+
+    def make_optimizer(self, groups: list[dict]) -> torch.optim.Optimizer:
+        """Returns the optimizer of these parameter groups."""
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=tuple(self.betas), fused=True)
+        allow_gradient_clipping(optimizer)
+        optimizer.register_load_state_dict_post_hook(match_memory_layout)
+        return optimizer
 
     def factor(self, step: int, steps: int) -> float:
         """Returns the share of `lr` at a step counted from 0."""

@@ -53,6 +53,7 @@ def former(tmp_path) -> Path:
 def test_the_command_of_before_resumes_a_former_run(name, former):
     said = run(str(ROOT / "train.py"), *f"{SHORT} {COMMANDS[name]} name={name}".split(), cwd=former)
     assert f"runs/{name} resumes" in said
+    assert f"runs/{name} keeps the random numbers of torch" in said
     if "waves" in COMMANDS[name]:
         assert "waves is called" in said
     with (former / "runs" / name / "metrics.csv").open() as file:

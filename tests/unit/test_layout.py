@@ -12,15 +12,15 @@ ROOT = Path(__file__).parents[2]
 # A room imports from the rooms before it in this table, and from itself (docs/design.md).
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
-    "utils": 1780,
-    "diffusion": 2620,
-    "models": 2800,
-    "data": 4050,
+    "utils": 1800,
+    "diffusion": 2980,
+    "models": 3010,
+    "data": 4380,
     "inference": 860,
-    "evaluation": 3000,
+    "evaluation": 3110,
     "experiments": 2140,
-    "training": 3650,
-    "config": 4780,
+    "training": 3680,
+    "config": 4960,
     "cli": 1850,
 }
 ROOMS = tuple(ROOM_LINES)

@@ -12,6 +12,7 @@ from ldm.diffusion.rng import Generators, derive_generators, rand, randn
 from ldm.diffusion.samplers.base import Noise
 from ldm.diffusion.schedules import Schedule, expand_dims_like
 from ldm.diffusion.tasks.base import Encode, Request, Start, Task
+from ldm.utils.transfer import send
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class SuperResolution(Task):
         for i, scale in enumerate(self.scales):
             enlarged = upsample_images(downsample_images(images, scale), scale)
             small = torch.where(expand_dims_like(choice == i, images), enlarged, small)
-        scale = torch.tensor(list(self.scales), device=images.device)[choice]  # (B,)
+        scale = send(torch.tensor(list(self.scales)), images.device)[choice]  # (B,)
         x0 = encode(small)  # (B, C, h, w)
         noise = randn(latents.shape, derive_generators(generator, "small"), device=latents.device)
         concat = add_noise_channels(x0, noise.to(latents), self.max_noise_level * level, scale)

@@ -12,7 +12,7 @@ number of images, not of its limit for many.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 _BOOTSTRAP_CHUNK = 2**20  # rows drawn at a time
+
+Statistic = Callable[[Tensor, Sequence[Tensor]], Sequence[Mapping[str, float]]]
 
 
 class Interval(NamedTuple):
@@ -97,12 +99,13 @@ def bootstrap_mean(
 
 
 def jackknife(
-    statistic: Callable[[Tensor], Mapping[str, float]], rows: Tensor, *, seed: int, groups: int = 20
+    statistic: Statistic, rows: Tensor, *, seed: int, groups: int = 20
 ) -> dict[str, Estimate]:
     """Returns numbers of all rows (n, ...), with errors from leaving out one group at a time.
 
     Groups are random and of one size, so that biases that depend on n cancel; rows left over from
-    the division are in none. `statistic` is called groups + 1 times.
+    the division are in none. statistic(rows, groups): the numbers of all rows, then those without
+    each group, which is given by the places (size,) of its rows.
     """
     if not 2 <= groups <= len(rows):
         raise ValueError(
@@ -111,12 +114,7 @@ def jackknife(
         )
     size = len(rows) // groups
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    order = order.to(rows.device)
-    whole = statistic(rows)
-    without = [
-        statistic(rows[torch.cat([order[: i * size], order[(i + 1) * size :]]).sort().values])
-        for i in range(groups)
-    ]
+    whole, *without = statistic(rows, order[: groups * size].to(rows.device).split(size))
     # Turns the deviation between means of n - size rows into that of the mean of n rows.
     scale = (len(rows) - size) / (len(rows) * size) ** 0.5
     estimates = {}

@@ -13,7 +13,7 @@ on the numbers of rows: compare sets of the same size.
 Shapes: n real rows, m generated rows, D features.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +41,15 @@ class Manifold:
 
     def compare(self, generated: Tensor) -> dict[str, float]:
         """Returns precision, recall and coverage in [0, 1] and density, >= 0, of rows (m, D)."""
+        return self.compare_without(generated, [])[0]
+
+    def compare_without(
+        self, generated: Tensor, groups: Sequence[Tensor]
+    ) -> list[dict[str, float]]:
+        """Returns `compare` of all rows (m, D), then of the rows without each group.
+
+        groups: places of rows, of which none is in two groups. Each distance is computed once.
+        """
         rows = to_feature_matrix(generated).to(self.rows.device)
         if rows.shape[1] != self.rows.shape[1]:
             raise ValueError(
@@ -48,24 +57,57 @@ class Manifold:
                 "real images: use the same feature network"
             )
         rows = rows - self.centre
-        (own,) = _radii(rows, (K_PRECISION_RECALL,))
-        slack = _slack(self.rows, rows)
-        inside = held = 0
-        recalled = torch.zeros(len(self.rows), dtype=torch.bool, device=rows.device)
-        covered = recalled.clone()
-        for part, radius in _split_into_blocks(rows, own, across=len(self.rows)):
+        members = rows.new_zeros(len(rows), len(groups) + 1)
+        for i, group in enumerate(groups):
+            members[group, i] = 1
+        members[:, -1] = 1 - members.sum(dim=1)  # in no group
+        radii, slack = _radii_without(rows, members.bool()), _slack(self.rows, rows)
+        # Of each group: its rows in real balls; of each real row, the group's balls that hold it,
+        # and the group's rows that its own ball holds.
+        inside = rows.new_zeros(members.shape[1])
+        recalls, holds = rows.new_zeros(2, members.shape[1], len(self.rows))
+        regained = recalls.bool()  # by the wider balls that are without a group
+        for part, balls, of in _split_into_blocks(rows, radii, members, across=len(self.rows)):
             squares = _squares(part, self.rows)  # (block, n)
-            inside += (squares <= self.inner + slack).any(dim=1).sum()
-            recalled |= (squares <= radius[:, None] + slack).any(dim=0)
-            holds = squares < self.outer - slack
-            held += holds.sum()
-            covered |= holds.any(dim=0)
-        return {
-            "precision": int(inside) / len(rows),
-            "recall": int(recalled.sum()) / len(self.rows),
-            "density": int(held) / (K_DENSITY * len(rows)),
-            "coverage": int(covered.sum()) / len(self.rows),
+            inside += of.T @ (squares <= self.inner + slack).any(dim=1).to(of.dtype)
+            recalls += of.T @ (squares <= balls[:, :1] + slack).to(of.dtype)
+            holds += of.T @ (squares < self.outer - slack).to(of.dtype)
+            for i in range(1, len(groups) + 1):
+                wider = (balls[:, i] > balls[:, 0]) & (of[:, i - 1] == 0)
+                regained[i] |= (squares[wider] <= balls[wider, i, None] + slack).any(dim=0)
+        stays = members.new_ones(len(inside), len(inside))  # all groups, then all but one
+        stays[1:].fill_diagonal_(0)
+        count = stays @ members.sum(dim=0)
+        numbers = {
+            "precision": stays @ inside / count,
+            "recall": ((stays @ recalls > 0) | regained).double().mean(dim=1),
+            "density": (stays @ holds).sum(dim=1) / (K_DENSITY * count),
+            "coverage": (stays @ holds > 0).double().mean(dim=1),
         }
+        rows_of_numbers = zip(*(values.tolist() for values in numbers.values()), strict=True)
+        return [dict(zip(numbers, each, strict=True)) for each in rows_of_numbers]
+
+
+def _radii_without(rows: Tensor, members: Tensor) -> Tensor:
+    """Returns squared distances to the k-th nearest other row: of all rows, then without a group.
+
+    members (n, groups + 1): which group a row is in, the last: none; returned are (n, groups + 1).
+    k is that of precision and recall. A row's value without its own group is of no use.
+    """
+    k, groups = K_PRECISION_RECALL, [member.nonzero()[:, 0] for member in members.T]
+    fewest = len(rows) - max(map(len, groups[:-1]), default=0)
+    if fewest <= k:
+        raise ValueError(f"{fewest} images have no neighbour number {k}: evaluate {k + 1} or more")
+    found = []
+    for (part,) in _split_into_blocks(rows, across=len(rows)):
+        squares = _squares(part, rows)
+        near = [
+            squares[:, group].topk(min(k + 1, len(group)), largest=False).values for group in groups
+        ]
+        kept = [near, *(near[:i] + near[i + 1 :] for i in range(len(groups) - 1))]
+        sets = (torch.cat(each, dim=1).topk(k + 1, largest=False, sorted=True) for each in kept)
+        found.append(torch.stack([each.values[:, k] for each in sets], dim=1))  # itself first
+    return torch.cat(found)
 
 
 def _radii(rows: Tensor, ks: tuple[int, ...]) -> list[Tensor]:

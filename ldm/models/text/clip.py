@@ -14,6 +14,7 @@ from ldm.models.text.base import CaptionTokenizer, FrozenTextEncoder
 from ldm.models.text.packaged import PACKAGED_CLIP, load_packaged_clip_text
 from ldm.models.whitening import WHITENING_FILE, Whitening
 from ldm.utils.files import resolve_path
+from ldm.utils.transfer import send
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
@@ -55,7 +56,7 @@ class ClipTextEncoder(FrozenTextEncoder):
     def forward(self, captions: Sequence[str]) -> Condition:
         """Returns the states after the last LayerNorm; that of the end token may be `pooled`."""
         # Without a mask: published denoisers were trained to attend to the padding as well.
-        ids = self.tokenize(captions).to(self.model.device)  # (B, L)
+        ids = send(self.tokenize(captions), self.model.device)  # (B, L)
         out = self.model(input_ids=ids)
         pooled = self.whiten(out.pooler_output) if self.pooled_width else None  # (B, P)
         return Condition(tokens=out.last_hidden_state, pooled=pooled)  # (B, L, D)

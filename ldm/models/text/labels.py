@@ -11,6 +11,7 @@ from torch import nn
 from ldm.diffusion.conditioning import Condition
 from ldm.models.text.base import ensure_caption_list
 from ldm.utils.files import read_text, resolve_path
+from ldm.utils.transfer import send
 
 MAX_LABEL_FILE_BYTES = 2**24  # the file's path may come from a checkpoint
 
@@ -70,7 +71,7 @@ class LabelTextEncoder(nn.Module):
         for row, caption in zip(pooled, captions, strict=True):
             if (number := self.index(caption)) is not None:
                 row[number] = 1
-        return Condition(pooled=pooled.to(self.spelled.device))
+        return Condition(pooled=send(pooled, self.spelled.device))
 
     def index(self, caption: str) -> int | None:
         """Returns the number of a caption's name, None for an empty caption, else ValueError."""

@@ -13,6 +13,7 @@ from ldm.diffusion.conditioning import Condition
 from ldm.models.huggingface import load_pretrained_model, silence_transformers
 from ldm.models.text.base import CaptionTokenizer, FrozenTextEncoder
 from ldm.utils.files import resolve_path
+from ldm.utils.transfer import send
 
 T5_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
@@ -51,7 +52,7 @@ class T5TextEncoder(FrozenTextEncoder):
         """Returns the encoder's states, float32, 0 at the padding, which `mask` leaves out."""
         device = self.model.device
         parts = self.tokenize.tokenize_with_mask(captions)
-        ids, mask = (part.to(device) for part in parts)  # (B, L)
+        ids, mask = (send(part, device) for part in parts)  # (B, L)
         # In a trainer's float16 the layers would overflow.
         with torch.autocast(device.type, enabled=False):
             states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from PIL import Image
+from torch import Tensor
 
 from ldm.data.dataset import Batch
 from ldm.diffusion.rng import derive_seed
@@ -71,7 +72,8 @@ class ThroughputMonitor(L.Callback):
             logger.log_metrics(share, step=trainer.global_step)
 
     def _restart(self) -> None:
-        self.loss, self.batches, self.images, self.waited = 0.0, 0, 0, 0.0
+        self.losses: list[Tensor] = []  # of the micro-steps, on the device
+        self.images, self.waited = 0, 0.0
         self.began = self.ended = time.perf_counter()
 
     def _start_clock(self, trainer: L.Trainer) -> None:
@@ -117,12 +119,11 @@ class ThroughputMonitor(L.Callback):
         self.clock.mark("optimizer")
         self.ended = time.perf_counter()
         self.micro_steps += 1
-        # Lightning's outputs["loss"] is divided by the number of accumulated batches.
-        self.loss = self.loss + outputs["loss"].detach() * trainer.accumulate_grad_batches
-        self.batches += 1
-        self.images += len(batch["captions"]) * trainer.world_size
-        trainer.datamodule.position += len(batch["captions"]) * trainer.world_size
-        self.own_skipped = trainer.datamodule.train_skips.total
+        self.losses.append(outputs["loss"].detach())
+        images, data = len(batch["captions"]) * trainer.world_size, trainer.datamodule
+        self.images += images
+        data.position += images
+        self.own_skipped = data.train_skips.total
         if trainer.global_step >= self.last_logged_step + self.every:
             self._log(trainer)
         if self.micro_steps % trainer.accumulate_grad_batches == 0:
@@ -130,7 +131,7 @@ class ThroughputMonitor(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":
-            if self.batches:
+            if self.losses:
                 self._log(trainer)
             self.clock.stop()
             self.interrupted = time.perf_counter()
@@ -144,10 +145,12 @@ class ThroughputMonitor(L.Callback):
         module.log("step", float(trainer.global_step), sync_dist=True)
 
     def _log(self, trainer: L.Trainer) -> None:
-        loss = trainer.strategy.reduce(self.loss / self.batches, reduce_op="mean")
+        # Lightning's outputs["loss"] is divided by the number of accumulated batches.
+        loss = torch.stack(self.losses).mean() * trainer.accumulate_grad_batches
+        loss = trainer.strategy.reduce(loss, reduce_op="mean")
         mean_loss = float(loss)  # waits until the device has ended these steps
         seconds = time.perf_counter() - self.began
-        micro_step = seconds / self.batches
+        micro_step = seconds / len(self.losses)
         new = torch.tensor(float(self.own_skipped - self.own_counted), device=loss.device)
         self.skipped += int(trainer.strategy.reduce(new, reduce_op="sum"))
         self.own_counted = self.own_skipped
@@ -185,8 +188,8 @@ class RandomLayerSeeding(L.Callback):
     numbers depend on the number of devices.
     """
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, rng: str = "philox") -> None:
+        self.seed, self.rng = seed, rng
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.layers = find_random_layers(module)
@@ -194,7 +197,8 @@ class RandomLayerSeeding(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, module, batch: dict, batch_idx: int) -> None:
         seed = derive_seed(self.seed, batch["position"][0], stream="modules")
         seed_default_generators(module.device, seed)
-        assign_image_positions(self.layers, self.seed, batch["position"])
+        how = {"device": module.device, "rng": self.rng}
+        assign_image_positions(self.layers, self.seed, batch["position"], **how)
 
 
 def seed_default_generators(device: torch.device, seed: int) -> None:

@@ -1,5 +1,6 @@
 """A profile of a few training steps, for `profile=true`."""
 
+import os
 from pathlib import Path
 
 import lightning as L
@@ -37,6 +38,7 @@ class StepProfiler(L.Callback):
             return  # a part of a step, or another rank's affair
         self.seen = step
         if step == self.begins_after:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no lines of torch's profiler
             kinds = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 kinds.append(ProfilerActivity.CUDA)
@@ -72,6 +74,8 @@ def format_largest_costs(recorded: profile) -> str:
     """Returns a page of markdown: the ten operations with the most time of their own."""
     rows = recorded.key_averages()
     on_gpu = any(row.self_device_time_total for row in rows)
+    if on_gpu:  # an annotation has the time of the kernels in it
+        rows = [row for row in rows if not row.is_user_annotation]
     kind = "GPU" if on_gpu else "CPU"
     own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     rows = sorted(rows, key=lambda row: getattr(row, own), reverse=True)

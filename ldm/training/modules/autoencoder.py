@@ -21,13 +21,19 @@ class AutoencoderTraining(L.LightningModule):
     """
 
     def __init__(
-        self, autoencoder: AutoencoderKL, *, optimizer, kl_weight: float = 1e-6, seed: int = 0
+        self,
+        autoencoder: AutoencoderKL,
+        *,
+        optimizer,
+        kl_weight: float = 1e-6,
+        seed: int = 0,
+        rng: str = "philox",
     ) -> None:
         super().__init__()
         self.autoencoder = autoencoder
         self.make_optimizer = optimizer
         self.kl_weight = kl_weight
-        self.seed = seed
+        self.seed, self.rng = seed, rng
         how = {"nan_strategy": "disable"}  # the default drops NaN
         self.val_loss, self.val_psnr = MeanMetric(**how), MeanMetric(**how)
         self.moments: Tensor | None = None  # (3, C): count, sum and sum of squares
@@ -39,8 +45,8 @@ class AutoencoderTraining(L.LightningModule):
     def reconstruct(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
         """Returns loss (B,), reconstructions (B, 3, H, W) and unscaled latents z (B, C, h, w)."""
         images = batch["images"]
-        positions = batch["position"]
-        generators = make_generators(self.seed, positions, stream="posterior", device=self.device)
+        positions, how = batch["position"], {"device": self.device, "rng": self.rng}
+        generators = make_generators(self.seed, positions, stream="posterior", **how)
         mean, logvar = self.autoencoder.posterior(images)  # (B, C, h, w)
         z = self.autoencoder.sample_posterior(mean, logvar, generator=generators)
         restored = self.autoencoder.decode_unscaled(z)  # (B, 3, H, W)

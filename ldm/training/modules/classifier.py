@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from ldm.diffusion.rng import make_generators, rand, randn
+from ldm.diffusion.rng import ImageGenerators, make_generators, rand, randn
 from ldm.diffusion.schedules import expand_dims_like
 from ldm.models.noisy_classifier import NoisyClassifier
 from ldm.training.step_clock import StepClock
+from ldm.utils.transfer import send
 
 NUM_RECALL_BANDS = 8  # val/recall_t0 .. t7: the same equal parts of t as LatentDiffusion's
 
@@ -33,13 +34,19 @@ class ClassifierTraining(L.LightningModule):
     clock: StepClock | None = None  # set by ThroughputMonitor
 
     def __init__(
-        self, classifier: NoisyClassifier, autoencoder: nn.Module, *, optimizer, seed: int = 0
+        self,
+        classifier: NoisyClassifier,
+        autoencoder: nn.Module,
+        *,
+        optimizer,
+        seed: int = 0,
+        rng: str = "philox",
     ) -> None:
         super().__init__()
         self.classifier = classifier
         self.frozen = (autoencoder.eval().requires_grad_(False), classifier.text)
         self.make_optimizer = optimizer
-        self.seed = seed
+        self.seed, self.rng = seed, rng
         self.accuracy_name = "accuracy" if classifier.has_names else "recall"
         bands = (f"{self.accuracy_name}_t{band}" for band in range(NUM_RECALL_BANDS))
         self.val = nn.ModuleDict({name: MeanMetric() for name in ("loss", *bands)})
@@ -77,7 +84,7 @@ class ClassifierTraining(L.LightningModule):
         if self.classifier.has_names:
             return F.cross_entropy(self.classifier.class_log_probs(images), pooled)
         texts = self.classifier.encode_texts(pooled)
-        ids = hash_captions(captions).to(images.device)
+        ids = send(hash_captions(captions), images.device)
         if self.training and self.trainer.world_size > 1:
             images = self.all_gather(images, sync_grads=True).flatten(0, 1)  # (G, S)
             texts = self.all_gather(texts, sync_grads=True).flatten(0, 1)  # (G, S)
@@ -101,7 +108,7 @@ class ClassifierTraining(L.LightningModule):
         if self.classifier.has_names:
             best = self.classifier.class_log_probs(images).argmax(1)  # (B,)
             return pooled.gather(1, best[:, None]).mean()
-        ids = hash_captions(captions).to(images.device)
+        ids = send(hash_captions(captions), images.device)
         texts = self.classifier.encode_texts(pooled)
         best = self.classifier.similarity(images, texts).argmax(1)  # (B,)
         return (ids[best] == ids).float().mean()
@@ -112,9 +119,10 @@ class ClassifierTraining(L.LightningModule):
         whole = "accuracy" if self.classifier.has_names else "recall_at_1"
         self.log(f"val/{whole}", self.val_accuracy, prog_bar=True)
 
-    def make_generators(self, batch: dict, stream: str) -> list[torch.Generator]:
-        """Returns one generator per image for one stream of random numbers."""
-        return make_generators(self.seed, batch["position"], stream=stream, device=self.device)
+    def make_generators(self, batch: dict, stream: str) -> ImageGenerators:
+        """Returns the images' generators for one stream of random numbers."""
+        how = {"device": self.device, "rng": self.rng}
+        return make_generators(self.seed, batch["position"], stream=stream, **how)
 
     def on_fit_start(self) -> None:
         for part in self.frozen:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from ldm.diffusion.conditioning import Condition
-from ldm.diffusion.rng import make_generators, rand, randn
+from ldm.diffusion.rng import ImageGenerators, make_generators, rand, randn
 from ldm.inference.components import Components
 from ldm.training.ema import EMA
 from ldm.training.power_ema import PowerEMA
 from ldm.training.step_clock import StepClock, count_forward_flops
+from ldm.utils.transfer import send
 
 NUM_LOSS_BANDS = 8  # val/loss_t0 .. t7: equal parts of t
 
@@ -41,6 +42,7 @@ class LatentDiffusion(L.LightningModule):
         caption_dropout: float = 0.1,
         validate_raw: bool = False,
         seed: int = 0,
+        rng: str = "philox",
     ) -> None:
         super().__init__()
         self.components = components
@@ -51,7 +53,7 @@ class LatentDiffusion(L.LightningModule):
         self.objective = components.objective
         self.make_optimizer = optimizer
         self.caption_dropout = caption_dropout
-        self.seed = seed
+        self.seed, self.rng = seed, rng
         self.captions = self.cut = 0  # captions of the data so far, and those that were cut
         suffixes = ("", "_raw") if validate_raw else ("",)
         self.val_losses = nn.ModuleDict(
@@ -131,7 +133,7 @@ class LatentDiffusion(L.LightningModule):
             return cond
         keep = self.draw_shares(batch, "caption") >= self.caption_dropout
         null = self.components.text_encoder.null(len(keep))
-        return cond.where(keep.to(self.device, non_blocking=True), null)
+        return cond.where(send(keep, self.device), null)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         x0, cond = self.encode(batch, training=False)
@@ -157,10 +159,11 @@ class LatentDiffusion(L.LightningModule):
         for name, metric in self.val_losses.items():
             self.log(f"val/{name}", metric, prog_bar=name == "loss")
 
-    def make_generators(self, batch: dict, stream: str, *, device=None) -> list[torch.Generator]:
-        """Returns one generator per image for one stream of random numbers."""
+    def make_generators(self, batch: dict, stream: str, *, device=None) -> ImageGenerators:
+        """Returns the images' generators for one stream of random numbers."""
         device = self.device if device is None else device
-        return make_generators(self.seed, batch["position"], stream=stream, device=device)
+        positions = batch["position"]
+        return make_generators(self.seed, positions, stream=stream, device=device, rng=self.rng)
 
     def draw_shares(self, batch: dict, stream: str) -> Tensor:
         """Returns one uniform number (B,) per image, on the CPU."""

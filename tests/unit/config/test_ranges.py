@@ -22,6 +22,7 @@ from ldm.diffusion.timesteps import SPREADS
 from ldm.utils.errors import UsageError
 
 COMMANDS = sorted(path.stem for path in Path(command_line.CONF_DIR).glob("*.yaml"))
+LIGHTNING_PRECISIONS = _PRECISION_INPUT_STR.__args__ + _PRECISION_INPUT_STR_ALIAS.__args__
 ODD = [float("nan"), float("inf"), -1, 0, 1.5, None, 1e30, "many", True]
 # What is taken though it looks odd, and what it means.
 NULL_MEANS = {
@@ -97,7 +98,7 @@ def test_words_are_those_of_the_classes():
         ("sampler.slope", SLOPES),
         ("timestep_sampler.spread", SPREADS),
         ("objective.kind", PREDICTIONS),
-        ("trainer.precision", _PRECISION_INPUT_STR.__args__ + _PRECISION_INPUT_STR_ALIAS.__args__),
+        ("trainer.precision", ("auto", *LIGHTNING_PRECISIONS)),
     ):
         assert set(find_setting_rule(key, "train")[0].words) == set(words)
 

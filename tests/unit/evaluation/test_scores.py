@@ -14,7 +14,7 @@ from ldm.evaluation import scores as module
 from ldm.evaluation.metrics.clip_score import clip_score
 from ldm.evaluation.metrics.frechet import frechet_distance
 from ldm.evaluation.metrics.inception_score import inception_score
-from ldm.evaluation.metrics.kernel_distances import cmmd, kid
+from ldm.evaluation.metrics.kernel_distances import KernelDistances
 from ldm.evaluation.metrics.moments import Moments
 from ldm.evaluation.metrics.precision_recall import Manifold
 from ldm.evaluation.scores import Scores
@@ -69,9 +69,9 @@ def test_a_clip_alone():
     table = painted["clip"]
     expected = {
         "fd_clip": between(rows(M, 1), table),
-        "kid": kid(rows(M, 1), table, seed=0, subset_size=20).value,
+        "kid": KernelDistances(rows(M, 1)).kid(table, seed=0, subset_size=20).value,
         **Manifold(rows(M, 1)).compare(table),
-        "cmmd": cmmd(rows(M, 1), table).value,
+        "cmmd": KernelDistances(rows(M, 1)).cmmd(table).value,
         "clip_score": float(clip_score(table, rows(N, 3)).mean()),
         "clip_score_chance": chance(table, rows(N, 3)),
         "fd_clip_floor": between(rows(M, 1), rows(N, 2)),
@@ -102,7 +102,9 @@ def test_only_inceptions_distance_is_called_fid():
     table = painted["inception"]
     assert found["fid"] == pytest.approx(between(rows(M, 1), table))
     # Inception's, though it is not the first that was named.
-    assert found["kid"] == pytest.approx(kid(rows(M, 1), table, seed=0, subset_size=20).value)
+    assert found["kid"] == pytest.approx(
+        KernelDistances(rows(M, 1)).kid(table, seed=0, subset_size=20).value
+    )
     assert found["coverage"] == Manifold(rows(M, 1)).compare(table)["coverage"]
     chances = (table[:, :4] * 2).softmax(dim=1)
     expected = inception_score(chances, seed=0, splits=10)
@@ -150,14 +152,17 @@ def test_what_is_measured_twice_is_the_same():
 def test_what_takes_long_is_computed_once(monkeypatch):
     """KID, and the Frechet distances of the painted pictures and of the floor."""
     calls = []
-    for name in ("kid", "frechet_distance", "frechet_estimate", "cmmd"):
-        own = getattr(module, name)
+    for place, name in (
+        *((KernelDistances, name) for name in ("kid", "cmmd")),
+        *((module, name) for name in ("frechet_distance", "frechet_estimate")),
+    ):
+        own = getattr(place, name)
 
         def counted(*given, own=own, name=name, **more):
             calls.append(name)
             return own(*given, **more)
 
-        monkeypatch.setattr(module, name, counted)
+        monkeypatch.setattr(place, name, counted)
     one = scores("clip", captioned=("clip",))
     one.estimate_metrics(seen("clip"))
     assert sorted(calls) == ["cmmd", "frechet_distance", "frechet_estimate", "kid"]

@@ -10,6 +10,7 @@ from ldm.diffusion.conditioning import Condition
 from ldm.models.compilation import compile_network
 from ldm.models.unet import UNet
 from ldm.training.ema import EMA
+from ldm.training.step_clock import count_forward_flops
 from ldm.utils.errors import UsageError
 
 
@@ -82,6 +83,14 @@ def test_state_dict_and_copies_are_those_of_the_plain_network():
     net.load_state_dict(other.state_dict())
     torch.testing.assert_close(net(*make_batch(2)), other(*make_batch(2)))
     assert count_graphs() == 1
+
+
+def test_flops_are_counted_without_the_compiler():
+    net = make_unet()
+    plain = count_forward_flops(net, *make_batch(2))
+    compile_network(net, "default", backend="eager", report=lambda line: None)
+    assert count_forward_flops(net, *make_batch(2)) == plain > 0
+    assert count_graphs() == 0
 
 
 def test_errors_are_those_of_the_network_or_one_line():

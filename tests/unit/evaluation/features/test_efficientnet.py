@@ -7,7 +7,8 @@ import torch
 from real_pictures import coco, squares
 from torch.nn import functional as F
 
-from ldm.evaluation.features.efficientnet import EfficientNetFeatures
+from ldm.evaluation.features.base import resize_for_network
+from ldm.evaluation.features.efficientnet import EfficientNetFeatures, load_efficientnet
 
 # Photographs of coco_mini: what ImageNet calls what they show, and how sure the network is. Swapped
 # channels make that 0.78, 0.92 and 0.82; pixels in [0, 1] make it 0.96, 0.90 and 0.71.
@@ -35,6 +36,16 @@ def test_a_blurred_copy_is_nearer_than_another_picture(features):
     here, blurred = features(images), features(soft.round().byte())
     apart = torch.cdist(here, here) + torch.eye(len(images)) * 1e9
     assert ((here - blurred).norm(dim=1) < apart.min(dim=1).values).all()
+
+
+@torch.no_grad()
+def test_features_are_those_of_the_published_network(features):
+    """Its folded batch norms and paddings change rounding errors alone, as another batch does."""
+    net, images = load_efficientnet().eval(), torch.stack(squares(5, 96))
+    pixels = (resize_for_network(images, 224) - 127) / 128
+    expected = net.extract_features(pixels).mean(dim=(2, 3))
+    torch.testing.assert_close(features(images), expected, rtol=1e-4, atol=1e-5)
+    assert (features(images) - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_the_digest_is_always_the_same(features):

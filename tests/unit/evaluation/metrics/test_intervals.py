@@ -12,6 +12,16 @@ from ldm.evaluation.metrics.moments import Moments
 from ldm.evaluation.metrics.precision_recall import Manifold
 
 
+def one_by_one(statistic):
+    """A statistic of the rows alone, computed for all rows and without each group."""
+
+    def numbers(rows, groups):
+        kept = [[i for i in range(len(rows)) if i not in set(group.tolist())] for group in groups]
+        return [statistic(rows), *(statistic(rows[places]) for places in kept)]
+
+    return numbers
+
+
 def normal(n, seed):
     return torch.randn(n, generator=torch.Generator().manual_seed(seed))
 
@@ -78,7 +88,7 @@ def test_the_jackknife_of_a_mean_is_its_error(n):
 
     ratios = []
     for seed in range(100):
-        found = jackknife(statistic, normal(n, seed), seed=seed)
+        found = jackknife(one_by_one(statistic), normal(n, seed), seed=seed)
         assert found["mean"].value == pytest.approx(float(normal(n, seed).mean()))
         assert found["double"].error == pytest.approx(2 * found["mean"].error)
         ratios.append(found["mean"].error * n**0.5)
@@ -87,7 +97,9 @@ def test_the_jackknife_of_a_mean_is_its_error(n):
 
 def test_with_a_row_a_group_it_is_the_error_exactly():
     values = normal(30, seed=0).double()
-    found = jackknife(lambda rows: {"mean": float(rows.mean())}, values, seed=0, groups=30)
+    found = jackknife(
+        one_by_one(lambda rows: {"mean": float(rows.mean())}), values, seed=0, groups=30
+    )
     assert found["mean"].error == pytest.approx(float(values.std()) / 30**0.5, rel=1e-9)
 
 
@@ -102,11 +114,21 @@ def test_the_jackknife_of_recall_and_coverage_is_the_deviation_between_draws():
     real = Manifold(gaussian_rows(400, 16, seed=1))
     draws = [gaussian_rows(150, 16, seed=seed, spread=0.8) for seed in range(2, 62)]
     found = [real.compare(rows) for rows in draws]
-    errors = [jackknife(real.compare, rows, seed=0) for rows in draws[:10]]
+    errors = [jackknife(real.compare_without, rows, seed=0) for rows in draws[:10]]
     for name in ("precision", "recall", "density", "coverage"):
         deviation = np.std([one[name] for one in found], ddof=1)
         told = np.mean([one[name].error for one in errors])
         assert 0.7 < told / deviation < 1.8, name
+
+
+@pytest.mark.parametrize("n", [150, 167])
+def test_the_jackknife_of_the_manifold_is_that_of_one_comparison_a_group(n):
+    real = Manifold(gaussian_rows(300, 16, seed=1))
+    rows = gaussian_rows(n, 16, seed=2, spread=0.9)
+    found = jackknife(real.compare_without, rows, seed=3)
+    expected = jackknife(one_by_one(real.compare), rows, seed=3)
+    for name, estimate in expected.items():
+        assert found[name] == pytest.approx(estimate, rel=1e-12), name
 
 
 def test_drawing_with_replacement_raises_the_distance_where_the_jackknife_does_not():
@@ -121,7 +143,9 @@ def test_drawing_with_replacement_raises_the_distance_where_the_jackknife_does_n
         for _ in range(20)
     ]
     assert min(drawn) > found.interval(level=0.999).high  # none comes near the value itself
-    left = jackknife(lambda part: {"fd": frechet_estimate(reference, part).value}, rows, seed=0)
+    left = jackknife(
+        one_by_one(lambda part: {"fd": frechet_estimate(reference, part).value}), rows, seed=0
+    )
     assert left["fd"].value == found.value
     assert 0.5 < left["fd"].error / found.error < 2
 
@@ -133,4 +157,4 @@ def test_nonsense_is_refused():
     with pytest.raises(ValueError, match="level"):
         bootstrap_mean(torch.arange(3.0), seed=0, level=95)
     with pytest.raises(ValueError, match="20 groups of 10 rows"):
-        jackknife(lambda rows: {}, torch.ones(10), seed=0)
+        jackknife(lambda rows, groups: [{}], torch.ones(10), seed=0)

@@ -7,7 +7,7 @@ from torch import nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from ldm.evaluation.metrics import kernel_distances
-from ldm.evaluation.metrics.kernel_distances import cmmd, kid
+from ldm.evaluation.metrics.kernel_distances import KernelDistances
 
 
 class Rows(nn.Module):
@@ -36,18 +36,37 @@ def test_kid_is_torchmetrics_on_the_same_subsets(real, generated, subset_size):
     metric.update(generated, real=False)
     torch.manual_seed(7)
     mean, std = (float(number) for number in metric.compute())
-    found = kid(real, generated, seed=7, subsets=20, subset_size=subset_size)
+    found = KernelDistances(real).kid(generated, seed=7, subsets=20, subset_size=subset_size)
     assert found.value == pytest.approx(mean, rel=1e-9)
-    assert found == kid(real, generated, seed=7, subsets=20, subset_size=subset_size)
-    other = kid(real, generated, seed=8, subsets=20, subset_size=subset_size)
+    assert found == KernelDistances(real).kid(
+        generated, seed=7, subsets=20, subset_size=subset_size
+    )
+    other = KernelDistances(real).kid(generated, seed=8, subsets=20, subset_size=subset_size)
     assert other.value != found.value
     assert other.value == pytest.approx(mean, abs=4 * std / 20**0.5)
 
 
+def test_kid_is_the_same_whatever_the_blocks_and_however_the_real_pairs_are_summed(
+    real, generated, monkeypatch
+):
+    """Small subsets are summed one by one; of large ones, all pairs are computed once."""
+    settings = {"seed": 0, "subsets": 20}
+    for size in (30, 150):
+        expected = KernelDistances(real).kid(generated, subset_size=size, **settings)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernel_distances, "_KERNEL_PAIRS_PER_BLOCK", 5000)
+            kernels = KernelDistances(real)
+            for _ in range(2):  # the second time from what was kept
+                found = kernels.kid(generated, subset_size=size, **settings)
+                assert found == pytest.approx(expected, rel=1e-9)
+
+
 def test_kid_in_single_precision_is_kid(real, generated):
-    single = kid(real.float(), generated.float(), seed=0, subsets=5, subset_size=100)
+    single = KernelDistances(real.float()).kid(
+        generated.float(), seed=0, subsets=5, subset_size=100
+    )
     assert single.value == pytest.approx(
-        kid(real, generated, seed=0, subsets=5, subset_size=100).value, rel=1e-4
+        KernelDistances(real).kid(generated, seed=0, subsets=5, subset_size=100).value, rel=1e-4
     )
 
 
@@ -68,22 +87,24 @@ def plain_cmmd(real, generated):
 def test_cmmd_is_its_formula_whatever_the_blocks(real, generated, monkeypatch):
     expected = plain_cmmd(real, generated)
     assert expected > 0.01
-    assert cmmd(real, generated).value == pytest.approx(expected, rel=1e-9)
+    assert KernelDistances(real).cmmd(generated).value == pytest.approx(expected, rel=1e-9)
     monkeypatch.setattr(
         kernel_distances, "_KERNEL_PAIRS_PER_BLOCK", 1000
     )  # blocks of three to five rows
-    assert cmmd(real, generated).value == pytest.approx(expected, rel=1e-9)
-    assert cmmd(3 * real, 0.2 * generated).value == pytest.approx(expected, rel=1e-9)
+    assert KernelDistances(real).cmmd(generated).value == pytest.approx(expected, rel=1e-9)
+    assert KernelDistances(3 * real).cmmd(0.2 * generated).value == pytest.approx(
+        expected, rel=1e-9
+    )
 
 
 def test_a_set_is_at_no_cmmd_from_itself(real):
-    assert cmmd(real, real.clone()).value == pytest.approx(0, abs=1e-9)
+    assert KernelDistances(real).cmmd(real.clone()).value == pytest.approx(0, abs=1e-9)
 
 
 def test_both_grow_with_a_shift(real):
     for metric in (
-        lambda rows: kid(real, rows, seed=0, subsets=10, subset_size=100).value,
-        lambda rows: cmmd(real, rows).value,
+        lambda rows: KernelDistances(real).kid(rows, seed=0, subsets=10, subset_size=100).value,
+        lambda rows: KernelDistances(real).cmmd(rows).value,
     ):
         values = [
             metric(gaussian_rows(300, 32, seed=2, shift=shift, offset=0.5))
@@ -96,8 +117,8 @@ def test_both_grow_with_a_shift(real):
 def test_errors_are_the_deviations_between_draws(real):
     draws = [gaussian_rows(200, 32, seed=seed, shift=0.4, offset=0.5) for seed in range(2, 82)]
     for found in (
-        [kid(real, rows, seed=0, subsets=20, subset_size=100) for rows in draws],
-        [cmmd(real, rows) for rows in draws],
+        [KernelDistances(real).kid(rows, seed=0, subsets=20, subset_size=100) for rows in draws],
+        [KernelDistances(real).cmmd(rows) for rows in draws],
     ):
         values = torch.tensor([one[0] for one in found], dtype=torch.float64)
         errors = torch.tensor([one.error for one in found], dtype=torch.float64)
@@ -106,10 +127,10 @@ def test_errors_are_the_deviations_between_draws(real):
 
 def test_bad_sides_are_refused(real, generated):
     with pytest.raises(ValueError, match="set subset_size between 2 and 200"):
-        kid(real, generated, seed=0)
+        KernelDistances(real).kid(generated, seed=0)
     with pytest.raises(ValueError, match="of one network"):
-        cmmd(real, generated[:, :5])
+        KernelDistances(real).cmmd(generated[:, :5])
     with pytest.raises(ValueError, match="two rows or more"):
-        cmmd(real[:1], generated)
+        KernelDistances(real[:1]).cmmd(generated)
     with pytest.raises(ValueError, match="no direction"):
-        cmmd(real, torch.cat([generated, torch.zeros(1, 32)]))
+        KernelDistances(real).cmmd(torch.cat([generated, torch.zeros(1, 32)]))

@@ -89,3 +89,17 @@ def test_too_few_rows_and_another_network_are_refused():
         real.compare(rows[:3])
     with pytest.raises(ValueError, match="same feature network"):
         real.compare(rows[:, :4])
+
+
+def test_without_groups_of_rows_all_four_are_those_of_the_rest(monkeypatch):
+    real, rows = gaussian_rows(120, 24, seed=1), gaussian_rows(80, 24, seed=2, shift=1.0)
+    groups = torch.randperm(80, generator=torch.Generator().manual_seed(0))[:60].split(12)
+    expected = [brute_force(real, rows)]
+    for group in groups:
+        rest = [i for i in range(80) if i not in group.tolist()]
+        expected.append(brute_force(real, rows[rest]))
+    assert len({tuple(each.values()) for each in expected}) == 6
+    for block in (precision_recall._DISTANCES_PER_BLOCK, 700):
+        monkeypatch.setattr(precision_recall, "_DISTANCES_PER_BLOCK", block)
+        for found, each in zip(Manifold(real).compare_without(rows, groups), expected, strict=True):
+            assert found == pytest.approx(each, rel=1e-12)

@@ -25,7 +25,7 @@ def encoded(module: AutoencoderTraining, batch: dict) -> torch.Tensor:
 def test_it_learns_and_leaves_latents_of_unit_variance(shapes, tmp_path):
     module, data = autoencoder_training(), shapes_data(shapes)
     keeper = Checkpoints(tmp_path, every=10, keep=1, facts={})
-    trainer = make_trainer(steps=40, callbacks=[keeper])
+    trainer = make_trainer(steps=60, callbacks=[keeper])
     (before,) = trainer.validate(module, datamodule=data, verbose=False)
     trainer.fit(module, datamodule=data)
     after = trainer.callback_metrics

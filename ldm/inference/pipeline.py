@@ -7,13 +7,8 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.conditioning import Condition, Conditioning, GuidancePrompts
-<<<<<<< HEAD
 from ldm.diffusion.guidance.base import Denoise, Guidance
-from ldm.diffusion.rng import ImageNoise
-=======
-from ldm.diffusion.guidance.base import ConditionalDenoiser, Denoise, Guidance
 from ldm.diffusion.rng import ImageNoise, make_sampling_generators
->>>>>>> main
 from ldm.diffusion.samplers.base import OnStep, Sampler
 from ldm.diffusion.samplers.ddim import DDIMSampler
 from ldm.diffusion.samplers.inversion import invert_ddim

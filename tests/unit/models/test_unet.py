@@ -1,5 +1,7 @@
 """UNet against diffusers' UNet2DConditionModel on random weights, and its own promises."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -313,3 +315,60 @@ def test_bad_input_is_named(x, cond, message):
 def test_bad_construction_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         small(**changes)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_keys_and_values_that_are_given_change_no_bit(masked):
+    net = small(attention=(True, True))
+    x, t, cond = inputs(net)
+    if masked:
+        cond = replace(cond, mask=torch.arange(7) < torch.tensor([[3], [7]]))
+    projected = net.project(cond.tokens)
+    assert torch.equal(net(x, t, replace(cond, projected=projected)), net(x, t, cond))
+    other = replace(cond, tokens=torch.zeros_like(cond.tokens), projected=projected)
+    assert torch.equal(net(x, t, other), net(x, t, cond)), "the text is read from them alone"
+
+
+def test_a_network_without_text_has_no_keys_and_values():
+    net = small(context_dim=0, pooled_dim=6)
+    assert net.project(torch.zeros(2, 7, 12)) is None
+
+
+@pytest.mark.parametrize("attention", [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("changes", [{}, {"pooled_dim": 6}, {"scale_shift": True}])
+@torch.no_grad()
+def test_copies_of_an_image_share_the_layers_before_the_text(attention, changes):
+    net = small(attention=attention, positional_waves=2, **changes)
+    x, _, cond = inputs(net, batch=6)
+    x = torch.cat([x[:2]] * 3)
+    t, rows = torch.tensor(423.7), []
+    plain = net(x, t, cond)
+    net.conv_in.register_forward_hook(lambda _, args, out: rows.append(len(out)))
+    got = net(x, t, replace(cond, copies=3))
+    torch.testing.assert_close(got, plain, rtol=0, atol=1e-5)
+    assert rows == ([6] if "pooled_dim" in changes else [2])
+
+
+@pytest.mark.parametrize("times", ["of each image", "one"])
+def test_copies_count_only_where_they_are_equal(times):
+    """Style, no text, or times of their own: all rows go through all layers."""
+    net = small(style_dim=5, temporal=True)
+    x, t, cond = inputs(net)
+    x = torch.cat([x[:1]] * 2)
+    t = t if times == "of each image" else t[0]
+    style = torch.randn(2, 3, 5) if times == "one" else None
+    cond = replace(cond, style=style)
+    with torch.no_grad():
+        assert torch.equal(net(x, t, replace(cond, copies=2)), net(x, t, cond))
+        video = x[:, :, None].expand(-1, -1, 3, -1, -1)
+        assert torch.equal(net(video, t, replace(cond, copies=2)), net(video, t, cond))
+    assert torch.isfinite(net(x, t, replace(cond, copies=2)).sum())
+
+
+def test_the_feed_forward_is_the_same_with_and_without_a_backward_pass():
+    net = small(attention=(True, True))
+    x, t, cond = inputs(net)
+    with torch.no_grad():
+        plain = net(x, t, cond)
+    assert torch.equal(net(x, t, cond), plain)

@@ -12,6 +12,7 @@ from ldm.diffusion.conditioning import Condition
 from ldm.models.kernels import attend
 from ldm.models.positional_map import PositionalMap
 from ldm.models.random_layers import Dropout
+from ldm.models.token_sequences import apply_to_sequence, repeat_like, to_grid, to_sequence
 
 ExtraAttentionFactory = Callable[[int], nn.Module]  # width -> attention of (B, N, C) to tokens
 
@@ -218,17 +219,6 @@ class SpatialTransformer(nn.Module):
         return repeat_like(x, y) + y
 
 
-def apply_to_sequence(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 1x1 convolution of (B, N, C) -> (B, N, out): the linear map that it is."""
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
-
-
-def repeat_like(x: Tensor, like: Tensor) -> Tensor:
-    """(B, ..) as often one after another as the batch of `like` is longer."""
-    copies = len(like) // len(x) if len(x) else 1
-    return x if copies == 1 else x.repeat(copies, *[1] * (x.ndim - 1))
-
-
 class SpatialAttention(nn.Module):
     """Single-head self-attention over the positions of a feature map, and a shortcut."""
 
@@ -240,16 +230,6 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor, cond: Condition | None = None) -> Tensor:
         """x (B, C, h, w) -> (B, C, h, w); `cond` is not used."""
         return x + to_grid(self.attn(to_sequence(self.group_norm(x))), like=x)
-
-
-def to_sequence(x: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, N, C); a view if x is channels_last."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def to_grid(x: Tensor, *, like: Tensor) -> Tensor:
-    """(B, N, C) -> (B, C, h, w) on the grid of `like`."""
-    return x.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
 class Downsample(nn.Module):

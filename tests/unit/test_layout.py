@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
     "utils": 1800,
-    "diffusion": 2980,
+    "diffusion": 2990,
     "models": 3010,
     "data": 4380,
     "inference": 860,

@@ -74,6 +74,7 @@ def load_pipeline(cfg: DictConfig, ckpt: str, locations: dict[str, str | None]) 
         dtype=choose_autocast_dtype(cfg.get("dtype"), trained.trainer.get("precision"), device),
         trained_size=trained.data.size,
         num_frames=frames and (cfg.get("frames") or frames),
+        decode_tile=cfg.get("decode_tile"),
         rng=trained.rng,
     )
     return LoadedPipeline(

@@ -37,15 +37,8 @@ if TYPE_CHECKING:
     from ldm.config.loaded_pipeline import LoadedPipeline
 
 LOAD_SETTINGS = (
-    "sampler",
-    "guidance",
-    "task",
-    "raw",
-    "frames",
-    "device",
-    "dtype",
-    "trust",
-    "compile",
+    *("sampler", "guidance", "task", "raw", "frames", "decode_tile"),
+    *("device", "dtype", "trust", "compile"),
 )
 
 

@@ -188,6 +188,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (SIDE, "size, data.size, data.min_size, clip.patch_size"),
     ((SIDE, ListRule(SIDE, [2])), "sample size"),
     ((SIDE, NULL), "prepare size"),
+    ((integers("[64, 16384]"), NULL), "decode_tile"),
     (ListRule(integers("[0, 16384]"), [4]), "pad"),
     (BLOCKS, "autoencoder.patch, autoencoder.latent_channels, autoencoder.blocks, clip.layers"),
     (BLOCKS, "clip.heads, model.blocks, model.heads, model.depth, style_encoder.tiles"),

@@ -17,6 +17,7 @@ from ldm.diffusion.samplers.repaint import RePaintSampler
 from ldm.diffusion.samplers.tiled import TiledDenoiser
 from ldm.diffusion.tasks.base import Request
 from ldm.inference.components import Components
+from ldm.inference.decoding import decode_latents
 from ldm.inference.image_size import format_image_size
 from ldm.inference.prompts import parse_prompt
 from ldm.inference.text_projection import project_text_once
@@ -33,6 +34,7 @@ class Pipeline:
     dtype: torch.dtype | None = None  # of autocast; None is float32
     trained_size: int | None = None  # pixels; a task with tiles generates tiles of that size
     num_frames: int | None = None  # of a video; None generates images
+    decode_tile: int | None = None  # pixels; larger images are decoded in tiles of that side
     rng: str = "philox"  # or `torch`, for the images of former runs
 
     def replace_components(self, **changes: object) -> "Pipeline":
@@ -196,7 +198,8 @@ class Pipeline:
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] of latents (B, C, h, w), such as a step's x0_hat."""
         with self._autocast():
-            return self.components.autoencoder.decode(latents).clamp(-1, 1)
+            images = decode_latents(self.components.autoencoder, latents, tile=self.decode_tile)
+            return images.clamp(-1, 1)
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """x0_hat (B, C, h, w) of x_t at t, () or (B,) on any device, without guidance."""

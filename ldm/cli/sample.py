@@ -87,6 +87,7 @@ def generate_samples(
         "paste": cfg.paste,
         "pad": list(cfg.pad),
         "steps": cfg.steps,
+        **({} if cfg.dtype is None else {"dtype": cfg.dtype}),
         **first.describe(),
     }
     if len(loaded) > 1:

@@ -125,6 +125,19 @@ def get_autocast_dtype(precision: str | int | None) -> torch.dtype | None:
     return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(precision))
 
 
+def choose_autocast_dtype(
+    name: str | None, precision: str | int | None, device: torch.device
+) -> torch.dtype | None:
+    """The dtype of networks that sample; None for float32.
+
+    Without a name, on a GPU that of training with this precision, and on a CPU float32: many CPUs
+    have no arithmetic for less.
+    """
+    if name is None:
+        return get_autocast_dtype(precision) if device.type == "cuda" else None
+    return None if name == "float32" else getattr(torch, name)
+
+
 @dataclass(frozen=True)
 class LoadedCheckpoint:
     """A checkpoint of a run that was read and validated; nothing is built yet."""

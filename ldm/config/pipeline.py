@@ -10,8 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.components import (
     build_components,
+    choose_autocast_dtype,
     find_component_location,
-    get_autocast_dtype,
     load_diffusion_checkpoint,
     set_component_location,
 )
@@ -71,10 +71,7 @@ def load_pipeline(cfg: DictConfig, ckpt: str, locations: dict[str, str | None]) 
         components,
         instantiate(cfg.sampler),
         build_guidance(cfg.guidance, components, device=device, trust=trust),
-        # As in training on a GPU; a CPU gains nothing from less precision.
-        dtype=get_autocast_dtype(trained.trainer.get("precision"))
-        if device.type == "cuda"
-        else None,
+        dtype=choose_autocast_dtype(cfg.get("dtype"), trained.trainer.get("precision"), device),
         trained_size=trained.data.size,
         num_frames=frames and (cfg.get("frames") or frames),
         rng=trained.rng,

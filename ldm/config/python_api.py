@@ -5,7 +5,6 @@ import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +36,17 @@ if TYPE_CHECKING:
 
     from ldm.config.loaded_pipeline import LoadedPipeline
 
-LOAD_SETTINGS = ("sampler", "guidance", "task", "raw", "frames", "device", "trust", "compile")
+LOAD_SETTINGS = (
+    "sampler",
+    "guidance",
+    "task",
+    "raw",
+    "frames",
+    "device",
+    "dtype",
+    "trust",
+    "compile",
+)
 
 
 def load(
@@ -45,24 +54,24 @@ def load(
     *overrides: str,
     trust: str | Sequence[str] = (),
     device: "str | torch.device | None" = None,
-    dtype: "torch.dtype | None" = None,
+    dtype: "torch.dtype | str | None" = None,
 ) -> "LoadedPipeline":
     """Returns the pipeline of a run directory, a checkpoint file or a bundle.
 
     `pipe("a red star", seeds=[0, 1])` gives images. overrides: settings of sample.py that are no
     argument of that call, such as "guidance.rescale=0.7", "raw=true" or "autoencoder=DIR".
-    trust: packages of your own that the checkpoint may name components of. dtype: of autocast;
-    None: as trained on a GPU, float32 on a CPU.
+    trust: packages of your own that the checkpoint may name components of. dtype: of the networks,
+    such as torch.bfloat16 or "bfloat16"; None: as trained on a GPU, float32 on a CPU.
     """
     import torch
 
     from ldm.config.pipeline import load_pipeline
 
-    if not isinstance(dtype, torch.dtype | None):
-        raise UsageError(f"dtype={dtype} is no torch.dtype: give torch.bfloat16")
     texts, words = split_text_options(overrides, LOCATION_SETTINGS)
     with isolate_hydra():
-        cfg = compose_config("sample", [*words, *_list_keyword_overrides(trust, device)])
+        given = _list_keyword_overrides(trust, device)
+        given += [] if dtype is None else [f"dtype={str(dtype).removeprefix('torch.')}"]
+        cfg = compose_config("sample", [*words, *given])
     for word in words:
         key = word.lstrip("+~").partition("=")[0].partition("@")[0]
         if key.partition(".")[0] not in LOAD_SETTINGS:
@@ -70,11 +79,7 @@ def load(
     path = os.path.expanduser(os.fspath(ckpt))
     with convert_to_usage_errors(), torch.random.fork_rng(devices=[]):
         check_checkpoints_and_device(cfg, path)
-        loaded = load_pipeline(cfg, path, dict.fromkeys(LOCATION_SETTINGS) | texts)
-    if dtype is not None:
-        autocast = None if dtype is torch.float32 else dtype
-        loaded = replace(loaded, pipeline=replace(loaded.pipeline, dtype=autocast))
-    return loaded
+        return load_pipeline(cfg, path, dict.fromkeys(LOCATION_SETTINGS) | texts)
 
 
 def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:

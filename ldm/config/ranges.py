@@ -128,6 +128,7 @@ PRECISIONS = (  # Lightning's, and ours
     *("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
     *("32", "bf16", "16", "64", "transformer-engine", "transformer-engine-float16"),
 )
+SAMPLING_DTYPES = ("float32", "bfloat16", "float16")
 
 # A rule, or several of which one is enough, and the settings that it is for.
 RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
@@ -139,6 +140,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (ChoiceRule(("philox", "torch")), "rng"),
     (ChoiceRule(("auto", "cpu", "gpu", "cuda", "mps", "tpu")), "trainer.accelerator"),
     ((ChoiceRule(PRECISIONS), NULL), "trainer.precision"),
+    ((ChoiceRule(SAMPLING_DTYPES), NULL), "dtype"),
     (ChoiceRule(("trailing", "leading", "linspace", "karras", "logsnr", "ays")), "sampler.spacing"),
     (ChoiceRule(("flow", "edm", "x0")), "sampler.slope"),
     (ChoiceRule(("independent", "stratified", "sobol")), "timestep_sampler.spread"),

@@ -54,9 +54,9 @@ DENOISER_SETTINGS = ("init", "eval", "features", "metrics")
 # What ldm.evaluate does not read of a pipeline of diffusers, and of image files.
 UNREAD_SETTINGS = {
     "run": (),
-    "peer": ("sampler", "raw", "compile", "autoencoder", "text_encoder", "trust"),
+    "peer": ("sampler", "raw", "compile", "dtype", "autoencoder", "text_encoder", "trust"),
     "images": (
-        *("sampler", "guidance", "steps", "seed", "count", "scenes", "raw", "compile"),
+        *("sampler", "guidance", "steps", "seed", "count", "scenes", "raw", "compile", "dtype"),
         *("autoencoder", "text_encoder", "trust"),
     ),
 }

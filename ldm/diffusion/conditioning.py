@@ -16,6 +16,8 @@ class Condition:
     pooled (B, P): one vector per image, added to the time embedding.
     concat (B, E, h, w): extra input channels, such as a mask and masked latents.
     style (B, N, F): features of a style image; all zeros for an image without one.
+    projected (B, L, W): the network's keys and values of `tokens`, see `Denoiser.project`.
+    copies: the batch is that many times the same images, one after another, with other text.
     """
 
     tokens: Tensor | None = None
@@ -23,14 +25,16 @@ class Condition:
     pooled: Tensor | None = None
     concat: Tensor | None = None
     style: Tensor | None = None
+    projected: Tensor | None = None
+    copies: int = 1  # not of a merged condition: whoever repeats images says so
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Condition":
         """Applies `fn` to every part that is present."""
         return Condition(*(None if part is None else fn(part) for part in self.parts()))
 
     def parts(self) -> tuple[Tensor | None, ...]:
-        """tokens, mask, pooled, concat, style."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+        """All but `copies`, in order."""
+        return tuple(getattr(self, name) for name in CONDITION_PARTS)
 
     def to(self, device: torch.device | str) -> "Condition":
         """The condition on `device`."""
@@ -51,11 +55,14 @@ class Condition:
 
     def _zip(self, other: "Condition", fn: Callable[[Tensor, Tensor], Tensor]) -> "Condition":
         merged = []
-        for field, a, b in zip(fields(self), self.parts(), other.parts(), strict=True):
+        for name, a, b in zip(CONDITION_PARTS, self.parts(), other.parts(), strict=True):
             if (a is None) != (b is None):
-                raise ValueError(f"only one of two conditions to be merged has '{field.name}'")
+                raise ValueError(f"only one of two conditions to be merged has '{name}'")
             merged.append(None if a is None else fn(a, b))
         return Condition(*merged)
+
+
+CONDITION_PARTS = tuple(field.name for field in fields(Condition) if field.name != "copies")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.conditioning import Condition, Conditioning, GuidancePrompts
-from ldm.diffusion.guidance.base import ConditionalDenoiser, Denoise, Guidance
+from ldm.diffusion.guidance.base import Denoise, Guidance
 from ldm.diffusion.rng import ImageNoise, make_sampling_generators
 from ldm.diffusion.samplers.base import OnStep, Sampler
 from ldm.diffusion.samplers.ddim import DDIMSampler
@@ -19,6 +19,7 @@ from ldm.diffusion.tasks.base import Request
 from ldm.inference.components import Components
 from ldm.inference.image_size import format_image_size
 from ldm.inference.prompts import parse_prompt
+from ldm.inference.text_projection import project_text_once
 from ldm.utils.errors import format_program
 
 
@@ -89,7 +90,8 @@ class Pipeline:
             texts = [source] * len(x0) if isinstance(source, str) else list(source)
             cond = self.components.text_encoder(texts)
             times = self.sampler.timesteps(schedule, steps, start=t)
-            return invert_ddim(lambda x, t: self.denoise(x, t, cond), x0, schedule, times)
+            denoise = project_text_once(self.denoise, self.components.denoiser)
+            return invert_ddim(lambda x, t: denoise(x, t, cond), x0, schedule, times)
 
         def first_timestep(t: float) -> float:
             return float(self.sampler.timesteps(schedule, steps, start=t)[0])
@@ -213,7 +215,7 @@ class Pipeline:
         no_style = None if style is None else torch.zeros_like(style)
         uncond = self._encode_negative(negative, len(prompts))
         uncond = replace(uncond, concat=concat, style=no_style)
-        denoise: ConditionalDenoiser = self.denoise
+        denoise = project_text_once(self.denoise, self.components.denoiser)
         if task.tile_overlap is not None and self.trained_size is not None:
             side = self.trained_size // self.components.autoencoder.factor
             denoise = TiledDenoiser(denoise, side, round(side * task.tile_overlap))

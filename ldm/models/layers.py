@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.diffusion.conditioning import Condition
 from ldm.models.kernels import attend
@@ -110,16 +111,28 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(dim, dim)
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        projected: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """x (B, N, dim), context (B, L, context_dim), mask (B, L), True is attended -> as x."""
-        context = x if context is None else context
+        """x (B, N, dim), context (B, L, context_dim), mask (B, L), True is attended -> as x.
+
+        projected: the result of `project` for this context, which is computed here without it.
+        """
+        if projected is None:
+            projected = self.project(x if context is None else context)
         q, k, v = (
             y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N or L, dim / heads)
-            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+            for y in (self.to_q(x), *projected)
         )
         mask = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, L)
         return self.to_out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+    def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values (B, L, dim) of a context."""
+        return self.to_k(context), self.to_v(context)
 
 
 class FeedForward(nn.Module):
@@ -132,7 +145,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj_in(x).chunk(2, dim=-1)  # (B, N, 4 dim) each
-        return self.proj_out(value * F.gelu(gate))
+        gate = F.gelu(gate)
+        # Without a backward pass, which needs both, in place: memory is what takes the time.
+        return self.proj_out(value * gate if torch.is_grad_enabled() else gate.mul_(value))
 
 
 class TransformerBlock(nn.Module):
@@ -153,6 +168,7 @@ class TransformerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.self_attn = Attention(dim, heads=heads)
         self.norm2 = self.cross_attn = None
+        self.columns = slice(0)  # the keys and values of `cross_attn` in `Condition.projected`
         if context_dim:
             self.norm2 = nn.LayerNorm(dim)
             self.cross_attn = Attention(dim, context_dim=context_dim, heads=heads)
@@ -165,7 +181,10 @@ class TransformerBlock(nn.Module):
         x = x + self.self_attn(self.norm1(x))
         style = None if cond.style is None else self.style_attn(x, cond.style)
         if self.cross_attn is not None:
-            x = x + self.cross_attn(self.norm2(x), cond.tokens, cond.mask)
+            x = repeat_like(x, cond.tokens)  # here copies of an image begin to differ
+            every = cond.projected
+            own = None if every is None else every[..., self.columns].chunk(2, dim=-1)
+            x = x + self.cross_attn(self.norm2(x), cond.tokens, cond.mask, own)
         x = x if style is None else x + style
         return x + self.ff(self.norm3(x))
 
@@ -192,10 +211,22 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, cond: Condition) -> Tensor:
         """x (B, C, h, w) -> (B, C, h, w); cond.style are style tokens (B, K, D)."""
-        y = to_sequence(self.proj_in(self.norm(x)))  # (B, N, C)
+        y = apply_to_sequence(self.proj_in, to_sequence(self.norm(x)))  # (B, N, C)
         for layer in self.layers:
             y = layer(y, cond)
-        return x + self.proj_out(to_grid(y, like=x))
+        y = to_grid(apply_to_sequence(self.proj_out, y), like=x)
+        return repeat_like(x, y) + y
+
+
+def apply_to_sequence(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1x1 convolution of (B, N, C) -> (B, N, out): the linear map that it is."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+def repeat_like(x: Tensor, like: Tensor) -> Tensor:
+    """(B, ..) as often one after another as the batch of `like` is longer."""
+    copies = len(like) // len(x) if len(x) else 1
+    return x if copies == 1 else x.repeat(copies, *[1] * (x.ndim - 1))
 
 
 class SpatialAttention(nn.Module):
@@ -248,7 +279,12 @@ class Stage(nn.Module):
     """The layers of one resolution: residual blocks, each followed by its attention, if any.
 
     The middle of a network is block, attention, block. `resample` leads to the next resolution.
+    The attribute `checkpointing` has the backward pass compute each block and its attention again,
+    so what is inside them is not kept ("Training deep nets with sublinear memory cost", Chen et
+    al. 2016).
     """
+
+    checkpointing = False
 
     def __init__(
         self,
@@ -275,15 +311,23 @@ class Stage(nn.Module):
         from the end. temporal: mixes the frames of the result, if x are frames of videos.
         """
         features = []
-        for i, block in enumerate(self.blocks):
-            if skips:
-                x = torch.cat([x, skips[-1 - i]], dim=1)  # (B, C + C_skip, h, w)
-            x = block(x, emb)
-            if i < len(self.attentions):
-                x = self.attentions[i](x, cond)
+        for i in range(len(self.blocks)):
+            inputs = (i, x, skips[-1 - i] if skips else None, emb, cond)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(self._run_block, *inputs, use_reentrant=False)
+            else:
+                x = self._run_block(*inputs)
             features.append(x)
         if self.resample is not None:
             features.append(self.resample(x))
         if temporal is not None:
             features[-1] = temporal(features[-1])
         return features
+
+    def _run_block(
+        self, i: int, x: Tensor, skip: Tensor | None, emb: Tensor | None, cond: Condition | None
+    ) -> Tensor:
+        if skip is not None:
+            x = torch.cat([x, repeat_like(skip, x)], dim=1)  # (B, C + C_skip, h, w)
+        x = self.blocks[i](x, emb)
+        return self.attentions[i](x, cond) if i < len(self.attentions) else x

@@ -1,6 +1,7 @@
 """The denoising network: a UNet with text conditioning."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion.conditioning import Condition
 from ldm.models import layers
-from ldm.models.layers import ResBlock, SpatialTransformer, Stage
+from ldm.models.layers import ResBlock, SpatialTransformer, Stage, TransformerBlock
 from ldm.models.style import StyleAttention, StyleTokens
 from ldm.models.temporal import TemporalLayers, fold_frames, unfold_frames
 
@@ -32,6 +33,8 @@ class UNet(nn.Module):
     embedding: width T of the time embedding; None is 4 * channels.
     scale_shift, positional_waves: see ResBlock; small networks learn faster with both.
     temporal: adds TemporalLayers, so the network takes videos as well as images.
+    checkpointing: the levels, or "all", whose blocks the backward pass computes again, for less
+    memory; the middle goes with the last level. Results and gradients are the same.
     """
 
     def __init__(
@@ -55,9 +58,11 @@ class UNet(nn.Module):
         scale_shift: bool = False,
         positional_waves: int = 0,
         temporal: bool = False,
+        checkpointing: Sequence[int] | str = (),
     ) -> None:
         super().__init__()
         check_levels(multipliers, attention)
+        checkpointed = select_levels(checkpointing, len(multipliers))
         if positional_waves < 0:
             raise ValueError(
                 f"positional_waves must be 0 (no positional maps) or more, got {positional_waves}"
@@ -88,9 +93,15 @@ class UNet(nn.Module):
             partial(ResBlock, **how),
             partial(SpatialTransformer, **sizes, extra_attention=style_attention),
         )
+        for level in checkpointed:
+            self.down[level].checkpointing = self.up[-1 - level].checkpointing = True
+        self.mid.checkpointing = self.down[-1].checkpointing
         self.norm_out = nn.GroupNorm(groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         self._zero_residuals()
+        start = 0
+        for block in self._text_blocks():
+            block.columns = slice(start, start := start + 2 * block.cross_attn.to_k.out_features)
         self.temporal = None
         if temporal:
             # Of the stages down, in the middle, and up.
@@ -133,6 +144,15 @@ class UNet(nn.Module):
         for conv in last:
             layers.zero_module(conv)
 
+    def _text_blocks(self) -> list[TransformerBlock]:
+        blocks = (m for m in self.modules() if isinstance(m, TransformerBlock))
+        return [block for block in blocks if block.cross_attn is not None]
+
+    def project(self, tokens: Tensor) -> Tensor | None:
+        """The keys and values (B, L, W) of text states (B, L, D) in all layers that read them."""
+        parts = [part for each in self._text_blocks() for part in each.cross_attn.project(tokens)]
+        return torch.cat(parts, dim=-1) if parts else None
+
     @property
     def extension_prefixes(self) -> tuple[str, ...]:
         """The name prefixes of layers for style and time, which have no effect until trained."""
@@ -150,15 +170,20 @@ class UNet(nn.Module):
         self._check(x, cond)
         if cond.concat is not None:
             x = torch.cat([x, cond.concat], dim=1)  # (B, C + E, h, w)
-        time = layers.timestep_embedding(t.expand(len(x)), self.widths[0])
-        emb = self.time_mlp(time.to(x.dtype))
+        # Without pooled vectors and styles all images have one embedding, and copies of an image
+        # are one until the first layer that reads the text.
+        copies = cond.copies if self.context_dim and x.ndim == 4 and t.ndim == 0 else 1
+        if self.pooled_mlp is None and cond.style is None and copies > 1:
+            x, t = x[: len(x) // copies], t.reshape(1)
+        time = layers.timestep_embedding(t if t.ndim else t.expand(len(x)), self.widths[0])
+        emb = self.time_mlp(time.to(x.dtype))  # (B, T), or (1, T) of copies
         if self.pooled_mlp is not None:
             emb = emb + self.pooled_mlp(cond.pooled)  # (B, T)
         style = None
         if self.style is not None and cond.style is not None:
             style, style_emb = self.style(cond.style)  # (B, K, D), (B, T)
             emb = emb + style_emb
-        cond = Condition(tokens=cond.tokens, mask=cond.mask, style=style)
+        cond = replace(cond, pooled=None, concat=None, style=style)
         levels = len(self.down)
         if x.ndim == 4:
             return self._run(x, F.silu(emb), cond, [None] * (2 * levels + 1))
@@ -218,6 +243,18 @@ def check_levels(multipliers: Sequence[int], attention: Sequence[bool]) -> None:
             f"multipliers {tuple(multipliers)} make {len(multipliers)} levels, but attention "
             f"{tuple(attention)} is for {len(attention)}: give one value a level"
         )
+
+
+def select_levels(checkpointing: Sequence[int] | str, count: int) -> set[int]:
+    """Returns the levels that a setting names; ValueError for one that does not exist."""
+    levels = list(range(count))
+    if checkpointing == "all":
+        return set(levels)
+    named = [checkpointing] if isinstance(checkpointing, str | int) else checkpointing
+    for level in named:
+        if type(level) is not int or level not in levels:
+            raise ValueError(f"model.checkpointing has {level!r}: give all, or some of {levels}")
+    return set(named)
 
 
 def build_mlp(in_features: int, out_features: int) -> nn.Sequential:

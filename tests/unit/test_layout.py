@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[2]
 ROOM_LINES = {
     "utils": 1800,
     "diffusion": 2980,
-    "models": 2810,
-    "data": 4050,
-    "inference": 745,
-    "evaluation": 3105,
+    "models": 3010,
+    "data": 4380,
+    "inference": 860,
+    "evaluation": 3110,
     "experiments": 2140,
-    "training": 3660,
-    "config": 4900,
+    "training": 3700,
+    "config": 4960,
     "cli": 1850,
 }
 ROOMS = tuple(ROOM_LINES)

@@ -1,7 +1,7 @@
 """Classifier-free guidance, adaptive projected guidance and autoguidance."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -54,6 +54,8 @@ class ClassifierFreeGuidance:
     ) -> Denoise:
         """A denoiser that combines t and the x0_hat of each condition, the full one last."""
         every, n = reduce(Condition.cat, conditions), len(conditions)
+        if all(cond.concat is conditions[0].concat for cond in conditions):
+            every = replace(every, copies=n)
 
         def guide(x_t: Tensor, t: Tensor) -> Tensor:
             times = t if t.ndim == 0 else torch.cat([t] * n)

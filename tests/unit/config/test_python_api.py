@@ -237,13 +237,17 @@ def test_load_takes_settings_that_are_no_arguments_of_the_call(home):
     pipe = ldm.load("runs/pair/cosine", "raw=true", "sampler=heun", dtype=torch.bfloat16)
     assert pipe.settings["weights"] == "raw"
     assert pipe.precision == "bfloat16"
+    for dtype in ("bfloat16", "float32"):
+        assert ldm.load("runs/pair/cosine", dtype=dtype).precision == dtype
+        assert ldm.load("runs/pair/cosine", f"dtype={dtype}").precision == dtype
+    assert ldm.load("runs/pair/cosine", device="cpu").precision == "float32"
     for word in ("steps=3", "prompt=x"):
         with pytest.raises(ldm.UsageError, match=f"{word} is no setting of ldm.load"):
             ldm.load("runs/pair/cosine", word)
     with pytest.raises(ldm.UsageError, match="device=cuda:99 is not here"):
         ldm.load("runs/pair/cosine", device="cuda:99")
-    with pytest.raises(ldm.UsageError, match=r"dtype=bfloat16 is no torch.dtype"):
-        ldm.load("runs/pair/cosine", dtype="bfloat16")
+    with pytest.raises(ldm.UsageError, match=r"dtype=int8 must be one of float32, bfloat16"):
+        ldm.load("runs/pair/cosine", dtype=torch.int8)
 
 
 def test_a_pipeline_is_shown_in_one_line(pipe):

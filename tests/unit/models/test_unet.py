@@ -1,5 +1,7 @@
 """UNet against diffusers' UNet2DConditionModel on random weights, and its own promises."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from ldm.diffusion.conditioning import Condition
 from ldm.models.diffusers_format import export_unet_config, to_diffusers
 from ldm.models.layers import timestep_embedding
 from ldm.models.positional_map import PositionalMap
+from ldm.models.random_layers import assign_image_positions, find_random_layers
 from ldm.models.unet import UNet
 
 SMALL = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "heads": 2, "groups": 8}
@@ -248,6 +251,26 @@ def test_every_parameter_gets_a_gradient():
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+@pytest.mark.parametrize("levels", ["all", [0], [1]])
+def test_checkpointing_changes_no_gradient_and_keeps_less(levels):
+    def run(net: UNet) -> tuple[list[Tensor], int]:
+        net.train()
+        assign_image_positions(find_random_layers(net), 3, [5, 8])
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: kept.append(x.numel()) or x, lambda x: x
+        ):
+            out = net(*inputs(net))
+        gradients = torch.autograd.grad(out.square().mean(), list(net.parameters()))
+        return [out, *gradients], sum(kept)
+
+    sizes = {"dropout": 0.3, "scale_shift": True, "pooled_dim": 5, "positional_waves": 2}
+    plain, kept = run(small(**sizes))
+    again, kept_by_checkpoints = run(small(**sizes, checkpointing=levels))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert kept_by_checkpoints < 0.8 * kept
+
+
 def test_compiles_without_graph_breaks():
     net = small(pooled_dim=5, scale_shift=True, positional_waves=2)
     x, t, cond = inputs(net)
@@ -285,8 +308,67 @@ def test_bad_input_is_named(x, cond, message):
         ({"attention": (True,)}, "2 levels, but attention .* is for 1"),
         ({"heads": 3}, "cannot have 3 heads"),
         ({"positional_waves": -1}, "positional_waves must be 0"),
+        ({"checkpointing": [0, 2]}, r"model.checkpointing has 2: give all, or some of \[0, 1\]"),
+        ({"checkpointing": "some"}, "model.checkpointing has 'some': give all"),
     ],
 )
 def test_bad_construction_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         small(**changes)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_keys_and_values_that_are_given_change_no_bit(masked):
+    net = small(attention=(True, True))
+    x, t, cond = inputs(net)
+    if masked:
+        cond = replace(cond, mask=torch.arange(7) < torch.tensor([[3], [7]]))
+    projected = net.project(cond.tokens)
+    assert torch.equal(net(x, t, replace(cond, projected=projected)), net(x, t, cond))
+    other = replace(cond, tokens=torch.zeros_like(cond.tokens), projected=projected)
+    assert torch.equal(net(x, t, other), net(x, t, cond)), "the text is read from them alone"
+
+
+def test_a_network_without_text_has_no_keys_and_values():
+    net = small(context_dim=0, pooled_dim=6)
+    assert net.project(torch.zeros(2, 7, 12)) is None
+
+
+@pytest.mark.parametrize("attention", [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("changes", [{}, {"pooled_dim": 6}, {"scale_shift": True}])
+@torch.no_grad()
+def test_copies_of_an_image_share_the_layers_before_the_text(attention, changes):
+    net = small(attention=attention, positional_waves=2, **changes)
+    x, _, cond = inputs(net, batch=6)
+    x = torch.cat([x[:2]] * 3)
+    t, rows = torch.tensor(423.7), []
+    plain = net(x, t, cond)
+    net.conv_in.register_forward_hook(lambda _, args, out: rows.append(len(out)))
+    got = net(x, t, replace(cond, copies=3))
+    torch.testing.assert_close(got, plain, rtol=0, atol=1e-5)
+    assert rows == ([6] if "pooled_dim" in changes else [2])
+
+
+@pytest.mark.parametrize("times", ["of each image", "one"])
+def test_copies_count_only_where_they_are_equal(times):
+    """Style, no text, or times of their own: all rows go through all layers."""
+    net = small(style_dim=5, temporal=True)
+    x, t, cond = inputs(net)
+    x = torch.cat([x[:1]] * 2)
+    t = t if times == "of each image" else t[0]
+    style = torch.randn(2, 3, 5) if times == "one" else None
+    cond = replace(cond, style=style)
+    with torch.no_grad():
+        assert torch.equal(net(x, t, replace(cond, copies=2)), net(x, t, cond))
+        video = x[:, :, None].expand(-1, -1, 3, -1, -1)
+        assert torch.equal(net(video, t, replace(cond, copies=2)), net(video, t, cond))
+    assert torch.isfinite(net(x, t, replace(cond, copies=2)).sum())
+
+
+def test_the_feed_forward_is_the_same_with_and_without_a_backward_pass():
+    net = small(attention=(True, True))
+    x, t, cond = inputs(net)
+    with torch.no_grad():
+        plain = net(x, t, cond)
+    assert torch.equal(net(x, t, cond), plain)

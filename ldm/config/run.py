@@ -201,7 +201,7 @@ def build_validation_pipeline(
 
 
 def lay_out(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Gives the networks the fastest layout, and a GPU the fastest float32 products."""
+    """Gives the networks the fastest layout and the device its fastest settings for training."""
     module.to(memory_format=choose_memory_format(device.type, dtype))
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as convolutions have by default

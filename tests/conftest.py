@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,10 +30,24 @@ def _nothing_goes_on():
     shell.stop_started()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _folders_go_with_their_module(request, tmp_path_factory) -> Iterator[None]:
+    """Runs of many modules fill a disk; what a session shares, or a failure left, stays."""
+    base, failed = tmp_path_factory.getbasetemp(), request.session.testsfailed
+    before = set(base.iterdir())
+    yield
+    if request.session.testsfailed == failed:
+        for folder in set(base.iterdir()) - before:
+            if not folder.name.startswith(("session_", "slurm")):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory) -> Path:
     """Ten shapes in two shards, so that batches of four end in the middle of an epoch."""
-    return write_shapes(tmp_path_factory.mktemp("shapes") / "shards", range(7), range(7, 10))
+    return write_shapes(
+        tmp_path_factory.mktemp("session_shapes") / "shards", range(7), range(7, 10)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +62,7 @@ def tiny_clip() -> Clip:
 @pytest.fixture(scope="session")
 def tiny_text(tiny_clip, tmp_path_factory) -> ClipTextEncoder:
     """Its text encoder."""
-    folder = tmp_path_factory.mktemp("clip") / "clip"
+    folder = tmp_path_factory.mktemp("session_clip") / "clip"
     tiny_clip.save(folder)
     return ClipTextEncoder(str(folder))
 
@@ -54,4 +70,4 @@ def tiny_text(tiny_clip, tmp_path_factory) -> ClipTextEncoder:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Path:
     """A folder with shards, and an autoencoder and a CLIP trained on them; to be copied."""
-    return shell.prepare(tmp_path_factory.mktemp("prepared"))
+    return shell.prepare(tmp_path_factory.mktemp("session_prepared"))

@@ -82,6 +82,8 @@ def allocate_slots(dataset: TextImageDataset, *, batch: int, workers: int) -> Te
             *(_SHARED_MEMORY, free >> 20, workers, batch, -(-size >> 20)),
         )
         return None
+    if size >= 2**30:
+        _log.info("%.1f GiB of shared memory hold batches of %d workers", size / 2**30, workers)
     return torch.zeros(shape, dtype=torch.uint8).share_memory_()  # the copy touches every page
 
 

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.utils.transfer import send
+
 NUM_PHILOX_ROUNDS = 10
 WORDS_PER_BLOCK = 4
 _MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
@@ -104,7 +106,7 @@ def make_philox_round_keys(key: int, device: torch.device | str) -> Tensor:
     ]
     rows.append(list(_MULTIPLIERS))
     signed = [[(value + 2**63) % 2**64 - 2**63 for value in row] for row in rows]
-    return torch.tensor(signed, device=device)[:, :, None]
+    return send(torch.tensor(signed)[:, :, None], device)
 
 
 def normal_from_philox_words(words: Tensor, table: Tensor) -> Tensor:
@@ -125,10 +127,11 @@ def make_normal_table(device: torch.device | str) -> Tensor:
     random variate generation by fast numerical inversion").
     """
     half = 2 ** (31 - _CELL_SHIFT)  # cells of one sign
-    last = int(torch.tensor(2.0**31).view(torch.int32)) >> _CELL_SHIFT
+    last = 0x4F000000 >> _CELL_SHIFT  # the bits of 2^31
     edges = (torch.arange(last + 2, dtype=torch.int32) << _CELL_SHIFT).view(torch.float32).double()
     quantiles = torch.special.ndtri(edges.clamp(0.25, 2**31) * 2**-32)  # of 0: that of 0.25
     slope = quantiles.diff() / edges.diff()
     start = quantiles[:-1] - slope * edges[:-1]
     start, slope = (F.pad(part, (0, half - len(part))) for part in (start, slope))
-    return torch.stack([torch.cat([start, -start]), torch.cat([slope, slope])]).float().to(device)
+    table = torch.stack([torch.cat([start, -start]), torch.cat([slope, slope])])
+    return send(table.float(), device)

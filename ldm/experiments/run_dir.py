@@ -36,7 +36,7 @@ CHANGEABLE_SETTINGS = (
     *("callbacks", "metrics", "compile", "profile"),
     *("checkpoint", "stop_after_skips", "samples", "resume", "trust", "metric", "validate_first"),
     *("data.workers", "data.on_error", "data.max_skipped", "data.cache", "data.cache_gb"),
-    "data.val_batch_size",
+    *("data.val_batch_size", "model.checkpointing"),
 )
 
 

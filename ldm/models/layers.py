@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.diffusion.conditioning import Condition
 from ldm.models.kernels import attend
 from ldm.models.positional_map import PositionalMap
 from ldm.models.random_layers import Dropout
+from ldm.models.token_sequences import apply_to_sequence, repeat_like, to_grid, to_sequence
 
 ExtraAttentionFactory = Callable[[int], nn.Module]  # width -> attention of (B, N, C) to tokens
 
@@ -217,17 +219,6 @@ class SpatialTransformer(nn.Module):
         return repeat_like(x, y) + y
 
 
-def apply_to_sequence(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 1x1 convolution of (B, N, C) -> (B, N, out): the linear map that it is."""
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
-
-
-def repeat_like(x: Tensor, like: Tensor) -> Tensor:
-    """(B, ..) as often one after another as the batch of `like` is longer."""
-    copies = len(like) // len(x) if len(x) else 1
-    return x if copies == 1 else x.repeat(copies, *[1] * (x.ndim - 1))
-
-
 class SpatialAttention(nn.Module):
     """Single-head self-attention over the positions of a feature map, and a shortcut."""
 
@@ -239,16 +230,6 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor, cond: Condition | None = None) -> Tensor:
         """x (B, C, h, w) -> (B, C, h, w); `cond` is not used."""
         return x + to_grid(self.attn(to_sequence(self.group_norm(x))), like=x)
-
-
-def to_sequence(x: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, N, C); a view if x is channels_last."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def to_grid(x: Tensor, *, like: Tensor) -> Tensor:
-    """(B, N, C) -> (B, C, h, w) on the grid of `like`."""
-    return x.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
 class Downsample(nn.Module):
@@ -278,7 +259,12 @@ class Stage(nn.Module):
     """The layers of one resolution: residual blocks, each followed by its attention, if any.
 
     The middle of a network is block, attention, block. `resample` leads to the next resolution.
+    The attribute `checkpointing` has the backward pass compute each block and its attention again,
+    so what is inside them is not kept ("Training deep nets with sublinear memory cost", Chen et
+    al. 2016).
     """
+
+    checkpointing = False
 
     def __init__(
         self,
@@ -305,15 +291,23 @@ class Stage(nn.Module):
         from the end. temporal: mixes the frames of the result, if x are frames of videos.
         """
         features = []
-        for i, block in enumerate(self.blocks):
-            if skips:
-                x = torch.cat([x, repeat_like(skips[-1 - i], x)], dim=1)  # (B, C + C_skip, h, w)
-            x = block(x, emb)
-            if i < len(self.attentions):
-                x = self.attentions[i](x, cond)
+        for i in range(len(self.blocks)):
+            inputs = (i, x, skips[-1 - i] if skips else None, emb, cond)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(self._run_block, *inputs, use_reentrant=False)
+            else:
+                x = self._run_block(*inputs)
             features.append(x)
         if self.resample is not None:
             features.append(self.resample(x))
         if temporal is not None:
             features[-1] = temporal(features[-1])
         return features
+
+    def _run_block(
+        self, i: int, x: Tensor, skip: Tensor | None, emb: Tensor | None, cond: Condition | None
+    ) -> Tensor:
+        if skip is not None:
+            x = torch.cat([x, repeat_like(skip, x)], dim=1)  # (B, C + C_skip, h, w)
+        x = self.blocks[i](x, emb)
+        return self.attentions[i](x, cond) if i < len(self.attentions) else x

@@ -33,6 +33,8 @@ class UNet(nn.Module):
     embedding: width T of the time embedding; None is 4 * channels.
     scale_shift, positional_waves: see ResBlock; small networks learn faster with both.
     temporal: adds TemporalLayers, so the network takes videos as well as images.
+    checkpointing: the levels, or "all", whose blocks the backward pass computes again, for less
+    memory; the middle goes with the last level. Results and gradients are the same.
     """
 
     def __init__(
@@ -56,9 +58,11 @@ class UNet(nn.Module):
         scale_shift: bool = False,
         positional_waves: int = 0,
         temporal: bool = False,
+        checkpointing: Sequence[int] | str = (),
     ) -> None:
         super().__init__()
         check_levels(multipliers, attention)
+        checkpointed = select_levels(checkpointing, len(multipliers))
         if positional_waves < 0:
             raise ValueError(
                 f"positional_waves must be 0 (no positional maps) or more, got {positional_waves}"
@@ -89,6 +93,9 @@ class UNet(nn.Module):
             partial(ResBlock, **how),
             partial(SpatialTransformer, **sizes, extra_attention=style_attention),
         )
+        for level in checkpointed:
+            self.down[level].checkpointing = self.up[-1 - level].checkpointing = True
+        self.mid.checkpointing = self.down[-1].checkpointing
         self.norm_out = nn.GroupNorm(groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         self._zero_residuals()
@@ -236,6 +243,18 @@ def check_levels(multipliers: Sequence[int], attention: Sequence[bool]) -> None:
             f"multipliers {tuple(multipliers)} make {len(multipliers)} levels, but attention "
             f"{tuple(attention)} is for {len(attention)}: give one value a level"
         )
+
+
+def select_levels(checkpointing: Sequence[int] | str, count: int) -> set[int]:
+    """Returns the levels that a setting names; ValueError for one that does not exist."""
+    levels = list(range(count))
+    if checkpointing == "all":
+        return set(levels)
+    named = [checkpointing] if isinstance(checkpointing, str | int) else checkpointing
+    for level in named:
+        if type(level) is not int or level not in levels:
+            raise ValueError(f"model.checkpointing has {level!r}: give all, or some of {levels}")
+    return set(named)
 
 
 def build_mlp(in_features: int, out_features: int) -> nn.Sequential:

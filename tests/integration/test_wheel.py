@@ -26,6 +26,8 @@ NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 BRIEF_NOTEBOOK = {
     "steps = 120 ": "steps = 4 ",
     "steps = 30 ": "steps = 4 ",
+    "steps=20": "steps=4",
+    "steps=10)": "steps=4)",
     "data.count=1500": "data.count=64",
     "data.count=500": "data.count=64",
     "val_check_interval=10": "val_check_interval=2",

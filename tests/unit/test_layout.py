@@ -13,13 +13,13 @@ ROOT = Path(__file__).parents[2]
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
     "utils": 1800,
-    "diffusion": 2980,
+    "diffusion": 2990,
     "models": 3010,
     "data": 4380,
     "inference": 860,
     "evaluation": 3110,
     "experiments": 2140,
-    "training": 3680,
+    "training": 3700,
     "config": 4970,
     "cli": 1850,
 }

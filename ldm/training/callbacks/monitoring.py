@@ -197,8 +197,9 @@ class RandomLayerSeeding(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, module, batch: dict, batch_idx: int) -> None:
         seed = derive_seed(self.seed, batch["position"][0], stream="modules")
         seed_default_generators(module.device, seed)
-        how = {"device": module.device, "rng": self.rng}
-        assign_image_positions(self.layers, self.seed, batch["position"], **how)
+        if self.layers:
+            how = {"device": module.device, "rng": self.rng}
+            assign_image_positions(self.layers, self.seed, batch["position"], **how)
 
 
 def seed_default_generators(device: torch.device, seed: int) -> None:
@@ -221,7 +222,9 @@ class StepCounter(L.Callback):
         correct_logging_step(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx) -> None:
-        module.log("step", float(trainer.global_step))
+        # Only where Lightning logs: on a GPU this waits for the device.
+        if trainer.global_step % trainer.log_every_n_steps == 0 or trainer.should_stop:
+            module.log("step", float(trainer.global_step))
 
 
 class ProgressBar(TQDMProgressBar):

@@ -94,6 +94,24 @@ def test_old_runs_keep_their_uneven_crops(tmp_path):
     assert 0.19 < shares[False] < 0.31
 
 
+@pytest.mark.parametrize("frames", [None, 2])
+def test_fast_pixels_are_within_two_levels_of_the_resize_of_pillow(tmp_path, frames):
+    """With the same crops and flips, of images and of videos."""
+    first, second = (Image.linear_gradient("L").rotate(n).resize((60, 44)) for n in (30, 200))
+    data = encoded(first, "WEBP", save_all=True, append_images=[second], lossless=True)
+    shards = write(tmp_path, [data, encoded(first.convert("RGB"), "JPEG")][: 1 if frames else 2])
+    how = {"size": 20, "seed": 0, "crop": "random", "flip": 0.5, "frames": frames, "train": True}
+    plain, fast = (TextImageDataset(shards, **how, fast_pixels=fast) for fast in (False, True))
+    for position in range(40):
+        index = position % len(shards)
+        images = [data[index, position]["images"].int() for data in (plain, fast)]
+        assert (images[0] - images[1]).abs().max() <= 2
+    assert not fast.without_augmentation().fast_pixels  # of evaluations
+    assert torch.equal(
+        fast.without_augmentation()[0, 0]["images"], plain.without_augmentation()[0, 0]["images"]
+    )
+
+
 def test_the_caption_is_drawn_once_an_epoch(shards):
     data = TextImageDataset(shards, size=8, seed=0, train=True)
     within = {data[1, p]["captions"] for p in range(4)}  # positions of epoch 0

@@ -16,6 +16,7 @@ from ldm.diffusion.conditioning import Condition
 from ldm.models.diffusers_format import export_unet_config, to_diffusers
 from ldm.models.layers import timestep_embedding
 from ldm.models.positional_map import PositionalMap
+from ldm.models.random_layers import assign_image_positions, find_random_layers
 from ldm.models.unet import UNet
 
 SMALL = {"channels": 16, "multipliers": (1, 2), "blocks": 1, "heads": 2, "groups": 8}
@@ -250,6 +251,26 @@ def test_every_parameter_gets_a_gradient():
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+@pytest.mark.parametrize("levels", ["all", [0], [1]])
+def test_checkpointing_changes_no_gradient_and_keeps_less(levels):
+    def run(net: UNet) -> tuple[list[Tensor], int]:
+        net.train()
+        assign_image_positions(find_random_layers(net), 3, [5, 8])
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: kept.append(x.numel()) or x, lambda x: x
+        ):
+            out = net(*inputs(net))
+        gradients = torch.autograd.grad(out.square().mean(), list(net.parameters()))
+        return [out, *gradients], sum(kept)
+
+    sizes = {"dropout": 0.3, "scale_shift": True, "pooled_dim": 5, "positional_waves": 2}
+    plain, kept = run(small(**sizes))
+    again, kept_by_checkpoints = run(small(**sizes, checkpointing=levels))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert kept_by_checkpoints < 0.8 * kept
+
+
 def test_compiles_without_graph_breaks():
     net = small(pooled_dim=5, scale_shift=True, positional_waves=2)
     x, t, cond = inputs(net)
@@ -287,6 +308,8 @@ def test_bad_input_is_named(x, cond, message):
         ({"attention": (True,)}, "2 levels, but attention .* is for 1"),
         ({"heads": 3}, "cannot have 3 heads"),
         ({"positional_waves": -1}, "positional_waves must be 0"),
+        ({"checkpointing": [0, 2]}, r"model.checkpointing has 2: give all, or some of \[0, 1\]"),
+        ({"checkpointing": "some"}, "model.checkpointing has 'some': give all"),
     ],
 )
 def test_bad_construction_is_named(changes, message):

@@ -127,7 +127,7 @@ def test_the_count_of_skipped_samples_continues(tmp_path, tiny_text):
     assert counts["whole", 9] == counts["broken", 9] > counts["broken", 4] > 0
 
 
-def test_a_resumed_run_keeps_its_crops(tmp_path, shapes, tiny_text):
+def test_a_resumed_run_keeps_its_crops_and_its_resize(tmp_path, shapes, tiny_text):
     def fit(steps: int) -> bool:
         keeper = Checkpoints(tmp_path, every=99, keep=1, facts={})
         how = {"size": SIZE, "batch_size": 4, "workers": 0}
@@ -136,14 +136,17 @@ def test_a_resumed_run_keeps_its_crops(tmp_path, shapes, tiny_text):
         resume = {"ckpt_path": last if last.exists() else None, "weights_only": True}
         trainer = make_trainer(steps=steps, callbacks=[keeper])
         trainer.fit(latent_diffusion(tiny_text), datamodule=data, **resume)
-        assert read_checkpoint(last)["ldm"]["even_crops"] == data.train_set.even_crops
+        rules = {"even_crops": data.train_set.even_crops, "fast_pixels": data.val_set.fast_pixels}
+        assert rules.items() <= read_checkpoint(last)["ldm"].items()
+        assert data.train_set.fast_pixels == data.val_set.fast_pixels == data.train_set.even_crops
+        assert not data.train_set.without_augmentation().fast_pixels
         return data.train_set.even_crops
 
     assert fit(1)
     assert fit(2)
     last = (tmp_path / "last.ckpt").resolve()
     payload = read_checkpoint(last)
-    del payload["ldm"]["even_crops"]  # as those of before
+    del payload["ldm"]["even_crops"], payload["ldm"]["fast_pixels"]  # as those of before
     write_checkpoint(payload, last)
     assert not fit(3)
     assert not fit(4)
@@ -215,6 +218,7 @@ def test_torch_opens_a_checkpoint_without_running_anything(tmp_path, shapes, tin
         "validated": True,
         "finite": True,
         "even_crops": True,
+        "fast_pixels": True,
     }
     assert payload["ldm"] == facts
     assert payload["global_step"] == 1

@@ -204,7 +204,7 @@ def test_clip_tells_lost_colour(by_clip):
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> TextImageDataset:
     """200 pictures of the drawn world, which the packaged CLIP knows."""
-    place = tmp_path_factory.mktemp("scenes") / "val"
+    place = tmp_path_factory.mktemp("session_scenes") / "val"
     prepare_scenes(out=str(place), count=200, size=64, split="val")
     return TextImageDataset(ShardReader(str(place)), size=64, seed=0, train=False)
 

@@ -13,6 +13,7 @@ RESERVED_SETTINGS = {
     ),
     "trainer.check_val_every_n_epoch": "give trainer.val_check_interval, in optimizer steps",
     "trainer.num_sanity_val_steps": "see validate_first",
+    "trainer.profiler": "give profile=true",
     "trainer.use_distributed_sampler": "leave it out: the data give each rank its share",
     "trainer.inference_mode": "leave it out: the first validation's numbers are used in training",
     "trainer.max_epochs": "give trainer.max_steps",

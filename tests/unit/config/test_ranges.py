@@ -27,6 +27,8 @@ ODD = [float("nan"), float("inf"), -1, 0, 1.5, None, 1e30, "many", True]
 # What is taken though it looks odd, and what it means.
 NULL_MEANS = {
     "prepare size": "as large as it is",
+    "dtype": "as trained, and float32 on a CPU",
+    "decode_tile": "whole",
     "sampler.original_steps": "any time",
     "trainer.gradient_clip_val": "no bound",
     "trainer.precision": "float32",

@@ -28,7 +28,7 @@ FIXED_RUN_FILES = (
 )
 LOWER_IS_BETTER_PREFIXES = (
     *("loss", "fid", "kid", "cmmd", "fd_"),
-    *("data_wait", "eval_share", "memory"),
+    *("data_wait", "eval_share", "memory", "step_ms"),
 )
 # Settings that may differ between two calls of one run: they change no weights.
 CHANGEABLE_SETTINGS = (

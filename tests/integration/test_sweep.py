@@ -13,6 +13,7 @@ import pytest
 import wandb_files
 from hypothesis import given
 from hypothesis import strategies as st
+from killed_runs import measured
 from PIL import Image
 from shell import (
     ANEW,
@@ -35,7 +36,6 @@ from ldm.experiments.launchers.local import LocalMachine
 from ldm.utils.locks import InUseError, is_directory_locked, lock_directory
 
 QUICK = [*ANEW, "trainer.max_steps=4", "trainer.val_check_interval=2", "checkpoint.every=1"]
-TIMED = ("perf/images_per_s", "perf/data_wait", "perf/eval_share")
 
 
 @pytest.fixture
@@ -47,11 +47,6 @@ def home(prepared, tmp_path):
 
 def result(run_dir):
     return json.loads((run_dir / "result.json").read_text())
-
-
-def measured(run_dir):
-    """metrics.csv without what a clock says."""
-    return [{k: v for k, v in row.items() if k not in TIMED} for row in rows(run_dir)]
 
 
 def test_the_headline(home):

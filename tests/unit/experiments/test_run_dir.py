@@ -154,6 +154,7 @@ def test_who_has_started_the_processes(monkeypatch, environment, expected):
         ("train/loss", "minimize"),
         ("perf/data_wait", "minimize"),
         ("perf/memory_gib", "minimize"),
+        ("perf/step_ms", "minimize"),
         ("val/clip_score", "maximize"),
         ("val/scene_accuracy", "maximize"),
         ("val/psnr", "maximize"),

@@ -24,7 +24,9 @@ class PositionalMap(nn.Module):
         """emb (B, T), size (h, w) -> (B, N, C)."""
         waves = self.positional_waves
         weights = self.proj(emb).unflatten(1, (waves**2, -1))  # (B, waves^2, C)
-        make = make_cosine_basis if torch.compiler.is_compiling() else keep_cosine_basis
+        # One of a traced tensor (its shapes alone, or a graph) is of no use later.
+        is_traced = torch.compiler.is_compiling() or type(emb) is not Tensor
+        make = make_cosine_basis if is_traced else keep_cosine_basis
         basis = make(waves, tuple(size), emb.device)
         return basis.to(weights.dtype) @ weights
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from ldm.utils.files import write_text
 
+CPU = DeviceType.CPU
 STEPS_BEFORE_PROFILE = 5  # in which kernels are chosen and memory is reserved
 PROFILED_STEPS = 3
 
@@ -30,7 +32,7 @@ class StepProfiler(L.Callback):
         steps = STEPS_BEFORE_PROFILE + 1 + PROFILED_STEPS
         if trainer.is_global_zero and 0 < trainer.max_steps < trainer.global_step + steps:
             print(f"profile: there is none, as it takes {steps} training steps", flush=True)
-            self.begins_after = trainer.max_steps
+            self.begins_after = -1
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx) -> None:
         step = trainer.global_step
@@ -50,6 +52,9 @@ class StepProfiler(L.Callback):
             self.profiler.step()
             if step > self.begins_after + PROFILED_STEPS:
                 self._stop()
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._stop()
 
     def on_exception(self, trainer: L.Trainer, module, exception: BaseException) -> None:
         self._stop()
@@ -73,12 +78,10 @@ class StepProfiler(L.Callback):
 def format_largest_costs(recorded: profile) -> str:
     """Returns a page of markdown: the ten operations with the most time of their own."""
     rows = recorded.key_averages()
-    on_gpu = any(row.self_device_time_total for row in rows)
-    if on_gpu:  # an annotation has the time of the kernels in it
-        rows = [row for row in rows if not row.is_user_annotation]
-    kind = "GPU" if on_gpu else "CPU"
-    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    rows = sorted(rows, key=lambda row: getattr(row, own), reverse=True)
+    # A kernel's time is also that of the operation that started it, and of annotations around it.
+    kernels = [row for row in rows if row.device_type != CPU and not row.is_user_annotation]
+    kind, own = ("GPU", "self_device_time_total") if kernels else ("CPU", "self_cpu_time_total")
+    rows = sorted(kernels or rows, key=lambda row: getattr(row, own), reverse=True)
     total = sum(getattr(row, own) for row in rows)  # microseconds
     lines = [
         f"# The ten largest costs of {PROFILED_STEPS} training steps",

@@ -12,10 +12,12 @@ is: noise, forward pass, loss, backward pass, clipping, fused AdamW, average of 
 """
 
 import argparse
+import gc
 import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -198,10 +200,16 @@ def try_batches(run: Callable[[int], Row], batch: int) -> Row:
         try:
             return run(batch)
         except torch.cuda.OutOfMemoryError:
-            batch //= 2
-            torch.cuda.empty_cache()
-            if batch == 0:
+            if batch == 1:
                 raise
+        batch //= 2
+        free_memory()  # here: the exception held the tensors
+
+
+def free_memory() -> None:
+    """Gives the device's memory back; a compiled network is part of a cycle of references."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 # ---------------------------------------------------------------- the parts
@@ -212,7 +220,9 @@ def run_tests(tiny: bool) -> Iterator[Row]:
     for package in ("pytest", "lightning", "hydra"):
         if find_spec(package) is None:
             raise NotHereError(f"the package {package} is not installed")
+    tests = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short"]
+    command += map(str, sorted(tests))  # collecting all tests takes a minute
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stdout[-6000:], done.stderr[-2000:])
     yield {"pytest -m gpu": (done.stdout.strip().splitlines() or ["no output"])[-1]}
@@ -240,7 +250,7 @@ def train(pixels: int, batch: int, tiny: bool) -> Iterator[Row]:
             return row
 
         yield try_batches(measure, batch if dtype else max(batch // 2, 1))
-        torch.cuda.empty_cache()
+        free_memory()
 
 
 def train_peer(tiny: bool) -> Iterator[Row]:
@@ -296,7 +306,7 @@ def sample(tiny: bool) -> Iterator[Row]:
         variants += [("compile=default", "default", [1, 16])]
         variants += [("compile=reduce-overhead", "reduce-overhead", [1])]
     for label, mode, counts in variants:
-        net = make_unet(tiny).eval().requires_grad_(False)
+        net = make_unet(tiny).eval()  # autocast keeps its copies of weights with gradients alone
         text = GivenText(net.context_dim).to(DEVICE)
         parts = Components(net, autoencoder, text, None, make_objective(), TextToImage())
         pipeline = Pipeline(
@@ -382,7 +392,7 @@ def join_one_rank(tiny: bool) -> Iterator[Row]:
                 seconds = time_calls(step.learn, times=1 if tiny else 5)
                 yield {"variant": label, "loss": loss, "ms forward and backward": 1e3 * seconds}
                 del net, step
-                torch.cuda.empty_cache()
+                free_memory()
         finally:
             dist.destroy_process_group()
 
@@ -399,19 +409,19 @@ def checkpoint_gradients(tiny: bool) -> Iterator[Row]:
         step = Step(make_unet(tiny, **more), pixels, n, torch.bfloat16)
         yield measure_step(f"checkpointing: {label}", step, n, flops)
         del step
-        torch.cuda.empty_cache()
+        free_memory()
 
 
-# Name: title, function, limit in seconds. In the order in which a lack of time cuts them.
+# Name: title, function, limit in seconds. A lack of time cuts the last ones.
 PARTS: dict[str, tuple[str, Callable[[bool], Iterator[Row]], int]] = {
     "tests": ("Tests that need a GPU", run_tests, 150),
     "train256": ("Training, 256 px", lambda tiny: train(256, 256, tiny), 240),
-    "sampling": ("Sampling, 512 px, 50 steps, guidance", sample, 210),
-    "train512": ("Training, 512 px", lambda tiny: train(512, 64, tiny), 180),
     "peer": ("Training by diffusers' loop", train_peer, 60),
     "checkpointing": ("Gradient checkpointing, 512 px", checkpoint_gradients, 60),
-    "precision": ("Precision", compare_precisions, 90),
     "nccl": ("One rank", join_one_rank, 60),
+    "sampling": ("Sampling, 512 px, 50 steps, guidance", sample, 210),
+    "train512": ("Training, 512 px", lambda tiny: train(512, 64, tiny), 180),
+    "precision": ("Precision", compare_precisions, 90),
 }
 
 
@@ -461,13 +471,16 @@ def start_part(name: str, tiny: bool, left: float) -> str:
         command = [sys.executable, "-m", "benchmarks.gpu", "--part", name]
         command += ["--tiny"] if tiny else []
         environment = os.environ | {"LDM_BENCHMARK_ROWS": str(found)}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
         try:
-            code = subprocess.run(
-                command, cwd=ROOT, env=environment, timeout=limit, check=False
-            ).returncode
+            code = process.wait(limit)
             note = "" if code == 0 else f"it failed with exit code {code} (its output says why)"
         except subprocess.TimeoutExpired:
             note = f"stopped after {limit:.0f} s: what follows is missing"
+        finally:
+            with suppress(ProcessLookupError):  # also what it has started, such as pytest
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         lines = found.read_text().splitlines() if found.is_file() else []
     rows = [json.loads(line) for line in lines]
     missing = [row.pop("_missing") for row in rows if "_missing" in row]

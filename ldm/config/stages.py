@@ -12,11 +12,9 @@ from ldm.config.components import build_frozen_encoders
 from ldm.config.guidance import build_noisy_classifier
 from ldm.config.training_checks import check_captions_readable, check_has_captions, check_image_size
 from ldm.data.datamodule import TextImageData
-from ldm.models.clip import Clip, train_tokenizer
 from ldm.training.callbacks.monitoring import SampleImages
 from ldm.training.modules.autoencoder import AutoencoderTraining
 from ldm.training.modules.classifier import ClassifierTraining
-from ldm.training.modules.clip import ClipFolderWriter, ClipTraining
 from ldm.utils.images import make_image_grid
 
 
@@ -43,6 +41,9 @@ def build_autoencoder_training(cfg: DictConfig, data: TextImageData, run_dir: Pa
 
 def build_clip_training(cfg: DictConfig, data: TextImageData, run_dir: Path):
     """ClipTraining, with a vocabulary learnt from the training captions."""
+    from ldm.models.clip import Clip, train_tokenizer  # transformers: seconds, for this stage alone
+    from ldm.training.modules.clip import ClipFolderWriter, ClipTraining
+
     check_has_captions(data)
     captions = data.train_captions()
     tokenizer = train_tokenizer(captions, vocab_size=cfg.vocab_size)

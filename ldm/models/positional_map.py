@@ -24,9 +24,9 @@ class PositionalMap(nn.Module):
         """emb (B, T), size (h, w) -> (B, N, C)."""
         waves = self.positional_waves
         weights = self.proj(emb).unflatten(1, (waves**2, -1))  # (B, waves^2, C)
-        # One of a traced tensor (its shapes alone, or a graph) is of no use later.
-        is_traced = torch.compiler.is_compiling() or type(emb) is not Tensor
-        make = make_cosine_basis if is_traced else keep_cosine_basis
+        # Not inside a compiled graph, and not where only shapes are computed (FakeTensor).
+        is_kept = type(emb) is Tensor and not torch.compiler.is_compiling()
+        make = keep_cosine_basis if is_kept else make_cosine_basis
         basis = make(waves, tuple(size), emb.device)
         return basis.to(weights.dtype) @ weights
 

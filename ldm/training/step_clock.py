@@ -91,7 +91,9 @@ def count_forward_flops(net: nn.Module, x: Tensor, t: Tensor, cond: Condition) -
     from torch.utils.flop_counter import FlopCounterMode
 
     def fake(value: Tensor) -> Tensor:
-        return torch.empty(value.shape, dtype=value.dtype, device=x.device)
+        # Of one dtype, as nothing casts them here.
+        dtype = torch.float32 if value.is_floating_point() else value.dtype
+        return torch.empty(value.shape, dtype=dtype, device=x.device)
 
     tensors = (*net.named_parameters(), *net.named_buffers())
     # Attention as two products, because not every kernel of it is counted.

@@ -76,6 +76,8 @@ def test_operations_are_those_of_a_forward_and_a_backward_pass(tiny_text):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         net(x, t, cond).sum().backward()
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.03)
+    as_autocast_gives_them = x.bfloat16(), t, cond.map(torch.Tensor.bfloat16)
+    assert 3 * count_forward_flops(net, *as_autocast_gives_them) == counted
 
 
 def test_counting_leaves_nothing_behind(tiny_text):

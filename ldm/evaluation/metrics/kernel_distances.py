@@ -28,7 +28,7 @@ class KernelDistances:
 
     def __init__(self, real: Tensor) -> None:
         self.real = real
-        self._sums: dict[tuple[int, ...], Tensor] = {}
+        self._sums: dict[tuple[float, ...], Tensor] = {}  # over real pairs, by what they depend on
 
     def kid(
         self, generated: Tensor, *, seed: int, subsets: int = 100, subset_size: int = 1000
@@ -81,8 +81,10 @@ class KernelDistances:
         def gaussian(a: Tensor, b: Tensor) -> Tensor:
             return (a @ b.T).sub_(1).div_(sigma**2).exp_()  # |a - b|^2 = 2 - 2 a b
 
+        if (sigma,) not in self._sums:
+            self._sums[sigma,] = _means(real, real, gaussian).mean()
         own, cross = _means(generated, generated, gaussian), _means(generated, real, gaussian)
-        value = float(_means(real, real, gaussian).mean() + own.mean() - 2 * cross.mean())
+        value = float(self._sums[sigma,] + own.mean() - 2 * cross.mean())
         error = float(2 * (own - cross).std()) / len(generated) ** 0.5
         return Estimate(max(scale * value, 0.0), scale * error)
 

@@ -17,7 +17,7 @@ from ldm.utils.errors import UsageError
 
 STEPS = 6
 torchao = pytest.mark.skipif(
-    find_spec("torchao") is None, reason="torchao is not installed: pip install 'ldm[optimizers]'"
+    find_spec("torchao") is None, reason="torchao is not installed: pip install torchao"
 )
 
 

@@ -1,4 +1,4 @@
-"""Reads images for training as squares: a quick decoder where it gives the same, torch's resize.
+"""Reads training images as squares: by a fast decoder of JPEGs, if installed, and torch's resize.
 
 The pixels are those of `image_decoding.crop_and_resize` but for three things: torch's resize rounds
 otherwise (2 levels of 255), a JPEG much larger than the square is decoded at a fraction of its size
@@ -34,7 +34,7 @@ MIN_REDUCTION = 3  # a JPEG decoded at a fraction of its size has this many time
 
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive (ITU-T T.81, table B.1)
 _SCAN, _APP1, _APP2 = 0xDA, 0xE1, 0xE2
-# tables, restart interval, comment, and the APPn that tell nothing about the pixels' meaning
+# tables, restart interval, comment, and the APPn that say nothing about the pixels
 _PASSED = {0xC4, 0xDB, 0xDD, 0xFE, 0xE0, *range(0xE3, 0xF0)}
 _ORIENTATION = 0x0112  # EXIF 2.32, table 4
 _TURNED_BY_XMP = re.compile(rb'(?<!/)tiff:Orientation(?!="1"|>1<)')

@@ -85,7 +85,7 @@ def find_peak_tflops(device: torch.device, precision: str) -> float | None:
 
 def count_forward_flops(net: nn.Module, x: Tensor, t: Tensor, cond: Condition) -> int:
     """Returns the FLOPs of net(x, t, cond); only shapes are computed."""
-    # Here, as they import the compiler.
+    # Imported here, because they import the compiler.
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode

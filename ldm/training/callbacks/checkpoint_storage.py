@@ -139,7 +139,9 @@ class CheckpointWriter:
 
     def _choose_background(self, payload: dict) -> None:
         size = count_tensor_bytes(payload)
-        on_cpu = next(iter(payload["state_dict"].values())).device.type == "cpu"
+        device = next(iter(payload["state_dict"].values())).device
+        # strategy=fsdp gathers the state of GPUs in the host's memory.
+        on_cpu = device.type == "cpu" and not torch.cuda.is_available()
         self.background = has_memory_for_copy(
             size, on_cpu=on_cpu, available=read_available_memory()
         )

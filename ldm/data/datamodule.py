@@ -86,7 +86,7 @@ class TextImageData(L.LightningDataModule):
         )
         train_shards, val_shards = ShardReader(train, options), ShardReader(val, options)
         common = {"size": size, "on_error": on_error, "frames": frames, "seed": seed}
-        common["fast_pixels"] = True
+        common |= {"fast_pixels": True}  # unless `resume` finds otherwise
         self.train_set = TextImageDataset(train_shards, **common, crop=crop, flip=flip, train=True)
         self.val_set = TextImageDataset(val_shards, **common, train=False)
         self.train_skips = BadSampleCounter("training", limit=max_skipped)

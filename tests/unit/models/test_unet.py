@@ -245,6 +245,15 @@ def test_channels_last_is_kept_and_changes_nothing():
     assert relative_error(out, expected) < 1e-5
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_gradient_has_the_strides_of_its_weight(layout):
+    """Otherwise DDP warns, and copies it to a place of other strides."""
+    net = small().to(memory_format=layout)
+    net(*inputs(net)).square().mean().backward()
+    for name, weight in net.named_parameters():
+        assert weight.grad.stride() == weight.stride(), name
+
+
 def test_every_parameter_gets_a_gradient():
     net = small(pooled_dim=5, scale_shift=True, positional_waves=2)
     net(*inputs(net)).square().mean().backward()

@@ -56,7 +56,7 @@ class Break(L.Callback):
 
 
 class FillDisk(L.Callback):
-    """After an optimizer step no file of this process can grow beyond some bytes, at last to 100."""
+    """After an optimizer step no file of this process grows beyond some bytes, at last to 100."""
 
     def __init__(self, *, after: int, room: int) -> None:
         self.after = after

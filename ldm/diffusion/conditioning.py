@@ -16,7 +16,7 @@ class Condition:
     pooled (B, P): one vector per image, added to the time embedding.
     concat (B, E, h, w): extra input channels, such as a mask and masked latents.
     style (B, N, F): features of a style image; all zeros for an image without one.
-    projected (B, L, W): the network's keys and values of `tokens`, see `Denoiser.project`.
+    projected (B, L, W): the network's keys and values of `tokens`, see `Denoiser.project_text`.
     copies: the batch is that many times the same images, one after another, with other text.
     """
 

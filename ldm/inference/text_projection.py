@@ -34,6 +34,6 @@ class TextProjection:
 
 
 def project_text_once(denoise: ConditionalDenoiser, network: nn.Module) -> ConditionalDenoiser:
-    """`denoise` with a TextProjection, where the network has a `project`; see `Denoiser`."""
-    project = getattr(network, "project", None)
+    """`denoise` with a TextProjection, where the network has a `project_text`; see `Denoiser`."""
+    project = getattr(network, "project_text", None)
     return denoise if project is None else TextProjection(denoise, project)

@@ -22,7 +22,7 @@ from ldm.diffusion.philox import (
 )
 from ldm.utils.transfer import send
 
-MAX_HOST_WORDS = 2**19  # of a draw for a GPU: more are drawn there, in some 200 operations
+MAX_HOST_WORDS = 2**19  # of a draw for a GPU: more are drawn on the GPU
 _DOUBLE_BITS = 53
 
 
@@ -48,7 +48,7 @@ class ImageGenerators(ABC):
 
     @abstractmethod
     def share(self, rows: int) -> "Generators":
-        """Generators of as many rows, such as a video's frames, for each image."""
+        """Generators of `rows` rows, such as a video's frames, for each image."""
 
     @abstractmethod
     def restart(self) -> None:
@@ -110,7 +110,7 @@ class TorchGenerators(ImageGenerators):
 
 
 class PhiloxGenerators(ImageGenerators):
-    """One counter-based generator for all images: one call draws a batch, alike on any device."""
+    """One counter-based generator for all images: one call draws a batch, the same on any device."""
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ def derive_generators(generator: Generators, stream: str) -> Generators:
 
 
 def share_generators(generator: Generators, rows: int) -> Generators:
-    """Generators of as many rows for each image; a single one as it is."""
+    """Generators of `rows` rows for each image; a single generator as it is."""
     if generator is None or isinstance(generator, torch.Generator):
         return generator
     if isinstance(generator, ImageGenerators):

@@ -12,9 +12,9 @@ from ldm.diffusion.guidance.base import ConditionalDenoiser
 
 
 class TextProjection:
-    """`denoise`, whose network gets its keys and values of each text as `cond.projected`.
+    """A denoiser whose network gets the keys and values of each text as `cond.projected`.
 
-    They depend on no timestep. They live as long as the text states that guidance holds.
+    These depend on no timestep, and live as long as the text states that guidance holds.
     """
 
     def __init__(

@@ -110,7 +110,7 @@ class TorchGenerators(ImageGenerators):
 
 
 class PhiloxGenerators(ImageGenerators):
-    """One counter-based generator for all images: one call draws a batch, the same on any device."""
+    """One counter-based generator for all images: a call draws a batch, the same on any device."""
 
     def __init__(
         self,

@@ -7,13 +7,14 @@
 DDIM with classifier-free guidance of scale 5, both halves in one batch. The text states are given,
 and no image is decoded. S takes 20 steps for 2 images (6.3 M parameters, latents 4 x 16 x 16), M 5
 steps for 1 image (34.9 M, 4 x 32 x 32). All begin with the same weights and the same noise.
-Ours: a run is trained for one step and loaded with `ldm.load`, so that all that users get is in it.
+Ours: a run is trained for one step and loaded with `ldm.load`; the allocator is as in `sample.py`.
 diffusers: UNet2DConditionModel and DDIMScheduler; in bfloat16 with autocast, and with weights in
 bfloat16. The ratio is to diffusers in float32, and above 1 is faster. The error is the relative RMS
 of the last latents to those of diffusers in float32. --compile takes minutes on a CPU.
 """
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from benchmarks import harness
@@ -42,6 +43,7 @@ def measure(name: str, folder: Path, args) -> list[harness.Row]:
 
     import ldm
     from benchmarks.networks import SHAPES, make_peer, relative_rms
+    from ldm.utils.allocator import reuse_freed_memory
 
     logging.set_verbosity_error()  # of its cast to bfloat16
     shape = SHAPES[name]
@@ -82,11 +84,10 @@ def measure(name: str, folder: Path, args) -> list[harness.Row]:
     }
     if args.compile:
         theirs["diffusers bfloat16 (weights), compiled"] = peer(dtype=torch.bfloat16, compiled=True)
-    variants = {label: lambda run=run: harness.discard(run()) for label, run in theirs.items()}
+    variants = {label: harness.OwnProcess(run) for label, run in theirs.items()}
     for label, pipeline in ours.items():
-        variants[label] = lambda pipeline=pipeline: harness.discard(
-            pipeline(prompts, seeds=seeds, size=shape.side, steps=shape.steps)
-        )
+        sample = partial(pipeline, prompts, seeds=seeds, size=shape.side, steps=shape.steps)
+        variants[label] = harness.OwnProcess(sample, prepare=reuse_freed_memory)
     seconds = harness.race(variants, rounds=args.rounds, title=name)
 
     latents = {label: run() for label, run in theirs.items()}

@@ -24,7 +24,9 @@ class PositionalMap(nn.Module):
         """emb (B, T), size (h, w) -> (B, N, C)."""
         waves = self.positional_waves
         weights = self.proj(emb).unflatten(1, (waves**2, -1))  # (B, waves^2, C)
-        make = make_cosine_basis if torch.compiler.is_compiling() else keep_cosine_basis
+        # Not inside a compiled graph, and not where only shapes are computed (FakeTensor).
+        is_kept = type(emb) is Tensor and not torch.compiler.is_compiling()
+        make = keep_cosine_basis if is_kept else make_cosine_basis
         basis = make(waves, tuple(size), emb.device)
         return basis.to(weights.dtype) @ weights
 

@@ -335,7 +335,7 @@ def test_keys_and_values_that_are_given_change_no_bit(masked):
     x, t, cond = inputs(net)
     if masked:
         cond = replace(cond, mask=torch.arange(7) < torch.tensor([[3], [7]]))
-    projected = net.project(cond.tokens)
+    projected = net.project_text(cond.tokens)
     assert torch.equal(net(x, t, replace(cond, projected=projected)), net(x, t, cond))
     other = replace(cond, tokens=torch.zeros_like(cond.tokens), projected=projected)
     assert torch.equal(net(x, t, other), net(x, t, cond)), "the text is read from them alone"
@@ -343,7 +343,7 @@ def test_keys_and_values_that_are_given_change_no_bit(masked):
 
 def test_a_network_without_text_has_no_keys_and_values():
     net = small(context_dim=0, pooled_dim=6)
-    assert net.project(torch.zeros(2, 7, 12)) is None
+    assert net.project_text(torch.zeros(2, 7, 12)) is None
 
 
 @pytest.mark.parametrize("attention", [(True, True), (False, True), (False, False)])

@@ -8,6 +8,7 @@ from world import CAPTIONS, latent_diffusion, make_trainer, shapes_data, unet
 
 from ldm.diffusion.conditioning import Condition
 from ldm.models.compilation import compile_network
+from ldm.models.unet import UNet
 from ldm.training.callbacks.monitoring import ThroughputMonitor
 from ldm.training.loggers.csv import CsvLog
 from ldm.training.step_clock import StepClock, count_forward_flops, find_peak_tflops
@@ -75,6 +76,16 @@ def test_operations_are_those_of_a_forward_and_a_backward_pass(tiny_text):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         net(x, t, cond).sum().backward()
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_counting_leaves_nothing_behind(tiny_text):
+    """Positional maps keep their cosines, but not those that are shapes alone."""
+    sizes = {"channels": 8, "multipliers": (1,), "blocks": 1, "heads": 2, "groups": 8}
+    channels = {"in_channels": 3, "out_channels": 3, "context_dim": 0, "attention": (True,)}
+    net = UNet(**sizes, **channels, positional_waves=3)
+    inputs = torch.randn(2, 3, 4, 12), torch.rand(2), Condition()
+    count_forward_flops(net, *inputs)
+    assert net(*inputs).isfinite().all()
 
 
 def test_a_network_whose_operations_cannot_be_counted_is_trained(tiny_text, shapes):

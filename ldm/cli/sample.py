@@ -87,7 +87,7 @@ def generate_samples(
         "paste": cfg.paste,
         "pad": list(cfg.pad),
         "steps": cfg.steps,
-        **({} if cfg.dtype is None else {"dtype": cfg.dtype}),
+        **{name: cfg[name] for name in ("dtype", "decode_tile") if cfg[name] is not None},
         **first.describe(),
     }
     if len(loaded) > 1:

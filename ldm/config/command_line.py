@@ -119,7 +119,7 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here, not to Hydra's printer
     # On busy cores, threads that spin for work make a step ten times slower; libgomp reads this.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    # A sixth of the imports of torch and Lightning is collection of garbage, and they make none.
+    # Imports of torch and Lightning make no garbage, and collecting it takes a sixth of their time.
     gc.set_threshold(10_000, 20)
     reuse_freed_memory()
     configure_output_encoding()

@@ -128,10 +128,10 @@ def get_autocast_dtype(precision: str | int | None) -> torch.dtype | None:
 def choose_autocast_dtype(
     name: str | None, precision: str | int | None, device: torch.device
 ) -> torch.dtype | None:
-    """The dtype of networks that sample; None for float32.
+    """The dtype of networks while they sample; None for float32.
 
-    Without a name, on a GPU that of training with this precision, and on a CPU float32: many CPUs
-    have no arithmetic for less.
+    name=None: on a GPU the dtype of training with this precision; on a CPU float32, because many
+    CPUs have no arithmetic for a smaller dtype.
     """
     if name is None:
         return get_autocast_dtype(precision) if device.type == "cuda" else None

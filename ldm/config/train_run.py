@@ -115,7 +115,7 @@ def build_interruptible_job(cfg: DictConfig, run_dir: Path, signals: StopSignals
 
             precision = cfg.trainer.get("precision")
             job = build_job(cfg, run_dir, signals)
-            if first and cfg.trainer.get("precision") != precision:  # "auto" is one of them now
+            if first and cfg.trainer.get("precision") != precision:  # chosen for "auto"
                 write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         signals.at_once = False
         return job

@@ -63,8 +63,14 @@ def check_strategy(cfg: DictConfig) -> None:
         )
     if mode is not None and is_sharded:
         raise UsageError(
-            f"compile={mode}: strategy=fsdp gathers the weights between the parts of the network, "
-            "which are one graph then: take strategy=ddp or compile=off"
+            f"compile={mode}: strategy=fsdp gathers the weights of each block by itself, and a "
+            "compiled network is one graph: take strategy=ddp or compile=off"
+        )
+    if mode == "reduce-overhead" and cfg.trainer.accumulate_grad_batches > 1:
+        # https://github.com/pytorch/pytorch/issues/169545
+        raise UsageError(
+            "compile=reduce-overhead: a CUDA graph overwrites the gradients of the batch before, "
+            "which trainer.accumulate_grad_batches adds up: take compile=default"
         )
 
 

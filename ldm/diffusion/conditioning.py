@@ -16,8 +16,8 @@ class Condition:
     pooled (B, P): one vector per image, added to the time embedding.
     concat (B, E, h, w): extra input channels, such as a mask and masked latents.
     style (B, N, F): features of a style image; all zeros for an image without one.
-    projected (B, L, W): the network's keys and values of `tokens`, see `Denoiser.project`.
-    copies: the batch is that many times the same images, one after another, with other text.
+    projected (B, L, W): the network's keys and values of `tokens`, see `Denoiser.project_text`.
+    copies: how often the batch repeats the same images, one after another, with other texts.
     """
 
     tokens: Tensor | None = None
@@ -26,7 +26,7 @@ class Condition:
     concat: Tensor | None = None
     style: Tensor | None = None
     projected: Tensor | None = None
-    copies: int = 1  # not of a merged condition: whoever repeats images says so
+    copies: int = 1  # `map` and `cat` give 1: who repeats images sets it
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Condition":
         """Applies `fn` to every part that is present."""

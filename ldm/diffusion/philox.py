@@ -3,8 +3,8 @@
 Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.1. Words are int64 with
 the bits of unsigned integers. The counter of a word is (block, position, draw), so that a batch
 takes one call: by NumPy's implementation on the CPU, by operations on tensors on any device.
-Normal numbers are exact functions of the words as well: a table of the quantile function, without
-a logarithm or cosine, whose last digit differs between devices and between places in a batch.
+Normal numbers are exact functions of the words, too: they come from a table of the quantile
+function. A logarithm's or cosine's last digit differs between devices and places in a batch.
 Shapes: B images, W words of an image, a multiple of 4, N blocks of 4 words.
 """
 
@@ -33,7 +33,7 @@ _KEPT_BATCHES = 16  # all streams of a step have the same positions
 def draw_philox_words(positions: Sequence[int], words: int, *, key: int, draw: int = 0) -> Tensor:
     """Words (B, W) on the CPU for images at `positions`, at least `words` each.
 
-    key: below 2^128; draw: numbers the draws of one key. Positions that follow each other are fast.
+    key: below 2^128; draw: numbers the draws of one key. Consecutive positions are fast.
     """
     blocks = -(-words // WORDS_PER_BLOCK)
     state = {"bit_generator": "Philox", "buffer": (0,) * WORDS_PER_BLOCK, "has_uint32": 0}
@@ -66,7 +66,7 @@ def _split_into_runs(positions: tuple[int, ...]) -> list[tuple[int, int]]:
 def compute_philox_words(
     positions: Tensor, words: int, *, round_keys: Tensor, draw: int = 0
 ) -> Tensor:
-    """The same words (B, W) for positions (B,), on their device and without its host."""
+    """The same words (B, W) for positions (B,), computed on their device."""
     blocks = -(-words // WORDS_PER_BLOCK)
     offsets = torch.arange(1, blocks + 1, device=positions.device)
     first = ((positions & _LOW_BITS) * blocks)[:, None] + offsets  # (B, blocks)

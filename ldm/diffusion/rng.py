@@ -22,7 +22,7 @@ from ldm.diffusion.philox import (
 )
 from ldm.utils.transfer import send
 
-MAX_HOST_WORDS = 2**19  # of a draw for a GPU: more are drawn there, in some 200 operations
+MAX_HOST_WORDS = 2**19  # of a draw for a GPU: more are drawn on the GPU
 _DOUBLE_BITS = 53
 
 
@@ -48,7 +48,7 @@ class ImageGenerators(ABC):
 
     @abstractmethod
     def share(self, rows: int) -> "Generators":
-        """Generators of as many rows, such as a video's frames, for each image."""
+        """Generators of `rows` rows, such as a video's frames, for each image."""
 
     @abstractmethod
     def restart(self) -> None:
@@ -59,8 +59,8 @@ class ImageGenerators(ABC):
         """Standard normal numbers, float32."""
 
     @abstractmethod
-    def uniform(self, shape: Sequence[int]) -> Tensor:
-        """Uniform numbers in [0, 1), float64."""
+    def uniform(self, shape: Sequence[int], *, device: torch.device | str | None = None) -> Tensor:
+        """Uniform numbers in [0, 1), float64; device: of the result, None: of the generators."""
 
     @abstractmethod
     def bernoulli(self, shape: Sequence[int], probability: float) -> Tensor:
@@ -96,8 +96,8 @@ class TorchGenerators(ImageGenerators):
     def normal(self, shape: Sequence[int]) -> Tensor:
         return _draw_by_torch(torch.randn, shape, self.generators)
 
-    def uniform(self, shape: Sequence[int]) -> Tensor:
-        return _draw_by_torch(_rand_double, shape, self.generators)
+    def uniform(self, shape: Sequence[int], *, device: torch.device | str | None = None) -> Tensor:
+        return _draw_by_torch(_rand_double, shape, self.generators).to(device or self.device)
 
     def bernoulli(self, shape: Sequence[int], probability: float) -> Tensor:
         numbers = torch.empty(tuple(shape), device=self.device)
@@ -110,7 +110,7 @@ class TorchGenerators(ImageGenerators):
 
 
 class PhiloxGenerators(ImageGenerators):
-    """One counter-based generator for all images: one call draws a batch, alike on any device."""
+    """One counter-based generator for all images: a call draws a batch, the same on any device."""
 
     def __init__(
         self,
@@ -145,9 +145,9 @@ class PhiloxGenerators(ImageGenerators):
         words = self._draw((size + 1) // 2)
         return normal_from_philox_words(words, self.table)[:, :size].reshape(tuple(shape))
 
-    def uniform(self, shape: Sequence[int]) -> Tensor:
+    def uniform(self, shape: Sequence[int], *, device: torch.device | str | None = None) -> Tensor:
         size = math.prod(shape) // len(self.positions)
-        words = self._draw(size)[:, :size].reshape(tuple(shape))
+        words = self._draw(size, device)[:, :size].reshape(tuple(shape))
         integers = words >> (64 - _DOUBLE_BITS) & (2**_DOUBLE_BITS - 1)
         return integers.double().mul_(2**-_DOUBLE_BITS)
 
@@ -157,19 +157,21 @@ class PhiloxGenerators(ImageGenerators):
         return (halves < min(round(probability * 2**32), 2**32 - 1) - 2**31).float()
 
     def permutation(self, n: int) -> Tensor:
-        return self.uniform((len(self.positions), n)).argsort(dim=1)
+        return self.uniform((len(self), n)).argsort(dim=1)
 
-    def _draw(self, words: int) -> Tensor:
-        """Words (B, `words` or more), int64, of the next draw."""
+    def _draw(self, words: int, device: torch.device | str | None = None) -> Tensor:
+        """Words (B, `words` or more), int64, of the next draw, on `device`."""
+        device = self.device if device is None else torch.device(device)
         draw, self.draws = self.draws, self.draws + 1
         by_tensors = torch.compiler.is_compiling()
-        if self.device.type == "cuda" and not by_tensors:
+        if device.type == "cuda" and not by_tensors:
             is_large = len(self.positions) * words > MAX_HOST_WORDS
             by_tensors = is_large or torch.cuda.is_current_stream_capturing()
         if by_tensors:
-            return compute_philox_words(self.indices, words, round_keys=self.round_keys, draw=draw)
-        drawn = draw_philox_words(self.positions, words, key=self.key, draw=draw)
-        return send(drawn, self.device)
+            how = {"round_keys": self.round_keys, "draw": draw}
+            return compute_philox_words(self.indices, words, **how).to(device)
+        # On the host: numbers that stay there, such as timesteps, do not wait for a GPU.
+        return send(draw_philox_words(self.positions, words, key=self.key, draw=draw), device)
 
 
 RNGS = {"philox": PhiloxGenerators, "torch": TorchGenerators}
@@ -201,7 +203,7 @@ def derive_generators(generator: Generators, stream: str) -> Generators:
 
 
 def share_generators(generator: Generators, rows: int) -> Generators:
-    """Generators of as many rows for each image; a single one as it is."""
+    """Generators of `rows` rows for each image; a single generator as it is."""
     if generator is None or isinstance(generator, torch.Generator):
         return generator
     if isinstance(generator, ImageGenerators):
@@ -260,7 +262,7 @@ def rand(
     shape = (shape,) if isinstance(shape, int) else shape
     if isinstance(generator, ImageGenerators):
         _check_batch(generator, shape)
-        return generator.uniform(shape).to(device)
+        return generator.uniform(shape, device=device)
     return _draw_by_torch(_rand_double, shape, generator).to(device)
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.rng import Generators, ImageGenerators, derive_seed, rand
-from ldm.utils.transfer import send
 
 TimestepSampler = Callable[[int, Generators], Tensor]  # B, one generator per image -> t (B,)
 
@@ -55,8 +54,7 @@ class Uniforms:
             key = f"{generator.seed}/{generator.stream}/sobol"
             integers = [owen_scramble(position, key=key) for position in generator.positions]
             return torch.tensor(integers, dtype=torch.float64) / 2**FRACTION_BITS
-        strata = send(self._strata(generator), generator.device)
-        return (strata + rand(n, generator)) / self.batch
+        return (self._strata(generator) + rand(n, generator)) / self.batch
 
     def _strata(self, generator: ImageGenerators) -> Tensor:
         # A new order for each step: no place in a batch, and no rank, always has the same interval.

@@ -25,7 +25,7 @@ def decode_latents(autoencoder: nn.Module, latents: Tensor, *, tile: int | None 
     decode, factor = autoencoder.decode, autoencoder.factor
     height, width = (min(n * factor, tile or n * factor) for n in latents.shape[-2:])
     parts = latents.split(max(1, MAX_PIXELS_AT_ONCE // (height * width)))
-    if tile is not None:
+    if tile is not None and max(latents.shape[-2:]) * factor > tile:
         side = max(1, tile // factor)
         decode = partial(decode_in_tiles, decode, side=side, factor=factor)
     images = [decode(part) for part in parts]
@@ -37,15 +37,15 @@ def decode_in_tiles(
 ) -> Tensor:
     """Images (B, 3, H, W) of latents (B, C, h, w) from tiles of `side` cells, which overlap.
 
-    A tile knows nothing of the others: the further a decoder looks, by attention or the statistics
-    of its group norms, the more the result differs from that of a whole image.
+    Each tile is decoded by itself. A decoder with attention or group norms, which see the whole
+    image, gives another result than for the whole.
     """
     sides = [min(side, n) for n in latents.shape[-2:]]
     overlap = round(side * TILE_OVERLAP)
     starts = [
         compute_window_starts(*n, overlap) for n in zip(latents.shape[-2:], sides, strict=True)
     ]
-    # To the fourth power, as what a tile does not see matters at its edge most.
+    # To the fourth power: at its edge a tile differs most from the whole image.
     down, across = (make_window_weights(n * factor, overlap * factor).pow(4) for n in sides)
     weights = (down[:, None] * across).to(latents.device)  # of a tile's pixels
     shape = [n * factor for n in latents.shape[-2:]]

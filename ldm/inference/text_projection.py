@@ -12,9 +12,9 @@ from ldm.diffusion.guidance.base import ConditionalDenoiser
 
 
 class TextProjection:
-    """`denoise`, whose network gets its keys and values of each text as `cond.projected`.
+    """A denoiser whose network gets the keys and values of each text as `cond.projected`.
 
-    They depend on no timestep. They live as long as the text states that guidance holds.
+    These depend on no timestep, and live as long as the text states that guidance holds.
     """
 
     def __init__(
@@ -34,6 +34,6 @@ class TextProjection:
 
 
 def project_text_once(denoise: ConditionalDenoiser, network: nn.Module) -> ConditionalDenoiser:
-    """`denoise` with a TextProjection, where the network has a `project`; see `Denoiser`."""
-    project = getattr(network, "project", None)
+    """`denoise` with a TextProjection, where the network has a `project_text`; see `Denoiser`."""
+    project = getattr(network, "project_text", None)
     return denoise if project is None else TextProjection(denoise, project)

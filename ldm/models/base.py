@@ -21,7 +21,7 @@ class Denoiser(Protocol):
     def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """x (B, C, h, w), t () or (B,) on the scale 0..999 -> (B, out_channels, h, w)."""
 
-    # Optional: project(tokens (B, L, D)) -> (B, L, W) or None, which depends on no timestep.
+    # Optional: project_text(tokens (B, L, D)) -> (B, L, W) or None, which depends on no timestep.
     # Sampling then gives it as cond.projected.
 
 

@@ -38,7 +38,7 @@ class CompiledCall:
     def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         if self.calls < 2:
             self._report_time()
-        t = t.expand(len(x)).contiguous()  # else a graph for () and one for (B,)
+        t = t.expand(len(x)).contiguous()  # () and (B,) share a graph
         if not self.has_fixed_sizes:
             for part in (x, t, *cond.parts()):
                 if part is not None:
@@ -47,7 +47,7 @@ class CompiledCall:
             out = self.compiled(x, t, cond)
         except FailOnRecompileLimitHit:
             self.network._compiled_call_impl = None
-            self.report(f"compile={self.mode}: too many kinds of input, it goes on without")
+            self.report(f"compile={self.mode}: the inputs have too many shapes: it goes on without")
             return self.network(x, t, cond)
         except TorchDynamoException as error:
             self.network._call_impl(x, t, cond)  # raises the errors that are not of the compiler
@@ -62,7 +62,7 @@ class CompiledCall:
         name = type(self.network).__name__
         if self.calls == 1:
             self.start = time.perf_counter()
-            slow = "" if next(self.network.parameters()).is_cuda else " (minutes, on a CPU)"
+            slow = "" if next(self.network.parameters()).is_cuda else " (it takes minutes on a CPU)"
             self.report(f"compile={self.mode}: the first step compiles {name}{slow}")
         else:
             seconds = time.perf_counter() - self.start

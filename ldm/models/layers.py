@@ -147,7 +147,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj_in(x).chunk(2, dim=-1)  # (B, N, 4 dim) each
         gate = F.gelu(gate)
-        # Without a backward pass, which needs both, in place: memory is what takes the time.
+        # A backward pass needs both factors. Without one, the product takes no memory of its own.
         return self.proj_out(value * gate if torch.is_grad_enabled() else gate.mul_(value))
 
 
@@ -259,9 +259,9 @@ class Stage(nn.Module):
     """The layers of one resolution: residual blocks, each followed by its attention, if any.
 
     The middle of a network is block, attention, block. `resample` leads to the next resolution.
-    The attribute `checkpointing` has the backward pass compute each block and its attention again,
-    so what is inside them is not kept ("Training deep nets with sublinear memory cost", Chen et
-    al. 2016).
+    With the attribute `checkpointing`, the backward pass computes each block and its attention
+    again, and their inner features are not stored ("Training deep nets with sublinear memory cost",
+    Chen et al. 2016).
     """
 
     checkpointing = False

@@ -33,7 +33,7 @@ class RandomLayer(nn.Module):
             raise ValueError(f"{len(like)} rows are no multiple of {images} images")
         drawn = numbers(self.generators, (images, len(like) // images, *like.shape[1:]))
         self.generators.restart()
-        return drawn.view(like.shape).to(like.device)
+        return drawn.reshape(like.shape).to(like.device)
 
 
 class Dropout(RandomLayer):

@@ -19,7 +19,10 @@ def to_grid(x: Tensor, *, like: Tensor) -> Tensor:
 
 def apply_to_sequence(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A 1x1 convolution of (B, N, C) -> (B, N, out): the linear map that it is."""
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
+    weight = conv.weight
+    if weight.stride(-1) != 1:  # channels_last: DDP wants a gradient of the same strides
+        weight = weight.permute(0, 2, 3, 1)
+    return F.linear(x, weight.flatten(1), conv.bias)
 
 
 def repeat_like(x: Tensor, like: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ class UNet(nn.Module):
         blocks = (m for m in self.modules() if isinstance(m, TransformerBlock))
         return [block for block in blocks if block.cross_attn is not None]
 
-    def project(self, tokens: Tensor) -> Tensor | None:
+    def project_text(self, tokens: Tensor) -> Tensor | None:
         """The keys and values (B, L, W) of text states (B, L, D) in all layers that read them."""
         parts = [part for each in self._text_blocks() for part in each.cross_attn.project(tokens)]
         return torch.cat(parts, dim=-1) if parts else None

@@ -2,12 +2,12 @@
 
 import json
 import os
-import resource
 import signal
 from pathlib import Path
 from typing import Literal
 
 import lightning as L
+from checkpoint_limits import limit_files
 
 # For a command whose PYTHONPATH has this folder: the place of a run's own callback is its early
 # stop, whose settings these replace.
@@ -56,7 +56,7 @@ class Break(L.Callback):
 
 
 class FillDisk(L.Callback):
-    """After an optimizer step no file of this process can grow beyond some bytes."""
+    """After an optimizer step no file of this process grows beyond some bytes, at last to 100."""
 
     def __init__(self, *, after: int, room: int) -> None:
         self.after = after
@@ -64,8 +64,11 @@ class FillDisk(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module, outputs, batch, batch_idx) -> None:
         if trainer.global_step == self.after:
-            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-            resource.setrlimit(resource.RLIMIT_FSIZE, (self.room, hard))
+            limit_files(self.room)
+
+    def on_validation_end(self, trainer: L.Trainer, module) -> None:
+        if trainer.global_step == trainer.max_steps:
+            limit_files(100)
 
 
 def read(folder: Path) -> list[dict]:

@@ -9,7 +9,7 @@ from world_size_runs import RUN, write
 
 STEPS = 6
 FULL = ["early_stop._target_=recorder.FillDisk", "~early_stop.folder"]
-FULL += ["+early_stop.after=2", "+early_stop.room=300"]
+FULL += ["+early_stop.after=2", "+early_stop.room=700"]
 
 
 def train(home, *more: str, expect: int = 0) -> str:

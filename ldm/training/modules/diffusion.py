@@ -123,7 +123,7 @@ class LatentDiffusion(L.LightningModule):
         style = encoder(batch["images"], generators, training=training)
         if training:
             has_style = self.draw_shares(batch, "style dropout") >= encoder.dropout
-            style = style * has_style.to(style)[:, None, None]
+            style = style * send(has_style, style.device)[:, None, None]
             captions = encoder.drop_style_words(captions, self.draw_shares(batch, "style words"))
         return style, captions
 

@@ -60,7 +60,15 @@ def test_rows_of_an_image_share_its_numbers(rng):
     one = share_generators(make_generators(0, [6], stream="posterior", rng=rng), 3)
     assert torch.equal(randn((3, 4), one), noise[3:])
     assert noise.unique().numel() == 24
+    assert len(randperm(5, both)) == 6
     assert share_generators(None, 3) is None
+
+
+def test_numbers_for_the_host_do_not_come_from_the_device():
+    """A GPU would be waited for in each step; `meta` has no numbers at all."""
+    here, there = (make_generators(0, [5, 6], stream="a", device=at) for at in ("cpu", "meta"))
+    for _ in range(2):
+        assert torch.equal(rand(2, there), rand(2, here))
 
 
 @pytest.mark.parametrize("rng", KINDS)

@@ -167,3 +167,11 @@ def test_impossible_options_are_refused():
             PowerTimestepSampler(spread=spread, batch=4)(4, torch.Generator())
         with pytest.raises(ValueError, match="3 generators for a batch of 4"):
             PowerTimestepSampler(spread=spread, batch=4)(4, draws(range(3)))
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_timesteps_are_drawn_on_the_host(spread):
+    """Whatever the device of the other numbers; `meta` has no numbers at all."""
+    sampler = PowerTimestepSampler(spread=spread, batch=2)
+    here, there = (make_generators(0, [4, 5], stream="a", device=at) for at in ("cpu", "meta"))
+    assert torch.equal(sampler(2, there), sampler(2, here))

@@ -50,6 +50,11 @@ def test_frames_are_of_their_video():
         layer_for(layer, range(4))(x)
 
 
+@pytest.mark.parametrize("layer", [Dropout(0.3), GaussianNoise(0.4)])
+def test_frames_may_have_any_size(layer):
+    assert layer_for(layer, [3, 4])(torch.ones(6, 1, 3, 3)).shape == (6, 1, 3, 3)
+
+
 def test_dropout_scales_what_remains():
     x, layer = torch.rand(50, 40, 10, 10) + 1, Dropout(0.2)
     y = layer_for(layer, range(50))(x)

@@ -245,6 +245,15 @@ def test_channels_last_is_kept_and_changes_nothing():
     assert relative_error(out, expected) < 1e-5
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_gradient_has_the_strides_of_its_weight(layout):
+    """Otherwise DDP warns, and copies it to a place of other strides."""
+    net = small().to(memory_format=layout)
+    net(*inputs(net)).square().mean().backward()
+    for name, weight in net.named_parameters():
+        assert weight.grad.stride() == weight.stride(), name
+
+
 def test_every_parameter_gets_a_gradient():
     net = small(pooled_dim=5, scale_shift=True, positional_waves=2)
     net(*inputs(net)).square().mean().backward()
@@ -326,7 +335,7 @@ def test_keys_and_values_that_are_given_change_no_bit(masked):
     x, t, cond = inputs(net)
     if masked:
         cond = replace(cond, mask=torch.arange(7) < torch.tensor([[3], [7]]))
-    projected = net.project(cond.tokens)
+    projected = net.project_text(cond.tokens)
     assert torch.equal(net(x, t, replace(cond, projected=projected)), net(x, t, cond))
     other = replace(cond, tokens=torch.zeros_like(cond.tokens), projected=projected)
     assert torch.equal(net(x, t, other), net(x, t, cond)), "the text is read from them alone"
@@ -334,7 +343,7 @@ def test_keys_and_values_that_are_given_change_no_bit(masked):
 
 def test_a_network_without_text_has_no_keys_and_values():
     net = small(context_dim=0, pooled_dim=6)
-    assert net.project(torch.zeros(2, 7, 12)) is None
+    assert net.project_text(torch.zeros(2, 7, 12)) is None
 
 
 @pytest.mark.parametrize("attention", [(True, True), (False, True), (False, False)])

@@ -90,5 +90,5 @@ def test_without_its_package_a_line_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     with initialize_config_dir(command_line.CONF_DIR, version_base="1.3"):
         cfg = compose("train", ["optimizer=adamw8bit"])
-        with pytest.raises(UsageError, match="^optimizer=adamw8bit .* pip install torchao"):
+        with pytest.raises(UsageError, match=r"^optimizer=adamw8bit .* pip install torchao"):
             check_config(cfg, "train", ["optimizer=adamw8bit"])

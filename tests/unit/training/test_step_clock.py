@@ -90,16 +90,6 @@ def test_counting_leaves_nothing_behind(tiny_text):
     assert net(*inputs).isfinite().all()
 
 
-def test_counting_leaves_nothing_behind(tiny_text):
-    """Positional maps keep their cosines, but not those that are shapes alone."""
-    sizes = {"channels": 8, "multipliers": (1,), "blocks": 1, "heads": 2, "groups": 8}
-    channels = {"in_channels": 3, "out_channels": 3, "context_dim": 0, "attention": (True,)}
-    net = UNet(**sizes, **channels, positional_waves=3)
-    inputs = torch.randn(2, 3, 4, 12), torch.rand(2), Condition()
-    count_forward_flops(net, *inputs)
-    assert net(*inputs).isfinite().all()
-
-
 def test_a_network_whose_operations_cannot_be_counted_is_trained(tiny_text, shapes):
     class Odd(torch.nn.Conv2d):
         def forward(self, x, t, cond: Condition):

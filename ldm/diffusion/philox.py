@@ -1,8 +1,9 @@
 """Philox 4x64-10, a random number generator without state: a counter and a key to four words.
 
 Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.1. Words are int64 with
-the bits of unsigned integers. The counter of a word is (block, position, draw), so that a batch
-takes one call: by NumPy's implementation on the CPU, by operations on tensors on any device.
+the bits of unsigned integers. The counter of a word is (position and block, draw, blocks of an
+image), so that a batch takes one call: by NumPy's implementation on the CPU, by operations on
+tensors on any device.
 Normal numbers are exact functions of the words, too: they come from a table of the quantile
 function. A logarithm's or cosine's last digit differs between devices and places in a batch.
 Shapes: B images, W words of an image, a multiple of 4, N blocks of 4 words.
@@ -42,7 +43,7 @@ def draw_philox_words(positions: Sequence[int], words: int, *, key: int, draw: i
     with _NUMPY_LOCK:
         for first, length in _split_into_runs(tuple(positions)):
             # NumPy's first block is the one after the counter.
-            counter = ((first & _LOW_BITS) * blocks, first >> 32 & _ALL_BITS, draw, 0)
+            counter = ((first & _LOW_BITS) * blocks, first >> 32 & _ALL_BITS, draw, blocks)
             state["state"] = {"counter": counter, "key": (key & _ALL_BITS, key >> 64)}
             _NUMPY_PHILOX.state = state  # a new object takes ten times as long
             parts.append(_NUMPY_PHILOX.random_raw(length * blocks * WORDS_PER_BLOCK))
@@ -72,7 +73,7 @@ def compute_philox_words(
     first = ((positions & _LOW_BITS) * blocks)[:, None] + offsets  # (B, blocks)
     second = (positions >> 32)[:, None].expand_as(first)
     counter = torch.stack(
-        [first, second, torch.full_like(first, draw), torch.zeros_like(first)]
+        [first, second, torch.full_like(first, draw), torch.full_like(first, blocks)]
     )  # (4, B, blocks)
     out = philox_4x64(counter.flatten(1), round_keys)  # (4, N)
     return out.T.contiguous().view(len(positions), blocks * WORDS_PER_BLOCK)

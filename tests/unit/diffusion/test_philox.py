@@ -52,8 +52,13 @@ def test_the_host_and_tensors_give_the_same_words(positions, words):
 
 def test_a_position_has_the_words_of_numpy_at_its_counter():
     words = draw_philox_words([7], 8, key=11, draw=2)[0].tolist()
-    theirs = np.random.Philox(key=11, counter=7 * 2 + (2 << 128)).random_raw(8)
+    theirs = np.random.Philox(key=11, counter=7 * 2 + (2 << 128) + (2 << 192)).random_raw(8)
     assert [word % 2**64 for word in words] == theirs.tolist()
+
+
+def test_images_of_different_sizes_share_no_words():
+    sizes = [draw_philox_words(range(20), words, key=5) for words in (4, 8, 16)]
+    assert torch.cat([words.flatten() for words in sizes]).unique().numel() == 20 * (4 + 8 + 16)
 
 
 def test_no_two_counters_of_a_key_are_equal():

@@ -315,6 +315,8 @@ def sample(tiny: bool) -> Iterator[Row]:
         if mode is not None:
             compile_network(net, mode)
         for n in counts:
+            if GPU:
+                torch.cuda.reset_peak_memory_stats()
 
             def call(pipeline=pipeline, n=n) -> None:
                 how = {"seeds": list(range(n)), "size": pixels, "steps": steps}

@@ -228,7 +228,7 @@ def build_trainer(
         plugins=[SafeCheckpointIO()],
         callbacks=callbacks,
         logger=loggers,
-        profiler=cfg.trainer.get("profiler") or NoProfiler(),
+        profiler=NoProfiler(),
         default_root_dir=run_dir,
         enable_checkpointing=False,  # Lightning's own
         enable_model_summary=False,

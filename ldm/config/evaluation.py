@@ -1,5 +1,6 @@
 """Configuration to an evaluation: of a run, a pipeline of diffusers, or a folder of images."""
 
+import atexit
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -102,6 +103,8 @@ def join_process_group(device: torch.device) -> torch.device:
         # Tables are gathered on the host. Ranks wait for the slowest however long it takes; where
         # one dies, torchrun ends the others.
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        # Otherwise its threads may outlive the interpreter, and the process ends with SIGABRT.
+        atexit.register(torch.distributed.destroy_process_group)
     return device
 
 

@@ -41,7 +41,7 @@ def test_it_learns_captions_where_they_can_be_seen(shapes, pooled_text):
     trainer = make_trainer(steps=80)
     trainer.fit(module, datamodule=data)
     after = trainer.callback_metrics
-    assert after["val/recall_t0"] >= 0.6
+    assert after["val/recall_t0"] >= 0.4  # chance is 0.1
     assert after["val/recall_t7"] < after["val/recall_t0"]
     assert {"val/loss", "val/recall_at_1"} <= after.keys()
     x0, _ = module.encode(val_batch(data, range(10)))

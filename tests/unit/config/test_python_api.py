@@ -167,9 +167,13 @@ def test_ctrl_c_saves_and_raises_keyboard_interrupt(home):
         os.kill(os.getpid(), signal.SIGINT)
 
     cfg.trainer.log_every_n_steps = 1
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist ignores it
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        ldm.train(cfg)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ldm.train(cfg)
+    finally:
+        signal.signal(signal.SIGINT, before)
     result = json.loads(Path("runs/stopped/result.json").read_text())
     assert result["status"] == "preempted"
     assert Path("runs/stopped", result["checkpoint"]).is_file()

@@ -126,6 +126,11 @@ class OwnProcess:
         self.pipe.send(True)
         return self.pipe.recv()
 
+    def end(self) -> None:
+        """Ends the process."""
+        self.pipe.send(False)
+        self.process.join()
+
 
 def _answer(pipe, action: Callable[[], object], prepare: Callable[[], object]) -> None:
     prepare()

@@ -89,6 +89,8 @@ def measure(name: str, folder: Path, args) -> list[harness.Row]:
         sample = partial(pipeline, prompts, seeds=seeds, size=shape.side, steps=shape.steps)
         variants[label] = harness.OwnProcess(sample, prepare=reuse_freed_memory)
     seconds = harness.race(variants, rounds=args.rounds, title=name)
+    for variant in variants.values():
+        variant.end()
 
     latents = {label: run() for label, run in theirs.items()}
     for label, pipeline in ours.items():

@@ -102,6 +102,8 @@ def measure(name: str, folder: Path, args) -> tuple[list[harness.Row], dict]:
         step = step_ours(job, images, captions)
         variants[label] = harness.OwnProcess(step, prepare=reuse_freed_memory)
     seconds = harness.race(variants, rounds=args.rounds, title=name, warm_up=2)
+    for variant in variants.values():
+        variant.end()
     parameters = sum(p.numel() for p in peer.parameters())
     return harness.compare(seconds, base=BASE), {
         "parameters": parameters,

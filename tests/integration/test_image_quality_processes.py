@@ -136,7 +136,9 @@ def test_a_run_measures_the_same_as_ldm_evaluate(home):
     offline = json.loads((home / "runs" / "whole" / "metrics.json").read_text())
     online = measured(home / "runs" / "whole", STEPS)
     # A training has another memory layout: a few bytes of its images differ by one grey level.
-    assert online == pytest.approx({k: offline["metrics"][k] for k in online}, rel=5e-4)
+    scores = {k: online.pop(k) for k in ("clip_score", "clip_score_chance")}
+    assert scores == pytest.approx({k: offline["metrics"][k] for k in scores}, rel=1e-4)
+    assert online == pytest.approx({k: offline["metrics"][k] for k in online}, rel=1e-5)
     (subset,) = home.glob("runs/whole/eval/subset-*.json")
     assert offline["protocol"]["subset"] in subset.name, "one file, for both"
 
@@ -149,5 +151,5 @@ def test_the_raw_weights_too(home):
     offline = json.loads((home / "raw.json").read_text())["metrics"]
     online = measured(home / "runs" / "raw", STEPS)
     raw = {k.removesuffix("_raw"): v for k, v in online.items() if k.endswith("_raw")}
-    assert raw == pytest.approx({k: offline[k] for k in raw}, rel=5e-4)
+    assert raw == pytest.approx({k: offline[k] for k in raw}, rel=1e-5)
     assert raw["fd_clip"] != online["fd_clip"]

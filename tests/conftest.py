@@ -24,6 +24,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.*in eval mode at the start")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that is marked gpu is skipped where there is none, whatever `-m` selects."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def _nothing_goes_on():
     yield

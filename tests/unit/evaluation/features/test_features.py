@@ -106,7 +106,6 @@ def test_the_digest_changes_with_any_weight():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_network_follows_the_images(images):
     features = network()
     expected = features(images)

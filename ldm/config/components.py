@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.config.own_components import DIFFUSION_GROUPS
 from ldm.config.registry import validate_file_config
@@ -24,6 +24,7 @@ from ldm.models.warm_start import warm_start
 from ldm.utils.bundle_file import is_bundle, read_bundle
 from ldm.utils.checkpoint_facts import check_frozen_digests, read_checkpoint_metadata
 from ldm.utils.checkpoint_file import (
+    CheckpointError,
     find_checkpoint,
     load_module_state,
     read_checkpoint,
@@ -32,6 +33,7 @@ from ldm.utils.checkpoint_file import (
 from ldm.utils.errors import UsageError, format_program
 from ldm.utils.files import resolve_path
 from ldm.utils.hashing import hash_module
+from ldm.utils.lora_weights import merge_adapters
 
 FROZEN_GROUPS = ("autoencoder", "text_encoder")
 STYLE_GROUP = "style_encoder"  # frozen as well, where there is one
@@ -151,9 +153,17 @@ class LoadedCheckpoint:
         """The digests of the frozen components that it was trained with."""
         return self.payload["ldm"]["frozen"]
 
+    def select_weights(self, prefix: str) -> dict[str, Tensor]:
+        """The weights with this prefix of the state dict, with the adapters of a LoRA run added."""
+        state = select_prefix(self.payload, prefix)
+        try:
+            return merge_adapters(state, self.payload["ldm"])
+        except ValueError as error:
+            raise CheckpointError(f"{self.path} is damaged: {error}") from error
+
     def load_denoiser(self, denoiser: nn.Module, weights: str) -> nn.Module:
         """Puts the weights with this prefix of the state dict into a denoiser, in eval mode."""
-        state = select_prefix(self.payload, weights)
+        state = self.select_weights(weights)
         if not state and is_bundle(self.path):
             raise UsageError(f"{self.path} is a bundle, with averaged weights alone: no raw=true")
         load_module_state(denoiser, state, what=str(self.path))
@@ -224,9 +234,12 @@ def set_component_location(cfg: DictConfig, name: str, location: str) -> None:
 
 
 def warm_start_from_run(
-    init: str, components: Components, *, trust: Sequence[str] | None = None
+    init: str, components: Components, *, trust: Sequence[str] | None = None, may_add: bool = True
 ) -> str:
-    """Copies the averaged weights of another run into the denoiser; returns a line that says so."""
+    """Copies the averaged weights of another run into the denoiser; returns a line that says so.
+
+    may_add: whether the denoiser may have layers and channels that the other run lacks.
+    """
     source = load_diffusion_checkpoint(init, name="init", trust=trust)
     frozen = components.frozen
     others = [
@@ -241,8 +254,13 @@ def warm_start_from_run(
         raise UsageError(
             f"init={init} was trained with another {' and '.join(others)}: add {words}"
         )
-    weights = select_prefix(source.payload, "ema.module.")
+    weights = source.select_weights("ema.module.")
     new = warm_start(components.denoiser, weights, source=init)
+    if new and not may_add:
+        raise UsageError(
+            f"init={init} lacks {', '.join(new)}, which adapters of LoRA cannot learn: train these "
+            "without lora.rank first, then give that run as init"
+        )
     more = f"; new, and without effect as yet: {', '.join(new)}" if new else ""
     return f"init: the weights of {source.path}{more}"
 

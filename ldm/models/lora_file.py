@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from ldm.models.diffusers_format import to_diffusers
 from ldm.utils.errors import UsageError
 from ldm.utils.files import replace_file
-from ldm.utils.lora_weights import BASE_PART, DOWN_SUFFIX, UP_SUFFIX, list_adapted_layers
+from ldm.utils.lora_weights import (
+    BASE_PART,
+    DOWN_SUFFIX,
+    UP_SUFFIX,
+    list_adapted_layers,
+    multiply_adapter,
+)
 
 KOHYA_PREFIX = "lora_unet_"
 NETWORK_PREFIXES = ("unet.", "base_model.model.unet.", "base_model.model.")  # of diffusers and peft

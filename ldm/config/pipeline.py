@@ -113,8 +113,9 @@ def load_cascade(
 ) -> list[LoadedPipeline]:
     """Pipelines of which each enlarges the images of the one before; a single one is as `cfg` says.
 
-    The first is guided as `cfg` says, has its own task and `cfg.lora`; the others have `cfg`'s task, or their
-    own, with guidance scale `cfg.cascade_guidance_scale`, compositional where the first is.
+    The first is guided as `cfg` says, and has its own task and `cfg.lora`; the others have `cfg`'s
+    task, or their own, with guidance scale `cfg.cascade_guidance_scale`, compositional where the
+    first is.
     Raises UsageError where the first generates videos or a later one enlarges nothing.
     """
     if len(ckpts) == 1:

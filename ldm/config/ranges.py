@@ -143,6 +143,8 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     ((ChoiceRule(SAMPLING_DTYPES), NULL), "dtype"),
     (ChoiceRule(("trailing", "leading", "linspace", "karras", "logsnr", "ays")), "sampler.spacing"),
     (ChoiceRule(("flow", "edm", "x0")), "sampler.slope"),
+    (ChoiceRule(("max", "nearest")), "task.mask_resize"),
+    ((ChoiceRule(("ldm", "diffusers")), NULL), "backend"),
     (ChoiceRule(("independent", "stratified", "sobol")), "timestep_sampler.spread"),
     (ChoiceRule(("constant", "exponential", "snr")), "loss.schedule"),
     (ChoiceRule(("constant", "cosine")), "optimizer.decay"),

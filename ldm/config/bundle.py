@@ -132,6 +132,7 @@ def write_label_copy(part: DictConfig, folder: Path) -> str:
 COMPONENT_WRITERS: dict[str, Callable[[DictConfig, Path], str]] = {
     "ldm.models.diffusers_format.make_autoencoder_kl": write_autoencoder_copy,
     "ldm.models.text.clip.ClipTextEncoder": write_text_encoder_copy,
+    "ldm.models.text.paired.PairedTextEncoder": write_text_encoder_copy,
     "ldm.models.text.t5.T5TextEncoder": write_text_encoder_copy,
     "ldm.models.text.labels.LabelTextEncoder": write_label_copy,
     "ldm.models.style.ClipStyleEncoder": write_style_encoder_copy,

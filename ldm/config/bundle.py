@@ -136,6 +136,7 @@ COMPONENT_WRITERS: dict[str, Callable[[DictConfig, Path], str]] = {
     "ldm.models.diffusers_format.make_autoencoder_kl": write_autoencoder_copy,
     "ldm.models.diffusers_autoencoder.DiffusersAutoencoder": write_model_copy,
     "ldm.models.text.clip.ClipTextEncoder": write_model_copy,
+    "ldm.models.text.paired.PairedTextEncoder": write_model_copy,
     "ldm.models.text.t5.T5TextEncoder": write_model_copy,
     "ldm.models.text.labels.LabelTextEncoder": write_label_copy,
     "ldm.models.style.ClipStyleEncoder": write_style_encoder_copy,

@@ -62,7 +62,7 @@ HUB_IGNORED = ("*.non_ema.*", *(f"{part}/*" for part in UNUSED_PARTS))
 HUB_NAME_PATTERN = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 DEFAULT_SAMPLE_SIZE = 64  # of latents, where a config.json says none
 # Of the network; other settings decide how it is trained.
-TRAINING_SETTINGS = ("checkpointing", "dropout")
+TRAINING_SETTINGS = ("checkpointing", "dropout", "linear_projections")
 
 
 def is_published(location: str | os.PathLike[str] | None) -> bool:

@@ -60,9 +60,19 @@ PART_CLASSES = {
 HUB_SETTINGS = ("*.json", "*.txt")
 HUB_IGNORED = ("*.non_ema.*", *(f"{part}/*" for part in UNUSED_PARTS))
 HUB_NAME_PATTERN = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+# How such networks are trained; sampling does not read it.
+TRAINING_NODES = {
+    "weighting": {"_target_": "ldm.diffusion.weightings.UniformWeighting"},
+    "loss": {"_target_": "ldm.diffusion.losses.SquaredLoss"},
+    "timestep_sampler": {
+        "_target_": "ldm.diffusion.timesteps.PowerTimestepSampler",
+        "power": 1.0,
+        "spread": "independent",
+    },
+}
 DEFAULT_SAMPLE_SIZE = 64  # of latents, where a config.json says none
 # Of the network; other settings decide how it is trained.
-TRAINING_SETTINGS = ("checkpointing", "dropout")
+TRAINING_SETTINGS = ("checkpointing", "dropout", "linear_projections")
 
 
 def is_published(location: str | os.PathLike[str] | None) -> bool:
@@ -283,6 +293,7 @@ def read_published_settings(folder: Path, kind: str) -> dict:
         "text_encoder": make_text_encoder_node(folder, kind),
         "model": {"_target_": "ldm.models.unet.UNet", **settings},
         **read_scheduler_config(read_json(folder / "scheduler" / "scheduler_config.json")),
+        **TRAINING_NODES,
         "task": make_task_node(**sizes),
         "data": {"size": side * factor, "batch_size": 1, "frames": None},
         "trainer": {"precision": "32-true"},

@@ -9,7 +9,16 @@ from diffusers.loaders import single_file_utils
 from original_files import collect_original_state, make_pipeline, write_original_file
 from safetensors.torch import load_file
 
+from ldm.diffusion.conditioning import Condition
+from ldm.models.diffusers_format import (
+    load_unet,
+    make_autoencoder_kl,
+    read_autoencoder_settings,
+    read_unet_settings,
+)
 from ldm.models.original_layout import open_original_file
+from ldm.models.text.clip import ClipTextEncoder
+from ldm.models.unet import UNet
 from ldm.utils.checkpoint_file import CheckpointError
 
 KINDS = ("sd1", "sd2", "sdxl")
@@ -84,6 +93,33 @@ def test_diffusers_paints_the_same_picture_from_the_file(pipeline, kind, file, f
     cls = type(pipeline)
     theirs = cls.from_single_file(str(file), config=str(folder), local_files_only=True)
     torch.testing.assert_close(paint(theirs), paint(pipeline), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_our_networks_give_what_those_of_diffusers_give(pipeline, kind, folder):
+    config = json.loads((folder / "unet/config.json").read_text())
+    unet = UNet(**read_unet_settings(config))
+    load_unet(unet, folder / "unet")
+    x, t, tokens = torch.randn(1, 4, 8, 8), torch.tensor(500), torch.randn(1, 5, unet.context_dim)
+    pooled, sizes = torch.randn(1, 48), torch.tensor([[16.0, 16, 0, 0, 16, 16]])
+    more = {"text_embeds": pooled, "time_ids": sizes} if kind == "sdxl" else None
+    theirs = pipeline.unet(x, t, tokens, added_cond_kwargs=more).sample
+    cond = Condition(tokens, pooled=pooled, sizes=sizes) if more else Condition(tokens)
+    torch.testing.assert_close(unet(x, t, cond), theirs, rtol=1e-4, atol=1e-5)
+    config = json.loads((folder / "vae/config.json").read_text())
+    settings = read_autoencoder_settings(config)
+    autoencoder = make_autoencoder_kl(path=str(folder / "vae"), **settings)
+    theirs = pipeline.vae.decode(x / pipeline.vae.config.scaling_factor).sample
+    torch.testing.assert_close(autoencoder.decode(x), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_our_text_encoder_reads_the_tokens_that_diffusers_reads(pipeline, folder):
+    ours, texts = ClipTextEncoder(str(folder)), ["a red circle", ""]
+    how = {"padding": "max_length", "max_length": 16, "return_tensors": "pt"}
+    ids = pipeline.tokenizer(texts, **how).input_ids
+    assert torch.equal(ours.tokenize(texts), ids)
+    states = pipeline.text_encoder(ids).last_hidden_state
+    torch.testing.assert_close(ours(texts).tokens, states, rtol=0, atol=1e-5)
 
 
 def test_a_pickled_file_gives_the_same_folder(file, folder):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 ROOM_LINES = {
     "utils": 1830,
     "diffusion": 3000,
-    "models": 3640,
+    "models": 4275,
     "data": 4380,
     "inference": 860,
     "evaluation": 3110,

@@ -143,6 +143,8 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     ((ChoiceRule(SAMPLING_DTYPES), NULL), "dtype"),
     (ChoiceRule(("trailing", "leading", "linspace", "karras", "logsnr", "ays")), "sampler.spacing"),
     (ChoiceRule(("flow", "edm", "x0")), "sampler.slope"),
+    (ChoiceRule(("max", "nearest")), "task.mask_resize"),
+    ((ChoiceRule(("ldm", "diffusers")), NULL), "backend"),
     (ChoiceRule(("independent", "stratified", "sobol")), "timestep_sampler.spread"),
     (ChoiceRule(("constant", "exponential", "snr")), "loss.schedule"),
     (ChoiceRule(("constant", "cosine")), "optimizer.decay"),
@@ -192,7 +194,10 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     ((integers("[64, 16384]"), NULL), "decode_tile"),
     (ListRule(integers("[0, 16384]"), [4]), "pad"),
     (BLOCKS, "autoencoder.patch, autoencoder.latent_channels, autoencoder.blocks, clip.layers"),
-    (BLOCKS, "clip.heads, model.blocks, model.heads, model.depth, style_encoder.tiles"),
+    (BLOCKS, "clip.heads, model.blocks, style_encoder.tiles"),
+    ((BLOCKS, ListRule(BLOCKS, range(1, 65))), "model.heads, model.depth"),
+    (integers("[0, 65536]"), "model.size_embedding"),  # 0: none
+    (SIDE, "model.size_factor"),
     (BLOCKS, "classifier.blocks, classifier.heads, classifier.depth"),
     (
         ListRule(BLOCKS, range(1, 65)),

@@ -26,10 +26,10 @@ from ldm.config.components import (
     build_image_metrics,
     choose_precision,
     get_autocast_dtype,
-    warm_start_from_run,
 )
 from ldm.config.export_check import describe_export
 from ldm.config.guidance import build_guidance
+from ldm.config.initial_weights import warm_start_from_run
 from ldm.config.loggers import build_loggers
 from ldm.config.sample_options import get_compile_mode, print_on_first_rank
 from ldm.config.stages import (
@@ -147,8 +147,8 @@ def build_diffusion_components(cfg: DictConfig, run_dir: Path) -> Components:
     components = build_components(cfg, task)
     check_image_size(cfg.data.size, components.autoencoder.factor * components.denoiser.multiple)
     if cfg.init is not None and find_newest_checkpoint(run_dir / "checkpoints") is None:
-        message = warm_start_from_run(cfg.init, components, trust=list_trusted_packages(cfg))
-        print_on_first_rank(message)
+        trust = list_trusted_packages(cfg)
+        print_on_first_rank(warm_start_from_run(cfg.init, components, cfg=cfg, trust=trust))
     return components
 
 

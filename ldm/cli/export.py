@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 
 from ldm.cli.bundle import check_bundle_folder
 from ldm.config.command_line import command, require_option
+from ldm.config.published import PIPELINE_FILE
 from ldm.config.sample_options import check_checkpoints_exist
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_path_length
@@ -34,7 +35,7 @@ def main(cfg: DictConfig, options: dict[str, str | None]) -> None:
 
 def check_export_folder(out: Path, *, overwrite: bool) -> None:
     """UsageError where `out` is no place for an export."""
-    if overwrite and not out.is_symlink() and (out / "model_index.json").is_file():
+    if overwrite and not out.is_symlink() and (out / PIPELINE_FILE).is_file():
         check_path_length("out", out, more=len(".12345678.tmp"))
     else:
         check_bundle_folder(out)

@@ -1,6 +1,7 @@
 """Writes a trained run as a folder that diffusers opens: a Stable Diffusion pipeline."""
 
 import copy
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,17 +24,16 @@ from ldm.config.diffusers_scheduler import export_scheduler_config
 from ldm.config.export_check import get_target_name, is_paired, list_export_obstacles
 from ldm.config.loaded_pipeline import LoadedPipeline
 from ldm.config.pipeline import load_pipeline
+from ldm.config.published import PIPELINE_FILE, is_published
 from ldm.config.training_images import describe_run_data
 from ldm.experiments.diffusers_card import write_diffusers_card
 from ldm.experiments.model_card import ModelFacts
 from ldm.inference.components import Components
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusers_format import save_autoencoder, save_unet
-from ldm.models.text.base import FrozenTextEncoder
 from ldm.utils.errors import UsageError
 from ldm.utils.files import TEMPORARY_SUFFIX, read_json, write_json
 
-MODEL_INDEX_FILE = "model_index.json"
 TOKENIZER_PATTERNS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens*", "added_tokens*")
 NO_MODULE = (None, None)
 
@@ -46,6 +46,8 @@ def write_export(
     locations: where frozen components are, if not where the run says. UsageError names all that
     diffusers cannot hold, before anything is built.
     """
+    if is_published(ckpt):
+        raise UsageError(f"ckpt={ckpt} is a folder of diffusers already: copy it")
     trust = list(cfg.trust)
     source = load_diffusion_checkpoint(ckpt, trust=trust)
     nodes = {name: source.config[name] for name in ("scheduler", "objective")}
@@ -123,25 +125,22 @@ def write_parts(
     folder: Path, loaded: LoadedPipeline, scheduler: dict[str, object], *, dtype: torch.dtype
 ) -> None:
     """Writes networks, tokenizers, scheduler and model_index.json."""
-    components, pipeline = loaded.pipeline.components, choose_pipeline(loaded)
-    index: dict[str, object] = {"_class_name": pipeline}
+    components = loaded.pipeline.components
     parts = [
         ("vae", lambda: write_exported_autoencoder(components.autoencoder, folder, dtype)),
-        ("text_encoder", lambda: write_exported_texts(components.text_encoder, folder, dtype)),
+        ("text_encoder", lambda: write_exported_texts(loaded, folder, dtype)),
         ("scheduler", lambda: write_exported_scheduler(scheduler, folder)),
         ("unet", lambda: write_exported_unet(components, folder, loaded.size, dtype)),
     ]
+    index: dict[str, object] = {"_class_name": choose_pipeline(loaded)}
     bar = tqdm(parts, desc="Exporting", unit="part")
     for name, write in bar:
         bar.set_postfix_str(name)
         index |= write()
-    if pipeline == "StableDiffusionXLPipeline":
-        # An empty negative prompt is encoded here as any other text.
-        index |= {"force_zeros_for_empty_prompt": False}
-    else:
+    if not is_paired(loaded.config):
         index |= {"safety_checker": NO_MODULE, "requires_safety_checker": False}
     index |= {"feature_extractor": NO_MODULE, "image_encoder": NO_MODULE}
-    write_json(folder / MODEL_INDEX_FILE, index)
+    write_json(folder / PIPELINE_FILE, index)
 
 
 def write_exported_unet(
@@ -188,30 +187,46 @@ def fold_latent_scale(autoencoder: AutoencoderKL) -> None:
 
 
 def write_exported_texts(
-    text_encoder: FrozenTextEncoder, folder: Path, dtype: torch.dtype
+    loaded: LoadedPipeline, folder: Path, dtype: torch.dtype
 ) -> dict[str, object]:
     """Writes text encoders and tokenizers; returns their entries of model_index.json."""
-    text_encoder.save(folder / "text_encoder")
-    tokenizer = folder / "tokenizer"
-    tokenizer.mkdir()
-    for pattern in TOKENIZER_PATTERNS:
-        for path in (folder / "text_encoder").glob(pattern):
-            path.rename(tokenizer / path.name)
-    convert_saved_model(folder / "text_encoder", dtype)
-    write_former_tokenizer(tokenizer)
-    return {
-        "text_encoder": ("transformers", "CLIPTextModel"),
-        "tokenizer": ("transformers", "CLIPTokenizer"),
-    }
+    text_encoder, node = loaded.pipeline.components.text_encoder, loaded.config.text_encoder
+    entries = {"tokenizer": ("transformers", "CLIPTokenizer")}
+    entries |= {"text_encoder": ("transformers", "CLIPTextModel")}
+    if is_paired(loaded.config):
+        text_encoder.save(folder)
+        for name in ("text_encoder", "text_encoder_2"):
+            convert_saved_model(folder / name, dtype)
+        entries |= {"tokenizer_2": ("transformers", "CLIPTokenizer")}
+        entries |= {"text_encoder_2": ("transformers", "CLIPTextModelWithProjection")}
+        entries |= {"force_zeros_for_empty_prompt": node.get("zero_empty", True)}
+    else:
+        text_encoder.save(folder / "text_encoder")
+        (folder / "tokenizer").mkdir()
+        for pattern in TOKENIZER_PATTERNS:
+            for path in (folder / "text_encoder").glob(pattern):
+                path.rename(folder / "tokenizer" / path.name)
+        convert_saved_model(folder / "text_encoder", dtype, layer=node.get("layer", -1))
+    for path in folder.glob("tokenizer*"):
+        write_former_tokenizer(path)
+    return entries
 
 
-def convert_saved_model(folder: Path, dtype: torch.dtype) -> None:
-    """Converts the weights that transformers saved to another dtype."""
-    file = folder / "model.safetensors"
-    weights: dict[str, Tensor] = {name: t.to(dtype) for name, t in load_file(file).items()}
+def convert_saved_model(folder: Path, dtype: torch.dtype, *, layer: int = -1) -> None:
+    """Converts the weights that transformers saved to another dtype.
+
+    layer: the last layer that stays, counted from the end.
+    """
+    file, config = folder / "model.safetensors", read_json(folder / "config.json")
+    count = config["num_hidden_layers"] + layer + 1
+    weights: dict[str, Tensor] = {}
+    for name, value in load_file(file).items():
+        number = re.search(r"encoder\.layers\.(\d+)\.", name)
+        if number is None or int(number[1]) < count:
+            weights[name] = value.to(dtype)
     save_file(weights, file, metadata={"format": "pt"})
-    name = str(dtype).removeprefix("torch.")
-    write_json(folder / "config.json", read_json(folder / "config.json") | {"dtype": name})
+    config |= {"num_hidden_layers": count, "dtype": str(dtype).removeprefix("torch.")}
+    write_json(folder / "config.json", config)
 
 
 def write_former_tokenizer(folder: Path) -> None:

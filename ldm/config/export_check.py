@@ -20,7 +20,7 @@ NOT_EXPORTED_SCHEDULES = {
 }
 EXPORTED_PARTS = {  # the names of our classes and functions that an export can write, by group
     "model": ("UNet",),
-    "autoencoder": ("make_autoencoder_kl", "DiffusersAutoencoder", "IdentityAutoencoder"),
+    "autoencoder": ("make_autoencoder_kl", "IdentityAutoencoder"),
     "text_encoder": ("ClipTextEncoder", "PairedTextEncoder", *NOT_EXPORTED_TEXTS),
     "task": ("TextToImage", "ImageToImage", "Inpainting", *NOT_EXPORTED_TASKS),
 }
@@ -93,6 +93,11 @@ def check_autoencoder_exports(config: Mapping) -> Iterator[str]:
             "has no patches, and group norm): take autoencoder=sd_tiny, which "
             "experiment=autoencoder_sd_tiny trains"
         )
+    if node.get("quant_convs") is False:
+        yield (
+            "autoencoder.quant_convs=false (its pipeline reads no shift of the latents): "
+            "take autoencoder=sd_tiny or autoencoder=sd"
+        )
 
 
 def check_text_exports(config: Mapping) -> Iterator[str]:
@@ -101,6 +106,11 @@ def check_text_exports(config: Mapping) -> Iterator[str]:
     if why := NOT_EXPORTED_TEXTS.get(get_target_name(node)):
         yield f"text_encoder ({why}): take text_encoder=tiny, clip_l14 or another CLIP"
     if is_paired(config):
+        if (layer := node.get("layer", -2)) != -2:
+            yield (
+                f"text_encoder.layer={layer} (StableDiffusionXLPipeline takes -2 unless each call "
+                "gives clip_skip): take text_encoder.layer=-2"
+            )
         return
     if get_target_name(node) == "ClipTextEncoder" and node.get("pooled"):
         yield (

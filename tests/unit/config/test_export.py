@@ -12,16 +12,22 @@ import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline
+from hub_uploads import UploadHub
 from PIL import Image
 from safetensors.torch import load_file
 from shell import run
 
 import ldm
-from ldm.config.composition import compose_default_config
+from ldm.cli.export import check_export_folder
+from ldm.config.composition import compose_default_config, isolate_hydra
+from ldm.config.config_check import compose_config
+from ldm.config.export import write_export
 from ldm.config.export_check import describe_export, list_export_obstacles
 from ldm.diffusion.rng import ImageNoise
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusers_format import save_autoencoder
+from ldm.utils.checkpoint_file import read_checkpoint
+from ldm.utils.errors import UsageError
 
 BRIEF = [
     *("experiment=demo_sd", "name=small", "model.channels=16", "model.embedding=48"),
@@ -112,18 +118,23 @@ def test_the_code_of_the_model_card_paints_a_picture(home):
     (home / "shared/picture.png").unlink()
 
 
-def test_weights_without_ema_in_half_precision_replace_an_export(home, monkeypatch, capsys):
+def test_weights_without_ema_in_half_precision_replace_an_export(home, monkeypatch):
     monkeypatch.chdir(home)
-    words = ("ckpt=runs/small", "out=raw", "raw=true", "dtype=float16", "sampler=dpmpp_2m")
-    run("-m", "ldm", "export", *words, cwd=home)
-    assert "raw exists and is no empty folder" in run(
-        "-m", "ldm", "export", *words, cwd=home, expect=2
-    )
-    run("-m", "ldm", "export", *words, "overwrite=true", cwd=home)
+    words = ["ckpt=runs/small", "out=raw", "raw=true", "dtype=float16", "sampler=dpmpp_2m"]
+    with isolate_hydra():
+        cfg = compose_config("export", words)
+    check_export_folder(Path("raw"), overwrite=False)
+    write_export(cfg, "runs/small", Path("raw"), {})
+    with pytest.raises(UsageError, match="raw exists and is no empty folder"):
+        check_export_folder(Path("raw"), overwrite=False)
+    check_export_folder(Path("raw"), overwrite=True)
+    Path("raw/unet/mine.txt").touch()
+    write_export(cfg, "runs/small", Path("raw"), {})
+    assert not Path("raw/unet/mine.txt").exists()
     for file in Path("raw").rglob("*.safetensors"):
         assert {value.dtype for value in load_file(file).values()} == {torch.float16}, file
     weights = load_file("raw/unet/diffusion_pytorch_model.safetensors")
-    payload = torch.load(next(Path("runs/small/checkpoints").glob("step=*.ckpt")), mmap=True)
+    payload = read_checkpoint(Path("runs/small/checkpoints/last.ckpt"))
     wanted = payload["state_dict"]["denoiser.conv_in.weight"].half()
     assert torch.equal(weights["conv_in.weight"], wanted)
     pipe = load_quietly("raw", torch_dtype=torch.float16)
@@ -155,3 +166,21 @@ def test_nothing_is_uploaded_without_a_token(home, tmp_path):
     assert "push=user/name needs a token" in printed
     assert not (tmp_path / "x").exists()
     assert json.loads((home / "shared/model v1.0/model_index.json").read_text())
+
+
+def test_push_uploads_the_folder_with_the_token_of_the_environment(home, tmp_path):
+    hub = UploadHub()
+    words = ("ckpt=runs/small", "out=pushed", "push=team/model", "private=true")
+    env = {"HF_TOKEN": "hf_s3cret", "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+    printed = run("-m", "ldm", "export", *words, cwd=home, HF_HOME=str(tmp_path), **env)
+    assert f"uploaded to {hub.url}/team/model" in printed
+    assert hub.users == {"Bearer hf_s3cret"}
+    assert hub.created[0]["private"] is True
+    folder = home / "pushed"
+    written = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    assert hub.files == written
+    assert 'from_pretrained("team/model"' in written["README.md"].decode()

@@ -26,9 +26,10 @@ from ldm.config.components import (
     build_image_metrics,
     choose_precision,
     get_autocast_dtype,
-    warm_start_from_run,
 )
+from ldm.config.export_check import describe_export
 from ldm.config.guidance import build_guidance
+from ldm.config.initial_weights import warm_start_from_run
 from ldm.config.loggers import build_loggers
 from ldm.config.sample_options import get_compile_mode, print_on_first_rank
 from ldm.config.stages import (
@@ -88,6 +89,7 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
     L.seed_everything(cfg.seed, verbose=False)
     # What does not fit together is refused before data are generated or downloaded.
     if cfg.stage == "diffusion":
+        print_on_first_rank(describe_export(cfg))
         components, metrics = build_diffusion_components(cfg, run_dir), build_image_metrics(cfg)
         build = partial(build_diffusion_training, components, metrics)
     else:
@@ -148,8 +150,9 @@ def build_diffusion_components(cfg: DictConfig, run_dir: Path) -> Components:
     components = build_components(cfg, task)
     check_image_size(cfg.data.size, components.autoencoder.factor * components.denoiser.multiple)
     if cfg.init is not None and find_newest_checkpoint(run_dir / "checkpoints") is None:
+        trust = list_trusted_packages(cfg)
         message = warm_start_from_run(
-            cfg.init, components, trust=list_trusted_packages(cfg), may_add=not cfg.lora.rank
+            cfg.init, components, cfg=cfg, trust=trust, may_add=not cfg.lora.rank
         )
         print_on_first_rank(message)
     if cfg.lora.rank:
@@ -195,6 +198,7 @@ def build_diffusion_training(
         callbacks.append(EMASnapshots(run_dir / "phema", every=cfg.phema.every))
     if cfg.lora.rank:
         facts = {"title": str(cfg.name), "kind": components.objective.prediction.kind}
+        facts["linear"] = cfg.model.get("linear_projections", False)
         scale = get_lora_alpha(cfg) / cfg.lora.rank
         callbacks.append(
             LoraFile(run_dir / "lora.safetensors", size=data.size, scale=scale, **facts)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ldm.models.diffusers_format import to_diffusers
+from ldm.models.diffusers_names import to_diffusers
 from ldm.utils.errors import UsageError
 from ldm.utils.files import replace_file
 from ldm.utils.lora_weights import (
@@ -50,20 +50,30 @@ PUBLISHED_WIDTHS = (320, 1280)  # first and last
 
 
 def save_lora(
-    state: Mapping[str, Tensor], file: Path, *, scale: float, title: str, size: int, kind: str
+    state: Mapping[str, Tensor],
+    file: Path,
+    *,
+    scale: float,
+    title: str,
+    size: int,
+    kind: str,
+    linear: bool = False,
 ) -> None:
     """Writes the adapters of a LoRA run as a file that diffusers' `load_lora_weights` takes.
 
     state: the weights of the run's denoiser, as peft names them. scale: alpha / rank; B holds it
     in the file, so that no reader has to know it. The metadata follow Stability AI's model
     specification 1.0.0: title, size (the side of the training images) and kind (the prediction).
+    linear: see `linear_projections` of the UNet.
     """
     tensors = {}
     for name in list_adapted_layers(state):
-        [theirs] = to_diffusers({f"{name}.": 0})
         parts = {"lora_A": state[name + DOWN_SUFFIX], "lora_B": scale * state[name + UP_SUFFIX]}
         for part, tensor in parts.items():
-            tensors[f"unet.{theirs}{part}.weight"] = tensor.detach().float().cpu().contiguous()
+            own = {f"{name}.weight": tensor.detach().float().cpu()}
+            [(theirs, value)] = to_diffusers(own, linear=linear).items()
+            key = f"unet.{theirs.removesuffix('weight')}{part}.weight"
+            tensors[key] = value.contiguous()
     data = save(tensors)
     digest = sha256(memoryview(data)[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
     facts = {

@@ -1,9 +1,11 @@
 """Runs of LoRA from their beginning to images, in files that other tools take."""
 
+import diffusers
 import pytest
 import torch
 from evaluated_runs import Home, measure
 from hydra import compose, initialize_config_dir
+from published_folders import write_sd1, write_sd2, write_sdxl
 
 import ldm
 from ldm.config.composition import CONF_DIR
@@ -117,3 +119,26 @@ def test_what_does_not_fit_is_refused_in_one_line(home):
 
     assert "no layer is called 'to_p'" in refuse(init, "lora.rank=2", "lora.targets=[to_p]")
     assert "train these without lora.rank" in refuse(init, "lora.rank=2", "task=inpaint")
+
+
+@pytest.mark.parametrize("write", [write_sd1, write_sd2, write_sdxl])
+def test_adapters_of_a_published_model_paint_the_same_in_diffusers(home, tmp_path, write):
+    folder = write(tmp_path / "published")
+    words = ["name=style", f"init={folder}", "lora.rank=2", "lora.alpha=4", "lora.targets=all"]
+    words += ["data=scenes", "data.count=8", "data.val_count=12", f"data.folder={home.path}/data"]
+    words += ["data.size=16", "data.batch_size=4", "data.workers=0", "samples.n=0", *BRIEF]
+    ldm.train(ldm.compose("train", [*words, "trainer=cpu", "logger=csv", "optimizer.lr=0.1"]))
+    file = "runs/style/lora.safetensors"
+    pictures = []
+    for files in ([], [file]):
+        ours = ldm.load(folder, device="cpu", lora=files)
+        how = {"steps": 4, "guidance_scale": 3.0, "output_type": "pt", "progress": False}
+        pictures.append((ours("a red circle", seeds=3, **how)[0] + 1) / 2)
+    theirs = diffusers.DiffusionPipeline.from_pretrained(folder)
+    theirs.load_lora_weights(file)
+    theirs.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    how = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "pt"}
+    expected = theirs("a red circle", generator=generator, **how).images[0]
+    assert (pictures[1] - pictures[0]).abs().max() > 1e-3
+    torch.testing.assert_close(pictures[1].clamp(0, 1), expected, rtol=0, atol=1e-4)

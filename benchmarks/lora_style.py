@@ -67,7 +67,7 @@ def measure(pipe, scenes: list[Scene], prompts: list[str], steps: int, batch: in
     rows = np.array([match_scene(r, s) for r, s in zip(readings, scenes, strict=True)])
     found = dict(zip(("all", *SCENE_ATTRIBUTES), rows.mean(axis=0).tolist(), strict=True))
     rest = rows[:, 1:-1].all(axis=1)  # all attributes but the style, which is the last
-    low, high = wilson_interval(int(rest.sum()), len(rest))
+    low, high = wilson_interval(float(rest.mean()), len(rest))
     return found | {"rest": float(rest.mean()), "rest_interval": [low, high]}
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ldm.models.diffusers_names import to_diffusers
+from ldm.models.original_names import UNET_BLOCK_NAMES
 from ldm.utils.errors import UsageError
 from ldm.utils.files import replace_file
 from ldm.utils.lora_weights import (
@@ -29,7 +30,7 @@ from ldm.utils.lora_weights import (
 
 KOHYA_PREFIX = "lora_unet_"
 NETWORK_PREFIXES = ("unet.", "base_model.model.unet.", "base_model.model.")  # of diffusers and peft
-TEXT_PREFIXES = ("lora_te", "text_encoder", "base_model.model.text_encoder")
+LORA_TEXT_PREFIXES = ("lora_te", "text_encoder", "base_model.model.text_encoder")
 # What the two parts of an adapter, and its alpha, are called after the name of their layer.
 PART_SUFFIXES = {
     "down": (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight"),
@@ -38,6 +39,11 @@ PART_SUFFIXES = {
 }
 # Adapters of diffusers before 0.18: attn1.processor.to_q_lora.down.weight
 FORMER_NAME = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.")
+FIRST_LEVEL_BLOCK = re.compile(r"down_blocks\.0\.resnets\.\d+\.conv1")
+UNET_PLACE = re.compile(
+    r"(?P<way>down|mid|up)_blocks?\.(?:(?P<level>\d+)\.)?(?P<kind>resnets|attentions)\."
+    r"(?P<index>\d+)\.(?P<rest>.+)"
+)
 ADAPTER_METADATA = "lora_adapter_metadata"  # in a file of diffusers: peft's settings as JSON
 METADATA_VARIANTS = ("use_dora", "use_rslora", "alpha_pattern", "lora_bias")
 # By the width of the text states, of networks with the widths of Stable Diffusion.
@@ -125,14 +131,17 @@ def add_lora_file(network: nn.Module, path: Path, *, weight: float = 1.0) -> Non
     Raises UsageError for a file that is not of this network or that holds anything else.
     """
     adapters = read_lora_file(path)
-    if texts := [name for name in adapters if name.startswith(TEXT_PREFIXES)]:
+    if texts := [name for name in adapters if name.startswith(LORA_TEXT_PREFIXES)]:
         raise UsageError(
             f"lora={path} has {len(texts)} layers for a text encoder ({texts[0]}, ..), and the one "
             "here is frozen: give a file of the UNet alone"
         )
     layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     theirs = {next(iter(to_diffusers({f"{name}.": 0}))).rstrip("."): name for name in layers}
-    known = theirs | {KOHYA_PREFIX + name.replace(".", "_"): n for name, n in theirs.items()}
+    blocks = sum(bool(FIRST_LEVEL_BLOCK.fullmatch(name)) for name in theirs)
+    originals = {to_original_name(name, blocks): own for name, own in theirs.items()}
+    kohya = {name.replace(".", "_"): own for name, own in (originals | theirs).items()}
+    known = theirs | {KOHYA_PREFIX + name: own for name, own in kohya.items()}
     changes, wrong = {}, []
     for name, adapter in adapters.items():
         own = known.get(strip_network_prefix(name))
@@ -160,6 +169,25 @@ def add_lora_file(network: nn.Module, path: Path, *, weight: float = 1.0) -> Non
     for name, change in changes.items():
         own = layers[name].weight
         own.copy_(own.float().add(change.view(own.shape).to(own.device), alpha=weight))
+
+
+def to_original_name(name: str, blocks: int) -> str:
+    """Returns the name of a layer in the original layout, which kohya's files of SDXL have.
+
+    name: as diffusers calls it; samplers keep theirs. blocks: residual blocks of a level.
+    """
+    found = UNET_PLACE.fullmatch(name)
+    if found is None:
+        return name
+    if found["way"] == "mid":
+        place = f"middle_block.{1 if found['kind'] == 'attentions' else 2 * int(found['index'])}"
+    else:
+        number = int(found["level"]) * (blocks + 1) + int(found["index"])
+        way = f"output_blocks.{number}" if found["way"] == "up" else f"input_blocks.{number + 1}"
+        place = f"{way}.{1 if found['kind'] == 'attentions' else 0}"
+    rest = f"{found['rest']}."
+    inner = {new: old for old, new in UNET_BLOCK_NAMES.items()}
+    return f"{place}.{inner.get(rest, rest)}".rstrip(".")
 
 
 def strip_network_prefix(name: str) -> str:

@@ -14,7 +14,8 @@ from test_lora import ALPHA, FACTS, RANK, SIZES, call, randomize
 
 from ldm.models.diffusers_format import export_unet_config, to_diffusers
 from ldm.models.lora import add_lora_layers
-from ldm.models.lora_file import add_lora_file, save_lora
+from ldm.models.lora_file import add_lora_file, save_lora, to_original_name
+from ldm.models.original_names import convert_original_unet
 from ldm.models.unet import UNet
 from ldm.utils.errors import UsageError
 from ldm.utils.lora_weights import merge_adapters
@@ -174,3 +175,24 @@ def test_a_file_without_tensors_and_another_kind_of_adapter_are_refused(base, fi
         save_file(load_file(file), file, metadata={"lora_adapter_metadata": settings})
         with pytest.raises(UsageError, match=said):
             add_lora_file(base, file)
+
+
+def test_names_of_sdxl_in_files_of_kohya(base, file, tmp_path):
+    """Its trainer calls the layers as the original layout does: an oracle is our reader of that."""
+    names = {name.removeprefix("unet.").partition(".lora_")[0] for name in load_file(file)}
+    renamed = {name: to_original_name(name, SIZES["blocks"]) for name in names}
+    moved = {name for name in names if name != renamed[name]}
+    back = convert_original_unet(
+        {f"{name}.weight": torch.ones(1) for name in map(renamed.get, moved)}
+        | {f"input_blocks.{SIZES['blocks'] + 1}.0.op.weight": torch.ones(1)}
+    )
+    assert {f"{name}.weight" for name in moved} <= set(back)
+    kohya = {}
+    for name, tensor in load_file(file).items():
+        layer, _, part = name.removeprefix("unet.").partition(".lora_")
+        part = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[part]
+        kohya[f"lora_unet_{renamed[layer].replace('.', '_')}.{part}"] = tensor
+    assert any(name.startswith("lora_unet_output_blocks_") for name in kohya)
+    save_file(kohya, tmp_path / "xl.safetensors")
+    expected = call(with_file(base, file))
+    torch.testing.assert_close(call(with_file(base, tmp_path / "xl.safetensors")), expected)

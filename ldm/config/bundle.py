@@ -18,6 +18,7 @@ from ldm.config.composition import isolate_hydra
 from ldm.config.config_check import compose_config
 from ldm.config.own_components import DIFFUSION_GROUPS, OPTIONAL_GROUPS
 from ldm.config.pipeline import explain_moved_component, load_pipeline
+from ldm.config.published import is_published
 from ldm.config.training_images import describe_run_data
 from ldm.config.trust import list_trusted_packages
 from ldm.experiments.model_card import ModelFacts, write_model_card
@@ -38,6 +39,8 @@ def write_bundle(
     it gets its name. Returns the frozen components that were not copied, with their locations.
     """
     trust = list_trusted_packages(cfg)
+    if is_published(ckpt):
+        raise UsageError(f"ckpt={ckpt} is a published model already: copy its folder")
     source = load_diffusion_checkpoint(ckpt, trust=trust)
     if is_bundle(source.path):
         raise UsageError(f"ckpt={ckpt} is a bundle already: copy its folder")
@@ -133,6 +136,7 @@ COMPONENT_WRITERS: dict[str, Callable[[DictConfig, Path], str]] = {
     "ldm.models.diffusers_format.make_autoencoder_kl": write_autoencoder_copy,
     "ldm.models.diffusers_autoencoder.DiffusersAutoencoder": write_model_copy,
     "ldm.models.text.clip.ClipTextEncoder": write_model_copy,
+    "ldm.models.text.paired.PairedTextEncoder": write_model_copy,
     "ldm.models.text.t5.T5TextEncoder": write_model_copy,
     "ldm.models.text.labels.LabelTextEncoder": write_label_copy,
     "ldm.models.style.ClipStyleEncoder": write_style_encoder_copy,

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 ROOM_LINES = {
     "utils": 1815,
     "diffusion": 2990,
-    "models": 3520,
+    "models": 3550,
     "data": 4380,
     "inference": 860,
     "evaluation": 3110,

@@ -154,6 +154,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (ChoiceRule(("jpg", "png", "webp")), "format"),
     (ChoiceRule(("all", "train", "val", "unseen")), "prepare part"),
     (ChoiceRule(("copy", "reference")), "bundle frozen"),
+    (ChoiceRule(SAMPLING_DTYPES), "export dtype"),
     # Counts.
     (POSITIVE, "n, top, most, limit, phema.every, checkpoint.every, checkpoint.keep"),
     (POSITIVE, "data.count, data.val_count, data.window, data.group, data.family, data.val_limit"),
@@ -209,6 +210,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     ),
     (integers("[1, 65536]"), "clip.max_length, model.channels, model.groups, model.embedding"),
     (integers("[1, 65536]"), "text_encoder.max_length"),
+    (integers("[-1024, -1]"), "text_encoder.layer"),  # counted from the last
     (integers("[0, 65536]"), "autoencoder.groups"),  # 0: no norm
     (integers("[2, 65536]"), "style_encoder.code"),
     (integers("[0, 1024]"), "classifier.positional_waves, model.positional_waves"),

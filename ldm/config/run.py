@@ -27,6 +27,7 @@ from ldm.config.components import (
     choose_precision,
     get_autocast_dtype,
 )
+from ldm.config.export_check import describe_export
 from ldm.config.guidance import build_guidance
 from ldm.config.initial_weights import warm_start_from_run
 from ldm.config.loggers import build_loggers
@@ -87,6 +88,7 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
     L.seed_everything(cfg.seed, verbose=False)
     # What does not fit together is refused before data are generated or downloaded.
     if cfg.stage == "diffusion":
+        print_on_first_rank(describe_export(cfg))
         components, metrics = build_diffusion_components(cfg, run_dir), build_image_metrics(cfg)
         build = partial(build_diffusion_training, components, metrics)
     else:

@@ -3,8 +3,8 @@
 import json
 import shutil
 
-import pytest
 import published_folders as folders
+import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -30,9 +30,7 @@ WRITERS = {
 SCHEDULERS = {
     "ddim": DDIMScheduler(clip_sample=False, **folders.GRID),
     "ddim_last_alpha": DDIMScheduler(clip_sample=False, steps_offset=1, **folders.BETAS),
-    "ddim_trailing": DDIMScheduler(
-        clip_sample=False, timestep_spacing="trailing", **folders.BETAS
-    ),
+    "ddim_trailing": DDIMScheduler(clip_sample=False, timestep_spacing="trailing", **folders.BETAS),
     "euler": EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1, **folders.BETAS),
     "dpmpp_2m": DPMSolverMultistepScheduler(
         timestep_spacing="leading", steps_offset=1, **folders.BETAS
@@ -150,7 +148,9 @@ def test_what_a_folder_is_comes_from_its_files(written):
 )
 def test_other_pipelines_are_refused_by_name(sd1, name, what):
     change_index(sd1, _class_name=name)
-    with pytest.raises(UsageError, match=rf"ckpt=.* cannot be opened: it is a {name}.*{what}|{what}"):
+    with pytest.raises(
+        UsageError, match=rf"ckpt=.* cannot be opened: it is a {name}.*{what}|{what}"
+    ):
         ldm.load(sd1)
     assert is_foreign_pipeline(str(sd1))
 

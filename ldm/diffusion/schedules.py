@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class Schedule(nn.Module):
 
     def published_ends(self, start: float) -> tuple[float, float]:
         """The times between which diffusers' `linspace` is even, from `start` on."""
-        return start, 1 / self.steps
+        return self.on_grid(torch.tensor(start, dtype=torch.float64)).item(), 1 / self.steps
 
     def interpolate_ratio(self, t: Tensor) -> Tensor:
         """r at `t` as diffusers has it: linear in t between the points of a table."""
@@ -125,9 +125,6 @@ class DiscreteSchedule(Schedule):
 
     def round_index(self, index: Tensor) -> Tensor:
         return index.round()
-
-    def published_ends(self, start: float) -> tuple[float, float]:
-        return round(start * self.steps) / self.steps, 1 / self.steps
 
     def interpolate_ratio(self, t: Tensor) -> Tensor:
         below = self._point_below(t)
@@ -281,6 +278,18 @@ def sigmoid_alpha(
     alpha_bar = (curve - curve[-1]) / (curve[0] - curve[-1])
     betas = betas_for_alpha_bar(alpha_bar, max_beta)
     return DiscreteSchedule(betas, zero_terminal_snr=zero_terminal_snr)
+
+
+def trained_betas(
+    *, betas: Sequence[float] | None = None, zero_terminal_snr: bool = False
+) -> DiscreteSchedule:
+    """Betas as they are given, by diffusers' word for it; None: DDPM's."""
+    table = (
+        linspace_steps(1e-4, 0.02, 1000)
+        if betas is None
+        else torch.tensor([*betas], dtype=torch.float64)
+    )
+    return DiscreteSchedule(table, zero_terminal_snr=zero_terminal_snr)
 
 
 def linspace_steps(first: float, last: float, steps: int, *, more: int = 0) -> Tensor:

@@ -53,6 +53,10 @@ def read_beta_schedule(values: SchedulerValues) -> dict:
     betas = values.pop("trained_betas")
     name = values.pop("beta_schedule", None if betas else list(BETA_SCHEDULES))
     if betas is not None:
+        if len(betas) != steps:
+            raise ValueError(
+                f"{values.name}: {len(betas)} trained_betas do not fit num_train_timesteps={steps}"
+            )
         given = {"betas": [float(beta) for beta in betas]}
         return load_option("scheduler", "trained_betas", **given, zero_terminal_snr=zero_snr)
     option = BETA_SCHEDULES[name]

@@ -54,7 +54,7 @@ def choose_scheduler_class(target: str, settings: Mapping, *, zero_snr: bool) ->
     if target == "ConsistencySampler":
         if settings["original_steps"] is None:
             raise ValueError("diffusers' LCMScheduler cannot hold sampler.original_steps=null")
-        scaling = settings["timestep_scaling"] or 1e12  # of no effect
+        scaling = settings["timestep_scaling"] or 1e6  # of no effect
         return "LCMScheduler", {
             "original_inference_steps": settings["original_steps"],
             "timestep_scaling": scaling,

@@ -18,6 +18,7 @@ from ldm.config.composition import isolate_hydra
 from ldm.config.config_check import compose_config
 from ldm.config.own_components import DIFFUSION_GROUPS, OPTIONAL_GROUPS
 from ldm.config.pipeline import explain_moved_component, load_pipeline
+from ldm.config.published import is_published
 from ldm.config.training_images import describe_run_data
 from ldm.config.trust import list_trusted_packages
 from ldm.experiments.model_card import ModelFacts, write_model_card
@@ -38,6 +39,8 @@ def write_bundle(
     it gets its name. Returns the frozen components that were not copied, with their locations.
     """
     trust = list_trusted_packages(cfg)
+    if is_published(ckpt):
+        raise UsageError(f"ckpt={ckpt} is a published model already: copy its folder")
     source = load_diffusion_checkpoint(ckpt, trust=trust)
     if is_bundle(source.path):
         raise UsageError(f"ckpt={ckpt} is a bundle already: copy its folder")
@@ -109,8 +112,8 @@ def write_autoencoder_copy(part: DictConfig, folder: Path) -> str:
     return ""
 
 
-def write_text_encoder_copy(part: DictConfig, folder: Path) -> str:
-    """As `write_autoencoder_copy`, of a text encoder of transformers."""
+def write_model_copy(part: DictConfig, folder: Path) -> str:
+    """As `write_autoencoder_copy`, of a model that writes itself."""
     instantiate(part).save(folder)
     return ""
 
@@ -131,8 +134,10 @@ def write_label_copy(part: DictConfig, folder: Path) -> str:
 # By the target of a component's configuration; others stay where they are.
 COMPONENT_WRITERS: dict[str, Callable[[DictConfig, Path], str]] = {
     "ldm.models.diffusers_format.make_autoencoder_kl": write_autoencoder_copy,
-    "ldm.models.text.clip.ClipTextEncoder": write_text_encoder_copy,
-    "ldm.models.text.t5.T5TextEncoder": write_text_encoder_copy,
+    "ldm.models.diffusers_autoencoder.DiffusersAutoencoder": write_model_copy,
+    "ldm.models.text.clip.ClipTextEncoder": write_model_copy,
+    "ldm.models.text.paired.PairedTextEncoder": write_model_copy,
+    "ldm.models.text.t5.T5TextEncoder": write_model_copy,
     "ldm.models.text.labels.LabelTextEncoder": write_label_copy,
     "ldm.models.style.ClipStyleEncoder": write_style_encoder_copy,
 }

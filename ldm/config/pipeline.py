@@ -12,11 +12,11 @@ from ldm.config.components import (
     build_components,
     choose_autocast_dtype,
     find_component_location,
-    load_diffusion_checkpoint,
     set_component_location,
 )
 from ldm.config.guidance import build_guidance
 from ldm.config.loaded_pipeline import LoadedPipeline, check_task
+from ldm.config.published import open_checkpoint
 from ldm.config.sample_options import (
     LOCATION_SETTINGS,
     get_compile_mode,
@@ -25,21 +25,19 @@ from ldm.config.sample_options import (
 )
 from ldm.config.trust import list_trusted_packages
 from ldm.inference.pipeline import Pipeline
-from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.errors import UsageError, format_program
-from ldm.utils.hashing import hash_module
 
 CLASSIFIER_FREE_TARGET = "ldm.diffusion.guidance.cfg.ClassifierFreeGuidance"
 COMPOSITIONAL_TARGET = "ldm.diffusion.guidance.compositional.CompositionalGuidance"
 
 
 def load_pipeline(cfg: DictConfig, ckpt: str, locations: dict[str, str | None]) -> LoadedPipeline:
-    """The pipeline of a diffusion run; without a task in `cfg` it does what it was trained for.
+    """The pipeline of a run or a published model, of its own task if `cfg` has none.
 
     locations: where frozen components are, by name, if not where the training configuration says.
     """
     device, trust = select_device(cfg.device), list_trusted_packages(cfg)
-    source = load_diffusion_checkpoint(ckpt, trust=trust)
+    source = open_checkpoint(ckpt, trust=trust)
     trained = source.config
     for name in LOCATION_SETTINGS:
         if locations.get(name) is not None:
@@ -54,13 +52,7 @@ def load_pipeline(cfg: DictConfig, ckpt: str, locations: dict[str, str | None]) 
         )
     with explain_moved_component(trained):
         components = build_components(trained, task)
-    for name, part in components.frozen.items():
-        if hash_module(part) != source.digests[name]:
-            raise CheckpointError(
-                f"{trained[name].get('path', trained[name]._target_)} is not the {name} that "
-                f"{source.path} was trained with (its weights, or names, differ): give the right "
-                f"one with {name}=..."
-            )
+    facts = source.check_frozen(components.frozen)
     source.load_denoiser(components.denoiser, "denoiser." if cfg.raw else "ema.module.")
     components.to(device)
     if (mode := get_compile_mode(cfg)) is not None:
@@ -80,9 +72,9 @@ def load_pipeline(cfg: DictConfig, ckpt: str, locations: dict[str, str | None]) 
     return LoadedPipeline(
         pipeline,
         source.path.resolve(),
-        source.payload["global_step"],
+        source.step,
         trained,
-        get_sampling_settings(cfg),
+        get_sampling_settings(cfg) | facts,
         OmegaConf.to_container(cfg.get("task") or trained.task),
         trust,
     )

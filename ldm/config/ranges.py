@@ -146,6 +146,8 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (ChoiceRule(("trailing", "leading", "linspace")), "sampler.ends"),
     (ChoiceRule(("eps", "v")), "sampler.average"),
     (ChoiceRule(("flow", "edm", "x0")), "sampler.slope"),
+    (ChoiceRule(("max", "nearest")), "task.mask_resize"),
+    ((ChoiceRule(("ldm", "diffusers")), NULL), "backend"),
     (ChoiceRule(("independent", "stratified", "sobol")), "timestep_sampler.spread"),
     (ChoiceRule(("constant", "exponential", "snr")), "loss.schedule"),
     (ChoiceRule(("constant", "cosine")), "optimizer.decay"),
@@ -155,6 +157,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (ChoiceRule(("jpg", "png", "webp")), "format"),
     (ChoiceRule(("all", "train", "val", "unseen")), "prepare part"),
     (ChoiceRule(("copy", "reference")), "bundle frozen"),
+    (ChoiceRule(SAMPLING_DTYPES), "export dtype"),
     # Counts.
     (POSITIVE, "n, top, most, limit, phema.every, checkpoint.every, checkpoint.keep"),
     (POSITIVE, "data.count, data.val_count, data.window, data.group, data.family, data.val_limit"),
@@ -194,7 +197,10 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     ((integers("[64, 16384]"), NULL), "decode_tile"),
     (ListRule(integers("[0, 16384]"), [4]), "pad"),
     (BLOCKS, "autoencoder.patch, autoencoder.latent_channels, autoencoder.blocks, clip.layers"),
-    (BLOCKS, "clip.heads, model.blocks, model.heads, model.depth, style_encoder.tiles"),
+    (BLOCKS, "clip.heads, model.blocks, style_encoder.tiles"),
+    ((BLOCKS, ListRule(BLOCKS, range(1, 65))), "model.heads, model.depth"),
+    (integers("[0, 65536]"), "model.size_embedding"),  # 0: none
+    (SIDE, "model.size_factor"),
     (BLOCKS, "classifier.blocks, classifier.heads, classifier.depth"),
     (
         ListRule(BLOCKS, range(1, 65)),
@@ -207,6 +213,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     ),
     (integers("[1, 65536]"), "clip.max_length, model.channels, model.groups, model.embedding"),
     (integers("[1, 65536]"), "text_encoder.max_length"),
+    (integers("[-1024, -1]"), "text_encoder.layer"),  # counted from the last
     (integers("[0, 65536]"), "autoencoder.groups"),  # 0: no norm
     (integers("[2, 65536]"), "style_encoder.code"),
     (integers("[0, 1024]"), "classifier.positional_waves, model.positional_waves"),

@@ -26,9 +26,10 @@ from ldm.config.components import (
     build_image_metrics,
     choose_precision,
     get_autocast_dtype,
-    warm_start_from_run,
 )
+from ldm.config.export_check import describe_export
 from ldm.config.guidance import build_guidance
+from ldm.config.initial_weights import warm_start_from_run
 from ldm.config.loggers import build_loggers
 from ldm.config.sample_options import get_compile_mode, print_on_first_rank
 from ldm.config.stages import (
@@ -87,6 +88,7 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
     L.seed_everything(cfg.seed, verbose=False)
     # What does not fit together is refused before data are generated or downloaded.
     if cfg.stage == "diffusion":
+        print_on_first_rank(describe_export(cfg))
         components, metrics = build_diffusion_components(cfg, run_dir), build_image_metrics(cfg)
         build = partial(build_diffusion_training, components, metrics)
     else:
@@ -145,8 +147,8 @@ def build_diffusion_components(cfg: DictConfig, run_dir: Path) -> Components:
     components = build_components(cfg, task)
     check_image_size(cfg.data.size, components.autoencoder.factor * components.denoiser.multiple)
     if cfg.init is not None and find_newest_checkpoint(run_dir / "checkpoints") is None:
-        message = warm_start_from_run(cfg.init, components, trust=list_trusted_packages(cfg))
-        print_on_first_rank(message)
+        trust = list_trusted_packages(cfg)
+        print_on_first_rank(warm_start_from_run(cfg.init, components, cfg=cfg, trust=trust))
     return components
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from ldm.config.published import is_published
 from ldm.config.size_multiple import read_size_multiple
 from ldm.experiments.run_dir import find_run_of_checkpoint, get_launcher_rank, read_yaml_settings
 from ldm.inference.image_size import parse_image_size
@@ -79,9 +80,10 @@ def list_guides(cfg: DictConfig) -> dict[str, str | None]:
 
 
 def check_checkpoints_exist(named: Mapping[str, str | None]) -> None:
-    """UsageError where a run or a checkpoint, by the setting that gave it, is not there."""
+    """UsageError where a checkpoint, by the setting that gave it, is not here, nor a hub name."""
     for name, ckpt in named.items():
-        if ckpt is not None and not os.path.exists(os.path.expanduser(ckpt)):
+        is_here = ckpt is None or os.path.exists(os.path.expanduser(ckpt))
+        if not is_here and not is_published(ckpt):
             raise UsageError(format_unknown_checkpoint(ckpt, name))
 
 
@@ -131,8 +133,9 @@ def check_input_file(name: str, path: str | None) -> None:
 
 
 def print_to_stderr(message: str) -> None:
-    """Prints a note; standard output is for other programs to read."""
-    print(message, file=sys.stderr)
+    """Prints a note of the first process; standard output is for other programs to read."""
+    if get_launcher_rank() == 0:
+        print(message, file=sys.stderr)
 
 
 def list_cascade_runs(cfg: DictConfig) -> list[str]:

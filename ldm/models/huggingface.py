@@ -18,18 +18,20 @@ def load_pretrained_model(
     location: Path | str,
     *,
     local: bool,
+    subfolder: str = "",
     dtype: torch.dtype = torch.float32,
     use_safetensors: bool | None = None,
 ) -> HubModelType:
     """Loads a model from a folder (`local`) or by its name on the hub; no pickle is executed.
 
-    Raises transformers' own errors where it cannot be read, and ValueError where weights are
-    missing or have other shapes than the config.
+    subfolder: where in it the model is. Raises transformers' own errors where it cannot be read,
+    and ValueError where weights are missing or have other shapes than the config.
     """
     with silence_transformers():
         model, report = kind.from_pretrained(
             location,
-            config=read_model_config(kind, location, local=local),
+            config=read_model_config(kind, location, local=local, subfolder=subfolder),
+            subfolder=subfolder,
             local_files_only=local,
             trust_remote_code=False,
             weights_only=True,
@@ -49,7 +51,7 @@ def load_pretrained_model(
 
 
 def read_model_config(
-    kind: type[HubModelType], location: Path | str, *, local: bool
+    kind: type[HubModelType], location: Path | str, *, local: bool, subfolder: str = ""
 ) -> PreTrainedConfig:
     """Reads a model's config, with only the fields that its kind defines.
 
@@ -58,9 +60,11 @@ def read_model_config(
     Raises OSError and ValueError where there is no config of the kind.
     """
     own = kind.config_class
-    config, _ = own.get_config_dict(location, local_files_only=local)
+    config, _ = own.get_config_dict(location, local_files_only=local, subfolder=subfolder)
     if own.base_config_key and own.base_config_key in config:  # one tower of a whole CLIP
+        shared = {name: config[name] for name in ("projection_dim",) if name in config}
         config = config[own.base_config_key]
+        config = config | shared if isinstance(config, dict) else config
     try:
         return own.from_dict(_select_fields(own, config))
     except Exception as error:  # the type depends on the version

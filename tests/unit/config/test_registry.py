@@ -20,9 +20,10 @@ from world import small_autoencoder, write_shapes
 from ldm.cli.explain import is_text_to_image_run
 from ldm.cli.package import package_autoencoder
 from ldm.config import command_line
-from ldm.config.components import build_objective, load_diffusion_checkpoint, warm_start_from_run
+from ldm.config.components import build_objective, load_diffusion_checkpoint
 from ldm.config.evaluation import build_evaluation_source
 from ldm.config.guidance import load_guide_denoiser, load_noisy_classifier
+from ldm.config.initial_weights import warm_start_from_run
 from ldm.config.own_components import COMPONENT_GROUPS, DIFFUSION_GROUPS
 from ldm.config.pipeline import LoadedPipeline, load_cascade, load_pipeline
 from ldm.config.registry import list_component_targets, validate_component

@@ -1,0 +1,186 @@
+"""A run as a folder that diffusers opens: the same picture, and all refusals at once."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from hub_uploads import UploadHub
+from PIL import Image
+from safetensors.torch import load_file
+from shell import run
+
+import ldm
+from ldm.cli.export import check_export_folder
+from ldm.config.composition import compose_default_config, isolate_hydra
+from ldm.config.config_check import compose_config
+from ldm.config.export import write_export
+from ldm.config.export_check import describe_export, list_export_obstacles
+from ldm.diffusion.rng import ImageNoise
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.diffusers_format import save_autoencoder
+from ldm.utils.checkpoint_file import read_checkpoint
+from ldm.utils.errors import UsageError
+
+BRIEF = [
+    *("experiment=demo_sd", "name=small", "model.channels=16", "model.embedding=48"),
+    *("autoencoder.path=ae", "autoencoder.channels=8", "data.count=8", "data.val_count=8"),
+    *("data.batch_size=4", "data.workers=0", "trainer=cpu", "samples.n=2", "samples.steps=1"),
+    *("eval=none", "logger=csv", "validate_first=false", "trainer.max_steps=6"),
+    *("optimizer.warmup=1", "optimizer.lr=2e-2", "ema_decay=0.5"),  # so that it paints something
+]
+PROMPTS = ["a big red heart", ""]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a run, its autoencoder, and its export in float32."""
+    folder, before = tmp_path_factory.mktemp("home"), os.getcwd()
+    os.chdir(folder)
+    try:
+        torch.manual_seed(0)
+        sizes = {"latent_channels": 12, "channels": 8, "multipliers": [1, 1, 2, 4], "blocks": 1}
+        autoencoder = AutoencoderKL(**sizes, groups=1, attention=False)
+        autoencoder.set_scale(torch.linspace(-1, 1, 12), torch.linspace(0.5, 3, 12))
+        save_autoencoder(autoencoder, folder / "ae", dtype=torch.float32, exact_scale=True)
+        ldm.train(ldm.compose("train", BRIEF))
+    finally:
+        os.chdir(before)
+    words = ("ckpt=runs/small", "out=shared/model v1.0", "license=cc-by-4.0")
+    assert "shared/model v1.0: " in run("-m", "ldm", "export", *words, cwd=folder)
+    return folder
+
+
+def load_quietly(folder: Path, **options):
+    """The pipeline of diffusers; a warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", ResourceWarning)  # of files of the training before
+        return DiffusionPipeline.from_pretrained(folder, **options)
+
+
+def paint(home: Path, *words: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Our pictures in [0, 1], and the noise that they begin with."""
+    loaded = ldm.load(home / "runs/small", *words, device="cpu")
+    images = loaded.pipeline(PROMPTS, seeds=[3, 4], size=64, steps=10)
+    noise = ImageNoise([3, 4], device=torch.device("cpu"), rng=loaded.pipeline.rng)
+    return images / 2 + 0.5, noise(torch.empty(2, 12, 8, 8))
+
+
+def test_diffusers_paints_the_same_picture(home, monkeypatch, caplog):
+    monkeypatch.chdir(home)
+    ours, noise = paint(home)
+    pipe = load_quietly(home / "shared/model v1.0")
+    assert type(pipe).__name__ == "StableDiffusionPipeline"
+    pipe.set_progress_bar_config(disable=True)
+    how = {"latents": noise, "num_inference_steps": 10, "guidance_scale": 2.0}
+    theirs = pipe(PROMPTS, **how, output_type="pt").images
+    assert ours.std() > 0.05
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+    for words in ("were passed", "not expected", "not used", "ignored", "deprecated", "outdated"):
+        assert words not in caplog.text
+
+
+def test_the_folder_holds_what_diffusers_reads_and_no_pickle(home):
+    folder = home / "shared/model v1.0"
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == {
+        *("README.md", "samples.png", "model_index.json", "scheduler/scheduler_config.json"),
+        *("text_encoder/config.json", "text_encoder/model.safetensors"),
+        *("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"),
+        *("tokenizer/vocab.json", "tokenizer/merges.txt"),
+        *("unet/config.json", "unet/diffusion_pytorch_model.safetensors"),
+        *("vae/config.json", "vae/diffusion_pytorch_model.safetensors"),
+    }
+    assert [path.name for path in (home / "shared").iterdir()] == ["model v1.0"]
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*.*")} == {0o644}
+
+
+def test_the_code_of_the_model_card_paints_a_picture(home):
+    card = (home / "shared/model v1.0/README.md").read_text()
+    head = yaml.safe_load(card.split("---\n")[1])
+    facts = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "license": "cc-by-4.0"}
+    assert head == facts
+    for words in ("trained with ldm for 6 steps", "path=ae", "digest of 8 images for training: "):
+        assert words in card
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    code = code.replace("num_inference_steps=30", "num_inference_steps=2")
+    subprocess.run([sys.executable, "-c", code], cwd=home / "shared", check=True)
+    with Image.open(home / "shared/picture.png") as picture:
+        assert picture.size == (64, 64)
+    (home / "shared/picture.png").unlink()
+
+
+def test_weights_without_ema_in_half_precision_replace_an_export(home, monkeypatch):
+    monkeypatch.chdir(home)
+    words = ["ckpt=runs/small", "out=raw", "raw=true", "dtype=float16", "sampler=dpmpp_2m"]
+    with isolate_hydra():
+        cfg = compose_config("export", words)
+    check_export_folder(Path("raw"), overwrite=False)
+    write_export(cfg, "runs/small", Path("raw"), {})
+    with pytest.raises(UsageError, match="raw exists and is no empty folder"):
+        check_export_folder(Path("raw"), overwrite=False)
+    check_export_folder(Path("raw"), overwrite=True)
+    Path("raw/unet/mine.txt").touch()
+    write_export(cfg, "runs/small", Path("raw"), {})
+    assert not Path("raw/unet/mine.txt").exists()
+    for file in Path("raw").rglob("*.safetensors"):
+        assert {value.dtype for value in load_file(file).values()} == {torch.float16}, file
+    weights = load_file("raw/unet/diffusion_pytorch_model.safetensors")
+    payload = read_checkpoint(Path("runs/small/checkpoints/last.ckpt"))
+    wanted = payload["state_dict"]["denoiser.conv_in.weight"].half()
+    assert torch.equal(weights["conv_in.weight"], wanted)
+    pipe = load_quietly("raw", torch_dtype=torch.float16)
+    assert "DPMSolver" in type(pipe.scheduler).__name__
+    assert "not averaged" in Path("raw/README.md").read_text()
+
+
+def test_all_that_diffusers_cannot_hold_is_named_at_once(home):
+    cfg = compose_default_config("train", [])
+    found = list_export_obstacles(cfg)
+    assert len(found) == 3
+    for words in ("positional_waves=4", "autoencoder.patch=4, groups=0", "pooled=true"):
+        assert words in describe_export(cfg)
+    cfg = compose_default_config("train", ["experiment=moving", "style_encoder=clip"])
+    cfg["text_encoder"] = compose_default_config("train", ["text_encoder=t5"])["text_encoder"]
+    for words in ("task (", "style_encoder (", "text_encoder ("):
+        assert words in describe_export(cfg)
+
+
+@pytest.mark.parametrize("words", [["experiment=demo_sd"], ["autoencoder=sd", "model=base"]])
+def test_what_can_be_exported_has_no_obstacles(words):
+    cfg = compose_default_config("train", [*words, "text_encoder=clip_l14"])
+    assert describe_export(cfg) == "This run exports to diffusers: ldm export"
+
+
+def test_nothing_is_uploaded_without_a_token(home, tmp_path):
+    words = ("ckpt=runs/small", f"out={tmp_path / 'x'}", "push=user/name")
+    printed = run("-m", "ldm", "export", *words, cwd=home, expect=2, HF_HOME=str(tmp_path))
+    assert "push=user/name needs a token" in printed
+    assert not (tmp_path / "x").exists()
+    assert json.loads((home / "shared/model v1.0/model_index.json").read_text())
+
+
+def test_push_uploads_the_folder_with_the_token_of_the_environment(home, tmp_path):
+    hub = UploadHub()
+    words = ("ckpt=runs/small", "out=pushed", "push=team/model", "private=true")
+    env = {"HF_TOKEN": "hf_s3cret", "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+    printed = run("-m", "ldm", "export", *words, cwd=home, HF_HOME=str(tmp_path), **env)
+    assert f"uploaded to {hub.url}/team/model" in printed
+    assert hub.users == {"Bearer hf_s3cret"}
+    assert hub.created[0]["private"] is True
+    folder = home / "pushed"
+    written = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    assert hub.files == written
+    assert 'from_pretrained("team/model"' in written["README.md"].decode()

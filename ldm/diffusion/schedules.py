@@ -153,7 +153,7 @@ class DiscreteSchedule(Schedule):
     def _ratio_of_diffusers(self, point: Tensor) -> Tensor:
         # Where no signal is left, diffusers takes alpha^2 = 2^-24.
         r = self.noise_to_signal_ratio((point / self.steps).clamp(max=1))
-        return r.clamp(max=math.sqrt(2**24 - 1))
+        return torch.where(r.isinf(), math.sqrt(2**24 - 1), r)
 
     def _at(self, t: Tensor) -> Tensor:
         position = t.double() * self.steps

@@ -21,7 +21,12 @@ from ldm.config.components import (
 from ldm.config.composition import isolate_hydra
 from ldm.config.config_check import compose_config
 from ldm.config.diffusers_scheduler import export_scheduler_config
-from ldm.config.export_check import get_target_name, is_paired, list_export_obstacles
+from ldm.config.export_check import (
+    adapt_scheduler_config,
+    get_target_name,
+    is_paired,
+    list_export_obstacles,
+)
 from ldm.config.loaded_pipeline import LoadedPipeline
 from ldm.config.pipeline import load_pipeline
 from ldm.config.published import PIPELINE_FILE, is_published
@@ -55,7 +60,8 @@ def write_export(
     nodes = {name: OmegaConf.to_container(node, resolve=True) for name, node in nodes.items()}
     obstacles = list_export_obstacles(source.config)
     try:
-        scheduler = export_scheduler_config(nodes)
+        paired = is_paired(source.config)
+        scheduler = adapt_scheduler_config(export_scheduler_config(nodes), paired=paired)
     except ValueError as error:
         if not any(each.startswith(("scheduler", "objective")) for each in obstacles):
             obstacles.append(str(error))

@@ -16,7 +16,6 @@ NOT_EXPORTED_TEXTS = {
 NOT_EXPORTED_SCHEDULES = {
     "FlowSchedule": "its Stable Diffusion pipelines take no flow",
     "LaplaceSchedule": "its schedulers have tables of betas",
-    "sigmoid_alpha": "its sigmoid is another",
 }
 EXPORTED_PARTS = {  # the names of our classes and functions that an export can write, by group
     "model": ("UNet",),
@@ -144,6 +143,24 @@ def check_schedule_exports(config: Mapping) -> Iterator[str]:
     prediction = config["objective"].get("prediction") or {}
     if prediction.get("kind") == "flow":
         yield "objective=flow (its Stable Diffusion pipelines take no flow): take objective=v"
+
+
+def adapt_scheduler_config(config: Mapping, *, paired: bool) -> dict:
+    """Returns a scheduler_config.json that Stable Diffusion's pipeline does not change.
+
+    It sets `steps_offset` to 1, which moves `leading` steps alone, and `clip_sample` to false;
+    SDXL's pipeline changes nothing. Raises ValueError where the change would have an effect.
+    """
+    if paired:
+        return dict(config)
+    if config.get("clip_sample"):
+        raise ValueError("sampler.clip (StableDiffusionPipeline switches it off): take none")
+    if config.get("timestep_spacing") == "leading" and config.get("steps_offset") != 1:
+        raise ValueError(
+            f"sampler.offset={config.get('steps_offset')} with spacing=leading "
+            "(StableDiffusionPipeline sets it to 1): take sampler.offset=1, or spacing=trailing"
+        )
+    return dict(config) | ({"steps_offset": 1} if "steps_offset" in config else {})
 
 
 CHECKS = {

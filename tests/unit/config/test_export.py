@@ -22,7 +22,7 @@ from ldm.config.components import build_frozen_encoders, load_diffusion_checkpoi
 from ldm.config.composition import compose_default_config, isolate_hydra
 from ldm.config.config_check import compose_config
 from ldm.config.export import write_export
-from ldm.config.export_check import describe_export, list_export_obstacles
+from ldm.config.export_check import adapt_scheduler_config, describe_export, list_export_obstacles
 from ldm.config.published import open_published
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusers_format import save_autoencoder
@@ -187,6 +187,17 @@ def test_all_that_diffusers_cannot_hold_is_named_at_once(home):
 def test_what_can_be_exported_has_no_obstacles(words):
     cfg = compose_default_config("train", [*words, "text_encoder=clip_l14"])
     assert describe_export(cfg) == "This run exports to diffusers: ldm export"
+
+
+def test_what_the_pipeline_would_change_of_the_scheduler_is_refused():
+    config = {"steps_offset": 0, "timestep_spacing": "leading", "clip_sample": False}
+    with pytest.raises(ValueError, match=r"take sampler\.offset=1, or spacing=trailing"):
+        adapt_scheduler_config(config, paired=False)
+    assert adapt_scheduler_config(config, paired=True) == config
+    trailing = config | {"timestep_spacing": "trailing"}
+    assert adapt_scheduler_config(trailing, paired=False)["steps_offset"] == 1
+    with pytest.raises(ValueError, match=r"sampler\.clip"):
+        adapt_scheduler_config(trailing | {"clip_sample": True}, paired=False)
 
 
 def test_nothing_is_uploaded_without_a_token(home, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.composition import compose_default_config, list_option_words, list_task_words
+from ldm.config.original_files import is_of_model, is_original, locate_original
 from ldm.config.published import is_published, open_published
 from ldm.config.suggestions import suggest_overrides
 from ldm.experiments.run_dir import get_launcher_rank, read_yaml_settings
@@ -79,8 +80,12 @@ def read_former_components(run_dir: Path, init: str) -> DictConfig | None:
         places = [str(settings[group].get("path")) for group in FROZEN_GROUP_NAMES]
     except (ValueError, LookupError, AttributeError, OSError):  # the check of all settings reports
         return None
-    is_gone = not resolve_path(init).exists() and any(each.startswith(init) for each in places)
-    return source if settings.get("init") == init and (is_gone or is_published(init)) else None
+    is_gone = not resolve_path(init).exists() and any(is_of_model(each, init) for each in places)
+    if settings.get("init") != init or not (is_gone or is_published(init)):
+        return None
+    if is_original(init):
+        locate_original(init)  # again, if the cache was emptied
+    return source
 
 
 def list_group_words(words: Sequence[str], group: str) -> list[str]:

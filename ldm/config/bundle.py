@@ -112,8 +112,8 @@ def write_autoencoder_copy(part: DictConfig, folder: Path) -> str:
     return ""
 
 
-def write_text_encoder_copy(part: DictConfig, folder: Path) -> str:
-    """As `write_autoencoder_copy`, of a text encoder of transformers."""
+def write_model_copy(part: DictConfig, folder: Path) -> str:
+    """As `write_autoencoder_copy`, of a model that writes itself."""
     instantiate(part).save(folder)
     return ""
 
@@ -134,8 +134,10 @@ def write_label_copy(part: DictConfig, folder: Path) -> str:
 # By the target of a component's configuration; others stay where they are.
 COMPONENT_WRITERS: dict[str, Callable[[DictConfig, Path], str]] = {
     "ldm.models.diffusers_format.make_autoencoder_kl": write_autoencoder_copy,
-    "ldm.models.text.clip.ClipTextEncoder": write_text_encoder_copy,
-    "ldm.models.text.t5.T5TextEncoder": write_text_encoder_copy,
+    "ldm.models.diffusers_autoencoder.DiffusersAutoencoder": write_model_copy,
+    "ldm.models.text.clip.ClipTextEncoder": write_model_copy,
+    "ldm.models.text.paired.PairedTextEncoder": write_model_copy,
+    "ldm.models.text.t5.T5TextEncoder": write_model_copy,
     "ldm.models.text.labels.LabelTextEncoder": write_label_copy,
     "ldm.models.style.ClipStyleEncoder": write_style_encoder_copy,
 }

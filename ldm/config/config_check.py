@@ -32,6 +32,7 @@ from ldm.config.ranges import (
     format_setting_value,
 )
 from ldm.config.reserved_settings import (
+    ADAMW_8BIT_TARGET,
     DENOISER_SETTINGS,
     NAMED_COMPONENT_GROUPS,
     RESERVED_SETTINGS,
@@ -50,7 +51,6 @@ from ldm.experiments.run_dir import FIXED_RUN_FILES
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_no_links, check_path_length
 
-ADAMW_8BIT_TARGET = "ldm.training.quantized_optimizer.AdamW8bit"
 LOGGER_PACKAGES = ("tensorboard", "mlflow")  # loggers of the same names
 NAMED_COMPONENT_PREFIXES = tuple(f"{group}." for group in NAMED_COMPONENT_GROUPS)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.config.original_files import is_original, locate_original
 from ldm.config.own_components import import_component, list_parameters
 from ldm.utils.errors import UsageError
 from ldm.utils.files import read_json, resolve_path
@@ -60,17 +61,27 @@ PART_CLASSES = {
 HUB_SETTINGS = ("*.json", "*.txt")
 HUB_IGNORED = ("*.non_ema.*", *(f"{part}/*" for part in UNUSED_PARTS))
 HUB_NAME_PATTERN = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+# How such networks are trained; sampling does not read it.
+TRAINING_NODES = {
+    "weighting": {"_target_": "ldm.diffusion.weightings.UniformWeighting"},
+    "loss": {"_target_": "ldm.diffusion.losses.SquaredLoss"},
+    "timestep_sampler": {
+        "_target_": "ldm.diffusion.timesteps.PowerTimestepSampler",
+        "power": 1.0,
+        "spread": "independent",
+    },
+}
 DEFAULT_SAMPLE_SIZE = 64  # of latents, where a config.json says none
 # Of the network; other settings decide how it is trained.
-TRAINING_SETTINGS = ("checkpointing", "dropout")
+TRAINING_SETTINGS = ("checkpointing", "dropout", "linear_projections")
 
 
 def is_published(location: str | os.PathLike[str] | None) -> bool:
-    """Whether a location is the folder of a diffusers pipeline, or may be a name on the hub."""
+    """Whether a location is a diffusers folder, a file from elsewhere, or may be a hub name."""
     if location is None:
         return False
     text = os.path.expanduser(os.fspath(location))
-    return Path(text, PIPELINE_FILE).is_file() or is_hub_name(text)
+    return Path(text, PIPELINE_FILE).is_file() or is_original(text) or is_hub_name(text)
 
 
 def is_hub_name(location: str) -> bool:
@@ -81,7 +92,9 @@ def is_hub_name(location: str) -> bool:
 
 
 def locate_published(location: str, *, name: str = "ckpt") -> Path:
-    """The folder of a published model, downloaded where `location` is a name on the hub."""
+    """The folder of a published model: a hub name's is downloaded, a file is converted to one."""
+    if is_original(location):
+        return locate_original(location)
     if not is_hub_name(location):
         return resolve_path(location)
     folder = _download_published(location, name, variant="")
@@ -283,6 +296,7 @@ def read_published_settings(folder: Path, kind: str) -> dict:
         "text_encoder": make_text_encoder_node(folder, kind),
         "model": {"_target_": "ldm.models.unet.UNet", **settings},
         **read_scheduler_config(read_json(folder / "scheduler" / "scheduler_config.json")),
+        **TRAINING_NODES,
         "task": make_task_node(**sizes),
         "data": {"size": side * factor, "batch_size": 1, "frames": None},
         "trainer": {"precision": "32-true"},

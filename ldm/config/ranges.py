@@ -210,6 +210,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     ),
     (integers("[1, 65536]"), "clip.max_length, model.channels, model.groups, model.embedding"),
     (integers("[1, 65536]"), "text_encoder.max_length"),
+    (integers("[-1024, -1]"), "text_encoder.layer"),  # counted from the last
     (integers("[0, 65536]"), "autoencoder.groups"),  # 0: no norm
     (integers("[2, 65536]"), "style_encoder.code"),
     (integers("[0, 1024]"), "classifier.positional_waves, model.positional_waves"),

@@ -61,3 +61,5 @@ UNREAD_SETTINGS = {
         *("autoencoder", "text_encoder", "trust"),
     ),
 }
+
+ADAMW_8BIT_TARGET = "ldm.training.quantized_optimizer.AdamW8bit"

@@ -133,8 +133,9 @@ def check_input_file(name: str, path: str | None) -> None:
 
 
 def print_to_stderr(message: str) -> None:
-    """Prints a note; standard output is for other programs to read."""
-    print(message, file=sys.stderr)
+    """Prints a note of the first process; standard output is for other programs to read."""
+    if get_launcher_rank() == 0:
+        print(message, file=sys.stderr)
 
 
 def list_cascade_runs(cfg: DictConfig) -> list[str]:

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from ldm.config.config_check import ADAMW_8BIT_TARGET
-from ldm.config.reserved_settings import OUR_EVALUATIONS
+from ldm.config.reserved_settings import ADAMW_8BIT_TARGET, OUR_EVALUATIONS
 from ldm.config.sample_options import check_checkpoints_exist, get_compile_mode, list_guides
 from ldm.config.size_multiple import read_size_multiple
 from ldm.data.position_sampler import split_batch

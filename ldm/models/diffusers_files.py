@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm.utils.files import replace_file, write_text
+from ldm.utils.files import replace_file, resolve_path, write_text
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 # In this order: the weights, in parts, in half precision, and pickled.
@@ -20,6 +20,23 @@ DIFFUSERS_WEIGHT_FILES = (
     "diffusion_pytorch_model.fp16.safetensors.index.json",
     "diffusion_pytorch_model.bin",
 )
+
+
+def locate_diffusers_folder(path: str) -> Path:
+    """Returns a folder or file that is here, or the local copy of a model of the hub."""
+    location = resolve_path(path)
+    if location.exists():
+        return location
+    from huggingface_hub import snapshot_download  # slow to import
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["config.json", "*.safetensors"]))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"no autoencoder at '{path}': it is neither here nor to be had from huggingface.co "
+            f"({type(error).__name__}). It is a folder with config.json and {DIFFUSERS_WEIGHTS}, "
+            "or for autoencoder=tiny and autoencoder=sd a run of stage=autoencoder"
+        ) from error
 
 
 def find_diffusers_weights(path: Path | str) -> Path:

@@ -11,6 +11,7 @@ import torch
 import yaml
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from pipeline_text import write_sdxl_text
 from safetensors.torch import load_file, save
 from shell import run
 from tiny_t5 import save_tiny_t5
@@ -22,6 +23,7 @@ from ldm.config.composition import isolate_hydra
 from ldm.config.config_check import compose_config
 from ldm.config.registry import list_component_targets
 from ldm.experiments.model_card import copy_metrics, copy_samples
+from ldm.models.clip import train_tokenizer
 from ldm.utils.bundle_file import BUNDLE_WEIGHTS_FILE, read_bundle
 from ldm.utils.checkpoint_file import CheckpointError, write_checkpoint
 from ldm.utils.files import resolve_path
@@ -279,12 +281,20 @@ def write_t5(folder: Path) -> dict:
     return {"_target_": "ldm.models.text.t5.T5TextEncoder", "path": str(path), "max_length": 8}
 
 
+def write_pair(folder: Path) -> dict:
+    path = write_sdxl_text(folder / "pipeline", train_tokenizer(["a red heart!"], vocab_size=520))
+    return {"_target_": "ldm.models.text.paired.PairedTextEncoder", "path": str(path)}
+
+
 CLIP = {"_target_": "ldm.models.text.clip.ClipTextEncoder", "path": "packaged:clip"}
 FROZEN = {
     "labels": write_labels,
     "autoencoder": write_autoencoder,
     "t5": write_t5,
     "clip": lambda folder: CLIP,
+    "skipped clip": lambda folder: {**CLIP, "layer": -2, "norm": False},
+    "projected clip": lambda folder: {**CLIP, "pooled": True, "projected": True},
+    "pair": write_pair,
     "whitened clip": lambda folder: {**CLIP, "pooled": True},
     "style": lambda folder: {**CLIP, "_target_": "ldm.models.style.ClipStyleEncoder"},
 }

@@ -47,6 +47,7 @@ HUGE_MEANS = {  # 1e30
 }
 NEGATIVE_MEANS = {  # -1
     "trainer.devices": "all",
+    "text_encoder.layer": "the last",
     **dict.fromkeys(
         ("cascade_guidance_scale", "guidance.scale", "guidance.style_scale"), "away from it"
     ),

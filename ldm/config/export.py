@@ -35,6 +35,7 @@ from ldm.experiments.diffusers_card import write_diffusers_card
 from ldm.experiments.model_card import ModelFacts
 from ldm.inference.components import Components
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.diffusers_files import DIFFUSERS_WEIGHT_FILES
 from ldm.models.diffusers_format import save_autoencoder, save_unet
 from ldm.utils.errors import UsageError
 from ldm.utils.files import TEMPORARY_SUFFIX, read_json, write_json
@@ -133,7 +134,7 @@ def write_parts(
     """Writes networks, tokenizers, scheduler and model_index.json."""
     components = loaded.pipeline.components
     parts = [
-        ("vae", lambda: write_exported_autoencoder(components.autoencoder, folder, dtype)),
+        ("vae", lambda: write_exported_autoencoder(loaded, folder, dtype)),
         ("text_encoder", lambda: write_exported_texts(loaded, folder, dtype)),
         ("scheduler", lambda: write_exported_scheduler(scheduler, folder)),
         ("unet", lambda: write_exported_unet(components, folder, loaded.size, dtype)),
@@ -159,10 +160,15 @@ def write_exported_unet(
 
 
 def write_exported_autoencoder(
-    autoencoder: AutoencoderKL, folder: Path, dtype: torch.dtype
+    loaded: LoadedPipeline, folder: Path, dtype: torch.dtype
 ) -> dict[str, object]:
     """Writes vae/; returns its entry of model_index.json."""
-    autoencoder, factor = copy.deepcopy(autoencoder), 1.0
+    autoencoder, factor = loaded.pipeline.components.autoencoder, 1.0
+    if get_target_name(loaded.config.autoencoder) == "DiffusersAutoencoder":
+        autoencoder.save(folder / "vae")
+        convert_weights(folder / "vae" / DIFFUSERS_WEIGHT_FILES[0], dtype)
+        return {"vae": ("diffusers", autoencoder.kind)}
+    autoencoder = copy.deepcopy(autoencoder)
     scale = autoencoder.scale.numpy(force=True)
     if not autoencoder.shift.any() and (scale == scale[0]).all():
         factor = float(str(scale[0]))  # the shortest decimal of a float32
@@ -219,20 +225,25 @@ def write_exported_texts(
 
 
 def convert_saved_model(folder: Path, dtype: torch.dtype, *, layer: int = -1) -> None:
-    """Converts the weights that transformers saved to another dtype.
+    """Converts what transformers saved to another dtype.
 
     layer: the last layer that stays, counted from the end.
     """
-    file, config = folder / "model.safetensors", read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     count = config["num_hidden_layers"] + layer + 1
+    convert_weights(folder / "model.safetensors", dtype, layers=count)
+    config |= {"num_hidden_layers": count, "dtype": str(dtype).removeprefix("torch.")}
+    write_json(folder / "config.json", config)
+
+
+def convert_weights(file: Path, dtype: torch.dtype, *, layers: int | None = None) -> None:
+    """Converts a file of weights to another dtype; layers: the number of text layers that stay."""
     weights: dict[str, Tensor] = {}
     for name, value in load_file(file).items():
         number = re.search(r"encoder\.layers\.(\d+)\.", name)
-        if number is None or int(number[1]) < count:
+        if layers is None or number is None or int(number[1]) < layers:
             weights[name] = value.to(dtype)
     save_file(weights, file, metadata={"format": "pt"})
-    config |= {"num_hidden_layers": count, "dtype": str(dtype).removeprefix("torch.")}
-    write_json(folder / "config.json", config)
 
 
 def write_former_tokenizer(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from ldm.config.ranges import OWN_TARGET_PREFIXES
+from ldm.utils.files import read_json, resolve_path
 
 NOT_EXPORTED_TASKS = {
     "SuperResolution": "diffusers' upscalers take another noisy image",
@@ -19,7 +20,7 @@ NOT_EXPORTED_SCHEDULES = {
 }
 EXPORTED_PARTS = {  # the names of our classes and functions that an export can write, by group
     "model": ("UNet",),
-    "autoencoder": ("make_autoencoder_kl", "IdentityAutoencoder"),
+    "autoencoder": ("make_autoencoder_kl", "DiffusersAutoencoder", "IdentityAutoencoder"),
     "text_encoder": ("ClipTextEncoder", "PairedTextEncoder", *NOT_EXPORTED_TEXTS),
     "task": ("TextToImage", "ImageToImage", "Inpainting", *NOT_EXPORTED_TASKS),
 }
@@ -83,7 +84,7 @@ def check_model_exports(config: Mapping) -> Iterator[str]:
 def check_autoencoder_exports(config: Mapping) -> Iterator[str]:
     """Yields what the autoencoder has that none of diffusers' has."""
     node = config["autoencoder"]
-    kind = get_target_name(node)
+    kind, config = get_target_name(node), {}
     if kind == "IdentityAutoencoder":
         yield "autoencoder=identity (its pipelines work on latents): take autoencoder=sd_tiny"
     if kind == "make_autoencoder_kl" and (node.get("patch", 1) != 1 or not node["groups"]):
@@ -92,9 +93,15 @@ def check_autoencoder_exports(config: Mapping) -> Iterator[str]:
             "has no patches, and group norm): take autoencoder=sd_tiny, which "
             "experiment=autoencoder_sd_tiny trains"
         )
-    if node.get("quant_convs") is False:
+    if kind == "DiffusersAutoencoder":
+        file = resolve_path(node["path"]) / "config.json"
+        config = read_json(file) if file.is_file() else {}
+        if config.get("_class_name") == "AutoencoderDC":
+            yield "autoencoder=AutoencoderDC (its pipelines decode otherwise): take a tiny one"
+    has_shift = bool(config.get("shift_factor") or config.get("latents_mean"))
+    if node.get("quant_convs") is False or has_shift:
         yield (
-            "autoencoder.quant_convs=false (its pipeline reads no shift of the latents): "
+            "autoencoder.quant_convs=false, or a shift of the latents (its pipeline reads none): "
             "take autoencoder=sd_tiny or autoencoder=sd"
         )
 

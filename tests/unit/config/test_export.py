@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline
 from hub_uploads import UploadHub
 from PIL import Image
+from pipeline_text import write_sdxl_text
 from safetensors.torch import load_file
 from shell import ROOT, run
 
@@ -25,17 +26,18 @@ from ldm.config.export import write_export
 from ldm.config.export_check import adapt_scheduler_config, describe_export, list_export_obstacles
 from ldm.config.published import open_published
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.clip import train_tokenizer
 from ldm.models.diffusers_format import save_autoencoder
 from ldm.utils.checkpoint_file import read_checkpoint
 from ldm.utils.errors import UsageError
 
 BRIEF = [
-    *("experiment=demo_sd", "name=small", "model.channels=16", "model.embedding=48"),
-    *("autoencoder.path=ae", "autoencoder.channels=8", "data.count=8", "data.val_count=8"),
+    *("model.channels=16", "model.embedding=48", "data.count=8", "data.val_count=8"),
     *("data.batch_size=4", "data.workers=0", "trainer=cpu", "samples.n=2", "samples.steps=1"),
     *("eval=none", "logger=csv", "validate_first=false", "trainer.max_steps=6"),
     *("optimizer.warmup=1", "optimizer.lr=2e-2", "ema_decay=0.5"),  # so that it paints something
 ]
+DEMO = ["experiment=demo_sd", "autoencoder.path=ae", "autoencoder.channels=8"]
 EXPORTED = "shared/model v1.0"
 NOISE = torch.randn(2, 12, 8, 8, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a big red heart", ""]
@@ -53,7 +55,7 @@ def home(tmp_path_factory):
         autoencoder.set_scale(torch.linspace(-1, 1, 12), torch.linspace(0.5, 3, 12))
         save_autoencoder(autoencoder, folder / "ae", dtype=torch.float32, exact_scale=True)
         with redirect_stdout(io.StringIO()) as printed:
-            ldm.train(ldm.compose("train", BRIEF))
+            ldm.train(ldm.compose("train", [*BRIEF, *DEMO, "name=small"]))
         assert "This run exports to diffusers" in printed.getvalue()
     finally:
         os.chdir(before)
@@ -169,6 +171,54 @@ def test_a_process_without_ldm_paints_the_pictures_of_the_drawn_world(home, monk
     results = main(words)
     assert results["ldm"] == results["diffusers"]
     assert {"scene_accuracy", "scene_color_unseen"} <= results["ldm"].keys()
+
+
+def export_variant(*words: str, out: str) -> DiffusionPipeline:
+    """A run with other components than the first one, in diffusers."""
+    with redirect_stdout(io.StringIO()) as printed:
+        ldm.train(ldm.compose("train", [*BRIEF, "samples.n=0", f"name={out}", *words]))
+    assert "This run exports to diffusers" in printed.getvalue()
+    with isolate_hydra():
+        cfg = compose_config("export", [])
+    write_export(cfg, f"runs/{out}", Path(out), {})
+    pipe = load_quietly(out)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_pair_of_text_encoders_and_a_tiny_autoencoder_become_sdxl(home, monkeypatch):
+    monkeypatch.chdir(home)
+    write_sdxl_text(Path("pair"), train_tokenizer(PROMPTS, vocab_size=600))
+    torch.manual_seed(0)
+    levels = {f"{part}_block_out_channels": (8, 8, 8, 8) for part in ("encoder", "decoder")}
+    blocks = {f"num_{part}_blocks": (1, 1, 1, 1) for part in ("encoder", "decoder")}
+    AutoencoderTiny(**levels, **blocks).save_pretrained("taesd")
+    words = ["model=demo_sd", "text_encoder=sdxl", "text_encoder.path=pair"]
+    words += ["autoencoder=diffusers", "autoencoder.path=taesd", "+model.size_embedding=8"]
+    pipe = export_variant(*words, out="xl")
+    assert type(pipe).__name__ == "StableDiffusionXLPipeline"
+    assert type(pipe.vae).__name__ == "AutoencoderTiny"
+    ours = ldm.load("runs/xl", device="cpu").pipeline
+    ours = ours.generate_from_noise(NOISE[:, :4], PROMPTS[:1] * 2, steps=4) / 2 + 0.5
+    how = {"latents": NOISE[:, :4], "num_inference_steps": 4, "guidance_scale": 2.0}
+    theirs = pipe(PROMPTS[:1] * 2, **how, output_type="pt").images
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+
+
+def test_an_inpainting_run_becomes_its_pipeline(home, monkeypatch):
+    monkeypatch.chdir(home)
+    autoencoder = AutoencoderKL(channels=8, blocks=1, groups=1, attention=False)
+    autoencoder.set_scale(0.0, 0.18215)
+    save_autoencoder(autoencoder, Path("ae4"), dtype=torch.float32, exact_scale=True)
+    words = [*DEMO, "autoencoder.path=ae4", "autoencoder.latent_channels=4", "task=inpaint"]
+    pipe = export_variant(*words, "autoencoder.multipliers=[1,2,4,4]", out="holes")
+    assert type(pipe).__name__ == "StableDiffusionInpaintPipeline"
+    assert pipe.vae.config.scaling_factor == 0.18215
+    wanted = autoencoder.state_dict()["quant_conv.weight"]
+    assert torch.equal(pipe.vae.quant_conv.weight, wanted), "as it was"
+    image, mask = Image.new("RGB", (64, 64), "red"), Image.new("L", (64, 64), 255)
+    picture = pipe("a star", image=image, mask_image=mask, height=64, width=64, strength=1.0)
+    assert picture.images[0].size == (64, 64)
 
 
 def test_all_that_diffusers_cannot_hold_is_named_at_once(home):

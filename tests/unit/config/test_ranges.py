@@ -17,7 +17,8 @@ from ldm.config.config_check import check_config
 from ldm.config.ranges import SETTING_RANGES, find_setting_rule, format_invalid_value
 from ldm.diffusion.predictions import PREDICTIONS
 from ldm.diffusion.samplers.edm import SLOPES
-from ldm.diffusion.samplers.spacing import SPACINGS
+from ldm.diffusion.samplers.pndm import AVERAGES
+from ldm.diffusion.samplers.spacing import GRIDS, LINEAR_SPACINGS, SPACINGS
 from ldm.diffusion.timesteps import SPREADS
 from ldm.utils.errors import UsageError
 
@@ -30,6 +31,8 @@ NULL_MEANS = {
     "dtype": "as trained, and float32 on a CPU",
     "decode_tile": "whole",
     "sampler.original_steps": "any time",
+    "sampler.grid": "ours",
+    "sampler.timestep_scaling": "x0_hat as it is",
     "trainer.gradient_clip_val": "no bound",
     "trainer.precision": "float32",
     "hydra.devices": "a fair share",
@@ -98,6 +101,9 @@ def test_every_number_of_every_file_has_a_range_in_which_it_lies():
 def test_words_are_those_of_the_classes():
     for key, words in (
         ("sampler.spacing", SPACINGS),
+        ("sampler.grid", GRIDS),
+        ("sampler.ends", LINEAR_SPACINGS),
+        ("sampler.average", AVERAGES),
         ("sampler.slope", SLOPES),
         ("timestep_sampler.spread", SPREADS),
         ("objective.kind", PREDICTIONS),

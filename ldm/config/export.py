@@ -1,6 +1,7 @@
 """Writes a trained run as a folder that diffusers opens: a Stable Diffusion pipeline."""
 
 import copy
+import math
 import re
 import tempfile
 from collections.abc import Mapping
@@ -260,5 +261,6 @@ def write_former_tokenizer(folder: Path) -> None:
 def write_exported_scheduler(config: dict[str, object], folder: Path) -> dict[str, object]:
     """Writes scheduler/; returns its entry of model_index.json."""
     (folder / "scheduler").mkdir()
-    write_json(folder / "scheduler" / "scheduler_config.json", config)
+    finite = {key: value for key, value in config.items() if value not in (-math.inf, math.inf)}
+    write_json(folder / "scheduler" / "scheduler_config.json", finite)  # JSON has no infinity
     return {"scheduler": ("diffusers", config["_class_name"])}

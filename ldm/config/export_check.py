@@ -74,10 +74,16 @@ def check_model_exports(config: Mapping) -> Iterator[str]:
         )
     if config.get("style_encoder"):
         yield "style_encoder (its UNet has no attention to style): take style_encoder=none"
-    if is_paired(config) != bool(model.get("size_embedding")):
+    size = model.get("size_embedding", 0)
+    if is_paired(config) and not size:
         yield (
-            f"model.size_embedding={model.get('size_embedding', 0)} (its SDXL pipeline feeds the "
-            "picture's size, the others none): take one with text_encoder=sdxl alone"
+            "model.size_embedding=0 (StableDiffusionXLPipeline feeds the picture's size): take "
+            "+model.size_embedding=256"
+        )
+    if size and not is_paired(config):
+        yield (
+            f"model.size_embedding={size} (StableDiffusionPipeline feeds no sizes): leave it out, "
+            "or take text_encoder=sdxl"
         )
 
 

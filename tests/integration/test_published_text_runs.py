@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-import torch
 from pipeline_text import write_sdxl_text
 from shell import ROOT, TRAIN, run, tensors
 
@@ -12,7 +11,7 @@ SAMPLE = str(ROOT / "sample.py")
 BRIEF = [
     *("trainer=cpu", "trainer.max_steps=2", "data.count=8", "data.val_count=8", "data.workers=0"),
     *("data.batch_size=4", "samples.n=2", "samples.steps=1", "eval=none", "logger=csv"),
-    *("model.size_embedding=8", "caption_dropout=0.5"),
+    *("+model.size_embedding=8", "caption_dropout=0.5"),
 ]
 XL = ["text_encoder=sdxl", "text_encoder.path=xl"]
 

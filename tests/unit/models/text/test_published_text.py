@@ -253,6 +253,17 @@ def test_a_layer_that_is_not_there_is_refused(sd1):
             ClipTextEncoder(str(sd1), layer=layer)
 
 
+def test_an_encoder_that_masks_its_padding_is_refused(sd1, tmp_path):
+    folder = shutil.copytree(sd1, tmp_path / "masked")
+    file = folder / "text_encoder" / "config.json"
+    for value in (False, True):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"use_attention_mask": value}))
+        if not value:
+            ClipTextEncoder(str(folder))
+    with pytest.raises(ValueError, match="has use_attention_mask=true"):
+        ClipTextEncoder(str(folder))
+
+
 def test_a_projection_of_no_pooled_state_is_refused(sd1):
     with pytest.raises(ValueError, match=r"add text_encoder\.pooled=true"):
         ClipTextEncoder(str(sd1), projected=True)

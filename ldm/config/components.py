@@ -69,6 +69,8 @@ def build_denoiser(
     sizes = {"temporal": True} if task.is_video else {}
     if style_encoder is not None:
         sizes |= {"style_dim": style_encoder.width, "style_code": style_encoder.code}
+    if cfg.model.get("size_embedding"):
+        sizes["size_factor"] = autoencoder.factor
     return instantiate(
         cfg.model,
         in_channels=autoencoder.channels + task.extra_channels(autoencoder.channels),

@@ -22,6 +22,7 @@ RESERVED_SETTINGS = {
     "model.out_channels": "autoencoder decides it",
     "model.context_dim": "text_encoder decides it",
     "model.pooled_dim": "text_encoder decides it",
+    "model.size_factor": "autoencoder decides it",
     "objective.schedule": "give scheduler=NAME",
     "objective.weighting": "give weighting=NAME",
     "objective.loss": "give loss=NAME",

@@ -35,7 +35,14 @@ def check_before_imports(cfg: DictConfig, run_dir: Path) -> None:
 
 
 def check_frozen_paths(cfg: DictConfig) -> None:
-    """UsageError where a trained component that the denoiser needs is not given, or not there."""
+    """UsageError where a component cannot be trained, or a trained one is needed and not there."""
+    if cfg.stage == "autoencoder":
+        kind = str(cfg.autoencoder._target_).rpartition(".")[2]
+        if kind in ("IdentityAutoencoder", "DiffusersAutoencoder"):
+            raise UsageError(
+                f"stage=autoencoder trains an AutoencoderKL, and {kind} is none: take "
+                "autoencoder=tiny or autoencoder=sd, with autoencoder.path=null"
+            )
     if cfg.stage not in ("diffusion", "classifier"):
         return
     for name, experiment in (("autoencoder", "autoencoder_coco"), ("text_encoder", "clip_coco")):

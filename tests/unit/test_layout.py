@@ -13,14 +13,14 @@ ROOT = Path(__file__).parents[2]
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
     "utils": 1830,
-    "diffusion": 3000,
+    "diffusion": 3345,
     "models": 4275,
     "data": 4380,
     "inference": 860,
     "evaluation": 3110,
     "experiments": 2140,
     "training": 3700,
-    "config": 5480,
+    "config": 6530,
     "cli": 1850,
 }
 ROOMS = tuple(ROOM_LINES)

@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-import torch
 from pipeline_text import write_sdxl_text
 from shell import ROOT, TRAIN, run, tensors
 

@@ -20,7 +20,7 @@ from ldm.config.components import (
 )
 from ldm.config.composition import isolate_hydra
 from ldm.config.config_check import compose_config
-from ldm.config.diffusers_scheduler import export_scheduler_config
+from ldm.config.diffusers_scheduler import export_scheduler_config, fit_to_pipeline
 from ldm.config.export_check import get_target_name, is_paired, list_export_obstacles
 from ldm.config.loaded_pipeline import LoadedPipeline
 from ldm.config.pipeline import load_pipeline
@@ -56,6 +56,7 @@ def write_export(
     obstacles = list_export_obstacles(source.config)
     try:
         scheduler = export_scheduler_config(nodes)
+        scheduler = scheduler if is_paired(source.config) else fit_to_pipeline(scheduler)
     except ValueError as error:
         if not any(each.startswith(("scheduler", "objective")) for each in obstacles):
             obstacles.append(str(error))

@@ -16,7 +16,6 @@ NOT_EXPORTED_TEXTS = {
 NOT_EXPORTED_SCHEDULES = {
     "FlowSchedule": "its Stable Diffusion pipelines take no flow",
     "LaplaceSchedule": "its schedulers have tables of betas",
-    "sigmoid_alpha": "its sigmoid is another",
 }
 EXPORTED_PARTS = {  # the names of our classes and functions that an export can write, by group
     "model": ("UNet",),

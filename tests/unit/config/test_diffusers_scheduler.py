@@ -15,7 +15,11 @@ from oracle import (
     sample_theirs,
 )
 
-from ldm.config.diffusers_scheduler import export_scheduler_config, read_scheduler_config
+from ldm.config.diffusers_scheduler import (
+    export_scheduler_config,
+    fit_to_pipeline,
+    read_scheduler_config,
+)
 from ldm.config.published_samplers import load_option
 from ldm.config.registry import validate_component
 from ldm.config.scheduler_defaults import SCHEDULER_DEFAULTS
@@ -253,6 +257,22 @@ def test_what_diffusers_cannot_hold_is_named(scheduler, objective, sampler, more
 def test_what_we_cannot_hold_is_named(config, told):
     with pytest.raises(ValueError, match=told):
         read_scheduler_config(config)
+
+
+@pytest.mark.parametrize("case", ["sd 1.5", "dpm, order 1"])
+def test_what_a_pipeline_of_diffusers_sets_is_what_is_exported(case):
+    exported = export_scheduler_config(read_scheduler_config(PUBLISHED[case]))
+    fitted = fit_to_pipeline(exported)
+    assert fitted["steps_offset"] == 1
+    assert read_scheduler_config(fitted) == read_scheduler_config(exported)
+    assert fitted.keys() == exported.keys()
+
+
+def test_a_grid_that_a_pipeline_of_diffusers_would_change_is_refused():
+    for more in ({"steps_offset": 0}, {"_class_name": "DDPMScheduler", "clip_sample": True}):
+        exported = export_scheduler_config(read_scheduler_config({**SD15, **more}))
+        with pytest.raises(ValueError, match="take sampler.offset=1 with"):
+            fit_to_pipeline(exported)
 
 
 def test_the_differences_that_stay_are_told():

@@ -271,7 +271,7 @@ def test_what_a_pipeline_of_diffusers_sets_is_what_is_exported(case):
 def test_a_grid_that_a_pipeline_of_diffusers_would_change_is_refused():
     for more in ({"steps_offset": 0}, {"_class_name": "DDPMScheduler", "clip_sample": True}):
         exported = export_scheduler_config(read_scheduler_config({**SD15, **more}))
-        with pytest.raises(ValueError, match="take sampler.offset=1 with"):
+        with pytest.raises(ValueError, match=r"take sampler\.offset=1 with"):
             fit_to_pipeline(exported)
 
 

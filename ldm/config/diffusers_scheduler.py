@@ -1,6 +1,5 @@
 """scheduler_config.json of diffusers to scheduler, objective and sampler, and back."""
 
-import warnings
 from collections.abc import Mapping
 
 from hydra.utils import instantiate
@@ -47,23 +46,6 @@ def read_scheduler_config(config: Mapping[str, object]) -> dict[str, dict]:
 def change_as_pipeline(config: Mapping[str, object]) -> dict:
     """The configuration that diffusers' StableDiffusionPipeline makes of a scheduler's."""
     return {**config, "steps_offset": 1, "clip_sample": False}
-
-
-def fit_to_pipeline(config: Mapping[str, object]) -> dict:
-    """An exported configuration that StableDiffusionPipeline leaves as it is.
-
-    ValueError where it would sample otherwise with the values that it sets in every scheduler.
-    """
-    changed = {key: value for key, value in change_as_pipeline(config).items() if key in config}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        is_same = read_scheduler_config(changed) == read_scheduler_config(config)
-    if not is_same:
-        raise ValueError(
-            "diffusers' StableDiffusionPipeline sets steps_offset=1 and clip_sample=False in every "
-            "scheduler: take sampler.offset=1 with sampler.spacing=leading, and sampler.clip=null"
-        )
-    return changed
 
 
 def read_beta_schedule(values: SchedulerValues) -> dict:

@@ -1,6 +1,7 @@
 """Writes a trained run as a folder that diffusers opens: a Stable Diffusion pipeline."""
 
 import copy
+import math
 import re
 import tempfile
 from collections.abc import Mapping
@@ -20,8 +21,13 @@ from ldm.config.components import (
 )
 from ldm.config.composition import isolate_hydra
 from ldm.config.config_check import compose_config
-from ldm.config.diffusers_scheduler import export_scheduler_config, fit_to_pipeline
-from ldm.config.export_check import get_target_name, is_paired, list_export_obstacles
+from ldm.config.diffusers_scheduler import export_scheduler_config
+from ldm.config.export_check import (
+    adapt_scheduler_config,
+    get_target_name,
+    is_paired,
+    list_export_obstacles,
+)
 from ldm.config.loaded_pipeline import LoadedPipeline
 from ldm.config.pipeline import load_pipeline
 from ldm.config.published import PIPELINE_FILE, is_published
@@ -30,6 +36,7 @@ from ldm.experiments.diffusers_card import write_diffusers_card
 from ldm.experiments.model_card import ModelFacts
 from ldm.inference.components import Components
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.diffusers_files import DIFFUSERS_WEIGHT_FILES
 from ldm.models.diffusers_format import save_autoencoder, save_unet
 from ldm.utils.errors import UsageError
 from ldm.utils.files import TEMPORARY_SUFFIX, read_json, write_json
@@ -55,8 +62,8 @@ def write_export(
     nodes = {name: OmegaConf.to_container(node, resolve=True) for name, node in nodes.items()}
     obstacles = list_export_obstacles(source.config)
     try:
-        scheduler = export_scheduler_config(nodes)
-        scheduler = scheduler if is_paired(source.config) else fit_to_pipeline(scheduler)
+        paired = is_paired(source.config)
+        scheduler = adapt_scheduler_config(export_scheduler_config(nodes), paired=paired)
     except ValueError as error:
         if not any(each.startswith(("scheduler", "objective")) for each in obstacles):
             obstacles.append(str(error))
@@ -128,7 +135,7 @@ def write_parts(
     """Writes networks, tokenizers, scheduler and model_index.json."""
     components = loaded.pipeline.components
     parts = [
-        ("vae", lambda: write_exported_autoencoder(components.autoencoder, folder, dtype)),
+        ("vae", lambda: write_exported_autoencoder(loaded, folder, dtype)),
         ("text_encoder", lambda: write_exported_texts(loaded, folder, dtype)),
         ("scheduler", lambda: write_exported_scheduler(scheduler, folder)),
         ("unet", lambda: write_exported_unet(components, folder, loaded.size, dtype)),
@@ -154,10 +161,15 @@ def write_exported_unet(
 
 
 def write_exported_autoencoder(
-    autoencoder: AutoencoderKL, folder: Path, dtype: torch.dtype
+    loaded: LoadedPipeline, folder: Path, dtype: torch.dtype
 ) -> dict[str, object]:
     """Writes vae/; returns its entry of model_index.json."""
-    autoencoder, factor = copy.deepcopy(autoencoder), 1.0
+    autoencoder, factor = loaded.pipeline.components.autoencoder, 1.0
+    if get_target_name(loaded.config.autoencoder) == "DiffusersAutoencoder":
+        autoencoder.save(folder / "vae")
+        convert_weights(folder / "vae" / DIFFUSERS_WEIGHT_FILES[0], dtype)
+        return {"vae": ("diffusers", autoencoder.kind)}
+    autoencoder = copy.deepcopy(autoencoder)
     scale = autoencoder.scale.numpy(force=True)
     if not autoencoder.shift.any() and (scale == scale[0]).all():
         factor = float(str(scale[0]))  # the shortest decimal of a float32
@@ -214,20 +226,25 @@ def write_exported_texts(
 
 
 def convert_saved_model(folder: Path, dtype: torch.dtype, *, layer: int = -1) -> None:
-    """Converts the weights that transformers saved to another dtype.
+    """Converts what transformers saved to another dtype.
 
     layer: the last layer that stays, counted from the end.
     """
-    file, config = folder / "model.safetensors", read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     count = config["num_hidden_layers"] + layer + 1
+    convert_weights(folder / "model.safetensors", dtype, layers=count)
+    config |= {"num_hidden_layers": count, "dtype": str(dtype).removeprefix("torch.")}
+    write_json(folder / "config.json", config)
+
+
+def convert_weights(file: Path, dtype: torch.dtype, *, layers: int | None = None) -> None:
+    """Converts a file of weights to another dtype; layers: the number of text layers that stay."""
     weights: dict[str, Tensor] = {}
     for name, value in load_file(file).items():
         number = re.search(r"encoder\.layers\.(\d+)\.", name)
-        if number is None or int(number[1]) < count:
+        if layers is None or number is None or int(number[1]) < layers:
             weights[name] = value.to(dtype)
     save_file(weights, file, metadata={"format": "pt"})
-    config |= {"num_hidden_layers": count, "dtype": str(dtype).removeprefix("torch.")}
-    write_json(folder / "config.json", config)
 
 
 def write_former_tokenizer(folder: Path) -> None:
@@ -244,5 +261,6 @@ def write_former_tokenizer(folder: Path) -> None:
 def write_exported_scheduler(config: dict[str, object], folder: Path) -> dict[str, object]:
     """Writes scheduler/; returns its entry of model_index.json."""
     (folder / "scheduler").mkdir()
-    write_json(folder / "scheduler" / "scheduler_config.json", config)
+    finite = {key: value for key, value in config.items() if value not in (-math.inf, math.inf)}
+    write_json(folder / "scheduler" / "scheduler_config.json", finite)  # JSON has no infinity
     return {"scheduler": ("diffusers", config["_class_name"])}

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from ldm.config.ranges import OWN_TARGET_PREFIXES
+from ldm.utils.files import read_json, resolve_path
 
 NOT_EXPORTED_TASKS = {
     "SuperResolution": "diffusers' upscalers take another noisy image",
@@ -19,7 +20,7 @@ NOT_EXPORTED_SCHEDULES = {
 }
 EXPORTED_PARTS = {  # the names of our classes and functions that an export can write, by group
     "model": ("UNet",),
-    "autoencoder": ("make_autoencoder_kl", "IdentityAutoencoder"),
+    "autoencoder": ("make_autoencoder_kl", "DiffusersAutoencoder", "IdentityAutoencoder"),
     "text_encoder": ("ClipTextEncoder", "PairedTextEncoder", *NOT_EXPORTED_TEXTS),
     "task": ("TextToImage", "ImageToImage", "Inpainting", *NOT_EXPORTED_TASKS),
 }
@@ -73,17 +74,23 @@ def check_model_exports(config: Mapping) -> Iterator[str]:
         )
     if config.get("style_encoder"):
         yield "style_encoder (its UNet has no attention to style): take style_encoder=none"
-    if is_paired(config) != bool(model.get("size_embedding")):
+    size = model.get("size_embedding", 0)
+    if is_paired(config) and not size:
         yield (
-            f"model.size_embedding={model.get('size_embedding', 0)} (its SDXL pipeline feeds the "
-            "picture's size, the others none): take one with text_encoder=sdxl alone"
+            "model.size_embedding=0 (StableDiffusionXLPipeline feeds the picture's size): take "
+            "+model.size_embedding=256"
+        )
+    if size and not is_paired(config):
+        yield (
+            f"model.size_embedding={size} (StableDiffusionPipeline feeds no sizes): leave it out, "
+            "or take text_encoder=sdxl"
         )
 
 
 def check_autoencoder_exports(config: Mapping) -> Iterator[str]:
     """Yields what the autoencoder has that none of diffusers' has."""
     node = config["autoencoder"]
-    kind = get_target_name(node)
+    kind, config = get_target_name(node), {}
     if kind == "IdentityAutoencoder":
         yield "autoencoder=identity (its pipelines work on latents): take autoencoder=sd_tiny"
     if kind == "make_autoencoder_kl" and (node.get("patch", 1) != 1 or not node["groups"]):
@@ -92,9 +99,15 @@ def check_autoencoder_exports(config: Mapping) -> Iterator[str]:
             "has no patches, and group norm): take autoencoder=sd_tiny, which "
             "experiment=autoencoder_sd_tiny trains"
         )
-    if node.get("quant_convs") is False:
+    if kind == "DiffusersAutoencoder":
+        file = resolve_path(node["path"]) / "config.json"
+        config = read_json(file) if file.is_file() else {}
+        if config.get("_class_name") == "AutoencoderDC":
+            yield "autoencoder=AutoencoderDC (its pipelines decode otherwise): take a tiny one"
+    has_shift = bool(config.get("shift_factor") or config.get("latents_mean"))
+    if node.get("quant_convs") is False or has_shift:
         yield (
-            "autoencoder.quant_convs=false (its pipeline reads no shift of the latents): "
+            "autoencoder.quant_convs=false, or a shift of the latents (its pipeline reads none): "
             "take autoencoder=sd_tiny or autoencoder=sd"
         )
 
@@ -143,6 +156,24 @@ def check_schedule_exports(config: Mapping) -> Iterator[str]:
     prediction = config["objective"].get("prediction") or {}
     if prediction.get("kind") == "flow":
         yield "objective=flow (its Stable Diffusion pipelines take no flow): take objective=v"
+
+
+def adapt_scheduler_config(config: Mapping, *, paired: bool) -> dict:
+    """Returns a scheduler_config.json that Stable Diffusion's pipeline does not change.
+
+    It sets `steps_offset` to 1, which moves `leading` steps alone, and `clip_sample` to false;
+    SDXL's pipeline changes nothing. Raises ValueError where the change would have an effect.
+    """
+    if paired:
+        return dict(config)
+    if config.get("clip_sample"):
+        raise ValueError("sampler.clip (StableDiffusionPipeline switches it off): take none")
+    if config.get("timestep_spacing") == "leading" and config.get("steps_offset") != 1:
+        raise ValueError(
+            f"sampler.offset={config.get('steps_offset')} with spacing=leading "
+            "(StableDiffusionPipeline sets it to 1): take sampler.offset=1, or spacing=trailing"
+        )
+    return dict(config) | ({"steps_offset": 1} if "steps_offset" in config else {})
 
 
 CHECKS = {

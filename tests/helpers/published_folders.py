@@ -12,6 +12,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm.models.clip import train_tokenizer
@@ -157,3 +158,17 @@ def write_inpainting(folder: Path) -> Path:
     )
     pipe.save_pretrained(folder)
     return folder
+
+
+def make_picture() -> Image.Image:
+    """A picture of SIDE pixels with an orange part."""
+    picture = Image.new("RGB", (SIDE, SIDE), "navy")
+    picture.paste("orange", (4, 4, 12, 12))
+    return picture
+
+
+def make_mask() -> Image.Image:
+    """A mask whose right half is white."""
+    mask = Image.new("L", (SIDE, SIDE))
+    mask.paste(255, (SIDE // 2, 0, SIDE, SIDE))
+    return mask

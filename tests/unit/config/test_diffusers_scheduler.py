@@ -16,8 +16,8 @@ from oracle import (
 )
 
 from ldm.config.diffusers_scheduler import (
+    change_as_pipeline,
     export_scheduler_config,
-    fit_to_pipeline,
     read_scheduler_config,
 )
 from ldm.config.published_samplers import load_option
@@ -265,20 +265,10 @@ def test_what_we_cannot_hold_is_named(config, told):
         read_scheduler_config(config)
 
 
-@pytest.mark.parametrize("case", ["sd 1.5", "dpm, order 1"])
-def test_what_a_pipeline_of_diffusers_sets_is_what_is_exported(case):
-    exported = export_scheduler_config(read_scheduler_config(PUBLISHED[case]))
-    fitted = fit_to_pipeline(exported)
-    assert fitted["steps_offset"] == 1
-    assert read_scheduler_config(fitted) == read_scheduler_config(exported)
-    assert fitted.keys() == exported.keys()
-
-
-def test_a_grid_that_a_pipeline_of_diffusers_would_change_is_refused():
-    for more in ({"steps_offset": 0}, {"_class_name": "DDPMScheduler", "clip_sample": True}):
-        exported = export_scheduler_config(read_scheduler_config({**SD15, **more}))
-        with pytest.raises(ValueError, match=r"take sampler\.offset=1 with"):
-            fit_to_pipeline(exported)
+def test_a_folder_is_read_as_the_pipeline_of_stable_diffusion_reads_it():
+    changed = change_as_pipeline({"_class_name": "DDIMScheduler", **BETAS})
+    sampler = read_scheduler_config(changed)["sampler"]
+    assert (sampler["offset"], sampler["clip"]) == (1, None)
 
 
 def test_the_differences_that_stay_are_told():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.config.adoption import adopt_published_sampler
 from ldm.config.command_line import TextOptions, command, pop_text_options, require_option
 from ldm.config.measurement import format_device_name
 from ldm.config.sample_options import (
@@ -55,6 +56,7 @@ def augment_dataset(cfg: DictConfig, options: TextOptions, words: SlotWords) -> 
     ckpt, out = (require_option(options, name) for name in ("ckpt", "out"))
     check_augment_folder(out := Path(out))
     check_checkpoints_and_device(cfg, ckpt)
+    adopt_published_sampler(cfg, ckpt)
 
     import torch
     from tqdm import tqdm

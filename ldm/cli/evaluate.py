@@ -35,7 +35,7 @@ def main(
     words: list[str],
 ) -> None:
     """Composes the configuration of each point of a curve, then measures the points."""
-    kind = choose_source_kind(options)
+    kind = choose_source_kind(options, cfg.backend)
     check_settings_are_read(kind, words)
     points = compose_combinations("evaluate", choices, may_vary=VARIABLE_GROUPS[kind])
     evaluate_points(points, options)

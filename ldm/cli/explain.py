@@ -5,6 +5,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from ldm.config.adoption import adopt_published_sampler
 from ldm.config.command_line import command, read_prompts, require_option
 from ldm.config.sample_options import LOCATION_SETTINGS, check_checkpoints_and_device
 from ldm.experiments.run_dir import read_result, read_yaml_settings
@@ -29,6 +30,7 @@ def draw_explain_figures(cfg: DictConfig, options: dict[str, str | None]) -> Pat
         options["ckpt"] = str(find_newest_run(Path("runs")))
         print(f"ckpt={options['ckpt']}, the newest finished run")
     check_checkpoints_and_device(cfg, options["ckpt"])
+    adopt_published_sampler(cfg, options["ckpt"])
     prompts, out = read_prompts(options), resolve_path(require_option(options, "out"))
     check_path_length("out", out, more=len("-000"))
 

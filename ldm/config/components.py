@@ -1,6 +1,5 @@
 """Configuration, or a checkpoint, to the components of a model; sizes are read from built ones."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +7,12 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.config.own_components import DIFFUSION_GROUPS
 from ldm.config.registry import validate_file_config
-from ldm.config.search_path import CONF_DIR, list_group_options
+from ldm.config.search_path import CONF_DIR
+from ldm.config.suggestions import suggest_overrides
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.schedules import Schedule, is_same_schedule
 from ldm.diffusion.tasks.base import Task
@@ -20,10 +20,10 @@ from ldm.evaluation.features.base import FeatureExtractor
 from ldm.evaluation.image_metrics import ImageMetric
 from ldm.inference.components import Components
 from ldm.models.temporal import FramewiseAutoencoder
-from ldm.models.warm_start import warm_start
 from ldm.utils.bundle_file import is_bundle, read_bundle
 from ldm.utils.checkpoint_facts import check_frozen_digests, read_checkpoint_metadata
 from ldm.utils.checkpoint_file import (
+    CheckpointError,
     find_checkpoint,
     load_module_state,
     read_checkpoint,
@@ -32,6 +32,7 @@ from ldm.utils.checkpoint_file import (
 from ldm.utils.errors import UsageError, format_program
 from ldm.utils.files import resolve_path
 from ldm.utils.hashing import hash_module
+from ldm.utils.lora_weights import merge_adapters
 
 FROZEN_GROUPS = ("autoencoder", "text_encoder")
 STYLE_GROUP = "style_encoder"  # frozen as well, where there is one
@@ -69,6 +70,8 @@ def build_denoiser(
     sizes = {"temporal": True} if task.is_video else {}
     if style_encoder is not None:
         sizes |= {"style_dim": style_encoder.width, "style_code": style_encoder.code}
+    if cfg.model.get("size_embedding"):
+        sizes["size_factor"] = autoencoder.factor
     return instantiate(
         cfg.model,
         in_channels=autoencoder.channels + task.extra_channels(autoencoder.channels),
@@ -151,9 +154,55 @@ class LoadedCheckpoint:
         """The digests of the frozen components that it was trained with."""
         return self.payload["ldm"]["frozen"]
 
+    def select_weights(self, prefix: str) -> dict[str, Tensor]:
+        """The weights with this prefix of the state dict, with the adapters of a LoRA run added."""
+        state = select_prefix(self.payload, prefix)
+        try:
+            return merge_adapters(state, self.payload["ldm"])
+        except ValueError as error:
+            raise CheckpointError(f"{self.path} is damaged: {error}") from error
+
+    @property
+    def step(self) -> int:
+        """The optimizer steps that it was trained for."""
+        return self.payload["global_step"]
+
+    def check_frozen(self, frozen: Mapping[str, nn.Module]) -> dict[str, str]:
+        """CheckpointError for a frozen component that it was not trained with; returns no facts."""
+        for name, part in frozen.items():
+            if hash_module(part) != self.digests[name]:
+                node = self.config[name]
+                raise CheckpointError(
+                    f"{node.get('path', node._target_)} is not the {name} that {self.path} was "
+                    f"trained with (its weights, or names, differ): give the right one with "
+                    f"{name}=..."
+                )
+        return {}
+
+    def list_differences(self, components: Components, cfg: DictConfig | None) -> list[str]:
+        """The groups in which a training that starts from it differs."""
+        frozen = components.frozen
+        others = [
+            name
+            for name, digest in self.digests.items()
+            if name not in frozen or hash_module(frozen[name]) != digest
+        ]
+        schedule = build_objective(self.config).schedule
+        same = is_same_schedule(schedule, components.objective.schedule)
+        return others if same else [*others, "scheduler"]
+
+    def format_remedy(self, others: Sequence[str]) -> str:
+        """What to give for `list_differences`."""
+        words = [word for name in others for word in suggest_overrides(self.config, name)]
+        return f"add {' '.join(words)}"
+
+    def read_weights(self) -> dict[str, Tensor]:
+        """The averaged weights of the network."""
+        return self.select_weights("ema.module.")
+
     def load_denoiser(self, denoiser: nn.Module, weights: str) -> nn.Module:
         """Puts the weights with this prefix of the state dict into a denoiser, in eval mode."""
-        state = select_prefix(self.payload, weights)
+        state = self.select_weights(weights)
         if not state and is_bundle(self.path):
             raise UsageError(f"{self.path} is a bundle, with averaged weights alone: no raw=true")
         load_module_state(denoiser, state, what=str(self.path))
@@ -221,40 +270,3 @@ def set_component_location(cfg: DictConfig, name: str, location: str) -> None:
     if "${" in location:
         raise UsageError(f"{location}: a path with ${{ cannot be used here: rename that folder")
     cfg[name][key] = location
-
-
-def warm_start_from_run(
-    init: str, components: Components, *, trust: Sequence[str] | None = None
-) -> str:
-    """Copies the averaged weights of another run into the denoiser; returns a line that says so."""
-    source = load_diffusion_checkpoint(init, name="init", trust=trust)
-    frozen = components.frozen
-    others = [
-        name
-        for name, digest in source.digests.items()
-        if name not in frozen or hash_module(frozen[name]) != digest
-    ]
-    if not is_same_schedule(build_objective(source.config).schedule, components.objective.schedule):
-        others.append("scheduler")
-    if others:
-        words = " ".join(word for name in others for word in suggest_overrides(source.config, name))
-        raise UsageError(
-            f"init={init} was trained with another {' and '.join(others)}: add {words}"
-        )
-    weights = select_prefix(source.payload, "ema.module.")
-    new = warm_start(components.denoiser, weights, source=init)
-    more = f"; new, and without effect as yet: {', '.join(new)}" if new else ""
-    return f"init: the weights of {source.path}{more}"
-
-
-def suggest_overrides(cfg: DictConfig, group: str) -> list[str]:
-    """The command-line words that give a configuration's group: the nearest option and changes."""
-    have, found = OmegaConf.to_container(cfg[group]), []
-    for name, path in list_group_options(group).items():
-        option = OmegaConf.load(path)
-        other = {key: value for key, value in have.items() if option.get(key, ...) != value}
-        words = {k: v if isinstance(v, str) else json.dumps(v) for k, v in other.items()}
-        added = {key: "" if key in option else "+" for key in words}
-        words = [f"{added[key]}{group}.{key}={value}" for key, value in words.items()]
-        found.append([f"{group}={name}", *words])
-    return min(found, key=len)

@@ -122,7 +122,8 @@ def build_run_source(
     drawn = loaded.data.get("_target_") == SCENES_TARGET
     scenes = build_scene_accuracy(cfg) if cfg.scenes or (cfg.scenes is None and drawn) else None
     quality = real = others = None
-    if options["data"] is None and (networks or cfg.metrics):
+    is_published = loaded.data.get("_target_") is None  # it names no images
+    if options["data"] is None and (networks or cfg.metrics) and not is_published:
         real, others = open_run_images(loaded, size)
     try:
         if networks or cfg.metrics:

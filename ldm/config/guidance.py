@@ -15,10 +15,10 @@ from ldm.config.components import (
     build_denoiser,
     build_objective,
     build_style_encoder,
-    load_diffusion_checkpoint,
     load_stage_checkpoint,
 )
 from ldm.config.own_components import CLASSIFIER_GROUPS
+from ldm.config.published import open_checkpoint
 from ldm.diffusion.guidance.base import ConditionalDenoiser, Guidance
 from ldm.diffusion.schedules import Schedule, is_same_schedule
 from ldm.inference.components import Components
@@ -73,10 +73,7 @@ def load_guide_denoiser(
     path: str, components: Components, *, device: torch.device, trust: Sequence[str] | None = None
 ) -> ConditionalDenoiser:
     """The averaged denoiser of a run on the same latents, text encoder and schedule."""
-    source, task = (
-        load_diffusion_checkpoint(path, name="guidance.guide", trust=trust),
-        components.task,
-    )
+    source, task = (open_checkpoint(path, name="guidance.guide", trust=trust), components.task)
     trained_task = instantiate(source.config.task)
     if (why := task.incompatible_with(trained_task)) is not None:
         raise UsageError(

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.config.adoption import adopt_published_sampler
+from ldm.config.composition import list_task_words
+from ldm.config.published import PIPELINE_FILE, is_foreign_pipeline
 from ldm.config.reserved_settings import UNREAD_SETTINGS
 from ldm.config.sample_options import LOCATION_SETTINGS, check_checkpoints_and_device
 from ldm.experiments.curves import write_curve
@@ -40,16 +43,23 @@ class EvaluationRecord:
     note: str = ""
 
 
-def choose_source_kind(options: dict[str, str | None]) -> str:
-    """Returns what is measured: "run" or "peer" (`ckpt`), or "images"; UsageError if unclear."""
-    if (options["ckpt"] is None) == (options["images"] is None):
+def choose_source_kind(options: dict[str, str | None], backend: str | None = None) -> str:
+    """Returns what is measured: "run" or "peer" (`ckpt`), or "images"; UsageError if unclear.
+
+    backend: what generates the images of a diffusers folder; None: ldm where it opens the folder.
+    """
+    ckpt = options["ckpt"]
+    if (ckpt is None) == (options["images"] is None):
         raise UsageError(
             "give ckpt=... (a run, a checkpoint, a folder of a diffusers pipeline) or images=... "
             "(a folder of images)"
         )
     if options["images"] is None:
-        is_peer = Path(options["ckpt"]).joinpath("model_index.json").is_file()
-        return "peer" if is_peer else "run"
+        if backend != "diffusers" and (backend == "ldm" or not is_foreign_pipeline(ckpt)):
+            return "run"
+        if not Path(ckpt, PIPELINE_FILE).is_file():
+            raise UsageError(f"backend=diffusers: {ckpt} is no folder of a diffusers pipeline")
+        return "peer"
     if options["keep"] is not None:
         raise UsageError("keep=... saves generated images; those of images=... are files already")
     return "images"
@@ -65,21 +75,27 @@ def check_settings_are_read(kind: str, words: Iterable[str]) -> None:
 
 
 def record_evaluation(
-    points: list[EvaluationPoint], options: dict[str, str | None]
+    points: list[EvaluationPoint],
+    options: dict[str, str | None],
+    words: Sequence[str] | None = None,
 ) -> EvaluationRecord | None:
     """Measures each point; writes metrics.json for one, curve_*.csv, .json, .png for several.
 
     Features of generated images wait in a folder next to the results until all points are done.
-    Returns None in all processes but the first.
+    words: of the command; None: those of this process. Returns None in all processes but the first.
     """
     overwrite, ckpt, keep = points[0][1].overwrite, options["ckpt"], options["keep"]
     check_checkpoints_and_device(points[0][1], *([] if ckpt is None else [ckpt]))
     logged_run = find_logged_run(ckpt) if points[0][1].log else None
+    kind = choose_source_kind(options, points[0][1].backend)
+    for varied, cfg in points if kind == "run" else ():
+        given = [*(list_task_words() if words is None else words), *(f"{key}=" for key in varied)]
+        adopt_published_sampler(cfg, ckpt, given, quiet=cfg is not points[0][1])
 
     from ldm.config.evaluation import build_evaluation_source
     from ldm.evaluation.distributed import ProcessGroup
 
-    source = build_evaluation_source(points[0][1], options, kind=choose_source_kind(options))
+    source = build_evaluation_source(points[0][1], options, kind=kind)
     out = resolve_path(options["out"] or source.home)
     single = out.suffix == ".json"
     if single and len(points) > 1:

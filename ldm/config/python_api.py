@@ -12,6 +12,7 @@ from hydra import compose as compose_hydra_settings
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from ldm.config.adoption import adopt_published_groups, adopt_published_sampler
 from ldm.config.command_line import convert_to_usage_errors, split_text_options
 from ldm.config.composition import drop_hydra_settings, isolate_hydra
 from ldm.config.config_check import check_config, check_run_directory, compose_config
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 LOAD_SETTINGS = (
     *("sampler", "guidance", "task", "raw", "frames", "decode_tile"),
-    *("device", "dtype", "trust", "compile"),
+    *("device", "dtype", "trust", "compile", "lora"),
 )
 
 
@@ -48,13 +49,15 @@ def load(
     trust: str | Sequence[str] = (),
     device: "str | torch.device | None" = None,
     dtype: "torch.dtype | str | None" = None,
+    lora: Sequence[str] = (),
 ) -> "LoadedPipeline":
-    """Returns the pipeline of a run directory, a checkpoint file or a bundle.
+    """Returns the pipeline of a run directory, a checkpoint file, a bundle or a published model.
 
     `pipe("a red star", seeds=[0, 1])` gives images. overrides: settings of sample.py that are no
     argument of that call, such as "guidance.rescale=0.7", "raw=true" or "autoencoder=DIR".
     trust: packages of your own that the checkpoint may name components of. dtype: of the networks,
-    such as torch.bfloat16 or "bfloat16"; None: as trained on a GPU, float32 on a CPU.
+    such as torch.bfloat16 or "bfloat16"; None: as trained on a GPU, float32 on a CPU. lora: files
+    of adapters, such as "style.safetensors" or "style.safetensors:0.8".
     """
     import torch
 
@@ -65,6 +68,7 @@ def load(
         given = _list_keyword_overrides(trust, device)
         given += [] if dtype is None else [f"dtype={str(dtype).removeprefix('torch.')}"]
         cfg = compose_config("sample", [*words, *given])
+    cfg.lora = [*cfg.lora, *([lora] if isinstance(lora, str) else map(os.fspath, lora))]
     for word in words:
         key = word.lstrip("+~").partition("=")[0].partition("@")[0]
         if key.partition(".")[0] not in LOAD_SETTINGS:
@@ -72,6 +76,7 @@ def load(
     path = os.path.expanduser(os.fspath(ckpt))
     with convert_to_usage_errors(), torch.random.fork_rng(devices=[]):
         check_checkpoints_and_device(cfg, path)
+        adopt_published_sampler(cfg, path, words)
         return load_pipeline(cfg, path, dict.fromkeys(LOCATION_SETTINGS) | texts)
 
 
@@ -136,6 +141,7 @@ def record_hydra_settings(full: DictConfig, own: DictConfig, run_dir: Path) -> N
     with read_write(full.hydra), open_dict(full.hydra):
         full.hydra.runtime.output_dir = str(run_dir.absolute())
     HydraConfig.instance().set_config(full)
+    adopt_published_groups(own, run_dir)
     check_config_unchanged(own, run_dir)  # a run that is refused keeps its files
     if get_launcher_rank() == 0:
         (run_dir / ".hydra").mkdir(parents=True, exist_ok=True)
@@ -163,7 +169,7 @@ def evaluate(
         cfg = compose_config("evaluate", [*words, *_list_keyword_overrides(trust, device)])
         options = {name: cfg[name] for name in EVALUATE_TEXT_OPTIONS} | texts
         with convert_to_usage_errors():
-            record = record_evaluation([({}, cfg)], options)
+            record = record_evaluation([({}, cfg)], options, words)
     return {} if record is None else record.results[0]["metrics"]
 
 

@@ -1,5 +1,6 @@
 """The options of sample.py: mistakes are refused before anything is loaded."""
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from ldm.config.published import is_published
 from ldm.config.size_multiple import read_size_multiple
 from ldm.experiments.run_dir import find_run_of_checkpoint, get_launcher_rank, read_yaml_settings
 from ldm.inference.image_size import parse_image_size
@@ -58,7 +60,7 @@ def check_sample_options(
 
 
 def check_checkpoints_and_device(cfg: DictConfig, *ckpts: str, out: str | None = None) -> None:
-    """UsageError where a checkpoint or the device is not there, before the slow imports.
+    """UsageError where a checkpoint, a LoRA file or the device is not there, before slow imports.
 
     Also where the settings of the first checkpoint's run show that it generates no images of
     `cfg.size`, or none that `out` can hold.
@@ -66,10 +68,29 @@ def check_checkpoints_and_device(cfg: DictConfig, *ckpts: str, out: str | None =
     for ckpt in ckpts:
         check_checkpoints_exist({"ckpt": ckpt})
     check_checkpoints_exist(list_guides(cfg))
+    list_lora_files(cfg)
     if ckpts:
         check_output_fits_run(ckpts[0], size=cfg.get("size"), out=out)
     if cfg.device is not None:
         select_device(cfg.device)
+
+
+def list_lora_files(cfg: DictConfig) -> list[tuple[Path, float]]:
+    """The LoRA files of `lora`, entries such as FILE or FILE:0.8, with their weights."""
+    entries = cfg.get("lora") or []
+    found = []
+    for entry in [entries] if isinstance(entries, str) else entries:
+        name, _, number = str(entry).rpartition(":")
+        try:
+            weight = float(number) if name else 1.0
+        except ValueError:
+            weight = math.nan
+        if not math.isfinite(weight):
+            raise UsageError(f"lora={entry}: give FILE or FILE:WEIGHT, with a number after the :")
+        path = os.path.expanduser(name or number)
+        check_input_file("lora", path)
+        found.append((Path(path), weight))
+    return found
 
 
 def list_guides(cfg: DictConfig) -> dict[str, str | None]:
@@ -79,9 +100,10 @@ def list_guides(cfg: DictConfig) -> dict[str, str | None]:
 
 
 def check_checkpoints_exist(named: Mapping[str, str | None]) -> None:
-    """UsageError where a run or a checkpoint, by the setting that gave it, is not there."""
+    """UsageError where a checkpoint, by the setting that gave it, is not here, nor a hub name."""
     for name, ckpt in named.items():
-        if ckpt is not None and not os.path.exists(os.path.expanduser(ckpt)):
+        is_here = ckpt is None or os.path.exists(os.path.expanduser(ckpt))
+        if not is_here and not is_published(ckpt):
             raise UsageError(format_unknown_checkpoint(ckpt, name))
 
 

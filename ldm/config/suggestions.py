@@ -1,6 +1,7 @@
 """The settings and options that exist, and messages about those that do not."""
 
 import difflib
+import json
 import logging
 import re
 import sys
@@ -253,3 +254,16 @@ def set_optuna_defaults() -> None:
             node = store.load(f"{group}/{name}.yaml").node
             node.update(ours)
             store.store(group=group, name=name, node=node, provider="ldm")
+
+
+def suggest_overrides(cfg: DictConfig, group: str) -> list[str]:
+    """The command-line words that give a configuration's group: the nearest option and changes."""
+    have, found = OmegaConf.to_container(cfg[group]), []
+    for name, path in list_group_options(group).items():
+        option = OmegaConf.load(path)
+        other = {key: value for key, value in have.items() if option.get(key, ...) != value}
+        words = {k: v if isinstance(v, str) else json.dumps(v) for k, v in other.items()}
+        added = {key: "" if key in option else "+" for key in words}
+        words = [f"{added[key]}{group}.{key}={value}" for key, value in words.items()]
+        found.append([f"{group}={name}", *words])
+    return min(found, key=len)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.config.adoption import adopt_published_groups
 from ldm.config.command_line import convert_to_usage_errors
 from ldm.config.composition import compose_default_config, list_task_words
 from ldm.config.reserved_settings import ADAMW_8BIT_TARGET
@@ -40,6 +41,7 @@ def train_run(cfg: DictConfig, run_dir: Path, signals: StopSignals) -> dict:
         with convert_to_usage_errors():
             keep_former_rng(cfg, run_dir)
             keep_former_precision(cfg, run_dir)
+            adopted = adopt_published_groups(cfg, run_dir)
             check_config_unchanged(cfg, run_dir)
             if is_run_finished(run_dir, cfg.trainer.max_steps, stops=bool(cfg.early_stop)):
                 value = f"{cfg.metric} = {read_last_value(run_dir, cfg.metric)}"
@@ -48,6 +50,8 @@ def train_run(cfg: DictConfig, run_dir: Path, signals: StopSignals) -> dict:
                     "another name"
                 )
                 return read_result(run_dir)
+            if adopted is not None and get_launcher_rank() == 0:
+                print(adopted, flush=True)
             from ldm.config.training_checks import check_before_imports  # numpy, fsspec
 
             check_before_imports(cfg, run_dir)

@@ -16,6 +16,8 @@ class Condition:
     pooled (B, P): one vector per image, added to the time embedding.
     concat (B, E, h, w): extra input channels, such as a mask and masked latents.
     style (B, N, F): features of a style image; all zeros for an image without one.
+    sizes (B, 6): pixels of each picture: height and width before it was scaled, top and left of its
+    crop, height and width that are aimed at; see `UNet`.
     projected (B, L, W): the network's keys and values of `tokens`, see `Denoiser.project_text`.
     copies: how often the batch repeats the same images, one after another, with other texts.
     """
@@ -26,6 +28,7 @@ class Condition:
     concat: Tensor | None = None
     style: Tensor | None = None
     projected: Tensor | None = None
+    sizes: Tensor | None = None
     copies: int = 1  # `map` and `cat` give 1: who repeats images sets it
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Condition":
@@ -45,13 +48,15 @@ class Condition:
         return self._zip(other, lambda a, b: torch.cat([a, b]))
 
     def where(self, keep: Tensor, other: "Condition") -> "Condition":
-        """The text of the other condition where `keep` (B,) is False; concat and style stay."""
+        """The text of the other condition where `keep` (B,) is False; all else stays."""
 
         def choose(a: Tensor, b: Tensor) -> Tensor:
             return torch.where(keep.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
-        text, other_text = (replace(each, concat=None, style=None) for each in (self, other))
-        return replace(text._zip(other_text, choose), concat=self.concat, style=self.style)
+        none = dict.fromkeys(IMAGE_PARTS)
+        text, other_text = (replace(each, **none) for each in (self, other))
+        kept = {name: getattr(self, name) for name in IMAGE_PARTS}
+        return replace(text._zip(other_text, choose), **kept)
 
     def _zip(self, other: "Condition", fn: Callable[[Tensor, Tensor], Tensor]) -> "Condition":
         merged = []
@@ -62,6 +67,7 @@ class Condition:
         return Condition(*merged)
 
 
+IMAGE_PARTS = ("concat", "style", "sizes")  # which are no text
 CONDITION_PARTS = tuple(field.name for field in fields(Condition) if field.name != "copies")
 
 

@@ -21,7 +21,7 @@ from ldm.data.image_decoding import (
 from ldm.data.prepare.sources import IMAGE_SUFFIXES, list_image_files
 from ldm.models.huggingface import silence_transformers
 from ldm.utils.files import read_text
-from ldm.utils.hashing import hash_bytes, hash_file
+from ldm.utils.hashing import hash_bytes, hash_weights_folder
 
 # The arguments of a text-to-image pipeline; not all have guidance_scale as well.
 DIFFUSERS_CALL_ARGUMENTS = (
@@ -116,13 +116,11 @@ class DiffusersPipeline:
             ) from error
         self.guided = "guidance_scale" in called.parameters
         self.size = _read_pipeline_size(self.pipe)
-        files = sorted(folder.rglob("*.safetensors"))
-        digests = [f"{path.relative_to(folder)} {hash_file(path)}" for path in files]
         scheduler, plain = self.pipe.scheduler, (str, int, float, bool, type(None))
         settings = {k: v for k, v in scheduler.config.items() if isinstance(v, plain)}
         self.facts = {
             "pipeline": type(self.pipe).__name__,
-            "digest": hash_bytes("\n".join(digests).encode()),
+            "digest": hash_weights_folder(folder),
             "sampler": {"name": type(scheduler).__name__, **settings},
             "precision": "float32",
         }

@@ -26,6 +26,7 @@ class AutoencoderKL(nn.Module):
     groups: of every group normalisation; 0 normalises nothing, which small networks learn faster.
     attention: self-attention at the lowest resolution.
     patch: pixels a side that are folded into channels first and unfolded last, part of `factor`.
+    quant_convs: a 1x1 convolution on either side of the latents; those of 16 channels have none.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class AutoencoderKL(nn.Module):
         groups: int = 32,
         attention: bool = True,
         patch: int = 1,
+        quant_convs: bool = True,
     ) -> None:
         super().__init__()
         self.channels = latent_channels
@@ -46,8 +48,11 @@ class AutoencoderKL(nn.Module):
         self.blocks, self.groups, self.attention, self.patch = blocks, groups, attention, patch
         sizes = {"widths": self.widths, "groups": groups, "attention": attention, "patch": patch}
         self.encoder = Encoder(out_channels=2 * latent_channels, blocks=blocks, **sizes)
-        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        self.quant_convs = quant_convs
+        self.quant_conv = self.post_quant_conv = nn.Identity()
+        if quant_convs:
+            self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+            self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
         self.decoder = Decoder(in_channels=latent_channels, blocks=blocks + 1, **sizes)
         self.register_buffer("shift", torch.zeros(latent_channels))
         self.register_buffer("scale", torch.ones(latent_channels))

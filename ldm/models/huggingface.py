@@ -18,21 +18,24 @@ def load_pretrained_model(
     location: Path | str,
     *,
     local: bool,
+    subfolder: str = "",
     dtype: torch.dtype = torch.float32,
     use_safetensors: bool | None = None,
 ) -> HubModelType:
     """Loads a model from a folder (`local`) or by its name on the hub; no pickle is executed.
 
-    Raises transformers' own errors where it cannot be read, and ValueError where weights are
-    missing or have other shapes than the config.
+    subfolder: where in it the model is. Raises transformers' own errors where it cannot be read,
+    and ValueError where weights are missing or have other shapes than the config.
     """
     with silence_transformers():
         model, report = kind.from_pretrained(
             location,
-            config=read_model_config(kind, location, local=local),
+            config=read_model_config(kind, location, local=local, subfolder=subfolder),
+            subfolder=subfolder,
             local_files_only=local,
             trust_remote_code=False,
             weights_only=True,
+            variant=find_weights_variant(Path(location, subfolder)) if local else None,
             use_safetensors=use_safetensors,
             dtype=dtype,
             ignore_mismatched_sizes=True,  # raised below, as transformers' table is silenced
@@ -48,8 +51,16 @@ def load_pretrained_model(
     return model
 
 
+def find_weights_variant(folder: Path) -> str | None:
+    """Returns fp16 where a folder holds the weights as this variant alone; else None."""
+    names = {path.name for path in folder.iterdir() if path.name.startswith("model.")}
+    variants = {"model.fp16.safetensors", "model.safetensors.index.fp16.json"}
+    plain = {"model.safetensors", "model.safetensors.index.json"}
+    return "fp16" if names & variants and not names & plain else None
+
+
 def read_model_config(
-    kind: type[HubModelType], location: Path | str, *, local: bool
+    kind: type[HubModelType], location: Path | str, *, local: bool, subfolder: str = ""
 ) -> PreTrainedConfig:
     """Reads a model's config, with only the fields that its kind defines.
 
@@ -58,9 +69,11 @@ def read_model_config(
     Raises OSError and ValueError where there is no config of the kind.
     """
     own = kind.config_class
-    config, _ = own.get_config_dict(location, local_files_only=local)
+    config, _ = own.get_config_dict(location, local_files_only=local, subfolder=subfolder)
     if own.base_config_key and own.base_config_key in config:  # one tower of a whole CLIP
+        shared = {name: config[name] for name in ("projection_dim",) if name in config}
         config = config[own.base_config_key]
+        config = config | shared if isinstance(config, dict) else config
     try:
         return own.from_dict(_select_fields(own, config))
     except Exception as error:  # the type depends on the version

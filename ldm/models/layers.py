@@ -14,7 +14,8 @@ from ldm.models.positional_map import PositionalMap
 from ldm.models.random_layers import Dropout
 from ldm.models.token_sequences import apply_to_sequence, repeat_like, to_grid, to_sequence
 
-ExtraAttentionFactory = Callable[[int], nn.Module]  # width -> attention of (B, N, C) to tokens
+# (width, heads=) -> attention of (B, N, C) to tokens
+ExtraAttentionFactory = Callable[..., nn.Module]
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -173,7 +174,7 @@ class TransformerBlock(nn.Module):
         if context_dim:
             self.norm2 = nn.LayerNorm(dim)
             self.cross_attn = Attention(dim, context_dim=context_dim, heads=heads)
-        self.style_attn = extra_attention(dim) if extra_attention else None
+        self.style_attn = extra_attention(dim, heads=heads) if extra_attention else None
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 

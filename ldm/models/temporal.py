@@ -17,25 +17,19 @@ from ldm.models.layers import Attention, timestep_embedding, zero_module
 class TemporalLayers(nn.Module):
     """A frame mixer after each stage of a UNet, and an embedding of each frame's number.
 
-    widths: channels after each stage. attend: which stages get temporal attention. All begin as
-    identities ("Make-A-Video", Singer et al. 2022, arXiv:2209.14792, section 3.2).
+    widths: channels after each stage. heads: of the temporal attention of each stage; 0: the stage
+    gets none. All begin as identities ("Make-A-Video", Singer et al. 2022, arXiv:2209.14792,
+    section 3.2).
     """
 
     def __init__(
-        self,
-        widths: Sequence[int],
-        attend: Sequence[bool],
-        *,
-        time_dim: int,
-        heads: int,
-        groups: int,
+        self, widths: Sequence[int], heads: Sequence[int], *, time_dim: int, groups: int
     ) -> None:
         super().__init__()
         self.time_dim = time_dim
         sizes = {"time_dim": time_dim, "groups": groups}
         self.blocks = nn.ModuleList(
-            TemporalBlock(width, heads=heads if attended else 0, **sizes)
-            for width, attended in zip(widths, attend, strict=True)
+            TemporalBlock(width, heads=n, **sizes) for width, n in zip(widths, heads, strict=True)
         )
         self.number = nn.Sequential(
             nn.Linear(2 * time_dim, time_dim), nn.SiLU(), zero_module(nn.Linear(time_dim, time_dim))

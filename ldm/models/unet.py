@@ -14,6 +14,8 @@ from ldm.models.layers import ResBlock, SpatialTransformer, Stage, TransformerBl
 from ldm.models.style import StyleAttention, StyleTokens
 from ldm.models.temporal import TemporalLayers, fold_frames, unfold_frames
 
+NUM_SIZES = 6  # of `Condition.sizes`
+
 
 class UNet(nn.Module):
     """A convolutional encoder and decoder with skip connections, attention and text conditioning.
@@ -24,14 +26,20 @@ class UNet(nn.Module):
     in_channels: latents and extra channels together (C + E).
     context_dim: width D of the text states; 0 builds no cross-attention.
     pooled_dim: width P of the pooled vector that is added to the time embedding; 0 adds none.
+    size_embedding: width of the embedding of each of the six numbers of `Condition.sizes`, which
+    is appended to the pooled vector ("SDXL", Podell et al. 2023, section 2.2); 0 embeds none.
+    size_factor: pixels of a latent, for the sizes that a condition does not give.
     style_dim: width F of the features of a style image; 0 builds no attention to style.
     style_code: the number of values in the code of a style image.
     channels, multipliers: level i has channels * multipliers[i] features on half the grid of i - 1.
     blocks: residual blocks of a level on the way down; one more on the way up.
     attention: which levels have transformers; the middle always has one.
-    depth: transformer blocks in each transformer. groups: of every group normalisation.
+    heads: of each attention. depth: transformer blocks in each transformer. Either is one number,
+    or one a level; the middle has those of the last level. groups: of every group normalisation.
     embedding: width T of the time embedding; None is 4 * channels.
     scale_shift, positional_waves: see ResBlock; small networks learn faster with both.
+    linear_projections: changes no result; the 1x1 convolutions before and after transformers are
+    written to diffusers' files as linear layers, as those of Stable Diffusion 2 and SDXL are.
     temporal: adds TemporalLayers, so the network takes videos as well as images.
     checkpointing: the levels, or "all", whose blocks the backward pass computes again, for less
     memory; the middle goes with the last level. Results and gradients are the same.
@@ -44,19 +52,22 @@ class UNet(nn.Module):
         out_channels: int,
         context_dim: int,
         pooled_dim: int = 0,
+        size_embedding: int = 0,
+        size_factor: int = 8,
         style_dim: int = 0,
         style_code: int = 8,
         channels: int = 320,
         multipliers: Sequence[int] = (1, 2, 4, 4),
         blocks: int = 2,
         attention: Sequence[bool] = (True, True, True, False),
-        heads: int = 8,
-        depth: int = 1,
+        heads: int | Sequence[int] = 8,
+        depth: int | Sequence[int] = 1,
         groups: int = 32,
         dropout: float = 0.0,
         embedding: int | None = None,
         scale_shift: bool = False,
         positional_waves: int = 0,
+        linear_projections: bool = False,
         temporal: bool = False,
         checkpointing: Sequence[int] | str = (),
     ) -> None:
@@ -69,26 +80,30 @@ class UNet(nn.Module):
             )
         self.in_channels, self.out_channels = in_channels, out_channels
         self.context_dim, self.pooled_dim, self.style_dim = context_dim, pooled_dim, style_dim
+        self.size_embedding, self.size_factor = size_embedding, size_factor
         self.widths = [channels * m for m in multipliers]
         self.multiple = 2 ** (len(multipliers) - 1)  # of h and w
-        self.blocks, self.attention = blocks, tuple(attention)
-        self.heads, self.depth, self.groups = heads, depth, groups
+        self.blocks, self.attention, self.groups = blocks, tuple(attention), groups
+        self.heads = spread_over_levels("heads", heads, multipliers)
+        self.depth = spread_over_levels("depth", depth, multipliers)
+        self.linear_projections = linear_projections
 
         width = self.widths[0]
         self.embedding = time_dim = embedding or 4 * width
         self.scale_shift, self.positional_waves = scale_shift, positional_waves
         self.time_mlp = build_mlp(width, time_dim)
-        self.pooled_mlp = build_mlp(pooled_dim, time_dim) if pooled_dim else None
+        added = pooled_dim + NUM_SIZES * size_embedding
+        self.pooled_mlp = build_mlp(added, time_dim) if added else None
         self.style = style_attention = None
         if style_dim:
             style_width = context_dim or style_dim
             sizes = {"code": style_code, "width": style_width, "time_dim": time_dim}
             self.style = StyleTokens(style_dim, **sizes)
-            style_attention = partial(StyleAttention, style_width=style_width, heads=heads)
+            style_attention = partial(StyleAttention, style_width=style_width)
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
         how = {"scale_shift": scale_shift, "positional_waves": positional_waves, "eps": 1e-5}
         how |= {"time_dim": time_dim, "groups": groups, "dropout": dropout}
-        sizes = {"context_dim": context_dim, "heads": heads, "depth": depth, "groups": groups}
+        sizes = {"context_dim": context_dim, "groups": groups}
         self._build_stages(
             partial(ResBlock, **how),
             partial(SpatialTransformer, **sizes, extra_attention=style_attention),
@@ -107,32 +122,35 @@ class UNet(nn.Module):
             # Of the stages down, in the middle, and up.
             widths = [*self.widths, self.widths[-1], *reversed(self.widths)]
             attend = [*self.attention, True, *reversed(self.attention)]
-            sizes = {"time_dim": time_dim, "heads": heads, "groups": groups}
-            self.temporal = TemporalLayers(widths, attend, **sizes)
+            every = [*self.heads, self.heads[-1], *reversed(self.heads)]
+            heads = [n if attended else 0 for n, attended in zip(every, attend, strict=True)]
+            self.temporal = TemporalLayers(widths, heads, time_dim=time_dim, groups=groups)
 
     def _build_stages(
         self, block: partial[ResBlock], transformer: partial[SpatialTransformer]
     ) -> None:
-        levels = list(zip(self.widths, self.attention, strict=True))
+        every = zip(self.heads, self.depth, strict=True)
+        factories = [partial(transformer, heads=n, depth=depth) for n, depth in every]
+        levels = list(zip(self.widths, self.attention, factories, strict=True))
         width, skips = self.widths[0], [self.widths[0]]
         self.down = nn.ModuleList()
-        for level, (out, attend) in enumerate(levels):
+        for level, (out, attend, make_transformer) in enumerate(levels):
             last = level == len(levels) - 1
             ins = [width] + [out] * (self.blocks - 1)
             blocks = [block(n, out) for n in ins]
-            transformers = [transformer(out) for _ in ins if attend]
+            transformers = [make_transformer(out) for _ in ins if attend]
             resample = None if last else layers.Downsample(out)
             self.down.append(Stage(blocks, transformers, resample))
             skips += [out] * (self.blocks if last else self.blocks + 1)
             width = out
 
-        self.mid = Stage([block(width, width), block(width, width)], [transformer(width)])
+        self.mid = Stage([block(width, width), block(width, width)], [factories[-1](width)])
 
         self.up = nn.ModuleList()
-        for level, (out, attend) in reversed(list(enumerate(levels))):
+        for level, (out, attend, make_transformer) in reversed(list(enumerate(levels))):
             ins = [n + skips.pop() for n in [width] + [out] * self.blocks]
             blocks = [block(n, out) for n in ins]
-            transformers = [transformer(out) for _ in ins if attend]
+            transformers = [make_transformer(out) for _ in ins if attend]
             self.up.append(Stage(blocks, transformers, layers.Upsample(out) if level else None))
             width = out
 
@@ -178,12 +196,12 @@ class UNet(nn.Module):
         time = layers.timestep_embedding(t if t.ndim else t.expand(len(x)), self.widths[0])
         emb = self.time_mlp(time.to(x.dtype))  # (B, T), or (1, T) of copies
         if self.pooled_mlp is not None:
-            emb = emb + self.pooled_mlp(cond.pooled)  # (B, T)
+            emb = emb + self.pooled_mlp(self._pool(x, cond))  # (B, T)
         style = None
         if self.style is not None and cond.style is not None:
             style, style_emb = self.style(cond.style)  # (B, K, D), (B, T)
             emb = emb + style_emb
-        cond = replace(cond, pooled=None, concat=None, style=style)
+        cond = replace(cond, pooled=None, concat=None, style=style, sizes=None)
         levels = len(self.down)
         if x.ndim == 4:
             return self._run(x, F.silu(emb), cond, [None] * (2 * levels + 1))
@@ -192,6 +210,20 @@ class UNet(nn.Module):
         cond = cond.map(lambda part: part.repeat_interleave(frames, dim=0))
         mixers = self.temporal.mixers(frames, like=x)
         return unfold_frames(self._run(fold_frames(x), F.silu(emb), cond, mixers), frames)
+
+    def _pool(self, x: Tensor, cond: Condition) -> Tensor:
+        """The pooled vectors (B, P) and the embeddings of the sizes, side by side."""
+        if not self.size_embedding:
+            return cond.pooled
+        sizes = cond.sizes
+        if sizes is None:  # of a picture that is neither scaled nor cropped
+            height, width = (self.size_factor * n for n in x.shape[-2:])
+            sizes = torch.zeros(NUM_SIZES, device=x.device)
+            sizes[0::4], sizes[1::4] = height, width
+            sizes = sizes.expand(len(x), -1)
+        embedded = layers.timestep_embedding(sizes.flatten(), self.size_embedding)
+        embedded = embedded.reshape(len(x), -1).to(x.dtype)  # (B, 6 size_embedding)
+        return torch.cat([cond.pooled, embedded], dim=1) if self.pooled_dim else embedded
 
     def _run(self, x: Tensor, emb: Tensor, cond: Condition, mixers: Sequence) -> Tensor:
         """All input channels (B, C + E, h, w) to the output; mixers: the stages' `temporal`."""
@@ -226,6 +258,8 @@ class UNet(nn.Module):
         sizes = {"tokens": self.context_dim, "pooled": self.pooled_dim}
         if cond.style is not None:
             sizes["style"] = self.style_dim
+        if cond.sizes is not None and self.size_embedding:
+            sizes["sizes"] = NUM_SIZES
         for name, size in sizes.items():
             part = getattr(cond, name)
             shape = None if part is None else tuple(part.shape)
@@ -243,6 +277,18 @@ def check_levels(multipliers: Sequence[int], attention: Sequence[bool]) -> None:
             f"multipliers {tuple(multipliers)} make {len(multipliers)} levels, but attention "
             f"{tuple(attention)} is for {len(attention)}: give one value a level"
         )
+
+
+def spread_over_levels(name: str, value: int | Sequence[int], levels: Sequence) -> tuple[int, ...]:
+    """Returns the value of each level; ValueError where a list has another number of them."""
+    if isinstance(value, int):
+        return (value,) * len(levels)
+    if len(value) != len(levels):
+        raise ValueError(
+            f"model.{name} {tuple(value)} has {len(value)} values for {len(levels)} levels: "
+            "give one number, or one a level"
+        )
+    return tuple(value)
 
 
 def select_levels(checkpointing: Sequence[int] | str, count: int) -> set[int]:

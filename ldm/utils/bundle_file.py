@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.utils.checkpoint_file import CheckpointError, manifest_path
 from ldm.utils.files import BUNDLE_FILE, read_json, read_text, write_text
-from ldm.utils.hashing import hash_file
+from ldm.utils.hashing import hash_file, hash_weights_folder
 
 BUNDLE_CONFIG_FILE = "config.yaml"
 BUNDLE_WEIGHTS_FILE = "denoiser.safetensors"
@@ -101,9 +101,11 @@ def read_bundle(folder: Path) -> tuple[dict, dict[str, str]]:
 
 
 def read_weights_digest(path: Path) -> str:
-    """Returns the SHA-256 of a checkpoint file, or of the weights of a bundle."""
+    """Returns the SHA-256 of a checkpoint file, or of the weights of a bundle or another folder."""
     if is_bundle(path):
         return read_bundle_manifest(path)["digests"][BUNDLE_WEIGHTS_FILE]
+    if path.is_dir():
+        return hash_weights_folder(path)
     manifest = manifest_path(path)
     return read_json(manifest)["sha256"] if manifest.is_file() else hash_file(path)
 

@@ -16,6 +16,13 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hash_weights_folder(folder: Path) -> str:
+    """Returns the digest of the names and contents of all safetensors below a folder."""
+    files = sorted(folder.rglob("*.safetensors"))
+    lines = [f"{path.relative_to(folder)} {hash_file(path)}" for path in files]
+    return hash_bytes("\n".join(lines).encode())
+
+
 def hash_bytes(*parts: bytes) -> str:
     """Returns the digest of the parts, one after another."""
     total = hashlib.sha256()

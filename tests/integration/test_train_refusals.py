@@ -5,9 +5,9 @@ from evaluated_runs import Home
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from ldm.config.components import suggest_overrides
 from ldm.config.composition import CONF_DIR
 from ldm.config.run import build_diffusion_components, build_job
+from ldm.config.suggestions import suggest_overrides
 from ldm.utils.errors import UsageError
 
 MOVING = ["data=moving_scenes", "data.count=4", "data.val_count=2", "data.frames=2"]

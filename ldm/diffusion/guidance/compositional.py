@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ldm.diffusion.conditioning import Condition, Conditioning, GuidancePrompts
+from ldm.diffusion.conditioning import IMAGE_PARTS, Conditioning, GuidancePrompts
 from ldm.diffusion.guidance.base import ConditionalDenoiser, Denoise, restrict_to_interval
 from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.schedules import expand_dims_like
@@ -29,8 +29,9 @@ class CompositionalGuidance(ClassifierFreeGuidance):
         # K parts of all prompts together
         weights = torch.tensor([weight for parts in parsed for _, weight in parts])  # (K,)
         rows = torch.tensor([i for i, parts in enumerate(parsed) for _ in parts])  # (K,), images
-        images = Condition(concat=cond.concat, style=cond.style).map(lambda part: part[rows])
-        encoded = replace(prompts.encode(texts), concat=images.concat, style=images.style)
+        images = {name: getattr(cond, name) for name in IMAGE_PARTS}
+        images = {name: part if part is None else part[rows] for name, part in images.items()}
+        encoded = replace(prompts.encode(texts), **images)
         every = uncond.cat(encoded)
 
         def denoise_at_scale(x_t: Tensor, t: Tensor, scale: float) -> Tensor:

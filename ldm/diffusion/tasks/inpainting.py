@@ -35,15 +35,23 @@ class ProjectedInpainting(Task):
         return Start(x=x, t=request.strength, project=project, rounds=self.rounds)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Inpainting(Task):
     """Inpainting by a network with the mask and the rest of the image as inputs.
 
     Extra channels, as in Stable Diffusion's inpainting network: the mask on the latent grid, then
     the latents of the image, grey where it is masked (Rombach et al. 2022, section 4.5).
+    mask_resize: in the network's input a cell of the grid is masked if any of its pixels is (`max`)
+    or if its first pixel is (`nearest`, as diffusers does).
     """
 
     name = "inpaint"
     needs_image = True
+    mask_resize: str = "max"
+
+    def __post_init__(self) -> None:
+        if self.mask_resize not in ("max", "nearest"):
+            raise ValueError(f"task.mask_resize={self.mask_resize} is neither max nor nearest")
 
     def extra_channels(self, channels: int) -> int:
         return 1 + channels
@@ -59,12 +67,23 @@ class Inpainting(Task):
     ) -> tuple[Tensor, Tensor]:
         """The latents, and random masks with the latents of the rest, (B, 1 + C, h, w)."""
         mask = random_masks(images, generator=generator)
-        return latents, mask_channels(images, mask, encode, like=latents)
+        return latents, self._mask_channels(images, mask, encode, like=latents)
 
     def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
         x, project = project_known(request, encode, schedule, noise, task=self)
-        concat = mask_channels(request.image, request.mask, encode, like=request.latents)
+        concat = self._mask_channels(request.image, request.mask, encode, like=request.latents)
         return Start(x=x, t=request.strength, concat=concat, project=project)
+
+    def _mask_channels(
+        self, images: Tensor, mask: Tensor, encode: Encode, *, like: Tensor
+    ) -> Tensor:
+        """(B, 1 + C, h, w): the mask (B, 1, H, W) on the grid of `like`, and the rest's latents."""
+        rest = encode(torch.where(mask > 0, 0.0, images))
+        if self.mask_resize == "max":
+            small = downsample_mask(mask, like=like)
+        else:
+            small = F.interpolate(mask, like.shape[-2:], mode="nearest")
+        return torch.cat([small.to(rest), rest], dim=1)
 
 
 def project_known(
@@ -79,12 +98,6 @@ def project_known(
         return torch.where(hidden > 0, x0_hat, known)
 
     return add_noise_at_strength(known, request, schedule, noise), project
-
-
-def mask_channels(images: Tensor, mask: Tensor, encode: Encode, *, like: Tensor) -> Tensor:
-    """(B, 1 + C, h, w): the mask (B, 1, H, W) on the grid of `like`, and the rest's latents."""
-    rest = encode(torch.where(mask > 0, 0.0, images))
-    return torch.cat([downsample_mask(mask, like=like).to(rest), rest], dim=1)
 
 
 def downsample_mask(mask: Tensor, *, like: Tensor) -> Tensor:

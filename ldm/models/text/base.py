@@ -79,12 +79,17 @@ class FrozenTextEncoder(nn.Module):
 
     def null(self, n: int) -> Condition:
         """Returns the empty caption's condition `n` times; it is encoded once."""
-        key = (self.model.device, self.model.dtype)
+        weight = next(self.parameters())
+        key = (weight.device, weight.dtype)
         if key not in self._null:
             # A validation may call this first, under inference_mode; training uses the result too.
             with torch.inference_mode(False):
-                self._null[key] = self([""])
+                self._null[key] = self.encode_null()
         return self._null[key].map(lambda part: part.expand(n, *part.shape[1:]))
+
+    def encode_null(self) -> Condition:
+        """Returns the condition (1, ..) of no text, the empty caption's."""
+        return self([""])
 
     def save(self, folder: Path) -> None:
         """Writes safetensors, config.json and tokenizer, a folder for `path`."""

@@ -62,16 +62,22 @@ class PackagedClipText(nn.Module):
         """The dtype of the weights."""
         return self.final_layer_norm.weight.dtype
 
-    def forward(self, input_ids: Tensor) -> SimpleNamespace:
-        """Ids (B, L) -> `last_hidden_state` (B, L, D), and `pooler_output` (B, D): the end's."""
+    def forward(self, input_ids: Tensor, *, output_hidden_states: bool = False) -> SimpleNamespace:
+        """Ids (B, L) -> `last_hidden_state` (B, L, D), and `pooler_output` (B, D): the end's.
+
+        `hidden_states` are those before the first layer and after each, without the final norm.
+        """
         places = self.embeddings["position_embedding"].weight[: input_ids.shape[1]]
         x = self.embeddings["token_embedding"](input_ids) + places
+        states = [x]
         for layer in self.encoder["layers"]:
             x = layer(x)
+            if output_hidden_states:
+                states.append(x)
         x = self.final_layer_norm(x)
         ends = (input_ids == self.config.eos_token_id).int().argmax(dim=1)  # (B,)
         pooled = x[torch.arange(len(x), device=x.device), ends]
-        return SimpleNamespace(last_hidden_state=x, pooler_output=pooled)
+        return SimpleNamespace(last_hidden_state=x, pooler_output=pooled, hidden_states=states)
 
 
 class ClipTextLayer(nn.Module):
@@ -100,15 +106,17 @@ class ClipTextLayer(nn.Module):
         return x + self.mlp["fc2"](y * torch.sigmoid(1.702 * y))  # "quick GELU"
 
 
-def load_packaged_clip_text() -> tuple[PackagedClipText, PackagedTokenizer]:
-    """The text half of the packaged CLIP, and its tokenizer."""
+def load_packaged_clip_text() -> tuple[PackagedClipText, nn.Linear, PackagedTokenizer]:
+    """The text half of the packaged CLIP, its projection, and its tokenizer."""
     folder = resolve_path(PACKAGED_CLIP)
-    config = json.loads((folder / "config.json").read_text())["text_config"]
+    config = json.loads((folder / "config.json").read_text())
     with torch.random.fork_rng(devices=[]):  # the denoiser's weights are drawn next
-        model = PackagedClipText(config)
+        model = PackagedClipText(config["text_config"])
+        project = nn.Linear(model.config.hidden_size, config["projection_dim"], bias=False)
     weights = load_file(folder / "model.safetensors")
+    project.load_state_dict({"weight": weights["text_projection.weight"].float()})
     part = "text_model."
     text = {name: tensor.float() for name, tensor in weights.items() if name.startswith(part)}
     text = {name.removeprefix(part): tensor for name, tensor in text.items()}
     model.load_state_dict(text)
-    return model, PackagedTokenizer(folder / "tokenizer.json")
+    return model, project, PackagedTokenizer(folder / "tokenizer.json")

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ldm.models.autoencoder import AutoencoderKL, IdentityAutoencoder
-from ldm.models.diffusers_format import export_autoencoder_config, to_diffusers
+from ldm.models.diffusers_names import to_diffusers
+from ldm.models.diffusers_settings import export_autoencoder_config
 
 SMALL = {"latent_channels": 5, "channels": 8, "multipliers": (1, 2, 3), "blocks": 1, "groups": 4}
 

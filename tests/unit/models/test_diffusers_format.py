@@ -8,14 +8,9 @@ import torch
 
 from ldm.diffusion.conditioning import Condition
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.diffusers_format import (
-    export_autoencoder_config,
-    export_unet_config,
-    from_diffusers,
-    load_autoencoder,
-    load_unet,
-    to_diffusers,
-)
+from ldm.models.diffusers_format import load_autoencoder, load_unet
+from ldm.models.diffusers_names import from_diffusers, to_diffusers
+from ldm.models.diffusers_settings import export_autoencoder_config, export_unet_config
 from ldm.models.unet import UNet
 
 
@@ -130,9 +125,9 @@ def assert_equal(a, b):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"heads": 4}, "attention_head_dim is 8 there, 4 here"),
-        ({"groups": 16}, "norm_num_groups is 8 there, 16 here"),
-        ({"context_dim": 24}, "cross_attention_dim is 12 there, 24 here"),
+        ({"heads": 4}, "heads is 8 there, 4 here"),
+        ({"groups": 16}, "groups is 8 there, 16 here"),
+        ({"context_dim": 24}, "context_dim is 12 there, 24 here"),
     ],
 )
 def test_another_configuration_is_refused(unet_folder, changes, message):
@@ -141,15 +136,15 @@ def test_another_configuration_is_refused(unet_folder, changes, message):
 
 
 def test_other_weights_are_refused_and_listed(unet_folder):
-    (unet_folder / "config.json").write_text("{}")
-    with pytest.raises(
-        ValueError, match=r"time_mlp.0.weight is \(64, 16\) in the file and \(128, 32\)"
+    for changes, message in (
+        ({"channels": 32}, r"time_mlp.0.weight is \(64, 16\) in the file and \(128, 32\)"),
+        ({"pooled_dim": 6}, r"pooled_mlp.0.weight is missing"),
+        ({"attention": (False, False)}, r"down.0.attentions.0.* is unknown"),
     ):
-        load_unet(make_unet(channels=32), unet_folder)
-    with pytest.raises(ValueError, match=r"pooled_mlp.0.weight is missing"):
-        load_unet(make_unet(pooled_dim=6), unet_folder)
-    with pytest.raises(ValueError, match=r"down.0.attentions.0.* is unknown"):
-        load_unet(make_unet(attention=(False, False)), unet_folder)
+        net = make_unet(**changes)
+        (unet_folder / "config.json").write_text(json.dumps(export_unet_config(net)))
+        with pytest.raises(ValueError, match=message):
+            load_unet(net, unet_folder)
 
 
 def test_some_networks_have_no_counterpart():
@@ -157,6 +152,8 @@ def test_some_networks_have_no_counterpart():
         export_unet_config(make_unet(context_dim=0))
     with pytest.raises(ValueError, match="positional_waves must be 0"):
         export_unet_config(make_unet(positional_waves=2))
+    with pytest.raises(ValueError, match="for images"):
+        export_unet_config(make_unet(temporal=True))
 
 
 def test_missing_files_are_named(tmp_path, unet_folder):

@@ -2,11 +2,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL as Oracle
 
-from ldm.models.diffusers_format import (
-    export_autoencoder_config,
-    make_autoencoder_kl,
-    save_autoencoder,
-)
+from ldm.models.diffusers_format import make_autoencoder_kl, save_autoencoder
+from ldm.models.diffusers_settings import export_autoencoder_config
 from ldm.utils.checkpoint_file import CheckpointError, write_checkpoint
 from ldm.utils.hashing import hash_module
 
@@ -74,5 +71,5 @@ def test_a_saved_folder_in_half_precision(tmp_path):
     images = torch.rand(1, 3, 8, 8) * 2 - 1
     with torch.no_grad():
         torch.testing.assert_close(read.encode(images), built.encode(images), rtol=0, atol=5e-3)
-    with pytest.raises(ValueError, match="patch_size is 2 there, 4 here"):
+    with pytest.raises(ValueError, match="patch is 2 there, 4 here"):
         make_autoencoder_kl(path=str(tmp_path), **sizes | {"patch": 4})

@@ -7,7 +7,7 @@ import torch
 from world import CAPTIONS, SIZE, latent_diffusion, shapes_data, unet, val_batch
 
 from ldm.diffusion.conditioning import Condition
-from ldm.models.diffusers_format import export_unet_config
+from ldm.models.diffusers_settings import export_unet_config
 from ldm.models.style import ClipStyleEncoder, shuffle_tiles
 from ldm.models.unet import UNet
 from ldm.models.warm_start import warm_start

@@ -13,7 +13,8 @@ from scipy.fft import idctn
 from torch import Tensor, nn
 
 from ldm.diffusion.conditioning import Condition
-from ldm.models.diffusers_format import export_unet_config, to_diffusers
+from ldm.models.diffusers_names import to_diffusers
+from ldm.models.diffusers_settings import export_unet_config
 from ldm.models.layers import timestep_embedding
 from ldm.models.positional_map import PositionalMap
 from ldm.models.random_layers import assign_image_positions, find_random_layers

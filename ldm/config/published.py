@@ -1,0 +1,207 @@
+"""Published models: the folder of a diffusers pipeline, or its name on the hub, to our components.
+
+Everything in such a folder is data: settings of known keys, safetensors, and pickles of plain
+tensors. Its code is never run.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from ldm.config.original_files import is_original, locate_original
+from ldm.config.own_components import import_component, list_parameters
+from ldm.config.published_settings import (
+    PIPELINE_FILE,
+    UNUSED_PARTS,
+    read_pipeline_index,
+    read_published_settings,
+)
+from ldm.utils.errors import UsageError
+from ldm.utils.files import resolve_path
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ldm.config.components import LoadedCheckpoint
+    from ldm.inference.components import Components
+
+PIPELINE_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # the folders with weights
+# What a hub name fetches: settings, tokenizers and the weights of the parts, all without code.
+HUB_SETTINGS = ("*.json", "*.txt")
+HUB_IGNORED = ("*.non_ema.*", *(f"{part}/*" for part in UNUSED_PARTS))
+HUB_NAME_PATTERN = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+# Of the network; other settings decide how it is trained.
+TRAINING_SETTINGS = ("checkpointing", "dropout", "linear_projections")
+
+
+def is_published(location: str | os.PathLike[str] | None) -> bool:
+    """Whether a location is a diffusers folder, a file from elsewhere, or may be a hub name."""
+    if location is None:
+        return False
+    text = os.path.expanduser(os.fspath(location))
+    return Path(text, PIPELINE_FILE).is_file() or is_original(text) or is_hub_name(text)
+
+
+def is_hub_name(location: str) -> bool:
+    """Whether a location may be a name on the hub, `owner/name`: no such path is here."""
+    owner = location.partition("/")[0]
+    is_path = owner in (".", "..", "runs") or os.path.isdir(owner) or os.path.lexists(location)
+    return HUB_NAME_PATTERN.fullmatch(location) is not None and not is_path
+
+
+def locate_published(location: str, *, name: str = "ckpt") -> Path:
+    """The folder of a published model: a hub name's is downloaded, a file is converted to one."""
+    if is_original(location):
+        return locate_original(location)
+    if not is_hub_name(location):
+        return resolve_path(location)
+    folder = _download_published(location, name, variant="")
+    for part in PIPELINE_PARTS:
+        if (folder / part).is_dir() and not any((folder / part).glob("*.safetensors")):
+            return _download_published(location, name, variant="fp16")
+    return folder
+
+
+def _download_published(location: str, name: str, *, variant: str) -> Path:
+    from huggingface_hub import snapshot_download  # slow to import
+
+    patterns = [*HUB_SETTINGS, *(f"{part}/*.safetensors" for part in PIPELINE_PARTS)]
+    ignored = [*HUB_IGNORED, *([] if variant else ["*.fp16.*", "*.fp16-*"])]
+    try:
+        folder = snapshot_download(location, allow_patterns=patterns, ignore_patterns=ignored)
+    except Exception as error:
+        raise UsageError(
+            f"{name}={location} is neither here nor to be had from huggingface.co "
+            f"({type(error).__name__}): give a run, a checkpoint or a diffusers folder. Without a "
+            "network, copy the folder from a machine that has it, or set HF_HOME to its cache"
+        ) from error
+    if not Path(folder, PIPELINE_FILE).is_file():
+        raise UsageError(
+            f"{name}={location} has no {PIPELINE_FILE}: it is no pipeline of diffusers, or its "
+            "download did not finish"
+        )
+    return Path(folder)
+
+
+def is_foreign_pipeline(location: str) -> bool:
+    """Whether a location is a diffusers folder that holds other components than ours."""
+    if not Path(location, PIPELINE_FILE).is_file():
+        return False
+    try:
+        open_published(location)
+    except UsageError:
+        return True
+    return False
+
+
+@dataclass(frozen=True)
+class PublishedCheckpoint:
+    """A published model whose settings were read; nothing is built yet."""
+
+    path: Path
+    config: DictConfig  # the nodes of our groups, and what sizes them
+    sampler: DictConfig  # of its scheduler_config.json
+    unused: tuple[str, ...] = ()  # its parts that are left out
+    step: int = 0
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """The digests of its autoencoder and text encoder, which are built for it."""
+        from ldm.config.components import build_frozen_encoders
+        from ldm.utils.hashing import hash_module
+
+        parts = build_frozen_encoders(self.config)
+        return dict(zip(("autoencoder", "text_encoder"), map(hash_module, parts), strict=True))
+
+    def check_frozen(self, frozen: "dict[str, nn.Module]") -> dict[str, str]:
+        """The places of frozen components that are not the folder's own; any may be given."""
+        places = {name: self.config[name].get("path") for name in frozen}
+        own = str(self.path)
+        return {name: place for name, place in places.items() if not str(place).startswith(own)}
+
+    def list_differences(self, components: "Components", cfg: DictConfig | None) -> list[str]:
+        """The groups in which a training that starts from it differs; another scheduler may."""
+        from ldm.utils.hashing import hash_module
+
+        others = [
+            name
+            for name, part in components.frozen.items()
+            if (cfg is None or cfg[name] != self.config.get(name))
+            and hash_module(part) != self.digests.get(name)
+        ]
+        if cfg is not None and not is_same_network(cfg.model, self.config.model):
+            others.append("model")
+        is_inpainting = "mask_resize" in self.config.task
+        return [*others, "task"] if is_inpainting and components.task.name != "inpaint" else others
+
+    def format_remedy(self, others: Sequence[str]) -> str:
+        """What to give for `list_differences`."""
+        if "task" in others:
+            return "add task=inpaint"
+        words = ", ".join(f"{name}=.." for name in others)
+        return f"leave {words} out, and the folder's are taken"
+
+    def read_weights(self) -> "dict[str, Tensor]":
+        """The weights of the network, by our names."""
+        from ldm.models.diffusers_format import read_unet_state
+
+        return read_unet_state(self.path / "unet")
+
+    def load_denoiser(self, denoiser: "nn.Module", weights: str) -> "nn.Module":
+        """Puts the weights into a denoiser, in eval mode; UsageError for those without EMA."""
+        from ldm.utils.checkpoint_file import load_module_state
+
+        if weights != "ema.module.":
+            raise UsageError(f"{self.path} holds one set of weights: leave raw=true out")
+        load_module_state(denoiser, self.read_weights(), what=str(self.path / "unet"))
+        return denoiser.eval()
+
+
+def is_same_network(node: DictConfig, published: DictConfig) -> bool:
+    """Whether the settings of a UNet are those of a published one, with its defaults."""
+    if node._target_ != published._target_:
+        return False
+    parameters = list_parameters(import_component(node._target_, "model"))
+    usual = {each.name: each.default for each in parameters}
+    have, want = map(OmegaConf.to_container, (node, published))
+    ours, theirs = usual | have, usual | want
+    keys = [key for key in want if key not in ("_target_", *TRAINING_SETTINGS)]
+    return all(_to_plain(ours[key]) == _to_plain(theirs[key]) for key in keys)
+
+
+def _to_plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def open_checkpoint(
+    ckpt: str, *, name: str = "ckpt", trust: Sequence[str] | None = None
+) -> "LoadedCheckpoint | PublishedCheckpoint":
+    """A run's checkpoint or a bundle, or a published model; name: the setting that it came by."""
+    if is_published(ckpt):
+        return open_published(ckpt, name=name)
+    from ldm.config.components import load_diffusion_checkpoint
+
+    return load_diffusion_checkpoint(ckpt, name=name, trust=trust)
+
+
+def open_published(location: str, *, name: str = "ckpt") -> PublishedCheckpoint:
+    """The settings of a diffusers folder, or of a hub name, as a checkpoint of our components.
+
+    Raises UsageError where it holds something that our components are not.
+    """
+    folder = locate_published(location, name=name)
+    try:
+        kind, unused = read_pipeline_index(folder)
+        nodes = read_published_settings(folder, kind)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{name}={location} cannot be opened: {error}") from error
+    sampler = OmegaConf.create(nodes.pop("sampler"))
+    return PublishedCheckpoint(folder, OmegaConf.create(nodes), sampler, unused)

@@ -1,0 +1,96 @@
+"""Folders of diffusers: config.json, and the weights next to it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ldm.utils.files import replace_file, resolve_path, write_text
+
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+# In this order: the weights, in parts, in half precision, and pickled.
+DIFFUSERS_WEIGHT_FILES = (
+    DIFFUSERS_WEIGHTS,
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.safetensors.index.fp16.json",
+    "diffusion_pytorch_model.bin",
+)
+
+
+def locate_diffusers_folder(path: str) -> Path:
+    """Returns a folder or file that is here, or the local copy of a model of the hub."""
+    location = resolve_path(path)
+    if location.exists():
+        return location
+    from huggingface_hub import snapshot_download  # slow to import
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["config.json", "*.safetensors"]))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"no autoencoder at '{path}': it is neither here nor to be had from huggingface.co "
+            f"({type(error).__name__}). It is a folder with config.json and {DIFFUSERS_WEIGHTS}, "
+            "or for autoencoder=tiny and autoencoder=sd a run of stage=autoencoder"
+        ) from error
+
+
+def find_diffusers_weights(path: Path | str) -> Path:
+    """Returns the weights file of a folder, or the file itself; FileNotFoundError without one."""
+    path = Path(path)
+    files = [path / name for name in DIFFUSERS_WEIGHT_FILES] if path.is_dir() else [path]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"no weights at {path}: looked for {', '.join(map(str, files))}")
+    return file
+
+
+def read_diffusers_config(file: Path) -> dict[str, object]:
+    """Returns the config.json of a folder, or of the folder of a weights file."""
+    path = (file if file.is_dir() else file.parent) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{file} needs its config.json next to it: copy it to {path}")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no mapping of settings")
+    return config
+
+
+def read_diffusers_weights(file: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a weights file under diffusers' names; no pickle runs code."""
+    if file.suffix == ".json":
+        names = set(json.loads(file.read_text())["weight_map"].values())
+        if any(Path(name).name != name for name in names):
+            raise ValueError(f"{file} names files of other folders")
+        parts = [read_diffusers_weights(file.with_name(name)) for name in sorted(names)]
+        return {name: tensor for part in parts for name, tensor in part.items()}
+    if file.suffix != ".safetensors":
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # of many types
+            raise ValueError(
+                f"{file} is damaged, or holds code in place of weights: it was not opened "
+                f"({type(error).__name__})"
+            ) from error
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no whole safetensors file: {error}") from error
+
+
+def write_diffusers_folder(
+    folder: Path, config: Mapping[str, object], state: Mapping[str, Tensor], *, dtype: torch.dtype
+) -> None:
+    """Writes config.json and the weights in `dtype` into a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.to("cpu", dtype).contiguous() for name, value in state.items()}
+    write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    with replace_file(folder / DIFFUSERS_WEIGHTS) as file:
+        save_file(tensors, file.name, metadata={"format": "pt"})

@@ -1,0 +1,55 @@
+"""The tokenizer of a model in one file, which holds none: CLIP's, from its folder or the hub."""
+
+from pathlib import Path
+
+from ldm.utils.checkpoint_file import CheckpointError
+from ldm.utils.hashing import hash_bytes
+
+CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+
+
+def find_tokenizer(path: Path) -> Path:
+    """Returns the folder of a tokenizer: `tokenizer/` next to a file, else CLIP's of the hub.
+
+    Raises CheckpointError, with the remedy, where there is neither.
+    """
+    folder = path.parent / "tokenizer"
+    if folder.is_dir():
+        names = {file.name for file in folder.iterdir()}
+        if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+            raise CheckpointError(
+                f"{folder} has no tokenizer: put CLIP's tokenizer.json, or vocab.json and "
+                "merges.txt, there"
+            )
+        return folder
+    from huggingface_hub import snapshot_download  # slow to import
+
+    try:
+        return Path(snapshot_download(CLIP_TOKENIZER, allow_patterns=list(TOKENIZER_FILES)))
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} holds no tokenizer, and {CLIP_TOKENIZER} is not to be had from "
+            f"huggingface.co ({type(error).__name__}): put CLIP's tokenizer.json, or vocab.json "
+            f"and merges.txt, into {folder}"
+        ) from error
+
+
+def hash_tokenizer(folder: Path) -> str:
+    """Returns a digest of a tokenizer's files."""
+    files = [folder / name for name in TOKENIZER_FILES]
+    return hash_bytes(*(file.read_bytes() for file in files if file.is_file()))
+
+
+def save_tokenizer(source: Path, folder: Path, *, pad: str | None, length: int) -> None:
+    """Writes a copy that cuts at `length` and fills up with `pad`, if that is a token of it."""
+    from transformers import CLIPTokenizer  # slow to import
+
+    from ldm.models.huggingface import silence_transformers
+
+    with silence_transformers():
+        tokenizer = CLIPTokenizer.from_pretrained(source, local_files_only=True)
+        tokenizer.model_max_length = length
+        if pad in tokenizer.get_vocab():
+            tokenizer.pad_token = pad
+        tokenizer.save_pretrained(folder)

@@ -121,7 +121,9 @@ def measure(folder: Path, size: int, workers: int, args) -> list[harness.Row]:
 def load_ours(folder: Path, size: int, workers: int, batches: int) -> None:
     """Takes batches of our data module, as a trainer does."""
     from ldm.data.datamodule import TextImageData
+    from ldm.utils.allocator import reuse_freed_memory
 
+    reuse_freed_memory()  # as in train.py
     data = TextImageData(
         train=str(folder), val=str(folder), size=size, batch_size=BATCH, workers=workers
     )

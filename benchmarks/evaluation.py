@@ -30,6 +30,9 @@ def main(words: list[str] | None = None) -> None:
     width = 2048
     if args.quick:
         args.pictures, args.real, width = 24, 48, 32
+    from ldm.utils.allocator import reuse_freed_memory
+
+    reuse_freed_memory()  # as in ldm.evaluate
     distances: dict[str, float] = {}
     variants = list_features(args.pictures) if not args.quick else {}
     variants |= list_frechet(args.pictures, args.real, width, distances)

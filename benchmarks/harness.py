@@ -15,6 +15,7 @@ import random
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -194,6 +195,28 @@ class Report:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             found = {**self.facts, "tables": self.tables}
             self.out.write_text(json.dumps(found, indent=1, default=str) + "\n")
+
+
+def measure_shapes(
+    name: str,
+    doc: str,
+    words: Sequence[str] | None,
+    measure: Callable[[str, Path, argparse.Namespace], tuple[str, list[Row], dict]],
+) -> None:
+    """Runs the benchmark `name` for the shapes of networks that the command line chooses.
+
+    measure: gets a shape's name, an empty folder and the arguments, and returns the title and the
+    rows of a table, and facts for the file.
+    """
+    parser = make_parser(name, doc)
+    parser.add_argument("--shape", choices=["S", "M"], help="one shape only")
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile, bfloat16")
+    args = parse(parser, words)
+    report = Report(args, shapes={})
+    for shape in ["tiny"] if args.quick else [args.shape] if args.shape else ["S", "M"]:
+        with tempfile.TemporaryDirectory() as folder:
+            title, rows, report.facts["shapes"][shape] = measure(shape, Path(folder), args)
+        report.add(title, rows)
 
 
 def print_table(title: str, rows: Sequence[Row]) -> None:

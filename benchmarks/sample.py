@@ -13,7 +13,6 @@ bfloat16. The ratio is to diffusers in float32, and above 1 is faster. The error
 of the last latents to those of diffusers in float32. --compile takes minutes on a CPU.
 """
 
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -25,19 +24,11 @@ SCALE = 5.0
 
 def main(words: list[str] | None = None) -> None:
     """Measures each shape."""
-    parser = harness.make_parser("sample", __doc__)
-    parser.add_argument("--shape", choices=["S", "M"], help="one shape only")
-    parser.add_argument("--compile", action="store_true", help="also with torch.compile, bfloat16")
-    args = harness.parse(parser, words)
-    shapes = ["tiny"] if args.quick else [args.shape] if args.shape else ["S", "M"]
-    report = harness.Report(args)
-    for name in shapes:
-        with tempfile.TemporaryDirectory() as folder:
-            report.add(f"sampling, {name}", measure(name, Path(folder), args))
+    harness.measure_shapes("sample", __doc__, words, measure)
 
 
-def measure(name: str, folder: Path, args) -> list[harness.Row]:
-    """Returns the rows of one shape."""
+def measure(name: str, folder: Path, args) -> tuple[str, list[harness.Row], dict]:
+    """Returns the title and the rows of one shape, and no other facts."""
     import torch
     from diffusers.utils import logging
 
@@ -98,7 +89,7 @@ def measure(name: str, folder: Path, args) -> list[harness.Row]:
     rows = harness.compare(seconds, base=BASE)
     for row in rows:
         row["error"] = relative_rms(latents[row["variant"]], latents[BASE])
-    return rows
+    return f"sampling, {name}", rows, {}
 
 
 def train_one_step(shape, folder: Path) -> Path:

@@ -13,7 +13,6 @@ training scripts, with AdamW, EMAModel, mse_loss, clip_grad_norm_ and loss.item(
 The ratio is to diffusers in float32, and above 1 is faster. --compile takes minutes on a CPU.
 """
 
-import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,22 +24,11 @@ BASE = "diffusers float32"
 
 def main(words: list[str] | None = None) -> None:
     """Measures each shape."""
-    parser = harness.make_parser("train_step", __doc__)
-    parser.add_argument("--shape", choices=["S", "M"], help="one shape only")
-    parser.add_argument("--compile", action="store_true", help="also with torch.compile, bfloat16")
-    args = harness.parse(parser, words)
-    shapes = ["tiny"] if args.quick else [args.shape] if args.shape else ["S", "M"]
-    report = harness.Report(args, shapes={})
-    for name in shapes:
-        with tempfile.TemporaryDirectory() as folder:
-            rows, facts = measure(name, Path(folder), args)
-        size = f"{facts['parameters'] / 1e6:.1f} M parameters"
-        report.facts["shapes"][name] = facts
-        report.add(f"training step, {name} ({size})", rows)
+    harness.measure_shapes("train_step", __doc__, words, measure)
 
 
-def measure(name: str, folder: Path, args) -> tuple[list[harness.Row], dict]:
-    """Returns the rows of one shape, and what was checked."""
+def measure(name: str, folder: Path, args) -> tuple[str, list[harness.Row], dict]:
+    """Returns the title and the rows of one shape, and what was checked."""
     import torch
 
     from benchmarks.networks import (
@@ -105,10 +93,12 @@ def measure(name: str, folder: Path, args) -> tuple[list[harness.Row], dict]:
     for variant in variants.values():
         variant.end()
     parameters = sum(p.numel() for p in peer.parameters())
-    return harness.compare(seconds, base=BASE), {
-        "parameters": parameters,
-        "relative_rms_of_outputs": error,
-    }
+    title = f"training step, {name} ({parameters / 1e6:.1f} M parameters)"
+    return (
+        title,
+        harness.compare(seconds, base=BASE),
+        {"parameters": parameters, "relative_rms_of_outputs": error},
+    )
 
 
 def step_ours(job, images, captions: list[str]) -> Callable[[], None]:

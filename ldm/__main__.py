@@ -18,6 +18,7 @@ VERBS = {
     "clip": "compare images and texts with a CLIP: similarity, search, retrieval",
     "explain": "draw the figures of an introduction to diffusion, from a run",
     "bundle": "write a trained model as one folder, for another machine",
+    "export": "write a trained model as a folder that diffusers opens",
     "package": "make trained runs into the parts in ldm/assets",
 }
 

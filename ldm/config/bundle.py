@@ -25,7 +25,6 @@ from ldm.experiments.model_card import ModelFacts, write_model_card
 from ldm.models.clip import Clip
 from ldm.models.diffusers_format import save_autoencoder
 from ldm.utils.bundle_file import is_bundle, write_bundle_manifest, write_bundle_weights
-from ldm.utils.checkpoint_file import select_prefix
 from ldm.utils.errors import UsageError
 from ldm.utils.files import TEMPORARY_SUFFIX
 
@@ -63,7 +62,7 @@ def write_bundle(
                     copies[name] = f"{name}{write(part, folder / name)}"
         others = {name: place for name, place in places.items() if name not in copies}
         payload = source.payload
-        weights = select_prefix(payload, "ema.module.")
+        weights = source.select_weights("ema.module.")
         write_bundle_weights(folder, weights, payload["ldm"]["config"])
         facts = {
             "stage": payload["ldm"]["stage"],
@@ -112,8 +111,8 @@ def write_autoencoder_copy(part: DictConfig, folder: Path) -> str:
     return ""
 
 
-def write_text_encoder_copy(part: DictConfig, folder: Path) -> str:
-    """As `write_autoencoder_copy`, of a text encoder of transformers."""
+def write_model_copy(part: DictConfig, folder: Path) -> str:
+    """As `write_autoencoder_copy`, of a model that writes itself."""
     instantiate(part).save(folder)
     return ""
 
@@ -134,8 +133,10 @@ def write_label_copy(part: DictConfig, folder: Path) -> str:
 # By the target of a component's configuration; others stay where they are.
 COMPONENT_WRITERS: dict[str, Callable[[DictConfig, Path], str]] = {
     "ldm.models.diffusers_format.make_autoencoder_kl": write_autoencoder_copy,
-    "ldm.models.text.clip.ClipTextEncoder": write_text_encoder_copy,
-    "ldm.models.text.t5.T5TextEncoder": write_text_encoder_copy,
+    "ldm.models.diffusers_autoencoder.DiffusersAutoencoder": write_model_copy,
+    "ldm.models.text.clip.ClipTextEncoder": write_model_copy,
+    "ldm.models.text.paired.PairedTextEncoder": write_model_copy,
+    "ldm.models.text.t5.T5TextEncoder": write_model_copy,
     "ldm.models.text.labels.LabelTextEncoder": write_label_copy,
     "ldm.models.style.ClipStyleEncoder": write_style_encoder_copy,
 }

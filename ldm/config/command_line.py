@@ -32,6 +32,7 @@ from ldm.experiments.former_names import is_own_target, update_override
 from ldm.experiments.new_directories import remove_new_directories
 from ldm.experiments.run_dir import get_launcher_layout, get_launcher_rank
 from ldm.utils.allocator import reuse_freed_memory
+from ldm.utils.deferred_import import defer_torchmetrics
 from ldm.utils.errors import UsageError, program_name
 from ldm.utils.files import read_text
 from ldm.utils.locks import InUseError
@@ -122,6 +123,7 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
     # Imports of torch and Lightning make no garbage, and collecting it takes a sixth of their time.
     gc.set_threshold(10_000, 20)
     reuse_freed_memory()
+    defer_torchmetrics()
     configure_output_encoding()
     if HELP_FLAGS & set(sys.argv):  # its reader may leave early, as `head` does
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -32,6 +32,7 @@ from ldm.config.ranges import (
     format_setting_value,
 )
 from ldm.config.reserved_settings import (
+    ADAMW_8BIT_TARGET,
     DENOISER_SETTINGS,
     NAMED_COMPONENT_GROUPS,
     RESERVED_SETTINGS,
@@ -50,7 +51,6 @@ from ldm.experiments.run_dir import FIXED_RUN_FILES
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_no_links, check_path_length
 
-ADAMW_8BIT_TARGET = "ldm.training.quantized_optimizer.AdamW8bit"
 LOGGER_PACKAGES = ("tensorboard", "mlflow")  # loggers of the same names
 NAMED_COMPONENT_PREFIXES = tuple(f"{group}." for group in NAMED_COMPONENT_GROUPS)
 
@@ -215,9 +215,11 @@ def check_added_hydra_settings(config: DictConfig) -> None:
 
 
 def check_optional_packages(settings: dict) -> None:
-    """Raises UsageError for a logger or an optimizer whose package is not installed."""
+    """Raises UsageError for a logger, an optimizer or LoRA whose package is not installed."""
     if settings["optimizer"]["_target_"] == ADAMW_8BIT_TARGET and find_spec("torchao") is None:
         raise UsageError("optimizer=adamw8bit needs a package: pip install torchao")
+    if settings["lora"]["rank"] and find_spec("peft") is None:
+        raise UsageError(f"lora.rank={settings['lora']['rank']} needs a package: pip install peft")
     for name in settings["logger"] or {}:
         if name in LOGGER_PACKAGES and find_spec(name) is None:
             raise UsageError(f"logger={name} needs a package: pip install {name}")

@@ -2,14 +2,13 @@
 
 import difflib
 import inspect
-import pydoc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 
 from ldm.config.composition import compose_default_config, list_option_words
 from ldm.config.ranges import OWN_TARGET_PREFIXES
 from ldm.config.reserved_settings import NAMED_COMPONENT_GROUPS
-from ldm.config.search_path import is_config_group
+from ldm.config.search_path import is_config_group, list_config_directories
 from ldm.utils.errors import UsageError, suggest_nearest
 
 # The groups of the components of a model.
@@ -54,6 +53,9 @@ SOMETIMES_PASSED = {
     "guidance": ("schedule", "x0_at_zero_output"),
     "logger": ("run_dir", "name", "overrides"),
 }
+
+# Empty settings of our options, which options of others that build on them pass to other classes.
+LATER_SETTINGS = {"model": ("checkpointing",)}
 
 BARE_INIT_MODULES = ("typing", "torch.nn.modules.module")
 OPEN_ENDED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -122,7 +124,10 @@ def takes_argument(found: Callable, name: str) -> bool:
 
 
 def list_replaced_settings(words: Sequence[str], config_name: str) -> dict[str, list[str]]:
-    """The settings of a group that `group._target_=mypackage.Class` leaves without a reader."""
+    """The settings of a group that `group._target_=mypackage.Class` leaves without a reader.
+
+    Of an option's own class: the `LATER_SETTINGS` that it inherits and does not take.
+    """
     typed = {word.lstrip("+~").partition("=")[0]: word.partition("=")[2] for word in words}
     targets = {key.removesuffix("._target_"): typed[key] for key in typed if "._target_" in key}
     targets = {
@@ -131,9 +136,19 @@ def list_replaced_settings(words: Sequence[str], config_name: str) -> dict[str, 
         if is_config_group(group) and not target.startswith(OWN_TARGET_PREFIXES)
     }
     options = list_option_words(words)
-    if not targets or any("," in word for word in (*targets.values(), *options)):
+    if not targets and len(list_config_directories()) == 1:  # nothing here is a user's own
+        return {}
+    if any("," in word for word in (*targets.values(), *options)):
         return {}
     default, replaced = compose_default_config(config_name, options), {}
+    for group, later in LATER_SETTINGS.items():
+        node = default.get(group) or {}
+        own = str(node.get("_target_", OWN_TARGET_PREFIXES[0]))
+        empty = [key for key in later if key in node and not node[key]]
+        if empty and group not in targets and not own.startswith(OWN_TARGET_PREFIXES):
+            found = import_component(own, group)
+            keys = [f"{group}.{key}" for key in empty if not takes_argument(found, key)]
+            replaced[own] = [key for key in keys if key not in typed]
     for group, target in targets.items():
         found = import_component(target, group)
         names = {each.name for each in list_parameters(found)}
@@ -176,6 +191,8 @@ def import_component(target: str, place: str) -> Callable:
             f"{what}: No module named '{target.partition('.')[0]}'. If it is yours, install it, or "
             "give PYTHONPATH=FOLDER, where it lies"
         )
+    import pydoc  # slow, and needed for classes of others alone
+
     try:
         found = pydoc.locate(target)
         near = difflib.get_close_matches(name, dir(pydoc.locate(module)), n=1)

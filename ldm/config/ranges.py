@@ -142,6 +142,9 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     ((ChoiceRule(PRECISIONS), NULL), "trainer.precision"),
     ((ChoiceRule(SAMPLING_DTYPES), NULL), "dtype"),
     (ChoiceRule(("trailing", "leading", "linspace", "karras", "logsnr", "ays")), "sampler.spacing"),
+    ((ChoiceRule(("euler", "dpm")), NULL), "sampler.grid"),
+    (ChoiceRule(("trailing", "leading", "linspace")), "sampler.ends"),
+    (ChoiceRule(("eps", "v")), "sampler.average"),
     (ChoiceRule(("flow", "edm", "x0")), "sampler.slope"),
     (ChoiceRule(("max", "nearest")), "task.mask_resize"),
     ((ChoiceRule(("ldm", "diffusers")), NULL), "backend"),
@@ -154,6 +157,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (ChoiceRule(("jpg", "png", "webp")), "format"),
     (ChoiceRule(("all", "train", "val", "unseen")), "prepare part"),
     (ChoiceRule(("copy", "reference")), "bundle frozen"),
+    (ChoiceRule(SAMPLING_DTYPES), "export dtype"),
     # Counts.
     (POSITIVE, "n, top, most, limit, phema.every, checkpoint.every, checkpoint.keep"),
     (POSITIVE, "data.count, data.val_count, data.window, data.group, data.family, data.val_limit"),
@@ -168,7 +172,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (STEPS, "batch, eval.batch, data.batch_size, data.val_batch_size"),
     ((STEPS, NULL), "sampler.original_steps"),
     (integers("[1, 10000]"), "frames, data.frames, samples_per_shard, hydra.n_jobs"),
-    (integers("[0, 1000]"), "previews, samples.n, data.workers"),
+    (integers("[0, 1000]"), "previews, samples.n, data.workers, sampler.offset"),
     (integers("[1, 1000]"), "workers, task.rounds"),
     (integers("[1, 100]"), "quality"),
     (integers("[1, 3]"), "sampler.order"),
@@ -186,6 +190,8 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (SEED, "seed"),
     (integers("[0, 4294967295]"), "train seed"),  # numpy's
     ((SEED, NULL), "hydra.seed"),
+    ((integers("[0, 65536]"), NULL), "lora.rank"),  # 0: none
+    ((NumberRule("(0, 1000000]"), NULL), "lora.alpha"),
     # Sizes of images and networks.
     (SIDE, "size, data.size, data.min_size, clip.patch_size"),
     ((SIDE, ListRule(SIDE, [2])), "sample size"),
@@ -209,6 +215,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     ),
     (integers("[1, 65536]"), "clip.max_length, model.channels, model.groups, model.embedding"),
     (integers("[1, 65536]"), "text_encoder.max_length"),
+    (integers("[-1024, -1]"), "text_encoder.layer"),  # counted from the last
     (integers("[0, 65536]"), "autoencoder.groups"),  # 0: no norm
     (integers("[2, 65536]"), "style_encoder.code"),
     (integers("[0, 1024]"), "classifier.positional_waves, model.positional_waves"),
@@ -235,6 +242,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (NumberRule("[0, 1000000]"), "sampler.churn, sampler.churn_noise"),
     (AMOUNT, "early_stop.min_delta, sampler.churn_min, sampler.churn_max"),
     ((AMOUNT, NULL), "trainer.gradient_clip_val"),
+    ((NumberRule("(0, 1000000]"), NULL), "sampler.timestep_scaling"),
     (NumberRule("(0, inf)"), "data.cache_gb, guidance.bound, sampler.clip, trainer.max_hours"),
     (NumberRule("[-1000, 1000]"), "scheduler.start, scheduler.end, scheduler.location"),
     (NumberRule("[-1000, 1000]"), "timestep_sampler.mean"),

@@ -13,13 +13,14 @@ from ldm.config.guidance import build_noisy_classifier
 from ldm.config.training_checks import check_captions_readable, check_has_captions, check_image_size
 from ldm.data.datamodule import TextImageData
 from ldm.training.callbacks.monitoring import SampleImages
-from ldm.training.modules.autoencoder import AutoencoderTraining
 from ldm.training.modules.classifier import ClassifierTraining
 from ldm.utils.images import make_image_grid
 
 
 def build_autoencoder_training(cfg: DictConfig, data: TextImageData, run_dir: Path):
     """AutoencoderTraining, with images that show originals above their reconstructions."""
+    from ldm.training.modules.autoencoder import AutoencoderTraining  # torchmetrics: seconds
+
     trained = instantiate(cfg.autoencoder)
     how = {"optimizer": instantiate(cfg.optimizer), "seed": cfg.seed, "rng": cfg.rng}
     module = AutoencoderTraining(trained, kl_weight=cfg.kl_weight, **how)

@@ -1,5 +1,6 @@
 """One training run in its directory: locked, checked against its beginning, trained or resumed."""
 
+import os
 import time
 from collections.abc import Iterable
 from contextlib import closing, nullcontext, suppress
@@ -10,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.config.adoption import adopt_published_groups
 from ldm.config.command_line import convert_to_usage_errors
 from ldm.config.composition import compose_default_config, list_task_words
-from ldm.experiments.former_names import FORMER_RNG, get_rng
+from ldm.config.reserved_settings import ADAMW_8BIT_TARGET
+from ldm.experiments.former_names import FORMER_RNG, get_rng, update_names
 from ldm.experiments.run_dir import (
     SWEEP_FILE,
     change_concerns,
@@ -26,6 +28,7 @@ from ldm.experiments.run_dir import (
 from ldm.utils.errors import UsageError, suggest_nearest
 from ldm.utils.files import write_text
 from ldm.utils.locks import lock_directory
+from ldm.utils.plain_yaml import parse_plain_mapping
 from ldm.utils.signals import StopSignals
 
 
@@ -76,9 +79,16 @@ def keep_former_precision(cfg: DictConfig, run_dir: Path) -> None:
 
 def read_former_settings(run_dir: Path) -> dict | None:
     """The configuration that a run with a checkpoint began with; None for any other run."""
-    if any((run_dir / "checkpoints").glob("step=*.ckpt")):
-        with suppress(ValueError, OSError):  # the check of all settings reports it
-            return read_yaml_settings(run_dir / "config.yaml") or None
+    file, folder = run_dir / "config.yaml", run_dir / "checkpoints"
+    if not any(folder.glob("step=*.ckpt")):
+        return None
+    if not os.path.lexists(file):  # it was lost, and the newest checkpoint has it as well
+        from ldm.utils.checkpoint_file import find_newest_checkpoint, read_unverified_checkpoint
+
+        payload = read_unverified_checkpoint(find_newest_checkpoint(folder))
+        return update_names(parse_plain_mapping(payload["ldm"].get("config", "{}")))
+    with suppress(ValueError, OSError):  # the check of all settings reports it
+        return read_yaml_settings(file) or None
     return None
 
 
@@ -98,6 +108,7 @@ def check_config_unchanged(cfg: DictConfig, run_dir: Path) -> None:
     old["rng"], new = get_rng(old), OmegaConf.to_container(cfg, resolve=True)
     default = compose_default_config("train", list_task_words())
     changes = list_config_changes(old, new, default)
+    check_optimizer_readable(changes, run_dir)
     changes = [change for change in changes if not change_concerns(change, cfg.resume.allow)]
     if changes:
         keys = ",".join(change.partition(" was ")[0] for change in changes)
@@ -106,6 +117,16 @@ def check_config_unchanged(cfg: DictConfig, run_dir: Path) -> None:
             "again to continue it, another name=... for a new run, or "
             f"resume.allow=[{keys}] to change them in this one"
         )
+
+
+def check_optimizer_readable(changes: Iterable[str], run_dir: Path) -> None:
+    """UsageError for a change from or to an optimizer whose moments no other optimizer reads."""
+    for change in changes:
+        if change.startswith("optimizer._target_ was ") and ADAMW_8BIT_TARGET in change:
+            raise UsageError(
+                f"{run_dir}: {change}, and neither reads the other's moments: give the optimizer "
+                f"that it began with, or init={run_dir} name=... for a new run with its weights"
+            )
 
 
 def build_interruptible_job(cfg: DictConfig, run_dir: Path, signals: StopSignals):

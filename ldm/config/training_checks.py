@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from ldm.config.config_check import ADAMW_8BIT_TARGET
-from ldm.config.reserved_settings import OUR_EVALUATIONS
+from ldm.config.reserved_settings import ADAMW_8BIT_TARGET, OUR_EVALUATIONS
 from ldm.config.sample_options import check_checkpoints_exist, get_compile_mode, list_guides
 from ldm.config.size_multiple import read_size_multiple
 from ldm.data.position_sampler import split_batch
@@ -29,6 +28,11 @@ def check_before_imports(cfg: DictConfig, run_dir: Path) -> None:
     check_image_size(cfg.data.size, read_size_multiple(cfg, stage=cfg.stage))
     check_frozen_paths(cfg)
     check_strategy(cfg)
+    if cfg.lora.rank and cfg.init is None:
+        raise UsageError(
+            f"lora.rank={cfg.lora.rank} trains adapters of a network that is trained already: give "
+            "init=RUN, a run of ours or a diffusers folder, or leave lora.rank out"
+        )
     devices, nodes = get_launcher_layout() or (cfg.trainer.devices, cfg.trainer.num_nodes)
     count = devices if isinstance(devices, int) and devices > 0 else 1  # or not known yet
     split_batch(cfg.data.batch_size, count * nodes, cfg.trainer.accumulate_grad_batches)
@@ -36,7 +40,14 @@ def check_before_imports(cfg: DictConfig, run_dir: Path) -> None:
 
 
 def check_frozen_paths(cfg: DictConfig) -> None:
-    """UsageError where a trained component that the denoiser needs is not given, or not there."""
+    """UsageError where a component cannot be trained, or a trained one is needed and not there."""
+    if cfg.stage == "autoencoder":
+        kind = str(cfg.autoencoder._target_).rpartition(".")[2]
+        if kind in ("IdentityAutoencoder", "DiffusersAutoencoder"):
+            raise UsageError(
+                f"stage=autoencoder trains an AutoencoderKL, and {kind} is none: take "
+                "autoencoder=tiny or autoencoder=sd, with autoencoder.path=null"
+            )
     if cfg.stage not in ("diffusion", "classifier"):
         return
     for name, experiment in (("autoencoder", "autoencoder_coco"), ("text_encoder", "clip_coco")):
@@ -57,6 +68,11 @@ def check_strategy(cfg: DictConfig) -> None:
     mode, is_sharded = get_compile_mode(cfg), "fsdp" in (cfg.strategy or {}).get("_target_", "")
     if is_sharded and cfg.optimizer._target_ == ADAMW_8BIT_TARGET:
         raise UsageError("strategy=fsdp shares out float32 moments alone: take optimizer=adamw")
+    if is_sharded and cfg.lora.rank:
+        raise UsageError(
+            f"lora.rank={cfg.lora.rank}: strategy=fsdp shares out weights that are trained, and "
+            "here they are frozen: take strategy=ddp"
+        )
     if mode is not None and cfg.stage != "diffusion":
         raise UsageError(
             f"compile={mode} is for the denoiser, and stage={cfg.stage} trains none: leave it out"

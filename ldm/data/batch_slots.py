@@ -9,6 +9,7 @@ import shutil
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -64,22 +65,31 @@ class BatchDataset(Dataset):
         """Makes the slots page-locked, so that a GPU copies them while the run goes on."""
         runtime, address = torch.cuda.cudart(), self.slots.data_ptr()
         self._is_pinned = int(runtime.cudaHostRegister(address, self.slots.nbytes, 0)) == 0
-        if self._is_pinned:
+        if not self._is_pinned:
+            with suppress(RuntimeError):  # a launch takes the error, else the next CUDA call does
+                torch.zeros(1, device="cuda")
+        else:
             weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
 
 
-def allocate_slots(dataset: TextImageDataset, *, batch: int, workers: int) -> Tensor | None:
-    """Returns slots for so many workers, or None without workers or enough shared memory."""
+def allocate_slots(
+    dataset: TextImageDataset, *, batch: int, workers: int, ranks: int = 1
+) -> Tensor | None:
+    """Returns slots for so many workers, or None without workers or enough shared memory.
+
+    ranks: the processes of this machine, each of which takes as much of its shared memory.
+    """
     shape = (workers, _SLOTS, batch, *dataset.image_shape)
     size = math.prod(shape)
     if not size:
         return None
-    if _SHARED_MEMORY.is_dir() and 2 * size > (free := shutil.disk_usage(_SHARED_MEMORY).free):
+    needed = 2 * size * ranks  # for training and validation
+    if _SHARED_MEMORY.is_dir() and needed > (free := shutil.disk_usage(_SHARED_MEMORY).free):
         _log.warning(
-            "%s has %d MiB free; %d workers that decode batches of %d images in place need twice "
-            "%d MiB, so they send copies, which is slower. Enlarge it (docker run --shm-size), or "
-            "lower data.workers",
-            *(_SHARED_MEMORY, free >> 20, workers, batch, -(-size >> 20)),
+            "%s has %d MiB free; %d workers that decode batches of %d images in place need %d MiB, "
+            "so they send copies, which is slower. Enlarge it (docker run --shm-size), or lower "
+            "data.workers",
+            *(_SHARED_MEMORY, free >> 20, workers * ranks, batch, -(-needed >> 20)),
         )
         return None
     if size >= 2**30:

@@ -168,7 +168,8 @@ class TextImageData(L.LightningDataModule):
         return self._make_loader(self.val_set, batches, batch=max(map(len, batches), default=0))
 
     def _make_loader(self, dataset: TextImageDataset, batches, *, batch: int) -> DataLoader:
-        slots = allocate_slots(dataset, batch=batch, workers=self.workers)
+        ranks = self.trainer.num_devices
+        slots = allocate_slots(dataset, batch=batch, workers=self.workers, ranks=ranks)
         return WholeBatchLoader(
             BatchDataset(dataset, slots),
             batch_sampler=batches,

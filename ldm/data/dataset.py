@@ -203,10 +203,6 @@ class TextImageDataset(Dataset):
         return captions[np.searchsorted(ends[:-1], bits / 2.0**64 * ends[-1], side="right")]
 
 
-def collate(items: list[TextImageItem]) -> Batch:
-    return join_items(items, torch.stack([item["images"] for item in items]))
-
-
 def join_items(items: list[TextImageItem], images: Tensor) -> Batch:
     """Returns samples as a batch with these images."""
     return Batch(

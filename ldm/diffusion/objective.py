@@ -119,11 +119,22 @@ class Objective(nn.Module):
         weight = self.weighting((alpha / sigma).square(), self.prediction.gain(alpha, sigma))
         return weight.to(torch.promote_types(t.dtype, torch.float32))
 
-    def predict_x0(self, net: Network, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """x0_hat (B, C, h, w) of x_t at t, () or (B,)."""
+    def predict_x0(
+        self,
+        net: Network,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Condition,
+        *,
+        timestep: Tensor | None = None,
+    ) -> Tensor:
+        """x0_hat (B, C, h, w) of x_t at t, () or (B,).
+
+        timestep: the network's input, where a sampler interpolates it, by default that of t.
+        """
         alpha, sigma = (part.to(x_t.dtype) for part in self.schedule(t))
-        timestep = self.schedule.timestep(t).to(x_t.dtype)
-        out = net(x_t, timestep, cond).to(x_t.dtype)
+        timestep = self.schedule.timestep(t) if timestep is None else timestep
+        out = net(x_t, timestep.to(x_t.dtype), cond).to(x_t.dtype)
         return self.prediction.to_x0(out, x_t, alpha, sigma)
 
     def x0_at_zero_output(self, x_t: Tensor, t: Tensor) -> Tensor:

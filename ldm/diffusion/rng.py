@@ -7,6 +7,7 @@ from its start, so that nothing has to be saved. Shapes: B images.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache, partial
 from hashlib import blake2b
 
@@ -26,22 +27,21 @@ MAX_HOST_WORDS = 2**19  # of a draw for a GPU: more are drawn on the GPU
 _DOUBLE_BITS = 53
 
 
+@dataclass(eq=False, repr=False)
 class ImageGenerators(ABC):
     """The random numbers of a batch's images for one use.
 
     Each method draws fresh numbers for the images, the first dimension of `shape`.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        positions: Iterable[int],
-        *,
-        stream: str,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.seed, self.positions, self.stream = seed, tuple(positions), stream
-        self.device = torch.device(device)
+    seed: int
+    positions: Iterable[int]
+    _: KW_ONLY
+    stream: str
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        self.positions, self.device = tuple(self.positions), torch.device(self.device)
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -112,16 +112,9 @@ class TorchGenerators(ImageGenerators):
 class PhiloxGenerators(ImageGenerators):
     """One counter-based generator for all images: a call draws a batch, the same on any device."""
 
-    def __init__(
-        self,
-        seed: int,
-        positions: Iterable[int],
-        *,
-        stream: str,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(seed, positions, stream=stream, device=device)
-        self.key = derive_philox_key(seed, stream)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.key = derive_philox_key(self.seed, self.stream)
         self.draws, self.rows = 0, 1
         # On the device before a graph is compiled or captured.
         self.indices = send_positions(self.positions, self.device)

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,22 @@ class Schedule(nn.Module):
             noisier = self.noise_to_signal_ratio(middle) > r
             low, high = torch.where(noisier, low, middle), torch.where(noisier, middle, high)
         return torch.where(r > 0, high, 0)
+
+    def round_index(self, index: Tensor) -> Tensor:
+        """The nearest points, counted from 0 at t = 0 to `steps` at t = 1."""
+        return index
+
+    def published_ends(self, start: float) -> tuple[float, float]:
+        """The times between which diffusers' `linspace` is even, from `start` on."""
+        return self.on_grid(torch.tensor(start, dtype=torch.float64)).item(), 1 / self.steps
+
+    def interpolate_ratio(self, t: Tensor) -> Tensor:
+        """r at `t` as diffusers has it: linear in t between the points of a table."""
+        return self.noise_to_signal_ratio(t)
+
+    def interpolate_timestep(self, t: Tensor, scale: Callable[[Tensor], Tensor]) -> Tensor:
+        """The network's input for `t`: on a table linear in scale(r) between its points."""
+        return self.timestep(t)
 
     def on_grid(self, t: Tensor) -> Tensor:
         """The nearest times at which the schedule is defined."""
@@ -106,6 +123,21 @@ class DiscreteSchedule(Schedule):
         # The small shift keeps a point of the table in place if it is rounded up.
         return (t * self.steps - 1e-3).ceil().clamp(1, self.steps) / self.steps
 
+    def round_index(self, index: Tensor) -> Tensor:
+        return index.round()
+
+    def interpolate_ratio(self, t: Tensor) -> Tensor:
+        below = self._point_below(t)
+        low, high = self._ratio_of_diffusers(below), self._ratio_of_diffusers(below + 1)
+        return low + (t * self.steps - below) * (high - low)
+
+    def interpolate_timestep(self, t: Tensor, scale: Callable[[Tensor], Tensor]) -> Tensor:
+        below = self._point_below(t)
+        here, low, high = (
+            scale(self._ratio_of_diffusers(point)) for point in (t * self.steps, below, below + 1)
+        )
+        return below - 1 + ((here - low) / (high - low)).clamp(0, 1)
+
     def on_grid(self, t: Tensor) -> Tensor:
         return (t * self.steps).round() / self.steps
 
@@ -114,6 +146,14 @@ class DiscreteSchedule(Schedule):
 
     def timestep(self, t: Tensor) -> Tensor:
         return t * self.steps - 1
+
+    def _point_below(self, t: Tensor) -> Tensor:
+        return (t * self.steps).floor().clamp(1, max(self.steps - 1, 1))
+
+    def _ratio_of_diffusers(self, point: Tensor) -> Tensor:
+        # Where no signal is left, diffusers takes alpha^2 = 2^-24.
+        r = self.noise_to_signal_ratio((point / self.steps).clamp(max=1))
+        return torch.where(r.isinf(), math.sqrt(2**24 - 1), r)
 
     def _at(self, t: Tensor) -> Tensor:
         position = t.double() * self.steps
@@ -148,6 +188,10 @@ class FlowSchedule(Schedule):
 
     def timestep(self, t: Tensor) -> Tensor:
         return self(t)[1] * self.steps
+
+    def published_ends(self, start: float) -> tuple[float, float]:
+        # The shift is applied twice to the last time (FlowMatchEulerDiscreteScheduler).
+        return start, self(torch.tensor(1 / self.steps, dtype=torch.float64))[1].item()
 
 
 class LaplaceSchedule(Schedule):
@@ -234,6 +278,18 @@ def sigmoid_alpha(
     alpha_bar = (curve - curve[-1]) / (curve[0] - curve[-1])
     betas = betas_for_alpha_bar(alpha_bar, max_beta)
     return DiscreteSchedule(betas, zero_terminal_snr=zero_terminal_snr)
+
+
+def trained_betas(
+    *, betas: Sequence[float] | None = None, zero_terminal_snr: bool = False
+) -> DiscreteSchedule:
+    """Betas as they are given, by diffusers' word for it; None: DDPM's."""
+    table = (
+        linspace_steps(1e-4, 0.02, 1000)
+        if betas is None
+        else torch.tensor([*betas], dtype=torch.float64)
+    )
+    return DiscreteSchedule(table, zero_terminal_snr=zero_terminal_snr)
 
 
 def linspace_steps(first: float, last: float, steps: int, *, more: int = 0) -> Tensor:

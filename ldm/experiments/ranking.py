@@ -18,6 +18,7 @@ from ldm.experiments.run_dir import (
     read_result,
     read_yaml_settings,
 )
+from ldm.utils.errors import UsageError
 from ldm.utils.locks import is_directory_locked
 from ldm.utils.text import escape_control_characters, format_csv_cell
 
@@ -99,7 +100,7 @@ def find_runs(places: Iterable[Path]) -> list[Path]:
         below = {p.parent for n in ("config.yaml", "result.json") for p in place.glob(f"**/{n}")}
         below = {p for p in below if p.name != ".hydra"}
         if not below:
-            raise FileNotFoundError(
+            raise UsageError(
                 f"'{place}' is neither a run nor a folder with runs: give directories that "
                 "train.py made, such as runs/my-sweep"
             )

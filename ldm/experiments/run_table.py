@@ -11,6 +11,7 @@ from ldm.experiments.ranking import (
     select_ranking_metrics,
     shorten_run_names,
 )
+from ldm.utils.errors import UsageError
 from ldm.utils.files import resolve_path
 
 
@@ -22,7 +23,7 @@ def read_runs(*places: str | PathLike[str]) -> list[dict]:
     a ranking, `directory` and `checkpoint`; None where a run has none.
     """
     if not places:
-        raise ValueError("ldm.read_runs: give folders with runs, such as runs/my-sweep")
+        raise UsageError("ldm.read_runs: give folders with runs, such as runs/my-sweep")
     folders = [resolve_path(Path(place)) for place in places]
     records = [read_run_record(path) for path in find_runs(folders)]
     differences = find_run_differences(records)

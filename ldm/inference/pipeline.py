@@ -102,7 +102,8 @@ class Pipeline:
             latents = self._empty_latents(len(seeds), size)
             image = self._prepare_image(image, len(seeds), size, smaller=task.scale)
             mask = self._prepare_image(mask, len(seeds), size)
-            request = Request(latents, image, mask, strength, invert, first_timestep)
+            scale = self.sampler.noise_scale(schedule, steps)
+            request = Request(latents, image, mask, strength, invert, first_timestep, scale)
             start = task.start(request, encode, schedule, noise=noise)
             style = self._encode_style(style, seeds)
             denoise = self._make_denoiser(prompts, negative, start.concat, style)
@@ -204,7 +205,9 @@ class Pipeline:
     def denoise(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """x0_hat (B, C, h, w) of x_t at t, () or (B,) on any device, without guidance."""
         denoiser, objective = self.components.denoiser, self.components.objective
-        return objective.predict_x0(denoiser, x_t, t.to(x_t.device, non_blocking=True), cond)
+        t = t.to(x_t.device, non_blocking=True)
+        timestep = self.sampler.network_timestep(objective.schedule, t)
+        return objective.predict_x0(denoiser, x_t, t, cond, timestep=timestep)
 
     def _make_denoiser(
         self,

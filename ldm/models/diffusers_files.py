@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm.utils.files import replace_file, write_text
+from ldm.utils.files import replace_file, resolve_path, write_text
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 # In this order: the weights, in parts, in half precision, and pickled.
@@ -17,9 +17,26 @@ DIFFUSERS_WEIGHT_FILES = (
     DIFFUSERS_WEIGHTS,
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.fp16.safetensors",
-    "diffusion_pytorch_model.fp16.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors.index.fp16.json",
     "diffusion_pytorch_model.bin",
 )
+
+
+def locate_diffusers_folder(path: str) -> Path:
+    """Returns a folder or file that is here, or the local copy of a model of the hub."""
+    location = resolve_path(path)
+    if location.exists():
+        return location
+    from huggingface_hub import snapshot_download  # slow to import
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["config.json", "*.safetensors"]))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"no autoencoder at '{path}': it is neither here nor to be had from huggingface.co "
+            f"({type(error).__name__}). It is a folder with config.json and {DIFFUSERS_WEIGHTS}, "
+            "or for autoencoder=tiny and autoencoder=sd a run of stage=autoencoder"
+        ) from error
 
 
 def find_diffusers_weights(path: Path | str) -> Path:
@@ -55,7 +72,13 @@ def read_diffusers_weights(file: Path) -> dict[str, Tensor]:
         parts = [read_diffusers_weights(file.with_name(name)) for name in sorted(names)]
         return {name: tensor for part in parts for name, tensor in part.items()}
     if file.suffix != ".safetensors":
-        return torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # of many types
+            raise ValueError(
+                f"{file} is damaged, or holds code in place of weights: it was not opened "
+                f"({type(error).__name__})"
+            ) from error
     try:
         return load_file(file)
     except SafetensorError as error:

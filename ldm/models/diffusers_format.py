@@ -9,6 +9,7 @@ from torch import Tensor
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusers_files import (
     find_diffusers_weights,
+    locate_diffusers_folder,
     read_diffusers_config,
     read_diffusers_weights,
     write_diffusers_folder,
@@ -147,20 +148,5 @@ def make_autoencoder_kl(
         state = checkpoint_file.select_prefix(payload, "autoencoder.")
         load_module_state(autoencoder, state, what=f"autoencoder.path={path}")
     else:
-        folder = location if location.exists() else download_autoencoder_files(path)
-        load_autoencoder(autoencoder, folder)
+        load_autoencoder(autoencoder, locate_diffusers_folder(path))
     return autoencoder
-
-
-def download_autoencoder_files(name: str) -> Path:
-    """Returns the local copy of a model of the Hugging Face hub."""
-    from huggingface_hub import snapshot_download  # slow to import
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors"]))
-    except Exception as error:
-        raise FileNotFoundError(
-            f"no autoencoder at '{name}': it is neither here nor to be had from huggingface.co "
-            f"({type(error).__name__}). It is a run of stage=autoencoder, or a folder with "
-            "config.json and diffusion_pytorch_model.safetensors"
-        ) from error

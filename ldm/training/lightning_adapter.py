@@ -146,9 +146,11 @@ def end_processes(processes: list[subprocess.Popen]) -> None:
 
 
 def replace_gradient_clipping(
-    trainer: L.Trainer, measure_norm: Callable[[Optimizer], Tensor]
+    trainer: L.Trainer, measure_norm: Callable[[Optimizer, list[Tensor]], Tensor]
 ) -> None:
     """Has Lightning clip by the norm that `measure_norm` returns, instead of by one of its own.
+
+    measure_norm: gets the optimizer and its weights.
 
     `configure_gradient_clipping` of the module, which is called before each optimizer step, after
     the callbacks: a hook of the module alone, so that a callback has to replace it.
@@ -159,12 +161,12 @@ def replace_gradient_clipping(
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        norm = measure_norm(optimizer)
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        norm = measure_norm(optimizer, weights)
         if gradient_clip_algorithm == "value":
             how = {"gradient_clip_algorithm": gradient_clip_algorithm}
             trainer.lightning_module.clip_gradients(optimizer, gradient_clip_val, **how)
         elif gradient_clip_val:
-            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
             clip_grads_with_norm_(weights, gradient_clip_val, norm)
 
     trainer.lightning_module.configure_gradient_clipping = clip

@@ -75,7 +75,7 @@ class StepClock:
 
 def find_peak_tflops(device: torch.device, precision: str) -> float | None:
     """Returns the dense peak of a device in a precision of Lightning's; None for one not known."""
-    if device.type != "cuda":
+    if device.type != "cuda" or "64" in precision:
         return None
     name = torch.cuda.get_device_name(device)
     found = (peaks for part, peaks in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name))

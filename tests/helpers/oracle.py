@@ -6,6 +6,8 @@ modules call torch and numpy: it is their code that runs.
 """
 
 import sys
+import types
+from importlib import import_module
 
 import torch
 
@@ -108,3 +110,47 @@ def assert_same(mine, their, tolerance=1e-7):
     assert len(mine) == len(their)
     for i, (a, b) in enumerate(zip(mine, their, strict=True)):
         assert ((a - b).abs().max() / b.abs().max().clamp(min=1)) < tolerance, f"step {i}"
+
+
+def sample_theirs(scheduler, steps, *, noise_sampler=None, **options):
+    """As a pipeline of diffusers does, from the same noise as `sample_ours`."""
+    scheduler.set_timesteps(steps)
+    if noise_sampler is not None:
+        scheduler.noise_sampler = noise_sampler
+    x = start() * getattr(scheduler, "init_noise_sigma", 1.0)
+    for k in scheduler.timesteps:
+        scaled = x
+        if hasattr(scheduler, "scale_model_input"):
+            scaled = scheduler.scale_model_input(x, k)
+        x = scheduler.step(network(scaled, k), k, x, **options).prev_sample
+    return x
+
+
+def sample_ours(sampler, schedule, kind, steps, *, noise=None):
+    """As `Pipeline` does."""
+    prediction, x = Prediction(kind), start()
+
+    def denoise(x_t, t):
+        out = network(x_t, sampler.network_timestep(schedule, t))
+        return prediction.to_x0(out, x_t, *schedule(t))
+
+    times = sampler.timesteps(schedule, steps)
+    x = sampler.noise_scale(schedule, steps) * x
+    return sampler(denoise, x, schedule, times, noise=noise)
+
+
+def assert_close(mine, their, tolerance=1e-9):
+    assert mine.isfinite().all()
+    assert ((mine - their).abs().max() / their.abs().max()).item() < tolerance
+
+
+def draw_noise():
+    numbers = torch.Generator().manual_seed(5)
+    return lambda x: torch.randn(x.shape, generator=numbers, dtype=x.dtype)
+
+
+def import_sde_scheduler(monkeypatch):
+    """diffusers' class, whose module wants torchsde for a noise that is not used here."""
+    monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
+    module = import_module("diffusers.schedulers.scheduling_dpmsolver_sde")
+    return module.DPMSolverSDEScheduler

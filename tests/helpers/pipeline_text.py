@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ldm.models.clip import train_tokenizer
+
 LENGTH = 12
 # What published config.json files say: the end token 2 stands for the largest id (transformers).
 END = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
@@ -28,13 +30,14 @@ def write_text_encoder(
     tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
 
 
-def write_sdxl_text(folder: Path, tokenizer: CLIPTokenizer) -> Path:
+def write_sdxl_text(folder: Path, tokenizer: CLIPTokenizer | None = None, *, seed: int = 0) -> Path:
     """Writes the text part of a small SDXL: `tokenizer_2` is in the layout of before 2023."""
-    write_text_encoder(folder, tokenizer)
+    tokenizer = tokenizer or train_tokenizer(["a red heart above a blue star!"], vocab_size=540)
+    write_text_encoder(folder, tokenizer, seed=seed)
     write_text_encoder(
         folder,
         tokenizer,
-        seed=1,
+        seed=seed + 1,
         suffix="_2",
         hidden_size=24,
         num_hidden_layers=4,

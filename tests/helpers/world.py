@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from ldm.data.datamodule import TextImageData
-from ldm.data.dataset import Batch, collate
+from ldm.data.dataset import Batch
 from ldm.data.shards.reader import write_shard
 from ldm.diffusion.guidance.cfg import ClassifierFreeGuidance
 from ldm.diffusion.objective import Objective
@@ -72,7 +72,7 @@ def shapes_data(
 
 def val_batch(data: TextImageData, indices: Sequence[int]) -> Batch:
     """Validation samples as a module gets them."""
-    return data.on_after_batch_transfer(collate([data.val_set[i, i] for i in indices]), 0)
+    return data.on_after_batch_transfer(data.val_set.read_batch([(i, i) for i in indices]), 0)
 
 
 def objective() -> Objective:

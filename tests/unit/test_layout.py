@@ -12,21 +12,23 @@ ROOT = Path(__file__).parents[2]
 # A room imports from the rooms before it in this table, and from itself (docs/design.md).
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
-    "utils": 1815,
-    "diffusion": 2990,
+    "utils": 1905,
+    "diffusion": 3345,
     "models": 4275,
     "data": 4380,
     "inference": 860,
     "evaluation": 3110,
     "experiments": 2140,
     "training": 3700,
-    "config": 4970,
+    "config": 6530,
     "cli": 1850,
 }
 ROOMS = tuple(ROOM_LINES)
 FILES = [*ROOT.glob("ldm/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]
 FILES = [*sorted(FILES), ROOT / "train.py", ROOT / "sample.py"]
 LIGHTNING = {"ldm.data.datamodule", "ldm.training", "ldm.config"}
+# Where it is installed: pipelines that are measured, and foreign autoencoders.
+DIFFUSERS = {"ldm.evaluation.external", "ldm.models.diffusers_autoencoder"}
 HYDRA = {"ldm.config", "ldm.cli", "hydra_plugins"}
 OUTSIDE = len(ROOMS)  # the rank of the scripts and of hydra_plugins
 
@@ -77,8 +79,8 @@ def test_imports_go_down(name, tree):
             assert inside(name, HYDRA), f"{name} must not know Hydra"
         if imported.startswith("hydra.utils"):
             assert inside(name, {"ldm.config"}), "only ldm/config instantiates"
-        if name != "ldm.evaluation.external":  # which measures them, where it is installed
-            assert package != "diffusers", "diffusers is for tests"
+        if package == "diffusers":
+            assert name in DIFFUSERS, "diffusers is for tests"
 
 
 @pytest.mark.parametrize(("name", "tree"), modules(), ids=lambda x: x if isinstance(x, str) else "")

@@ -22,7 +22,12 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.guidance.base import Denoise
-from ldm.diffusion.samplers.spacing import SPACINGS, space_timesteps
+from ldm.diffusion.samplers.spacing import (
+    LINEAR_SPACINGS,
+    check_spacing,
+    find_network_timestep,
+    space_timesteps,
+)
 from ldm.diffusion.schedules import Schedule, expand_dims_like
 
 Noise = Callable[[Tensor], Tensor]  # like torch.randn_like
@@ -91,18 +96,22 @@ def check_eta(eta: float) -> None:
 class Sampler(ABC):
     """The common part of samplers: the timesteps, the bounds of x0_hat, the report of each step.
 
-    spacing: a name of SPACINGS. clip: x0_hat is clamped to [-clip, clip] (Ho et al. 2020).
-    quantile: dynamic thresholding; an image's bound is that quantile of its |x0_hat| if that is
-    above `clip`, and the result is scaled to [-clip, clip] (Saharia et al. 2022, Imagen, 2.3).
+    spacing, offset, set_alpha_to_one, grid, ends: see `space_timesteps`. clip: x0_hat is clamped to
+    [-clip, clip] (Ho et al. 2020). quantile: dynamic thresholding; an image's bound is that
+    quantile of its |x0_hat| if that is above `clip`, and the result is scaled to [-clip, clip]
+    (Saharia et al. 2022, Imagen, 2.3).
     """
 
     spacing: str = "trailing"
+    offset: int = 0
+    set_alpha_to_one: bool = True
+    grid: str | None = None
+    ends: str = "linspace"
     clip: float | None = None
     quantile: float | None = None
 
     def __post_init__(self) -> None:
-        if self.spacing not in SPACINGS:
-            raise ValueError(f"spacing '{self.spacing}' is none of {', '.join(SPACINGS)}")
+        check_spacing(self.spacing, offset=self.offset, grid=self.grid, ends=self.ends)
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip must be above 0, or null for no bound, not {self.clip}")
         if self.quantile is not None and (self.clip is None or not 0 < self.quantile <= 1):
@@ -113,7 +122,29 @@ class Sampler(ABC):
 
     def timesteps(self, schedule: Schedule, steps: int, *, start: float = 1.0) -> Tensor:
         """The times (steps + 1,), in float64 on the CPU, falling from `start` to 0."""
-        return space_timesteps(schedule, steps, start=start, spacing=self.spacing)
+        return space_timesteps(
+            schedule,
+            steps,
+            start=start,
+            spacing=self.spacing,
+            offset=self.offset,
+            set_alpha_to_one=self.set_alpha_to_one,
+            grid=self.grid,
+            ends=self.ends,
+        )
+
+    def network_timestep(self, schedule: Schedule, t: Tensor) -> Tensor:
+        """The network's input at `t`, which diffusers' grids round or interpolate."""
+        return find_network_timestep(schedule, t, spacing=self.spacing, grid=self.grid)
+
+    def noise_scale(self, schedule: Schedule, steps: int) -> float:
+        """The standard deviation of the noise from which sampling starts."""
+        even = self.spacing if self.spacing in LINEAR_SPACINGS else self.ends
+        if self.grid != "euler" or even == "leading":
+            return 1.0
+        # diffusers multiplies the noise by the first r and divides by sqrt(1 + r^2).
+        ((_, sigma),) = compute_noise_levels(schedule, self.timesteps(schedule, steps)[:1])
+        return sigma
 
     def for_single_step(self, steps: int) -> "Sampler":
         """The sampler that takes one of `steps` steps on its own."""
@@ -132,7 +163,7 @@ class Sampler(ABC):
     ) -> Tensor:
         """x0 from x (B, C, h, w) at timesteps[0]; `timesteps` fall, usually to 0.
 
-        `noise` is called at most once per step. `on_step` gets each x0_hat.
+        `noise` is called at most twice per step. `on_step` gets each x0_hat.
         """
 
         def estimate(x_t: Tensor, t: Tensor) -> Tensor:

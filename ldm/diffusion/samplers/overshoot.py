@@ -21,11 +21,11 @@ def measure_overshoot(
     for bound in ("clip", "quantile"):
         object.__setattr__(sampler, bound, None)
     timesteps = sampler.timesteps(schedule, steps, start=start)
-    x = torch.zeros(steps + 1, 1, 1, 1, dtype=torch.float64)
+    draws = iter(range(1, 2 * steps + 1))
+    x = torch.zeros(2 * steps + 1, 1, 1, 1, dtype=torch.float64)
     alpha, sigma = schedule(timesteps[0])
     # From t = 1 sampling starts with noise alone, otherwise with a noisy image.
     x[0] = 1.0 if start == 1 else ((alpha * DATA_STD).square() + sigma.square()).sqrt()
-    draws = iter(range(1, steps + 1))
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = schedule(t)

@@ -25,6 +25,7 @@ class Request:
     strength: float = 1.0  # the time at which sampling starts; at 1 nothing of the image is left
     invert: Invert | None = None  # by the model (DDIM inversion)
     first_timestep: Callable[[float], float] = float  # strength -> the sampler's first time
+    noise_scale: float = 1.0  # standard deviation of pure noise, of the sampler
 
 
 @dataclass(frozen=True)

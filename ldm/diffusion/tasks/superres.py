@@ -94,7 +94,7 @@ class SuperResolution(Task):
         ones = x0.new_ones(len(x0))
         concat = add_noise_channels(x0, noise(x0), self.noise_level * ones, self.scale * ones)
         return Start(
-            x=noise(request.latents),
+            x=request.noise_scale * noise(request.latents),
             t=1.0,
             concat=concat,
             to_latents=lambda residual: x0 + self.residual_std * residual,

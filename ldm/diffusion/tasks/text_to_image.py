@@ -16,4 +16,4 @@ class TextToImage(Task):
                 "task=text2img takes no image, mask or strength: task=img2img, inpaint_projected, "
                 "inpaint and superres do"
             )
-        return Start(x=noise(request.latents), t=1.0)
+        return Start(x=request.noise_scale * noise(request.latents), t=1.0)

@@ -60,7 +60,7 @@ class TextToVideo(Task):
     def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
         if request.mask is not None or request.strength != 1:
             raise ValueError("task=video takes a prompt and image=FILE for its first frame alone")
-        x = noise(request.latents)  # (B, C, F, h, w)
+        x = request.noise_scale * noise(request.latents)  # (B, C, F, h, w)
         if request.image is None:
             first, absent = torch.zeros_like(x[:, :, 0]), torch.zeros(len(x), device=x.device)
             return Start(x=x, t=1.0, concat=first_frame_channels(first, absent, like=x))

@@ -93,9 +93,10 @@ class NonFiniteStepSkipper(L.Callback):
         loss.register_hook(lambda gradient: torch.where(finite, gradient, torch.nan))
         self.losses.append(loss.detach())
 
-    def measure_norm(self, module: L.LightningModule, optimizer: Optimizer) -> Tensor:
+    def measure_norm(
+        self, module: L.LightningModule, optimizer: Optimizer, weights: list[Tensor]
+    ) -> Tensor:
         """Returns the norm () of all gradients; has the step skipped where it is not finite."""
-        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         norm = get_total_norm([w.grad for w in weights if w.grad is not None])
         whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
         module.skipped = (~whole.isfinite()).float()

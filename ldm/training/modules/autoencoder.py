@@ -9,8 +9,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from ldm.diffusion.rng import make_generators
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.training.randomness import make_batch_generators
 
 
 class AutoencoderTraining(L.LightningModule):
@@ -45,8 +45,7 @@ class AutoencoderTraining(L.LightningModule):
     def reconstruct(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
         """Returns loss (B,), reconstructions (B, 3, H, W) and unscaled latents z (B, C, h, w)."""
         images = batch["images"]
-        positions, how = batch["position"], {"device": self.device, "rng": self.rng}
-        generators = make_generators(self.seed, positions, stream="posterior", **how)
+        generators = make_batch_generators(self, batch, "posterior")
         mean, logvar = self.autoencoder.posterior(images)  # (B, C, h, w)
         z = self.autoencoder.sample_posterior(mean, logvar, generator=generators)
         restored = self.autoencoder.decode_unscaled(z)  # (B, 3, H, W)

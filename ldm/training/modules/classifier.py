@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from ldm.diffusion.rng import ImageGenerators, make_generators, rand, randn
+from ldm.diffusion.rng import rand, randn
 from ldm.diffusion.schedules import expand_dims_like
 from ldm.models.noisy_classifier import NoisyClassifier
+from ldm.training.randomness import make_batch_generators
 from ldm.training.step_clock import StepClock
 from ldm.utils.transfer import send
 
@@ -56,7 +57,7 @@ class ClassifierTraining(L.LightningModule):
         x0, pooled = self.encode(batch)
         if self.clock is not None:
             self.clock.mark("encoders")
-        t = rand(len(x0), self.make_generators(batch, "time"), device=x0.device)
+        t = rand(len(x0), make_batch_generators(self, batch, "time"), device=x0.device)
         images = self.encode_noisy_latents(x0, t, self.draw_noise(batch, "noise", x0))
         return self.loss(images, pooled, batch["captions"])
 
@@ -64,12 +65,13 @@ class ClassifierTraining(L.LightningModule):
     def encode(self, batch: dict) -> tuple[Tensor, Tensor]:
         """Returns latents (B, C, h, w) of a batch, and the pooled states of its captions."""
         autoencoder, text = self.frozen
-        x0 = autoencoder.encode(batch["images"], generator=self.make_generators(batch, "posterior"))
+        generators = make_batch_generators(self, batch, "posterior")
+        x0 = autoencoder.encode(batch["images"], generator=generators)
         return x0, text(batch["captions"]).pooled
 
     def draw_noise(self, batch: dict, stream: str, x0: Tensor) -> Tensor:
         """Returns normal noise in the shape of x0 (B, C, h, w)."""
-        generators = self.make_generators(batch, stream)
+        generators = make_batch_generators(self, batch, stream)
         return randn(x0.shape, generators, device=x0.device, dtype=x0.dtype)
 
     def encode_noisy_latents(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ class ClassifierTraining(L.LightningModule):
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         x0, pooled = self.encode(batch)
         eps = self.draw_noise(batch, "val noise", x0)
-        within = rand(len(x0), self.make_generators(batch, "val time"), device=x0.device)
+        within = rand(len(x0), make_batch_generators(self, batch, "val time"), device=x0.device)
         for band in range(NUM_RECALL_BANDS):
             images = self.encode_noisy_latents(x0, (band + within) / NUM_RECALL_BANDS, eps)
             loss = self.loss(images, pooled, batch["captions"])
@@ -118,11 +120,6 @@ class ClassifierTraining(L.LightningModule):
             self.log(f"val/{name}", metric, prog_bar=name == "loss")
         whole = "accuracy" if self.classifier.has_names else "recall_at_1"
         self.log(f"val/{whole}", self.val_accuracy, prog_bar=True)
-
-    def make_generators(self, batch: dict, stream: str) -> ImageGenerators:
-        """Returns the images' generators for one stream of random numbers."""
-        how = {"device": self.device, "rng": self.rng}
-        return make_generators(self.seed, batch["position"], stream=stream, **how)
 
     def on_fit_start(self) -> None:
         for part in self.frozen:

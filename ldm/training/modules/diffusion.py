@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from ldm.diffusion.conditioning import Condition
-from ldm.diffusion.rng import ImageGenerators, make_generators, rand, randn
+from ldm.diffusion.rng import rand, randn
 from ldm.inference.components import Components
 from ldm.training.ema import EMA
 from ldm.training.power_ema import PowerEMA
+from ldm.training.randomness import make_batch_generators
 from ldm.training.step_clock import StepClock, count_forward_flops
 from ldm.utils.transfer import send
 
@@ -68,7 +69,8 @@ class LatentDiffusion(L.LightningModule):
         x0, cond = self.encode(batch)
         if self.clock is not None:
             self.clock.mark("encoders")
-        noise, shape_noise = self.make_generators(batch, "noise"), self.components.task.shape_noise
+        noise = make_batch_generators(self, batch, "noise")
+        shape_noise = self.components.task.shape_noise
         return self.objective.loss(
             self.denoiser, x0, cond, generator=noise, shape_noise=shape_noise
         ).mean()
@@ -77,7 +79,8 @@ class LatentDiffusion(L.LightningModule):
     def count_flops(self, batch: dict) -> int:
         """Returns the FLOPs of a training step on a batch, without optimizer and averages.
 
-        A backward pass is counted as twice its forward pass; with checkpointing, it is still that.
+        A backward pass is counted as twice its forward pass, and as once where weights are frozen;
+        with checkpointing, it is still that.
         """
         from torch.utils.flop_counter import FlopCounterMode  # imports the compiler
 
@@ -87,18 +90,20 @@ class LatentDiffusion(L.LightningModule):
             x0, cond = self.encode(batch)
         self.captions, self.cut = captions
         t = torch.zeros(len(x0), device=x0.device)
-        return encoders.get_total_flops() + 3 * count_forward_flops(self.ema.module, x0, t, cond)
+        passes = 3 if all(weight.requires_grad for weight in self.denoiser.parameters()) else 2
+        forward = count_forward_flops(self.ema.module, x0, t, cond)
+        return encoders.get_total_flops() + passes * forward
 
     @torch.no_grad()
     def encode(self, batch: dict, *, training: bool = True) -> tuple[Tensor, Condition]:
         """Returns target latents (B, C, h, w) and Condition; training: with dropped conditions."""
         encode, task = self.components.autoencoder.encode, self.components.task
         style, captions = self.encode_style(batch, training=training)
-        x0 = encode(batch["images"], generator=self.make_generators(batch, "posterior"))
+        x0 = encode(batch["images"], generator=make_batch_generators(self, batch, "posterior"))
         cond = self.encode_text(captions)
         if training:
             cond = self.drop_conditions(batch, cond)
-        generators = self.make_generators(batch, "task")
+        generators = make_batch_generators(self, batch, "task")
         x0, concat = task.training_pair(x0, batch["images"], encode, generator=generators)
         return x0, replace(cond, style=style, concat=concat)
 
@@ -119,7 +124,7 @@ class LatentDiffusion(L.LightningModule):
         encoder, captions = self.components.style_encoder, batch["captions"]
         if encoder is None:
             return None, captions
-        generators = self.make_generators(batch, "style", device="cpu")
+        generators = make_batch_generators(self, batch, "style", device="cpu")
         style = encoder(batch["images"], generators, training=training)
         if training:
             has_style = self.draw_shares(batch, "style dropout") >= encoder.dropout
@@ -137,11 +142,10 @@ class LatentDiffusion(L.LightningModule):
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         x0, cond = self.encode(batch, training=False)
-        eps = randn(
-            x0.shape, self.make_generators(batch, "val noise"), device=x0.device, dtype=x0.dtype
-        )
+        noise = make_batch_generators(self, batch, "val noise")
+        eps = randn(x0.shape, noise, device=x0.device, dtype=x0.dtype)
         eps = self.components.task.shape_noise(eps)
-        within = rand(len(x0), self.make_generators(batch, "val time"), device=x0.device)
+        within = rand(len(x0), make_batch_generators(self, batch, "val time"), device=x0.device)
         for band in range(NUM_LOSS_BANDS):
             t = (band + within) / NUM_LOSS_BANDS
             self._validate(self.ema.module, "", band, x0, cond, t, eps)
@@ -159,15 +163,9 @@ class LatentDiffusion(L.LightningModule):
         for name, metric in self.val_losses.items():
             self.log(f"val/{name}", metric, prog_bar=name == "loss")
 
-    def make_generators(self, batch: dict, stream: str, *, device=None) -> ImageGenerators:
-        """Returns the images' generators for one stream of random numbers."""
-        device = self.device if device is None else device
-        positions = batch["position"]
-        return make_generators(self.seed, positions, stream=stream, device=device, rng=self.rng)
-
     def draw_shares(self, batch: dict, stream: str) -> Tensor:
         """Returns one uniform number (B,) per image, on the CPU."""
-        return rand(len(batch["images"]), self.make_generators(batch, stream, device="cpu"))
+        return rand(len(batch["images"]), make_batch_generators(self, batch, stream, device="cpu"))
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
         # Here and not in a hook after the batch: checkpoints are saved before those.

@@ -11,6 +11,7 @@ import torch
 import yaml
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from pipeline_text import write_sdxl_text
 from safetensors.torch import load_file, save
 from shell import run
 from tiny_t5 import save_tiny_t5
@@ -279,12 +280,20 @@ def write_t5(folder: Path) -> dict:
     return {"_target_": "ldm.models.text.t5.T5TextEncoder", "path": str(path), "max_length": 8}
 
 
+def write_pair(folder: Path) -> dict:
+    path = write_sdxl_text(folder / "pipeline")
+    return {"_target_": "ldm.models.text.paired.PairedTextEncoder", "path": str(path)}
+
+
 CLIP = {"_target_": "ldm.models.text.clip.ClipTextEncoder", "path": "packaged:clip"}
 FROZEN = {
     "labels": write_labels,
     "autoencoder": write_autoencoder,
     "t5": write_t5,
     "clip": lambda folder: CLIP,
+    "skipped clip": lambda folder: {**CLIP, "layer": -2, "norm": False},
+    "projected clip": lambda folder: {**CLIP, "pooled": True, "projected": True},
+    "pair": write_pair,
     "whitened clip": lambda folder: {**CLIP, "pooled": True},
     "style": lambda folder: {**CLIP, "_target_": "ldm.models.style.ClipStyleEncoder"},
 }

@@ -188,6 +188,16 @@ def test_any_model_fits_any_autoencoder(model, autoencoder):
     assert net.conv_out.out_channels == encoder.channels
 
 
+def test_sizes_of_pictures_are_in_pixels_of_the_autoencoder():
+    words = ["+model.size_embedding=8", "model.heads=[2,4]", "+model.depth=[1,2]"]
+    cfg = train("model=nano", "autoencoder=tiny", "autoencoder.path=null", *words)
+    with torch.device("meta"):
+        encoder = instantiate(cfg.autoencoder)
+        net = build_denoiser(cfg, encoder, Text(), None, instantiate(cfg.task))
+    assert net.size_factor == encoder.factor == 8
+    assert (net.heads, net.depth) == ((2, 4), (1, 2))
+
+
 def test_base_is_stable_diffusions_shape():
     cfg = train("model=base", "autoencoder=sd", "autoencoder.path=null")
     text = Text()
@@ -208,12 +218,15 @@ def test_trainers_choose_their_strategy(option):
 
 @pytest.mark.parametrize("option", [p.stem for p in LEAVES if p.parent.name == "sampler"])
 def test_all_samplers_take_the_same_bounds_and_grids(option):
-    asked = ["spacing=karras", "clip=1.5", "quantile=0.99"]
+    asked = ["spacing=karras", "clip=1.5", "quantile=0.99", "grid=euler", "ends=leading"]
+    asked += ["offset=1"]
     cfg = compose("sample", [f"sampler={option}", *(f"sampler.{each}" for each in asked)])
     built = instantiate(cfg.sampler)
     assert (built.spacing, built.clip, built.quantile) == ("karras", 1.5, 0.99)
+    assert (built.grid, built.ends, built.offset) == ("euler", "leading", 1)
     plain = instantiate(compose("sample", [f"sampler={option}"]).sampler)
     assert (plain.spacing, plain.clip, plain.quantile) == ("trailing", None, None)
+    assert (plain.grid, plain.offset, plain.set_alpha_to_one) == (None, 0, True)
 
 
 @pytest.mark.parametrize("option", ["cfg", "interval", "apg", "compose", "style"])

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.config.registry import validate_file_config
 from ldm.config.search_path import CONF_DIR
 from ldm.config.train_run import check_config_unchanged, keep_former_rng
-from ldm.utils.checkpoint_file import CheckpointError
+from ldm.utils.checkpoint_file import CheckpointError, write_checkpoint
 from ldm.utils.errors import UsageError
 
 
@@ -19,7 +19,7 @@ def settings(*words: str) -> DictConfig:
         return compose("train", overrides=["name=x", *words])
 
 
-def begun(folder: Path, *, saved: bool = True, without: str = "", **changes: str) -> Path:
+def begun(folder: Path, *, saved: bool = True, without: str = "", **changes: object) -> Path:
     """A run that began with other settings than today's."""
     config = OmegaConf.to_container(settings(), resolve=True) | changes
     config.pop(without, None)
@@ -55,6 +55,26 @@ def test_a_run_of_before_without_a_checkpoint_begins_anew(tmp_path):
     run, cfg = begun(tmp_path, saved=False, without="rng"), settings()
     keep_former_rng(cfg, run)
     assert cfg.rng == "philox"
+
+
+def test_a_run_that_lost_its_config_keeps_that_of_its_checkpoint(tmp_path):
+    run, cfg = begun(tmp_path, saved=False, rng="torch"), settings()
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").unlink()
+    payload = {"ldm": {"config": text}, "state_dict": {}}
+    write_checkpoint(payload, run / "checkpoints" / "step=00000001.ckpt")
+    keep_former_rng(cfg, run)
+    assert cfg.rng == "torch"
+
+
+@pytest.mark.parametrize("words", [("adamw", "adamw8bit"), ("adamw8bit", "adamw")])
+def test_moments_of_8_bits_are_for_their_optimizer_alone(tmp_path, words):
+    before, now = (OmegaConf.to_container(settings(f"optimizer={w}").optimizer) for w in words)
+    run = begun(tmp_path, optimizer=before)
+    cfg = settings("resume.allow=[optimizer]")
+    cfg.optimizer = now
+    with pytest.raises(UsageError, match=r"neither reads the other's moments: .* init=.* name="):
+        check_config_unchanged(cfg, run)
 
 
 def test_a_run_of_today_keeps_philox(tmp_path, capsys):

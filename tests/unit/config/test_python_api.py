@@ -279,5 +279,5 @@ def test_runs_are_rows_of_plain_values(home):
         assert row["value"] == pytest.approx(row["val/loss"])
         assert Path(row["checkpoint"]).is_file()
     assert ldm.read_runs("runs/pair/cosine")[0]["run"] == "cosine"
-    with pytest.raises(FileNotFoundError, match="neither a run nor a folder with runs"):
+    with pytest.raises(ldm.UsageError, match="neither a run nor a folder with runs"):
         ldm.read_runs("gone")

@@ -17,7 +17,8 @@ from ldm.config.config_check import check_config
 from ldm.config.ranges import SETTING_RANGES, find_setting_rule, format_invalid_value
 from ldm.diffusion.predictions import PREDICTIONS
 from ldm.diffusion.samplers.edm import SLOPES
-from ldm.diffusion.samplers.spacing import SPACINGS
+from ldm.diffusion.samplers.pndm import AVERAGES
+from ldm.diffusion.samplers.spacing import GRIDS, LINEAR_SPACINGS, SPACINGS
 from ldm.diffusion.timesteps import SPREADS
 from ldm.utils.errors import UsageError
 
@@ -30,6 +31,8 @@ NULL_MEANS = {
     "dtype": "as trained, and float32 on a CPU",
     "decode_tile": "whole",
     "sampler.original_steps": "any time",
+    "sampler.grid": "ours",
+    "sampler.timestep_scaling": "x0_hat as it is",
     "trainer.gradient_clip_val": "no bound",
     "trainer.precision": "float32",
     "hydra.devices": "a fair share",
@@ -47,6 +50,7 @@ HUGE_MEANS = {  # 1e30
 }
 NEGATIVE_MEANS = {  # -1
     "trainer.devices": "all",
+    "text_encoder.layer": "the last",
     **dict.fromkeys(
         ("cascade_guidance_scale", "guidance.scale", "guidance.style_scale"), "away from it"
     ),
@@ -97,6 +101,9 @@ def test_every_number_of_every_file_has_a_range_in_which_it_lies():
 def test_words_are_those_of_the_classes():
     for key, words in (
         ("sampler.spacing", SPACINGS),
+        ("sampler.grid", GRIDS),
+        ("sampler.ends", LINEAR_SPACINGS),
+        ("sampler.average", AVERAGES),
         ("sampler.slope", SLOPES),
         ("timestep_sampler.spread", SPREADS),
         ("objective.kind", PREDICTIONS),
@@ -216,6 +223,7 @@ def test_classes_from_elsewhere_have_no_ranges():
         (["data=shards", "data.train=gone", "data.val=gone"], "no shards at gone: `python -m ldm"),
         (["trainer.devices=5"], "data.batch_size=32 is the batch of an optimizer step: it must be"),
         (["autoencoder.path=null"], "autoencoder.path is needed: a trained autoencoder"),
+        (["stage=autoencoder", "autoencoder=diffusers"], "and DiffusersAutoencoder is none: take"),
         (["text_encoder.path=runs/gone"], "text_encoder.path=runs/gone: there is no such run"),
         (["-m", "scheduler=cosine,linear", "stage=foo"], "stage=foo must be one of"),
         (["guidance=7"], "guidance=7 is no option of guidance: guidance.scale=7 sets"),

@@ -15,6 +15,7 @@ from ldm.config.sample_options import (
     check_output_fits_run,
     check_sample_options,
     list_cascade_runs,
+    print_to_stderr,
 )
 from ldm.config.suggestions import format_unknown_setting
 from ldm.utils.errors import UsageError
@@ -163,3 +164,10 @@ def test_size_and_suffix_are_refused_by_the_settings_of_the_run(tmp_path):
     for damaged in ("[", "data: 3", "data: {}\nautoencoder: 3", "x: " + "[" * 99):
         tmp_path.joinpath("config.yaml").write_text(damaged)
         check_output_fits_run(str(tmp_path), size=40, out="a.gif")
+
+
+def test_one_process_prints_a_note(monkeypatch, capsys):
+    print_to_stderr("of the first")
+    monkeypatch.setenv("RANK", "1")
+    print_to_stderr("of the second")
+    assert capsys.readouterr().err == "of the first\n"

@@ -183,6 +183,22 @@ def test_a_class_on_the_command_line_leaves_out_what_it_does_not_take():
         assert list_replaced_settings(["scheduler=cosine", "name=x"], "train") == {}
 
 
+def test_a_class_of_an_option_is_not_given_a_later_setting_of_ours(tmp_path, monkeypatch):
+    (tmp_path / "own_net.py").write_text("def make_net(channels, multipliers, **sizes): ...\n")
+    (tmp_path / "old_net.py").write_text("def make_net(channels, multipliers): ...\n")
+    (tmp_path / "model").mkdir()
+    for name in ("own", "old"):
+        text = f"defaults: [tiny]\n_target_: {name}_net.make_net\n"
+        (tmp_path / "model" / f"{name}.yaml").write_text(text)
+    flag = f"--config-dir={tmp_path}"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", flag])
+    left = {"old_net.make_net": ["model.checkpointing"]}
+    assert list_replaced_settings([flag, "model=old"], "train") == left
+    for words in (["model=own"], ["model=old", "model.checkpointing=all"], ["model=tiny"]):
+        assert list_replaced_settings([flag, *words], "train") == {}
+
+
 def test_a_setting_of_such_a_class_is_added(monkeypatch):
     words = ["train.py", f"scheduler._target_={SINE}", "scheduler.power=2"]
     monkeypatch.setattr(sys, "argv", words)

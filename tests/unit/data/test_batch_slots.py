@@ -55,7 +55,7 @@ def loaders(folder: str, *, workers: int, steps: int = 12, **options) -> tuple:
         **{"on_error": "skip", **options},
     )
     data.trainer = SimpleNamespace(
-        world_size=1, accumulate_grad_batches=1, global_rank=0, max_steps=steps
+        world_size=1, num_devices=1, accumulate_grad_batches=1, global_rank=0, max_steps=steps
     )
     return data.train_dataloader(), data.val_dataloader()
 
@@ -130,9 +130,19 @@ def test_little_shared_memory_is_said_and_does_without(folder, monkeypatch, capl
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
     with caplog.at_level(logging.WARNING):
         train, _ = loaders(folder, workers=2)
-    assert "2 workers that decode batches of 4 images in place need twice 1 MiB" in caplog.text
+    assert "2 workers that decode batches of 4 images in place need 1 MiB" in caplog.text
     assert train.loader.dataset.slots is None
     assert_same(list(islice(train, 6)), expected)
+
+
+def test_every_process_of_a_machine_needs_its_share(folder, monkeypatch, caplog):
+    data = TextImageDataset(ShardReader(folder), size=SIZE, seed=0, train=False, on_error="skip")
+    size = allocate_slots(data, batch=BATCH, workers=1).nbytes
+    free = SimpleNamespace(free=4 * size)  # for training and validation of two processes
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    assert allocate_slots(data, batch=BATCH, workers=1, ranks=2) is not None
+    assert allocate_slots(data, batch=BATCH, workers=1, ranks=3) is None
+    assert "3 workers that decode batches" in caplog.text
 
 
 def test_a_killed_worker_is_an_error(folder):
@@ -161,6 +171,17 @@ def test_slots_are_copied_to_a_gpu_while_the_run_goes_on(folder):
         found.append(batch["images"].to("cuda", non_blocking=True))
     for images, batch in zip(found, expected, strict=True):
         assert torch.equal(images.cpu(), batch["images"])
+
+
+@pytest.mark.gpu
+def test_slots_that_are_pinned_already_leave_no_error(folder):
+    data = TextImageDataset(ShardReader(folder), size=SIZE, seed=0, train=False, on_error="skip")
+    slots = allocate_slots(data, batch=BATCH, workers=1)
+    first, second = BatchDataset(data, slots), BatchDataset(data, slots)
+    first._pin()
+    second._pin()
+    assert (first._is_pinned, second._is_pinned) == (True, False)
+    assert torch.ones(2, device="cuda").sum().item() == 2
 
 
 def test_whole_batches_need_no_workers(folder):

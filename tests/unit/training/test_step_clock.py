@@ -111,6 +111,7 @@ def test_a_network_whose_operations_cannot_be_counted_is_trained(tiny_text, shap
     [
         ("NVIDIA H200", "bf16-mixed", 989),
         ("NVIDIA H200", "32-true", 494),
+        ("NVIDIA H200", "64-true", None),
         ("NVIDIA H100 PCIe", "bf16-mixed", 756),
         ("NVIDIA H100 80GB HBM3", "16-mixed", 989),
         ("NVIDIA A100-SXM4-80GB", "bf16-mixed", 312),

@@ -261,3 +261,16 @@ def test_a_projection_of_no_pooled_state_is_refused(sd1):
 def test_a_projection_that_the_folder_lacks_is_refused(sd1):
     with pytest.raises(ValueError, match=r"parameters are missing .* text_projection.weight"):
         ClipTextEncoder(str(sd1), pooled=True, projected=True)
+
+
+def test_a_pipeline_on_the_hub_is_named_by_its_owner_and_name(sdxl, tmp_path, monkeypatch):
+    """From the hub's cache, as no test has a network."""
+    place = tmp_path / "models--team--xl"
+    shutil.copytree(sdxl, place / "snapshots" / ("0" * 40))
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found = PairedTextEncoder("team/xl")
+    assert hash_module(found) == hash_module(PairedTextEncoder(str(sdxl)))
+    assert ClipTextEncoder("team/xl/text_encoder_2").tokenize.tokenizer.pad_token == "!"

@@ -1,0 +1,173 @@
+"""Samplers of diffusers' schedulers: the settings of ours with which the latents are theirs."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from ldm.config.scheduler_defaults import SchedulerValues
+from ldm.config.search_path import CONF_DIR
+
+BOUNDS = (
+    *("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio"),
+    "sample_max_value",
+)
+UNBOUNDED = 1e6  # no x0_hat is as large
+
+
+def load_option(group: str, name: str, **changes: object) -> dict:
+    """An option of conf/ as plain values, with other values of some keys."""
+    node = OmegaConf.to_container(OmegaConf.load(Path(CONF_DIR, group, f"{name}.yaml")))
+    return {**node, **changes}
+
+
+def read_even_spacing(values: SchedulerValues) -> dict:
+    """`spacing` and its `offset`, which diffusers reads for `leading` alone."""
+    spacing, offset = values.pop("timestep_spacing"), values.pop("steps_offset")
+    return {"spacing": spacing, "offset": offset if spacing == "leading" else 0}
+
+
+def read_bounds(values: SchedulerValues) -> dict:
+    """`clip` and `quantile`; sample_max_value, the bound's own bound, leaves a clip if it is 1."""
+    given = values.given
+    for key in BOUNDS:
+        values.values.pop(key, None)
+    if given.get("thresholding"):
+        most = given["sample_max_value"]
+        if 1 < most < UNBOUNDED:
+            raise ValueError(
+                f"{values.name}: we cannot hold thresholding with sample_max_value={most}"
+            )
+        quantile = given["dynamic_thresholding_ratio"] if most > 1 else None
+        return {"clip": min(1.0, most), "quantile": quantile}
+    return {"clip": given["clip_sample_range"]} if given.get("clip_sample") else {}
+
+
+def read_ddim(values: SchedulerValues, kind: str) -> dict:
+    """The sampler of DDIMScheduler, which has the eta of the pipeline's call: 0."""
+    bounds = read_bounds(values)
+    if bounds:
+        warnings.warn(
+            "diffusers' DDIM clips x0 but keeps the network's noise, and ours keeps neither: where "
+            "something is clipped, the latents differ",
+            stacklevel=4,
+        )
+    grid = {**read_even_spacing(values), "set_alpha_to_one": values.pop("set_alpha_to_one")}
+    warn_of_uneven_steps(values.name, grid["spacing"])
+    return load_option("sampler", "ddim", **grid, **bounds)
+
+
+def read_ddpm(values: SchedulerValues, kind: str) -> dict:
+    """The sampler of DDPMScheduler."""
+    values.pop("variance_type", ["fixed_small", "fixed_small_log"])
+    grid = read_even_spacing(values)
+    warn_of_uneven_steps(values.name, grid["spacing"])
+    return load_option("sampler", "ddpm", **grid, **read_bounds(values))
+
+
+def read_pndm(values: SchedulerValues, kind: str) -> dict:
+    """The sampler of PNDMScheduler without Runge-Kutta steps."""
+    if not values.pop("skip_prk_steps"):
+        raise ValueError(f"{values.name}: we cannot hold skip_prk_steps=False (Runge-Kutta steps)")
+    if kind == "x0":
+        raise ValueError(f"{values.name} cannot hold prediction_type='sample', in diffusers either")
+    grid = {**read_even_spacing(values), "set_alpha_to_one": values.pop("set_alpha_to_one")}
+    warn_of_uneven_steps(values.name, grid["spacing"])
+    return load_option("sampler", "pndm", average=kind, **grid)
+
+
+def warn_of_uneven_steps(name: str, spacing: str) -> None:
+    """A warning where diffusers steps to another time than the one it goes on from."""
+    if spacing != "leading":
+        warnings.warn(
+            f"each step of diffusers' {name} is 1000 // steps long, and with "
+            f"timestep_spacing={spacing} the next one may begin elsewhere: ours ends where the "
+            "next begins, so that latents differ unless steps divides 1000 and spacing is trailing",
+            stacklevel=5,
+        )
+
+
+def read_lcm(values: SchedulerValues, kind: str) -> dict:
+    """The sampler of LCMScheduler, which has times of its own."""
+    for key in ("timestep_spacing", "steps_offset", "set_alpha_to_one"):
+        values.pop(key)
+    return load_option(
+        "sampler",
+        "lcm",
+        original_steps=values.pop("original_inference_steps"),
+        timestep_scaling=values.pop("timestep_scaling"),
+        **read_bounds(values),
+    )
+
+
+def read_euler_family(option: str) -> Callable[[SchedulerValues, str], dict]:
+    """Returns the reader of a scheduler that counts in sigma, as k-diffusion does."""
+
+    def read(values: SchedulerValues, kind: str) -> dict:
+        grid = {"grid": "euler", **read_even_spacing(values)}
+        for key, spacing in (("karras", "karras"), ("exponential", "logsnr")):
+            if values.values.get(f"use_{key}_sigmas"):
+                values.pop(f"use_{key}_sigmas")
+                grid |= {"ends": grid["spacing"], "spacing": spacing}
+        if option == "heun":
+            grid["slope"] = "edm"
+        if kind == "x0" and option in ("euler_ancestral", "dpmpp_sde"):
+            raise ValueError(f"{values.name} cannot hold prediction_type='sample', in diffusers")
+        return load_option("sampler", option, **grid, **read_bounds(values))
+
+    return read
+
+
+def read_dpm_grid(values: SchedulerValues, whole_table: Mapping[str, str]) -> dict:
+    """The grid of DPM-Solver and UniPC; whole_table: keys for spacings of their own."""
+    grid = {"grid": "dpm", **read_even_spacing(values)}
+    for key, spacing in whole_table.items():
+        if values.values.get(key):
+            values.pop(key)
+            grid |= {"spacing": spacing, "offset": 0}
+    for key in ("flow_shift", "time_shift_type"):
+        values.pop(key)  # of use_flow_sigmas and use_dynamic_shifting
+    return grid
+
+
+def read_dpm(values: SchedulerValues, kind: str) -> dict:
+    """The sampler of DPMSolverMultistepScheduler of order 1 or 2."""
+    whole_table = {"use_lu_lambdas": "logsnr"}
+    if values.given["beta_schedule"] != "squaredcos_cap_v2":
+        whole_table["use_karras_sigmas"] = "karras"  # else they cut timesteps off
+    grid = read_dpm_grid(values, whole_table)
+    algorithm = values.pop("algorithm_type", ["dpmsolver++", "sde-dpmsolver++"])
+    option = "dpmpp_2m_sde" if algorithm.startswith("sde") else "dpmpp_2m"
+    order = values.pop("solver_order", [1, 2])
+    values.pop("solver_type", ["midpoint", "logrho", "bh1", "bh2"] if order == 2 else None)
+    values.pop("variance_type", [None, "fixed_small", "fixed_small_log", "fixed_large"])
+    # The last step is of order 1 here, and to no noise in diffusers too.
+    euler_at_end, _ = values.pop("euler_at_final"), values.pop("lower_order_final")
+    ends = ["zero", "sigma_min"] if euler_at_end or order == 1 else ["zero"]
+    grid["set_alpha_to_one"] = values.pop("final_sigmas_type", ends) == "zero"
+    return load_option("sampler", option, order=order, **grid, **read_bounds(values))
+
+
+def read_unipc(values: SchedulerValues, kind: str) -> dict:
+    """The sampler of UniPCMultistepScheduler."""
+    grid = read_dpm_grid(values, {"use_karras_sigmas": "karras"})
+    values.pop("solver_type", ["bh2", "midpoint", "heun", "logrho"])
+    ends = ["zero"] if grid["spacing"] == "karras" else ["zero", "sigma_min"]
+    grid["set_alpha_to_one"] = values.pop("final_sigmas_type", ends) == "zero"
+    order = values.pop("solver_order", [1, 2, 3])
+    return load_option("sampler", "unipc", order=order, **grid, **read_bounds(values))
+
+
+SAMPLER_READERS: Mapping[str, Callable[[SchedulerValues, str], dict]] = {
+    "DDIMScheduler": read_ddim,
+    "DDPMScheduler": read_ddpm,
+    "PNDMScheduler": read_pndm,
+    "LCMScheduler": read_lcm,
+    "EulerDiscreteScheduler": read_euler_family("euler"),
+    "EulerAncestralDiscreteScheduler": read_euler_family("euler_ancestral"),
+    "HeunDiscreteScheduler": read_euler_family("heun"),
+    "DPMSolverSDEScheduler": read_euler_family("dpmpp_sde"),
+    "DPMSolverMultistepScheduler": read_dpm,
+    "UniPCMultistepScheduler": read_unipc,
+}

@@ -15,7 +15,7 @@ ROOM_LINES = {
     "utils": 1970,
     "diffusion": 3345,
     "models": 4715,
-    "data": 4380,
+    "data": 4385,
     "inference": 860,
     "evaluation": 3115,
     "experiments": 2140,

@@ -60,7 +60,7 @@ def load_pipeline(cfg: DictConfig, ckpt: str, locations: dict[str, str | None]) 
         from ldm.models.lora_file import add_lora_file
 
         for path, weight in files:
-            add_lora_file(components.denoiser, path, weight=weight)
+            add_lora_file(components.denoiser, components.text_encoder, path, weight=weight)
     components.to(device)
     if (mode := get_compile_mode(cfg)) is not None:
         from ldm.models.compilation import compile_network  # the compiler takes a second to import

@@ -79,10 +79,11 @@ def read_published_settings(folder: Path, kind: str) -> dict:
 
     `data` and `trainer` hold what sizes and types a model, as in the configuration of a run.
     """
-    from ldm.config.diffusers_scheduler import read_scheduler_config
+    from ldm.config.diffusers_scheduler import change_as_pipeline, read_scheduler_config
     from ldm.models.diffusers_format import read_autoencoder_settings, read_unet_settings
 
     unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     settings = read_unet_settings(unet)
     sizes = {key: settings.pop(key) for key in ("in_channels", "out_channels")}
     for key in ("context_dim", "pooled_dim"):  # the text encoder decides them
@@ -100,7 +101,9 @@ def read_published_settings(folder: Path, kind: str) -> dict:
         "autoencoder": autoencoder,
         "text_encoder": make_text_encoder_node(folder, kind),
         "model": {"_target_": "ldm.models.unet.UNet", **settings},
-        **read_scheduler_config(read_json(folder / "scheduler" / "scheduler_config.json")),
+        **read_scheduler_config(
+            scheduler if kind == STABLE_DIFFUSION_XL else change_as_pipeline(scheduler)
+        ),
         **TRAINING_NODES,
         "task": make_task_node(**sizes),
         "data": {"size": side * factor, "batch_size": 1, "frames": None},

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping
 
 from ldm.config.published_samplers import UNBOUNDED, load_option
+from ldm.diffusion.samplers.spacing import LINEAR_SPACINGS
 
 # The class of a sampler, and the option of conf/ that has its defaults.
 SAMPLER_OPTIONS = {
@@ -84,7 +85,7 @@ def choose_scheduler_class(target: str, settings: Mapping, *, zero_snr: bool) ->
     if grid == "euler":
         return ("EulerAncestralDiscreteScheduler" if eta else "EulerDiscreteScheduler"), {}
     is_trailing = grid is None and settings["spacing"] == "trailing"
-    if grid == "dpm" or (is_trailing and not zero_snr):  # see grid=ddim
+    if grid == "dpm" or (is_trailing and not zero_snr and not eta):  # see grid=ddim
         return DPM, export_dpm(1, eta)
     return ("DDPMScheduler" if eta else "DDIMScheduler"), {}
 
@@ -103,6 +104,7 @@ def export_grid(name: str, settings: Mapping) -> dict:
     own = "euler" if is_euler else "dpm" if is_dpm else "ddim"
     # On these grids ours has the same times, but for DDIM if steps do not divide the table.
     same = ("leading",) if is_euler else ("trailing",) if is_dpm else ("leading", "trailing")
+    same = LINEAR_SPACINGS if name == "DDPMScheduler" else same
     if name == "LCMScheduler":
         return {}
     if spacing == "ays" or (own == "ddim" and spacing in EULER_SPACINGS):
@@ -110,12 +112,13 @@ def export_grid(name: str, settings: Mapping) -> dict:
             f"diffusers' {name} cannot hold {format_sampler_words(settings)}: take "
             "sampler.spacing=leading or trailing"
         )
-    if grid != own and not (grid is None and spacing in same):
+    if (grid != own or name == "DDPMScheduler") and not (grid is None and spacing in same):
+        own = "null" if name == "DDPMScheduler" else own
         raise ValueError(
             f"diffusers' {name} has other times than {format_sampler_words(settings)}: take "
             f"sampler.grid={own}"
         )
-    if (own, grid, spacing) == ("ddim", None, "trailing"):
+    if (own, grid, spacing) == ("ddim", None, "trailing") and name != "DDPMScheduler":
         remedy = "spacing=leading" if name == "PNDMScheduler" else "grid=ddim"
         warnings.warn(
             f"diffusers' {name} gives the same only if steps divide 1000 (10, 20, 25, 40, 50): "

@@ -61,7 +61,7 @@ def read_ddim(values: SchedulerValues, kind: str) -> dict:
 def read_ddpm(values: SchedulerValues, kind: str) -> dict:
     """The sampler of DDPMScheduler."""
     values.pop("variance_type", ["fixed_small", "fixed_small_log"])
-    grid = read_ddim_grid(values)
+    grid = read_even_spacing(values)
     return load_option("sampler", "ddpm", **grid, **read_bounds(values))
 
 
@@ -83,7 +83,7 @@ def read_pndm(values: SchedulerValues, kind: str) -> dict:
 
 
 def read_ddim_grid(values: SchedulerValues) -> dict:
-    """The times of DDIM and DDPM, whose steps are equally long with any spacing."""
+    """The times of DDIM, whose steps are equally long with any spacing."""
     grid = read_even_spacing(values)
     return grid if grid["spacing"] == "leading" else {**grid, "grid": "ddim"}
 

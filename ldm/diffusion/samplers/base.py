@@ -117,7 +117,7 @@ class Sampler(ABC):
     def __post_init__(self) -> None:
         check_spacing(self.spacing, offset=self.offset, grid=self.grid, ends=self.ends)
         if self.grid == "ddim" and not self.steps_alike:
-            raise ValueError("sampler.grid=ddim is for sampler=ddim and ddpm")
+            raise ValueError("sampler.grid=ddim is for sampler=ddim")
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip must be above 0, or null for no bound, not {self.clip}")
         if self.quantile is not None and (self.clip is None or not 0 < self.quantile <= 1):

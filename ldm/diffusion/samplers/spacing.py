@@ -17,7 +17,7 @@ SPACING_TRANSFORMS = {
 }
 SPACINGS = (*LINEAR_SPACINGS, *SPACING_TRANSFORMS)
 # Where diffusers' schedulers of a family differ from the times above:
-# ddim (DDIM, DDPM): each step is floor(table / steps) long, wherever the next one begins.
+# ddim (DDIM): each step is floor(table / steps) long, wherever the next one begins.
 # euler (Euler, Euler ancestral, Heun, DPM SDE): `linspace` is not rounded to the table, and r is
 #   linear in between; `karras` and `logsnr` go from the first time of `ends` to its last.
 # dpm (DPM-Solver multistep, UniPC): `leading` and `linspace` are those of one step more, without

@@ -163,6 +163,7 @@ def measure_lengths(
     """Measures each length, draws the curve, stores the best average."""
     from ldm.config.evaluation import build_evaluation_source
     from ldm.utils.checkpoint_file import load_module_state
+    from ldm.utils.lora_weights import merge_adapters
 
     cfg = OmegaConf.merge({"raw": False}, cfg)
     options = {**options, "ckpt": str(run.path), "images": None, "keep": None}
@@ -176,7 +177,8 @@ def measure_lengths(
         measuring = source
         if length is not None:
             state, facts = run.average(length)
-            load_module_state(source.network, state, what=str(run.path))
+            weights = merge_adapters(state, run.payload["ldm"])
+            load_module_state(source.network, weights, what=str(run.path))
             facts["digest"] = hash_module(source.network)
             measuring = replace(
                 source, facts=lambda cfg, facts=facts: describe_average(source.facts(cfg), facts)

@@ -14,7 +14,6 @@ from ldm.config.suggestions import set_optuna_defaults
 from ldm.config.train_run import train_run
 from ldm.experiments.launchers.local import die_with_parent
 from ldm.experiments.run_dir import get_launcher_layout, get_launcher_rank
-from ldm.experiments.sweep import report_sweep
 from ldm.utils.signals import StopSignals
 
 
@@ -34,6 +33,8 @@ def main() -> None:
     prepare_command_line("train")
     set_optuna_defaults()
     run_command(train_command, "train")
+    from ldm.experiments.sweep import report_sweep  # a typo need not wait for it
+
     sys.exit(report_sweep())
 
 

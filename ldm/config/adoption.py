@@ -4,11 +4,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.config.composition import compose_default_config, list_option_words, list_task_words
+from ldm.config.composition import compose_default_config, list_task_words
 from ldm.config.original_files import is_of_model, is_original, locate_original
+from ldm.config.own_components import check_setting_names
 from ldm.config.published import is_published, open_published
+from ldm.config.search_path import CONF_DIR
 from ldm.config.suggestions import suggest_overrides
 from ldm.experiments.run_dir import get_launcher_rank, read_yaml_settings
 from ldm.utils.files import resolve_path
@@ -43,33 +46,46 @@ def adopt_published_sampler(
 def adopt_published_groups(cfg: DictConfig, run_dir: Path) -> str | None:
     """Gives a training the components of the published model of `init`; returns a line about it.
 
-    A group that the command line or an experiment chooses stays, and so do single settings. A
-    run that is resumed gets the components that it began with, without the folder.
+    A group whose option the command line or an experiment chooses stays, and so do single settings.
+    A run that is resumed gets the components that it began with, without the folder.
     """
     if cfg.init is None or cfg.stage != "diffusion":
         return None
-    words, former = list_task_words(), None
+    source = None
     if any((run_dir / "checkpoints").glob("step=*.ckpt")):
-        former = read_former_components(run_dir, cfg.init)
-    if former is None and not is_published(cfg.init):
+        source = read_former_components(run_dir, cfg.init)
+    if source is None and is_published(cfg.init):
+        source = open_published(cfg.init, name="init").config
+    if source is None:
         return None
-    chosen = list_option_words(words)
-    usual, composed = (compose_default_config("train", each) for each in ((), chosen))
-    named = [
+    words, usual = list_task_words(), compose_default_config("train", ())
+    chosen = list_chosen_groups(words)
+    for group in set(ADOPTED_GROUPS) - set(chosen):
+        own = OmegaConf.to_container(cfg[group])
+        keys = {key.partition(".")[2] for key in list_group_words(words, group)}
+        keys |= {key for key in own if own[key] != usual[group].get(key, ...)}
+        node = OmegaConf.create(OmegaConf.to_container(source[group]))
+        check_setting_names([key.partition(".")[0] for key in keys], group, node._target_, node)
+        for key in keys:
+            OmegaConf.update(node, key, OmegaConf.select(cfg[group], key), force_add=True)
+        cfg[group] = node
+    adopted = ", ".join(group for group in ADOPTED_GROUPS if group not in chosen)
+    more = f"; {', '.join(chosen)} from the command" if chosen else ""
+    return f"init={cfg.init}: {adopted or 'no settings'} from there{more}"
+
+
+def list_chosen_groups(words: Sequence[str]) -> list[str]:
+    """The groups whose option the command line or an experiment chooses."""
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    defaults = OmegaConf.load(Path(CONF_DIR, "train.yaml")).defaults
+    usual = {key: each[key] for each in defaults if OmegaConf.is_dict(each) for key in each}
+    typed = list_group_keys(words)
+    return [
         group
         for group in ADOPTED_GROUPS
-        if composed[group] != usual[group] or any(word.startswith(f"{group}=") for word in chosen)
+        if choices.get(group, usual[group]) != usual[group]
+        or not {group, f"{group}._target_"}.isdisjoint(typed)
     ]
-    adopted = [group for group in ADOPTED_GROUPS if group not in named]
-    source = former or open_published(cfg.init, name="init").config
-    for group in adopted:
-        keys = [key for key in list_group_words(words, group) if key != group]
-        single = {key: OmegaConf.select(cfg, key) for key in keys}
-        cfg[group] = OmegaConf.create(OmegaConf.to_container(source[group]))
-        for key, value in single.items():
-            OmegaConf.update(cfg, key, value, force_add=True)
-    others = f"; {', '.join(named)} from the command" if named else ""
-    return f"init={cfg.init}: {', '.join(adopted) or 'nothing'} from there{others}"
 
 
 def read_former_components(run_dir: Path, init: str) -> DictConfig | None:
@@ -90,5 +106,9 @@ def read_former_components(run_dir: Path, init: str) -> DictConfig | None:
 
 def list_group_words(words: Sequence[str], group: str) -> list[str]:
     """The keys of the command line that say anything of a group."""
-    keys = [word.lstrip("+~").partition("=")[0].partition("@")[0] for word in words]
-    return [key for key in keys if key.partition(".")[0] == group]
+    return [key for key in list_group_keys(words) if key.partition(".")[0] == group]
+
+
+def list_group_keys(words: Sequence[str]) -> list[str]:
+    """The keys of the words of a command line."""
+    return [word.lstrip("+~").partition("=")[0].partition("@")[0] for word in words]

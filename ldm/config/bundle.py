@@ -25,7 +25,6 @@ from ldm.experiments.model_card import ModelFacts, write_model_card
 from ldm.models.clip import Clip
 from ldm.models.diffusers_format import save_autoencoder
 from ldm.utils.bundle_file import is_bundle, write_bundle_manifest, write_bundle_weights
-from ldm.utils.checkpoint_file import select_prefix
 from ldm.utils.errors import UsageError
 from ldm.utils.files import TEMPORARY_SUFFIX
 
@@ -63,7 +62,7 @@ def write_bundle(
                     copies[name] = f"{name}{write(part, folder / name)}"
         others = {name: place for name, place in places.items() if name not in copies}
         payload = source.payload
-        weights = select_prefix(payload, "ema.module.")
+        weights = source.select_weights("ema.module.")
         write_bundle_weights(folder, weights, payload["ldm"]["config"])
         facts = {
             "stage": payload["ldm"]["stage"],

@@ -32,6 +32,7 @@ from ldm.utils.checkpoint_file import (
 from ldm.utils.errors import UsageError, format_program
 from ldm.utils.files import resolve_path
 from ldm.utils.hashing import hash_module
+from ldm.utils.lora_weights import merge_adapters
 
 FROZEN_GROUPS = ("autoencoder", "text_encoder")
 STYLE_GROUP = "style_encoder"  # frozen as well, where there is one
@@ -69,6 +70,8 @@ def build_denoiser(
     sizes = {"temporal": True} if task.is_video else {}
     if style_encoder is not None:
         sizes |= {"style_dim": style_encoder.width, "style_code": style_encoder.code}
+    if cfg.model.get("size_embedding"):
+        sizes["size_factor"] = autoencoder.factor
     return instantiate(
         cfg.model,
         in_channels=autoencoder.channels + task.extra_channels(autoencoder.channels),
@@ -151,6 +154,14 @@ class LoadedCheckpoint:
         """The digests of the frozen components that it was trained with."""
         return self.payload["ldm"]["frozen"]
 
+    def select_weights(self, prefix: str) -> dict[str, Tensor]:
+        """The weights with this prefix of the state dict, with the adapters of a LoRA run added."""
+        state = select_prefix(self.payload, prefix)
+        try:
+            return merge_adapters(state, self.payload["ldm"])
+        except ValueError as error:
+            raise CheckpointError(f"{self.path} is damaged: {error}") from error
+
     @property
     def step(self) -> int:
         """The optimizer steps that it was trained for."""
@@ -187,11 +198,11 @@ class LoadedCheckpoint:
 
     def read_weights(self) -> dict[str, Tensor]:
         """The averaged weights of the network."""
-        return select_prefix(self.payload, "ema.module.")
+        return self.select_weights("ema.module.")
 
     def load_denoiser(self, denoiser: nn.Module, weights: str) -> nn.Module:
         """Puts the weights with this prefix of the state dict into a denoiser, in eval mode."""
-        state = select_prefix(self.payload, weights)
+        state = self.select_weights(weights)
         if not state and is_bundle(self.path):
             raise UsageError(f"{self.path} is a bundle, with averaged weights alone: no raw=true")
         load_module_state(denoiser, state, what=str(self.path))

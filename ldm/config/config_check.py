@@ -215,9 +215,11 @@ def check_added_hydra_settings(config: DictConfig) -> None:
 
 
 def check_optional_packages(settings: dict) -> None:
-    """Raises UsageError for a logger or an optimizer whose package is not installed."""
+    """Raises UsageError for a logger, an optimizer or LoRA whose package is not installed."""
     if settings["optimizer"]["_target_"] == ADAMW_8BIT_TARGET and find_spec("torchao") is None:
         raise UsageError("optimizer=adamw8bit needs a package: pip install torchao")
+    if settings["lora"]["rank"] and find_spec("peft") is None:
+        raise UsageError(f"lora.rank={settings['lora']['rank']} needs a package: pip install peft")
     for name in settings["logger"] or {}:
         if name in LOGGER_PACKAGES and find_spec(name) is None:
             raise UsageError(f"logger={name} needs a package: pip install {name}")

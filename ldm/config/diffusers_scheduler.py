@@ -43,6 +43,11 @@ def read_scheduler_config(config: Mapping[str, object]) -> dict[str, dict]:
     return {"scheduler": scheduler, "objective": load_option("objective", kind), "sampler": sampler}
 
 
+def change_as_pipeline(config: Mapping[str, object]) -> dict:
+    """The configuration that diffusers' StableDiffusionPipeline makes of a scheduler's."""
+    return {**config, "steps_offset": 1, "clip_sample": False}
+
+
 def read_beta_schedule(values: SchedulerValues) -> dict:
     """The node `scheduler`."""
     steps, start, end = (
@@ -74,8 +79,12 @@ def export_scheduler_config(nodes: Mapping[str, Mapping]) -> dict:
     scheduler, sampler = dict(nodes["scheduler"]), dict(nodes["sampler"])
     if scheduler["_target_"].endswith(".FlowSchedule"):
         return export_flow(scheduler, kind, sampler)
-    config = {"prediction_type": kind_to_prediction_type(kind), **export_table(scheduler)}
-    name, more = export_sampler(sampler, zero_snr=config["rescale_betas_zero_snr"])
+    prediction_type, table = kind_to_prediction_type(kind), export_table(scheduler)
+    name, more = export_sampler(sampler, zero_snr=table["rescale_betas_zero_snr"])
+    if name == "DDPMScheduler" and scheduler["_target_"].endswith(".sigmoid"):
+        ends = {"beta_start": float(scheduler["start"]), "beta_end": float(scheduler["end"])}
+        table |= {"beta_schedule": "sigmoid", "trained_betas": None, **ends}
+    config = {"prediction_type": prediction_type, **table}
     check_exported(name, config, kind)
     if name == "PNDMScheduler" and sampler.get("average", "eps") != kind:
         raise ValueError(
@@ -131,8 +140,8 @@ def export_table(scheduler: Mapping[str, object]) -> dict:
         return {**shared, "beta_schedule": option, **ends}
     if option == "cosine" and (node["offset"], node["max_beta"]) == (0.008, 0.999):
         return {**shared, "beta_schedule": "squaredcos_cap_v2"}
-    betas = compute_betas({**node, "zero_terminal_snr": False})
-    return {**shared, "num_train_timesteps": len(betas), "trained_betas": betas}
+    betas = node.get("betas") or compute_betas({**node, "zero_terminal_snr": False})
+    return {**shared, "num_train_timesteps": len(betas), "trained_betas": [*betas]}
 
 
 def compute_betas(node: Mapping[str, object]) -> list[float]:

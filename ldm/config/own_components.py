@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-import pydoc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 
@@ -192,6 +191,8 @@ def import_component(target: str, place: str) -> Callable:
             f"{what}: No module named '{target.partition('.')[0]}'. If it is yours, install it, or "
             "give PYTHONPATH=FOLDER, where it lies"
         )
+    import pydoc  # slow, and needed for classes of others alone
+
     try:
         found = pydoc.locate(target)
         near = difflib.get_close_matches(name, dir(pydoc.locate(module)), n=1)

@@ -20,12 +20,14 @@ from ldm.config.published import open_checkpoint
 from ldm.config.sample_options import (
     LOCATION_SETTINGS,
     get_compile_mode,
+    list_lora_files,
     print_to_stderr,
     select_device,
 )
 from ldm.config.trust import list_trusted_packages
 from ldm.inference.pipeline import Pipeline
 from ldm.utils.errors import UsageError, format_program
+from ldm.utils.hashing import hash_file
 
 CLASSIFIER_FREE_TARGET = "ldm.diffusion.guidance.cfg.ClassifierFreeGuidance"
 COMPOSITIONAL_TARGET = "ldm.diffusion.guidance.compositional.CompositionalGuidance"
@@ -54,6 +56,11 @@ def load_pipeline(cfg: DictConfig, ckpt: str, locations: dict[str, str | None]) 
         components = build_components(trained, task)
     facts = source.check_frozen(components.frozen)
     source.load_denoiser(components.denoiser, "denoiser." if cfg.raw else "ema.module.")
+    if files := list_lora_files(cfg):
+        from ldm.models.lora_file import add_lora_file
+
+        for path, weight in files:
+            add_lora_file(components.denoiser, components.text_encoder, path, weight=weight)
     components.to(device)
     if (mode := get_compile_mode(cfg)) is not None:
         from ldm.models.compilation import compile_network  # the compiler takes a second to import
@@ -99,8 +106,9 @@ def load_cascade(
 ) -> list[LoadedPipeline]:
     """Pipelines of which each enlarges the images of the one before; a single one is as `cfg` says.
 
-    The first is guided as `cfg` says and has its own task; the others have `cfg`'s task, or their
-    own, with guidance scale `cfg.cascade_guidance_scale`, compositional where the first is.
+    The first is guided as `cfg` says, and has its own task and `cfg.lora`; the others have `cfg`'s
+    task, or their own, with guidance scale `cfg.cascade_guidance_scale`, compositional where the
+    first is.
     Raises UsageError where the first generates videos or a later one enlarges nothing.
     """
     if len(ckpts) == 1:
@@ -108,6 +116,7 @@ def load_cascade(
     first = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "task"])
     later = OmegaConf.merge(cfg)
     target = COMPOSITIONAL_TARGET if is_compositional(cfg.guidance) else CLASSIFIER_FREE_TARGET
+    later.lora = []
     later.guidance = {"_target_": target, "scale": cfg.cascade_guidance_scale}
     stages: list[LoadedPipeline] = []
     for ckpt in ckpts:
@@ -158,8 +167,14 @@ def replace_sampling(pipeline: Pipeline, cfg: DictConfig) -> Pipeline:
 
 def get_sampling_settings(cfg: DictConfig) -> dict:
     """Sampler, guidance and which weights, as plain values."""
-    return {
+    settings = {
         "sampler": OmegaConf.to_container(cfg.sampler),
         "guidance": OmegaConf.to_container(cfg.guidance),
         "weights": "raw" if cfg.raw else "ema",
     }
+    if files := list_lora_files(cfg):
+        settings["lora"] = [
+            {"file": str(path), "weight": weight, "digest": hash_file(path)}
+            for path, weight in files
+        ]
+    return settings

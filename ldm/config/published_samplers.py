@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 from omegaconf import OmegaConf
 
@@ -19,7 +20,7 @@ UNBOUNDED = 1e6  # no x0_hat is as large
 def load_option(group: str, name: str, **changes: object) -> dict:
     """An option of conf/ as plain values, with other values of some keys."""
     node = OmegaConf.to_container(OmegaConf.load(Path(CONF_DIR, group, f"{name}.yaml")))
-    return {**node, **changes}
+    return {**cast(dict, node), **changes}
 
 
 def read_even_spacing(values: SchedulerValues) -> dict:

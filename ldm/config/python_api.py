@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 LOAD_SETTINGS = (
     *("sampler", "guidance", "task", "raw", "frames", "decode_tile"),
-    *("device", "dtype", "trust", "compile"),
+    *("device", "dtype", "trust", "compile", "lora"),
 )
 
 
@@ -49,13 +49,15 @@ def load(
     trust: str | Sequence[str] = (),
     device: "str | torch.device | None" = None,
     dtype: "torch.dtype | str | None" = None,
+    lora: Sequence[str] = (),
 ) -> "LoadedPipeline":
     """Returns the pipeline of a run directory, a checkpoint file, a bundle or a published model.
 
     `pipe("a red star", seeds=[0, 1])` gives images. overrides: settings of sample.py that are no
     argument of that call, such as "guidance.rescale=0.7", "raw=true" or "autoencoder=DIR".
     trust: packages of your own that the checkpoint may name components of. dtype: of the networks,
-    such as torch.bfloat16 or "bfloat16"; None: as trained on a GPU, float32 on a CPU.
+    such as torch.bfloat16 or "bfloat16"; None: as trained on a GPU, float32 on a CPU. lora: files
+    of adapters, such as "style.safetensors" or "style.safetensors:0.8".
     """
     import torch
 
@@ -66,6 +68,7 @@ def load(
         given = _list_keyword_overrides(trust, device)
         given += [] if dtype is None else [f"dtype={str(dtype).removeprefix('torch.')}"]
         cfg = compose_config("sample", [*words, *given])
+    cfg.lora = [*cfg.lora, *([lora] if isinstance(lora, str) else map(os.fspath, lora))]
     for word in words:
         key = word.lstrip("+~").partition("=")[0].partition("@")[0]
         if key.partition(".")[0] not in LOAD_SETTINGS:

@@ -22,6 +22,7 @@ RESERVED_SETTINGS = {
     "model.out_channels": "autoencoder decides it",
     "model.context_dim": "text_encoder decides it",
     "model.pooled_dim": "text_encoder decides it",
+    "model.size_factor": "autoencoder decides it",
     "objective.schedule": "give scheduler=NAME",
     "objective.weighting": "give weighting=NAME",
     "objective.loss": "give loss=NAME",
@@ -51,14 +52,14 @@ RESERVED_SETTINGS = {
 NAMED_COMPONENT_GROUPS = ("callbacks", "metrics", "eval", "features", "logger")
 OUR_EVALUATIONS = ("scenes", "images")  # keys of eval; others are of the user's own
 # What only a run that trains a denoiser reads.
-DENOISER_SETTINGS = ("init", "eval", "features", "metrics")
+DENOISER_SETTINGS = ("init", "lora", "eval", "features", "metrics")
 # What ldm.evaluate does not read of a pipeline of diffusers, and of image files.
 UNREAD_SETTINGS = {
     "run": (),
-    "peer": ("sampler", "raw", "compile", "dtype", "autoencoder", "text_encoder", "trust"),
+    "peer": ("sampler", "raw", "compile", "dtype", "autoencoder", "text_encoder", "trust", "lora"),
     "images": (
         *("sampler", "guidance", "steps", "seed", "count", "scenes", "raw", "compile", "dtype"),
-        *("autoencoder", "text_encoder", "trust"),
+        *("autoencoder", "text_encoder", "trust", "lora"),
     ),
 }
 

@@ -51,6 +51,7 @@ from ldm.inference.pipeline import Pipeline
 from ldm.models.kernels import choose_memory_format
 from ldm.training.callbacks.checkpoint_storage import SafeCheckpointIO
 from ldm.training.callbacks.ema_snapshots import EMASnapshots
+from ldm.training.callbacks.lora_file import LoraFile
 from ldm.training.callbacks.monitoring import ThroughputMonitor
 from ldm.training.fsdp import FullyShardedStrategy
 from ldm.training.job import TrainingJob, prepare_run_directory
@@ -108,6 +109,8 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
         "config": OmegaConf.to_yaml(cfg, resolve=True),
         "frozen": {name: hash_module(part) for name, part in frozen.items()},
     }
+    if cfg.stage == "diffusion" and cfg.lora.rank:
+        facts["lora"] = {"rank": cfg.lora.rank, "alpha": get_lora_alpha(cfg)}
     callbacks += own_callbacks
     callbacks = build_callbacks(cfg, run_dir, callbacks, monitor, facts, signals)
     trainer = build_trainer(cfg, run_dir, callbacks, loggers, devices)
@@ -148,8 +151,21 @@ def build_diffusion_components(cfg: DictConfig, run_dir: Path) -> Components:
     check_image_size(cfg.data.size, components.autoencoder.factor * components.denoiser.multiple)
     if cfg.init is not None and find_newest_checkpoint(run_dir / "checkpoints") is None:
         trust = list_trusted_packages(cfg)
-        print_on_first_rank(warm_start_from_run(cfg.init, components, cfg=cfg, trust=trust))
+        message = warm_start_from_run(
+            cfg.init, components, cfg=cfg, trust=trust, may_add=not cfg.lora.rank
+        )
+        print_on_first_rank(message)
+    if cfg.lora.rank:
+        from ldm.models.lora import add_lora_layers  # peft
+
+        settings = OmegaConf.to_container(cfg.lora) | {"alpha": get_lora_alpha(cfg)}
+        add_lora_layers(components.denoiser, **settings)
     return components
+
+
+def get_lora_alpha(cfg: DictConfig) -> float:
+    """The number that adapters are multiplied by, and divided by the rank."""
+    return float(cfg.lora.alpha or cfg.lora.rank)
 
 
 def build_diffusion_training(
@@ -180,6 +196,13 @@ def build_diffusion_training(
     callbacks = build_sample_callbacks(cfg, pipeline, data, run_dir)
     if module.phema is not None:
         callbacks.append(EMASnapshots(run_dir / "phema", every=cfg.phema.every))
+    if cfg.lora.rank:
+        facts = {"title": str(cfg.name), "kind": components.objective.prediction.kind}
+        facts["linear"] = cfg.model.get("linear_projections", False)
+        scale = get_lora_alpha(cfg) / cfg.lora.rank
+        callbacks.append(
+            LoraFile(run_dir / "lora.safetensors", size=data.size, scale=scale, **facts)
+        )
     callbacks += build_evaluation_callbacks(cfg, pipeline, module.denoiser, data, run_dir, metrics)
     return module, callbacks, components.frozen
 

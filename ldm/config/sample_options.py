@@ -1,5 +1,6 @@
 """The options of sample.py: mistakes are refused before anything is loaded."""
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -59,7 +60,7 @@ def check_sample_options(
 
 
 def check_checkpoints_and_device(cfg: DictConfig, *ckpts: str, out: str | None = None) -> None:
-    """UsageError where a checkpoint or the device is not there, before the slow imports.
+    """UsageError where a checkpoint, a LoRA file or the device is not there, before slow imports.
 
     Also where the settings of the first checkpoint's run show that it generates no images of
     `cfg.size`, or none that `out` can hold.
@@ -67,10 +68,29 @@ def check_checkpoints_and_device(cfg: DictConfig, *ckpts: str, out: str | None =
     for ckpt in ckpts:
         check_checkpoints_exist({"ckpt": ckpt})
     check_checkpoints_exist(list_guides(cfg))
+    list_lora_files(cfg)
     if ckpts:
         check_output_fits_run(ckpts[0], size=cfg.get("size"), out=out)
     if cfg.device is not None:
         select_device(cfg.device)
+
+
+def list_lora_files(cfg: DictConfig) -> list[tuple[Path, float]]:
+    """The LoRA files of `lora`, entries such as FILE or FILE:0.8, with their weights."""
+    entries = cfg.get("lora") or []
+    found = []
+    for entry in [entries] if isinstance(entries, str) else entries:
+        name, _, number = str(entry).rpartition(":")
+        try:
+            weight = float(number) if name else 1.0
+        except ValueError:
+            weight = math.nan
+        if not math.isfinite(weight):
+            raise UsageError(f"lora={entry}: give FILE or FILE:WEIGHT, with a number after the :")
+        path = os.path.expanduser(name or number)
+        check_input_file("lora", path)
+        found.append((Path(path), weight))
+    return found
 
 
 def list_guides(cfg: DictConfig) -> dict[str, str | None]:

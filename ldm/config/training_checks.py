@@ -28,6 +28,7 @@ def check_before_imports(cfg: DictConfig, run_dir: Path) -> None:
     check_image_size(cfg.data.size, read_size_multiple(cfg, stage=cfg.stage))
     check_frozen_paths(cfg)
     check_strategy(cfg)
+    check_lora(cfg)
     devices, nodes = get_launcher_layout() or (cfg.trainer.devices, cfg.trainer.num_nodes)
     count = devices if isinstance(devices, int) and devices > 0 else 1  # or not known yet
     split_batch(cfg.data.batch_size, count * nodes, cfg.trainer.accumulate_grad_batches)
@@ -35,7 +36,14 @@ def check_before_imports(cfg: DictConfig, run_dir: Path) -> None:
 
 
 def check_frozen_paths(cfg: DictConfig) -> None:
-    """UsageError where a trained component that the denoiser needs is not given, or not there."""
+    """UsageError where a component cannot be trained, or a trained one is needed and not there."""
+    if cfg.stage == "autoencoder":
+        kind = str(cfg.autoencoder._target_).rpartition(".")[2]
+        if kind in ("IdentityAutoencoder", "DiffusersAutoencoder"):
+            raise UsageError(
+                f"stage=autoencoder trains an AutoencoderKL, and {kind} is none: take "
+                "autoencoder=tiny or autoencoder=sd, with autoencoder.path=null"
+            )
     if cfg.stage not in ("diffusion", "classifier"):
         return
     for name, experiment in (("autoencoder", "autoencoder_coco"), ("text_encoder", "clip_coco")):
@@ -70,6 +78,22 @@ def check_strategy(cfg: DictConfig) -> None:
         raise UsageError(
             "compile=reduce-overhead: a CUDA graph overwrites the gradients of the batch before, "
             "which trainer.accumulate_grad_batches adds up: take compile=default"
+        )
+
+
+def check_lora(cfg: DictConfig) -> None:
+    """UsageError where there is nothing to train adapters of, or weights would be shared out."""
+    if not cfg.lora.rank:
+        return
+    if cfg.init is None:
+        raise UsageError(
+            f"lora.rank={cfg.lora.rank} trains adapters of a network that is trained already: give "
+            "init=RUN, a run of ours or a diffusers folder, or leave lora.rank out"
+        )
+    if "fsdp" in (cfg.strategy or {}).get("_target_", ""):
+        raise UsageError(
+            f"lora.rank={cfg.lora.rank}: strategy=fsdp shares out weights that are trained, and "
+            "here they are frozen: take strategy=ddp"
         )
 
 

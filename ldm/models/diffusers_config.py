@@ -140,6 +140,14 @@ class ForeignConfig:
         self.refuse(key)
         return 1
 
+    def read_share(self, key: str) -> float:
+        """As `read`, of a number from 0 to below 1."""
+        value = self.read(key)
+        if type(value) in (int, float) and 0 <= value < 1:
+            return float(value)
+        self.refuse(key)
+        return 0.0
+
     def read_choice(self, key: str, *choices: object) -> object:
         """As `read`, of one of these values."""
         value = self.read(key)

@@ -17,7 +17,7 @@ DIFFUSERS_WEIGHT_FILES = (
     DIFFUSERS_WEIGHTS,
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.fp16.safetensors",
-    "diffusion_pytorch_model.fp16.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors.index.fp16.json",
     "diffusion_pytorch_model.bin",
 )
 
@@ -72,7 +72,13 @@ def read_diffusers_weights(file: Path) -> dict[str, Tensor]:
         parts = [read_diffusers_weights(file.with_name(name)) for name in sorted(names)]
         return {name: tensor for part in parts for name, tensor in part.items()}
     if file.suffix != ".safetensors":
-        return torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # of many types
+            raise ValueError(
+                f"{file} is damaged, or holds code in place of weights: it was not opened "
+                f"({type(error).__name__})"
+            ) from error
     try:
         return load_file(file)
     except SafetensorError as error:

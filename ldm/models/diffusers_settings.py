@@ -51,7 +51,7 @@ def read_unet_settings(config: Mapping[str, object]) -> dict[str, object]:
         "heads": heads[0] if len(set(heads)) == 1 else heads,
         "depth": depth[0] if len(set(depth)) == 1 else depth,
         "groups": given.read_number("norm_num_groups"),
-        "dropout": given.read("dropout"),
+        "dropout": given.read_share("dropout"),
         "scale_shift": given.read_choice("resnet_time_scale_shift", "default", "scale_shift")
         == "scale_shift",
         "linear_projections": given.read_choice("use_linear_projection", True, False),

@@ -35,6 +35,7 @@ def load_pretrained_model(
             local_files_only=local,
             trust_remote_code=False,
             weights_only=True,
+            variant=find_weights_variant(Path(location, subfolder)) if local else None,
             use_safetensors=use_safetensors,
             dtype=dtype,
             ignore_mismatched_sizes=True,  # raised below, as transformers' table is silenced
@@ -48,6 +49,14 @@ def load_pretrained_model(
             f"{len(misfits)} parameters are missing or of another shape, such as {min(misfits)}"
         )
     return model
+
+
+def find_weights_variant(folder: Path) -> str | None:
+    """Returns fp16 where a folder holds the weights as this variant alone; else None."""
+    names = {path.name for path in folder.iterdir() if path.name.startswith("model.")}
+    variants = {"model.fp16.safetensors", "model.safetensors.index.fp16.json"}
+    plain = {"model.safetensors", "model.safetensors.index.json"}
+    return "fp16" if names & variants and not names & plain else None
 
 
 def read_model_config(
@@ -65,6 +74,11 @@ def read_model_config(
         shared = {name: config[name] for name in ("projection_dim",) if name in config}
         config = config[own.base_config_key]
         config = config | shared if isinstance(config, dict) else config
+    if isinstance(config, dict) and config.get("use_attention_mask") and "clip" in own.model_type:
+        raise ValueError(
+            f"the config.json in '{location}' has use_attention_mask=true: prompts without their "
+            "padding, which text_encoder=clip never leaves out"
+        )
     try:
         return own.from_dict(_select_fields(own, config))
     except Exception as error:  # the type depends on the version

@@ -17,8 +17,10 @@ def to_grid(x: Tensor, *, like: Tensor) -> Tensor:
     return x.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
-def apply_to_sequence(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def apply_to_sequence(conv: nn.Module, x: Tensor) -> Tensor:
     """A 1x1 convolution of (B, N, C) -> (B, N, out): the linear map that it is."""
+    if not isinstance(conv, nn.Conv2d):  # with an adapter of LoRA, which is not in its weight
+        return conv(x.mT[..., None]).squeeze(-1).mT
     weight = conv.weight
     if weight.stride(-1) != 1:  # channels_last: DDP wants a gradient of the same strides
         weight = weight.permute(0, 2, 3, 1)

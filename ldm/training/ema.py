@@ -16,7 +16,7 @@ class EMA(nn.Module):
     def __init__(self, denoiser: nn.Module, *, decay: float) -> None:
         super().__init__()
         self.decay = decay
-        self.module = copy.deepcopy(denoiser).eval().requires_grad_(False)
+        self.module = copy_for_average(denoiser)
         self.pair = TensorPair(self.module, denoiser)
 
     @torch.no_grad()
@@ -40,6 +40,12 @@ class EMA(nn.Module):
         return super().train(False)
 
 
+def copy_for_average(network: nn.Module) -> nn.Module:
+    """Returns a copy of a network, whose frozen parameters are those of the network itself."""
+    frozen = {id(weight): weight for weight in network.parameters() if not weight.requires_grad}
+    return copy.deepcopy(network, frozen).eval().requires_grad_(False)
+
+
 class TensorPair:
     """The tensors of an average and of its network, without a walk over their modules each step.
 
@@ -53,8 +59,10 @@ class TensorPair:
         self._buffers = [[part._buffers for part in net if part._buffers] for net in nets]
 
     def parameters(self) -> list[list[Tensor]]:
-        """Returns the parameters of both, in the same order."""
-        return [list_tensors(places) for places in self._parameters]
+        """Returns the parameters of both, in the same order, without those that both share."""
+        pairs = zip(*map(list_tensors, self._parameters), strict=True)
+        own = [(average, weight) for average, weight in pairs if average is not weight]
+        return [[pair[0] for pair in own], [pair[1] for pair in own]]
 
     def copy_buffers(self) -> None:
         """Copies the network's buffers into those of the average."""

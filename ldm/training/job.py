@@ -114,10 +114,11 @@ class TrainingJob:
         begins = "begins"
         if self.resume is not None:
             begins = f"resumes from step {parse_checkpoint_step(self.resume)}"
-        trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad) / 1e6
+        digits = 1 if trained > 0.5 else 3
         kind = "images" if self.data.frames is None else "videos"
         return (
-            f"{begins}: {type(self.module).__name__}, {trained / 1e6:.1f} M parameters, on "
+            f"{begins}: {type(self.module).__name__}, {trained:.{digits}f} M parameters, on "
             f"{len(self.data.train_set)} {kind} ({len(self.data.val_set)} for validation): "
             f"{self.trainer.max_steps} steps of {self.data.batch_size} {kind} on "
             f"{self.trainer.world_size} x {self.trainer.strategy.root_device.type}, "

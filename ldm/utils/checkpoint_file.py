@@ -13,7 +13,7 @@ import secrets
 import shutil
 import warnings
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from errno import ENOSPC
 from pathlib import Path
 from typing import BinaryIO
@@ -32,6 +32,7 @@ from ldm.utils.files import (
     write_text,
 )
 from ldm.utils.hashing import hash_file
+from ldm.utils.lora_weights import merge_adapters
 
 
 class CheckpointError(ValueError):
@@ -83,17 +84,23 @@ def write_checkpoint(payload: dict, path: Path) -> None:
 
 
 def count_tensor_bytes(payload: object) -> int:
-    """Returns the bytes of all tensors in nested dicts and lists."""
+    """Returns the bytes of all tensors in nested dicts and lists; what is shared counts once."""
+    return sum({(each.data_ptr(), each.nbytes): each.nbytes for each in _tensors(payload)}.values())
+
+
+def _tensors(payload: object) -> Iterator[Tensor]:
     if isinstance(payload, Tensor):
-        return payload.nbytes
+        yield payload
     parts = payload.values() if isinstance(payload, dict) else payload
-    return sum(map(count_tensor_bytes, parts)) if isinstance(payload, dict | list | tuple) else 0
+    for part in parts if isinstance(payload, dict | list | tuple) else ():
+        yield from _tensors(part)
 
 
 def export_weights(payload: dict, path: Path) -> None:
     """Writes weights, EMA ones if there are any, as safetensors, and step and settings as .json."""
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = select_prefix(payload, "ema.module.") or payload["state_dict"]
+    weights = merge_adapters(weights, payload["ldm"])
     facts = {"step": payload["global_step"], **payload["ldm"]}
     write_text(path.with_suffix(".json"), json.dumps(facts, indent=2) + "\n")
     with replace_file(path) as file:

@@ -112,9 +112,11 @@ def assert_same(mine, their, tolerance=1e-7):
         assert ((a - b).abs().max() / b.abs().max().clamp(min=1)) < tolerance, f"step {i}"
 
 
-def sample_theirs(scheduler, steps, **options):
+def sample_theirs(scheduler, steps, *, noise_sampler=None, **options):
     """As a pipeline of diffusers does, from the same noise as `sample_ours`."""
     scheduler.set_timesteps(steps)
+    if noise_sampler is not None:
+        scheduler.noise_sampler = noise_sampler
     x = start() * getattr(scheduler, "init_noise_sigma", 1.0)
     for k in scheduler.timesteps:
         scaled = x

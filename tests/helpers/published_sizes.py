@@ -30,6 +30,26 @@ PUBLISHED_UNETS = {
     "sd2-unclip": SD2
     | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2048},
 }
+# The arguments of diffusers' AutoencoderKL.
+SD1_AUTOENCODER = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "sample_size": 512,
+}
+PUBLISHED_AUTOENCODERS = {
+    "sd1": SD1_AUTOENCODER,
+    "sdxl": SD1_AUTOENCODER | {"scaling_factor": 0.13025, "force_upcast": True},
+    "sd3": SD1_AUTOENCODER
+    | {
+        "latent_channels": 16,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+    },
+}
 
 SMALL = {
     "block_out_channels": [16, 32],

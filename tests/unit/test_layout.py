@@ -12,15 +12,15 @@ ROOT = Path(__file__).parents[2]
 # A room imports from the rooms before it in this table, and from itself (docs/design.md).
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
-    "utils": 1830,
-    "diffusion": 3000,
-    "models": 4275,
-    "data": 4380,
+    "utils": 1970,
+    "diffusion": 3345,
+    "models": 4715,
+    "data": 4385,
     "inference": 860,
-    "evaluation": 3110,
+    "evaluation": 3115,
     "experiments": 2140,
-    "training": 3700,
-    "config": 5480,
+    "training": 3740,
+    "config": 6720,
     "cli": 1850,
 }
 ROOMS = tuple(ROOM_LINES)

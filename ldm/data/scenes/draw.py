@@ -20,6 +20,7 @@ CENTRE_JITTER = 0.04  # of the pair around the centre, as a share of the free sp
 OUTER_OUTLINE, _INNER_OUTLINE = 0.024, 0.014  # width of an outline outside and inside the edge
 _STRIPE, _STRIPE_WIDTH = 0.115, 0.048
 _DOT, _DOT_RADIUS = 0.108, 0.033
+_CHECK = 0.09  # the side of a square
 
 SignedDistance = Callable[[np.ndarray, np.ndarray], np.ndarray]
 ObjectLocation = tuple[float, float, float]  # centre x, y and radius
@@ -67,6 +68,9 @@ def compute_coverage(
         return body, body * cover(_to_grid((dx + dy) / 2**0.5, _STRIPE) - _STRIPE_WIDTH / 2)
     if style == "dotted":
         return body, body * cover(np.hypot(_to_grid(dx, _DOT), _to_grid(dy, _DOT)) - _DOT_RADIUS)
+    if style == "checked":  # of benchmarks.lora_style alone: no caption names it
+        across, down = (_CHECK / 2 - _to_grid(x + _CHECK / 2, 2 * _CHECK) for x in (dx, dy))
+        return body, body * cover(np.sign(across * down) * np.minimum(abs(across), abs(down)))
     return body, np.zeros_like(body)
 
 

@@ -27,7 +27,6 @@ _MIN_ENERGY = 1e5  # the least square: the faintest object has ten times that, a
 _MIN_SEPARATION = 1.1  # of two centres, in sums of their radii; the world draws them further apart
 _MAX_OBJECTS = 4
 _MAX_TONE_DISTANCE = 60.0  # from the nearest background's tone, Euclidean in RGB
-_KINDS = tuple(product(world.SHAPES, world.OBJECT_RADIUS, world.STYLES))
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,16 @@ class SceneReading:
     places: tuple[tuple[int, int], ...] = field(default=(), compare=False)
 
 
-def read_scenes(images: np.ndarray) -> list[SceneReading]:
-    """Returns readings of images, uint8 (n, H, W, 3) of any size, which are resized to 48 x 48."""
+def read_scenes(
+    images: np.ndarray, *, styles: tuple[str, ...] = world.STYLES
+) -> list[SceneReading]:
+    """Returns readings of images, uint8 (n, H, W, 3) of any size, which are resized to 48 x 48.
+
+    styles: those that an object may have.
+    """
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise ValueError(f"images must be uint8 (n, H, W, 3), got {images.dtype} {images.shape}")
-    return [_read_one(image) for image in images]
+    return [_read_one(image, styles) for image in images]
 
 
 def compute_scene_accuracy(
@@ -88,12 +92,12 @@ def match_scene(reading: SceneReading, scene: world.Scene) -> tuple[bool, ...]:
     return (all(each), *each)
 
 
-def _read_one(image: np.ndarray) -> SceneReading:
+def _read_one(image: np.ndarray, styles: tuple[str, ...]) -> SceneReading:
     small = Image.fromarray(image).resize((READER_SIZE, READER_SIZE), Image.Resampling.BICUBIC)
     pixels = np.asarray(small, np.float32)  # (S, S, 3)
     tone = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
     shade = np.linspace(1 + BACKGROUND_SHADE, 1 - BACKGROUND_SHADE, READER_SIZE, dtype=np.float32)
-    found = _find_objects(pixels - shade[:, None, None] * tone, tone)
+    found = _find_objects(pixels - shade[:, None, None] * tone, tone, styles)
     spread = np.ptp([place for _, _, place in found], axis=0) if found else np.zeros(2)
     axis = int(spread.argmax())  # 0 down, 1 across
     found.sort(key=lambda one: one[2][axis])
@@ -110,19 +114,20 @@ def _read_one(image: np.ndarray) -> SceneReading:
 
 
 def _find_objects(
-    residual: np.ndarray, tone: np.ndarray
+    residual: np.ndarray, tone: np.ndarray, styles: tuple[str, ...]
 ) -> list[tuple[world.SceneObject, str, tuple[int, int]]]:
     """Returns objects, with style and (row, column), that explain the foreground (S, S, 3)."""
-    gains, energies = _compute_gains(residual, tone)  # (K, C, P), (K, C)
+    kinds = _list_kinds(styles)
+    gains, energies = _compute_gains(residual, tone, styles)  # (K, C, P), (K, C)
     rows, columns = np.divmod(np.arange(_GRID**2), _GRID)
-    reach = np.array([world.OBJECT_RADIUS[size] for _, size, _ in _KINDS]) * READER_SIZE  # (K,)
+    reach = np.array([world.OBJECT_RADIUS[size] for _, size, _ in kinds]) * READER_SIZE  # (K,)
     found = []
     while len(found) < _MAX_OBJECTS:
         kind, colour, place = np.unravel_index(gains.argmax(), gains.shape)
         least = max(_MIN_EXPLAINED_SHARE * energies[kind, colour], _MIN_ENERGY)
         if gains[kind, colour, place] < least:
             break
-        shape, size, style = _KINDS[kind]
+        shape, size, style = kinds[kind]
         at = int(rows[place]), int(columns[place])
         found.append((world.SceneObject(shape, tuple(world.COLOURS)[colour], size), style, at))
         distance = np.hypot(rows - at[0], columns - at[1])  # (P,)
@@ -131,12 +136,18 @@ def _find_objects(
     return found
 
 
-def _compute_gains(residual: np.ndarray, tone: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _list_kinds(styles: tuple[str, ...]) -> list[tuple[str, str, str]]:
+    return list(product(world.SHAPES, world.OBJECT_RADIUS, styles))
+
+
+def _compute_gains(
+    residual: np.ndarray, tone: np.ndarray, styles: tuple[str, ...]
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns what each object would explain at each place (K, C, P), and its square (K, C).
 
     Of a residual r, an object t explains |r|^2 - |r - t|^2 = 2 <r, t> - |t|^2.
     """
-    spectra, kinds, gram = _build_template_bank()
+    spectra, kinds, gram = _build_template_bank(styles)
     spectrum, size = np.fft.rfft2(residual.transpose(2, 0, 1)), (READER_SIZE, READER_SIZE)
     products = np.fft.irfft2(spectrum * spectra[:, None], s=size)  # (masks, 3, S, S)
     inside = products[..., _EDGE:-_EDGE, _EDGE:-_EDGE].reshape(len(spectra), 3, -1)
@@ -150,7 +161,7 @@ def _compute_gains(residual: np.ndarray, tone: np.ndarray) -> tuple[np.ndarray, 
 
 
 @cache
-def _build_template_bank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _build_template_bank(styles: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the masks of all kinds of object, smoothed so that a little blur does not matter.
 
     They are spectra for correlation (masks, S, S // 2 + 1), each kind's masks for body and white
@@ -160,9 +171,9 @@ def _build_template_bank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     grid, side = (offsets[None], offsets[:, None]), READER_SIZE
     stacks = [
         compute_coverage(shape, style, *grid, radius=world.OBJECT_RADIUS[size], size=side)
-        for shape, size, style in _KINDS
+        for shape, size, style in _list_kinds(styles)
     ]
-    flat = np.array(stacks, np.float32).reshape(2 * len(_KINDS), -1)
+    flat = np.array(stacks, np.float32).reshape(len(stacks) * 2, -1)
     masks, kinds = np.unique(flat, axis=0, return_inverse=True)  # three styles share their body
     frequency = np.hypot(np.fft.fftfreq(READER_SIZE)[:, None], np.fft.rfftfreq(READER_SIZE))
     smooth = np.exp(-2 * (np.pi * _BLUR * READER_SIZE * frequency) ** 2).astype(np.float32)

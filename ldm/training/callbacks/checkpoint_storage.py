@@ -209,22 +209,32 @@ def find_object(value: object) -> str | None:
     return next((found for part in parts if (found := find_object(part))), None)
 
 
-def copy_to_host(value: object, pool: dict[str, Tensor], at: str = "") -> object:
+def copy_to_host(
+    value: object, pool: dict[str, Tensor], at: str = "", done: dict | None = None
+) -> object:
     """Returns a copy of a checkpoint's state in host memory.
 
     The tensors of `pool`, by their path in the state, are reused: fresh memory costs five times as
-    much as the copy. Copies from a device may be incomplete on return.
+    much as the copy. Copies from a device may be incomplete on return. done: the copies so far, so
+    that weights which two networks share have one copy.
     """
+    done = {} if done is None else done
     if isinstance(value, Tensor):
-        to = pool.get(at)
         like = (value.shape, value.dtype, value.stride())
+        source = (value.data_ptr() or id(value), *like)  # a tensor of a subclass may have none
+        if source in done:
+            return done[source]
+        to = pool.get(at)
         if to is None or (to.shape, to.dtype, to.stride()) != like:
             to = pool[at] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        return to.copy_(value.detach(), non_blocking=True)
+        done[source] = to.copy_(value.detach(), non_blocking=True)
+        return to
     if isinstance(value, dict):
         same = copy(value)  # an OrderedDict remains one
-        same.update({key: copy_to_host(part, pool, f"{at}/{key}") for key, part in value.items()})
+        parts = {k: copy_to_host(part, pool, f"{at}/{k}", done) for k, part in value.items()}
+        same.update(parts)
         return same
     if isinstance(value, list | tuple):
-        return type(value)(copy_to_host(part, pool, f"{at}/{i}") for i, part in enumerate(value))
+        parts = enumerate(value)
+        return type(value)(copy_to_host(part, pool, f"{at}/{i}", done) for i, part in parts)
     return value

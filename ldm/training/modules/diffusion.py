@@ -79,7 +79,8 @@ class LatentDiffusion(L.LightningModule):
     def count_flops(self, batch: dict) -> int:
         """Returns the FLOPs of a training step on a batch, without optimizer and averages.
 
-        A backward pass is counted as twice its forward pass; with checkpointing, it is still that.
+        A backward pass is counted as twice its forward pass, and as once where weights are frozen;
+        with checkpointing, it is still that.
         """
         from torch.utils.flop_counter import FlopCounterMode  # imports the compiler
 
@@ -89,7 +90,9 @@ class LatentDiffusion(L.LightningModule):
             x0, cond = self.encode(batch)
         self.captions, self.cut = captions
         t = torch.zeros(len(x0), device=x0.device)
-        return encoders.get_total_flops() + 3 * count_forward_flops(self.ema.module, x0, t, cond)
+        passes = 3 if all(weight.requires_grad for weight in self.denoiser.parameters()) else 2
+        forward = count_forward_flops(self.ema.module, x0, t, cond)
+        return encoders.get_total_flops() + passes * forward
 
     @torch.no_grad()
     def encode(self, batch: dict, *, training: bool = True) -> tuple[Tensor, Condition]:

@@ -188,6 +188,16 @@ def test_any_model_fits_any_autoencoder(model, autoencoder):
     assert net.conv_out.out_channels == encoder.channels
 
 
+def test_sizes_of_pictures_are_in_pixels_of_the_autoencoder():
+    words = ["+model.size_embedding=8", "model.heads=[2,4]", "+model.depth=[1,2]"]
+    cfg = train("model=nano", "autoencoder=tiny", "autoencoder.path=null", *words)
+    with torch.device("meta"):
+        encoder = instantiate(cfg.autoencoder)
+        net = build_denoiser(cfg, encoder, Text(), None, instantiate(cfg.task))
+    assert net.size_factor == encoder.factor == 8
+    assert (net.heads, net.depth) == ((2, 4), (1, 2))
+
+
 def test_base_is_stable_diffusions_shape():
     cfg = train("model=base", "autoencoder=sd", "autoencoder.path=null")
     text = Text()

@@ -223,6 +223,7 @@ def test_classes_from_elsewhere_have_no_ranges():
         (["data=shards", "data.train=gone", "data.val=gone"], "no shards at gone: `python -m ldm"),
         (["trainer.devices=5"], "data.batch_size=32 is the batch of an optimizer step: it must be"),
         (["autoencoder.path=null"], "autoencoder.path is needed: a trained autoencoder"),
+        (["stage=autoencoder", "autoencoder=diffusers"], "and DiffusersAutoencoder is none: take"),
         (["text_encoder.path=runs/gone"], "text_encoder.path=runs/gone: there is no such run"),
         (["-m", "scheduler=cosine,linear", "stage=foo"], "stage=foo must be one of"),
         (["guidance=7"], "guidance=7 is no option of guidance: guidance.scale=7 sets"),

@@ -14,6 +14,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
+from pipeline_text import write_sdxl_text
 from tiny_t5 import save_tiny_t5
 from world import small_autoencoder, write_shapes
 
@@ -476,14 +477,19 @@ def t5(tmp_path_factory) -> Path:
     return save_tiny_t5(tmp_path_factory.mktemp("t5"), ["a red circle"])
 
 
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory) -> Path:
+    return write_sdxl_text(tmp_path_factory.mktemp("sdxl"))
+
+
 @pytest.mark.parametrize(("group", "option"), LEAVES, ids=lambda part: part)
-def test_what_may_be_built_writes_nothing(group, option, place, t5):
+def test_what_may_be_built_writes_nothing(group, option, place, t5, sdxl):
     with initialize_config_dir(command_line.CONF_DIR, version_base="1.3"):
         cfg = compose("train", overrides=["name=x", f"{group}={option}"])
     cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     if "path" in cfg[group] and not str(cfg[group].path).startswith("packaged:"):
         near = {"autoencoder": None, "text_encoder": "packaged:clip"}[group]
-        cfg[group].path = str(t5) if option == "t5" else near
+        cfg[group].path = {"t5": str(t5), "sdxl": str(sdxl)}.get(option, near)
     large = group == "model" or option == "sd"
     node = OmegaConf.to_container(cfg[group])
     admitted = validate_component(node, group) if node else None

@@ -7,10 +7,11 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
-from published_sizes import PUBLISHED_UNETS, SMALL_UNETS
+from published_sizes import PUBLISHED_AUTOENCODERS, PUBLISHED_UNETS, SMALL_UNETS
 from torch import Tensor
 
 from ldm.diffusion.conditioning import Condition
+from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusers_config import (
     AUTOENCODER_DEFAULTS,
     HARMLESS_AUTOENCODER_KEYS,
@@ -19,7 +20,11 @@ from ldm.models.diffusers_config import (
 )
 from ldm.models.diffusers_format import load_unet, read_unet_state, save_unet
 from ldm.models.diffusers_names import from_diffusers, to_diffusers
-from ldm.models.diffusers_settings import export_unet_config, read_unet_settings
+from ldm.models.diffusers_settings import (
+    export_unet_config,
+    read_autoencoder_settings,
+    read_unet_settings,
+)
 from ldm.models.unet import UNet
 
 
@@ -160,6 +165,8 @@ def test_defaults_are_those_of_diffusers():
         ({"transformer_layers_per_block": [[1, 2], 1]}, "transformer_layers_per_block="),
         ({"attention_head_dim": None}, "attention_head_dim=None"),
         ({"norm_num_groups": None}, "norm_num_groups=None"),
+        ({"dropout": 2}, "dropout=2"),
+        ({"projection_class_embeddings_input_dim": 8}, "projection_class_embeddings_input_dim=8"),
         ({"act_fn": "gelu"}, "act_fn=gelu"),
         ({"resnet_time_scale_shift": "ada_group"}, "resnet_time_scale_shift=ada_group"),
         ({"_class_name": "UNet3DConditionModel"}, "_class_name=UNet3DConditionModel"),
@@ -203,3 +210,13 @@ def test_full_shapes_have_the_names_and_shapes_of_diffusers(kind):
     assert shapes == {name: tensor.shape for name, tensor in oracle.state_dict().items()}
     exported = export_unet_config(ours)
     assert all(as_list(oracle.config[key]) == value for key, value in exported.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PUBLISHED_AUTOENCODERS)
+def test_full_autoencoders_have_the_names_and_shapes_of_diffusers(kind):
+    with torch.device("meta"):
+        oracle = diffusers.AutoencoderKL(**PUBLISHED_AUTOENCODERS[kind])
+        ours = AutoencoderKL(**read_autoencoder_settings(oracle.config))
+    shapes = {name: tensor.shape for name, tensor in to_diffusers(ours.state_dict()).items()}
+    assert shapes == {name: tensor.shape for name, tensor in oracle.state_dict().items()}

@@ -92,8 +92,8 @@ def test_a_state_dict_goes_round():
 
 
 def test_the_tensors_of_a_pair_are_those_of_the_networks():
-    shared = nn.Linear(2, 2)
-    one, other = nn.Sequential(Net(), shared, shared), nn.Sequential(Net(), shared, shared)
+    a, b = nn.Linear(2, 2), nn.Linear(2, 2)  # each is there twice
+    one, other = nn.Sequential(Net(), a, a), nn.Sequential(Net(), b, b)
     pair = TensorPair(one, other)
     one[0].weight = nn.Parameter(torch.ones(3, 2))  # as FSDP replaces weights
     for net, tensors in zip((one, other), pair.parameters(), strict=True):
@@ -101,3 +101,16 @@ def test_the_tensors_of_a_pair_are_those_of_the_networks():
     other[0].count.fill_(7)
     pair.copy_buffers()
     assert one[0].count == 7
+
+
+def test_frozen_weights_are_in_memory_once_and_stay():
+    net = Net()
+    net.bias.requires_grad_(False)
+    ema = EMA(net, decay=0)
+    assert ema.module.bias is net.bias
+    before = net.bias.clone()
+    for step, weight in steps(net, 2):
+        ema.update(net, step=step)
+        torch.testing.assert_close(ema.module.weight.double(), weight, rtol=0, atol=0)
+    assert torch.equal(net.bias, before)
+    assert [len(tensors) for tensors in ema.pair.parameters()] == [1, 1]

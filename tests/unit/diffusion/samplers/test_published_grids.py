@@ -11,7 +11,6 @@ from oracle import (
     draw_noise,
     import_sde_scheduler,
     in_double,
-    network,
     sample_ours,
     sample_theirs,
     start,
@@ -236,22 +235,13 @@ def test_dpmpp_sde_is_that_of_diffusers_but_for_the_numbers_of_its_noise(
                 return first / (sigma - sigma_next) ** 0.5
             return ends[sigma] / (sigma - sigma_next) ** 0.5
 
-        their = sample_sde(scheduler, steps, brownian, s_noise=float(noisy))
+        told = {"noise_sampler": brownian, "s_noise": float(noisy)}
+        their = sample_theirs(scheduler, steps, **told)
         noise = draw_noise()
         mine = sample_ours(
             sampler, scaled_linear(), kind, steps, noise=lambda x, n=noise: noisy * n(x)
         )
         assert_close(mine, their, tolerance)
-
-
-def sample_sde(scheduler, steps, noise_sampler, **options):
-    scheduler.set_timesteps(steps)
-    scheduler.noise_sampler = noise_sampler
-    x = start() * scheduler.init_noise_sigma
-    for k in scheduler.timesteps:
-        out = network(scheduler.scale_model_input(x, k), k)
-        x = scheduler.step(out, k, x, **options).prev_sample
-    return x
 
 
 @pytest.mark.parametrize("n", [10, 30, 50])

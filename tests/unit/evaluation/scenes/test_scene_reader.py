@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ SCENE = Scene(
 READING = SceneReading(SCENE.objects, "left of", "teal", "dotted")
 
 
+@cache  # two thousand take seconds
 def drawn(count, size=64):
     rows = [sample_scene(i, split=("val", "unseen")[i % 2], seed=5) for i in range(count)]
     return [scene for scene, _ in rows], np.stack(

@@ -1,0 +1,135 @@
+"""The folder of a diffusers pipeline as settings: which pipeline, and the nodes of our groups."""
+
+from pathlib import Path
+
+from ldm.utils.files import read_json
+
+PIPELINE_FILE = "model_index.json"
+# Class names of diffusers: those that are opened, and why others are not.
+STABLE_DIFFUSION_XL = "StableDiffusionXLPipeline"
+OPENED_PIPELINES = {
+    "StableDiffusionPipeline": "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
+    "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
+    STABLE_DIFFUSION_XL: STABLE_DIFFUSION_XL,
+    "StableDiffusionXLImg2ImgPipeline": STABLE_DIFFUSION_XL,
+    "StableDiffusionXLInpaintPipeline": STABLE_DIFFUSION_XL,
+}
+REFUSED_PIPELINES = (  # the beginning of a name, and the reason
+    ("StableDiffusionUpscale", "the x4 upscaler, which also reads a small image and its noise"),
+    ("StableDiffusionLatentUpscale", "an upscaler of latents"),
+    ("StableDiffusionDepth", "whose network also reads a depth map"),
+    ("StableDiffusionInstructPix2Pix", "whose network also reads the image that it edits"),
+    ("StableDiffusion3", "a transformer (MMDiT), not a UNet"),
+    ("Flux", "a transformer (MMDiT), not a UNet"),
+    ("StableDiffusionControlNet", "a network with a second one, ControlNet, beside it"),
+    ("StableDiffusionXLControlNet", "a network with a second one, ControlNet, beside it"),
+)
+NEEDED_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+TWO_ENCODER_PARTS = ("text_encoder_2", "tokenizer_2")
+UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
+INDEX_SETTINGS = ("requires_safety_checker", "add_watermarker", "force_zeros_for_empty_prompt")
+INDEX_SETTINGS += ("requires_aesthetics_score",)
+PART_CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+}
+# How such networks are trained; sampling does not read it.
+TRAINING_NODES = {
+    "weighting": {"_target_": "ldm.diffusion.weightings.UniformWeighting"},
+    "loss": {"_target_": "ldm.diffusion.losses.SquaredLoss"},
+    "timestep_sampler": {
+        "_target_": "ldm.diffusion.timesteps.PowerTimestepSampler",
+        "power": 1.0,
+        "spread": "independent",
+    },
+}
+DEFAULT_SAMPLE_SIZE = 64  # of latents, where a config.json says none
+
+
+def read_pipeline_index(folder: Path) -> tuple[str, tuple[str, ...]]:
+    """The kind of a folder's pipeline and its parts that are not used; ValueError for another."""
+    index = read_json(folder / PIPELINE_FILE)
+    name = index.get("_class_name")
+    reason = next((why for start, why in REFUSED_PIPELINES if str(name).startswith(start)), None)
+    if (kind := OPENED_PIPELINES.get(name)) is None:
+        why = f", {reason}" if reason else ""
+        raise ValueError(f"it is a {name!s:.80}{why}. Opened are {', '.join(OPENED_PIPELINES)}")
+    parts = {key: value for key, value in index.items() if isinstance(value, list)}
+    parts = {key: value for key, value in parts.items() if value and value[-1] is not None}
+    if kind == STABLE_DIFFUSION_XL and "text_encoder" not in parts:
+        raise ValueError("it is the refiner of SDXL, with one text encoder: it refines images only")
+    needed = NEEDED_PARTS + (TWO_ENCODER_PARTS if kind == STABLE_DIFFUSION_XL else ())
+    if missing := [part for part in needed if part not in parts]:
+        raise ValueError(f"its {PIPELINE_FILE} names no {', '.join(missing)}")
+    known = (*needed, *UNUSED_PARTS)
+    settings = [key for key in index if key not in parts and index[key] not in (None, [None, None])]
+    unknown = [key for key in settings if key[0] != "_" and key not in INDEX_SETTINGS]
+    if unknown := [*(part for part in parts if part not in known), *unknown]:
+        raise ValueError(f"its {PIPELINE_FILE} has {', '.join(unknown)}, which is not read here")
+    for part, classes in PART_CLASSES.items():
+        if part in parts and parts[part][-1] not in classes:
+            raise ValueError(f"its {part} is a {parts[part][-1]}, and no {classes[0]}")
+    return kind, tuple(part for part in UNUSED_PARTS if part in parts)
+
+
+def read_published_settings(folder: Path, kind: str) -> dict:
+    """The nodes of our groups that a folder's settings are, as plain values; ValueError for others.
+
+    `data` and `trainer` hold what sizes and types a model, as in the configuration of a run.
+    """
+    from ldm.config.diffusers_scheduler import change_as_pipeline, read_scheduler_config
+    from ldm.models.diffusers_format import read_autoencoder_settings, read_unet_settings
+
+    unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    settings = read_unet_settings(unet)
+    sizes = {key: settings.pop(key) for key in ("in_channels", "out_channels")}
+    for key in ("context_dim", "pooled_dim"):  # the text encoder decides them
+        settings.pop(key, None)
+    if vae.get("_class_name", "AutoencoderKL") == "AutoencoderKL":
+        autoencoder = {"_target_": "ldm.models.diffusers_format.make_autoencoder_kl"}
+        autoencoder |= {"path": str(folder / "vae"), **read_autoencoder_settings(vae)}
+    else:
+        autoencoder = {"_target_": "ldm.models.diffusers_autoencoder.DiffusersAutoencoder"}
+        autoencoder |= {"path": str(folder / "vae")}
+    factor = 2 ** (len(vae.get("block_out_channels", (1, 1, 1, 1))) - 1)
+    side = unet.get("sample_size") or DEFAULT_SAMPLE_SIZE
+    side = side[-1] if isinstance(side, list) else side
+    return {
+        "autoencoder": autoencoder,
+        "text_encoder": make_text_encoder_node(folder, kind),
+        "model": {"_target_": "ldm.models.unet.UNet", **settings},
+        **read_scheduler_config(
+            scheduler if kind == STABLE_DIFFUSION_XL else change_as_pipeline(scheduler)
+        ),
+        **TRAINING_NODES,
+        "task": make_task_node(**sizes),
+        "data": {"size": side * factor, "batch_size": 1, "frames": None},
+        "trainer": {"precision": "32-true"},
+        "rng": "torch",  # of diffusers: a seed gives the picture that it gives there
+    }
+
+
+def make_text_encoder_node(folder: Path, kind: str) -> dict:
+    """The node of the text encoder, or of the two, of a folder."""
+    if kind == STABLE_DIFFUSION_XL:
+        target = "ldm.models.text.paired.PairedTextEncoder"
+        zeros = read_json(folder / PIPELINE_FILE).get("force_zeros_for_empty_prompt", True)
+        return {"_target_": target, "path": str(folder), "layer": -2, "zero_empty": zeros}
+    target = "ldm.models.text.clip.ClipTextEncoder"
+    return {"_target_": target, "path": str(folder), "pooled": False}
+
+
+def make_task_node(in_channels: int, out_channels: int) -> dict:
+    """The node of the task whose network has these channels; ValueError where there is none."""
+    if in_channels == out_channels:
+        return {"_target_": "ldm.diffusion.tasks.text_to_image.TextToImage"}
+    if in_channels == 2 * out_channels + 1:
+        target = "ldm.diffusion.tasks.inpainting.Inpainting"
+        return {"_target_": target, "mask_resize": "nearest"}
+    raise ValueError(
+        f"its network has {in_channels} input channels for {out_channels} of latents, which is "
+        "neither text to image nor inpainting"
+    )

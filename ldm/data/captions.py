@@ -9,6 +9,8 @@ from ldm.utils.files import detect_encoding
 
 _MAX_KEYS, _MAX_KEY_LENGTH = 256, 100  # of JSON keys that are counted
 _LIKELY = ("caption", "prompt", "text", "description", "title", "alt")  # in names of caption keys
+# What img2dataset notes of each image.
+_NOTES = ("url", "key", "status", "error_message", "exif", "md5", "sha256", "sha512")
 
 
 def clean_caption(text: str) -> str:
@@ -112,6 +114,7 @@ class CaptionCount:
 
     def list_likely_keys(self, *without: str) -> list[str]:
         """Returns at most five keys with text, those whose names sound like captions first."""
+        without = (*without, *_NOTES)
         others = [name for name, count in self.keys.items() if name not in without and count]
         others.sort(key=lambda name: (-any(w in name.lower() for w in _LIKELY), -self.keys[name]))
         return others[:5]

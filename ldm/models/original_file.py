@@ -18,7 +18,7 @@ UNET, AUTOENCODER, EMA = "model.diffusion_model.", "first_stage_model.", "model_
 CONV_IN = f"{UNET}input_blocks.0.0.weight"
 SD1_TEXT, SD2_TEXT = "cond_stage_model.transformer.", "cond_stage_model.model."
 SDXL_TEXTS = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
-TEXT_PREFIXES = {"sd1": (SD1_TEXT,), "sd2": (SD2_TEXT,), "sdxl": SDXL_TEXTS}
+ORIGINAL_TEXT_PREFIXES = {"sd1": (SD1_TEXT,), "sd2": (SD2_TEXT,), "sdxl": SDXL_TEXTS}
 # Buffers of the noise schedule in training, and marks of how the network was trained.
 SCHEDULE_NAMES = re.compile(
     r"betas|\w*alphas_cumprod\w*|posterior_\w+|lvlb_weights|logvar|denoiser\.\w+|scale_factor"
@@ -133,7 +133,9 @@ def identify_original_kind(file: OriginalFile) -> str:
             raise ValueError(f"it is {AUTOENCODER_ALONE}")
         first = ", ".join(names[:3]) or "no tensors"
         raise ValueError(f"it is no Stable Diffusion in the original layout; it has {first}")
-    kind = next((kind for kind, texts in TEXT_PREFIXES.items() if _has_all(names, texts)), None)
+    kind = next(
+        (kind for kind, texts in ORIGINAL_TEXT_PREFIXES.items() if _has_all(names, texts)), None
+    )
     if kind is None or not _has_all(names, [AUTOENCODER]):
         what = "autoencoder (first_stage_model.)" if kind else "text encoder (cond_stage_model.)"
         raise ValueError(
@@ -154,7 +156,7 @@ def _has_all(names: Sequence[str], prefixes: Sequence[str]) -> bool:
 
 def list_unused_names(file: OriginalFile, kind: str) -> list[str]:
     """Returns how the names begin that are neither weights of the model nor of its schedule."""
-    used = (UNET, AUTOENCODER, EMA, *TEXT_PREFIXES[kind])
+    used = (UNET, AUTOENCODER, EMA, *ORIGINAL_TEXT_PREFIXES[kind])
     others = (name for name in file.state if not name.startswith(used))
     rest = (name for name in others if not SCHEDULE_NAMES.fullmatch(name))
     return sorted({".".join(name.split(".")[:2]) for name in rest})

@@ -82,7 +82,7 @@ def test_captions_are_counted_and_the_key_that_has_them_is_named():
     assert (count.count_empty("TEXT"), count.count_empty("absent")) == (1, 3)
     assert count.describe() == (
         "2 of 3 samples have an empty caption (read: captions, caption, .txt); their json has text "
-        "under TEXT, url: data.caption_key=TEXT"
+        "under TEXT: data.caption_key=TEXT"
     )
     many = json.dumps({f"key {n}": "text" for n in range(1000)} | {"k" * 1000: "text"})
     count.add(None, many.encode())

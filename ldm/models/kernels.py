@@ -27,6 +27,7 @@ def cache_casts(network: nn.Module) -> Iterator[None]:
     """
     plain = [each for each in network.parameters() if type(each) is nn.Parameter]  # no shards
     frozen = [each for each in plain if not each.requires_grad]
+    frozen = [each for each in frozen if torch.is_autocast_enabled(each.device.type)]
     try:
         for parameter in frozen:
             parameter.requires_grad_(True)

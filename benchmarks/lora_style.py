@@ -67,7 +67,7 @@ def measure(pipe, scenes: list[Scene], prompts: list[str], steps: int, batch: in
     rows = np.array([match_scene(r, s) for r, s in zip(readings, scenes, strict=True)])
     found = dict(zip(("all", *SCENE_ATTRIBUTES), rows.mean(axis=0).tolist(), strict=True))
     rest = rows[:, 1:-1].all(axis=1)  # all attributes but the style, which is the last
-    low, high = wilson_interval(int(rest.sum()), len(rest))
+    low, high = wilson_interval(float(rest.mean()), len(rest))
     return found | {"rest": float(rest.mean()), "rest_interval": [low, high]}
 
 
@@ -83,6 +83,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--targets", default="all")
     parser.add_argument("--steps", type=int, default=300, help="of training")
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--train-batch", type=int, default=32, help="pictures of a step")
     parser.add_argument("--count", type=int, default=125, help="held-out prompts")
     parser.add_argument("--sampling", type=int, default=15, help="steps")
     parser.add_argument("--batch", type=int, default=25, help="pictures at a time")
@@ -93,7 +94,13 @@ def main(words: list[str] | None = None) -> None:
     name = args.out.stem
     given = [f"name={name}", f"init={Path(args.base).resolve()}", f"lora.rank={args.rank}"]
     given += [f"lora.targets={args.targets}", "data=shards", f"data.train={train}"]
-    given += [f"data.val={val}", f"data.size={SIZE}", "data.flip=0", "data.workers=0"]
+    given += [
+        f"data.val={val}",
+        f"data.size={SIZE}",
+        f"data.batch_size={args.train_batch}",
+        "data.flip=0",
+        "data.workers=0",
+    ]
     given += [f"trainer.max_steps={args.steps}", f"trainer.val_check_interval={args.steps}"]
     given += [f"optimizer.lr={args.lr}", "optimizer.warmup=20", "eval=none", "samples.n=0"]
     given += ["ema_decay=0.98", "logger=csv", "checkpoint.keep_best=0", "validate_first=false"]

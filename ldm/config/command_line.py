@@ -1,5 +1,6 @@
 """The frame of all verbs: free text that Hydra's grammar does not parse, checks, error messages."""
 
+import atexit
 import gc
 import os
 import re
@@ -122,6 +123,7 @@ def run_command(main: Callable[[], None], config_name: str, *, resumable: bool =
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # Imports of torch and Lightning make no garbage, and collecting it takes a sixth of their time.
     gc.set_threshold(10_000, 20)
+    atexit.register(_spare_imports_at_exit)
     reuse_freed_memory()
     defer_torchmetrics()
     configure_output_encoding()
@@ -207,6 +209,16 @@ def command(
         return main
 
     return decorate
+
+
+def _spare_imports_at_exit() -> None:
+    """Collects garbage once, so that the interpreter does not walk through all modules as it ends.
+
+    After an exception, whose frames hold the objects of the run, it ends in its own way.
+    """
+    if not hasattr(sys, "last_value"):
+        gc.collect()
+        gc.freeze()
 
 
 def _raise_keyboard_interrupt(number: int, frame: object) -> None:

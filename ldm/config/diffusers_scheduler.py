@@ -43,6 +43,11 @@ def read_scheduler_config(config: Mapping[str, object]) -> dict[str, dict]:
     return {"scheduler": scheduler, "objective": load_option("objective", kind), "sampler": sampler}
 
 
+def change_as_pipeline(config: Mapping[str, object]) -> dict:
+    """The configuration that diffusers' StableDiffusionPipeline makes of a scheduler's."""
+    return {**config, "steps_offset": 1, "clip_sample": False}
+
+
 def read_beta_schedule(values: SchedulerValues) -> dict:
     """The node `scheduler`."""
     steps, start, end = (

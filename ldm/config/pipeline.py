@@ -9,7 +9,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.components import (
-    build_components,
     choose_autocast_dtype,
     find_component_location,
     set_component_location,
@@ -53,14 +52,14 @@ def load_pipeline(cfg: DictConfig, ckpt: str, locations: dict[str, str | None]) 
             "or take a run of task=video"
         )
     with explain_moved_component(trained):
-        components = build_components(trained, task)
+        components = source.build(task)
     facts = source.check_frozen(components.frozen)
     source.load_denoiser(components.denoiser, "denoiser." if cfg.raw else "ema.module.")
     if files := list_lora_files(cfg):
         from ldm.models.lora_file import add_lora_file
 
         for path, weight in files:
-            add_lora_file(components.denoiser, path, weight=weight)
+            add_lora_file(components.denoiser, components.text_encoder, path, weight=weight)
     components.to(device)
     if (mode := get_compile_mode(cfg)) is not None:
         from ldm.models.compilation import compile_network  # the compiler takes a second to import

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ldm.config.components import LoadedCheckpoint
+    from ldm.diffusion.tasks.base import Task
     from ldm.inference.components import Components
 
 PIPELINE_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # the folders with weights
@@ -118,6 +119,14 @@ class PublishedCheckpoint:
 
         parts = build_frozen_encoders(self.config)
         return dict(zip(("autoencoder", "text_encoder"), map(hash_module, parts), strict=True))
+
+    def build(self, task: "Task") -> "Components":
+        """Its components for a task; the denoiser has no weights yet, any numbers."""
+        from ldm.config.components import build_components
+        from ldm.models.initialization import SkippedInitialization
+
+        with SkippedInitialization():
+            return build_components(self.config, task)
 
     def check_frozen(self, frozen: "dict[str, nn.Module]") -> dict[str, str]:
         """The places of frozen components that are not the folder's own; any may be given."""

@@ -28,8 +28,12 @@ REFUSED_PIPELINES = (  # the beginning of a name, and the reason
 NEEDED_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 TWO_ENCODER_PARTS = ("text_encoder_2", "tokenizer_2")
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
-INDEX_SETTINGS = ("requires_safety_checker", "add_watermarker", "force_zeros_for_empty_prompt")
-INDEX_SETTINGS += ("requires_aesthetics_score",)
+INDEX_SETTINGS = (
+    "requires_safety_checker",
+    "add_watermarker",
+    "force_zeros_for_empty_prompt",
+    "requires_aesthetics_score",
+)
 PART_CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "text_encoder": ("CLIPTextModel",),
@@ -79,10 +83,11 @@ def read_published_settings(folder: Path, kind: str) -> dict:
 
     `data` and `trainer` hold what sizes and types a model, as in the configuration of a run.
     """
-    from ldm.config.diffusers_scheduler import read_scheduler_config
+    from ldm.config.diffusers_scheduler import change_as_pipeline, read_scheduler_config
     from ldm.models.diffusers_format import read_autoencoder_settings, read_unet_settings
 
     unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     settings = read_unet_settings(unet)
     sizes = {key: settings.pop(key) for key in ("in_channels", "out_channels")}
     for key in ("context_dim", "pooled_dim"):  # the text encoder decides them
@@ -100,7 +105,9 @@ def read_published_settings(folder: Path, kind: str) -> dict:
         "autoencoder": autoencoder,
         "text_encoder": make_text_encoder_node(folder, kind),
         "model": {"_target_": "ldm.models.unet.UNet", **settings},
-        **read_scheduler_config(read_json(folder / "scheduler" / "scheduler_config.json")),
+        **read_scheduler_config(
+            scheduler if kind == STABLE_DIFFUSION_XL else change_as_pipeline(scheduler)
+        ),
         **TRAINING_NODES,
         "task": make_task_node(**sizes),
         "data": {"size": side * factor, "batch_size": 1, "frames": None},

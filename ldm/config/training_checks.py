@@ -28,11 +28,7 @@ def check_before_imports(cfg: DictConfig, run_dir: Path) -> None:
     check_image_size(cfg.data.size, read_size_multiple(cfg, stage=cfg.stage))
     check_frozen_paths(cfg)
     check_strategy(cfg)
-    if cfg.lora.rank and cfg.init is None:
-        raise UsageError(
-            f"lora.rank={cfg.lora.rank} trains adapters of a network that is trained already: give "
-            "init=RUN, a run of ours or a diffusers folder, or leave lora.rank out"
-        )
+    check_lora(cfg)
     devices, nodes = get_launcher_layout() or (cfg.trainer.devices, cfg.trainer.num_nodes)
     count = devices if isinstance(devices, int) and devices > 0 else 1  # or not known yet
     split_batch(cfg.data.batch_size, count * nodes, cfg.trainer.accumulate_grad_batches)
@@ -68,11 +64,6 @@ def check_strategy(cfg: DictConfig) -> None:
     mode, is_sharded = get_compile_mode(cfg), "fsdp" in (cfg.strategy or {}).get("_target_", "")
     if is_sharded and cfg.optimizer._target_ == ADAMW_8BIT_TARGET:
         raise UsageError("strategy=fsdp shares out float32 moments alone: take optimizer=adamw")
-    if is_sharded and cfg.lora.rank:
-        raise UsageError(
-            f"lora.rank={cfg.lora.rank}: strategy=fsdp shares out weights that are trained, and "
-            "here they are frozen: take strategy=ddp"
-        )
     if mode is not None and cfg.stage != "diffusion":
         raise UsageError(
             f"compile={mode} is for the denoiser, and stage={cfg.stage} trains none: leave it out"
@@ -87,6 +78,22 @@ def check_strategy(cfg: DictConfig) -> None:
         raise UsageError(
             "compile=reduce-overhead: a CUDA graph overwrites the gradients of the batch before, "
             "which trainer.accumulate_grad_batches adds up: take compile=default"
+        )
+
+
+def check_lora(cfg: DictConfig) -> None:
+    """UsageError where there is nothing to train adapters of, or weights would be shared out."""
+    if not cfg.lora.rank:
+        return
+    if cfg.init is None:
+        raise UsageError(
+            f"lora.rank={cfg.lora.rank} trains adapters of a network that is trained already: give "
+            "init=RUN, a run of ours or a diffusers folder, or leave lora.rank out"
+        )
+    if "fsdp" in (cfg.strategy or {}).get("_target_", ""):
+        raise UsageError(
+            f"lora.rank={cfg.lora.rank}: strategy=fsdp shares out weights that are trained, and "
+            "here they are frozen: take strategy=ddp"
         )
 
 

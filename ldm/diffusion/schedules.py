@@ -133,9 +133,8 @@ class DiscreteSchedule(Schedule):
 
     def interpolate_timestep(self, t: Tensor, scale: Callable[[Tensor], Tensor]) -> Tensor:
         below = self._point_below(t)
-        here, low, high = (
-            scale(self._ratio_of_diffusers(point)) for point in (t * self.steps, below, below + 1)
-        )
+        points = (t * self.steps, below, below + 1)
+        here, low, high = (scale(self._ratio_of_diffusers(point)) for point in points)
         return below - 1 + ((here - low) / (high - low)).clamp(0, 1)
 
     def on_grid(self, t: Tensor) -> Tensor:
@@ -284,11 +283,8 @@ def trained_betas(
     *, betas: Sequence[float] | None = None, zero_terminal_snr: bool = False
 ) -> DiscreteSchedule:
     """Betas as they are given, by diffusers' word for it; None: DDPM's."""
-    table = (
-        linspace_steps(1e-4, 0.02, 1000)
-        if betas is None
-        else torch.tensor([*betas], dtype=torch.float64)
-    )
+    given = linspace_steps(1e-4, 0.02, 1000).tolist() if betas is None else [*betas]
+    table = torch.tensor(given, dtype=torch.float64)
     return DiscreteSchedule(table, zero_terminal_snr=zero_terminal_snr)
 
 

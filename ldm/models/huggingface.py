@@ -74,6 +74,11 @@ def read_model_config(
         shared = {name: config[name] for name in ("projection_dim",) if name in config}
         config = config[own.base_config_key]
         config = config | shared if isinstance(config, dict) else config
+    if isinstance(config, dict) and config.get("use_attention_mask") and "clip" in own.model_type:
+        raise ValueError(
+            f"the config.json in '{location}' has use_attention_mask=true: prompts without their "
+            "padding, which text_encoder=clip never leaves out"
+        )
     try:
         return own.from_dict(_select_fields(own, config))
     except Exception as error:  # the type depends on the version

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ldm.models.diffusers_names import to_diffusers
+from ldm.models.original_names import UNET_BLOCK_NAMES
 from ldm.utils.errors import UsageError
 from ldm.utils.files import replace_file
 from ldm.utils.lora_weights import (
@@ -29,15 +30,29 @@ from ldm.utils.lora_weights import (
 
 KOHYA_PREFIX = "lora_unet_"
 NETWORK_PREFIXES = ("unet.", "base_model.model.unet.", "base_model.model.")  # of diffusers and peft
-TEXT_PREFIXES = ("lora_te", "text_encoder", "base_model.model.text_encoder")
 # What the two parts of an adapter, and its alpha, are called after the name of their layer.
 PART_SUFFIXES = {
-    "down": (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight"),
-    "up": (".lora_B.weight", ".lora_B.default.weight", ".lora_up.weight", ".lora.up.weight"),
+    "down": (
+        *(".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight"),
+        ".lora_linear_layer.down.weight",
+    ),
+    "up": (
+        *(".lora_B.weight", ".lora_B.default.weight", ".lora_up.weight", ".lora.up.weight"),
+        ".lora_linear_layer.up.weight",
+    ),
     "alpha": (".alpha",),
 }
 # Adapters of diffusers before 0.18: attn1.processor.to_q_lora.down.weight
 FORMER_NAME = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.")
+# In a ClipTextEncoder, or in the two of a PairedTextEncoder.
+CLIP_LAYER = re.compile(
+    r"(?:model\.(?P<which>first|second)\.)?model\.(?:text_model\.)?(?P<rest>encoder\.layers\..+)"
+)
+FIRST_LEVEL_BLOCK = re.compile(r"down_blocks\.0\.resnets\.\d+\.conv1")
+UNET_PLACE = re.compile(
+    r"(?P<way>down|mid|up)_blocks?\.(?:(?P<level>\d+)\.)?(?P<kind>resnets|attentions)\."
+    r"(?P<index>\d+)\.(?P<rest>.+)"
+)
 ADAPTER_METADATA = "lora_adapter_metadata"  # in a file of diffusers: peft's settings as JSON
 METADATA_VARIANTS = ("use_dora", "use_rslora", "alpha_pattern", "lora_bias")
 # By the width of the text states, of networks with the widths of Stable Diffusion.
@@ -119,47 +134,83 @@ class Adapter:
 
 
 @torch.no_grad()
-def add_lora_file(network: nn.Module, path: Path, *, weight: float = 1.0) -> None:
-    """Adds the adapters of a file, times `weight`, to the weights of a network.
+def add_lora_file(
+    network: nn.Module, text_encoder: nn.Module, path: Path, *, weight: float = 1.0
+) -> None:
+    """Adds the adapters of a file, times `weight`, to the weights of a network and of its text.
 
-    Raises UsageError for a file that is not of this network or that holds anything else.
+    Raises UsageError for a file that is not of these or that holds anything else.
     """
-    adapters = read_lora_file(path)
-    if texts := [name for name in adapters if name.startswith(TEXT_PREFIXES)]:
-        raise UsageError(
-            f"lora={path} has {len(texts)} layers for a text encoder ({texts[0]}, ..), and the one "
-            "here is frozen: give a file of the UNet alone"
-        )
-    layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    theirs = {next(iter(to_diffusers({f"{name}.": 0}))).rstrip("."): name for name in layers}
-    known = theirs | {KOHYA_PREFIX + name.replace(".", "_"): n for name, n in theirs.items()}
-    changes, wrong = {}, []
-    for name, adapter in adapters.items():
-        own = known.get(strip_network_prefix(name))
-        if own is None or own in changes:
-            wrong.append(f"{name} is {'no layer here' if own is None else 'there twice'}")
+    known = list_unet_layers(network) | list_text_layers(text_encoder)
+    changes: dict[nn.Module, Tensor] = {}
+    wrong = []
+    for name, adapter in read_lora_file(path).items():
+        layer = known.get(strip_network_prefix(name))
+        if layer is None or layer in changes:
+            wrong.append(f"{name} is {'no layer here' if layer is None else 'there twice'}")
             continue
-        shape = layers[own].weight.shape
+        shape = layer.weight.shape[0], layer.weight[0].numel()
         try:
             change = adapter.change()
         except ValueError as error:
             wrong.append(f"{name} is {error}")
             continue
-        if change.shape != (shape[0], shape[1:].numel()):
-            sizes = tuple(change.shape), (shape[0], shape[1:].numel())
-            wrong.append(f"{name} is {sizes[0]} there and {sizes[1]} here")
+        if change.shape != shape:
+            wrong.append(f"{name} is {tuple(change.shape)} there and {shape} here")
         elif not change.isfinite().all():
             wrong.append(f"{name} is not finite")
-        changes[own] = change
+        changes[layer] = change
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UsageError(
             f"lora={path} is of another network: {'; '.join(wrong[:3])}{more}. Give a file that "
             "was trained on this model or on one of the same kind"
         )
-    for name, change in changes.items():
-        own = layers[name].weight
+    for layer, change in changes.items():
+        own = layer.weight
         own.copy_(own.float().add(change.view(own.shape).to(own.device), alpha=weight))
+
+
+def list_unet_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """Returns the layers of a network by the names that LoRA files have for them."""
+    layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    theirs = {next(iter(to_diffusers({f"{name}.": 0})))[:-1]: m for name, m in layers.items()}
+    blocks = sum(bool(FIRST_LEVEL_BLOCK.fullmatch(name)) for name in theirs)
+    originals = {to_original_name(name, blocks): layer for name, layer in theirs.items()}
+    kohya = {name.replace(".", "_"): layer for name, layer in (originals | theirs).items()}
+    return theirs | {KOHYA_PREFIX + name: layer for name, layer in kohya.items()}
+
+
+def list_text_layers(text_encoder: nn.Module) -> dict[str, nn.Module]:
+    """Returns the layers of one or two CLIP text encoders by the names that LoRA files have."""
+    found = {}
+    for name, layer in text_encoder.named_modules():
+        if (match := CLIP_LAYER.fullmatch(name)) and isinstance(layer, nn.Linear):
+            theirs = f"text_model.{match['rest']}"
+            second = match["which"] == "second"
+            found[f"text_encoder{'_2' if second else ''}.{theirs}"] = layer
+            for prefix in ("lora_te2_",) if second else ("lora_te_", "lora_te1_"):
+                found[prefix + theirs.replace(".", "_")] = layer
+    return found
+
+
+def to_original_name(name: str, blocks: int) -> str:
+    """Returns the name of a layer in the original layout, which kohya's files of SDXL have.
+
+    name: as diffusers calls it; samplers keep theirs. blocks: residual blocks of a level.
+    """
+    found = UNET_PLACE.fullmatch(name)
+    if found is None:
+        return name
+    if found["way"] == "mid":
+        place = f"middle_block.{1 if found['kind'] == 'attentions' else 2 * int(found['index'])}"
+    else:
+        number = int(found["level"]) * (blocks + 1) + int(found["index"])
+        way = f"output_blocks.{number}" if found["way"] == "up" else f"input_blocks.{number + 1}"
+        place = f"{way}.{1 if found['kind'] == 'attentions' else 0}"
+    rest = f"{found['rest']}."
+    inner = {new: old for old, new in UNET_BLOCK_NAMES.items()}
+    return f"{place}.{inner.get(rest, rest)}".rstrip(".")
 
 
 def strip_network_prefix(name: str) -> str:

@@ -1,5 +1,6 @@
 """Small folders of published models with random weights, written by diffusers itself."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -59,7 +60,7 @@ def text_tower(kind: type, tokenizer, *, width: int = 16, layers: int = 2, **cha
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=layers,
-        num_attention_heads=2,
+        num_attention_heads=changes.pop("num_attention_heads", 2),
         max_position_embeddings=16,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -158,6 +159,11 @@ def write_inpainting(folder: Path) -> Path:
     )
     pipe.save_pretrained(folder)
     return folder
+
+
+def write_index(folder: Path, **parts: object) -> None:
+    """The model_index.json of a folder that has all parts."""
+    (folder / "model_index.json").write_text(json.dumps(parts))
 
 
 def make_picture() -> Image.Image:

@@ -24,6 +24,7 @@ from ldm.cli.evaluate import VARIABLE_GROUPS, evaluate_points, format_scene_tabl
 from ldm.config.combinations import pop_sweep_choices
 from ldm.config.command_line import convert_to_usage_errors
 from ldm.config.composition import CONF_DIR
+from ldm.config.measurement import choose_source_kind
 from ldm.data.image_decoding import ImageError
 from ldm.data.shards.reader import ShardReader, write_shard
 from ldm.evaluation.prompt_subset import PromptSubset
@@ -346,16 +347,37 @@ def test_a_damaged_picture_is_named(shards_run, real):
 def test_a_peer_is_measured_by_the_same_ruler(shards_run, real, tmp_path):
     own = measure(ckpt=shards_run, data=real / "val")
     folder = peers.stable_diffusion(tmp_path / "sd")
-    facts = measure("guidance.scale=3", ckpt=folder, data=real / "val")
+    facts = measure("backend=diffusers", "guidance.scale=3", ckpt=folder, data=real / "val")
     assert facts["protocol"] == own["protocol"]
     assert set(facts["metrics"]) == set(own["metrics"])
     assert facts["pipeline"] == "StableDiffusionPipeline"
     assert (facts["settings"]["steps"], facts["settings"]["guidance"]) == (2, {"scale": 3})
-    assert measure("guidance=none", ckpt=folder, data=real / "val")["metrics"] != facts["metrics"]
+    unguided = measure("backend=diffusers", "guidance=none", ckpt=folder, data=real / "val")
+    assert unguided["metrics"] != facts["metrics"]
+    with pytest.raises(UsageError, match="data is needed: give data=DIR"):
+        measure("backend=diffusers", ckpt=folder)
+    scenes = measure("backend=diffusers", "scenes=true", "count=8", ckpt=folder, data=real / "val")
+    assert scenes["metrics"]["scene_accuracy"] == 0
+
+
+def test_a_published_folder_gets_the_numbers_that_diffusers_gets(shards_run, real, tmp_path):
+    folder = peers.stable_diffusion(tmp_path / "sd")
+    how = ("guidance.scale=3", "steps=5")
+    theirs = measure("backend=diffusers", *how, ckpt=folder, data=real / "val")
+    ours = measure(*how, ckpt=folder, data=real / "val")
+    assert ours["protocol"] == theirs["protocol"]
+    assert ours["digest"] == theirs["digest"]
+    assert ours["metrics"] == pytest.approx(theirs["metrics"], rel=1e-3)
+    assert ours["settings"]["sampler"]["spacing"] == "leading"
+    other = measure("scenes=true", "count=4", *how, ckpt=folder, data=real / "val")
+    assert other["metrics"]["scene_accuracy"] == 0
     with pytest.raises(UsageError, match="data is needed: give data=DIR"):
         measure(ckpt=folder)
-    scenes = measure("scenes=true", "count=8", ckpt=folder, data=real / "val")
-    assert scenes["metrics"]["scene_accuracy"] == 0
+    with pytest.raises(UsageError, match=r"backend=diffusers: .* is no folder of a diffusers"):
+        measure("backend=diffusers", ckpt=shards_run)
+    foreign = peers.pixart(tmp_path / "pixart")
+    options = {"ckpt": str(foreign), "images": None, "keep": None}
+    assert choose_source_kind(options) == "peer", "what we do not open, diffusers does"
 
 
 def test_a_curve_looks_at_real_pictures_and_captions_once(shards_run):

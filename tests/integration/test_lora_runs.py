@@ -1,13 +1,21 @@
 """Runs of LoRA from their beginning to images, in files that other tools take."""
 
+import json
+import shutil
+from pathlib import Path
+
 import diffusers
 import pytest
 import torch
 from evaluated_runs import Home, measure
 from hydra import compose, initialize_config_dir
+from PIL import Image
 from published_folders import write_sd1, write_sd2, write_sdxl
+from shell import ANEW, FROZEN, ROOT, assert_same_learning, run, tensors, train
+from test_phema import choose
 
 import ldm
+from ldm.config.bundle import write_bundle
 from ldm.config.composition import CONF_DIR
 from ldm.config.run import build_job
 from ldm.utils.checkpoint_file import find_newest_checkpoint, read_checkpoint, select_prefix
@@ -109,6 +117,24 @@ def test_it_is_measured_and_the_beginning_of_other_runs(home, tmp_path):
         assert torch.equal(tensor, merged[name]), name
 
 
+def test_it_is_bundled_and_averaged_like_any_run(home):
+    style = home.path / "runs" / "style"
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
+        write_bundle(compose("bundle"), str(style), Path("bundle"), {})
+    bundle = ldm.load("bundle", device="cpu")
+    how = {"seeds": [0, 1], "steps": 2, "output_type": "pt", "progress": False}
+    expected = paint(home, "style")
+    torch.testing.assert_close(bundle("a small red circle", **how), expected, rtol=0, atol=1e-5)
+
+    init = f"init={home.path}/runs/base"
+    home.train("kept", *LORA, init, "phema.lengths=[0.05,0.1]", "phema.every=1")
+    choose("length=0.1", ckpt=home.path / "runs" / "kept", out="average.ckpt")
+    payload = read_checkpoint(Path("average.ckpt"))
+    assert payload["ldm"]["lora"] == {"rank": 2, "alpha": 4.0}
+    average = ldm.load("average.ckpt", device="cpu")("a small red circle", **how)
+    assert (average - paint(home, "base")).abs().max() > 1e-3
+
+
 def test_what_does_not_fit_is_refused_in_one_line(home):
     init = f"init={home.path}/runs/base"
 
@@ -122,10 +148,10 @@ def test_what_does_not_fit_is_refused_in_one_line(home):
 
 
 @pytest.mark.parametrize("write", [write_sd1, write_sd2, write_sdxl])
-def test_adapters_of_a_published_model_paint_the_same_in_diffusers(home, tmp_path, write):
+def test_adapters_of_a_published_model_paint_the_same_in_diffusers(tmp_path, write):
     folder = write(tmp_path / "published")
     words = ["name=style", f"init={folder}", "lora.rank=2", "lora.alpha=4", "lora.targets=all"]
-    words += ["data=scenes", "data.count=8", "data.val_count=12", f"data.folder={home.path}/data"]
+    words += ["data=scenes", "data.count=8", "data.val_count=12", f"data.folder={tmp_path}/data"]
     words += ["data.size=16", "data.batch_size=4", "data.workers=0", "samples.n=0", *BRIEF]
     ldm.train(ldm.compose("train", [*words, "trainer=cpu", "logger=csv", "optimizer.lr=0.1"]))
     file = "runs/style/lora.safetensors"
@@ -142,3 +168,37 @@ def test_adapters_of_a_published_model_paint_the_same_in_diffusers(home, tmp_pat
     expected = theirs("a red circle", generator=generator, **how).images[0]
     assert (pictures[1] - pictures[0]).abs().max() > 1e-3
     torch.testing.assert_close(pictures[1].clamp(0, 1), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_a_sweep_and_refusals_as_a_user_types_them(prepared, tmp_path):
+    home = shutil.copytree(prepared, tmp_path / "home", symlinks=True)
+    few = ["trainer.max_steps=3", "trainer.val_check_interval=3", "logger=csv", *FROZEN]
+    train(*few, "name=base", cwd=home)
+    lora = [*few, "init=runs/base", "optimizer.warmup=1"]
+    ranks = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
+    train(*lora, "lora.rank=2", "name=one", cwd=home)
+    train(*lora, "lora.rank=2", "name=two", *ranks, cwd=home)
+    assert_same_learning(*(adapters(home / "runs" / name) for name in ("one", "two")))
+    train("-m", *lora, "lora.rank=1,2", "optimizer.lr=1e-3,1e-2", "name=sweep", cwd=home)
+    files = sorted(home.glob("runs/sweep/*/lora.safetensors"))
+    assert len(files) == 4
+    said = train(*few, "lora.rank=2", "name=no", cwd=home, expect=2)
+    assert "give init=RUN" in said
+    said = train(*ANEW, "lora.rank=2", "name=no", cwd=home, expect=2)
+    assert "stage=autoencoder trains no denoiser and reads nothing of lora" in said
+    picture = ["prompt=a red ball", "n=1", "steps=1", "out=a.png"]
+    [name] = [str(file.relative_to(home)) for file in files[:1]]
+    sample = str(ROOT / "sample.py")
+    run(sample, "ckpt=runs/base", f"lora='{name}:0.5'", *picture, cwd=home)
+    [entry] = json.loads(Image.open(home / "a_000.png").text["lora"])
+    assert entry["weight"] == 0.5
+    said = run(sample, "ckpt=runs/base", "lora=[none.safetensors]", *picture, cwd=home, expect=2)
+    assert "there is no such file" in said
+
+
+def adapters(run_dir: Path) -> dict:
+    """The parts of a checkpoint that were trained."""
+    payload = tensors(run_dir)
+    state = {n: t for n, t in payload["state_dict"].items() if "lora_" in n}
+    return payload | {"state_dict": state}

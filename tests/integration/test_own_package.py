@@ -129,7 +129,8 @@ def test_a_class_on_the_command_line_needs_no_file(home):
     small = ["model=nano", "model.channels=16", "autoencoder=identity", "name=typed"]
     said = run(TRAIN, *FEW, *own, *small, cwd=home, **FOLDER)
     assert "SineSchedule takes no scheduler.steps, scheduler.offset" in said
-    assert "PlainEulerSampler takes no sampler.eta, sampler.clip, sampler.quantile" in said
+    assert "PlainEulerSampler takes no sampler.eta, sampler.offset" in said
+    assert "sampler.ends, sampler.clip, sampler.quantile" in said
     assert "power: 2" in targets(home, "typed")
     sample = [SAMPLE, "ckpt=runs/typed", "prompt=a red circle", "n=1", "steps=2", "out=t.png"]
     run(*sample, "trust=teampackage", cwd=home, **FOLDER)

@@ -12,16 +12,16 @@ ROOT = Path(__file__).parents[2]
 # A room imports from the rooms before it in this table, and from itself (docs/design.md).
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
-    "utils": 1905,
-    "diffusion": 3345,
-    "models": 4690,
+    "utils": 1970,
+    "diffusion": 3380,
+    "models": 4800,
     "data": 4385,
     "inference": 860,
-    "evaluation": 3110,
-    "experiments": 2140,
-    "training": 3700,
-    "config": 6710,
-    "cli": 1850,
+    "evaluation": 3115,
+    "experiments": 2220,
+    "training": 3740,
+    "config": 6800,
+    "cli": 1920,
 }
 ROOMS = tuple(ROOM_LINES)
 FILES = [*ROOT.glob("ldm/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]

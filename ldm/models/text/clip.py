@@ -70,8 +70,9 @@ class ClipTextEncoder(FrozenTextEncoder):
         whitened = pooled and not projected and (folder / WHITENING_FILE).is_file()
         self.whitened = whitened
         self.whiten = Whitening.load(folder, width=self.width) if whitened else nn.Identity()
-        self.has_own_states = layer != -1 or not norm
-        if self.has_own_states:  # a part of the state, so that the digests of two choices differ
+        self.reads_hidden_states = layer != -1 or not norm
+        if self.reads_hidden_states:
+            # A part of the state, so that the digests of two choices differ.
             self.register_buffer("layer_and_norm", torch.tensor([layer, norm]))
 
     def save(self, folder: Path) -> None:
@@ -106,9 +107,9 @@ class ClipTextEncoder(FrozenTextEncoder):
         """Returns the states of `layer`; that of the end token after the last may be `pooled`."""
         # Without a mask: published denoisers were trained to attend to the padding as well.
         ids = send(self.tokenize(captions), self.model.device)  # (B, L)
-        out = self.model(input_ids=ids, output_hidden_states=self.has_own_states)
+        out = self.model(input_ids=ids, output_hidden_states=self.reads_hidden_states)
         tokens = out.last_hidden_state  # (B, L, D)
-        if self.has_own_states:
+        if self.reads_hidden_states:
             tokens = out.hidden_states[self.layer]
             tokens = self.model.final_layer_norm(tokens) if self.norm else tokens
         pooled = self.project(self.whiten(out.pooler_output)) if self.pooled_width else None

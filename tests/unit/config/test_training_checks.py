@@ -4,18 +4,22 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from ldm.config.search_path import CONF_DIR
-from ldm.config.training_checks import check_strategy
+from ldm.config.training_checks import check_lora, check_strategy
 from ldm.utils.errors import UsageError
 
 REFUSED = {
     "strategy=fsdp compile=default": "strategy=ddp or compile=off",
     "strategy=fsdp optimizer=adamw8bit": "take optimizer=adamw",
     "stage=autoencoder compile=default": "stage=autoencoder trains none: leave it out",
+    "lora.rank=4": "give init=RUN",
+    "lora.rank=4 init=runs/base strategy=fsdp": "take strategy=ddp",
     "compile=reduce-overhead trainer.accumulate_grad_batches=2": "take compile=default",
 }
 TAKEN = (
     "compile=default trainer.accumulate_grad_batches=2",
     "compile=reduce-overhead strategy=ddp",
+    "lora.rank=4 init=runs/base strategy=ddp compile=default",
+    "lora.rank=0 strategy=fsdp",
     "compile=off strategy=fsdp stage=autoencoder trainer.accumulate_grad_batches=2",
 )
 
@@ -26,6 +30,8 @@ def test_what_does_not_go_together_is_refused(words):
         cfg = compose("train", overrides=["name=x", *words.split()])
     if words in TAKEN:
         check_strategy(cfg)
+        check_lora(cfg)
     else:
-        with pytest.raises(UsageError, match=REFUSED[words]):
+        with pytest.raises(UsageError, match=REFUSED[words]):  # noqa: PT012
             check_strategy(cfg)
+            check_lora(cfg)

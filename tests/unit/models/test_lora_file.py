@@ -8,13 +8,18 @@ import diffusers
 import pytest
 import torch
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from published_folders import make_tokenizer, text_tower
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_lora import ALPHA, FACTS, RANK, SIZES, call, randomize
+from torch import nn
+from transformers import CLIPTextModel
 
 from ldm.models.diffusers_format import export_unet_config, to_diffusers
 from ldm.models.lora import add_lora_layers
-from ldm.models.lora_file import add_lora_file, save_lora
+from ldm.models.lora_file import add_lora_file, save_lora, to_original_name
+from ldm.models.original_names import convert_original_unet
+from ldm.models.text.clip import ClipTextEncoder
 from ldm.models.unet import UNet
 from ldm.utils.errors import UsageError
 from ldm.utils.lora_weights import merge_adapters
@@ -49,7 +54,7 @@ def file(adapted, tmp_path):
 def with_file(base: UNet, *files, **how) -> UNet:
     network = copy.deepcopy(base)
     for file in files:
-        add_lora_file(network, file, **how)
+        add_lora_file(network, nn.Identity(), file, **how)
     return network
 
 
@@ -119,8 +124,8 @@ def test_files_of_others_do_here_what_they_do_there(base, adapted, file, tmp_pat
 
 def test_several_files_with_weights_add_up(base, file):
     both, none = with_file(base, file), with_file(base, file)
-    add_lora_file(both, file, weight=0.5)
-    add_lora_file(none, file, weight=-1.0)
+    add_lora_file(both, nn.Identity(), file, weight=0.5)
+    add_lora_file(none, nn.Identity(), file, weight=-1.0)
     once = with_file(base, file, weight=1.5)
     torch.testing.assert_close(call(both), call(once), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(call(none), call(base), rtol=1e-5, atol=1e-5)
@@ -151,7 +156,7 @@ def change_file(file, change) -> None:
                 "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(1, 2),
                 "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(2, 1),
             },
-            "1 layers for a text encoder",
+            "lora_te_text_model_encoder_layers_0_mlp_fc1 is no layer here",
         ),
         (lambda t: {"lora_unet_mid.hada_w1_a": torch.ones(1)}, "lora_unet_mid.hada_w1_a"),
         (lambda t: t.clear(), "holds nothing"),
@@ -162,15 +167,60 @@ def test_other_files_are_refused_by_name(base, file, change, said):
     before = {name: tensor.clone() for name, tensor in before.items()}
     change_file(file, change)
     with pytest.raises(UsageError, match=said):
-        add_lora_file(base, file)
+        add_lora_file(base, nn.Identity(), file)
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
 
 
 def test_a_file_without_tensors_and_another_kind_of_adapter_are_refused(base, file, tmp_path):
     (tmp_path / "text").write_text("no tensors")
     with pytest.raises(UsageError, match=r"no whole \.safetensors file"):
-        add_lora_file(base, tmp_path / "text")
+        add_lora_file(base, nn.Identity(), tmp_path / "text")
     for settings, said in ((json.dumps({"unet.use_dora": True}), "use_dora"), ("[", "no JSON")):
         save_file(load_file(file), file, metadata={"lora_adapter_metadata": settings})
         with pytest.raises(UsageError, match=said):
-            add_lora_file(base, file)
+            add_lora_file(base, nn.Identity(), file)
+
+
+def test_names_of_sdxl_in_files_of_kohya(base, file, tmp_path):
+    """Its trainer calls the layers as the original layout does: an oracle is our reader of that."""
+    names = {name.removeprefix("unet.").partition(".lora_")[0] for name in load_file(file)}
+    renamed = {name: to_original_name(name, SIZES["blocks"]) for name in names}
+    moved = {name for name in names if name != renamed[name]}
+    back = convert_original_unet(
+        {f"{name}.weight": torch.ones(1) for name in map(renamed.get, moved)}
+        | {f"input_blocks.{SIZES['blocks'] + 1}.0.op.weight": torch.ones(1)}
+    )
+    assert {f"{name}.weight" for name in moved} <= set(back)
+    kohya = {}
+    for name, tensor in load_file(file).items():
+        layer, _, part = name.removeprefix("unet.").partition(".lora_")
+        part = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[part]
+        kohya[f"lora_unet_{renamed[layer].replace('.', '_')}.{part}"] = tensor
+    assert any(name.startswith("lora_unet_output_blocks_") for name in kohya)
+    save_file(kohya, tmp_path / "xl.safetensors")
+    expected = call(with_file(base, file))
+    torch.testing.assert_close(call(with_file(base, tmp_path / "xl.safetensors")), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+def test_adapters_of_text_encoders_are_added(base, tmp_path, layout):
+    torch.manual_seed(0)
+    model, tokenizer = text_tower(CLIPTextModel, make_tokenizer()), make_tokenizer()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    encoder = ClipTextEncoder(str(tmp_path))
+    name, down, up = (
+        "text_model.encoder.layers.1.self_attn.q_proj",
+        torch.randn(2, 16),
+        torch.randn(16, 2),
+    )
+    prefix, parts = f"text_encoder.{name}", ("lora_A", "lora_B")
+    if layout == "kohya":
+        prefix, parts = f"lora_te_{name.replace('.', '_')}", ("lora_down", "lora_up")
+    tensors = dict(zip([f"{prefix}.{part}.weight" for part in parts], (down, up), strict=True))
+    save_file(tensors, tmp_path / "lora.safetensors")
+    before = encoder.model.encoder.layers[1].self_attn.q_proj.weight.clone()
+    add_lora_file(base, encoder, tmp_path / "lora.safetensors", weight=0.5)
+    after = encoder.model.encoder.layers[1].self_attn.q_proj.weight
+    torch.testing.assert_close(after, before + 0.5 * up @ down)

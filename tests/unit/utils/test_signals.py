@@ -159,14 +159,15 @@ def test_no_worker_outlives_a_run_that_is_killed(tmp_path):
 def test_a_start_can_be_stopped_at_any_moment(tmp_path):
     """Of a run that begins and of one that resumes: 75, preempted, and the same end."""
 
-    def lives(*command: str) -> list[dict]:
-        stops = (str(ROOT / "tests" / "helpers" / "stops.py"), "SIGTERM,SIGUSR1", str(MOMENTS))
+    def lives(signals: str, *command: str) -> list[dict]:
+        stops = (str(ROOT / "tests" / "helpers" / "stops.py"), signals, str(MOMENTS))
         said = run(*stops, *RUN, *command, cwd=tmp_path, seconds=600, OMP_NUM_THREADS="1")
         return json.loads(said.splitlines()[-1])
 
     short, long = "trainer.max_steps=6", "trainer.max_steps=14"
     run(TRAIN, *RUN, "name=whole", long, cwd=tmp_path, OMP_NUM_THREADS="1")
-    ended = lives("name=stopped", short) + lives("name=stopped", long)
+    ended = lives("SIGTERM,SIGUSR1", "name=stopped", short)
+    ended += lives("SIGUSR1,SIGTERM", "name=stopped", long)
     assert len(ended) == 2 * (MOMENTS + 2)
     for life in ended:
         number = life["signal"]

@@ -226,7 +226,8 @@ def test_all_is_finite_where_there_is_no_noise_or_no_signal(name, spacing):
             assert torch.equal(x, before)
             assert [i for i, _ in seen] == list(range(steps))
             # No noise and no memory in the last step: the result is what the denoiser said.
-            assert torch.allclose(x0, seen[-1][1], atol=1e-9)
+            # PNDM remembers up to the end.
+            assert name == "pndm" or torch.allclose(x0, seen[-1][1], atol=1e-9)
 
 
 def ideal(schedule):

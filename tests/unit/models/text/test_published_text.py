@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from pipeline_text import LENGTH, write_old_tokenizer, write_sdxl_text, write_text_encoder
+from pipeline_text import (
+    LENGTH,
+    SD1_TEXT,
+    SD2_TEXT,
+    SDXL_TEXT,
+    write_old_tokenizer,
+    write_sdxl_text,
+    write_text_encoder,
+)
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ldm.models.clip import Clip, train_tokenizer
@@ -81,7 +89,7 @@ def test_clip_skip_is_a_layer_with_the_final_norm(sd1, clip_skip):
 
 
 def test_a_folder_of_stable_diffusion_2_pads_with_its_own_token(tmp_path):
-    write_text_encoder(tmp_path, TOKENIZER, hidden_act="gelu", projection_dim=12)
+    write_text_encoder(tmp_path, TOKENIZER, hidden_act="gelu")
     write_old_tokenizer(tmp_path / "tokenizer", pad="!")
     text = ClipTextEncoder(str(tmp_path))
     expected, empty = by_diffusers(tmp_path)
@@ -89,6 +97,35 @@ def test_a_folder_of_stable_diffusion_2_pads_with_its_own_token(tmp_path):
     torch.testing.assert_close(text.null(4).tokens, empty, **CLOSE)
     ids = text.tokenize(["a", *PROMPTS])
     assert (ids[0, 3:] == TOKENIZER.convert_tokens_to_ids("!")).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [SD1_TEXT, SD2_TEXT], ids=["1.x", "2.x"])
+def test_encoders_of_published_sizes(config, tmp_path):
+    write_text_encoder(tmp_path, TOKENIZER, length=77, **config)
+    write_old_tokenizer(tmp_path / "tokenizer", pad="!", length=77)
+    text = ClipTextEncoder(str(tmp_path))
+    found = text(PROMPTS).tokens
+    assert found.shape == (4, 77, config["hidden_size"])
+    del text
+    torch.testing.assert_close(found, by_diffusers(tmp_path)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_pair_of_published_sizes(tmp_path):
+    """One model at a time: float32 takes 3.3 GB."""
+    write_text_encoder(tmp_path, TOKENIZER, length=77, **SD1_TEXT)
+    write_text_encoder(
+        tmp_path, TOKENIZER, seed=1, suffix="_2", projected=True, length=77, **SDXL_TEXT
+    )
+    write_old_tokenizer(tmp_path / "tokenizer_2", pad="!", length=77)
+    text = PairedTextEncoder(str(tmp_path))
+    found = text(PROMPTS)
+    assert (text.width, text.pooled_width, text.max_length) == (2048, 1280, 77)
+    del text
+    tokens, _, pooled, _ = by_diffusers_xl(tmp_path, zero_empty=True)
+    torch.testing.assert_close(found.tokens, tokens, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.pooled, pooled, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("zero_empty", [True, False])
@@ -251,6 +288,17 @@ def test_a_layer_that_is_not_there_is_refused(sd1):
     for layer in (0, 2, -4):
         with pytest.raises(ValueError, match=rf"layer={layer}: .* has 3 layers: give -1"):
             ClipTextEncoder(str(sd1), layer=layer)
+
+
+def test_an_encoder_that_masks_its_padding_is_refused(sd1, tmp_path):
+    folder = shutil.copytree(sd1, tmp_path / "masked")
+    file = folder / "text_encoder" / "config.json"
+    for value in (False, True):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"use_attention_mask": value}))
+        if not value:
+            ClipTextEncoder(str(folder))
+    with pytest.raises(ValueError, match="has use_attention_mask=true"):
+        ClipTextEncoder(str(folder))
 
 
 def test_a_projection_of_no_pooled_state_is_refused(sd1):

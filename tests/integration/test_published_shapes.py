@@ -1,0 +1,30 @@
+"""Published models at full shape, with random weights: our pictures are those of diffusers."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from shell import ROOT, run
+
+pytestmark = pytest.mark.slow
+HELPER = str(ROOT / "tests" / "helpers" / "full_folders.py")
+GIGABYTES = {"sd15": 9, "sd21": 10, "sdxl": 24}  # of memory, at the most
+
+
+@pytest.mark.parametrize("kind", GIGABYTES)
+def test_a_full_network_paints_what_diffusers_paints(kind, tmp_path):
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    if free < GIGABYTES[kind]:
+        pytest.skip(f"{kind} needs {GIGABYTES[kind]} GiB of memory, {free:.0f} are free")
+    folder = tmp_path / kind
+    for words in (
+        ("write", kind, folder),
+        ("paint", folder, "theirs.pt"),
+        ("ours", folder, "ours.pt"),
+    ):
+        run(HELPER, *map(str, words), cwd=tmp_path, seconds=3600)
+    theirs, ours = (torch.load(tmp_path / f"{name}.pt") for name in ("theirs", "ours"))
+    shutil.rmtree(folder)
+    assert theirs.std() > 0.01
+    assert (ours - theirs).abs().max() < 1e-4

@@ -1,0 +1,128 @@
+"""`init=FOLDER`: a training that starts from a published model."""
+
+import shutil
+
+import published_folders as folders
+import pytest
+import torch
+import yaml
+
+import ldm
+from ldm.config.bundle import write_bundle
+from ldm.config.composition import isolate_hydra
+from ldm.config.config_check import compose_config
+from ldm.utils.errors import UsageError
+
+BRIEF = [
+    *("data.count=8", "data.val_count=4", "data.size=16", "data.batch_size=4", "data.workers=0"),
+    *("trainer=cpu", "samples.n=0", "eval=none", "logger=csv", "validate_first=false"),
+    *("trainer.max_steps=1", "optimizer.lr=1e-4"),
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with published models, and the run `tuned` that started from one."""
+    home = tmp_path_factory.mktemp("home")
+    folders.write_sd1(home / "sd1")
+    folders.write_sdxl(home / "sdxl")
+    folders.write_inpainting(home / "inpainting")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        train("init=sd1", "name=tuned")
+    return home
+
+
+@pytest.fixture(autouse=True)
+def _in_home(home, monkeypatch):
+    monkeypatch.chdir(home)
+
+
+def train(*words):
+    return ldm.train(ldm.compose("train", [*BRIEF, *words]))
+
+
+def read_config(name):
+    return yaml.safe_load(open(f"runs/{name}/config.yaml"))
+
+
+def test_the_run_has_the_settings_of_the_folder(home):
+    config = read_config("tuned")
+    assert config["model"]["_target_"] == "ldm.models.unet.UNet"
+    assert config["model"]["heads"] == 2
+    assert config["autoencoder"]["path"] == "sd1/vae"
+    assert config["text_encoder"]["path"] == "sd1"
+    assert config["scheduler"]["_target_"] == "ldm.diffusion.schedules.scaled_linear"
+    assert config["objective"]["prediction"]["kind"] == "eps"
+    before = ldm.load("sd1").pipeline.components.denoiser.state_dict()
+    after = ldm.load("runs/tuned", "raw=true").pipeline.components.denoiser.state_dict()
+    changes = [(before[name] - after[name]).abs().max() for name in before]
+    assert 0 < max(changes) < 1e-3, "a step of Adam from the published weights"
+
+
+def test_a_run_goes_on_and_samples_without_the_folders_network(home, tmp_path, monkeypatch, capsys):
+    shutil.copytree(home / "sd1", tmp_path / "sd1")
+    shutil.copytree(home / "runs" / "tuned", tmp_path / "runs" / "tuned", symlinks=True)
+    shutil.rmtree(tmp_path / "sd1" / "unet")
+    monkeypatch.chdir(tmp_path)
+    assert train("init=sd1", "name=tuned", "trainer.max_steps=2")["steps"] == 2
+    assert "init=sd1: model, autoencoder, text_encoder" in capsys.readouterr().out
+    assert len(ldm.load("runs/tuned")("a red circle", steps=2, progress=False)) == 1
+    with isolate_hydra():
+        cfg = compose_config("bundle", [])
+    write_bundle(cfg, "runs/tuned", tmp_path / "bundle", {})
+    shutil.rmtree(tmp_path / "sd1")
+    assert len(ldm.load("bundle")("a red circle", steps=2, progress=False)) == 1
+
+
+def test_single_settings_and_chosen_options_stay(capsys):
+    train("init=sd1", "name=single", "model.checkpointing=all", "objective.offset_noise=0.1")
+    config = read_config("single")
+    assert config["model"]["checkpointing"] == "all"
+    assert config["model"]["heads"] == 2
+    assert config["objective"]["offset_noise"] == 0.1
+    assert config["objective"]["prediction"]["kind"] == "eps"
+    capsys.readouterr()
+    zero = ["objective=v", "scheduler=scaled_linear", "scheduler.zero_terminal_snr=true"]
+    train("init=sd1", "name=zero", *zero)
+    said = capsys.readouterr().out
+    assert "init=sd1: model, autoencoder, text_encoder from there; " in said
+    assert "scheduler, objective from the command" in said
+    config = read_config("zero")
+    assert config["objective"]["prediction"]["kind"] == "v"
+    assert config["scheduler"]["zero_terminal_snr"]
+
+
+def test_sdxl_is_trained_with_both_text_encoders():
+    train("init=sdxl", "name=xl")
+    config = read_config("xl")
+    assert config["text_encoder"]["_target_"] == "ldm.models.text.paired.PairedTextEncoder"
+    assert config["model"]["depth"] == [1, 2]
+    assert len(ldm.load("runs/xl")("a red circle", steps=2, progress=False)) == 1
+
+
+def test_inpainting_starts_from_both_kinds_of_folders(capsys):
+    train("init=inpainting", "task=inpaint", "name=nine")
+    assert "new, and without effect" not in capsys.readouterr().out
+    train("init=sd1", "task=inpaint", "name=widened")
+    assert "new, and without effect as yet: 5 input channels" in capsys.readouterr().out
+    first = ldm.load("runs/widened", "raw=true").pipeline.components.denoiser.conv_in.weight
+    plain = ldm.load("sd1").pipeline.components.denoiser.conv_in.weight
+    assert torch.allclose(first[:, :4], plain, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["init=sd1", "model=nano"], "trained with another model: leave model=.. out"),
+        (["init=sd1", "model.heads=4"], "trained with another model"),
+        (["init=sd1", "text_encoder=tiny"], "another text_encoder"),
+        (["init=sd1", "scheduler.offset=0.01"], "takes no 'offset'"),
+        (["init=inpainting"], "trained with another task: add task=inpaint"),
+        (["init=owner/name"], "init=owner/name is neither here nor to be had"),
+    ],
+)
+def test_what_does_not_fit_the_folder_is_refused(words, message, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match=message):
+        train(*words, "name=refused")

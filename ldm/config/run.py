@@ -158,8 +158,12 @@ def build_diffusion_components(cfg: DictConfig, run_dir: Path) -> Components:
     if cfg.lora.rank:
         from ldm.models.lora import add_lora_layers  # peft
 
-        settings = OmegaConf.to_container(cfg.lora) | {"alpha": get_lora_alpha(cfg)}
-        add_lora_layers(components.denoiser, **settings)
+        add_lora_layers(
+            components.denoiser,
+            rank=cfg.lora.rank,
+            alpha=get_lora_alpha(cfg),
+            targets=cfg.lora.targets,
+        )
     return components
 
 

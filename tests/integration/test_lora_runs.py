@@ -12,8 +12,10 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from published_folders import write_sd1, write_sd2, write_sdxl
 from shell import ANEW, FROZEN, ROOT, assert_same_learning, run, tensors, train
+from test_phema import choose
 
 import ldm
+from ldm.config.bundle import write_bundle
 from ldm.config.composition import CONF_DIR
 from ldm.config.run import build_job
 from ldm.utils.checkpoint_file import find_newest_checkpoint, read_checkpoint, select_prefix
@@ -113,6 +115,24 @@ def test_it_is_measured_and_the_beginning_of_other_runs(home, tmp_path):
     )
     for name, tensor in job.module.denoiser.state_dict().items():
         assert torch.equal(tensor, merged[name]), name
+
+
+def test_it_is_bundled_and_averaged_like_any_run(home):
+    style = home.path / "runs" / "style"
+    with initialize_config_dir(CONF_DIR, version_base="1.3"):
+        write_bundle(compose("bundle"), str(style), Path("bundle"), {})
+    bundle = ldm.load("bundle", device="cpu")
+    how = {"seeds": [0, 1], "steps": 2, "output_type": "pt", "progress": False}
+    expected = paint(home, "style")
+    torch.testing.assert_close(bundle("a small red circle", **how), expected, rtol=0, atol=1e-5)
+
+    init = f"init={home.path}/runs/base"
+    home.train("kept", *LORA, init, "phema.lengths=[0.05,0.1]", "phema.every=1")
+    choose("length=0.1", ckpt=home.path / "runs" / "kept", out="average.ckpt")
+    payload = read_checkpoint(Path("average.ckpt"))
+    assert payload["ldm"]["lora"] == {"rank": 2, "alpha": 4.0}
+    average = ldm.load("average.ckpt", device="cpu")("a small red circle", **how)
+    assert (average - paint(home, "base")).abs().max() > 1e-3
 
 
 def test_what_does_not_fit_is_refused_in_one_line(home):

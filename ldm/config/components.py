@@ -167,6 +167,10 @@ class LoadedCheckpoint:
         """The optimizer steps that it was trained for."""
         return self.payload["global_step"]
 
+    def build(self, task: Task) -> Components:
+        """Its components for a task; the denoiser has random weights."""
+        return build_components(self.config, task)
+
     def check_frozen(self, frozen: Mapping[str, nn.Module]) -> dict[str, str]:
         """CheckpointError for a frozen component that it was not trained with; returns no facts."""
         for name, part in frozen.items():

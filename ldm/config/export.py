@@ -43,6 +43,7 @@ from ldm.utils.files import TEMPORARY_SUFFIX, read_json, write_json
 
 TOKENIZER_PATTERNS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens*", "added_tokens*")
 NO_MODULE = (None, None)
+DIFFUSERS_VERSION = "0.38.0"  # the oldest one that the tests may use
 
 
 def write_export(
@@ -141,6 +142,7 @@ def write_parts(
         ("unet", lambda: write_exported_unet(components, folder, loaded.size, dtype)),
     ]
     index: dict[str, object] = {"_class_name": choose_pipeline(loaded)}
+    index |= {"_diffusers_version": DIFFUSERS_VERSION}
     bar = tqdm(parts, desc="Exporting", unit="part")
     for name, write in bar:
         bar.set_postfix_str(name)
@@ -157,6 +159,8 @@ def write_exported_unet(
     """Writes unet/; returns its entry of model_index.json."""
     side = size // components.autoencoder.factor
     save_unet(components.denoiser, folder / "unet", dtype=dtype, sample_size=side)
+    file = folder / "unet" / "config.json"  # diffusers' pipeline of inpainting needs a version
+    write_json(file, read_json(file) | {"_diffusers_version": DIFFUSERS_VERSION})
     return {"unet": ("diffusers", "UNet2DConditionModel")}
 
 

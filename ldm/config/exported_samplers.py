@@ -1,8 +1,10 @@
 """Our samplers as schedulers of diffusers: the class, and the keys that it needs."""
 
+import warnings
 from collections.abc import Mapping
 
 from ldm.config.published_samplers import UNBOUNDED, load_option
+from ldm.diffusion.samplers.spacing import LINEAR_SPACINGS
 
 # The class of a sampler, and the option of conf/ that has its defaults.
 SAMPLER_OPTIONS = {
@@ -82,8 +84,8 @@ def choose_scheduler_class(target: str, settings: Mapping, *, zero_snr: bool) ->
     # The rest is the rule of first order, which diffusers has on each of its grids.
     if grid == "euler":
         return ("EulerAncestralDiscreteScheduler" if eta else "EulerDiscreteScheduler"), {}
-    if grid == "dpm" or (settings["spacing"] == "trailing" and not zero_snr):
-        # DDIMScheduler steps to other times than it goes on from, if steps do not divide 1000.
+    is_trailing = grid is None and settings["spacing"] == "trailing"
+    if grid == "dpm" or (is_trailing and not zero_snr and not eta):  # see grid=ddim
         return DPM, export_dpm(1, eta)
     return ("DDPMScheduler" if eta else "DDIMScheduler"), {}
 
@@ -99,21 +101,29 @@ def export_grid(name: str, settings: Mapping) -> dict:
     spacing, offset, grid = settings["spacing"], settings["offset"], settings["grid"]
     is_euler = name.startswith(("Euler", "Heun", "DPMSolverSDE"))
     is_dpm = name in (DPM, "UniPCMultistepScheduler")
-    own = "euler" if is_euler else "dpm" if is_dpm else None
-    # On these grids ours has the same times.
-    same = (is_euler and spacing == "leading") or (is_dpm and spacing == "trailing")
+    own = "euler" if is_euler else "dpm" if is_dpm else "ddim"
+    # On these grids ours has the same times, but for DDIM if steps do not divide the table.
+    same = ("leading",) if is_euler else ("trailing",) if is_dpm else ("leading", "trailing")
+    same = LINEAR_SPACINGS if name == "DDPMScheduler" else same
     if name == "LCMScheduler":
         return {}
-    if spacing == "ays" or (own is None and spacing not in ("leading", "trailing")):
+    if spacing == "ays" or (own == "ddim" and spacing in EULER_SPACINGS):
         raise ValueError(
             f"diffusers' {name} cannot hold {format_sampler_words(settings)}: take "
             "sampler.spacing=leading or trailing"
         )
-    if grid != own and not (grid is None and same):
-        take = "null" if own is None else own
+    if (grid != own or name == "DDPMScheduler") and not (grid is None and spacing in same):
+        own = "null" if name == "DDPMScheduler" else own
         raise ValueError(
             f"diffusers' {name} has other times than {format_sampler_words(settings)}: take "
-            f"sampler.grid={take}"
+            f"sampler.grid={own}"
+        )
+    if (own, grid, spacing) == ("ddim", None, "trailing") and name != "DDPMScheduler":
+        remedy = "spacing=leading" if name == "PNDMScheduler" else "grid=ddim"
+        warnings.warn(
+            f"diffusers' {name} gives the same only if steps divide 1000 (10, 20, 25, 40, 50): "
+            f"sampler.{remedy} has its times for any",
+            stacklevel=4,
         )
     keys = {"timestep_spacing": spacing, "steps_offset": offset}
     if is_euler and spacing in EULER_SPACINGS:

@@ -9,7 +9,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.components import (
-    build_components,
     choose_autocast_dtype,
     find_component_location,
     set_component_location,
@@ -53,7 +52,7 @@ def load_pipeline(cfg: DictConfig, ckpt: str, locations: dict[str, str | None]) 
             "or take a run of task=video"
         )
     with explain_moved_component(trained):
-        components = build_components(trained, task)
+        components = source.build(task)
     facts = source.check_frozen(components.frozen)
     source.load_denoiser(components.denoiser, "denoiser." if cfg.raw else "ema.module.")
     if files := list_lora_files(cfg):

@@ -54,8 +54,7 @@ def read_ddim(values: SchedulerValues, kind: str) -> dict:
             "something is clipped, the latents differ",
             stacklevel=4,
         )
-    grid = {**read_even_spacing(values), "set_alpha_to_one": values.pop("set_alpha_to_one")}
-    warn_of_uneven_steps(values.name, grid["spacing"])
+    grid = {**read_ddim_grid(values), "set_alpha_to_one": values.pop("set_alpha_to_one")}
     return load_option("sampler", "ddim", **grid, **bounds)
 
 
@@ -63,7 +62,6 @@ def read_ddpm(values: SchedulerValues, kind: str) -> dict:
     """The sampler of DDPMScheduler."""
     values.pop("variance_type", ["fixed_small", "fixed_small_log"])
     grid = read_even_spacing(values)
-    warn_of_uneven_steps(values.name, grid["spacing"])
     return load_option("sampler", "ddpm", **grid, **read_bounds(values))
 
 
@@ -74,19 +72,20 @@ def read_pndm(values: SchedulerValues, kind: str) -> dict:
     if kind == "x0":
         raise ValueError(f"{values.name} cannot hold prediction_type='sample', in diffusers either")
     grid = {**read_even_spacing(values), "set_alpha_to_one": values.pop("set_alpha_to_one")}
-    warn_of_uneven_steps(values.name, grid["spacing"])
+    if grid["spacing"] != "leading":
+        warnings.warn(
+            f"each step of diffusers' {values.name} is 1000 // steps long, and with "
+            f"timestep_spacing={grid['spacing']} the next one begins elsewhere: ours ends where "
+            "the next begins, so that the latents differ",
+            stacklevel=4,
+        )
     return load_option("sampler", "pndm", average=kind, **grid)
 
 
-def warn_of_uneven_steps(name: str, spacing: str) -> None:
-    """A warning where diffusers steps to another time than the one it goes on from."""
-    if spacing != "leading":
-        warnings.warn(
-            f"each step of diffusers' {name} is 1000 // steps long, and with "
-            f"timestep_spacing={spacing} the next one may begin elsewhere: ours ends where the "
-            "next begins, so that latents differ unless steps divides 1000 and spacing is trailing",
-            stacklevel=5,
-        )
+def read_ddim_grid(values: SchedulerValues) -> dict:
+    """The times of DDIM, whose steps are equally long with any spacing."""
+    grid = read_even_spacing(values)
+    return grid if grid["spacing"] == "leading" else {**grid, "grid": "ddim"}
 
 
 def read_lcm(values: SchedulerValues, kind: str) -> dict:

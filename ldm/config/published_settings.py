@@ -28,8 +28,12 @@ REFUSED_PIPELINES = (  # the beginning of a name, and the reason
 NEEDED_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 TWO_ENCODER_PARTS = ("text_encoder_2", "tokenizer_2")
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
-INDEX_SETTINGS = ("requires_safety_checker", "add_watermarker", "force_zeros_for_empty_prompt")
-INDEX_SETTINGS += ("requires_aesthetics_score",)
+INDEX_SETTINGS = (
+    "requires_safety_checker",
+    "add_watermarker",
+    "force_zeros_for_empty_prompt",
+    "requires_aesthetics_score",
+)
 PART_CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "text_encoder": ("CLIPTextModel",),

@@ -142,7 +142,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     ((ChoiceRule(PRECISIONS), NULL), "trainer.precision"),
     ((ChoiceRule(SAMPLING_DTYPES), NULL), "dtype"),
     (ChoiceRule(("trailing", "leading", "linspace", "karras", "logsnr", "ays")), "sampler.spacing"),
-    ((ChoiceRule(("euler", "dpm")), NULL), "sampler.grid"),
+    ((ChoiceRule(("ddim", "euler", "dpm")), NULL), "sampler.grid"),
     (ChoiceRule(("trailing", "leading", "linspace")), "sampler.ends"),
     (ChoiceRule(("eps", "v")), "sampler.average"),
     (ChoiceRule(("flow", "edm", "x0")), "sampler.slope"),

@@ -61,15 +61,16 @@ def format_diffusers_usage(
 ) -> str:
     """Returns Python code that loads the folder and paints a picture."""
     inputs = ", image=image, mask_image=mask" if "Inpaint" in pipeline else ""
+    half = "" if dtype == "float32" else f"pipe.to(torch.{dtype})\n"
+    imports = "import torch\n" if half else ""
     return f"""\
 ## Use
 
 ```python
-import torch
-from diffusers import DiffusionPipeline
+{imports}from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained({json.dumps(place)}, torch_dtype=torch.{dtype})
-picture = pipe(
+pipe = DiffusionPipeline.from_pretrained({json.dumps(place)})
+{half}picture = pipe(
     {json.dumps(prompt)}{inputs}, num_inference_steps=30, guidance_scale={guidance_scale:g}
 ).images[0]
 picture.save("picture.png")

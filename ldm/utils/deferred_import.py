@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from threading import RLock
 from types import ModuleType
 
-PACKAGE = "torchmetrics"
+DEFERRED_PACKAGE = "torchmetrics"
 # In this order: torchmetrics.utilities and torchmetrics.metric import each other.
 FIRST_PARTS = {
     "__about__": ("__version__",),
@@ -31,16 +31,16 @@ def defer_torchmetrics() -> None:
 
     Any other name of the package imports the rest of it, as `import torchmetrics` does.
     """
-    if PACKAGE not in sys.modules:
+    if DEFERRED_PACKAGE not in sys.modules:
         sys.meta_path.insert(0, _Finder())
 
 
 class _Finder(MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:
-        if fullname != PACKAGE:
+        if fullname != DEFERRED_PACKAGE:
             return None
         sys.meta_path.remove(self)
-        spec = find_spec(PACKAGE)
+        spec = find_spec(DEFERRED_PACKAGE)
         if spec is not None:
             spec.loader = _FirstParts(spec.loader)
         return spec
@@ -52,14 +52,14 @@ class _FirstParts(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__.loader = module.__loader__ = self.loader
-        module._logger = logging.getLogger(PACKAGE)  # its parts read it
+        module._logger = logging.getLogger(DEFERRED_PACKAGE)  # its parts read it
         module.__class__ = _Package
         try:
             for part, names in FIRST_PARTS.items():
-                loaded = import_module(f"{PACKAGE}.{part}")
+                loaded = import_module(f"{DEFERRED_PACKAGE}.{part}")
                 vars(module).update({name: getattr(loaded, name) for name in names})
         except (ImportError, AttributeError):  # a version that is built in another way
-            for name in [name for name in sys.modules if name.startswith(f"{PACKAGE}.")]:
+            for name in [name for name in sys.modules if name.startswith(f"{DEFERRED_PACKAGE}.")]:
                 del sys.modules[name]
             module.__class__ = ModuleType
             self.loader.exec_module(module)

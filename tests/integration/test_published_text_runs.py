@@ -67,7 +67,7 @@ def test_a_run_goes_on_with_the_pair(home):
 
 def test_a_mistake_is_one_line(home):
     cases = {
-        "text_encoder.layer=0": "text_encoder.layer=0: give a whole number from -1024 to -1",
+        "text_encoder.layer=0": "text_encoder.layer=0 must be a whole number from -1024 to -1",
         "text_encoder.layer=-9": "has 3 layers",
         "text_encoder.path=runs/xl": "has no text_encoder_2",
     }

@@ -13,15 +13,15 @@ ROOT = Path(__file__).parents[2]
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
     "utils": 1970,
-    "diffusion": 3345,
-    "models": 4745,
+    "diffusion": 3380,
+    "models": 4800,
     "data": 4385,
     "inference": 860,
     "evaluation": 3115,
-    "experiments": 2140,
+    "experiments": 2220,
     "training": 3740,
-    "config": 6740,
-    "cli": 1850,
+    "config": 6800,
+    "cli": 1920,
 }
 ROOMS = tuple(ROOM_LINES)
 FILES = [*ROOT.glob("ldm/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]

@@ -17,6 +17,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -102,6 +104,8 @@ class Sampler(ABC):
     (Saharia et al. 2022, Imagen, 2.3).
     """
 
+    steps_alike: ClassVar[bool] = False  # whether it takes grid=ddim, by `pair_levels`
+
     spacing: str = "trailing"
     offset: int = 0
     set_alpha_to_one: bool = True
@@ -112,6 +116,8 @@ class Sampler(ABC):
 
     def __post_init__(self) -> None:
         check_spacing(self.spacing, offset=self.offset, grid=self.grid, ends=self.ends)
+        if self.grid == "ddim" and not self.steps_alike:
+            raise ValueError("sampler.grid=ddim is for sampler=ddim")
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip must be above 0, or null for no bound, not {self.clip}")
         if self.quantile is not None and (self.clip is None or not 0 < self.quantile <= 1):
@@ -132,6 +138,16 @@ class Sampler(ABC):
             grid=self.grid,
             ends=self.ends,
         )
+
+    def pair_levels(self, path: Trajectory) -> list[tuple[NoiseLevel, NoiseLevel]]:
+        """The noise levels from and to which each step goes; all equally long with grid=ddim."""
+        if self.grid != "ddim" or self.spacing == "leading":
+            return list(pairwise(path.noise_levels))
+        schedule, t = path.schedule, path.timesteps
+        ends = t[:-1] - schedule.stride(t[0].item(), len(t) - 1)
+        ends = torch.where(ends > 0.5 / schedule.steps, ends, t[-1])
+        levels = compute_noise_levels(schedule, ends)
+        return list(zip(path.noise_levels[:-1], levels, strict=True))
 
     def network_timestep(self, schedule: Schedule, t: Tensor) -> Tensor:
         """The network's input at `t`, which diffusers' grids round or interpolate."""

@@ -1,7 +1,7 @@
 """First-order samplers, with d = x0_hat: DDIM, DDPM, and consistency sampling (LCM)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -23,6 +23,7 @@ class DDIMSampler(Sampler):
     variances). eta = 0 is Euler's method in sigma / alpha, and in t on the flow schedule.
     """
 
+    steps_alike = True
     eta: float = 0.0
 
     def __post_init__(self) -> None:
@@ -30,7 +31,10 @@ class DDIMSampler(Sampler):
         base.check_eta(self.eta)
 
     def iterate(self, x: Tensor, path: Trajectory) -> StepIterator:
-        return iterate_first_order(x, path, lambda *step: self.eta * base.posterior_std(*step))
+        def fresh_noise(now: NoiseLevel, then: NoiseLevel) -> float:
+            return self.eta * base.posterior_std(now, then)
+
+        return iterate_first_order(x, path, fresh_noise, pairs=self.pair_levels(path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +96,10 @@ def iterate_first_order(
     fresh_noise: Callable[[NoiseLevel, NoiseLevel], float],
     *,
     bound: Callable[[Tensor, Tensor, int], Tensor] | None = None,
+    pairs: Iterable[tuple[NoiseLevel, NoiseLevel]] | None = None,
 ) -> StepIterator:
     """The steps from `x` with d = x0_hat and that much fresh noise; bound: x, x0_hat, i -> d."""
-    for i, (now, then) in enumerate(pairwise(path.noise_levels)):
+    for i, (now, then) in enumerate(pairs or pairwise(path.noise_levels)):
         x0_hat = path.x0_hat(x, i)
         if bound is not None:
             x0_hat = bound(x, x0_hat, i)

@@ -17,11 +17,12 @@ SPACING_TRANSFORMS = {
 }
 SPACINGS = (*LINEAR_SPACINGS, *SPACING_TRANSFORMS)
 # Where diffusers' schedulers of a family differ from the times above:
+# ddim (DDIM): each step is floor(table / steps) long, wherever the next one begins.
 # euler (Euler, Euler ancestral, Heun, DPM SDE): `linspace` is not rounded to the table, and r is
 #   linear in between; `karras` and `logsnr` go from the first time of `ends` to its last.
 # dpm (DPM-Solver multistep, UniPC): `leading` and `linspace` are those of one step more, without
 #   the last time; the network gets whole timesteps.
-GRIDS = ("euler", "dpm")
+GRIDS = ("ddim", "euler", "dpm")
 # EDM's sigma_min and sigma_max (Karras et al. 2022, table 1: 0.002 and 80 for data of standard
 # deviation 0.5) for data of unit variance: beyond them the network's output no longer changes.
 MIN_NOISE_RATIO, MAX_NOISE_RATIO = 0.004, 160.0
@@ -37,8 +38,9 @@ def check_spacing(
         raise ValueError(f"grid '{grid}' is none of {', '.join(GRIDS)}, and null for ours")
     if ends not in LINEAR_SPACINGS:
         raise ValueError(f"ends '{ends}' is none of {', '.join(LINEAR_SPACINGS)}")
-    if spacing == "ays" and grid is not None:
-        raise ValueError(f"sampler.grid={grid} is of diffusers, which has no spacing=ays")
+    absent = {"ddim": tuple(SPACING_TRANSFORMS), "euler": ("ays",), "dpm": ("ays",)}
+    if grid is not None and spacing in absent[grid]:
+        raise ValueError(f"sampler.grid={grid} is of diffusers, which has no spacing={spacing}")
     if offset < 0 or offset != int(offset):
         raise ValueError(f"offset is a number of training timesteps, 0 or more, not {offset}")
     has_offset = spacing == "leading" or (
@@ -159,13 +161,14 @@ def space_as_published(
         # In numpy's order, which decides where halves are rounded to.
         stride = (noisiest - noisiest / steps) - noisiest
         t = schedule.round_index(noisiest + i * stride) / schedule.steps
-    elif grid == "dpm":
-        index = (i.flip(0) + 1) * ((noisiest - cleanest) / steps)
+    elif grid != "euler":
+        points = (i.flip(0) + 1, steps) if grid == "dpm" else (i.flip(0), max(steps - 1, 1))
+        index = points[0] * ((noisiest - cleanest) / points[1])
         t = (schedule.round_index(index) + cleanest) / schedule.steps
     else:
         t = torch.linspace(noisiest, cleanest, steps, dtype=torch.float64) / schedule.steps
-    if t[0] > 1:
-        return t  # which is refused
+    if t[0] > 1 or grid == "ddim":
+        return t  # an offset that is refused; times of the table
     r = schedule.interpolate_ratio(t)
     if spacing in SPACING_TRANSFORMS:
         scale, unscale = SPACING_TRANSFORMS[spacing]
@@ -178,7 +181,7 @@ def find_network_timestep(
     schedule: Schedule, t: Tensor, *, spacing: str, grid: str | None
 ) -> Tensor:
     """The network's input at `t`, which diffusers interpolates, and rounds for grid=dpm."""
-    if grid is None:
+    if grid is None or grid == "ddim":
         return schedule.timestep(t)
     if grid == "euler" and spacing == "linspace":
         return schedule.interpolate_timestep(t, lambda r: r)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 import yaml
@@ -482,14 +483,24 @@ def sdxl(tmp_path_factory) -> Path:
     return write_sdxl_text(tmp_path_factory.mktemp("sdxl"))
 
 
+@pytest.fixture(scope="module")
+def taesd(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("taesd")
+    widths = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    diffusers.AutoencoderTiny(**widths, **blocks).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize(("group", "option"), LEAVES, ids=lambda part: part)
-def test_what_may_be_built_writes_nothing(group, option, place, t5, sdxl):
+def test_what_may_be_built_writes_nothing(group, option, place, t5, sdxl, taesd):
     with initialize_config_dir(command_line.CONF_DIR, version_base="1.3"):
         cfg = compose("train", overrides=["name=x", f"{group}={option}"])
     cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     if "path" in cfg[group] and not str(cfg[group].path).startswith("packaged:"):
         near = {"autoencoder": None, "text_encoder": "packaged:clip"}[group]
-        cfg[group].path = {"t5": str(t5), "sdxl": str(sdxl)}.get(option, near)
+        folders = {"t5": t5, "sdxl": sdxl, "diffusers": taesd}
+        cfg[group].path = str(folders[option]) if option in folders else near
     large = group == "model" or option == "sd"
     node = OmegaConf.to_container(cfg[group])
     admitted = validate_component(node, group) if node else None

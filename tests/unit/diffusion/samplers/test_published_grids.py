@@ -282,7 +282,8 @@ def test_img2img_has_the_times_of_diffusers_by_its_own_steps_and_strength(n, str
         ({"offset": 1, "spacing": "karras"}, "leading alone"),
         ({"offset": -1, "spacing": "leading"}, "0 or more"),
         ({"offset": 0.5, "spacing": "leading"}, "number of training timesteps"),
-        ({"grid": "heun"}, "none of euler, dpm"),
+        ({"grid": "heun"}, "none of ddim, euler, dpm"),
+        ({"grid": "ddim", "spacing": "karras"}, "no spacing=karras"),
         ({"grid": "dpm", "spacing": "ays"}, "no spacing=ays"),
         ({"ends": "karras"}, "none of trailing"),
     ],
@@ -303,5 +304,7 @@ def test_an_offset_beyond_the_schedule_is_refused():
         space_timesteps(linear(), 1000, spacing="leading", grid="dpm")
     with pytest.raises(ValueError, match="set_alpha_to_one=true"):
         ConsistencySampler(set_alpha_to_one=False)
+    with pytest.raises(ValueError, match="is for sampler=ddim"):
+        DPMSolverSampler(grid="ddim")
     with pytest.raises(ValueError, match="none of eps, v"):
         PNDMSampler(average="x0")

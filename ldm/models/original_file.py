@@ -35,6 +35,7 @@ OTHER_FILES = {
     ("joint_blocks.",): "Stable Diffusion 3, a transformer, which ldm does not have",
     ("double_blocks.", "double_stream_blocks."): "Flux, a transformer, which ldm does not have",
     ("conditioner.embedders.0.model.",): "the refiner of SDXL: take SDXL base",
+    ("edm_mean",): "Playground 2.5, whose preconditioning (EDM) ldm does not have",
     ("string_to_param", "emb_params"): "a textual inversion, which ldm does not have",
     ("down_blocks.", "mid_block."): (
         "one network of diffusers: give its pipeline's folder, with model_index.json"

@@ -71,7 +71,11 @@ def open_original_file(path: Path, *, cache: Path) -> Path:
                 _write_folder(file, kind, prediction, folder, tokenizer)
     except CheckpointError:
         raise
-    except (KeyError, ValueError) as error:
+    except KeyError as error:
+        raise CheckpointError(
+            f"{path} is another network than Stable Diffusion's: it has no {error}"
+        ) from error
+    except ValueError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     for line in notes:
         _log.warning("%s: %s", path, line)

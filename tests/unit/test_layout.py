@@ -19,7 +19,7 @@ ROOM_LINES = {
     "inference": 860,
     "evaluation": 3115,
     "experiments": 2220,
-    "training": 3740,
+    "training": 3760,
     "config": 6800,
     "cli": 1920,
 }

@@ -50,6 +50,7 @@ def path(tmp_path):
         ({f"{UNET}joint_blocks.0.x_block.attn.qkv.weight": (8, 8)}, "Stable Diffusion 3"),
         ({"double_blocks.0.img_attn.qkv.weight": (8, 8)}, "Flux"),
         ({"conditioner.embedders.0.model.ln_final.weight": (8,)}, "the refiner of SDXL"),
+        (WHOLE | {"edm_mean": (4,)}, "Playground 2.5"),
         ({"emb_params": (1, 8)}, "a textual inversion"),
         ({"encoder.down.0.block.0.conv1.weight": (8, 8, 3, 3)}, "an autoencoder alone"),
         ({"first_stage_model.encoder.conv_in.weight": (8, 3, 3, 3)}, "an autoencoder alone"),

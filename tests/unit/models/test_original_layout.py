@@ -6,8 +6,19 @@ import diffusers
 import pytest
 import torch
 from diffusers.loaders import single_file_utils
-from original_files import collect_original_state, make_pipeline, write_original_file
+from original_files import (
+    add_tower,
+    collect_original_state,
+    make_pipeline,
+    to_clip,
+    to_open_clip,
+    to_original_autoencoder,
+    to_original_unet,
+    write_original_file,
+)
+from published_sizes import PUBLISHED_UNETS
 from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ldm.diffusion.conditioning import Condition
 from ldm.models.diffusers_format import (
@@ -16,7 +27,18 @@ from ldm.models.diffusers_format import (
     read_autoencoder_settings,
     read_unet_settings,
 )
+from ldm.models.original_configs import (
+    derive_autoencoder_config,
+    derive_text_config,
+    derive_unet_config,
+)
 from ldm.models.original_layout import open_original_file
+from ldm.models.original_names import (
+    convert_open_clip,
+    convert_original_autoencoder,
+    convert_original_clip,
+    convert_original_unet,
+)
 from ldm.models.text.clip import ClipTextEncoder
 from ldm.models.unet import UNet
 from ldm.utils.checkpoint_file import CheckpointError
@@ -173,6 +195,18 @@ def test_what_is_not_used_is_named(tmp_path, caplog):
     assert "betas" not in caplog.text
 
 
+def test_a_network_of_other_blocks_is_refused_by_the_name_that_it_lacks(tmp_path):
+    state = collect_original_state(make_pipeline("sd1"))
+    state = {name: value for name, value in state.items() if ".middle_block.1." not in name}
+    path = write_original_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"it has no 'mid_block.attentions.0"):
+        open_original_file(path, cache=tmp_path)
+    state["model.diffusion_model.adapter.weight"] = torch.zeros(1)
+    path = write_original_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"adapter.weight is of no UNet that is known here"):
+        open_original_file(path, cache=tmp_path)
+
+
 def test_a_tokenizer_that_is_nowhere_is_named_with_the_remedy(file, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     path = tmp_path / "model.safetensors"
@@ -185,3 +219,76 @@ def test_a_tokenizer_that_is_nowhere_is_named_with_the_remedy(file, tmp_path, mo
     (tmp_path / "tokenizer").mkdir()
     with pytest.raises(CheckpointError, match="has no tokenizer: put CLIP's"):
         open_original_file(path, cache=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "pooled"), [("sd1", 0), ("sd1-inpainting", 0), ("sd2", 0), ("sdxl", 1280)]
+)
+def test_the_published_networks_are_known_by_their_shapes(name, pooled):
+    config = PUBLISHED_UNETS[name]
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel(**config)
+    state = convert_original_unet(to_original_unet(theirs))
+    shapes = {key: value.shape for key, value in theirs.state_dict().items()}
+    assert {key: value.shape for key, value in state.items()} == shapes
+    kind, side = name.partition("-")[0], config["sample_size"]
+    derived = derive_unet_config(state, kind=kind, pooled=pooled, sample_size=side)
+    assert read_unet_settings(derived) == read_unet_settings(config)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "activation"),
+    [
+        ((768, 12, 3072, None), "quick_gelu"),  # CLIP ViT-L/14
+        ((1024, 23, 4096, None), "gelu"),  # OpenCLIP ViT-H/14 without its last layer
+        ((1280, 32, 5120, 1280), "gelu"),  # OpenCLIP ViT-bigG/14
+    ],
+)
+def test_the_published_text_encoders_are_known_by_their_shapes(sizes, activation):
+    width, layers, inner, projection = sizes
+    more = {"projection_dim": projection} if projection else {}
+    config = CLIPTextConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        intermediate_size=inner,
+        num_attention_heads=width // 64,
+        hidden_act=activation,
+        **more,
+    )
+    with torch.device("meta"):
+        theirs = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+    if activation == "gelu":
+        last = None if projection else 23
+        state = convert_open_clip(
+            to_open_clip(theirs, more_layers=0 if projection else 1),
+            layers=last,
+            projected=projection is not None,
+        )
+    else:
+        state = convert_original_clip(to_clip(theirs))
+    shapes = {add_tower(key): value.shape for key, value in theirs.state_dict().items()}
+    assert {key: value.shape for key, value in state.items()} == shapes
+    derived = derive_text_config(state, activation=activation)
+    wanted = config.to_dict()
+    sizes = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
+    for key in (*sizes, "vocab_size", "max_position_embeddings", "hidden_act"):
+        assert derived[key] == wanted[key]
+    assert derived["projection_dim"] == (projection or width)
+
+
+def test_the_published_autoencoder_is_known_by_its_shapes():
+    with torch.device("meta"):
+        theirs = diffusers.AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            layers_per_block=2,
+        )
+    state = convert_original_autoencoder(to_original_autoencoder(theirs))
+    shapes = {key: value.shape for key, value in theirs.state_dict().items()}
+    assert {key: value.shape for key, value in state.items()} == shapes
+    derived = derive_autoencoder_config(state, kind="sd1", sample_size=512)
+    for key in ("block_out_channels", "layers_per_block", "latent_channels"):
+        assert derived[key] == (
+            list(theirs.config[key]) if key == "block_out_channels" else theirs.config[key]
+        )

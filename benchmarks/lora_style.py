@@ -31,6 +31,7 @@ from ldm.evaluation.scenes.reader import SCENE_ATTRIBUTES, match_scene, read_sce
 from ldm.utils.images import to_uint8
 
 STYLE, SIZE = "checked", 64
+WORD = "grid"  # three tokens of the packaged CLIP, which has 24 places
 FIRST_SCENE = 1_000_000  # of "train", beyond those of any run
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
@@ -40,7 +41,7 @@ def sample_checked(index: int, split: str) -> tuple[Scene, str, np.random.Genera
     scene, rng = sample_scene(index, split=split)
     text = caption(replace(scene, style="flat"), rng)
     for word in SYNONYMS["flat"]:
-        text = text.replace(word, STYLE)
+        text = text.replace(word, WORD)
     return replace(scene, style=STYLE), text, rng
 
 

@@ -6,7 +6,7 @@ tensors. Its code is never run.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +39,8 @@ HUB_IGNORED = ("*.non_ema.*", *(f"{part}/*" for part in UNUSED_PARTS))
 HUB_NAME_PATTERN = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # Of the network; other settings decide how it is trained.
 TRAINING_SETTINGS = ("checkpointing", "dropout", "linear_projections")
+# Of a text encoder; they choose among its states, and another choice may be trained on (clip skip).
+STATE_SETTINGS = ("layer", "norm", "zero_empty")
 
 
 def is_published(location: str | os.PathLike[str] | None) -> bool:
@@ -141,7 +143,7 @@ class PublishedCheckpoint:
         others = [
             name
             for name, part in components.frozen.items()
-            if (cfg is None or cfg[name] != self.config.get(name))
+            if (cfg is None or not is_same_part(cfg[name], self.config.get(name) or {}))
             and hash_module(part) != self.digests.get(name)
         ]
         if cfg is not None and not is_same_network(cfg.model, self.config.model):
@@ -170,6 +172,15 @@ class PublishedCheckpoint:
             raise UsageError(f"{self.path} holds one set of weights: leave raw=true out")
         load_module_state(denoiser, self.read_weights(), what=str(self.path / "unet"))
         return denoiser.eval()
+
+
+def is_same_part(node: Mapping, published: Mapping) -> bool:
+    """Whether the settings of a frozen component name the same weights as those of another."""
+    one, other = (
+        {key: value for key, value in each.items() if key not in STATE_SETTINGS}
+        for each in (node, published)
+    )
+    return one == other
 
 
 def is_same_network(node: DictConfig, published: DictConfig) -> bool:

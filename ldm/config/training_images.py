@@ -38,6 +38,10 @@ def open_run_images(loaded: LoadedPipeline, size: int) -> tuple[TextImageDataset
     Raises CheckpointError where the checkpoint names other code than ours, UsageError where the
     images are not here.
     """
+    if loaded.data.get("_target_") is None:  # a published model
+        raise UsageError(
+            f"{loaded.path} names no images: give data=DIR, real images to compare with"
+        )
     try:
         data = validate_component(OmegaConf.to_container(loaded.data), "data")
         places = find_run_data(data)

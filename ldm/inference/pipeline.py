@@ -1,6 +1,7 @@
 """From prompts to images; shapes as in ldm/models."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +22,7 @@ from ldm.inference.decoding import decode_latents
 from ldm.inference.image_size import format_image_size
 from ldm.inference.prompts import parse_prompt
 from ldm.inference.text_projection import project_text_once
+from ldm.models.kernels import cache_casts
 from ldm.utils.errors import format_program
 
 
@@ -277,5 +279,9 @@ class Pipeline:
         grid = [side // factor for side in size]
         return torch.empty((n, autoencoder.channels, *frames, *grid), device=self.device)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        mixed = self.dtype is not None
+        cached = cache_casts(self.components.denoiser) if mixed else nullcontext()
+        with torch.autocast(self.device.type, self.dtype, enabled=mixed), cached:
+            yield

@@ -1,8 +1,11 @@
 """The kernels of the networks, chosen by device, dtype and size."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 MAX_POSITION_PAIRS = 2**20  # N L, up to which the scores of an attention are computed as a matrix
 MAX_STORED_SCORES = 2**26  # B heads N L: 128 MiB, kept for the backward pass
@@ -14,6 +17,24 @@ def choose_memory_format(device_type: str, dtype: torch.dtype | None) -> torch.m
     # torch's group norm on a CPU is slow in bfloat16 and channels_last, above all backward.
     is_slow = device_type == "cpu" and dtype is torch.bfloat16
     return torch.contiguous_format if is_slow else torch.channels_last
+
+
+@contextmanager
+def cache_casts(network: nn.Module) -> Iterator[None]:
+    """Lets autocast cast each weight of a frozen network once in its context, not in each call.
+
+    It keeps the casts of weights that require gradients alone. Without gradients none is computed.
+    """
+    plain = [each for each in network.parameters() if type(each) is nn.Parameter]  # no shards
+    frozen = [each for each in plain if not each.requires_grad]
+    frozen = [each for each in frozen if torch.is_autocast_enabled(each.device.type)]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ averages that are close as well.
 Shapes: n stored averages.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ldm.training.ema import TensorPair, copy_for_average
+from ldm.training.ema import TensorPair
 
 MAX_EMA_LENGTH = 12**-0.5  # gamma 0: all steps have the same weight
 
@@ -99,7 +100,9 @@ class PowerEMA(nn.Module):
         if len(set(self.lengths)) < len(self.lengths):
             raise ValueError(f"phema.lengths={self.lengths} names a length twice")
         self.exponents = [length_to_exponent(length) for length in self.lengths]
-        self.tracks = nn.ModuleList(copy_for_average(denoiser) for _ in self.lengths)
+        self.tracks = nn.ModuleList(
+            copy.deepcopy(denoiser).eval().requires_grad_(False) for _ in self.lengths
+        )
         self.pairs = [TensorPair(track, denoiser) for track in self.tracks]
 
     @torch.no_grad()

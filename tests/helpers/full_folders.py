@@ -83,7 +83,7 @@ def paint(folder: Path, out: Path) -> None:
     """By diffusers, in float32."""
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(folder).to(torch.float32)
     images = pipe(
         PROMPTS,
         generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],

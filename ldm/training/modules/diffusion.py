@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric
 from ldm.diffusion.conditioning import Condition
 from ldm.diffusion.rng import rand, randn
 from ldm.inference.components import Components
+from ldm.models.kernels import cache_casts
 from ldm.training.ema import EMA
 from ldm.training.power_ema import PowerEMA
 from ldm.training.randomness import make_batch_generators
@@ -148,7 +149,8 @@ class LatentDiffusion(L.LightningModule):
         within = rand(len(x0), make_batch_generators(self, batch, "val time"), device=x0.device)
         for band in range(NUM_LOSS_BANDS):
             t = (band + within) / NUM_LOSS_BANDS
-            self._validate(self.ema.module, "", band, x0, cond, t, eps)
+            with cache_casts(self.ema.module):
+                self._validate(self.ema.module, "", band, x0, cond, t, eps)
             if "loss_raw" in self.val_losses:
                 self._validate(self.denoiser, "_raw", band, x0, cond, t, eps)
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import ldm
 from ldm.config.published import is_foreign_pipeline, is_published, open_published
+from ldm.config.training_images import open_run_images
 from ldm.diffusion.tasks.inpainting import Inpainting
 from ldm.utils.errors import UsageError
 
@@ -244,3 +245,8 @@ def test_another_autoencoder_may_be_given(sd1, written):
 def test_weights_without_ema_are_refused(sd1):
     with pytest.raises(UsageError, match="holds one set of weights: leave raw=true out"):
         ldm.load(sd1, "raw=true")
+
+
+def test_its_training_images_are_not_known(sd1):
+    with pytest.raises(UsageError, match="names no images: give data=DIR"):
+        open_run_images(ldm.load(sd1), 16)

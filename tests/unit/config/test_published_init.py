@@ -101,6 +101,14 @@ def test_sdxl_is_trained_with_both_text_encoders():
     assert len(ldm.load("runs/xl")("a red circle", steps=2, progress=False)) == 1
 
 
+def test_another_layer_of_the_text_encoder_may_be_trained_on():
+    train("init=sd1", "name=skip", "+text_encoder.layer=-2")
+    text_encoder = ldm.load("runs/skip").pipeline.components.text_encoder
+    assert (text_encoder.layer, text_encoder.norm) == (-2, True)
+    with pytest.raises(UsageError, match="was trained with another text_encoder"):
+        train("init=sd1", "name=tiny", "text_encoder=tiny", "text_encoder.pooled=false")
+
+
 def test_inpainting_starts_from_both_kinds_of_folders(capsys):
     train("init=inpainting", "task=inpaint", "name=nine")
     assert "new, and without effect" not in capsys.readouterr().out

@@ -161,7 +161,7 @@ def test_what_chooses_no_option_is_refused_in_one_line(word, message):
         ("scheduler", {"_target_": "own_noise.broken.X"}, "problem in own_noise.broken - Module"),
         ("scheduler", {"_target_": "nothing"}, "is no name of a class"),
         ("optimizer", {"_target_": "teampackage.training.MomentumOptimizer"}, "give +optimizer.lr"),
-        ("sampler", {"_target_": "teampackage.networks.ConvNet"}, "has no timesteps, for_single"),
+        ("sampler", {"_target_": "teampackage.networks.ConvNet"}, "has no timesteps, pair_levels"),
         ("weighting", {"_target_": "teampackage.diffusion.NegativeVelocity"}, "has no __call__"),
         ("model", {"_target_": "teampackage.networks.FoldingAutoencoder"}, "takes no in_channels"),
         ("task", {"_target_": "teampackage.diffusion.FlatNoise", "a": 1}, "It takes no settings"),

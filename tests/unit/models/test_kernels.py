@@ -1,13 +1,16 @@
 """The kernels of the networks against plain ones in float32."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.diffusion.conditioning import Condition
 from ldm.models import kernels
-from ldm.models.kernels import attend, choose_memory_format
+from ldm.models.kernels import attend, cache_casts, choose_memory_format
 from ldm.models.unet import UNet
 
 
@@ -99,3 +102,30 @@ def test_autocast_computes_the_scores_in_bfloat16():
 )
 def test_bfloat16_on_a_cpu_is_trained_without_channels_last(device, dtype, expected):
     assert choose_memory_format(device, dtype) == expected
+
+
+class CastCounter(TorchDispatchMode):
+    """Counts the casts of a weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight, self.count = weight, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_cast = func is torch.ops.aten._to_copy.default
+        self.count += is_cast and args[0].data_ptr() == self.weight.data_ptr()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("cached", "casts"), [(True, 1), (False, 3)])
+def test_autocast_casts_a_frozen_weight_once(cached, casts):
+    net = nn.Linear(8, 8).requires_grad_(False)
+    x, plain = torch.randn(4, 8), nn.Linear(8, 8)
+    plain.load_state_dict(net.state_dict())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), CastCounter(net.weight) as counter:
+        for _ in range(3):
+            with cache_casts(net) if cached else nullcontext():
+                out = net(x)
+        assert torch.equal(out, plain(x))
+    assert counter.count == casts
+    assert not any(each.requires_grad for each in net.parameters())

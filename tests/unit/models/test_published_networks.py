@@ -220,3 +220,25 @@ def test_full_autoencoders_have_the_names_and_shapes_of_diffusers(kind):
         ours = AutoencoderKL(**read_autoencoder_settings(oracle.config))
     shapes = {name: tensor.shape for name, tensor in to_diffusers(ours.state_dict()).items()}
     assert shapes == {name: tensor.shape for name, tensor in oracle.state_dict().items()}
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_stable_diffusion_2_at_full_size_is_the_same_network():
+    """The weights (3.5 GB) are there once: diffusers' network takes our tensors."""
+    with torch.device("meta"):
+        ours = UNet(**read_unet_settings(PUBLISHED_UNETS["sd2"]))
+        oracle = diffusers.UNet2DConditionModel(**export_unet_config(ours))
+    ours.to_empty(device="cpu").eval()
+    torch.manual_seed(0)
+    for parameter in ours.parameters():
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
+        parameter.uniform_(-1, 1).mul_((3 / fan_in) ** 0.5 if parameter.ndim > 1 else 0.1)
+        if parameter.ndim == 1:
+            parameter.add_(0.5)
+    oracle.load_state_dict(to_diffusers(ours.state_dict(), linear=True), assign=True)
+    x, t, tokens = torch.randn(1, 4, 8, 16), torch.tensor([421]), torch.randn(1, 77, 1024)
+    expected = oracle.eval()(x, t, tokens, return_dict=False)[0]
+    assert expected.std() > 0.01
+    difference = (ours(x, t, Condition(tokens)) - expected).abs().max()
+    assert difference < 1e-4 * expected.abs().max()

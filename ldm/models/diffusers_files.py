@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm.utils.files import replace_file, resolve_path, write_text
+from ldm.utils.files import read_json_mapping, replace_file, resolve_path, write_text
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 # In this order: the weights, in parts, in half precision, and pickled.
@@ -54,13 +54,7 @@ def read_diffusers_config(file: Path) -> dict[str, object]:
     path = (file if file.is_dir() else file.parent) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{file} needs its config.json next to it: copy it to {path}")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is no mapping of settings")
-    return config
+    return read_json_mapping(path)
 
 
 def read_diffusers_weights(file: Path) -> dict[str, Tensor]:

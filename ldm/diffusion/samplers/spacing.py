@@ -173,8 +173,12 @@ def space_as_published(
     if spacing in SPACING_TRANSFORMS:
         scale, unscale = SPACING_TRANSFORMS[spacing]
         high, low = scale(r[[0, -1]]).tolist()
-        r = unscale(torch.linspace(high, low, steps, dtype=torch.float64))
-    return schedule.timesteps_at_ratio(r)
+        return schedule.timesteps_at_ratio(
+            unscale(torch.linspace(high, low, steps, dtype=torch.float64))
+        )
+    # A time of the table stays to the last bit, but for one without signal.
+    is_same = schedule.noise_to_signal_ratio(t).isclose(r, rtol=1e-12, atol=0)
+    return torch.where(is_same, t, schedule.timesteps_at_ratio(r))
 
 
 def find_network_timestep(

@@ -38,6 +38,11 @@ def check_spacing(
         raise ValueError(f"grid '{grid}' is none of {', '.join(GRIDS)}, and null for ours")
     if ends not in LINEAR_SPACINGS:
         raise ValueError(f"ends '{ends}' is none of {', '.join(LINEAR_SPACINGS)}")
+    if ends != "linspace" and not (grid == "euler" and spacing in SPACING_TRANSFORMS):
+        raise ValueError(
+            f"sampler.ends={ends} is read with sampler.grid=euler and sampler.spacing=karras or "
+            "logsnr alone: leave it out"
+        )
     absent = {"ddim": tuple(SPACING_TRANSFORMS), "euler": ("ays",), "dpm": ("ays",)}
     if grid is not None and spacing in absent[grid]:
         raise ValueError(f"sampler.grid={grid} is of diffusers, which has no spacing={spacing}")

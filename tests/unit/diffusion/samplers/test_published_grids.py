@@ -295,6 +295,7 @@ def test_img2img_has_the_times_of_diffusers_by_its_own_steps_and_strength(n, str
         ({"grid": "ddim", "spacing": "karras"}, "no spacing=karras"),
         ({"grid": "dpm", "spacing": "ays"}, "no spacing=ays"),
         ({"ends": "karras"}, "none of trailing"),
+        ({"ends": "leading"}, "read with sampler.grid=euler"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_by_name(settings, told):

@@ -7,6 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from shell import run
 
+import ldm
 from ldm.config import command_line
 from ldm.config.command_line import read_prompts
 from ldm.config.config_check import check_config
@@ -15,6 +16,7 @@ from ldm.config.sample_options import (
     check_output_fits_run,
     check_sample_options,
     list_cascade_runs,
+    list_lora_files,
     print_to_stderr,
 )
 from ldm.config.suggestions import format_unknown_setting
@@ -171,3 +173,14 @@ def test_one_process_prints_a_note(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     print_to_stderr("of the second")
     assert capsys.readouterr().err == "of the first\n"
+
+
+def test_one_lora_file_needs_no_list(tmp_path):
+    file = tmp_path / "a.safetensors"
+    file.touch()
+    for given in (f"{file}:0.5", [f"{file}:0.5"]):
+        assert list_lora_files({"lora": given}) == [(file, 0.5)]
+    assert list_lora_files({"lora": None}) == []
+    for words, more in ((["lora=b.safetensors"], ()), (["lora=null"], Path("b.safetensors"))):
+        with pytest.raises(UsageError, match=r"lora=b.safetensors: there is no such file"):
+            ldm.load(tmp_path, *words, lora=more)

@@ -1,6 +1,7 @@
 """Loads models of transformers from a folder or the hub, without code or settings of theirs."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,11 +10,15 @@ from typing import TypeVar
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.utils import logging
 
+from ldm.models.diffusers_config import MOST_LAYERS
 from ldm.models.diffusers_files import check_finite_weights, list_weight_parts
 from ldm.utils.files import read_json_mapping
 
+# Larger numbers of a damaged or hostile file would fill the memory before its weights are read.
+MOST_FIELD = 2**20  # such as tokens of a vocabulary
 HubModelType = TypeVar("HubModelType", bound=PreTrainedModel)
 
 
@@ -100,7 +105,9 @@ def read_model_config(
             "padding, which text_encoder=clip never leaves out"
         )
     try:
-        return own.from_dict(_select_fields(own, config))
+        fields = _select_fields(own, config)
+        _check_fields(fields)
+        return own.from_dict(fields)
     except Exception as error:  # the type depends on the version
         why = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
@@ -119,6 +126,23 @@ def _select_fields(kind: type[PreTrainedConfig], config: object) -> dict[str, ob
         for name, value in config.items()
         if name in known and not name.startswith("_")
     }
+
+
+def _check_fields(config: dict[str, object]) -> None:
+    """ValueError for what would fill the memory, end in NaN, or is no activation."""
+    for name, value in config.items():
+        wrong = isinstance(value, float) and not math.isfinite(value)
+        if name.endswith("_token_id"):
+            wrong = not (value is None or type(value) is int)
+        elif type(value) is int:
+            is_count = name.startswith("num_") and name.endswith("layers")
+            wrong = not 0 <= value <= (MOST_LAYERS if is_count else MOST_FIELD)
+        elif name == "hidden_act" and isinstance(value, str):
+            wrong = value not in ACT2FN
+        elif isinstance(value, dict):
+            _check_fields(value)
+        if wrong:
+            raise ValueError(f"it has {name}={value!r:.80}")
 
 
 @contextmanager

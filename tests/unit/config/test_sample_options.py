@@ -15,6 +15,7 @@ from ldm.config.sample_options import (
     check_output_fits_run,
     check_sample_options,
     list_cascade_runs,
+    list_lora_files,
     print_to_stderr,
 )
 from ldm.config.suggestions import format_unknown_setting
@@ -171,3 +172,16 @@ def test_one_process_prints_a_note(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     print_to_stderr("of the second")
     assert capsys.readouterr().err == "of the first\n"
+
+
+def test_a_lora_file_may_have_a_colon_in_its_name(home):
+    for name in ("a:b.safetensors", "c:0.5"):
+        Path(name).touch()
+    entries = ["a:b.safetensors", "a:b.safetensors:2", "c:0.5"]
+    assert [weight for _, weight in list_lora_files({"lora": entries})] == [1.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("entry", ["", ":", "a:abc", "a:inf", "a:nan", "a:1e400"])
+def test_a_lora_entry_without_file_or_number_is_refused(home, entry):
+    with pytest.raises(UsageError, match="give FILE or FILE:WEIGHT"):
+        list_lora_files({"lora": [entry]})

@@ -96,3 +96,58 @@ def test_a_text_encoder_s_pickle_that_is_no_mapping_of_tensors_is_refused(
     with pytest.raises(OSError, match="hold more than tensors by name, which could run code"):
         ClipTextEncoder(str(tmp_path))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ({"hidden_size": 10**9}, "hidden_size=1000000000"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers=1000000"),
+        ({"num_attention_heads": -1}, "num_attention_heads=-1"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings=-1"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps=nan"),
+        ({"hidden_act": "evil"}, "hidden_act='evil'"),
+        ({"eos_token_id": [1]}, r"eos_token_id=\[1\]"),
+    ],
+)
+def test_a_value_that_no_text_encoder_has_is_named(tmp_path, values, what):
+    from ldm.models.text.clip import ClipTextEncoder
+
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"config.json .* is of no CLIPTextModel: it has {what}"):
+        ClipTextEncoder(str(tmp_path))
+
+
+@pytest.mark.parametrize("data", [b"{", b"\xff\x00"])
+def test_a_damaged_tokenizer_is_named(tmp_path, data):
+    import published_folders as folders
+    from transformers import CLIPTextModel
+
+    from ldm.models.text.clip import ClipTextEncoder
+
+    tokenizer = folders.make_tokenizer()
+    folders.text_tower(CLIPTextModel, tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(data)
+    with pytest.raises(ValueError, match=f"the tokenizer in '{tmp_path}' is damaged"):
+        ClipTextEncoder(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"scaling_factor": 0},
+        {"scaling_factor": "x"},
+        {"scaling_factor": None},
+        {"shift_factor": float("nan")},
+        {"latents_mean": [1]},
+        {"latents_std": [0, 1, 1, 1]},
+        {"latents_std": 0},
+        {"patch_size": -1},
+    ],
+)
+def test_a_latent_scale_that_cannot_be_is_named(values):
+    from ldm.models.diffusers_format import read_autoencoder_settings
+
+    with pytest.raises(ValueError, match=f"{min(values)}="):
+        read_autoencoder_settings(values)

@@ -99,11 +99,11 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
             isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
         ):
             raise ValueError(f"{file} holds more, or other things, than tensors by name")
-    check_finite_weights(state, what=str(file))
+    check_weights_finite(state, what=str(file))
     return state
 
 
-def check_finite_weights(state: Mapping[str, Tensor], *, what: str) -> None:
+def check_weights_finite(state: Mapping[str, Tensor], *, what: str) -> None:
     """Raises ValueError for weights that are not finite, with which all pictures are black."""
     # float8 has no isfinite.
     floats = {name: value for name, value in state.items() if value.is_floating_point()}

@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from ldm.models.diffusers_config import MOST_LAYERS
-from ldm.models.diffusers_files import check_finite_weights, list_weight_parts
+from ldm.models.diffusers_files import check_weights_finite, list_weight_parts
 from ldm.utils.files import read_json_mapping
 
 # Larger numbers of a damaged or hostile file would fill the memory before its weights are read.
@@ -68,7 +68,7 @@ def load_pretrained_model(
             f"the weights in '{location}' are not those of the {kind.__name__} in its config.json: "
             f"{len(misfits)} parameters are missing or of another shape, such as {min(misfits)}"
         )
-    check_finite_weights(model.state_dict(), what=str(folder))
+    check_weights_finite(model.state_dict(), what=str(folder))
     return model
 
 

@@ -112,8 +112,10 @@ def read_original_file(path: Path) -> OriginalFile:
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or no file of weights: {error}") from error
+    state = payload.get("state_dict", payload) if isinstance(payload, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise CheckpointError(f"{path} is no file of weights by name")
     step = payload.get("global_step")
-    state = payload.get("state_dict", payload)
     state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     return OriginalFile(path, state, {}, step if isinstance(step, int) else None)
 

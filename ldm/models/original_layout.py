@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldm.models.diffusers_files import check_weights_finite
 from ldm.models.original_configs import (
     PICTURE_SIZES,
     derive_autoencoder_config,
@@ -77,6 +78,10 @@ def open_original_file(path: Path, *, cache: Path) -> Path:
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (IndexError, RuntimeError, TypeError) as error:  # of tensors of other dimensions
+        raise CheckpointError(
+            f"{path} is another network than Stable Diffusion's, or damaged: {error}"
+        ) from error
     for line in notes:
         _log.warning("%s: %s", path, line)
     return folder
@@ -85,6 +90,7 @@ def open_original_file(path: Path, *, cache: Path) -> Path:
 def _write_folder(
     file: OriginalFile, kind: str, prediction: str, folder: Path, tokenizer: Path
 ) -> None:
+    check_weights_finite(file.state, what="the file")
     texts = _convert_texts(file, kind)
     size = 768 if kind == "sd2" and prediction == "v" else PICTURE_SIZES[kind]
     pooled = texts[-1][0]["text_projection.weight"].shape[0] if kind == "sdxl" else 0

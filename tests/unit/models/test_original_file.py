@@ -158,3 +158,10 @@ def test_the_schedule_in_a_file_is_checked():
 def test_the_names_of_a_whole_model_are_all_known():
     state = collect_original_state(make_pipeline("sd1"))
     assert all(name.startswith((UNET, "first_stage_model.", TEXT)) for name in state)
+
+
+@pytest.mark.parametrize("payload", [[UNET], 3, {"state_dict": [UNET]}, {3: torch.zeros(1)}])
+def test_a_pickle_that_is_no_mapping_of_names_is_refused(tmp_path, payload):
+    torch.save(payload, tmp_path / "model.ckpt")
+    with pytest.raises(CheckpointError, match=r"model.ckpt is no file of weights by name"):
+        read_original_file(tmp_path / "model.ckpt")

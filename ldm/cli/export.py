@@ -22,6 +22,8 @@ def main(cfg: DictConfig, options: dict[str, str | None]) -> None:
     check_export_folder(out, overwrite=cfg.overwrite)
     check_checkpoints_exist({"ckpt": ckpt})
     cfg.license, cfg.push = options["license"], options["push"]
+    if cfg.private and cfg.push is None:
+        raise UsageError("private=true is for a model that is uploaded: add push=user/name")
     token = None if cfg.push is None else read_hub_token(cfg.push)
 
     from ldm.config.export import write_export  # torch: an error above need not wait for it

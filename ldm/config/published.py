@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,7 @@ def locate_published(location: str, *, name: str = "ckpt") -> Path:
     return folder
 
 
+@cache  # a command opens a location several times
 def _download_published(location: str, name: str, *, variant: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import
 
@@ -143,8 +144,9 @@ class PublishedCheckpoint:
         others = [
             name
             for name, part in components.frozen.items()
-            if (cfg is None or not is_same_part(cfg[name], self.config.get(name) or {}))
-            and hash_module(part) != self.digests.get(name)
+            if name in self.config  # a style encoder is new
+            and (cfg is None or not is_same_part(cfg[name], self.config[name]))
+            and hash_module(part) != self.digests[name]
         ]
         if cfg is not None and not is_same_network(cfg.model, self.config.model):
             others.append("model")

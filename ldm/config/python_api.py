@@ -17,7 +17,7 @@ from ldm.config.command_line import convert_to_usage_errors, split_text_options
 from ldm.config.composition import drop_hydra_settings, isolate_hydra
 from ldm.config.config_check import check_config, check_run_directory, compose_config
 from ldm.config.measurement import EVALUATE_TEXT_OPTIONS, record_evaluation
-from ldm.config.sample_options import LOCATION_SETTINGS, check_checkpoints_and_device
+from ldm.config.sample_options import LOCATION_SETTINGS, check_checkpoints_and_device, list_entries
 from ldm.config.search_path import CONF_DIR
 from ldm.config.train_run import check_config_unchanged, train_run
 from ldm.experiments.new_directories import (
@@ -68,7 +68,8 @@ def load(
         given = _list_keyword_overrides(trust, device)
         given += [] if dtype is None else [f"dtype={str(dtype).removeprefix('torch.')}"]
         cfg = compose_config("sample", [*words, *given])
-    cfg.lora = [*cfg.lora, *([lora] if isinstance(lora, str) else map(os.fspath, lora))]
+    given = [lora] if isinstance(lora, os.PathLike) else list_entries(lora)
+    cfg.lora = [*list_entries(cfg.lora), *map(os.fspath, given)]
     for word in words:
         key = word.lstrip("+~").partition("=")[0].partition("@")[0]
         if key.partition(".")[0] not in LOAD_SETTINGS:

@@ -59,7 +59,7 @@ UNREAD_SETTINGS = {
     "peer": ("sampler", "raw", "compile", "dtype", "autoencoder", "text_encoder", "trust", "lora"),
     "images": (
         *("sampler", "guidance", "steps", "seed", "count", "scenes", "raw", "compile", "dtype"),
-        *("autoencoder", "text_encoder", "trust", "lora"),
+        *("autoencoder", "text_encoder", "trust", "lora", "backend"),
     ),
 }
 

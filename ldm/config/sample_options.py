@@ -77,9 +77,8 @@ def check_checkpoints_and_device(cfg: DictConfig, *ckpts: str, out: str | None =
 
 def list_lora_files(cfg: DictConfig) -> list[tuple[Path, float]]:
     """The LoRA files of `lora`, entries such as FILE or FILE:0.8, with their weights."""
-    entries = cfg.get("lora") or []
     found = []
-    for entry in [entries] if isinstance(entries, str) else entries:
+    for entry in list_entries(cfg.get("lora")):
         name, _, number = str(entry).rpartition(":")
         if os.path.isfile(os.path.expanduser(str(entry))):  # its own name may have a colon
             name, number = str(entry), "1"
@@ -93,6 +92,11 @@ def list_lora_files(cfg: DictConfig) -> list[tuple[Path, float]]:
         check_input_file("lora", path)
         found.append((Path(path), weight))
     return found
+
+
+def list_entries(value: str | Sequence[str] | None) -> list[str]:
+    """The entries of a setting that is one of them, or a list."""
+    return [value] if isinstance(value, str) else list(value or ())
 
 
 def list_guides(cfg: DictConfig) -> dict[str, str | None]:

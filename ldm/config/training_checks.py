@@ -84,6 +84,11 @@ def check_strategy(cfg: DictConfig) -> None:
 def check_lora(cfg: DictConfig) -> None:
     """UsageError where there is nothing to train adapters of, or weights would be shared out."""
     if not cfg.lora.rank:
+        if cfg.lora.alpha is not None or cfg.lora.targets != "attention":
+            raise UsageError(
+                "lora.alpha and lora.targets are read with lora.rank alone: add lora.rank=8, or "
+                "leave them out"
+            )
         return
     if cfg.init is None:
         raise UsageError(

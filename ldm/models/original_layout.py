@@ -151,6 +151,8 @@ def _write_part(
     write_json(folder / "config.json", config)
     tensors = {key: value.contiguous() for key, value in state.items()}
     save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    # safetensors writes for the user alone; the cache may belong to a team.
+    shutil.copymode(folder / "config.json", folder / f"{name}.safetensors")
 
 
 def _make_index(

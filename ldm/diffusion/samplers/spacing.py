@@ -38,6 +38,11 @@ def check_spacing(
         raise ValueError(f"grid '{grid}' is none of {', '.join(GRIDS)}, and null for ours")
     if ends not in LINEAR_SPACINGS:
         raise ValueError(f"ends '{ends}' is none of {', '.join(LINEAR_SPACINGS)}")
+    if ends != "linspace" and not (grid == "euler" and spacing in SPACING_TRANSFORMS):
+        raise ValueError(
+            f"sampler.ends={ends} is read with sampler.grid=euler and sampler.spacing=karras or "
+            "logsnr alone: leave it out"
+        )
     absent = {"ddim": tuple(SPACING_TRANSFORMS), "euler": ("ays",), "dpm": ("ays",)}
     if grid is not None and spacing in absent[grid]:
         raise ValueError(f"sampler.grid={grid} is of diffusers, which has no spacing={spacing}")
@@ -173,8 +178,12 @@ def space_as_published(
     if spacing in SPACING_TRANSFORMS:
         scale, unscale = SPACING_TRANSFORMS[spacing]
         high, low = scale(r[[0, -1]]).tolist()
-        r = unscale(torch.linspace(high, low, steps, dtype=torch.float64))
-    return schedule.timesteps_at_ratio(r)
+        return schedule.timesteps_at_ratio(
+            unscale(torch.linspace(high, low, steps, dtype=torch.float64))
+        )
+    # A time of the table stays to the last bit, but for one without signal.
+    is_same = schedule.noise_to_signal_ratio(t).isclose(r, rtol=1e-12, atol=0)
+    return torch.where(is_same, t, schedule.timesteps_at_ratio(r))
 
 
 def find_network_timestep(

@@ -109,6 +109,11 @@ def test_another_layer_of_the_text_encoder_may_be_trained_on():
         train("init=sd1", "name=tiny", "text_encoder=tiny", "text_encoder.pooled=false")
 
 
+def test_a_style_encoder_may_be_added(capsys):
+    train("init=sd1", "style_encoder=clip", "name=style")
+    assert "new, and without effect as yet: style" in capsys.readouterr().out
+
+
 def test_inpainting_starts_from_both_kinds_of_folders(capsys):
     train("init=inpainting", "task=inpaint", "name=nine")
     assert "new, and without effect" not in capsys.readouterr().out

@@ -7,6 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from shell import run
 
+import ldm
 from ldm.config import command_line
 from ldm.config.command_line import read_prompts
 from ldm.config.config_check import check_config
@@ -185,3 +186,14 @@ def test_a_lora_file_may_have_a_colon_in_its_name(home):
 def test_a_lora_entry_without_file_or_number_is_refused(home, entry):
     with pytest.raises(UsageError, match="give FILE or FILE:WEIGHT"):
         list_lora_files({"lora": [entry]})
+
+
+def test_one_lora_file_needs_no_list(tmp_path):
+    file = tmp_path / "a.safetensors"
+    file.touch()
+    for given in (f"{file}:0.5", [f"{file}:0.5"]):
+        assert list_lora_files({"lora": given}) == [(file, 0.5)]
+    assert list_lora_files({"lora": None}) == []
+    for words, more in ((["lora=b.safetensors"], ()), (["lora=null"], Path("b.safetensors"))):
+        with pytest.raises(UsageError, match=r"lora=b.safetensors: there is no such file"):
+            ldm.load(tmp_path, *words, lora=more)

@@ -13,6 +13,8 @@ REFUSED = {
     "stage=autoencoder compile=default": "stage=autoencoder trains none: leave it out",
     "lora.rank=4": "give init=RUN",
     "lora.rank=4 init=runs/base strategy=fsdp": "take strategy=ddp",
+    "lora.targets=all init=runs/base": "add lora.rank=8",
+    "lora.alpha=4 lora.rank=0": "add lora.rank=8",
     "compile=reduce-overhead trainer.accumulate_grad_batches=2": "take compile=default",
 }
 TAKEN = (

@@ -22,7 +22,7 @@ from ldm.diffusion.samplers.edm import EDMSampler
 from ldm.diffusion.samplers.multistep import DPMSolverSampler, UniPCSampler
 from ldm.diffusion.samplers.pndm import PNDMSampler
 from ldm.diffusion.samplers.spacing import space_timesteps
-from ldm.diffusion.schedules import FlowSchedule, linear, scaled_linear
+from ldm.diffusion.schedules import FlowSchedule, cosine, linear, scaled_linear
 
 TABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SD = {**TABLE, "timestep_spacing": "leading", "steps_offset": 1}
@@ -255,6 +255,15 @@ def test_the_published_grid_starts_where_that_of_stable_diffusion_starts(n):
     assert n != 30 or schedule.timestep(times)[0].round() == 957 + 1  # stride 33, and the offset
 
 
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize("make", [cosine, scaled_linear])
+def test_whole_timesteps_stay_to_the_last_bit(make, spacing):
+    schedule = make()
+    for steps in (1, 7, 10, 30, 50):
+        times = space_timesteps(schedule, steps, spacing=spacing, grid="dpm")
+        assert torch.equal(times, schedule.on_grid(times)), steps
+
+
 @pytest.mark.parametrize(("n", "strength"), [(30, 0.7), (30, 0.75), (50, 0.33)])
 def test_img2img_has_the_times_of_diffusers_by_its_own_steps_and_strength(n, strength):
     """docs/img2img.md: theirs takes int(n * strength) of n steps, ours all that it is given."""
@@ -286,6 +295,7 @@ def test_img2img_has_the_times_of_diffusers_by_its_own_steps_and_strength(n, str
         ({"grid": "ddim", "spacing": "karras"}, "no spacing=karras"),
         ({"grid": "dpm", "spacing": "ays"}, "no spacing=ays"),
         ({"ends": "karras"}, "none of trailing"),
+        ({"ends": "leading"}, "read with sampler.grid=euler"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_by_name(settings, told):

@@ -28,7 +28,7 @@ SD2_BASE_STEPS = 875_000  # of 512-base as published, which predicts eps
 
 # What a name of a weight says that the file is, and what to do with such a file.
 OTHER_FILES = {
-    (".lora_down.", ".lora_A.", "lora_unet_", "lora_te"): (
+    (".lora_down.", ".lora.down.", ".lora_A.", "lora_unet_", "lora_te"): (
         "a LoRA: give it as lora=FILE, next to ckpt= of its base model"
     ),
     ("control_model.", "controlnet_"): "a ControlNet, which ldm does not have",
@@ -174,7 +174,10 @@ def find_prediction(file: OriginalFile, kind: str) -> tuple[str, str | None]:
     """
     config = file.path.with_suffix(".yaml")
     if config.is_file():
-        params = parse_plain_mapping(config.read_text()).get("model")
+        try:
+            params = parse_plain_mapping(config.read_text()).get("model")
+        except ValueError as error:
+            raise ValueError(f"of {config}: {error}") from error
         for key in ("params", "parameterization"):
             params = params.get(key) if isinstance(params, dict) else None
         if params not in (None, "eps", "v"):

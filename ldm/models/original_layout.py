@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -72,6 +73,8 @@ def open_original_file(path: Path, *, cache: Path) -> Path:
                 _write_folder(file, kind, prediction, folder, tokenizer)
     except CheckpointError:
         raise
+    except SafetensorError as error:
+        raise CheckpointError(f"{cache} has no room for {path}: {error}") from error
     except KeyError as error:
         raise CheckpointError(
             f"{path} is another network than Stable Diffusion's: it has no {error}"
@@ -109,7 +112,7 @@ def _write_folder(
         zero_snr="ztsnr" in file.state,
     )
     temporary = folder.with_name(folder.name + TEMPORARY_SUFFIX)
-    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
     for name, state in (("unet", unet), ("vae", vae)):
         _write_part(temporary / name, configs[name], state, "diffusion_pytorch_model")
     for number, (state, activation) in enumerate(texts):

@@ -20,7 +20,7 @@ ROOM_LINES = {
     "evaluation": 3115,
     "experiments": 2220,
     "training": 3760,
-    "config": 6880,
+    "config": 6920,
     "cli": 1920,
 }
 ROOMS = tuple(ROOM_LINES)

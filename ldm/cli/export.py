@@ -15,7 +15,7 @@ EXPORT_LOCATIONS = ("autoencoder", "text_encoder")
 EXPORT_TEXT_OPTIONS = ("ckpt", "out", "license", "push", *EXPORT_LOCATIONS)
 
 
-@command("export", texts=EXPORT_TEXT_OPTIONS)
+@command("export", texts=EXPORT_TEXT_OPTIONS, tidies=True)
 def main(cfg: DictConfig, options: dict[str, str | None]) -> None:
     """Checks the settings, writes the folder, uploads it if it is to, and prints its place."""
     ckpt, out = require_option(options, "ckpt"), Path(require_option(options, "out")).expanduser()

@@ -80,13 +80,15 @@ def list_lora_files(cfg: DictConfig) -> list[tuple[Path, float]]:
     found = []
     for entry in list_entries(cfg.get("lora")):
         name, _, number = str(entry).rpartition(":")
+        if os.path.isfile(os.path.expanduser(str(entry))):  # its own name may have a colon
+            name, number = str(entry), "1"
         try:
             weight = float(number) if name else 1.0
         except ValueError:
             weight = math.nan
-        if not math.isfinite(weight):
-            raise UsageError(f"lora={entry}: give FILE or FILE:WEIGHT, with a number after the :")
         path = os.path.expanduser(name or number)
+        if not (math.isfinite(weight) and path):
+            raise UsageError(f"lora={entry}: give FILE or FILE:WEIGHT, with a number after the :")
         check_input_file("lora", path)
         found.append((Path(path), weight))
     return found

@@ -8,9 +8,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.composition import compose_default_config, list_task_words
-from ldm.config.original_files import is_of_model, is_original, locate_original
 from ldm.config.own_components import check_setting_names
-from ldm.config.published import is_published, open_published
+from ldm.config.published import (
+    is_of_model,
+    is_original,
+    is_published,
+    locate_original,
+    open_published,
+)
 from ldm.config.search_path import CONF_DIR
 from ldm.config.suggestions import suggest_overrides
 from ldm.experiments.run_dir import get_launcher_rank, read_yaml_settings

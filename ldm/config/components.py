@@ -183,7 +183,7 @@ class LoadedCheckpoint:
                 )
         return {}
 
-    def list_differences(self, components: Components, cfg: DictConfig | None) -> list[str]:
+    def list_differences(self, components: Components, cfg: DictConfig) -> list[str]:
         """The groups in which a training that starts from it differs."""
         frozen = components.frozen
         others = [

@@ -6,6 +6,7 @@ tensors. Its code is never run.
 
 import os
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.config.original_files import is_original, locate_original
 from ldm.config.own_components import import_component, list_parameters
 from ldm.config.published_settings import (
     PIPELINE_FILE,
@@ -37,6 +37,8 @@ PIPELINE_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # the folder
 HUB_SETTINGS = ("*.json", "*.txt")
 HUB_IGNORED = ("*.non_ema.*", *(f"{part}/*" for part in UNUSED_PARTS))
 HUB_NAME_PATTERN = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+CONVERSION_CACHE = Path("data/cache")  # that of servers' shards, and of real images' features
+ORIGINAL_SUFFIXES, ORIGINAL_UNET = (".safetensors", ".ckpt"), b"model.diffusion_model."
 # Of the network; other settings decide how it is trained.
 TRAINING_SETTINGS = ("checkpointing", "dropout", "linear_projections")
 # Of a text encoder; they choose among its states, and another choice may be trained on (clip skip).
@@ -49,6 +51,36 @@ def is_published(location: str | os.PathLike[str] | None) -> bool:
         return False
     text = os.path.expanduser(os.fspath(location))
     return Path(text, PIPELINE_FILE).is_file() or is_original(text) or is_hub_name(text)
+
+
+def is_original(location: str) -> bool:
+    """Whether a location is one file of weights from elsewhere, and not of a run."""
+    path = Path(location).expanduser()
+    is_file = path.suffix in ORIGINAL_SUFFIXES and path.is_file()
+    if not is_file or os.path.exists(f"{path}.json"):  # the manifest of a run's checkpoint
+        return False
+    if path.suffix == ".safetensors":
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            return any(ORIGINAL_UNET in archive.read(name) for name in pickles)
+    except (zipfile.BadZipFile, OSError, NotImplementedError):
+        return False
+
+
+@cache  # a command opens a location several times, and the lines about it are for once
+def locate_original(location: str) -> Path:
+    """The folder that a file is converted to; CheckpointError for a file that is not opened."""
+    from ldm.models.original_layout import open_original_file
+
+    return open_original_file(resolve_path(location), cache=CONVERSION_CACHE.absolute())
+
+
+def is_of_model(place: str, init: str) -> bool:
+    """Whether a component's path is inside of a published model, or of what a file became."""
+    converted = CONVERSION_CACHE.absolute() / "original" / f"{Path(init).stem[:100]}-"
+    return place.startswith((init, os.fspath(converted)))
 
 
 def is_hub_name(location: str) -> bool:
@@ -137,7 +169,7 @@ class PublishedCheckpoint:
         own = str(self.path)
         return {name: place for name, place in places.items() if not str(place).startswith(own)}
 
-    def list_differences(self, components: "Components", cfg: DictConfig | None) -> list[str]:
+    def list_differences(self, components: "Components", cfg: DictConfig) -> list[str]:
         """The groups in which a training that starts from it differs; another scheduler may."""
         from ldm.utils.hashing import hash_module
 
@@ -145,10 +177,10 @@ class PublishedCheckpoint:
             name
             for name, part in components.frozen.items()
             if name in self.config  # a style encoder is new
-            and (cfg is None or not is_same_part(cfg[name], self.config[name]))
+            and not is_same_part(cfg[name], self.config[name])
             and hash_module(part) != self.digests[name]
         ]
-        if cfg is not None and not is_same_network(cfg.model, self.config.model):
+        if not is_same_network(cfg.model, self.config.model):
             others.append("model")
         is_inpainting = "mask_resize" in self.config.task
         return [*others, "task"] if is_inpainting and components.task.name != "inpaint" else others

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldm.utils.checkpoint_file import CheckpointError, manifest_path
+from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.plain_yaml import parse_plain_mapping
 
 UNET, AUTOENCODER, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
@@ -78,22 +78,6 @@ class OriginalFile:
 
 def _flatten(name: str) -> str:
     return f"{EMA}diffusion_model{name.replace('.', '')}"
-
-
-def is_original_file(path: Path) -> bool:
-    """Whether a path is one file of weights from elsewhere: not a folder, nor a file of a run."""
-    if path.suffix not in (".safetensors", ".ckpt") or not path.is_file():
-        return False
-    if path.suffix == ".safetensors":
-        return True
-    if manifest_path(path).is_file():
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            return any(UNET.encode() in archive.read(name) for name in pickles)
-    except (zipfile.BadZipFile, OSError, NotImplementedError):
-        return False
 
 
 def read_original_file(path: Path) -> OriginalFile:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
+from ldm.config.diffusers_scheduler import TABLE_OPTIONS
 from ldm.config.ranges import OWN_TARGET_PREFIXES
 from ldm.utils.files import read_json, resolve_path
 
@@ -23,6 +24,7 @@ EXPORTED_PARTS = {  # the names of our classes and functions that an export can 
     "autoencoder": ("make_autoencoder_kl", "DiffusersAutoencoder", "IdentityAutoencoder"),
     "text_encoder": ("ClipTextEncoder", "PairedTextEncoder", *NOT_EXPORTED_TEXTS),
     "task": ("TextToImage", "ImageToImage", "Inpainting", *NOT_EXPORTED_TASKS),
+    "scheduler": (*TABLE_OPTIONS, *NOT_EXPORTED_SCHEDULES),
 }
 
 

@@ -36,14 +36,13 @@ from ldm.experiments.diffusers_card import write_diffusers_card
 from ldm.experiments.model_card import ModelFacts
 from ldm.inference.components import Components
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.diffusers_files import DIFFUSERS_WEIGHT_FILES
+from ldm.models.diffusers_files import DIFFUSERS_VERSION, DIFFUSERS_WEIGHTS
 from ldm.models.diffusers_format import save_autoencoder, save_unet
 from ldm.utils.errors import UsageError
 from ldm.utils.files import TEMPORARY_SUFFIX, read_json, write_json
 
 TOKENIZER_PATTERNS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens*", "added_tokens*")
 NO_MODULE = (None, None)
-DIFFUSERS_VERSION = "0.38.0"  # the oldest one that the tests may use
 
 
 def write_export(
@@ -159,8 +158,6 @@ def write_exported_unet(
     """Writes unet/; returns its entry of model_index.json."""
     side = size // components.autoencoder.factor
     save_unet(components.denoiser, folder / "unet", dtype=dtype, sample_size=side)
-    file = folder / "unet" / "config.json"  # diffusers' pipeline of inpainting needs a version
-    write_json(file, read_json(file) | {"_diffusers_version": DIFFUSERS_VERSION})
     return {"unet": ("diffusers", "UNet2DConditionModel")}
 
 
@@ -171,7 +168,7 @@ def write_exported_autoencoder(
     autoencoder, factor = loaded.pipeline.components.autoencoder, 1.0
     if get_target_name(loaded.config.autoencoder) == "DiffusersAutoencoder":
         autoencoder.save(folder / "vae")
-        convert_weights(folder / "vae" / DIFFUSERS_WEIGHT_FILES[0], dtype)
+        convert_weights(folder / "vae" / DIFFUSERS_WEIGHTS, dtype)
         return {"vae": ("diffusers", autoencoder.kind)}
     autoencoder = copy.deepcopy(autoencoder)
     scale = autoencoder.scale.numpy(force=True)
@@ -179,11 +176,7 @@ def write_exported_autoencoder(
         factor = float(str(scale[0]))  # the shortest decimal of a float32
     else:
         fold_latent_scale(autoencoder)
-    autoencoder.set_scale(0.0, 1.0)
-    save_autoencoder(autoencoder, folder / "vae", dtype=dtype)
-    file = folder / "vae" / "config.json"
-    config = read_json(file) | {"scaling_factor": factor}
-    write_json(file, {k: v for k, v in config.items() if k not in ("latents_mean", "latents_std")})
+    save_autoencoder(autoencoder, folder / "vae", dtype=dtype, scaling_factor=factor)
     return {"vae": ("diffusers", "AutoencoderKL")}
 
 

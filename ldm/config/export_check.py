@@ -23,7 +23,7 @@ EXPORTED_PARTS = {  # the names of our classes and functions that an export can 
     "model": ("UNet",),
     "autoencoder": ("make_autoencoder_kl", "DiffusersAutoencoder", "IdentityAutoencoder"),
     "text_encoder": ("ClipTextEncoder", "PairedTextEncoder", *NOT_EXPORTED_TEXTS),
-    "task": ("TextToImage", "ImageToImage", "Inpainting", *NOT_EXPORTED_TASKS),
+    "task": ("TextToImage", "Inpainting", *NOT_EXPORTED_TASKS),
     "scheduler": (*TABLE_OPTIONS, *NOT_EXPORTED_SCHEDULES),
 }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm.utils.files import replace_file, resolve_path, write_text
 
+DIFFUSERS_VERSION = "0.38.0"  # that files name: the oldest one that the tests may use
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 # In this order: the weights, in parts, in half precision, and pickled.
 DIFFUSERS_WEIGHT_FILES = (
@@ -86,11 +87,21 @@ def read_diffusers_weights(file: Path) -> dict[str, Tensor]:
 
 
 def write_diffusers_folder(
-    folder: Path, config: Mapping[str, object], state: Mapping[str, Tensor], *, dtype: torch.dtype
+    folder: Path,
+    config: Mapping[str, object],
+    state: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None,
+    weights: str = DIFFUSERS_WEIGHTS,
 ) -> None:
-    """Writes config.json and the weights in `dtype` into a folder, which is made."""
+    """Writes config.json and the weights into a folder, which is made.
+
+    dtype: of the file; None: of each tensor. weights: the name of the file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.to("cpu", dtype).contiguous() for name, value in state.items()}
+    tensors = {
+        name: value.to(device="cpu", dtype=dtype).contiguous() for name, value in state.items()
+    }
     write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
-    with replace_file(folder / DIFFUSERS_WEIGHTS) as file:
+    with replace_file(folder / weights) as file:
         save_file(tensors, file.name, metadata={"format": "pt"})

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from ldm.config.exported_samplers import export_sampler, format_sampler_words
@@ -16,6 +17,7 @@ BETA_SCHEDULES = {
     "sigmoid": "sigmoid",  # of DDPMScheduler alone
 }
 TABLE_OPTIONS = ("linear", "scaled_linear", "cosine", "sigmoid", "sigmoid_alpha", "trained_betas")
+MOST_TIMESTEPS = 100_000  # a damaged or hostile number would fill the memory
 NO_SAMPLE_PREDICTION = (
     *("PNDMScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverSDEScheduler"),
 )
@@ -40,7 +42,14 @@ def read_scheduler_config(config: Mapping[str, object]) -> dict[str, dict]:
         scheduler = read_beta_schedule(values)
         sampler = SAMPLER_READERS[values.name](values, kind)
     values.check_rest()
-    return {"scheduler": scheduler, "objective": load_option("objective", kind), "sampler": sampler}
+    objective = load_option("objective", kind)
+    nodes = {"scheduler": scheduler, "objective": objective, "sampler": sampler}
+    try:
+        for node in (scheduler, sampler):
+            instantiate(node)
+    except InstantiationException as error:  # numbers out of range, in our words
+        raise ValueError(f"of scheduler_config.json: {error.__cause__ or error}") from error
+    return nodes
 
 
 def change_as_pipeline(config: Mapping[str, object]) -> dict:
@@ -55,9 +64,15 @@ def read_beta_schedule(values: SchedulerValues) -> dict:
     )
     has_zero_snr = "rescale_betas_zero_snr" in values.values
     zero_snr = values.pop("rescale_betas_zero_snr") if has_zero_snr else False
+    if steps > MOST_TIMESTEPS:
+        raise ValueError(
+            f"{values.name}: num_train_timesteps={steps} is more than {MOST_TIMESTEPS}"
+        )
     betas = values.pop("trained_betas")
     name = values.pop("beta_schedule", None if betas else list(BETA_SCHEDULES))
     if betas is not None:
+        if not isinstance(betas, list) or any(type(each) not in (int, float) for each in betas):
+            raise ValueError(f"{values.name}: trained_betas are no list of numbers")
         if len(betas) != steps:
             raise ValueError(
                 f"{values.name}: {len(betas)} trained_betas do not fit num_train_timesteps={steps}"

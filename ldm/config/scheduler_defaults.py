@@ -1,5 +1,6 @@
 """The settings of diffusers' schedulers that we read, with their defaults in diffusers."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 _TABLE = {
@@ -97,6 +98,15 @@ SCHEDULER_DEFAULTS = {
 SCHEDULER_KEYS = frozenset().union(*SCHEDULER_DEFAULTS.values())
 
 
+def is_like_default(value: object, default: object) -> bool:
+    """Whether a value may stand where a default is: a number for a number, and so on."""
+    if default is None or isinstance(default, list) or value == default:
+        return True
+    if type(default) in (int, float):
+        return type(value) in (int, float) and math.isfinite(value)
+    return value is None or type(value) is type(default)
+
+
 class SchedulerValues:
     """The values of a scheduler_config.json, with diffusers' defaults; each is taken once."""
 
@@ -109,6 +119,12 @@ class SchedulerValues:
             )
         self.defaults = SCHEDULER_DEFAULTS[self.name]
         self.values = {key: config.get(key, value) for key, value in self.defaults.items()}
+        if wrong := [k for k, v in self.values.items() if not is_like_default(v, self.defaults[k])]:
+            found = ", ".join(f"{key}={self.values[key]!r:.80}" for key in wrong)
+            raise ValueError(
+                f"{self.name}: scheduler_config.json has {found}, where diffusers has values such "
+                f"as {', '.join(repr(self.defaults[key]) for key in wrong)}"
+            )
         self.given = dict(self.values)
         self.unknown = {
             key: value

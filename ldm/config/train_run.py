@@ -99,12 +99,14 @@ def check_config_unchanged(cfg: DictConfig, run_dir: Path) -> None:
     file = run_dir / "config.yaml"
     # Without a checkpoint there is nothing to resume.
     saved = any((run_dir / "checkpoints").glob("step=*.ckpt"))
-    if not file.is_file() or not saved or get_launcher_rank() != 0:
+    if not saved or get_launcher_rank() != 0:
         return
     try:
-        old = read_yaml_settings(file)
+        old = read_yaml_settings(file) if file.is_file() else read_former_settings(run_dir)
     except ValueError as error:
         raise UsageError(f"{error}. Move the folder away to begin anew") from error
+    if old is None:
+        return
     old["rng"], new = get_rng(old), OmegaConf.to_container(cfg, resolve=True)
     default = compose_default_config("train", list_task_words())
     changes = list_config_changes(old, new, default)

@@ -79,6 +79,8 @@ HARMLESS_KEYS = frozenset(
     )
 )
 HARMLESS_AUTOENCODER_KEYS = HARMLESS_KEYS - {"upcast_attention"} | {"force_upcast"}
+# A damaged or hostile file with larger numbers would fill the memory before its weights are read.
+MOST_FEATURES, MOST_LAYERS = 2**15, 100
 REASONS = {
     "num_class_embeds": "an embedding of noise levels or classes, as in the x4 upscaler",
     "time_cond_proj_dim": "the guidance scale as an input, as in latent consistency models",
@@ -121,21 +123,23 @@ class ForeignConfig:
         self.refuse(key)
         return []
 
-    def read_numbers(self, key: str, count: int, *, least: int = 1) -> list[int]:
-        """As `read`, of one whole number from `least` on, or of one for each of `count` levels."""
+    def read_numbers(
+        self, key: str, count: int, *, least: int = 1, most: int = MOST_FEATURES
+    ) -> list[int]:
+        """As `read`, of one whole number of this range, or of one for each of `count` levels."""
         value = self.read(key)
         numbers = value if isinstance(value, list) else [value] * count
-        if len(numbers) == count and all(type(each) is int and each >= least for each in numbers):
+        if len(numbers) == count and all(_is_number(each, least, most) for each in numbers):
             return numbers
         self.refuse(key)
         return [least] * count
 
-    def read_number(self, key: str, *, optional: bool = False) -> int:
-        """As `read`, of one whole number; optional: or none, which is 0."""
+    def read_number(self, key: str, *, optional: bool = False, most: int = MOST_FEATURES) -> int:
+        """As `read`, of one whole number up to `most`; optional: or none, which is 0."""
         value = self.read(key)
         if optional and value in (None, 0):
             return 0
-        if type(value) is int and value > 0:
+        if _is_number(value, 1, most):
             return value
         self.refuse(key)
         return 1
@@ -172,6 +176,10 @@ class ForeignConfig:
                 f"this config.json is of no {self.kind} that ldm can hold: "
                 f"{', '.join(self.refused)}"
             )
+
+
+def _is_number(value: object, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 def _simplify(value: object) -> object:

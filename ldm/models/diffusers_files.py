@@ -1,6 +1,7 @@
 """Folders of diffusers: config.json, and the weights next to it."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm.utils.files import replace_file, resolve_path, write_text
+from ldm.utils.files import read_json_mapping, replace_file, resolve_path, write_text
 
 DIFFUSERS_VERSION = "0.38.0"  # that files name: the oldest one that the tests may use
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -55,13 +56,7 @@ def read_diffusers_config(file: Path) -> dict[str, object]:
     path = (file if file.is_dir() else file.parent) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{file} needs its config.json next to it: copy it to {path}")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is no mapping of settings")
-    return config
+    return read_json_mapping(path)
 
 
 def read_diffusers_weights(file: Path) -> dict[str, Tensor]:
@@ -105,3 +100,5 @@ def write_diffusers_folder(
     write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
     with replace_file(folder / weights) as file:
         save_file(tensors, file.name, metadata={"format": "pt"})
+    # safetensors writes for the user alone; the folder may belong to a team.
+    shutil.copymode(folder / "config.json", folder / weights)

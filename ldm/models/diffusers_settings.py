@@ -8,6 +8,7 @@ from ldm.models.diffusers_config import (
     AUTOENCODER_DEFAULTS,
     HARMLESS_AUTOENCODER_KEYS,
     HARMLESS_KEYS,
+    MOST_LAYERS,
     UNET_DEFAULTS,
     ForeignConfig,
 )
@@ -35,7 +36,7 @@ def read_unet_settings(config: Mapping[str, object]) -> dict[str, object]:
     named = given.read("num_attention_heads") is not None
     heads = given.read_numbers("num_attention_heads" if named else "attention_head_dim", levels)
     given.unread.discard("attention_head_dim")
-    depth = given.read_numbers("transformer_layers_per_block", levels, least=0)
+    depth = given.read_numbers("transformer_layers_per_block", levels, least=0, most=MOST_LAYERS)
     if given.read("reverse_transformer_layers_per_block") not in (None, depth[::-1]):
         given.refuse("reverse_transformer_layers_per_block")
     has_transformer = [*attention[:-1], True]  # the middle has that of the last level
@@ -46,7 +47,7 @@ def read_unet_settings(config: Mapping[str, object]) -> dict[str, object]:
         "in_channels": given.read_number("in_channels"),
         "out_channels": given.read_number("out_channels"),
         "context_dim": given.read_number("cross_attention_dim"),
-        "blocks": given.read_number("layers_per_block"),
+        "blocks": given.read_number("layers_per_block", most=MOST_LAYERS),
         "attention": attention,
         "heads": heads[0] if len(set(heads)) == 1 else heads,
         "depth": depth[0] if len(set(depth)) == 1 else depth,
@@ -124,7 +125,7 @@ def read_autoencoder_settings(config: Mapping[str, object]) -> dict[str, object]
         given.refuse("use_post_quant_conv")
     settings |= {
         "latent_channels": given.read_number("latent_channels"),
-        "blocks": given.read_number("layers_per_block"),
+        "blocks": given.read_number("layers_per_block", most=MOST_LAYERS),
         "groups": given.read_number("norm_num_groups", optional=True),
         "attention": given.read_choice("mid_block_add_attention", True, False),
         "quant_convs": quant_convs,

@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from ldm.utils.errors import UsageError
+
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out")
 STAGES = re.compile(r"(down|mid|up)\.")  # what targets=all means: the first and last layers are not
 
@@ -32,7 +34,7 @@ def select_lora_targets(network: nn.Module, targets: str | Sequence[str]) -> lis
 
     targets: "attention" (the projections of every attention), "all" (every linear and
     convolutional layer of the stages), or patterns such as "to_q" or "mid.*.ff.*", each of which
-    stands for the end of a name or for all of it. ValueError for a pattern that fits no layer.
+    stands for the end of a name or for all of it. UsageError for a pattern that fits no layer.
     """
     layers = [n for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     if targets == "all":
@@ -44,7 +46,7 @@ def select_lora_targets(network: nn.Module, targets: str | Sequence[str]) -> lis
         fits = [n for n in layers if fnmatchcase(n, pattern) or fnmatchcase(n, f"*.{pattern}")]
         if not fits:
             ends = sorted({name.rpartition(".")[2] for name in layers} - set("0123456789"))
-            raise ValueError(
+            raise UsageError(
                 f"lora.targets: no layer is called {pattern!r}. Give attention, all, or names that "
                 f"end like {', '.join(ends)}"
             )

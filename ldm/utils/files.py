@@ -161,6 +161,17 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
         raise ValueError(f"{path} is nested too deep") from error
 
 
+def read_json_mapping(path: Path) -> dict[str, Any]:
+    """As `read_json`, of a mapping; the ValueError names the file."""
+    try:
+        value = read_json(path)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is no mapping of settings")
+    return value
+
+
 def read_text(path: str | Path, *, max_bytes: int | None = None) -> str:
     """Returns the text of a user's file: UTF-8, or UTF-16 with a byte order mark; else ValueError.
 

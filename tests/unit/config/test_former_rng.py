@@ -64,7 +64,10 @@ def test_a_run_that_lost_its_config_keeps_that_of_its_checkpoint(tmp_path):
     payload = {"ldm": {"config": text}, "state_dict": {}}
     write_checkpoint(payload, run / "checkpoints" / "step=00000001.ckpt")
     keep_former_rng(cfg, run)
+    check_config_unchanged(cfg, run)
     assert cfg.rng == "torch"
+    with pytest.raises(UsageError, match="seed was 0, is 1"):
+        check_config_unchanged(settings("rng=torch", "seed=1"), run)
 
 
 @pytest.mark.parametrize("words", [("adamw", "adamw8bit"), ("adamw8bit", "adamw")])

@@ -31,8 +31,6 @@ NULL_MEANS = {
     "dtype": "as trained, and float32 on a CPU",
     "decode_tile": "whole",
     "backend": "ours where it can",
-    "lora.rank": "no adapters",
-    "lora.alpha": "the rank",
     "sampler.original_steps": "any time",
     "sampler.grid": "ours",
     "sampler.timestep_scaling": "x0_hat as it is",

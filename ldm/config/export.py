@@ -13,12 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.config.bundle import collect_components
-from ldm.config.components import (
-    LoadedCheckpoint,
-    find_component_location,
-    load_diffusion_checkpoint,
-)
+from ldm.config.bundle import describe_model
+from ldm.config.components import load_diffusion_checkpoint
 from ldm.config.composition import isolate_hydra
 from ldm.config.config_check import compose_config
 from ldm.config.diffusers_scheduler import export_scheduler_config
@@ -31,9 +27,7 @@ from ldm.config.export_check import (
 from ldm.config.loaded_pipeline import LoadedPipeline
 from ldm.config.pipeline import load_pipeline
 from ldm.config.published import PIPELINE_FILE, is_published
-from ldm.config.training_images import describe_run_data
 from ldm.experiments.diffusers_card import write_diffusers_card
-from ldm.experiments.model_card import ModelFacts
 from ldm.inference.components import Components
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusers_files import DIFFUSERS_VERSION, DIFFUSERS_WEIGHTS
@@ -82,7 +76,7 @@ def write_export(
         write_parts(folder, loaded, scheduler, dtype=getattr(torch, cfg.dtype))
         write_diffusers_card(
             folder,
-            describe_model(cfg, source, loaded, name=out.name),
+            describe_model(out.name, cfg.license, loaded, {}),
             source.path.resolve(),
             place=cfg.push or out.name,
             pipeline=choose_pipeline(loaded),
@@ -100,25 +94,6 @@ def move_into_place(folder: Path, out: Path, old: Path) -> None:
     if out.exists() and any(out.iterdir()):
         out.rename(old)
     folder.replace(out)
-
-
-def describe_model(
-    cfg: DictConfig, source: LoadedCheckpoint, loaded: LoadedPipeline, *, name: str
-) -> ModelFacts:
-    """Returns what the model card says."""
-    places = {part: find_component_location(loaded.config[part]) for part in source.digests}
-    places = {part: place for part, place in places.items() if place is not None}
-    denoiser = loaded.pipeline.components.denoiser
-    return ModelFacts(
-        name,
-        cfg.license,
-        parameters=sum(each.numel() for each in denoiser.parameters()),
-        size=loaded.size,
-        num_frames=None,
-        step=loaded.step,
-        components=collect_components(loaded.config, places),
-        data=describe_run_data(loaded),
-    )
 
 
 def choose_pipeline(loaded: LoadedPipeline) -> str:

@@ -47,13 +47,13 @@ def read_scheduler_config(config: Mapping[str, object]) -> dict[str, dict]:
     try:
         for node in (scheduler, sampler):
             instantiate(node)
-    except InstantiationException as error:  # numbers out of range, in our words
+    except InstantiationException as error:  # such as numbers out of range
         raise ValueError(f"of scheduler_config.json: {error.__cause__ or error}") from error
     return nodes
 
 
 def change_as_pipeline(config: Mapping[str, object]) -> dict:
-    """The configuration that diffusers' StableDiffusionPipeline makes of a scheduler's."""
+    """A scheduler's configuration after the changes that StableDiffusionPipeline makes to it."""
     return {**config, "steps_offset": 1, "clip_sample": False}
 
 
@@ -85,7 +85,7 @@ def read_beta_schedule(values: SchedulerValues) -> dict:
 
 
 def export_scheduler_config(nodes: Mapping[str, Mapping]) -> dict:
-    """The scheduler_config.json with which diffusers samples as the nodes say.
+    """The scheduler_config.json of the scheduler and sampler that the nodes describe.
 
     nodes: `scheduler`, `objective` and `sampler`, as in a run's configuration. ValueError that
     names what diffusers cannot hold, with what to take instead.

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ldm.inference.components import Components
 
 PIPELINE_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # the folders with weights
-# What a hub name fetches: settings, tokenizers and the weights of the parts, all without code.
+# What is downloaded from the hub: settings and tokenizers; the weights are listed by part.
 HUB_SETTINGS = ("*.json", "*.txt")
 HUB_IGNORED = ("*.non_ema.*", *(f"{part}/*" for part in UNUSED_PARTS))
 HUB_NAME_PATTERN = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -41,7 +41,7 @@ CONVERSION_CACHE = Path("data/cache")  # that of servers' shards, and of real im
 ORIGINAL_SUFFIXES, ORIGINAL_UNET = (".safetensors", ".ckpt"), b"model.diffusion_model."
 # Of the network; other settings decide how it is trained.
 TRAINING_SETTINGS = ("checkpointing", "dropout", "linear_projections")
-# Of a text encoder; they choose among its states, and another choice may be trained on (clip skip).
+# Of a text encoder: they choose one of its states. A training may choose another (clip skip).
 STATE_SETTINGS = ("layer", "norm", "zero_empty")
 
 
@@ -69,7 +69,7 @@ def is_original(location: str) -> bool:
         return False
 
 
-@cache  # a command opens a location several times, and the lines about it are for once
+@cache  # a command opens a location several times; its notes are logged once
 def locate_original(location: str) -> Path:
     """The folder that a file is converted to; CheckpointError for a file that is not opened."""
     from ldm.models.original_layout import open_original_file
@@ -78,7 +78,7 @@ def locate_original(location: str) -> Path:
 
 
 def is_of_model(place: str, init: str) -> bool:
-    """Whether a component's path is inside of a published model, or of what a file became."""
+    """Whether a path lies in a published model, or in the folder that a file was converted to."""
     converted = CONVERSION_CACHE.absolute() / "original" / f"{Path(init).stem[:100]}-"
     return place.startswith((init, os.fspath(converted)))
 
@@ -91,7 +91,7 @@ def is_hub_name(location: str) -> bool:
 
 
 def locate_published(location: str, *, name: str = "ckpt") -> Path:
-    """The folder of a published model: a hub name's is downloaded, a file is converted to one."""
+    """The folder of a published model; a hub name is downloaded, and a file is converted."""
     if is_original(location):
         return locate_original(location)
     if not is_hub_name(location):
@@ -143,7 +143,7 @@ class PublishedCheckpoint:
     path: Path
     config: DictConfig  # the nodes of our groups, and what sizes them
     sampler: DictConfig  # of its scheduler_config.json
-    unused: tuple[str, ...] = ()  # its parts that are left out
+    unused: tuple[str, ...] = ()  # its parts that ldm does not use
     step: int = 0
 
     @cached_property
@@ -156,7 +156,7 @@ class PublishedCheckpoint:
         return dict(zip(("autoencoder", "text_encoder"), map(hash_module, parts), strict=True))
 
     def build(self, task: "Task") -> "Components":
-        """Its components for a task; the denoiser has no weights yet, any numbers."""
+        """Its components for a task; the denoiser has arbitrary weights."""
         from ldm.config.components import build_components
         from ldm.models.initialization import SkippedInitialization
 
@@ -164,13 +164,13 @@ class PublishedCheckpoint:
             return build_components(self.config, task)
 
     def check_frozen(self, frozen: "dict[str, nn.Module]") -> dict[str, str]:
-        """The places of frozen components that are not the folder's own; any may be given."""
+        """The paths of the frozen components that are not those of the folder, which may be any."""
         places = {name: self.config[name].get("path") for name in frozen}
         own = str(self.path)
         return {name: place for name, place in places.items() if not str(place).startswith(own)}
 
     def list_differences(self, components: "Components", cfg: DictConfig) -> list[str]:
-        """The groups in which a training that starts from it differs; another scheduler may."""
+        """The groups that differ in a training that starts from it; the scheduler may differ."""
         from ldm.utils.hashing import hash_module
 
         others = [
@@ -186,7 +186,7 @@ class PublishedCheckpoint:
         return [*others, "task"] if is_inpainting and components.task.name != "inpaint" else others
 
     def format_remedy(self, others: Sequence[str]) -> str:
-        """What to give for `list_differences`."""
+        """The words of the command line that remove the differences of `list_differences`."""
         if "task" in others:
             return "add task=inpaint"
         words = ", ".join(f"{name}=.." for name in others)
@@ -236,7 +236,7 @@ def _to_plain(value: object) -> object:
 def open_checkpoint(
     ckpt: str, *, name: str = "ckpt", trust: Sequence[str] | None = None
 ) -> "LoadedCheckpoint | PublishedCheckpoint":
-    """A run's checkpoint or a bundle, or a published model; name: the setting that it came by."""
+    """A run's checkpoint, a bundle or a published model; name: the setting that `ckpt` is from."""
     if is_published(ckpt):
         return open_published(ckpt, name=name)
     from ldm.config.components import load_diffusion_checkpoint

@@ -186,7 +186,7 @@ def warm_start_from_init(cfg: DictConfig, components: Components) -> str:
 
 
 def get_lora_alpha(cfg: DictConfig) -> float:
-    """The number that adapters are multiplied by, and divided by the rank."""
+    """The alpha of the adapters, which are multiplied by alpha / rank."""
     return float(cfg.lora.alpha or cfg.lora.rank)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.utils.files import read_json_mapping, replace_file, resolve_path, write_text
 
-DIFFUSERS_VERSION = "0.38.0"  # that files name: the oldest one that the tests may use
+DIFFUSERS_VERSION = "0.38.0"  # written to files: the oldest version that the tests allow
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 # In this order: the weights, in parts, in half precision, and pickled.
 DIFFUSERS_WEIGHT_FILES = (

@@ -28,7 +28,7 @@ from ldm.utils.checkpoint_facts import read_state_dict
 from ldm.utils.checkpoint_file import load_module_state
 from ldm.utils.files import resolve_path
 
-# Settings in which networks of the same results may differ.
+# Settings that do not change the results of a network.
 FREE_SETTINGS = ("dropout", "linear_projections")
 
 

@@ -103,7 +103,7 @@ def derive_text_config(state: Mapping[str, Tensor], *, activation: str) -> dict[
         "max_position_embeddings": len(state["text_model.embeddings.position_embedding.weight"]),
         "hidden_act": activation,
         "projection_dim": len(state["text_projection.weight"]) if projected else width,
-        # transformers' sign for the first token with the highest number, which ends the text.
+        # For 2 transformers takes the token with the highest number as the end of the text.
         "bos_token_id": 0,
         "eos_token_id": 2,
         "pad_token_id": 1,

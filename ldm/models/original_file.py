@@ -26,7 +26,7 @@ SCHEDULE_NAMES = re.compile(
 )
 SD2_BASE_STEPS = 875_000  # of 512-base as published, which predicts eps
 
-# What a name of a weight says that the file is, and what to do with such a file.
+# Parts of names of weights, and the kind of file that has them.
 OTHER_FILES = {
     (".lora_down.", ".lora_A.", "lora_unet_", "lora_te"): (
         "a LoRA: give it as lora=FILE, next to ckpt= of its base model"
@@ -140,7 +140,7 @@ def _has_all(names: Sequence[str], prefixes: Sequence[str]) -> bool:
 
 
 def list_unused_names(file: OriginalFile, kind: str) -> list[str]:
-    """Returns how the names begin that are neither weights of the model nor of its schedule."""
+    """Returns the first parts of the names that are neither of the model nor of its schedule."""
     used = (UNET, AUTOENCODER, EMA, *ORIGINAL_TEXT_PREFIXES[kind])
     others = (name for name in file.state if not name.startswith(used))
     rest = (name for name in others if not SCHEDULE_NAMES.fullmatch(name))

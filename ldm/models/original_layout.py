@@ -39,9 +39,9 @@ from ldm.utils.files import TEMPORARY_SUFFIX, write_json
 from ldm.utils.hashing import hash_bytes
 from ldm.utils.locks import hold_lock
 
-# Stable Diffusion 2 reads the state before OpenCLIP's last layer, number 23; some files have it.
+# Stable Diffusion 2 reads the state before OpenCLIP's last layer, 23, which some files contain.
 SD2_LAYERS = 23
-CONVERSION_VERSION = 1  # of the folders: another one converts again
+CONVERSION_VERSION = 1  # of the converted folders; after a change files are converted again
 _log = logging.getLogger(__name__)
 
 
@@ -111,7 +111,7 @@ def _write_folder(
         config = derive_text_config(state, activation=activation)
         part = temporary / f"text_encoder{suffix}"
         write_diffusers_folder(part, config, state, dtype=None, weights="model.safetensors")
-        # OpenCLIP fills a text up with "!", number 0; OpenAI's CLIP with its end token.
+        # OpenCLIP pads a text with "!", token 0; OpenAI's CLIP pads with the end token.
         pad = "!" if activation == "gelu" else None
         save_tokenizer(
             tokenizer,

@@ -106,7 +106,7 @@ def list_guides(cfg: DictConfig) -> dict[str, str | None]:
 
 
 def check_checkpoints_exist(named: Mapping[str, str | None]) -> None:
-    """UsageError where a checkpoint, by the setting that gave it, is not here, nor a hub name."""
+    """UsageError where a checkpoint is not here, and is no hub name; named: by its setting."""
     for name, ckpt in named.items():
         is_here = ckpt is None or os.path.exists(os.path.expanduser(ckpt))
         if not is_here and not is_published(ckpt):

@@ -233,8 +233,9 @@ def test_all_that_diffusers_cannot_hold_is_named_at_once(home):
     assert f"diffusers cannot hold {causes}." in describe_export(cfg)
     cfg = compose_default_config("train", ["experiment=moving", "style_encoder=clip"])
     cfg["text_encoder"] = compose_default_config("train", ["text_encoder=t5"])["text_encoder"]
+    cfg["scheduler"]["_target_"] = "mypackage.schedules.cosine"
     found = "; ".join(list_export_obstacles(cfg))
-    for words in ("task (", "style_encoder (", "text_encoder ("):
+    for words in ("task (", "style_encoder (", "text_encoder (", "scheduler=mypackage."):
         assert words in found
 
 

@@ -1,4 +1,4 @@
-"""Settings that a published model gives a command where the command names none."""
+"""The settings of a published model, for a command that does not name its own."""
 
 import sys
 from collections.abc import Sequence
@@ -8,9 +8,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.composition import compose_default_config, list_task_words
-from ldm.config.original_files import is_of_model, is_original, locate_original
 from ldm.config.own_components import check_setting_names
-from ldm.config.published import is_published, open_published
+from ldm.config.published import (
+    is_of_model,
+    is_original,
+    is_published,
+    locate_original,
+    open_published,
+)
 from ldm.config.search_path import CONF_DIR
 from ldm.config.suggestions import suggest_overrides
 from ldm.experiments.run_dir import get_launcher_rank, read_yaml_settings
@@ -23,7 +28,7 @@ FROZEN_GROUP_NAMES = ("autoencoder", "text_encoder")
 def adopt_published_sampler(
     cfg: DictConfig, ckpt: str, words: Sequence[str] | None = None, *, quiet: bool = False
 ) -> None:
-    """Gives `cfg` the sampler of a published model where the command names none.
+    """Sets `cfg.sampler` to the sampler of a published model, unless the command names one.
 
     A line says so, unless `quiet`. words: of the command; None: those of this process.
     """
@@ -37,16 +42,20 @@ def adopt_published_sampler(
         how = f"the sampler is the folder's ({' '.join(suggest_overrides(cfg, 'sampler'))})"
     scale = cfg.guidance.get("scale")
     guidance = "" if scale is None else f", guidance.scale={scale}"
+    if list_group_words(words, "guidance"):
+        guidance = f", the guidance is the command's{guidance}"
+    else:
+        guidance += " is the default (most published models want 5 to 8)"
     unused = f"; left out: {', '.join(source.unused)}" if source.unused else ""
     if get_launcher_rank() == 0 and not quiet:
-        line = f"{ckpt}: {how}, the guidance is the command's{guidance}{unused}"
+        line = f"{ckpt}: {how}{guidance}{unused}"
         print(line, file=sys.stderr, flush=True)
 
 
 def adopt_published_groups(cfg: DictConfig, run_dir: Path) -> str | None:
-    """Gives a training the components of the published model of `init`; returns a line about it.
+    """Sets the component groups to those of the published model `init`; returns a line about it.
 
-    A group whose option the command line or an experiment chooses stays, and so do single settings.
+    A group that the command line or an experiment names is not changed, nor are single settings.
     A run that is resumed gets the components that it began with, without the folder.
     """
     if cfg.init is None or cfg.stage != "diffusion":
@@ -71,6 +80,8 @@ def adopt_published_groups(cfg: DictConfig, run_dir: Path) -> str | None:
         cfg[group] = node
     adopted = ", ".join(group for group in ADOPTED_GROUPS if group not in chosen)
     more = f"; {', '.join(chosen)} from the command" if chosen else ""
+    if (size := OmegaConf.select(source, "data.size")) not in (None, cfg.data.size):
+        more += f"; it was trained on {size} pixels, and data.size={cfg.data.size} here"
     return f"init={cfg.init}: {adopted or 'no settings'} from there{more}"
 
 
@@ -105,7 +116,7 @@ def read_former_components(run_dir: Path, init: str) -> DictConfig | None:
 
 
 def list_group_words(words: Sequence[str], group: str) -> list[str]:
-    """The keys of the command line that say anything of a group."""
+    """The keys of the command line that belong to a group."""
     return [key for key in list_group_keys(words) if key.partition(".")[0] == group]
 
 

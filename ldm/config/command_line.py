@@ -90,12 +90,21 @@ def split_text_options(
 
 
 def quote_override(word: str) -> str:
-    """`key=a/step=250.ckpt` with the quotes that Hydra needs around `=`, `~` and non-ASCII."""
+    """`key=a/step=250.ckpt` with the quotes that Hydra needs around `=`, `~` and non-ASCII.
+
+    Also those of the entries of `key=[a/step=250.ckpt,b]`.
+    """
     key, _, value = word.partition("=")
-    is_plain = re.fullmatch(r"[\w@/.+~-]+", key) and not re.search(r"[,'\"\[\]{}()$\\\t\n]", value)
-    is_odd = not value.isascii() or re.search("[=~]", value)
-    is_flag = word.startswith("-")
-    return f"{key}='{value}'" if is_plain and is_odd and not is_flag else word
+    is_list = value[:1] == "[" and value[-1:] == "]"
+    entries = value[1:-1].split(",") if is_list else [value]
+    is_plain = re.fullmatch(r"[\w@/.+~-]+", key) and not word.startswith("-")
+    if not is_plain or any(re.search(r"[,'\"\[\]{}()$\\\t\n]", entry) for entry in entries):
+        return word
+    quoted = ",".join(
+        f"'{entry.strip()}'" if re.search("[=~]", entry) or not entry.isascii() else entry
+        for entry in entries
+    )
+    return f"{key}=[{quoted}]" if is_list else f"{key}={quoted}"
 
 
 def configure_output_encoding() -> None:

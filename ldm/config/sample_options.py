@@ -106,11 +106,12 @@ def list_guides(cfg: DictConfig) -> dict[str, str | None]:
 
 
 def check_checkpoints_exist(named: Mapping[str, str | None]) -> None:
-    """UsageError where a checkpoint, by the setting that gave it, is not here, nor a hub name."""
+    """UsageError where a checkpoint is not here, and is no hub name; named: by its setting."""
     for name, ckpt in named.items():
         is_here = ckpt is None or os.path.exists(os.path.expanduser(ckpt))
         if not is_here and not is_published(ckpt):
-            raise UsageError(format_unknown_checkpoint(ckpt, name))
+            hub = "" if "/" in ckpt else "; a model of the hub has a name such as owner/name"
+            raise UsageError(format_unknown_checkpoint(ckpt, name) + hub)
 
 
 def check_output_fits_run(ckpt: str, *, size: int | Sequence[int] | None, out: str | None) -> None:
@@ -155,7 +156,9 @@ def check_input_file(name: str, path: str | None) -> None:
     """UsageError, with the option's name, where a path is no file."""
     if path and not os.path.isfile(path):
         why = "is a folder, not a file" if os.path.isdir(path) else "there is no such file"
-        raise UsageError(f"{name}={path}: {why}")
+        inside = os.path.join(path, "lora.safetensors") if name == "lora" else ""
+        hint = f": give {name}={inside}" if os.path.isfile(inside) else ""
+        raise UsageError(f"{name}={path}: {why}{hint}")
 
 
 def print_to_stderr(message: str) -> None:

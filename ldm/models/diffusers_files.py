@@ -1,6 +1,7 @@
 """Folders of diffusers: config.json, and the weights next to it."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ldm.utils.files import read_json_mapping, replace_file, resolve_path, write_text
 
+DIFFUSERS_VERSION = "0.38.0"  # written to files: the oldest version that the tests allow
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 # In this order: the weights, in parts, in half precision, and pickled.
 DIFFUSERS_WEIGHT_FILES = (
@@ -114,11 +116,23 @@ def check_weights_finite(state: Mapping[str, Tensor], *, what: str) -> None:
 
 
 def write_diffusers_folder(
-    folder: Path, config: Mapping[str, object], state: Mapping[str, Tensor], *, dtype: torch.dtype
+    folder: Path,
+    config: Mapping[str, object],
+    state: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None,
+    weights: str = DIFFUSERS_WEIGHTS,
 ) -> None:
-    """Writes config.json and the weights in `dtype` into a folder, which is made."""
+    """Writes config.json and the weights into a folder, which is made.
+
+    dtype: of the file; None: of each tensor. weights: the name of the file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.to("cpu", dtype).contiguous() for name, value in state.items()}
+    tensors = {
+        name: value.to(device="cpu", dtype=dtype).contiguous() for name, value in state.items()
+    }
     write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
-    with replace_file(folder / DIFFUSERS_WEIGHTS) as file:
+    with replace_file(folder / weights) as file:
         save_file(tensors, file.name, metadata={"format": "pt"})
+    # safetensors writes for the user alone; the folder may belong to a team.
+    shutil.copymode(folder / "config.json", folder / weights)

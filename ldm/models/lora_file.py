@@ -30,7 +30,7 @@ from ldm.utils.lora_weights import (
 
 KOHYA_PREFIX = "lora_unet_"
 NETWORK_PREFIXES = ("unet.", "base_model.model.unet.", "base_model.model.")  # of diffusers and peft
-# What the two parts of an adapter, and its alpha, are called after the name of their layer.
+# The ends of keys, after the name of the layer: of the two parts of an adapter, and its alpha.
 PART_SUFFIXES = {
     "down": (
         *(".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight"),
@@ -55,7 +55,7 @@ UNET_PLACE = re.compile(
 )
 ADAPTER_METADATA = "lora_adapter_metadata"  # in a file of diffusers: peft's settings as JSON
 METADATA_VARIANTS = ("use_dora", "use_rslora", "alpha_pattern", "lora_bias")
-# By the width of the text states, of networks with the widths of Stable Diffusion.
+# By the width of the text states, for networks with the widths of Stable Diffusion.
 ARCHITECTURES = {
     768: "stable-diffusion-v1",
     1024: "stable-diffusion-v2-512",
@@ -275,7 +275,7 @@ def read_adapter_part(part: str, tensor: Tensor, what: str) -> Tensor | float:
 
 
 def set_metadata_alphas(adapters: Mapping[str, Adapter], text: str | None, path: Path) -> None:
-    """Gives adapters the alpha that the metadata of diffusers say; UsageError for variants."""
+    """Sets the alpha of adapters from the metadata of diffusers; UsageError for variants."""
     if text is None:
         return
     try:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldm.utils.checkpoint_file import CheckpointError, manifest_path
+from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.plain_yaml import parse_plain_mapping
 
 UNET, AUTOENCODER, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
@@ -26,7 +26,7 @@ SCHEDULE_NAMES = re.compile(
 )
 SD2_BASE_STEPS = 875_000  # of 512-base as published, which predicts eps
 
-# What a name of a weight says that the file is, and what to do with such a file.
+# Parts of names of weights, and the kind of file that has them.
 OTHER_FILES = {
     (".lora_down.", ".lora.down.", ".lora_A.", "lora_unet_", "lora_te"): (
         "a LoRA: give it as lora=FILE, next to ckpt= of its base model"
@@ -78,22 +78,6 @@ class OriginalFile:
 
 def _flatten(name: str) -> str:
     return f"{EMA}diffusion_model{name.replace('.', '')}"
-
-
-def is_original_file(path: Path) -> bool:
-    """Whether a path is one file of weights from elsewhere: not a folder, nor a file of a run."""
-    if path.suffix not in (".safetensors", ".ckpt") or not path.is_file():
-        return False
-    if path.suffix == ".safetensors":
-        return True
-    if manifest_path(path).is_file():
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            return any(UNET.encode() in archive.read(name) for name in pickles)
-    except (zipfile.BadZipFile, OSError, NotImplementedError):
-        return False
 
 
 def read_original_file(path: Path) -> OriginalFile:
@@ -158,7 +142,7 @@ def _has_all(names: Sequence[str], prefixes: Sequence[str]) -> bool:
 
 
 def list_unused_names(file: OriginalFile, kind: str) -> list[str]:
-    """Returns how the names begin that are neither weights of the model nor of its schedule."""
+    """Returns the first parts of the names that are neither of the model nor of its schedule."""
     used = (UNET, AUTOENCODER, EMA, *ORIGINAL_TEXT_PREFIXES[kind])
     others = (name for name in file.state if not name.startswith(used))
     rest = (name for name in others if not SCHEDULE_NAMES.fullmatch(name))

@@ -94,6 +94,11 @@ def test_single_settings_and_chosen_options_stay(capsys):
     assert config["scheduler"]["zero_terminal_snr"]
 
 
+def test_other_sizes_than_the_folders_are_named(capsys):
+    train("init=sd1", "name=larger", "data.size=32")
+    assert "it was trained on 16 pixels, and data.size=32 here" in capsys.readouterr().out
+
+
 def test_sdxl_is_trained_with_both_text_encoders():
     train("init=sdxl", "name=xl")
     config = read_config("xl")

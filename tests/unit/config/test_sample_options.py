@@ -197,3 +197,6 @@ def test_one_lora_file_needs_no_list(tmp_path):
     for words, more in ((["lora=b.safetensors"], ()), (["lora=null"], Path("b.safetensors"))):
         with pytest.raises(UsageError, match=r"lora=b.safetensors: there is no such file"):
             ldm.load(tmp_path, *words, lora=more)
+    (tmp_path / "lora.safetensors").touch()
+    with pytest.raises(UsageError, match=rf"is a folder, not a file: give lora={tmp_path}/lora.s"):
+        ldm.load(tmp_path, lora=tmp_path)

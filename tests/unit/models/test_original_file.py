@@ -9,12 +9,7 @@ from original_files import collect_original_state, make_pipeline
 from safetensors.torch import save_file
 
 from ldm.models.original_configs import derive_scheduler_config
-from ldm.models.original_file import (
-    find_prediction,
-    identify_original_kind,
-    is_original_file,
-    read_original_file,
-)
+from ldm.models.original_file import find_prediction, identify_original_kind, read_original_file
 from ldm.utils.checkpoint_file import CheckpointError
 
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model.transformer.text_model."
@@ -75,17 +70,7 @@ def test_other_files_are_refused_by_name(path, shapes, words):
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_kinds_by_the_text_encoder(tmp_path, shapes, kind, suffix):
     path = write(tmp_path / f"model{suffix}", shapes)
-    assert is_original_file(path)
     assert identify_original_kind(read_original_file(path)) == kind
-
-
-def test_files_of_runs_and_folders_are_no_original_files(tmp_path):
-    assert not is_original_file(tmp_path)
-    assert not is_original_file(tmp_path / "missing.ckpt")
-    torch.save({"state_dict": {"denoiser.conv_in.weight": torch.zeros(1)}}, tmp_path / "own.ckpt")
-    assert not is_original_file(tmp_path / "own.ckpt")
-    (tmp_path / "text.ckpt").write_text(UNET)
-    assert not is_original_file(tmp_path / "text.ckpt")
 
 
 def test_a_file_with_objects_is_not_opened(tmp_path):

@@ -1,6 +1,6 @@
 """What measuring the quality of images costs.
 
-    python -m benchmarks.evaluation                  # all rows, 3 rounds: half an hour
+    python -m benchmarks.evaluation                  # all rows, 3 rounds
     python -m benchmarks.evaluation --only scores --rounds 7
     python -m benchmarks.evaluation --quick          # does it run?
 

@@ -15,7 +15,7 @@ EXPORT_LOCATIONS = ("autoencoder", "text_encoder")
 EXPORT_TEXT_OPTIONS = ("ckpt", "out", "license", "push", *EXPORT_LOCATIONS)
 
 
-@command("export", texts=EXPORT_TEXT_OPTIONS)
+@command("export", texts=EXPORT_TEXT_OPTIONS, tidies=True)
 def main(cfg: DictConfig, options: dict[str, str | None]) -> None:
     """Checks the settings, writes the folder, uploads it if `push` is given, and prints it."""
     ckpt, out = require_option(options, "ckpt"), Path(require_option(options, "out")).expanduser()
@@ -39,6 +39,10 @@ def check_export_folder(out: Path, *, overwrite: bool) -> None:
     """UsageError where `out` is no place for an export."""
     if overwrite and not out.is_symlink() and (out / PIPELINE_FILE).is_file():
         check_path_length("out", out, more=len(".12345678.tmp"))
+    elif not out.is_symlink() and (out / PIPELINE_FILE).is_file():
+        raise UsageError(
+            f"out={out} is there already: overwrite=true replaces it, or give another out=DIR"
+        )
     else:
         check_bundle_folder(out)
 

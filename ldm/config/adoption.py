@@ -42,9 +42,13 @@ def adopt_published_sampler(
         how = f"the sampler is the folder's ({' '.join(suggest_overrides(cfg, 'sampler'))})"
     scale = cfg.guidance.get("scale")
     guidance = "" if scale is None else f", guidance.scale={scale}"
+    if list_group_words(words, "guidance"):
+        guidance = f", the guidance is the command's{guidance}"
+    else:
+        guidance += " is the default (most published models want 5 to 8)"
     unused = f"; left out: {', '.join(source.unused)}" if source.unused else ""
     if get_launcher_rank() == 0 and not quiet:
-        line = f"{ckpt}: {how}, the guidance is the command's{guidance}{unused}"
+        line = f"{ckpt}: {how}{guidance}{unused}"
         print(line, file=sys.stderr, flush=True)
 
 
@@ -76,6 +80,8 @@ def adopt_published_groups(cfg: DictConfig, run_dir: Path) -> str | None:
         cfg[group] = node
     adopted = ", ".join(group for group in ADOPTED_GROUPS if group not in chosen)
     more = f"; {', '.join(chosen)} from the command" if chosen else ""
+    if (size := OmegaConf.select(source, "data.size")) not in (None, cfg.data.size):
+        more += f"; it was trained on {size} pixels, and data.size={cfg.data.size} here"
     return f"init={cfg.init}: {adopted or 'no settings'} from there{more}"
 
 

@@ -90,12 +90,21 @@ def split_text_options(
 
 
 def quote_override(word: str) -> str:
-    """`key=a/step=250.ckpt` with the quotes that Hydra needs around `=`, `~` and non-ASCII."""
+    """`key=a/step=250.ckpt` with the quotes that Hydra needs around `=`, `~` and non-ASCII.
+
+    Also those of the entries of `key=[a/step=250.ckpt,b]`.
+    """
     key, _, value = word.partition("=")
-    is_plain = re.fullmatch(r"[\w@/.+~-]+", key) and not re.search(r"[,'\"\[\]{}()$\\\t\n]", value)
-    is_odd = not value.isascii() or re.search("[=~]", value)
-    is_flag = word.startswith("-")
-    return f"{key}='{value}'" if is_plain and is_odd and not is_flag else word
+    is_list = value[:1] == "[" and value[-1:] == "]"
+    entries = value[1:-1].split(",") if is_list else [value]
+    is_plain = re.fullmatch(r"[\w@/.+~-]+", key) and not word.startswith("-")
+    if not is_plain or any(re.search(r"[,'\"\[\]{}()$\\\t\n]", entry) for entry in entries):
+        return word
+    quoted = ",".join(
+        f"'{entry.strip()}'" if re.search("[=~]", entry) or not entry.isascii() else entry
+        for entry in entries
+    )
+    return f"{key}=[{quoted}]" if is_list else f"{key}={quoted}"
 
 
 def configure_output_encoding() -> None:
@@ -180,12 +189,14 @@ def command(
     texts: Sequence[str],
     read: Callable[[list[str]], Mapping[str, object]] = lambda words: {},
     resumable: bool = False,
+    tidies: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[[], None]]:
     """Turns `run(cfg, options)` into the `main()` of a verb with the settings of conf/<name>.yaml.
 
     texts: the settings that are free text; `options` has their values. read: gets the words of the
     command line, may take some out of sys.argv, and returns more keyword arguments for `run`.
-    resumable: the same command continues after an interruption.
+    resumable: the same command continues after an interruption. tidies: it deletes its temporary
+    files where it is stopped.
     """
 
     def decorate(run: Callable[..., None]) -> Callable[[], None]:
@@ -202,7 +213,7 @@ def command(
                     run(cfg, defaults | typed, **more)
 
             # torchrun ends its processes itself, also those that wait for another one.
-            if resumable and get_launcher_layout() is None:
+            if (resumable or tidies) and get_launcher_layout() is None:
                 signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
             run_command(composed, name, resumable=resumable)
 

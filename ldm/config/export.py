@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -73,7 +74,10 @@ def write_export(
     ) as temporary:
         folder = Path(temporary, out.name)
         folder.mkdir()
-        write_parts(folder, loaded, scheduler, dtype=getattr(torch, cfg.dtype))
+        try:
+            write_parts(folder, loaded, scheduler, dtype=getattr(torch, cfg.dtype))
+        except SafetensorError as error:  # of a full disk
+            raise UsageError(f"out={out} cannot be written: {error}") from error
         write_diffusers_card(
             folder,
             describe_model(out.name, cfg.license, loaded, {}),

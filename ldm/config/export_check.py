@@ -33,7 +33,8 @@ def describe_export(config: Mapping) -> str:
     obstacles = list_export_obstacles(config)
     if not obstacles:
         return "This run exports to diffusers: ldm export"
-    return f"This run cannot be exported to diffusers: {'; '.join(obstacles)}"
+    causes = ", ".join(each.partition(" (")[0] for each in obstacles)
+    return f"This run is for ldm alone: diffusers cannot hold {causes}. experiment=demo_sd exports"
 
 
 def list_export_obstacles(config: Mapping) -> list[str]:
@@ -43,7 +44,7 @@ def list_export_obstacles(config: Mapping) -> list[str]:
     """
     foreign = [name for name in EXPORTED_PARTS if not _is_exported_kind(config[name], name)]
     found = [
-        f"{name}={config[name]['_target_']} is no part of ldm or diffusers: take one of conf/{name}"
+        f"{name}={config[name]['_target_']} (no part of ldm or diffusers): take one of conf/{name}"
         for name in foreign
     ]
     for name, check in CHECKS.items():

@@ -195,6 +195,7 @@ def check_task(task: Task, trained: Task, ckpt: str, path: Path) -> None:
     hint = f"Give a run of task=text2img; `{sample}` without task= does what this one can"
     if task.extra_channels(1):
         hint = f"Train one: {train} task={task.name} init={ckpt} name=my-{task.name}"
+        hint += "; or task=inpaint_projected, with any network" * (task.name == "inpaint")
     raise UsageError(
         f"task={task.name} does not go with {path}, of task={trained.name}: {why}. {hint}"
     )

@@ -23,7 +23,7 @@ from ldm.config.published_settings import (
     read_published_settings,
 )
 from ldm.utils.errors import UsageError
-from ldm.utils.files import resolve_path
+from ldm.utils.files import BUNDLE_FILE, resolve_path
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -239,9 +239,25 @@ def open_checkpoint(
     """A run's checkpoint, a bundle or a published model; name: the setting that `ckpt` is from."""
     if is_published(ckpt):
         return open_published(ckpt, name=name)
+    check_no_part(resolve_path(ckpt), name=name)
     from ldm.config.components import load_diffusion_checkpoint
 
     return load_diffusion_checkpoint(ckpt, name=name, trust=trust)
+
+
+def check_no_part(folder: Path, *, name: str) -> None:
+    """UsageError for a folder of one network of diffusers, or of a pipeline without its index."""
+    if (folder / "checkpoints").is_dir() or (folder / BUNDLE_FILE).is_file():
+        return
+    if (folder / "config.json").is_file():
+        raise UsageError(
+            f"{name}={folder} is one network, and no pipeline: give the folder above it, with "
+            f"{PIPELINE_FILE}; an autoencoder alone is for autoencoder.path=FOLDER"
+        )
+    if (folder / "unet" / "config.json").is_file():
+        raise UsageError(
+            f"{name}={folder} has no {PIPELINE_FILE}: copy it from where the folder comes from"
+        )
 
 
 def open_published(location: str, *, name: str = "ckpt") -> PublishedCheckpoint:

@@ -99,17 +99,16 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
     loggers = build_loggers(cfg, run_dir)
     data = instantiate(cfg.data, seed=cfg.seed)
     module, callbacks, frozen = build(cfg, data, run_dir)
-    resume = prepare_run_directory(run_dir, module)
+    digests = {name: hash_module(part) for name, part in frozen.items()}
+    allowed = {key.partition(".")[0] for key in cfg.resume.allow}
+    kept = {name: digest for name, digest in digests.items() if name not in allowed}
+    resume = prepare_run_directory(run_dir, module, kept)
     monitor = ThroughputMonitor(
         every=cfg.trainer.log_every_n_steps,
         peak_tflops=cfg.trainer.get("peak_tflops"),
         count_flops=module.count_flops if cfg.stage == "diffusion" else None,
     )
-    facts = {
-        "stage": cfg.stage,
-        "config": OmegaConf.to_yaml(cfg, resolve=True),
-        "frozen": {name: hash_module(part) for name, part in frozen.items()},
-    }
+    facts = {"stage": cfg.stage, "config": OmegaConf.to_yaml(cfg, resolve=True), "frozen": digests}
     if cfg.stage == "diffusion" and cfg.lora.rank:
         facts["lora"] = {"rank": cfg.lora.rank, "alpha": get_lora_alpha(cfg)}
     callbacks += own_callbacks

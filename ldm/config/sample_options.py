@@ -80,13 +80,15 @@ def list_lora_files(cfg: DictConfig) -> list[tuple[Path, float]]:
     found = []
     for entry in list_entries(cfg.get("lora")):
         name, _, number = str(entry).rpartition(":")
+        if os.path.isfile(os.path.expanduser(str(entry))):  # its own name may have a colon
+            name, number = str(entry), "1"
         try:
             weight = float(number) if name else 1.0
         except ValueError:
             weight = math.nan
-        if not math.isfinite(weight):
-            raise UsageError(f"lora={entry}: give FILE or FILE:WEIGHT, with a number after the :")
         path = os.path.expanduser(name or number)
+        if not (math.isfinite(weight) and path):
+            raise UsageError(f"lora={entry}: give FILE or FILE:WEIGHT, with a number after the :")
         check_input_file("lora", path)
         found.append((Path(path), weight))
     return found
@@ -108,7 +110,8 @@ def check_checkpoints_exist(named: Mapping[str, str | None]) -> None:
     for name, ckpt in named.items():
         is_here = ckpt is None or os.path.exists(os.path.expanduser(ckpt))
         if not is_here and not is_published(ckpt):
-            raise UsageError(format_unknown_checkpoint(ckpt, name))
+            hub = "" if "/" in ckpt else "; a model of the hub has a name such as owner/name"
+            raise UsageError(format_unknown_checkpoint(ckpt, name) + hub)
 
 
 def check_output_fits_run(ckpt: str, *, size: int | Sequence[int] | None, out: str | None) -> None:
@@ -153,7 +156,9 @@ def check_input_file(name: str, path: str | None) -> None:
     """UsageError, with the option's name, where a path is no file."""
     if path and not os.path.isfile(path):
         why = "is a folder, not a file" if os.path.isdir(path) else "there is no such file"
-        raise UsageError(f"{name}={path}: {why}")
+        inside = os.path.join(path, "lora.safetensors") if name == "lora" else ""
+        hint = f": give {name}={inside}" if os.path.isfile(inside) else ""
+        raise UsageError(f"{name}={path}: {why}{hint}")
 
 
 def print_to_stderr(message: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import groupby
+from math import isfinite
 
 # The arguments of UNet2DConditionModel and AutoencoderKL with their defaults, diffusers 0.42.
 UNET_DEFAULTS = {
@@ -151,6 +152,18 @@ class ForeignConfig:
             return float(value)
         self.refuse(key)
         return 0.0
+
+    def check_scale(self, key: str, channels: int, *, positive: bool = False) -> None:
+        """As `read`, of a number, of one for each channel, or of none where that is the default."""
+        self.unread.discard(key)
+        value = self.values[key]
+        numbers = value if isinstance(value, list) else [value] * channels
+        fits = len(numbers) == channels and all(
+            type(each) in (int, float) and isfinite(each) and (each > 0 or not positive)
+            for each in numbers
+        )
+        if not fits and (value is not None or self.defaults[key] is not None):
+            self.refuse(key)
 
     def read_choice(self, key: str, *choices: object) -> object:
         """As `read`, of one of these values."""

@@ -28,7 +28,7 @@ SD2_BASE_STEPS = 875_000  # of 512-base as published, which predicts eps
 
 # Parts of names of weights, and the kind of file that has them.
 OTHER_FILES = {
-    (".lora_down.", ".lora_A.", "lora_unet_", "lora_te"): (
+    (".lora_down.", ".lora.down.", ".lora_A.", "lora_unet_", "lora_te"): (
         "a LoRA: give it as lora=FILE, next to ckpt= of its base model"
     ),
     ("control_model.", "controlnet_"): "a ControlNet, which ldm does not have",
@@ -96,8 +96,10 @@ def read_original_file(path: Path) -> OriginalFile:
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or no file of weights: {error}") from error
+    state = payload.get("state_dict", payload) if isinstance(payload, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise CheckpointError(f"{path} is no file of weights by name")
     step = payload.get("global_step")
-    state = payload.get("state_dict", payload)
     state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     return OriginalFile(path, state, {}, step if isinstance(step, int) else None)
 
@@ -156,7 +158,10 @@ def find_prediction(file: OriginalFile, kind: str) -> tuple[str, str | None]:
     """
     config = file.path.with_suffix(".yaml")
     if config.is_file():
-        params = parse_plain_mapping(config.read_text()).get("model")
+        try:
+            params = parse_plain_mapping(config.read_text()).get("model")
+        except ValueError as error:
+            raise ValueError(f"of {config}: {error}") from error
         for key in ("params", "parameterization"):
             params = params.get(key) if isinstance(params, dict) else None
         if params not in (None, "eps", "v"):

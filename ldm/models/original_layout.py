@@ -6,9 +6,14 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import Tensor
 
-from ldm.models.diffusers_files import DIFFUSERS_VERSION, write_diffusers_folder
+from ldm.models.diffusers_files import (
+    DIFFUSERS_VERSION,
+    check_weights_finite,
+    write_diffusers_folder,
+)
 from ldm.models.original_configs import (
     PICTURE_SIZES,
     derive_autoencoder_config,
@@ -71,12 +76,18 @@ def open_original_file(path: Path, *, cache: Path) -> Path:
                 _write_folder(file, kind, prediction, folder, tokenizer)
     except CheckpointError:
         raise
+    except SafetensorError as error:
+        raise CheckpointError(f"{cache} has no room for {path}: {error}") from error
     except KeyError as error:
         raise CheckpointError(
             f"{path} is another network than Stable Diffusion's: it has no {error}"
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (IndexError, RuntimeError, TypeError) as error:  # of tensors of other dimensions
+        raise CheckpointError(
+            f"{path} is another network than Stable Diffusion's, or damaged: {error}"
+        ) from error
     for line in notes:
         _log.warning("%s: %s", path, line)
     return folder
@@ -85,6 +96,7 @@ def open_original_file(path: Path, *, cache: Path) -> Path:
 def _write_folder(
     file: OriginalFile, kind: str, prediction: str, folder: Path, tokenizer: Path
 ) -> None:
+    check_weights_finite(file.state, what="the file")
     texts = _convert_texts(file, kind)
     size = 768 if kind == "sd2" and prediction == "v" else PICTURE_SIZES[kind]
     pooled = texts[-1][0]["text_projection.weight"].shape[0] if kind == "sdxl" else 0
@@ -103,7 +115,7 @@ def _write_folder(
         zero_snr="ztsnr" in file.state,
     )
     temporary = folder.with_name(folder.name + TEMPORARY_SUFFIX)
-    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
     for name, state in (("unet", unet), ("vae", vae)):
         write_diffusers_folder(temporary / name, configs[name], state, dtype=None)
     for number, (state, activation) in enumerate(texts):

@@ -368,7 +368,8 @@ def test_help_may_be_cut_short(tmp_path):
         ("-m", "-m"),
         ("scheduler=cosine,linear", "scheduler=cosine,linear"),
         ("x='a=b'", "x='a=b'"),
-        ("x=[a=b]", "x=[a=b]"),
+        ("lora=[a, rank=2/b:0.8]", "lora=[a,'rank=2/b:0.8']"),
+        ("x=[[a=b]]", "x=[[a=b]]"),
         ("x=a=b,c=d", "x=a=b,c=d"),
     ],
 )

@@ -193,9 +193,10 @@ def test_parts_that_change_no_weights_are_left_out_with_a_word(sd1, capsys):
     [line] = capsys.readouterr().err.splitlines()
     assert "left out: safety_checker" in line
     assert "the sampler is the folder's (sampler=pndm" in line
-    assert "guidance.scale=2" in line
-    ldm.load(sd1, "sampler=ddim")
-    assert "the sampler is the command's" in capsys.readouterr().err
+    assert "guidance.scale=2.0 is the default" in line
+    ldm.load(sd1, "sampler=ddim", "guidance.scale=7")
+    line = capsys.readouterr().err
+    assert "the sampler is the command's, the guidance is the command's, guidance.scale=7" in line
 
 
 def test_half_precision_files_and_shards_are_found(written, tmp_path):

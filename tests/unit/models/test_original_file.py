@@ -41,6 +41,7 @@ def path(tmp_path):
     [
         ({"lora_unet_down.lora_down.weight": (4, 8)}, "a LoRA: give it as lora=FILE"),
         ({"unet.mid_block.attn1.to_q.lora_A.weight": (4, 8)}, "a LoRA: give it as lora=FILE"),
+        ({"unet.mid_block.attn1.to_q.lora.down.weight": (4, 8)}, "a LoRA: give it as lora=FILE"),
         ({"control_model.time_embed.0.weight": (8, 8)}, "a ControlNet"),
         ({f"{UNET}joint_blocks.0.x_block.attn.qkv.weight": (8, 8)}, "Stable Diffusion 3"),
         ({"double_blocks.0.img_attn.qkv.weight": (8, 8)}, "Flux"),
@@ -143,3 +144,17 @@ def test_the_schedule_in_a_file_is_checked():
 def test_the_names_of_a_whole_model_are_all_known():
     state = collect_original_state(make_pipeline("sd1"))
     assert all(name.startswith((UNET, "first_stage_model.", TEXT)) for name in state)
+
+
+@pytest.mark.parametrize("payload", [[UNET], 3, {"state_dict": [UNET]}, {3: torch.zeros(1)}])
+def test_a_pickle_that_is_no_mapping_of_names_is_refused(tmp_path, payload):
+    torch.save(payload, tmp_path / "model.ckpt")
+    with pytest.raises(CheckpointError, match=r"model.ckpt is no file of weights by name"):
+        read_original_file(tmp_path / "model.ckpt")
+
+
+@pytest.mark.parametrize("data", [b"{", b"- 1", b"\0", b"\xff\xfe"])
+def test_a_damaged_config_next_to_a_file_is_named(path, data):
+    path.with_suffix(".yaml").write_bytes(data)
+    with pytest.raises(ValueError, match=r"of .*model.yaml: "):
+        find_prediction(read_original_file(write(path, WHOLE)), "sd1")

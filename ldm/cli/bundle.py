@@ -12,7 +12,7 @@ from ldm.utils.files import BUNDLE_FILE, check_path_length
 BUNDLE_TEXT_OPTIONS = ("ckpt", "out", "license", *LOCATION_SETTINGS)
 
 
-@command("bundle", texts=BUNDLE_TEXT_OPTIONS)
+@command("bundle", texts=BUNDLE_TEXT_OPTIONS, tidies=True)
 def main(cfg: DictConfig, options: dict[str, str | None]) -> None:
     """Checks the settings, writes the bundle and prints its folder."""
     ckpt, out = require_option(options, "ckpt"), Path(require_option(options, "out"))

@@ -15,9 +15,9 @@ EXPORT_LOCATIONS = ("autoencoder", "text_encoder")
 EXPORT_TEXT_OPTIONS = ("ckpt", "out", "license", "push", *EXPORT_LOCATIONS)
 
 
-@command("export", texts=EXPORT_TEXT_OPTIONS)
+@command("export", texts=EXPORT_TEXT_OPTIONS, tidies=True)
 def main(cfg: DictConfig, options: dict[str, str | None]) -> None:
-    """Checks the settings, writes the folder, uploads it if it is to, and prints its place."""
+    """Checks the settings, writes the folder, uploads it if `push` is given, and prints it."""
     ckpt, out = require_option(options, "ckpt"), Path(require_option(options, "out")).expanduser()
     check_export_folder(out, overwrite=cfg.overwrite)
     check_checkpoints_exist({"ckpt": ckpt})

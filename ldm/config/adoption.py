@@ -1,4 +1,4 @@
-"""Settings that a published model gives a command where the command names none."""
+"""The settings of a published model, for a command that does not name its own."""
 
 import sys
 from collections.abc import Sequence
@@ -8,9 +8,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.composition import compose_default_config, list_task_words
-from ldm.config.original_files import is_of_model, is_original, locate_original
 from ldm.config.own_components import check_setting_names
-from ldm.config.published import is_published, open_published
+from ldm.config.published import (
+    is_of_model,
+    is_original,
+    is_published,
+    locate_original,
+    open_published,
+)
 from ldm.config.search_path import CONF_DIR
 from ldm.config.suggestions import suggest_overrides
 from ldm.experiments.run_dir import get_launcher_rank, read_yaml_settings
@@ -23,7 +28,7 @@ FROZEN_GROUP_NAMES = ("autoencoder", "text_encoder")
 def adopt_published_sampler(
     cfg: DictConfig, ckpt: str, words: Sequence[str] | None = None, *, quiet: bool = False
 ) -> None:
-    """Gives `cfg` the sampler of a published model where the command names none.
+    """Sets `cfg.sampler` to the sampler of a published model, unless the command names one.
 
     A line says so, unless `quiet`. words: of the command; None: those of this process.
     """
@@ -48,9 +53,9 @@ def adopt_published_sampler(
 
 
 def adopt_published_groups(cfg: DictConfig, run_dir: Path) -> str | None:
-    """Gives a training the components of the published model of `init`; returns a line about it.
+    """Sets the component groups to those of the published model `init`; returns a line about it.
 
-    A group whose option the command line or an experiment chooses stays, and so do single settings.
+    A group that the command line or an experiment names is not changed, nor are single settings.
     A run that is resumed gets the components that it began with, without the folder.
     """
     if cfg.init is None or cfg.stage != "diffusion":
@@ -111,7 +116,7 @@ def read_former_components(run_dir: Path, init: str) -> DictConfig | None:
 
 
 def list_group_words(words: Sequence[str], group: str) -> list[str]:
-    """The keys of the command line that say anything of a group."""
+    """The keys of the command line that belong to a group."""
     return [key for key in list_group_keys(words) if key.partition(".")[0] == group]
 
 

@@ -16,6 +16,7 @@ from ldm.config.components import (
 )
 from ldm.config.composition import isolate_hydra
 from ldm.config.config_check import compose_config
+from ldm.config.loaded_pipeline import LoadedPipeline
 from ldm.config.own_components import DIFFUSION_GROUPS, OPTIONAL_GROUPS
 from ldm.config.pipeline import explain_moved_component, load_pipeline
 from ldm.config.published import is_published
@@ -75,17 +76,7 @@ def write_bundle(
         with isolate_hydra():
             sampling = compose_config("sample", [f"trust=[{','.join(trust)}]", "device=cpu"])
         loaded = load_pipeline(sampling, str(folder), others)
-        denoiser = loaded.pipeline.components.denoiser
-        model = ModelFacts(
-            out.name,
-            cfg.license,
-            parameters=sum(each.numel() for each in denoiser.parameters()),
-            size=loaded.size,
-            num_frames=loaded.pipeline.num_frames,
-            step=loaded.step,
-            components=collect_components(loaded.config, places),
-            data=describe_run_data(loaded),
-        )
+        model = describe_model(out.name, cfg.license, loaded, places)
         write_model_card(folder, model, source.path.resolve(), files)
         write_bundle_manifest(folder, facts, files)
         try:
@@ -95,6 +86,23 @@ def write_bundle(
                 raise
             raise UsageError(f"out={out} was made meanwhile: give another out=DIR") from error
     return others
+
+
+def describe_model(
+    name: str, license: str | None, loaded: LoadedPipeline, places: Mapping[str, str]
+) -> ModelFacts:
+    """What a model card says; places: see `collect_components`."""
+    parameters = loaded.pipeline.components.denoiser.parameters()
+    return ModelFacts(
+        name,
+        license,
+        parameters=sum(each.numel() for each in parameters),
+        size=loaded.size,
+        num_frames=loaded.pipeline.num_frames,
+        step=loaded.step,
+        components=collect_components(loaded.config, places),
+        data=describe_run_data(loaded),
+    )
 
 
 def collect_components(config: DictConfig, places: Mapping[str, str]) -> dict[str, dict]:

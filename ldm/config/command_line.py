@@ -189,12 +189,14 @@ def command(
     texts: Sequence[str],
     read: Callable[[list[str]], Mapping[str, object]] = lambda words: {},
     resumable: bool = False,
+    tidies: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[[], None]]:
     """Turns `run(cfg, options)` into the `main()` of a verb with the settings of conf/<name>.yaml.
 
     texts: the settings that are free text; `options` has their values. read: gets the words of the
     command line, may take some out of sys.argv, and returns more keyword arguments for `run`.
-    resumable: the same command continues after an interruption.
+    resumable: the same command continues after an interruption. tidies: it deletes its temporary
+    files where it is stopped.
     """
 
     def decorate(run: Callable[..., None]) -> Callable[[], None]:
@@ -211,7 +213,7 @@ def command(
                     run(cfg, defaults | typed, **more)
 
             # torchrun ends its processes itself, also those that wait for another one.
-            if resumable and get_launcher_layout() is None:
+            if (resumable or tidies) and get_launcher_layout() is None:
                 signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
             run_command(composed, name, resumable=resumable)
 

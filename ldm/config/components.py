@@ -172,7 +172,7 @@ class LoadedCheckpoint:
         return build_components(self.config, task)
 
     def check_frozen(self, frozen: Mapping[str, nn.Module]) -> dict[str, str]:
-        """CheckpointError for a frozen component that it was not trained with; returns no facts."""
+        """CheckpointError for a frozen component that it was not trained with; an empty dict."""
         for name, part in frozen.items():
             if hash_module(part) != self.digests[name]:
                 node = self.config[name]
@@ -183,8 +183,8 @@ class LoadedCheckpoint:
                 )
         return {}
 
-    def list_differences(self, components: Components, cfg: DictConfig | None) -> list[str]:
-        """The groups in which a training that starts from it differs."""
+    def list_differences(self, components: Components, cfg: DictConfig) -> list[str]:
+        """The groups that are different in a training that starts from it."""
         frozen = components.frozen
         others = [
             name
@@ -196,7 +196,7 @@ class LoadedCheckpoint:
         return others if same else [*others, "scheduler"]
 
     def format_remedy(self, others: Sequence[str]) -> str:
-        """What to give for `list_differences`."""
+        """The words of the command line that remove the differences of `list_differences`."""
         words = [word for name in others for word in suggest_overrides(self.config, name)]
         return f"add {' '.join(words)}"
 

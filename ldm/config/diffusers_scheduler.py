@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from ldm.config.exported_samplers import export_sampler, format_sampler_words
+from ldm.config.exported_samplers import export_sampler
 from ldm.config.published_samplers import SAMPLER_READERS, load_option
 from ldm.config.scheduler_defaults import SCHEDULER_DEFAULTS, SchedulerValues
 
@@ -47,13 +47,13 @@ def read_scheduler_config(config: Mapping[str, object]) -> dict[str, dict]:
     try:
         for node in (scheduler, sampler):
             instantiate(node)
-    except InstantiationException as error:  # numbers out of range, in our words
+    except InstantiationException as error:  # such as numbers out of range
         raise ValueError(f"of scheduler_config.json: {error.__cause__ or error}") from error
     return nodes
 
 
 def change_as_pipeline(config: Mapping[str, object]) -> dict:
-    """The configuration that diffusers' StableDiffusionPipeline makes of a scheduler's."""
+    """A scheduler's configuration after the changes that StableDiffusionPipeline makes to it."""
     return {**config, "steps_offset": 1, "clip_sample": False}
 
 
@@ -85,15 +85,13 @@ def read_beta_schedule(values: SchedulerValues) -> dict:
 
 
 def export_scheduler_config(nodes: Mapping[str, Mapping]) -> dict:
-    """The scheduler_config.json with which diffusers samples as the nodes say.
+    """The scheduler_config.json of the scheduler and sampler that the nodes describe.
 
     nodes: `scheduler`, `objective` and `sampler`, as in a run's configuration. ValueError that
     names what diffusers cannot hold, with what to take instead.
     """
     kind = nodes["objective"]["prediction"]["kind"]
     scheduler, sampler = dict(nodes["scheduler"]), dict(nodes["sampler"])
-    if scheduler["_target_"].endswith(".FlowSchedule"):
-        return export_flow(scheduler, kind, sampler)
     prediction_type, table = kind_to_prediction_type(kind), export_table(scheduler)
     name, more = export_sampler(sampler, zero_snr=table["rescale_betas_zero_snr"])
     if name == "DDPMScheduler" and scheduler["_target_"].endswith(".sigmoid"):
@@ -111,14 +109,11 @@ def export_scheduler_config(nodes: Mapping[str, Mapping]) -> dict:
 
 
 def kind_to_prediction_type(kind: str) -> str:
-    """diffusers' name of what the network predicts; ValueError for flow on a table of betas."""
-    for name, each in PREDICTION_TYPES.items():
-        if each == kind:
-            return name
-    raise ValueError(
-        f"diffusers cannot hold objective={kind} on this scheduler, which it has with "
-        "scheduler=flow alone: train with objective=v, eps or x0"
-    )
+    """diffusers' name of what the network predicts; ValueError for flow."""
+    names = {each: name for name, each in PREDICTION_TYPES.items()}
+    if kind not in names:
+        raise ValueError(f"diffusers cannot hold objective={kind}: train with objective=v, eps, x0")
+    return names[kind]
 
 
 def check_exported(name: str, config: Mapping[str, object], kind: str) -> None:
@@ -163,17 +158,3 @@ def compute_betas(node: Mapping[str, object]) -> list[float]:
     """The betas of a node `scheduler`."""
     table = instantiate(dict(node)).log_alpha_bar
     return (-(table.diff().expm1())).tolist()
-
-
-def export_flow(scheduler: Mapping, kind: str, sampler: Mapping) -> dict:
-    """The FlowMatchEulerDiscreteScheduler of a run with scheduler=flow."""
-    name, _ = export_sampler({**sampler, "spacing": "leading", "offset": 0}, zero_snr=False)
-    grid = sampler.get("grid"), sampler.get("spacing", "trailing")
-    if kind != "flow" or name != "EulerDiscreteScheduler" or grid != ("euler", "linspace"):
-        raise ValueError(
-            f"diffusers cannot hold objective={kind} {format_sampler_words(sampler)} with "
-            "scheduler=flow: take objective=flow sampler=euler sampler.grid=euler "
-            "sampler.spacing=linspace"
-        )
-    name, shift = "FlowMatchEulerDiscreteScheduler", float(scheduler.get("shift", 1.0))
-    return {"_class_name": name, **SCHEDULER_DEFAULTS[name], "shift": shift}

@@ -9,16 +9,13 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.config.bundle import collect_components
-from ldm.config.components import (
-    LoadedCheckpoint,
-    find_component_location,
-    load_diffusion_checkpoint,
-)
+from ldm.config.bundle import describe_model
+from ldm.config.components import load_diffusion_checkpoint
 from ldm.config.composition import isolate_hydra
 from ldm.config.config_check import compose_config
 from ldm.config.diffusers_scheduler import export_scheduler_config
@@ -31,19 +28,16 @@ from ldm.config.export_check import (
 from ldm.config.loaded_pipeline import LoadedPipeline
 from ldm.config.pipeline import load_pipeline
 from ldm.config.published import PIPELINE_FILE, is_published
-from ldm.config.training_images import describe_run_data
 from ldm.experiments.diffusers_card import write_diffusers_card
-from ldm.experiments.model_card import ModelFacts
 from ldm.inference.components import Components
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.diffusers_files import DIFFUSERS_WEIGHT_FILES
+from ldm.models.diffusers_files import DIFFUSERS_VERSION, DIFFUSERS_WEIGHTS
 from ldm.models.diffusers_format import save_autoencoder, save_unet
 from ldm.utils.errors import UsageError
 from ldm.utils.files import TEMPORARY_SUFFIX, read_json, write_json
 
 TOKENIZER_PATTERNS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens*", "added_tokens*")
 NO_MODULE = (None, None)
-DIFFUSERS_VERSION = "0.38.0"  # the oldest one that the tests may use
 
 
 def write_export(
@@ -80,10 +74,13 @@ def write_export(
     ) as temporary:
         folder = Path(temporary, out.name)
         folder.mkdir()
-        write_parts(folder, loaded, scheduler, dtype=getattr(torch, cfg.dtype))
+        try:
+            write_parts(folder, loaded, scheduler, dtype=getattr(torch, cfg.dtype))
+        except SafetensorError as error:  # of a full disk
+            raise UsageError(f"out={out} cannot be written: {error}") from error
         write_diffusers_card(
             folder,
-            describe_model(cfg, source, loaded, name=out.name),
+            describe_model(out.name, cfg.license, loaded, {}),
             source.path.resolve(),
             place=cfg.push or out.name,
             pipeline=choose_pipeline(loaded),
@@ -101,25 +98,6 @@ def move_into_place(folder: Path, out: Path, old: Path) -> None:
     if out.exists() and any(out.iterdir()):
         out.rename(old)
     folder.replace(out)
-
-
-def describe_model(
-    cfg: DictConfig, source: LoadedCheckpoint, loaded: LoadedPipeline, *, name: str
-) -> ModelFacts:
-    """Returns what the model card says."""
-    places = {part: find_component_location(loaded.config[part]) for part in source.digests}
-    places = {part: place for part, place in places.items() if place is not None}
-    denoiser = loaded.pipeline.components.denoiser
-    return ModelFacts(
-        name,
-        cfg.license,
-        parameters=sum(each.numel() for each in denoiser.parameters()),
-        size=loaded.size,
-        num_frames=None,
-        step=loaded.step,
-        components=collect_components(loaded.config, places),
-        data=describe_run_data(loaded),
-    )
 
 
 def choose_pipeline(loaded: LoadedPipeline) -> str:
@@ -159,8 +137,6 @@ def write_exported_unet(
     """Writes unet/; returns its entry of model_index.json."""
     side = size // components.autoencoder.factor
     save_unet(components.denoiser, folder / "unet", dtype=dtype, sample_size=side)
-    file = folder / "unet" / "config.json"  # diffusers' pipeline of inpainting needs a version
-    write_json(file, read_json(file) | {"_diffusers_version": DIFFUSERS_VERSION})
     return {"unet": ("diffusers", "UNet2DConditionModel")}
 
 
@@ -171,7 +147,7 @@ def write_exported_autoencoder(
     autoencoder, factor = loaded.pipeline.components.autoencoder, 1.0
     if get_target_name(loaded.config.autoencoder) == "DiffusersAutoencoder":
         autoencoder.save(folder / "vae")
-        convert_weights(folder / "vae" / DIFFUSERS_WEIGHT_FILES[0], dtype)
+        convert_weights(folder / "vae" / DIFFUSERS_WEIGHTS, dtype)
         return {"vae": ("diffusers", autoencoder.kind)}
     autoencoder = copy.deepcopy(autoencoder)
     scale = autoencoder.scale.numpy(force=True)
@@ -179,11 +155,7 @@ def write_exported_autoencoder(
         factor = float(str(scale[0]))  # the shortest decimal of a float32
     else:
         fold_latent_scale(autoencoder)
-    autoencoder.set_scale(0.0, 1.0)
-    save_autoencoder(autoencoder, folder / "vae", dtype=dtype)
-    file = folder / "vae" / "config.json"
-    config = read_json(file) | {"scaling_factor": factor}
-    write_json(file, {k: v for k, v in config.items() if k not in ("latents_mean", "latents_std")})
+    save_autoencoder(autoencoder, folder / "vae", dtype=dtype, scaling_factor=factor)
     return {"vae": ("diffusers", "AutoencoderKL")}
 
 

@@ -1,7 +1,8 @@
-"""What diffusers' pipelines cannot hold of a run, read from its settings before it is built."""
+"""The settings of a run that diffusers' pipelines do not have, found before the run is built."""
 
 from collections.abc import Iterator, Mapping
 
+from ldm.config.diffusers_scheduler import TABLE_OPTIONS
 from ldm.config.ranges import OWN_TARGET_PREFIXES
 from ldm.utils.files import read_json, resolve_path
 
@@ -22,7 +23,8 @@ EXPORTED_PARTS = {  # the names of our classes and functions that an export can 
     "model": ("UNet",),
     "autoencoder": ("make_autoencoder_kl", "DiffusersAutoencoder", "IdentityAutoencoder"),
     "text_encoder": ("ClipTextEncoder", "PairedTextEncoder", *NOT_EXPORTED_TEXTS),
-    "task": ("TextToImage", "ImageToImage", "Inpainting", *NOT_EXPORTED_TASKS),
+    "task": ("TextToImage", "Inpainting", *NOT_EXPORTED_TASKS),
+    "scheduler": (*TABLE_OPTIONS, *NOT_EXPORTED_SCHEDULES),
 }
 
 
@@ -36,7 +38,7 @@ def describe_export(config: Mapping) -> str:
 
 
 def list_export_obstacles(config: Mapping) -> list[str]:
-    """Returns each setting that no pipeline of diffusers can hold, with what to train instead.
+    """Returns each setting that no pipeline of diffusers has, with what to train instead.
 
     config: the component groups of a run.
     """
@@ -89,7 +91,7 @@ def check_model_exports(config: Mapping) -> Iterator[str]:
 
 
 def check_autoencoder_exports(config: Mapping) -> Iterator[str]:
-    """Yields what the autoencoder has that none of diffusers' has."""
+    """Yields what diffusers' autoencoders lack."""
     node = config["autoencoder"]
     kind, config = get_target_name(node), {}
     if kind == "IdentityAutoencoder":
@@ -114,7 +116,7 @@ def check_autoencoder_exports(config: Mapping) -> Iterator[str]:
 
 
 def check_text_exports(config: Mapping) -> Iterator[str]:
-    """Yields what the text encoder gives that no pipeline of diffusers feeds to its UNet."""
+    """Yields what the text encoder returns and no pipeline of diffusers uses."""
     node = config["text_encoder"]
     if why := NOT_EXPORTED_TEXTS.get(get_target_name(node)):
         yield f"text_encoder ({why}): take text_encoder=tiny, clip_l14 or another CLIP"
@@ -138,7 +140,7 @@ def check_text_exports(config: Mapping) -> Iterator[str]:
 
 
 def check_task_exports(config: Mapping) -> Iterator[str]:
-    """Yields the tasks that no Stable Diffusion pipeline does."""
+    """Yields a task that no Stable Diffusion pipeline has."""
     name = get_target_name(config["task"])
     if why := NOT_EXPORTED_TASKS.get(name):
         yield f"task ({why}): take task=text2img or task=inpaint"

@@ -1,4 +1,4 @@
-"""Our samplers as schedulers of diffusers: the class, and the keys that it needs."""
+"""Our samplers as schedulers of diffusers: the name of the class, and its settings."""
 
 import warnings
 from collections.abc import Mapping
@@ -102,7 +102,7 @@ def export_grid(name: str, settings: Mapping) -> dict:
     is_euler = name.startswith(("Euler", "Heun", "DPMSolverSDE"))
     is_dpm = name in (DPM, "UniPCMultistepScheduler")
     own = "euler" if is_euler else "dpm" if is_dpm else "ddim"
-    # On these grids ours has the same times, but for DDIM if steps do not divide the table.
+    # Without a grid ours has the same times with these spacings; DDIM, if steps divide the table.
     same = ("leading",) if is_euler else ("trailing",) if is_dpm else ("leading", "trailing")
     same = LINEAR_SPACINGS if name == "DDPMScheduler" else same
     if name == "LCMScheduler":

@@ -54,7 +54,7 @@ SOMETIMES_PASSED = {
     "logger": ("run_dir", "name", "overrides"),
 }
 
-# Empty settings of our options, which options of others that build on them pass to other classes.
+# Empty settings of our options: an option of a user that builds on one passes them to its class.
 LATER_SETTINGS = {"model": ("checkpointing",)}
 
 BARE_INIT_MODULES = ("typing", "torch.nn.modules.module")
@@ -191,7 +191,7 @@ def import_component(target: str, place: str) -> Callable:
             f"{what}: No module named '{target.partition('.')[0]}'. If it is yours, install it, or "
             "give PYTHONPATH=FOLDER, where it lies"
         )
-    import pydoc  # slow, and needed for classes of others alone
+    import pydoc  # slow, and needed only for classes that are not ours
 
     try:
         found = pydoc.locate(target)

@@ -6,6 +6,7 @@ tensors. Its code is never run.
 
 import os
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.config.original_files import is_original, locate_original
 from ldm.config.own_components import import_component, list_parameters
 from ldm.config.published_settings import (
     PIPELINE_FILE,
@@ -23,7 +23,7 @@ from ldm.config.published_settings import (
     read_published_settings,
 )
 from ldm.utils.errors import UsageError
-from ldm.utils.files import resolve_path
+from ldm.utils.files import BUNDLE_FILE, resolve_path
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,13 +33,15 @@ if TYPE_CHECKING:
     from ldm.inference.components import Components
 
 PIPELINE_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # the folders with weights
-# What a hub name fetches: settings, tokenizers and the weights of the parts, all without code.
+# What is downloaded from the hub: settings and tokenizers; the weights are listed by part.
 HUB_SETTINGS = ("*.json", "*.txt")
 HUB_IGNORED = ("*.non_ema.*", *(f"{part}/*" for part in UNUSED_PARTS))
 HUB_NAME_PATTERN = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+CONVERSION_CACHE = Path("data/cache")  # that of servers' shards, and of real images' features
+ORIGINAL_SUFFIXES, ORIGINAL_UNET = (".safetensors", ".ckpt"), b"model.diffusion_model."
 # Of the network; other settings decide how it is trained.
 TRAINING_SETTINGS = ("checkpointing", "dropout", "linear_projections")
-# Of a text encoder; they choose among its states, and another choice may be trained on (clip skip).
+# Of a text encoder: they choose one of its states. A training may choose another (clip skip).
 STATE_SETTINGS = ("layer", "norm", "zero_empty")
 
 
@@ -51,6 +53,36 @@ def is_published(location: str | os.PathLike[str] | None) -> bool:
     return Path(text, PIPELINE_FILE).is_file() or is_original(text) or is_hub_name(text)
 
 
+def is_original(location: str) -> bool:
+    """Whether a location is one file of weights from elsewhere, and not of a run."""
+    path = Path(location).expanduser()
+    is_file = path.suffix in ORIGINAL_SUFFIXES and path.is_file()
+    if not is_file or os.path.exists(f"{path}.json"):  # the manifest of a run's checkpoint
+        return False
+    if path.suffix == ".safetensors":
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            return any(ORIGINAL_UNET in archive.read(name) for name in pickles)
+    except (zipfile.BadZipFile, OSError, NotImplementedError):
+        return False
+
+
+@cache  # a command opens a location several times; its notes are logged once
+def locate_original(location: str) -> Path:
+    """The folder that a file is converted to; CheckpointError for a file that is not opened."""
+    from ldm.models.original_layout import open_original_file
+
+    return open_original_file(resolve_path(location), cache=CONVERSION_CACHE.absolute())
+
+
+def is_of_model(place: str, init: str) -> bool:
+    """Whether a path lies in a published model, or in the folder that a file was converted to."""
+    converted = CONVERSION_CACHE.absolute() / "original" / f"{Path(init).stem[:100]}-"
+    return place.startswith((init, os.fspath(converted)))
+
+
 def is_hub_name(location: str) -> bool:
     """Whether a location may be a name on the hub, `owner/name`: no such path is here."""
     owner = location.partition("/")[0]
@@ -59,7 +91,7 @@ def is_hub_name(location: str) -> bool:
 
 
 def locate_published(location: str, *, name: str = "ckpt") -> Path:
-    """The folder of a published model: a hub name's is downloaded, a file is converted to one."""
+    """The folder of a published model; a hub name is downloaded, and a file is converted."""
     if is_original(location):
         return locate_original(location)
     if not is_hub_name(location):
@@ -111,7 +143,7 @@ class PublishedCheckpoint:
     path: Path
     config: DictConfig  # the nodes of our groups, and what sizes them
     sampler: DictConfig  # of its scheduler_config.json
-    unused: tuple[str, ...] = ()  # its parts that are left out
+    unused: tuple[str, ...] = ()  # its parts that ldm does not use
     step: int = 0
 
     @cached_property
@@ -124,7 +156,7 @@ class PublishedCheckpoint:
         return dict(zip(("autoencoder", "text_encoder"), map(hash_module, parts), strict=True))
 
     def build(self, task: "Task") -> "Components":
-        """Its components for a task; the denoiser has no weights yet, any numbers."""
+        """Its components for a task; the denoiser has arbitrary weights."""
         from ldm.config.components import build_components
         from ldm.models.initialization import SkippedInitialization
 
@@ -132,29 +164,29 @@ class PublishedCheckpoint:
             return build_components(self.config, task)
 
     def check_frozen(self, frozen: "dict[str, nn.Module]") -> dict[str, str]:
-        """The places of frozen components that are not the folder's own; any may be given."""
+        """The paths of the frozen components that are not those of the folder, which may be any."""
         places = {name: self.config[name].get("path") for name in frozen}
         own = str(self.path)
         return {name: place for name, place in places.items() if not str(place).startswith(own)}
 
-    def list_differences(self, components: "Components", cfg: DictConfig | None) -> list[str]:
-        """The groups in which a training that starts from it differs; another scheduler may."""
+    def list_differences(self, components: "Components", cfg: DictConfig) -> list[str]:
+        """The groups that differ in a training that starts from it; the scheduler may differ."""
         from ldm.utils.hashing import hash_module
 
         others = [
             name
             for name, part in components.frozen.items()
             if name in self.config  # a style encoder is new
-            and (cfg is None or not is_same_part(cfg[name], self.config[name]))
+            and not is_same_part(cfg[name], self.config[name])
             and hash_module(part) != self.digests[name]
         ]
-        if cfg is not None and not is_same_network(cfg.model, self.config.model):
+        if not is_same_network(cfg.model, self.config.model):
             others.append("model")
         is_inpainting = "mask_resize" in self.config.task
         return [*others, "task"] if is_inpainting and components.task.name != "inpaint" else others
 
     def format_remedy(self, others: Sequence[str]) -> str:
-        """What to give for `list_differences`."""
+        """The words of the command line that remove the differences of `list_differences`."""
         if "task" in others:
             return "add task=inpaint"
         words = ", ".join(f"{name}=.." for name in others)
@@ -204,12 +236,28 @@ def _to_plain(value: object) -> object:
 def open_checkpoint(
     ckpt: str, *, name: str = "ckpt", trust: Sequence[str] | None = None
 ) -> "LoadedCheckpoint | PublishedCheckpoint":
-    """A run's checkpoint or a bundle, or a published model; name: the setting that it came by."""
+    """A run's checkpoint, a bundle or a published model; name: the setting that `ckpt` is from."""
     if is_published(ckpt):
         return open_published(ckpt, name=name)
+    check_no_part(resolve_path(ckpt), name=name)
     from ldm.config.components import load_diffusion_checkpoint
 
     return load_diffusion_checkpoint(ckpt, name=name, trust=trust)
+
+
+def check_no_part(folder: Path, *, name: str) -> None:
+    """UsageError for a folder of one network of diffusers, or of a pipeline without its index."""
+    if (folder / "checkpoints").is_dir() or (folder / BUNDLE_FILE).is_file():
+        return
+    if (folder / "config.json").is_file():
+        raise UsageError(
+            f"{name}={folder} is one network, and no pipeline: give the folder above it, with "
+            f"{PIPELINE_FILE}; an autoencoder alone is for autoencoder.path=FOLDER"
+        )
+    if (folder / "unet" / "config.json").is_file():
+        raise UsageError(
+            f"{name}={folder} has no {PIPELINE_FILE}: copy it from where the folder comes from"
+        )
 
 
 def open_published(location: str, *, name: str = "ckpt") -> PublishedCheckpoint:

@@ -1,4 +1,4 @@
-"""Samplers of diffusers' schedulers: the settings of ours with which the latents are theirs."""
+"""Schedulers of diffusers to samplers of ours that give the same latents."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -24,13 +24,13 @@ def load_option(group: str, name: str, **changes: object) -> dict:
 
 
 def read_even_spacing(values: SchedulerValues) -> dict:
-    """`spacing` and its `offset`, which diffusers reads for `leading` alone."""
+    """`spacing`, and `offset`, which diffusers reads only for `leading`."""
     spacing, offset = values.pop("timestep_spacing"), values.pop("steps_offset")
     return {"spacing": spacing, "offset": offset if spacing == "leading" else 0}
 
 
 def read_bounds(values: SchedulerValues) -> dict:
-    """`clip` and `quantile`; sample_max_value, the bound's own bound, leaves a clip if it is 1."""
+    """`clip` and `quantile`; with sample_max_value = 1 dynamic thresholding only clips."""
     given = values.given
     for key in BOUNDS:
         values.values.pop(key, None)
@@ -46,7 +46,7 @@ def read_bounds(values: SchedulerValues) -> dict:
 
 
 def read_ddim(values: SchedulerValues, kind: str) -> dict:
-    """The sampler of DDIMScheduler, which has the eta of the pipeline's call: 0."""
+    """The sampler of DDIMScheduler, with the pipeline's default eta = 0."""
     bounds = read_bounds(values)
     if bounds:
         warnings.warn(
@@ -89,7 +89,7 @@ def read_ddim_grid(values: SchedulerValues) -> dict:
 
 
 def read_lcm(values: SchedulerValues, kind: str) -> dict:
-    """The sampler of LCMScheduler, which has times of its own."""
+    """The sampler of LCMScheduler, whose times depend on no spacing."""
     for key in ("timestep_spacing", "steps_offset", "set_alpha_to_one"):
         values.pop(key)
     return load_option(
@@ -120,7 +120,7 @@ def read_euler_family(option: str) -> Callable[[SchedulerValues, str], dict]:
 
 
 def read_dpm_grid(values: SchedulerValues, whole_table: Mapping[str, str]) -> dict:
-    """The grid of DPM-Solver and UniPC; whole_table: keys for spacings of their own."""
+    """The grid of DPM-Solver and UniPC; whole_table: our spacings by their keys."""
     grid = {"grid": "dpm", **read_even_spacing(values)}
     for key, spacing in whole_table.items():
         if values.values.get(key):

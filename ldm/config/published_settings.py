@@ -6,7 +6,7 @@ from pathlib import Path
 from ldm.utils.files import read_json_mapping
 
 PIPELINE_FILE = "model_index.json"
-# Class names of diffusers: those that are opened, and why others are not.
+# Class names of diffusers' pipelines that are opened. Below: those that are refused, and why.
 STABLE_DIFFUSION_XL = "StableDiffusionXLPipeline"
 OPENED_PIPELINES = {
     "StableDiffusionPipeline": "StableDiffusionPipeline",
@@ -23,8 +23,8 @@ REFUSED_PIPELINES = (  # the beginning of a name, and the reason
     ("StableDiffusionInstructPix2Pix", "whose network also reads the image that it edits"),
     ("StableDiffusion3", "a transformer (MMDiT), not a UNet"),
     ("Flux", "a transformer (MMDiT), not a UNet"),
-    ("StableDiffusionControlNet", "a network with a second one, ControlNet, beside it"),
-    ("StableDiffusionXLControlNet", "a network with a second one, ControlNet, beside it"),
+    ("StableDiffusionControlNet", "a network with a ControlNet"),
+    ("StableDiffusionXLControlNet", "a network with a ControlNet"),
 )
 NEEDED_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 TWO_ENCODER_PARTS = ("text_encoder_2", "tokenizer_2")
@@ -93,7 +93,7 @@ def read_pipeline_index(folder: Path) -> tuple[str, tuple[str, ...]]:
 
 
 def read_published_settings(folder: Path, kind: str) -> dict:
-    """The nodes of our groups that a folder's settings are, as plain values; ValueError for others.
+    """The nodes of our groups for the settings of a folder, as plain values; ValueError for others.
 
     `data` and `trainer` hold what sizes and types a model, as in the configuration of a run.
     """
@@ -129,7 +129,7 @@ def read_published_settings(folder: Path, kind: str) -> dict:
         "task": make_task_node(**sizes),
         "data": {"size": read_sample_side(unet) * factor, "batch_size": 1, "frames": None},
         "trainer": {"precision": "32-true"},
-        "rng": "torch",  # of diffusers: a seed gives the picture that it gives there
+        "rng": "torch",  # so that a seed gives the same picture as in diffusers
     }
 
 

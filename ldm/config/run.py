@@ -29,8 +29,8 @@ from ldm.config.components import (
 )
 from ldm.config.export_check import describe_export
 from ldm.config.guidance import build_guidance
-from ldm.config.initial_weights import warm_start_from_run
 from ldm.config.loggers import build_loggers
+from ldm.config.published import open_checkpoint
 from ldm.config.sample_options import get_compile_mode, print_on_first_rank
 from ldm.config.stages import (
     build_autoencoder_training,
@@ -49,6 +49,7 @@ from ldm.evaluation.image_metrics import ImageMetric
 from ldm.inference.components import Components
 from ldm.inference.pipeline import Pipeline
 from ldm.models.kernels import choose_memory_format
+from ldm.models.warm_start import warm_start
 from ldm.training.callbacks.checkpoint_storage import SafeCheckpointIO
 from ldm.training.callbacks.ema_snapshots import EMASnapshots
 from ldm.training.callbacks.lora_file import LoraFile
@@ -98,17 +99,16 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
     loggers = build_loggers(cfg, run_dir)
     data = instantiate(cfg.data, seed=cfg.seed)
     module, callbacks, frozen = build(cfg, data, run_dir)
-    resume = prepare_run_directory(run_dir, module)
+    digests = {name: hash_module(part) for name, part in frozen.items()}
+    allowed = {key.partition(".")[0] for key in cfg.resume.allow}
+    kept = {name: digest for name, digest in digests.items() if name not in allowed}
+    resume = prepare_run_directory(run_dir, module, kept)
     monitor = ThroughputMonitor(
         every=cfg.trainer.log_every_n_steps,
         peak_tflops=cfg.trainer.get("peak_tflops"),
         count_flops=module.count_flops if cfg.stage == "diffusion" else None,
     )
-    facts = {
-        "stage": cfg.stage,
-        "config": OmegaConf.to_yaml(cfg, resolve=True),
-        "frozen": {name: hash_module(part) for name, part in frozen.items()},
-    }
+    facts = {"stage": cfg.stage, "config": OmegaConf.to_yaml(cfg, resolve=True), "frozen": digests}
     if cfg.stage == "diffusion" and cfg.lora.rank:
         facts["lora"] = {"rank": cfg.lora.rank, "alpha": get_lora_alpha(cfg)}
     callbacks += own_callbacks
@@ -150,11 +150,7 @@ def build_diffusion_components(cfg: DictConfig, run_dir: Path) -> Components:
     components = build_components(cfg, task)
     check_image_size(cfg.data.size, components.autoencoder.factor * components.denoiser.multiple)
     if cfg.init is not None and find_newest_checkpoint(run_dir / "checkpoints") is None:
-        trust = list_trusted_packages(cfg)
-        message = warm_start_from_run(
-            cfg.init, components, cfg=cfg, trust=trust, may_add=not cfg.lora.rank
-        )
-        print_on_first_rank(message)
+        print_on_first_rank(warm_start_from_init(cfg, components))
     if cfg.lora.rank:
         from ldm.models.lora import add_lora_layers  # peft
 
@@ -167,8 +163,29 @@ def build_diffusion_components(cfg: DictConfig, run_dir: Path) -> Components:
     return components
 
 
+def warm_start_from_init(cfg: DictConfig, components: Components) -> str:
+    """Copies the weights of a run or a published model into the denoiser; a line that says so.
+
+    UsageError where the components are other ones than those that the weights were trained with.
+    """
+    source = open_checkpoint(cfg.init, name="init", trust=list_trusted_packages(cfg))
+    if others := source.list_differences(components, cfg):
+        raise UsageError(
+            f"init={cfg.init} was trained with another {' and '.join(others)}: "
+            f"{source.format_remedy(others)}"
+        )
+    new = warm_start(components.denoiser, source.read_weights(), source=cfg.init)
+    if new and cfg.lora.rank:
+        raise UsageError(
+            f"init={cfg.init} lacks {', '.join(new)}, which adapters of LoRA cannot learn: train "
+            "these without lora.rank first, then give that run as init"
+        )
+    more = f"; new, and without effect as yet: {', '.join(new)}" if new else ""
+    return f"init: the weights of {source.path}{more}"
+
+
 def get_lora_alpha(cfg: DictConfig) -> float:
-    """The number that adapters are multiplied by, and divided by the rank."""
+    """The alpha of the adapters, which are multiplied by alpha / rank."""
     return float(cfg.lora.alpha or cfg.lora.rank)
 
 

@@ -80,13 +80,15 @@ def list_lora_files(cfg: DictConfig) -> list[tuple[Path, float]]:
     found = []
     for entry in list_entries(cfg.get("lora")):
         name, _, number = str(entry).rpartition(":")
+        if os.path.isfile(os.path.expanduser(str(entry))):  # its own name may have a colon
+            name, number = str(entry), "1"
         try:
             weight = float(number) if name else 1.0
         except ValueError:
             weight = math.nan
-        if not math.isfinite(weight):
-            raise UsageError(f"lora={entry}: give FILE or FILE:WEIGHT, with a number after the :")
         path = os.path.expanduser(name or number)
+        if not (math.isfinite(weight) and path):
+            raise UsageError(f"lora={entry}: give FILE or FILE:WEIGHT, with a number after the :")
         check_input_file("lora", path)
         found.append((Path(path), weight))
     return found
@@ -104,7 +106,7 @@ def list_guides(cfg: DictConfig) -> dict[str, str | None]:
 
 
 def check_checkpoints_exist(named: Mapping[str, str | None]) -> None:
-    """UsageError where a checkpoint, by the setting that gave it, is not here, nor a hub name."""
+    """UsageError where a checkpoint is not here, and is no hub name; named: by its setting."""
     for name, ckpt in named.items():
         is_here = ckpt is None or os.path.exists(os.path.expanduser(ckpt))
         if not is_here and not is_published(ckpt):

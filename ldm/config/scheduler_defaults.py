@@ -33,7 +33,7 @@ _SOLVER = {
     "flow_shift": 1.0,
     "final_sigmas_type": "zero",
 }
-# Without a stated value diffusers takes these (0.42); a test compares them with its signatures.
+# The defaults of diffusers 0.42; a test compares them with its signatures.
 SCHEDULER_DEFAULTS = {
     "DDIMScheduler": {**(_TABLE | _CLIP | _THRESHOLDING | _ZERO_SNR), "set_alpha_to_one": True},
     "DDPMScheduler": {
@@ -94,7 +94,7 @@ SCHEDULER_DEFAULTS = {
         "stochastic_sampling": False,
     },
 }
-# All that a scheduler_config.json may state: diffusers ignores what is of another class.
+# All known keys: diffusers ignores those of other classes.
 SCHEDULER_KEYS = frozenset().union(*SCHEDULER_DEFAULTS.values())
 
 

@@ -36,7 +36,7 @@ def check_before_imports(cfg: DictConfig, run_dir: Path) -> None:
 
 
 def check_frozen_paths(cfg: DictConfig) -> None:
-    """UsageError where a component cannot be trained, or a trained one is needed and not there."""
+    """UsageError for a component that cannot be trained, or that must be trained before."""
     if cfg.stage == "autoencoder":
         kind = str(cfg.autoencoder._target_).rpartition(".")[2]
         if kind in ("IdentityAutoencoder", "DiffusersAutoencoder"):
@@ -82,7 +82,7 @@ def check_strategy(cfg: DictConfig) -> None:
 
 
 def check_lora(cfg: DictConfig) -> None:
-    """UsageError where there is nothing to train adapters of, or weights would be shared out."""
+    """UsageError for settings of LoRA that do not go together with the others."""
     if not cfg.lora.rank:
         if cfg.lora.alpha is not None or cfg.lora.targets != "attention":
             raise UsageError(

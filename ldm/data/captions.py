@@ -9,7 +9,7 @@ from ldm.utils.files import detect_encoding
 
 _MAX_KEYS, _MAX_KEY_LENGTH = 256, 100  # of JSON keys that are counted
 _LIKELY = ("caption", "prompt", "text", "description", "title", "alt")  # in names of caption keys
-# What img2dataset notes of each image.
+# Keys that img2dataset writes for each image.
 _NOTES = ("url", "key", "status", "error_message", "exif", "md5", "sha256", "sha512")
 
 

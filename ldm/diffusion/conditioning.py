@@ -67,7 +67,7 @@ class Condition:
         return Condition(*merged)
 
 
-IMAGE_PARTS = ("concat", "style", "sizes")  # which are no text
+IMAGE_PARTS = ("concat", "style", "sizes")  # the others are of the text
 CONDITION_PARTS = tuple(field.name for field in fields(Condition) if field.name != "copies")
 
 

@@ -282,7 +282,7 @@ def sigmoid_alpha(
 def trained_betas(
     *, betas: Sequence[float] | None = None, zero_terminal_snr: bool = False
 ) -> DiscreteSchedule:
-    """Betas as they are given, by diffusers' word for it; None: DDPM's."""
+    """A schedule of these betas (trained_betas in diffusers); None: those of DDPM."""
     given = linspace_steps(1e-4, 0.02, 1000).tolist() if betas is None else [*betas]
     table = torch.tensor(given, dtype=torch.float64)
     return DiscreteSchedule(table, zero_terminal_snr=zero_terminal_snr)

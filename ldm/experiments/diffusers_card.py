@@ -59,7 +59,7 @@ def write_diffusers_card(
 def format_diffusers_usage(
     place: str, pipeline: str, dtype: str, prompt: str, *, guidance_scale: float
 ) -> str:
-    """Returns Python code that loads the folder and paints a picture."""
+    """Returns Python code that loads the folder and generates an image."""
     inputs = ", image=image, mask_image=mask" if "Inpaint" in pipeline else ""
     half = "" if dtype == "float32" else f"pipe.to(torch.{dtype})\n"
     imports = "import torch\n" if half else ""

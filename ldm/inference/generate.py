@@ -14,6 +14,7 @@ from tqdm.auto import tqdm  # a notebook's bar in a notebook
 from ldm.data.dataset import TextImageDataset
 from ldm.diffusion.rng import make_generators
 from ldm.inference.pipeline import Pipeline
+from ldm.utils.errors import UsageError
 from ldm.utils.images import make_image_grid
 from ldm.utils.video import join_frames
 
@@ -35,6 +36,7 @@ def generate_in_batches(
     batch: images at a time; another batch rounds differently. inputs: its image, mask and so on,
     one for all or one a job, such as (1 or N, 3, H, W). previews: that many an image, or the number
     of steps; the last is the image itself. quiet: without the bar.
+    Raises UsageError for images that are not finite.
     """
     preview_steps = {(k + 1) * steps // previews - 1 for k in range(previews)} - {-1}
     images, preview_rows = [], []
@@ -52,7 +54,13 @@ def generate_in_batches(
                 name: each if len(each) == 1 else each[first : first + batch]
                 for name, each in (inputs or {}).items()
             }
-            images += pipeline(prompts, seeds=seeds, steps=steps, on_step=on_step, **part).cpu()
+            made = pipeline(prompts, seeds=seeds, steps=steps, on_step=on_step, **part).cpu()
+            if not made.isfinite().all():
+                raise UsageError(
+                    "the images are not finite (NaN): weights are damaged, a LoRA has too large a "
+                    "weight, or half precision is too small for them (take dtype=float32)"
+                )
+            images += made
             preview_rows += [list(row) for row in zip(*columns, strict=True)]
     return images, preview_rows
 

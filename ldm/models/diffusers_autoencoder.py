@@ -103,7 +103,7 @@ def _build_foreign_autoencoder(kind: str, config: Mapping[str, object], folder: 
             "pip install diffusers"
         ) from error
     made = getattr(diffusers, kind)
-    # diffusers writes this one to its own files, and does not take it.
+    # diffusers writes this key to its files, but its class does not have it.
     given = {key: value for key, value in config.items() if key != "block_out_channels"}
     given = dict(config) if kind == "AutoencoderKL" else given
     if unknown := sorted(given.keys() - inspect.signature(made.__init__).parameters.keys()):

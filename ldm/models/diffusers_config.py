@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import groupby
+from math import isfinite
 
 # The arguments of UNet2DConditionModel and AutoencoderKL with their defaults, diffusers 0.42.
 UNET_DEFAULTS = {
@@ -70,8 +71,8 @@ AUTOENCODER_DEFAULTS = {
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
 }
-# What changes no result in the precisions that ldm computes in: notes, the size of the training
-# pictures, and where half precision is left.
+# Keys that change no result here: notes, the size of the training images, and where diffusers
+# computes in float32 instead of half precision.
 HARMLESS_KEYS = frozenset(
     (
         *("_class_name", "_diffusers_version", "_name_or_path", "_use_default_values"),
@@ -88,7 +89,7 @@ REASONS = {
 
 
 class ForeignConfig:
-    """A config.json of diffusers: it notes which keys are read and what ours cannot be.
+    """A config.json of diffusers: the keys that are read, and values that ours cannot have.
 
     defaults: of every key that diffusers knows. harmless: keys that may have any value.
     """
@@ -152,6 +153,18 @@ class ForeignConfig:
         self.refuse(key)
         return 0.0
 
+    def check_scale(self, key: str, channels: int, *, positive: bool = False) -> None:
+        """As `read`, of a number, of one for each channel, or of none where that is the default."""
+        self.unread.discard(key)
+        value = self.values[key]
+        numbers = value if isinstance(value, list) else [value] * channels
+        fits = len(numbers) == channels and all(
+            type(each) in (int, float) and isfinite(each) and (each > 0 or not positive)
+            for each in numbers
+        )
+        if not fits and (value is not None or self.defaults[key] is not None):
+            self.refuse(key)
+
     def read_choice(self, key: str, *choices: object) -> object:
         """As `read`, of one of these values."""
         value = self.read(key)
@@ -160,7 +173,7 @@ class ForeignConfig:
         return value
 
     def refuse(self, key: str) -> None:
-        """Notes a key whose value ours cannot have."""
+        """Records a key whose value ours cannot have."""
         self.unread.discard(key)
         reason = f" ({REASONS[key]})" if key in REASONS else ""
         self.refused.append(f"{key}={_simplify(self.values[key])}{reason}")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusers_files import (
+    DIFFUSERS_VERSION,
     find_diffusers_weights,
     locate_diffusers_folder,
     read_diffusers_config,
@@ -27,7 +28,7 @@ from ldm.utils.checkpoint_facts import read_state_dict
 from ldm.utils.checkpoint_file import load_module_state
 from ldm.utils.files import resolve_path
 
-# Settings in which networks of the same results may differ.
+# Settings that do not change the results of a network.
 FREE_SETTINGS = ("dropout", "linear_projections")
 
 
@@ -57,6 +58,7 @@ def save_unet(
     Raises ValueError as `export_unet_config` does.
     """
     config = {"_class_name": "UNet2DConditionModel", **export_unet_config(unet)}
+    config["_diffusers_version"] = DIFFUSERS_VERSION  # which its inpainting pipeline reads
     if sample_size:
         config["sample_size"] = sample_size
     sizes, linear = unet.size_embedding > 0, unet.linear_projections
@@ -81,17 +83,22 @@ def load_autoencoder(autoencoder: AutoencoderKL, path: Path | str) -> None:
 
 
 def save_autoencoder(
-    autoencoder: AutoencoderKL, folder: Path, *, dtype: torch.dtype, exact_scale: bool = False
+    autoencoder: AutoencoderKL,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    exact_scale: bool = False,
+    scaling_factor: float | None = None,
 ) -> None:
     """Writes a folder that `load_autoencoder` reads, with weights in `dtype`.
 
     exact_scale: latent shift and scale are stored as tensors as well; config.json rounds them.
+    scaling_factor: is written in place of shift and scale.
     """
-    scale = {
-        "scaling_factor": 1.0,
-        "latents_mean": autoencoder.shift.tolist(),
-        "latents_std": (1 / autoencoder.scale).tolist(),
-    }
+    scale = {"scaling_factor": 1.0 if scaling_factor is None else scaling_factor}
+    if scaling_factor is None:
+        scale["latents_mean"] = autoencoder.shift.tolist()
+        scale["latents_std"] = (1 / autoencoder.scale).tolist()
     state = to_diffusers(autoencoder.state_dict())
     if exact_scale:
         state |= {"shift": autoencoder.shift, "scale": autoencoder.scale}

@@ -108,28 +108,28 @@ def read_autoencoder_settings(config: Mapping[str, object]) -> dict[str, object]
 
     See `read_unet_settings`. The latent scale is none of them: see `load_autoencoder`.
     """
-    config = dict(config)
-    patch = config.pop("patch_size", 1)  # ours: diffusers' AutoencoderKL has none
-    given = ForeignConfig(
-        config, AUTOENCODER_DEFAULTS, kind="AutoencoderKL", harmless=HARMLESS_AUTOENCODER_KEYS
-    )
+    known = {**AUTOENCODER_DEFAULTS, "patch_size": 1}  # ours: diffusers' AutoencoderKL has none
+    given = ForeignConfig(config, known, kind="AutoencoderKL", harmless=HARMLESS_AUTOENCODER_KEYS)
     widths, settings = _read_widths(given)
     for key in ("down_block_types", "up_block_types"):
         if given.read_list(key) != AUTOENCODER_DEFAULTS[key] * len(widths):
             given.refuse(key)
-    for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
-        given.read(key)
+    channels = given.read_number("latent_channels")
+    for key in ("scaling_factor", "latents_std"):
+        given.check_scale(key, channels, positive=True)
+    for key in ("shift_factor", "latents_mean"):
+        given.check_scale(key, channels)
     given.read_choice("act_fn", "silu", "swish")
     quant_convs = given.read_choice("use_quant_conv", True, False)
     if given.read("use_post_quant_conv") != quant_convs:
         given.refuse("use_post_quant_conv")
     settings |= {
-        "latent_channels": given.read_number("latent_channels"),
+        "latent_channels": channels,
         "blocks": given.read_number("layers_per_block", most=MOST_LAYERS),
         "groups": given.read_number("norm_num_groups", optional=True),
         "attention": given.read_choice("mid_block_add_attention", True, False),
         "quant_convs": quant_convs,
-        "patch": patch,
+        "patch": given.read_number("patch_size"),
     }
     given.finish()
     return settings

@@ -1,15 +1,24 @@
 """Loads models of transformers from a folder or the hub, without code or settings of theirs."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TypeVar
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.utils import logging
 
+from ldm.models.diffusers_config import MOST_LAYERS
+from ldm.models.diffusers_files import check_weights_finite, list_weight_parts
+from ldm.utils.files import read_json_mapping
+
+# Larger numbers of a damaged or hostile file would fill the memory before its weights are read.
+MOST_FIELD = 2**20  # such as tokens of a vocabulary
 HubModelType = TypeVar("HubModelType", bound=PreTrainedModel)
 
 
@@ -27,20 +36,31 @@ def load_pretrained_model(
     subfolder: where in it the model is. Raises transformers' own errors where it cannot be read,
     and ValueError where weights are missing or have other shapes than the config.
     """
-    with silence_transformers():
-        model, report = kind.from_pretrained(
-            location,
-            config=read_model_config(kind, location, local=local, subfolder=subfolder),
-            subfolder=subfolder,
-            local_files_only=local,
-            trust_remote_code=False,
-            weights_only=True,
-            variant=find_weights_variant(Path(location, subfolder)) if local else None,
-            use_safetensors=use_safetensors,
-            dtype=dtype,
-            ignore_mismatched_sizes=True,  # raised below, as transformers' table is silenced
-            output_loading_info=True,
-        )
+    folder = Path(location, subfolder)
+    config = read_model_config(kind, location, local=local, subfolder=subfolder)
+    for index in folder.glob("*.index*.json") if local else ():
+        list_weight_parts(index)
+    try:
+        with silence_transformers():
+            model, report = kind.from_pretrained(
+                location,
+                config=config,
+                subfolder=subfolder,
+                local_files_only=local,
+                trust_remote_code=False,
+                weights_only=True,
+                variant=find_weights_variant(folder) if local else None,
+                use_safetensors=use_safetensors,
+                dtype=dtype,
+                ignore_mismatched_sizes=True,  # raised below, as transformers' table is silenced
+                output_loading_info=True,
+            )
+    except (UnpicklingError, TypeError, AttributeError, LookupError) as error:
+        raise OSError(
+            f"the weights in '{folder}' are damaged, or hold more than tensors by name, which "
+            f"could run code: they are not opened ({type(error).__name__}). Take the model's "
+            ".safetensors"
+        ) from error
     # transformers leaves missing weights at random values.
     misfits = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
     if misfits:
@@ -48,6 +68,7 @@ def load_pretrained_model(
             f"the weights in '{location}' are not those of the {kind.__name__} in its config.json: "
             f"{len(misfits)} parameters are missing or of another shape, such as {min(misfits)}"
         )
+    check_weights_finite(model.state_dict(), what=str(folder))
     return model
 
 
@@ -68,7 +89,11 @@ def read_model_config(
     library, `transformers_weights` another file.
     Raises OSError and ValueError where there is no config of the kind.
     """
-    own = kind.config_class
+    own, folder = kind.config_class, Path(location, subfolder)
+    if local:
+        if not (folder / "config.json").is_file():
+            raise OSError(f"{folder} has no config.json")
+        read_json_mapping(folder / "config.json")  # transformers' errors do not name the file
     config, _ = own.get_config_dict(location, local_files_only=local, subfolder=subfolder)
     if own.base_config_key and own.base_config_key in config:  # one tower of a whole CLIP
         shared = {name: config[name] for name in ("projection_dim",) if name in config}
@@ -80,7 +105,9 @@ def read_model_config(
             "padding, which text_encoder=clip never leaves out"
         )
     try:
-        return own.from_dict(_select_fields(own, config))
+        fields = _select_fields(own, config)
+        _check_fields(fields)
+        return own.from_dict(fields)
     except Exception as error:  # the type depends on the version
         why = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
@@ -99,6 +126,23 @@ def _select_fields(kind: type[PreTrainedConfig], config: object) -> dict[str, ob
         for name, value in config.items()
         if name in known and not name.startswith("_")
     }
+
+
+def _check_fields(config: dict[str, object]) -> None:
+    """ValueError for what would fill the memory, end in NaN, or is no activation."""
+    for name, value in config.items():
+        wrong = isinstance(value, float) and not math.isfinite(value)
+        if name.endswith("_token_id"):
+            wrong = not (value is None or type(value) is int)
+        elif type(value) is int:
+            is_count = name.startswith("num_") and name.endswith("layers")
+            wrong = not 0 <= value <= (MOST_LAYERS if is_count else MOST_FIELD)
+        elif name == "hidden_act" and isinstance(value, str):
+            wrong = value not in ACT2FN
+        elif isinstance(value, dict):
+            _check_fields(value)
+        if wrong:
+            raise ValueError(f"it has {name}={value!r:.80}")
 
 
 @contextmanager

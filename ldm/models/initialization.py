@@ -6,7 +6,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class SkippedInitialization(TorchFunctionMode):
-    """While it is active, `torch.nn.init` leaves tensors as they are: any memory."""
+    """While it is active, `torch.nn.init` does not write: new tensors have arbitrary values."""
 
     def __torch_function__(
         self,

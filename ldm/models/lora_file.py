@@ -30,7 +30,7 @@ from ldm.utils.lora_weights import (
 
 KOHYA_PREFIX = "lora_unet_"
 NETWORK_PREFIXES = ("unet.", "base_model.model.unet.", "base_model.model.")  # of diffusers and peft
-# What the two parts of an adapter, and its alpha, are called after the name of their layer.
+# The ends of keys, after the name of the layer: of the two parts of an adapter, and its alpha.
 PART_SUFFIXES = {
     "down": (
         *(".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight"),
@@ -55,7 +55,7 @@ UNET_PLACE = re.compile(
 )
 ADAPTER_METADATA = "lora_adapter_metadata"  # in a file of diffusers: peft's settings as JSON
 METADATA_VARIANTS = ("use_dora", "use_rslora", "alpha_pattern", "lora_bias")
-# By the width of the text states, of networks with the widths of Stable Diffusion.
+# By the width of the text states, for networks with the widths of Stable Diffusion.
 ARCHITECTURES = {
     768: "stable-diffusion-v1",
     1024: "stable-diffusion-v2-512",
@@ -239,8 +239,11 @@ def read_lora_file(path: Path) -> dict[str, Adapter]:
             key = f"{key[: former.start()]}.{layer}.lora.{former[2]}.weight"
         for part, suffixes in PART_SUFFIXES.items():
             if suffix := next((each for each in suffixes if key.endswith(each)), None):
-                value = float(tensor) if part == "alpha" and tensor.numel() == 1 else tensor
-                setattr(adapters.setdefault(key.removesuffix(suffix), Adapter()), part, value)
+                name = key.removesuffix(suffix)
+                adapter = adapters.setdefault(name, Adapter())
+                if getattr(adapter, part) is not None:
+                    raise UsageError(f"lora={path}: the adapter of {name} is there twice")
+                setattr(adapter, part, read_adapter_part(part, tensor, f"lora={path}: {key}"))
                 break
         else:
             unknown.append(key)
@@ -257,8 +260,22 @@ def read_lora_file(path: Path) -> dict[str, Adapter]:
     return adapters
 
 
+def read_adapter_part(part: str, tensor: Tensor, what: str) -> Tensor | float:
+    """Returns a part of an adapter; UsageError, which begins with `what`, where it cannot be."""
+    if part == "alpha":
+        if tensor.numel() != 1:
+            raise UsageError(f"{what} has {tensor.numel()} numbers, where an alpha is one")
+        return float(tensor)
+    if not tensor.is_floating_point() or tensor.ndim < 2 or not tensor.numel():
+        raise UsageError(
+            f"{what} is of {tensor.dtype} and {tuple(tensor.shape)}: parts of an adapter are "
+            "matrices of floats, of rank 1 or more"
+        )
+    return tensor
+
+
 def set_metadata_alphas(adapters: Mapping[str, Adapter], text: str | None, path: Path) -> None:
-    """Gives adapters the alpha that the metadata of diffusers say; UsageError for variants."""
+    """Sets the alpha of adapters from the metadata of diffusers; UsageError for variants."""
     if text is None:
         return
     try:
@@ -271,5 +288,7 @@ def set_metadata_alphas(adapters: Mapping[str, Adapter], text: str | None, path:
     for name, adapter in adapters.items():
         part = name.partition(".")[0]
         alpha = settings.get(f"{part}.lora_alpha", settings.get("lora_alpha"))
-        if adapter.alpha is None and type(alpha) in (int, float):
+        if alpha is not None and type(alpha) not in (int, float):
+            raise UsageError(f"lora={path}: its {ADAPTER_METADATA} has the alpha {alpha!r:.80}")
+        if adapter.alpha is None and alpha is not None:
             adapter.alpha = float(alpha)

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-# The linear betas of Stable Diffusion are linear in their square root (Rombach et al. 2022).
+from ldm.diffusion.schedules import scaled_linear
+from ldm.models.unet import NUM_SIZES
+
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-TIMESTEPS = 1000
-TIME_WIDTH = 6  # numbers of a picture's size, each of which SDXL embeds
 LATENT_FACTORS = {"sdxl": 0.13025}
 DEFAULT_LATENT_FACTOR = 0.18215
 PICTURE_SIZES = {"sd1": 512, "sd2": 512, "sdxl": 1024}
@@ -56,7 +56,7 @@ def derive_unet_config(
         width = state["add_embedding.linear_1.weight"].shape[1]
         config |= {
             "addition_embed_type": "text_time",
-            "addition_time_embed_dim": (width - pooled) // TIME_WIDTH,
+            "addition_time_embed_dim": (width - pooled) // NUM_SIZES,
             "projection_class_embeddings_input_dim": width,
         }
     return config
@@ -103,7 +103,7 @@ def derive_text_config(state: Mapping[str, Tensor], *, activation: str) -> dict[
         "max_position_embeddings": len(state["text_model.embeddings.position_embedding.weight"]),
         "hidden_act": activation,
         "projection_dim": len(state["text_projection.weight"]) if projected else width,
-        # transformers' sign for the first token with the highest number, which ends the text.
+        # For 2 transformers takes the token with the highest number as the end of the text.
         "bos_token_id": 0,
         "eos_token_id": 2,
         "pad_token_id": 1,
@@ -120,26 +120,22 @@ def derive_scheduler_config(
     """
     if alphas_cumprod is not None:
         theirs = alphas_cumprod.double().flatten()
-        ends = torch.tensor([BETAS["beta_start"], BETAS["beta_end"]], dtype=torch.float64).sqrt()
-        betas = torch.linspace(*ends.tolist(), TIMESTEPS, dtype=torch.float64) ** 2
-        plain = (1 - betas).cumprod(0)
-        root = plain.sqrt()
-        rescaled = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        tables = [scaled_linear(zero_terminal_snr=zero).log_alpha_bar[1:] for zero in (False, True)]
         found = [
-            len(theirs) == TIMESTEPS and torch.allclose(theirs, ours, rtol=5e-3, atol=1e-3)
-            for ours in (plain, rescaled)
+            len(theirs) == len(table) and torch.allclose(theirs, table.exp(), rtol=5e-3, atol=1e-3)
+            for table in tables
         ]
         if not any(found):
             raise ValueError(
                 f"its schedule (alphas_cumprod, {len(theirs)} steps) is not that of Stable "
-                f"Diffusion ({TIMESTEPS} steps, betas {BETAS['beta_start']} to "
+                f"Diffusion ({len(tables[0])} steps, betas {BETAS['beta_start']} to "
                 f"{BETAS['beta_end']}, scaled_linear)"
             )
         zero_snr = found[1]
     names = {"sd1": "PNDMScheduler", "sd2": "DDIMScheduler", "sdxl": "EulerDiscreteScheduler"}
     config = BETAS | {
         "_class_name": names[kind],
-        "num_train_timesteps": TIMESTEPS,
+        "num_train_timesteps": 1000,
         "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[prediction],
         "timestep_spacing": "leading",
         "steps_offset": 1,

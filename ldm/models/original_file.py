@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldm.utils.checkpoint_file import CheckpointError, manifest_path
+from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.plain_yaml import parse_plain_mapping
 
 UNET, AUTOENCODER, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
@@ -26,9 +26,9 @@ SCHEDULE_NAMES = re.compile(
 )
 SD2_BASE_STEPS = 875_000  # of 512-base as published, which predicts eps
 
-# What a name of a weight says that the file is, and what to do with such a file.
+# Parts of names of weights, and the kind of file that has them.
 OTHER_FILES = {
-    (".lora_down.", ".lora_A.", "lora_unet_", "lora_te"): (
+    (".lora_down.", ".lora.down.", ".lora_A.", "lora_unet_", "lora_te"): (
         "a LoRA: give it as lora=FILE, next to ckpt= of its base model"
     ),
     ("control_model.", "controlnet_"): "a ControlNet, which ldm does not have",
@@ -80,22 +80,6 @@ def _flatten(name: str) -> str:
     return f"{EMA}diffusion_model{name.replace('.', '')}"
 
 
-def is_original_file(path: Path) -> bool:
-    """Whether a path is one file of weights from elsewhere: not a folder, nor a file of a run."""
-    if path.suffix not in (".safetensors", ".ckpt") or not path.is_file():
-        return False
-    if path.suffix == ".safetensors":
-        return True
-    if manifest_path(path).is_file():
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            return any(UNET.encode() in archive.read(name) for name in pickles)
-    except (zipfile.BadZipFile, OSError, NotImplementedError):
-        return False
-
-
 def read_original_file(path: Path) -> OriginalFile:
     """Opens a file without running its code; CheckpointError where it is damaged or holds code."""
     try:
@@ -112,8 +96,10 @@ def read_original_file(path: Path) -> OriginalFile:
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or no file of weights: {error}") from error
+    state = payload.get("state_dict", payload) if isinstance(payload, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise CheckpointError(f"{path} is no file of weights by name")
     step = payload.get("global_step")
-    state = payload.get("state_dict", payload)
     state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     return OriginalFile(path, state, {}, step if isinstance(step, int) else None)
 
@@ -156,7 +142,7 @@ def _has_all(names: Sequence[str], prefixes: Sequence[str]) -> bool:
 
 
 def list_unused_names(file: OriginalFile, kind: str) -> list[str]:
-    """Returns how the names begin that are neither weights of the model nor of its schedule."""
+    """Returns the first parts of the names that are neither of the model nor of its schedule."""
     used = (UNET, AUTOENCODER, EMA, *ORIGINAL_TEXT_PREFIXES[kind])
     others = (name for name in file.state if not name.startswith(used))
     rest = (name for name in others if not SCHEDULE_NAMES.fullmatch(name))
@@ -172,7 +158,10 @@ def find_prediction(file: OriginalFile, kind: str) -> tuple[str, str | None]:
     """
     config = file.path.with_suffix(".yaml")
     if config.is_file():
-        params = parse_plain_mapping(config.read_text()).get("model")
+        try:
+            params = parse_plain_mapping(config.read_text()).get("model")
+        except ValueError as error:
+            raise ValueError(f"of {config}: {error}") from error
         for key in ("params", "parameterization"):
             params = params.get(key) if isinstance(params, dict) else None
         if params not in (None, "eps", "v"):

@@ -6,9 +6,14 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
+from ldm.models.diffusers_files import (
+    DIFFUSERS_VERSION,
+    check_weights_finite,
+    write_diffusers_folder,
+)
 from ldm.models.original_configs import (
     PICTURE_SIZES,
     derive_autoencoder_config,
@@ -39,9 +44,9 @@ from ldm.utils.files import TEMPORARY_SUFFIX, write_json
 from ldm.utils.hashing import hash_bytes
 from ldm.utils.locks import hold_lock
 
-# Stable Diffusion 2 reads the state before OpenCLIP's last layer, number 23; some files have it.
+# Stable Diffusion 2 reads the state before OpenCLIP's last layer, 23, which some files contain.
 SD2_LAYERS = 23
-CONVERSION_VERSION = 1  # of the folders: another one converts again
+CONVERSION_VERSION = 1  # of the converted folders; after a change files are converted again
 _log = logging.getLogger(__name__)
 
 
@@ -71,12 +76,18 @@ def open_original_file(path: Path, *, cache: Path) -> Path:
                 _write_folder(file, kind, prediction, folder, tokenizer)
     except CheckpointError:
         raise
+    except SafetensorError as error:
+        raise CheckpointError(f"{cache} has no room for {path}: {error}") from error
     except KeyError as error:
         raise CheckpointError(
             f"{path} is another network than Stable Diffusion's: it has no {error}"
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (IndexError, RuntimeError, TypeError) as error:  # of tensors of other dimensions
+        raise CheckpointError(
+            f"{path} is another network than Stable Diffusion's, or damaged: {error}"
+        ) from error
     for line in notes:
         _log.warning("%s: %s", path, line)
     return folder
@@ -85,6 +96,7 @@ def open_original_file(path: Path, *, cache: Path) -> Path:
 def _write_folder(
     file: OriginalFile, kind: str, prediction: str, folder: Path, tokenizer: Path
 ) -> None:
+    check_weights_finite(file.state, what="the file")
     texts = _convert_texts(file, kind)
     size = 768 if kind == "sd2" and prediction == "v" else PICTURE_SIZES[kind]
     pooled = texts[-1][0]["text_projection.weight"].shape[0] if kind == "sdxl" else 0
@@ -103,14 +115,15 @@ def _write_folder(
         zero_snr="ztsnr" in file.state,
     )
     temporary = folder.with_name(folder.name + TEMPORARY_SUFFIX)
-    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
     for name, state in (("unet", unet), ("vae", vae)):
-        _write_part(temporary / name, configs[name], state, "diffusion_pytorch_model")
+        write_diffusers_folder(temporary / name, configs[name], state, dtype=None)
     for number, (state, activation) in enumerate(texts):
         suffix = f"_{number + 1}" if number else ""
         config = derive_text_config(state, activation=activation)
-        _write_part(temporary / f"text_encoder{suffix}", config, state, "model")
-        # OpenCLIP fills a text up with "!", number 0; OpenAI's CLIP with its end token.
+        part = temporary / f"text_encoder{suffix}"
+        write_diffusers_folder(part, config, state, dtype=None, weights="model.safetensors")
+        # OpenCLIP pads a text with "!", token 0; OpenAI's CLIP pads with the end token.
         pad = "!" if activation == "gelu" else None
         save_tokenizer(
             tokenizer,
@@ -138,17 +151,6 @@ def _convert_texts(file: OriginalFile, kind: str) -> list[tuple[dict[str, Tensor
     return [(first, "quick_gelu"), (second, "gelu")]
 
 
-def _write_part(
-    folder: Path, config: Mapping[str, object], state: Mapping[str, Tensor], name: str
-) -> None:
-    folder.mkdir(parents=True)
-    write_json(folder / "config.json", config)
-    tensors = {key: value.contiguous() for key, value in state.items()}
-    save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
-    # safetensors writes for the user alone; the cache may belong to a team.
-    shutil.copymode(folder / "config.json", folder / f"{name}.safetensors")
-
-
 def _make_index(
     kind: str, texts: int, *, inpainting: bool, scheduler: Mapping[str, object]
 ) -> dict[str, object]:
@@ -156,7 +158,7 @@ def _make_index(
     name = "StableDiffusionXL" if kind == "sdxl" else "StableDiffusion"
     index: dict[str, object] = {
         "_class_name": f"{name}{'Inpaint' if inpainting else ''}Pipeline",
-        "_diffusers_version": "0.31.0",
+        "_diffusers_version": DIFFUSERS_VERSION,
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "scheduler": ["diffusers", scheduler["_class_name"]],

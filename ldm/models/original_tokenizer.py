@@ -1,4 +1,4 @@
-"""The tokenizer of a model in one file, which holds none: CLIP's, from its folder or the hub."""
+"""The tokenizer for a model in one file: that of CLIP, from a folder or the hub."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def hash_tokenizer(folder: Path) -> str:
 
 
 def save_tokenizer(source: Path, folder: Path, *, pad: str | None, length: int) -> None:
-    """Writes a copy that cuts at `length` and fills up with `pad`, if that is a token of it."""
+    """Writes a copy with this maximum length, and with `pad` as padding if it is a token."""
     from transformers import CLIPTokenizer  # slow to import
 
     from ldm.models.huggingface import silence_transformers

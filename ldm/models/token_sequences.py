@@ -19,7 +19,7 @@ def to_grid(x: Tensor, *, like: Tensor) -> Tensor:
 
 def apply_to_sequence(conv: nn.Module, x: Tensor) -> Tensor:
     """A 1x1 convolution of (B, N, C) -> (B, N, out): the linear map that it is."""
-    if not isinstance(conv, nn.Conv2d):  # with an adapter of LoRA, which is not in its weight
+    if not isinstance(conv, nn.Conv2d):  # a layer of peft, whose weight lacks the adapter
         return conv(x.mT[..., None]).squeeze(-1).mT
     weight = conv.weight
     if weight.stride(-1) != 1:  # channels_last: DDP wants a gradient of the same strides

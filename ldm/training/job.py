@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from ldm.utils.checkpoint_file import (
     parse_checkpoint_step,
     read_unverified_checkpoint,
 )
+from ldm.utils.errors import UsageError
 from ldm.utils.files import check_writable
 
 
@@ -126,15 +128,29 @@ class TrainingJob:
         )
 
 
-def prepare_run_directory(run_dir: Path, module: L.LightningModule) -> Path | None:
-    """Returns the checkpoint to resume from, if there is one; removes what earlier calls left."""
+def prepare_run_directory(
+    run_dir: Path, module: L.LightningModule, frozen: Mapping[str, str]
+) -> Path | None:
+    """Returns the checkpoint to resume from, if there is one; removes what earlier calls left.
+
+    frozen: digests of the parts that must be those of the checkpoint.
+    """
     first, resume = get_launcher_rank() == 0, find_newest_checkpoint(run_dir / "checkpoints")
     if first:
         check_writable(run_dir / "checkpoints")
         (run_dir / FIRST_ERROR_FILE).unlink(missing_ok=True)  # of an earlier call
     if resume is not None:
-        state = read_state_dict(read_unverified_checkpoint(resume), resume)
-        check_module_state(module, state, what=str(resume))
+        payload = read_unverified_checkpoint(resume)
+        check_module_state(module, read_state_dict(payload, resume), what=str(resume))
+        facts = payload.get("ldm")
+        before = facts.get("frozen") if isinstance(facts, dict) else None
+        before = before if isinstance(before, dict) else {}
+        if others := [n for n, each in frozen.items() if before.get(n, each) != each]:
+            raise UsageError(
+                f"{run_dir} was trained with another {' and '.join(others)}, whose files have "
+                "changed since: restore them, give another name=... for a new run, or "
+                f"resume.allow=[{','.join(others)}] to go on with these"
+            )
     elif first:
         (run_dir / "metrics.csv").unlink(missing_ok=True)  # of a call without a checkpoint
     return resume

@@ -27,7 +27,7 @@ _lock = RLock()  # other threads wait for the one that imports the rest
 
 
 def defer_torchmetrics() -> None:
-    """Has the next `import torchmetrics` of this process import the base classes only.
+    """Makes the next `import torchmetrics` of this process import the base classes only.
 
     Any other name of the package imports the rest of it, as `import torchmetrics` does.
     """
@@ -66,7 +66,7 @@ class _FirstParts(Loader):
 
 
 class _Package(ModuleType):
-    """The package until a name is read that it does not have yet."""
+    """The package, until a name is read that is not imported yet."""
 
     def __getattr__(self, name: str) -> object:
         with _lock:

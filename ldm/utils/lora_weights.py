@@ -14,7 +14,7 @@ DOWN_SUFFIX, UP_SUFFIX = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
 def read_lora_scale(facts: Mapping) -> float:
-    """Returns alpha / rank of a run's adapters; facts: of its checkpoint. ValueError without."""
+    """Returns alpha / rank by the facts of a checkpoint; ValueError if they do not say it."""
     lora = facts.get("lora")
     numbers = [lora.get(name) for name in ("alpha", "rank")] if isinstance(lora, dict) else [None]
     if not all(type(number) in (int, float) and number > 0 for number in numbers):

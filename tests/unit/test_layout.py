@@ -12,15 +12,15 @@ ROOT = Path(__file__).parents[2]
 # A room imports from the rooms before it in this table, and from itself (docs/design.md).
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
-    "utils": 1980,
+    "utils": 1985,
     "diffusion": 3380,
-    "models": 4800,
+    "models": 4940,
     "data": 4385,
     "inference": 860,
     "evaluation": 3115,
     "experiments": 2220,
     "training": 3760,
-    "config": 6890,
+    "config": 6920,
     "cli": 1920,
 }
 ROOMS = tuple(ROOM_LINES)

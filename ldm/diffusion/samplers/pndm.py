@@ -8,7 +8,7 @@ from torch import Tensor
 from ldm.diffusion.samplers import base
 from ldm.diffusion.samplers.base import NoiseLevel, Sampler, StepIterator, Trajectory
 
-# Adams and Bashforth's weights of the last outputs, from old to new, for even steps.
+# Adams-Bashforth weights of the last outputs, from old to new, for even steps.
 ADAMS_WEIGHTS = (
     (1.0,),
     (-1 / 2, 3 / 2),

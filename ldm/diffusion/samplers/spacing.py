@@ -17,7 +17,7 @@ SPACING_TRANSFORMS = {
 }
 SPACINGS = (*LINEAR_SPACINGS, *SPACING_TRANSFORMS)
 # Where diffusers' schedulers of a family differ from the times above:
-# ddim (DDIM): each step is floor(table / steps) long, wherever the next one begins.
+# ddim (DDIM): each step is floor(table / steps) long, also if the next one begins elsewhere.
 # euler (Euler, Euler ancestral, Heun, DPM SDE): `linspace` is not rounded to the table, and r is
 #   linear in between; `karras` and `logsnr` go from the first time of `ends` to its last.
 # dpm (DPM-Solver multistep, UniPC): `leading` and `linspace` are those of one step more, without
@@ -181,7 +181,7 @@ def space_as_published(
         return schedule.timesteps_at_ratio(
             unscale(torch.linspace(high, low, steps, dtype=torch.float64))
         )
-    # A time of the table stays to the last bit, but for one without signal.
+    # A time of the table is not changed, unless it has no signal.
     is_same = schedule.noise_to_signal_ratio(t).isclose(r, rtol=1e-12, atol=0)
     return torch.where(is_same, t, schedule.timesteps_at_ratio(r))
 

@@ -160,9 +160,21 @@ def load_clip(kind: type[ClipModelType], path: str) -> "tuple[ClipModelType, CLI
             "pipeline folder, a run directory with clip/, or the name of a model on huggingface.co "
             "(of a pipeline there: owner/name/text_encoder)."
         ) from error
-    tokenizer = CLIPTokenizer.from_pretrained(
-        tokenizer_at, local_files_only=local, subfolder=tokenizer_part
-    )
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(
+            tokenizer_at, local_files_only=local, subfolder=tokenizer_part
+        )
+        pad = tokenizer.pad_token_id
+    except Exception as error:  # of many types, in words that do not name the file
+        raise ValueError(
+            f"the tokenizer in '{tokenizer_at}' is damaged ({type(error).__name__}): put the "
+            "model's own tokenizer.json (or vocab.json and merges.txt) there"
+        ) from error
+    if pad is None:
+        raise ValueError(
+            f"the tokenizer in '{tokenizer_at}' has no token that fills up: give its "
+            "tokenizer_config.json the pad_token of the model"
+        )
     vocab_size = model.config.get_text_config().vocab_size
     # transformers returns an empty tokenizer if files are missing.
     if len(tokenizer) != vocab_size:

@@ -6,7 +6,7 @@ import shutil
 import published_folders as folders
 import pytest
 
-from ldm.config.published import open_published
+from ldm.config.published import open_checkpoint, open_published
 from ldm.utils.errors import UsageError
 
 INDEX, UNET, VAE = "model_index.json", "unet/config.json", "vae/config.json"
@@ -83,3 +83,12 @@ def test_no_text_of_xl_is_zeros_or_it_is_not(tmp_path):
     change(folder / INDEX, force_zeros_for_empty_prompt="yes")
     with pytest.raises(UsageError, match="force_zeros_for_empty_prompt=yes is neither"):
         open_published(str(folder))
+
+
+def test_a_folder_of_one_part_or_without_index_says_what_to_give(folder):
+    for part in ("vae", "unet", "text_encoder"):
+        with pytest.raises(UsageError, match=f"{part} is one network, and no pipeline"):
+            open_checkpoint(str(folder / part))
+    (folder / INDEX).unlink()
+    with pytest.raises(UsageError, match=f"has no {INDEX}: copy it"):
+        open_checkpoint(str(folder))

@@ -3,6 +3,10 @@
 import io
 import os
 import re
+import resource
+import subprocess
+import sys
+import time
 import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -166,6 +170,31 @@ def test_weights_without_ema_in_half_precision_replace_an_export(home, monkeypat
     assert "pipe.to(torch.float16)" in card
 
 
+def test_a_disk_that_is_full_is_named_and_leaves_nothing(home, monkeypatch):
+    monkeypatch.chdir(home)
+    with isolate_hydra():
+        cfg = compose_config("export", ["ckpt=runs/small", "out=full"])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises((UsageError, OSError), match="full"):
+            write_export(cfg, "runs/small", Path("full"), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [path for path in home.iterdir() if "full" in path.name]
+
+
+@pytest.mark.slow
+def test_an_export_that_is_stopped_leaves_nothing(home):
+    words = [sys.executable, "-m", "ldm", "export", "ckpt=runs/small", "out=stopped"]
+    process = subprocess.Popen(words, cwd=home, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    while process.poll() is None and not [*home.glob(".stopped.*/*")]:
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    assert not [path for path in home.iterdir() if "stopped" in path.name]
+
+
 def test_a_process_without_ldm_paints_the_pictures_of_the_drawn_world(home, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.chdir(home)
@@ -233,8 +262,9 @@ def test_all_that_diffusers_cannot_hold_is_named_at_once(home):
     assert f"diffusers cannot hold {causes}." in describe_export(cfg)
     cfg = compose_default_config("train", ["experiment=moving", "style_encoder=clip"])
     cfg["text_encoder"] = compose_default_config("train", ["text_encoder=t5"])["text_encoder"]
+    cfg["scheduler"]["_target_"] = "mypackage.schedules.cosine"
     found = "; ".join(list_export_obstacles(cfg))
-    for words in ("task (", "style_encoder (", "text_encoder ("):
+    for words in ("task (", "style_encoder (", "text_encoder (", "scheduler=mypackage."):
         assert words in found
 
 

@@ -6,8 +6,7 @@ from original_files import collect_original_state, make_pipeline, write_original
 from safetensors.torch import save_file
 
 import ldm
-from ldm.config.original_files import is_of_model, is_original
-from ldm.config.published import is_published, locate_published
+from ldm.config.published import is_of_model, is_original, is_published, locate_published
 
 
 @pytest.fixture
@@ -58,7 +57,9 @@ def test_a_lora_as_a_checkpoint_is_refused_in_one_line(tmp_path):
 def test_checkpoints_of_runs_and_other_files_are_not_published(tmp_path):
     for name in ("step=1.ckpt", "model.pt", "notes.safetensors.txt"):
         (tmp_path / name).write_text("model.diffusion_model.")
-        assert not is_original(str(tmp_path / name))
+    torch.save({"state_dict": {"denoiser.conv_in.weight": torch.zeros(1)}}, tmp_path / "own.ckpt")
+    for path in (*tmp_path.iterdir(), tmp_path, tmp_path / "missing.ckpt"):
+        assert not is_original(str(path))
     original = tmp_path / "model.ckpt"
     torch.save({"model.diffusion_model.out.2.bias": torch.zeros(1)}, original)
     assert is_original(str(original))

@@ -6,6 +6,7 @@ import published_folders as folders
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 import ldm
 from ldm.config.bundle import write_bundle
@@ -144,3 +145,16 @@ def test_what_does_not_fit_the_folder_is_refused(words, message, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match=message):
         train(*words, "name=refused")
+
+
+def test_a_run_does_not_go_on_with_other_frozen_weights(home):
+    folder = shutil.copytree(home / "sd1", home / "changing")
+    words = ["init=changing", "name=changing"]
+    train(*words)
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["decoder.conv_in.bias"] += 1
+    save_file(weights, file)
+    with pytest.raises(UsageError, match="was trained with another autoencoder, whose files have"):
+        train(*words, "trainer.max_steps=2")
+    train(*words, "trainer.max_steps=2", "resume.allow=[autoencoder]")

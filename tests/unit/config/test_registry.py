@@ -25,10 +25,10 @@ from ldm.config import command_line
 from ldm.config.components import build_objective, load_diffusion_checkpoint
 from ldm.config.evaluation import build_evaluation_source
 from ldm.config.guidance import load_guide_denoiser, load_noisy_classifier
-from ldm.config.initial_weights import warm_start_from_run
 from ldm.config.own_components import COMPONENT_GROUPS, DIFFUSION_GROUPS
 from ldm.config.pipeline import LoadedPipeline, load_cascade, load_pipeline
 from ldm.config.registry import list_component_targets, validate_component
+from ldm.config.run import warm_start_from_init
 from ldm.config.train_run import check_config_unchanged
 from ldm.config.training_images import SCENES_TARGET, open_run_images
 from ldm.diffusion.schedules import cosine
@@ -375,7 +375,7 @@ DOORS = {
     ),
     "evaluate, phema": evaluated,
     "guide": lambda run: load_guide_denoiser(run, beside(), device=CPU),
-    "init": lambda run: warm_start_from_run(run, beside()),
+    "init": lambda run: warm_start_from_init(OmegaConf.create({"init": run}), beside()),
     "classifier": lambda run: load_noisy_classifier(run, beside(), device=CPU),
     "package": lambda run: package_autoencoder(Path(run), Path("made"), scenes=1),
 }

@@ -175,6 +175,19 @@ def test_one_process_prints_a_note(monkeypatch, capsys):
     assert capsys.readouterr().err == "of the first\n"
 
 
+def test_a_lora_file_may_have_a_colon_in_its_name(home):
+    for name in ("a:b.safetensors", "c:0.5"):
+        Path(name).touch()
+    entries = ["a:b.safetensors", "a:b.safetensors:2", "c:0.5"]
+    assert [weight for _, weight in list_lora_files({"lora": entries})] == [1.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("entry", ["", ":", "a:abc", "a:inf", "a:nan", "a:1e400"])
+def test_a_lora_entry_without_file_or_number_is_refused(home, entry):
+    with pytest.raises(UsageError, match="give FILE or FILE:WEIGHT"):
+        list_lora_files({"lora": [entry]})
+
+
 def test_one_lora_file_needs_no_list(tmp_path):
     file = tmp_path / "a.safetensors"
     file.touch()

@@ -131,6 +131,11 @@ def test_several_files_with_weights_add_up(base, file):
     torch.testing.assert_close(call(none), call(base), rtol=1e-5, atol=1e-5)
 
 
+def name_part(tensors, suffix):
+    """The name of another part of the first adapter."""
+    return f"{min(tensors).partition('.lora_')[0]}.{suffix}"
+
+
 def change_file(file, change) -> None:
     tensors = load_file(file)
     tensors |= {} if (more := change(tensors)) is None else more
@@ -160,6 +165,11 @@ def change_file(file, change) -> None:
         ),
         (lambda t: {"lora_unet_mid.hada_w1_a": torch.ones(1)}, "lora_unet_mid.hada_w1_a"),
         (lambda t: t.clear(), "holds nothing"),
+        (lambda t: t.update({n: v[:0] for n, v in t.items() if "lora_A" in n}), "of rank 1 or"),
+        (lambda t: t.update({n: v[0].clone() for n, v in t.items()}), "are matrices of floats"),
+        (lambda t: t.update({n: v > 0 for n, v in t.items()}), "are matrices of floats"),
+        (lambda t: {name_part(t, "alpha"): torch.ones(3)}, "has 3 numbers, where an alpha is one"),
+        (lambda t: {name_part(t, "lora.down.weight"): t[min(t)].clone()}, "is there twice"),
     ],
 )
 def test_other_files_are_refused_by_name(base, file, change, said):
@@ -175,7 +185,9 @@ def test_a_file_without_tensors_and_another_kind_of_adapter_are_refused(base, fi
     (tmp_path / "text").write_text("no tensors")
     with pytest.raises(UsageError, match=r"no whole \.safetensors file"):
         add_lora_file(base, nn.Identity(), tmp_path / "text")
-    for settings, said in ((json.dumps({"unet.use_dora": True}), "use_dora"), ("[", "no JSON")):
+    odd = json.dumps({"unet.lora_alpha": "8"})
+    others = {json.dumps({"unet.use_dora": True}): "use_dora", "[": "no JSON", odd: "the alpha '8'"}
+    for settings, said in others.items():
         save_file(load_file(file), file, metadata={"lora_adapter_metadata": settings})
         with pytest.raises(UsageError, match=said):
             add_lora_file(base, nn.Identity(), file)

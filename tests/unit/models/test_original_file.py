@@ -9,12 +9,7 @@ from original_files import collect_original_state, make_pipeline
 from safetensors.torch import save_file
 
 from ldm.models.original_configs import derive_scheduler_config
-from ldm.models.original_file import (
-    find_prediction,
-    identify_original_kind,
-    is_original_file,
-    read_original_file,
-)
+from ldm.models.original_file import find_prediction, identify_original_kind, read_original_file
 from ldm.utils.checkpoint_file import CheckpointError
 
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model.transformer.text_model."
@@ -46,6 +41,7 @@ def path(tmp_path):
     [
         ({"lora_unet_down.lora_down.weight": (4, 8)}, "a LoRA: give it as lora=FILE"),
         ({"unet.mid_block.attn1.to_q.lora_A.weight": (4, 8)}, "a LoRA: give it as lora=FILE"),
+        ({"unet.mid_block.attn1.to_q.lora.down.weight": (4, 8)}, "a LoRA: give it as lora=FILE"),
         ({"control_model.time_embed.0.weight": (8, 8)}, "a ControlNet"),
         ({f"{UNET}joint_blocks.0.x_block.attn.qkv.weight": (8, 8)}, "Stable Diffusion 3"),
         ({"double_blocks.0.img_attn.qkv.weight": (8, 8)}, "Flux"),
@@ -74,17 +70,7 @@ def test_other_files_are_refused_by_name(path, shapes, words):
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_kinds_by_the_text_encoder(tmp_path, shapes, kind, suffix):
     path = write(tmp_path / f"model{suffix}", shapes)
-    assert is_original_file(path)
     assert identify_original_kind(read_original_file(path)) == kind
-
-
-def test_files_of_runs_and_folders_are_no_original_files(tmp_path):
-    assert not is_original_file(tmp_path)
-    assert not is_original_file(tmp_path / "missing.ckpt")
-    torch.save({"state_dict": {"denoiser.conv_in.weight": torch.zeros(1)}}, tmp_path / "own.ckpt")
-    assert not is_original_file(tmp_path / "own.ckpt")
-    (tmp_path / "text.ckpt").write_text(UNET)
-    assert not is_original_file(tmp_path / "text.ckpt")
 
 
 def test_a_file_with_objects_is_not_opened(tmp_path):
@@ -158,3 +144,17 @@ def test_the_schedule_in_a_file_is_checked():
 def test_the_names_of_a_whole_model_are_all_known():
     state = collect_original_state(make_pipeline("sd1"))
     assert all(name.startswith((UNET, "first_stage_model.", TEXT)) for name in state)
+
+
+@pytest.mark.parametrize("payload", [[UNET], 3, {"state_dict": [UNET]}, {3: torch.zeros(1)}])
+def test_a_pickle_that_is_no_mapping_of_names_is_refused(tmp_path, payload):
+    torch.save(payload, tmp_path / "model.ckpt")
+    with pytest.raises(CheckpointError, match=r"model.ckpt is no file of weights by name"):
+        read_original_file(tmp_path / "model.ckpt")
+
+
+@pytest.mark.parametrize("data", [b"{", b"- 1", b"\0", b"\xff\xfe"])
+def test_a_damaged_config_next_to_a_file_is_named(path, data):
+    path.with_suffix(".yaml").write_bytes(data)
+    with pytest.raises(ValueError, match=r"of .*model.yaml: "):
+        find_prediction(read_original_file(write(path, WHOLE)), "sd1")

@@ -207,6 +207,22 @@ def test_a_network_of_other_blocks_is_refused_by_the_name_that_it_lacks(tmp_path
         open_original_file(path, cache=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("input_blocks.0.0.weight", torch.ones(3), "or damaged: tuple index out of range"),
+        ("middle_block.1.transformer_blocks.0.attn2.to_k.weight", torch.ones(3), "or damaged"),
+        ("out.2.bias", torch.full((4,), torch.nan), "out.2.bias is not finite"),
+    ],
+)
+def test_a_damaged_file_leaves_no_folder(tmp_path, name, value, what):
+    state = collect_original_state(make_pipeline("sd1")) | {f"model.diffusion_model.{name}": value}
+    path = write_original_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"model.safetensors .*{what}"):
+        open_original_file(path, cache=tmp_path / "cache")
+    assert not [*(tmp_path / "cache").rglob("*.safetensors")]
+
+
 def test_a_tokenizer_that_is_nowhere_is_named_with_the_remedy(file, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     path = tmp_path / "model.safetensors"

@@ -128,7 +128,7 @@ def load_ours(folder: Path, size: int, workers: int, batches: int) -> None:
         train=str(folder), val=str(folder), size=size, batch_size=BATCH, workers=workers
     )
     data.trainer = SimpleNamespace(
-        world_size=1, accumulate_grad_batches=1, global_rank=0, max_steps=batches
+        world_size=1, num_devices=1, accumulate_grad_batches=1, global_rank=0, max_steps=batches
     )
     consume(data.train_dataloader(), size, batches)
 

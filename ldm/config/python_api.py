@@ -49,7 +49,7 @@ def load(
     trust: str | Sequence[str] = (),
     device: "str | torch.device | None" = None,
     dtype: "torch.dtype | str | None" = None,
-    lora: Sequence[str] = (),
+    lora: "str | os.PathLike[str] | Sequence[str]" = (),
 ) -> "LoadedPipeline":
     """Returns the pipeline of a run directory, a checkpoint file, a bundle or a published model.
 

@@ -90,7 +90,7 @@ def send(number: int, process: int) -> None:
 @LINUX
 def test_data_workers_end_only_by_their_parent(shapes):
     data = shapes_data(shapes, workers=2)
-    data.trainer = type("Trainer", (), {"global_rank": 0, "world_size": 1})
+    data.trainer = type("Trainer", (), {"global_rank": 0, "world_size": 1, "num_devices": 1})
     others = set(multiprocessing.active_children())  # that other tests have left to be collected
     batches = iter(data.val_dataloader())
     workers = [each for each in multiprocessing.active_children() if each not in others]

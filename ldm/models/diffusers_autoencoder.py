@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.rng import Generators, randn
+from ldm.models.diffusers_config import MOST_FEATURES
 from ldm.models.diffusers_files import (
     find_diffusers_weights,
     locate_diffusers_folder,
@@ -42,9 +43,18 @@ class DiffusersAutoencoder(nn.Module):
         full = self.model.config  # with defaults
         self.channels = full.latent_channels
         self.factor = 2 ** (len(full[FOREIGN_AUTOENCODERS[self.kind]]) - 1)
-        shift = full.get("latents_mean") or full.get("shift_factor") or 0.0
-        scale = full.scaling_factor / torch.tensor(full.get("latents_std") or 1.0)
-        self.register_buffer("shift", torch.tensor(shift).expand(self.channels).clone())
+        try:
+            mean = full.get("latents_mean") or full.get("shift_factor") or 0.0
+            shift = torch.tensor(mean).expand(self.channels)
+            scale = full.scaling_factor / torch.tensor(full.get("latents_std") or 1.0)
+            is_usable = bool(
+                shift.isfinite().all() and scale.isfinite().all() and (scale > 0).all()
+            )
+        except (TypeError, RuntimeError):
+            is_usable = False
+        if not is_usable:
+            raise ValueError(f"{folder}/config.json has a latent scale or shift that cannot be")
+        self.register_buffer("shift", shift.clone())
         self.register_buffer("scale", scale.expand(self.channels).clone())
         file = find_diffusers_weights(folder)
         load_module_state(self.model, read_diffusers_weights(file), what=str(file))
@@ -111,4 +121,16 @@ def _build_foreign_autoencoder(kind: str, config: Mapping[str, object], folder: 
             f"{folder}/config.json has {', '.join(unknown)}, which {kind} of diffusers "
             f"{diffusers.__version__} does not take: install a newer one"
         )
-    return made(**given)
+    numbers = [each for value in given.values() for each in _flatten_setting(value)]
+    if max(numbers, default=0) > MOST_FEATURES:
+        raise ValueError(f"{folder}/config.json has the number {max(numbers)}: is it damaged?")
+    try:
+        return made(**given)
+    except Exception as error:  # of many types
+        raise ValueError(f"{folder}/config.json is of no {kind}: {error}") from error
+
+
+def _flatten_setting(value: object) -> list[int]:
+    if isinstance(value, list):
+        return [number for each in value for number in _flatten_setting(each)]
+    return [value] if isinstance(value, int) else []

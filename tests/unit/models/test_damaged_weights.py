@@ -151,3 +151,31 @@ def test_a_latent_scale_that_cannot_be_is_named(values):
 
     with pytest.raises(ValueError, match=f"{min(values)}="):
         read_autoencoder_settings(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"scaling_factor": float("nan")},
+        {"scaling_factor": 0},
+        {"scaling_factor": "x"},
+        {"shift_factor": float("nan")},
+        {"latent_channels": 10**9},
+        {"latent_channels": -1},
+        {"num_encoder_blocks": [1, 10**7]},
+        {"encoder_block_out_channels": 3},
+        {"act_fn": "evil"},
+    ],
+)
+def test_a_damaged_config_of_a_tiny_autoencoder_is_named(tmp_path, values):
+    from diffusers import AutoencoderTiny
+
+    from ldm.models.diffusers_autoencoder import DiffusersAutoencoder
+
+    sizes = {f"{half}_block_out_channels": (8, 8) for half in ("encoder", "decoder")}
+    sizes |= {f"num_{half}_blocks": (1, 1) for half in ("encoder", "decoder")}
+    AutoencoderTiny(**sizes).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    with pytest.raises(ValueError, match=f"{file} "):
+        DiffusersAutoencoder(str(tmp_path))

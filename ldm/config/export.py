@@ -51,13 +51,13 @@ def write_export(
     if is_published(ckpt):
         raise UsageError(f"ckpt={ckpt} is a folder of diffusers already: copy it")
     trust = list(cfg.trust)
-    source = load_diffusion_checkpoint(ckpt, trust=trust)
-    nodes = {name: source.config[name] for name in ("scheduler", "objective")}
+    trained = load_diffusion_checkpoint(ckpt, trust=trust).config  # its weights are let go
+    nodes = {name: trained[name] for name in ("scheduler", "objective")}
     nodes |= {"sampler": cfg.sampler}
     nodes = {name: OmegaConf.to_container(node, resolve=True) for name, node in nodes.items()}
-    obstacles = list_export_obstacles(source.config)
+    obstacles = list_export_obstacles(trained)
     try:
-        paired = is_paired(source.config)
+        paired = is_paired(trained)
         scheduler = adapt_scheduler_config(export_scheduler_config(nodes), paired=paired)
     except ValueError as error:
         if not any(each.startswith(("scheduler", "objective")) for each in obstacles):
@@ -81,7 +81,7 @@ def write_export(
         write_diffusers_card(
             folder,
             describe_model(out.name, cfg.license, loaded, {}),
-            source.path.resolve(),
+            loaded.path,
             place=cfg.push or out.name,
             pipeline=choose_pipeline(loaded),
             dtype=cfg.dtype,

@@ -97,7 +97,7 @@ def quote_override(word: str) -> str:
     key, _, value = word.partition("=")
     is_list = value[:1] == "[" and value[-1:] == "]"
     entries = value[1:-1].split(",") if is_list else [value]
-    is_plain = re.fullmatch(r"[\w@/.+~-]+", key) and not word.startswith("-")
+    is_plain = "=" in word and re.fullmatch(r"[\w@/.+~-]+", key) and not word.startswith("-")
     if not is_plain or any(re.search(r"[,'\"\[\]{}()$\\\t\n]", entry) for entry in entries):
         return word
     quoted = ",".join(

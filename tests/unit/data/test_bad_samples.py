@@ -7,12 +7,13 @@ from itertools import islice
 import numpy as np
 import pytest
 from bad_sample_runs import fit
+from batches import collate
 from material import encoded, picture, samples, tar_bytes
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from ldm.data.bad_samples import MIN_ALLOWED_SKIPS, BadSample, BadSampleCounter, TooManySkippedError
-from ldm.data.dataset import TextImageDataset, collate
+from ldm.data.dataset import TextImageDataset
 from ldm.data.image_decoding import ImageError
 from ldm.data.position_sampler import PositionBatchSampler, ShuffledOrder
 from ldm.data.shards.index import ReadOptions

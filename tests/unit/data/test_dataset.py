@@ -4,11 +4,12 @@ import multiprocessing
 
 import pytest
 import torch
+from batches import collate
 from material import encoded, picture, tar_bytes
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ldm.data.dataset import TextImageDataset, collate
+from ldm.data.dataset import TextImageDataset
 from ldm.data.image_decoding import ImageError
 from ldm.data.position_sampler import PositionBatchSampler, ShuffledOrder, split_strided_batches
 from ldm.data.shards.reader import ShardReader

@@ -15,11 +15,12 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from batches import collate
 from material import encoded, picture, samples, tar_bytes
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ldm.data.dataset import TextImageDataset, collate
+from ldm.data.dataset import TextImageDataset
 from ldm.data.image_decoding import ImageError, read_image, read_short_side
 from ldm.data.position_sampler import PositionBatchSampler, ShuffledOrder
 from ldm.data.shards.index import open_index

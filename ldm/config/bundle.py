@@ -1,6 +1,5 @@
 """Writes a trained model as a bundle: weights, configuration, frozen components, model card."""
 
-import tempfile
 from collections.abc import Callable, Mapping
 from errno import EEXIST, ENOTDIR, ENOTEMPTY
 from pathlib import Path
@@ -27,7 +26,7 @@ from ldm.models.clip import Clip
 from ldm.models.diffusers_format import save_autoencoder
 from ldm.utils.bundle_file import is_bundle, write_bundle_manifest, write_bundle_weights
 from ldm.utils.errors import UsageError
-from ldm.utils.files import TEMPORARY_SUFFIX
+from ldm.utils.files import make_folder_beside
 
 
 def write_bundle(
@@ -49,12 +48,7 @@ def write_bundle(
             set_component_location(source.config, name, location)
     places = {name: find_component_location(source.config[name]) for name in source.digests}
     places = {name: place for name, place in places.items() if place is not None}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=out.parent, prefix=f".{out.name}.", suffix=TEMPORARY_SUFFIX
-    ) as temporary:
-        folder = Path(temporary, out.name)
-        folder.mkdir()
+    with make_folder_beside(out) as folder:
         copies = {}
         for name in places if cfg.frozen == "copy" else ():
             part = source.config[name]

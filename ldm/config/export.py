@@ -3,7 +3,6 @@
 import copy
 import math
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusers_files import DIFFUSERS_VERSION, DIFFUSERS_WEIGHTS
 from ldm.models.diffusers_format import save_autoencoder, save_unet
 from ldm.utils.errors import UsageError
-from ldm.utils.files import TEMPORARY_SUFFIX, read_json, write_json
+from ldm.utils.files import make_folder_beside, read_json, write_json
 
 TOKENIZER_PATTERNS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens*", "added_tokens*")
 NO_MODULE = (None, None)
@@ -68,12 +67,7 @@ def write_export(
         words = [f"trust=[{','.join(trust)}]", "device=cpu", f"raw={cfg.raw}"]
         sampling = compose_config("sample", words)
     loaded = load_pipeline(sampling, ckpt, dict(locations))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=out.parent, prefix=f".{out.name}.", suffix=TEMPORARY_SUFFIX
-    ) as temporary:
-        folder = Path(temporary, out.name)
-        folder.mkdir()
+    with make_folder_beside(out) as folder:
         try:
             write_parts(folder, loaded, scheduler, dtype=getattr(torch, cfg.dtype))
         except SafetensorError as error:  # of a full disk
@@ -90,7 +84,7 @@ def write_export(
         )
         for path in folder.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors' are for their owner alone
-        move_into_place(folder, out, Path(temporary, "old"))
+        move_into_place(folder, out, folder.with_name(f"{out.name}.old"))
 
 
 def move_into_place(folder: Path, out: Path, old: Path) -> None:

@@ -207,14 +207,14 @@ class TextImageDataset(Dataset):
                 part.copy_(box)
                 if crop.flip:
                     part.copy_(part.flip(-1))
+                if self.gives_sizes:
+                    sizes.copy_(torch.tensor(describe_crop(*sides, **crop.box, flip=crop.flip)))
         except ImageError as error:
             message = f"{self.shards.sample_name(index)}: {error}"
             if self.on_error != "skip":
                 raise ImageError(message) from error
             self._damaged[index] = BadSample(error.reason, message)
             return self._damaged[index]
-        if self.gives_sizes:
-            sizes.copy_(torch.tensor(describe_crop(*sides, **crop.box, flip=crop.flip)))
         return None
 
     def _draw_crop(self, index: int, position: int) -> Crop:

@@ -4,9 +4,9 @@ Shapes: B batch, S side of the square image, F frames of a video.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypedDict
+from typing import ClassVar, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from ldm.data.image_decoding import (
     read_frames,
     read_image,
 )
-from ldm.data.position_sampler import CAPTION_STREAM, CROP_STREAM, draw_random_bits
+from ldm.data.position_sampler import draw_caption_number, draw_crop_and_flip
 from ldm.data.shards.reader import Sample, ShardReader
 from ldm.data.square_reading import read_square, resize_square
 
@@ -77,6 +77,7 @@ class TextImageDataset(Dataset):
     train: bool
     even_crops: bool = True
     fast_pixels: bool = False
+    tensor_name: ClassVar[str] = "images"  # of a batch's field that workers write into slots
     _damaged: dict[int, BadSample] = field(default_factory=dict, init=False)  # not tried again
 
     def __post_init__(self) -> None:
@@ -99,6 +100,30 @@ class TextImageDataset(Dataset):
     def image_shape(self) -> tuple[int, ...]:
         """(3, S, S) of an image, or (3, F, S, S) of a video."""
         return (3, *([self.frames] if self.frames else []), self.size, self.size)
+
+    @property
+    def slot_shape(self) -> tuple[int, ...]:
+        """The shape of one sample in a slot of bytes."""
+        return self.image_shape
+
+    def rules(self) -> dict[str, object]:
+        """Returns what a checkpoint stores, so that the run resumes by the same rules."""
+        source = self.shards.index.fingerprint
+        return {
+            "even_crops": self.even_crops,
+            "fast_pixels": self.fast_pixels,
+            "source": source,
+            "cached": False,
+        }
+
+    def follow_rules(self, facts: Mapping[str, object]) -> None:
+        """Takes the rules of a checkpoint; in those of before crops are uneven, Pillow resizes."""
+        self.even_crops = facts.get("even_crops", False)
+        self.fast_pixels = facts.get("fast_pixels", False)
+
+    def unpack(self, batch: Batch) -> Batch:
+        """Converts bytes on the device to (B, 3, S, S) or (B, 3, F, S, S) in [-1, 1]."""
+        return {**batch, "images": batch["images"].float().div_(127.5).sub_(1)}
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -170,7 +195,7 @@ class TextImageDataset(Dataset):
         """Returns the arguments of `place_square`, and whether the image is flipped."""
         if not self.train:
             return {"x": 0.5, "y": 0.5, "even": False}, False
-        x, y, flip = draw_random_bits(3, CROP_STREAM, self.seed, position) / 2.0**64
+        x, y, flip = draw_crop_and_flip(self.seed, position)
         if self.crop != "random":
             x, y = 0.5, 0.5
         return {"x": x, "y": y, "even": self.crop == "random" and self.even_crops}, flip < self.flip
@@ -193,14 +218,10 @@ class TextImageDataset(Dataset):
                 yield resize_square(np.array(frame), self.size, **crop)
 
     def _choose_caption(self, sample: Sample, index: int, *, epoch: int) -> str:
-        captions, weights = sample.captions, sample.weights
-        if not self.train or len(captions) == 1:
+        captions, draw = sample.captions, {"seed": self.seed, "epoch": epoch, "index": index}
+        if not self.train:
             return captions[0]
-        bits = draw_random_bits(1, CAPTION_STREAM, self.seed, epoch, index)[0]
-        if weights is None:
-            return captions[int(bits % len(captions))]
-        ends = np.cumsum(weights)  # the last of them, for bits / 2^64 may round to 1
-        return captions[np.searchsorted(ends[:-1], bits / 2.0**64 * ends[-1], side="right")]
+        return captions[draw_caption_number(len(captions), sample.weights, **draw)]
 
 
 def join_items(items: list[TextImageItem], images: Tensor) -> Batch:

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ldm.data.bad_samples import BadSampleCounter
-from ldm.data.batch_slots import PREFETCH, BatchDataset, allocate_slots, pass_batch
+from ldm.data.batch_slots import PREFETCH, BatchDataset, SampleDataset, allocate_slots, pass_batch
 from ldm.data.dataset import Batch, TextImageDataset
 from ldm.data.position_sampler import (
     PositionBatchSampler,
@@ -39,7 +39,8 @@ class TextImageData(L.LightningDataModule):
     the training advances.
     max_skipped: with on_error="skip", the share of bad samples above which the run stops.
     cache: the folder for shards of servers, at most `cache_gb` of 10^9 bytes; the next shards of a
-    run are downloaded ahead.
+    run are downloaded ahead. datasets: for training and validation, in place of images; what says
+    how images are read is then unused.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class TextImageData(L.LightningDataModule):
         frames: int | None = None,
         caption_key: str | None = None,
         captions: Mapping[str, float] | None = None,
+        datasets: tuple[SampleDataset, SampleDataset] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -77,39 +79,40 @@ class TextImageData(L.LightningDataModule):
         self._prefetcher: ShardPrefetcher | None = None
         self._prefetched_at = 0
         self.cache = ShardCache(cache, gigabytes=cache_gb) if cache else None
-        options = ReadOptions(
-            min_size=min_size,
-            cache=self.cache,
-            caption_key=caption_key,
-            captions=captions,
-            on_error=on_error,
-        )
-        train_shards, val_shards = ShardReader(train, options), ShardReader(val, options)
-        common = {"size": size, "on_error": on_error, "frames": frames, "seed": seed}
-        common |= {"fast_pixels": True}  # unless `resume` finds otherwise
-        self.train_set = TextImageDataset(train_shards, **common, crop=crop, flip=flip, train=True)
-        self.val_set = TextImageDataset(val_shards, **common, train=False)
+        if datasets is None:
+            options = ReadOptions(
+                min_size=min_size,
+                cache=self.cache,
+                caption_key=caption_key,
+                captions=captions,
+                on_error=on_error,
+            )
+            common = {"size": size, "on_error": on_error, "frames": frames, "seed": seed}
+            common |= {"fast_pixels": True}  # unless `resume` finds otherwise
+            draws = {"crop": crop, "flip": flip}
+            datasets = (
+                TextImageDataset(ShardReader(train, options), **common, **draws, train=True),
+                TextImageDataset(ShardReader(val, options), **common, train=False),
+            )
+        self.train_set, self.val_set = datasets
         self.train_skips = BadSampleCounter("training", limit=max_skipped)
         self.val_skips = BadSampleCounter("validation", limit=max_skipped)
-        sizes, paths = train_shards.index.shard_sizes(), train_shards.index.paths
+        index = self.train_set.shards.index
+        sizes, paths = index.shard_sizes(), index.paths
         self._remote = {
             i: path for i, path in enumerate(paths) if sizes[i] and isinstance(path, RemoteShard)
         }
         self.order = ShuffledOrder(sizes, seed=seed, window=window, group=group)
 
-    def rules(self) -> dict[str, bool]:
+    def rules(self) -> dict[str, object]:
         """Returns what a checkpoint stores, so that the run resumes by the same rules."""
-        return {"even_crops": self.train_set.even_crops, "fast_pixels": self.train_set.fast_pixels}
+        return self.train_set.rules()
 
     def resume(self, facts: dict) -> None:
-        """Continues after the images seen, by the rules of a checkpoint; those of before have none.
-
-        Then crops are uneven, and Pillow resizes.
-        """
+        """Continues after the images seen, by the rules of a checkpoint."""
         self.position = int(facts["images_seen"])
-        self.train_set.even_crops = facts.get("even_crops", False)
-        fast_pixels = facts.get("fast_pixels", False)
-        self.train_set.fast_pixels = self.val_set.fast_pixels = fast_pixels
+        for dataset in (self.train_set, self.val_set):
+            dataset.follow_rules(facts)
 
     def train_captions(self) -> list[str]:
         """Returns every caption of the training set."""
@@ -167,7 +170,7 @@ class TextImageData(L.LightningDataModule):
         )
         return self._make_loader(self.val_set, batches, batch=max(map(len, batches), default=0))
 
-    def _make_loader(self, dataset: TextImageDataset, batches, *, batch: int) -> DataLoader:
+    def _make_loader(self, dataset: SampleDataset, batches, *, batch: int) -> DataLoader:
         ranks = self.trainer.num_devices
         slots = allocate_slots(dataset, batch=batch, workers=self.workers, ranks=ranks)
         return WholeBatchLoader(
@@ -184,15 +187,16 @@ class TextImageData(L.LightningDataModule):
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int
     ) -> Batch:
-        """Sends the images alone; Lightning would also look at each caption, position and key."""
-        return {**batch, "images": send(batch["images"], device)}
+        """Sends the bytes alone; Lightning would also look at each caption, position and key."""
+        name = self.train_set.tensor_name
+        return {**batch, name: send(batch[name], device)}
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Converts bytes on the device to (B, 3, S, S) or (B, 3, F, S, S) in [-1, 1]."""
+        """Counts the skipped samples, and converts bytes on the device."""
         is_training = self.trainer is not None and self.trainer.training
         skips = self.train_skips if is_training else self.val_skips
         skips.add(len(batch["key"]), batch["skipped"])
-        return {**batch, "images": batch["images"].float().div_(127.5).sub_(1)}
+        return (self.train_set if is_training else self.val_set).unpack(batch)
 
 
 class WholeBatchLoader(DataLoader):

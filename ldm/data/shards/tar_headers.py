@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from fsspec.spec import AbstractBufferedFile
 
-from ldm.data.captions import CaptionCount
+from ldm.data.captions import CaptionCount, read_cached_size
 from ldm.data.image_decoding import MAX_IMAGE_BYTES
 from ldm.data.shards.remote import RemoteShard, read_range
 
@@ -23,6 +23,7 @@ UNMEASURED = (-1, -1)  # the size of an image whose header is not read yet
 
 _MEMBERS = ("image", "txt", "json")
 _COLUMN = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2}
+_CACHED_COLUMN = {**_COLUMN, "safetensors": 0}  # of samples without a picture, as caches have them
 _LIMITS = (MAX_IMAGE_BYTES, MAX_TEXT_BYTES, MAX_TEXT_BYTES)
 MAX_PADDING = 16 * 2**20  # tar pads to 10 KiB by default
 _END = bytes(2 * tarfile.BLOCKSIZE)
@@ -73,7 +74,8 @@ def group_members(members: Iterable[TarMember]) -> ShardScan:
     sizes = []
     for key, neighbours in itertools.groupby(members, key=lambda member: member.key):
         group = list(neighbours)
-        row, reason = _locate_members(group)
+        columns = _choose_columns(group)
+        row, reason = _locate_members(group, columns)
         if not reason and key in keys:
             reason = "key seen before in its shard"
         if reason == SPARSE_MEMBER:
@@ -83,9 +85,10 @@ def group_members(members: Iterable[TarMember]) -> ShardScan:
         else:
             keys[key] = None
             rows.append(row)
-            sizes.append(next(one.image_size for one in group if _COLUMN.get(one.suffix) == 0))
-            texts = {_COLUMN[one.suffix]: one.text for one in group if one.suffix in _COLUMN}
+            texts = {columns[one.suffix]: one.text for one in group if one.suffix in columns}
             captions.add(texts.get(1), texts.get(2))
+            size = next(one.image_size for one in group if columns.get(one.suffix) == 0)
+            sizes.append(size if columns is _COLUMN else read_cached_size(texts.get(2)))
     located = np.array(rows, np.int64).reshape(-1, 3, 2)
     located[..., 0] //= tarfile.BLOCKSIZE
     encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
@@ -111,11 +114,18 @@ def split_member_name(name: str) -> tuple[str, str] | None:
     return (folder + slash + stem, suffix.lower()) if stem and dot else None
 
 
-def _locate_members(group: list[TarMember]) -> tuple[list[tuple[int, int]], str | None]:
+def _choose_columns(group: list[TarMember]) -> dict[str, int]:
+    has_picture = any(_COLUMN.get(member.suffix) == 0 for member in group)
+    return _COLUMN if has_picture else _CACHED_COLUMN
+
+
+def _locate_members(
+    group: list[TarMember], columns: dict[str, int]
+) -> tuple[list[tuple[int, int]], str | None]:
     """Returns the members of one sample by column, and the reason if it is unusable."""
     row = [(0, 0)] * 3
     for member in group:
-        column = _COLUMN.get(member.suffix)
+        column = columns.get(member.suffix)
         if column is None:
             continue
         if member.is_sparse:

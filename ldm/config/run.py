@@ -32,12 +32,14 @@ from ldm.config.guidance import build_guidance
 from ldm.config.loggers import build_loggers
 from ldm.config.published import open_checkpoint
 from ldm.config.sample_options import get_compile_mode, print_on_first_rank
+from ldm.config.size_multiple import read_size_multiple
 from ldm.config.stages import (
     build_autoencoder_training,
     build_classifier_training,
     build_clip_training,
 )
 from ldm.config.training_checks import (
+    check_bucket_sizes,
     check_captions_readable,
     check_data_kind,
     check_image_size,
@@ -94,10 +96,13 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
         components, metrics = build_diffusion_components(cfg, run_dir), build_image_metrics(cfg)
         build = partial(build_diffusion_training, components, metrics)
     else:
+        components = None
         check_data_kind(cfg, f"stage={cfg.stage}", is_video=False)
         build = STAGE_BUILDERS[cfg.stage]
     loggers = build_loggers(cfg, run_dir)
-    data = instantiate(cfg.data, seed=cfg.seed)
+    data = instantiate(cfg.data, seed=cfg.seed, **get_bucket_grid(cfg, components))
+    if data.buckets is not None:
+        print_on_first_rank(data.buckets[0].describe())
     module, callbacks, frozen = build(cfg, data, run_dir)
     digests = {name: hash_module(part) for name, part in frozen.items()}
     allowed = {key.partition(".")[0] for key in cfg.resume.allow}
@@ -148,7 +153,12 @@ def build_diffusion_components(cfg: DictConfig, run_dir: Path) -> Components:
         raise UsageError(f"task={task.name} takes no style images: leave style_encoder=.. out")
     task.check_size(cfg.data.size)
     components = build_components(cfg, task)
-    check_image_size(cfg.data.size, components.autoencoder.factor * components.denoiser.multiple)
+    multiple = components.autoencoder.factor * components.denoiser.multiple
+    check_image_size(cfg.data.size, multiple)
+    if (buckets := cfg.data.get("buckets")) not in (None, "auto"):
+        check_bucket_sizes(buckets, multiple)
+        for side in {side for size in buckets for side in size}:
+            task.check_size(side)
     if cfg.init is not None and find_newest_checkpoint(run_dir / "checkpoints") is None:
         print_on_first_rank(warm_start_from_init(cfg, components))
     if cfg.lora.rank:
@@ -161,6 +171,15 @@ def build_diffusion_components(cfg: DictConfig, run_dir: Path) -> Components:
             targets=cfg.lora.targets,
         )
     return components
+
+
+def get_bucket_grid(cfg: DictConfig, components: Components | None) -> dict[str, int]:
+    """The argument of the data that says what sides of buckets are multiples of, if any has it."""
+    if cfg.data.get("buckets") is None:
+        return {}
+    if components is None:
+        return {"grid": read_size_multiple(cfg, stage=cfg.stage)}
+    return {"grid": components.autoencoder.factor * components.denoiser.multiple}
 
 
 def warm_start_from_init(cfg: DictConfig, components: Components) -> str:

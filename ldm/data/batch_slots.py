@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
@@ -30,10 +31,12 @@ class SampleDataset(Protocol):
     """Samples by (index, position), whose bytes workers write into slots.
 
     tensor_name: the field of a batch with those bytes; sample_bytes: of the largest sample.
+    target_sizes (N, 2): height and width of each image; None: all have the same.
     """
 
     tensor_name: str
     sample_bytes: int
+    target_sizes: np.ndarray | None
     shards: ShardReader
 
     def __len__(self) -> int: ...

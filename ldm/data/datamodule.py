@@ -1,9 +1,9 @@
 """Lightning's data module for shards of image-text pairs.
 
-Shapes: B batch of one rank and micro-step, S side of the square image, F frames of a video.
+Shapes: N samples, B batch of one rank and micro-step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import lightning as L
@@ -12,9 +12,14 @@ from torch.utils.data import DataLoader
 
 from ldm.data.bad_samples import BadSampleCounter
 from ldm.data.batch_slots import PREFETCH, BatchDataset, SampleDataset, allocate_slots, pass_batch
+from ldm.data.bucket_choice import choose_buckets, get_target_sizes, number_target_sizes
+from ldm.data.bucket_order import BucketedOrder
+from ldm.data.buckets import Buckets
 from ldm.data.dataset import Batch, TextImageDataset
+from ldm.data.pixel_area import parse_pixels
 from ldm.data.position_sampler import (
     PositionBatchSampler,
+    SampleOrder,
     ShuffledOrder,
     split_batch,
     split_strided_batches,
@@ -30,8 +35,11 @@ from ldm.utils.transfer import send
 
 
 class TextImageData(L.LightningDataModule):
-    """Square images with one caption each, in an order that is a function of (seed, position).
+    """Images with one caption each, in an order that is a function of (seed, position).
 
+    size: side of the square images. buckets: sizes [width, height] for images of other aspects, or
+    "auto": of `pixels` each (default size * size), with sides in multiples of `grid`; each image
+    goes to the one that cuts away least of it, and all images of an optimizer step to one.
     train, val: see `locate_shards`; min_size, caption_key, captions: see `ReadOptions`;
     crop, flip, on_error, frames: see `TextImageDataset`; window, group: see `ShuffledOrder`.
     batch_size: images of an optimizer step over all ranks and micro-steps, so that a run may resume
@@ -49,6 +57,9 @@ class TextImageData(L.LightningDataModule):
         train: ShardSource,
         val: ShardSource,
         size: int,
+        buckets: Sequence[Sequence[int]] | Literal["auto"] | None = None,
+        pixels: int | str | None = None,
+        grid: int = 64,
         batch_size: int,
         crop: str = "random",
         flip: float = 0.5,
@@ -76,6 +87,7 @@ class TextImageData(L.LightningDataModule):
         self.val_batch_size = val_batch_size
         self.val_limit = val_limit
         self.position = 0
+        self.buckets: tuple[Buckets, Buckets] | None = None  # of training and validation images
         self._prefetcher: ShardPrefetcher | None = None
         self._prefetched_at = 0
         self.cache = ShardCache(cache, gigabytes=cache_gb) if cache else None
@@ -86,6 +98,7 @@ class TextImageData(L.LightningDataModule):
                 caption_key=caption_key,
                 captions=captions,
                 on_error=on_error,
+                measure=buckets is not None,
             )
             common = {"size": size, "on_error": on_error, "frames": frames, "seed": seed}
             common |= {"fast_pixels": True}  # unless `resume` finds otherwise
@@ -94,6 +107,16 @@ class TextImageData(L.LightningDataModule):
                 TextImageDataset(ShardReader(train, options), **common, **draws, train=True),
                 TextImageDataset(ShardReader(val, options), **common, train=False),
             )
+            if buckets is not None:
+                self.buckets = choose_buckets(
+                    *(each.shards.index.sizes for each in datasets),
+                    buckets if buckets != "auto" else None,
+                    pixels=parse_pixels(pixels or size * size),
+                    grid=grid,
+                    batch=batch_size,
+                )
+                for dataset, own in zip(datasets, self.buckets, strict=True):
+                    dataset.target_sizes = get_target_sizes(own)
         self.train_set, self.val_set = datasets
         self.train_skips = BadSampleCounter("training", limit=max_skipped)
         self.val_skips = BadSampleCounter("validation", limit=max_skipped)
@@ -102,7 +125,10 @@ class TextImageData(L.LightningDataModule):
         self._remote = {
             i: path for i, path in enumerate(paths) if sizes[i] and isinstance(path, RemoteShard)
         }
-        self.order = ShuffledOrder(sizes, seed=seed, window=window, group=group)
+        how = {"seed": seed, "window": window, "group": group}
+        self.order: SampleOrder = ShuffledOrder(sizes, **how)
+        if (numbers := number_target_sizes(self.train_set.target_sizes)) is not None:
+            self.order = BucketedOrder(sizes, numbers, batch=batch_size, **how)
 
     def rules(self) -> dict[str, object]:
         """Returns what a checkpoint stores, so that the run resumes by the same rules."""
@@ -167,6 +193,7 @@ class TextImageData(L.LightningDataModule):
             batch=self.val_batch_size,
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
+            kinds=number_target_sizes(self.val_set.target_sizes),
         )
         return self._make_loader(self.val_set, batches, batch=max(map(len, batches), default=0))
 

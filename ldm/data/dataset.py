@@ -18,7 +18,7 @@ from ldm.data.bad_samples import BadSample, TooManySkippedError, format_skip_cou
 from ldm.data.box_reading import read_box, resize_box
 from ldm.data.image_decoding import (
     ImageError,
-    ImageSize,
+    TargetSize,
     crop_and_resize,
     describe_crop,
     get_sides,
@@ -83,7 +83,7 @@ class TextImageDataset(Dataset):
     """
 
     shards: ShardReader = field(kw_only=False)
-    size: ImageSize
+    size: TargetSize
     target_sizes: np.ndarray | None = None
     crop: Literal["center", "random"] = "center"
     flip: float = 0.0
@@ -109,7 +109,7 @@ class TextImageDataset(Dataset):
         if self.frames is not None and self.frames < 2:
             raise ValueError(f"a video has 2 frames or more, got {self.frames}; null is for images")
 
-    def without_augmentation(self, *, size: ImageSize | None = None) -> "TextImageDataset":
+    def without_augmentation(self, *, size: TargetSize | None = None) -> "TextImageDataset":
         """Returns the samples as evaluations read them: centre, first caption, Pillow's resize.
 
         All of them have one size.
@@ -117,7 +117,7 @@ class TextImageDataset(Dataset):
         how = {"train": False, "fast_pixels": False, "gives_sizes": False}
         return replace(self, size=size or self.size, target_sizes=None, **how)
 
-    def size_at(self, index: int) -> ImageSize:
+    def size_at(self, index: int) -> TargetSize:
         """Returns the size of a sample."""
         if self.target_sizes is None:
             return self.size

@@ -160,11 +160,16 @@ class PositionBatchSampler:
 
 
 def split_strided_batches(
-    count: int, *, batch: int, rank: int, world: int
+    count: int, *, batch: int, rank: int, world: int, kinds: np.ndarray | None = None
 ) -> list[list[tuple[int, int]]]:
     """Returns a rank's share of samples 0..count-1 for validation, as (index, position = index).
 
-    Nothing is padded: the last batch, and a rank's total, may be smaller.
+    Nothing is padded: the last batch, and a rank's total, may be smaller. kinds (N,): numbers, of
+    which a batch has one; samples come in their order.
     """
-    indices = range(rank, count, world)
-    return [[(i, i) for i in indices[b : b + batch]] for b in range(0, len(indices), batch)]
+    if kinds is None:
+        kinds = np.zeros(count, int)
+    indices = np.argsort(kinds[:count], kind="stable")[rank::world]
+    parts = np.split(indices, np.flatnonzero(np.diff(kinds[indices])) + 1)
+    batches = [part[b : b + batch].tolist() for part in parts for b in range(0, len(part), batch)]
+    return [[(i, i) for i in indices] for indices in batches]

@@ -118,6 +118,11 @@ class CachedDataset(Dataset):
         self._exponent = _EXPONENTS[manifest.dtype]
 
     @property
+    def target_sizes(self) -> np.ndarray | None:
+        """Height and width (N, 2) of the image of each sample; None: all have the same."""
+        return None if self.manifest.buckets is None else self.shards.index.sizes[:, ::-1]
+
+    @property
     def sample_bytes(self) -> int:
         """R of the largest size."""
         factor = self.manifest.factor

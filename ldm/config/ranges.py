@@ -154,6 +154,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (ChoiceRule(("eps", "x0", "v", "flow")), "objective.kind"),
     (ChoiceRule(("center", "random")), "data.crop"),
     (ChoiceRule(("stop", "skip")), "data.on_error"),
+    (ChoiceRule(("sample", "mean")), "posterior"),
     (ChoiceRule(("jpg", "png", "webp")), "format"),
     (ChoiceRule(("all", "train", "val", "unseen")), "prepare part"),
     (ChoiceRule(("copy", "reference")), "bundle frozen"),

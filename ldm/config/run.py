@@ -15,6 +15,8 @@ from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ldm.config.cache_settings import is_cached
+from ldm.config.cached_training import build_cached_components
 from ldm.config.callbacks import (
     build_callbacks,
     build_evaluation_callbacks,
@@ -51,6 +53,7 @@ from ldm.inference.pipeline import Pipeline
 from ldm.models.kernels import choose_memory_format
 from ldm.models.warm_start import warm_start
 from ldm.training.callbacks.checkpoint_storage import SafeCheckpointIO
+from ldm.training.callbacks.deferred import DeferredRelease
 from ldm.training.callbacks.ema_snapshots import EMASnapshots
 from ldm.training.callbacks.lora_file import LoraFile
 from ldm.training.callbacks.monitoring import ThroughputMonitor
@@ -60,7 +63,6 @@ from ldm.training.lightning_adapter import NoProfiler, defer_launch_signals
 from ldm.training.modules.diffusion import LatentDiffusion
 from ldm.utils.checkpoint_file import find_newest_checkpoint
 from ldm.utils.errors import UsageError, format_program
-from ldm.utils.hashing import hash_module
 from ldm.utils.signals import StopSignals
 
 STAGE_BUILDERS = {  # the stages that train no denoiser
@@ -98,11 +100,11 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
         build = STAGE_BUILDERS[cfg.stage]
     loggers = build_loggers(cfg, run_dir)
     data = instantiate(cfg.data, seed=cfg.seed)
-    module, callbacks, frozen = build(cfg, data, run_dir)
-    digests = {name: hash_module(part) for name, part in frozen.items()}
+    module, callbacks, digests = build(cfg, data, run_dir)
     allowed = {key.partition(".")[0] for key in cfg.resume.allow}
     kept = {name: digest for name, digest in digests.items() if name not in allowed}
-    resume = prepare_run_directory(run_dir, module, kept)
+    rules = {} if "source" in allowed else data.rules()
+    resume = prepare_run_directory(run_dir, module, kept, rules=rules)
     monitor = ThroughputMonitor(
         every=cfg.trainer.log_every_n_steps,
         peak_tflops=cfg.trainer.get("peak_tflops"),
@@ -147,7 +149,8 @@ def build_diffusion_components(cfg: DictConfig, run_dir: Path) -> Components:
     if task.is_video and cfg.style_encoder:
         raise UsageError(f"task={task.name} takes no style images: leave style_encoder=.. out")
     task.check_size(cfg.data.size)
-    components = build_components(cfg, task)
+    build = build_cached_components if is_cached(cfg) else build_components
+    components = build(cfg, task)
     check_image_size(cfg.data.size, components.autoencoder.factor * components.denoiser.multiple)
     if cfg.init is not None and find_newest_checkpoint(run_dir / "checkpoints") is None:
         print_on_first_rank(warm_start_from_init(cfg, components))
@@ -195,8 +198,8 @@ def build_diffusion_training(
     cfg: DictConfig,
     data: TextImageData,
     run_dir: Path,
-) -> tuple[LatentDiffusion, list[L.Callback], dict[str, nn.Module]]:
-    """LatentDiffusion, its callbacks, and the frozen components that it was built on."""
+) -> tuple[LatentDiffusion, list[L.Callback], dict[str, str]]:
+    """LatentDiffusion, its callbacks, and the digests of the frozen components."""
     check_captions_readable(components.text_encoder, data)
     module = LatentDiffusion(
         components,
@@ -205,6 +208,7 @@ def build_diffusion_training(
         phema_lengths=cfg.phema.lengths,
         caption_dropout=cfg.caption_dropout,
         validate_raw=cfg.validate_raw,
+        posterior=cfg.posterior,
         seed=cfg.seed,
         rng=cfg.rng,
     )
@@ -225,7 +229,10 @@ def build_diffusion_training(
             LoraFile(run_dir / "lora.safetensors", size=data.size, scale=scale, **facts)
         )
     callbacks += build_evaluation_callbacks(cfg, pipeline, module.denoiser, data, run_dir, metrics)
-    return module, callbacks, components.frozen
+    if is_cached(cfg):
+        parts = components.frozen.values()
+        callbacks.append(DeferredRelease(*(part.deferred for part in parts)))
+    return module, callbacks, {name: components.hash_frozen(name) for name in components.frozen}
 
 
 def build_validation_pipeline(

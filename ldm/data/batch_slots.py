@@ -54,7 +54,7 @@ class SampleDataset(Protocol):
 class BatchDataset(Dataset):
     """Batches of a data set, by lists of (index, position), for a DataLoader.
 
-    slots (W, N, B, ..): where workers put the samples' bytes, in turn. A batch stays as it is until the
+    slots (W, N, B, ..): where workers put samples' bytes, in turn. A batch stays as it is until the
     loader has handed out two more: each makes the worker begin the batch `PREFETCH` after it.
     """
 

@@ -53,7 +53,7 @@ _KINDS = {"f": "numbers", "U": "texts"}
 
 @dataclass(frozen=True)
 class SampleFilter:
-    """A condition in the grammar above; UsageError for any other text. keys: those that it reads."""
+    """A condition in the grammar above; UsageError for any other text. keys: those it reads."""
 
     text: str
     keys: tuple[str, ...] = field(init=False)
@@ -66,7 +66,7 @@ class SampleFilter:
         for clause in (clauses := root.values if is_list else [root]):
             reading.condition(clause)
         if not reading.keys:
-            reading.refuse(root, "it reads no key of the json")
+            raise reading.make_error(root, "it reads no key of the json")
         object.__setattr__(self, "keys", tuple(reading.keys))
         object.__setattr__(self, "_clauses", clauses)
 
@@ -135,10 +135,10 @@ class _Evaluation:
     def quote(self, node: ast.AST) -> str:
         return ast.get_source_segment(self.text.strip(), node) or ast.unparse(node)
 
-    def refuse(self, node: ast.AST, reason: str) -> NoReturn:
+    def make_error(self, node: ast.AST, reason: str) -> UsageError:
         place = len(self.text.strip().encode()[: node.col_offset].decode()) + 1
         shown = self.quote(node)[:60]
-        raise UsageError(f"{_describe(self.text)}: {reason}, at character {place}: {shown}")
+        return UsageError(f"{_describe(self.text)}: {reason}, at character {place}: {shown}")
 
     def condition(self, node: ast.expr) -> np.ndarray:
         match node:
@@ -154,20 +154,22 @@ class _Evaluation:
             case ast.Call(func=ast.Name(id="has"), args=[argument], keywords=[]):
                 return ~_find_missing(self.column(node, self.read_key(argument)))
         if self.find_key(node):
-            self.refuse(node, "a key alone is no condition: compare it, or write has(KEY)")
-        self.refuse_node(node, "no condition")
+            raise self.make_error(
+                node, "a key alone is no condition: compare it, or write has(KEY)"
+            )
+        raise self.make_node_error(node, "no condition")
 
     def comparison(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> np.ndarray:
         if isinstance(op, ast.In | ast.NotIn):
             return self.membership(left, isinstance(op, ast.In), right)
         if type(op) not in _COMPARISONS:
-            self.refuse(right, "'is' is not known: write ==")
+            raise self.make_error(right, "'is' is not known: write ==")
         first, second = self.value(left), self.value(right)
         return self.compare(right, _COMPARISONS[type(op)], first, second)
 
     def compare(self, node: ast.expr, compare, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         if {first.dtype.kind, second.dtype.kind} == {"f", "U"}:
-            self.refuse(node, "numbers are compared with texts")
+            raise self.make_error(node, "numbers are compared with texts")
         if "V" in (first.dtype.kind, second.dtype.kind):
             return np.ones(1, bool)
         return compare(first, second) & ~_find_missing(first) & ~_find_missing(second)
@@ -175,10 +177,8 @@ class _Evaluation:
     def membership(self, left: ast.expr, inside: bool, right: ast.expr) -> np.ndarray:
         value = self.value(left)
         if not isinstance(right, ast.List | ast.Tuple | ast.Set) or not right.elts:
-            self.refuse(right, "after 'in' stands a list such as ['en', 'de']")
-        same = [
-            self.compare(each, operator.eq, value, self.constant(each)) for each in right.elts
-        ]
+            raise self.make_error(right, "after 'in' stands a list such as ['en', 'de']")
+        same = [self.compare(each, operator.eq, value, self.constant(each)) for each in right.elts]
         found = np.logical_or.reduce(np.broadcast_arrays(*same))
         return found if inside else ~found & ~_find_missing(value)
 
@@ -198,12 +198,12 @@ class _Evaluation:
                 return -value if isinstance(sign, ast.USub) and value.dtype.kind == "f" else value
             case ast.Constant() | ast.Name():
                 return self.constant(node)
-        self.refuse_node(node, "no value")
+        raise self.make_node_error(node, "no value")
 
     def number(self, node: ast.expr) -> np.ndarray:
         value = self.value(node)
         if value.dtype.kind == "U":
-            self.refuse(node, "texts are not calculated with")
+            raise self.make_error(node, "texts are not calculated with")
         return value
 
     def constant(self, node: ast.expr) -> np.ndarray:
@@ -218,14 +218,14 @@ class _Evaluation:
                         return np.array(number)
                 except OverflowError:
                     pass
-                self.refuse(node, "the number is too large")
+                raise self.make_error(node, "the number is too large")
             case ast.Constant(value=str(text)):
                 if not text:
-                    self.refuse(node, "an empty text is a missing one: write has(KEY)")
+                    raise self.make_error(node, "an empty text is a missing one: write has(KEY)")
                 return np.array(text)
             case ast.Constant(value=None):
-                self.refuse(node, "there is no None: write has(KEY) or not has(KEY)")
-        self.refuse_node(node, "no constant")
+                raise self.make_error(node, "there is no None: write has(KEY) or not has(KEY)")
+        raise self.make_node_error(node, "no constant")
 
     def column(self, node: ast.expr, key: str) -> np.ndarray:
         self.keys[key] = None
@@ -236,9 +236,11 @@ class _Evaluation:
         match node:
             case ast.Name(id=name) if name not in _TRUTHS:
                 if self.quote(node) != name:  # Python writes full-width letters in ASCII
-                    self.refuse(node, 'a key with such letters is written key("...")')
+                    raise self.make_error(node, 'a key with such letters is written key("...")')
                 return name
-            case ast.Call(func=ast.Name(id="key"), args=[ast.Constant(value=str(key))], keywords=[]):
+            case ast.Call(
+                func=ast.Name(id="key"), args=[ast.Constant(value=str(key))], keywords=[]
+            ):
                 return key
         return None
 
@@ -247,15 +249,17 @@ class _Evaluation:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             return node.value
         if (key := self.find_key(node)) is None:
-            self.refuse(node, "has() takes one key")
+            raise self.make_error(node, "has() takes one key")
         return key
 
-    def refuse_node(self, node: ast.expr, what: str) -> NoReturn:
+    def make_node_error(self, node: ast.expr, what: str) -> UsageError:
         kind = type(getattr(node, "op", node))
         if kind is ast.Call:
-            self.refuse(node, 'functions are not called: there are has(KEY) and key("any key")')
+            return self.make_error(
+                node, 'functions are not called: there are has(KEY) and key("any key")'
+            )
         remedy = f": {_REMEDIES[kind]}" if kind in _REMEDIES else ""
-        self.refuse(node, f"this is {what} of the grammar{remedy}")
+        return self.make_error(node, f"this is {what} of the grammar{remedy}")
 
 
 def _describe(text: str) -> str:

@@ -30,6 +30,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TURNED = (5, 6, 7, 8)  # those that exchange width and height
 
 
 class ImageError(ValueError):
@@ -101,10 +102,14 @@ def needs_no_conversion(data: bytes, format: str) -> bool:
         )
 
 
-def read_short_side(data: bytes) -> int:
-    """Returns the pixels of the short side, by the header; `data` may end after it."""
+def read_image_size(data: bytes) -> tuple[int, int]:
+    """Returns (width, height) of the upright image, by the header; `data` may end after it.
+
+    The EXIF of a PNG that comes after its pixels is not looked for.
+    """
     with _open_image(data) as image:
-        return min(image.size)
+        turned = _orientation(image, may_decode=False) in _TURNED
+        return image.size[::-1] if turned else image.size
 
 
 def resize_short_side(image: Image.Image, size: int) -> Image.Image:
@@ -212,9 +217,10 @@ def _check_pixels(pixels: int, description: str, *, limit: int) -> None:
         raise ImageError("too many pixels", f"{description} are over the limit of {limit:,}")
 
 
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(_ORIENTATION, 1)
+def _orientation(image: Image.Image, *, may_decode: bool = True) -> int:
+    try:  # PNG's own method decodes the pixels, for EXIF after them
+        exif = image.getexif() if may_decode else Image.Image.getexif(image)
+        return exif.get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF: the pixels may be intact
         return 1
 

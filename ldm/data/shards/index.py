@@ -21,9 +21,9 @@ from ldm.data.shards.index_file import (
     save_index,
 )
 from ldm.data.shards.locations import ShardSource, locate_shards, redact_source
-from ldm.data.shards.parallel_scan import measure_short_sides, scan_in_parallel
+from ldm.data.shards.parallel_scan import measure_images, scan_in_parallel
 from ldm.data.shards.remote import RemoteShard
-from ldm.data.shards.tar_headers import SPARSE_MEMBER, ShardError
+from ldm.data.shards.tar_headers import SPARSE_MEMBER, UNMEASURED, ShardError
 from ldm.utils.errors import suggest_nearest
 from ldm.utils.files import resolve_path
 from ldm.utils.hashing import hash_bytes
@@ -36,13 +36,15 @@ _log = logging.getLogger(__name__)
 class ReadOptions:
     """Which samples of shards to read, and how.
 
-    min_size: leave out images whose short side has fewer pixels; cache: holds shards of servers and
-    their index; read_only: do not save an index; caption_key: see `read_sample_captions`;
+    min_size: leave out images whose short side has fewer pixels; measure: the index has the sizes
+    of images; cache: holds shards of servers and their index; read_only: do not save an index;
+    caption_key: see `read_sample_captions`;
     captions: the weight of each of several keys, see `read_weighted_captions`;
     on_error: "skip" leaves out sparse members, "stop" raises ShardError for them.
     """
 
     min_size: int | None = None
+    measure: bool = False
     cache: ShardCache | None = None
     read_only: bool = False
     caption_key: str | None = None
@@ -63,6 +65,11 @@ class ReadOptions:
                     "captions has keys of the json with weights above 0, such as "
                     f"'{{short: 0.2, long: 0.8}}', got {self.captions}"
                 )
+
+    @property
+    def needs_sizes(self) -> bool:
+        """Whether the index must have the size of each image."""
+        return self.measure or self.min_size is not None
 
     @property
     def caption_weights(self) -> dict[str, float]:
@@ -96,8 +103,9 @@ def open_index(source: ShardSource, options: ReadOptions = DEFAULT_READ_OPTIONS)
             f"({index.skipped[SPARSE_MEMBER]}) with data.on_error=skip"
         )
     if options.min_size is not None:
-        keep = index.short >= options.min_size
-        unread = int((index.short == 0).sum())
+        short = index.sizes.min(axis=1)
+        keep = short >= options.min_size
+        unread = int((short == 0).sum())
         reasons = {f"short side under {options.min_size} px": int((~keep).sum()) - unread}
         reasons["unreadable header"] = unread
         index = index.select(keep, skipped={reason: n for reason, n in reasons.items() if n})
@@ -164,7 +172,9 @@ def _load_or_build_index(
     stamps = [_read_stamp(path) for path in paths]
 
     def is_complete(index: ShardIndex | None) -> bool:
-        return index is not None and (options.min_size is None or index.short is not None)
+        if index is None or not options.needs_sizes:
+            return index is not None
+        return index.sizes is not None and bool((index.sizes >= 0).all())
 
     if is_complete(index := load_index(file, paths, stamps)):
         return index
@@ -176,9 +186,15 @@ def _load_or_build_index(
             return index
         if index is None:
             index = _build_index(paths, stamps, options.cache)
-        if options.min_size is not None:
-            sides = measure_short_sides(paths, index.shard, index.members, options.cache)
-            index = replace(index, short=sides)
+        if options.needs_sizes:
+            sizes = (
+                np.full((len(index), 2), UNMEASURED, np.int32)
+                if index.sizes is None
+                else index.sizes
+            )
+            images = index.members[:, 0]
+            sizes = measure_images(paths, index.shard, images, sizes, options.cache)
+            index = replace(index, sizes=sizes)
         if file and not options.read_only:
             save_index(index, file)
     return index
@@ -187,18 +203,21 @@ def _load_or_build_index(
 def _build_index(
     paths: list[Path | RemoteShard], stamps: list[list[Any]], cache: ShardCache | None
 ) -> ShardIndex:
-    keys, lengths, members, sparse = [], [], [], []
+    keys, lengths, members, sizes, sparse = [], [], [], [], []
     skipped, captions = Counter(), CaptionCount()
     for path, scan in zip(paths, scan_in_parallel(paths, cache), strict=True):
         keys.append(b"".join(scan.keys))
         lengths.append(np.array([len(key) for key in scan.keys], np.int64))
         members.append(scan.members)
+        sizes.append(scan.sizes)
         skipped.update(scan.skipped)
         captions.update(scan.captions)
         sparse += [f"{path}: '{scan.sparse}'"] if scan.sparse else []
+    sizes = np.concatenate(sizes)
     return ShardIndex(
         paths=paths,
         stamps=stamps,
+        sizes=sizes if (sizes >= 0).any() else None,
         shard=np.repeat(np.arange(len(paths), dtype=np.int32), [len(part) for part in members]),
         members=np.concatenate(members),
         key_bytes=np.frombuffer(b"".join(keys), np.uint8),

@@ -1,6 +1,7 @@
 """Reads the index that webshart writes of a tar shard: the file x.json next to x.tar.
 
     {"filesize": 10240, "files": {"a.png": {"offset": 512, "length": 77, "json_path": "a.json",
+                                            "width": 640, "height": 480,
                                             "json_metadata": {"caption": ".."}}, "a.json": {..}}}
 
 It spares the scan of a shard on a server, which takes a request for each large image.
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.captions import read_sample_captions
+from ldm.data.image_decoding import MAX_IMAGE_PIXELS
 from ldm.data.shards.remote import NoRangesError, RemoteShard, describe_urls, read_range
 from ldm.data.shards.tar_headers import (
     MAX_PADDING,
     MAX_TEXT_BYTES,
+    UNMEASURED,
     RemoteFile,
     ShardScan,
     TarMember,
@@ -107,4 +110,13 @@ def _iterate_members(files: dict[str, dict[str, Any]], file: IOBase) -> Iterator
             if text is None and one["length"] <= MAX_TEXT_BYTES:
                 file.seek(one["offset"])
                 text = file.read(one["length"])
-        yield TarMember(key, suffix, one["offset"], one["length"], text, False)
+        place = (one["offset"], one["length"])
+        yield TarMember(key, suffix, *place, text, False, _read_geometry(one))
+
+
+def _read_geometry(one: dict[str, Any]) -> tuple[int, int]:
+    """Returns (width, height) as webshart found them, before an EXIF orientation."""
+    sides = (one.get("width"), one.get("height"))
+    if not all(type(side) is int and 0 < side <= MAX_IMAGE_PIXELS for side in sides):
+        return UNMEASURED
+    return sides

@@ -1,6 +1,6 @@
 """Whole batches, which worker processes decode into slots of shared memory.
 
-Shapes: W workers, N slots of each, B batch.
+Shapes: W workers, N slots of each, M bytes of the largest batch.
 """
 
 import logging
@@ -29,17 +29,17 @@ _log = logging.getLogger(__name__)
 class SampleDataset(Protocol):
     """Samples by (index, position), whose bytes workers write into slots.
 
-    tensor_name: the field of a batch with those bytes; slot_shape: the bytes of one sample.
+    tensor_name: the field of a batch with those bytes; most_bytes: of the largest sample.
     """
 
     tensor_name: str
-    slot_shape: tuple[int, ...]
+    most_bytes: int
     shards: ShardReader
 
     def __len__(self) -> int: ...
 
-    def read_batch(self, at: Sequence[tuple[int, int]], out: Tensor | None = None) -> Batch:
-        """Returns the samples at (index, position), written into `out` if it is given."""
+    def read_batch(self, at: Sequence[tuple[int, int]], memory: Tensor | None = None) -> Batch:
+        """Returns the samples at (index, position), written into bytes of `memory` if given."""
 
     def unpack(self, batch: Batch) -> Batch:
         """Converts bytes on the device to what the training reads."""
@@ -54,7 +54,7 @@ class SampleDataset(Protocol):
 class BatchDataset(Dataset):
     """Batches of a data set, by lists of (index, position), for a DataLoader.
 
-    slots (W, N, B, ..): where workers put samples' bytes, in turn. A batch stays as it is until the
+    slots (W, N, M): where workers put samples' bytes, in turn. A batch stays as it is until the
     loader has handed out two more: each makes the worker begin the batch `PREFETCH` after it.
     """
 
@@ -64,15 +64,15 @@ class BatchDataset(Dataset):
         self._used = 0
         self._is_pinned = False
 
-    def __getitems__(self, at: Sequence[tuple[int, int]]) -> Batch | tuple[int, int, dict]:
-        """Returns a batch, or the worker, the slot with its bytes, and the other fields."""
+    def __getitems__(self, at: Sequence[tuple[int, int]]) -> Batch | tuple:
+        """Returns a batch, or the worker, the slot, its bytes' shape, and the other fields."""
         if self.slots is None:
             return self.dataset.read_batch(at)
         worker, slot = get_worker_info().id, self._used % _SLOTS
         self._used += 1
         batch = self.dataset.read_batch(at, self.slots[worker, slot])
-        batch.pop(self.dataset.tensor_name)
-        return worker, slot, batch
+        rows = batch.pop(self.dataset.tensor_name)
+        return worker, slot, tuple(rows.shape), batch
 
     def open_batches(self, messages: Iterator) -> Iterator[Batch]:
         """Yields the batches of the messages that a DataLoader received from its workers."""
@@ -82,8 +82,8 @@ class BatchDataset(Dataset):
         if torch.cuda.is_available() and not self._is_pinned:
             self._pin()
         transfers = deque()
-        for worker, slot, fields in messages:
-            rows = self.slots[worker, slot, : len(fields["key"])]
+        for worker, slot, shape, fields in messages:
+            rows = self.slots[worker, slot, : math.prod(shape)].view(shape)
             yield {**fields, self.dataset.tensor_name: rows}
             if self._is_pinned:  # the next message frees the slot of 2 W batches ago
                 transfers.append(torch.cuda.current_stream().record_event())
@@ -108,7 +108,7 @@ def allocate_slots(
 
     ranks: the processes of this machine, each of which takes as much of its shared memory.
     """
-    shape = (workers, _SLOTS, batch, *dataset.slot_shape)
+    shape = (workers, _SLOTS, batch * dataset.most_bytes)
     size = math.prod(shape)
     if not size:
         return None

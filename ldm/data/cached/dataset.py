@@ -118,11 +118,11 @@ class CachedDataset(Dataset):
         self._exponent = _EXPONENTS[manifest.dtype]
 
     @property
-    def slot_shape(self) -> tuple[int, ...]:
-        """(R,) of the largest size."""
+    def most_bytes(self) -> int:
+        """R of the largest size."""
         factor = self.manifest.factor
         grids = [(height // factor, width // factor) for width, height in self.manifest.image_sizes]
-        return (max(self._lay_out_row(grid).size for grid in grids),)
+        return max(self._lay_out_row(grid).size for grid in grids)
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -144,19 +144,22 @@ class CachedDataset(Dataset):
             )
         return self.images.without_augmentation()
 
-    def read_batch(self, at: Sequence[tuple[int, int]], out: Tensor | None = None) -> CachedBatch:
-        """Returns the samples at (index, position), in rows of `out` if it is given."""
+    def read_batch(
+        self, at: Sequence[tuple[int, int]], memory: Tensor | None = None
+    ) -> CachedBatch:
+        """Returns the samples at (index, position), in rows of `memory` if it is given."""
         grid = self._find_grid(at[0][0])
         size = self._lay_out_row(grid).size
-        if out is None:
-            out = torch.empty((len(at), size), dtype=torch.uint8)
-        rows = out.numpy()[: len(at), :size]
+        if memory is None:
+            memory = torch.empty(len(at) * size, dtype=torch.uint8)
+        rows = memory[: len(at) * size].view(len(at), size)
         items = [
-            self._read_or_replace(*place, grid, row) for place, row in zip(at, rows, strict=True)
+            self._read_or_replace(*place, grid, row)
+            for place, row in zip(at, rows.numpy(), strict=True)
         ]
         captions, position, key, skipped = map(list, zip(*items, strict=True))
         return CachedBatch(
-            rows=out[: len(at)],
+            rows=rows,
             grid=grid,
             captions=captions,
             position=position,

@@ -15,6 +15,8 @@ from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ldm.config.cache_settings import is_cached
+from ldm.config.cached_training import build_cached_components
 from ldm.config.callbacks import (
     build_callbacks,
     build_evaluation_callbacks,
@@ -53,6 +55,7 @@ from ldm.inference.pipeline import Pipeline
 from ldm.models.kernels import choose_memory_format
 from ldm.models.warm_start import warm_start
 from ldm.training.callbacks.checkpoint_storage import SafeCheckpointIO
+from ldm.training.callbacks.deferred import DeferredRelease
 from ldm.training.callbacks.ema_snapshots import EMASnapshots
 from ldm.training.callbacks.lora_file import LoraFile
 from ldm.training.callbacks.monitoring import ThroughputMonitor
@@ -62,7 +65,6 @@ from ldm.training.lightning_adapter import NoProfiler, defer_launch_signals
 from ldm.training.modules.diffusion import LatentDiffusion
 from ldm.utils.checkpoint_file import find_newest_checkpoint
 from ldm.utils.errors import UsageError, format_program
-from ldm.utils.hashing import hash_module
 from ldm.utils.signals import StopSignals
 
 STAGE_BUILDERS = {  # the stages that train no denoiser
@@ -103,11 +105,11 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
     data = instantiate(cfg.data, seed=cfg.seed, **get_bucket_grid(cfg, components))
     if data.buckets is not None:
         print_on_first_rank(data.buckets[0].describe())
-    module, callbacks, frozen = build(cfg, data, run_dir)
-    digests = {name: hash_module(part) for name, part in frozen.items()}
+    module, callbacks, digests = build(cfg, data, run_dir)
     allowed = {key.partition(".")[0] for key in cfg.resume.allow}
     kept = {name: digest for name, digest in digests.items() if name not in allowed}
-    resume = prepare_run_directory(run_dir, module, kept)
+    rules = {} if "source" in allowed else data.rules()
+    resume = prepare_run_directory(run_dir, module, kept, rules=rules)
     monitor = ThroughputMonitor(
         every=cfg.trainer.log_every_n_steps,
         peak_tflops=cfg.trainer.get("peak_tflops"),
@@ -152,7 +154,8 @@ def build_diffusion_components(cfg: DictConfig, run_dir: Path) -> Components:
     if task.is_video and cfg.style_encoder:
         raise UsageError(f"task={task.name} takes no style images: leave style_encoder=.. out")
     task.check_size(cfg.data.size)
-    components = build_components(cfg, task)
+    build = build_cached_components if is_cached(cfg) else build_components
+    components = build(cfg, task)
     multiple = components.autoencoder.factor * components.denoiser.multiple
     check_image_size(cfg.data.size, multiple)
     if (buckets := cfg.data.get("buckets")) not in (None, "auto"):
@@ -214,8 +217,8 @@ def build_diffusion_training(
     cfg: DictConfig,
     data: TextImageData,
     run_dir: Path,
-) -> tuple[LatentDiffusion, list[L.Callback], dict[str, nn.Module]]:
-    """LatentDiffusion, its callbacks, and the frozen components that it was built on."""
+) -> tuple[LatentDiffusion, list[L.Callback], dict[str, str]]:
+    """LatentDiffusion, its callbacks, and the digests of the frozen components."""
     check_captions_readable(components.text_encoder, data)
     module = LatentDiffusion(
         components,
@@ -224,6 +227,7 @@ def build_diffusion_training(
         phema_lengths=cfg.phema.lengths,
         caption_dropout=cfg.caption_dropout,
         validate_raw=cfg.validate_raw,
+        posterior=cfg.posterior,
         seed=cfg.seed,
         rng=cfg.rng,
     )
@@ -239,12 +243,16 @@ def build_diffusion_training(
     if cfg.lora.rank:
         facts = {"title": str(cfg.name), "kind": components.objective.prediction.kind}
         facts["linear"] = cfg.model.get("linear_projections", False)
+        facts["sizes"] = cfg.model.get("size_embedding", 0) > 0
         scale = get_lora_alpha(cfg) / cfg.lora.rank
         callbacks.append(
             LoraFile(run_dir / "lora.safetensors", size=data.size, scale=scale, **facts)
         )
     callbacks += build_evaluation_callbacks(cfg, pipeline, module.denoiser, data, run_dir, metrics)
-    return module, callbacks, components.frozen
+    if is_cached(cfg):
+        parts = components.frozen.values()
+        callbacks.append(DeferredRelease(*(part.deferred for part in parts)))
+    return module, callbacks, {name: components.hash_frozen(name) for name in components.frozen}
 
 
 def build_validation_pipeline(

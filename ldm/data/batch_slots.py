@@ -30,19 +30,19 @@ _log = logging.getLogger(__name__)
 class SampleDataset(Protocol):
     """Samples by (index, position), whose bytes workers write into slots.
 
-    tensor_name: the field of a batch with those bytes; sample_bytes: of the largest sample.
+    tensor_name: the field of a batch with those bytes; most_bytes: of the largest sample.
     target_sizes (N, 2): height and width of each image; None: all have the same.
     """
 
     tensor_name: str
-    sample_bytes: int
+    most_bytes: int
     target_sizes: np.ndarray | None
     shards: ShardReader
 
     def __len__(self) -> int: ...
 
     def read_batch(self, at: Sequence[tuple[int, int]], memory: Tensor | None = None) -> Batch:
-        """Returns the samples at (index, position), written into `memory` (M,) if it is given."""
+        """Returns the samples at (index, position), written into bytes of `memory` if given."""
 
     def unpack(self, batch: Batch) -> Batch:
         """Converts bytes on the device to what the training reads."""
@@ -57,7 +57,7 @@ class SampleDataset(Protocol):
 class BatchDataset(Dataset):
     """Batches of a data set, by lists of (index, position), for a DataLoader.
 
-    slots (W, N, M): where workers put the samples' bytes, in turn. A batch stays as it is until the
+    slots (W, N, M): where workers put samples' bytes, in turn. A batch stays as it is until the
     loader has handed out two more: each makes the worker begin the batch `PREFETCH` after it.
     """
 
@@ -68,13 +68,14 @@ class BatchDataset(Dataset):
         self._is_pinned = False
 
     def __getitems__(self, at: Sequence[tuple[int, int]]) -> Batch | tuple:
-        """Returns a batch, or worker, slot, the shape of the bytes there, and the other fields."""
+        """Returns a batch, or the worker, the slot, its bytes' shape, and the other fields."""
         if self.slots is None:
             return self.dataset.read_batch(at)
         worker, slot = get_worker_info().id, self._used % _SLOTS
         self._used += 1
         batch = self.dataset.read_batch(at, self.slots[worker, slot])
-        return worker, slot, batch.pop(self.dataset.tensor_name).shape, batch
+        rows = batch.pop(self.dataset.tensor_name)
+        return worker, slot, tuple(rows.shape), batch
 
     def open_batches(self, messages: Iterator) -> Iterator[Batch]:
         """Yields the batches of the messages that a DataLoader received from its workers."""
@@ -85,8 +86,8 @@ class BatchDataset(Dataset):
             self._pin()
         transfers = deque()
         for worker, slot, shape, fields in messages:
-            used = self.slots[worker, slot, : math.prod(shape)]
-            yield {**fields, self.dataset.tensor_name: used.view(shape)}
+            rows = self.slots[worker, slot, : math.prod(shape)].view(shape)
+            yield {**fields, self.dataset.tensor_name: rows}
             if self._is_pinned:  # the next message frees the slot of 2 W batches ago
                 transfers.append(torch.cuda.current_stream().record_event())
                 if len(transfers) == 2 * len(self.slots):
@@ -110,7 +111,7 @@ def allocate_slots(
 
     ranks: the processes of this machine, each of which takes as much of its shared memory.
     """
-    shape = (workers, _SLOTS, batch * dataset.sample_bytes)
+    shape = (workers, _SLOTS, batch * dataset.most_bytes)
     size = math.prod(shape)
     if not size:
         return None

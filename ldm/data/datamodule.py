@@ -4,6 +4,7 @@ Shapes: N samples, B batch of one rank and micro-step.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import lightning as L
@@ -40,7 +41,8 @@ class TextImageData(L.LightningDataModule):
     size: side of the square images. buckets: sizes [width, height] for images of other aspects, or
     "auto": of `pixels` each (default size * size), with sides in multiples of `grid`; each image
     goes to the one that cuts away least of it, and all images of an optimizer step to one.
-    train, val: see `locate_shards`; min_size, caption_key, captions: see `ReadOptions`;
+    train, val: see `locate_shards`; min_size, caption_key, captions: see `ReadOptions`; where and
+    val_where: its `where`, of training and of validation;
     crop, flip, on_error, frames: see `TextImageDataset`; window, group: see `ShuffledOrder`.
     batch_size: images of an optimizer step over all ranks and micro-steps, so that a run may resume
     on another number of devices. The training loader starts at `position`, the images seen, which
@@ -71,6 +73,8 @@ class TextImageData(L.LightningDataModule):
         on_error: Literal["stop", "skip"] = "stop",
         max_skipped: float = 0.01,
         min_size: int | None = None,
+        where: str | None = None,
+        val_where: str | None = None,
         cache: str | None = None,
         cache_gb: float = 50.0,
         frames: int | None = None,
@@ -102,10 +106,12 @@ class TextImageData(L.LightningDataModule):
             )
             common = {"size": size, "on_error": on_error, "frames": frames, "seed": seed}
             common |= {"fast_pixels": True}  # unless `resume` finds otherwise
+            train_shards = ShardReader(train, replace(options, where=where))
+            val_shards = ShardReader(val, replace(options, where=val_where))
             draws = {"crop": crop, "flip": flip}
             datasets = (
-                TextImageDataset(ShardReader(train, options), **common, **draws, train=True),
-                TextImageDataset(ShardReader(val, options), **common, train=False),
+                TextImageDataset(train_shards, **common, **draws, train=True),
+                TextImageDataset(val_shards, **common, train=False),
             )
             if buckets is not None:
                 self.buckets = choose_buckets(

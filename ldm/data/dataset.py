@@ -125,8 +125,8 @@ class TextImageDataset(Dataset):
         return int(height), int(width)
 
     @property
-    def sample_bytes(self) -> int:
-        """The bytes of the largest sample in a slot."""
+    def most_bytes(self) -> int:
+        """The bytes of the largest sample."""
         sizes = [get_sides(self.size)] if self.target_sizes is None else self.target_sizes
         return 3 * (self.frames or 1) * int(np.prod(sizes, axis=1).max())
 

@@ -1,16 +1,14 @@
 """Caches of latents and text states as the data of a training."""
 
-from pathlib import Path
 from typing import Literal
 
 from ldm.data.cached.dataset import CachedDataset
-from ldm.data.cached.manifest import CacheError, Manifest, read_manifest
+from ldm.data.cached.manifest import CacheError, open_cache
 from ldm.data.datamodule import TextImageData
 from ldm.data.dataset import TextImageDataset
 from ldm.data.shards.index import ReadOptions
 from ldm.data.shards.locations import ShardSource
 from ldm.data.shards.reader import ShardReader
-from ldm.utils.files import resolve_path
 
 # What the training and the validation cache must have in common.
 _SHARED = (
@@ -21,8 +19,8 @@ _SHARED = (
 
 def cached_data(
     *,
-    train: str,
-    val: str,
+    train: ShardSource,
+    val: ShardSource,
     size: int | None = None,
     batch_size: int,
     flip: float = 0.0,
@@ -51,7 +49,7 @@ def cached_data(
                 f"data.train={train} and data.val={val} are caches of another {name} ({one}, "
                 f"{other}): make both by the same settings"
             )
-    side = size or manifests[0].size
+    side = size or manifests[0].side
     options = ReadOptions(on_error=on_error)
     images = [
         place and TextImageDataset(ShardReader(place), size=side, seed=seed, train=False)
@@ -86,8 +84,3 @@ def cached_data(
         datasets=(datasets[0], datasets[1]),
         seed=seed,
     )
-
-
-def open_cache(place: str) -> Manifest:
-    """Returns the manifest of the cache in a folder; raises like `read_manifest`."""
-    return read_manifest(Path(resolve_path(place)))

@@ -123,7 +123,7 @@ class CachedDataset(Dataset):
         return None if self.manifest.buckets is None else self.shards.index.sizes[:, ::-1]
 
     @property
-    def sample_bytes(self) -> int:
+    def most_bytes(self) -> int:
         """R of the largest size."""
         factor = self.manifest.factor
         grids = [(height // factor, width // factor) for width, height in self.manifest.image_sizes]
@@ -152,12 +152,12 @@ class CachedDataset(Dataset):
     def read_batch(
         self, at: Sequence[tuple[int, int]], memory: Tensor | None = None
     ) -> CachedBatch:
-        """Returns the samples at (index, position), in bytes of `memory` if it is given."""
+        """Returns the samples at (index, position), in rows of `memory` if it is given."""
         grid = self._find_grid(at[0][0])
-        shape = len(at), self._lay_out_row(grid).size
+        size = self._lay_out_row(grid).size
         if memory is None:
-            memory = torch.empty(prod(shape), dtype=torch.uint8)
-        rows = memory[: prod(shape)].view(shape)
+            memory = torch.empty(len(at) * size, dtype=torch.uint8)
+        rows = memory[: len(at) * size].view(len(at), size)
         items = [
             self._read_or_replace(*place, grid, row)
             for place, row in zip(at, rows.numpy(), strict=True)

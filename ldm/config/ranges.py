@@ -192,7 +192,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (SEED, "seed"),
     (integers("[0, 4294967295]"), "train seed"),  # numpy's
     ((SEED, NULL), "hydra.seed"),
-    (integers("[0, 65536]"), "lora.rank"),  # 0: none
+    (integers("[1, 65536]"), "lora.rank"),
     (NumberRule("(0, 1000000]"), "lora.alpha"),
     # Sizes of images and networks.
     (SIDE, "size, data.size, data.min_size, clip.patch_size"),

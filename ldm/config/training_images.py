@@ -16,7 +16,7 @@ from ldm.config.pipeline import LoadedPipeline
 from ldm.config.registry import validate_component
 from ldm.config.search_path import list_group_options
 from ldm.data.dataset import TextImageDataset
-from ldm.data.image_decoding import read_short_side
+from ldm.data.image_decoding import read_image_size
 from ldm.data.scenes.datamodule import locate_scene_folders
 from ldm.data.scenes.world import WORLD_VERSION
 from ldm.data.shards.cache import ShardCache
@@ -151,7 +151,7 @@ def find_real_size(cfg: DictConfig, options: TextOptions, name: str) -> int | No
     """The short side of real images, in pixels; None where a few of them differ."""
     shards = open_real_shards(cfg, options, name)
     few = range(0, len(shards), len(shards) // 16 + 1)
-    sides = {read_short_side(shards.read(i).image) for i in few}
+    sides = {min(read_image_size(shards.read(i).image)) for i in few}
     return sides.pop() if len(sides) == 1 else None
 
 

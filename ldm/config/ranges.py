@@ -135,6 +135,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     # Words.
     (ChoiceRule(("diffusion", "autoencoder", "clip", "classifier")), "stage"),
     ((ExactRule("auto"), ExactRule(True), ExactRule(False)), "checkpoint.background"),
+    ((ExactRule(True), ExactRule(False), ChoiceRule(("json",))), "plan"),
     # Without quotes, YAML reads off as false.
     ((ChoiceRule(("off", "default", "reduce-overhead")), ExactRule(False)), "compile"),
     (ChoiceRule(("philox", "torch")), "rng"),

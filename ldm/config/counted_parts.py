@@ -32,8 +32,14 @@ PUBLISHED_TEXT_CONFIGS: dict[str, dict[str, object]] = {
     | {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
     | {"projection_dim": 1280},
     "google/flan-t5-base": {
-        **{"model_type": "t5", "vocab_size": 32128, "d_model": 768, "d_ff": 2048, "d_kv": 64},
-        **{"num_layers": 12, "num_heads": 12, "feed_forward_proj": "gated-gelu"},
+        "model_type": "t5",
+        "vocab_size": 32128,
+        "d_model": 768,
+        "d_ff": 2048,
+        "d_kv": 64,
+        "num_layers": 12,
+        "num_heads": 12,
+        "feed_forward_proj": "gated-gelu",
     },
 }
 

@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from ldm.config.adoption import adopt_published_groups
+from ldm.config.command_line import convert_to_usage_errors
 from ldm.config.components import choose_precision
 from ldm.config.counted_parts import (
     TextSizes,
@@ -71,9 +72,10 @@ def exit_with_plan(cfg: DictConfig, *, is_sweep: bool) -> None:
     if is_sweep:
         raise UsageError("plan counts one run: leave -m out, and give one value for each setting")
     try:
-        table = count_plan(cfg)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+        with convert_to_usage_errors():
+            table = count_plan(cfg)
+    except UsageError:
+        raise
     except Exception:  # Hydra would warn, and train
         traceback.print_exc()
         sys.exit(1)

@@ -155,7 +155,7 @@ def count_step_cost(
     functions = StepFunctions(half)
     with functions, StepMeter() as encoders, torch.no_grad():
         encode()
-    # Each layer by itself: `backward` leaves a mode, and checkpointed blocks run again inside of it.
+    # Each layer by itself: `backward` leaves a mode, and checkpointed blocks run again inside it.
     for layer in denoiser.modules():
         layer.forward = functions.wrap(layer.forward)
     t = torch.zeros(len(x0), device=x0.device)

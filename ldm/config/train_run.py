@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.adoption import adopt_published_groups
+from ldm.config.cache_settings import check_cache_settings
 from ldm.config.command_line import convert_to_usage_errors
 from ldm.config.composition import compose_default_config, list_task_words
 from ldm.config.reserved_settings import ADAMW_8BIT_TARGET
@@ -42,6 +43,7 @@ def train_run(cfg: DictConfig, run_dir: Path, signals: StopSignals) -> dict:
             keep_former_rng(cfg, run_dir)
             keep_former_precision(cfg, run_dir)
             adopted = adopt_published_groups(cfg, run_dir)
+            check_cache_settings(cfg)
             check_config_unchanged(cfg, run_dir)
             if is_run_finished(run_dir, cfg.trainer.max_steps, stops=bool(cfg.early_stop)):
                 value = f"{cfg.metric} = {read_last_value(run_dir, cfg.metric)}"

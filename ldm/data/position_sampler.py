@@ -23,6 +23,24 @@ def draw_random_bits(count: int, *key: int) -> np.ndarray:
     return np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
 
 
+def draw_caption_number(
+    count: int, weights: Sequence[float] | None, *, seed: int, epoch: int, index: int
+) -> int:
+    """Returns which of a sample's captions is read in an epoch; weights: None for equal ones."""
+    if count == 1:
+        return 0
+    bits = draw_random_bits(1, CAPTION_STREAM, seed, epoch, index)[0]
+    if weights is None:
+        return int(bits % count)
+    ends = np.cumsum(weights)  # the last of them, for bits / 2^64 may round to 1
+    return int(np.searchsorted(ends[:-1], bits / 2.0**64 * ends[-1], side="right"))
+
+
+def draw_crop_and_flip(seed: int, position: int) -> tuple[float, float, float]:
+    """Returns x and y of a random crop and the number that decides a flip, in [0, 1] each."""
+    return tuple(draw_random_bits(3, CROP_STREAM, seed, position) / 2.0**64)
+
+
 def split_batch(batch: int, world: int, accumulate: int) -> int:
     """Returns the images of one rank and micro-step; ValueError if they do not divide."""
     parts = world * accumulate
@@ -166,11 +184,16 @@ class PositionBatchSampler:
 
 
 def split_strided_batches(
-    count: int, *, batch: int, rank: int, world: int
+    count: int, *, batch: int, rank: int, world: int, kinds: np.ndarray | None = None
 ) -> list[list[tuple[int, int]]]:
     """Returns a rank's share of samples 0..count-1 for validation, as (index, position = index).
 
-    Nothing is padded: the last batch, and a rank's total, may be smaller.
+    Nothing is padded: the last batch, and a rank's total, may be smaller. kinds (N,): numbers, of
+    which a batch has one; samples come in their order.
     """
-    indices = range(rank, count, world)
-    return [[(i, i) for i in indices[b : b + batch]] for b in range(0, len(indices), batch)]
+    if kinds is None:
+        kinds = np.zeros(count, int)
+    indices = np.argsort(kinds[:count], kind="stable")[rank::world]
+    parts = np.split(indices, np.flatnonzero(np.diff(kinds[indices])) + 1)
+    batches = [part[b : b + batch].tolist() for part in parts for b in range(0, len(part), batch)]
+    return [[(i, i) for i in indices] for indices in batches]

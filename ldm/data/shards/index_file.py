@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from tarfile import BLOCKSIZE
 from typing import Any
@@ -72,7 +73,7 @@ class ShardIndex:
         """Returns the number of samples in each of the S shards."""
         return np.bincount(self.shard, minlength=len(self.paths)).tolist()
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A digest of keys, order, sizes and caption keys, wherever the shards are stored."""
         keys = "".join(self.caption_weights)

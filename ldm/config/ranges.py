@@ -137,6 +137,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     # Words.
     (ChoiceRule(("diffusion", "autoencoder", "clip", "classifier")), "stage"),
     ((ExactRule("auto"), ExactRule(True), ExactRule(False)), "checkpoint.background"),
+    ((ExactRule(True), ExactRule(False), ChoiceRule(("json",))), "plan"),
     # Without quotes, YAML reads off as false.
     ((ChoiceRule(("off", "default", "reduce-overhead")), ExactRule(False)), "compile"),
     (ChoiceRule(("philox", "torch")), "rng"),
@@ -166,7 +167,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (POSITIVE, "data.count, data.val_count, data.window, data.group, data.family, data.val_limit"),
     (POSITIVE, "early_stop.others, early_stop.validations, stop_after_skips, eval.scenes.every"),
     (POSITIVE, "trainer.max_steps, trainer.val_check_interval, trainer.log_every_n_steps"),
-    (POSITIVE, "hydra.timeout_min, hydra.array_parallelism, hydra.n_trials"),
+    (POSITIVE, "scheduler.base, hydra.timeout_min, hydra.array_parallelism, hydra.n_trials"),
     (integers("[0, 1000000000]"), "checkpoint.keep_best, early_stop.min_steps, eval.images.every"),
     (integers("[0, 1000000000]"), "optimizer.warmup, style_encoder.layer, hydra.signal_delay_s"),
     (integers("[0, 1000000000]"), "hydra.n_startup_trials"),
@@ -234,7 +235,8 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (ListRule(EMA_LENGTH_RANGE, range(65)), "phema.lengths"),
     # Other numbers.
     (NumberRule("(0, 1000000]"), "time_power, timestep_sampler.power, timestep_sampler.std"),
-    (NumberRule("(0, 1000000]"), "scheduler.shift, scheduler.scale, scheduler.tau, loss.c"),
+    (NumberRule("(0, 1000000]"), "scheduler.scale, scheduler.tau, loss.c"),
+    ((NumberRule("(0, 1000000]"), ExactRule("auto")), "scheduler.shift"),
     (NumberRule("(0, 1000000]"), "weighting.sigma_data, weighting.k, task.residual_std"),
     (NumberRule("(0, 1000000]"), "clip.max_scale, strategy.minutes, trainer.peak_tflops"),
     (NumberRule("[0, 1000000]"), "kl_weight, objective.offset_noise, objective.input_perturbation"),

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from ldm.utils.errors import UsageError
 
-# The settings of targets that begin like this are in the table.
+# Targets that begin like this have their settings in the table.
 OWN_TARGET_PREFIXES = ("ldm.", "lightning.", "datetime.", "hydra_plugins.")
 
 
@@ -56,9 +56,9 @@ def _format_number(number: float) -> str:
 
 @dataclass(frozen=True)
 class ListRule:
-    """A list of numbers, of one of these lengths; rising: each larger than the one before."""
+    """A list of values, of one of these lengths; rising: each larger than the one before."""
 
-    each: NumberRule
+    each: "NumberRule | ListRule"
     lengths: Sequence[int]
     rising: bool = False
 
@@ -74,20 +74,6 @@ class ListRule:
         count = f"{min(self.lengths)} " if len(self.lengths) == 1 else ""
         rising = "rising " if self.rising else ""
         return f"a list [a,b,..] of {count}{rising}values, each {self.each}"
-
-
-@dataclass(frozen=True)
-class SizesRule:
-    """A list of sizes [width, height] in pixels, each once."""
-
-    def accepts(self, value: object) -> bool:
-        """Whether a value is such a list."""
-        pair = ListRule(SIDE, [2])
-        is_list = isinstance(value, list) and bool(value) and all(map(pair.accepts, value))
-        return is_list and len({*map(tuple, value)}) == len(value)
-
-    def __str__(self) -> str:
-        return "a list of different sizes [[width,height],..] in pixels"
 
 
 @dataclass(frozen=True)
@@ -118,7 +104,7 @@ class ChoiceRule:
         return f"one of {', '.join(self.words)}"
 
 
-ValueRule = NumberRule | ListRule | SizesRule | ExactRule | ChoiceRule
+ValueRule = NumberRule | ListRule | ExactRule | ChoiceRule
 SettingRule = tuple[ValueRule, ...]  # a value needs to fit one of them
 
 
@@ -211,29 +197,25 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (integers("[1, 65536]"), "lora.rank"),
     (NumberRule("(0, 1000000]"), "lora.alpha"),
     # Sizes of images and networks.
-    (SIDE, "size, data.size, data.min_size, clip.patch_size"),
+    (SIDE, "size, data.size, data.min_size, clip.patch_size, model.size_factor"),
     ((SIDE, ListRule(SIDE, [2])), "sample size, evaluate size"),
-    ((ExactRule("auto"), SizesRule(), NULL), "data.buckets"),
+    ((ExactRule("auto"), ListRule(ListRule(SIDE, [2]), range(1, 1025))), "data.buckets"),
     ((SIDE, NULL), "prepare size"),
     ((integers("[64, 16384]"), NULL), "decode_tile"),
     (ListRule(integers("[0, 16384]"), [4]), "pad"),
     (BLOCKS, "autoencoder.patch, autoencoder.latent_channels, autoencoder.blocks, clip.layers"),
-    (BLOCKS, "clip.heads, model.blocks, style_encoder.tiles"),
+    (BLOCKS, "clip.heads, model.blocks, style_encoder.tiles, classifier.blocks"),
+    (BLOCKS, "classifier.heads, classifier.depth"),
     ((BLOCKS, ListRule(BLOCKS, range(1, 65))), "model.heads, model.depth"),
     (integers("[0, 65536]"), "model.size_embedding"),  # 0: none
-    (SIDE, "model.size_factor"),
-    (BLOCKS, "classifier.blocks, classifier.heads, classifier.depth"),
     (
         ListRule(BLOCKS, range(1, 65)),
         "autoencoder.multipliers, classifier.multipliers, model.multipliers",
     ),
     (integers("[1, 65536]"), "autoencoder.channels, classifier.width, classifier.channels"),
-    (
-        integers("[1, 65536]"),
-        "classifier.groups, classifier.embedding, clip.width, clip.projection",
-    ),
+    (integers("[1, 65536]"), "classifier.groups, classifier.embedding, clip.width"),
     (integers("[1, 65536]"), "clip.max_length, model.channels, model.groups, model.embedding"),
-    (integers("[1, 65536]"), "text_encoder.max_length"),
+    (integers("[1, 65536]"), "text_encoder.max_length, clip.projection"),
     (integers("[-1024, -1]"), "text_encoder.layer"),  # counted from the last
     (integers("[0, 65536]"), "autoencoder.groups"),  # 0: no norm
     (integers("[2, 65536]"), "style_encoder.code"),

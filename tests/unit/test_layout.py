@@ -15,7 +15,7 @@ ROOM_LINES = {
     "utils": 1995,
     "diffusion": 3380,
     "models": 4955,
-    "data": 4826,
+    "data": 5440,
     "inference": 860,
     "evaluation": 3115,
     "experiments": 2220,

@@ -32,21 +32,22 @@ def group_near_duplicates(
     device: torch.device | None = None,
     done: Callable[[int], object] = lambda count: None,
 ) -> tuple[np.ndarray, list[PicturePair]]:
-    """Returns the group (N,) of each picture, and the `most` nearest pairs from `threshold` on.
+    """Returns the group (N,) of each picture, and the `most` nearest pairs.
 
-    A group is a set that pairs from `threshold` on connect; its number is that of its first
-    picture. Features (N, D) of zeros belong to no group. `done(n)` is called for n rows.
+    A group is a set that pairs with a cosine from `threshold` on connect; its number is that of its
+    first picture. Features (N, D) of zeros are alone. `done(n)` is called for n rows.
     """
     vectors, groups = F.normalize(features, dim=1), _Groups(len(features))
     nearest: list[PicturePair] = []
     for first, cosines in _iterate_blocks(vectors, vectors, device, upper=True, done=done):
         rows, columns = (cosines >= threshold).nonzero(as_tuple=True)
-        values = cosines[rows, columns]
-        best = values.topk(min(most, len(values))).indices
-        rows, columns = rows + first[0], columns + first[1]
-        groups.join(rows.cpu().numpy(), columns.cpu().numpy())
-        found = zip(*(part[best].tolist() for part in (rows, columns, values)), strict=True)
-        nearest = sorted([*nearest, *map(PicturePair._make, found)], key=_rank_pair)[:most]
+        groups.join((rows + first[0]).cpu().numpy(), (columns + first[1]).cpu().numpy())
+        values, places = cosines.flatten().topk(min(most, cosines.numel()))
+        for value, place in zip(values.tolist(), places.tolist(), strict=True):
+            row, column = divmod(place, cosines.shape[1])
+            if first[0] + row < first[1] + column:
+                nearest.append(PicturePair(first[0] + row, first[1] + column, value))
+        nearest = sorted(nearest, key=_rank_pair)[:most]
     return groups.find_all(), nearest
 
 
@@ -97,26 +98,21 @@ def _iterate_blocks(
 
 
 class _Groups:
-    """Disjoint sets of the numbers below N (union-find with path halving)."""
+    """Disjoint sets of the numbers below N; the least number of a set is its root."""
 
     def __init__(self, count: int) -> None:
         self.parent = np.arange(count)
 
     def join(self, first: np.ndarray, second: np.ndarray) -> None:
-        """Joins the sets of each pair; the least number of a set is its root."""
-        roots = self.find_all() if len(first) else self.parent
-        for one, other in np.unique(np.stack([roots[first], roots[second]], 1), axis=0).tolist():
-            one, other = self._find(one), self._find(other)
-            self.parent[max(one, other)] = min(one, other)
+        """Joins the sets of each pair: all roots at once move below their least neighbour."""
+        while len(first):
+            roots = self.find_all()
+            first, second = roots[first], roots[second]
+            differ = first != second
+            first, second = first[differ], second[differ]
+            np.minimum.at(self.parent, np.maximum(first, second), np.minimum(first, second))
 
     def find_all(self) -> np.ndarray:
-        roots = self.parent
-        while not np.array_equal(roots, above := self.parent[roots]):
-            roots = above
-        return roots
-
-    def _find(self, one: int) -> int:
-        while (above := self.parent[one]) != one:
-            self.parent[one] = self.parent[above]
-            one = int(above)
-        return int(one)
+        while not np.array_equal(self.parent, above := self.parent[self.parent]):
+            self.parent = above
+        return self.parent

@@ -49,9 +49,7 @@ def write_cache(
             texts = text_encoder([text for one in samples for text in one.captions])
             counts = [len(one.captions) for one in samples]
             states = {"tokens": texts.tokens, "mask": texts.mask, "pooled": texts.pooled}
-            split = {
-                name: part.split(counts) for name, part in states.items() if part is not None
-            }
+            split = {name: part.split(counts) for name, part in states.items() if part is not None}
             for n, sample in enumerate(samples):
                 tensors = {name: part[n].to(number) for name, part in latents.items()}
                 tensors |= {name: part[n].to(number) for name, part in split.items()}

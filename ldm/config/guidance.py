@@ -19,7 +19,8 @@ from ldm.config.components import (
 )
 from ldm.config.own_components import CLASSIFIER_GROUPS
 from ldm.config.published import open_checkpoint
-from ldm.diffusion.guidance.base import ConditionalDenoiser, Guidance
+from ldm.diffusion.guidance.base import Guidance
+from ldm.diffusion.guidance.cfg import GuideDenoiser
 from ldm.diffusion.schedules import Schedule, is_same_schedule
 from ldm.inference.components import Components
 from ldm.models.noisy_classifier import NoisyClassifier
@@ -71,7 +72,7 @@ def build_guidance(
 
 def load_guide_denoiser(
     path: str, components: Components, *, device: torch.device, trust: Sequence[str] | None = None
-) -> ConditionalDenoiser:
+) -> GuideDenoiser:
     """The averaged denoiser of a run on the same latents, text encoder and schedule."""
     source, task = (open_checkpoint(path, name="guidance.guide", trust=trust), components.task)
     trained_task = instantiate(source.config.task)
@@ -81,7 +82,7 @@ def load_guide_denoiser(
             f"task={task.name}: {why}"
         )
     for name in FROZEN_GROUPS:
-        if hash_module(components.frozen[name]) != source.digests[name]:
+        if components.hash_frozen(name) != source.digests[name]:
             raise UsageError(
                 f"guidance.guide={path} was trained with another {name}: a guide answers for the "
                 "same latents and the same states of the text"
@@ -94,8 +95,10 @@ def load_guide_denoiser(
     denoiser = build_denoiser(source.config, *encoders, task)
     source.load_denoiser(denoiser, "ema.module.").to(device)
 
-    def denoise(x_t, t, cond):
-        return objective.predict_x0(denoiser, x_t, t.to(x_t.device), cond)
+    def denoise(x_t, t, cond, network_timestep):
+        t = t.to(x_t.device)
+        timestep = network_timestep(objective.schedule, t)
+        return objective.predict_x0(denoiser, x_t, t, cond, timestep=timestep)
 
     return denoise
 
@@ -148,7 +151,7 @@ def load_noisy_classifier(
         hint=hint,
     )
     path, config = loaded.path, loaded.config
-    if hash_module(components.autoencoder) != loaded.digests["autoencoder"]:
+    if components.hash_frozen("autoencoder") != loaded.digests["autoencoder"]:
         raise UsageError(
             f"{path} was trained on the latents of another autoencoder than the model's: train a "
             "classifier with the model's autoencoder=..."
@@ -171,7 +174,8 @@ def load_text_encoder(
     config: DictConfig, components: Components, digest: str, path: Path
 ) -> nn.Module:
     """The text encoder with this digest: the model's own, or that of `config`."""
-    if hash_module(components.text_encoder) == digest:
+    # One that is not built cannot say which names it tells apart.
+    if not components.known_digests and hash_module(components.text_encoder) == digest:
         return components.text_encoder
     text_encoder = instantiate(config.text_encoder)
     if hash_module(text_encoder) != digest:

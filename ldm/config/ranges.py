@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from ldm.utils.errors import UsageError
+
 # The settings of targets that begin like this are in the table.
 OWN_TARGET_PREFIXES = ("ldm.", "lightning.", "datetime.", "hydra_plugins.")
 
@@ -75,6 +77,20 @@ class ListRule:
 
 
 @dataclass(frozen=True)
+class SizesRule:
+    """A list of sizes [width, height] in pixels, each once."""
+
+    def accepts(self, value: object) -> bool:
+        """Whether a value is such a list."""
+        pair = ListRule(SIDE, [2])
+        is_list = isinstance(value, list) and bool(value) and all(map(pair.accepts, value))
+        return is_list and len({*map(tuple, value)}) == len(value)
+
+    def __str__(self) -> str:
+        return "a list of different sizes [[width,height],..] in pixels"
+
+
+@dataclass(frozen=True)
 class ExactRule:
     """One value that is not among the numbers of the other rules."""
 
@@ -102,7 +118,7 @@ class ChoiceRule:
         return f"one of {', '.join(self.words)}"
 
 
-ValueRule = NumberRule | ListRule | ExactRule | ChoiceRule
+ValueRule = NumberRule | ListRule | SizesRule | ExactRule | ChoiceRule
 SettingRule = tuple[ValueRule, ...]  # a value needs to fit one of them
 
 
@@ -135,6 +151,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     # Words.
     (ChoiceRule(("diffusion", "autoencoder", "clip", "classifier")), "stage"),
     ((ExactRule("auto"), ExactRule(True), ExactRule(False)), "checkpoint.background"),
+    ((ExactRule(True), ExactRule(False), ChoiceRule(("json",))), "plan"),
     # Without quotes, YAML reads off as false.
     ((ChoiceRule(("off", "default", "reduce-overhead")), ExactRule(False)), "compile"),
     (ChoiceRule(("philox", "torch")), "rng"),
@@ -154,6 +171,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (ChoiceRule(("eps", "x0", "v", "flow")), "objective.kind"),
     (ChoiceRule(("center", "random")), "data.crop"),
     (ChoiceRule(("stop", "skip")), "data.on_error"),
+    (ChoiceRule(("sample", "mean")), "posterior"),
     (ChoiceRule(("jpg", "png", "webp")), "format"),
     (ChoiceRule(("all", "train", "val", "unseen")), "prepare part"),
     (ChoiceRule(("copy", "reference")), "bundle frozen"),
@@ -163,7 +181,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (POSITIVE, "data.count, data.val_count, data.window, data.group, data.family, data.val_limit"),
     (POSITIVE, "early_stop.others, early_stop.validations, stop_after_skips, eval.scenes.every"),
     (POSITIVE, "trainer.max_steps, trainer.val_check_interval, trainer.log_every_n_steps"),
-    (POSITIVE, "hydra.timeout_min, hydra.array_parallelism, hydra.n_trials"),
+    (POSITIVE, "scheduler.base, hydra.timeout_min, hydra.array_parallelism, hydra.n_trials"),
     (integers("[0, 1000000000]"), "checkpoint.keep_best, early_stop.min_steps, eval.images.every"),
     (integers("[0, 1000000000]"), "optimizer.warmup, style_encoder.layer, hydra.signal_delay_s"),
     (integers("[0, 1000000000]"), "hydra.n_startup_trials"),
@@ -194,7 +212,8 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (NumberRule("(0, 1000000]"), "lora.alpha"),
     # Sizes of images and networks.
     (SIDE, "size, data.size, data.min_size, clip.patch_size"),
-    ((SIDE, ListRule(SIDE, [2])), "sample size"),
+    ((SIDE, ListRule(SIDE, [2])), "sample size, evaluate size"),
+    ((ExactRule("auto"), SizesRule(), NULL), "data.buckets"),
     ((SIDE, NULL), "prepare size"),
     ((integers("[64, 16384]"), NULL), "decode_tile"),
     (ListRule(integers("[0, 16384]"), [4]), "pad"),
@@ -234,7 +253,8 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (ListRule(EMA_LENGTH_RANGE, range(65)), "phema.lengths"),
     # Other numbers.
     (NumberRule("(0, 1000000]"), "time_power, timestep_sampler.power, timestep_sampler.std"),
-    (NumberRule("(0, 1000000]"), "scheduler.shift, scheduler.scale, scheduler.tau, loss.c"),
+    (NumberRule("(0, 1000000]"), "scheduler.scale, scheduler.tau, loss.c"),
+    ((NumberRule("(0, 1000000]"), ExactRule("auto")), "scheduler.shift"),
     (NumberRule("(0, 1000000]"), "weighting.sigma_data, weighting.k, task.residual_std"),
     (NumberRule("(0, 1000000]"), "clip.max_scale, strategy.minutes, trainer.peak_tflops"),
     (NumberRule("[0, 1000000]"), "kl_weight, objective.offset_noise, objective.input_perturbation"),
@@ -254,6 +274,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (NumberRule("[-1000000, 1000000]"), "guidance.parallel, cascade_guidance_scale"),
     (NumberRule("(-1, 1)"), "guidance.momentum"),
 )
+FILTER_SETTINGS = ("data.where", "data.val_where")  # conditions, see ldm/data/where.py
 SETTING_RANGES = {name: rule for rule, names in RULES for name in names.split(", ")}
 
 
@@ -272,6 +293,8 @@ def format_invalid_value(
 
     default: `...` where there is none. ours: whether its target is one of OWN_TARGET_PREFIXES.
     """
+    if ours and key in FILTER_SETTINGS and value is not None:
+        return _describe_filter_problem(key, value)
     rule = find_setting_rule(key, command) if ours else None
     if rule is None and isinstance(default, bool):
         rule = (ExactRule(True), ExactRule(False))
@@ -287,6 +310,16 @@ def format_invalid_value(
             )
     may_be = "a finite number" if rule is None else ", or ".join(map(str, rule))
     return "" if valid else f"{key}={format_setting_value(value)} must be {may_be}"
+
+
+def _describe_filter_problem(key: str, value: object) -> str:
+    from ldm.data.where import SampleFilter  # numpy: other settings need not wait for it
+
+    try:
+        SampleFilter(value)
+    except UsageError as error:
+        return f"{key}: {error}"
+    return ""
 
 
 def _numbers(value: object) -> Iterator[int | float]:

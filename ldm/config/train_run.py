@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.adoption import adopt_published_groups
+from ldm.config.cache_settings import check_cache_settings
 from ldm.config.command_line import convert_to_usage_errors
 from ldm.config.composition import compose_default_config, list_task_words
 from ldm.config.reserved_settings import ADAMW_8BIT_TARGET
@@ -42,7 +43,9 @@ def train_run(cfg: DictConfig, run_dir: Path, signals: StopSignals) -> dict:
         with convert_to_usage_errors():
             keep_former_rng(cfg, run_dir)
             keep_former_precision(cfg, run_dir)
+            keep_former_shift(cfg, run_dir)
             adopted = adopt_published_groups(cfg, run_dir)
+            check_cache_settings(cfg)
             check_config_unchanged(cfg, run_dir)
             if is_run_finished(run_dir, cfg.trainer.max_steps, stops=bool(cfg.early_stop)):
                 value = f"{cfg.metric} = {read_last_value(run_dir, cfg.metric)}"
@@ -76,6 +79,16 @@ def keep_former_precision(cfg: DictConfig, run_dir: Path) -> None:
     settings = read_former_settings(run_dir)
     if settings is not None and cfg.trainer.get("precision") == "auto":
         cfg.trainer.precision = (settings.get("trainer") or {}).get("precision", "32-true")
+
+
+def keep_former_shift(cfg: DictConfig, run_dir: Path) -> None:
+    """Gives a resumed run with `scheduler.shift=auto` the number that it began with; says so."""
+    settings = read_former_settings(run_dir)
+    before = ((settings or {}).get("scheduler") or {}).get("shift")
+    if cfg.scheduler.get("shift") == "auto" and before is not None:
+        cfg.scheduler.shift = before
+        if get_launcher_rank() == 0:
+            print(f"{run_dir} keeps scheduler.shift={before:.4g}", flush=True)
 
 
 def read_former_settings(run_dir: Path) -> dict | None:
@@ -137,14 +150,15 @@ def build_interruptible_job(cfg: DictConfig, run_dir: Path, signals: StopSignals
     first = get_launcher_rank() == 0
     try:
         with signals.exit_on_signal():
+            settings = OmegaConf.to_yaml(cfg, resolve=True)
             if first:
-                write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+                write_text(run_dir / "config.yaml", settings)
             from ldm.config.run import build_job  # torch: a typo need not wait for it
 
-            precision = cfg.trainer.get("precision")
             job = build_job(cfg, run_dir, signals)
-            if first and cfg.trainer.get("precision") != precision:  # chosen for "auto"
-                write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+            chosen = OmegaConf.to_yaml(cfg, resolve=True)  # numbers for "auto"
+            if first and chosen != settings:
+                write_text(run_dir / "config.yaml", chosen)
         signals.at_once = False
         return job
     except SystemExit:

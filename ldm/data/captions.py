@@ -40,7 +40,7 @@ def read_sample_captions(
     "captions" (a list) of the JSON record, its "caption", the whole txt member, "".
     With a `key`, the text or list of texts that the record has under it, else "".
     """
-    return _select_captions(txt, _parse_json_object(record), key)
+    return _select_captions(txt, parse_json_object(record), key)
 
 
 def read_weighted_captions(
@@ -51,13 +51,21 @@ def read_weighted_captions(
     The second list has their weights: a key's weight is divided among its captions. [""] and [1] if
     no key has text.
     """
-    fields = _parse_json_object(record)
+    fields = parse_json_object(record)
     captions, shares = [], []
     for key in sorted(weights, key=lambda key: (-weights[key], key)):
         texts = _clean_value(fields.get(key))
         captions += texts
         shares += [weights[key] / len(texts) for _ in texts]
     return (captions, shares) if captions else ([""], [1.0])
+
+
+def read_cached_size(record: bytes | None) -> tuple[int, int]:
+    """Returns `image_size` (width, height) of a cached sample's JSON; (0, 0) if it has none."""
+    size = parse_json_object(record).get("image_size")
+    is_pair = isinstance(size, list) and len(size) == 2
+    fits = is_pair and all(type(side) is int and 0 < side < 2**20 for side in size)
+    return (size[0], size[1]) if fits else (0, 0)
 
 
 @dataclass
@@ -74,7 +82,7 @@ class CaptionCount:
     keys: dict[str, int] = field(default_factory=dict)
 
     def add(self, txt: bytes | None, record: bytes | None) -> None:
-        fields = _parse_json_object(record)
+        fields = parse_json_object(record)
         captions = _select_captions(txt, fields, None)
         self.samples += 1
         self.empty += captions == [""]
@@ -142,7 +150,8 @@ def _clean_value(value: Any) -> list[str]:
     return clean_captions(value if isinstance(value, list) else [value])
 
 
-def _parse_json_object(data: bytes | None) -> dict[str, Any]:
+def parse_json_object(data: bytes | None) -> dict[str, Any]:
+    """Returns the object in a sample's json member; empty where there is none."""
     if not data:
         return {}
     try:

@@ -15,7 +15,7 @@ ROOM_LINES = {
     "utils": 1995,
     "diffusion": 3380,
     "models": 4960,
-    "data": 4385,
+    "data": 6200,
     "inference": 860,
     "evaluation": 3115,
     "experiments": 2220,

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from tarfile import BLOCKSIZE
 from typing import Any
@@ -36,8 +37,9 @@ class ShardIndex:
     key_bytes, key_ends (N,): all keys in UTF-8 one after another, and where each ends.
     skipped: how many samples were left out, by reason; sparse: the first sparse member of each
     shard that has one; captions: counts over all usable samples.
-    short (N,) int32: short side of each image in pixels, 0 if its header cannot be read; None if
-    not measured yet. caption_weights: see `ReadOptions`.
+    sizes (N, 2) int32: width and height of each upright image in pixels, (0, 0) if its header
+    cannot be read; None, or (-1, -1), if not measured yet. caption_weights: see `ReadOptions`.
+    columns (N,): float64 or str, the values of keys of the json, see `json_columns`.
     """
 
     paths: list[Path | RemoteShard]
@@ -49,8 +51,9 @@ class ShardIndex:
     skipped: dict[str, int]
     captions: CaptionCount
     sparse: list[str]
-    short: np.ndarray | None = None
+    sizes: np.ndarray | None = None
     caption_weights: dict[str, float] = field(default_factory=dict)
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -67,7 +70,7 @@ class ShardIndex:
         """Returns the number of samples in each of the S shards."""
         return np.bincount(self.shard, minlength=len(self.paths)).tolist()
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A digest of keys, order, sizes and caption keys, wherever the shards are stored."""
         keys = "".join(self.caption_weights)
@@ -89,7 +92,8 @@ class ShardIndex:
             members=self.members[keep],
             key_bytes=self.key_bytes[np.repeat(keep, lengths)],
             key_ends=np.cumsum(lengths[keep]),
-            short=None if self.short is None else self.short[keep],
+            sizes=None if self.sizes is None else self.sizes[keep],
+            columns={key: values[keep] for key, values in self.columns.items()},
             skipped={**self.skipped, **skipped},
         )
 
@@ -102,10 +106,12 @@ def save_index(index: ShardIndex, file: Path) -> None:
         "skipped": index.skipped,
         "captions": asdict(index.captions),
         "sparse": index.sparse,
+        "columns": list(index.columns),
     }
     arrays = {name: getattr(index, name) for name in _ARRAYS}
-    if index.short is not None:
-        arrays["short"] = index.short
+    if index.sizes is not None:
+        arrays["sizes"] = index.sizes
+    arrays |= {f"column{i}": values for i, values in enumerate(index.columns.values())}
     # Errors mean a damaged file, which may be replaced.
     with suppress(Exception), np.load(file, allow_pickle=False) as before:
         if "meta" not in before.files:
@@ -138,7 +144,10 @@ def load_index(
                 skipped=meta["skipped"],
                 sparse=meta["sparse"],
                 captions=CaptionCount(**meta["captions"]),
-                short=arrays.get("short"),
+                sizes=arrays.get("sizes"),
+                columns={
+                    key: arrays[f"column{i}"] for i, key in enumerate(meta.get("columns", ()))
+                },
                 **{name: arrays[name] for name in _ARRAYS},
             )
     except Exception as error:  # zipfile and numpy raise many kinds for damaged files

@@ -15,7 +15,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from ldm.data.cached.manifest import LATENT_PARTS, TEXT_PARTS, CacheError, Manifest
@@ -26,6 +25,7 @@ MAX_SAMPLE_BYTES = 2**30
 DTYPE_BY_NAME = {"bf16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _DIMS = dict.fromkeys(LATENT_PARTS, 3) | {"tokens": 3, "mask": 2, "pooled": 2}
 
 
@@ -74,8 +74,28 @@ class SampleLayout(NamedTuple):
 
 def pack_sample(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, bytes]:
     """Returns the members of a sample by suffix."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return {TENSOR_SUFFIX: save(tensors), RECORD_SUFFIX: json.dumps(record).encode()}
+    return {TENSOR_SUFFIX: pack_tensors(tensors), RECORD_SUFFIX: json.dumps(record).encode()}
+
+
+def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Returns tensors of the CPU as a file, the same bytes as by safetensors, but sooner."""
+    # safetensors' order: the wider types first.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    described = tuple((name, tensors[name].dtype, tuple(tensors[name].shape)) for name in names)
+    raw = (tensors[name].contiguous().flatten().view(torch.uint8).numpy() for name in names)
+    return b"".join([_pack_header(described), *raw])
+
+
+@lru_cache(maxsize=1024)
+def _pack_header(described: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> bytes:
+    header, at = {}, 0
+    for name, dtype, shape in described:
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def pack_record(

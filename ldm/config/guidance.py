@@ -19,7 +19,8 @@ from ldm.config.components import (
 )
 from ldm.config.own_components import CLASSIFIER_GROUPS
 from ldm.config.published import open_checkpoint
-from ldm.diffusion.guidance.base import ConditionalDenoiser, Guidance
+from ldm.diffusion.guidance.base import Guidance
+from ldm.diffusion.guidance.cfg import GuideDenoiser
 from ldm.diffusion.schedules import Schedule, is_same_schedule
 from ldm.inference.components import Components
 from ldm.models.noisy_classifier import NoisyClassifier
@@ -71,7 +72,7 @@ def build_guidance(
 
 def load_guide_denoiser(
     path: str, components: Components, *, device: torch.device, trust: Sequence[str] | None = None
-) -> ConditionalDenoiser:
+) -> GuideDenoiser:
     """The averaged denoiser of a run on the same latents, text encoder and schedule."""
     source, task = (open_checkpoint(path, name="guidance.guide", trust=trust), components.task)
     trained_task = instantiate(source.config.task)
@@ -94,8 +95,10 @@ def load_guide_denoiser(
     denoiser = build_denoiser(source.config, *encoders, task)
     source.load_denoiser(denoiser, "ema.module.").to(device)
 
-    def denoise(x_t, t, cond):
-        return objective.predict_x0(denoiser, x_t, t.to(x_t.device), cond)
+    def denoise(x_t, t, cond, network_timestep):
+        t = t.to(x_t.device)
+        timestep = network_timestep(objective.schedule, t)
+        return objective.predict_x0(denoiser, x_t, t, cond, timestep=timestep)
 
     return denoise
 

@@ -6,6 +6,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from ldm.diffusion.schedules import Schedule
+
+NetworkTimestep = Callable[[Schedule, Tensor], Tensor]  # t -> a network's input
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -89,6 +93,7 @@ class Conditioning:
     positive: Condition
     negative: Condition
     prompts: GuidancePrompts | None = None
+    network_timestep: NetworkTimestep = Schedule.timestep  # of the sampler, for other networks
 
     def require_prompts(self, reader: str) -> GuidancePrompts:
         """The prompts; ValueError without them, which names the guidance that reads them."""

@@ -227,7 +227,8 @@ class Pipeline:
         if task.tile_overlap is not None and self.trained_size is not None:
             side = self.trained_size // self.components.autoencoder.factor
             denoise = TiledDenoiser(denoise, side, round(side * task.tile_overlap))
-        return self.guidance(denoise, Conditioning(cond, uncond, self._guidance_prompts(prompts)))
+        told = self._guidance_prompts(prompts), self.sampler.network_timestep
+        return self.guidance(denoise, Conditioning(cond, uncond, *told))
 
     def _guidance_prompts(self, prompts: Sequence[str]) -> GuidancePrompts:
         return GuidancePrompts(prompts, self.components.text_encoder, parse_prompt)

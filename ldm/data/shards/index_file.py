@@ -38,6 +38,7 @@ class ShardIndex:
     shard that has one; captions: counts over all usable samples.
     sizes (N, 2) int32: width and height of each upright image in pixels, (0, 0) if its header
     cannot be read; None, or (-1, -1), if not measured yet. caption_weights: see `ReadOptions`.
+    columns (N,): float64 or str, the values of keys of the json, see `json_columns`.
     """
 
     paths: list[Path | RemoteShard]
@@ -51,6 +52,7 @@ class ShardIndex:
     sparse: list[str]
     sizes: np.ndarray | None = None
     caption_weights: dict[str, float] = field(default_factory=dict)
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -90,6 +92,7 @@ class ShardIndex:
             key_bytes=self.key_bytes[np.repeat(keep, lengths)],
             key_ends=np.cumsum(lengths[keep]),
             sizes=None if self.sizes is None else self.sizes[keep],
+            columns={key: values[keep] for key, values in self.columns.items()},
             skipped={**self.skipped, **skipped},
         )
 
@@ -102,10 +105,12 @@ def save_index(index: ShardIndex, file: Path) -> None:
         "skipped": index.skipped,
         "captions": asdict(index.captions),
         "sparse": index.sparse,
+        "columns": list(index.columns),
     }
     arrays = {name: getattr(index, name) for name in _ARRAYS}
     if index.sizes is not None:
         arrays["sizes"] = index.sizes
+    arrays |= {f"column{i}": values for i, values in enumerate(index.columns.values())}
     # Errors mean a damaged file, which may be replaced.
     with suppress(Exception), np.load(file, allow_pickle=False) as before:
         if "meta" not in before.files:
@@ -139,6 +144,9 @@ def load_index(
                 sparse=meta["sparse"],
                 captions=CaptionCount(**meta["captions"]),
                 sizes=arrays.get("sizes"),
+                columns={
+                    key: arrays[f"column{i}"] for i, key in enumerate(meta.get("columns", ()))
+                },
                 **{name: arrays[name] for name in _ARRAYS},
             )
     except Exception as error:  # zipfile and numpy raise many kinds for damaged files

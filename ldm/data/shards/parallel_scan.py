@@ -24,10 +24,10 @@ _HEAD_BYTES = 2**16
 
 
 def scan_in_parallel(
-    paths: list[Path | RemoteShard], cache: ShardCache | None
+    paths: list[Path | RemoteShard], cache: ShardCache | None, keys: Sequence[str] = ()
 ) -> Iterator[ShardScan]:
     """Yields what each shard holds, in order; raises like `scan_tar` and `read_range`."""
-    scan = partial(_scan, cache=cache)
+    scan = partial(_scan, cache=cache, keys=keys)
     return _map_shards(scan, paths, description="indexing shards")
 
 
@@ -72,10 +72,10 @@ def _map_shards(
             pool.shutdown(cancel_futures=True)
 
 
-def _scan(path: Path | RemoteShard, cache: ShardCache | None) -> ShardScan:
-    if (found := scan_webshart_index(path)) is not None:
+def _scan(path: Path | RemoteShard, cache: ShardCache | None, keys: Sequence[str]) -> ShardScan:
+    if (found := scan_webshart_index(path, keys)) is not None:
         return found
-    return _use_file(path, cache, lambda file: scan_tar(file, str(path)))
+    return _use_file(path, cache, lambda file: scan_tar(file, str(path), keys))
 
 
 def _measure_shard(

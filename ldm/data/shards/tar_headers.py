@@ -4,7 +4,7 @@ import io
 import itertools
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from io import BufferedReader, FileIO, IOBase
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from fsspec.spec import AbstractBufferedFile
 
 from ldm.data.captions import CaptionCount
 from ldm.data.image_decoding import MAX_IMAGE_BYTES
+from ldm.data.shards.json_columns import JsonColumns, tabulate_records
 from ldm.data.shards.remote import RemoteShard, read_range
 
 MAX_TEXT_BYTES = 2**20
@@ -56,6 +57,7 @@ class ShardScan(NamedTuple):
     captions: CaptionCount
     sparse: str | None
     sizes: np.ndarray
+    columns: JsonColumns
 
 
 def scan_shard(path: Path) -> ShardScan:
@@ -63,12 +65,14 @@ def scan_shard(path: Path) -> ShardScan:
         return scan_tar(file, str(path))
 
 
-def scan_tar(file: IOBase, name: str) -> ShardScan:
-    return group_members(_iterate_members(file, name))
+def scan_tar(file: IOBase, name: str, keys: Sequence[str] = ()) -> ShardScan:
+    """Returns what a shard holds, with the values that the samples' json has under `keys`."""
+    return group_members(_iterate_members(file, name), keys)
 
 
-def group_members(members: Iterable[TarMember]) -> ShardScan:
+def group_members(members: Iterable[TarMember], columns: Sequence[str] = ()) -> ShardScan:
     """Groups members as webdataset does: neighbours with the same name up to the first dot."""
+    records: list[bytes | None] = []
     keys, rows, skipped, captions, sparse = {}, [], Counter(), CaptionCount(), None
     sizes = []
     for key, neighbours in itertools.groupby(members, key=lambda member: member.key):
@@ -86,11 +90,14 @@ def group_members(members: Iterable[TarMember]) -> ShardScan:
             sizes.append(next(one.image_size for one in group if _COLUMN.get(one.suffix) == 0))
             texts = {_COLUMN[one.suffix]: one.text for one in group if one.suffix in _COLUMN}
             captions.add(texts.get(1), texts.get(2))
+            if columns:
+                records.append(texts.get(2))
     located = np.array(rows, np.int64).reshape(-1, 3, 2)
     located[..., 0] //= tarfile.BLOCKSIZE
     encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
     measured = np.array(sizes, np.int32).reshape(-1, 2)
-    return ShardScan(encoded, located.astype(np.uint32), skipped, captions, sparse, measured)
+    table = tabulate_records(records, columns)
+    return ShardScan(encoded, located.astype(np.uint32), skipped, captions, sparse, measured, table)
 
 
 class RemoteFile(AbstractBufferedFile):

@@ -11,7 +11,7 @@ import io
 import json
 import logging
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import FileIO, IOBase
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,14 @@ _INVALID = (OSError, ValueError, LookupError, TypeError, RecursionError)
 _log = logging.getLogger(__name__)
 
 
-def scan_webshart_index(path: Path | RemoteShard) -> ShardScan | None:
+def scan_webshart_index(path: Path | RemoteShard, keys: Sequence[str] = ()) -> ShardScan | None:
     """Returns what `scan_tar` finds in a shard, by its index alone; None without a valid one."""
     try:
         if (data := _read_index(path)) is None:
             return None
         with RemoteFile(path) if isinstance(path, RemoteShard) else FileIO(path) as file:
             files = _check_files(json.loads(data), file)
-            return group_members(_iterate_members(files, file))
+            return group_members(_iterate_members(files, file), keys)
     except (NoRangesError, tarfile.TarError, *_INVALID) as error:
         _log.info("%s has no valid index of webshart next to it: %s", path, error)
         return None

@@ -7,13 +7,14 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from ldm.diffusion.conditioning import Condition, Conditioning, GuidancePrompts
+from ldm.diffusion.conditioning import Condition, Conditioning, GuidancePrompts, NetworkTimestep
 from ldm.diffusion.guidance import base
 from ldm.diffusion.guidance.base import ConditionalDenoiser, Denoise
 from ldm.diffusion.schedules import expand_dims_like
 
 # conditional x0_hat, unconditional x0_hat, t -> the direction of guidance
 Difference = Callable[[Tensor, Tensor, Tensor], Tensor]
+GuideDenoiser = Callable[[Tensor, Tensor, Condition, NetworkTimestep], Tensor]  # -> x0_hat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +156,7 @@ class Autoguidance:
     scale 1 does not call it. inner: the guidance of the better model.
     """
 
-    guide: ConditionalDenoiser
+    guide: GuideDenoiser
     inner: base.Guidance
     scale: float = 2.0
     interval: Sequence[float] = (0.0, 1.0)
@@ -169,7 +170,7 @@ class Autoguidance:
             return inner
 
         def extrapolate(x_t: Tensor, t: Tensor) -> Tensor:
-            worse = self.guide(x_t, t, conditioning.positive)
+            worse = self.guide(x_t, t, conditioning.positive, conditioning.network_timestep)
             return torch.lerp(worse, inner(x_t, t), self.scale)
 
         return base.restrict_to_interval(self.interval, extrapolate, inner)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ldm.diffusion.samplers import base
 from ldm.diffusion.samplers.base import NoiseLevel, Sampler, StepIterator, Trajectory
+from ldm.diffusion.samplers.spacing import LINEAR_SPACINGS
 
 # Adams-Bashforth weights of the last outputs, from old to new, for even steps.
 ADAMS_WEIGHTS = (
@@ -33,6 +34,11 @@ class PNDMSampler(Sampler):
         super().__post_init__()
         if self.average not in AVERAGES:
             raise ValueError(f"average '{self.average}' is none of {', '.join(AVERAGES)}")
+        if self.spacing not in LINEAR_SPACINGS:
+            raise ValueError(
+                f"sampler=pndm has the weights of even steps, and sampler.spacing={self.spacing} "
+                f"has none: take {', '.join(LINEAR_SPACINGS)}, or sampler=dpmpp_2m"
+            )
 
     def iterate(self, x: Tensor, path: Trajectory) -> StepIterator:
         outputs: list[Tensor] = []

@@ -98,6 +98,14 @@ def test_the_schedulers_of_published_pipelines_are_met(sd1, name):
     assert (paint(sd1) - theirs).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize(("grid", "spacing"), [("euler", "linspace"), ("dpm", "karras")])
+def test_a_guide_gets_the_timesteps_of_the_grid_as_the_network_does(written, grid, spacing):
+    words = ["sampler=ddim", f"sampler.grid={grid}", f"sampler.spacing={spacing}"]
+    ours = paint(written["sd1"], *words, "guidance.scale=1")
+    itself = ["guidance=autoguidance", f"guidance.guide={written['sd1']}"]
+    assert (paint(written["sd1"], *words, *itself) - ours).abs().max() < 1e-5
+
+
 def test_an_empty_prompt_is_zeros_where_the_folder_says_so(written, tmp_path):
     encoded = folders.write_sdxl(tmp_path / "encoded", zeros=False)
     pictures = [paint(place) for place in (written["sdxl"], encoded)]

@@ -281,7 +281,7 @@ def test_momentum_advances_once_a_step(name):
 def test_autoguidance_extrapolates_from_the_worse_model(t):
     x_t = torch.randn(2, 3, 4, 4)
 
-    def worse(x_t, t, c):
+    def worse(x_t, t, c, network_timestep):
         return denoise(x_t, t, c) + 0.1 * x_t
 
     inner = ClassifierFreeGuidance(scale=2.0)
@@ -289,7 +289,7 @@ def test_autoguidance_extrapolates_from_the_worse_model(t):
         denoise, Conditioning(cond(2.0), cond(0.5))
     )
     better = inner(denoise, Conditioning(cond(2.0), cond(0.5)))(x_t, t)
-    bad = worse(x_t, t, cond(2.0))
+    bad = worse(x_t, t, cond(2.0), None)
     torch.testing.assert_close(auto(x_t, t), bad + 3 * (better - bad))
     off = Autoguidance(guide=None, inner=inner, scale=1.0)(
         denoise, Conditioning(cond(2.0), cond(0.5))

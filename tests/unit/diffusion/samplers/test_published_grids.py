@@ -318,3 +318,5 @@ def test_an_offset_beyond_the_schedule_is_refused():
         DPMSolverSampler(grid="ddim")
     with pytest.raises(ValueError, match="none of eps, v"):
         PNDMSampler(average="x0")
+    with pytest.raises(ValueError, match="spacing=ays has none"):
+        PNDMSampler(spacing="ays")

@@ -49,6 +49,7 @@ class CacheEncoder:
     @torch.inference_mode()
     def encode_images(self, images: Tensor) -> dict[str, Tensor]:
         """Returns the latents (B, C, h, w) of uint8 images (B, 3, H, W), by their names."""
+        count = len(images)
         images = send(self._pad(images), self.device).float().div_(127.5).sub_(1)
         found = dict.fromkeys(LATENT_PARTS)
         with self._autocast():
@@ -56,7 +57,7 @@ class CacheEncoder:
             if self.manifest.flips:
                 flipped = self.posterior(images.flip(-1))
                 found["mean_flipped"], found["logvar_flipped"] = flipped
-        return {name: self._store(found[name]) for name in self.manifest.latent_parts}
+        return {name: self._store(found[name][:count]) for name in self.manifest.latent_parts}
 
     @torch.inference_mode()
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -65,7 +66,7 @@ class CacheEncoder:
         with self._autocast():
             cond = self.text_encoder([*captions, *[""] * missing])
         parts = {name: getattr(cond, name) for name in self.manifest.text_parts}
-        return {name: self._store(part)[: len(captions)] for name, part in parts.items()}
+        return {name: self._store(part[: len(captions)]) for name, part in parts.items()}
 
     def encode_null(self) -> dict[str, Tensor]:
         """Returns the parts (1, ..) of the null condition."""
@@ -190,7 +191,7 @@ class CacheSamples:
         """Returns batches of samples of one size."""
         groups: dict[object, list[int]] = {}
         for i in window:
-            groups.setdefault(self.source.size_at(i), []).append(i)
+            groups.setdefault(self.source.images.size_at(i), []).append(i)
         batch = self.encoder.batch
         return [
             group[first : first + batch]

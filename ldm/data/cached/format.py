@@ -104,15 +104,15 @@ def pack_record(
     captions: Sequence[str],
     weights: Sequence[float] | None,
     digest: str,
-    image_size: tuple[int, int],
+    sizes: Sequence[int],
 ) -> dict[str, Any]:
     """Returns the JSON of a sample: the source's fields, and what the cache says of it.
 
     captions, weights: as `ShardReader.read` lists them; digest: the SHA-256 of the source's image
-    file; image_size: width and height of the image that was encoded.
+    file; sizes: those of `Condition.sizes`. `image_size` is width and height of what was encoded.
     """
-    record = {**fields, "captions": list(captions), "digest": digest}
-    record["image_size"] = list(image_size)
+    record = {**fields, "captions": list(captions), "digest": digest, "sizes": list(sizes)}
+    record["image_size"] = [sizes[5], sizes[4]]
     if weights is not None:
         record["caption_weights"] = list(weights)
     return record
@@ -195,7 +195,7 @@ def unpack_null(data: bytes, manifest: Manifest) -> dict[str, Tensor]:
     """Returns the parts of the null condition, each (1, ..), of null.safetensors."""
     if not manifest.text_parts:
         return {}
-    tensors = unpack_sample(data)
+    tensors = unpack_sample(bytearray(data))
     if set(tensors) != set(manifest.text_parts) or not set(tensors) <= set(TEXT_PARTS):
         raise CacheError(f"has {sorted(tensors)}, where the cache has {manifest.text_parts}")
     check_finite(tensors)

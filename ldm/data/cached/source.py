@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from ldm.data.bad_samples import BadSample
 from ldm.data.cached.format import pack_record
-from ldm.data.dataset import TextImageDataset
+from ldm.data.dataset import Batch, TextImageDataset
 from ldm.data.image_decoding import ImageError
 from ldm.utils.hashing import hash_bytes
 
@@ -33,8 +33,8 @@ class SourceBatch:
 class CacheSource(Dataset):
     """Batches of samples by their indices, for a DataLoader whose sampler gives lists of them.
 
-    images: reads them as validations during a training do. max_captions: the first of a sample are
-    used; None: all.
+    images: reads them as validations during a training do, with `gives_sizes`. max_captions: the
+    first of a sample are used; None: all.
     """
 
     images: TextImageDataset
@@ -46,18 +46,15 @@ class CacheSource(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> SourceBatch:
         damaged: dict[int, BadSample] = {}
         try:
-            images = self._decode(indices)
+            batch = self._decode(indices)
         except ImageError:
             damaged = {i: bad for i in indices if (bad := self._find_damage(i))}
             indices = [i for i in indices if i not in damaged]
-            images = self._decode(indices) if indices else None
-        sizes = [] if images is None else [images.shape[-2:]] * len(indices)
-        records = {i: self._describe(i, *size) for i, size in zip(indices, sizes, strict=True)}
-        return SourceBatch(images, records, damaged)
-
-    def size_at(self, index: int) -> int:
-        """Returns the size of a sample's image."""
-        return self.images.size
+            batch = self._decode(indices) if indices else None
+        if batch is None:
+            return SourceBatch(None, {}, damaged)
+        sizes = zip(indices, batch["sizes"].int().tolist(), strict=True)
+        return SourceBatch(batch["images"], {i: self._describe(i, s) for i, s in sizes}, damaged)
 
     def key(self, index: int) -> str:
         """Returns the key of a sample, whose bytes may be no UTF-8."""
@@ -66,8 +63,8 @@ class CacheSource(Dataset):
         raw = found.key_bytes[start : found.key_ends[index]].tobytes()
         return raw.decode("utf-8", "surrogateescape")
 
-    def _decode(self, indices: Sequence[int]) -> Tensor:
-        return self.images.read_batch([(i, i) for i in indices])["images"]
+    def _decode(self, indices: Sequence[int]) -> Batch:
+        return self.images.read_batch([(i, i) for i in indices])
 
     def _find_damage(self, index: int) -> BadSample | None:
         try:
@@ -77,7 +74,7 @@ class CacheSource(Dataset):
             return BadSample(getattr(cause, "reason", error.reason), str(error))
         return None
 
-    def _describe(self, index: int, height: int, width: int) -> dict[str, Any]:
+    def _describe(self, index: int, sizes: list[int]) -> dict[str, Any]:
         shards, most = self.images.shards, self.max_captions
         sample = shards.read(index)
         return pack_record(
@@ -85,5 +82,5 @@ class CacheSource(Dataset):
             captions=sample.captions[:most],
             weights=None if sample.weights is None else sample.weights[:most],
             digest=hash_bytes(sample.image),
-            image_size=(width, height),
+            sizes=sizes,
         )

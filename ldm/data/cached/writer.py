@@ -113,7 +113,7 @@ class CacheShard:
 def plan_cache_shards(folder: Path, index: ShardIndex) -> list[CacheShard]:
     """Returns a shard for each one of the source; CacheError where two have the same name."""
     ends = np.cumsum(index.shard_sizes()).tolist()
-    names = [_name_shard(path) for path in index.paths]
+    names = [name_cache_shard(path) for path in index.paths]
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise CacheError(
             f"two shards of the source are called {twice[0]}.tar: make a cache of each folder, "
@@ -123,7 +123,8 @@ def plan_cache_shards(folder: Path, index: ShardIndex) -> list[CacheShard]:
     return [CacheShard(folder, *place) for place in zip(names, firsts, ends, strict=True)]
 
 
-def _name_shard(path: Path | RemoteShard) -> str:
+def name_cache_shard(path: Path | RemoteShard) -> str:
+    """Returns the name of a shard's file without its suffix."""
     name = os.path.basename(urlsplit(path.url).path) if isinstance(path, RemoteShard) else path.name
     return name.removesuffix(".tar")
 

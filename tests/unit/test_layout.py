@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 ROOM_LINES = {
     "utils": 1995,
     "diffusion": 3380,
-    "models": 4955,
+    "models": 4970,
     "data": 5800,
     "inference": 1090,
     "evaluation": 3115,

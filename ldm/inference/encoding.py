@@ -26,6 +26,7 @@ from ldm.utils.transfer import send
 
 # On a CPU the results of an image are the same bits in any batch of so many or more.
 MIN_BATCH = 16
+FINITE_REMEDY = "give dtype=bf16, which has the range of float32, or precision=float32"
 WINDOW = 1024  # samples that are sorted by size and held in memory
 TEXT_WINDOW = 128  # samples whose captions are encoded together
 MAX_STATES_BYTES = 2**28  # of captions that are not encoded twice
@@ -105,7 +106,14 @@ class CaptionStates:
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._rows]
         for first in range(0, len(new), self.encoder.batch):
             part = new[first : first + self.encoder.batch]
-            states = self.encoder.encode_captions(part).values()
+            encoded = self.encoder.encode_captions(part)
+            try:
+                check_finite(encoded)
+            except CacheError as error:
+                raise CacheError(
+                    f"{part[0]!r} or a later caption {error}: {FINITE_REMEDY}"
+                ) from error
+            states = encoded.values()
             self._bytes += sum(state.nbytes for state in states)
             rows = zip(*(state.split(1) for state in states), strict=True)
             self._rows.update(zip(part, rows, strict=True))
@@ -181,6 +189,7 @@ class CacheSamples:
                 records |= batch.records
                 if batch.images is not None:
                     parts = self.encoder.encode_images(batch.images)
+                    self._check_finite(parts, list(batch.records))
                     rows = zip(*(part.unbind() for part in parts.values()), strict=True)
                     named = (dict(zip(parts, row, strict=True)) for row in rows)
                     latents |= dict(zip(batch.records, named, strict=True))
@@ -213,11 +222,13 @@ class CacheSamples:
             states.add(caption for i in part for caption in records[i]["captions"])
             for i in part:
                 tensors = latents[i] | states.stack(records[i]["captions"])
-                try:
-                    check_finite(tensors)
-                except CacheError as error:
-                    name = self.source.images.shards.sample_name(i)
-                    raise CacheError(
-                        f"{name} {error} after encoding: give dtype=bf16 or precision=float32"
-                    ) from error
                 yield self.source.key(i), pack_sample(tensors, records[i])
+
+    def _check_finite(self, parts: dict[str, Tensor], indices: Sequence[int]) -> None:
+        try:
+            check_finite(parts)
+        except CacheError as error:
+            rows = torch.stack([part.flatten(1).isfinite().all(1) for part in parts.values()])
+            bad = indices[int(rows.all(0).int().argmin())]
+            name = self.source.images.shards.sample_name(bad)
+            raise CacheError(f"{name} {error} as encoded: {FINITE_REMEDY}") from error

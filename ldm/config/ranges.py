@@ -8,10 +8,12 @@ import math
 from collections.abc import Iterator
 
 from ldm.config.value_rules import (
+    SIDE,
     ChoiceRule,
     ExactRule,
     ListRule,
     NumberRule,
+    SizesRule,
     format_setting_value,
     integers,
 )
@@ -20,14 +22,12 @@ from ldm.utils.errors import UsageError
 # The settings of targets that begin like this are in the table.
 OWN_TARGET_PREFIXES = ("ldm.", "lightning.", "datetime.", "hydra_plugins.")
 
-
-ValueRule = NumberRule | ListRule | ExactRule | ChoiceRule
+ValueRule = NumberRule | ListRule | SizesRule | ExactRule | ChoiceRule
 SettingRule = tuple[ValueRule, ...]  # a value needs to fit one of them
 
 
 NULL = ExactRule(None)
 POSITIVE = integers("[1, 1000000000]")
-SIDE = integers("[1, 16384]")  # pixels
 STEPS = integers("[1, 1000000]")
 SEED = integers("[0, 9223372036854775807]")
 BLOCKS = integers("[1, 1024]")  # of a network: blocks, layers, heads, patches
@@ -49,6 +49,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     # Words.
     (ChoiceRule(("diffusion", "autoencoder", "clip", "classifier")), "stage"),
     ((ExactRule("auto"), ExactRule(True), ExactRule(False)), "checkpoint.background"),
+    ((ExactRule(True), ExactRule(False), ChoiceRule(("json",))), "plan"),
     # Without quotes, YAML reads off as false.
     ((ChoiceRule(("off", "default", "reduce-overhead")), ExactRule(False)), "compile"),
     (ChoiceRule(("philox", "torch")), "rng"),
@@ -68,19 +69,20 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (ChoiceRule(("eps", "x0", "v", "flow")), "objective.kind"),
     (ChoiceRule(("center", "random")), "data.crop"),
     (ChoiceRule(("stop", "skip")), "on_error, data.on_error"),
+    (ChoiceRule(("sample", "mean")), "posterior"),
     (ChoiceRule(("jpg", "png", "webp")), "format"),
     (ChoiceRule(("all", "train", "val", "unseen")), "prepare part"),
     (ChoiceRule(("copy", "reference")), "bundle frozen"),
     (ChoiceRule(SAMPLING_DTYPES), "export dtype"),
     (ChoiceRule(("bf16", "bfloat16", "float16", "float32")), "cache dtype"),
     (ChoiceRule(("float32", "bfloat16")), "cache precision"),
-    (ChoiceRule(("moments", "mean")), "posterior"),
+    (ChoiceRule(("moments", "mean")), "cache posterior"),
     # Counts.
     (POSITIVE, "n, top, most, limit, max_captions, phema.every, checkpoint.every, checkpoint.keep"),
     (POSITIVE, "data.count, data.val_count, data.window, data.group, data.family, data.val_limit"),
     (POSITIVE, "early_stop.others, early_stop.validations, stop_after_skips, eval.scenes.every"),
     (POSITIVE, "trainer.max_steps, trainer.val_check_interval, trainer.log_every_n_steps"),
-    (POSITIVE, "hydra.timeout_min, hydra.array_parallelism, hydra.n_trials"),
+    (POSITIVE, "scheduler.base, hydra.timeout_min, hydra.array_parallelism, hydra.n_trials"),
     (integers("[0, 1000000000]"), "checkpoint.keep_best, early_stop.min_steps, eval.images.every"),
     (integers("[0, 1000000000]"), "optimizer.warmup, style_encoder.layer, hydra.signal_delay_s"),
     (integers("[0, 1000000000]"), "hydra.n_startup_trials"),
@@ -111,7 +113,8 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (NumberRule("(0, 1000000]"), "lora.alpha"),
     # Sizes of images and networks.
     (SIDE, "size, data.size, min_size, data.min_size, clip.patch_size"),
-    ((SIDE, ListRule(SIDE, [2])), "sample size"),
+    ((SIDE, ListRule(SIDE, [2])), "sample size, evaluate size"),
+    ((ExactRule("auto"), SizesRule(), NULL), "buckets, data.buckets"),
     ((SIDE, NULL), "prepare size"),
     ((integers("[64, 16384]"), NULL), "decode_tile"),
     (ListRule(integers("[0, 16384]"), [4]), "pad"),
@@ -151,7 +154,8 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (ListRule(EMA_LENGTH_RANGE, range(65)), "phema.lengths"),
     # Other numbers.
     (NumberRule("(0, 1000000]"), "time_power, timestep_sampler.power, timestep_sampler.std"),
-    (NumberRule("(0, 1000000]"), "scheduler.shift, scheduler.scale, scheduler.tau, loss.c"),
+    (NumberRule("(0, 1000000]"), "scheduler.scale, scheduler.tau, loss.c"),
+    ((NumberRule("(0, 1000000]"), ExactRule("auto")), "scheduler.shift"),
     (NumberRule("(0, 1000000]"), "weighting.sigma_data, weighting.k, task.residual_std"),
     (NumberRule("(0, 1000000]"), "clip.max_scale, strategy.minutes, trainer.peak_tflops"),
     (NumberRule("[0, 1000000]"), "kl_weight, objective.offset_noise, objective.input_perturbation"),

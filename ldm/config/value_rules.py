@@ -68,6 +68,20 @@ class ListRule:
 
 
 @dataclass(frozen=True)
+class SizesRule:
+    """A list of sizes [width, height] in pixels, each once."""
+
+    def accepts(self, value: object) -> bool:
+        """Whether a value is such a list."""
+        pair = ListRule(SIDE, [2])
+        is_list = isinstance(value, list) and bool(value) and all(map(pair.accepts, value))
+        return is_list and len({*map(tuple, value)}) == len(value)
+
+    def __str__(self) -> str:
+        return "a list of different sizes [[width,height],..] in pixels"
+
+
+@dataclass(frozen=True)
 class ExactRule:
     """One value that is not among the numbers of the other rules."""
 
@@ -98,6 +112,9 @@ class ChoiceRule:
 def integers(interval: str) -> NumberRule:
     """The integers of an interval."""
     return NumberRule(interval, whole=True)
+
+
+SIDE = integers("[1, 16384]")  # pixels
 
 
 def format_setting_value(value: object) -> str:

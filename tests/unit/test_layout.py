@@ -13,14 +13,14 @@ ROOT = Path(__file__).parents[2]
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
     "utils": 1995,
-    "diffusion": 3380,
-    "models": 4970,
-    "data": 5800,
-    "inference": 1090,
+    "diffusion": 3400,
+    "models": 5110,
+    "data": 6790,
+    "inference": 1105,
     "evaluation": 3115,
     "experiments": 2220,
-    "training": 3760,
-    "config": 7280,
+    "training": 3975,
+    "config": 8120,
     "cli": 1970,
 }
 ROOMS = tuple(ROOM_LINES)

@@ -212,12 +212,9 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
         "autoencoder.multipliers, classifier.multipliers, model.multipliers",
     ),
     (integers("[1, 65536]"), "autoencoder.channels, classifier.width, classifier.channels"),
-    (
-        integers("[1, 65536]"),
-        "classifier.groups, classifier.embedding, clip.width, clip.projection",
-    ),
-    (integers("[1, 65536]"), "clip.max_length, model.channels, model.groups, model.embedding"),
-    (integers("[1, 65536]"), "text_encoder.max_length"),
+    (integers("[1, 65536]"), "classifier.groups, classifier.embedding, clip.width"),
+    (integers("[1, 65536]"), "clip.max_length, clip.projection, model.channels, model.groups"),
+    (integers("[1, 65536]"), "model.embedding, text_encoder.max_length"),
     (integers("[-1024, -1]"), "text_encoder.layer"),  # counted from the last
     (integers("[0, 65536]"), "autoencoder.groups"),  # 0: no norm
     (integers("[2, 65536]"), "style_encoder.code"),

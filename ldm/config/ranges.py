@@ -77,6 +77,20 @@ class ListRule:
 
 
 @dataclass(frozen=True)
+class SizesRule:
+    """A list of sizes [width, height] in pixels, each once."""
+
+    def accepts(self, value: object) -> bool:
+        """Whether a value is such a list."""
+        pair = ListRule(SIDE, [2])
+        is_list = isinstance(value, list) and bool(value) and all(map(pair.accepts, value))
+        return is_list and len({*map(tuple, value)}) == len(value)
+
+    def __str__(self) -> str:
+        return "a list of different sizes [[width,height],..] in pixels"
+
+
+@dataclass(frozen=True)
 class ExactRule:
     """One value that is not among the numbers of the other rules."""
 
@@ -104,7 +118,7 @@ class ChoiceRule:
         return f"one of {', '.join(self.words)}"
 
 
-ValueRule = NumberRule | ListRule | ExactRule | ChoiceRule
+ValueRule = NumberRule | ListRule | SizesRule | ExactRule | ChoiceRule
 SettingRule = tuple[ValueRule, ...]  # a value needs to fit one of them
 
 
@@ -157,6 +171,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (ChoiceRule(("eps", "x0", "v", "flow")), "objective.kind"),
     (ChoiceRule(("center", "random")), "data.crop"),
     (ChoiceRule(("stop", "skip")), "data.on_error"),
+    (ChoiceRule(("sample", "mean")), "posterior"),
     (ChoiceRule(("jpg", "png", "webp")), "format"),
     (ChoiceRule(("all", "train", "val", "unseen")), "prepare part"),
     (ChoiceRule(("copy", "reference")), "bundle frozen"),
@@ -197,7 +212,8 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (NumberRule("(0, 1000000]"), "lora.alpha"),
     # Sizes of images and networks.
     (SIDE, "size, data.size, data.min_size, clip.patch_size"),
-    ((SIDE, ListRule(SIDE, [2])), "sample size"),
+    ((SIDE, ListRule(SIDE, [2])), "sample size, evaluate size"),
+    ((ExactRule("auto"), SizesRule(), NULL), "data.buckets"),
     ((SIDE, NULL), "prepare size"),
     ((integers("[64, 16384]"), NULL), "decode_tile"),
     (ListRule(integers("[0, 16384]"), [4]), "pad"),

@@ -1,4 +1,4 @@
-"""Configuration to the stages without a denoiser: each a module, callbacks, frozen components."""
+"""Configuration to the stages without a denoiser: a module, callbacks, digests of frozen parts."""
 
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from ldm.config.training_checks import check_captions_readable, check_has_captio
 from ldm.data.datamodule import TextImageData
 from ldm.training.callbacks.monitoring import SampleImages
 from ldm.training.modules.classifier import ClassifierTraining
+from ldm.utils.hashing import hash_module
 from ldm.utils.images import make_image_grid
 
 
@@ -64,4 +65,5 @@ def build_classifier_training(cfg: DictConfig, data: TextImageData, run_dir: Pat
     check_image_size(data.size, autoencoder.factor * net.tower.multiple)
     how = {"optimizer": instantiate(cfg.optimizer), "seed": cfg.seed, "rng": cfg.rng}
     module = ClassifierTraining(net, autoencoder, **how)
-    return module, [], {"autoencoder": autoencoder, "text_encoder": text_encoder}
+    parts = {"autoencoder": autoencoder, "text_encoder": text_encoder}
+    return module, [], {name: hash_module(part) for name, part in parts.items()}

@@ -9,11 +9,13 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.adoption import adopt_published_groups
+from ldm.config.cache_settings import check_cache_settings
 from ldm.config.command_line import convert_to_usage_errors
 from ldm.config.composition import compose_default_config, list_task_words
 from ldm.config.reserved_settings import ADAMW_8BIT_TARGET
 from ldm.experiments.former_names import FORMER_RNG, get_rng, update_names
 from ldm.experiments.run_dir import (
+    LORA_FILE,
     SWEEP_FILE,
     change_concerns,
     get_launcher_rank,
@@ -25,7 +27,7 @@ from ldm.experiments.run_dir import (
     read_yaml_settings,
     write_result,
 )
-from ldm.utils.errors import UsageError, suggest_nearest
+from ldm.utils.errors import UsageError, format_program, suggest_nearest
 from ldm.utils.files import write_text
 from ldm.utils.locks import lock_directory
 from ldm.utils.plain_yaml import parse_plain_mapping
@@ -43,6 +45,7 @@ def train_run(cfg: DictConfig, run_dir: Path, signals: StopSignals) -> dict:
             keep_former_precision(cfg, run_dir)
             keep_former_shift(cfg, run_dir)
             adopted = adopt_published_groups(cfg, run_dir)
+            check_cache_settings(cfg)
             check_config_unchanged(cfg, run_dir)
             if is_run_finished(run_dir, cfg.trainer.max_steps, stops=bool(cfg.early_stop)):
                 value = f"{cfg.metric} = {read_last_value(run_dir, cfg.metric)}"
@@ -205,7 +208,16 @@ def train_job(cfg: DictConfig, job, run_dir: Path, signals: StopSignals) -> dict
             result = end | job.outcome(run_dir, cfg.metric) | {"seconds": seconds}
             job.finish(run_dir, cfg.metric, cfg.direction, result)
             print_outcome(run_dir, result)
+            if cfg.lora.rank and end["status"] == "finished":
+                print_lora_use(cfg.init, run_dir / LORA_FILE)
     return result if first else end
+
+
+def print_lora_use(base: str, file: Path) -> None:
+    """Prints how to sample with the file of a LoRA run, if a full disk did not prevent it."""
+    if file.is_file():
+        how = f"{format_program('sample')} ckpt={base} lora=[{file}] prompt=..."
+        print(f"the adapters are {file}: {how}", flush=True)
 
 
 def check_metric_logged(metric: str, logged: Iterable[str]) -> None:

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 ROOM_LINES = {
     "utils": 1995,
     "diffusion": 3380,
-    "models": 4955,
-    "data": 4826,
+    "models": 4960,
+    "data": 6200,
     "inference": 860,
     "evaluation": 3115,
     "experiments": 2220,

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from tarfile import BLOCKSIZE
 from typing import Any
@@ -69,7 +70,7 @@ class ShardIndex:
         """Returns the number of samples in each of the S shards."""
         return np.bincount(self.shard, minlength=len(self.paths)).tolist()
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A digest of keys, order, sizes and caption keys, wherever the shards are stored."""
         keys = "".join(self.caption_weights)

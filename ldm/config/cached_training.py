@@ -53,6 +53,7 @@ def build_cached_components(cfg: DictConfig, task: Task) -> Components:
     manifest, place = open_training_cache(cfg), cfg.data.train
     folder = resolve_path(place if isinstance(place, str) else place[0])
     digests = {name: getattr(manifest, name) for name in FROZEN_GROUPS}
+    null = (folder / NULL_NAME).read_bytes() if manifest.text_parts else b""
     deferred = {
         name: DeferredModule(partial(instantiate, cfg[name]), digest=digest, name=name)
         for name, digest in digests.items()
@@ -72,7 +73,7 @@ def build_cached_components(cfg: DictConfig, task: Task) -> Components:
         width=manifest.text_width or 0,
         pooled_width=manifest.pooled_width or 0,
         max_length=manifest.max_length or 0,
-        null=unpack_null(bytearray((folder / NULL_NAME).read_bytes()), manifest),
+        null=unpack_null(bytearray(null), manifest),
     )
     components = build_components(cfg, task, encoders=(autoencoder, text_encoder))
     return replace(components, known_digests=digests)

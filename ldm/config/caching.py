@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.config.command_line import TextOptions, require_option
-from ldm.config.components import build_frozen_encoders
+from ldm.config.components import FROZEN_GROUPS, build_frozen_encoders
 from ldm.config.pipeline import explain_moved_component
 from ldm.config.published import open_checkpoint
 from ldm.config.sample_options import print_on_first_rank, select_device
@@ -52,8 +53,9 @@ def write_cache(cfg: DictConfig, options: TextOptions) -> tuple[CacheSource, Cac
     out, device = Path(require_option(options, "out")), choose_cache_device(cfg.device)
     images = open_cache_images(cfg, options)
     source = CacheSource(images, cfg.max_captions)
-    autoencoder, text_encoder = build_cache_encoders(cfg, options, device)
-    encoder, null = build_cache_encoder(cfg, options, source, autoencoder, text_encoder, device)
+    autoencoder, text_encoder, nodes = build_cache_encoders(cfg, options, device)
+    parts = {"autoencoder": autoencoder, "text_encoder": text_encoder, "nodes": nodes}
+    encoder, null = build_cache_encoder(cfg, options, source, **parts, device=device)
     shards = plan_cache_shards(out, images.shards.index)
     claim_cache_folder(out, encoder.manifest, null)
     is_first = get_launcher_rank() == 0
@@ -131,8 +133,8 @@ def find_common_size(shards: ShardReader) -> int:
 
 def build_cache_encoders(
     cfg: DictConfig, options: TextOptions, device: torch.device
-) -> tuple[nn.Module, nn.Module]:
-    """The autoencoder and the text encoder of `ckpt`, or of the groups without one."""
+) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    """The autoencoder and the text encoder of `ckpt`, or of the groups, and their settings."""
     parts = cfg
     if options["ckpt"]:
         loaded = open_checkpoint(options["ckpt"], trust=list_trusted_packages(cfg))
@@ -143,7 +145,8 @@ def build_cache_encoders(
         loaded.check_frozen({"autoencoder": autoencoder, "text_encoder": text_encoder})
     for part in (autoencoder, text_encoder):
         part.to(device).requires_grad_(False)
-    return autoencoder, text_encoder
+    nodes = {name: OmegaConf.to_container(parts[name], resolve=True) for name in FROZEN_GROUPS}
+    return autoencoder, text_encoder, nodes
 
 
 def find_posterior(autoencoder: nn.Module) -> tuple[Posterior, Tensor, Tensor]:
@@ -167,6 +170,7 @@ def build_cache_encoder(
     source: CacheSource,
     autoencoder: nn.Module,
     text_encoder: TextEncoder,
+    nodes: dict[str, Any],
     device: torch.device,
 ) -> tuple[CacheEncoder, dict[str, Tensor]]:
     """The encoder, with the manifest of its cache, and the parts of the null condition."""
@@ -207,6 +211,7 @@ def build_cache_encoder(
         pooled_width=text_encoder.pooled_width or None,
         max_length=text_encoder.max_length or None,
         reading=list_reading_settings(cfg, options),
+        parts=nodes,
     )
     encoder = CacheEncoder(posterior, text_encoder, manifest, device=device, batch=cfg.batch)
     return encoder, encoder.encode_null()

@@ -12,11 +12,11 @@ ROOT = Path(__file__).parents[2]
 # A room imports from the rooms before it in this table, and from itself (docs/design.md).
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
-    "utils": 1995,
+    "utils": 2025,
     "diffusion": 3380,
-    "models": 4955,
+    "models": 4970,
     "data": 4385,
-    "inference": 860,
+    "inference": 865,
     "evaluation": 3115,
     "experiments": 2220,
     "training": 3760,

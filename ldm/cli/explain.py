@@ -39,7 +39,7 @@ def draw_explain_figures(cfg: DictConfig, options: dict[str, str | None]) -> Pat
     from ldm.cli import explain_figures as figures
     from ldm.config.components import build_all_schedules
     from ldm.config.pipeline import check_text_to_image, load_pipeline
-    from ldm.data.image_decoding import read_square_image
+    from ldm.data.image_decoding import read_cropped_image
     from ldm.utils.images import save_png
 
     restored = load_pipeline(cfg, options["ckpt"], options)
@@ -47,7 +47,7 @@ def draw_explain_figures(cfg: DictConfig, options: dict[str, str | None]) -> Pat
     pipeline, size = restored.pipeline, cfg.size or restored.size
     prompts = prompts or [figures.render_scene(i, 16)[1] for i in figures.EXAMPLE_SCENES]
     if options["image"]:
-        image = read_square_image(options["image"], size)
+        image = read_cropped_image(options["image"], size)
     else:
         image = figures.render_scene(figures.EXAMPLE_SCENES[0], size)[0]
     at = figures.SamplingSettings(cfg.seed, size, cfg.steps)

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from ldm.config.filter_quotes import quote_filter
 from ldm.config.help import format_help
 from ldm.config.own_components import list_replaced_settings, write_deletions
 from ldm.config.search_path import CONF_DIR, check_config_directories, order_command_words
@@ -92,8 +93,10 @@ def split_text_options(
 def quote_override(word: str) -> str:
     """`key=a/step=250.ckpt` with the quotes that Hydra needs around `=`, `~` and non-ASCII.
 
-    Also those of the entries of `key=[a/step=250.ckpt,b]`.
+    Also those of the entries of `key=[a/step=250.ckpt,b]`, and of conditions, see `quote_filter`.
     """
+    if (quoted_filter := quote_filter(word)) is not None:
+        return quoted_filter
     key, _, value = word.partition("=")
     is_list = value[:1] == "[" and value[-1:] == "]"
     entries = value[1:-1].split(",") if is_list else [value]

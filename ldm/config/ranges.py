@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from ldm.utils.errors import UsageError
+
 # The settings of targets that begin like this are in the table.
 OWN_TARGET_PREFIXES = ("ldm.", "lightning.", "datetime.", "hydra_plugins.")
 
@@ -190,7 +192,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (SEED, "seed"),
     (integers("[0, 4294967295]"), "train seed"),  # numpy's
     ((SEED, NULL), "hydra.seed"),
-    (integers("[0, 65536]"), "lora.rank"),  # 0: none
+    (integers("[1, 65536]"), "lora.rank"),
     (NumberRule("(0, 1000000]"), "lora.alpha"),
     # Sizes of images and networks.
     (SIDE, "size, data.size, data.min_size, clip.patch_size"),
@@ -254,6 +256,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (NumberRule("[-1000000, 1000000]"), "guidance.parallel, cascade_guidance_scale"),
     (NumberRule("(-1, 1)"), "guidance.momentum"),
 )
+FILTER_SETTINGS = ("data.where", "data.val_where")  # conditions, see ldm/data/where.py
 SETTING_RANGES = {name: rule for rule, names in RULES for name in names.split(", ")}
 
 
@@ -272,6 +275,8 @@ def format_invalid_value(
 
     default: `...` where there is none. ours: whether its target is one of OWN_TARGET_PREFIXES.
     """
+    if ours and key in FILTER_SETTINGS and value is not None:
+        return _describe_filter_problem(key, value)
     rule = find_setting_rule(key, command) if ours else None
     if rule is None and isinstance(default, bool):
         rule = (ExactRule(True), ExactRule(False))
@@ -287,6 +292,16 @@ def format_invalid_value(
             )
     may_be = "a finite number" if rule is None else ", or ".join(map(str, rule))
     return "" if valid else f"{key}={format_setting_value(value)} must be {may_be}"
+
+
+def _describe_filter_problem(key: str, value: object) -> str:
+    from ldm.data.where import SampleFilter  # numpy: other settings need not wait for it
+
+    try:
+        SampleFilter(value)
+    except UsageError as error:
+        return f"{key}: {error}"
+    return ""
 
 
 def _numbers(value: object) -> Iterator[int | float]:

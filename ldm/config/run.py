@@ -220,6 +220,7 @@ def build_diffusion_training(
     if cfg.lora.rank:
         facts = {"title": str(cfg.name), "kind": components.objective.prediction.kind}
         facts["linear"] = cfg.model.get("linear_projections", False)
+        facts["sizes"] = cfg.model.get("size_embedding", 0) > 0
         scale = get_lora_alpha(cfg) / cfg.lora.rank
         callbacks.append(
             LoraFile(run_dir / "lora.safetensors", size=data.size, scale=scale, **facts)

@@ -16,7 +16,7 @@ from ldm.config.pipeline import LoadedPipeline
 from ldm.config.registry import validate_component
 from ldm.config.search_path import list_group_options
 from ldm.data.dataset import TextImageDataset
-from ldm.data.image_decoding import read_short_side
+from ldm.data.image_decoding import read_image_size
 from ldm.data.scenes.datamodule import locate_scene_folders
 from ldm.data.scenes.world import WORLD_VERSION
 from ldm.data.shards.cache import ShardCache
@@ -30,6 +30,7 @@ from ldm.utils.files import resolve_path
 SCENES_TARGET = "ldm.data.scenes.datamodule.scenes_data"
 # The settings that decide which samples shards have, and which images and captions they give.
 SAMPLE_SELECTION_KEYS = ("min_size", "on_error", "frames", "caption_key", "captions")
+FILTER_KEYS = ("val_where", "where")  # of validation, of training
 
 
 def open_run_images(loaded: LoadedPipeline, size: int) -> tuple[TextImageDataset, TextImageDataset]:
@@ -54,7 +55,10 @@ def open_run_images(loaded: LoadedPipeline, size: int) -> tuple[TextImageDataset
     if data["_target_"] == SCENES_TARGET:
         with explain_missing_images():
             check_scenes_drawn(data, *places)
-    return tuple(open_local_images(place, size, **options) for place in places)
+    return tuple(
+        open_local_images(place, size, **options, where=data.get(key))
+        for place, key in zip(places, FILTER_KEYS, strict=True)
+    )
 
 
 def find_run_data(data: dict) -> tuple[ShardSource, ShardSource]:
@@ -105,6 +109,7 @@ def open_local_images(
     size: int,
     *,
     min_size: int | None = None,
+    where: str | None = None,
     on_error: str = "stop",
     frames: int | None = None,
     caption_key: str | None = None,
@@ -115,8 +120,9 @@ def open_local_images(
     with explain_missing_images():
         if any(is_url(str(place)) for place in places):
             raise FileNotFoundError(f"{redact_source(source)} is on a server")
-        options = {"min_size": min_size, "on_error": on_error, "caption_key": caption_key}
-        shards = ShardReader(source, ReadOptions(**options, captions=captions, read_only=True))
+        options = {"min_size": min_size, "where": where, "on_error": on_error}
+        options |= {"caption_key": caption_key, "captions": captions}
+        shards = ShardReader(source, ReadOptions(**options, read_only=True))
     return TextImageDataset(
         shards, size=size, seed=0, train=False, on_error=on_error, frames=frames
     )
@@ -145,7 +151,7 @@ def find_real_size(cfg: DictConfig, options: TextOptions, name: str) -> int | No
     """The short side of real images, in pixels; None where a few of them differ."""
     shards = open_real_shards(cfg, options, name)
     few = range(0, len(shards), len(shards) // 16 + 1)
-    sides = {read_short_side(shards.read(i).image) for i in few}
+    sides = {min(read_image_size(shards.read(i).image)) for i in few}
     return sides.pop() if len(sides) == 1 else None
 
 

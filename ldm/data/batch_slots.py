@@ -1,6 +1,6 @@
 """Whole batches, which worker processes decode into slots of shared memory.
 
-Shapes: W workers, N slots of each, B batch.
+Shapes: W workers, N slots of each, M bytes of the largest batch.
 """
 
 import logging
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 class BatchDataset(Dataset):
     """Batches of a data set, by lists of (index, position), for a DataLoader.
 
-    slots (W, N, B, ..): where workers put the images, in turn. A batch stays as it is until the
+    slots (W, N, M): where workers put the images, in turn. A batch stays as it is until the
     loader has handed out two more: each makes the worker begin the batch `PREFETCH` after it.
     """
 
@@ -37,14 +37,15 @@ class BatchDataset(Dataset):
         self._used = 0
         self._is_pinned = False
 
-    def __getitems__(self, at: Sequence[tuple[int, int]]) -> Batch | tuple[int, int, dict]:
-        """Returns a batch, or the worker, the slot with the images, and the other fields."""
+    def __getitems__(self, at: Sequence[tuple[int, int]]) -> Batch | tuple:
+        """Returns a batch, or the worker, the slot, the images' shape, and the other fields."""
         if self.slots is None:
             return self.dataset.read_batch(at)
         worker, slot = get_worker_info().id, self._used % _SLOTS
         self._used += 1
         batch = self.dataset.read_batch(at, self.slots[worker, slot])
-        return worker, slot, {name: value for name, value in batch.items() if name != "images"}
+        fields = {name: value for name, value in batch.items() if name != "images"}
+        return worker, slot, tuple(batch["images"].shape), fields
 
     def open_batches(self, messages: Iterator) -> Iterator[Batch]:
         """Yields the batches of the messages that a DataLoader received from its workers."""
@@ -54,8 +55,8 @@ class BatchDataset(Dataset):
         if torch.cuda.is_available() and not self._is_pinned:
             self._pin()
         transfers = deque()
-        for worker, slot, fields in messages:
-            yield {**fields, "images": self.slots[worker, slot, : len(fields["key"])]}
+        for worker, slot, shape, fields in messages:
+            yield {**fields, "images": self.slots[worker, slot, : math.prod(shape)].view(shape)}
             if self._is_pinned:  # the next message frees the slot of 2 W batches ago
                 transfers.append(torch.cuda.current_stream().record_event())
                 if len(transfers) == 2 * len(self.slots):
@@ -79,7 +80,7 @@ def allocate_slots(
 
     ranks: the processes of this machine, each of which takes as much of its shared memory.
     """
-    shape = (workers, _SLOTS, batch, *dataset.image_shape)
+    shape = (workers, _SLOTS, batch * 3 * dataset.most_pixels)
     size = math.prod(shape)
     if not size:
         return None

@@ -40,7 +40,7 @@ def read_sample_captions(
     "captions" (a list) of the JSON record, its "caption", the whole txt member, "".
     With a `key`, the text or list of texts that the record has under it, else "".
     """
-    return _select_captions(txt, _parse_json_object(record), key)
+    return _select_captions(txt, parse_json_object(record), key)
 
 
 def read_weighted_captions(
@@ -51,7 +51,7 @@ def read_weighted_captions(
     The second list has their weights: a key's weight is divided among its captions. [""] and [1] if
     no key has text.
     """
-    fields = _parse_json_object(record)
+    fields = parse_json_object(record)
     captions, shares = [], []
     for key in sorted(weights, key=lambda key: (-weights[key], key)):
         texts = _clean_value(fields.get(key))
@@ -74,7 +74,7 @@ class CaptionCount:
     keys: dict[str, int] = field(default_factory=dict)
 
     def add(self, txt: bytes | None, record: bytes | None) -> None:
-        fields = _parse_json_object(record)
+        fields = parse_json_object(record)
         captions = _select_captions(txt, fields, None)
         self.samples += 1
         self.empty += captions == [""]
@@ -142,7 +142,8 @@ def _clean_value(value: Any) -> list[str]:
     return clean_captions(value if isinstance(value, list) else [value])
 
 
-def _parse_json_object(data: bytes | None) -> dict[str, Any]:
+def parse_json_object(data: bytes | None) -> dict[str, Any]:
+    """Returns the object in a sample's json member; empty where there is none."""
     if not data:
         return {}
     try:

@@ -4,6 +4,7 @@ Shapes: B batch of one rank and micro-step, S side of the square image, F frames
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import lightning as L
@@ -32,7 +33,8 @@ from ldm.utils.transfer import send
 class TextImageData(L.LightningDataModule):
     """Square images with one caption each, in an order that is a function of (seed, position).
 
-    train, val: see `locate_shards`; min_size, caption_key, captions: see `ReadOptions`;
+    train, val: see `locate_shards`; min_size, caption_key, captions: see `ReadOptions`; where and
+    val_where: its `where`, of training and of validation;
     crop, flip, on_error, frames: see `TextImageDataset`; window, group: see `ShuffledOrder`.
     batch_size: images of an optimizer step over all ranks and micro-steps, so that a run may resume
     on another number of devices. The training loader starts at `position`, the images seen, which
@@ -59,6 +61,8 @@ class TextImageData(L.LightningDataModule):
         on_error: Literal["stop", "skip"] = "stop",
         max_skipped: float = 0.01,
         min_size: int | None = None,
+        where: str | None = None,
+        val_where: str | None = None,
         cache: str | None = None,
         cache_gb: float = 50.0,
         frames: int | None = None,
@@ -84,7 +88,8 @@ class TextImageData(L.LightningDataModule):
             captions=captions,
             on_error=on_error,
         )
-        train_shards, val_shards = ShardReader(train, options), ShardReader(val, options)
+        train_shards = ShardReader(train, replace(options, where=where))
+        val_shards = ShardReader(val, replace(options, where=val_where))
         common = {"size": size, "on_error": on_error, "frames": frames, "seed": seed}
         common |= {"fast_pixels": True}  # unless `resume` finds otherwise
         self.train_set = TextImageDataset(train_shards, **common, crop=crop, flip=flip, train=True)

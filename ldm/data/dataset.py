@@ -1,12 +1,13 @@
 """Training images with one caption each, out of shards.
 
-Shapes: B batch, S side of the square image, F frames of a video.
+Shapes: B batch, h w height and width of its images, F frames of a video.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypedDict
+from math import prod
+from typing import Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -14,23 +15,26 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data.bad_samples import BadSample, TooManySkippedError, format_skip_counts
+from ldm.data.box_reading import read_box, resize_box
 from ldm.data.image_decoding import (
     ImageError,
+    ImageSize,
     crop_and_resize,
+    describe_crop,
+    get_sides,
     pil_to_tensor,
     read_frames,
     read_image,
 )
 from ldm.data.position_sampler import CAPTION_STREAM, CROP_STREAM, draw_random_bits
 from ldm.data.shards.reader import Sample, ShardReader
-from ldm.data.square_reading import read_square, resize_square
 
 _MAX_TRIES = 10_000  # undecodable samples in a row
 _READ_AHEAD = 16  # encoded samples in memory at a time
 
 
 class TextImageItem(TypedDict):
-    """One sample: images (3, S, S) uint8, and the other fields of a Batch in the singular."""
+    """One sample: images (3, h, w) uint8, and the other fields of a Batch in the singular."""
 
     images: Tensor
     captions: str
@@ -40,10 +44,11 @@ class TextImageItem(TypedDict):
 
 
 class Batch(TypedDict):
-    """images (B, 3, S, S), or videos (B, 3, F, S, S), uint8 in 0..255; B captions and keys.
+    """images (B, 3, h, w), or videos (B, 3, F, h, w), uint8 in 0..255; B captions and keys.
 
     position: B integers that stay on the host, where they seed random numbers.
     skipped: the damaged samples that others of this batch replace.
+    sizes (B, 6), int32: `Condition.sizes`, for networks that take them.
     """
 
     images: Tensor
@@ -51,24 +56,35 @@ class Batch(TypedDict):
     position: list[int]
     key: list[str]
     skipped: list[BadSample]
+    sizes: NotRequired[Tensor]
+
+
+class Crop(NamedTuple):
+    """The arguments of `crop_and_resize`, and whether the result is turned left to right."""
+
+    box: dict
+    flip: bool
 
 
 @dataclass(kw_only=True, eq=False)
 class TextImageDataset(Dataset):
-    """Square images with a caption, by (sample index, position).
+    """Images with a caption, by (sample index, position).
 
     In training (seed, epoch, index) chooses the caption, (seed, position) crop and flip; otherwise
-    each sample has its centre and first caption (of the heaviest key). The crop is the image's
-    shorter side, scaled to `size`. even_crops: all positions of a random crop are equally likely,
-    see `place_square`. fast_pixels: those of `read_square`, else of `crop_and_resize` (Pillow's
-    resize, for numbers that are compared with others).
+    each sample has its centre and first caption (of the heaviest key). The crop is the largest box
+    of the aspect of `size`, scaled to it. target_sizes (N, 2): height and width of each sample, in
+    place of `size`; all samples of a batch must have one. even_crops: all positions of a random
+    crop are equally likely, see `find_crop_box`. fast_pixels: those of `read_box`, else of
+    `crop_and_resize` (Pillow's resize, for numbers that are compared with others).
+    gives_sizes: batches have `sizes`.
     frames: samples are animations, of which it takes so many frames, evenly; None: images.
-    on_error: for a damaged image "stop" raises ImageError; "skip" uses the next sample (index + 1,
-    + 2, .. modulo N) that can be decoded, or raises TooManySkippedError if none can.
+    on_error: for a damaged image "stop" raises ImageError; "skip" uses the next sample of its size
+    (index + 1, + 2, .. modulo N) that can be decoded, or raises TooManySkippedError if none can.
     """
 
     shards: ShardReader = field(kw_only=False)
-    size: int
+    size: ImageSize
+    target_sizes: np.ndarray | None = None
     crop: Literal["center", "random"] = "center"
     flip: float = 0.0
     on_error: Literal["stop", "skip"] = "stop"
@@ -77,10 +93,11 @@ class TextImageDataset(Dataset):
     train: bool
     even_crops: bool = True
     fast_pixels: bool = False
+    gives_sizes: bool = False
     _damaged: dict[int, BadSample] = field(default_factory=dict, init=False)  # not tried again
 
     def __post_init__(self) -> None:
-        if self.size < 1:
+        if min(get_sides(self.size)) < 1:
             raise ValueError(f"the image size must be 1 pixel or more, got {self.size}")
         if self.crop not in ("center", "random"):
             raise ValueError(f"crop must be 'center' or 'random', got '{self.crop}'")
@@ -91,49 +108,81 @@ class TextImageDataset(Dataset):
         if self.frames is not None and self.frames < 2:
             raise ValueError(f"a video has 2 frames or more, got {self.frames}; null is for images")
 
-    def without_augmentation(self, *, size: int | None = None) -> "TextImageDataset":
-        """Returns the samples as evaluations read them: centre, first caption, Pillow's resize."""
-        return replace(self, size=size or self.size, train=False, fast_pixels=False)
+    def without_augmentation(self, *, size: ImageSize | None = None) -> "TextImageDataset":
+        """Returns the samples as evaluations read them: centre, first caption, Pillow's resize.
+
+        All of them have one size.
+        """
+        how = {"train": False, "fast_pixels": False, "gives_sizes": False}
+        return replace(self, size=size or self.size, target_sizes=None, **how)
+
+    def size_at(self, index: int) -> ImageSize:
+        """Returns the size of a sample."""
+        if self.target_sizes is None:
+            return self.size
+        height, width = self.target_sizes[index]
+        return int(height), int(width)
 
     @property
-    def image_shape(self) -> tuple[int, ...]:
-        """(3, S, S) of an image, or (3, F, S, S) of a video."""
-        return (3, *([self.frames] if self.frames else []), self.size, self.size)
+    def most_pixels(self) -> int:
+        """The pixels of the largest sample, over all frames of a video."""
+        sizes = [get_sides(self.size)] if self.target_sizes is None else self.target_sizes
+        return int(np.prod(sizes, axis=1).max()) * (self.frames or 1)
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def __getitem__(self, at: tuple[int, int]) -> TextImageItem:
-        return self._read_items([at], torch.empty((1, *self.image_shape), dtype=torch.uint8))[0]
+        images = torch.empty((1, *self._shape_at(at[0])), dtype=torch.uint8)
+        return self._read_items([at], images, make_empty_sizes(1))[0]
 
-    def read_batch(self, at: Sequence[tuple[int, int]], images: Tensor | None = None) -> Batch:
-        """Returns the samples at (index, position), decoded into `images` if they are given."""
-        if images is None:
-            images = torch.empty((len(at), *self.image_shape), dtype=torch.uint8)
+    def read_batch(self, at: Sequence[tuple[int, int]], memory: Tensor | None = None) -> Batch:
+        """Returns the samples at (index, position), decoded into bytes of `memory` if given."""
+        size, shape = self.size_at(at[0][0]), (len(at), *self._shape_at(at[0][0]))
+        if self.target_sizes is not None and any(self.size_at(i) != size for i, _ in at):
+            raise ValueError(f"the images of a batch have one size: not all are {size}")
+        if memory is None:
+            memory = torch.empty(prod(shape), dtype=torch.uint8)
+        images, sizes = memory[: prod(shape)].view(shape), make_empty_sizes(len(at))
         items = []
-        for first in range(0, len(at), _READ_AHEAD):
-            items += self._read_items(at[first : first + _READ_AHEAD], images[first:])
-        return join_items(items, images[: len(at)])
+        for n in range(0, len(at), _READ_AHEAD):
+            items += self._read_items(at[n : n + _READ_AHEAD], images[n:], sizes[n:])
+        return join_items(items, images, **({"sizes": sizes} if self.gives_sizes else {}))
 
-    def _read_items(self, at: Sequence[tuple[int, int]], images: Tensor) -> list[TextImageItem]:
+    def _shape_at(self, index: int) -> tuple[int, ...]:
+        """(3, h, w) of an image, or (3, F, h, w) of a video."""
+        frames = [self.frames] if self.frames else []
+        return (3, *frames, *get_sides(self.size_at(index)))
+
+    def _read_items(
+        self, at: Sequence[tuple[int, int]], images: Tensor, sizes: Tensor
+    ) -> list[TextImageItem]:
         # Each part of the work for all of them: its code then stays in the processor's cache.
-        crops = [self._draw_crop(position) for _, position in at]
+        crops = [self._draw_crop(*place) for place in at]
         samples = [None if i in self._damaged else self._read_sample(i, p) for i, p in at]
         return [
-            self._decode_or_replace(*place, *crop, sample, out)
-            for place, crop, sample, out in zip(at, crops, samples, images, strict=False)
+            self._decode_or_replace(*place, crop, sample, *out)
+            for place, crop, sample, *out in zip(at, crops, samples, images, sizes, strict=False)
         ]
 
     def _decode_or_replace(
-        self, index: int, position: int, crop: dict, flip: bool, sample: Sample | None, out: Tensor
+        self,
+        index: int,
+        position: int,
+        crop: Crop,
+        sample: Sample | None,
+        out: Tensor,
+        sizes: Tensor,
     ) -> TextImageItem:
         """Decodes this sample into `out`, or the next one that can be decoded."""
         problems: list[BadSample] = []
         for i in (n % len(self) for n in range(index, index + min(len(self), _MAX_TRIES))):
+            if self.size_at(i) != crop.box["size"]:
+                continue
             problem = self._damaged.get(i)
             if problem is None:
                 sample = sample if i == index else self._read_sample(i, position)
-                problem = self._decode(i, sample.image, crop, flip, out)
+                problem = self._decode(i, sample.image, crop, out, sizes)
             if problem is None:
                 return TextImageItem(
                     images=out,
@@ -150,14 +199,16 @@ class TextImageDataset(Dataset):
         )
 
     def _decode(
-        self, index: int, data: bytes, crop: dict, flip: bool, out: Tensor
+        self, index: int, data: bytes, crop: Crop, out: Tensor, sizes: Tensor
     ) -> BadSample | None:
         parts = out.unbind(1) if self.frames else [out]
         try:
-            for part, square in zip(parts, self._read_squares(data, crop), strict=True):
-                part.copy_(square)
-                if flip:
+            for part, (box, sides) in zip(parts, self._read_boxes(data, crop.box), strict=True):
+                part.copy_(box)
+                if crop.flip:
                     part.copy_(part.flip(-1))
+                if self.gives_sizes:
+                    sizes.copy_(torch.tensor(describe_crop(*sides, **crop.box, flip=crop.flip)))
         except ImageError as error:
             message = f"{self.shards.sample_name(index)}: {error}"
             if self.on_error != "skip":
@@ -166,14 +217,14 @@ class TextImageDataset(Dataset):
             return self._damaged[index]
         return None
 
-    def _draw_crop(self, position: int) -> tuple[dict, bool]:
-        """Returns the arguments of `place_square`, and whether the image is flipped."""
+    def _draw_crop(self, index: int, position: int) -> Crop:
+        box = {"size": self.size_at(index), "x": 0.5, "y": 0.5, "even": False}
         if not self.train:
-            return {"x": 0.5, "y": 0.5, "even": False}, False
+            return Crop(box, flip=False)
         x, y, flip = draw_random_bits(3, CROP_STREAM, self.seed, position) / 2.0**64
-        if self.crop != "random":
-            x, y = 0.5, 0.5
-        return {"x": x, "y": y, "even": self.crop == "random" and self.even_crops}, flip < self.flip
+        if self.crop == "random":
+            box |= {"x": x, "y": y, "even": self.even_crops}
+        return Crop(box, flip=flip < self.flip)
 
     def _read_sample(self, index: int, position: int) -> Sample:
         """Returns a sample with the caption of this position alone."""
@@ -181,16 +232,16 @@ class TextImageDataset(Dataset):
         caption = self._choose_caption(sample, index, epoch=position // len(self))
         return Sample(sample.key, sample.image, [caption])
 
-    def _read_squares(self, data: bytes, crop: dict) -> Iterator[Tensor]:
-        """Yields the image or the frames, (3, S, S)."""
-        if not self.fast_pixels:
-            for frame in read_frames(data, self.frames) if self.frames else [read_image(data)]:
-                yield pil_to_tensor(crop_and_resize(frame, self.size, **crop))
-        elif not self.frames:
-            yield read_square(data, self.size, **crop)
-        else:
-            for frame in read_frames(data, self.frames):
-                yield resize_square(np.array(frame), self.size, **crop)
+    def _read_boxes(self, data: bytes, box: dict) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+        """Yields the image or the frames, (3, h, w), each with width and height in the file."""
+        if self.fast_pixels and not self.frames:
+            yield read_box(data, **box)
+            return
+        for frame in read_frames(data, self.frames) if self.frames else [read_image(data)]:
+            if self.fast_pixels:
+                yield resize_box(np.array(frame), **box), frame.size
+            else:
+                yield pil_to_tensor(crop_and_resize(frame, **box)), frame.size
 
     def _choose_caption(self, sample: Sample, index: int, *, epoch: int) -> str:
         captions, weights = sample.captions, sample.weights
@@ -203,7 +254,12 @@ class TextImageDataset(Dataset):
         return captions[np.searchsorted(ends[:-1], bits / 2.0**64 * ends[-1], side="right")]
 
 
-def join_items(items: list[TextImageItem], images: Tensor) -> Batch:
+def make_empty_sizes(n: int) -> Tensor:
+    """Returns room for the `sizes` of n samples."""
+    return torch.empty((n, 6), dtype=torch.int32)
+
+
+def join_items(items: list[TextImageItem], images: Tensor, **more: Tensor) -> Batch:
     """Returns samples as a batch with these images."""
     return Batch(
         images=images,
@@ -211,4 +267,5 @@ def join_items(items: list[TextImageItem], images: Tensor) -> Batch:
         position=[item["position"] for item in items],
         key=[item["key"] for item in items],
         skipped=[skip for item in items for skip in item["skipped"]],
+        **more,
     )

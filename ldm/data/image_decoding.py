@@ -1,4 +1,4 @@
-"""Decodes untrusted image files to upright RGB, and crops and resizes them to squares.
+"""Decodes untrusted image files to upright RGB, and crops and resizes them.
 
 Shapes: H W height and width in pixels. A Pillow image's `size` is (W, H).
 """
@@ -6,6 +6,7 @@ Shapes: H W height and width in pixels. A Pillow image's `size` is (W, H).
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from ldm.data.color_profiles import convert_to_srgb, is_srgb
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 ImageFile = bytes | str | Path  # encoded, or the path of a file
+ImageSize = int | tuple[int, int]  # pixels: the side of a square, or height and width
 MAX_IMAGE_PIXELS = 64_000_000
 MAX_IMAGE_BYTES = 32 * 2**20
 MAX_VIDEO_PIXELS = 8 * MAX_IMAGE_PIXELS  # of all frames together, which are decoded in turn
@@ -30,6 +32,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TURNED = (5, 6, 7, 8)  # those that exchange width and height
 
 
 class ImageError(ValueError):
@@ -101,10 +104,14 @@ def needs_no_conversion(data: bytes, format: str) -> bool:
         )
 
 
-def read_short_side(data: bytes) -> int:
-    """Returns the pixels of the short side, by the header; `data` may end after it."""
+def read_image_size(data: bytes) -> tuple[int, int]:
+    """Returns (width, height) of the upright image, by the header; `data` may end after it.
+
+    The EXIF of a PNG that comes after its pixels is not looked for.
+    """
     with _open_image(data) as image:
-        return min(image.size)
+        turned = _orientation(image, may_decode=False) in _TURNED
+        return image.size[::-1] if turned else image.size
 
 
 def resize_short_side(image: Image.Image, size: int) -> Image.Image:
@@ -114,48 +121,75 @@ def resize_short_side(image: Image.Image, size: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def crop_square(
-    image: Image.Image, size: int, *, x: float, y: float, even: bool = False
-) -> Image.Image:
-    """Crops a square of `size` pixels at the place of `place_square`."""
-    left, top = place_square(*image.size, size, x=x, y=y, even=even)
-    return image.crop((left, top, left + size, top + size))
+def get_sides(size: ImageSize) -> tuple[int, int]:
+    """Returns height and width of a size."""
+    return (size, size) if isinstance(size, int) else size
 
 
-def place_square(
-    width: int, height: int, size: int, *, x: float, y: float, even: bool = False
-) -> tuple[int, int]:
-    """Returns left and top of a square; x, y in [0, 1] run from left and top to right and bottom.
+class CropBox(NamedTuple):
+    """A part of an image, in its pixels."""
 
-    even: all positions have the same share of [0, 1], otherwise the outermost have half of that.
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+def find_crop_box(
+    width: int, height: int, size: ImageSize, *, x: float, y: float, even: bool = False
+) -> CropBox:
+    """Returns the largest box of an image that has the aspect of `size`.
+
+    x, y in [0, 1] run from left and top to right and bottom. even: all positions have the same
+    share of [0, 1], otherwise the outermost have half of that.
     """
-    if size > min(width, height):
-        raise ValueError(f"cannot crop {size} x {size} pixels from {width} x {height}")
-    if even:
-        left = min(int(x * (width - size + 1)), width - size)
-        top = min(int(y * (height - size + 1)), height - size)
+    h, w = get_sides(size)
+    if width * h >= height * w:
+        box = min(max(round(height * w / h), 1), width), height
     else:
-        left, top = round(x * (width - size)), round(y * (height - size))
-    return left, top
+        box = width, min(max(round(width * h / w), 1), height)
+    free = width - box[0], height - box[1]
+    if even:
+        left, top = (min(int(at * (n + 1)), n) for at, n in zip((x, y), free, strict=True))
+    else:
+        left, top = (round(at * n) for at, n in zip((x, y), free, strict=True))
+    return CropBox(left, top, *box)
+
+
+def describe_crop(
+    width: int, height: int, size: ImageSize, *, flip: bool = False, **place: float
+) -> tuple[int, ...]:
+    """Returns the six numbers of `Condition.sizes` for the box of `find_crop_box`.
+
+    They are the image's height and width, top and left of the crop in the image as it is scaled,
+    and `size`. flip: the image is turned left to right ("SDXL", Podell et al. 2023, section 2.2).
+    """
+    h, w = get_sides(size)
+    box = find_crop_box(width, height, size, **place)
+    left = width - box.width - box.left if flip else box.left
+    return height, width, round(box.top * h / box.height), round(left * w / box.width), h, w
 
 
 def crop_and_resize(
-    image: Image.Image, size: int, *, x: float = 0.5, y: float = 0.5, even: bool = False
+    image: Image.Image, size: ImageSize, *, x: float = 0.5, y: float = 0.5, even: bool = False
 ) -> Image.Image:
-    """Crops a square of the shorter side (see `crop_square`) and resizes it to `size` pixels.
+    """Crops the box of `find_crop_box`, and resizes it to `size` (bicubic, antialiased).
 
     In this order, because enlarging an image of 1 x 20000 pixels would take gigabytes.
     """
-    return resize_short_side(crop_square(image, min(image.size), x=x, y=y, even=even), size)
+    box = find_crop_box(*image.size, size, x=x, y=y, even=even)
+    crop = image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
+    height, width = get_sides(size)
+    return crop.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def read_square_image(source: ImageFile, size: int) -> Tensor:
-    """Returns the centre of an image file, (3, size, size) in [-1, 1]."""
+def read_cropped_image(source: ImageFile, size: ImageSize) -> Tensor:
+    """Returns the centre of an image file, (3, h, w) in [-1, 1]."""
     return pil_to_tensor(crop_and_resize(read_image(source), size)).float() / 127.5 - 1
 
 
-def read_mask(source: ImageFile, size: int, *, of: ImageFile | None = None) -> Tensor:
-    """Returns a mask (1, size, size) of 0 and 1 (bright) from the centre of an image of any mode.
+def read_mask(source: ImageFile, size: ImageSize, *, of: ImageFile | None = None) -> Tensor:
+    """Returns a mask (1, h, w) of 0 and 1 (bright) from the centre of an image of any mode.
 
     of: the image that the mask is for, which must have the same size. Transparent pixels are 0.
     """
@@ -212,9 +246,10 @@ def _check_pixels(pixels: int, description: str, *, limit: int) -> None:
         raise ImageError("too many pixels", f"{description} are over the limit of {limit:,}")
 
 
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(_ORIENTATION, 1)
+def _orientation(image: Image.Image, *, may_decode: bool = True) -> int:
+    try:  # PNG's own method decodes the pixels, for EXIF after them
+        exif = image.getexif() if may_decode else Image.Image.getexif(image)
+        return exif.get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF: the pixels may be intact
         return 1
 

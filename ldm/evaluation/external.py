@@ -16,7 +16,7 @@ from ldm.data.image_decoding import (
     pil_to_tensor,
     read_image,
     read_image_bytes,
-    read_short_side,
+    read_image_size,
 )
 from ldm.data.prepare.sources import IMAGE_SUFFIXES, list_image_files
 from ldm.models.huggingface import silence_transformers
@@ -54,7 +54,7 @@ class ImageFolder:
         for path in self.paths:
             try:
                 data = read_image_bytes(path)
-                sides[read_short_side(data)] = path
+                sides[min(read_image_size(data))] = path
             except ImageError as error:
                 raise ImageError(f"'{path}': {error}") from error
             lines.append(f"{path.name} {hash_bytes(data)}\n")

@@ -90,7 +90,7 @@ def read_pipeline_inputs(
 def read_square_option(option: str, file: str | bytes, size: int) -> Tensor:
     """The square image of a file that was given as `option`; ValueError names both."""
     with prefix_file_errors(option, file):
-        return image_decoding.read_square_image(file, size)
+        return image_decoding.read_cropped_image(file, size)
 
 
 @contextmanager

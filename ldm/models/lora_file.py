@@ -73,20 +73,21 @@ def save_lora(
     size: int,
     kind: str,
     linear: bool = False,
+    sizes: bool = False,
 ) -> None:
     """Writes the adapters of a LoRA run as a file that diffusers' `load_lora_weights` takes.
 
     state: the weights of the run's denoiser, as peft names them. scale: alpha / rank; B holds it
     in the file, so that no reader has to know it. The metadata follow Stability AI's model
     specification 1.0.0: title, size (the side of the training images) and kind (the prediction).
-    linear: see `linear_projections` of the UNet.
+    linear, sizes: see `to_diffusers`.
     """
     tensors = {}
     for name in list_adapted_layers(state):
         parts = {"lora_A": state[name + DOWN_SUFFIX], "lora_B": scale * state[name + UP_SUFFIX]}
         for part, tensor in parts.items():
             own = {f"{name}.weight": tensor.detach().float().cpu()}
-            [(theirs, value)] = to_diffusers(own, linear=linear).items()
+            [(theirs, value)] = to_diffusers(own, linear=linear, sizes=sizes).items()
             key = f"unet.{theirs.removesuffix('weight')}{part}.weight"
             tensors[key] = value.contiguous()
     data = save(tensors)
@@ -174,7 +175,12 @@ def add_lora_file(
 def list_unet_layers(network: nn.Module) -> dict[str, nn.Module]:
     """Returns the layers of a network by the names that LoRA files have for them."""
     layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    theirs = {next(iter(to_diffusers({f"{name}.": 0})))[:-1]: m for name, m in layers.items()}
+    # Files of SDXL that were written before had its pooled text under Stable Diffusion 2's name.
+    theirs = {
+        next(iter(to_diffusers({f"{name}.": 0}, sizes=sizes)))[:-1]: layer
+        for sizes in {False, network.size_embedding > 0}
+        for name, layer in layers.items()
+    }
     blocks = sum(bool(FIRST_LEVEL_BLOCK.fullmatch(name)) for name in theirs)
     originals = {to_original_name(name, blocks): layer for name, layer in theirs.items()}
     kohya = {name.replace(".", "_"): layer for name, layer in (originals | theirs).items()}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from ldm.data.image_decoding import crop_square, pil_to_tensor, read_image, resize_short_side
+from ldm.data.image_decoding import crop_and_resize, pil_to_tensor, read_image, resize_short_side
 
 ROOT = Path(os.environ.get("LDM_TEST_DATA", "/work/shared/data"))
 
@@ -33,7 +33,5 @@ def coco(n: int) -> list[Tensor]:
 def squares(n: int, size: int) -> list[Tensor]:
     """The middle of the first n photographs."""
     files = sorted(folder("coco_mini").glob("val2017/*.jpg"))[:n]
-    return [
-        pil_to_tensor(crop_square(resize_short_side(read_image(file), size), size, x=0.5, y=0.5))
-        for file in files
-    ]
+    small = [resize_short_side(read_image(file), size) for file in files]
+    return [pil_to_tensor(crop_and_resize(image, size)) for image in small]

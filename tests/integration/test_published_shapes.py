@@ -10,7 +10,7 @@ from shell import ROOT, run
 
 pytestmark = pytest.mark.slow
 HELPER = str(ROOT / "tests" / "helpers" / "full_folders.py")
-GIGABYTES = {"sd15": 9, "sd21": 10, "sdxl": 24}  # of memory, at the most
+GIGABYTES = {"sd15": 9, "sd21": 8, "sdxl": 14}  # of memory, at the most
 
 
 @pytest.mark.parametrize("kind", GIGABYTES)

@@ -15,7 +15,7 @@ ROOM_LINES = {
     "utils": 2025,
     "diffusion": 3380,
     "models": 4970,
-    "data": 4385,
+    "data": 4826,
     "inference": 865,
     "evaluation": 3115,
     "experiments": 2220,

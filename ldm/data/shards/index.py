@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +20,13 @@ from ldm.data.shards.index_file import (
     load_index,
     save_index,
 )
+from ldm.data.shards.json_columns import join_columns
 from ldm.data.shards.locations import ShardSource, locate_shards, redact_source
-from ldm.data.shards.parallel_scan import measure_short_sides, scan_in_parallel
+from ldm.data.shards.parallel_scan import measure_images, scan_in_parallel
 from ldm.data.shards.remote import RemoteShard
-from ldm.data.shards.tar_headers import SPARSE_MEMBER, ShardError
+from ldm.data.shards.selection import MEASURED_COLUMNS, select_samples
+from ldm.data.shards.tar_headers import SPARSE_MEMBER, UNMEASURED, ShardError
+from ldm.data.where import SampleFilter
 from ldm.utils.errors import suggest_nearest
 from ldm.utils.files import resolve_path
 from ldm.utils.hashing import hash_bytes
@@ -36,13 +39,17 @@ _log = logging.getLogger(__name__)
 class ReadOptions:
     """Which samples of shards to read, and how.
 
-    min_size: leave out images whose short side has fewer pixels; cache: holds shards of servers and
-    their index; read_only: do not save an index; caption_key: see `read_sample_captions`;
+    min_size: leave out images whose short side has fewer pixels; where: read only the samples that
+    meet this condition, see `SampleFilter`; measure: the index has the sizes
+    of images; cache: holds shards of servers and their index; read_only: do not save an index;
+    caption_key: see `read_sample_captions`;
     captions: the weight of each of several keys, see `read_weighted_captions`;
     on_error: "skip" leaves out sparse members, "stop" raises ShardError for them.
     """
 
     min_size: int | None = None
+    where: str | None = None
+    measure: bool = False
     cache: ShardCache | None = None
     read_only: bool = False
     caption_key: str | None = None
@@ -52,6 +59,8 @@ class ReadOptions:
     def __post_init__(self) -> None:
         if self.min_size is not None and self.min_size < 1:
             raise ValueError(f"min_size must be 1 pixel or more, or null, got {self.min_size}")
+        if self.where is not None:
+            SampleFilter(self.where)
         if not isinstance(self.caption_key, str | None):
             raise ValueError(f"caption_key is a name or null, got {self.caption_key!r}")
         if self.captions is not None:
@@ -63,6 +72,20 @@ class ReadOptions:
                     "captions has keys of the json with weights above 0, such as "
                     f"'{{short: 0.2, long: 0.8}}', got {self.captions}"
                 )
+
+    @property
+    def needs_sizes(self) -> bool:
+        """Whether the index must have the size of each image."""
+        return (
+            self.measure
+            or self.min_size is not None
+            or not set(MEASURED_COLUMNS).isdisjoint(self.filter_keys)
+        )
+
+    @property
+    def filter_keys(self) -> tuple[str, ...]:
+        """The columns that `where` reads."""
+        return SampleFilter(self.where).keys if self.where is not None else ()
 
     @property
     def caption_weights(self) -> dict[str, float]:
@@ -96,11 +119,14 @@ def open_index(source: ShardSource, options: ReadOptions = DEFAULT_READ_OPTIONS)
             f"({index.skipped[SPARSE_MEMBER]}) with data.on_error=skip"
         )
     if options.min_size is not None:
-        keep = index.short >= options.min_size
-        unread = int((index.short == 0).sum())
+        short = index.sizes.min(axis=1)
+        keep = short >= options.min_size
+        unread = int((short == 0).sum())
         reasons = {f"short side under {options.min_size} px": int((~keep).sum()) - unread}
         reasons["unreadable header"] = unread
         index = index.select(keep, skipped={reason: n for reason, n in reasons.items() if n})
+    if options.where is not None and len(index):
+        index = select_samples(index, SampleFilter(options.where), name)
     if index.skipped:
         _log.warning("%s: samples left out: %s", name, index.skipped)
     if len(index) == 0:
@@ -163,8 +189,14 @@ def _load_or_build_index(
     """Loads the index; one process of the machine builds what is missing, others wait for it."""
     stamps = [_read_stamp(path) for path in paths]
 
+    keys = [key for key in options.filter_keys if key not in MEASURED_COLUMNS]
+
     def is_complete(index: ShardIndex | None) -> bool:
-        return index is not None and (options.min_size is None or index.short is not None)
+        if index is None or not index.columns.keys() >= set(keys):
+            return False
+        if not options.needs_sizes:
+            return True
+        return index.sizes is not None and bool((index.sizes >= 0).all())
 
     if is_complete(index := load_index(file, paths, stamps)):
         return index
@@ -174,31 +206,49 @@ def _load_or_build_index(
                 stack.enter_context(hold_lock(file.parent))
         if is_complete(index := load_index(file, paths, stamps)):
             return index
-        if index is None:
-            index = _build_index(paths, stamps, options.cache)
-        if options.min_size is not None:
-            sides = measure_short_sides(paths, index.shard, index.members, options.cache)
-            index = replace(index, short=sides)
+        if index is None or not index.columns.keys() >= set(keys):
+            names = [*dict.fromkeys([*(index.columns if index else ()), *keys])]
+            built, known = _build_index(paths, stamps, options.cache, names)
+            if lacking := [key for key in keys if key not in built.columns]:
+                SampleFilter(options.where).refuse_key(lacking[0], known)
+            index = replace(built, sizes=built.sizes if index is None else index.sizes)
+        if options.needs_sizes:
+            sizes = (
+                np.full((len(index), 2), UNMEASURED, np.int32)
+                if index.sizes is None
+                else index.sizes
+            )
+            images = index.members[:, 0]
+            sizes = measure_images(paths, index.shard, images, sizes, options.cache)
+            index = replace(index, sizes=sizes)
         if file and not options.read_only:
             save_index(index, file)
     return index
 
 
 def _build_index(
-    paths: list[Path | RemoteShard], stamps: list[list[Any]], cache: ShardCache | None
-) -> ShardIndex:
-    keys, lengths, members, sparse = [], [], [], []
+    paths: list[Path | RemoteShard],
+    stamps: list[list[Any]],
+    cache: ShardCache | None,
+    columns: Sequence[str],
+) -> tuple[ShardIndex, list[str]]:
+    """Scans the shards; returns the index, and the keys of their json if columns are read."""
+    keys, lengths, members, sizes, sparse, tables = [], [], [], [], [], []
     skipped, captions = Counter(), CaptionCount()
-    for path, scan in zip(paths, scan_in_parallel(paths, cache), strict=True):
+    for path, scan in zip(paths, scan_in_parallel(paths, cache, columns), strict=True):
         keys.append(b"".join(scan.keys))
         lengths.append(np.array([len(key) for key in scan.keys], np.int64))
         members.append(scan.members)
+        sizes.append(scan.sizes)
+        tables.append(scan.columns)
         skipped.update(scan.skipped)
         captions.update(scan.captions)
         sparse += [f"{path}: '{scan.sparse}'"] if scan.sparse else []
-    return ShardIndex(
+    sizes, (values, known) = np.concatenate(sizes), join_columns(tables)
+    index = ShardIndex(
         paths=paths,
         stamps=stamps,
+        sizes=sizes if (sizes >= 0).any() else None,
         shard=np.repeat(np.arange(len(paths), dtype=np.int32), [len(part) for part in members]),
         members=np.concatenate(members),
         key_bytes=np.frombuffer(b"".join(keys), np.uint8),
@@ -206,4 +256,6 @@ def _build_index(
         skipped=dict(skipped),
         captions=captions,
         sparse=sparse,
+        columns=values,
     )
+    return index, known

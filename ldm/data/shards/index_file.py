@@ -36,8 +36,9 @@ class ShardIndex:
     key_bytes, key_ends (N,): all keys in UTF-8 one after another, and where each ends.
     skipped: how many samples were left out, by reason; sparse: the first sparse member of each
     shard that has one; captions: counts over all usable samples.
-    short (N,) int32: short side of each image in pixels, 0 if its header cannot be read; None if
-    not measured yet. caption_weights: see `ReadOptions`.
+    sizes (N, 2) int32: width and height of each upright image in pixels, (0, 0) if its header
+    cannot be read; None, or (-1, -1), if not measured yet. caption_weights: see `ReadOptions`.
+    columns (N,): float64 or str, the values of keys of the json, see `json_columns`.
     """
 
     paths: list[Path | RemoteShard]
@@ -49,8 +50,9 @@ class ShardIndex:
     skipped: dict[str, int]
     captions: CaptionCount
     sparse: list[str]
-    short: np.ndarray | None = None
+    sizes: np.ndarray | None = None
     caption_weights: dict[str, float] = field(default_factory=dict)
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -89,7 +91,8 @@ class ShardIndex:
             members=self.members[keep],
             key_bytes=self.key_bytes[np.repeat(keep, lengths)],
             key_ends=np.cumsum(lengths[keep]),
-            short=None if self.short is None else self.short[keep],
+            sizes=None if self.sizes is None else self.sizes[keep],
+            columns={key: values[keep] for key, values in self.columns.items()},
             skipped={**self.skipped, **skipped},
         )
 
@@ -102,10 +105,12 @@ def save_index(index: ShardIndex, file: Path) -> None:
         "skipped": index.skipped,
         "captions": asdict(index.captions),
         "sparse": index.sparse,
+        "columns": list(index.columns),
     }
     arrays = {name: getattr(index, name) for name in _ARRAYS}
-    if index.short is not None:
-        arrays["short"] = index.short
+    if index.sizes is not None:
+        arrays["sizes"] = index.sizes
+    arrays |= {f"column{i}": values for i, values in enumerate(index.columns.values())}
     # Errors mean a damaged file, which may be replaced.
     with suppress(Exception), np.load(file, allow_pickle=False) as before:
         if "meta" not in before.files:
@@ -138,7 +143,10 @@ def load_index(
                 skipped=meta["skipped"],
                 sparse=meta["sparse"],
                 captions=CaptionCount(**meta["captions"]),
-                short=arrays.get("short"),
+                sizes=arrays.get("sizes"),
+                columns={
+                    key: arrays[f"column{i}"] for i, key in enumerate(meta.get("columns", ()))
+                },
                 **{name: arrays[name] for name in _ARRAYS},
             )
     except Exception as error:  # zipfile and numpy raise many kinds for damaged files

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ldm.data.image_decoding import ImageError, read_short_side
+from ldm.data.image_decoding import ImageError, read_image_size
 from ldm.data.shards.cache import ShardCache
 from ldm.data.shards.remote import REMOTE_THREADS, NoRangesError, RemoteShard
 from ldm.data.shards.tar_headers import RemoteFile, ShardScan, scan_tar
@@ -24,25 +24,33 @@ _HEAD_BYTES = 2**16
 
 
 def scan_in_parallel(
-    paths: list[Path | RemoteShard], cache: ShardCache | None
+    paths: list[Path | RemoteShard], cache: ShardCache | None, keys: Sequence[str] = ()
 ) -> Iterator[ShardScan]:
     """Yields what each shard holds, in order; raises like `scan_tar` and `read_range`."""
-    scan = partial(_scan, cache=cache)
+    scan = partial(_scan, cache=cache, keys=keys)
     return _map_shards(scan, paths, description="indexing shards")
 
 
-def measure_short_sides(
+def measure_images(
     paths: list[Path | RemoteShard],
     shard: np.ndarray,
-    members: np.ndarray,
+    images: np.ndarray,
+    sizes: np.ndarray,
     cache: ShardCache | None,
 ) -> np.ndarray:
-    """Returns the short side (N,) int32 of each image, by its header; 0 if it cannot be read."""
-    ends = np.cumsum(np.bincount(shard, minlength=len(paths)))
-    parts = np.split(members[:, 0], ends[:-1])
+    """Returns `sizes` (N, 2) with the unmeasured ones read from the images' headers.
+
+    images (N, 2): offset in blocks and size in bytes; a header that cannot be read gives (0, 0).
+    """
+    missing = (sizes < 0).any(axis=1)
+    counts = np.bincount(shard[missing], minlength=len(paths))
+    used = np.flatnonzero(counts)
+    parts = np.split(images[missing], np.cumsum(counts[used])[:-1])
     measure = partial(_measure_shard, cache=cache)
-    sides = _map_shards(measure, paths, parts, description="measuring images")
-    return np.concatenate(list(sides))
+    found = _map_shards(measure, [paths[i] for i in used], parts, description="measuring images")
+    sizes = sizes.copy()
+    sizes[missing] = np.concatenate([*found, np.empty((0, 2), np.int32)])
+    return sizes
 
 
 def _map_shards(
@@ -64,29 +72,29 @@ def _map_shards(
             pool.shutdown(cancel_futures=True)
 
 
-def _scan(path: Path | RemoteShard, cache: ShardCache | None) -> ShardScan:
-    if (found := scan_webshart_index(path)) is not None:
+def _scan(path: Path | RemoteShard, cache: ShardCache | None, keys: Sequence[str]) -> ShardScan:
+    if (found := scan_webshart_index(path, keys)) is not None:
         return found
-    return _use_file(path, cache, lambda file: scan_tar(file, str(path)))
+    return _use_file(path, cache, lambda file: scan_tar(file, str(path), keys))
 
 
 def _measure_shard(
     path: Path | RemoteShard, images: np.ndarray, cache: ShardCache | None
 ) -> np.ndarray:
-    def measure(file: IOBase) -> list[int]:
+    def measure(file: IOBase) -> list[tuple[int, int]]:
         return [_measure_image(file, at * BLOCKSIZE, size) for at, size in images.tolist()]
 
     return np.array(_use_file(path, cache, measure), np.int32)
 
 
-def _measure_image(file: IOBase, offset: int, size: int) -> int:
+def _measure_image(file: IOBase, offset: int, size: int) -> tuple[int, int]:
     for length in sorted({min(_HEAD_BYTES, size), size}):  # a long ICC profile may come first
         file.seek(offset)
         try:
-            return read_short_side(file.read(length))
+            return read_image_size(file.read(length))
         except ImageError:
             pass
-    return 0
+    return 0, 0
 
 
 def _use_file(

@@ -4,7 +4,7 @@ import io
 import itertools
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from io import BufferedReader, FileIO, IOBase
 from pathlib import Path
 from typing import NamedTuple
@@ -14,11 +14,13 @@ from fsspec.spec import AbstractBufferedFile
 
 from ldm.data.captions import CaptionCount
 from ldm.data.image_decoding import MAX_IMAGE_BYTES
+from ldm.data.shards.json_columns import JsonColumns, tabulate_records
 from ldm.data.shards.remote import RemoteShard, read_range
 
 MAX_TEXT_BYTES = 2**20
 MAX_HEADER_BYTES = 2**20
 SPARSE_MEMBER = "sparse member"
+UNMEASURED = (-1, -1)  # the size of an image whose header is not read yet
 
 _MEMBERS = ("image", "txt", "json")
 _COLUMN = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2}
@@ -32,7 +34,10 @@ class ShardError(ValueError):
 
 
 class TarMember(NamedTuple):
-    """A regular file of an archive; text: its content if that may be a caption."""
+    """A regular file of an archive; text: its content if that may be a caption.
+
+    image_size: (width, height) in pixels, if an index has it.
+    """
 
     key: str
     suffix: str
@@ -40,6 +45,7 @@ class TarMember(NamedTuple):
     size: int
     text: bytes | None
     is_sparse: bool
+    image_size: tuple[int, int] = UNMEASURED
 
 
 class ShardScan(NamedTuple):
@@ -50,6 +56,8 @@ class ShardScan(NamedTuple):
     skipped: Counter[str]
     captions: CaptionCount
     sparse: str | None
+    sizes: np.ndarray
+    columns: JsonColumns
 
 
 def scan_shard(path: Path) -> ShardScan:
@@ -57,13 +65,16 @@ def scan_shard(path: Path) -> ShardScan:
         return scan_tar(file, str(path))
 
 
-def scan_tar(file: IOBase, name: str) -> ShardScan:
-    return group_members(_iterate_members(file, name))
+def scan_tar(file: IOBase, name: str, keys: Sequence[str] = ()) -> ShardScan:
+    """Returns what a shard holds, with the values that the samples' json has under `keys`."""
+    return group_members(_iterate_members(file, name), keys)
 
 
-def group_members(members: Iterable[TarMember]) -> ShardScan:
+def group_members(members: Iterable[TarMember], columns: Sequence[str] = ()) -> ShardScan:
     """Groups members as webdataset does: neighbours with the same name up to the first dot."""
+    records: list[bytes | None] = []
     keys, rows, skipped, captions, sparse = {}, [], Counter(), CaptionCount(), None
+    sizes = []
     for key, neighbours in itertools.groupby(members, key=lambda member: member.key):
         group = list(neighbours)
         row, reason = _locate_members(group)
@@ -76,12 +87,17 @@ def group_members(members: Iterable[TarMember]) -> ShardScan:
         else:
             keys[key] = None
             rows.append(row)
+            sizes.append(next(one.image_size for one in group if _COLUMN.get(one.suffix) == 0))
             texts = {_COLUMN[one.suffix]: one.text for one in group if one.suffix in _COLUMN}
             captions.add(texts.get(1), texts.get(2))
+            if columns:
+                records.append(texts.get(2))
     located = np.array(rows, np.int64).reshape(-1, 3, 2)
     located[..., 0] //= tarfile.BLOCKSIZE
     encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
-    return ShardScan(encoded, located.astype(np.uint32), skipped, captions, sparse)
+    measured = np.array(sizes, np.int32).reshape(-1, 2)
+    table = tabulate_records(records, columns)
+    return ShardScan(encoded, located.astype(np.uint32), skipped, captions, sparse, measured, table)
 
 
 class RemoteFile(AbstractBufferedFile):

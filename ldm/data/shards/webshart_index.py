@@ -1,6 +1,7 @@
 """Reads the index that webshart writes of a tar shard: the file x.json next to x.tar.
 
     {"filesize": 10240, "files": {"a.png": {"offset": 512, "length": 77, "json_path": "a.json",
+                                            "width": 640, "height": 480,
                                             "json_metadata": {"caption": ".."}}, "a.json": {..}}}
 
 It spares the scan of a shard on a server, which takes a request for each large image.
@@ -10,16 +11,18 @@ import io
 import json
 import logging
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import FileIO, IOBase
 from pathlib import Path
 from typing import Any
 
 from ldm.data.captions import read_sample_captions
+from ldm.data.image_decoding import MAX_IMAGE_PIXELS
 from ldm.data.shards.remote import NoRangesError, RemoteShard, describe_urls, read_range
 from ldm.data.shards.tar_headers import (
     MAX_PADDING,
     MAX_TEXT_BYTES,
+    UNMEASURED,
     RemoteFile,
     ShardScan,
     TarMember,
@@ -33,14 +36,14 @@ _INVALID = (OSError, ValueError, LookupError, TypeError, RecursionError)
 _log = logging.getLogger(__name__)
 
 
-def scan_webshart_index(path: Path | RemoteShard) -> ShardScan | None:
+def scan_webshart_index(path: Path | RemoteShard, keys: Sequence[str] = ()) -> ShardScan | None:
     """Returns what `scan_tar` finds in a shard, by its index alone; None without a valid one."""
     try:
         if (data := _read_index(path)) is None:
             return None
         with RemoteFile(path) if isinstance(path, RemoteShard) else FileIO(path) as file:
             files = _check_files(json.loads(data), file)
-            return group_members(_iterate_members(files, file))
+            return group_members(_iterate_members(files, file), keys)
     except (NoRangesError, tarfile.TarError, *_INVALID) as error:
         _log.info("%s has no valid index of webshart next to it: %s", path, error)
         return None
@@ -107,4 +110,13 @@ def _iterate_members(files: dict[str, dict[str, Any]], file: IOBase) -> Iterator
             if text is None and one["length"] <= MAX_TEXT_BYTES:
                 file.seek(one["offset"])
                 text = file.read(one["length"])
-        yield TarMember(key, suffix, one["offset"], one["length"], text, False)
+        place = (one["offset"], one["length"])
+        yield TarMember(key, suffix, *place, text, False, _read_geometry(one))
+
+
+def _read_geometry(one: dict[str, Any]) -> tuple[int, int]:
+    """Returns (width, height) as webshart found them, before an EXIF orientation."""
+    sides = (one.get("width"), one.get("height"))
+    if not all(type(side) is int and 0 < side <= MAX_IMAGE_PIXELS for side in sides):
+        return UNMEASURED
+    return sides

@@ -14,14 +14,14 @@ REFUSED = {
     "lora.rank=4": "give init=RUN",
     "lora.rank=4 init=runs/base strategy=fsdp": "take strategy=ddp",
     "lora.targets=all init=runs/base": "add lora.rank=8",
-    "lora.alpha=4 lora.rank=0": "add lora.rank=8",
+    "lora.alpha=4 lora.rank=null": "add lora.rank=8",
     "compile=reduce-overhead trainer.accumulate_grad_batches=2": "take compile=default",
 }
 TAKEN = (
     "compile=default trainer.accumulate_grad_batches=2",
     "compile=reduce-overhead strategy=ddp",
     "lora.rank=4 init=runs/base strategy=ddp compile=default",
-    "lora.rank=0 strategy=fsdp",
+    "lora.rank=null strategy=fsdp",
     "compile=off strategy=fsdp stage=autoencoder trainer.accumulate_grad_batches=2",
 )
 

@@ -16,7 +16,7 @@ from ldm.data.bad_samples import MIN_ALLOWED_SKIPS, BadSample, BadSampleCounter,
 from ldm.data.dataset import TextImageDataset
 from ldm.data.image_decoding import ImageError
 from ldm.data.position_sampler import PositionBatchSampler, ShuffledOrder
-from ldm.data.shards.index import ReadOptions
+from ldm.data.shards.index import ReadOptions, open_index
 from ldm.data.shards.reader import ShardReader
 
 CUT = encoded(Image.linear_gradient("L"), "JPEG")[:-100]
@@ -188,6 +188,9 @@ def test_small_images_and_missing_captions_are_not_in_the_index(tmp_path, caplog
     saved = (tmp_path / "in" / "index.npz").stat().st_mtime_ns
     assert kept(64) == ["5"]
     assert kept(None)[2] == "2"
+    measured = open_index(tmp_path / "in", ReadOptions(measure=True)).sizes
+    assert measured[-1].tolist() == [50, 50]
+    assert measured[6].tolist() == [0, 0], "an unreadable header"
     assert (tmp_path / "in" / "index.npz").stat().st_mtime_ns == saved  # measured once
     shards = ShardReader(tmp_path / "in", ReadOptions(min_size=20))
     assert shards.index.shard_sizes() == [4, 0, 1]

@@ -79,7 +79,7 @@ def test_workers_change_no_bit(folder, workers):
     assert [len(batch["key"]) for batch in expected[1]] == [5, 5, 5, 5, 2]
     assert sum(len(batch["skipped"]) for batch in expected[1]) == 1
     train, val = loaders(folder, workers=workers)
-    assert train.loader.dataset.slots.shape == (workers, 4, BATCH, 3, SIZE, SIZE)
+    assert train.loader.dataset.slots.shape == (workers, 4, BATCH * 3 * SIZE * SIZE)
     for _ in range(2):
         assert_same([copied(batch) for batch in val], expected[1])
     assert_same([copied(batch) for batch in islice(train, 12)], expected[0])

@@ -17,7 +17,8 @@ from ldm.data.image_decoding import (
     MAX_IMAGE_BYTES,
     ImageError,
     crop_and_resize,
-    crop_square,
+    describe_crop,
+    find_crop_box,
     needs_no_conversion,
     pil_to_tensor,
     read_frames,
@@ -298,31 +299,82 @@ def test_resize_is_antialiased():
 
 
 def test_crop_runs_from_edge_to_edge():
-    image = gradient(10, 4)
     for x, left in ((0, 0), (0.5, 3), (1, 6)):
-        assert crop_square(image, 4, x=x, y=0.5) == image.crop((left, 0, left + 4, 4))
-    assert crop_square(image, 2, x=0, y=1) == image.crop((0, 2, 2, 4))
-    with pytest.raises(ValueError, match="10 x 4"):
-        crop_square(image, 5, x=0, y=0)
+        assert find_crop_box(10, 4, 8, x=x, y=0.5) == (left, 0, 4, 4)
+        assert find_crop_box(4, 10, 8, x=0.5, y=x) == (0, left, 4, 4)
 
 
 def test_even_crops_have_every_position_equally_often():
-    places = [gradient(6, 4).crop((left, 0, left + 4, 4)) for left in range(3)]
-    drawn = [crop_square(gradient(6, 4), 4, x=x, y=0.7, even=True) for x in np.arange(300) / 300]
-    assert [drawn.count(place) for place in places] == [100, 100, 100]
-    assert (
-        crop_square(gradient(6, 4), 4, x=1.0, y=1.0, even=True) == places[2]
-    )  # a draw may round to 1
+    lefts = [find_crop_box(6, 4, 4, x=x, y=0.7, even=True).left for x in np.arange(300) / 300]
+    assert [lefts.count(left) for left in range(3)] == [100, 100, 100]
+    assert find_crop_box(6, 4, 4, x=1.0, y=1.0, even=True).left == 2  # a draw may round to 1
 
 
-def test_a_square_is_cropped_then_resized():
+@given(
+    *(st.integers(1, 3000) for _ in range(4)),
+    x=st.floats(0, 1),
+    y=st.floats(0, 1),
+    even=st.booleans(),
+)
+def test_a_box_is_the_largest_of_its_aspect(width, height, h, w, x, y, even):
+    left, top, box_w, box_h = find_crop_box(width, height, (h, w), x=x, y=y, even=even)
+    assert 0 <= left <= width - box_w
+    assert 0 <= top <= height - box_h
+    assert box_w == width or box_h == height
+    scale = min(width / w, height / h)
+    assert abs(box_w - max(w * scale, 1)) <= 0.5 + 1e-6
+    assert abs(box_h - max(h * scale, 1)) <= 0.5 + 1e-6
+
+
+def crop_square_as_before(image: Image.Image, size: int, *, x: float, y: float, even: bool):
+    """What `crop_and_resize` was for squares, before there were other boxes."""
+    width, height = image.size
+    short = min(width, height)
+    if even:
+        left = min(int(x * (width - short + 1)), width - short)
+        top = min(int(y * (height - short + 1)), height - short)
+    else:
+        left, top = round(x * (width - short)), round(y * (height - short))
+    return resize_short_side(image.crop((left, top, left + short, top + short)), size)
+
+
+def test_a_square_is_what_it_was_before():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        image = gradient(*rng.integers(1, 60, 2))
+        size, even = int(rng.integers(1, 40)), bool(rng.integers(2))
+        x, y = rng.random(2)
+        wanted = crop_square_as_before(image, size, x=x, y=y, even=even)
+        assert crop_and_resize(image, size, x=x, y=y, even=even) == wanted
+
+
+def test_a_box_is_cropped_then_resized():
     image = gradient(10, 4)
     for x, left in ((0, 0), (0.5, 3), (1, 6)):
         assert crop_and_resize(image, 8, x=x) == image.crop((left, 0, left + 4, 4)).resize(
             (8, 8), Image.Resampling.BICUBIC
         )
+    for x, left in ((0, 0), (0.5, 1), (1, 2)):
+        assert crop_and_resize(image, (4, 8), x=x) == image.crop((left, 0, left + 8, 4))
     assert crop_and_resize(image, 8) == crop_and_resize(image, 8, x=0.5, y=0.5)
     assert crop_and_resize(gradient(1, 20000), 512).size == (512, 512), "in no time"
+    assert crop_and_resize(gradient(1, 20000), (384, 640)).size == (640, 384), "in no time"
+
+
+def test_a_panorama_in_its_own_aspect_is_not_cropped():
+    image = gradient(160, 90)
+    assert find_crop_box(160, 90, (36, 64), x=0.3, y=0.9) == (0, 0, 160, 90)
+    wanted = image.resize((64, 36), Image.Resampling.BICUBIC)
+    assert crop_and_resize(image, (36, 64)) == wanted
+
+
+def test_a_crop_is_described_as_sdxl_does():
+    """Height and width of the image, top and left of the crop where it is scaled, the size."""
+    place = {"x": 0.25, "y": 0.5}
+    assert describe_crop(1000, 500, 256, **place) == (500, 1000, 0, 64, 256, 256)
+    assert describe_crop(1000, 500, 256, **place, flip=True) == (500, 1000, 0, 192, 256, 256)
+    assert describe_crop(500, 1000, 256, x=0.5, y=1.0) == (1000, 500, 256, 0, 256, 256)
+    assert describe_crop(640, 360, (288, 512), **place) == (360, 640, 0, 0, 288, 512)
 
 
 def test_pil_to_tensor_has_channels_first():

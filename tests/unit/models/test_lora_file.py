@@ -15,6 +15,7 @@ from test_lora import ALPHA, FACTS, RANK, SIZES, call, randomize
 from torch import nn
 from transformers import CLIPTextModel
 
+from ldm.diffusion.conditioning import Condition
 from ldm.models.diffusers_format import export_unet_config, to_diffusers
 from ldm.models.lora import add_lora_layers
 from ldm.models.lora_file import add_lora_file, save_lora, to_original_name
@@ -85,6 +86,37 @@ def test_our_file_does_the_same_in_diffusers(base, adapted, file):
     after = call_theirs(theirs.double())
     assert (after - before).abs().max() > 1e-2
     torch.testing.assert_close(call(adapted), after, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0, 8])
+@torch.no_grad()
+def test_adapters_of_pooled_text_do_the_same_in_diffusers(tmp_path, size):
+    """Without sizes as Stable Diffusion 2 has it, with them as SDXL has it."""
+    base = UNet(**SIZES, pooled_dim=6, size_embedding=size).double()
+    randomize(base)
+    adapted, path = copy.deepcopy(base), tmp_path / "lora.safetensors"
+    add_lora_layers(adapted, rank=RANK, alpha=ALPHA, targets=["pooled_mlp.*", "time_mlp.*"])
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    facts = {"title": "a style", "size": 64, "kind": "eps", "sizes": size > 0}
+    save_lora(adapted.state_dict(), path, scale=ALPHA / RANK, **facts)
+    theirs = diffusers.UNet2DConditionModel(**export_unet_config(base)).double()
+    theirs.load_state_dict(to_diffusers(base.state_dict(), sizes=size > 0))
+    theirs.load_lora_adapter(load_file(path), prefix="unet")
+    x, tokens = torch.randn(2, 4, 8, 8).double(), torch.randn(2, 5, 12).double()
+    t, pooled, sizes = torch.tensor([10.0, 900.0]), torch.randn(2, 6).double(), torch.rand(2, 6)
+    how = {"class_labels": pooled}
+    if size:
+        how = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
+    expected = theirs.double()(x, t, tokens, **how).sample
+    for network in (adapted, with_file(base, path)):
+        out = network(x, t, Condition(tokens, pooled=pooled, sizes=sizes if size else None))
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    former = {name.replace("add_emb", "class_emb"): t for name, t in load_file(path).items()}
+    save_file(former, path)
+    again = with_file(base, path)(x, t, Condition(tokens, pooled=pooled, sizes=sizes))
+    torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_file_says_what_it_is(file):

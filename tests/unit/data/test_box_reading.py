@@ -11,9 +11,15 @@ from material import encoded
 from PIL import Image
 from profiles import grey_profile, ink_profile, rgb_profile
 
-from ldm.data import square_reading
-from ldm.data.image_decoding import ImageError, crop_and_resize, pil_to_tensor, read_image
-from ldm.data.square_reading import find_plain_jpeg, read_square
+from ldm.data import box_reading
+from ldm.data.box_reading import find_plain_jpeg, read_box
+from ldm.data.image_decoding import (
+    ImageError,
+    crop_and_resize,
+    find_crop_box,
+    pil_to_tensor,
+    read_image,
+)
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -37,10 +43,14 @@ def pillow(data: bytes, size: int, *, x: float = 0.5) -> torch.Tensor:
     return pil_to_tensor(crop_and_resize(read_image(data), size, x=x)).int()
 
 
+def read_pixels(*args, **options) -> torch.Tensor:
+    return read_box(*args, **options)[0]
+
+
 def without_quick_decoder(monkeypatch, *args, **options) -> torch.Tensor:
     with monkeypatch.context() as patch:
-        patch.setattr(square_reading, "simplejpeg", None)
-        return read_square(*args, **options)
+        patch.setattr(box_reading, "simplejpeg", None)
+        return read_pixels(*args, **options)
 
 
 IMAGE = noise(48, 36)
@@ -74,7 +84,7 @@ def test_plain_jpegs_have_the_pixels_of_pillow(kind, monkeypatch):
     data = PLAIN[kind]
     assert find_plain_jpeg(data)[:2] == (48, 36)
     for x in (0.0, 0.4, 1.0):
-        quick = read_square(data, 36, x=x)
+        quick = read_pixels(data, 36, x=x)
         assert torch.equal(quick.int(), pillow(data, 36, x=x))
         assert torch.equal(quick, without_quick_decoder(monkeypatch, data, 36, x=x))
         assert (quick.shape, quick.dtype) == ((3, 36, 36), torch.uint8)
@@ -84,23 +94,61 @@ def test_plain_jpegs_have_the_pixels_of_pillow(kind, monkeypatch):
 @pytest.mark.parametrize("size", [16, 50])
 def test_resized_pixels_are_within_two_of_pillow(kind, size):
     data = (PLAIN | OTHERS)[kind]
-    difference = (read_square(data, size).int() - pillow(data, size)).abs().float()
+    difference = (read_pixels(data, size).int() - pillow(data, size)).abs().float()
     if kind == "P3":  # colours are converted after the resize
         assert difference.mean() < 2
     else:
         assert difference.max() <= 2
 
 
+@pytest.mark.parametrize("kind", [*PLAIN, *OTHERS])
+def test_boxes_have_the_pixels_of_pillow(kind):
+    """Bit for bit where nothing is resized, within two levels elsewhere."""
+    data = (PLAIN | OTHERS)[kind]
+    for size in ((36, 24), (18, 48), (24, 40), (50, 20), (9, 12), (48, 64)):
+        for x, even in ((0.0, False), (0.7, True), (1.0, False)):
+            quick, sides = read_box(data, size, x=x, y=0.2, even=even)
+            wanted = pil_to_tensor(crop_and_resize(read_image(data), size, x=x, y=0.2, even=even))
+            assert sides == read_image(data).size
+            assert quick.shape == (3, *size)
+            difference = (quick.int() - wanted.int()).abs().float()
+            crop = find_crop_box(*sides, size, x=x, y=0.2, even=even)
+            if (crop.height, crop.width) == size:
+                assert difference.max() == 0
+            elif kind == "P3":
+                assert difference.mean() < 2
+            else:
+                assert difference.max() <= 2
+
+
+def test_a_much_larger_jpeg_is_decoded_smaller_for_a_box(monkeypatch):
+    """By the side that is scaled least."""
+    image, shrunk = noise(576, 432), []
+    decode = box_reading._decode_jpeg
+    monkeypatch.setattr(
+        box_reading, "_decode_jpeg", lambda *args: shrunk.append(args[2]) or decode(*args)
+    )
+    for size, factor in (((72, 96), 2), ((73, 96), 1), ((72, 97), 1), ((36, 48), 4), ((9, 24), 8)):
+        data = encoded(image, "JPEG", quality=92)
+        quick, sides = read_box(data, size)
+        assert shrunk.pop() == factor
+        assert sides == (576, 432)
+        assert torch.equal(quick, without_quick_decoder(monkeypatch, data, size))
+        wanted = pil_to_tensor(crop_and_resize(read_image(data), size))
+        # The crop moves by less than a pixel of the smaller image.
+        assert (quick.int() - wanted.int()).abs().float().mean() < 6
+
+
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_images_are_left_to_pillow(kind):
     assert find_plain_jpeg(OTHERS[kind]) is None
-    assert torch.equal(read_square(OTHERS[kind], 36).int(), pillow(OTHERS[kind], 36))
+    assert torch.equal(read_pixels(OTHERS[kind], 36).int(), pillow(OTHERS[kind], 36))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientations_are_applied(orientation):
     data = encoded(IMAGE, "JPEG", exif=with_orientation(orientation))
-    assert torch.equal(read_square(data, 36, x=0.2).int(), pillow(data, 36, x=0.2))
+    assert torch.equal(read_pixels(data, 36, x=0.2).int(), pillow(data, 36, x=0.2))
 
 
 def test_photographs_are_decoded_to_the_same_bits_with_and_without_the_quick_decoder(
@@ -114,7 +162,7 @@ def test_photographs_are_decoded_to_the_same_bits_with_and_without_the_quick_dec
         header = find_plain_jpeg(data)
         plain += header is not None
         for size in (48, 192):
-            quick = read_square(data, size)
+            quick = read_pixels(data, size)
             assert torch.equal(quick, without_quick_decoder(monkeypatch, data, size))
             if header is None or header.profile:
                 continue
@@ -133,14 +181,14 @@ def test_photographs_are_decoded_to_the_same_bits_with_and_without_the_quick_dec
 def test_a_much_larger_jpeg_is_decoded_smaller(monkeypatch):
     """To half, a quarter or an eighth: three times the wanted side remains."""
     image, shrunk = noise(576, 432), []
-    decode = square_reading._decode_jpeg
+    decode = box_reading._decode_jpeg
     monkeypatch.setattr(
-        square_reading, "_decode_jpeg", lambda *args: shrunk.append(args[2]) or decode(*args)
+        box_reading, "_decode_jpeg", lambda *args: shrunk.append(args[2]) or decode(*args)
     )
     for size, factor in ((73, 1), (72, 2), (36, 4), (18, 8), (4, 8)):
         for options in ({}, {"progressive": True}, {"subsampling": 0}):
             data = encoded(image, "JPEG", quality=92, **options)
-            quick = read_square(data, size)
+            quick = read_pixels(data, size)
             assert shrunk.pop() == factor
             assert torch.equal(quick, without_quick_decoder(monkeypatch, data, size))
             difference = (quick.int() - pillow(data, size)).abs().float()
@@ -150,10 +198,10 @@ def test_a_much_larger_jpeg_is_decoded_smaller(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["420", "progressive", "grey", "restarts"])
 def test_a_truncated_jpeg_is_never_half_a_picture(kind):
-    data, whole, refused = PLAIN[kind], read_square(PLAIN[kind], 24), 0
+    data, whole, refused = PLAIN[kind], read_pixels(PLAIN[kind], 24), 0
     for cut in range(len(data)):
         try:
-            assert torch.equal(read_square(data[:cut], 24), whole)
+            assert torch.equal(read_pixels(data[:cut], 24), whole)
         except ImageError as error:
             refused += 1
             with pytest.raises(ImageError, match=re.escape(error.reason)):
@@ -190,7 +238,7 @@ def test_damage_has_the_same_outcome_with_and_without_the_quick_decoder(monkeypa
 
     for _ in range(500):
         data, size = damage(rng, rng.choice(kinds)), rng.choice([4, 24, 36])
-        quick = outcome(lambda: read_square(data, size))  # noqa: B023
+        quick = outcome(lambda: read_pixels(data, size))  # noqa: B023
         slow = outcome(lambda: without_quick_decoder(monkeypatch, data, size))  # noqa: B023
         is_image = isinstance(quick, torch.Tensor)
         assert torch.equal(quick, slow) if is_image else quick == slow
@@ -204,17 +252,17 @@ def test_a_bomb_is_refused_by_its_header():
     data[at : at + 4] = struct.pack(">HH", 65_500, 65_500)
     assert find_plain_jpeg(bytes(data)) is None
     with pytest.raises(ImageError) as error:
-        read_square(bytes(data), 16)
+        read_pixels(bytes(data), 16)
     assert error.value.reason in ("too many pixels", "unreadable header")
     for junk in (b"", b"\xff\xd8", b"\xff\xd8\xff\xe1\0\1", b"\xff\xd8" + b"\xff\xe0\0\2" * 99):
         assert find_plain_jpeg(junk) is None
         with suppress(ImageError):
-            read_square(junk, 16)
+            read_pixels(junk, 16)
 
 
 def test_pillow_reads_what_is_stored_and_refuses_the_rest():
     image = Image.open(io.BytesIO(PLAIN["P3"])).convert("RGB")
-    assert square_reading.read_raw_rgb(PLAIN["P3"]) == image
-    assert square_reading.read_raw_rgb(OTHERS["turned"]).size == (48, 36)
+    assert box_reading.read_raw_rgb(PLAIN["P3"]) == image
+    assert box_reading.read_raw_rgb(OTHERS["turned"]).size == (48, 36)
     with pytest.raises(ImageError, match="damaged JPEG"):
-        square_reading.read_raw_rgb(PLAIN["420"][:-100])
+        box_reading.read_raw_rgb(PLAIN["420"][:-100])

@@ -1,9 +1,9 @@
-"""Reads training images as squares: by a fast decoder of JPEGs, if installed, and torch's resize.
+"""Reads training images at a size: by a fast decoder of JPEGs, if installed, and torch's resize.
 
 The pixels are those of `image_decoding.crop_and_resize` but for three things: torch's resize rounds
-otherwise (2 levels of 255), a JPEG much larger than the square is decoded at a fraction of its size
+otherwise (2 levels of 255), a JPEG much larger than the size is decoded at a fraction of its own
 (10 levels; the crop moves by less than a pixel of that size), and the colours of a JPEG are
-converted to sRGB after the resize. Shapes: S side of the square.
+converted to sRGB after the resize. Shapes: h, w the sides of the size.
 """
 
 import re
@@ -20,7 +20,9 @@ from ldm.data.color_profiles import find_srgb_transform
 from ldm.data.image_decoding import (
     MAX_IMAGE_BYTES,
     MAX_IMAGE_PIXELS,
-    place_square,
+    ImageSize,
+    find_crop_box,
+    get_sides,
     read_image,
     read_raw_rgb,
 )
@@ -49,34 +51,40 @@ class PlainJpeg(NamedTuple):
     profile: bytes | None
 
 
-def read_square(
-    data: bytes, size: int, *, x: float = 0.5, y: float = 0.5, even: bool = False
-) -> Tensor:
-    """Returns a crop of an image's shorter side, uint8 (3, size, size); x, y: see `place_square`.
+def read_box(
+    data: bytes, size: ImageSize, *, x: float = 0.5, y: float = 0.5, even: bool = False
+) -> tuple[Tensor, tuple[int, int]]:
+    """Returns the box of `find_crop_box`, uint8 (3, h, w), and the image's width and height.
 
     Raises ImageError like `read_image`.
     """
     header = find_plain_jpeg(data)
     if header is None:
-        return resize_square(np.array(read_image(data)), size, x=x, y=y, even=even)
-    short = min(header.width, header.height)
-    shrink = next((n for n in (8, 4, 2) if short >= n * MIN_REDUCTION * size), 1)
-    square = resize_square(_decode_jpeg(data, header, shrink), size, x=x, y=y, even=even)
+        image = read_image(data)
+        return resize_box(np.array(image), size, x=x, y=y, even=even), image.size
+    pixels = _decode_jpeg(data, header, _choose_shrink(header, size))
+    box = resize_box(pixels, size, x=x, y=y, even=even)
     if header.profile and (transform := find_srgb_transform(header.profile, "RGB")):
-        image = Image.fromarray(square.permute(1, 2, 0).contiguous().numpy())
-        return torch.from_numpy(np.array(transform.apply(image))).permute(2, 0, 1)
-    return square
+        image = Image.fromarray(box.permute(1, 2, 0).contiguous().numpy())
+        box = torch.from_numpy(np.array(transform.apply(image))).permute(2, 0, 1)
+    return box, (header.width, header.height)
 
 
-def resize_square(pixels: np.ndarray, size: int, *, x: float, y: float, even: bool) -> Tensor:
-    """Crops the shorter side of uint8 (H, W, 3), and resizes it to (3, size, size)."""
+def _choose_shrink(header: PlainJpeg, size: ImageSize) -> int:
+    """Returns 8, 4, 2 or 1: the fraction of its size at which a JPEG has pixels enough."""
+    height, width = (MIN_REDUCTION * side for side in get_sides(size))
+    fits = (n for n in (8, 4, 2) if header.height >= n * height and header.width >= n * width)
+    return next(fits, 1)
+
+
+def resize_box(pixels: np.ndarray, size: ImageSize, *, x: float, y: float, even: bool) -> Tensor:
+    """Crops the box of `find_crop_box` out of uint8 (H, W, 3), and resizes it to (3, h, w)."""
     height, width = pixels.shape[:2]
-    short = min(width, height)
-    left, top = place_square(width, height, short, x=x, y=y, even=even)
-    square = torch.from_numpy(pixels[top : top + short, left : left + short]).permute(2, 0, 1)
-    if short == size:
-        return square
-    return F.interpolate(square[None], (size, size), mode="bicubic", antialias=True)[0]
+    left, top, w, h = find_crop_box(width, height, size, x=x, y=y, even=even)
+    box = torch.from_numpy(pixels[top : top + h, left : left + w]).permute(2, 0, 1)
+    if (h, w) == (sides := get_sides(size)):
+        return box
+    return F.interpolate(box[None], sides, mode="bicubic", antialias=True)[0]
 
 
 def find_plain_jpeg(data: bytes) -> PlainJpeg | None:

@@ -1,0 +1,182 @@
+"""The samples of a cache: packed as safetensors and JSON, and read without running anything.
+
+A sample has two members. KEY.safetensors: mean and logvar (C, h, w), the same with `_flipped`,
+tokens (n, L, D), mask (n, L) uint8, pooled (n, P), as far as the manifest names them, for n
+captions. KEY.json: the source's fields, and those of `pack_record`.
+
+A safetensors file is a header's length (8 bytes), the header (JSON), and the raw data. All samples
+of one size have the same header, so its parse is cached by its bytes.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from ldm.data.cached.manifest import LATENT_PARTS, TEXT_PARTS, CacheError, Manifest
+
+TENSOR_SUFFIX, RECORD_SUFFIX = "safetensors", "json"
+MAX_LAYOUT_BYTES = 2**14  # of a header: ours have some 600 bytes
+MAX_SAMPLE_BYTES = 2**30
+DTYPE_BY_NAME = {"bf16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+_DIMS = dict.fromkeys(LATENT_PARTS, 3) | {"tokens": 3, "mask": 2, "pooled": 2}
+
+
+class TensorPart(NamedTuple):
+    """One tensor of a sample: start and end are bytes of its file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class SampleLayout(NamedTuple):
+    """Where the tensors of a sample lie; header_size: the bytes before them, size: of all."""
+
+    parts: dict[str, TensorPart]
+    header_size: int
+    size: int
+
+    def check(self, manifest: Manifest) -> None:
+        """Raises CacheError unless the tensors are those that the manifest promises."""
+        names, parts = set(manifest.part_names), self.parts
+        if names != parts.keys():
+            missing, more = sorted(names - parts.keys()), sorted(parts.keys() - names)
+            raise CacheError(f"has the tensors {more} too many, {missing} too few")
+        dtype, factor = DTYPE_BY_NAME[manifest.dtype], manifest.factor
+        grids = {(height // factor, width // factor) for width, height in manifest.image_sizes}
+        mean = parts["mean"].shape
+        if mean[0] != manifest.latent_channels or mean[1:] not in grids:
+            raise CacheError(f"has latents of the shape {mean}, which the cache does not have")
+        captions = {parts[name].shape[0] for name in manifest.text_parts}
+        widths = {
+            "tokens": (manifest.max_length, manifest.text_width),
+            "mask": (manifest.max_length,),
+            "pooled": (manifest.pooled_width,),
+        }
+        for name, part in parts.items():
+            right = torch.uint8 if name == "mask" else dtype
+            shape = mean if name in LATENT_PARTS else (*captions, *widths[name])
+            if part.dtype != right or part.shape != shape:
+                raise CacheError(f"has {name} as {part.dtype} {part.shape}, not {right} {shape}")
+        most = manifest.captions if isinstance(manifest.captions, int) else math.inf
+        if captions and not 1 <= min(captions) <= most:
+            raise CacheError(f"has the text states of {min(captions)} captions")
+
+
+def pack_sample(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, bytes]:
+    """Returns the members of a sample by suffix."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return {TENSOR_SUFFIX: save(tensors), RECORD_SUFFIX: json.dumps(record).encode()}
+
+
+def pack_record(
+    fields: Mapping[str, Any],
+    *,
+    captions: Sequence[str],
+    weights: Sequence[float] | None,
+    digest: str,
+    image_size: tuple[int, int],
+) -> dict[str, Any]:
+    """Returns the JSON of a sample: the source's fields, and what the cache says of it.
+
+    captions, weights: as `ShardReader.read` lists them; digest: the SHA-256 of the source's image
+    file; image_size: width and height of the image that was encoded.
+    """
+    record = {**fields, "captions": list(captions), "digest": digest}
+    record["image_size"] = list(image_size)
+    if weights is not None:
+        record["caption_weights"] = list(weights)
+    return record
+
+
+@lru_cache(maxsize=1024)
+def parse_layout(head: bytes) -> SampleLayout:
+    """Returns the layout that a file's first bytes, its header and no more, describe.
+
+    Raises CacheError unless the tensors are of known names and lie one after another.
+    """
+    try:
+        described = json.loads(head[8:])
+        described.pop("__metadata__", None)
+        parts = {name: _parse_part(name, value) for name, value in described.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CacheError(f"is no safetensors file of a cache ({type(error).__name__})") from error
+    at = 0
+    for name, part in sorted(parts.items(), key=lambda item: item[1].start):
+        length = math.prod(part.shape) * part.dtype.itemsize
+        if part.start != at or part.end - part.start != length:
+            raise CacheError(f"has {name} at bytes {part.start} to {part.end}, where it is not")
+        at = part.end
+    if not 0 < at <= MAX_SAMPLE_BYTES:
+        raise CacheError(f"has {at} bytes of tensors")
+    moved = {
+        name: part._replace(start=part.start + len(head), end=part.end + len(head))
+        for name, part in parts.items()
+    }
+    return SampleLayout(moved, len(head), len(head) + at)
+
+
+def _parse_part(name: str, value: Mapping[str, Any]) -> TensorPart:
+    dtype, shape, (start, end) = _DTYPES[value["dtype"]], value["shape"], value["data_offsets"]
+    numbers = [*shape, start, end]
+    if len(shape) != _DIMS[name] or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError(name)
+    return TensorPart(dtype, tuple(shape), start, end)
+
+
+def read_layout(data: bytes | memoryview) -> SampleLayout:
+    """Returns the layout of a file of which `data` is all, or at least the header."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or not 0 < length <= MAX_LAYOUT_BYTES:
+        raise CacheError("is no safetensors file of a cache (its header has no right length)")
+    if len(data) < 8 + length:
+        raise CacheError("was cut short")
+    return parse_layout(bytes(data[: 8 + length]))
+
+
+def unpack_sample(
+    data: bytes | bytearray | memoryview, manifest: Manifest | None = None
+) -> dict[str, Tensor]:
+    """Returns the tensors of a whole file as views of `data`, which must not be written to.
+
+    Raises CacheError for anything but a file of `pack_sample`, of this manifest if it is given.
+    Values are not looked at, see `check_finite`.
+    """
+    layout = read_layout(data)
+    if len(data) != layout.size:
+        raise CacheError(f"has {len(data)} bytes, where its header says {layout.size}")
+    if manifest is not None:
+        layout.check(manifest)
+    return {
+        name: torch.frombuffer(
+            data, dtype=part.dtype, count=math.prod(part.shape), offset=part.start
+        ).view(part.shape)
+        for name, part in layout.parts.items()
+    }
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises CacheError if a tensor has a value that is NaN or infinite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CacheError(f"has NaN or infinity in {name}")
+
+
+def unpack_null(data: bytes, manifest: Manifest) -> dict[str, Tensor]:
+    """Returns the parts of the null condition, each (1, ..), of null.safetensors."""
+    if not manifest.text_parts:
+        return {}
+    tensors = unpack_sample(data)
+    if set(tensors) != set(manifest.text_parts) or not set(tensors) <= set(TEXT_PARTS):
+        raise CacheError(f"has {sorted(tensors)}, where the cache has {manifest.text_parts}")
+    check_finite(tensors)
+    return tensors

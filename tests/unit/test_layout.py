@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 ROOM_LINES = {
     "utils": 2025,
     "diffusion": 3380,
-    "models": 4970,
+    "models": 4975,
     "data": 4826,
     "inference": 865,
     "evaluation": 3115,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm.config.own_components import DIFFUSION_GROUPS
 from ldm.config.registry import validate_file_config
+from ldm.config.schedule_shift import resolve_schedule_shift
 from ldm.config.search_path import CONF_DIR
 from ldm.config.suggestions import suggest_overrides
 from ldm.diffusion.objective import Objective
@@ -50,6 +51,7 @@ def build_components(
     denoiser = build_denoiser(cfg, autoencoder, text_encoder, style_encoder, task)
     if task.is_video:
         autoencoder = FramewiseAutoencoder(autoencoder)
+    resolve_schedule_shift(cfg, autoencoder)
     objective = build_objective(cfg)
     return Components(denoiser, autoencoder, text_encoder, style_encoder, objective, task)
 

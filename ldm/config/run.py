@@ -50,6 +50,7 @@ from ldm.config.training_checks import (
 from ldm.config.trust import list_trusted_packages
 from ldm.data.datamodule import TextImageData
 from ldm.evaluation.image_metrics import ImageMetric
+from ldm.experiments.run_dir import LORA_FILE
 from ldm.inference.components import Components
 from ldm.inference.pipeline import Pipeline
 from ldm.models.kernels import choose_memory_format
@@ -245,9 +246,7 @@ def build_diffusion_training(
         facts["linear"] = cfg.model.get("linear_projections", False)
         facts["sizes"] = cfg.model.get("size_embedding", 0) > 0
         scale = get_lora_alpha(cfg) / cfg.lora.rank
-        callbacks.append(
-            LoraFile(run_dir / "lora.safetensors", size=data.size, scale=scale, **facts)
-        )
+        callbacks.append(LoraFile(run_dir / LORA_FILE, size=data.size, scale=scale, **facts))
     callbacks += build_evaluation_callbacks(cfg, pipeline, module.denoiser, data, run_dir, metrics)
     if is_cached(cfg):
         parts = components.frozen.values()

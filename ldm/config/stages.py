@@ -10,6 +10,7 @@ from torch.utils.data import default_collate
 
 from ldm.config.components import build_frozen_encoders
 from ldm.config.guidance import build_noisy_classifier
+from ldm.config.schedule_shift import resolve_schedule_shift
 from ldm.config.training_checks import check_captions_readable, check_has_captions, check_image_size
 from ldm.data.datamodule import TextImageData
 from ldm.training.callbacks.monitoring import SampleImages
@@ -59,6 +60,7 @@ def build_classifier_training(cfg: DictConfig, data: TextImageData, run_dir: Pat
     """ClassifierTraining, on a frozen autoencoder and text encoder."""
     autoencoder, text_encoder = build_frozen_encoders(cfg)
     check_captions_readable(text_encoder, data)
+    resolve_schedule_shift(cfg, autoencoder)
     net = build_noisy_classifier(cfg, autoencoder, text_encoder, instantiate(cfg.scheduler))
     check_image_size(data.size, autoencoder.factor * net.tower.multiple)
     how = {"optimizer": instantiate(cfg.optimizer), "seed": cfg.seed, "rng": cfg.rng}

@@ -174,6 +174,8 @@ def check_buckets(cfg: DictConfig) -> None:
     if get_compile_mode(cfg) == "reduce-overhead":
         raise UsageError(f"data.buckets={shown}: a CUDA graph is of one size: take compile=default")
     if buckets != "auto":
+        if len({*map(tuple, buckets)}) < len(buckets):
+            raise UsageError(f"data.buckets={shown}: one of the sizes is there twice")
         check_bucket_sizes(buckets, read_size_multiple(cfg, stage=cfg.stage))
 
 

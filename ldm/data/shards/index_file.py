@@ -61,9 +61,10 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.shard)
 
-    def key(self, i: int) -> str:
+    def key(self, i: int, *, errors: str = "replace") -> str:
+        """Returns the key of sample i; errors: "surrogateescape" keeps bytes that are no UTF-8."""
         start = self.key_ends[i - 1] if i > 0 else 0
-        return self.key_bytes[start : self.key_ends[i]].tobytes().decode("utf-8", "replace")
+        return self.key_bytes[start : self.key_ends[i]].tobytes().decode("utf-8", errors)
 
     def locations(self, i: int) -> list[tuple[int, int]]:
         """Returns (offset, size) in bytes of sample i's image, txt and json; (0, 0) if absent."""

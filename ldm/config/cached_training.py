@@ -14,6 +14,7 @@ from ldm.config.components import FROZEN_GROUPS, build_components
 from ldm.config.suggestions import suggest_overrides
 from ldm.data.cached.format import unpack_null
 from ldm.data.cached.manifest import NULL_NAME
+from ldm.data.shards.data_sets import list_locations
 from ldm.diffusion.tasks.base import Task
 from ldm.inference.components import Components
 from ldm.models.deferred_encoders import DeferredAutoencoder, DeferredModule, DeferredTextEncoder
@@ -50,8 +51,8 @@ def build_cached_components(cfg: DictConfig, task: Task) -> Components:
             f"task={task.name} reads images, and data=cached has latents alone: give data=shards, "
             "or task=text2img"
         )
-    manifest, place = open_training_cache(cfg), cfg.data.train
-    folder = resolve_path(place if isinstance(place, str) else place[0])
+    manifest = open_training_cache(cfg)
+    folder = resolve_path(list_locations(OmegaConf.to_container(cfg.data)["train"])[0])
     digests = {name: getattr(manifest, name) for name in FROZEN_GROUPS}
     null = (folder / NULL_NAME).read_bytes() if manifest.text_parts else b""
     deferred = {

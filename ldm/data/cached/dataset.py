@@ -65,7 +65,7 @@ class CachedDataset(Dataset):
 
     Caption and flip are drawn as by `TextImageDataset`, from the captions of the cache; all samples
     of a batch have one size. flip: needs a cache with flips. images: real images of the same kind
-    for evaluations; None: there are none here.
+    for evaluations; None: there are none here. epoch_length: see `TextImageDataset`.
     on_error: for a damaged sample "stop" raises CacheError, "skip" uses the next sound one of the
     batch's size, or raises TooManySkippedError if there is none.
     """
@@ -78,6 +78,7 @@ class CachedDataset(Dataset):
     on_error: Literal["stop", "skip"] = "stop"
     images: TextImageDataset | None = None
     gives_sizes: bool = False
+    epoch_length: int | None = None
     tensor_name: ClassVar[str] = "rows"
     _damaged: dict[int, BadSample] = field(default_factory=dict, init=False)  # not tried again
     _plans: dict[tuple, CopyPlan] = field(default_factory=dict, init=False)
@@ -175,6 +176,7 @@ class CachedDataset(Dataset):
     ) -> CachedItem:
         """Reads this sample into its row, or the next sound one of the same grid."""
         count, flip = self._count, self._draw_flip(position)
+        epoch = position // (self.epoch_length or count)
         problems: list[BadSample] = []
         for i in range(index, index + min(count, _MAX_TRIES)):
             i %= count
@@ -183,7 +185,7 @@ class CachedDataset(Dataset):
             problem = self._damaged.get(i)
             if problem is None:
                 try:
-                    caption, sizes = self._read(i, position // count, flip, grid, row)
+                    caption, sizes = self._read(i, epoch, flip, grid, row)
                     key = self.shards.index.key(i)
                     return CachedItem(caption, position, key, problems[:1], sizes)
                 except CacheError as error:

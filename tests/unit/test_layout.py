@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[2]
 ROOM_LINES = {
     "utils": 2025,
     "diffusion": 3400,
-    "models": 5110,
-    "data": 6790,
+    "models": 5125,
+    "data": 7100,
     "inference": 1105,
     "evaluation": 3115,
     "experiments": 2220,
-    "training": 3975,
+    "training": 3990,
     "config": 8120,
     "cli": 1970,
 }

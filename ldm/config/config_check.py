@@ -93,6 +93,10 @@ class ConfigCheckCallback(Callback):
                 if message := format_invalid_value(key, value, self.command, default=default):
                     raise UsageError(message)
             if self.command == "train":
+                if own.plan:
+                    from ldm.config.plan import exit_with_plan  # torch
+
+                    exit_with_plan(own, is_sweep=bool(swept))
                 check_run_directory(Path(config.hydra.run.dir))
                 settings = OmegaConf.to_container(own, resolve=True)
                 if packages := ", ".join(check_own_packages(settings)):

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from ldm.utils.errors import UsageError
 
-# The settings of targets that begin like this are in the table.
+# Targets that begin like this have their settings in the table.
 OWN_TARGET_PREFIXES = ("ldm.", "lightning.", "datetime.", "hydra_plugins.")
 
 
@@ -56,9 +56,9 @@ def _format_number(number: float) -> str:
 
 @dataclass(frozen=True)
 class ListRule:
-    """A list of numbers, of one of these lengths; rising: each larger than the one before."""
+    """A list of values, of one of these lengths; rising: each larger than the one before."""
 
-    each: NumberRule
+    each: "NumberRule | ListRule"
     lengths: Sequence[int]
     rising: bool = False
 
@@ -137,6 +137,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     # Words.
     (ChoiceRule(("diffusion", "autoencoder", "clip", "classifier")), "stage"),
     ((ExactRule("auto"), ExactRule(True), ExactRule(False)), "checkpoint.background"),
+    ((ExactRule(True), ExactRule(False), ChoiceRule(("json",))), "plan"),
     # Without quotes, YAML reads off as false.
     ((ChoiceRule(("off", "default", "reduce-overhead")), ExactRule(False)), "compile"),
     (ChoiceRule(("philox", "torch")), "rng"),
@@ -156,6 +157,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (ChoiceRule(("eps", "x0", "v", "flow")), "objective.kind"),
     (ChoiceRule(("center", "random")), "data.crop"),
     (ChoiceRule(("stop", "skip")), "data.on_error"),
+    (ChoiceRule(("sample", "mean")), "posterior"),
     (ChoiceRule(("jpg", "png", "webp")), "format"),
     (ChoiceRule(("all", "train", "val", "unseen")), "prepare part"),
     (ChoiceRule(("copy", "reference")), "bundle frozen"),
@@ -165,7 +167,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (POSITIVE, "data.count, data.val_count, data.window, data.group, data.family, data.val_limit"),
     (POSITIVE, "early_stop.others, early_stop.validations, stop_after_skips, eval.scenes.every"),
     (POSITIVE, "trainer.max_steps, trainer.val_check_interval, trainer.log_every_n_steps"),
-    (POSITIVE, "hydra.timeout_min, hydra.array_parallelism, hydra.n_trials"),
+    (POSITIVE, "scheduler.base, hydra.timeout_min, hydra.array_parallelism, hydra.n_trials"),
     (integers("[0, 1000000000]"), "checkpoint.keep_best, early_stop.min_steps, eval.images.every"),
     (integers("[0, 1000000000]"), "optimizer.warmup, style_encoder.layer, hydra.signal_delay_s"),
     (integers("[0, 1000000000]"), "hydra.n_startup_trials"),
@@ -195,28 +197,25 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (integers("[1, 65536]"), "lora.rank"),
     (NumberRule("(0, 1000000]"), "lora.alpha"),
     # Sizes of images and networks.
-    (SIDE, "size, data.size, data.min_size, clip.patch_size"),
-    ((SIDE, ListRule(SIDE, [2])), "sample size"),
+    (SIDE, "size, data.size, data.min_size, clip.patch_size, model.size_factor"),
+    ((SIDE, ListRule(SIDE, [2])), "sample size, evaluate size"),
+    ((ExactRule("auto"), ListRule(ListRule(SIDE, [2]), range(1, 1025))), "data.buckets"),
     ((SIDE, NULL), "prepare size"),
     ((integers("[64, 16384]"), NULL), "decode_tile"),
     (ListRule(integers("[0, 16384]"), [4]), "pad"),
     (BLOCKS, "autoencoder.patch, autoencoder.latent_channels, autoencoder.blocks, clip.layers"),
-    (BLOCKS, "clip.heads, model.blocks, style_encoder.tiles"),
+    (BLOCKS, "clip.heads, model.blocks, style_encoder.tiles, classifier.blocks"),
+    (BLOCKS, "classifier.heads, classifier.depth"),
     ((BLOCKS, ListRule(BLOCKS, range(1, 65))), "model.heads, model.depth"),
     (integers("[0, 65536]"), "model.size_embedding"),  # 0: none
-    (SIDE, "model.size_factor"),
-    (BLOCKS, "classifier.blocks, classifier.heads, classifier.depth"),
     (
         ListRule(BLOCKS, range(1, 65)),
         "autoencoder.multipliers, classifier.multipliers, model.multipliers",
     ),
     (integers("[1, 65536]"), "autoencoder.channels, classifier.width, classifier.channels"),
-    (
-        integers("[1, 65536]"),
-        "classifier.groups, classifier.embedding, clip.width, clip.projection",
-    ),
+    (integers("[1, 65536]"), "classifier.groups, classifier.embedding, clip.width"),
     (integers("[1, 65536]"), "clip.max_length, model.channels, model.groups, model.embedding"),
-    (integers("[1, 65536]"), "text_encoder.max_length"),
+    (integers("[1, 65536]"), "text_encoder.max_length, clip.projection"),
     (integers("[-1024, -1]"), "text_encoder.layer"),  # counted from the last
     (integers("[0, 65536]"), "autoencoder.groups"),  # 0: no norm
     (integers("[2, 65536]"), "style_encoder.code"),
@@ -236,7 +235,8 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (ListRule(EMA_LENGTH_RANGE, range(65)), "phema.lengths"),
     # Other numbers.
     (NumberRule("(0, 1000000]"), "time_power, timestep_sampler.power, timestep_sampler.std"),
-    (NumberRule("(0, 1000000]"), "scheduler.shift, scheduler.scale, scheduler.tau, loss.c"),
+    (NumberRule("(0, 1000000]"), "scheduler.scale, scheduler.tau, loss.c"),
+    ((NumberRule("(0, 1000000]"), ExactRule("auto")), "scheduler.shift"),
     (NumberRule("(0, 1000000]"), "weighting.sigma_data, weighting.k, task.residual_std"),
     (NumberRule("(0, 1000000]"), "clip.max_scale, strategy.minutes, trainer.peak_tflops"),
     (NumberRule("[0, 1000000]"), "kl_weight, objective.offset_noise, objective.input_perturbation"),

@@ -71,6 +71,11 @@ class ShardReader:
             captions = read_sample_captions(txt, record, key=next(iter(keys), None))
         return Sample(self.index.key(i), image or b"", captions, weights)
 
+    def open_sample(self, i: int) -> tuple[int, list[tuple[int, int]]]:
+        """Returns an open file of sample i's shard, and where its members are, see `locations`."""
+        shard = int(self.index.shard[i])
+        return self._open(shard).fileno(), self.index.locations(i)
+
     def sample_name(self, i: int) -> str:
         """Returns shard and key of sample i, for messages."""
         return f"{self.index.paths[self.index.shard[i]]}: sample '{self.index.key(i)}'"

@@ -18,6 +18,11 @@ FROZEN_SETTINGS = ("autoencoder", "text_encoder")
 def main(cfg: DictConfig, options: TextOptions, *, words: list[str]) -> None:
     """Encodes the images and captions of shards, or verifies what was encoded."""
     check_cache_options(options, words, verify=cfg.verify)
+    if cfg.captions is not None and not isinstance(cfg.captions, DictConfig):
+        raise UsageError(
+            f"captions={cfg.captions}: captions weighs keys of the json; for so many captions of an "
+            "image give max_captions=N"
+        )
 
     from ldm.config.cache_verification import verify_cache  # torch
     from ldm.config.caching import write_cache

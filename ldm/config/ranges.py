@@ -112,7 +112,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (integers("[1, 65536]"), "lora.rank"),
     (NumberRule("(0, 1000000]"), "lora.alpha"),
     # Sizes of images and networks.
-    (SIDE, "size, data.size, min_size, data.min_size, clip.patch_size"),
+    (SIDE, "size, grid, data.size, min_size, data.min_size, clip.patch_size"),
     ((SIDE, ListRule(SIDE, [2])), "sample size, evaluate size"),
     ((ExactRule("auto"), SizesRule(), NULL), "buckets, data.buckets"),
     ((SIDE, NULL), "prepare size"),

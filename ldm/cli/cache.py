@@ -20,8 +20,8 @@ def main(cfg: DictConfig, options: TextOptions, *, words: list[str]) -> None:
     check_cache_options(options, words, verify=cfg.verify)
     if cfg.captions is not None and not isinstance(cfg.captions, DictConfig):
         raise UsageError(
-            f"captions={cfg.captions}: captions weighs keys of the json; for so many captions of an "
-            "image give max_captions=N"
+            f"captions={cfg.captions}: captions weighs keys of the json; give max_captions=N for "
+            "so many captions of an image"
         )
 
     from ldm.config.cache_verification import verify_cache  # torch

@@ -13,16 +13,15 @@ from ldm.config.value_rules import (
     ExactRule,
     ListRule,
     NumberRule,
-    SizesRule,
     format_setting_value,
     integers,
 )
 from ldm.utils.errors import UsageError
 
-# The settings of targets that begin like this are in the table.
+# Targets that begin like this have their settings in the table.
 OWN_TARGET_PREFIXES = ("ldm.", "lightning.", "datetime.", "hydra_plugins.")
 
-ValueRule = NumberRule | ListRule | SizesRule | ExactRule | ChoiceRule
+ValueRule = NumberRule | ListRule | ExactRule | ChoiceRule
 SettingRule = tuple[ValueRule, ...]  # a value needs to fit one of them
 
 
@@ -112,29 +111,28 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (integers("[1, 65536]"), "lora.rank"),
     (NumberRule("(0, 1000000]"), "lora.alpha"),
     # Sizes of images and networks.
-    (SIDE, "size, grid, data.size, min_size, data.min_size, clip.patch_size"),
+    (SIDE, "size, grid, data.size, min_size, data.min_size, clip.patch_size, model.size_factor"),
     ((SIDE, ListRule(SIDE, [2])), "sample size, evaluate size"),
-    ((ExactRule("auto"), SizesRule(), NULL), "buckets, data.buckets"),
+    (
+        (ExactRule("auto"), ListRule(ListRule(SIDE, [2]), range(1, 1025)), NULL),
+        "buckets, data.buckets",
+    ),
     ((SIDE, NULL), "prepare size"),
     ((integers("[64, 16384]"), NULL), "decode_tile"),
     (ListRule(integers("[0, 16384]"), [4]), "pad"),
     (BLOCKS, "autoencoder.patch, autoencoder.latent_channels, autoencoder.blocks, clip.layers"),
-    (BLOCKS, "clip.heads, model.blocks, style_encoder.tiles"),
+    (BLOCKS, "clip.heads, model.blocks, style_encoder.tiles, classifier.blocks"),
+    (BLOCKS, "classifier.heads, classifier.depth"),
     ((BLOCKS, ListRule(BLOCKS, range(1, 65))), "model.heads, model.depth"),
     (integers("[0, 65536]"), "model.size_embedding"),  # 0: none
-    (SIDE, "model.size_factor"),
-    (BLOCKS, "classifier.blocks, classifier.heads, classifier.depth"),
     (
         ListRule(BLOCKS, range(1, 65)),
         "autoencoder.multipliers, classifier.multipliers, model.multipliers",
     ),
     (integers("[1, 65536]"), "autoencoder.channels, classifier.width, classifier.channels"),
-    (
-        integers("[1, 65536]"),
-        "classifier.groups, classifier.embedding, clip.width, clip.projection",
-    ),
+    (integers("[1, 65536]"), "classifier.groups, classifier.embedding, clip.width"),
     (integers("[1, 65536]"), "clip.max_length, model.channels, model.groups, model.embedding"),
-    (integers("[1, 65536]"), "text_encoder.max_length"),
+    (integers("[1, 65536]"), "text_encoder.max_length, clip.projection"),
     (integers("[-1024, -1]"), "text_encoder.layer"),  # counted from the last
     (integers("[0, 65536]"), "autoencoder.groups"),  # 0: no norm
     (integers("[2, 65536]"), "style_encoder.code"),

@@ -47,9 +47,9 @@ def _format_number(number: float) -> str:
 
 @dataclass(frozen=True)
 class ListRule:
-    """A list of numbers, of one of these lengths; rising: each larger than the one before."""
+    """A list of values, of one of these lengths; rising: each larger than the one before."""
 
-    each: NumberRule
+    each: "NumberRule | ListRule"
     lengths: Sequence[int]
     rising: bool = False
 
@@ -65,20 +65,6 @@ class ListRule:
         count = f"{min(self.lengths)} " if len(self.lengths) == 1 else ""
         rising = "rising " if self.rising else ""
         return f"a list [a,b,..] of {count}{rising}values, each {self.each}"
-
-
-@dataclass(frozen=True)
-class SizesRule:
-    """A list of sizes [width, height] in pixels, each once."""
-
-    def accepts(self, value: object) -> bool:
-        """Whether a value is such a list."""
-        pair = ListRule(SIDE, [2])
-        is_list = isinstance(value, list) and bool(value) and all(map(pair.accepts, value))
-        return is_list and len({*map(tuple, value)}) == len(value)
-
-    def __str__(self) -> str:
-        return "a list of different sizes [[width,height],..] in pixels"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 # A room imports from the rooms before it in this table, and from itself (docs/design.md).
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
-    "utils": 1995,
+    "utils": 2025,
     "diffusion": 3400,
     "models": 5110,
     "data": 6790,

@@ -191,7 +191,7 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
             raise CacheError(f"has NaN or infinity in {name}")
 
 
-def unpack_null(data: bytes, manifest: Manifest) -> dict[str, Tensor]:
+def unpack_null(data: bytes | bytearray, manifest: Manifest) -> dict[str, Tensor]:
     """Returns the parts of the null condition, each (1, ..), of null.safetensors."""
     if not manifest.text_parts:
         return {}

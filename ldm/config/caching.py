@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -283,7 +284,7 @@ def format_cache_report(out: Path, manifest: Manifest, shards: list[CacheShard])
     size = sum(shard.tar.stat().st_size for shard in shards)
     line = f"{manifest.samples} samples in {out}, {format_bytes(size)}"
     if manifest.skipped:
-        reasons = format_skip_counts(manifest.skipped)
+        reasons = format_skip_counts(Counter(manifest.skipped))
         line += (
             f"; left out: {reasons}, listed in {out}/*_stats.json: the order of a training differs "
             "from that of the images"

@@ -90,7 +90,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (STEPS, "batch, eval.batch, data.batch_size, data.val_batch_size"),
     ((STEPS, NULL), "sampler.original_steps"),
     (integers("[1, 10000]"), "frames, data.frames, samples_per_shard, hydra.n_jobs"),
-    (integers("[0, 1000]"), "previews, samples.n, data.workers, sampler.offset"),
+    (integers("[0, 1000]"), "previews, samples.n, data.workers, cache workers, sampler.offset"),
     (integers("[1, 1000]"), "workers, task.rounds"),
     (integers("[1, 100]"), "quality"),
     (integers("[1, 3]"), "sampler.order"),

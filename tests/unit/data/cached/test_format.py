@@ -142,7 +142,7 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path):
 
 
 def test_a_half_made_cache_is_refused_with_the_remedy(tmp_path):
-    with pytest.raises(CacheError, match="no cache.json"):
+    with pytest.raises(CacheError, match=r"no cache\.json"):
         read_manifest(tmp_path)
     write_manifest(tmp_path, MANIFEST)
     with pytest.raises(CacheError, match="half-made cache: give the `ldm cache"):

@@ -13,14 +13,14 @@ ROOT = Path(__file__).parents[2]
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
     "utils": 1995,
-    "diffusion": 3380,
+    "diffusion": 3400,
     "models": 4960,
     "data": 6200,
     "inference": 860,
     "evaluation": 3115,
     "experiments": 2220,
-    "training": 3760,
-    "config": 6920,
+    "training": 3980,
+    "config": 7740,
     "cli": 1920,
 }
 ROOMS = tuple(ROOM_LINES)

@@ -17,13 +17,8 @@ from ldm.config.bundle import describe_model
 from ldm.config.components import load_diffusion_checkpoint
 from ldm.config.composition import isolate_hydra
 from ldm.config.config_check import compose_config
-from ldm.config.diffusers_scheduler import export_scheduler_config
-from ldm.config.export_check import (
-    adapt_scheduler_config,
-    get_target_name,
-    is_paired,
-    list_export_obstacles,
-)
+from ldm.config.diffusers_scheduler import adapt_scheduler_config, export_scheduler_config
+from ldm.config.export_check import get_target_name, is_paired, list_export_obstacles
 from ldm.config.loaded_pipeline import LoadedPipeline
 from ldm.config.pipeline import load_pipeline
 from ldm.config.published import PIPELINE_FILE, is_published
@@ -50,7 +45,8 @@ def write_export(
     if is_published(ckpt):
         raise UsageError(f"ckpt={ckpt} is a folder of diffusers already: copy it")
     trust = list(cfg.trust)
-    trained = load_diffusion_checkpoint(ckpt, trust=trust).config  # its weights are let go
+    source = load_diffusion_checkpoint(ckpt, trust=trust)
+    trained = source.config
     nodes = {name: trained[name] for name in ("scheduler", "objective")}
     nodes |= {"sampler": cfg.sampler}
     nodes = {name: OmegaConf.to_container(node, resolve=True) for name, node in nodes.items()}
@@ -66,7 +62,8 @@ def write_export(
     with isolate_hydra():
         words = [f"trust=[{','.join(trust)}]", "device=cpu", f"raw={cfg.raw}"]
         sampling = compose_config("sample", words)
-    loaded = load_pipeline(sampling, ckpt, dict(locations))
+    loaded = load_pipeline(sampling, ckpt, dict(locations), source=source)
+    del source  # its weights
     with make_folder_beside(out) as folder:
         try:
             write_parts(folder, loaded, scheduler, dtype=getattr(torch, cfg.dtype))

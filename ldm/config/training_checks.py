@@ -12,6 +12,7 @@ from ldm.config.sample_options import check_checkpoints_exist, get_compile_mode,
 from ldm.config.size_multiple import read_size_multiple
 from ldm.data.pixel_area import parse_pixels
 from ldm.data.position_sampler import split_batch
+from ldm.data.shards.data_sets import list_locations
 from ldm.data.shards.locations import is_url, locate_shards
 from ldm.experiments.run_dir import get_launcher_layout
 from ldm.utils.errors import UsageError, format_program
@@ -108,8 +109,7 @@ def check_lora(cfg: DictConfig) -> None:
 
 def check_data_exist(source: object) -> None:
     """FileNotFoundError where a folder or files of shards are not there; servers are not asked."""
-    places = [source] if isinstance(source, str) else source or []
-    for place in places:
+    for place in list_locations(source or []):
         if not is_url(str(place)):
             locate_shards(str(place))
 
@@ -173,6 +173,8 @@ def check_buckets(cfg: DictConfig) -> None:
     if get_compile_mode(cfg) == "reduce-overhead":
         raise UsageError(f"data.buckets={shown}: a CUDA graph is of one size: take compile=default")
     if buckets != "auto":
+        if len({*map(tuple, buckets)}) < len(buckets):
+            raise UsageError(f"data.buckets={shown}: one of the sizes is there twice")
         check_bucket_sizes(buckets, read_size_multiple(cfg, stage=cfg.stage))
 
 

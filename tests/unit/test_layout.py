@@ -12,16 +12,16 @@ ROOT = Path(__file__).parents[2]
 # A room imports from the rooms before it in this table, and from itself (docs/design.md).
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
-    "utils": 1995,
+    "utils": 2025,
     "diffusion": 3400,
-    "models": 4960,
-    "data": 6200,
-    "inference": 860,
+    "models": 5110,
+    "data": 6790,
+    "inference": 1105,
     "evaluation": 3115,
     "experiments": 2220,
-    "training": 3980,
-    "config": 7740,
-    "cli": 1920,
+    "training": 3975,
+    "config": 8120,
+    "cli": 1970,
 }
 ROOMS = tuple(ROOM_LINES)
 FILES = [*ROOT.glob("ldm/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.adoption import adopt_published_groups
 from ldm.config.cache_settings import CACHE_FILE, is_cached, open_training_cache
@@ -199,7 +199,7 @@ def adopt_cache(cfg: DictConfig) -> int | None:
             f"data.train={place} is no cache, so that plan=true needs the size of its images: give "
             "data.size=256"
         )
-    return None
+    return count_images(OmegaConf.create({"train": cfg.data.get("train_images")}))
 
 
 def count_images(data: DictConfig) -> int | None:

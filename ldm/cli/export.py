@@ -8,6 +8,7 @@ from ldm.cli.bundle import check_bundle_folder
 from ldm.config.command_line import command, require_option
 from ldm.config.published import PIPELINE_FILE
 from ldm.config.sample_options import check_checkpoints_exist
+from ldm.experiments.run_dir import LORA_FILE
 from ldm.utils.errors import UsageError
 from ldm.utils.files import check_path_length
 
@@ -37,6 +38,11 @@ def main(cfg: DictConfig, options: dict[str, str | None]) -> None:
 
 def check_export_folder(out: Path, *, overwrite: bool) -> None:
     """UsageError where `out` is no place for an export."""
+    if out.suffix == ".safetensors":
+        raise UsageError(
+            f"out={out}: an export is a folder, of the whole model. A LoRA run has written its "
+            f"adapters as a file that diffusers loads: runs/<name>/{LORA_FILE}"
+        )
     if overwrite and not out.is_symlink() and (out / PIPELINE_FILE).is_file():
         check_path_length("out", out, more=len(".12345678.tmp"))
     elif not out.is_symlink() and (out / PIPELINE_FILE).is_file():

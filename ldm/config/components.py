@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm.config.own_components import DIFFUSION_GROUPS
 from ldm.config.registry import validate_file_config
+from ldm.config.schedule_shift import resolve_schedule_shift
 from ldm.config.search_path import CONF_DIR
 from ldm.config.suggestions import suggest_overrides
 from ldm.diffusion.objective import Objective
@@ -38,13 +39,19 @@ FROZEN_GROUPS = ("autoencoder", "text_encoder")
 STYLE_GROUP = "style_encoder"  # frozen as well, where there is one
 
 
-def build_components(cfg: DictConfig, task: Task) -> Components:
-    """All components of a model. Their order decides the random initial weights."""
-    autoencoder, text_encoder = build_frozen_encoders(cfg)
+def build_components(
+    cfg: DictConfig, task: Task, *, encoders: tuple[nn.Module, nn.Module] | None = None
+) -> Components:
+    """All components of a model. Their order decides the random initial weights.
+
+    encoders: the autoencoder and the text encoder; None: those of the settings.
+    """
+    autoencoder, text_encoder = encoders or build_frozen_encoders(cfg)
     style_encoder = build_style_encoder(cfg)
     denoiser = build_denoiser(cfg, autoencoder, text_encoder, style_encoder, task)
     if task.is_video:
         autoencoder = FramewiseAutoencoder(autoencoder)
+    resolve_schedule_shift(cfg, autoencoder)
     objective = build_objective(cfg)
     return Components(denoiser, autoencoder, text_encoder, style_encoder, objective, task)
 
@@ -193,7 +200,7 @@ class LoadedCheckpoint:
         others = [
             name
             for name, digest in self.digests.items()
-            if name not in frozen or hash_module(frozen[name]) != digest
+            if name not in frozen or components.hash_frozen(name) != digest
         ]
         schedule = build_objective(self.config).schedule
         same = is_same_schedule(schedule, components.objective.schedule)

@@ -12,10 +12,12 @@ from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.search_path import CONF_DIR, is_config_group, list_config_dir_flags
+from ldm.data.pixel_area import compute_square_side
 from ldm.experiments.run_dir import HYDRA_RESOLVERS
 from ldm.utils.errors import format_program
 
-for _name, _resolver in {**HYDRA_RESOLVERS, "program": format_program}.items():
+OWN_RESOLVERS = {"program": format_program, "square_side": compute_square_side}
+for _name, _resolver in {**HYDRA_RESOLVERS, **OWN_RESOLVERS}.items():
     OmegaConf.register_new_resolver(_name, _resolver, replace=True)
 
 

@@ -82,7 +82,7 @@ def load_guide_denoiser(
             f"task={task.name}: {why}"
         )
     for name in FROZEN_GROUPS:
-        if hash_module(components.frozen[name]) != source.hash_frozen(name):
+        if components.hash_frozen(name) != source.hash_frozen(name):
             raise UsageError(
                 f"guidance.guide={path} was trained with another {name}: a guide answers for the "
                 "same latents and the same states of the text"
@@ -151,7 +151,7 @@ def load_noisy_classifier(
         hint=hint,
     )
     path, config = loaded.path, loaded.config
-    if hash_module(components.autoencoder) != loaded.digests["autoencoder"]:
+    if components.hash_frozen("autoencoder") != loaded.digests["autoencoder"]:
         raise UsageError(
             f"{path} was trained on the latents of another autoencoder than the model's: train a "
             "classifier with the model's autoencoder=..."
@@ -174,7 +174,8 @@ def load_text_encoder(
     config: DictConfig, components: Components, digest: str, path: Path
 ) -> nn.Module:
     """The text encoder with this digest: the model's own, or that of `config`."""
-    if hash_module(components.text_encoder) == digest:
+    # One that is not built cannot say which names it tells apart.
+    if not components.known_digests and hash_module(components.text_encoder) == digest:
         return components.text_encoder
     text_encoder = instantiate(config.text_encoder)
     if hash_module(text_encoder) != digest:

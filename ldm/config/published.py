@@ -167,14 +167,12 @@ class PublishedCheckpoint:
 
     def list_differences(self, components: "Components", cfg: DictConfig) -> list[str]:
         """The groups that differ in a training that starts from it; the scheduler may differ."""
-        from ldm.utils.hashing import hash_module
-
         others = [
             name
-            for name, part in components.frozen.items()
+            for name in components.frozen
             if name in self.config  # a style encoder is new
             and not is_same_part(cfg[name], self.config[name])
-            and hash_module(part) != self.hash_frozen(name)
+            and components.hash_frozen(name) != self.hash_frozen(name)
         ]
         if not is_same_network(cfg.model, self.config.model):
             others.append("model")

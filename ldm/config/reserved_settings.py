@@ -30,6 +30,7 @@ RESERVED_SETTINGS = {
     "timestep_sampler.batch": "give data.batch_size",
     "clip.tokenizer": "vocab_size decides it",
     "clip.image_size": "give data.size",
+    "data.grid": "the networks decide it",
     "classifier.in_channels": "autoencoder decides it",
     "classifier.schedule": "give scheduler=NAME",
     "logger.wandb.run_dir": "give name=my-run",

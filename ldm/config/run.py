@@ -15,6 +15,8 @@ from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ldm.config.cache_settings import is_cached
+from ldm.config.cached_training import build_cached_components
 from ldm.config.callbacks import (
     build_callbacks,
     build_evaluation_callbacks,
@@ -32,12 +34,14 @@ from ldm.config.guidance import build_guidance
 from ldm.config.loggers import build_loggers
 from ldm.config.published import open_checkpoint
 from ldm.config.sample_options import get_compile_mode, print_on_first_rank
+from ldm.config.size_multiple import read_size_multiple
 from ldm.config.stages import (
     build_autoencoder_training,
     build_classifier_training,
     build_clip_training,
 )
 from ldm.config.training_checks import (
+    check_bucket_sizes,
     check_captions_readable,
     check_data_kind,
     check_image_size,
@@ -46,11 +50,13 @@ from ldm.config.training_checks import (
 from ldm.config.trust import list_trusted_packages
 from ldm.data.datamodule import TextImageData
 from ldm.evaluation.image_metrics import ImageMetric
+from ldm.experiments.run_dir import LORA_FILE
 from ldm.inference.components import Components
 from ldm.inference.pipeline import Pipeline
 from ldm.models.kernels import choose_memory_format
 from ldm.models.warm_start import warm_start
 from ldm.training.callbacks.checkpoint_storage import SafeCheckpointIO
+from ldm.training.callbacks.deferred import DeferredRelease
 from ldm.training.callbacks.ema_snapshots import EMASnapshots
 from ldm.training.callbacks.lora_file import LoraFile
 from ldm.training.callbacks.monitoring import ThroughputMonitor
@@ -60,7 +66,6 @@ from ldm.training.lightning_adapter import NoProfiler, defer_launch_signals
 from ldm.training.modules.diffusion import LatentDiffusion
 from ldm.utils.checkpoint_file import find_newest_checkpoint
 from ldm.utils.errors import UsageError, format_program
-from ldm.utils.hashing import hash_module
 from ldm.utils.signals import StopSignals
 
 STAGE_BUILDERS = {  # the stages that train no denoiser
@@ -94,15 +99,18 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
         components, metrics = build_diffusion_components(cfg, run_dir), build_image_metrics(cfg)
         build = partial(build_diffusion_training, components, metrics)
     else:
+        components = None
         check_data_kind(cfg, f"stage={cfg.stage}", is_video=False)
         build = STAGE_BUILDERS[cfg.stage]
     loggers = build_loggers(cfg, run_dir)
-    data = instantiate(cfg.data, seed=cfg.seed)
-    module, callbacks, frozen = build(cfg, data, run_dir)
-    digests = {name: hash_module(part) for name, part in frozen.items()}
+    data = instantiate(cfg.data, seed=cfg.seed, **get_bucket_grid(cfg, components))
+    if data.buckets is not None:
+        print_on_first_rank(data.buckets[0].describe())
+    module, callbacks, digests = build(cfg, data, run_dir)
     allowed = {key.partition(".")[0] for key in cfg.resume.allow}
     kept = {name: digest for name, digest in digests.items() if name not in allowed}
-    resume = prepare_run_directory(run_dir, module, kept)
+    rules = {} if "source" in allowed else data.rules()
+    resume = prepare_run_directory(run_dir, module, kept, rules=rules)
     monitor = ThroughputMonitor(
         every=cfg.trainer.log_every_n_steps,
         peak_tflops=cfg.trainer.get("peak_tflops"),
@@ -147,8 +155,14 @@ def build_diffusion_components(cfg: DictConfig, run_dir: Path) -> Components:
     if task.is_video and cfg.style_encoder:
         raise UsageError(f"task={task.name} takes no style images: leave style_encoder=.. out")
     task.check_size(cfg.data.size)
-    components = build_components(cfg, task)
-    check_image_size(cfg.data.size, components.autoencoder.factor * components.denoiser.multiple)
+    build = build_cached_components if is_cached(cfg) else build_components
+    components = build(cfg, task)
+    multiple = components.autoencoder.factor * components.denoiser.multiple
+    check_image_size(cfg.data.size, multiple)
+    if (buckets := cfg.data.get("buckets")) not in (None, "auto"):
+        check_bucket_sizes(buckets, multiple)
+        for side in {side for size in buckets for side in size}:
+            task.check_size(side)
     if cfg.init is not None and find_newest_checkpoint(run_dir / "checkpoints") is None:
         print_on_first_rank(warm_start_from_init(cfg, components))
     if cfg.lora.rank:
@@ -161,6 +175,15 @@ def build_diffusion_components(cfg: DictConfig, run_dir: Path) -> Components:
             targets=cfg.lora.targets,
         )
     return components
+
+
+def get_bucket_grid(cfg: DictConfig, components: Components | None) -> dict[str, int]:
+    """The argument of the data that says what sides of buckets are multiples of, if any has it."""
+    if cfg.data.get("buckets") is None:
+        return {}
+    if components is None:
+        return {"grid": read_size_multiple(cfg, stage=cfg.stage)}
+    return {"grid": components.autoencoder.factor * components.denoiser.multiple}
 
 
 def warm_start_from_init(cfg: DictConfig, components: Components) -> str:
@@ -195,8 +218,8 @@ def build_diffusion_training(
     cfg: DictConfig,
     data: TextImageData,
     run_dir: Path,
-) -> tuple[LatentDiffusion, list[L.Callback], dict[str, nn.Module]]:
-    """LatentDiffusion, its callbacks, and the frozen components that it was built on."""
+) -> tuple[LatentDiffusion, list[L.Callback], dict[str, str]]:
+    """LatentDiffusion, its callbacks, and the digests of the frozen components."""
     check_captions_readable(components.text_encoder, data)
     module = LatentDiffusion(
         components,
@@ -205,6 +228,7 @@ def build_diffusion_training(
         phema_lengths=cfg.phema.lengths,
         caption_dropout=cfg.caption_dropout,
         validate_raw=cfg.validate_raw,
+        posterior=cfg.posterior,
         seed=cfg.seed,
         rng=cfg.rng,
     )
@@ -222,11 +246,12 @@ def build_diffusion_training(
         facts["linear"] = cfg.model.get("linear_projections", False)
         facts["sizes"] = cfg.model.get("size_embedding", 0) > 0
         scale = get_lora_alpha(cfg) / cfg.lora.rank
-        callbacks.append(
-            LoraFile(run_dir / "lora.safetensors", size=data.size, scale=scale, **facts)
-        )
+        callbacks.append(LoraFile(run_dir / LORA_FILE, size=data.size, scale=scale, **facts))
     callbacks += build_evaluation_callbacks(cfg, pipeline, module.denoiser, data, run_dir, metrics)
-    return module, callbacks, components.frozen
+    if is_cached(cfg):
+        parts = components.frozen.values()
+        callbacks.append(DeferredRelease(*(part.deferred for part in parts)))
+    return module, callbacks, {name: components.hash_frozen(name) for name in components.frozen}
 
 
 def build_validation_pipeline(

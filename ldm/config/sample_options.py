@@ -11,7 +11,12 @@ from omegaconf import DictConfig
 
 from ldm.config.published import is_published
 from ldm.config.size_multiple import read_size_multiple
-from ldm.experiments.run_dir import find_run_of_checkpoint, get_launcher_rank, read_yaml_settings
+from ldm.experiments.run_dir import (
+    LORA_FILE,
+    find_run_of_checkpoint,
+    get_launcher_rank,
+    read_yaml_settings,
+)
 from ldm.inference.image_size import parse_image_size
 from ldm.utils.errors import UsageError, format_unknown_checkpoint
 from ldm.utils.files import resolve_path
@@ -156,7 +161,7 @@ def check_input_file(name: str, path: str | None) -> None:
     """UsageError, with the option's name, where a path is no file."""
     if path and not os.path.isfile(path):
         why = "is a folder, not a file" if os.path.isdir(path) else "there is no such file"
-        inside = os.path.join(path, "lora.safetensors") if name == "lora" else ""
+        inside = os.path.join(path, LORA_FILE) if name == "lora" else ""
         hint = f": give {name}={inside}" if os.path.isfile(inside) else ""
         raise UsageError(f"{name}={path}: {why}{hint}")
 

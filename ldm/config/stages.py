@@ -1,4 +1,4 @@
-"""Configuration to the stages without a denoiser: each a module, callbacks, frozen components."""
+"""Configuration to the stages without a denoiser: a module, callbacks, digests of frozen parts."""
 
 from pathlib import Path
 
@@ -10,10 +10,12 @@ from torch.utils.data import default_collate
 
 from ldm.config.components import build_frozen_encoders
 from ldm.config.guidance import build_noisy_classifier
+from ldm.config.schedule_shift import resolve_schedule_shift
 from ldm.config.training_checks import check_captions_readable, check_has_captions, check_image_size
 from ldm.data.datamodule import TextImageData
 from ldm.training.callbacks.monitoring import SampleImages
 from ldm.training.modules.classifier import ClassifierTraining
+from ldm.utils.hashing import hash_module
 from ldm.utils.images import make_image_grid
 
 
@@ -58,8 +60,10 @@ def build_classifier_training(cfg: DictConfig, data: TextImageData, run_dir: Pat
     """ClassifierTraining, on a frozen autoencoder and text encoder."""
     autoencoder, text_encoder = build_frozen_encoders(cfg)
     check_captions_readable(text_encoder, data)
+    resolve_schedule_shift(cfg, autoencoder)
     net = build_noisy_classifier(cfg, autoencoder, text_encoder, instantiate(cfg.scheduler))
     check_image_size(data.size, autoencoder.factor * net.tower.multiple)
     how = {"optimizer": instantiate(cfg.optimizer), "seed": cfg.seed, "rng": cfg.rng}
     module = ClassifierTraining(net, autoencoder, **how)
-    return module, [], {"autoencoder": autoencoder, "text_encoder": text_encoder}
+    parts = {"autoencoder": autoencoder, "text_encoder": text_encoder}
+    return module, [], {name: hash_module(part) for name, part in parts.items()}

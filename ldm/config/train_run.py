@@ -9,11 +9,13 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.adoption import adopt_published_groups
+from ldm.config.cache_settings import check_cache_settings
 from ldm.config.command_line import convert_to_usage_errors
 from ldm.config.composition import compose_default_config, list_task_words
 from ldm.config.reserved_settings import ADAMW_8BIT_TARGET
 from ldm.experiments.former_names import FORMER_RNG, get_rng, update_names
 from ldm.experiments.run_dir import (
+    LORA_FILE,
     SWEEP_FILE,
     change_concerns,
     get_launcher_rank,
@@ -25,7 +27,7 @@ from ldm.experiments.run_dir import (
     read_yaml_settings,
     write_result,
 )
-from ldm.utils.errors import UsageError, suggest_nearest
+from ldm.utils.errors import UsageError, format_program, suggest_nearest
 from ldm.utils.files import write_text
 from ldm.utils.locks import lock_directory
 from ldm.utils.plain_yaml import parse_plain_mapping
@@ -41,7 +43,9 @@ def train_run(cfg: DictConfig, run_dir: Path, signals: StopSignals) -> dict:
         with convert_to_usage_errors():
             keep_former_rng(cfg, run_dir)
             keep_former_precision(cfg, run_dir)
+            keep_former_shift(cfg, run_dir)
             adopted = adopt_published_groups(cfg, run_dir)
+            check_cache_settings(cfg)
             check_config_unchanged(cfg, run_dir)
             if is_run_finished(run_dir, cfg.trainer.max_steps, stops=bool(cfg.early_stop)):
                 value = f"{cfg.metric} = {read_last_value(run_dir, cfg.metric)}"
@@ -75,6 +79,16 @@ def keep_former_precision(cfg: DictConfig, run_dir: Path) -> None:
     settings = read_former_settings(run_dir)
     if settings is not None and cfg.trainer.get("precision") == "auto":
         cfg.trainer.precision = (settings.get("trainer") or {}).get("precision", "32-true")
+
+
+def keep_former_shift(cfg: DictConfig, run_dir: Path) -> None:
+    """Gives a resumed run with `scheduler.shift=auto` the number that it began with; says so."""
+    settings = read_former_settings(run_dir)
+    before = ((settings or {}).get("scheduler") or {}).get("shift")
+    if cfg.scheduler.get("shift") == "auto" and before is not None:
+        cfg.scheduler.shift = before
+        if get_launcher_rank() == 0:
+            print(f"{run_dir} keeps scheduler.shift={before:.4g}", flush=True)
 
 
 def read_former_settings(run_dir: Path) -> dict | None:
@@ -136,14 +150,15 @@ def build_interruptible_job(cfg: DictConfig, run_dir: Path, signals: StopSignals
     first = get_launcher_rank() == 0
     try:
         with signals.exit_on_signal():
+            settings = OmegaConf.to_yaml(cfg, resolve=True)
             if first:
-                write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+                write_text(run_dir / "config.yaml", settings)
             from ldm.config.run import build_job  # torch: a typo need not wait for it
 
-            precision = cfg.trainer.get("precision")
             job = build_job(cfg, run_dir, signals)
-            if first and cfg.trainer.get("precision") != precision:  # chosen for "auto"
-                write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+            chosen = OmegaConf.to_yaml(cfg, resolve=True)  # numbers for "auto"
+            if first and chosen != settings:
+                write_text(run_dir / "config.yaml", chosen)
         signals.at_once = False
         return job
     except SystemExit:
@@ -193,7 +208,16 @@ def train_job(cfg: DictConfig, job, run_dir: Path, signals: StopSignals) -> dict
             result = end | job.outcome(run_dir, cfg.metric) | {"seconds": seconds}
             job.finish(run_dir, cfg.metric, cfg.direction, result)
             print_outcome(run_dir, result)
+            if cfg.lora.rank and end["status"] == "finished":
+                print_lora_use(cfg.init, run_dir / LORA_FILE)
     return result if first else end
+
+
+def print_lora_use(base: str, file: Path) -> None:
+    """Prints how to sample with the file of a LoRA run, if a full disk did not prevent it."""
+    if file.is_file():
+        how = f"{format_program('sample')} ckpt={base} lora=[{file}] prompt=..."
+        print(f"the adapters are {file}: {how}", flush=True)
 
 
 def check_metric_logged(metric: str, logged: Iterable[str]) -> None:

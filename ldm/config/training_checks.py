@@ -1,14 +1,18 @@
 """Settings of a training run that do not fit together, refused with a remedy."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from ldm.config.ranges import format_setting_value
 from ldm.config.reserved_settings import ADAMW_8BIT_TARGET, OUR_EVALUATIONS
 from ldm.config.sample_options import check_checkpoints_exist, get_compile_mode, list_guides
 from ldm.config.size_multiple import read_size_multiple
+from ldm.data.pixel_area import parse_pixels
 from ldm.data.position_sampler import split_batch
+from ldm.data.shards.data_sets import list_locations
 from ldm.data.shards.locations import is_url, locate_shards
 from ldm.experiments.run_dir import get_launcher_layout
 from ldm.utils.errors import UsageError, format_program
@@ -26,6 +30,7 @@ def check_before_imports(cfg: DictConfig, run_dir: Path) -> None:
     for name in ("train", "val"):
         check_data_exist(cfg.data.get(name))
     check_image_size(cfg.data.size, read_size_multiple(cfg, stage=cfg.stage))
+    check_buckets(cfg)
     check_frozen_paths(cfg)
     check_strategy(cfg)
     check_lora(cfg)
@@ -104,8 +109,7 @@ def check_lora(cfg: DictConfig) -> None:
 
 def check_data_exist(source: object) -> None:
     """FileNotFoundError where a folder or files of shards are not there; servers are not asked."""
-    places = [source] if isinstance(source, str) else source or []
-    for place in places:
+    for place in list_locations(source or []):
         if not is_url(str(place)):
             locate_shards(str(place))
 
@@ -145,6 +149,43 @@ def check_image_size(size: int, multiple: int) -> None:
         raise UsageError(
             f"data.size={size} must be a multiple of {multiple}, which the networks halve it to"
         )
+
+
+def check_buckets(cfg: DictConfig) -> None:
+    """UsageError for settings of buckets that contradict each other, or that nothing reads."""
+    buckets, pixels = cfg.data.get("buckets"), cfg.data.get("pixels")
+    if pixels is not None:
+        parse_pixels(pixels)
+        if buckets != "auto":
+            raise UsageError(
+                f"data.pixels={pixels} is the area of data.buckets=auto: add that, or leave "
+                "data.pixels out"
+            )
+    if buckets is None:
+        return
+    shown = format_setting_value(OmegaConf.to_container(cfg.data)["buckets"])
+    if cfg.data.get("frames") is not None:
+        raise UsageError(f"data.buckets={shown} are of images: leave data.frames out")
+    if cfg.stage not in ("diffusion", "autoencoder"):
+        raise UsageError(
+            f"data.buckets={shown}: stage={cfg.stage} takes images of one size: leave it out"
+        )
+    if get_compile_mode(cfg) == "reduce-overhead":
+        raise UsageError(f"data.buckets={shown}: a CUDA graph is of one size: take compile=default")
+    if buckets != "auto":
+        if len({*map(tuple, buckets)}) < len(buckets):
+            raise UsageError(f"data.buckets={shown}: one of the sizes is there twice")
+        check_bucket_sizes(buckets, read_size_multiple(cfg, stage=cfg.stage))
+
+
+def check_bucket_sizes(buckets: Iterable[Sequence[int]], multiple: int) -> None:
+    """UsageError where images of these sizes, width and height, do not go through the networks."""
+    for size in buckets:
+        if wrong := [side for side in size if side % multiple]:
+            raise UsageError(
+                f"data.buckets has [{size[0]},{size[1]}]: {wrong[0]} is no multiple of {multiple}, "
+                "which the networks halve it to"
+            )
 
 
 def check_data_kind(cfg: DictConfig, subject: str, *, is_video: bool) -> None:

@@ -20,6 +20,7 @@ from ldm.data.image_decoding import read_image_size
 from ldm.data.scenes.datamodule import locate_scene_folders
 from ldm.data.scenes.world import WORLD_VERSION
 from ldm.data.shards.cache import ShardCache
+from ldm.data.shards.data_sets import list_locations
 from ldm.data.shards.index import ReadOptions
 from ldm.data.shards.locations import ShardSource, is_url, redact_source
 from ldm.data.shards.reader import ShardReader
@@ -121,9 +122,8 @@ def open_local_images(
     captions: dict[str, float] | None = None,
 ) -> TextImageDataset:
     """The images of a source on this machine that a file names, read without writing an index."""
-    places = [source] if isinstance(source, str) else source
     with explain_missing_images():
-        if any(is_url(str(place)) for place in places):
+        if any(is_url(str(place)) for place in list_locations(source)):
             raise FileNotFoundError(f"{redact_source(source)} is on a server")
         options = {"min_size": min_size, "where": where, "on_error": on_error}
         options |= {"caption_key": caption_key, "captions": captions}

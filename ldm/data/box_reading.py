@@ -20,7 +20,7 @@ from ldm.data.color_profiles import find_srgb_transform
 from ldm.data.image_decoding import (
     MAX_IMAGE_BYTES,
     MAX_IMAGE_PIXELS,
-    ImageSize,
+    TargetSize,
     find_crop_box,
     get_sides,
     read_image,
@@ -52,7 +52,7 @@ class PlainJpeg(NamedTuple):
 
 
 def read_box(
-    data: bytes, size: ImageSize, *, x: float = 0.5, y: float = 0.5, even: bool = False
+    data: bytes, size: TargetSize, *, x: float = 0.5, y: float = 0.5, even: bool = False
 ) -> tuple[Tensor, tuple[int, int]]:
     """Returns the box of `find_crop_box`, uint8 (3, h, w), and the image's width and height.
 
@@ -70,14 +70,14 @@ def read_box(
     return box, (header.width, header.height)
 
 
-def _choose_shrink(header: PlainJpeg, size: ImageSize) -> int:
+def _choose_shrink(header: PlainJpeg, size: TargetSize) -> int:
     """Returns 8, 4, 2 or 1: the fraction of its size at which a JPEG has pixels enough."""
     height, width = (MIN_REDUCTION * side for side in get_sides(size))
     fits = (n for n in (8, 4, 2) if header.height >= n * height and header.width >= n * width)
     return next(fits, 1)
 
 
-def resize_box(pixels: np.ndarray, size: ImageSize, *, x: float, y: float, even: bool) -> Tensor:
+def resize_box(pixels: np.ndarray, size: TargetSize, *, x: float, y: float, even: bool) -> Tensor:
     """Crops the box of `find_crop_box` out of uint8 (H, W, 3), and resizes it to (3, h, w)."""
     height, width = pixels.shape[:2]
     left, top, w, h = find_crop_box(width, height, size, x=x, y=y, even=even)

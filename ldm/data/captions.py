@@ -60,6 +60,14 @@ def read_weighted_captions(
     return (captions, shares) if captions else ([""], [1.0])
 
 
+def read_cached_size(record: bytes | None) -> tuple[int, int]:
+    """Returns `image_size` (width, height) of a cached sample's JSON; (0, 0) if it has none."""
+    size = parse_json_object(record).get("image_size")
+    is_pair = isinstance(size, list) and len(size) == 2
+    fits = is_pair and all(type(side) is int and 0 < side < 2**20 for side in size)
+    return (size[0], size[1]) if fits else (0, 0)
+
+
 @dataclass
 class CaptionCount:
     """Counts of captions over `samples`, by `read_sample_captions` without a key.

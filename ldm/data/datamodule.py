@@ -1,9 +1,9 @@
 """Lightning's data module for shards of image-text pairs.
 
-Shapes: B batch of one rank and micro-step, S side of the square image, F frames of a video.
+Shapes: N samples, B batch of one rank and micro-step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -12,10 +12,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from ldm.data.bad_samples import BadSampleCounter
-from ldm.data.batch_slots import PREFETCH, BatchDataset, allocate_slots, pass_batch
+from ldm.data.batch_slots import PREFETCH, BatchDataset, SampleDataset, allocate_slots, pass_batch
+from ldm.data.bucket_choice import choose_buckets, get_target_sizes, number_target_sizes
+from ldm.data.bucket_order import BucketedOrder
+from ldm.data.buckets import Buckets
 from ldm.data.dataset import Batch, TextImageDataset
+from ldm.data.pixel_area import parse_pixels
 from ldm.data.position_sampler import (
     PositionBatchSampler,
+    SampleOrder,
     ShuffledOrder,
     split_batch,
     split_strided_batches,
@@ -31,8 +36,11 @@ from ldm.utils.transfer import send
 
 
 class TextImageData(L.LightningDataModule):
-    """Square images with one caption each, in an order that is a function of (seed, position).
+    """Images with one caption each, in an order that is a function of (seed, position).
 
+    size: side of the square images. buckets: sizes [width, height] for images of other aspects, or
+    "auto": of `pixels` each (default size * size), with sides in multiples of `grid`; each image
+    goes to the one that cuts away least of it, and all images of an optimizer step to one.
     train, val: see `locate_shards`; min_size, caption_key, captions: see `ReadOptions`; where and
     val_where: its `where`, of training and of validation;
     crop, flip, on_error, frames: see `TextImageDataset`; window, group: see `ShuffledOrder`.
@@ -41,7 +49,8 @@ class TextImageData(L.LightningDataModule):
     the training advances.
     max_skipped: with on_error="skip", the share of bad samples above which the run stops.
     cache: the folder for shards of servers, at most `cache_gb` of 10^9 bytes; the next shards of a
-    run are downloaded ahead.
+    run are downloaded ahead. datasets: for training and validation, in place of images; what says
+    how images are read is then unused.
     """
 
     def __init__(
@@ -50,6 +59,9 @@ class TextImageData(L.LightningDataModule):
         train: ShardSource,
         val: ShardSource,
         size: int,
+        buckets: Sequence[Sequence[int]] | Literal["auto"] | None = None,
+        pixels: int | str | None = None,
+        grid: int = 64,
         batch_size: int,
         crop: str = "random",
         flip: float = 0.5,
@@ -68,6 +80,7 @@ class TextImageData(L.LightningDataModule):
         frames: int | None = None,
         caption_key: str | None = None,
         captions: Mapping[str, float] | None = None,
+        datasets: tuple[SampleDataset, SampleDataset] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -78,43 +91,60 @@ class TextImageData(L.LightningDataModule):
         self.val_batch_size = val_batch_size
         self.val_limit = val_limit
         self.position = 0
+        self.buckets: tuple[Buckets, Buckets] | None = None  # of training and validation images
         self._prefetcher: ShardPrefetcher | None = None
         self._prefetched_at = 0
         self.cache = ShardCache(cache, gigabytes=cache_gb) if cache else None
-        options = ReadOptions(
-            min_size=min_size,
-            cache=self.cache,
-            caption_key=caption_key,
-            captions=captions,
-            on_error=on_error,
-        )
-        train_shards = ShardReader(train, replace(options, where=where))
-        val_shards = ShardReader(val, replace(options, where=val_where))
-        common = {"size": size, "on_error": on_error, "frames": frames, "seed": seed}
-        common |= {"fast_pixels": True}  # unless `resume` finds otherwise
-        self.train_set = TextImageDataset(train_shards, **common, crop=crop, flip=flip, train=True)
-        self.val_set = TextImageDataset(val_shards, **common, train=False)
+        if datasets is None:
+            options = ReadOptions(
+                min_size=min_size,
+                cache=self.cache,
+                caption_key=caption_key,
+                captions=captions,
+                on_error=on_error,
+                measure=buckets is not None,
+            )
+            common = {"size": size, "on_error": on_error, "frames": frames, "seed": seed}
+            common |= {"fast_pixels": True}  # unless `resume` finds otherwise
+            train_shards = ShardReader(train, replace(options, where=where))
+            val_shards = ShardReader(val, replace(options, where=val_where))
+            draws = {"crop": crop, "flip": flip}
+            datasets = (
+                TextImageDataset(train_shards, **common, **draws, train=True),
+                TextImageDataset(val_shards, **common, train=False),
+            )
+            if buckets is not None:
+                self.buckets = choose_buckets(
+                    *(each.shards.index.sizes for each in datasets),
+                    buckets if buckets != "auto" else None,
+                    pixels=parse_pixels(pixels or size * size),
+                    grid=grid,
+                    batch=batch_size,
+                )
+                for dataset, own in zip(datasets, self.buckets, strict=True):
+                    dataset.target_sizes = get_target_sizes(own)
+        self.train_set, self.val_set = datasets
         self.train_skips = BadSampleCounter("training", limit=max_skipped)
         self.val_skips = BadSampleCounter("validation", limit=max_skipped)
-        sizes, paths = train_shards.index.shard_sizes(), train_shards.index.paths
+        index = self.train_set.shards.index
+        sizes, paths = index.shard_sizes(), index.paths
         self._remote = {
             i: path for i, path in enumerate(paths) if sizes[i] and isinstance(path, RemoteShard)
         }
-        self.order = ShuffledOrder(sizes, seed=seed, window=window, group=group)
+        how = {"seed": seed, "window": window, "group": group}
+        self.order: SampleOrder = ShuffledOrder(sizes, **how)
+        if (numbers := number_target_sizes(self.train_set.target_sizes)) is not None:
+            self.order = BucketedOrder(sizes, numbers, batch=batch_size, **how)
 
-    def rules(self) -> dict[str, bool]:
+    def rules(self) -> dict[str, object]:
         """Returns what a checkpoint stores, so that the run resumes by the same rules."""
-        return {"even_crops": self.train_set.even_crops, "fast_pixels": self.train_set.fast_pixels}
+        return self.train_set.rules()
 
     def resume(self, facts: dict) -> None:
-        """Continues after the images seen, by the rules of a checkpoint; those of before have none.
-
-        Then crops are uneven, and Pillow resizes.
-        """
+        """Continues after the images seen, by the rules of a checkpoint."""
         self.position = int(facts["images_seen"])
-        self.train_set.even_crops = facts.get("even_crops", False)
-        fast_pixels = facts.get("fast_pixels", False)
-        self.train_set.fast_pixels = self.val_set.fast_pixels = fast_pixels
+        for dataset in (self.train_set, self.val_set):
+            dataset.follow_rules(facts)
 
     def train_captions(self) -> list[str]:
         """Returns every caption of the training set."""
@@ -169,10 +199,11 @@ class TextImageData(L.LightningDataModule):
             batch=self.val_batch_size,
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
+            kinds=number_target_sizes(self.val_set.target_sizes),
         )
         return self._make_loader(self.val_set, batches, batch=max(map(len, batches), default=0))
 
-    def _make_loader(self, dataset: TextImageDataset, batches, *, batch: int) -> DataLoader:
+    def _make_loader(self, dataset: SampleDataset, batches, *, batch: int) -> DataLoader:
         ranks = self.trainer.num_devices
         slots = allocate_slots(dataset, batch=batch, workers=self.workers, ranks=ranks)
         return WholeBatchLoader(
@@ -189,15 +220,16 @@ class TextImageData(L.LightningDataModule):
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int
     ) -> Batch:
-        """Sends the images alone; Lightning would also look at each caption, position and key."""
-        return {**batch, "images": send(batch["images"], device)}
+        """Sends the bytes alone; Lightning would also look at each caption, position and key."""
+        name = self.train_set.tensor_name
+        return {**batch, name: send(batch[name], device)}
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Converts bytes on the device to (B, 3, S, S) or (B, 3, F, S, S) in [-1, 1]."""
+        """Counts the skipped samples, and converts bytes on the device."""
         is_training = self.trainer is not None and self.trainer.training
         skips = self.train_skips if is_training else self.val_skips
         skips.add(len(batch["key"]), batch["skipped"])
-        return {**batch, "images": batch["images"].float().div_(127.5).sub_(1)}
+        return (self.train_set if is_training else self.val_set).unpack(batch)
 
 
 class WholeBatchLoader(DataLoader):

@@ -4,10 +4,10 @@ Shapes: B batch, h w height and width of its images, F frames of a video.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Literal, NamedTuple, NotRequired, TypedDict
+from typing import ClassVar, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from ldm.data.bad_samples import BadSample, TooManySkippedError, format_skip_cou
 from ldm.data.box_reading import read_box, resize_box
 from ldm.data.image_decoding import (
     ImageError,
-    ImageSize,
+    TargetSize,
     crop_and_resize,
     describe_crop,
     get_sides,
@@ -26,7 +26,7 @@ from ldm.data.image_decoding import (
     read_frames,
     read_image,
 )
-from ldm.data.position_sampler import CAPTION_STREAM, CROP_STREAM, draw_random_bits
+from ldm.data.position_sampler import draw_caption_number, draw_crop_and_flip
 from ldm.data.shards.reader import Sample, ShardReader
 
 _MAX_TRIES = 10_000  # undecodable samples in a row
@@ -83,7 +83,7 @@ class TextImageDataset(Dataset):
     """
 
     shards: ShardReader = field(kw_only=False)
-    size: ImageSize
+    size: TargetSize
     target_sizes: np.ndarray | None = None
     crop: Literal["center", "random"] = "center"
     flip: float = 0.0
@@ -94,6 +94,7 @@ class TextImageDataset(Dataset):
     even_crops: bool = True
     fast_pixels: bool = False
     gives_sizes: bool = False
+    tensor_name: ClassVar[str] = "images"  # of a batch's field that workers write into slots
     _damaged: dict[int, BadSample] = field(default_factory=dict, init=False)  # not tried again
 
     def __post_init__(self) -> None:
@@ -108,7 +109,7 @@ class TextImageDataset(Dataset):
         if self.frames is not None and self.frames < 2:
             raise ValueError(f"a video has 2 frames or more, got {self.frames}; null is for images")
 
-    def without_augmentation(self, *, size: ImageSize | None = None) -> "TextImageDataset":
+    def without_augmentation(self, *, size: TargetSize | None = None) -> "TextImageDataset":
         """Returns the samples as evaluations read them: centre, first caption, Pillow's resize.
 
         All of them have one size.
@@ -116,7 +117,7 @@ class TextImageDataset(Dataset):
         how = {"train": False, "fast_pixels": False, "gives_sizes": False}
         return replace(self, size=size or self.size, target_sizes=None, **how)
 
-    def size_at(self, index: int) -> ImageSize:
+    def size_at(self, index: int) -> TargetSize:
         """Returns the size of a sample."""
         if self.target_sizes is None:
             return self.size
@@ -124,10 +125,31 @@ class TextImageDataset(Dataset):
         return int(height), int(width)
 
     @property
-    def most_pixels(self) -> int:
-        """The pixels of the largest sample, over all frames of a video."""
+    def most_bytes(self) -> int:
+        """The bytes of the largest sample."""
         sizes = [get_sides(self.size)] if self.target_sizes is None else self.target_sizes
-        return int(np.prod(sizes, axis=1).max()) * (self.frames or 1)
+        return 3 * (self.frames or 1) * int(np.prod(sizes, axis=1).max())
+
+    def rules(self) -> dict[str, object]:
+        """Returns what a checkpoint stores, so that the run resumes by the same rules."""
+        source = self.shards.index.fingerprint
+        return {
+            "even_crops": self.even_crops,
+            "fast_pixels": self.fast_pixels,
+            "sizes": self.gives_sizes,
+            "source": source,
+            "cached": False,
+        }
+
+    def follow_rules(self, facts: Mapping[str, object]) -> None:
+        """Takes the rules of a checkpoint; those of before: uneven crops, Pillow, no `sizes`."""
+        self.even_crops = facts.get("even_crops", False)
+        self.fast_pixels = facts.get("fast_pixels", False)
+        self.gives_sizes = self.gives_sizes and facts.get("sizes", False)
+
+    def unpack(self, batch: Batch) -> Batch:
+        """Converts bytes on the device to (B, 3, h, w) or (B, 3, F, h, w) in [-1, 1]."""
+        return {**batch, "images": batch["images"].float().div_(127.5).sub_(1)}
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -221,7 +243,7 @@ class TextImageDataset(Dataset):
         box = {"size": self.size_at(index), "x": 0.5, "y": 0.5, "even": False}
         if not self.train:
             return Crop(box, flip=False)
-        x, y, flip = draw_random_bits(3, CROP_STREAM, self.seed, position) / 2.0**64
+        x, y, flip = draw_crop_and_flip(self.seed, position)
         if self.crop == "random":
             box |= {"x": x, "y": y, "even": self.even_crops}
         return Crop(box, flip=flip < self.flip)
@@ -244,14 +266,10 @@ class TextImageDataset(Dataset):
                 yield pil_to_tensor(crop_and_resize(frame, **box)), frame.size
 
     def _choose_caption(self, sample: Sample, index: int, *, epoch: int) -> str:
-        captions, weights = sample.captions, sample.weights
-        if not self.train or len(captions) == 1:
+        captions, draw = sample.captions, {"seed": self.seed, "epoch": epoch, "index": index}
+        if not self.train:
             return captions[0]
-        bits = draw_random_bits(1, CAPTION_STREAM, self.seed, epoch, index)[0]
-        if weights is None:
-            return captions[int(bits % len(captions))]
-        ends = np.cumsum(weights)  # the last of them, for bits / 2^64 may round to 1
-        return captions[np.searchsorted(ends[:-1], bits / 2.0**64 * ends[-1], side="right")]
+        return captions[draw_caption_number(len(captions), sample.weights, **draw)]
 
 
 def make_empty_sizes(n: int) -> Tensor:

@@ -17,7 +17,7 @@ from ldm.data.color_profiles import convert_to_srgb, is_srgb
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 ImageFile = bytes | str | Path  # encoded, or the path of a file
-ImageSize = int | tuple[int, int]  # pixels: the side of a square, or height and width
+TargetSize = int | tuple[int, int]  # pixels: the side of a square, or height and width
 MAX_IMAGE_PIXELS = 64_000_000
 MAX_IMAGE_BYTES = 32 * 2**20
 MAX_VIDEO_PIXELS = 8 * MAX_IMAGE_PIXELS  # of all frames together, which are decoded in turn
@@ -121,7 +121,7 @@ def resize_short_side(image: Image.Image, size: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def get_sides(size: ImageSize) -> tuple[int, int]:
+def get_sides(size: TargetSize) -> tuple[int, int]:
     """Returns height and width of a size."""
     return (size, size) if isinstance(size, int) else size
 
@@ -136,7 +136,7 @@ class CropBox(NamedTuple):
 
 
 def find_crop_box(
-    width: int, height: int, size: ImageSize, *, x: float, y: float, even: bool = False
+    width: int, height: int, size: TargetSize, *, x: float, y: float, even: bool = False
 ) -> CropBox:
     """Returns the largest box of an image that has the aspect of `size`.
 
@@ -157,7 +157,7 @@ def find_crop_box(
 
 
 def describe_crop(
-    width: int, height: int, size: ImageSize, *, flip: bool = False, **place: float
+    width: int, height: int, size: TargetSize, *, flip: bool = False, **place: float
 ) -> tuple[int, ...]:
     """Returns the six numbers of `Condition.sizes` for the box of `find_crop_box`.
 
@@ -171,7 +171,7 @@ def describe_crop(
 
 
 def crop_and_resize(
-    image: Image.Image, size: ImageSize, *, x: float = 0.5, y: float = 0.5, even: bool = False
+    image: Image.Image, size: TargetSize, *, x: float = 0.5, y: float = 0.5, even: bool = False
 ) -> Image.Image:
     """Crops the box of `find_crop_box`, and resizes it to `size` (bicubic, antialiased).
 
@@ -183,12 +183,12 @@ def crop_and_resize(
     return crop.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def read_cropped_image(source: ImageFile, size: ImageSize) -> Tensor:
+def read_cropped_image(source: ImageFile, size: TargetSize) -> Tensor:
     """Returns the centre of an image file, (3, h, w) in [-1, 1]."""
     return pil_to_tensor(crop_and_resize(read_image(source), size)).float() / 127.5 - 1
 
 
-def read_mask(source: ImageFile, size: ImageSize, *, of: ImageFile | None = None) -> Tensor:
+def read_mask(source: ImageFile, size: TargetSize, *, of: ImageFile | None = None) -> Tensor:
     """Returns a mask (1, h, w) of 0 and 1 (bright) from the centre of an image of any mode.
 
     of: the image that the mask is for, which must have the same size. Transparent pixels are 0.

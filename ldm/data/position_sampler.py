@@ -5,6 +5,7 @@ is no other state, so a run resumes at a position on any number of ranks and wor
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -22,6 +23,24 @@ def draw_random_bits(count: int, *key: int) -> np.ndarray:
     return np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
 
 
+def draw_caption_number(
+    count: int, weights: Sequence[float] | None, *, seed: int, epoch: int, index: int
+) -> int:
+    """Returns which of a sample's captions is read in an epoch; weights: None for equal ones."""
+    if count == 1:
+        return 0
+    bits = draw_random_bits(1, CAPTION_STREAM, seed, epoch, index)[0]
+    if weights is None:
+        return int(bits % count)
+    ends = np.cumsum(weights)  # the last of them, for bits / 2^64 may round to 1
+    return int(np.searchsorted(ends[:-1], bits / 2.0**64 * ends[-1], side="right"))
+
+
+def draw_crop_and_flip(seed: int, position: int) -> tuple[float, float, float]:
+    """Returns x and y of a random crop and the number that decides a flip, in [0, 1] each."""
+    return tuple(draw_random_bits(3, CROP_STREAM, seed, position) / 2.0**64)
+
+
 def split_batch(batch: int, world: int, accumulate: int) -> int:
     """Returns the images of one rank and micro-step; ValueError if they do not divide."""
     parts = world * accumulate
@@ -35,15 +54,36 @@ def split_batch(batch: int, world: int, accumulate: int) -> int:
     return batch // parts
 
 
+class SampleOrder(Protocol):
+    """An endless order of samples; window: how many shards are in use at a time, about."""
+
+    window: int
+
+    def at(self, position: int) -> tuple[int, int]:
+        """Returns (epoch, sample index in 0..N-1) of a position >= 0."""
+        ...
+
+    def shards_from(self, position: int) -> Iterator[tuple[int, int]]:
+        """Yields (position from which it is no longer needed, shard) in order of use, endlessly."""
+        ...
+
+
 class ShuffledOrder:
     """The endless sequence of shuffled epochs over shards of the given sizes.
 
     Each epoch shuffles the shards, then the samples within each `window` of consecutive shards, so
     that reads stay local. Every `group` of consecutive samples of a shard stays together.
+    Each `number` has random numbers of its own.
     """
 
     def __init__(
-        self, shard_sizes: Sequence[int], *, seed: int, window: int = 4, group: int = 1
+        self,
+        shard_sizes: Sequence[int],
+        *,
+        seed: int,
+        window: int = 4,
+        group: int = 1,
+        number: int = 0,
     ) -> None:
         if sum(shard_sizes) == 0:
             raise ValueError("cannot order 0 samples")
@@ -53,7 +93,7 @@ class ShuffledOrder:
             raise ValueError(f"a group must be 1 sample or more, got {group}")
         self._ends = np.cumsum(shard_sizes)
         self.window = window
-        self._seed, self._group = seed, group
+        self._seed, self._group, self._number = seed, group, number
         self._epochs: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -87,16 +127,18 @@ class ShuffledOrder:
 
     def _draw(self, count: int, epoch: int) -> np.ndarray:
         """Returns the first random bits of an epoch: one for each shard, then for each sample."""
-        return draw_random_bits(count, ORDER_STREAM, self._seed, epoch)
+        number = [self._number] if self._number else []
+        return draw_random_bits(count, ORDER_STREAM, self._seed, epoch, *number)
 
     def _get_permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._epochs:
             if len(self._epochs) == _CACHED_EPOCHS:
                 self._epochs.pop(next(iter(self._epochs)))
-            self._epochs[epoch] = self._permute(epoch)
+            self._epochs[epoch] = self.permute(epoch)
         return self._epochs[epoch]
 
-    def _permute(self, epoch: int) -> np.ndarray:
+    def permute(self, epoch: int) -> np.ndarray:
+        """Returns the samples (N,) of an epoch in their order."""
         count = len(self._ends)
         bits = self._draw(count + len(self), epoch)
         starts = np.concatenate([[0], self._ends])
@@ -120,7 +162,7 @@ class PositionBatchSampler:
 
     def __init__(
         self,
-        order: ShuffledOrder,
+        order: SampleOrder,
         *,
         batch: int,
         rank: int,
@@ -142,11 +184,16 @@ class PositionBatchSampler:
 
 
 def split_strided_batches(
-    count: int, *, batch: int, rank: int, world: int
+    count: int, *, batch: int, rank: int, world: int, kinds: np.ndarray | None = None
 ) -> list[list[tuple[int, int]]]:
     """Returns a rank's share of samples 0..count-1 for validation, as (index, position = index).
 
-    Nothing is padded: the last batch, and a rank's total, may be smaller.
+    Nothing is padded: the last batch, and a rank's total, may be smaller. kinds (N,): numbers, of
+    which a batch has one; samples come in their order.
     """
-    indices = range(rank, count, world)
-    return [[(i, i) for i in indices[b : b + batch]] for b in range(0, len(indices), batch)]
+    if kinds is None:
+        kinds = np.zeros(count, int)
+    indices = np.argsort(kinds[:count], kind="stable")[rank::world]
+    parts = np.split(indices, np.flatnonzero(np.diff(kinds[indices])) + 1)
+    batches = [part[b : b + batch].tolist() for part in parts for b in range(0, len(part), batch)]
+    return [[(i, i) for i in indices] for indices in batches]

@@ -168,13 +168,13 @@ class DiscreteSchedule(Schedule):
 class FlowSchedule(Schedule):
     """The straight line alpha = 1 - t, sigma = t (Lipman et al. 2023; Liu et al. 2023).
 
-    shift: s replaces t by s t / (1 + (s - 1) t), also as the network's input (Esser et al. 2024,
-    arXiv:2403.03206, section 5.3.2); images of n times as many pixels need sqrt(n).
+    shift: s replaces t by s t / (1 + (s - 1) t), also as the network's input, so that log SNR is
+    2 log(s) lower (Esser et al. 2024, arXiv:2403.03206, section 5.3.2). base: see `compute_shift`.
     """
 
-    def __init__(self, *, shift: float = 1.0) -> None:
+    def __init__(self, *, shift: float = 1.0, base: int = 4096) -> None:
         super().__init__()
-        if not 0 < shift < math.inf:
+        if isinstance(shift, str) or not 0 < shift < math.inf:
             raise ValueError(f"scheduler.shift must be above 0 (1 is none), got {shift}")
         self.shift = shift
 

@@ -20,6 +20,7 @@ from ldm.utils.plain_yaml import parse_plain_mapping
 
 MAX_CONFIG_BYTES = 2**18  # of a configuration or result, which have a few thousand
 MAX_METRICS_BYTES = 2**29  # of metrics.csv; a million rows have some 200 MB
+LORA_FILE = "lora.safetensors"  # the adapters of a run with lora.rank
 SWEEP_FILE = "sweep.json"  # the settings that the jobs of a sweep share; makes a directory a sweep
 # Files that Hydra, the log and a sweep open in a run directory by name.
 FIXED_RUN_FILES = (

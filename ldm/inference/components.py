@@ -1,12 +1,14 @@
 """Components: the networks and the mathematics of one run."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.tasks.base import Task
+from ldm.utils.hashing import hash_module
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +21,11 @@ class Components:
     style_encoder: nn.Module | None
     objective: Objective
     task: Task
+    known_digests: Mapping[str, str] = field(default_factory=dict)  # of parts that are not built
+
+    def hash_frozen(self, name: str) -> str:
+        """The digest of a frozen module, by its group name."""
+        return self.known_digests.get(name) or hash_module(self.frozen[name])
 
     @property
     def frozen(self) -> dict[str, nn.Module]:

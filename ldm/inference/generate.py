@@ -72,12 +72,13 @@ def generate_task_examples(
 
     A task that starts from an image starts from `dataset[i]` for prompt i; a row above shows it.
     """
-    n, seeds = len(prompts), list(range(len(prompts)))
-    real = [dataset[i % len(dataset), i]["images"] for i in range(n)]
-    real = torch.stack(real).float() / 127.5 - 1  # (N, 3, H, W)
-    generators = make_generators(seed, seeds, stream="examples", rng=pipeline.rng)
-    inputs = pipeline.components.task.example_inputs(real, generator=generators)
-    size = tuple(real.shape[-2:])
+    n, seeds, task = len(prompts), list(range(len(prompts))), pipeline.components.task
+    size, inputs = (pipeline.trained_size,) * 2, {}
+    if task.needs_image:
+        real = [dataset[i % len(dataset), i]["images"] for i in range(n)]
+        real = torch.stack(real).float() / 127.5 - 1  # (N, 3, H, W)
+        generators = make_generators(seed, seeds, stream="examples", rng=pipeline.rng)
+        inputs = task.example_inputs(real, generator=generators)
     images = pipeline(prompts, seeds=seeds, size=size, steps=steps, **inputs).cpu()
     facts = {"prompts": list(prompts), "seeds": seeds}
     if images.ndim == 5:

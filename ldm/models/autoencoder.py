@@ -84,15 +84,8 @@ class AutoencoderKL(nn.Module):
 
         They are a sample of the posterior by `generator` (or one per image); without it, its mean.
         """
-        z = self.sample_posterior(*self.posterior(images), generator=generator)
-        return (z - self.shift[:, None, None]) * self.scale[:, None, None]
-
-    def sample_posterior(self, mean: Tensor, logvar: Tensor, *, generator: Generators) -> Tensor:
-        """Returns unscaled latents z (B, C, h, w); the mean without a generator."""
-        if generator is None:
-            return mean
-        noise = randn(mean.shape, generator, device=mean.device, dtype=mean.dtype)
-        return mean + (0.5 * logvar).exp() * noise
+        z = sample_posterior(*self.posterior(images), generator=generator)
+        return scale_latents(z, self.shift, self.scale)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Returns images (B, 3, H, W), not clamped to [-1, 1], of latents (B, C, h, w)."""
@@ -106,6 +99,19 @@ class AutoencoderKL(nn.Module):
     def decode_unscaled(self, z: Tensor) -> Tensor:
         """Returns the images of unscaled latents z (B, C, h, w)."""
         return self.decoder(self.post_quant_conv(z))
+
+
+def sample_posterior(mean: Tensor, logvar: Tensor | None, *, generator: Generators) -> Tensor:
+    """Returns unscaled latents z (B, C, h, w); the mean without a generator."""
+    if generator is None:
+        return mean
+    noise = randn(mean.shape, generator, device=mean.device, dtype=mean.dtype)
+    return mean + (0.5 * logvar).exp() * noise
+
+
+def scale_latents(z: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Returns unit-variance latents (B, C, h, w) of unscaled ones, by shift and scale (C,)."""
+    return (z - shift[:, None, None]) * scale[:, None, None]
 
 
 class Encoder(nn.Module):

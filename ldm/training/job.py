@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import lightning as L
 
@@ -129,11 +130,16 @@ class TrainingJob:
 
 
 def prepare_run_directory(
-    run_dir: Path, module: L.LightningModule, frozen: Mapping[str, str]
+    run_dir: Path,
+    module: L.LightningModule,
+    frozen: Mapping[str, str],
+    *,
+    rules: Mapping[str, object] = MappingProxyType({}),
 ) -> Path | None:
     """Returns the checkpoint to resume from, if there is one; removes what earlier calls left.
 
-    frozen: digests of the parts that must be those of the checkpoint.
+    frozen: digests of the parts that must be those of the checkpoint. rules: of the data; where a
+    cache is or was among them, it must be of the same images.
     """
     first, resume = get_launcher_rank() == 0, find_newest_checkpoint(run_dir / "checkpoints")
     if first:
@@ -143,8 +149,16 @@ def prepare_run_directory(
         payload = read_unverified_checkpoint(resume)
         check_module_state(module, read_state_dict(payload, resume), what=str(resume))
         facts = payload.get("ldm")
-        before = facts.get("frozen") if isinstance(facts, dict) else None
+        facts = facts if isinstance(facts, dict) else {}
+        before = facts.get("frozen")
         before = before if isinstance(before, dict) else {}
+        source = rules.get("source")
+        if (rules.get("cached") or facts.get("cached")) and facts.get("source", source) != source:
+            raise UsageError(
+                f"{run_dir} was trained on other images than those of data.train: give the cache, "
+                "or the images, that it began with, another name=... for a new run, or "
+                "resume.allow=[data,source] to go on with these"
+            )
         if others := [n for n, each in frozen.items() if before.get(n, each) != each]:
             raise UsageError(
                 f"{run_dir} was trained with another {' and '.join(others)}, whose files have "

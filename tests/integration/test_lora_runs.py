@@ -11,13 +11,16 @@ from evaluated_runs import Home, measure
 from hydra import compose, initialize_config_dir
 from PIL import Image
 from published_folders import write_sd1, write_sd2, write_sdxl
+from safetensors.torch import load_file
 from shell import ANEW, FROZEN, ROOT, assert_same_learning, run, tensors, train
 from test_phema import choose
 
 import ldm
 from ldm.config.bundle import write_bundle
 from ldm.config.composition import CONF_DIR
+from ldm.config.export import write_export
 from ldm.config.run import build_job
+from ldm.models.diffusers_names import from_diffusers
 from ldm.utils.checkpoint_file import find_newest_checkpoint, read_checkpoint, select_prefix
 from ldm.utils.errors import UsageError
 from ldm.utils.lora_weights import merge_adapters
@@ -149,6 +152,7 @@ def test_what_does_not_fit_is_refused_in_one_line(home):
 
 @pytest.mark.parametrize("write", [write_sd1, write_sd2, write_sdxl])
 def test_adapters_of_a_published_model_paint_the_same_in_diffusers(tmp_path, write):
+    """As a file of their own, and in the weights of an export."""
     folder = write(tmp_path / "published")
     words = ["name=style", f"init={folder}", "lora.rank=2", "lora.alpha=4", "lora.targets=all"]
     words += ["data=scenes", "data.count=8", "data.val_count=12", f"data.folder={tmp_path}/data"]
@@ -168,6 +172,17 @@ def test_adapters_of_a_published_model_paint_the_same_in_diffusers(tmp_path, wri
     expected = theirs("a red circle", generator=generator, **how).images[0]
     assert (pictures[1] - pictures[0]).abs().max() > 1e-3
     torch.testing.assert_close(pictures[1].clamp(0, 1), expected, rtol=0, atol=1e-4)
+    write_export(ldm.compose("export"), "runs/style", Path("whole"), {})
+    exported = load_unet_weights(Path("whole"))
+    payload = read_checkpoint(find_newest_checkpoint(Path("runs/style/checkpoints")))
+    merged = merge_adapters(select_prefix(payload, "ema.module."), payload["ldm"])
+    before = load_unet_weights(folder)
+    assert any(not torch.equal(t, before[name]) for name, t in exported.items())
+    assert all(torch.equal(t, merged[name]) for name, t in exported.items())
+
+
+def load_unet_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return from_diffusers(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
 
 
 @pytest.mark.slow
@@ -183,6 +198,8 @@ def test_two_processes_a_sweep_and_refusals_as_a_user_types_them(prepared, tmp_p
     train("-m", *lora, "lora.rank=1,2", "optimizer.lr=1e-3,1e-2", "name=sweep", cwd=home)
     files = sorted(home.glob("runs/sweep/*/lora.safetensors"))
     assert len(files) == 4
+    said = train(*lora, "lora.rank=1", "name=last", cwd=home).splitlines()[-1]
+    assert said.endswith("ckpt=runs/base lora=[runs/last/lora.safetensors] prompt=...")
     said = train(*few, "lora.rank=2", "name=no", cwd=home, expect=2)
     assert "give init=RUN" in said
     said = train(*ANEW, "lora.rank=2", "name=no", cwd=home, expect=2)

@@ -13,15 +13,15 @@ ROOT = Path(__file__).parents[2]
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
     "utils": 2025,
-    "diffusion": 3380,
-    "models": 4975,
-    "data": 4826,
-    "inference": 865,
+    "diffusion": 3400,
+    "models": 5110,
+    "data": 6790,
+    "inference": 1105,
     "evaluation": 3115,
     "experiments": 2230,
-    "training": 3760,
-    "config": 6945,
-    "cli": 1920,
+    "training": 3975,
+    "config": 8120,
+    "cli": 1970,
 }
 ROOMS = tuple(ROOM_LINES)
 FILES = [*ROOT.glob("ldm/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]

@@ -5,12 +5,14 @@ source's shards, shards whose samples have the members of `format.pack_sample`.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
 
-from ldm.utils.files import read_json_mapping, write_json
+from ldm.utils.files import read_json_mapping, resolve_path, write_json
+from ldm.utils.hashing import hash_bytes
 
 CACHE_FORMAT = 1
 MANIFEST_NAME = "cache.json"
@@ -39,7 +41,7 @@ class Manifest:
     (z - latent_shift) * latent_scale of a cached z.
     text_parts: those of TEXT_PARTS that the text encoder gives. text_width, pooled_width,
     max_length: of the text encoder.
-    reading: the settings that chose samples and captions.
+    reading: the settings that chose samples and captions; parts: those of the encoders, by group.
     state: "writing" until all shards are there.
     samples, skipped (by reason): how many; shards: the SHA-256 of each shard by its name.
     """
@@ -66,6 +68,7 @@ class Manifest:
     pooled_width: int | None
     max_length: int | None
     reading: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=dict)
     samples: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     shards: dict[str, str] = field(default_factory=dict)
@@ -89,6 +92,14 @@ class Manifest:
         return [(self.size, self.size)] if self.size else []
 
     @property
+    def side(self) -> int:
+        """The side of its square images, or of a square of as many pixels as its first bucket."""
+        if self.size is not None:
+            return self.size
+        width, height = self.image_sizes[0]
+        return max(1, round((width * height) ** 0.5 / self.factor)) * self.factor
+
+    @property
     def settings(self) -> dict[str, Any]:
         """All that a call with the same settings writes at its start."""
         start = replace(self, state="writing", samples=0, skipped={}, shards={})
@@ -109,7 +120,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("size", "text_width", "pooled_width", "max_length"), (int, NoneType)),
     **dict.fromkeys(("format", "latent_channels", "factor", "samples"), (int,)),
     **dict.fromkeys(("latent_shift", "latent_scale", "text_parts"), (list,)),
-    **dict.fromkeys(("reading", "skipped", "shards"), (dict,)),
+    **dict.fromkeys(("reading", "parts", "skipped", "shards"), (dict,)),
     "captions": (int, str),
     "buckets": (list, NoneType),
     "flips": (bool,),
@@ -153,6 +164,28 @@ def read_manifest(folder: Path, *, complete: bool = True) -> Manifest:
             "again, which goes on where it stopped"
         )
     return manifest
+
+
+def open_cache(place: str | Path | Sequence[str | Path]) -> Manifest:
+    """Returns the manifest of the cache in a folder, or of several; raises like `read_manifest`.
+
+    CacheError where several do not go together.
+    """
+    places = [place] if isinstance(place, str | Path) else list(place)
+    manifests = [read_manifest(resolve_path(one)) for one in places]
+    first = manifests[0]
+    for other, where in zip(manifests[1:], places[1:], strict=True):
+        same = replace(other, source=first.source, reading=first.reading)
+        if differences := first.list_differences(same):
+            raise CacheError(
+                f"{where} does not go together with {places[0]}: {'; '.join(differences[:3])}"
+            )
+    if not manifests[1:]:
+        return first
+    sources = "\n".join(one.source for one in manifests)
+    return replace(
+        first, samples=sum(one.samples for one in manifests), source=hash_bytes(sources.encode())
+    )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -13,9 +13,11 @@ import numpy as np
 
 from ldm.data.captions import CaptionCount
 from ldm.data.shards.cache import ShardCache
+from ldm.data.shards.data_sets import list_data_sets
 from ldm.data.shards.index_file import (
     INDEX_NAME,
     ShardIndex,
+    join_indexes,
     list_absolute_names,
     load_index,
     save_index,
@@ -105,8 +107,11 @@ def open_index(source: ShardSource, options: ReadOptions = DEFAULT_READ_OPTIONS)
     """Returns the index of a source (see `locate_shards`), without unusable samples.
 
     It is loaded from `index.npz` in the folder of the shards (or, for other sources, in the cache),
-    or built and saved there if shards were added or changed.
+    or built and saved there if shards were added or changed. Data sets (see `list_data_sets`) have
+    an index each, and are joined.
     """
+    if data_sets := list_data_sets(source):
+        return join_indexes([open_index(one.path, options) for one in data_sets])
     paths, name, cache = locate_shards(source), redact_source(source), options.cache
     if cache is None and any(isinstance(path, RemoteShard) for path in paths):
         raise ValueError(f"{name}: shards on servers need data.cache=FOLDER to be stored in")

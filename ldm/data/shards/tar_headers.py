@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from fsspec.spec import AbstractBufferedFile
 
-from ldm.data.captions import CaptionCount
+from ldm.data.captions import CaptionCount, read_cached_size
 from ldm.data.image_decoding import MAX_IMAGE_BYTES
 from ldm.data.shards.json_columns import JsonColumns, tabulate_records
 from ldm.data.shards.remote import RemoteShard, read_range
@@ -23,7 +23,8 @@ SPARSE_MEMBER = "sparse member"
 UNMEASURED = (-1, -1)  # the size of an image whose header is not read yet
 
 _MEMBERS = ("image", "txt", "json")
-_COLUMN = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2}
+_PLACE = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2}
+_CACHED_PLACE = {**_PLACE, "safetensors": 0}  # of samples without a picture, as caches have them
 _LIMITS = (MAX_IMAGE_BYTES, MAX_TEXT_BYTES, MAX_TEXT_BYTES)
 MAX_PADDING = 16 * 2**20  # tar pads to 10 KiB by default
 _END = bytes(2 * tarfile.BLOCKSIZE)
@@ -77,7 +78,8 @@ def group_members(members: Iterable[TarMember], columns: Sequence[str] = ()) -> 
     sizes = []
     for key, neighbours in itertools.groupby(members, key=lambda member: member.key):
         group = list(neighbours)
-        row, reason = _locate_members(group)
+        places = _choose_places(group)
+        row, reason = _locate_members(group, places)
         if not reason and key in keys:
             reason = "key seen before in its shard"
         if reason == SPARSE_MEMBER:
@@ -87,9 +89,10 @@ def group_members(members: Iterable[TarMember], columns: Sequence[str] = ()) -> 
         else:
             keys[key] = None
             rows.append(row)
-            sizes.append(next(one.image_size for one in group if _COLUMN.get(one.suffix) == 0))
-            texts = {_COLUMN[one.suffix]: one.text for one in group if one.suffix in _COLUMN}
+            texts = {places[one.suffix]: one.text for one in group if one.suffix in places}
             captions.add(texts.get(1), texts.get(2))
+            size = next(one.image_size for one in group if places.get(one.suffix) == 0)
+            sizes.append(size if places is _PLACE else read_cached_size(texts.get(2)))
             if columns:
                 records.append(texts.get(2))
     located = np.array(rows, np.int64).reshape(-1, 3, 2)
@@ -118,11 +121,18 @@ def split_member_name(name: str) -> tuple[str, str] | None:
     return (folder + slash + stem, suffix.lower()) if stem and dot else None
 
 
-def _locate_members(group: list[TarMember]) -> tuple[list[tuple[int, int]], str | None]:
+def _choose_places(group: list[TarMember]) -> dict[str, int]:
+    has_picture = any(_PLACE.get(member.suffix) == 0 for member in group)
+    return _PLACE if has_picture else _CACHED_PLACE
+
+
+def _locate_members(
+    group: list[TarMember], places: dict[str, int]
+) -> tuple[list[tuple[int, int]], str | None]:
     """Returns the members of one sample by column, and the reason if it is unusable."""
     row = [(0, 0)] * 3
     for member in group:
-        column = _COLUMN.get(member.suffix)
+        column = places.get(member.suffix)
         if column is None:
             continue
         if member.is_sparse:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.autoencoder import AutoencoderKL, sample_posterior
 from ldm.training.randomness import make_batch_generators
 
 
@@ -47,7 +47,7 @@ class AutoencoderTraining(L.LightningModule):
         images = batch["images"]
         generators = make_batch_generators(self, batch, "posterior")
         mean, logvar = self.autoencoder.posterior(images)  # (B, C, h, w)
-        z = self.autoencoder.sample_posterior(mean, logvar, generator=generators)
+        z = sample_posterior(mean, logvar, generator=generators)
         restored = self.autoencoder.decode_unscaled(z)  # (B, 3, H, W)
         l1 = (restored - images).abs().flatten(1).mean(1)
         # To N(0, 1), per latent element, so kl_weight means the same at any size.

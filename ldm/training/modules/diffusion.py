@@ -5,6 +5,7 @@ Shapes: B batch, C latent channels, H W pixels, h w latent grid.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import lightning as L
 import torch
@@ -29,6 +30,7 @@ class LatentDiffusion(L.LightningModule):
 
     `components` is a plain dataclass, so that the frozen modules are neither saved nor wrapped.
     Random numbers of an image depend on (seed, position of the image in the run) alone.
+    posterior: latents are a sample of the autoencoder's posterior, or its mean.
     """
 
     clock: StepClock | None = None  # set by ThroughputMonitor
@@ -43,6 +45,7 @@ class LatentDiffusion(L.LightningModule):
         phema_lengths: Sequence[float] = (),
         caption_dropout: float = 0.1,
         validate_raw: bool = False,
+        posterior: Literal["sample", "mean"] = "sample",
         seed: int = 0,
         rng: str = "philox",
     ) -> None:
@@ -54,7 +57,7 @@ class LatentDiffusion(L.LightningModule):
         self.phema = PowerEMA(self.denoiser, lengths=phema_lengths) if phema_lengths else None
         self.objective = components.objective
         self.make_optimizer = optimizer
-        self.caption_dropout = caption_dropout
+        self.caption_dropout, self.posterior = caption_dropout, posterior
         self.seed, self.rng = seed, rng
         self.captions = self.cut = 0  # captions of the data so far, and those that were cut
         suffixes = ("", "_raw") if validate_raw else ("",)
@@ -97,15 +100,27 @@ class LatentDiffusion(L.LightningModule):
 
     @torch.no_grad()
     def encode(self, batch: dict, *, training: bool = True) -> tuple[Tensor, Condition]:
-        """Returns target latents (B, C, h, w) and Condition; training: with dropped conditions."""
-        encode, task = self.components.autoencoder.encode, self.components.task
+        """Returns target latents (B, C, h, w) and Condition; training: with dropped conditions.
+
+        batch: of images or, from a cache, of moments and text states.
+        """
+        generators = None  # the mean of the posterior
+        if self.posterior == "sample":
+            generators = make_batch_generators(self, batch, "posterior")
+        autoencoder = self.components.autoencoder
+        if "moments" in batch:
+            x0 = autoencoder.encode_moments(*batch["moments"], generator=generators)
+            cond = Condition(**batch["condition"])
+            return x0, self.drop_conditions(batch, cond) if training else cond
         style, captions = self.encode_style(batch, training=training)
-        x0 = encode(batch["images"], generator=make_batch_generators(self, batch, "posterior"))
+        x0 = autoencoder.encode(batch["images"], generator=generators)
         cond = self.encode_text(captions)
         if training:
             cond = self.drop_conditions(batch, cond)
         generators = make_batch_generators(self, batch, "task")
-        x0, concat = task.training_pair(x0, batch["images"], encode, generator=generators)
+        x0, concat = self.components.task.training_pair(
+            x0, batch["images"], autoencoder.encode, generator=generators
+        )
         return x0, replace(cond, style=style, concat=concat)
 
     def encode_text(self, captions: Sequence[str]) -> Condition:
@@ -167,7 +182,9 @@ class LatentDiffusion(L.LightningModule):
 
     def draw_shares(self, batch: dict, stream: str) -> Tensor:
         """Returns one uniform number (B,) per image, on the CPU."""
-        return rand(len(batch["images"]), make_batch_generators(self, batch, stream, device="cpu"))
+        return rand(
+            len(batch["position"]), make_batch_generators(self, batch, stream, device="cpu")
+        )
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
         # Here and not in a hook after the batch: checkpoints are saved before those.

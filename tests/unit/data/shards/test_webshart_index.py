@@ -62,7 +62,7 @@ def write_index(shard, change=lambda index: index) -> None:
 def assert_same(one, other) -> None:
     assert one.keys == other.keys
     np.testing.assert_array_equal(one.members, other.members)
-    assert one[2:-1] == other[2:-1]
+    assert one[2:5] == other[2:5]
 
 
 def test_the_index_says_what_a_scan_finds(shard):

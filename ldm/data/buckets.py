@@ -1,0 +1,133 @@
+"""Aspect-ratio buckets: the sizes that images are cropped to, and the one for each image.
+
+Shapes: N images, B buckets. A size is (width, height) in pixels.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# Podell et al. 2023 (SDXL), appendix I: "multi-aspect" sizes from 1:4 to 4:1.
+MAX_ASPECT = 4
+_CHUNK = 2**16  # images at a time
+_log = logging.getLogger(__name__)
+
+ImageSize = tuple[int, int]
+
+
+def list_bucket_sizes(pixels: float, *, multiple: int) -> list[ImageSize]:
+    """Returns sizes whose sides are multiples of `multiple`, of about `pixels` each, by aspect.
+
+    For each side it is the other side that comes nearest to `pixels`, up to an aspect of 4; and
+    the nearest square.
+    """
+    if multiple < 1 or pixels < multiple**2:
+        raise ValueError(
+            f"buckets of {pixels:g} pixels with sides in multiples of {multiple}: one has "
+            f"{multiple**2} pixels at least"
+        )
+    square = round(math.sqrt(pixels) / multiple) * multiple
+    sizes = {(square, square)}
+    for side in range(multiple, math.ceil(math.sqrt(pixels * MAX_ASPECT)) + 1, multiple):
+        other = max(1, round(pixels / side / multiple)) * multiple
+        if max(side, other) <= MAX_ASPECT * min(side, other):
+            sizes |= {(side, other), (other, side)}
+    return sorted(sizes, key=lambda size: size[0] / size[1])
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The bucket of each image: the one of `sizes` to which its crop cuts away least of it.
+
+    sizes: of the B buckets; bucket (N,) int32: number of each image's; cut (N,) float32: the share
+    of its area that is cut away.
+    """
+
+    sizes: list[ImageSize]
+    bucket: np.ndarray
+    cut: np.ndarray
+
+    @property
+    def counts(self) -> np.ndarray:
+        """The number of images (B,) of each bucket."""
+        return np.bincount(self.bucket, minlength=len(self.sizes))
+
+    def describe(self) -> str:
+        """Returns a line on the buckets, their shares of the images, and what is cut away."""
+        shares = self.counts / max(len(self.bucket), 1)
+        order = np.argsort(-shares, kind="stable")
+        each = ", ".join(
+            f"{self.sizes[b][0]}x{self.sizes[b][1]} {shares[b]:.1%}" for b in order if shares[b]
+        )
+        cut = self.cut if len(self.cut) else np.zeros(1)
+        return f"buckets: {each}; cut away: {cut.mean():.1%} of an image, {cut.max():.1%} at most"
+
+
+def assign_buckets(image_sizes: np.ndarray, sizes: Sequence[Sequence[int]]) -> Buckets:
+    """Returns the bucket of each image of `image_sizes` (N, 2).
+
+    Of buckets that cut equally much, it is that of the nearest area, then the first. An image of
+    size (0, 0), whose header cannot be read, counts as a square.
+    """
+    if not len(sizes) or any(len(size) != 2 or min(size) < 1 for size in sizes):
+        raise ValueError(f"buckets are pairs [width, height] of pixels, got {list(sizes)}")
+    known = np.where(image_sizes > 0, image_sizes, 1).astype(np.int64)
+    packed, inverse = np.unique((known[:, 0] << 32) | known[:, 1], return_inverse=True)
+    unique = np.stack([packed >> 32, packed & (2**32 - 1)], axis=1)
+    parts = [unique[i : i + _CHUNK] for i in range(0, len(unique), _CHUNK)]
+    found = [_choose(part, np.array(sizes, np.int64)) for part in parts]
+    bucket = np.concatenate([np.empty(0, np.int32), *(bucket for bucket, _ in found)])
+    kept = np.concatenate([np.empty(0), *(kept for _, kept in found)])
+    cut = (1 - kept).astype(np.float32)
+    return Buckets([(w, h) for w, h in sizes], bucket[inverse], cut[inverse])
+
+
+def _choose(images: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the bucket and the share that it keeps of each image (n, 2)."""
+    # Quotients of integers: the same on every machine, and equal where they are equal.
+    across, down = images[:, :1] * sizes[:, 1], images[:, 1:] * sizes[:, 0]
+    kept = np.minimum(across, down) / np.maximum(across, down)
+    best = kept.max(axis=1)
+    areas, own = sizes.prod(axis=1), images.prod(axis=1, keepdims=True)
+    nearness = np.minimum(areas, own) / np.maximum(areas, own)
+    bucket = np.where(kept == best[:, None], nearness, -1).argmax(axis=1)
+    return bucket.astype(np.int32), best
+
+
+def merge_small_buckets(buckets: Buckets, image_sizes: np.ndarray, *, minimum: int) -> Buckets:
+    """Returns the buckets that have `minimum` images or more, with the images of the others.
+
+    The smallest one goes first, its images to the next best; the last one stays whatever it has.
+    """
+    sizes, bucket, cut = np.array(buckets.sizes), buckets.bucket.copy(), buckets.cut.copy()
+    counts = buckets.counts
+    left = np.arange(len(sizes))
+    while len(left) > 1 and counts[left].min() < minimum:
+        smallest = left[counts[left].argmin()]
+        left = left[left != smallest]
+        moved = np.flatnonzero(bucket == smallest)
+        again = assign_buckets(image_sizes[moved], sizes[left])
+        bucket[moved], cut[moved] = left[again.bucket], again.cut
+        counts = np.bincount(bucket, minlength=len(sizes))
+    number = np.zeros(len(sizes), np.int32)
+    number[left] = np.arange(len(left))
+    return Buckets([buckets.sizes[b] for b in left], number[bucket], cut)
+
+
+def warn_of_small_buckets(buckets: Buckets, *, minimum: int) -> None:
+    """Warns about buckets with fewer images than a batch, which come once in several epochs."""
+    small = [
+        f"{width}x{height} ({count})"
+        for (width, height), count in zip(buckets.sizes, buckets.counts, strict=True)
+        if count < minimum
+    ]
+    if small:
+        _log.warning(
+            "data.buckets: %s: fewer images than a batch of %d, so a batch of them comes once in "
+            "several epochs; leave such sizes out, or give data.buckets=auto",
+            ", ".join(small),
+            minimum,
+        )

@@ -1,0 +1,86 @@
+"""Caches of latents and text states as the data of a training."""
+
+from typing import Literal
+
+from ldm.data.cached.dataset import CachedDataset
+from ldm.data.cached.manifest import CacheError, open_cache
+from ldm.data.datamodule import TextImageData
+from ldm.data.dataset import TextImageDataset
+from ldm.data.shards.index import ReadOptions
+from ldm.data.shards.locations import ShardSource
+from ldm.data.shards.reader import ShardReader
+
+# What the training and the validation cache must have in common.
+_SHARED = (
+    *("autoencoder", "text_encoder", "latent_channels", "factor", "latent_shift", "latent_scale"),
+    *("text_parts", "text_width", "pooled_width", "max_length", "posterior"),
+)
+
+
+def cached_data(
+    *,
+    train: ShardSource,
+    val: ShardSource,
+    size: int | None = None,
+    batch_size: int,
+    flip: float = 0.0,
+    window: int = 4,
+    group: int = 1,
+    workers: int = 2,
+    val_batch_size: int = 64,
+    val_limit: int | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
+    max_skipped: float = 0.01,
+    train_images: ShardSource | None = None,
+    val_images: ShardSource | None = None,
+    seed: int = 0,
+) -> TextImageData:
+    """Returns the samples of two caches of `ldm cache`, in the order of the images they are of.
+
+    size: side of the images, which the caches know. train_images, val_images: the images that they
+    were made of, which evaluations compare with. Raises CacheError where the caches do not go
+    together, or are none.
+    """
+    manifests = [open_cache(place) for place in (train, val)]
+    for name in _SHARED:
+        one, other = (getattr(manifest, name) for manifest in manifests)
+        if one != other:
+            raise CacheError(
+                f"data.train={train} and data.val={val} are caches of another {name} ({one}, "
+                f"{other}): make both by the same settings"
+            )
+    side = size or manifests[0].side
+    options = ReadOptions(on_error=on_error)
+    images = [
+        place and TextImageDataset(ShardReader(place), size=side, seed=seed, train=False)
+        for place in (train_images, val_images)
+    ]
+    how = {"seed": seed, "on_error": on_error}
+    datasets = [
+        CachedDataset(
+            ShardReader(place, options),
+            manifest=manifest,
+            images=real,
+            train=is_training,
+            flip=flip if is_training else 0.0,
+            **how,
+        )
+        for place, manifest, real, is_training in zip(
+            (train, val), manifests, images, (True, False), strict=True
+        )
+    ]
+    return TextImageData(
+        train=train,
+        val=val,
+        size=side,
+        batch_size=batch_size,
+        window=window,
+        group=group,
+        workers=workers,
+        val_batch_size=val_batch_size,
+        val_limit=val_limit,
+        on_error=on_error,
+        max_skipped=max_skipped,
+        datasets=(datasets[0], datasets[1]),
+        seed=seed,
+    )

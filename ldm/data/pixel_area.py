@@ -1,0 +1,36 @@
+"""The area of images as a user writes it, and the square of an area; needs no numpy or torch."""
+
+import math
+import re
+from collections.abc import Sequence
+
+USUAL_SIDE = 64
+
+
+def parse_pixels(pixels: int | str) -> int:
+    """Returns an area in pixels: a number, or sides such as 512*512; ValueError for all else."""
+    match = re.fullmatch(r"(\d{1,5})\*(\d{1,5})|(\d{1,9})", str(pixels))
+    area = math.prod(int(part) for part in match.groups() if part) if match else 0
+    if area < 1:
+        raise ValueError(
+            f"data.pixels={pixels} is no area of images: give one such as 512*512, or a number"
+        )
+    return area
+
+
+def compute_square_side(
+    pixels: int | str | None, buckets: Sequence[Sequence[int]] | str | None
+) -> int:
+    """Returns the side of the square that has about the area of these settings of data.
+
+    It is a multiple of 64, or of 8 where it is below 256, unless the area is a square number.
+    """
+    if pixels is not None:
+        area = parse_pixels(pixels)
+    elif buckets and not isinstance(buckets, str):
+        area = round(sum(math.prod(size) for size in buckets) / len(buckets))
+    else:
+        return USUAL_SIDE
+    side = math.isqrt(area)
+    step = 8 if side < 256 else 64
+    return side if side * side == area else max(round(side / step), 1) * step

@@ -30,7 +30,8 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusers_files import DIFFUSERS_VERSION, DIFFUSERS_WEIGHTS
 from ldm.models.diffusers_format import save_autoencoder, save_unet
 from ldm.utils.errors import UsageError
-from ldm.utils.files import make_folder_beside, read_json, resolve_path, write_json
+from ldm.utils.files import read_json, resolve_path, write_json
+from ldm.utils.new_folder import make_folder_beside
 
 TOKENIZER_PATTERNS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens*", "added_tokens*")
 NO_MODULE = (None, None)

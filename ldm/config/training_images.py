@@ -24,6 +24,7 @@ from ldm.data.shards.data_sets import list_locations
 from ldm.data.shards.index import ReadOptions
 from ldm.data.shards.locations import ShardSource, is_url, redact_source
 from ldm.data.shards.reader import ShardReader
+from ldm.experiments.model_card import shorten_place
 from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.errors import UsageError
 from ldm.utils.files import resolve_path
@@ -96,7 +97,11 @@ def describe_run_data(loaded: LoadedPipeline) -> list[str]:
     if data._target_ == SCENES_TARGET:
         lines = [f"drawn scenes, version {WORLD_VERSION}, {data.count} for training"]
     else:
-        lines = [f"{data.get('train')}, for training"]
+        train = data.get("train")
+        places = [train] if isinstance(train, str) else list(train or [])
+        places = [one if isinstance(one, str) else one["path"] for one in places]
+        places = [shorten_place(redact_source(one)) for one in places]
+        lines = [f"{', '.join(places) or 'images'}, for training"]
     try:
         val, train = open_run_images(loaded, loaded.size)
     except ValueError:

@@ -220,7 +220,7 @@ def _describe_filter_problem(key: str, value: object) -> str:
     try:
         SampleFilter(value)
     except UsageError as error:
-        return f"{key}: {error}"
+        return f"{key}{str(error).removeprefix('where')}"
     return ""
 
 

@@ -12,15 +12,15 @@ ROOT = Path(__file__).parents[2]
 # A room imports from the rooms before it in this table, and from itself (docs/design.md).
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
-    "utils": 2025,
+    "utils": 2055,
     "diffusion": 3400,
-    "models": 5110,
+    "models": 5135,
     "data": 6790,
     "inference": 1105,
     "evaluation": 3115,
-    "experiments": 2220,
+    "experiments": 2230,
     "training": 3975,
-    "config": 8120,
+    "config": 8150,
     "cli": 1970,
 }
 ROOMS = tuple(ROOM_LINES)

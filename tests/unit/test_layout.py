@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
     "utils": 2055,
-    "diffusion": 3400,
+    "diffusion": 3410,
     "models": 5135,
     "data": 6790,
     "inference": 1105,

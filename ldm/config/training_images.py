@@ -16,7 +16,7 @@ from ldm.config.pipeline import LoadedPipeline
 from ldm.config.registry import validate_component
 from ldm.config.search_path import list_group_options
 from ldm.data.dataset import TextImageDataset
-from ldm.data.image_decoding import read_image_size
+from ldm.data.image_decoding import TargetSize, read_image_size
 from ldm.data.scenes.datamodule import locate_scene_folders
 from ldm.data.scenes.world import WORLD_VERSION
 from ldm.data.shards.cache import ShardCache
@@ -35,7 +35,9 @@ SAMPLE_SELECTION_KEYS = ("min_size", "on_error", "frames", "caption_key", "capti
 FILTER_KEYS = ("val_where", "where")  # of validation, of training
 
 
-def open_run_images(loaded: LoadedPipeline, size: int) -> tuple[TextImageDataset, TextImageDataset]:
+def open_run_images(
+    loaded: LoadedPipeline, size: TargetSize
+) -> tuple[TextImageDataset, TextImageDataset]:
     """A run's validation images and its training images, as a validation reads them.
 
     Raises CheckpointError where the checkpoint names other code than ours, UsageError where the
@@ -112,7 +114,7 @@ def describe_run_data(loaded: LoadedPipeline) -> list[str]:
 
 def open_local_images(
     source: ShardSource,
-    size: int,
+    size: TargetSize,
     *,
     min_size: int | None = None,
     where: str | None = None,
@@ -146,7 +148,7 @@ def explain_missing_images() -> Iterator[None]:
 
 
 def open_real_images(
-    cfg: DictConfig, options: TextOptions, name: str, size: int
+    cfg: DictConfig, options: TextOptions, name: str, size: TargetSize
 ) -> TextImageDataset:
     """The images in the shards that `data` or `others` names, as a validation reads them."""
     return TextImageDataset(open_real_shards(cfg, options, name), size=size, seed=0, train=False)

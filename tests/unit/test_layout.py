@@ -12,16 +12,16 @@ ROOT = Path(__file__).parents[2]
 # A room imports from the rooms before it in this table, and from itself (docs/design.md).
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
-    "utils": 1995,
-    "diffusion": 3380,
-    "models": 5101,
-    "data": 6400,
-    "inference": 880,
+    "utils": 2055,
+    "diffusion": 3400,
+    "models": 5135,
+    "data": 6790,
+    "inference": 1105,
     "evaluation": 3115,
-    "experiments": 2220,
-    "training": 3830,
-    "config": 7180,
-    "cli": 1920,
+    "experiments": 2230,
+    "training": 3975,
+    "config": 8150,
+    "cli": 1970,
 }
 ROOMS = tuple(ROOM_LINES)
 FILES = [*ROOT.glob("ldm/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]

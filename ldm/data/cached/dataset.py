@@ -85,7 +85,7 @@ class CachedDataset(Dataset):
 
     Caption and flip are drawn as by `TextImageDataset`, from the captions of the cache; all samples
     of a batch have one size. flip: needs a cache with flips. images: real images of the same kind
-    for evaluations; None: there are none here.
+    for evaluations; None: there are none here. epoch_length: see `TextImageDataset`.
     on_error: for a damaged sample "stop" raises CacheError, "skip" uses the next sound one of the
     batch's size, or raises TooManySkippedError if there is none.
     """
@@ -97,6 +97,7 @@ class CachedDataset(Dataset):
     flip: float = 0.0
     on_error: Literal["stop", "skip"] = "stop"
     images: TextImageDataset | None = None
+    epoch_length: int | None = None
     tensor_name: ClassVar[str] = "rows"
     _damaged: dict[int, BadSample] = field(default_factory=dict, init=False)  # not tried again
     _plans: dict[tuple, CopyPlan] = field(default_factory=dict, init=False)
@@ -192,6 +193,7 @@ class CachedDataset(Dataset):
     ) -> CachedItem:
         """Reads this sample into its row, or the next sound one of the same grid."""
         count, flip = self._count, self._draw_flip(position)
+        epoch = position // (self.epoch_length or count)
         problems: list[BadSample] = []
         for i in range(index, index + min(count, _MAX_TRIES)):
             i %= count
@@ -200,7 +202,7 @@ class CachedDataset(Dataset):
             problem = self._damaged.get(i)
             if problem is None:
                 try:
-                    caption = self._read(i, position // count, flip, grid, row)
+                    caption = self._read(i, epoch, flip, grid, row)
                     return CachedItem(caption, position, self.shards.index.key(i), problems[:1])
                 except CacheError as error:
                     problem = self._note_damage(i, error)

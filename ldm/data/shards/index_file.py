@@ -70,6 +70,11 @@ class ShardIndex:
         """Returns (offset, size) in bytes of sample i's image, txt and json; (0, 0) if absent."""
         return [(block * BLOCKSIZE, size) for block, size in self.members[i].tolist()]
 
+    def set_sizes(self) -> list[int]:
+        """Returns the number of samples in each of several data sets."""
+        ends = np.searchsorted(self.shard, np.cumsum(self.data_sets))
+        return np.diff(ends, prepend=0).tolist()
+
     def shard_sizes(self) -> list[int]:
         """Returns the number of samples in each of the S shards."""
         return np.bincount(self.shard, minlength=len(self.paths)).tolist()

@@ -22,6 +22,7 @@ from ldm.config.published import is_foreign_pipeline, is_published, open_publish
 from ldm.config.training_images import open_run_images
 from ldm.diffusion.tasks.inpainting import Inpainting
 from ldm.utils.errors import UsageError
+from ldm.utils.hashing import hash_module
 
 WRITERS = {
     "sd1": folders.write_sd1,
@@ -144,7 +145,8 @@ def test_what_a_folder_is_comes_from_its_files(written):
     assert source.config.model.heads == [2, 4]
     assert source.config.data.size == folders.SIDE
     assert source.step == 0
-    assert source.digests.keys() == {"autoencoder", "text_encoder"}
+    built = ldm.load(written["sd2"]).pipeline.components
+    assert source.hash_frozen("autoencoder") == hash_module(built.autoencoder)
 
 
 @pytest.mark.parametrize(
@@ -201,10 +203,21 @@ def test_parts_that_change_no_weights_are_left_out_with_a_word(sd1, capsys):
     [line] = capsys.readouterr().err.splitlines()
     assert "left out: safety_checker" in line
     assert "the sampler is the folder's (sampler=pndm" in line
-    assert "guidance.scale=2.0 is the default" in line
+    assert "guidance.scale=7.5 is that of its pipeline in diffusers" in line
     ldm.load(sd1, "sampler=ddim", "guidance.scale=7")
     line = capsys.readouterr().err
     assert "the sampler is the command's, the guidance is the command's, guidance.scale=7" in line
+
+
+def test_the_guidance_scale_is_that_of_the_pipeline_of_diffusers(written, sd1):
+    assert ldm.load(written["sdxl"]).settings["guidance"]["scale"] == 5
+    assert ldm.load(written["inpainting"]).settings["guidance"]["scale"] == 7.5
+    change_index(sd1, _ldm_guidance_scale=2.0)
+    assert ldm.load(sd1).settings["guidance"]["scale"] == 2
+    assert ldm.load(sd1, "guidance=none").settings["guidance"]["scale"] == 1
+    change_index(sd1, _ldm_guidance_scale="much")
+    with pytest.raises(UsageError, match="_ldm_guidance_scale=much is no number"):
+        ldm.load(sd1)
 
 
 def test_half_precision_files_and_shards_are_found(written, tmp_path):

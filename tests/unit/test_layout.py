@@ -15,13 +15,13 @@ ROOM_LINES = {
     "utils": 2055,
     "diffusion": 3400,
     "models": 5135,
-    "data": 6790,
+    "data": 7060,
     "inference": 1105,
-    "evaluation": 3115,
+    "evaluation": 3400,
     "experiments": 2230,
     "training": 3975,
-    "config": 8150,
-    "cli": 1970,
+    "config": 8265,
+    "cli": 2190,
 }
 ROOMS = tuple(ROOM_LINES)
 FILES = [*ROOT.glob("ldm/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]

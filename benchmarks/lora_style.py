@@ -30,6 +30,7 @@ from ldm.data.scenes.world import STYLES, SYNONYMS, Scene, caption, sample_scene
 from ldm.data.shards.reader import write_shard
 from ldm.evaluation.metrics.intervals import wilson_interval
 from ldm.evaluation.scenes.reader import SCENE_ATTRIBUTES, match_scene, read_scenes
+from ldm.inference.pipeline import Pipeline
 from ldm.utils.images import to_uint8
 
 STYLE, SIZE = "checked", 64
@@ -62,18 +63,24 @@ def write_pictures(folder: Path, count: int, first: int, word: str) -> Path:
     return folder
 
 
-def measure(pipe, scenes: list[Scene], prompts: list[str], steps: int, batch: int) -> dict:
-    """Returns the shares of pictures that show the style, the rest, and each attribute."""
+def measure(
+    pipeline: Pipeline, scenes: list[Scene], prompts: list[str], steps: int, batch: int
+) -> tuple[dict, np.ndarray]:
+    """Returns the shares of pictures that show the style, the rest, and each attribute.
+
+    Then whether the rest is right in each.
+    """
     readings = []
     for i in range(0, len(prompts), batch):
         seeds = range(i, min(i + batch, len(prompts)))
-        images = pipe.pipeline(prompts[i : i + batch], seeds=seeds, size=SIZE, steps=steps)
+        images = pipeline(prompts[i : i + batch], seeds=seeds, size=SIZE, steps=steps)
         readings += read_scenes(to_uint8(images), styles=(*STYLES, STYLE))
     rows = np.array([match_scene(r, s) for r, s in zip(readings, scenes, strict=True)])
     found = dict(zip(("all", *SCENE_ATTRIBUTES), rows.mean(axis=0).tolist(), strict=True))
-    found["rest"] = float(rows[:, 1:-1].all(axis=1).mean())  # the style is the last
+    rest = rows[:, 1:-1].all(axis=1)  # the style is the last
+    found["rest"] = float(rest.mean())
     intervals = {f"{k}_interval": wilson_interval(found[k], len(rows)) for k in ("style", "rest")}
-    return found | intervals
+    return found | intervals, rest
 
 
 def main(words: list[str] | None = None) -> None:
@@ -86,10 +93,13 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=200)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--targets", default="all")
-    parser.add_argument("--steps", type=int, default=300, help="of training")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--train-batch", type=int, default=32, help="pictures of a step")
-    parser.add_argument("--count", type=int, default=125, help="held-out prompts")
+    parser.add_argument("--word", default=WORD, help="of the style, in captions and prompts")
+    parser.add_argument("--steps", type=int, default=500, help="of training")
+    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--train-batch", type=int, default=16, help="pictures of a step")
+    parser.add_argument("--seed", type=int, default=0, help="of training")
+    parser.add_argument("--count", type=int, default=250, help="held-out prompts")
+    parser.add_argument("--guidance", type=float, default=1.5, help="scale, in all four ways")
     parser.add_argument("--sampling", type=int, default=15, help="steps")
     parser.add_argument("--batch", type=int, default=25, help="pictures at a time")
     args = parser.parse_args(words)
@@ -97,18 +107,13 @@ def main(words: list[str] | None = None) -> None:
     train = write_pictures(place / "checked", args.pictures, FIRST_SCENE, args.word)
     val = write_pictures(place / "checked_val", 16, 2 * FIRST_SCENE, args.word)
     name = args.out.stem
-    given = [f"name={name}", f"init={Path(args.base).resolve()}", f"lora.rank={args.rank}"]
-    given += [f"lora.targets={args.targets}", "data=shards", f"data.train={train}"]
-    given += [
-        f"data.val={val}",
-        f"data.size={SIZE}",
-        f"data.batch_size={args.train_batch}",
-        "data.flip=0",
-        "data.workers=0",
-    ]
-    given += [f"trainer.max_steps={args.steps}", f"trainer.val_check_interval={args.steps}"]
+    given = [f"name={name}", f"seed={args.seed}", f"init={Path(args.base).resolve()}"]
+    given += [f"lora.rank={args.rank}", f"lora.targets={args.targets}", "ema_decay=0.98"]
+    given += ["data=shards", f"data.train={train}", f"data.val={val}", f"data.size={SIZE}"]
+    given += [f"data.batch_size={args.train_batch}", "data.flip=0", "data.workers=0"]
     given += [f"optimizer.lr={args.lr}", "optimizer.warmup=20", "eval=none", "samples.n=0"]
-    given += ["ema_decay=0.98", "logger=csv", "checkpoint.keep_best=0", "validate_first=false"]
+    given += [f"trainer.max_steps={args.steps}", f"trainer.val_check_interval={args.steps}"]
+    given += ["logger=csv", "checkpoint.keep_best=0", "validate_first=false"]
     subprocess.run([sys.executable, str(TRAIN), *given], cwd=place, check=True)
     file = place / "runs" / name / "lora.safetensors"
 
@@ -117,16 +122,20 @@ def main(words: list[str] | None = None) -> None:
         scene, rng = sample_scene(i, split="val")
         known.append((scene, caption(scene, rng)))
         checked.append(sample_checked(i, "val", args.word)[:2])
-    base, adapted = ldm.load(args.base), ldm.load(args.base, lora=[str(file)])
+    scale = f"guidance.scale={args.guidance}"
+    base, adapted = (ldm.load(args.base, scale, lora=files).pipeline for files in ([], [str(file)]))
     results = {"settings": {k: str(v) for k, v in vars(args).items()}, "bytes": file.stat().st_size}
     ways = {"base": (base, known), "the word alone": (base, checked)}
     ways |= {"new style": (adapted, checked), "others": (adapted, known)}
-    for way, (pipe, cases) in ways.items():
+    right = {}
+    for way, (pipeline, cases) in ways.items():
         scenes, prompts = map(list, zip(*cases, strict=True))
-        results[way] = found = measure(pipe, scenes, prompts, args.sampling, args.batch)
+        found, right[way] = measure(pipeline, scenes, prompts, args.sampling, args.batch)
+        results[way] = found
         print(f"{way}: style {found['style']:.3f}, rest {found['rest']:.3f}", flush=True)
-    kept = results["new style"]["rest"] / max(results["base"]["rest"], 1e-9)
-    results["kept"] = kept
+    # Of the scenes whose rest the base paints right, in a style of its own.
+    results["kept"] = kept = float(right["new style"][right["base"]].mean())
+    results["kept_interval"] = wilson_interval(kept, int(right["base"].sum()))
     print(f"style right {results['new style']['style']:.3f}; rest kept {kept:.3f} of the base's")
     args.out.write_text(json.dumps(results, indent=1) + "\n")
 

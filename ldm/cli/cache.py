@@ -14,10 +14,14 @@ CACHE_TEXT_OPTIONS = ("data", "out", "ckpt", "where")
 FROZEN_SETTINGS = ("autoencoder", "text_encoder")
 
 
-@command("cache", texts=CACHE_TEXT_OPTIONS, read=lambda words: {"words": words}, resumable=True)
-def main(cfg: DictConfig, options: TextOptions, *, words: list[str]) -> None:
+def cache_data_set(cfg: DictConfig, options: TextOptions, *, words: list[str]) -> None:
     """Encodes the images and captions of shards, or verifies what was encoded."""
     check_cache_options(options, words, verify=cfg.verify)
+    if cfg.captions is not None and not isinstance(cfg.captions, DictConfig):
+        raise UsageError(
+            f"captions={cfg.captions}: captions weighs keys of the json; give max_captions=N for "
+            "so many captions of an image"
+        )
 
     from ldm.config.cache_verification import verify_cache  # torch
     from ldm.config.caching import write_cache
@@ -50,6 +54,10 @@ def check_cache_options(options: TextOptions, words: list[str], *, verify: bool)
                 f"{typed[0]}: ckpt={options['ckpt']} has its own; leave one of them out"
             )
 
+
+main = command(
+    "cache", texts=CACHE_TEXT_OPTIONS, read=lambda words: {"words": words}, resumable=True
+)(cache_data_set)
 
 if __name__ == "__main__":
     main()

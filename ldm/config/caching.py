@@ -3,9 +3,10 @@
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -19,6 +20,8 @@ from ldm.config.published import open_checkpoint
 from ldm.config.sample_options import print_on_first_rank, select_device
 from ldm.config.trust import list_trusted_packages
 from ldm.data.bad_samples import format_skip_counts
+from ldm.data.bucket_choice import choose_buckets, get_target_sizes
+from ldm.data.buckets import Buckets
 from ldm.data.cached.format import DTYPE_BY_NAME
 from ldm.data.cached.manifest import Manifest
 from ldm.data.cached.source import CacheSource
@@ -31,6 +34,7 @@ from ldm.data.cached.writer import (
 )
 from ldm.data.dataset import TextImageDataset
 from ldm.data.image_decoding import read_image_size
+from ldm.data.pixel_area import compute_square_side, parse_pixels
 from ldm.data.shards.cache import ShardCache
 from ldm.data.shards.index import ReadOptions
 from ldm.data.shards.reader import ShardReader
@@ -41,7 +45,8 @@ from ldm.utils.errors import UsageError
 from ldm.utils.hashing import hash_module
 from ldm.utils.text import get_progress_interval
 
-PIXELS_VERSION = "square-1"  # of `read_box`, cut to squares at the centre
+PIXELS_VERSION = "square-1"  # of `read_box` at the centre, of squares
+BUCKETS_VERSION = "box-1"  # of `read_box` at the centre, of other sizes
 TAR_BYTES = 2560  # of a sample in a shard besides its tensors: two headers, padding, the record
 # The settings that choose the samples and captions of the source.
 READING_SETTINGS = ("min_size", "caption_key", "captions", "on_error")
@@ -51,16 +56,24 @@ Posterior = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 def write_cache(cfg: DictConfig, options: TextOptions) -> tuple[CacheSource, CacheEncoder]:
     """Writes what is missing of the cache `out`, and returns what it was made with."""
     out, device = Path(require_option(options, "out")), choose_cache_device(cfg.device)
-    images = open_cache_images(cfg, options)
+    autoencoder, text_encoder, parts = build_cache_encoders(cfg, options, device)
+    images, buckets = open_cache_images(cfg, options, autoencoder.factor)
     source = CacheSource(images, cfg.max_captions)
-    autoencoder, text_encoder, nodes = build_cache_encoders(cfg, options, device)
-    parts = {"autoencoder": autoencoder, "text_encoder": text_encoder, "nodes": nodes}
-    encoder, null = build_cache_encoder(cfg, options, source, **parts, device=device)
+    encoder, null = build_cache_encoder(cfg, source, autoencoder, text_encoder, device)
+    facts = {
+        "reading": list_reading_settings(cfg, options),
+        "parts": OmegaConf.to_container(parts, resolve=True),
+        "buckets": buckets and [list(size) for size in buckets.sizes],
+        "pixels": BUCKETS_VERSION if buckets else PIXELS_VERSION,
+    }
+    encoder = replace(encoder, manifest=replace(encoder.manifest, **facts))
     shards = plan_cache_shards(out, images.shards.index)
     claim_cache_folder(out, encoder.manifest, null)
     is_first = get_launcher_rank() == 0
     if is_first:
         print(format_cache_estimate(out, encoder, source), flush=True)
+        if buckets:
+            print(buckets.describe(), flush=True)
     with tqdm(
         total=len(source),
         desc="Encoding",
@@ -99,18 +112,46 @@ def get_launcher_world() -> int:
     return max(1, int(next((os.environ[name] for name in names if name in os.environ), 1)))
 
 
-def open_cache_images(cfg: DictConfig, options: TextOptions) -> TextImageDataset:
-    """The images of `data`, as validations during a training read them."""
+def open_cache_images(
+    cfg: DictConfig, options: TextOptions, factor: int
+) -> tuple[TextImageDataset, Buckets | None]:
+    """The images of `data`, as validations during a training read them, and their buckets."""
     place = require_option(options, "data")
     is_list = place.startswith("[") and place.endswith("]")
-    parts = [part.strip() for part in place[1:-1].split(",")] if is_list else place
-    reading = list_reading_settings(cfg, options)
+    places = [part.strip() for part in place[1:-1].split(",")] if is_list else place
     cache = ShardCache(cfg.cache, gigabytes=cfg.cache_gb) if cfg.cache else None
-    shards = ShardReader(parts, ReadOptions(**reading, cache=cache))
-    size = cfg.size or find_common_size(shards)
-    return TextImageDataset(
+    reading, has_buckets = list_reading_settings(cfg, options), cfg.buckets is not None
+    shards = ShardReader(places, ReadOptions(**reading, measure=has_buckets, cache=cache))
+    pixels = cfg.pixels or (cfg.size and cfg.size**2)
+    if has_buckets and cfg.buckets == "auto" and pixels is None:
+        raise UsageError("buckets=auto needs the area of the images: give pixels=512*512")
+    size = cfg.size or (has_buckets and compute_square_side(cfg.pixels, cfg.buckets))
+    size = size or find_common_size(shards)
+    images = TextImageDataset(
         shards, size=size, seed=0, train=False, fast_pixels=True, gives_sizes=True
     )
+    if not has_buckets:
+        if cfg.pixels is not None:
+            raise UsageError(f"pixels={cfg.pixels} is for buckets: add buckets=auto, or give size=")
+        return images, None
+    sizes = None if cfg.buckets == "auto" else OmegaConf.to_container(cfg.buckets)
+    if wrong := [pair for pair in sizes or () if pair[0] % factor or pair[1] % factor]:
+        raise UsageError(
+            f"buckets has {wrong[0]}: sides are multiples of {factor}, the autoencoder's factor"
+        )
+    area = {
+        "pixels": parse_pixels(pixels or size**2),
+        "grid": cfg.grid or choose_grid(size, factor),
+    }
+    known = shards.index.sizes
+    buckets, _ = choose_buckets(known, known[:0], sizes, **area, batch=cfg.batch)
+    return replace(images, target_sizes=get_target_sizes(buckets)), buckets
+
+
+def choose_grid(side: int, factor: int) -> int:
+    """The multiple of the sides of buckets: eight times the factor, less for small images."""
+    steps = min(8, max(1, side // (4 * factor)))
+    return factor * 2 ** (steps.bit_length() - 1)
 
 
 def list_reading_settings(cfg: DictConfig, options: TextOptions) -> dict:
@@ -133,20 +174,19 @@ def find_common_size(shards: ShardReader) -> int:
 
 def build_cache_encoders(
     cfg: DictConfig, options: TextOptions, device: torch.device
-) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
-    """The autoencoder and the text encoder of `ckpt`, or of the groups, and their settings."""
-    parts = cfg
+) -> tuple[nn.Module, nn.Module, DictConfig]:
+    """Autoencoder and text encoder of `ckpt`, or of the groups without one, and their settings."""
+    loaded = None
     if options["ckpt"]:
         loaded = open_checkpoint(options["ckpt"], trust=list_trusted_packages(cfg))
-        parts = loaded.config
+    parts = loaded.config if loaded else cfg
     with explain_moved_component(parts):
-        autoencoder, text_encoder = build_frozen_encoders(parts)
-    if options["ckpt"]:
-        loaded.check_frozen({"autoencoder": autoencoder, "text_encoder": text_encoder})
-    for part in (autoencoder, text_encoder):
+        encoders = build_frozen_encoders(parts)
+    if loaded:
+        loaded.check_frozen(dict(zip(FROZEN_GROUPS, encoders, strict=True)))
+    for part in encoders:
         part.to(device).requires_grad_(False)
-    nodes = {name: OmegaConf.to_container(parts[name], resolve=True) for name in FROZEN_GROUPS}
-    return autoencoder, text_encoder, nodes
+    return *encoders, OmegaConf.masked_copy(parts, list(FROZEN_GROUPS))
 
 
 def find_posterior(autoencoder: nn.Module) -> tuple[Posterior, Tensor, Tensor]:
@@ -166,23 +206,21 @@ def find_posterior(autoencoder: nn.Module) -> tuple[Posterior, Tensor, Tensor]:
 
 def build_cache_encoder(
     cfg: DictConfig,
-    options: TextOptions,
     source: CacheSource,
     autoencoder: nn.Module,
     text_encoder: TextEncoder,
-    nodes: dict[str, Any],
     device: torch.device,
 ) -> tuple[CacheEncoder, dict[str, Tensor]]:
     """The encoder, with the manifest of its cache, and the parts of the null condition."""
     posterior, shift, scale = find_posterior(autoencoder)
     size, factor = source.images.size, autoencoder.factor
-    if size % factor:
+    if source.images.target_sizes is None and size % factor:
         below = size // factor * factor
         raise UsageError(
             f"size={size} is no multiple of {factor}, the autoencoder's factor: give "
             f"size={below or factor} or {below + factor}"
         )
-    probe = torch.zeros(1, 3, size, size, device=device)
+    probe = torch.zeros(1, 3, 8 * factor, 8 * factor, device=device)
     with torch.inference_mode():
         if cfg.posterior == "moments" and posterior(probe)[1] is None:
             raise UsageError(
@@ -210,8 +248,6 @@ def build_cache_encoder(
         text_width=text_encoder.width or None,
         pooled_width=text_encoder.pooled_width or None,
         max_length=text_encoder.max_length or None,
-        reading=list_reading_settings(cfg, options),
-        parts=nodes,
     )
     encoder = CacheEncoder(posterior, text_encoder, manifest, device=device, batch=cfg.batch)
     return encoder, encoder.encode_null()
@@ -248,7 +284,7 @@ def format_cache_report(out: Path, manifest: Manifest, shards: list[CacheShard])
     size = sum(shard.tar.stat().st_size for shard in shards)
     line = f"{manifest.samples} samples in {out}, {format_bytes(size)}"
     if manifest.skipped:
-        reasons = format_skip_counts(manifest.skipped)
+        reasons = format_skip_counts(Counter(manifest.skipped))
         line += (
             f"; left out: {reasons}, listed in {out}/*_stats.json: the order of a training differs "
             "from that of the images"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import IntervalSweep, Override, QuotedString
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -128,6 +128,7 @@ def iterate_sweep_values(
         else:
             values = override.sweep_iterator()
         for value in values:
+            value = value.text if isinstance(value, QuotedString) else value
             yield key, value, OmegaConf.select(config, key)
 
 

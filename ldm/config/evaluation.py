@@ -29,6 +29,7 @@ from ldm.config.training_images import (
     open_run_images,
 )
 from ldm.data.dataset import TextImageDataset
+from ldm.data.image_decoding import TargetSize, describe_size
 from ldm.evaluation.distributed import ProcessGroup
 from ldm.evaluation.external import DiffusersPipeline, ImageFolder
 from ldm.evaluation.features.base import FeatureExtractor
@@ -36,6 +37,7 @@ from ldm.evaluation.prompt_subset import PromptSubset
 from ldm.evaluation.protocol import EvaluationProtocol, TooFewImagesError, select_prompt_subset
 from ldm.evaluation.scenes.accuracy import ScenePromptAccuracy
 from ldm.experiments.run_dir import find_run_of_checkpoint, get_launcher_layout
+from ldm.inference.image_size import format_image_size, simplify_image_size
 from ldm.models.text.cached import CachedTextEncoder
 from ldm.utils.bundle_file import read_weights_digest
 from ldm.utils.errors import UsageError
@@ -118,9 +120,14 @@ def build_run_source(
     cfg = OmegaConf.merge(cfg, {"device": str(device)})
     loaded = load_pipeline(cfg, options["ckpt"], options)
     check_text_to_image(loaded, "measuring")
-    size = cfg.size or loaded.size
+    size = simplify_image_size(cfg.size) or loaded.size
     drawn = loaded.data.get("_target_") == SCENES_TARGET
     scenes = build_scene_accuracy(cfg) if cfg.scenes or (cfg.scenes is None and drawn) else None
+    if scenes is not None and not isinstance(size, int):
+        raise UsageError(
+            f"size={format_image_size(size)}: scenes are read in squares alone: give scenes=false, "
+            "or one number"
+        )
     quality = real = others = None
     is_published = loaded.data.get("_target_") is None  # it names no images
     if options["data"] is None and (networks or cfg.metrics) and not is_published:
@@ -177,7 +184,7 @@ def build_diffusers_source(
 ) -> EvaluationSource:
     """A pipeline of diffusers: its own sampler, our steps, guidance scale, prompts and seeds."""
     pipeline = DiffusersPipeline(place := resolve_path(options["ckpt"]), device)
-    if (size := cfg.size or pipeline.size) is None:
+    if (size := simplify_image_size(cfg.size) or pipeline.size) is None:
         raise UsageError(f"'{place}' does not say at which size it generates images: give size=...")
 
     def generate(cfg: DictConfig) -> PromptsToImages:
@@ -207,7 +214,7 @@ def build_folder_source(
     """Image files, with captions of their own or, in order of name, those of `subset`."""
     usual_size = partial(find_real_size, cfg, options, "data")
     place = resolve_path(options["images"])
-    images = ImageFolder(place, size=cfg.size, usual_size=usual_size)
+    images = ImageFolder(place, size=simplify_image_size(cfg.size), usual_size=usual_size)
     real = open_real_images(cfg, options, "data", images.size)
     if options["subset"] is None:
         names = [path.name for path in images.paths]
@@ -242,13 +249,14 @@ def build_folder_source(
         scenes=None,
         quality=quality,
         generate=lambda cfg: read,
-        facts=lambda cfg: {**facts, "settings": {"size": images.size}},
+        facts=lambda cfg: {**facts, "settings": {"size": describe_size(images.size)}},
     )
 
 
-def collect_common_settings(cfg: DictConfig, size: int) -> dict:
+def collect_common_settings(cfg: DictConfig, size: TargetSize) -> dict:
     """The settings that results record of every generator."""
-    return {"count": cfg.count, "seed": cfg.seed, "steps": cfg.steps, "size": size}
+    sides = describe_size(size)
+    return {"count": cfg.count, "seed": cfg.seed, "steps": cfg.steps, "size": sides}
 
 
 def build_scene_accuracy(cfg: DictConfig) -> ScenePromptAccuracy:
@@ -261,7 +269,7 @@ def build_quality(
     options: TextOptions,
     networks: Sequence[FeatureExtractor],
     *,
-    size: int,
+    size: TargetSize,
     real: TextImageDataset | None = None,
     others: TextImageDataset | None = None,
     subset: PromptSubset | None = None,

@@ -79,6 +79,7 @@ def load_pipeline(
         build_guidance(cfg.guidance, components, device=device, trust=trust),
         dtype=choose_autocast_dtype(cfg.get("dtype"), trained.trainer.get("precision"), device),
         trained_size=trained.data.size,
+        has_buckets=trained.data.get("buckets") is not None,
         num_frames=frames and (cfg.get("frames") or frames),
         decode_tile=cfg.get("decode_tile"),
         rng=trained.rng,

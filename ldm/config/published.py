@@ -82,8 +82,9 @@ def is_of_model(place: str, init: str) -> bool:
     """Whether a path lies in a published model, or in the folder that a file was converted to."""
     cache = os.fspath(CONVERSION_CACHE.absolute() / "original")
     converted = rf"{re.escape(cache)}/{re.escape(Path(init).stem[:100])}-[0-9a-f]{{16}}(/.*)?"
+    downloaded = f"models--{init}".replace("/", "--")
     is_inside = Path(place).is_relative_to(resolve_path(init))
-    return is_inside or re.fullmatch(converted, place) is not None
+    return is_inside or re.fullmatch(converted, place) is not None or downloaded in place.split("/")
 
 
 def is_hub_name(location: str) -> bool:
@@ -244,8 +245,9 @@ def check_no_part(folder: Path, *, name: str) -> None:
         return
     if (folder / "config.json").is_file():
         raise UsageError(
-            f"{name}={folder} is one network, and no pipeline: give the folder above it, with "
-            f"{PIPELINE_FILE}; an autoencoder alone is for autoencoder.path=FOLDER"
+            f"{name}={folder} is one network, and no pipeline: give the folder above it, "
+            f"{name}={folder.parent}, with {PIPELINE_FILE}; an autoencoder alone is for "
+            "autoencoder.path=FOLDER"
         )
     if (folder / "unet" / "config.json").is_file():
         raise UsageError(

@@ -90,7 +90,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (STEPS, "batch, eval.batch, data.batch_size, data.val_batch_size"),
     ((STEPS, NULL), "sampler.original_steps"),
     (integers("[1, 10000]"), "frames, data.frames, samples_per_shard, hydra.n_jobs"),
-    (integers("[0, 1000]"), "previews, samples.n, data.workers, sampler.offset"),
+    (integers("[0, 1000]"), "previews, samples.n, data.workers, cache workers, sampler.offset"),
     (integers("[1, 1000]"), "workers, task.rounds"),
     (integers("[1, 100]"), "quality"),
     (integers("[1, 3]"), "sampler.order"),
@@ -111,7 +111,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (integers("[1, 65536]"), "lora.rank"),
     (NumberRule("(0, 1000000]"), "lora.alpha"),
     # Sizes of images and networks.
-    (SIDE, "size, data.size, min_size, data.min_size, clip.patch_size, model.size_factor"),
+    (SIDE, "size, grid, data.size, min_size, data.min_size, clip.patch_size, model.size_factor"),
     ((SIDE, ListRule(SIDE, [2])), "sample size, evaluate size"),
     (
         (ExactRule("auto"), ListRule(ListRule(SIDE, [2]), range(1, 1025)), NULL),
@@ -171,6 +171,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (NumberRule("[0, 1000]"), "scheduler.offset"),
     (NumberRule("(0, 1000]"), "fps"),
     (NumberRule("(0, 100]"), "min_score"),
+    (NumberRule("[-1, 1]"), "prepare threshold"),
     # Guidance: 1 is none or Bayes' rule, below 0 is away from the prompt.
     (NumberRule("[-1000000, 1000000]"), "guidance.scale, guidance.style_scale"),
     (NumberRule("[-1000000, 1000000]"), "guidance.parallel, cascade_guidance_scale"),
@@ -220,7 +221,7 @@ def _describe_filter_problem(key: str, value: object) -> str:
     try:
         SampleFilter(value)
     except UsageError as error:
-        return f"{key}: {error}"
+        return f"{key}{str(error).removeprefix('where')}"
     return ""
 
 

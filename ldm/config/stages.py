@@ -6,7 +6,6 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
-from torch.utils.data import default_collate
 
 from ldm.config.components import build_frozen_encoders
 from ldm.config.guidance import build_noisy_classifier
@@ -30,14 +29,14 @@ def build_autoencoder_training(cfg: DictConfig, data: TextImageData, run_dir: Pa
     items = [data.val_set[i, i] for i in range(min(cfg.samples.n, len(data.val_set)))]
     if not items:
         return module, [], {}
-    originals = default_collate([item["images"] for item in items]).float() / 127.5 - 1
+    originals = [item["images"].float() / 127.5 - 1 for item in items]  # of several sizes
 
     def draw() -> tuple[Image.Image, dict]:
         with torch.no_grad():
-            decoded = trained.decode(trained.encode(originals.to(module.device)))
-        both = torch.cat([originals, decoded.cpu().clamp(-1, 1)])
+            latents = [trained.encode(each[None].to(module.device)) for each in originals]
+            decoded = [trained.decode(each)[0].cpu().clamp(-1, 1) for each in latents]
         facts = {"keys": [item["key"] for item in items]}
-        return make_image_grid(both, columns=len(originals)), facts
+        return make_image_grid([*originals, *decoded], columns=len(originals)), facts
 
     return module, [SampleImages(run_dir / "samples", draw)], {}
 

@@ -17,7 +17,7 @@ from ldm.config.pipeline import LoadedPipeline
 from ldm.config.registry import validate_component
 from ldm.config.search_path import list_group_options
 from ldm.data.dataset import TextImageDataset
-from ldm.data.image_decoding import read_image_size
+from ldm.data.image_decoding import TargetSize, read_image_size
 from ldm.data.scenes.datamodule import locate_scene_folders
 from ldm.data.scenes.world import WORLD_VERSION
 from ldm.data.shards.cache import ShardCache
@@ -25,6 +25,7 @@ from ldm.data.shards.data_sets import list_locations
 from ldm.data.shards.index import ReadOptions
 from ldm.data.shards.locations import ShardSource, is_url, redact_source
 from ldm.data.shards.reader import ShardReader
+from ldm.experiments.model_card import shorten_place
 from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.errors import UsageError
 from ldm.utils.files import resolve_path
@@ -36,7 +37,9 @@ SAMPLE_SELECTION_KEYS = ("min_size", "on_error", "frames", "caption_key", "capti
 FILTER_KEYS = ("val_where", "where")  # of validation, of training
 
 
-def open_run_images(loaded: LoadedPipeline, size: int) -> tuple[TextImageDataset, TextImageDataset]:
+def open_run_images(
+    loaded: LoadedPipeline, size: TargetSize
+) -> tuple[TextImageDataset, TextImageDataset]:
     """A run's validation images and its training images, as a validation reads them.
 
     Raises CheckpointError where the checkpoint names other code than ours, UsageError where the
@@ -103,7 +106,11 @@ def describe_run_data(loaded: LoadedPipeline) -> list[str]:
     if data._target_ == SCENES_TARGET:
         lines = [f"drawn scenes, version {WORLD_VERSION}, {data.count} for training"]
     else:
-        lines = [f"{data.get('train')}, for training"]
+        train = data.get("train")
+        places = [train] if isinstance(train, str) else list(train or [])
+        places = [one if isinstance(one, str) else one["path"] for one in places]
+        places = [shorten_place(redact_source(one)) for one in places]
+        lines = [f"{', '.join(places) or 'images'}, for training"]
     try:
         val, train = open_run_images(loaded, loaded.size)
     except ValueError:
@@ -116,7 +123,7 @@ def describe_run_data(loaded: LoadedPipeline) -> list[str]:
 
 def open_local_images(
     source: ShardSource,
-    size: int,
+    size: TargetSize,
     *,
     min_size: int | None = None,
     where: str | None = None,
@@ -150,7 +157,7 @@ def explain_missing_images() -> Iterator[None]:
 
 
 def open_real_images(
-    cfg: DictConfig, options: TextOptions, name: str, size: int
+    cfg: DictConfig, options: TextOptions, name: str, size: TargetSize
 ) -> TextImageDataset:
     """The images in the shards that `data` or `others` names, as a validation reads them."""
     return TextImageDataset(open_real_shards(cfg, options, name), size=size, seed=0, train=False)

@@ -126,6 +126,11 @@ def get_sides(size: TargetSize) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
+def describe_size(size: TargetSize) -> int | list[int]:
+    """Returns a size as JSON has it."""
+    return size if isinstance(size, int) else list(size)
+
+
 class CropBox(NamedTuple):
     """A part of an image, in its pixels."""
 

@@ -1,4 +1,4 @@
-"""Images from elsewhere: a folder (n images, S their side), or a pipeline of diffusers."""
+"""Images from elsewhere: a folder (n images), or a pipeline of diffusers."""
 
 import inspect
 import json
@@ -12,7 +12,9 @@ from torch import Tensor
 from ldm.data.captions import clean_caption
 from ldm.data.image_decoding import (
     ImageError,
+    TargetSize,
     crop_and_resize,
+    get_sides,
     pil_to_tensor,
     read_image,
     read_image_bytes,
@@ -40,7 +42,7 @@ class ImageFolder:
         self,
         folder: Path,
         *,
-        size: int | None = None,
+        size: TargetSize | None = None,
         usual_size: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.folder = folder
@@ -71,7 +73,7 @@ class ImageFolder:
         return len(self.paths)
 
     def __call__(self, numbers: Sequence[int]) -> Tensor:
-        """Returns images (n, 3, S, S) in [-1, 1] by number; ImageError names a damaged file."""
+        """Returns images (n, 3, H, W) in [-1, 1] by number; ImageError names a damaged file."""
         return torch.stack([self._read_image(self.paths[n]) for n in numbers]) / 127.5 - 1
 
     def _read_image(self, path: Path) -> Tensor:
@@ -79,7 +81,7 @@ class ImageFolder:
             image = read_image(path)
         except ImageError as error:
             raise ImageError(f"'{path}': {error}") from error
-        is_sized = image.size == (self.size, self.size)
+        is_sized = image.size == get_sides(self.size)[::-1]
         return pil_to_tensor(image if is_sized else crop_and_resize(image, self.size)).float()
 
     def _read_captions(self) -> list[str] | None:
@@ -126,21 +128,28 @@ class DiffusersPipeline:
         }
 
     def __call__(
-        self, prompts: Sequence[str], *, seeds: Sequence[int], size: int, steps: int, scale: float
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        size: TargetSize,
+        steps: int,
+        scale: float,
     ) -> Tensor:
-        """Returns images (n, 3, S, S) in [-1, 1] on the CPU, each from its own seed.
+        """Returns images (n, 3, H, W) in [-1, 1] on the CPU, each from its own seed.
 
         scale: of the guidance; 1 is none.
         """
         if scale < 1:
             raise ValueError(f"guidance.scale={scale}: to pipelines of diffusers, 1 is none")
+        height, width = get_sides(size)
         with silence_transformers():  # about long prompts
             images = self.pipe(
                 prompt=list(prompts),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 num_inference_steps=steps,
-                height=size,
-                width=size,
+                height=height,
+                width=width,
                 output_type="pt",
                 **({"guidance_scale": scale} if self.guided else {}),
             ).images

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.dataset import TextImageDataset
+from ldm.data.image_decoding import TargetSize, describe_size
 from ldm.evaluation.distributed import ProcessGroup
 from ldm.evaluation.feature_table import IMAGE_ROWS, tabulate
 from ldm.evaluation.features.base import FeatureExtractor, select_caption_features
@@ -59,7 +60,7 @@ class EvaluationProtocol:
     perfect model. others: the reference, real images of the same kind, `at_most` of them. Without
     others the captions must be of one half of `dataset` (`select_prompt_subset`), and the reference
     is the other half: a reference with the images of the captions would lower all distances.
-    size: the side of all images, in pixels. has_captions: generated images depend on the captions.
+    size: of all images, in pixels. has_captions: generated images depend on the captions.
     metrics: those of a user's own, by name; with them there need not be networks.
     """
 
@@ -70,7 +71,7 @@ class EvaluationProtocol:
         dataset: TextImageDataset,
         others: TextImageDataset | None,
         subset: PromptSubset,
-        size: int,
+        size: TargetSize,
         cache: Path,
         at_most: int = 10_000,
         batch: int = 32,
@@ -183,7 +184,7 @@ class EvaluationProtocol:
             "floor": len(self.floor_indices),
             "data": self.subset.data,
             "compared": self.reference.shards.index.fingerprint,
-            "size": self.size,
+            "size": describe_size(self.size),
             "crop": "center",
             "first": choose_main_network(self.networks) if self.networks else None,
             "networks": {network.name: network.digest for network in self.networks},

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.dataset import TextImageDataset
+from ldm.data.image_decoding import TargetSize, describe_size, get_sides
 from ldm.evaluation.distributed import ProcessGroup
 from ldm.evaluation.feature_table import tabulate
 from ldm.evaluation.features.base import FeatureExtractor
@@ -31,7 +32,7 @@ def compute_real_features(
     dataset: TextImageDataset,
     indices: range,
     *,
-    size: int,
+    size: TargetSize,
     batch: int,
     cache: Path,
     device: torch.device,
@@ -59,7 +60,7 @@ def compute_real_features(
 
     def make(items: range) -> Mapping[str, Tensor]:
         images = torch.stack([dataset[order[i], order[i]]["images"] for i in items])
-        if images.shape[2:] != (size, size):
+        if images.shape[2:] != get_sides(size):
             raise ValueError(
                 f"the real images are {tuple(images.shape[2:])} pixels, those to compare "
                 f"them with {size}: give both in one size"
@@ -82,7 +83,7 @@ def compute_real_features(
 
 
 def describe_real_features(
-    network: FeatureExtractor, dataset: TextImageDataset, indices: range, *, size: int
+    network: FeatureExtractor, dataset: TextImageDataset, indices: range, *, size: TargetSize
 ) -> dict:
     """Returns all that features of real images depend on, as plain values."""
     return {
@@ -91,7 +92,7 @@ def describe_real_features(
         "network_digest": network.digest,
         "data": dataset.shards.index.fingerprint,
         "places": [indices.start, indices.stop],
-        "size": size,
+        "size": describe_size(size),
         "crop": "center",
     }
 

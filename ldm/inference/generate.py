@@ -70,22 +70,32 @@ def generate_task_examples(
 ) -> tuple[Image.Image, dict]:
     """A grid of images that a pipeline generates for prompts, and its facts.
 
-    A task that starts from an image starts from `dataset[i]` for prompt i; a row above shows it.
+    Prompt i has the size of `dataset[i]`. A task that starts from an image starts from that one; a
+    row above shows it.
     """
-    n, seeds, task = len(prompts), list(range(len(prompts))), pipeline.components.task
-    size, inputs = (pipeline.trained_size,) * 2, {}
-    if task.needs_image:
-        real = [dataset[i % len(dataset), i]["images"] for i in range(n)]
-        real = torch.stack(real).float() / 127.5 - 1  # (N, 3, H, W)
-        generators = make_generators(seed, seeds, stream="examples", rng=pipeline.rng)
-        inputs = task.example_inputs(real, generator=generators)
-    images = pipeline(prompts, seeds=seeds, size=size, steps=steps, **inputs).cpu()
-    facts = {"prompts": list(prompts), "seeds": seeds}
-    if images.ndim == 5:
+    n, task = len(prompts), pipeline.components.task
+    places = [i % len(dataset) for i in range(n)]
+    sizes = [(pipeline.trained_size,) * 2] * n
+    if dataset.target_sizes is not None:
+        sizes = [tuple(size) for size in dataset.target_sizes[places].tolist()]
+    above, images = {}, {}
+    for size in dict.fromkeys(sizes):
+        seeds, inputs = [i for i in range(n) if sizes[i] == size], {}
+        if task.needs_image:
+            real = torch.stack([dataset[places[i], i]["images"] for i in seeds])  # (., 3, H, W)
+            generators = make_generators(seed, seeds, stream="examples", rng=pipeline.rng)
+            inputs = task.example_inputs(real.float() / 127.5 - 1, generator=generators)
+            shown = F.interpolate(inputs["image"], size)
+            if "mask" in inputs:
+                shown = torch.where(inputs["mask"] > 0, 0.0, shown)
+            above |= zip(seeds, shown, strict=True)
+        texts = [prompts[i] for i in seeds]
+        made = pipeline(texts, seeds=seeds, size=size, steps=steps, **inputs).cpu()
+        images |= zip(seeds, made, strict=True)
+    facts = {"prompts": list(prompts), "seeds": list(range(n))}
+    images = [images[i] for i in range(n)]
+    if images[0].ndim == 4:
         return make_image_grid([join_frames(video) for video in images], columns=1), facts
-    if not inputs:
+    if not above:
         return make_image_grid(images), facts
-    above = F.interpolate(inputs["image"], size)
-    if "mask" in inputs:
-        above = torch.where(inputs["mask"] > 0, 0.0, above)
-    return make_image_grid(torch.cat([above, images]), columns=n), facts
+    return make_image_grid([*(above[i] for i in range(n)), *images], columns=n), facts

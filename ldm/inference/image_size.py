@@ -3,6 +3,14 @@
 from collections.abc import Sequence
 
 
+def simplify_image_size(size: int | Sequence[int] | None) -> int | tuple[int, int] | None:
+    """One number for a square, else height and width."""
+    if size is None or isinstance(size, int):
+        return size
+    height, width = size
+    return height if height == width else (height, width)
+
+
 def format_image_size(size: tuple[int, int]) -> str:
     """A size as a user writes it: one number for a square."""
     return str(size[0]) if size[0] == size[1] else f"[{size[0]},{size[1]}]"

@@ -35,6 +35,7 @@ class Pipeline:
     guidance: Guidance
     dtype: torch.dtype | None = None  # of autocast; None is float32
     trained_size: int | None = None  # pixels; a task with tiles generates tiles of that size
+    has_buckets: bool = False  # whether it was trained on images of other aspects, too
     num_frames: int | None = None  # of a video; None generates images
     decode_tile: int | None = None  # pixels; larger images are decoded in tiles of that side
     rng: str = "philox"  # or `torch`, for the images of former runs
@@ -121,7 +122,7 @@ class Pipeline:
                 on_step=on_step and (lambda i, x0_hat: on_step(i, start.to_latents(x0_hat))),
             )
             images = self.decode(start.to_latents(x0))
-            if mask is None:
+            if mask is None or not (start.restore or paste):
                 return images
             # Cells of the latent grid that the mask cuts through were generated as a whole.
             joined = torch.where(mask > 0, images, image)
@@ -151,10 +152,11 @@ class Pipeline:
             if line := format_overshoot_warning(self.sampler, schedule, steps, start=strength):
                 warnings.append(line)
         trained, has_tiles = self.trained_size, self.components.task.tile_overlap is not None
-        if trained and not has_tiles and size not in (None, (trained, trained)):
+        if trained and not has_tiles and size is not None and not self._is_like_trained(*size):
+            more = " squared" if self.has_buckets else ""
             warnings.append(
                 f"size={format_image_size(size)}: this run was trained on images of {trained} "
-                "pixels, and at another size shapes repeat or fall apart"
+                f"pixels{more}, and at another size shapes repeat or fall apart"
             )
         return warnings
 
@@ -231,6 +233,12 @@ class Pipeline:
             denoise = TiledDenoiser(denoise, side, round(side * task.tile_overlap))
         told = self._guidance_prompts(prompts), self.sampler.network_timestep
         return self.guidance(denoise, Conditioning(cond, uncond, *told))
+
+    def _is_like_trained(self, height: int, width: int) -> bool:
+        """Whether it was trained on images of this size, or with buckets, of about this area."""
+        if not self.has_buckets:
+            return height == width == self.trained_size
+        return 0.8 < height * width / self.trained_size**2 < 1.25
 
     def _guidance_prompts(self, prompts: Sequence[str]) -> GuidancePrompts:
         return GuidancePrompts(prompts, self.components.text_encoder, parse_prompt)

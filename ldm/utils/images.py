@@ -48,7 +48,10 @@ def to_pil(image: Tensor) -> Image.Image:
 def make_image_grid(
     images: Sequence[Tensor] | Tensor, *, columns: int | None = None, gap: int = 2
 ) -> Image.Image:
-    """Arranges n images (3, H, W) in [-1, 1] in a grid that is as square as possible."""
+    """Arranges n images (3, H, W) in [-1, 1] in a grid that is as square as possible.
+
+    Images of several sizes are in the middle of cells of the largest height and width.
+    """
     return _arrange([to_pil(image) for image in images], columns, gap)
 
 
@@ -87,14 +90,16 @@ def make_captioned_grid(
 
 
 def _arrange(images: Sequence[Image.Image], columns: int | None, gap: int) -> Image.Image:
-    n, (width, height) = len(images), images[0].size
+    n = len(images)
+    width, height = (max(image.size[side] for image in images) for side in (0, 1))
     columns = columns or _choose_columns(n)
     rows = math.ceil(n / columns)
     size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
     grid = Image.new("RGB", size, color="white")
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
-        grid.paste(image, (column * (width + gap), row * (height + gap)))
+        left, top = (width - image.width) // 2, (height - image.height) // 2
+        grid.paste(image, (column * (width + gap) + left, row * (height + gap) + top))
     return grid
 
 

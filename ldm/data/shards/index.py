@@ -115,7 +115,7 @@ def open_index(source: ShardSource, options: ReadOptions = DEFAULT_READ_OPTIONS)
     paths, name, cache = locate_shards(source), redact_source(source), options.cache
     if cache is None and any(isinstance(path, RemoteShard) for path in paths):
         raise ValueError(f"{name}: shards on servers need data.cache=FOLDER to be stored in")
-    index = _load_or_build_index(paths, _find_index_path(source, paths, cache), options)
+    index = _load_or_build_index(paths, _find_index_path(source, paths, cache), options, name)
     index = replace(index, caption_weights=options.caption_weights)
     if index.sparse and options.on_error != "skip":
         raise ShardError(
@@ -189,7 +189,7 @@ def _read_stamp(path: Path | RemoteShard) -> list[Any]:
 
 
 def _load_or_build_index(
-    paths: list[Path | RemoteShard], file: Path | None, options: ReadOptions
+    paths: list[Path | RemoteShard], file: Path | None, options: ReadOptions, name: str
 ) -> ShardIndex:
     """Loads the index; one process of the machine builds what is missing, others wait for it."""
     stamps = [_read_stamp(path) for path in paths]
@@ -215,7 +215,8 @@ def _load_or_build_index(
             names = [*dict.fromkeys([*(index.columns if index else ()), *keys])]
             built, known = _build_index(paths, stamps, options.cache, names)
             if lacking := [key for key in keys if key not in built.columns]:
-                SampleFilter(options.where).refuse_key(lacking[0], known)
+                known = [*known, *MEASURED_COLUMNS]
+                SampleFilter(options.where).refuse_key(lacking[0], known, name)
             index = replace(built, sizes=built.sizes if index is None else index.sizes)
         if options.needs_sizes:
             sizes = (

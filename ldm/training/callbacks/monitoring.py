@@ -45,7 +45,7 @@ class ThroughputMonitor(L.Callback):
         count_flops: Callable[[Batch], int] | None = None,
     ) -> None:
         self.every, self.peak_tflops, self.count_flops = every, peak_tflops, count_flops
-        self.flops: int | None = None  # of a micro-step, once counted
+        self.flops: dict[torch.Size, int] = {}  # of a micro-step, by the shape of its images
         self.clock = StepClock()
         self.latest: dict[str, float] = {}
         self.skipped = 0  # of all ranks, at the last logging step
@@ -73,7 +73,7 @@ class ThroughputMonitor(L.Callback):
 
     def _restart(self) -> None:
         self.losses: list[Tensor] = []  # of the micro-steps, on the device
-        self.images, self.waited = 0, 0.0
+        self.images, self.computed, self.waited = 0, 0, 0.0
         self.began = self.ended = time.perf_counter()
 
     def _start_clock(self, trainer: L.Trainer) -> None:
@@ -98,16 +98,20 @@ class ThroughputMonitor(L.Callback):
         completes = (self.micro_steps + 1) % trainer.accumulate_grad_batches == 0
         if completes and trainer.global_step + 1 >= trainer.max_steps > 0:
             trainer.val_check_batch = 1  # the last step is always validated
-        if self.flops is None and self.peak_tflops and self.count_flops is not None:
-            self._count_flops(self.count_flops, batch)
+        if self.peak_tflops and self.count_flops is not None:
+            images = batch["moments"][0] if "moments" in batch else batch["images"]
+            if images.shape not in self.flops:
+                self.flops[images.shape] = self._count_flops(self.count_flops, batch)
+            self.computed += self.flops[images.shape]
 
-    def _count_flops(self, count: Callable[[Batch], int], batch: Batch) -> None:
+    def _count_flops(self, count: Callable[[Batch], int], batch: Batch) -> int:
         try:
-            self.flops = count(batch)
+            return count(batch)
         except Exception as error:  # of a network of the user's
-            self.flops = 0
+            self.count_flops = None
             reason = format_exception(error).splitlines()[0]
             warnings.warn(f"perf/mfu is left out: FLOPs cannot be counted ({reason})", stacklevel=2)
+            return 0
 
     def on_before_backward(self, trainer: L.Trainer, module, loss) -> None:
         self.clock.mark("denoiser")
@@ -164,8 +168,8 @@ class ThroughputMonitor(L.Callback):
             "perf/eval_share": self._eval_share(),
             **{f"perf/share_{part}": share for part, share in self.clock.read_shares().items()},
         }
-        if self.flops and self.peak_tflops:
-            self.latest["perf/mfu"] = self.flops / micro_step / (self.peak_tflops * 1e12)
+        if self.computed and self.count_flops is not None:
+            self.latest["perf/mfu"] = self.computed / seconds / (self.peak_tflops * 1e12)
         if torch.cuda.is_available():
             self.latest["perf/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         for logger in trainer.loggers:

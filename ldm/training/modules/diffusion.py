@@ -107,7 +107,7 @@ class LatentDiffusion(L.LightningModule):
         generators = None  # the mean of the posterior
         if self.posterior == "sample":
             generators = make_batch_generators(self, batch, "posterior")
-        autoencoder = self.components.autoencoder
+        autoencoder, sizes = self.components.autoencoder, batch.get("sizes")
         if "moments" in batch:
             x0 = autoencoder.encode_moments(*batch["moments"], generator=generators)
             cond = Condition(**batch["condition"])
@@ -121,7 +121,9 @@ class LatentDiffusion(L.LightningModule):
         x0, concat = self.components.task.training_pair(
             x0, batch["images"], autoencoder.encode, generator=generators
         )
-        return x0, replace(cond, style=style, concat=concat)
+        if sizes is not None:
+            sizes = send(sizes, self.device)
+        return x0, replace(cond, style=style, concat=concat, sizes=sizes)
 
     def encode_text(self, captions: Sequence[str]) -> Condition:
         """Returns the Condition of captions; counts those that are cut."""

@@ -13,6 +13,7 @@ VERBS = {
     "evaluate": "measure a run: FID, CLIP score, scene accuracy and more, with intervals",
     "compare": "rank runs: a table, their curves, their samples",
     "prepare": "write images with captions, or drawn scenes, into shards",
+    "cache": "encode images and captions once, for trainings without the encoders",
     "phema": "choose the length of the EMA after the training",
     "augment": "generate a data set: shards with captions and labels",
     "clip": "compare images and texts with a CLIP: similarity, search, retrieval",

@@ -1,4 +1,4 @@
-"""ldm prepare coco|folder|parquet|scenes [images=DIR] [annotations=FILE] out=DIR [size=..]"""
+"""ldm prepare coco|folder|parquet|scenes|scores [images=DIR|shards=DIR] out=DIR [size=..]"""
 
 import glob
 import os
@@ -15,18 +15,22 @@ from ldm.utils.files import check_path_length, resolve_path
 if TYPE_CHECKING:
     from ldm.data.prepare.writer import PreparationReport
 
-PREPARE_SOURCES = ("coco", "folder", "parquet", "scenes")
-PREPARE_PATH_OPTIONS = ("images", "annotations", "out")
+PREPARE_SOURCES = ("coco", "folder", "parquet", "scenes", "scores")
+PREPARE_PATH_OPTIONS = ("images", "annotations", "out", "shards", "against", "clip")
+SCORES_OPTIONS = (
+    *("shards", "against", "clip", "near_duplicates", "features", "threshold", "batch", "device"),
+)
+COMMON_OPTIONS = ("source", "out", "workers", "caption_key")
 
 
 def name_source(words: list[str]) -> dict:
     """Turns a word of the command line such as `folder` into source=folder."""
     sys.argv[1:] = [a if "=" in a or a.startswith("-") else f"source={a}" for a in sys.argv[1:]]
-    return {}
+    return {"typed": [word.partition("=")[0].lstrip("+~") for word in words if "=" in word]}
 
 
 @command("prepare", texts=PREPARE_PATH_OPTIONS, read=name_source)
-def main(cfg: DictConfig, paths: dict[str, str | None]) -> None:
+def main(cfg: DictConfig, paths: dict[str, str | None], typed: list[str]) -> None:
     """Writes shards, and prints how many samples were written and skipped."""
     if cfg.source not in PREPARE_SOURCES:
         source = "" if cfg.source is None else str(cfg.source)
@@ -38,6 +42,13 @@ def main(cfg: DictConfig, paths: dict[str, str | None]) -> None:
         )
     out = require_option(paths, "out")
     check_path_length("out", Path(out))
+    check_options_of_source(cfg.source, typed)
+    if cfg.source == "scores":
+        check_scored_shards(paths)
+        from ldm.cli.prepare_scores import prepare_scores  # torch: a typo need not wait for it
+
+        print(prepare_scores(cfg, paths))
+        return
     images = paths.get("images")
     if cfg.source in ("coco", "folder") and images and not os.path.isdir(images):
         raise UsageError(f"images={images}: there is no such folder")
@@ -48,6 +59,30 @@ def main(cfg: DictConfig, paths: dict[str, str | None]) -> None:
     skipped = ", ".join(f"{len(names)} {reason}" for reason, names in report.skipped.items())
     skipped = f"; skipped: {skipped}, listed in {out}/report.json" if skipped else ""
     print(f"{report.written} samples in {out}{skipped}")
+
+
+def check_scored_shards(paths: dict[str, str | None]) -> None:
+    """Raises UsageError without shards, or for shards on a server."""
+    require_option(paths, "shards")
+    for name in ("shards", "against"):
+        if "://" in (paths.get(name) or ""):
+            raise UsageError(
+                f"{name}={paths[name]}: shards on servers are not scored: download them first"
+            )
+
+
+def check_options_of_source(source: str, typed: list[str]) -> None:
+    """Raises UsageError for an option that is for scores alone, or not for scores."""
+    for name in typed:
+        group = name.partition(".")[0]
+        if group in (*COMMON_OPTIONS, "hydra"):
+            continue
+        if (group in SCORES_OPTIONS) != (source == "scores"):
+            raise UsageError(
+                f"{name} is not for scores, which have {', '.join(SCORES_OPTIONS)}"
+                if source == "scores"
+                else f"{name} is for scores alone: ldm prepare scores shards=DIR out=DIR {name}=.."
+            )
 
 
 def prepare_image_shards(cfg: DictConfig, paths: dict[str, str | None]) -> "PreparationReport":

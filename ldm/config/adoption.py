@@ -16,9 +16,10 @@ from ldm.config.published import (
     locate_original,
     open_published,
 )
+from ldm.config.published_settings import get_pipeline_scale
 from ldm.config.search_path import CONF_DIR
 from ldm.config.suggestions import suggest_overrides
-from ldm.experiments.run_dir import get_launcher_rank, read_yaml_settings
+from ldm.experiments.run_dir import find_run_of_checkpoint, get_launcher_rank, read_yaml_settings
 from ldm.utils.files import resolve_path
 
 ADOPTED_GROUPS = ("model", "autoencoder", "text_encoder", "scheduler", "objective")
@@ -28,28 +29,41 @@ FROZEN_GROUP_NAMES = ("autoencoder", "text_encoder")
 def adopt_published_sampler(
     cfg: DictConfig, ckpt: str, words: Sequence[str] | None = None, *, quiet: bool = False
 ) -> None:
-    """Sets `cfg.sampler` to the sampler of a published model, unless the command names one.
+    """Sets sampler and guidance scale to those of a published model, unless the command names them.
 
-    A line says so, unless `quiet`. words: of the command; None: those of this process.
+    A run that began from one has its guidance scale. A line says so, unless `quiet`. words: of the
+    command; None: those of this process.
     """
-    if not is_published(ckpt):
-        return
-    source, words = open_published(ckpt), list_task_words() if words is None else words
-    if list_group_words(words, "sampler"):
-        how = "the sampler is the command's"
-    else:
+    words, said = list_task_words() if words is None else words, []
+    source = open_published(ckpt) if is_published(ckpt) else None
+    if source is not None and list_group_words(words, "sampler"):
+        said.append("the sampler is the command's")
+    elif source is not None:
         cfg.sampler = source.sampler
-        how = f"the sampler is the folder's ({' '.join(suggest_overrides(cfg, 'sampler'))})"
-    scale = cfg.guidance.get("scale")
-    guidance = "" if scale is None else f", guidance.scale={scale}"
-    if list_group_words(words, "guidance"):
-        guidance = f", the guidance is the command's{guidance}"
-    else:
-        guidance += " is the default (most published models want 5 to 8)"
-    unused = f"; left out: {', '.join(source.unused)}" if source.unused else ""
-    if get_launcher_rank() == 0 and not quiet:
-        line = f"{ckpt}: {how}{guidance}{unused}"
-        print(line, file=sys.stderr, flush=True)
+        said.append(f"the sampler is the folder's ({' '.join(suggest_overrides(cfg, 'sampler'))})")
+    scale = find_tuned_scale(ckpt) if source is None else source.config.guidance_scale
+    if scale is not None and not list_group_words(words, "guidance"):
+        cfg.guidance.scale = scale
+        said.append(f"guidance.scale={scale} is that of its pipeline in diffusers")
+    elif source is not None:
+        said.append(f"the guidance is the command's, guidance.scale={cfg.guidance.get('scale')}")
+    unused = f"; left out: {', '.join(source.unused)}" if source and source.unused else ""
+    if said and get_launcher_rank() == 0 and not quiet:
+        print(f"{ckpt}: {', '.join(said)}{unused}", file=sys.stderr, flush=True)
+
+
+def find_tuned_scale(ckpt: str) -> float | None:
+    """The guidance scale of a run, a checkpoint or a bundle that began from a published model."""
+    path = resolve_path(ckpt)
+    folder = path if path.is_dir() else find_run_of_checkpoint(path)
+    try:
+        settings = read_yaml_settings(folder / "config.yaml")
+        init = settings.get("init")
+        places = [str(settings[group].get("path")) for group in FROZEN_GROUP_NAMES]
+        is_tuned = isinstance(init, str) and any(is_of_model(each, init) for each in places)
+        return get_pipeline_scale(settings) if is_tuned else None
+    except (ValueError, LookupError, AttributeError, TypeError, OSError):  # reported when it loads
+        return None
 
 
 def adopt_published_groups(cfg: DictConfig, run_dir: Path) -> str | None:
@@ -63,7 +77,7 @@ def adopt_published_groups(cfg: DictConfig, run_dir: Path) -> str | None:
     source = None
     if any((run_dir / "checkpoints").glob("step=*.ckpt")):
         source = read_former_components(run_dir, cfg.init)
-    if source is None and is_published(cfg.init):
+    if is_new := source is None and is_published(cfg.init):
         source = open_published(cfg.init, name="init").config
     if source is None:
         return None
@@ -80,9 +94,22 @@ def adopt_published_groups(cfg: DictConfig, run_dir: Path) -> str | None:
         cfg[group] = node
     adopted = ", ".join(group for group in ADOPTED_GROUPS if group not in chosen)
     more = f"; {', '.join(chosen)} from the command" if chosen else ""
+    more += format_tuning_hint(cfg, usual, list_group_keys(words)) if is_new else ""
     if (size := OmegaConf.select(source, "data.size")) not in (None, cfg.data.size):
         more += f"; it was trained on {size} pixels, and data.size={cfg.data.size} here"
     return f"init={cfg.init}: {adopted or 'no settings'} from there{more}"
+
+
+def format_tuning_hint(cfg: DictConfig, usual: dict, typed: Sequence[str]) -> str:
+    """Names defaults for new networks that a training of a published one has."""
+    hints, lr = [], cfg.optimizer.get("lr")
+    if lr == usual["optimizer"]["lr"] and "optimizer.lr" not in typed:
+        wanted = "1e-4" if cfg.lora.rank else "1e-5"
+        hints.append(f"optimizer.lr={lr} is for a small new network: give optimizer.lr={wanted}")
+    if cfg.timestep_sampler == usual["timestep_sampler"] and "time_power" not in typed:
+        hints.append("published networks were trained with timestep_sampler=uniform")
+    remedy = " (experiment=finetune_sd has such settings)"
+    return f"; {', and '.join(hints)}{remedy}" if hints else ""
 
 
 def list_chosen_groups(words: Sequence[str]) -> list[str]:

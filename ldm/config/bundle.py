@@ -26,7 +26,7 @@ from ldm.models.clip import Clip
 from ldm.models.diffusers_format import save_autoencoder
 from ldm.utils.bundle_file import is_bundle, write_bundle_manifest, write_bundle_weights
 from ldm.utils.errors import UsageError
-from ldm.utils.files import make_folder_beside
+from ldm.utils.new_folder import make_folder_beside
 
 
 def write_bundle(

@@ -72,7 +72,7 @@ def build_cached_components(cfg: DictConfig, task: Task) -> Components:
         width=manifest.text_width or 0,
         pooled_width=manifest.pooled_width or 0,
         max_length=manifest.max_length or 0,
-        null=unpack_null((folder / NULL_NAME).read_bytes(), manifest),
+        null=unpack_null(bytearray((folder / NULL_NAME).read_bytes()), manifest),
     )
     components = build_components(cfg, task, encoders=(autoencoder, text_encoder))
     return replace(components, known_digests=digests)

@@ -278,6 +278,8 @@ def convert_to_usage_errors() -> Iterator[None]:
             raise
         while isinstance(error, InstantiationException) and error.__cause__ is not None:
             error = error.__cause__
+        if isinstance(error, UsageError):
+            raise error from None
         message = str(error)
         if isinstance(error, OSError) and message.startswith("[Errno"):  # the system's own words
             place = f"{error.filename}: " if error.filename is not None else ""

@@ -161,6 +161,10 @@ class LoadedCheckpoint:
         """The digests of the frozen components that it was trained with."""
         return self.payload["ldm"]["frozen"]
 
+    def hash_frozen(self, name: str) -> str:
+        """The digest of a frozen component that it was trained with."""
+        return self.digests[name]
+
     def select_weights(self, prefix: str) -> dict[str, Tensor]:
         """The weights with this prefix of the state dict, with the adapters of a LoRA run added."""
         state = select_prefix(self.payload, prefix)

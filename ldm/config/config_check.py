@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import IntervalSweep, Override, QuotedString
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -25,12 +25,7 @@ from ldm.config.command_line import (
 from ldm.config.composition import compose_default_config, drop_hydra_settings, list_task_words
 from ldm.config.metric_check import check_metric_names
 from ldm.config.own_components import DIFFUSION_GROUPS, check_own_component, check_setting_names
-from ldm.config.ranges import (
-    OWN_TARGET_PREFIXES,
-    find_setting_rule,
-    format_invalid_value,
-    format_setting_value,
-)
+from ldm.config.ranges import OWN_TARGET_PREFIXES, find_setting_rule, format_invalid_value
 from ldm.config.reserved_settings import (
     ADAMW_8BIT_TARGET,
     DENOISER_SETTINGS,
@@ -45,6 +40,7 @@ from ldm.config.suggestions import (
     format_unknown_setting,
 )
 from ldm.config.trust import check_own_packages, find_user_config_file, list_trusted_packages
+from ldm.config.value_rules import format_setting_value
 from ldm.experiments.former_names import FORMER_SETTINGS, update_override
 from ldm.experiments.new_directories import register_new_directories
 from ldm.experiments.run_dir import FIXED_RUN_FILES
@@ -132,6 +128,7 @@ def iterate_sweep_values(
         else:
             values = override.sweep_iterator()
         for value in values:
+            value = value.text if isinstance(value, QuotedString) else value
             yield key, value, OmegaConf.select(config, key)
 
 

@@ -19,8 +19,14 @@ from ldm.utils.errors import UsageError
 from ldm.utils.files import read_json_mapping, resolve_path
 
 # Of the config.json of the names in conf/text_encoder.
-CLIP_L = {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072}
-CLIP_L |= {"num_hidden_layers": 12, "max_position_embeddings": 77, "projection_dim": 768}
+CLIP_L = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "max_position_embeddings": 77,
+    "projection_dim": 768,
+}
 PUBLISHED_TEXT_CONFIGS: dict[str, dict[str, object]] = {
     "openai/clip-vit-large-patch14": CLIP_L,
     "openai/clip-vit-base-patch32": CLIP_L

@@ -7,7 +7,8 @@ from hydra.utils import instantiate
 
 from ldm.config.exported_samplers import export_sampler
 from ldm.config.published_samplers import SAMPLER_READERS, load_option
-from ldm.config.scheduler_defaults import SCHEDULER_DEFAULTS, SchedulerValues
+from ldm.config.scheduler_defaults import SCHEDULER_DEFAULTS, open_scheduler_config
+from ldm.models.diffusers_config import ForeignConfig
 
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 BETA_SCHEDULES = {
@@ -17,6 +18,8 @@ BETA_SCHEDULES = {
     "sigmoid": "sigmoid",  # of DDPMScheduler alone
 }
 TABLE_OPTIONS = ("linear", "scaled_linear", "cosine", "sigmoid", "sigmoid_alpha", "trained_betas")
+# Of use_dynamic_shifting.
+DYNAMIC_SHIFT_KEYS = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 MOST_TIMESTEPS = 100_000  # a damaged or hostile number would fill the memory
 NO_SAMPLE_PREDICTION = (
     *("PNDMScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverSDEScheduler"),
@@ -29,19 +32,18 @@ def read_scheduler_config(config: Mapping[str, object]) -> dict[str, dict]:
     With them sampling gives the latents of diffusers, from the same noise. Values that have no
     effect there are ignored. ValueError for a class, a key or a value that we cannot hold.
     """
-    values = SchedulerValues(config)
-    if values.name == "FlowMatchEulerDiscreteScheduler":
-        values.pop("num_train_timesteps", [1000])
-        for key in ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"):
-            values.pop(key)  # of use_dynamic_shifting
-        scheduler = load_option("scheduler", "flow", shift=values.pop("shift"))
+    values = open_scheduler_config(config)
+    if values.kind == "FlowMatchEulerDiscreteScheduler":
+        values.read_choice("num_train_timesteps", 1000)
+        values.ignore(*DYNAMIC_SHIFT_KEYS)
+        scheduler = load_option("scheduler", "flow", shift=values.read("shift"))
         grid = {"grid": "euler", "spacing": "linspace"}
         sampler, kind = load_option("sampler", "euler", **grid), "flow"
     else:
-        kind = PREDICTION_TYPES[values.pop("prediction_type", list(PREDICTION_TYPES))]
+        kind = PREDICTION_TYPES[values.read_choice("prediction_type", *PREDICTION_TYPES)]
         scheduler = read_beta_schedule(values)
-        sampler = SAMPLER_READERS[values.name](values, kind)
-    values.check_rest()
+        sampler = SAMPLER_READERS[values.kind](values, kind)
+    values.finish()
     objective = load_option("objective", kind)
     nodes = {"scheduler": scheduler, "objective": objective, "sampler": sampler}
     try:
@@ -57,29 +59,47 @@ def change_as_pipeline(config: Mapping[str, object]) -> dict:
     return {**config, "steps_offset": 1, "clip_sample": False}
 
 
-def read_beta_schedule(values: SchedulerValues) -> dict:
+def adapt_scheduler_config(config: Mapping[str, object], *, paired: bool) -> dict:
+    """A scheduler_config.json that Stable Diffusion's pipeline does not change.
+
+    paired: that of XL, which changes none. ValueError where the change would have an effect.
+    """
+    changed = config if paired else change_as_pipeline(config)
+    changed = {key: value for key, value in changed.items() if key in config}
+    if changed.get("clip_sample") != config.get("clip_sample"):
+        raise ValueError("sampler.clip (StableDiffusionPipeline switches it off): take none")
+    offset = config.get("steps_offset")
+    if config.get("timestep_spacing") == "leading" and changed.get("steps_offset") != offset:
+        raise ValueError(
+            f"sampler.offset={offset} with spacing=leading (StableDiffusionPipeline sets it to 1): "
+            "take sampler.offset=1, or spacing=trailing"
+        )
+    return changed
+
+
+def read_beta_schedule(values: ForeignConfig) -> dict:
     """The node `scheduler`."""
     steps, start, end = (
-        values.pop(key) for key in ("num_train_timesteps", "beta_start", "beta_end")
+        values.read(key) for key in ("num_train_timesteps", "beta_start", "beta_end")
     )
     has_zero_snr = "rescale_betas_zero_snr" in values.values
-    zero_snr = values.pop("rescale_betas_zero_snr") if has_zero_snr else False
+    zero_snr = values.read("rescale_betas_zero_snr") if has_zero_snr else False
     if steps > MOST_TIMESTEPS:
         raise ValueError(
-            f"{values.name}: num_train_timesteps={steps} is more than {MOST_TIMESTEPS}"
+            f"{values.kind}: num_train_timesteps={steps} is more than {MOST_TIMESTEPS}"
         )
-    betas = values.pop("trained_betas")
-    name = values.pop("beta_schedule", None if betas else list(BETA_SCHEDULES))
+    betas = values.values["trained_betas"]
+    values.ignore("trained_betas", *(["beta_schedule"] if betas else []))
     if betas is not None:
         if not isinstance(betas, list) or any(type(each) not in (int, float) for each in betas):
-            raise ValueError(f"{values.name}: trained_betas are no list of numbers")
+            raise ValueError(f"{values.kind}: trained_betas are no list of numbers")
         if len(betas) != steps:
             raise ValueError(
-                f"{values.name}: {len(betas)} trained_betas do not fit num_train_timesteps={steps}"
+                f"{values.kind}: {len(betas)} trained_betas do not fit num_train_timesteps={steps}"
             )
         given = {"betas": [float(beta) for beta in betas]}
         return load_option("scheduler", "trained_betas", **given, zero_terminal_snr=zero_snr)
-    option = BETA_SCHEDULES[name]
+    option = BETA_SCHEDULES[values.read_choice("beta_schedule", *BETA_SCHEDULES)]
     ends = {} if option == "cosine" else {"start": start, "end": end}
     return load_option("scheduler", option, steps=steps, zero_terminal_snr=zero_snr, **ends)
 

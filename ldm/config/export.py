@@ -13,27 +13,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.config.adoption import find_tuned_scale
 from ldm.config.bundle import describe_model
 from ldm.config.components import load_diffusion_checkpoint
 from ldm.config.composition import isolate_hydra
 from ldm.config.config_check import compose_config
-from ldm.config.diffusers_scheduler import export_scheduler_config
-from ldm.config.export_check import (
-    adapt_scheduler_config,
-    get_target_name,
-    is_paired,
-    list_export_obstacles,
-)
+from ldm.config.diffusers_scheduler import adapt_scheduler_config, export_scheduler_config
+from ldm.config.export_check import get_target_name, is_paired, list_export_obstacles
 from ldm.config.loaded_pipeline import LoadedPipeline
 from ldm.config.pipeline import load_pipeline
-from ldm.config.published import PIPELINE_FILE, is_published
+from ldm.config.published import PIPELINE_FILE, check_no_part, is_published
+from ldm.config.published_settings import SCALE_KEY
 from ldm.experiments.diffusers_card import write_diffusers_card
 from ldm.inference.components import Components
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusers_files import DIFFUSERS_VERSION, DIFFUSERS_WEIGHTS
 from ldm.models.diffusers_format import save_autoencoder, save_unet
 from ldm.utils.errors import UsageError
-from ldm.utils.files import make_folder_beside, read_json, write_json
+from ldm.utils.files import read_json, resolve_path, write_json
+from ldm.utils.new_folder import make_folder_beside
 
 TOKENIZER_PATTERNS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens*", "added_tokens*")
 NO_MODULE = (None, None)
@@ -50,7 +48,9 @@ def write_export(
     if is_published(ckpt):
         raise UsageError(f"ckpt={ckpt} is a folder of diffusers already: copy it")
     trust = list(cfg.trust)
-    trained = load_diffusion_checkpoint(ckpt, trust=trust).config  # its weights are let go
+    check_no_part(resolve_path(ckpt), name="ckpt")
+    source = load_diffusion_checkpoint(ckpt, trust=trust)
+    trained = source.config
     nodes = {name: trained[name] for name in ("scheduler", "objective")}
     nodes |= {"sampler": cfg.sampler}
     nodes = {name: OmegaConf.to_container(node, resolve=True) for name, node in nodes.items()}
@@ -66,10 +66,12 @@ def write_export(
     with isolate_hydra():
         words = [f"trust=[{','.join(trust)}]", "device=cpu", f"raw={cfg.raw}"]
         sampling = compose_config("sample", words)
-    loaded = load_pipeline(sampling, ckpt, dict(locations))
+    loaded = load_pipeline(sampling, ckpt, dict(locations), source=source)
+    del source  # its weights
+    scale = find_tuned_scale(ckpt) or sampling.guidance.scale
     with make_folder_beside(out) as folder:
         try:
-            write_parts(folder, loaded, scheduler, dtype=getattr(torch, cfg.dtype))
+            write_parts(folder, loaded, scheduler, dtype=getattr(torch, cfg.dtype), scale=scale)
         except SafetensorError as error:  # of a full disk
             raise UsageError(f"out={out} cannot be written: {error}") from error
         write_diffusers_card(
@@ -80,7 +82,7 @@ def write_export(
             pipeline=choose_pipeline(loaded),
             dtype=cfg.dtype,
             averaged=not cfg.raw,
-            guidance_scale=sampling.guidance.scale,
+            guidance_scale=scale,
         )
         for path in folder.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors' are for their owner alone
@@ -103,9 +105,14 @@ def choose_pipeline(loaded: LoadedPipeline) -> str:
 
 
 def write_parts(
-    folder: Path, loaded: LoadedPipeline, scheduler: dict[str, object], *, dtype: torch.dtype
+    folder: Path,
+    loaded: LoadedPipeline,
+    scheduler: dict[str, object],
+    *,
+    dtype: torch.dtype,
+    scale: float,
 ) -> None:
-    """Writes networks, tokenizers, scheduler and model_index.json."""
+    """Writes networks, tokenizers, scheduler and model_index.json, with the guidance scale."""
     components = loaded.pipeline.components
     parts = [
         ("vae", lambda: write_exported_autoencoder(loaded, folder, dtype)),
@@ -114,7 +121,7 @@ def write_parts(
         ("unet", lambda: write_exported_unet(components, folder, loaded.size, dtype)),
     ]
     index: dict[str, object] = {"_class_name": choose_pipeline(loaded)}
-    index |= {"_diffusers_version": DIFFUSERS_VERSION}
+    index |= {"_diffusers_version": DIFFUSERS_VERSION, SCALE_KEY: scale}
     bar = tqdm(parts, desc="Exporting", unit="part")
     for name, write in bar:
         bar.set_postfix_str(name)

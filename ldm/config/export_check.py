@@ -161,24 +161,6 @@ def check_schedule_exports(config: Mapping) -> Iterator[str]:
         yield "objective=flow (its Stable Diffusion pipelines take no flow): take objective=v"
 
 
-def adapt_scheduler_config(config: Mapping, *, paired: bool) -> dict:
-    """Returns a scheduler_config.json that Stable Diffusion's pipeline does not change.
-
-    It sets `steps_offset` to 1, which moves `leading` steps alone, and `clip_sample` to false;
-    SDXL's pipeline changes nothing. Raises ValueError where the change would have an effect.
-    """
-    if paired:
-        return dict(config)
-    if config.get("clip_sample"):
-        raise ValueError("sampler.clip (StableDiffusionPipeline switches it off): take none")
-    if config.get("timestep_spacing") == "leading" and config.get("steps_offset") != 1:
-        raise ValueError(
-            f"sampler.offset={config.get('steps_offset')} with spacing=leading "
-            "(StableDiffusionPipeline sets it to 1): take sampler.offset=1, or spacing=trailing"
-        )
-    return dict(config) | ({"steps_offset": 1} if "steps_offset" in config else {})
-
-
 CHECKS = {
     "model": check_model_exports,
     "autoencoder": check_autoencoder_exports,

@@ -82,7 +82,7 @@ def load_guide_denoiser(
             f"task={task.name}: {why}"
         )
     for name in FROZEN_GROUPS:
-        if components.hash_frozen(name) != source.digests[name]:
+        if components.hash_frozen(name) != source.hash_frozen(name):
             raise UsageError(
                 f"guidance.guide={path} was trained with another {name}: a guide answers for the "
                 "same latents and the same states of the text"

@@ -9,13 +9,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.components import (
+    LoadedCheckpoint,
     choose_autocast_dtype,
     find_component_location,
     set_component_location,
 )
 from ldm.config.guidance import build_guidance
 from ldm.config.loaded_pipeline import LoadedPipeline, check_task
-from ldm.config.published import open_checkpoint
+from ldm.config.published import PublishedCheckpoint, open_checkpoint
 from ldm.config.sample_options import (
     LOCATION_SETTINGS,
     get_compile_mode,
@@ -32,13 +33,20 @@ CLASSIFIER_FREE_TARGET = "ldm.diffusion.guidance.cfg.ClassifierFreeGuidance"
 COMPOSITIONAL_TARGET = "ldm.diffusion.guidance.compositional.CompositionalGuidance"
 
 
-def load_pipeline(cfg: DictConfig, ckpt: str, locations: dict[str, str | None]) -> LoadedPipeline:
+def load_pipeline(
+    cfg: DictConfig,
+    ckpt: str,
+    locations: dict[str, str | None],
+    *,
+    source: LoadedCheckpoint | PublishedCheckpoint | None = None,
+) -> LoadedPipeline:
     """The pipeline of a run or a published model, of its own task if `cfg` has none.
 
     locations: where frozen components are, by name, if not where the training configuration says.
+    source: of `ckpt`, where it was opened already.
     """
     device, trust = select_device(cfg.device), list_trusted_packages(cfg)
-    source = open_checkpoint(ckpt, trust=trust)
+    source = open_checkpoint(ckpt, trust=trust) if source is None else source
     trained = source.config
     for name in LOCATION_SETTINGS:
         if locations.get(name) is not None:

@@ -8,14 +8,16 @@ import math
 import sys
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.adoption import adopt_published_groups
+from ldm.config.cache_settings import CACHE_FILE, is_cached, open_training_cache
 from ldm.config.command_line import convert_to_usage_errors
 from ldm.config.components import choose_precision
 from ldm.config.counted_parts import (
@@ -26,6 +28,7 @@ from ldm.config.counted_parts import (
     count_text_encoder,
     make_step_inputs,
 )
+from ldm.config.plan_table import PlanTable, format_plan
 from ldm.config.reserved_settings import ADAMW_8BIT_TARGET
 from ldm.config.training_checks import check_data_kind, check_image_size
 from ldm.data.position_sampler import split_batch
@@ -35,13 +38,12 @@ from ldm.experiments.run_dir import get_launcher_rank
 from ldm.training.step_clock import PEAK_TFLOPS, find_peak_tflops
 from ldm.training.step_cost import StepCost, count_step_cost
 from ldm.utils.errors import UsageError
+from ldm.utils.files import resolve_path
 
 # Mosaic's Stable Diffusion 2 reached 24 % to 28 % of an A100 (mosaicml/diffusion, README).
 UTILISATION = 0.25
 SHOWN_DEVICES = ("A100", "H100", "RTX 4090$")  # where the peak of the device is not known
-GIB, GB = 2**30, 10**9
 MEMBER_BYTES = 1024  # of a tar member: its header, and zeros up to a multiple of 512
-TABLE = dict[str, dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,15 @@ def exit_with_plan(cfg: DictConfig, *, is_sweep: bool) -> None:
         traceback.print_exc()
         sys.exit(1)
     if get_launcher_rank() == 0:
-        print(json.dumps(table, indent=2) if cfg.plan == "json" else format_plan(cfg, table))
+        print(
+            json.dumps(table, indent=2)
+            if cfg.plan == "json"
+            else format_plan(str(cfg.name), table, UTILISATION)
+        )
     sys.exit(0)
 
 
-def count_plan(cfg: DictConfig) -> TABLE:
+def count_plan(cfg: DictConfig) -> PlanTable:
     """Tables of numbers, by the names of what they count."""
     if cfg.stage != "diffusion":
         raise UsageError(f"plan counts the training of a denoiser, and stage={cfg.stage} has none")
@@ -94,6 +100,7 @@ def count_plan(cfg: DictConfig) -> TABLE:
     task, run = instantiate(cfg.task), read_planned_run(cfg)
     check_data_kind(cfg, f"task={task.name}", is_video=task.is_video)
     autoencoder, text = count_autoencoder(cfg.autoencoder), count_text_encoder(cfg.text_encoder)
+    number = adopt_cache(cfg) if is_cached(cfg) else count_images(cfg.data)
     denoiser = count_denoiser(cfg, autoencoder, text, task)
     check_image_size(cfg.data.size, autoencoder.factor * denoiser.multiple)
     sizes = {
@@ -104,17 +111,20 @@ def count_plan(cfg: DictConfig) -> TABLE:
     }
     layers = [each.numel() for each in denoiser.parameters() if each.requires_grad]
     images, x0, cond = make_step_inputs(cfg, autoencoder, text, task, run.micro)
-    encode = autoencoder.encode
-    cost = count_step_cost(denoiser, lambda: encode(images), x0, cond, half=run.half)
-    number = count_images(cfg.data)
+    steady = {"autoencoder": 0, "text encoder": 0} if is_cached(cfg) else sizes
+    encode = (lambda: None) if is_cached(cfg) else partial(autoencoder.encode, images)
+    cache = count_cache(autoencoder, text, x0, number)
+    if is_cached(cfg):
+        text = replace(text, flops=0)
+    cost = count_step_cost(denoiser, encode, x0, cond, half=run.half)
     return {
         "parameters": sizes,
         "FLOPs of a step": count_flops(run, text, cost),
-        "bytes of memory on a device": count_memory(cfg, run, sizes, layers, cost),
+        "bytes of memory on a device": count_memory(cfg, run, sizes | steady, layers, cost),
         "run": count_length(cfg, run, number),
         "hours": count_hours(cfg, run, text, cost),
         "bytes on disk": count_disk(cfg, run, sizes),
-        "bytes of a cache": count_cache(autoencoder, text, x0, number),
+        "bytes of a cache": cache,
     }
 
 
@@ -163,7 +173,7 @@ def count_memory(
         "optimizer": moments / shards,
         "EMA": each * trained / shards,
         "phema": each * trained * len(cfg.phema.lengths) / shards,
-        "frozen encoders": 4 * (sizes["autoencoder"] + sizes["text encoder"]),
+        "frozen encoders": 4.0 * (sizes["autoencoder"] + sizes["text encoder"]),
     }
     still = sum(parts.values()) - parts["gradients"]
     parts |= {"encoding, at most": cost.encoder_bytes, "activations": cost.activation_bytes}
@@ -175,6 +185,21 @@ def count_memory(
     return {
         name: round(n) for name, n in (parts | {"peak": still + max(forward, backward)}).items()
     }
+
+
+def adopt_cache(cfg: DictConfig) -> int | None:
+    """Sets `data.size` to that of the cache, and returns its number of samples, if it is here."""
+    place = cfg.data.get("train")
+    if isinstance(place, str) and (resolve_path(place) / CACHE_FILE).is_file():
+        manifest = open_training_cache(cfg)
+        cfg.data.size = manifest.side
+        return manifest.samples
+    if cfg.data.size is None:
+        raise UsageError(
+            f"data.train={place} is no cache, so that plan=true needs the size of its images: give "
+            "data.size=256"
+        )
+    return count_images(OmegaConf.create({"train": cfg.data.get("train_images")}))
 
 
 def count_images(data: DictConfig) -> int | None:
@@ -266,7 +291,7 @@ def count_cache(
     state = text.max_length * text.width + text.pooled_width
     mask = text.max_length if text.has_mask else 0
     sizes: dict[str, object] = {}
-    for name, width in (("bf16", 2), ("float32", 4)):
+    for name, width in (("16 bit", 2), ("float32", 4)):
         one = 2 * latent * width + state * width + mask + 2 * MEMBER_BYTES
         sizes[f"a sample, moments and a caption, {name}"] = one
         sizes[f"each other caption, {name}"] = state * width + mask
@@ -274,32 +299,3 @@ def count_cache(
         if number is not None:
             sizes[f"all {number} samples, {name}"] = number * one
     return sizes
-
-
-def format_plan(cfg: DictConfig, table: TABLE) -> str:
-    """The tables in words, with units."""
-    lines = [f"the plan of runs/{cfg.name}, from shapes alone; nothing was run or written"]
-    for title, rows in table.items():
-        unit = next((each for each in ("FLOPs", "memory", "disk", "cache") if each in title), title)
-        lines += ["", {"hours": f"hours, at {UTILISATION:.0%} of the peak"}.get(title, title)]
-        for name, value in rows.items():
-            lines.append(f"  {name:<42} {format_amount(unit, value, rows)}")
-    return "\n".join(lines)
-
-
-def format_amount(unit: str, value: object, rows: Mapping[str, object]) -> str:
-    """A number of a table with its unit."""
-    if value is None:
-        return "not known: the shards are not here"
-    if isinstance(value, str):
-        return f"{value:>16}"
-    if unit == "parameters":
-        return f"{value / 1e6:>16,.2f} M"
-    if unit == "FLOPs":
-        return f"{value / 1e12:>16,.3f} T {value / rows['all']:>8.1%}"
-    if unit == "memory":
-        return f"{value / GIB:>16,.2f} GiB"
-    if unit in ("disk", "cache"):
-        small = abs(value) < GB / 10
-        return f"{value / 1e3:>16,.1f} kB" if small else f"{value / GB:>16,.2f} GB"
-    return f"{value:>16,}"

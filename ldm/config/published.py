@@ -9,10 +9,11 @@ import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.own_components import import_component, list_parameters
@@ -22,8 +23,10 @@ from ldm.config.published_settings import (
     read_pipeline_index,
     read_published_settings,
 )
+from ldm.models.diffusers_config import TRAINING_SETTINGS
 from ldm.utils.errors import UsageError
 from ldm.utils.files import BUNDLE_FILE, resolve_path
+from ldm.utils.hub import download_snapshot
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,8 +42,6 @@ HUB_IGNORED = ("*.non_ema.*", *(f"{part}/*" for part in UNUSED_PARTS))
 HUB_NAME_PATTERN = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 CONVERSION_CACHE = Path("data/cache")  # that of servers' shards, and of real images' features
 ORIGINAL_SUFFIXES, ORIGINAL_UNET = (".safetensors", ".ckpt"), b"model.diffusion_model."
-# Of the network; other settings decide how it is trained.
-TRAINING_SETTINGS = ("checkpointing", "dropout", "linear_projections")
 # Of a text encoder: they choose one of its states. A training may choose another (clip skip).
 STATE_SETTINGS = ("layer", "norm", "zero_empty")
 
@@ -79,8 +80,11 @@ def locate_original(location: str) -> Path:
 
 def is_of_model(place: str, init: str) -> bool:
     """Whether a path lies in a published model, or in the folder that a file was converted to."""
-    converted = CONVERSION_CACHE.absolute() / "original" / f"{Path(init).stem[:100]}-"
-    return place.startswith((init, os.fspath(converted)))
+    cache = os.fspath(CONVERSION_CACHE.absolute() / "original")
+    converted = rf"{re.escape(cache)}/{re.escape(Path(init).stem[:100])}-[0-9a-f]{{16}}(/.*)?"
+    downloaded = f"models--{init}".replace("/", "--")
+    is_inside = Path(place).is_relative_to(resolve_path(init))
+    return is_inside or re.fullmatch(converted, place) is not None or downloaded in place.split("/")
 
 
 def is_hub_name(location: str) -> bool:
@@ -105,24 +109,20 @@ def locate_published(location: str, *, name: str = "ckpt") -> Path:
 
 @cache  # a command opens a location several times
 def _download_published(location: str, name: str, *, variant: str) -> Path:
-    from huggingface_hub import snapshot_download  # slow to import
-
-    patterns = [*HUB_SETTINGS, *(f"{part}/*.safetensors" for part in PIPELINE_PARTS)]
-    ignored = [*HUB_IGNORED, *([] if variant else ["*.fp16.*", "*.fp16-*"])]
-    try:
-        folder = snapshot_download(location, allow_patterns=patterns, ignore_patterns=ignored)
-    except Exception as error:
-        raise UsageError(
-            f"{name}={location} is neither here nor to be had from huggingface.co "
-            f"({type(error).__name__}): give a run, a checkpoint or a diffusers folder. Without a "
-            "network, copy the folder from a machine that has it, or set HF_HOME to its cache"
-        ) from error
-    if not Path(folder, PIPELINE_FILE).is_file():
+    folder = download_snapshot(
+        location,
+        [*HUB_SETTINGS, *(f"{part}/*.safetensors" for part in PIPELINE_PARTS)],
+        ignored=[*HUB_IGNORED, *([] if variant else ["*.fp16.*", "*.fp16-*"])],
+        subject=f"{name}={location}",
+        remedy="give a run, a checkpoint or a diffusers folder. Without a network, copy the folder "
+        "from a machine that has it, or set HF_HOME to its cache",
+    )
+    if not (folder / PIPELINE_FILE).is_file():
         raise UsageError(
             f"{name}={location} has no {PIPELINE_FILE}: it is no pipeline of diffusers, or its "
             "download did not finish"
         )
-    return Path(folder)
+    return folder
 
 
 def is_foreign_pipeline(location: str) -> bool:
@@ -146,14 +146,11 @@ class PublishedCheckpoint:
     unused: tuple[str, ...] = ()  # its parts that ldm does not use
     step: int = 0
 
-    @cached_property
-    def digests(self) -> dict[str, str]:
-        """The digests of its autoencoder and text encoder, which are built for it."""
-        from ldm.config.components import build_frozen_encoders
+    def hash_frozen(self, name: str) -> str:
+        """The digest of its autoencoder or text encoder, which is built for it."""
         from ldm.utils.hashing import hash_module
 
-        parts = build_frozen_encoders(self.config)
-        return dict(zip(("autoencoder", "text_encoder"), map(hash_module, parts), strict=True))
+        return hash_module(instantiate(self.config[name]))
 
     def build(self, task: "Task") -> "Components":
         """Its components for a task; the denoiser has arbitrary weights."""
@@ -166,8 +163,7 @@ class PublishedCheckpoint:
     def check_frozen(self, frozen: "dict[str, nn.Module]") -> dict[str, str]:
         """The paths of the frozen components that are not those of the folder, which may be any."""
         places = {name: self.config[name].get("path") for name in frozen}
-        own = str(self.path)
-        return {name: place for name, place in places.items() if not str(place).startswith(own)}
+        return {n: place for n, place in places.items() if not is_of_model(str(place), self.path)}
 
     def list_differences(self, components: "Components", cfg: DictConfig) -> list[str]:
         """The groups that differ in a training that starts from it; the scheduler may differ."""
@@ -176,7 +172,7 @@ class PublishedCheckpoint:
             for name in components.frozen
             if name in self.config  # a style encoder is new
             and not is_same_part(cfg[name], self.config[name])
-            and components.hash_frozen(name) != self.digests[name]
+            and components.hash_frozen(name) != self.hash_frozen(name)
         ]
         if not is_same_network(cfg.model, self.config.model):
             others.append("model")
@@ -249,8 +245,9 @@ def check_no_part(folder: Path, *, name: str) -> None:
         return
     if (folder / "config.json").is_file():
         raise UsageError(
-            f"{name}={folder} is one network, and no pipeline: give the folder above it, with "
-            f"{PIPELINE_FILE}; an autoencoder alone is for autoencoder.path=FOLDER"
+            f"{name}={folder} is one network, and no pipeline: give the folder above it, "
+            f"{name}={folder.parent}, with {PIPELINE_FILE}; an autoencoder alone is for "
+            "autoencoder.path=FOLDER"
         )
     if (folder / "unet" / "config.json").is_file():
         raise UsageError(

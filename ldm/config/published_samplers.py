@@ -7,8 +7,8 @@ from typing import cast
 
 from omegaconf import OmegaConf
 
-from ldm.config.scheduler_defaults import SchedulerValues
 from ldm.config.search_path import CONF_DIR
+from ldm.models.diffusers_config import ForeignConfig
 
 BOUNDS = (
     *("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio"),
@@ -23,29 +23,28 @@ def load_option(group: str, name: str, **changes: object) -> dict:
     return {**cast(dict, node), **changes}
 
 
-def read_even_spacing(values: SchedulerValues) -> dict:
+def read_even_spacing(values: ForeignConfig) -> dict:
     """`spacing`, and `offset`, which diffusers reads only for `leading`."""
-    spacing, offset = values.pop("timestep_spacing"), values.pop("steps_offset")
+    spacing, offset = values.read("timestep_spacing"), values.read("steps_offset")
     return {"spacing": spacing, "offset": offset if spacing == "leading" else 0}
 
 
-def read_bounds(values: SchedulerValues) -> dict:
+def read_bounds(values: ForeignConfig) -> dict:
     """`clip` and `quantile`; with sample_max_value = 1 dynamic thresholding only clips."""
-    given = values.given
-    for key in BOUNDS:
-        values.values.pop(key, None)
+    given = values.values
+    values.ignore(*BOUNDS)
     if given.get("thresholding"):
         most = given["sample_max_value"]
         if 1 < most < UNBOUNDED:
             raise ValueError(
-                f"{values.name}: we cannot hold thresholding with sample_max_value={most}"
+                f"{values.kind}: we cannot hold thresholding with sample_max_value={most}"
             )
         quantile = given["dynamic_thresholding_ratio"] if most > 1 else None
         return {"clip": min(1.0, most), "quantile": quantile}
     return {"clip": given["clip_sample_range"]} if given.get("clip_sample") else {}
 
 
-def read_ddim(values: SchedulerValues, kind: str) -> dict:
+def read_ddim(values: ForeignConfig, kind: str) -> dict:
     """The sampler of DDIMScheduler, with the pipeline's default eta = 0."""
     bounds = read_bounds(values)
     if bounds:
@@ -54,27 +53,27 @@ def read_ddim(values: SchedulerValues, kind: str) -> dict:
             "something is clipped, the latents differ",
             stacklevel=4,
         )
-    grid = {**read_ddim_grid(values), "set_alpha_to_one": values.pop("set_alpha_to_one")}
+    grid = {**read_ddim_grid(values), "set_alpha_to_one": values.read("set_alpha_to_one")}
     return load_option("sampler", "ddim", **grid, **bounds)
 
 
-def read_ddpm(values: SchedulerValues, kind: str) -> dict:
+def read_ddpm(values: ForeignConfig, kind: str) -> dict:
     """The sampler of DDPMScheduler."""
-    values.pop("variance_type", ["fixed_small", "fixed_small_log"])
+    values.read_choice("variance_type", "fixed_small", "fixed_small_log")
     grid = read_even_spacing(values)
     return load_option("sampler", "ddpm", **grid, **read_bounds(values))
 
 
-def read_pndm(values: SchedulerValues, kind: str) -> dict:
+def read_pndm(values: ForeignConfig, kind: str) -> dict:
     """The sampler of PNDMScheduler without Runge-Kutta steps."""
-    if not values.pop("skip_prk_steps"):
-        raise ValueError(f"{values.name}: we cannot hold skip_prk_steps=False (Runge-Kutta steps)")
+    if not values.read("skip_prk_steps"):
+        raise ValueError(f"{values.kind}: we cannot hold skip_prk_steps=False (Runge-Kutta steps)")
     if kind == "x0":
-        raise ValueError(f"{values.name} cannot hold prediction_type='sample', in diffusers either")
-    grid = {**read_even_spacing(values), "set_alpha_to_one": values.pop("set_alpha_to_one")}
+        raise ValueError(f"{values.kind} cannot hold prediction_type='sample', in diffusers either")
+    grid = {**read_even_spacing(values), "set_alpha_to_one": values.read("set_alpha_to_one")}
     if grid["spacing"] != "leading":
         warnings.warn(
-            f"each step of diffusers' {values.name} is 1000 // steps long, and with "
+            f"each step of diffusers' {values.kind} is 1000 // steps long, and with "
             f"timestep_spacing={grid['spacing']} the next one begins elsewhere: ours ends where "
             "the next begins, so that the latents differ",
             stacklevel=4,
@@ -82,84 +81,83 @@ def read_pndm(values: SchedulerValues, kind: str) -> dict:
     return load_option("sampler", "pndm", average=kind, **grid)
 
 
-def read_ddim_grid(values: SchedulerValues) -> dict:
+def read_ddim_grid(values: ForeignConfig) -> dict:
     """The times of DDIM, whose steps are equally long with any spacing."""
     grid = read_even_spacing(values)
     return grid if grid["spacing"] == "leading" else {**grid, "grid": "ddim"}
 
 
-def read_lcm(values: SchedulerValues, kind: str) -> dict:
+def read_lcm(values: ForeignConfig, kind: str) -> dict:
     """The sampler of LCMScheduler, whose times depend on no spacing."""
-    for key in ("timestep_spacing", "steps_offset", "set_alpha_to_one"):
-        values.pop(key)
+    values.ignore("timestep_spacing", "steps_offset", "set_alpha_to_one")
     return load_option(
         "sampler",
         "lcm",
-        original_steps=values.pop("original_inference_steps"),
-        timestep_scaling=values.pop("timestep_scaling"),
+        original_steps=values.read("original_inference_steps"),
+        timestep_scaling=values.read("timestep_scaling"),
         **read_bounds(values),
     )
 
 
-def read_euler_family(option: str) -> Callable[[SchedulerValues, str], dict]:
+def read_euler_family(option: str) -> Callable[[ForeignConfig, str], dict]:
     """Returns the reader of a scheduler that counts in sigma, as k-diffusion does."""
 
-    def read(values: SchedulerValues, kind: str) -> dict:
+    def read(values: ForeignConfig, kind: str) -> dict:
         grid = {"grid": "euler", **read_even_spacing(values)}
         for key, spacing in (("karras", "karras"), ("exponential", "logsnr")):
             if values.values.get(f"use_{key}_sigmas"):
-                values.pop(f"use_{key}_sigmas")
+                values.ignore(f"use_{key}_sigmas")
                 grid |= {"ends": grid["spacing"], "spacing": spacing}
         if option == "heun":
             grid["slope"] = "edm"
         if kind == "x0" and option in ("euler_ancestral", "dpmpp_sde"):
-            raise ValueError(f"{values.name} cannot hold prediction_type='sample', in diffusers")
+            raise ValueError(f"{values.kind} cannot hold prediction_type='sample', in diffusers")
         return load_option("sampler", option, **grid, **read_bounds(values))
 
     return read
 
 
-def read_dpm_grid(values: SchedulerValues, whole_table: Mapping[str, str]) -> dict:
+def read_dpm_grid(values: ForeignConfig, whole_table: Mapping[str, str]) -> dict:
     """The grid of DPM-Solver and UniPC; whole_table: our spacings by their keys."""
     grid = {"grid": "dpm", **read_even_spacing(values)}
     for key, spacing in whole_table.items():
         if values.values.get(key):
-            values.pop(key)
+            values.ignore(key)
             grid |= {"spacing": spacing, "offset": 0}
-    for key in ("flow_shift", "time_shift_type"):
-        values.pop(key)  # of use_flow_sigmas and use_dynamic_shifting
+    values.ignore("flow_shift", "time_shift_type")  # of use_flow_sigmas and use_dynamic_shifting
     return grid
 
 
-def read_dpm(values: SchedulerValues, kind: str) -> dict:
+def read_dpm(values: ForeignConfig, kind: str) -> dict:
     """The sampler of DPMSolverMultistepScheduler of order 1 or 2."""
     whole_table = {"use_lu_lambdas": "logsnr"}
-    if values.given["beta_schedule"] != "squaredcos_cap_v2":
+    if values.values["beta_schedule"] != "squaredcos_cap_v2":
         whole_table["use_karras_sigmas"] = "karras"  # else they cut timesteps off
     grid = read_dpm_grid(values, whole_table)
-    algorithm = values.pop("algorithm_type", ["dpmsolver++", "sde-dpmsolver++"])
+    algorithm = values.read_choice("algorithm_type", "dpmsolver++", "sde-dpmsolver++")
     option = "dpmpp_2m_sde" if algorithm.startswith("sde") else "dpmpp_2m"
-    order = values.pop("solver_order", [1, 2])
-    values.pop("solver_type", ["midpoint", "logrho", "bh1", "bh2"] if order == 2 else None)
-    values.pop("variance_type", [None, "fixed_small", "fixed_small_log", "fixed_large"])
+    order = values.read_choice("solver_order", 1, 2)
+    if order == 2:
+        values.read_choice("solver_type", "midpoint", "logrho", "bh1", "bh2")
+    values.read_choice("variance_type", None, "fixed_small", "fixed_small_log", "fixed_large")
     # The last step is of order 1 here, and to no noise in diffusers too.
-    euler_at_end, _ = values.pop("euler_at_final"), values.pop("lower_order_final")
-    ends = ["zero", "sigma_min"] if euler_at_end or order == 1 else ["zero"]
-    grid["set_alpha_to_one"] = values.pop("final_sigmas_type", ends) == "zero"
+    values.ignore("lower_order_final", "solver_type")
+    ends = ["zero", "sigma_min"] if values.read("euler_at_final") or order == 1 else ["zero"]
+    grid["set_alpha_to_one"] = values.read_choice("final_sigmas_type", *ends) == "zero"
     return load_option("sampler", option, order=order, **grid, **read_bounds(values))
 
 
-def read_unipc(values: SchedulerValues, kind: str) -> dict:
+def read_unipc(values: ForeignConfig, kind: str) -> dict:
     """The sampler of UniPCMultistepScheduler."""
     grid = read_dpm_grid(values, {"use_karras_sigmas": "karras"})
-    values.pop("solver_type", ["bh2", "midpoint", "heun", "logrho"])
+    values.read_choice("solver_type", "bh2", "midpoint", "heun", "logrho")
     ends = ["zero"] if grid["spacing"] == "karras" else ["zero", "sigma_min"]
-    grid["set_alpha_to_one"] = values.pop("final_sigmas_type", ends) == "zero"
-    order = values.pop("solver_order", [1, 2, 3])
+    grid["set_alpha_to_one"] = values.read_choice("final_sigmas_type", *ends) == "zero"
+    order = values.read_choice("solver_order", 1, 2, 3)
     return load_option("sampler", "unipc", order=order, **grid, **read_bounds(values))
 
 
-SAMPLER_READERS: Mapping[str, Callable[[SchedulerValues, str], dict]] = {
+SAMPLER_READERS: Mapping[str, Callable[[ForeignConfig, str], dict]] = {
     "DDIMScheduler": read_ddim,
     "DDPMScheduler": read_ddpm,
     "PNDMScheduler": read_pndm,

@@ -1,5 +1,6 @@
 """The folder of a diffusers pipeline as settings: which pipeline, and the nodes of our groups."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -54,6 +55,7 @@ TRAINING_NODES = {
         "spread": "independent",
     },
 }
+SCALE_KEY = "_ldm_guidance_scale"  # in an export's model_index.json; diffusers skips such keys
 DEFAULT_SAMPLE_SIZE, MOST_SAMPLE_SIZE = 64, 2048  # of latents: where a config.json says none
 
 
@@ -118,19 +120,32 @@ def read_published_settings(folder: Path, kind: str) -> dict:
         autoencoder = {"_target_": "ldm.models.diffusers_autoencoder.DiffusersAutoencoder"}
         autoencoder |= {"path": str(folder / "vae")}
     factor = 2 ** (len(vae.get("block_out_channels", (1, 1, 1, 1))) - 1)
-    return {
-        "autoencoder": autoencoder,
+    parts = {
         "text_encoder": make_text_encoder_node(folder, kind, index),
+        "task": make_task_node(**sizes),
+    }
+    scale = index.get(SCALE_KEY, get_pipeline_scale(parts))
+    if type(scale) not in (int, float) or not math.isfinite(scale):
+        raise ValueError(f"its {SCALE_KEY}={scale!s:.80} is no number")
+    return {
+        **parts,
+        "guidance_scale": scale,
+        "autoencoder": autoencoder,
         "model": {"_target_": "ldm.models.unet.UNet", **settings},
         **read_scheduler_config(
             scheduler if kind == STABLE_DIFFUSION_XL else change_as_pipeline(scheduler)
         ),
         **TRAINING_NODES,
-        "task": make_task_node(**sizes),
         "data": {"size": read_sample_side(unet) * factor, "batch_size": 1, "frames": None},
         "trainer": {"precision": "32-true"},
         "rng": "torch",  # so that a seed gives the same picture as in diffusers
     }
+
+
+def get_pipeline_scale(config: Mapping) -> float:
+    """The default guidance_scale of the diffusers pipeline with these groups."""
+    names = [config[group]["_target_"].rpartition(".")[2] for group in ("text_encoder", "task")]
+    return 5.0 if names == ["PairedTextEncoder", "TextToImage"] else 7.5
 
 
 def read_sample_side(unet: Mapping[str, object]) -> int:
@@ -166,7 +181,7 @@ def make_task_node(in_channels: int, out_channels: int) -> dict:
         return {"_target_": "ldm.diffusion.tasks.text_to_image.TextToImage"}
     if in_channels == 2 * out_channels + 1:
         target = "ldm.diffusion.tasks.inpainting.Inpainting"
-        return {"_target_": target, "mask_resize": "nearest"}
+        return {"_target_": target, "mask_resize": "nearest", "restore": False}
     raise ValueError(
         f"its network has {in_channels} input channels for {out_channels} of latents, which is "
         "neither text to image nor inpainting"

@@ -5,117 +5,28 @@ A key is found by its whole name, else by its first and last part (`guidance.inn
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterator
 
+from ldm.config.value_rules import (
+    SIDE,
+    ChoiceRule,
+    ExactRule,
+    ListRule,
+    NumberRule,
+    format_setting_value,
+    integers,
+)
 from ldm.utils.errors import UsageError
 
 # Targets that begin like this have their settings in the table.
 OWN_TARGET_PREFIXES = ("ldm.", "lightning.", "datetime.", "hydra_plugins.")
 
-
-@dataclass(frozen=True)
-class NumberRule:
-    """The numbers of an interval; whole: only integers, which a float such as 1e3 is not."""
-
-    interval: str  # "[0, 1)" holds 0 and not 1
-    whole: bool = False
-
-    def bounds(self) -> tuple[float, float]:
-        """The two ends, which need not be in the interval."""
-        ends = self.interval[1:-1].split(", ")
-        low, high = (int(end) if end.lstrip("-").isdecimal() else float(end) for end in ends)
-        return low, high
-
-    def accepts(self, value: object) -> bool:
-        """Whether a value is one of these numbers."""
-        if type(value) is not int and (self.whole or type(value) is not float):
-            return False
-        low, high = self.bounds()
-        above = low < value or (value == low and self.interval[0] == "[")
-        return above and (value < high or (value == high and self.interval[-1] == "]"))
-
-    def __str__(self) -> str:
-        """In words, as in "a number from 0 to below 1"."""
-        kind = "a whole number" if self.whole else "a number"
-        low, high = map(_format_number, self.bounds())
-        closed = self.interval[0] == "["
-        if high == "inf":
-            return f"{kind} from {low} on" if closed else f"{kind} above {low}"
-        first, to = ("from", "to") if closed else ("above", "and up to")
-        if self.interval[-1] == ")":
-            to = "to below" if closed else "and below"
-        return f"{kind} {first} {low} {to} {high}"
-
-
-def _format_number(number: float) -> str:
-    """1000000 and not 1e+06."""
-    return str(int(number)) if math.isfinite(number) and number == int(number) else f"{number:g}"
-
-
-@dataclass(frozen=True)
-class ListRule:
-    """A list of values, of one of these lengths; rising: each larger than the one before."""
-
-    each: "NumberRule | ListRule"
-    lengths: Sequence[int]
-    rising: bool = False
-
-    def accepts(self, value: object) -> bool:
-        """Whether a value is such a list."""
-        if not isinstance(value, list) or len(value) not in self.lengths:
-            return False
-        if not all(self.each.accepts(item) for item in value):
-            return False
-        return not self.rising or all(a < b for a, b in pairwise(value))
-
-    def __str__(self) -> str:
-        count = f"{min(self.lengths)} " if len(self.lengths) == 1 else ""
-        rising = "rising " if self.rising else ""
-        return f"a list [a,b,..] of {count}{rising}values, each {self.each}"
-
-
-@dataclass(frozen=True)
-class ExactRule:
-    """One value that is not among the numbers of the other rules."""
-
-    value: object
-
-    def accepts(self, value: object) -> bool:
-        """Whether it is this one."""
-        return type(value) is type(self.value) and value == self.value
-
-    def __str__(self) -> str:
-        return format_setting_value(self.value)
-
-
-@dataclass(frozen=True)
-class ChoiceRule:
-    """One of a few words."""
-
-    words: tuple[str, ...]
-
-    def accepts(self, value: object) -> bool:
-        """Whether it is one of them; a number is its digits."""
-        return isinstance(value, str | int) and str(value) in self.words
-
-    def __str__(self) -> str:
-        return f"one of {', '.join(self.words)}"
-
-
 ValueRule = NumberRule | ListRule | ExactRule | ChoiceRule
 SettingRule = tuple[ValueRule, ...]  # a value needs to fit one of them
 
 
-def integers(interval: str) -> NumberRule:
-    """The integers of an interval."""
-    return NumberRule(interval, whole=True)
-
-
 NULL = ExactRule(None)
 POSITIVE = integers("[1, 1000000000]")
-SIDE = integers("[1, 16384]")  # pixels
 STEPS = integers("[1, 1000000]")
 SEED = integers("[0, 9223372036854775807]")
 BLOCKS = integers("[1, 1024]")  # of a network: blocks, layers, heads, patches
@@ -156,14 +67,17 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (ChoiceRule(("constant", "cosine")), "optimizer.decay"),
     (ChoiceRule(("eps", "x0", "v", "flow")), "objective.kind"),
     (ChoiceRule(("center", "random")), "data.crop"),
-    (ChoiceRule(("stop", "skip")), "data.on_error"),
+    (ChoiceRule(("stop", "skip")), "on_error, data.on_error"),
     (ChoiceRule(("sample", "mean")), "posterior"),
     (ChoiceRule(("jpg", "png", "webp")), "format"),
     (ChoiceRule(("all", "train", "val", "unseen")), "prepare part"),
     (ChoiceRule(("copy", "reference")), "bundle frozen"),
     (ChoiceRule(SAMPLING_DTYPES), "export dtype"),
+    (ChoiceRule(("bf16", "bfloat16", "float16", "float32")), "cache dtype"),
+    (ChoiceRule(("float32", "bfloat16")), "cache precision"),
+    (ChoiceRule(("moments", "mean")), "cache posterior"),
     # Counts.
-    (POSITIVE, "n, top, most, limit, phema.every, checkpoint.every, checkpoint.keep"),
+    (POSITIVE, "n, top, most, limit, max_captions, phema.every, checkpoint.every, checkpoint.keep"),
     (POSITIVE, "data.count, data.val_count, data.window, data.group, data.family, data.val_limit"),
     (POSITIVE, "early_stop.others, early_stop.validations, stop_after_skips, eval.scenes.every"),
     (POSITIVE, "trainer.max_steps, trainer.val_check_interval, trainer.log_every_n_steps"),
@@ -176,7 +90,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (STEPS, "batch, eval.batch, data.batch_size, data.val_batch_size"),
     ((STEPS, NULL), "sampler.original_steps"),
     (integers("[1, 10000]"), "frames, data.frames, samples_per_shard, hydra.n_jobs"),
-    (integers("[0, 1000]"), "previews, samples.n, data.workers, sampler.offset"),
+    (integers("[0, 1000]"), "previews, samples.n, data.workers, cache workers, sampler.offset"),
     (integers("[1, 1000]"), "workers, task.rounds"),
     (integers("[1, 100]"), "quality"),
     (integers("[1, 3]"), "sampler.order"),
@@ -197,9 +111,12 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (integers("[1, 65536]"), "lora.rank"),
     (NumberRule("(0, 1000000]"), "lora.alpha"),
     # Sizes of images and networks.
-    (SIDE, "size, data.size, data.min_size, clip.patch_size, model.size_factor"),
+    (SIDE, "size, grid, data.size, min_size, data.min_size, clip.patch_size, model.size_factor"),
     ((SIDE, ListRule(SIDE, [2])), "sample size, evaluate size"),
-    ((ExactRule("auto"), ListRule(ListRule(SIDE, [2]), range(1, 1025))), "data.buckets"),
+    (
+        (ExactRule("auto"), ListRule(ListRule(SIDE, [2]), range(1, 1025)), NULL),
+        "buckets, data.buckets",
+    ),
     ((SIDE, NULL), "prepare size"),
     ((integers("[64, 16384]"), NULL), "decode_tile"),
     (ListRule(integers("[0, 16384]"), [4]), "pad"),
@@ -245,12 +162,16 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (AMOUNT, "early_stop.min_delta, sampler.churn_min, sampler.churn_max"),
     ((AMOUNT, NULL), "trainer.gradient_clip_val"),
     ((NumberRule("(0, 1000000]"), NULL), "sampler.timestep_scaling"),
-    (NumberRule("(0, inf)"), "data.cache_gb, guidance.bound, sampler.clip, trainer.max_hours"),
+    (
+        NumberRule("(0, inf)"),
+        "cache_gb, data.cache_gb, guidance.bound, sampler.clip, trainer.max_hours",
+    ),
     (NumberRule("[-1000, 1000]"), "scheduler.start, scheduler.end, scheduler.location"),
     (NumberRule("[-1000, 1000]"), "timestep_sampler.mean"),
     (NumberRule("[0, 1000]"), "scheduler.offset"),
     (NumberRule("(0, 1000]"), "fps"),
     (NumberRule("(0, 100]"), "min_score"),
+    (NumberRule("[-1, 1]"), "prepare threshold"),
     # Guidance: 1 is none or Bayes' rule, below 0 is away from the prompt.
     (NumberRule("[-1000000, 1000000]"), "guidance.scale, guidance.style_scale"),
     (NumberRule("[-1000000, 1000000]"), "guidance.parallel, cascade_guidance_scale"),
@@ -300,7 +221,7 @@ def _describe_filter_problem(key: str, value: object) -> str:
     try:
         SampleFilter(value)
     except UsageError as error:
-        return f"{key}: {error}"
+        return f"{key}{str(error).removeprefix('where')}"
     return ""
 
 
@@ -310,11 +231,3 @@ def _numbers(value: object) -> Iterator[int | float]:
     elif isinstance(value, list | dict):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _numbers(item)
-
-
-def format_setting_value(value: object) -> str:
-    """A value as a user writes it."""
-    if isinstance(value, list):
-        return f"[{','.join(map(format_setting_value, value))}]"
-    plain = {None: "null", True: "true", False: "false"}
-    return plain[value] if value is None or isinstance(value, bool) else str(value)

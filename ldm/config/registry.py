@@ -19,6 +19,7 @@ from ldm.config.own_components import COMPONENT_GROUPS, NESTED_GROUPS, takes_arg
 from ldm.config.ranges import format_invalid_value
 from ldm.config.search_path import CONF_DIR
 from ldm.config.trust import NEVER_TRUSTED
+from ldm.data.shards.data_sets import list_data_sets, list_locations
 from ldm.experiments.former_names import get_rng, update_names
 from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.plain_yaml import parse_plain_mapping
@@ -103,7 +104,7 @@ def validate_component(node: object, place: str, *, trust: Sequence[str] | None 
         inner = f"{place}.{key}"
         if NESTED_GROUPS.get(inner, inner) in list_component_targets():
             valid[key] = validate_component(value, inner, trust=trust)
-        elif ours and _has_numbers_by_name(value):
+        elif ours and (_has_numbers_by_name(value) or _has_data_sets(value)):
             valid[key] = value
         elif ours:
             if isinstance(value, dict):
@@ -137,6 +138,17 @@ def _has_numbers_by_name(value: object) -> bool:
     """Returns whether a value is a mapping of numbers, such as data.captions."""
     is_mapping = isinstance(value, dict) and bool(value)
     return is_mapping and all(type(each) in (int, float) for each in value.values())
+
+
+def _has_data_sets(value: object) -> bool:
+    """Returns whether a value lists data sets, such as data.train, in plain values."""
+    if not isinstance(value, list | dict) or len(value) > MAX_LIST_LENGTH:
+        return False
+    try:
+        validate_plain_value(list_locations(value), "path")
+        return bool(list_data_sets(value))
+    except ValueError:
+        return False
 
 
 def check_trusted_target(target: str, place: str, trust: Sequence[str] | None) -> None:
@@ -208,6 +220,8 @@ def _validate_sizes(node: object, group: str, kinds: dict[str, type | tuple[type
 
 
 def _is_plain(value: object, name: str) -> bool:
+    if _has_data_sets(value):
+        return True
     try:
         validate_plain_value(value, name)
     except ValueError:

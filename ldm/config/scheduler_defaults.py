@@ -1,7 +1,9 @@
 """The settings of diffusers' schedulers that we read, with their defaults in diffusers."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+
+from ldm.models.diffusers_config import ForeignConfig
 
 _TABLE = {
     "num_train_timesteps": 1000,
@@ -107,45 +109,22 @@ def is_like_default(value: object, default: object) -> bool:
     return value is None or type(value) is type(default)
 
 
-class SchedulerValues:
-    """The values of a scheduler_config.json, with diffusers' defaults; each is taken once."""
-
-    def __init__(self, config: Mapping[str, object]) -> None:
-        self.name = str(config.get("_class_name"))
-        if self.name not in SCHEDULER_DEFAULTS:
-            raise ValueError(
-                f"scheduler_config.json is of _class_name={self.name}, which is none of "
-                f"{', '.join(SCHEDULER_DEFAULTS)}"
-            )
-        self.defaults = SCHEDULER_DEFAULTS[self.name]
-        self.values = {key: config.get(key, value) for key, value in self.defaults.items()}
-        if wrong := [k for k, v in self.values.items() if not is_like_default(v, self.defaults[k])]:
-            found = ", ".join(f"{key}={self.values[key]!r:.80}" for key in wrong)
-            raise ValueError(
-                f"{self.name}: scheduler_config.json has {found}, where diffusers has values such "
-                f"as {', '.join(repr(self.defaults[key]) for key in wrong)}"
-            )
-        self.given = dict(self.values)
-        self.unknown = {
-            key: value
-            for key, value in config.items()
-            if not key.startswith("_") and key not in SCHEDULER_KEYS
-        }
-
-    def pop(self, key: str, allowed: Sequence[object] | None = None) -> object:
-        """The value of a key that is read; the default where it is none of `allowed`, if given.
-
-        Such a value stays, and `check_rest` refuses it.
-        """
-        if allowed is None or self.values[key] in allowed:
-            return self.values.pop(key)
-        return self.defaults[key]
-
-    def check_rest(self) -> None:
-        """ValueError that names each value that was not read and is not diffusers' default."""
-        left = {
-            key: value for key, value in self.values.items() if value != self.defaults[key]
-        } | self.unknown
-        if left:
-            found = ", ".join(f"{key}={value!r}" for key, value in left.items())
-            raise ValueError(f"{self.name}: of scheduler_config.json we cannot hold {found}")
+def open_scheduler_config(config: Mapping[str, object]) -> ForeignConfig:
+    """A scheduler_config.json to be read; ValueError for another class, or a value of no sense."""
+    name = str(config.get("_class_name"))
+    if name not in SCHEDULER_DEFAULTS:
+        raise ValueError(
+            f"scheduler_config.json is of _class_name={name}, which is none of "
+            f"{', '.join(SCHEDULER_DEFAULTS)}"
+        )
+    defaults = SCHEDULER_DEFAULTS[name]
+    given = {key: config.get(key, value) for key, value in defaults.items()}
+    if wrong := [key for key, value in given.items() if not is_like_default(value, defaults[key])]:
+        found = ", ".join(f"{key}={given[key]!r:.80}" for key in wrong)
+        raise ValueError(
+            f"{name}: scheduler_config.json has {found}, where diffusers has values such as "
+            f"{', '.join(repr(defaults[key]) for key in wrong)}"
+        )
+    notes = {key for key in config if key.startswith("_")}
+    harmless = (SCHEDULER_KEYS | notes) - defaults.keys()
+    return ForeignConfig(config, defaults, kind=name, harmless=harmless, file="scheduler_config")

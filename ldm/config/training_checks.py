@@ -12,6 +12,7 @@ from ldm.config.sample_options import check_checkpoints_exist, get_compile_mode,
 from ldm.config.size_multiple import read_size_multiple
 from ldm.data.pixel_area import parse_pixels
 from ldm.data.position_sampler import split_batch
+from ldm.data.shards.data_sets import list_data_sets, list_locations
 from ldm.data.shards.locations import is_url, locate_shards
 from ldm.experiments.run_dir import get_launcher_layout
 from ldm.utils.errors import UsageError, format_program
@@ -26,6 +27,7 @@ def check_before_imports(cfg: DictConfig, run_dir: Path) -> None:
     """Refuses what the settings alone show to be wrong, before the slow imports."""
     new = not any((run_dir / "checkpoints").glob("step=*.ckpt"))
     check_checkpoints_exist(list_guides(cfg) | ({"init": cfg.init} if new else {}))
+    check_data_sets(cfg)
     for name in ("train", "val"):
         check_data_exist(cfg.data.get(name))
     check_image_size(cfg.data.size, read_size_multiple(cfg, stage=cfg.stage))
@@ -108,8 +110,7 @@ def check_lora(cfg: DictConfig) -> None:
 
 def check_data_exist(source: object) -> None:
     """FileNotFoundError where a folder or files of shards are not there; servers are not asked."""
-    places = [source] if isinstance(source, str) else source or []
-    for place in places:
+    for place in list_locations(source or []):
         if not is_url(str(place)):
             locate_shards(str(place))
 
@@ -143,11 +144,11 @@ def get_devices(cfg: DictConfig) -> dict[str, int]:
     return {"devices": started[0], "num_nodes": started[1]}
 
 
-def check_image_size(size: int, multiple: int) -> None:
+def check_image_size(size: int, multiple: int, *, name: str = "data.size") -> None:
     """UsageError where images of `size` do not go through the networks."""
     if size % multiple:
         raise UsageError(
-            f"data.size={size} must be a multiple of {multiple}, which the networks halve it to"
+            f"{name}={size} must be a multiple of {multiple}, which the networks halve it to"
         )
 
 
@@ -176,6 +177,33 @@ def check_buckets(cfg: DictConfig) -> None:
         if len({*map(tuple, buckets)}) < len(buckets):
             raise UsageError(f"data.buckets={shown}: one of the sizes is there twice")
         check_bucket_sizes(buckets, read_size_multiple(cfg, stage=cfg.stage))
+
+
+def check_data_sets(cfg: DictConfig) -> None:
+    """UsageError for data sets whose weights or sizes nothing can follow."""
+    try:
+        data_sets, val = (list_data_sets(cfg.data.get(name) or []) for name in ("train", "val"))
+    except ValueError as error:
+        raise UsageError(f"data.train: {error}") from None
+    if val:
+        raise UsageError("data.val: weights and sizes are for data.train; give locations alone")
+    sides = [one.size for one in data_sets if one.size]
+    if not sides:
+        return
+    if cfg.data.get("buckets") not in (None, "auto"):
+        raise UsageError(
+            f"data.train: size={sides[0]} of a data set has buckets of its own: give "
+            "data.buckets=auto in place of the list, or leave the size out"
+        )
+    if cfg.data.get("frames") is not None or cfg.stage not in ("diffusion", "autoencoder"):
+        raise UsageError(f"data.train: size={sides[0]} of a data set: this run takes one size")
+    if get_compile_mode(cfg) == "reduce-overhead":
+        raise UsageError(
+            f"data.train: size={sides[0]}: a CUDA graph is of one size: take compile=default"
+        )
+    for side in sides:
+        multiple = read_size_multiple(cfg, stage=cfg.stage)
+        check_image_size(side, multiple, name="data.train: size")
 
 
 def check_bucket_sizes(buckets: Iterable[Sequence[int]], multiple: int) -> None:

@@ -20,9 +20,11 @@ from ldm.data.image_decoding import TargetSize, read_image_size
 from ldm.data.scenes.datamodule import locate_scene_folders
 from ldm.data.scenes.world import WORLD_VERSION
 from ldm.data.shards.cache import ShardCache
+from ldm.data.shards.data_sets import list_locations
 from ldm.data.shards.index import ReadOptions
 from ldm.data.shards.locations import ShardSource, is_url, redact_source
 from ldm.data.shards.reader import ShardReader
+from ldm.experiments.model_card import shorten_place
 from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.errors import UsageError
 from ldm.utils.files import resolve_path
@@ -95,7 +97,11 @@ def describe_run_data(loaded: LoadedPipeline) -> list[str]:
     if data._target_ == SCENES_TARGET:
         lines = [f"drawn scenes, version {WORLD_VERSION}, {data.count} for training"]
     else:
-        lines = [f"{data.get('train')}, for training"]
+        train = data.get("train")
+        places = [train] if isinstance(train, str) else list(train or [])
+        places = [one if isinstance(one, str) else one["path"] for one in places]
+        places = [shorten_place(redact_source(one)) for one in places]
+        lines = [f"{', '.join(places) or 'images'}, for training"]
     try:
         val, train = open_run_images(loaded, loaded.size)
     except ValueError:
@@ -118,9 +124,8 @@ def open_local_images(
     captions: dict[str, float] | None = None,
 ) -> TextImageDataset:
     """The images of a source on this machine that a file names, read without writing an index."""
-    places = [source] if isinstance(source, str) else source
     with explain_missing_images():
-        if any(is_url(str(place)) for place in places):
+        if any(is_url(str(place)) for place in list_locations(source)):
             raise FileNotFoundError(f"{redact_source(source)} is on a server")
         options = {"min_size": min_size, "where": where, "on_error": on_error}
         options |= {"caption_key": caption_key, "captions": captions}

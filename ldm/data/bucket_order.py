@@ -4,13 +4,16 @@ Shapes: N samples, B buckets, M batches of an epoch.
 """
 
 import itertools
+import json
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 
 from ldm.data.position_sampler import ShuffledOrder
+from ldm.utils.hashing import hash_bytes
 
 _CACHED_EPOCHS = 2  # workers read around the end of an epoch
 
@@ -83,6 +86,16 @@ class BucketedOrder:
                 if (first + end) * self._batch > position:
                     yield (first + end) * self._batch, shard
             epoch += 1
+
+    def rules(self) -> dict[str, object]:
+        """Returns the batch, and a digest of the bucket of each sample and of the weights."""
+        return {"order": {"batch": self._batch, "buckets": self._digest}}
+
+    @cached_property
+    def _digest(self) -> str:
+        shares = [(len(one.order), str(one.weight)) for one in self._sets]
+        buckets = [one.bucket.astype("<i4").tobytes() for one in self._sets]
+        return hash_bytes(json.dumps(shares).encode(), *buckets)[:16]
 
     def _find_uses(self, epoch: int) -> list[tuple[int, int]]:
         """Returns (batch after the last, shard) of an epoch's uses of shards, in order."""
@@ -176,7 +189,7 @@ class _WeightedSet:
         self, order: ShuffledOrder, first: int, bucket: np.ndarray, count: int, weight: Fraction
     ) -> None:
         self.order, self.weight = order, weight
-        self._first, self._bucket = first, bucket
+        self._first, self.bucket = first, bucket
         self._counts = np.bincount(bucket, minlength=count).tolist()
 
     def count(self, epochs: int) -> list[int]:
@@ -189,7 +202,7 @@ class _WeightedSet:
         begins, ends = self.count(epoch), self.count(epoch + 1)
         for own in range(math.floor(epoch * self.weight), math.ceil((epoch + 1) * self.weight)):
             walk = self.order.permute(own)
-            places = np.argsort(self._bucket[walk], kind="stable")
+            places = np.argsort(self.bucket[walk], kind="stable")
             samples = walk[places] + self._first
             times = (float(own - epoch * self.weight) + places / len(walk)) / float(self.weight)
             start = 0

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Literal
 
 import lightning as L
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -26,6 +27,7 @@ from ldm.data.position_sampler import (
     split_strided_batches,
 )
 from ldm.data.shards.cache import ShardCache
+from ldm.data.shards.data_sets import list_data_sets
 from ldm.data.shards.index import ReadOptions
 from ldm.data.shards.locations import ShardSource
 from ldm.data.shards.prefetch import ShardPrefetcher
@@ -41,8 +43,9 @@ class TextImageData(L.LightningDataModule):
     size: side of the square images. buckets: sizes [width, height] for images of other aspects, or
     "auto": of `pixels` each (default size * size), with sides in multiples of `grid`; each image
     goes to the one that cuts away least of it, and all images of an optimizer step to one.
-    train, val: see `locate_shards`; min_size, caption_key, captions: see `ReadOptions`; where and
-    val_where: its `where`, of training and of validation;
+    train, val: see `locate_shards`; train may list data sets with weights and sizes of their own
+    (see `list_data_sets`), which then have buckets of their own. min_size, caption_key, captions:
+    see `ReadOptions`; where and val_where: its `where`, of training and of validation;
     crop, flip, on_error, frames: see `TextImageDataset`; window, group: see `ShuffledOrder`.
     batch_size: images of an optimizer step over all ranks and micro-steps, so that a run may resume
     on another number of devices. The training loader starts at `position`, the images seen, which
@@ -95,14 +98,17 @@ class TextImageData(L.LightningDataModule):
         self._prefetcher: ShardPrefetcher | None = None
         self._prefetched_at = 0
         self.cache = ShardCache(cache, gigabytes=cache_gb) if cache else None
+        data_sets = list_data_sets(train)
         if datasets is None:
+            own_sides = [one.size or 0 for one in data_sets]
+            has_sizes = buckets is not None or any(own_sides)
             options = ReadOptions(
                 min_size=min_size,
                 cache=self.cache,
                 caption_key=caption_key,
                 captions=captions,
                 on_error=on_error,
-                measure=buckets is not None,
+                measure=has_sizes,
             )
             common = {"size": size, "on_error": on_error, "frames": frames, "seed": seed}
             common |= {"fast_pixels": True}  # unless `resume` finds otherwise
@@ -113,13 +119,17 @@ class TextImageData(L.LightningDataModule):
                 TextImageDataset(train_shards, **common, **draws, train=True),
                 TextImageDataset(val_shards, **common, train=False),
             )
-            if buckets is not None:
+            if has_sizes:
+                index = train_shards.index
                 self.buckets = choose_buckets(
-                    *(each.shards.index.sizes for each in datasets),
-                    buckets if buckets != "auto" else None,
+                    index.sizes,
+                    val_shards.index.sizes,
+                    buckets,
+                    side=size,
                     pixels=parse_pixels(pixels or size * size),
                     grid=grid,
                     batch=batch_size,
+                    own_sides=np.repeat(own_sides, index.set_sizes()) if own_sides else None,
                 )
                 for dataset, own in zip(datasets, self.buckets, strict=True):
                     dataset.target_sizes = get_target_sizes(own)
@@ -133,12 +143,17 @@ class TextImageData(L.LightningDataModule):
         }
         how = {"seed": seed, "window": window, "group": group}
         self.order: SampleOrder = ShuffledOrder(sizes, **how)
-        if (numbers := number_target_sizes(self.train_set.target_sizes)) is not None:
-            self.order = BucketedOrder(sizes, numbers, batch=batch_size, **how)
+        numbers = number_target_sizes(self.train_set.target_sizes)
+        if numbers is not None or data_sets:
+            numbers = np.zeros(len(index), np.int64) if numbers is None else numbers
+            weights = [one.weight for one in data_sets]
+            shares = list(zip(index.data_sets, weights, strict=True))
+            self.order = BucketedOrder(sizes, numbers, batch=batch_size, data_sets=shares, **how)
+            self.train_set.epoch_length = 1  # a sample may come twice in what is near an epoch
 
     def rules(self) -> dict[str, object]:
         """Returns what a checkpoint stores, so that the run resumes by the same rules."""
-        return self.train_set.rules()
+        return {**self.train_set.rules(), **self.order.rules()}
 
     def resume(self, facts: dict) -> None:
         """Continues after the images seen, by the rules of a checkpoint."""

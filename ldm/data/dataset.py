@@ -76,7 +76,7 @@ class TextImageDataset(Dataset):
     place of `size`; all samples of a batch must have one. even_crops: all positions of a random
     crop are equally likely, see `find_crop_box`. fast_pixels: those of `read_box`, else of
     `crop_and_resize` (Pillow's resize, for numbers that are compared with others).
-    gives_sizes: batches have `sizes`.
+    gives_sizes: batches have `sizes`. epoch_length: positions of an epoch; None: N.
     frames: samples are animations, of which it takes so many frames, evenly; None: images.
     on_error: for a damaged image "stop" raises ImageError; "skip" uses the next sample of its size
     (index + 1, + 2, .. modulo N) that can be decoded, or raises TooManySkippedError if none can.
@@ -94,6 +94,7 @@ class TextImageDataset(Dataset):
     even_crops: bool = True
     fast_pixels: bool = False
     gives_sizes: bool = False
+    epoch_length: int | None = None
     tensor_name: ClassVar[str] = "images"  # of a batch's field that workers write into slots
     _damaged: dict[int, BadSample] = field(default_factory=dict, init=False)  # not tried again
 
@@ -251,7 +252,8 @@ class TextImageDataset(Dataset):
     def _read_sample(self, index: int, position: int) -> Sample:
         """Returns a sample with the caption of this position alone."""
         sample = self.shards.read(index)
-        caption = self._choose_caption(sample, index, epoch=position // len(self))
+        epoch = position // (self.epoch_length or len(self))
+        caption = self._choose_caption(sample, index, epoch=epoch)
         return Sample(sample.key, sample.image, [caption])
 
     def _read_boxes(self, data: bytes, box: dict) -> Iterator[tuple[Tensor, tuple[int, int]]]:

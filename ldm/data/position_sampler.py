@@ -67,6 +67,10 @@ class SampleOrder(Protocol):
         """Yields (position from which it is no longer needed, shard) in order of use, endlessly."""
         ...
 
+    def rules(self) -> dict[str, object]:
+        """Returns what decides about the order beside the samples, the seed and the window."""
+        ...
+
 
 class ShuffledOrder:
     """The endless sequence of shuffled epochs over shards of the given sizes.
@@ -119,6 +123,9 @@ class ShuffledOrder:
                 if end > position:
                     yield from ((end, int(shard)) for shard in window if sizes[shard])
             epoch += 1
+
+    def rules(self) -> dict[str, object]:
+        return {}
 
     def _split_into_windows(self, epoch: int) -> list[np.ndarray]:
         count = len(self._ends)

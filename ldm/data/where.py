@@ -13,7 +13,7 @@ import ast
 import operator
 import tokenize
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from typing import NoReturn
@@ -84,11 +84,11 @@ class SampleFilter:
             keep = meets
         return keep, {clause: count for clause, count in left_out.items() if count}
 
-    def refuse_key(self, key: str, known: list[str]) -> NoReturn:
-        """Raises UsageError for a key that no sample has; `known`: some keys that samples have."""
+    def refuse_key(self, key: str, known: Sequence[str], name: str) -> NoReturn:
+        """Raises UsageError for a key that no sample of `name` has; known: keys that some have."""
         near = suggest_nearest(key, known)
         near = near or f"; there are {', '.join(known[:8])}" * bool(known)
-        raise UsageError(f"{_describe(self.text)}: no sample has the key {key} in its json{near}")
+        raise UsageError(f"{name}: {_describe(self.text)}: no json has the key {key}{near}")
 
 
 def count_missing(columns: Mapping[str, np.ndarray]) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """The model card of a bundle: what the model is, how to use it, data, metrics, licence, files."""
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -116,10 +117,27 @@ def format_card_training(model: ModelFacts) -> str:
     rows = []
     for group, part in model.components.items():
         leaves = {key: value for key, value in iterate_leaves(part) if "_target_" not in key}
-        words = [f"`{part['_target_']}`", *(f"{key}={value}" for key, value in leaves.items())]
+        words = [f"`{part['_target_']}`"]
+        words += [f"{key}={shorten_place(str(value))}" for key, value in leaves.items()]
         rows.append(f"- {group}: {', '.join(words)}")
     rows += [f"- data: {line}" for line in model.data]
     return "\n".join(["## Training", "", *rows])
+
+
+def shorten_place(place: str) -> str:
+    """A place as a card names it, without the folders of this machine.
+
+    A path below the working folder is relative to it. A file of the hub's cache has the model's
+    name. Of any other absolute path the last two names stay.
+    """
+    path = Path(place)
+    if not path.is_absolute():
+        return place
+    if path.is_relative_to(Path.cwd()):
+        return str(path.relative_to(Path.cwd()))
+    if found := re.search(r"/models--(.+?)--([^/]+)/snapshots/[^/]+(.*)", place):
+        return f"{found[1]}/{found[2]}{found[3]}"
+    return "/".join(path.parts[-2:])
 
 
 def copy_metrics(run: Path, folder: Path, step: int) -> str:

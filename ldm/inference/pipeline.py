@@ -22,7 +22,7 @@ from ldm.inference.decoding import decode_latents
 from ldm.inference.image_size import format_image_size
 from ldm.inference.prompts import parse_prompt
 from ldm.inference.text_projection import project_text_once
-from ldm.models.kernels import cache_casts
+from ldm.models.kernels import cache_casts, freeze_weights
 from ldm.utils.errors import format_program
 
 
@@ -122,7 +122,7 @@ class Pipeline:
                 on_step=on_step and (lambda i, x0_hat: on_step(i, start.to_latents(x0_hat))),
             )
             images = self.decode(start.to_latents(x0))
-            if mask is None:
+            if mask is None or not (start.restore or paste):
                 return images
             # Cells of the latent grid that the mask cuts through were generated as a whole.
             joined = torch.where(mask > 0, images, image)
@@ -211,7 +211,9 @@ class Pipeline:
         denoiser, objective = self.components.denoiser, self.components.objective
         t = t.to(x_t.device, non_blocking=True)
         timestep = self.sampler.network_timestep(objective.schedule, t)
-        return objective.predict_x0(denoiser, x_t, t, cond, timestep=timestep)
+        # A guidance may take the gradient with respect to x_t.
+        with freeze_weights(denoiser) if torch.is_grad_enabled() else nullcontext():
+            return objective.predict_x0(denoiser, x_t, t, cond, timestep=timestep)
 
     def _make_denoiser(
         self,

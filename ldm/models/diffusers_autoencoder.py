@@ -64,10 +64,10 @@ class DiffusersAutoencoder(nn.Module):
         """Stays in eval mode."""
         return super().train(False)
 
-    def encode(self, images: Tensor, *, generator: Generators = None) -> Tensor:
-        """Returns scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1].
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns mean and log-variance of the unscaled latents; None where they have no variance.
 
-        Those of AutoencoderKL are a sample of the posterior by `generator`; without it, its mean.
+        AutoencoderKL alone has one.
         """
         _, channels, height, width = images.shape
         if channels != 3 or height % self.factor or width % self.factor:
@@ -76,10 +76,17 @@ class DiffusersAutoencoder(nn.Module):
                 f"got {tuple(images.shape)}: crop or resize them"
             )
         (z,) = self.model.encode(images, return_dict=False)
-        if self.kind == "AutoencoderKL":
-            posterior, z = z, z.mean
-            if generator is not None:
-                z = z + posterior.std * randn(z.shape, generator, device=z.device, dtype=z.dtype)
+        return (z.mean, z.logvar) if self.kind == "AutoencoderKL" else (z, None)
+
+    def encode(self, images: Tensor, *, generator: Generators = None) -> Tensor:
+        """Returns scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1].
+
+        Those of AutoencoderKL are a sample of the posterior by `generator`; without it, its mean.
+        """
+        z, logvar = self.posterior(images)
+        if generator is not None and logvar is not None:
+            noise = randn(z.shape, generator, device=z.device, dtype=z.dtype)
+            z = z + (0.5 * logvar).exp() * noise
         return (z - self.shift[:, None, None]) * self.scale[:, None, None]
 
     def decode(self, latents: Tensor) -> Tensor:

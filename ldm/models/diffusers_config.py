@@ -80,6 +80,8 @@ HARMLESS_KEYS = frozenset(
     )
 )
 HARMLESS_AUTOENCODER_KEYS = HARMLESS_KEYS - {"upcast_attention"} | {"force_upcast"}
+# Of our networks: settings that decide how one is trained, and not what it computes.
+TRAINING_SETTINGS = ("checkpointing", "dropout", "linear_projections")
 # A damaged or hostile file with larger numbers would fill the memory before its weights are read.
 MOST_FEATURES, MOST_LAYERS = 2**15, 100
 REASONS = {
@@ -89,9 +91,10 @@ REASONS = {
 
 
 class ForeignConfig:
-    """A config.json of diffusers: the keys that are read, and values that ours cannot have.
+    """A file of settings of diffusers: the keys that are read, and values that ours cannot have.
 
-    defaults: of every key that diffusers knows. harmless: keys that may have any value.
+    defaults: of every key that diffusers knows. harmless: keys that may have any value. file: its
+    name, without .json.
     """
 
     def __init__(
@@ -101,8 +104,9 @@ class ForeignConfig:
         *,
         kind: str,
         harmless: frozenset[str],
+        file: str = "config",
     ) -> None:
-        self.kind, self.defaults = kind, defaults
+        self.kind, self.defaults, self.file = kind, defaults, file
         given = {key: value for key, value in config.items() if key not in harmless}
         self.values = {**defaults, **given}
         self.unread = set(self.values)
@@ -166,11 +170,16 @@ class ForeignConfig:
             self.refuse(key)
 
     def read_choice(self, key: str, *choices: object) -> object:
-        """As `read`, of one of these values."""
+        """As `read`, of one of these values; the default where it is refused."""
         value = self.read(key)
-        if value not in choices:
-            self.refuse(key)
-        return value
+        if value in choices:
+            return value
+        self.refuse(key)
+        return self.defaults[key]
+
+    def ignore(self, *keys: str) -> None:
+        """Lets keys have any value."""
+        self.unread.difference_update(keys)
 
     def refuse(self, key: str) -> None:
         """Records a key whose value ours cannot have."""
@@ -186,7 +195,7 @@ class ForeignConfig:
                 self.refuse(key)
         if self.refused:
             raise ValueError(
-                f"this config.json is of no {self.kind} that ldm can hold: "
+                f"this {self.file}.json is of no {self.kind} that ldm can hold: "
                 f"{', '.join(self.refused)}"
             )
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm.utils.files import read_json_mapping, replace_file, resolve_path, write_text
+from ldm.utils.hub import download_snapshot
 
 DIFFUSERS_VERSION = "0.38.0"  # written to files: the oldest version that the tests allow
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -29,16 +30,13 @@ def locate_diffusers_folder(path: str) -> Path:
     location = resolve_path(path)
     if location.exists():
         return location
-    from huggingface_hub import snapshot_download  # slow to import
-
-    try:
-        return Path(snapshot_download(path, allow_patterns=["config.json", "*.safetensors"]))
-    except Exception as error:
-        raise FileNotFoundError(
-            f"no autoencoder at '{path}': it is neither here nor to be had from huggingface.co "
-            f"({type(error).__name__}). It is a folder with config.json and {DIFFUSERS_WEIGHTS}, "
-            "or for autoencoder=tiny and autoencoder=sd a run of stage=autoencoder"
-        ) from error
+    return download_snapshot(
+        path,
+        ["config.json", "*.safetensors"],
+        subject=f"no autoencoder at '{path}': it",
+        remedy=f"give a folder with config.json and {DIFFUSERS_WEIGHTS}, or for autoencoder=tiny "
+        "and autoencoder=sd a run of stage=autoencoder",
+    )
 
 
 def find_diffusers_weights(path: Path | str) -> Path:

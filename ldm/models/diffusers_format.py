@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.diffusers_config import TRAINING_SETTINGS
 from ldm.models.diffusers_files import (
     DIFFUSERS_VERSION,
     find_diffusers_weights,
@@ -27,9 +28,6 @@ from ldm.utils import checkpoint_file
 from ldm.utils.checkpoint_facts import read_state_dict
 from ldm.utils.checkpoint_file import load_module_state
 from ldm.utils.files import resolve_path
-
-# Settings that do not change the results of a network.
-FREE_SETTINGS = ("dropout", "linear_projections")
 
 
 def read_unet_state(path: Path | str) -> dict[str, Tensor]:
@@ -111,7 +109,7 @@ def _compare_settings(file: Path, theirs: Mapping, ours: Mapping) -> None:
     different = [
         f"{key} is {theirs[key]} there, {value} here"
         for key, value in ours.items()
-        if key not in FREE_SETTINGS and theirs[key] != value
+        if key not in TRAINING_SETTINGS and theirs[key] != value
     ]
     if different:
         raise ValueError(f"{file} is of another network: {'; '.join(different)}")

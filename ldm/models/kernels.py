@@ -37,6 +37,19 @@ def cache_casts(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
+@contextmanager
+def freeze_weights(network: nn.Module) -> Iterator[None]:
+    """Lets autograd record nothing for weights, such as those that `cache_casts` marks."""
+    marked = [each for each in network.parameters() if each.requires_grad]
+    try:
+        for parameter in marked:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in marked:
+            parameter.requires_grad_(True)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention of q (B, heads, N, d) to k and v (B, heads, L, d) -> as q.
 

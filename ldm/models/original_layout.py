@@ -40,6 +40,7 @@ from ldm.models.original_names import (
 )
 from ldm.models.original_tokenizer import find_tokenizer, hash_tokenizer, save_tokenizer
 from ldm.utils.checkpoint_file import CheckpointError
+from ldm.utils.errors import UsageError
 from ldm.utils.files import TEMPORARY_SUFFIX, write_json
 from ldm.utils.hashing import hash_bytes
 from ldm.utils.locks import hold_lock
@@ -74,7 +75,7 @@ def open_original_file(path: Path, *, cache: Path) -> Path:
         with hold_lock(folder.parent):
             if not folder.is_dir():
                 _write_folder(file, kind, prediction, folder, tokenizer)
-    except CheckpointError:
+    except (CheckpointError, UsageError):
         raise
     except SafetensorError as error:
         raise CheckpointError(f"{cache} has no room for {path}: {error}") from error

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.hashing import hash_bytes
+from ldm.utils.hub import download_snapshot
 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
@@ -12,7 +13,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_conf
 def find_tokenizer(path: Path) -> Path:
     """Returns the folder of a tokenizer: `tokenizer/` next to a file, else CLIP's of the hub.
 
-    Raises CheckpointError, with the remedy, where there is neither.
+    Raises CheckpointError or UsageError, with the remedy, where there is neither.
     """
     folder = path.parent / "tokenizer"
     if folder.is_dir():
@@ -23,16 +24,12 @@ def find_tokenizer(path: Path) -> Path:
                 "merges.txt, there"
             )
         return folder
-    from huggingface_hub import snapshot_download  # slow to import
-
-    try:
-        return Path(snapshot_download(CLIP_TOKENIZER, allow_patterns=list(TOKENIZER_FILES)))
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} holds no tokenizer, and {CLIP_TOKENIZER} is not to be had from "
-            f"huggingface.co ({type(error).__name__}): put CLIP's tokenizer.json, or vocab.json "
-            f"and merges.txt, into {folder}"
-        ) from error
+    return download_snapshot(
+        CLIP_TOKENIZER,
+        TOKENIZER_FILES,
+        subject=f"{path} holds no tokenizer, and {CLIP_TOKENIZER}",
+        remedy=f"put CLIP's tokenizer.json, or vocab.json and merges.txt, into {folder}",
+    )
 
 
 def hash_tokenizer(folder: Path) -> str:

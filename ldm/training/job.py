@@ -159,6 +159,8 @@ def prepare_run_directory(
                 "or the images, that it began with, another name=... for a new run, or "
                 "resume.allow=[data,source] to go on with these"
             )
+        if rules:
+            check_same_order(run_dir, facts.get("order"), rules.get("order"))
         if others := [n for n, each in frozen.items() if before.get(n, each) != each]:
             raise UsageError(
                 f"{run_dir} was trained with another {' and '.join(others)}, whose files have "
@@ -168,3 +170,17 @@ def prepare_run_directory(
     elif first:
         (run_dir / "metrics.csv").unlink(missing_ok=True)  # of a call without a checkpoint
     return resume
+
+
+def check_same_order(run_dir: Path, before: object, now: Mapping[str, object] | None) -> None:
+    """UsageError where a run with buckets or weighted data sets would go on in another order."""
+    if before == now:
+        return
+    had = before if isinstance(before, dict) else {}
+    settings = "data.buckets, data.pixels, and weights and sizes of data.train"
+    if had and now and had.get("batch") != now["batch"]:
+        settings = f"data.batch_size={had.get('batch')}"
+    raise UsageError(
+        f"{run_dir} was trained in another order of samples: give the {settings} that it began "
+        "with (they are in its config.yaml), or another name=... for a new run"
+    )

@@ -17,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ldm.diffusion.conditioning import Condition
 
 # The functions that autocast runs in half precision, and in float32: of those that networks use.
-HALF_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d, torch.bmm, torch.baddbmm, torch.matmul)
-HALF_FUNCTIONS += (torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.bmm)
+HALF_FUNCTIONS = (
+    *(F.linear, F.conv1d, F.conv2d, F.conv3d, torch.bmm, torch.baddbmm, torch.matmul),
+    *(torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.bmm),
+)
 FLOAT_FUNCTIONS = (F.group_norm, F.layer_norm, F.softmax, torch.softmax, torch.Tensor.softmax)
 
 

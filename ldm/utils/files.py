@@ -6,7 +6,6 @@ import json
 import os
 import re
 import secrets
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,18 +41,6 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(path)  # the error of a full disk names no file
         raise
-
-
-@contextmanager
-def make_folder_beside(out: Path) -> Iterator[Path]:
-    """Yields an empty folder to fill and move to `out`; it lies in a temporary one beside `out`."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=out.parent, prefix=f".{out.name}.", suffix=TEMPORARY_SUFFIX
-    ) as temporary:
-        folder = Path(temporary, out.name)
-        folder.mkdir()
-        yield folder
 
 
 def delete_temporary_files(folder: Path, pattern: str = "*") -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import recorder
 from shell import ROOT, TRAIN, rows, run, tensors
-from world_size_runs import BATCH, RUN, STEPS, write
+from world_size_runs import BATCH, BUCKETS, RUN, SIDES, STEPS, write
 
 MANY = [  # processes, data workers, accumulated micro-steps, the step it is left after, and how
     (2, 2, 2, 5, "SIGTERM"),
@@ -63,6 +63,10 @@ def test_a_run_may_change_its_number_of_processes_in_mid_epoch(tmp_path, sizes, 
     epoch = sorted(key for position, key in samples if position < count)
     assert epoch == [f"{n:04}" for n in range(count)], "every sample once"
 
+    assert_same_training(whole, changing)
+
+
+def assert_same_training(whole: Path, changing: Path) -> None:
     one, other = (rows(home / "runs" / "run") for home in (whole, changing))
     assert [row["step"] for row in other] == [str(step) for step in range(1, STEPS + 1)]
     losses = [[float(row["train/loss"]) for row in found] for found in (one, other)]
@@ -72,3 +76,41 @@ def test_a_run_may_change_its_number_of_processes_in_mid_epoch(tmp_path, sizes, 
     for name, tensor in one["state_dict"].items():
         # The mean: where a gradient is near nought, AdamW makes a whole step of rounding.
         assert (other["state_dict"][name] - tensor).abs().double().mean() < 2e-5, name
+
+
+def bucket_of(key: str) -> int:
+    return BUCKETS[SIDES[int(key) % len(SIDES)]]
+
+
+@pytest.mark.slow
+def test_a_run_with_buckets_may_change_its_number_of_processes_in_mid_epoch(tmp_path):
+    whole, changing = tmp_path / "whole", tmp_path / "changing"
+    count = write(whole / "shards", 70, 10, 40, 3, 20, sides=SIDES)
+    shutil.copytree(whole / "shards", changing / "shards")
+    buckets = "data.buckets=[[16,16],[24,16],[16,24],[32,16]]"
+    told = train(whole, 1, 0, 1, f"trainer.max_steps={STEPS}", "name=run", buckets)
+    assert "buckets: 16x16 50.3%, 24x16 25.2%, 16x24 12.6%, 32x16 11.9%" in told
+    begun = 0
+    for devices, workers, accumulate, step, how in MANY:
+        last = f"trainer.max_steps={STEPS if how == 'SIGTERM' else step}"
+        left = [f"+early_stop.leave_at={step}"] if how == "SIGTERM" else []
+        code = 75 if how == "SIGTERM" else 0
+        options = [last, *left, "name=run", buckets]
+        train(changing, devices, workers, accumulate, *options, expect=code)
+        lines = recorder.read(changing / "seen")
+        own = [line for line in lines if begun < line["step"] <= step]
+        assert len(own) == devices * accumulate * (step - begun)
+        begun = step
+
+    steps = keys_of_steps(lines)
+    assert steps == keys_of_steps(recorder.read(whole / "seen"))
+    assert all(len({bucket_of(key) for key in keys}) == 1 for keys in steps.values())
+    samples = [pair for line in lines for pair in zip(line["positions"], line["keys"], strict=True)]
+    assert sorted(position for position, _ in samples) == list(range(STEPS * BATCH))
+    for bucket in range(4):
+        members = {f"{n:04}" for n in range(count) if bucket_of(f"{n:04}") == bucket}
+        seen = [key for _, key in sorted(samples) if bucket_of(key) == bucket]
+        assert len(seen) > len(members), "more than an epoch of each bucket"
+        assert sorted(seen[: len(members)]) == sorted(members), "every sample once"
+        assert len(set(seen[len(members) :])) == len(seen) - len(members)
+    assert_same_training(whole, changing)

@@ -12,16 +12,16 @@ ROOT = Path(__file__).parents[2]
 # A room imports from the rooms before it in this table, and from itself (docs/design.md).
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
-    "utils": 1995,
-    "diffusion": 3380,
-    "models": 5101,
-    "data": 6400,
-    "inference": 880,
-    "evaluation": 3115,
-    "experiments": 2220,
-    "training": 3830,
-    "config": 7180,
-    "cli": 1920,
+    "utils": 2055,
+    "diffusion": 3410,
+    "models": 5200,
+    "data": 7400,
+    "inference": 1160,
+    "evaluation": 3450,
+    "experiments": 2230,
+    "training": 4100,
+    "config": 8600,
+    "cli": 2250,
 }
 ROOMS = tuple(ROOM_LINES)
 FILES = [*ROOT.glob("ldm/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]

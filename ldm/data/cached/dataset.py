@@ -85,7 +85,7 @@ class CachedDataset(Dataset):
 
     Caption and flip are drawn as by `TextImageDataset`, from the captions of the cache; all samples
     of a batch have one size. flip: needs a cache with flips. images: real images of the same kind
-    for evaluations; None: there are none here.
+    for evaluations; None: there are none here. epoch_length: see `TextImageDataset`.
     on_error: for a damaged sample "stop" raises CacheError, "skip" uses the next sound one of the
     batch's size, or raises TooManySkippedError if there is none.
     """
@@ -97,6 +97,7 @@ class CachedDataset(Dataset):
     flip: float = 0.0
     on_error: Literal["stop", "skip"] = "stop"
     images: TextImageDataset | None = None
+    epoch_length: int | None = None
     tensor_name: ClassVar[str] = "rows"
     _damaged: dict[int, BadSample] = field(default_factory=dict, init=False)  # not tried again
     _plans: dict[tuple, CopyPlan] = field(default_factory=dict, init=False)
@@ -115,7 +116,7 @@ class CachedDataset(Dataset):
                 f"the cache has {len(self.shards)} samples, and {manifest.samples} were written: "
                 "its shards were changed, make it again"
             )
-        self._exponent = _EXPONENTS[manifest.dtype]
+        self._exponent, self._count = _EXPONENTS[manifest.dtype], len(self.shards)
 
     @property
     def target_sizes(self) -> np.ndarray | None:
@@ -130,7 +131,7 @@ class CachedDataset(Dataset):
         return max(self._lay_out_row(grid).size for grid in grids)
 
     def __len__(self) -> int:
-        return len(self.shards)
+        return self._count
 
     def rules(self) -> dict[str, object]:
         """Returns what a checkpoint stores, so that the run resumes on latents of these images."""
@@ -191,30 +192,37 @@ class CachedDataset(Dataset):
         self, index: int, position: int, grid: tuple[int, int], row: np.ndarray
     ) -> CachedItem:
         """Reads this sample into its row, or the next sound one of the same grid."""
+        count, flip = self._count, self._draw_flip(position)
+        epoch = position // (self.epoch_length or count)
         problems: list[BadSample] = []
-        flip = self._draw_flip(position)
-        for i in (n % len(self) for n in range(index, index + min(len(self), _MAX_TRIES))):
+        for i in range(index, index + min(count, _MAX_TRIES)):
+            i %= count
             if i != index and self._find_grid(i) != grid:
                 continue
             problem = self._damaged.get(i)
             if problem is None:
                 try:
-                    caption = self._read(i, position // len(self), flip, grid, row)
+                    caption = self._read(i, epoch, flip, grid, row)
                     return CachedItem(caption, position, self.shards.index.key(i), problems[:1])
                 except CacheError as error:
-                    problem = BadSample(DAMAGED, f"{self.shards.sample_name(i)} {error}")
-                    if self.on_error != "skip":
-                        raise CacheError(
-                            f"{problem.message}: make the cache again, or leave such samples out "
-                            "with data.on_error=skip"
-                        ) from error
-                    self._damaged[i] = problem
+                    problem = self._note_damage(i, error)
             problems.append(problem)
         reasons = format_skip_counts(Counter(problem.reason for problem in problems))
         raise TooManySkippedError(
             f"{problems[0].message}; none of the {len(problems)} samples from there on can be "
             f"read ({reasons})"
         )
+
+    def _note_damage(self, i: int, error: CacheError) -> BadSample:
+        """Returns what is wrong with a sample; CacheError unless damaged ones are skipped."""
+        problem = BadSample(DAMAGED, f"{self.shards.sample_name(i)} {error}")
+        if self.on_error != "skip":
+            raise CacheError(
+                f"{problem.message}: make the cache again, or leave such samples out with "
+                "data.on_error=skip"
+            ) from error
+        self._damaged[i] = problem
+        return problem
 
     def _read(self, i: int, epoch: int, flip: bool, grid: tuple[int, int], row: np.ndarray) -> str:
         """Reads a sample into its row, and returns the caption; CacheError if it is damaged."""
@@ -238,7 +246,7 @@ class CachedDataset(Dataset):
             if os.preadv(file, [row[at : at + end - begin]], start + begin) != end - begin:
                 raise CacheError("was cut short while in use")
         numbers = row[: self._rows[grid].numbers].view(self._exponent.dtype)
-        if (numbers & self._exponent).max() == self._exponent:
+        if np.maximum.reduce(numbers & self._exponent) == self._exponent:
             raise CacheError("has NaN or infinity in it")
         return captions[number]
 

@@ -15,7 +15,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from ldm.data.cached.manifest import LATENT_PARTS, TEXT_PARTS, CacheError, Manifest
@@ -26,6 +25,7 @@ MAX_SAMPLE_BYTES = 2**30
 DTYPE_BY_NAME = {"bf16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _DIMS = dict.fromkeys(LATENT_PARTS, 3) | {"tokens": 3, "mask": 2, "pooled": 2}
 
 
@@ -74,8 +74,28 @@ class SampleLayout(NamedTuple):
 
 def pack_sample(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, bytes]:
     """Returns the members of a sample by suffix."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return {TENSOR_SUFFIX: save(tensors), RECORD_SUFFIX: json.dumps(record).encode()}
+    return {TENSOR_SUFFIX: pack_tensors(tensors), RECORD_SUFFIX: json.dumps(record).encode()}
+
+
+def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Returns tensors of the CPU as a file, the same bytes as by safetensors, but sooner."""
+    # safetensors' order: the wider types first.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    described = tuple((name, tensors[name].dtype, tuple(tensors[name].shape)) for name in names)
+    raw = (tensors[name].contiguous().flatten().view(torch.uint8).numpy() for name in names)
+    return b"".join([_pack_header(described), *raw])
+
+
+@lru_cache(maxsize=1024)
+def _pack_header(described: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> bytes:
+    header, at = {}, 0
+    for name, dtype, shape in described:
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def pack_record(
@@ -84,15 +104,15 @@ def pack_record(
     captions: Sequence[str],
     weights: Sequence[float] | None,
     digest: str,
-    image_size: tuple[int, int],
+    sizes: Sequence[int],
 ) -> dict[str, Any]:
     """Returns the JSON of a sample: the source's fields, and what the cache says of it.
 
     captions, weights: as `ShardReader.read` lists them; digest: the SHA-256 of the source's image
-    file; image_size: width and height of the image that was encoded.
+    file; sizes: those of `Condition.sizes`. `image_size` is width and height of what was encoded.
     """
-    record = {**fields, "captions": list(captions), "digest": digest}
-    record["image_size"] = list(image_size)
+    record = {**fields, "captions": list(captions), "digest": digest, "sizes": list(sizes)}
+    record["image_size"] = [sizes[5], sizes[4]]
     if weights is not None:
         record["caption_weights"] = list(weights)
     return record
@@ -171,11 +191,11 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
             raise CacheError(f"has NaN or infinity in {name}")
 
 
-def unpack_null(data: bytes, manifest: Manifest) -> dict[str, Tensor]:
+def unpack_null(data: bytes | bytearray, manifest: Manifest) -> dict[str, Tensor]:
     """Returns the parts of the null condition, each (1, ..), of null.safetensors."""
     if not manifest.text_parts:
         return {}
-    tensors = unpack_sample(data)
+    tensors = unpack_sample(bytearray(data))
     if set(tensors) != set(manifest.text_parts) or not set(tensors) <= set(TEXT_PARTS):
         raise CacheError(f"has {sorted(tensors)}, where the cache has {manifest.text_parts}")
     check_finite(tensors)

@@ -101,8 +101,8 @@ class Manifest:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that a call with the same settings writes at its start."""
-        start = replace(self, state="writing", samples=0, skipped={}, shards={})
+        """All that a call with the same settings writes at its start; encoders may have moved."""
+        start = replace(self, state="writing", samples=0, skipped={}, shards={}, parts={})
         return json.loads(json.dumps(asdict(start)))
 
     def list_differences(self, other: "Manifest") -> list[str]:

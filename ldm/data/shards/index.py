@@ -13,9 +13,11 @@ import numpy as np
 
 from ldm.data.captions import CaptionCount
 from ldm.data.shards.cache import ShardCache
+from ldm.data.shards.data_sets import list_data_sets
 from ldm.data.shards.index_file import (
     INDEX_NAME,
     ShardIndex,
+    join_indexes,
     list_absolute_names,
     load_index,
     save_index,
@@ -105,12 +107,15 @@ def open_index(source: ShardSource, options: ReadOptions = DEFAULT_READ_OPTIONS)
     """Returns the index of a source (see `locate_shards`), without unusable samples.
 
     It is loaded from `index.npz` in the folder of the shards (or, for other sources, in the cache),
-    or built and saved there if shards were added or changed.
+    or built and saved there if shards were added or changed. Data sets (see `list_data_sets`) have
+    an index each, and are joined.
     """
+    if data_sets := list_data_sets(source):
+        return join_indexes([open_index(one.path, options) for one in data_sets])
     paths, name, cache = locate_shards(source), redact_source(source), options.cache
     if cache is None and any(isinstance(path, RemoteShard) for path in paths):
         raise ValueError(f"{name}: shards on servers need data.cache=FOLDER to be stored in")
-    index = _load_or_build_index(paths, _find_index_path(source, paths, cache), options)
+    index = _load_or_build_index(paths, _find_index_path(source, paths, cache), options, name)
     index = replace(index, caption_weights=options.caption_weights)
     if index.sparse and options.on_error != "skip":
         raise ShardError(
@@ -184,7 +189,7 @@ def _read_stamp(path: Path | RemoteShard) -> list[Any]:
 
 
 def _load_or_build_index(
-    paths: list[Path | RemoteShard], file: Path | None, options: ReadOptions
+    paths: list[Path | RemoteShard], file: Path | None, options: ReadOptions, name: str
 ) -> ShardIndex:
     """Loads the index; one process of the machine builds what is missing, others wait for it."""
     stamps = [_read_stamp(path) for path in paths]
@@ -210,7 +215,8 @@ def _load_or_build_index(
             names = [*dict.fromkeys([*(index.columns if index else ()), *keys])]
             built, known = _build_index(paths, stamps, options.cache, names)
             if lacking := [key for key in keys if key not in built.columns]:
-                SampleFilter(options.where).refuse_key(lacking[0], known)
+                known = [*known, *MEASURED_COLUMNS]
+                SampleFilter(options.where).refuse_key(lacking[0], known, name)
             index = replace(built, sizes=built.sizes if index is None else index.sizes)
         if options.needs_sizes:
             sizes = (

@@ -5,6 +5,7 @@ Shapes: N samples, S shards, 3 members a sample (image, txt, json), 2 numbers a 
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -40,6 +41,7 @@ class ShardIndex:
     sizes (N, 2) int32: width and height of each upright image in pixels, (0, 0) if its header
     cannot be read; None, or (-1, -1), if not measured yet. caption_weights: see `ReadOptions`.
     columns (N,): float64 or str, the values of keys of the json, see `json_columns`.
+    data_sets: the number of shards of each of several data sets, one after another.
     """
 
     paths: list[Path | RemoteShard]
@@ -54,17 +56,24 @@ class ShardIndex:
     sizes: np.ndarray | None = None
     caption_weights: dict[str, float] = field(default_factory=dict)
     columns: dict[str, np.ndarray] = field(default_factory=dict)
+    data_sets: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.shard)
 
-    def key(self, i: int) -> str:
+    def key(self, i: int, *, errors: str = "replace") -> str:
+        """Returns the key of sample i; errors: "surrogateescape" keeps bytes that are no UTF-8."""
         start = self.key_ends[i - 1] if i > 0 else 0
-        return self.key_bytes[start : self.key_ends[i]].tobytes().decode("utf-8", "replace")
+        return self.key_bytes[start : self.key_ends[i]].tobytes().decode("utf-8", errors)
 
     def locations(self, i: int) -> list[tuple[int, int]]:
         """Returns (offset, size) in bytes of sample i's image, txt and json; (0, 0) if absent."""
         return [(block * BLOCKSIZE, size) for block, size in self.members[i].tolist()]
+
+    def set_sizes(self) -> list[int]:
+        """Returns the number of samples in each of several data sets."""
+        ends = np.searchsorted(self.shard, np.cumsum(self.data_sets))
+        return np.diff(ends, prepend=0).tolist()
 
     def shard_sizes(self) -> list[int]:
         """Returns the number of samples in each of the S shards."""
@@ -96,6 +105,37 @@ class ShardIndex:
             columns={key: values[keep] for key, values in self.columns.items()},
             skipped={**self.skipped, **skipped},
         )
+
+
+def join_indexes(indexes: Sequence[ShardIndex]) -> ShardIndex:
+    """Returns the samples of several data sets one after another."""
+    first_shards = np.cumsum([0, *(len(index.paths) for index in indexes)])
+    first_bytes = np.cumsum([0, *(len(index.key_bytes) for index in indexes)])
+    skipped, captions = Counter(), CaptionCount()
+    for index in indexes:
+        skipped.update(index.skipped)
+        captions.update(index.captions)
+    sizes = [index.sizes for index in indexes]
+    return replace(
+        indexes[0],
+        paths=[path for index in indexes for path in index.paths],
+        stamps=[stamp for index in indexes for stamp in index.stamps],
+        shard=np.concatenate(
+            [index.shard + first for index, first in zip(indexes, first_shards, strict=False)],
+            dtype=np.int32,
+        ),
+        members=np.concatenate([index.members for index in indexes]),
+        key_bytes=np.concatenate([index.key_bytes for index in indexes]),
+        key_ends=np.concatenate(
+            [index.key_ends + first for index, first in zip(indexes, first_bytes, strict=False)]
+        ),
+        skipped=dict(skipped),
+        captions=captions,
+        sparse=[name for index in indexes for name in index.sparse],
+        sizes=None if any(one is None for one in sizes) else np.concatenate(sizes),
+        columns={},
+        data_sets=[len(index.paths) for index in indexes],
+    )
 
 
 def save_index(index: ShardIndex, file: Path) -> None:

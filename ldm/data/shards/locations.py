@@ -4,8 +4,9 @@ import glob
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from braceexpand import (
@@ -16,7 +17,7 @@ from braceexpand import (
 from ldm.data.shards.remote import RemoteShard, describe_urls, find_urls, redact_url
 from ldm.utils.files import resolve_path
 
-ShardSource = str | Path | Sequence[str | Path]
+ShardSource = str | Path | Sequence[str | Path | Mapping[str, Any]]  # see `data_sets`
 MAX_SHARDS = 1_000_000
 
 
@@ -54,6 +55,8 @@ def redact_source(source: ShardSource) -> str:
     """Returns a source for messages, without credentials."""
     if isinstance(source, (str, Path)):
         return redact_url(str(source)) if is_url(str(source)) else str(source)
+    if isinstance(source, Mapping):
+        return redact_source(source["path"])
     return f"[{', '.join(redact_source(one) for one in source)}]"
 
 

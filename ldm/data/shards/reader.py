@@ -13,7 +13,7 @@ from typing import Any
 
 from webdataset import TarWriter
 
-from ldm.data.captions import read_sample_captions, read_weighted_captions
+from ldm.data.captions import parse_json_object, read_sample_captions, read_weighted_captions
 from ldm.data.shards.index import DEFAULT_READ_OPTIONS, ReadOptions, open_index
 from ldm.data.shards.locations import ShardSource
 from ldm.data.shards.remote import RemoteShard
@@ -70,6 +70,11 @@ class ShardReader:
         else:
             captions = read_sample_captions(txt, record, key=next(iter(keys), None))
         return Sample(self.index.key(i), image or b"", captions, weights)
+
+    def read_fields(self, i: int) -> dict[str, Any]:
+        """Returns the json of sample i, empty if it has none."""
+        shard, (_, _, record) = int(self.index.shard[i]), self.index.locations(i)
+        return parse_json_object(self._read_member(shard, *record))
 
     def open_sample(self, i: int) -> tuple[int, list[tuple[int, int]]]:
         """Returns an open file of sample i's shard, and where its members are, see `locations`."""

@@ -26,8 +26,9 @@ from ldm.cli.export import check_export_folder
 from ldm.config.components import build_frozen_encoders, load_diffusion_checkpoint
 from ldm.config.composition import compose_default_config, isolate_hydra
 from ldm.config.config_check import compose_config
+from ldm.config.diffusers_scheduler import adapt_scheduler_config
 from ldm.config.export import write_export
-from ldm.config.export_check import adapt_scheduler_config, describe_export, list_export_obstacles
+from ldm.config.export_check import describe_export, list_export_obstacles
 from ldm.config.published import open_published
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.clip import train_tokenizer

@@ -25,6 +25,9 @@ def test_a_file_is_located_in_the_cache(file, tmp_path):
     assert (folder / "model_index.json").is_file()
     assert is_of_model(str(folder / "vae"), str(file))
     assert not is_of_model("packaged:autoencoder", str(file))
+    assert not is_of_model(str(folder).replace("/sd-", "/sd-2-"), str(file))
+    assert is_of_model("models/sd1/vae", "models/sd1/")
+    assert not is_of_model("models/sd10/vae", "models/sd1")
 
 
 def paint_with_diffusers(pipe):

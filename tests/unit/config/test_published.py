@@ -8,6 +8,7 @@ import published_folders as folders
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -22,6 +23,7 @@ from ldm.config.published import is_foreign_pipeline, is_published, open_publish
 from ldm.config.training_images import open_run_images
 from ldm.diffusion.tasks.inpainting import Inpainting
 from ldm.utils.errors import UsageError
+from ldm.utils.hashing import hash_module
 
 WRITERS = {
     "sd1": folders.write_sd1,
@@ -118,6 +120,7 @@ def test_the_network_of_an_inpainting_folder_reads_what_diffusers_gives_it(writt
     assert pipe.task == {
         "_target_": "ldm.diffusion.tasks.inpainting.Inpainting",
         "mask_resize": "nearest",
+        "restore": False,
     }
     peer = DiffusionPipeline.from_pretrained(written["inpainting"])
     image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -136,6 +139,25 @@ def test_the_network_of_an_inpainting_folder_reads_what_diffusers_gives_it(writt
     assert images[0].size == (16, 16)
 
 
+def test_an_inpainting_folder_gives_the_picture_of_diffusers(written, tmp_path):
+    folder = shutil.copytree(written["inpainting"], tmp_path / "inpainting")
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    with torch.no_grad():  # diffusers draws from the posterior: let it have no deviation
+        vae.quant_conv.weight[4:] = 0
+        vae.quant_conv.bias[4:] = -30
+    vae.save_pretrained(folder / "vae")
+    peer, ours = DiffusionPipeline.from_pretrained(folder), ldm.load(folder, "guidance.scale=5")
+    peer.set_progress_bar_config(disable=True)
+    how = {"num_inference_steps": 10, "guidance_scale": 5.0, "output_type": "pt"}
+    how |= {"image": folders.make_picture(), "mask_image": folders.make_mask()}
+    how |= {"height": folders.SIDE, "width": folders.SIDE}
+    theirs = 2 * peer("a red circle", generator=torch.Generator().manual_seed(3), **how).images - 1
+    files = {"image": folders.make_picture(), "mask": folders.make_mask()}
+    how = {"seeds": 3, "steps": 10, "output_type": "pt", "progress": False}
+    assert theirs.std() > 0.1
+    assert (ours("a red circle", **files, **how) - theirs).abs().max() < 1e-4
+
+
 def test_what_a_folder_is_comes_from_its_files(written):
     assert is_published(written["sd1"])
     assert not is_published(written["sd1"] / "unet")
@@ -144,7 +166,8 @@ def test_what_a_folder_is_comes_from_its_files(written):
     assert source.config.model.heads == [2, 4]
     assert source.config.data.size == folders.SIDE
     assert source.step == 0
-    assert source.digests.keys() == {"autoencoder", "text_encoder"}
+    built = ldm.load(written["sd2"]).pipeline.components
+    assert source.hash_frozen("autoencoder") == hash_module(built.autoencoder)
 
 
 @pytest.mark.parametrize(
@@ -201,10 +224,21 @@ def test_parts_that_change_no_weights_are_left_out_with_a_word(sd1, capsys):
     [line] = capsys.readouterr().err.splitlines()
     assert "left out: safety_checker" in line
     assert "the sampler is the folder's (sampler=pndm" in line
-    assert "guidance.scale=2.0 is the default" in line
+    assert "guidance.scale=7.5 is that of its pipeline in diffusers" in line
     ldm.load(sd1, "sampler=ddim", "guidance.scale=7")
     line = capsys.readouterr().err
     assert "the sampler is the command's, the guidance is the command's, guidance.scale=7" in line
+
+
+def test_the_guidance_scale_is_that_of_the_pipeline_of_diffusers(written, sd1):
+    assert ldm.load(written["sdxl"]).settings["guidance"]["scale"] == 5
+    assert ldm.load(written["inpainting"]).settings["guidance"]["scale"] == 7.5
+    change_index(sd1, _ldm_guidance_scale=2.0)
+    assert ldm.load(sd1).settings["guidance"]["scale"] == 2
+    assert ldm.load(sd1, "guidance=none").settings["guidance"]["scale"] == 1
+    change_index(sd1, _ldm_guidance_scale="much")
+    with pytest.raises(UsageError, match="_ldm_guidance_scale=much is no number"):
+        ldm.load(sd1)
 
 
 def test_half_precision_files_and_shards_are_found(written, tmp_path):

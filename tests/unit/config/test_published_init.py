@@ -12,6 +12,7 @@ import ldm
 from ldm.config.bundle import write_bundle
 from ldm.config.composition import isolate_hydra
 from ldm.config.config_check import compose_config
+from ldm.config.export import write_export
 from ldm.utils.errors import UsageError
 
 BRIEF = [
@@ -59,6 +60,30 @@ def test_the_run_has_the_settings_of_the_folder(home):
     after = ldm.load("runs/tuned", "raw=true").pipeline.components.denoiser.state_dict()
     changes = [(before[name] - after[name]).abs().max() for name in before]
     assert 0 < max(changes) < 1e-3, "a step of Adam from the published weights"
+
+
+def test_a_run_has_the_guidance_scale_of_the_folder_it_began_from(home, tmp_path, capsys):
+    capsys.readouterr()
+    assert ldm.load("runs/tuned").settings["guidance"]["scale"] == 7.5
+    assert "runs/tuned: guidance.scale=7.5 is that of its pipeline" in capsys.readouterr().err
+    assert ldm.load("runs/tuned", "guidance.scale=3").settings["guidance"]["scale"] == 3
+    with isolate_hydra():
+        cfg = compose_config("export", [])
+    write_export(cfg, "runs/tuned", tmp_path / "out", {})
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "guidance_scale=7.5" in card
+    assert str(home) not in card
+    assert ldm.load(tmp_path / "out").settings["guidance"]["scale"] == 7.5
+
+
+def test_defaults_for_new_networks_are_named_with_the_remedy(capsys):
+    words = [word for word in BRIEF if "lr" not in word]
+    ldm.train(ldm.compose("train", [*words, "init=sd1", "name=defaults"]))
+    line = capsys.readouterr().out
+    assert "optimizer.lr=0.003 is for a small new network: give optimizer.lr=1e-5" in line
+    assert "timestep_sampler=uniform (experiment=finetune_sd has such settings)" in line
+    train("init=sd1", "timestep_sampler=uniform", "name=uniform")
+    assert "experiment=finetune_sd" not in capsys.readouterr().out
 
 
 def test_a_run_goes_on_and_samples_without_the_folders_network(home, tmp_path, monkeypatch, capsys):

@@ -144,17 +144,47 @@ def test_a_judge_steers_towards_what_it_likes(tiny_text):
     assert not steered.requires_grad
 
 
+def test_a_gradient_through_the_network_keeps_nothing_for_its_weights(tiny_text):
+    leaves = []
+
+    def record(prompts):
+        def reward(x0_hat):
+            nodes, seen = [x0_hat.grad_fn], set()
+            while nodes:
+                node = nodes.pop()
+                if node is None or node in seen:
+                    continue
+                seen.add(node)
+                nodes += [each for each, _ in node.next_functions]
+            leaves.append([each.variable.shape for each in seen if hasattr(each, "variable")])
+            return x0_hat.flatten(1).mean(1)
+
+        return reward
+
+    plain = replace(pipeline(tiny_text, scale=1.0), dtype=torch.bfloat16)
+    plain.components.denoiser.requires_grad_(False)
+    judge = {"schedule": plain.components.objective.schedule, "inner": plain.guidance}
+    judged = replace(plain, guidance=ClipGuidance(reward_model=record, **judge))
+    judged(PROMPTS[:1], seeds=[0], size=SIZE, steps=2)
+    assert leaves == [[(1, 3, SIZE // 2, SIZE // 2)]] * 2, "x_t alone"
+    assert not any(each.requires_grad for each in plain.components.denoiser.parameters())
+
+
 def test_a_word_where_a_negative_prompt_says_nothing(tiny_text):
     """It is told by the guidance that is asked, and the word is true: pictures are the same."""
     pipe = pipeline(tiny_text)
+
+    def guide(x_t, t, cond, network_timestep):
+        return pipe.denoise(x_t, t, cond)
+
     plain, guided = ClassifierFreeGuidance(scale=1.0), ClassifierFreeGuidance(scale=3.0)
     cases = [
         (plain, "a dog", True),
         (guided, "a dog", False),
         (ClassifierFreeGuidance(scale=0.0), "a dog", False),
         (AdaptiveProjectedGuidance(scale=1.0), "a dog", True),
-        (Autoguidance(guide=pipe.denoise, inner=plain, scale=3.0), "a dog", True),
-        (Autoguidance(guide=pipe.denoise, inner=guided, scale=3.0), "a dog", False),
+        (Autoguidance(guide=guide, inner=plain, scale=3.0), "a dog", True),
+        (Autoguidance(guide=guide, inner=guided, scale=3.0), "a dog", False),
         (CompositionalGuidance(scale=1.0), "a dog", True),
         (CompositionalGuidance(scale=1.0), "a dog AND a cat", False),
         (CompositionalGuidance(scale=2.0), "a dog :0.25 AND a cat :0.25", True),

@@ -5,6 +5,7 @@ from diffusers import AutoencoderKL as Oracle
 from ldm.models.diffusers_format import make_autoencoder_kl, save_autoencoder
 from ldm.models.diffusers_settings import export_autoencoder_config
 from ldm.utils.checkpoint_file import CheckpointError, write_checkpoint
+from ldm.utils.errors import UsageError
 from ldm.utils.hashing import hash_module
 
 SIZES = {
@@ -54,7 +55,7 @@ def test_an_unknown_packaged_model_is_refused_with_the_known_ones():
 
 def test_a_missing_autoencoder_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match=r"'nobody/nothing': it is neither here nor"):
+    with pytest.raises(UsageError, match=r"'nobody/nothing': it is neither here nor"):
         make_autoencoder_kl(path="nobody/nothing", **SIZES)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(CheckpointError, match="has no checkpoint"):

@@ -42,6 +42,7 @@ from ldm.models.original_names import (
 from ldm.models.text.clip import ClipTextEncoder
 from ldm.models.unet import UNet
 from ldm.utils.checkpoint_file import CheckpointError
+from ldm.utils.errors import UsageError
 
 KINDS = ("sd1", "sd2", "sdxl")
 
@@ -230,7 +231,7 @@ def test_a_tokenizer_that_is_nowhere_is_named_with_the_remedy(file, tmp_path, mo
     wanted = (
         r"holds no tokenizer, and openai/clip-vit-large-patch14 .*vocab.json and merges.txt, into"
     )
-    with pytest.raises(CheckpointError, match=wanted):
+    with pytest.raises(UsageError, match=wanted):
         open_original_file(path, cache=tmp_path)
     (tmp_path / "tokenizer").mkdir()
     with pytest.raises(CheckpointError, match="has no tokenizer: put CLIP's"):

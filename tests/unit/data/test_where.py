@@ -291,6 +291,6 @@ def test_a_cache_is_filtered_like_its_source(tmp_path):
     batch = data.train_set.read_batch([(3, 0), (7, 1)])
     assert data.train_set.unpack(batch)["key"] == ["0004", "0008"]
     with pytest.raises(
-        CacheError, match=r"data\.val_where: in a cache aspect is .* ldm cache where="
+        CacheError, match=r"data\.val_where: a cache has the aspect of .* ldm cache where="
     ):
         cached_data(**how, val_where="note > 1 or aspect > 1")

@@ -13,15 +13,15 @@ ROOT = Path(__file__).parents[2]
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
     "utils": 2055,
-    "diffusion": 3400,
-    "models": 5135,
-    "data": 6790,
-    "inference": 1105,
-    "evaluation": 3115,
+    "diffusion": 3410,
+    "models": 5200,
+    "data": 7400,
+    "inference": 1160,
+    "evaluation": 3450,
     "experiments": 2230,
-    "training": 3975,
-    "config": 8150,
-    "cli": 1970,
+    "training": 4100,
+    "config": 8600,
+    "cli": 2250,
 }
 ROOMS = tuple(ROOM_LINES)
 FILES = [*ROOT.glob("ldm/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py")]

@@ -181,7 +181,7 @@ def make_task_node(in_channels: int, out_channels: int) -> dict:
         return {"_target_": "ldm.diffusion.tasks.text_to_image.TextToImage"}
     if in_channels == 2 * out_channels + 1:
         target = "ldm.diffusion.tasks.inpainting.Inpainting"
-        return {"_target_": target, "mask_resize": "nearest"}
+        return {"_target_": target, "mask_resize": "nearest", "restore": False}
     raise ValueError(
         f"its network has {in_channels} input channels for {out_channels} of latents, which is "
         "neither text to image nor inpainting"

@@ -144,11 +144,11 @@ def get_devices(cfg: DictConfig) -> dict[str, int]:
     return {"devices": started[0], "num_nodes": started[1]}
 
 
-def check_image_size(size: int, multiple: int) -> None:
+def check_image_size(size: int, multiple: int, *, name: str = "data.size") -> None:
     """UsageError where images of `size` do not go through the networks."""
     if size % multiple:
         raise UsageError(
-            f"data.size={size} must be a multiple of {multiple}, which the networks halve it to"
+            f"{name}={size} must be a multiple of {multiple}, which the networks halve it to"
         )
 
 
@@ -202,7 +202,8 @@ def check_data_sets(cfg: DictConfig) -> None:
             f"data.train: size={sides[0]}: a CUDA graph is of one size: take compile=default"
         )
     for side in sides:
-        check_image_size(side, read_size_multiple(cfg, stage=cfg.stage))
+        multiple = read_size_multiple(cfg, stage=cfg.stage)
+        check_image_size(side, multiple, name="data.train: size")
 
 
 def check_bucket_sizes(buckets: Iterable[Sequence[int]], multiple: int) -> None:

@@ -140,6 +140,7 @@ def open_cache_images(
             f"buckets has {wrong[0]}: sides are multiples of {factor}, the autoencoder's factor"
         )
     area = {
+        "side": size,
         "pixels": parse_pixels(pixels or size**2),
         "grid": cfg.grid or choose_grid(size, factor),
         "side": size,

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 ROOM_LINES = {
     "utils": 2055,
     "diffusion": 3410,
-    "models": 5200,
+    "models": 5600,
     "data": 7400,
     "inference": 1160,
     "evaluation": 3450,

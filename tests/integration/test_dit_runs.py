@@ -4,6 +4,7 @@ import pytest
 import torch
 from evaluated_runs import SCENES, TINY, Home, measure
 from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
 from PIL import Image
 from shell import run
 
@@ -112,6 +113,7 @@ def test_adapters_are_trained_and_added_from_their_file(home):
     torch.testing.assert_close(added, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow  # processes
 def test_it_is_measured_and_explained(home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert measure(ckpt=home.path / "runs" / "text2img")["metrics"]
@@ -128,5 +130,5 @@ def test_an_export_is_refused_by_name(home, tmp_path):
 
 
 def test_videos_are_refused_by_name(home):
-    with pytest.raises(UsageError, match="takes images, not videos: take a UNet"):
+    with pytest.raises(InstantiationException, match="takes images, not videos: take a UNet"):
         home.build("video", "task=video", "data.frames=2")

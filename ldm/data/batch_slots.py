@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ class BatchDataset(Dataset):
         rows = batch.pop(self.dataset.tensor_name)
         return worker, slot, tuple(rows.shape), batch
 
-    def open_batches(self, messages: Iterator) -> Iterator[Batch]:
+    def open_batches(self, messages: Iterator) -> Iterator[dict]:
         """Yields the batches of the messages that a DataLoader received from its workers."""
         if self.slots is None:
             yield from messages
@@ -90,7 +90,7 @@ class BatchDataset(Dataset):
         transfers = deque()
         for worker, slot, shape, fields in messages:
             rows = self.slots[worker, slot, : math.prod(shape)].view(shape)
-            yield cast("Batch", {**fields, name: rows})
+            yield {**fields, name: rows}
             if self._is_pinned:  # the next message frees the slot of 2 W batches ago
                 transfers.append(torch.cuda.current_stream().record_event())
                 if len(transfers) == 2 * len(self.slots):

@@ -14,6 +14,7 @@ from world_size_runs import BATCH, RUN
 
 from ldm.data.image_decoding import read_image
 from ldm.data.shards.reader import write_shard
+from ldm.utils.checkpoint_file import find_newest_checkpoint, read_checkpoint
 
 pytestmark = pytest.mark.slow  # each test is processes
 STEPS = 6
@@ -107,6 +108,14 @@ def test_autoencoders_and_masks_take_several_sizes(whole):
     train(whole, "task=inpaint", "trainer.max_steps=2", "name=inpaint")
     grid = Image.open(whole / "runs" / "inpaint" / "samples" / "step=00000002.png")
     assert grid.size == (3 * 24 + 4, 2 * 24 + 2)
+
+
+def test_a_network_that_takes_sizes_gets_those_of_each_image(whole):
+    train(whole, "+model.size_embedding=8", "trainer.max_steps=2", "name=sized")
+    last = find_newest_checkpoint(whole / "runs" / "sized" / "checkpoints")
+    assert read_checkpoint(last)["ldm"]["sizes"]
+    first = find_newest_checkpoint(whole / "runs" / "run" / "checkpoints")
+    assert not read_checkpoint(first)["ldm"]["sizes"]
 
 
 def test_sizes_that_the_networks_do_not_take_are_refused_in_one_line(whole):

@@ -47,7 +47,7 @@ def generate_samples(
     """Generates and saves `cfg.n` images for each prompt; returns the file to look at first."""
     from ldm.config.pipeline import load_cascade  # torch: an error above need not wait for it
     from ldm.inference.cascade import generate_cascade
-    from ldm.inference.inputs import read_pipeline_inputs, read_square_option
+    from ldm.inference.inputs import read_image_option, read_pipeline_inputs
     from ldm.inference.outputs import save_outputs
 
     loaded = load_cascade(cfg, ckpts, options)
@@ -57,7 +57,7 @@ def generate_samples(
         strength = pipeline.components.task.default_strength
     more = {"strength": strength, "paste": cfg.paste, "source": options["source"]}
     if options["style"]:
-        more["style"] = read_square_option("style", options["style"], first.size)[None]
+        more["style"] = read_image_option("style", options["style"], first.size)[None]
     files = {"image": options["image"], "mask": options["mask"], "pad": list(cfg.pad)}
     inputs = read_pipeline_inputs(pipeline, trained=first.size, size=cfg.size, **files)
     default = make_image_path(last.path, prompts[0])

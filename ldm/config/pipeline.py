@@ -25,6 +25,7 @@ from ldm.config.sample_options import (
     select_device,
 )
 from ldm.config.trust import list_trusted_packages
+from ldm.data.pixel_area import find_bucket_areas
 from ldm.inference.pipeline import Pipeline
 from ldm.utils.errors import UsageError, format_program
 from ldm.utils.hashing import hash_file
@@ -79,7 +80,7 @@ def load_pipeline(
         build_guidance(cfg.guidance, components, device=device, trust=trust),
         dtype=choose_autocast_dtype(cfg.get("dtype"), trained.trainer.get("precision"), device),
         trained_size=trained.data.size,
-        has_buckets=trained.data.get("buckets") is not None,
+        trained_areas=find_bucket_areas(trained.data),
         num_frames=frames and (cfg.get("frames") or frames),
         decode_tile=cfg.get("decode_tile"),
         rng=trained.rng,

@@ -1,8 +1,8 @@
 """The default training step from a cache of `ldm cache`, against the same step from images.
 
-    python -m benchmarks.cached_step                 # packaged encoders, then Stable Diffusion's sizes
+    python -m benchmarks.cached_step                 # packaged encoders, then Stable Diffusion's
     python -m benchmarks.cached_step --encoders packaged --out runs/cached_step.json
-    python -m benchmarks.cached_step --quick         # does it run? (packaged encoders, batches of 4)
+    python -m benchmarks.cached_step --quick         # does it run? (packaged, batches of 4)
 
 A step is all of it: a batch is read (images: decoded), encoded unless it is cached, and trained on,
 with AdamW and the average of the weights, by model=nano. Drawn scenes of 64 pixels in batches of
@@ -48,11 +48,11 @@ def build_jobs(folder: Path, name: str, batch: int) -> dict:
     import torch
 
     from ldm.config.caching import write_cache
+    from ldm.config.python_api import compose
     from ldm.config.run import build_job
     from ldm.data.scenes.prepare import prepare_scenes
     from ldm.models.autoencoder import AutoencoderKL
     from ldm.models.diffusers_format import save_autoencoder
-    from ldm.config.python_api import compose
     from ldm.utils.allocator import reuse_freed_memory
 
     torch.set_num_threads(1)

@@ -197,6 +197,10 @@ def check_data_sets(cfg: DictConfig) -> None:
             f"data.train: size={sides[0]} of a data set has buckets of its own: give "
             "data.buckets=auto in place of the list, or leave the size out"
         )
+    if is_cached(cfg):
+        raise UsageError(
+            f"data.train: size={sides[0]}: a cache has the size of its own: leave it out"
+        )
     if cfg.data.get("frames") is not None or cfg.stage not in ("diffusion", "autoencoder"):
         raise UsageError(f"data.train: size={sides[0]} of a data set: this run takes one size")
     if get_compile_mode(cfg) == "reduce-overhead":

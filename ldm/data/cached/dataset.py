@@ -91,9 +91,10 @@ class CachedDataset(Dataset):
                 f"data.flip={self.flip}: the cache has no latents of flipped images: make it with "
                 "`ldm cache flips=true`, or give data.flip=0"
             )
-        if len(self.shards) != manifest.samples:
+        # Without the filters, which leave samples out of the index.
+        if (count := self.shards.index.captions.samples) != manifest.samples:
             raise CacheError(
-                f"the cache has {len(self.shards)} samples, and {manifest.samples} were written: "
+                f"the cache has {count} samples, and {manifest.samples} were written: "
                 "its shards were changed, make it again"
             )
         self._exponent, self._count = _EXPONENTS[manifest.dtype], len(self.shards)

@@ -132,7 +132,7 @@ def test_odd_values_are_one_line_or_have_a_meaning():
             str(rule) in format_invalid_value(key, "many", command, default=0) for rule in rules
         )
     assert {"nan", "inf", "'many'"} & taken.keys() == set()
-    assert taken["True"] == {"checkpoint.background"}  # auto, true or false
+    assert taken["True"] == {"checkpoint.background", "plan"}  # or a word
     assert taken["None"] == NULL_MEANS.keys()
     assert taken["1e+30"] == HUGE_MEANS.keys()
     assert taken["-1"] == NEGATIVE_MEANS.keys()
@@ -191,6 +191,7 @@ def test_what_cannot_be_meant_is_named(words):
 
 def test_classes_from_elsewhere_have_no_ranges():
     own = ["scheduler=flow", "scheduler._target_=own_noise.schedules.PowerSchedule"]
+    own += ["~scheduler.base"]  # as the command line does by itself
     with initialize_config_dir(command_line.CONF_DIR, version_base="1.3"):
         words = [*own, "scheduler.shift=-7"]
         check_config(compose("train", words), "train", words)

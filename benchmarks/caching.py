@@ -50,8 +50,10 @@ class CacheWork:
         from ldm.config.search_path import CONF_DIR
         from ldm.data.cached.source import CacheSource
         from ldm.data.scenes.prepare import prepare_scenes
+        from ldm.utils.allocator import reuse_freed_memory
 
         torch.set_num_threads(1)
+        reuse_freed_memory()  # as the command does
         self.folder = folder
         prepare_scenes(out=folder / "scenes", count=count, size=64, split="train")
         with initialize_config_dir(CONF_DIR, version_base="1.3"):

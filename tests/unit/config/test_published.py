@@ -108,6 +108,15 @@ def test_a_guide_gets_the_timesteps_of_the_grid_as_the_network_does(written, gri
     assert (paint(written["sd1"], *words, *itself) - ours).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_a_shift_of_the_latents_is_read_as_the_pipeline_reads_it(written, tmp_path, name):
+    folder = shutil.copytree(written[name], tmp_path / name)
+    file = folder / "vae" / "config.json"
+    scales = {"shift_factor": 0.3, "latents_mean": [1.0, 2.0, -1.0, 0.5], "latents_std": [2.0] * 4}
+    file.write_text(json.dumps(json.loads(file.read_text()) | scales))
+    assert (paint(folder) - paint_with_diffusers(folder)).abs().max() < 1e-4
+
+
 def test_an_empty_prompt_is_zeros_where_the_folder_says_so(written, tmp_path):
     encoded = folders.write_sdxl(tmp_path / "encoded", zeros=False)
     pictures = [paint(place) for place in (written["sdxl"], encoded)]

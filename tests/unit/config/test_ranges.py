@@ -27,6 +27,8 @@ LIGHTNING_PRECISIONS = _PRECISION_INPUT_STR.__args__ + _PRECISION_INPUT_STR_ALIA
 ODD = [float("nan"), float("inf"), -1, 0, 1.5, None, 1e30, "many", True]
 # What is taken though it looks odd, and what it means.
 NULL_MEANS = {
+    "buckets": "squares",
+    "data.buckets": "squares",
     "prepare size": "as large as it is",
     "dtype": "as trained, and float32 on a CPU",
     "decode_tile": "whole",
@@ -39,7 +41,8 @@ NULL_MEANS = {
     "hydra.devices": "a fair share",
     "hydra.seed": "another one each time",
 }
-HUGE_MEANS = {  # 1e30
+HUGE_MEANS = {
+    "cache_gb": "nothing is ever deleted",  # 1e30
     "data.cache_gb": "all that there is",
     "early_stop.min_delta": "never good enough",
     "guidance.bound": "no bound",
@@ -50,6 +53,7 @@ HUGE_MEANS = {  # 1e30
     "trainer.max_hours": "no end",
 }
 NEGATIVE_MEANS = {  # -1
+    "prepare threshold": "a cosine",
     "trainer.devices": "all",
     "text_encoder.layer": "the last",
     **dict.fromkeys(

@@ -143,7 +143,6 @@ def open_cache_images(
         "side": size,
         "pixels": parse_pixels(pixels or size**2),
         "grid": cfg.grid or choose_grid(size, factor),
-        "side": size,
         "batch": cfg.batch,
     }
     known = shards.index.sizes

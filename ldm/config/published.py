@@ -143,6 +143,7 @@ class PublishedCheckpoint:
     path: Path
     config: DictConfig  # the nodes of our groups, and what sizes them
     sampler: DictConfig  # of its scheduler_config.json
+    place: str  # as the command names it
     unused: tuple[str, ...] = ()  # its parts that ldm does not use
     step: int = 0
 
@@ -198,7 +199,7 @@ class PublishedCheckpoint:
 
         if weights != "ema.module.":
             raise UsageError(f"{self.path} holds one set of weights: leave raw=true out")
-        load_module_state(denoiser, self.read_weights(), what=str(self.path / "unet"))
+        load_module_state(denoiser, self.read_weights(), what=f"{self.place}: its unet")
         return denoiser.eval()
 
 
@@ -269,4 +270,4 @@ def open_published(location: str, *, name: str = "ckpt") -> PublishedCheckpoint:
             raise
         raise UsageError(f"{name}={location} cannot be opened: {error}") from error
     sampler = OmegaConf.create(nodes.pop("sampler"))
-    return PublishedCheckpoint(folder, OmegaConf.create(nodes), sampler, unused)
+    return PublishedCheckpoint(folder, OmegaConf.create(nodes), sampler, location, unused)

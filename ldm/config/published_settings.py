@@ -116,6 +116,8 @@ def read_published_settings(folder: Path, kind: str) -> dict:
     if named == "AutoencoderKL":
         autoencoder = {"_target_": "ldm.models.diffusers_format.make_autoencoder_kl"}
         autoencoder |= {"path": str(folder / "vae"), **read_autoencoder_settings(vae)}
+        if unread := list_unread_scales(vae, kind):
+            autoencoder["unread"] = unread
     else:
         autoencoder = {"_target_": "ldm.models.diffusers_autoencoder.DiffusersAutoencoder"}
         autoencoder |= {"path": str(folder / "vae")}
@@ -146,6 +148,17 @@ def get_pipeline_scale(config: Mapping) -> float:
     """The default guidance_scale of the diffusers pipeline with these groups."""
     names = [config[group]["_target_"].rpartition(".")[2] for group in ("text_encoder", "task")]
     return 5.0 if names == ["PairedTextEncoder", "TextToImage"] else 7.5
+
+
+def list_unread_scales(vae: Mapping[str, object], kind: str) -> list[str]:
+    """The keys of an autoencoder's latent scale that the pipeline of diffusers does not read.
+
+    Stable Diffusion's reads scaling_factor alone, that of XL also latents_mean and latents_std.
+    """
+    has_both = vae.get("latents_mean") is not None and vae.get("latents_std") is not None
+    read = ("latents_mean", "latents_std") if kind == STABLE_DIFFUSION_XL and has_both else ()
+    keys = [key for key in ("shift_factor", "latents_mean", "latents_std") if vae.get(key)]
+    return [key for key in keys if key not in read]
 
 
 def read_sample_side(unet: Mapping[str, object]) -> int:
@@ -181,7 +194,7 @@ def make_task_node(in_channels: int, out_channels: int) -> dict:
         return {"_target_": "ldm.diffusion.tasks.text_to_image.TextToImage"}
     if in_channels == 2 * out_channels + 1:
         target = "ldm.diffusion.tasks.inpainting.Inpainting"
-        return {"_target_": target, "mask_resize": "nearest"}
+        return {"_target_": target, "mask_resize": "nearest", "restore": False}
     raise ValueError(
         f"its network has {in_channels} input channels for {out_channels} of latents, which is "
         "neither text to image nor inpainting"

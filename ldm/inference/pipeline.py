@@ -122,7 +122,7 @@ class Pipeline:
                 on_step=on_step and (lambda i, x0_hat: on_step(i, start.to_latents(x0_hat))),
             )
             images = self.decode(start.to_latents(x0))
-            if mask is None:
+            if mask is None or not (start.restore or paste):
                 return images
             # Cells of the latent grid that the mask cuts through were generated as a whole.
             joined = torch.where(mask > 0, images, image)

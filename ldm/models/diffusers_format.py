@@ -64,10 +64,16 @@ def save_unet(
     write_diffusers_folder(folder, config, state, dtype=dtype)
 
 
-def load_autoencoder(autoencoder: AutoencoderKL, path: Path | str) -> None:
-    """Loads a diffusers AutoencoderKL and its latent scale; see `load_unet`."""
+def load_autoencoder(
+    autoencoder: AutoencoderKL, path: Path | str, *, unread: Sequence[str] = ()
+) -> None:
+    """Loads a diffusers AutoencoderKL and its latent scale; see `load_unet`.
+
+    unread: keys of the scale that are ignored, as diffusers' pipeline with this autoencoder does.
+    """
     file = find_diffusers_weights(path)
     config, ours = read_diffusers_config(file), describe_autoencoder(autoencoder)
+    config = {key: value for key, value in config.items() if key not in unread}
     _compare_settings(file, read_autoencoder_settings(config), read_autoencoder_settings(ours))
     state = from_diffusers(read_diffusers_weights(file))
     scale = {"shift": autoencoder.shift, "scale": autoencoder.scale}
@@ -126,11 +132,12 @@ def make_autoencoder_kl(
     attention: bool,
     patch: int = 1,
     quant_convs: bool = True,
+    unread: Sequence[str] = (),
 ) -> AutoencoderKL:
     """Makes an AutoencoderKL of these sizes, with the weights of `path` if it is not None.
 
     path: `packaged:autoencoder` (comes with ldm), a run directory or checkpoint of
-    stage=autoencoder, a diffusers folder, or a name on the hub.
+    stage=autoencoder, a diffusers folder, or a name on the hub. unread: see `load_autoencoder`.
     Raises CheckpointError, FileNotFoundError or ValueError where there are none of these sizes.
     """
     autoencoder = AutoencoderKL(
@@ -153,5 +160,5 @@ def make_autoencoder_kl(
         state = checkpoint_file.select_prefix(payload, "autoencoder.")
         load_module_state(autoencoder, state, what=f"autoencoder.path={path}")
     else:
-        load_autoencoder(autoencoder, locate_diffusers_folder(path))
+        load_autoencoder(autoencoder, locate_diffusers_folder(path), unread=unread)
     return autoencoder

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[2]
 # A room imports from the rooms before it in this table, and from itself (docs/design.md).
 # The number is its budget of lines: a commit that raises one says why.
 ROOM_LINES = {
-    "utils": 2025,
-    "diffusion": 3400,
+    "utils": 2055,
+    "diffusion": 3410,
     "models": 5200,
     "data": 7400,
     "inference": 1160,

@@ -36,6 +36,7 @@ class Start:
     t: float
     concat: Tensor | None = None  # (B, E, h, w), extra channels of the network
     project: Callable[[Tensor], Tensor] = lambda x0_hat: x0_hat  # puts in the known part
+    restore: bool = True  # whether the result is the image where the mask is 0
     rounds: int = 1  # how often each step is taken, with fresh noise in between
     to_latents: Callable[[Tensor], Tensor] = lambda x0_hat: x0_hat  # where it predicts others
 

@@ -1,7 +1,7 @@
 """Inpainting: new pixels where a mask is 1."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,8 @@ class ProjectedInpainting(Task):
             raise ValueError(f"task.rounds={self.rounds}: each step is taken once or more")
 
     def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
-        x, project = project_known(request, encode, schedule, noise, task=self)
+        known, project = project_known(request, encode, task=self)
+        x = add_noise_at_strength(known, request, schedule, noise)
         return Start(x=x, t=request.strength, project=project, rounds=self.rounds)
 
 
@@ -42,12 +43,14 @@ class Inpainting(Task):
     Extra channels, as in Stable Diffusion's inpainting network: the mask on the latent grid, then
     the latents of the image, grey where it is masked (Rombach et al. 2022, section 4.5).
     mask_resize: in the network's input a cell of the grid is masked if any of its pixels is (`max`)
-    or if its first pixel is (`nearest`, as diffusers does).
+    or if its first pixel is (`nearest`, as diffusers does). restore: each x0_hat gets the known
+    latents back, which diffusers does not do with such a network.
     """
 
     name = "inpaint"
     needs_image = True
     mask_resize: str = "max"
+    restore: bool = True
 
     def __post_init__(self) -> None:
         if self.mask_resize not in ("max", "nearest"):
@@ -70,9 +73,14 @@ class Inpainting(Task):
         return latents, self._mask_channels(images, mask, encode, like=latents)
 
     def start(self, request: Request, encode: Encode, schedule: Schedule, *, noise: Noise) -> Start:
-        x, project = project_known(request, encode, schedule, noise, task=self)
+        known, project = project_known(request, encode, task=self)
         concat = self._mask_channels(request.image, request.mask, encode, like=request.latents)
-        return Start(x=x, t=request.strength, concat=concat, project=project)
+        if request.strength == 1 and not self.restore:
+            x = request.noise_scale * noise(request.latents)
+        else:
+            x = add_noise_at_strength(known, request, schedule, noise)
+        start = Start(x=x, t=request.strength, concat=concat, restore=self.restore)
+        return replace(start, project=project) if self.restore else start
 
     def _mask_channels(
         self, images: Tensor, mask: Tensor, encode: Encode, *, like: Tensor
@@ -87,9 +95,9 @@ class Inpainting(Task):
 
 
 def project_known(
-    request: Request, encode: Encode, schedule: Schedule, noise: Noise, *, task: Task
+    request: Request, encode: Encode, *, task: Task
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The image with noise up to t = strength, and the function that projects an x0_hat."""
+    """The latents of the image, and the function that puts the known ones into an x0_hat."""
     if request.image is None or request.mask is None:
         raise ValueError(f"task={task.name} takes an image and a mask: image=FILE mask=FILE")
     known, hidden = encode(request.image), downsample_mask(request.mask, like=request.latents)
@@ -97,7 +105,7 @@ def project_known(
     def project(x0_hat: Tensor) -> Tensor:
         return torch.where(hidden > 0, x0_hat, known)
 
-    return add_noise_at_strength(known, request, schedule, noise), project
+    return known, project
 
 
 def downsample_mask(mask: Tensor, *, like: Tensor) -> Tensor:

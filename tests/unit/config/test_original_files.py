@@ -6,7 +6,13 @@ from original_files import collect_original_state, make_pipeline, write_original
 from safetensors.torch import save_file
 
 import ldm
-from ldm.config.published import is_of_model, is_original, is_published, locate_published
+from ldm.config.published import (
+    is_of_model,
+    is_original,
+    is_published,
+    locate_published,
+    open_published,
+)
 
 
 @pytest.fixture
@@ -23,6 +29,8 @@ def test_a_file_is_located_in_the_cache(file, tmp_path):
     folder = locate_published(str(file))
     assert folder.parent == tmp_path / "data/cache/original"
     assert (folder / "model_index.json").is_file()
+    with pytest.raises(ValueError, match=f"^{file}: its unet does not fit"):
+        open_published(str(file)).load_denoiser(torch.nn.Linear(1, 1), "ema.module.")
     assert is_of_model(str(folder / "vae"), str(file))
     assert not is_of_model("packaged:autoencoder", str(file))
     assert not is_of_model(str(folder).replace("/sd-", "/sd-2-"), str(file))

@@ -8,6 +8,7 @@ import published_folders as folders
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -107,6 +108,15 @@ def test_a_guide_gets_the_timesteps_of_the_grid_as_the_network_does(written, gri
     assert (paint(written["sd1"], *words, *itself) - ours).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_a_shift_of_the_latents_is_read_as_the_pipeline_reads_it(written, tmp_path, name):
+    folder = shutil.copytree(written[name], tmp_path / name)
+    file = folder / "vae" / "config.json"
+    scales = {"shift_factor": 0.3, "latents_mean": [1.0, 2.0, -1.0, 0.5], "latents_std": [2.0] * 4}
+    file.write_text(json.dumps(json.loads(file.read_text()) | scales))
+    assert (paint(folder) - paint_with_diffusers(folder)).abs().max() < 1e-4
+
+
 def test_an_empty_prompt_is_zeros_where_the_folder_says_so(written, tmp_path):
     encoded = folders.write_sdxl(tmp_path / "encoded", zeros=False)
     pictures = [paint(place) for place in (written["sdxl"], encoded)]
@@ -119,6 +129,7 @@ def test_the_network_of_an_inpainting_folder_reads_what_diffusers_gives_it(writt
     assert pipe.task == {
         "_target_": "ldm.diffusion.tasks.inpainting.Inpainting",
         "mask_resize": "nearest",
+        "restore": False,
     }
     peer = DiffusionPipeline.from_pretrained(written["inpainting"])
     image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -135,6 +146,25 @@ def test_the_network_of_an_inpainting_folder_reads_what_diffusers_gives_it(writt
     files = {"image": folders.make_picture(), "mask": folders.make_mask()}
     images = pipe("a red circle", **files, steps=2, progress=False)
     assert images[0].size == (16, 16)
+
+
+def test_an_inpainting_folder_gives_the_picture_of_diffusers(written, tmp_path):
+    folder = shutil.copytree(written["inpainting"], tmp_path / "inpainting")
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    with torch.no_grad():  # diffusers draws from the posterior: let it have no deviation
+        vae.quant_conv.weight[4:] = 0
+        vae.quant_conv.bias[4:] = -30
+    vae.save_pretrained(folder / "vae")
+    peer, ours = DiffusionPipeline.from_pretrained(folder), ldm.load(folder, "guidance.scale=5")
+    peer.set_progress_bar_config(disable=True)
+    how = {"num_inference_steps": 10, "guidance_scale": 5.0, "output_type": "pt"}
+    how |= {"image": folders.make_picture(), "mask_image": folders.make_mask()}
+    how |= {"height": folders.SIDE, "width": folders.SIDE}
+    theirs = 2 * peer("a red circle", generator=torch.Generator().manual_seed(3), **how).images - 1
+    files = {"image": folders.make_picture(), "mask": folders.make_mask()}
+    how = {"seeds": 3, "steps": 10, "output_type": "pt", "progress": False}
+    assert theirs.std() > 0.1
+    assert (ours("a red circle", **files, **how) - theirs).abs().max() < 1e-4
 
 
 def test_what_a_folder_is_comes_from_its_files(written):

@@ -13,6 +13,7 @@ from ldm.config.bundle import write_bundle
 from ldm.config.composition import isolate_hydra
 from ldm.config.config_check import compose_config
 from ldm.config.export import write_export
+from ldm.config.pipeline import load_cascade
 from ldm.utils.errors import UsageError
 
 BRIEF = [
@@ -153,6 +154,24 @@ def test_inpainting_starts_from_both_kinds_of_folders(capsys):
     first = ldm.load("runs/widened", "raw=true").pipeline.components.denoiser.conv_in.weight
     plain = ldm.load("sd1").pipeline.components.denoiser.conv_in.weight
     assert torch.allclose(first[:, :4], plain, atol=1e-3)
+
+
+def test_the_sampler_of_a_folder_is_that_of_a_cascades_first_stage_alone():
+    train("task=superres", "task.scales=[2]", "data.size=32", "name=sr")
+    with isolate_hydra():
+        cfg = compose_config("sample", ["device=cpu"])
+    stages = load_cascade(cfg, ["sd1", "runs/sr"], {})
+    names = [type(each.pipeline.sampler).__name__ for each in stages]
+    assert names == ["PNDMSampler", "DDIMSampler"]
+
+
+def test_damaged_folders_are_measured_with_no_other_pipeline(home, tmp_path):
+    folder = shutil.copytree(home / "sd1", tmp_path / "damaged")
+    (folder / "unet" / "config.json").write_text("{")
+    for what in ("unet/config.json is no JSON", "it has no .*unet/config.json: has its download"):
+        with pytest.raises(UsageError, match=what):
+            ldm.evaluate(folder, "data=scenes", "count=4")
+        (folder / "unet" / "config.json").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ldm.data.prepare.writer import PreparationReport
 
 PREPARE_SOURCES = ("coco", "folder", "parquet", "scenes", "scores")
-PREPARE_PATH_OPTIONS = ("images", "annotations", "out", "shards", "against")
+PREPARE_PATH_OPTIONS = ("images", "annotations", "out", "shards", "against", "clip")
 SCORES_OPTIONS = (
     *("shards", "against", "clip", "near_duplicates", "features", "threshold", "batch", "device"),
 )
@@ -44,6 +44,7 @@ def main(cfg: DictConfig, paths: dict[str, str | None], typed: list[str]) -> Non
     check_path_length("out", Path(out))
     check_options_of_source(cfg.source, typed)
     if cfg.source == "scores":
+        check_scored_shards(paths)
         from ldm.cli.prepare_scores import prepare_scores  # torch: a typo need not wait for it
 
         print(prepare_scores(cfg, paths))
@@ -58,6 +59,16 @@ def main(cfg: DictConfig, paths: dict[str, str | None], typed: list[str]) -> Non
     skipped = ", ".join(f"{len(names)} {reason}" for reason, names in report.skipped.items())
     skipped = f"; skipped: {skipped}, listed in {out}/report.json" if skipped else ""
     print(f"{report.written} samples in {out}{skipped}")
+
+
+def check_scored_shards(paths: dict[str, str | None]) -> None:
+    """Raises UsageError without shards, or for shards on a server."""
+    require_option(paths, "shards")
+    for name in ("shards", "against"):
+        if "://" in (paths.get(name) or ""):
+            raise UsageError(
+                f"{name}={paths[name]}: shards on servers are not scored: download them first"
+            )
 
 
 def check_options_of_source(source: str, typed: list[str]) -> None:

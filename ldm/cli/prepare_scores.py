@@ -16,7 +16,6 @@ from ldm.data.image_decoding import crop_and_resize, pil_to_tensor, read_image
 from ldm.data.prepare.scored_shards import check_shard_names, copy_shard, is_copied
 from ldm.data.prepare.writer import claim_output_folder
 from ldm.data.shards.index import ReadOptions, open_index
-from ldm.data.shards.locations import is_url
 from ldm.data.shards.reader import ShardReader
 from ldm.evaluation.features.clip import ClipFeatures
 from ldm.evaluation.near_duplicates import (
@@ -40,12 +39,12 @@ _bar = partial(tqdm, unit="image", mininterval=get_progress_interval())
 def prepare_scores(cfg: DictConfig, paths: dict[str, str | None]) -> str:
     """Writes copies of shards with scores in the json of each sample; returns the summary."""
     out = resolve_path(require_option(paths, "out"))
-    shards = open_scored_shards(cfg, require_option(paths, "shards"), "shards")
+    shards = open_scored_shards(cfg, require_option(paths, "shards"))
     sources = shards.index.paths
     check_shard_names(sources)
     against = paths.get("against")
-    training = open_scored_shards(cfg, against, "against") if against else None
-    clip, network = build_scoring_networks(cfg)
+    training = open_scored_shards(cfg, against) if against else None
+    clip, network = build_scoring_networks(cfg, paths["clip"])
     if training is not None and network is None:
         raise UsageError("against=... compares features: give features=efficientnet")
     threshold = None if network is None else choose_threshold(cfg.threshold, network.name)
@@ -97,16 +96,14 @@ def prepare_scores(cfg: DictConfig, paths: dict[str, str | None]) -> str:
     return format_score_report(report, out)
 
 
-def open_scored_shards(cfg: DictConfig, place: str, name: str) -> ShardReader:
-    """The shards of this machine that `shards` or `against` names."""
-    if is_url(place):
-        raise UsageError(f"{name}={place}: shards on servers are not scored: download them first")
+def open_scored_shards(cfg: DictConfig, place: str) -> ShardReader:
+    """The shards of `shards` or `against`."""
     return ShardReader(place, ReadOptions(caption_key=cfg.caption_key, read_only=True))
 
 
-def build_scoring_networks(cfg: DictConfig) -> tuple[ClipFeatures | None, Any]:
+def build_scoring_networks(cfg: DictConfig, name: str | None) -> tuple[ClipFeatures | None, Any]:
     """The CLIP, and the network that finds near-duplicates; None for one that is not wanted."""
-    name, clip = str(cfg.clip), None
+    name, clip = str(name), None
     if name.lower() not in NO_CLIP_WORDS:
         clip = ClipFeatures(PACKAGED_CLIP if name.lower() == "true" else name)
     if clip is not None and name.lower() in ("true", PACKAGED_CLIP):

@@ -55,5 +55,4 @@ def check_cache_settings(cfg: DictConfig) -> None:
 
 def open_training_cache(cfg: DictConfig) -> Manifest:
     """The manifest of `data.train`."""
-    place = cfg.data.train
-    return open_cache(place if isinstance(place, str) else OmegaConf.to_container(place))
+    return open_cache(OmegaConf.to_container(cfg.data)["train"])

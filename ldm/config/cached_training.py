@@ -14,6 +14,7 @@ from ldm.config.components import FROZEN_GROUPS, build_components
 from ldm.config.suggestions import suggest_overrides
 from ldm.data.cached.format import unpack_null
 from ldm.data.cached.manifest import NULL_NAME
+from ldm.data.shards.data_sets import list_locations
 from ldm.diffusion.tasks.base import Task
 from ldm.inference.components import Components
 from ldm.models.deferred_encoders import DeferredAutoencoder, DeferredModule, DeferredTextEncoder
@@ -50,9 +51,10 @@ def build_cached_components(cfg: DictConfig, task: Task) -> Components:
             f"task={task.name} reads images, and data=cached has latents alone: give data=shards, "
             "or task=text2img"
         )
-    manifest, place = open_training_cache(cfg), cfg.data.train
-    folder = resolve_path(place if isinstance(place, str) else place[0])
+    manifest = open_training_cache(cfg)
+    folder = resolve_path(list_locations(OmegaConf.to_container(cfg.data)["train"])[0])
     digests = {name: getattr(manifest, name) for name in FROZEN_GROUPS}
+    null = (folder / NULL_NAME).read_bytes() if manifest.text_parts else b""
     deferred = {
         name: DeferredModule(partial(instantiate, cfg[name]), digest=digest, name=name)
         for name, digest in digests.items()
@@ -72,7 +74,7 @@ def build_cached_components(cfg: DictConfig, task: Task) -> Components:
         width=manifest.text_width or 0,
         pooled_width=manifest.pooled_width or 0,
         max_length=manifest.max_length or 0,
-        null=unpack_null(bytearray((folder / NULL_NAME).read_bytes()), manifest),
+        null=unpack_null(bytearray(null), manifest),
     )
     components = build_components(cfg, task, encoders=(autoencoder, text_encoder))
     return replace(components, known_digests=digests)

@@ -140,11 +140,13 @@ def open_cache_images(
             f"buckets has {wrong[0]}: sides are multiples of {factor}, the autoencoder's factor"
         )
     area = {
+        "side": size,
         "pixels": parse_pixels(pixels or size**2),
         "grid": cfg.grid or choose_grid(size, factor),
+        "batch": cfg.batch,
     }
     known = shards.index.sizes
-    buckets, _ = choose_buckets(known, known[:0], sizes, **area, batch=cfg.batch)
+    buckets, _ = choose_buckets(known, known[:0], sizes or "auto", **area)
     return replace(images, target_sizes=get_target_sizes(buckets)), buckets
 
 

@@ -171,6 +171,7 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (NumberRule("[0, 1000]"), "scheduler.offset"),
     (NumberRule("(0, 1000]"), "fps"),
     (NumberRule("(0, 100]"), "min_score"),
+    (NumberRule("[-1, 1]"), "prepare threshold"),
     # Guidance: 1 is none or Bayes' rule, below 0 is away from the prompt.
     (NumberRule("[-1000000, 1000000]"), "guidance.scale, guidance.style_scale"),
     (NumberRule("[-1000000, 1000000]"), "guidance.parallel, cascade_guidance_scale"),

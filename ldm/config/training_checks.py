@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.config.cache_settings import is_cached
 from ldm.config.ranges import format_setting_value
 from ldm.config.reserved_settings import ADAMW_8BIT_TARGET, OUR_EVALUATIONS
 from ldm.config.sample_options import check_checkpoints_exist, get_compile_mode, list_guides
@@ -50,7 +51,8 @@ def check_frozen_paths(cfg: DictConfig) -> None:
                 f"stage=autoencoder trains an AutoencoderKL, and {kind} is none: take "
                 "autoencoder=tiny or autoencoder=sd, with autoencoder.path=null"
             )
-    if cfg.stage not in ("diffusion", "classifier"):
+    decodes = cfg.samples.n or cfg.eval
+    if cfg.stage not in ("diffusion", "classifier") or (is_cached(cfg) and not decodes):
         return
     for name, experiment in (("autoencoder", "autoencoder_coco"), ("text_encoder", "clip_coco")):
         path = cfg[name].get("path", "none needed")
@@ -144,11 +146,11 @@ def get_devices(cfg: DictConfig) -> dict[str, int]:
     return {"devices": started[0], "num_nodes": started[1]}
 
 
-def check_image_size(size: int, multiple: int) -> None:
+def check_image_size(size: int, multiple: int, *, name: str = "data.size") -> None:
     """UsageError where images of `size` do not go through the networks."""
     if size % multiple:
         raise UsageError(
-            f"data.size={size} must be a multiple of {multiple}, which the networks halve it to"
+            f"{name}={size} must be a multiple of {multiple}, which the networks halve it to"
         )
 
 
@@ -195,6 +197,10 @@ def check_data_sets(cfg: DictConfig) -> None:
             f"data.train: size={sides[0]} of a data set has buckets of its own: give "
             "data.buckets=auto in place of the list, or leave the size out"
         )
+    if is_cached(cfg):
+        raise UsageError(
+            f"data.train: size={sides[0]}: a cache has the size of its own: leave it out"
+        )
     if cfg.data.get("frames") is not None or cfg.stage not in ("diffusion", "autoencoder"):
         raise UsageError(f"data.train: size={sides[0]} of a data set: this run takes one size")
     if get_compile_mode(cfg) == "reduce-overhead":
@@ -202,7 +208,8 @@ def check_data_sets(cfg: DictConfig) -> None:
             f"data.train: size={sides[0]}: a CUDA graph is of one size: take compile=default"
         )
     for side in sides:
-        check_image_size(side, read_size_multiple(cfg, stage=cfg.stage))
+        multiple = read_size_multiple(cfg, stage=cfg.stage)
+        check_image_size(side, multiple, name="data.train: size")
 
 
 def check_bucket_sizes(buckets: Iterable[Sequence[int]], multiple: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.config.cache_settings import CACHED_TARGET
 from ldm.config.command_line import TextOptions
 from ldm.config.pipeline import LoadedPipeline
 from ldm.config.registry import validate_component
@@ -29,6 +30,7 @@ from ldm.utils.checkpoint_file import CheckpointError
 from ldm.utils.errors import UsageError
 from ldm.utils.files import resolve_path
 
+CACHED_IMAGES = ("val_images", "train_images")
 SCENES_TARGET = "ldm.data.scenes.datamodule.scenes_data"
 # The settings that decide which samples shards have, and which images and captions they give.
 SAMPLE_SELECTION_KEYS = ("min_size", "on_error", "frames", "caption_key", "captions")
@@ -46,6 +48,11 @@ def open_run_images(
     if loaded.data.get("_target_") is None:  # a published model
         raise UsageError(
             f"{loaded.path} names no images: give data=DIR, real images to compare with"
+        )
+    if loaded.data["_target_"] == CACHED_TARGET and None in map(loaded.data.get, CACHED_IMAGES):
+        raise UsageError(
+            f"{loaded.path} was trained from a cache of latents, and names no images: give "
+            "data=DIR, real images to compare with"
         )
     try:
         data = validate_component(OmegaConf.to_container(loaded.data), "data")
@@ -70,6 +77,8 @@ def find_run_data(data: dict) -> tuple[ShardSource, ShardSource]:
     if data["_target_"] == SCENES_TARGET:
         names = ("folder", "count", "val_count", "size", "family", "frames")
         train, val = locate_scene_folders(**{name: data[name] for name in names if name in data})
+    elif data["_target_"] == CACHED_TARGET:
+        val, train = (data[name] for name in CACHED_IMAGES)
     else:
         train, val = data["train"], data["val"]
     return val, train

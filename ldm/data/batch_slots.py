@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -86,10 +86,11 @@ class BatchDataset(Dataset):
             return
         if torch.cuda.is_available() and not self._is_pinned:
             self._pin()
+        name: Any = self.dataset.tensor_name
         transfers = deque()
         for worker, slot, shape, fields in messages:
             rows = self.slots[worker, slot, : math.prod(shape)].view(shape)
-            yield {**fields, self.dataset.tensor_name: rows}
+            yield {**fields, name: rows}
             if self._is_pinned:  # the next message frees the slot of 2 W batches ago
                 transfers.append(torch.cuda.current_stream().record_event())
                 if len(transfers) == 2 * len(self.slots):

@@ -12,6 +12,7 @@ import numpy as np
 
 # Podell et al. 2023 (SDXL), appendix I: "multi-aspect" sizes from 1:4 to 4:1.
 MAX_ASPECT = 4
+AREA_TOLERANCE = 1 / 8  # its list has sizes of 0.9 to 1 times the area
 _CHUNK = 2**16  # images at a time
 _log = logging.getLogger(__name__)
 
@@ -21,8 +22,8 @@ ImageSize = tuple[int, int]
 def list_bucket_sizes(pixels: float, *, multiple: int) -> list[ImageSize]:
     """Returns sizes whose sides are multiples of `multiple`, of about `pixels` each, by aspect.
 
-    For each side it is the other side that comes nearest to `pixels`, up to an aspect of 4; and
-    the nearest square.
+    For each side these are the other side that comes nearest to `pixels`, and the one beyond
+    within an eighth of the area, up to an aspect of 4; and the nearest square.
     """
     if multiple < 1 or pixels < multiple**2:
         raise ValueError(
@@ -32,9 +33,12 @@ def list_bucket_sizes(pixels: float, *, multiple: int) -> list[ImageSize]:
     square = round(math.sqrt(pixels) / multiple) * multiple
     sizes = {(square, square)}
     for side in range(multiple, math.ceil(math.sqrt(pixels * MAX_ASPECT)) + 1, multiple):
-        other = max(1, round(pixels / side / multiple)) * multiple
-        if max(side, other) <= MAX_ASPECT * min(side, other):
-            sizes |= {(side, other), (other, side)}
+        steps = pixels / side / multiple
+        for other in (max(1, n) * multiple for n in (math.floor(steps), math.ceil(steps))):
+            is_near = other == max(1, round(steps)) * multiple
+            is_near |= abs(side * other / pixels - 1) <= AREA_TOLERANCE
+            if is_near and max(side, other) <= MAX_ASPECT * min(side, other):
+                sizes |= {(side, other), (other, side)}
     return sorted(sizes, key=lambda size: size[0] / size[1])
 
 

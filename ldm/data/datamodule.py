@@ -5,7 +5,7 @@ Shapes: N samples, B batch of one rank and micro-step.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -236,7 +236,7 @@ class TextImageData(L.LightningDataModule):
         self, batch: Batch, device: torch.device, dataloader_idx: int
     ) -> Batch:
         """Sends the bytes alone; Lightning would also look at each caption, position and key."""
-        name = self.train_set.tensor_name
+        name: Any = self.train_set.tensor_name
         return {**batch, name: send(batch[name], device)}
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

@@ -15,11 +15,12 @@ from torch.utils.data import DataLoader
 
 from ldm.data.bad_samples import BadSample
 from ldm.data.batch_slots import PREFETCH, pass_batch
-from ldm.data.cached.format import DTYPE_BY_NAME, check_finite, pack_sample
+from ldm.data.cached.format import DTYPE_BY_NAME, RECORD_SUFFIX, check_finite, pack_sample
 from ldm.data.cached.manifest import LATENT_PARTS, CacheError, Manifest
 from ldm.data.cached.source import CacheSource, SourceBatch
 from ldm.data.cached.writer import CacheShard
 from ldm.data.image_decoding import ImageError
+from ldm.data.shards.tar_headers import MAX_TEXT_BYTES
 from ldm.models.base import TextEncoder
 from ldm.utils.signals import block_stop_signals, stop_with_parent
 from ldm.utils.transfer import send
@@ -222,7 +223,13 @@ class CacheSamples:
             states.add(caption for i in part for caption in records[i]["captions"])
             for i in part:
                 tensors = latents[i] | states.stack(records[i]["captions"])
-                yield self.source.key(i), pack_sample(tensors, records[i])
+                members = pack_sample(tensors, records[i])
+                if (size := len(members[RECORD_SUFFIX])) > MAX_TEXT_BYTES:
+                    raise CacheError(
+                        f"{self.source.images.shards.sample_name(i)} has a json of {size} bytes, "
+                        f"{MAX_TEXT_BYTES} are the most: give max_captions=1, or shorten it"
+                    )
+                yield self.source.key(i), members
 
     def _check_finite(self, parts: dict[str, Tensor], indices: Sequence[int]) -> None:
         try:

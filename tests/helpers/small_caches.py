@@ -60,7 +60,7 @@ def write_cache(
                     captions=sample.captions,
                     weights=sample.weights,
                     digest=hash_bytes(sample.image),
-                    image_size=(size, size),
+                    sizes=(size, size, 0, 0, size, size),
                 )
                 members.append((sample.key, pack_sample(tensors, record)))
         write_shard(folder / Path(path).name, members)

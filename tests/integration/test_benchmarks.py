@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PICTURES = ROOT.parent / "shared" / "data" / "coco_mini"
 needs_pictures = pytest.mark.skipif(not PICTURES.is_dir(), reason="COCO's pictures are not here")
 BENCHMARKS = ["train_step", "sample", "data", "framework", "startup", "memory", "scaling"]
-BENCHMARKS += ["evaluation"]
+BENCHMARKS += ["evaluation", "caching"]
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +75,18 @@ def test_series_have_an_exponent_and_a_picture(tmp_path):
     found = run("scaling", tmp_path / "found.json", "--only=pictures", f"--picture={picture}")
     assert [row["series"] for row in found["tables"]["exponents"]] == ["pictures"]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_writing_of_a_cache_is_compared_with_its_encoders(tmp_path):
+    writing, flips, batches = run("caching", tmp_path / "found.json")["tables"].values()
+    assert [row["variant"] for row in writing] == [
+        "encoders",
+        "main process of ldm cache",
+        "ldm cache workers=0",
+    ]
+    assert flips[1]["value"] > flips[2]["value"]
+    assert batches[-1]["apart"] == 0
 
 
 def test_the_frechet_distance_is_that_of_torchmetrics_and_scipy(tmp_path):

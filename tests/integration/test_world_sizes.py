@@ -114,11 +114,3 @@ def test_a_run_with_buckets_may_change_its_number_of_processes_in_mid_epoch(tmp_
         assert sorted(seen[: len(members)]) == sorted(members), "every sample once"
         assert len(set(seen[len(members) :])) == len(seen) - len(members)
     assert_same_training(whole, changing)
-
-    run_on = ["trainer.max_steps=21", "name=run", "resume.allow=[data]"]
-    for other, remedy in (
-        (["data.batch_size=24", buckets], "give the data.batch_size=12 that it"),
-        (["data.buckets=[[16,16],[24,16],[16,24]]"], "give the data.buckets"),
-        ([], "give the data.buckets"),
-    ):
-        assert remedy in train(changing, 1, 0, 1, *run_on, *other, expect=2)

@@ -9,6 +9,8 @@ from ldm.data.dataset import TextImageDataset
 from ldm.data.shards.index import ReadOptions
 from ldm.data.shards.locations import ShardSource
 from ldm.data.shards.reader import ShardReader
+from ldm.data.shards.selection import MEASURED_COLUMNS
+from ldm.data.where import SampleFilter
 
 # What the training and the validation cache must have in common.
 _SHARED = (
@@ -33,13 +35,15 @@ def cached_data(
     max_skipped: float = 0.01,
     train_images: ShardSource | None = None,
     val_images: ShardSource | None = None,
+    where: str | None = None,
+    val_where: str | None = None,
     seed: int = 0,
 ) -> TextImageData:
     """Returns the samples of two caches of `ldm cache`, in the order of the images they are of.
 
     size: side of the images, which the caches know. train_images, val_images: the images that they
-    were made of, which evaluations compare with. Raises CacheError where the caches do not go
-    together, or are none.
+    were made of, which evaluations compare with. where, val_where: see `ReadOptions`, without the
+    sizes of images. Raises CacheError where the caches do not go together, or are none.
     """
     manifests = [open_cache(place) for place in (train, val)]
     for name in _SHARED:
@@ -50,23 +54,30 @@ def cached_data(
                 f"{other}): make both by the same settings"
             )
     side = size or manifests[0].side
-    options = ReadOptions(on_error=on_error)
+    for name, condition in {"where": where, "val_where": val_where}.items():
+        keys = SampleFilter(condition).keys if condition is not None else ()
+        if measured := set(keys).intersection(MEASURED_COLUMNS):
+            raise CacheError(
+                f"data.{name}: a cache has the {min(measured)} of encoded images: make a cache of "
+                "those that meet the condition, ldm cache where=..."
+            )
+    options = [ReadOptions(on_error=on_error, where=each) for each in (where, val_where)]
     images = [
-        place and TextImageDataset(ShardReader(place), size=side, seed=seed, train=False)
-        for place in (train_images, val_images)
+        place and TextImageDataset(ShardReader(place, each), size=side, seed=seed, train=False)
+        for place, each in zip((train_images, val_images), options, strict=True)
     ]
     how = {"seed": seed, "on_error": on_error}
     datasets = [
         CachedDataset(
-            ShardReader(place, options),
+            ShardReader(place, each),
             manifest=manifest,
             images=real,
             train=is_training,
             flip=flip if is_training else 0.0,
             **how,
         )
-        for place, manifest, real, is_training in zip(
-            (train, val), manifests, images, (True, False), strict=True
+        for place, manifest, real, each, is_training in zip(
+            (train, val), manifests, images, options, (True, False), strict=True
         )
     ]
     return TextImageData(

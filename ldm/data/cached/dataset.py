@@ -4,13 +4,11 @@ Shapes: B batch, C latent channels, h w latent grid, L tokens, D text width, P p
 of a sample.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
-from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
+from typing import ClassVar, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -18,14 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data.bad_samples import BadSample, TooManySkippedError, format_skip_counts
-from ldm.data.cached.format import (
-    DTYPE_BY_NAME,
-    MAX_LAYOUT_BYTES,
-    SampleLayout,
-    TensorPart,
-    read_layout,
-)
-from ldm.data.cached.manifest import LATENT_PARTS, TEXT_PARTS, CacheError, Manifest
+from ldm.data.cached.format import MAX_LAYOUT_BYTES, TensorPart, read_layout
+from ldm.data.cached.manifest import TEXT_PARTS, CacheError, Manifest
+from ldm.data.cached.rows import CopyPlan, lay_out_row, parse_cached_record, plan_copy
 from ldm.data.dataset import TextImageDataset
 from ldm.data.position_sampler import draw_caption_number, draw_crop_and_flip
 from ldm.data.shards.reader import ShardReader
@@ -39,12 +32,13 @@ _EXPONENTS["float32"] = np.uint32(0x7F800000)
 
 
 class CachedItem(NamedTuple):
-    """What a sample has beside its row of bytes; skipped: what it replaces."""
+    """What a sample has besides its row of bytes; skipped: what it replaces."""
 
     caption: str
     position: int
     key: str
     skipped: list[BadSample]
+    sizes: list[int]
 
 
 class CachedBatch(TypedDict, total=False):
@@ -60,23 +54,9 @@ class CachedBatch(TypedDict, total=False):
     position: list[int]
     key: list[str]
     skipped: list[BadSample]
+    sizes: Tensor
     moments: tuple[Tensor, Tensor | None]
     condition: dict[str, Tensor]
-
-
-class RowLayout(NamedTuple):
-    """Where the parts of a sample lie in its row; numbers: the bytes of floating-point numbers."""
-
-    parts: dict[str, TensorPart]
-    numbers: int
-    size: int
-
-
-class CopyPlan(NamedTuple):
-    """Pieces (start in the file, its end, start in the row) of a file with this layout."""
-
-    layout: SampleLayout
-    pieces: list[tuple[int, int, int]]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -97,11 +77,11 @@ class CachedDataset(Dataset):
     flip: float = 0.0
     on_error: Literal["stop", "skip"] = "stop"
     images: TextImageDataset | None = None
+    gives_sizes: bool = False
     epoch_length: int | None = None
     tensor_name: ClassVar[str] = "rows"
     _damaged: dict[int, BadSample] = field(default_factory=dict, init=False)  # not tried again
     _plans: dict[tuple, CopyPlan] = field(default_factory=dict, init=False)
-    _rows: dict[tuple[int, int], RowLayout] = field(default_factory=dict, init=False)
     _head: int = field(default=2048, init=False)  # bytes that hold the header of a sample's file
 
     def __post_init__(self) -> None:
@@ -111,9 +91,10 @@ class CachedDataset(Dataset):
                 f"data.flip={self.flip}: the cache has no latents of flipped images: make it with "
                 "`ldm cache flips=true`, or give data.flip=0"
             )
-        if len(self.shards) != manifest.samples:
+        # Without the filters, which leave samples out of the index.
+        if (count := self.shards.index.captions.samples) != manifest.samples:
             raise CacheError(
-                f"the cache has {len(self.shards)} samples, and {manifest.samples} were written: "
+                f"the cache has {count} samples, and {manifest.samples} were written: "
                 "its shards were changed, make it again"
             )
         self._exponent, self._count = _EXPONENTS[manifest.dtype], len(self.shards)
@@ -128,17 +109,18 @@ class CachedDataset(Dataset):
         """R of the largest size."""
         factor = self.manifest.factor
         grids = [(height // factor, width // factor) for width, height in self.manifest.image_sizes]
-        return max(self._lay_out_row(grid).size for grid in grids)
+        return max(lay_out_row(self.manifest, grid).size for grid in grids)
 
     def __len__(self) -> int:
         return self._count
 
     def rules(self) -> dict[str, object]:
         """Returns what a checkpoint stores, so that the run resumes on latents of these images."""
-        return {"source": self.manifest.source, "cached": True}
+        return {"source": self.manifest.source, "cached": True, "sizes": self.gives_sizes}
 
     def follow_rules(self, facts: Mapping[str, object]) -> None:
-        """Takes nothing of a checkpoint: there are no rules to choose from."""
+        """Takes the rules of a checkpoint; those of before: no `sizes`."""
+        self.gives_sizes = self.gives_sizes and facts.get("sizes", False)
 
     def without_augmentation(self) -> TextImageDataset:
         """Returns the real images as evaluations read them; ValueError where there are none."""
@@ -155,7 +137,7 @@ class CachedDataset(Dataset):
     ) -> CachedBatch:
         """Returns the samples at (index, position), in rows of `memory` if it is given."""
         grid = self._find_grid(at[0][0])
-        size = self._lay_out_row(grid).size
+        size = lay_out_row(self.manifest, grid).size
         if memory is None:
             memory = torch.empty(len(at) * size, dtype=torch.uint8)
         rows = memory[: len(at) * size].view(len(at), size)
@@ -163,7 +145,8 @@ class CachedDataset(Dataset):
             self._read_or_replace(*place, grid, row)
             for place, row in zip(at, rows.numpy(), strict=True)
         ]
-        captions, position, key, skipped = map(list, zip(*items, strict=True))
+        captions, position, key, skipped, sizes = map(list, zip(*items, strict=True))
+        more = {"sizes": torch.tensor(sizes, dtype=torch.int32)} if self.gives_sizes else {}
         return CachedBatch(
             rows=rows,
             grid=grid,
@@ -171,6 +154,7 @@ class CachedDataset(Dataset):
             position=position,
             key=key,
             skipped=[problem for problems in skipped for problem in problems],
+            **more,
         )
 
     def unpack(self, batch: CachedBatch) -> CachedBatch:
@@ -181,7 +165,7 @@ class CachedDataset(Dataset):
             cells = rows[:, part.start : part.end].view(part.dtype).unflatten(1, part.shape)
             return cells != 0 if name == "mask" else cells.float().contiguous()
 
-        parts = self._lay_out_row(batch["grid"]).parts
+        parts = lay_out_row(self.manifest, batch["grid"]).parts
         tensors = {name: take(name, part) for name, part in parts.items()}
         moments = tensors["mean"], tensors.get("logvar")
         condition = {name: tensors[name] for name in TEXT_PARTS if name in tensors}
@@ -202,8 +186,9 @@ class CachedDataset(Dataset):
             problem = self._damaged.get(i)
             if problem is None:
                 try:
-                    caption = self._read(i, epoch, flip, grid, row)
-                    return CachedItem(caption, position, self.shards.index.key(i), problems[:1])
+                    caption, sizes = self._read(i, epoch, flip, grid, row)
+                    key = self.shards.index.key(i)
+                    return CachedItem(caption, position, key, problems[:1], sizes)
                 except CacheError as error:
                     problem = self._note_damage(i, error)
             problems.append(problem)
@@ -224,14 +209,16 @@ class CachedDataset(Dataset):
         self._damaged[i] = problem
         return problem
 
-    def _read(self, i: int, epoch: int, flip: bool, grid: tuple[int, int], row: np.ndarray) -> str:
-        """Reads a sample into its row, and returns the caption; CacheError if it is damaged."""
+    def _read(
+        self, i: int, epoch: int, flip: bool, grid: tuple[int, int], row: np.ndarray
+    ) -> tuple[str, list[int]]:
+        """Reads a sample into its row; returns caption and sizes; CacheError if it is damaged."""
         file, ((start, size), _, (record_start, record_size)) = self.shards.open_sample(i)
-        captions, weights = parse_cached_captions(os.pread(file, record_size, record_start))
-        number = 0
+        record = parse_cached_record(os.pread(file, record_size, record_start))
+        captions, number = record["captions"], 0
         if self.train:
             draw = {"seed": self.seed, "epoch": epoch, "index": i}
-            number = draw_caption_number(len(captions), weights, **draw)
+            number = draw_caption_number(len(captions), record.get("caption_weights"), **draw)
         head = os.pread(file, min(self._head, size), start)
         if len(head) < (needed := 8 + int.from_bytes(head[:8], "little")) <= MAX_LAYOUT_BYTES:
             self._head = needed
@@ -239,42 +226,20 @@ class CachedDataset(Dataset):
         layout = read_layout(head)
         if layout.size != size:
             raise CacheError(f"has {size} bytes, where its header says {layout.size}")
-        plan = self._plans.get((id(layout), number, flip, grid))
+        plan = self._plans.get((id(layout), len(captions), number, flip, grid))
         if plan is None or plan.layout is not layout:
-            plan = self._plan_copy(layout, len(captions), number, flip, grid)
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            how = {"captions": len(captions), "number": number, "flip": flip, "grid": grid}
+            plan = plan_copy(layout, self.manifest, **how)
+            self._plans[id(layout), len(captions), number, flip, grid] = plan
         for begin, end, at in plan.pieces:
             if os.preadv(file, [row[at : at + end - begin]], start + begin) != end - begin:
                 raise CacheError("was cut short while in use")
-        numbers = row[: self._rows[grid].numbers].view(self._exponent.dtype)
+        numbers = row[: plan.numbers].view(self._exponent.dtype)
         if np.maximum.reduce(numbers & self._exponent) == self._exponent:
             raise CacheError("has NaN or infinity in it")
-        return captions[number]
-
-    def _plan_copy(
-        self, layout: SampleLayout, captions: int, number: int, flip: bool, grid: tuple[int, int]
-    ) -> CopyPlan:
-        """Returns which bytes of a file go where; CacheError unless it is as the cache says."""
-        layout.check(self.manifest)
-        if layout.parts["mean"].shape[1:] != grid:
-            raise CacheError(f"has latents of {layout.parts['mean'].shape[1:]}, not {grid}")
-        pieces: list[tuple[int, int, int]] = []
-        for name, cells in self._lay_out_row(grid).parts.items():
-            stored = f"{name}_flipped" if flip and name in LATENT_PARTS else name
-            part, begin = layout.parts[stored], layout.parts[stored].start
-            if name in TEXT_PARTS:
-                if part.shape[0] != captions:
-                    raise CacheError(f"has {captions} captions, and states of {part.shape[0]}")
-                begin += number * (cells.end - cells.start)
-            end = begin + cells.end - cells.start
-            if pieces and pieces[-1][1] == begin:
-                begin, _, start = pieces.pop()
-                pieces.append((begin, end, start))
-            else:
-                pieces.append((begin, end, cells.start))
-        if len(self._plans) >= _MAX_PLANS:
-            self._plans.clear()
-        plan = self._plans[id(layout), number, flip, grid] = CopyPlan(layout, pieces)
-        return plan
+        return captions[number], record["sizes"]
 
     def _find_grid(self, i: int) -> tuple[int, int]:
         """Returns h and w of a sample."""
@@ -284,43 +249,7 @@ class CachedDataset(Dataset):
         width, height = self.shards.index.sizes[i].tolist()
         return height // manifest.factor, width // manifest.factor
 
-    def _lay_out_row(self, grid: tuple[int, int]) -> RowLayout:
-        """Returns the layout of a row: the parts in the order of a file, then padding."""
-        if grid not in self._rows:
-            manifest = self.manifest
-            text = {
-                "pooled": (manifest.pooled_width,),
-                "tokens": (manifest.max_length, manifest.text_width),
-                "mask": (manifest.max_length,),
-            }
-            latents = [name for name in ("logvar", "mean") if name in manifest.latent_parts]
-            shapes = dict.fromkeys(latents, (manifest.latent_channels, *grid))
-            shapes |= {name: shape for name, shape in text.items() if name in manifest.text_parts}
-            parts, at, numbers = {}, 0, 0
-            for name, shape in shapes.items():
-                dtype = torch.uint8 if name == "mask" else DTYPE_BY_NAME[manifest.dtype]
-                parts[name] = TensorPart(dtype, shape, at, at + prod(shape) * dtype.itemsize)
-                at = parts[name].end
-                numbers = at if dtype.is_floating_point else numbers
-            self._rows[grid] = RowLayout(parts, numbers, -(-at // 4) * 4)
-        return self._rows[grid]
-
     def _draw_flip(self, position: int) -> bool:
         if not self.train or not self.flip:
             return False
         return draw_crop_and_flip(self.seed, position)[2] < self.flip
-
-
-def parse_cached_captions(record: bytes) -> tuple[list[str], list[float] | None]:
-    """Returns the captions of a cached sample's JSON, and their weights; CacheError without any."""
-    try:
-        fields: dict[str, Any] = json.loads(record)
-        captions, weights = fields["captions"], fields.get("caption_weights")
-        sound = type(captions) is list and captions and all(type(one) is str for one in captions)
-        if sound and weights is not None:
-            sound = len(weights) == len(captions) and all(0 < one < 2.0**64 for one in weights)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
-        raise CacheError("has a json without its captions")
-    return captions, weights

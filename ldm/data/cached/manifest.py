@@ -5,12 +5,12 @@ source's shards, shards whose samples have the members of `format.pack_sample`.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
 
+from ldm.data.shards.data_sets import list_locations
 from ldm.utils.files import read_json_mapping, resolve_path, write_json
 from ldm.utils.hashing import hash_bytes
 
@@ -166,25 +166,31 @@ def read_manifest(folder: Path, *, complete: bool = True) -> Manifest:
     return manifest
 
 
-def open_cache(place: str | Path | Sequence[str | Path]) -> Manifest:
-    """Returns the manifest of the cache in a folder, or of several; raises like `read_manifest`.
+def open_cache(place: Any) -> Manifest:
+    """Returns the manifest of a cache, or of several, see `list_locations`; as `read_manifest`.
 
     CacheError where several do not go together.
     """
-    places = [place] if isinstance(place, str | Path) else list(place)
+    places = list_locations(place)
     manifests = [read_manifest(resolve_path(one)) for one in places]
-    first = manifests[0]
+    first, sizes = manifests[0], [size for one in manifests for size in one.image_sizes]
     for other, where in zip(manifests[1:], places[1:], strict=True):
-        same = replace(other, source=first.source, reading=first.reading)
+        own = {"source": first.source, "reading": first.reading, "captions": first.captions}
+        same = replace(other, **own, size=first.size, buckets=first.buckets)
         if differences := first.list_differences(same):
             raise CacheError(
                 f"{where} does not go together with {places[0]}: {'; '.join(differences[:3])}"
             )
     if not manifests[1:]:
         return first
-    sources = "\n".join(one.source for one in manifests)
+    has_one_size = len(set(sizes)) == 1
     return replace(
-        first, samples=sum(one.samples for one in manifests), source=hash_bytes(sources.encode())
+        first,
+        samples=sum(one.samples for one in manifests),
+        source=hash_bytes("\n".join(one.source for one in manifests).encode()),
+        captions="all" if len({one.captions for one in manifests}) > 1 else first.captions,
+        size=first.size if has_one_size else None,
+        buckets=None if has_one_size else [list(size) for size in dict.fromkeys(sizes)],
     )
 
 

@@ -10,7 +10,6 @@ import logging
 import os
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -28,7 +27,7 @@ _log = logging.getLogger(__name__)
 class ShardPrefetcher:
     """Downloads what a run needs next, up to half of the cache.
 
-    upcoming: endless, see `ShuffledOrder.shards_from`.
+    upcoming: endless, see `SampleOrder.shards_from`.
     """
 
     def __init__(
@@ -36,15 +35,14 @@ class ShardPrefetcher:
     ) -> None:
         self._cache, self._upcoming = cache, upcoming
         self._max_sent = window + _MAX_SHARDS_AHEAD
-        self._sent: deque[tuple[int, RemoteShard]] = deque()
+        self._sent: list[tuple[int, RemoteShard]] = []
         self._next = next(upcoming)
         self._process: subprocess.Popen | None = None
         self._is_lost = False
 
     def advance_to(self, position: int) -> None:
         """Requests the shards that are needed from `position` on."""
-        while self._sent and self._sent[0][0] <= position:
-            self._sent.popleft()
+        self._sent = [one for one in self._sent if one[0] > position]
         room = self._cache.bytes // 2 - sum(shard.size for _, shard in self._sent)
         while len(self._sent) < self._max_sent and (not self._sent or self._next[1].size <= room):
             self._send(self._next[1])

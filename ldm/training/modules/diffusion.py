@@ -108,10 +108,13 @@ class LatentDiffusion(L.LightningModule):
         if self.posterior == "sample":
             generators = make_batch_generators(self, batch, "posterior")
         autoencoder, sizes = self.components.autoencoder, batch.get("sizes")
+        if sizes is not None:
+            sizes = send(sizes, self.device)
         if "moments" in batch:
             x0 = autoencoder.encode_moments(*batch["moments"], generator=generators)
             cond = Condition(**batch["condition"])
-            return x0, self.drop_conditions(batch, cond) if training else cond
+            cond = self.drop_conditions(batch, cond) if training else cond
+            return x0, replace(cond, sizes=sizes)
         style, captions = self.encode_style(batch, training=training)
         x0 = autoencoder.encode(batch["images"], generator=generators)
         cond = self.encode_text(captions)
@@ -121,8 +124,6 @@ class LatentDiffusion(L.LightningModule):
         x0, concat = self.components.task.training_pair(
             x0, batch["images"], autoencoder.encode, generator=generators
         )
-        if sizes is not None:
-            sizes = send(sizes, self.device)
         return x0, replace(cond, style=style, concat=concat, sizes=sizes)
 
     def encode_text(self, captions: Sequence[str]) -> Condition:

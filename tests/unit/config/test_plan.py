@@ -116,7 +116,7 @@ def test_a_training_from_a_cache_runs_no_encoders():
     flops = table["FLOPs of a step"]
     assert flops["autoencoder"] == flops["text encoder"] == 0
     assert flops["denoiser forward"] == plan()["FLOPs of a step"]["denoiser forward"]
-    with pytest.raises(UsageError, match="give data.size=256"):
+    with pytest.raises(UsageError, match=r"give data\.size=256"):
         plan(*words)
 
 

@@ -24,7 +24,7 @@ def test_the_sizes_of_stable_diffusion_xl():
     assert (1344, 768) in sizes, "16:9"
     assert set(sizes) == {(h, w) for w, h in sizes}
     assert all(w % 64 == h % 64 == 0 for w, h in sizes)
-    assert max(abs(w * h / 1024**2 - 1) for w, h in sizes) < 0.07
+    assert max(abs(w * h / 1024**2 - 1) for w, h in sizes) <= 1 / 8
 
 
 @given(st.integers(1, 64), st.floats(1, 400))

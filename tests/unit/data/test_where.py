@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from material import picture, tar_bytes
+from synthetic_caches import write_synthetic_cache
 
+from ldm.data.cached.datamodule import cached_data
+from ldm.data.cached.manifest import CacheError
 from ldm.data.datamodule import TextImageData
 from ldm.data.shards.index import ReadOptions, open_index
 from ldm.data.where import SampleFilter, count_missing
@@ -276,3 +279,18 @@ def test_the_order_is_that_of_the_selected_samples_alone(tmp_path):
     assert filtered.keys == written.keys
     assert len(filtered.val_set) == 40, "validation stays as it is"
     assert len(TextImageData(train=str(few), val_where="n<10", **how).val_set) == 10
+
+
+def test_a_cache_is_filtered_like_its_source(tmp_path):
+    """By what it kept of the json; sizes of images were another thing when it was made."""
+    write_synthetic_cache(tmp_path / "c")
+    places = {"train": str(tmp_path / "c"), "val": str(tmp_path / "c")}
+    how = {**places, "batch_size": 2, "workers": 0}
+    data = cached_data(**how, where="note < 9 and note != 3", val_where="note >= 9")
+    assert (len(data.train_set), len(data.val_set)) == (8, 3)
+    batch = data.train_set.read_batch([(3, 0), (7, 1)])
+    assert data.train_set.unpack(batch)["key"] == ["0004", "0008"]
+    with pytest.raises(
+        CacheError, match=r"data\.val_where: a cache has the aspect of .* ldm cache where="
+    ):
+        cached_data(**how, val_where="note > 1 or aspect > 1")

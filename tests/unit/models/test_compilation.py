@@ -59,6 +59,20 @@ def test_one_graph_serves_all_batch_sizes():
     assert lines[1].startswith("compile=default: the first step of UNet took ")
 
 
+@pytest.mark.slow
+def test_two_graphs_serve_all_sizes_of_images():
+    """The second size makes height and width variable."""
+    net = make_unet((1, 2)).eval()
+    plain = deepcopy(net)
+    compile_network(net, "default", backend="eager", report=lambda line: None)
+    _, t, cond = make_batch(3)
+    with torch.no_grad():
+        for height, width in ((8, 8), (6, 10), (10, 6), (8, 12), (4, 16), (16, 4)):
+            x = torch.randn(3, 4, height, width)
+            torch.testing.assert_close(net(x, t, cond), plain(x, t, cond))
+    assert count_graphs() == 2
+
+
 def test_reduce_overhead_has_a_graph_for_each_size_and_an_output_of_its_own():
     net = make_unet().eval()
     compile_network(net, "reduce-overhead", backend="eager", report=lambda line: None)

@@ -12,6 +12,7 @@ from same_training import Validations, assert_same_training
 from world import SIZE, latent_diffusion, make_trainer, shape, shapes_data, write_shapes
 
 from ldm.data.datamodule import TextImageData
+from ldm.data.shards.index import open_index
 from ldm.data.shards.reader import write_shard
 from ldm.data.shards.tar_headers import ShardError
 from ldm.training.callbacks.checkpointing import Checkpoints
@@ -219,6 +220,9 @@ def test_torch_opens_a_checkpoint_without_running_anything(tmp_path, shapes, tin
         "finite": True,
         "even_crops": True,
         "fast_pixels": True,
+        "sizes": False,
+        "source": open_index(shapes).fingerprint,
+        "cached": False,
     }
     assert payload["ldm"] == facts
     assert payload["global_step"] == 1

@@ -107,6 +107,14 @@ def test_one_batch_has_one_size(tmp_path):
         data.read_batch([(1, 1), (2, 2)])
 
 
+def test_sizes_are_those_of_the_record(tmp_path):
+    write_cache(tmp_path / "c", buckets=[[16, 16], [32, 8]])
+    data = open_cached_set(tmp_path / "c", train=False, gives_sizes=True)
+    batch = read(data, [(1, 1), (3, 3)])
+    assert batch["sizes"].tolist() == [[8, 32, 0, 0, 8, 32]] * 2
+    assert "sizes" not in read(open_cached_set(tmp_path / "c"), [(1, 1)])
+
+
 def test_workers_write_into_slots(tmp_path, monkeypatch):
     made = write_cache(tmp_path / "c", dtype="bf16")
     data = open_cached_set(tmp_path / "c", train=False)

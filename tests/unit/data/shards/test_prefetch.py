@@ -5,7 +5,7 @@ import pytest
 from bad_sample_runs import fit
 from hypothesis import given
 from hypothesis import strategies as st
-from material import samples, tar_bytes
+from material import picture, samples, tar_bytes
 
 from ldm.data.position_sampler import ShuffledOrder
 from ldm.data.shards import remote
@@ -102,6 +102,27 @@ def test_a_run_on_a_server_sees_what_a_local_run_sees(web, tmp_path, workers):
     )
     assert over_http.keys == local.keys
     assert over_http.validated == local.validated
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_with_buckets_on_a_server_sees_what_a_local_run_sees(web, tmp_path, workers):
+    """Through a cache that holds a third of the shards; samples of the rare bucket are carried."""
+    (tmp_path / "local").mkdir()
+    for n in range(9):
+        members = [
+            (f"{i}.{kind}", picture(i, (16, 8) if i == 10 else (8, 8)) if kind == "png" else b"t")
+            for i in range(3 * n, 3 * n + 3)
+            for kind in ("png", "txt")
+        ]
+        web.files[f"/{n:02}.tar"] = tar_bytes(members)
+        (tmp_path / "local" / f"{n:02}.tar").write_bytes(tar_bytes(members))
+    options = {"buckets": [[8, 8], [16, 8]], "steps": 40, "window": 2}
+    _, local = fit(tmp_path / "local", workers=0, **options)
+    assert local.keys.count("10") == 5
+    cache = {"cache": str(tmp_path / "cache"), "cache_gb": (3 * SIZE + 10) / 1e9}
+    url = web.url("/{00..08}.tar")
+    _, over_http = fit(url, workers=workers, **options, **cache)
+    assert over_http.keys == local.keys
 
 
 def test_a_server_lost_in_mid_run_is_named(web, tmp_path, monkeypatch):

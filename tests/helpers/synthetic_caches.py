@@ -63,6 +63,7 @@ def write_synthetic_cache(
                 captions=[f"caption {k} of {number}" for k in range(captions)],
                 weights=weights,
                 digest=f"{number:064x}",
+                image_size=(width, height),
                 sizes=(height, width, 0, 0, height, width),
             )
             packed = pack_sample(tensors, record) | (replaced or {}).get(number, {})

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -79,14 +79,14 @@ class BatchDataset(Dataset):
         rows = batch.pop(self.dataset.tensor_name)
         return worker, slot, tuple(rows.shape), batch
 
-    def open_batches(self, messages: Iterator) -> Iterator[Batch]:
+    def open_batches(self, messages: Iterator) -> Iterator[dict]:
         """Yields the batches of the messages that a DataLoader received from its workers."""
         if self.slots is None:
             yield from messages
             return
         if torch.cuda.is_available() and not self._is_pinned:
             self._pin()
-        name: Any = self.dataset.tensor_name
+        name = self.dataset.tensor_name
         transfers = deque()
         for worker, slot, shape, fields in messages:
             rows = self.slots[worker, slot, : math.prod(shape)].view(shape)

@@ -5,7 +5,7 @@ Shapes: N samples, B batch of one rank and micro-step.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 import numpy as np
@@ -233,10 +233,10 @@ class TextImageData(L.LightningDataModule):
         )
 
     def transfer_batch_to_device(
-        self, batch: Batch, device: torch.device, dataloader_idx: int
-    ) -> Batch:
+        self, batch: dict, device: torch.device, dataloader_idx: int
+    ) -> dict:
         """Sends the bytes alone; Lightning would also look at each caption, position and key."""
-        name: Any = self.train_set.tensor_name
+        name = self.train_set.tensor_name
         return {**batch, name: send(batch[name], device)}
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

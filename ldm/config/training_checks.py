@@ -173,6 +173,8 @@ def check_buckets(cfg: DictConfig) -> None:
         raise UsageError(
             f"data.buckets={shown}: stage={cfg.stage} takes images of one size: leave it out"
         )
+    if cfg.stage == "diffusion" and cfg.style_encoder:
+        raise UsageError(f"data.buckets={shown}: a style image is a square: leave either out")
     if get_compile_mode(cfg) == "reduce-overhead":
         raise UsageError(f"data.buckets={shown}: a CUDA graph is of one size: take compile=default")
     if buckets != "auto":

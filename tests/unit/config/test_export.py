@@ -151,6 +151,8 @@ def test_weights_without_ema_in_half_precision_replace_an_export(home, monkeypat
     with isolate_hydra():
         cfg = compose_config("export", words)
     check_export_folder(Path("raw"), overwrite=False)
+    with pytest.raises(UsageError, match="a file that diffusers loads: runs/<name>/lora"):
+        check_export_folder(Path("raw.safetensors"), overwrite=False)
     write_export(cfg, "runs/small", Path("raw"), {})
     with pytest.raises(UsageError, match="raw is there already: overwrite=true"):
         check_export_folder(Path("raw"), overwrite=False)

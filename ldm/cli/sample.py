@@ -5,7 +5,6 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ldm.config.adoption import adopt_published_sampler
 from ldm.config.command_line import command, read_prompts, require_option
 from ldm.config.sample_options import (
     SAMPLE_TEXT_OPTIONS,
@@ -32,7 +31,6 @@ def main(cfg: DictConfig, options: dict[str, str | None], *, has_prompt: bool) -
     prompts = read_prompts(options)
     ckpts = list_cascade_runs(cfg) or [require_option(options, "ckpt")]
     check_checkpoints_and_device(cfg, *ckpts, out=options["out"])
-    adopt_published_sampler(cfg, ckpts[0])
     print(generate_samples(cfg, ckpts, prompts, options, has_prompt=has_prompt))
 
 

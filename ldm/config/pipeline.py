@@ -8,6 +8,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.config.adoption import adopt_published_sampler
 from ldm.config.components import (
     LoadedCheckpoint,
     choose_autocast_dtype,
@@ -121,8 +122,10 @@ def load_cascade(
     Raises UsageError where the first generates videos or a later one enlarges nothing.
     """
     if len(ckpts) == 1:
+        adopt_published_sampler(cfg, ckpts[0])
         return [load_pipeline(cfg, ckpts[0], locations)]
     first = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "task"])
+    adopt_published_sampler(first, ckpts[0])
     later = OmegaConf.merge(cfg)
     target = COMPOSITIONAL_TARGET if is_compositional(cfg.guidance) else CLASSIFIER_FREE_TARGET
     later.lora = []

@@ -82,5 +82,6 @@ class CacheSource(Dataset):
             captions=sample.captions[:most],
             weights=None if sample.weights is None else sample.weights[:most],
             digest=hash_bytes(sample.image),
+            image_size=(sizes[5], sizes[4]),
             sizes=sizes,
         )

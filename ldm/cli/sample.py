@@ -5,7 +5,6 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ldm.config.adoption import adopt_published_sampler
 from ldm.config.command_line import command, read_prompts, require_option
 from ldm.config.sample_options import (
     SAMPLE_TEXT_OPTIONS,
@@ -32,7 +31,6 @@ def main(cfg: DictConfig, options: dict[str, str | None], *, has_prompt: bool) -
     prompts = read_prompts(options)
     ckpts = list_cascade_runs(cfg) or [require_option(options, "ckpt")]
     check_checkpoints_and_device(cfg, *ckpts, out=options["out"])
-    adopt_published_sampler(cfg, ckpts[0])
     print(generate_samples(cfg, ckpts, prompts, options, has_prompt=has_prompt))
 
 
@@ -47,7 +45,7 @@ def generate_samples(
     """Generates and saves `cfg.n` images for each prompt; returns the file to look at first."""
     from ldm.config.pipeline import load_cascade  # torch: an error above need not wait for it
     from ldm.inference.cascade import generate_cascade
-    from ldm.inference.inputs import read_pipeline_inputs, read_square_option
+    from ldm.inference.inputs import read_image_option, read_pipeline_inputs
     from ldm.inference.outputs import save_outputs
 
     loaded = load_cascade(cfg, ckpts, options)
@@ -57,7 +55,7 @@ def generate_samples(
         strength = pipeline.components.task.default_strength
     more = {"strength": strength, "paste": cfg.paste, "source": options["source"]}
     if options["style"]:
-        more["style"] = read_square_option("style", options["style"], first.size)[None]
+        more["style"] = read_image_option("style", options["style"], first.size)[None]
     files = {"image": options["image"], "mask": options["mask"], "pad": list(cfg.pad)}
     inputs = read_pipeline_inputs(pipeline, trained=first.size, size=cfg.size, **files)
     default = make_image_path(last.path, prompts[0])

@@ -134,19 +134,22 @@ def open_cache_images(
         if cfg.pixels is not None:
             raise UsageError(f"pixels={cfg.pixels} is for buckets: add buckets=auto, or give size=")
         return images, None
-    sizes = None if cfg.buckets == "auto" else OmegaConf.to_container(cfg.buckets)
-    if wrong := [pair for pair in sizes or () if pair[0] % factor or pair[1] % factor]:
+    sizes = cfg.buckets if cfg.buckets == "auto" else OmegaConf.to_container(cfg.buckets)
+    fixed = [] if sizes == "auto" else sizes
+    if wrong := [pair for pair in fixed if pair[0] % factor or pair[1] % factor]:
         raise UsageError(
             f"buckets has {wrong[0]}: sides are multiples of {factor}, the autoencoder's factor"
         )
-    area = {
-        "side": size,
-        "pixels": parse_pixels(pixels or size**2),
-        "grid": cfg.grid or choose_grid(size, factor),
-        "batch": cfg.batch,
-    }
     known = shards.index.sizes
-    buckets, _ = choose_buckets(known, known[:0], sizes or "auto", **area)
+    buckets, _ = choose_buckets(
+        known,
+        known[:0],
+        sizes,
+        side=size,
+        pixels=parse_pixels(pixels or size**2),
+        grid=cfg.grid or choose_grid(size, factor),
+        batch=cfg.batch,
+    )
     return replace(images, target_sizes=get_target_sizes(buckets)), buckets
 
 

@@ -24,7 +24,7 @@ from ldm.diffusion.guidance.base import Guidance
 from ldm.diffusion.samplers.base import Sampler
 from ldm.diffusion.tasks.base import Task
 from ldm.inference.generate import generate_in_batches
-from ldm.inference.inputs import read_pipeline_inputs, read_square_option
+from ldm.inference.inputs import read_image_option, read_pipeline_inputs
 from ldm.inference.pipeline import Pipeline
 from ldm.utils.errors import UsageError, format_program
 from ldm.utils.images import to_pil
@@ -124,7 +124,7 @@ class LoadedPipeline:
         inputs = read_pipeline_inputs(pipeline, trained=self.size, size=size, pad=pad, **files)
         more = {"negative": negative, "strength": strength, "source": source, "paste": paste}
         if style is not None:
-            more["style"] = read_square_option("style", encode_image_source(style), self.size)[None]
+            more["style"] = read_image_option("style", encode_image_source(style), self.size)[None]
         for line in pipeline.collect_warnings(
             steps, prompts=prompts, negative=negative, strength=strength
         ):

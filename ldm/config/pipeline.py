@@ -8,6 +8,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.config.adoption import adopt_published_sampler
 from ldm.config.components import (
     LoadedCheckpoint,
     choose_autocast_dtype,
@@ -25,6 +26,7 @@ from ldm.config.sample_options import (
     select_device,
 )
 from ldm.config.trust import list_trusted_packages
+from ldm.data.pixel_area import find_bucket_areas
 from ldm.inference.pipeline import Pipeline
 from ldm.utils.errors import UsageError, format_program
 from ldm.utils.hashing import hash_file
@@ -79,7 +81,7 @@ def load_pipeline(
         build_guidance(cfg.guidance, components, device=device, trust=trust),
         dtype=choose_autocast_dtype(cfg.get("dtype"), trained.trainer.get("precision"), device),
         trained_size=trained.data.size,
-        has_buckets=trained.data.get("buckets") is not None,
+        trained_areas=find_bucket_areas(trained.data),
         num_frames=frames and (cfg.get("frames") or frames),
         decode_tile=cfg.get("decode_tile"),
         rng=trained.rng,
@@ -120,8 +122,10 @@ def load_cascade(
     Raises UsageError where the first generates videos or a later one enlarges nothing.
     """
     if len(ckpts) == 1:
+        adopt_published_sampler(cfg, ckpts[0])
         return [load_pipeline(cfg, ckpts[0], locations)]
     first = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "task"])
+    adopt_published_sampler(first, ckpts[0])
     later = OmegaConf.merge(cfg)
     target = COMPOSITIONAL_TARGET if is_compositional(cfg.guidance) else CLASSIFIER_FREE_TARGET
     later.lora = []

@@ -126,13 +126,15 @@ def _download_published(location: str, name: str, *, variant: str) -> Path:
 
 
 def is_foreign_pipeline(location: str) -> bool:
-    """Whether a location is a diffusers folder that holds other components than ours."""
+    """Whether a location is a diffusers folder that holds other components than ours, and whole."""
     if not Path(location, PIPELINE_FILE).is_file():
         return False
     try:
         open_published(location)
-    except UsageError:
-        return True
+    except UsageError as error:
+        cause = error.__cause__ or error
+        is_damaged = isinstance(cause, OSError) or isinstance(cause.__cause__, ValueError)  # JSON
+        return not is_damaged
     return False
 
 
@@ -268,6 +270,8 @@ def open_published(location: str, *, name: str = "ckpt") -> PublishedCheckpoint:
     except (OSError, ValueError, LookupError, TypeError) as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"{name}={location} cannot be opened: {error}") from error
+        is_missing = isinstance(error, FileNotFoundError) and error.filename is not None
+        why = f"it has no {error.filename}: has its download finished?" if is_missing else error
+        raise UsageError(f"{name}={location} cannot be opened: {why}") from error
     sampler = OmegaConf.create(nodes.pop("sampler"))
     return PublishedCheckpoint(folder, OmegaConf.create(nodes), sampler, location, unused)

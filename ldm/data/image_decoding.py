@@ -149,16 +149,17 @@ def find_crop_box(
     share of [0, 1], otherwise the outermost have half of that.
     """
     h, w = get_sides(size)
+    box_width, box_height = width, height
     if width * h >= height * w:
-        box = min(max(round(height * w / h), 1), width), height
+        box_width = min(max(round(height * w / h), 1), width)
     else:
-        box = width, min(max(round(width * h / w), 1), height)
-    free = width - box[0], height - box[1]
+        box_height = min(max(round(width * h / w), 1), height)
+    right, bottom = width - box_width, height - box_height
     if even:
-        left, top = (min(int(at * (n + 1)), n) for at, n in zip((x, y), free, strict=True))
+        left, top = min(int(x * (right + 1)), right), min(int(y * (bottom + 1)), bottom)
     else:
-        left, top = (round(at * n) for at, n in zip((x, y), free, strict=True))
-    return CropBox(left, top, *box)
+        left, top = round(x * right), round(y * bottom)
+    return CropBox(left, top, box_width, box_height)
 
 
 def describe_crop(

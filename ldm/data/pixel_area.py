@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 USUAL_SIDE = 64
 
@@ -34,3 +34,15 @@ def compute_square_side(
     side = math.isqrt(area)
     step = 8 if side < 256 else 64
     return side if side * side == area else max(round(side / step), 1) * step
+
+
+def find_bucket_areas(data: Mapping) -> tuple[int, int] | None:
+    """Returns the smallest and largest area of the buckets of data's settings; None without any."""
+    buckets, pixels = data.get("buckets"), data.get("pixels")
+    if buckets is None:
+        return None
+    if isinstance(buckets, str):
+        area = parse_pixels(pixels or data["size"] ** 2)
+        return area, area
+    areas = [math.prod(size) for size in buckets]
+    return min(areas), max(areas)

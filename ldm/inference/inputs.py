@@ -47,7 +47,7 @@ def read_pipeline_inputs(
     mask: str | bytes | None = None,
     pad: Sequence[int] = (0, 0, 0, 0),
 ) -> PipelineInputs:
-    """Reads an image of `size`, or `trained` pixels square; one to enlarge has its own size.
+    """Reads an image, cropped to `size` or `trained` pixels square; one to enlarge is not cropped.
 
     size: the result's side, or its height and width. pad: new pixels to the left, above, right and
     below of the image; without `size` the result is larger by these.
@@ -73,22 +73,18 @@ def read_pipeline_inputs(
         if mask is not None:
             raise ValueError("pad is a mask of its own: give either")
         return prepare_outpainting_inputs(image, trained, size, pad, grid=grid)
-    height, width = sides = parse_image_size(trained if size is None else size, grid)
+    sides = parse_image_size(trained if size is None else size, grid)
     if image is None:
         return PipelineInputs(sides)
-    if height != width:
-        raise ValueError(
-            f"size={format_image_size(sides)}: images are cropped to squares, so give one number"
-        )
     hidden = None
     if mask is not None:
         with prefix_file_errors("mask", mask):
-            hidden = image_decoding.read_mask(mask, height, of=image)[None]
-    return PipelineInputs(sides, read_square_option("image", image, height)[None], hidden)
+            hidden = image_decoding.read_mask(mask, sides, of=image)[None]
+    return PipelineInputs(sides, read_image_option("image", image, sides)[None], hidden)
 
 
-def read_square_option(option: str, file: str | bytes, size: int) -> Tensor:
-    """The square image of a file that was given as `option`; ValueError names both."""
+def read_image_option(option: str, file: str | bytes, size: image_decoding.TargetSize) -> Tensor:
+    """The image of a file that was given as `option`, cropped; ValueError names both."""
     with prefix_file_errors(option, file):
         return image_decoding.read_cropped_image(file, size)
 

@@ -35,7 +35,7 @@ class Pipeline:
     guidance: Guidance
     dtype: torch.dtype | None = None  # of autocast; None is float32
     trained_size: int | None = None  # pixels; a task with tiles generates tiles of that size
-    has_buckets: bool = False  # whether it was trained on images of other aspects, too
+    trained_areas: tuple[int, int] | None = None  # smallest and largest, of images of any aspect
     num_frames: int | None = None  # of a video; None generates images
     decode_tile: int | None = None  # pixels; larger images are decoded in tiles of that side
     rng: str = "philox"  # or `torch`, for the images of former runs
@@ -153,7 +153,7 @@ class Pipeline:
                 warnings.append(line)
         trained, has_tiles = self.trained_size, self.components.task.tile_overlap is not None
         if trained and not has_tiles and size is not None and not self._is_like_trained(*size):
-            more = " squared" if self.has_buckets else ""
+            more = " squared" if self.trained_areas else ""
             warnings.append(
                 f"size={format_image_size(size)}: this run was trained on images of {trained} "
                 f"pixels{more}, and at another size shapes repeat or fall apart"
@@ -235,10 +235,11 @@ class Pipeline:
         return self.guidance(denoise, Conditioning(cond, uncond, *told))
 
     def _is_like_trained(self, height: int, width: int) -> bool:
-        """Whether it was trained on images of this size, or with buckets, of about this area."""
-        if not self.has_buckets:
+        """Whether it was trained on images of this size, or in buckets of about this area."""
+        if self.trained_areas is None:
             return height == width == self.trained_size
-        return 0.8 < height * width / self.trained_size**2 < 1.25
+        low, high = self.trained_areas
+        return 0.8 * low < height * width < 1.25 * high
 
     def _guidance_prompts(self, prompts: Sequence[str]) -> GuidancePrompts:
         return GuidancePrompts(prompts, self.components.text_encoder, parse_prompt)

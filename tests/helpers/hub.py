@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import threading
 
 from web import Handler, Web
 
@@ -40,17 +39,7 @@ class HubHandler(Handler):
         return super().answer(body=body)
 
     def refuse(self, status: int, code: str) -> None:
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def send(self, data: bytes) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        self.send(status=status, more={"X-Error-Code": code})
 
 
 class Hub(Web):
@@ -87,5 +76,5 @@ class Hub(Web):
 
 def serve_hub() -> Hub:
     hub = Hub()
-    threading.Thread(target=hub.serve_forever, args=(0.05,), daemon=True).start()
+    hub.start()
     return hub

@@ -2,23 +2,15 @@
 
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from loopback import LoopbackHandler, LoopbackServer
 
 FAULTS = ("500", "reset", "short", "stall")
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
+class Handler(LoopbackHandler):
     def answer(self, *, body: bool) -> None:
         web: Web = self.server
         name = self.path.partition("?")[0]
@@ -28,11 +20,11 @@ class Handler(BaseHTTPRequestHandler):
         fault = web.fault(self.command, name, self.headers.get("Range"))
         data = web.files.get(name)
         if fault == "500":
-            return self.plain(500)
+            return self.send(status=500)
         if fault == "403":
-            return self.plain(403)
+            return self.send(status=403)
         if data is None:
-            return self.plain(404)
+            return self.send(status=404)
         if fault == "reset":
             linger = struct.pack("ii", 1, 0)  # closing sends RST
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -59,22 +51,12 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = fault == "short"
         return None
 
-    def plain(self, status: int) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
 
-    def log_message(self, *args) -> None:
-        pass
-
-
-class Web(ThreadingHTTPServer):
+class Web(LoopbackServer):
     """files by path; fault(method, path, range): one of `FAULTS`, "403", None; seen: requests."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.files: dict[str, bytes] = {}
         self.fault: Callable[[str, str, str | None], str | None] = lambda *request: None
         self.ranges, self.delay, self.sent = True, 0.0, 0
@@ -106,5 +88,5 @@ class Web(ThreadingHTTPServer):
 
 def serve() -> Web:
     web = Web()
-    threading.Thread(target=web.serve_forever, args=(0.05,), daemon=True).start()
+    web.start()
     return web

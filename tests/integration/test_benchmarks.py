@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PICTURES = ROOT.parent / "shared" / "data" / "coco_mini"
 needs_pictures = pytest.mark.skipif(not PICTURES.is_dir(), reason="COCO's pictures are not here")
 BENCHMARKS = ["train_step", "sample", "data", "framework", "startup", "memory", "scaling"]
-BENCHMARKS += ["evaluation", "caching"]
+BENCHMARKS += ["evaluation", "caching", "cached_step"]
 
 
 @pytest.fixture(autouse=True)

@@ -69,6 +69,7 @@ def test_a_cache_has_the_shards_keys_and_order_of_its_source(home):
     assert [cache.key(i) for i in range(len(cache))] == [source.key(i) for i in range(len(source))]
 
 
+@pytest.mark.slow
 def test_a_kill_and_two_processes_at_once_leave_the_same_bytes(home):
     command = [*COMMAND, "data=shards", "out=killed"]
     process = start(*command, cwd=home)

@@ -5,8 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from material import picture
 from same_training import assert_same
 from shell import FROZEN, rows, run, tensors, train
+
+from ldm.data.shards.reader import write_shard
 
 IMAGES = ["data.crop=center", "data.flip=0", *FROZEN]
 CACHED = ["data=cached", "data.train=cache", "data.val=cache", "data.size=null", *FROZEN]
@@ -51,6 +54,26 @@ def test_a_run_from_a_cache_equals_one_from_images(home):
     assert_same_run(home, "images", "both")
     words = ("ckpt=runs/cached", "prompt=a red ball", "steps=2", "n=1")
     assert "a-red-ball" in run("-m", "ldm.sample", *words, cwd=home)
+
+
+@pytest.mark.slow
+def test_buckets_of_a_cache_equal_those_of_images(home):
+    sizes = [(40, 20) if i % 3 else (20, 20) for i in range(12)]
+    samples = [
+        (f"{i:02}", {"png": picture(20 * i, size), "txt": b"a red ball"})
+        for i, size in enumerate(sizes)
+    ]
+    (home / "aspects").mkdir()
+    write_shard(home / "aspects" / "0.tar", samples)
+    buckets = "buckets=[[16,16],[32,16]]"
+    words = ("batch=4", "workers=1", "dtype=float32", buckets)
+    run("-m", "ldm.cache", "data=aspects", "out=by-size", *words, *FROZEN, cwd=home)
+    places = ["data.train=by-size", "data.val=by-size", "data.size=null", *FROZEN]
+    how = ["trainer.max_steps=5", "model.size_embedding=4"]
+    train("data=cached", *places, "name=cached-sizes", *how, cwd=home)
+    places = ["data.train=aspects", "data.val=aspects", f"data.{buckets}", "data.size=16"]
+    train(*IMAGES, *places, "name=image-sizes", *how, cwd=home)
+    assert_same_run(home, "image-sizes", "cached-sizes")
 
 
 @pytest.mark.slow

@@ -151,14 +151,16 @@ def test_what_does_not_fit_is_refused_in_one_line(home):
 
 
 @pytest.mark.parametrize("write", [write_sd1, write_sd2, write_sdxl])
-def test_adapters_of_a_published_model_paint_the_same_in_diffusers(tmp_path, write):
-    """As a file of their own, and in the weights of an export."""
+def test_adapters_of_a_published_model_paint_the_same_in_diffusers(tmp_path, write, capsys):
+    """As a file, which the last line names, and in the weights of an export."""
     folder = write(tmp_path / "published")
     words = ["name=style", f"init={folder}", "lora.rank=2", "lora.alpha=4", "lora.targets=all"]
     words += ["data=scenes", "data.count=8", "data.val_count=12", f"data.folder={tmp_path}/data"]
     words += ["data.size=16", "data.batch_size=4", "data.workers=0", "samples.n=0", *BRIEF]
     ldm.train(ldm.compose("train", [*words, "trainer=cpu", "logger=csv", "optimizer.lr=0.1"]))
     file = "runs/style/lora.safetensors"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(f"ckpt={folder} lora=[{file}] prompt=...")
     pictures = []
     for files in ([], [file]):
         ours = ldm.load(folder, device="cpu", lora=files)
@@ -198,8 +200,6 @@ def test_two_processes_a_sweep_and_refusals_as_a_user_types_them(prepared, tmp_p
     train("-m", *lora, "lora.rank=1,2", "optimizer.lr=1e-3,1e-2", "name=sweep", cwd=home)
     files = sorted(home.glob("runs/sweep/*/lora.safetensors"))
     assert len(files) == 4
-    said = train(*lora, "lora.rank=1", "name=last", cwd=home).splitlines()[-1]
-    assert said.endswith("ckpt=runs/base lora=[runs/last/lora.safetensors] prompt=...")
     said = train(*few, "lora.rank=2", "name=no", cwd=home, expect=2)
     assert "give init=RUN" in said
     said = train(*ANEW, "lora.rank=2", "name=no", cwd=home, expect=2)

@@ -23,7 +23,7 @@ def test_a_hub_name_is_downloaded_once_and_sampled(tmp_path):
     (folder / "safety_checker" / "model.safetensors").write_bytes(b"gigabytes")
     hub = ModelHub(folder)
     try:
-        env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+        env = {"HF_ENDPOINT": hub.root, "HF_HUB_OFFLINE": "0"}
         said = run(SAMPLE, f"ckpt={MODEL}", *ONE, "out=a.png", cwd=tmp_path, **env)
         sent = set(hub.sent)
     finally:

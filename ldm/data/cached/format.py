@@ -109,10 +109,10 @@ def pack_record(
     """Returns the JSON of a sample: the source's fields, and what the cache says of it.
 
     captions, weights: as `ShardReader.read` lists them; digest: the SHA-256 of the source's image
-    file; sizes: those of `Condition.sizes`. `image_size` is width and height of what was encoded.
+    file; sizes: `Condition.sizes` of the image that was encoded.
     """
-    record = {**fields, "captions": list(captions), "digest": digest, "sizes": list(sizes)}
-    record["image_size"] = [sizes[5], sizes[4]]
+    record = {**fields, "captions": list(captions), "digest": digest}
+    record |= {"image_size": [sizes[5], sizes[4]], "sizes": list(sizes)}
     if weights is not None:
         record["caption_weights"] = list(weights)
     return record

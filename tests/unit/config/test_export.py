@@ -151,6 +151,8 @@ def test_weights_without_ema_in_half_precision_replace_an_export(home, monkeypat
     with isolate_hydra():
         cfg = compose_config("export", words)
     check_export_folder(Path("raw"), overwrite=False)
+    with pytest.raises(UsageError, match="a file that diffusers loads: runs/<name>/lora"):
+        check_export_folder(Path("raw.safetensors"), overwrite=False)
     write_export(cfg, "runs/small", Path("raw"), {})
     with pytest.raises(UsageError, match="raw is there already: overwrite=true"):
         check_export_folder(Path("raw"), overwrite=False)
@@ -296,9 +298,9 @@ def test_nothing_is_uploaded_without_a_token(home, tmp_path):
 def test_push_uploads_the_folder_with_the_token_of_the_environment(home, tmp_path):
     hub = UploadHub()
     words = ("ckpt=runs/small", "out=pushed", "push=team/model", "private=true")
-    env = {"HF_TOKEN": "hf_s3cret", "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+    env = {"HF_TOKEN": "hf_s3cret", "HF_ENDPOINT": hub.root, "HF_HUB_OFFLINE": "0"}
     printed = run("-m", "ldm", "export", *words, cwd=home, HF_HOME=str(tmp_path), **env)
-    assert f"uploaded to {hub.url}/team/model" in printed
+    assert f"uploaded to {hub.root}/team/model" in printed
     assert hub.users == {"Bearer hf_s3cret"}
     created = hub.created[0]  # older versions of huggingface_hub say `private`
     assert created.get("visibility") == "private" or created.get("private")

@@ -6,6 +6,7 @@ import published_folders as folders
 import pytest
 import torch
 import yaml
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import ldm
@@ -13,6 +14,7 @@ from ldm.config.bundle import write_bundle
 from ldm.config.composition import isolate_hydra
 from ldm.config.config_check import compose_config
 from ldm.config.export import write_export
+from ldm.config.pipeline import load_cascade
 from ldm.utils.errors import UsageError
 
 BRIEF = [
@@ -27,6 +29,7 @@ def home(tmp_path_factory):
     """A folder with published models, and the run `tuned` that started from one."""
     home = tmp_path_factory.mktemp("home")
     folders.write_sd1(home / "sd1")
+    folders.write_sd2(home / "sd2")
     folders.write_sdxl(home / "sdxl")
     folders.write_inpainting(home / "inpainting")
     with pytest.MonkeyPatch.context() as patch:
@@ -42,6 +45,13 @@ def _in_home(home, monkeypatch):
 
 def train(*words):
     return ldm.train(ldm.compose("train", [*BRIEF, *words]))
+
+
+def export(run, out, *words):
+    with isolate_hydra():
+        cfg = compose_config("export", [*words])
+    write_export(cfg, run, out, {})
+    return out
 
 
 def read_config(name):
@@ -67,10 +77,7 @@ def test_a_run_has_the_guidance_scale_of_the_folder_it_began_from(home, tmp_path
     assert ldm.load("runs/tuned").settings["guidance"]["scale"] == 7.5
     assert "runs/tuned: guidance.scale=7.5 is that of its pipeline" in capsys.readouterr().err
     assert ldm.load("runs/tuned", "guidance.scale=3").settings["guidance"]["scale"] == 3
-    with isolate_hydra():
-        cfg = compose_config("export", [])
-    write_export(cfg, "runs/tuned", tmp_path / "out", {})
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (export("runs/tuned", tmp_path / "out") / "README.md").read_text()
     assert "guidance_scale=7.5" in card
     assert str(home) not in card
     assert ldm.load(tmp_path / "out").settings["guidance"]["scale"] == 7.5
@@ -140,6 +147,35 @@ def test_another_layer_of_the_text_encoder_may_be_trained_on():
         train("init=sd1", "name=tiny", "text_encoder=tiny", "text_encoder.pooled=false")
 
 
+@pytest.mark.parametrize(
+    ("words", "layers"),
+    [
+        (["init=sd1", "+text_encoder.layer=-2"], 1),
+        (["init=sd2", "text_encoder=sd2", "text_encoder.path=sd2/text_encoder"], 2),
+    ],
+)
+def test_an_export_has_the_layers_that_the_run_reads(words, layers, tmp_path):
+    train(*words, "name=exported")
+    folder = export("runs/exported", tmp_path / "out")
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    assert pipe.text_encoder.config.num_hidden_layers == layers
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    prompts, how = ["a red circle", ""], {"num_inference_steps": 4, "guidance_scale": 7.5}
+    theirs = pipe(prompts, latents=noise, **how, output_type="pt").images
+    ours = ldm.load("runs/exported").pipeline.generate_from_noise(noise, prompts, steps=4)
+    assert theirs.std() > 0.05
+    torch.testing.assert_close(theirs, ours / 2 + 0.5, atol=1e-4, rtol=0)
+    shutil.rmtree("runs/exported")
+
+
+def test_an_export_in_bfloat16_has_the_rounded_weights(tmp_path):
+    folder = export("runs/tuned", tmp_path / "out", "dtype=bfloat16")
+    parts = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).components
+    assert {parts[name].dtype for name in ("unet", "vae", "text_encoder")} == {torch.bfloat16}
+    ours = ldm.load("runs/tuned").pipeline.components.denoiser.conv_in.weight.bfloat16()
+    assert torch.equal(parts["unet"].conv_in.weight, ours)
+
+
 def test_a_style_encoder_may_be_added(capsys):
     train("init=sd1", "style_encoder=clip", "name=style")
     assert "new, and without effect as yet: style" in capsys.readouterr().out
@@ -153,6 +189,24 @@ def test_inpainting_starts_from_both_kinds_of_folders(capsys):
     first = ldm.load("runs/widened", "raw=true").pipeline.components.denoiser.conv_in.weight
     plain = ldm.load("sd1").pipeline.components.denoiser.conv_in.weight
     assert torch.allclose(first[:, :4], plain, atol=1e-3)
+
+
+def test_the_sampler_of_a_folder_is_that_of_a_cascades_first_stage_alone():
+    train("task=superres", "task.scales=[2]", "data.size=32", "name=sr")
+    with isolate_hydra():
+        cfg = compose_config("sample", ["device=cpu"])
+    stages = load_cascade(cfg, ["sd1", "runs/sr"], {})
+    names = [type(each.pipeline.sampler).__name__ for each in stages]
+    assert names == ["PNDMSampler", "DDIMSampler"]
+
+
+def test_damaged_folders_are_measured_with_no_other_pipeline(home, tmp_path):
+    folder = shutil.copytree(home / "sd1", tmp_path / "damaged")
+    (folder / "unet" / "config.json").write_text("{")
+    for what in ("unet/config.json is no JSON", "it has no .*unet/config.json: has its download"):
+        with pytest.raises(UsageError, match=what):
+            ldm.evaluate(folder, "data=scenes", "count=4")
+        (folder / "unet" / "config.json").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ LIGHTNING_PRECISIONS = _PRECISION_INPUT_STR.__args__ + _PRECISION_INPUT_STR_ALIA
 ODD = [float("nan"), float("inf"), -1, 0, 1.5, None, 1e30, "many", True]
 # What is taken though it looks odd, and what it means.
 NULL_MEANS = {
+    "buckets": "squares",
+    "data.buckets": "squares",
     "prepare size": "as large as it is",
     "dtype": "as trained, and float32 on a CPU",
     "decode_tile": "whole",
@@ -39,7 +41,8 @@ NULL_MEANS = {
     "hydra.devices": "a fair share",
     "hydra.seed": "another one each time",
 }
-HUGE_MEANS = {  # 1e30
+HUGE_MEANS = {
+    "cache_gb": "nothing is ever deleted",  # 1e30
     "data.cache_gb": "all that there is",
     "early_stop.min_delta": "never good enough",
     "guidance.bound": "no bound",
@@ -50,6 +53,7 @@ HUGE_MEANS = {  # 1e30
     "trainer.max_hours": "no end",
 }
 NEGATIVE_MEANS = {  # -1
+    "prepare threshold": "a cosine",
     "trainer.devices": "all",
     "text_encoder.layer": "the last",
     **dict.fromkeys(
@@ -132,7 +136,7 @@ def test_odd_values_are_one_line_or_have_a_meaning():
             str(rule) in format_invalid_value(key, "many", command, default=0) for rule in rules
         )
     assert {"nan", "inf", "'many'"} & taken.keys() == set()
-    assert taken["True"] == {"checkpoint.background"}  # auto, true or false
+    assert taken["True"] == {"checkpoint.background", "plan"}  # or a word
     assert taken["None"] == NULL_MEANS.keys()
     assert taken["1e+30"] == HUGE_MEANS.keys()
     assert taken["-1"] == NEGATIVE_MEANS.keys()
@@ -191,6 +195,7 @@ def test_what_cannot_be_meant_is_named(words):
 
 def test_classes_from_elsewhere_have_no_ranges():
     own = ["scheduler=flow", "scheduler._target_=own_noise.schedules.PowerSchedule"]
+    own += ["~scheduler.base"]  # as the command line does by itself
     with initialize_config_dir(command_line.CONF_DIR, version_base="1.3"):
         words = [*own, "scheduler.shift=-7"]
         check_config(compose("train", words), "train", words)

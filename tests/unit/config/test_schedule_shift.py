@@ -3,8 +3,11 @@
 import pytest
 from omegaconf import OmegaConf
 
+from ldm.config.components import build_components
+from ldm.config.python_api import compose
 from ldm.config.schedule_shift import resolve_schedule_shift
 from ldm.config.train_run import keep_former_shift
+from ldm.diffusion.tasks.text_to_image import TextToImage
 from ldm.models.autoencoder import IdentityAutoencoder
 
 
@@ -50,3 +53,10 @@ def test_a_resumed_run_keeps_its_shift(given, expected, tmp_path):
     cfg = settings(given)
     keep_former_shift(cfg, tmp_path)
     assert cfg.scheduler.shift == expected
+
+
+def test_the_schedule_of_a_run_has_the_number():
+    words = ["scheduler=flow", "objective=flow", "scheduler.shift=auto", "model.channels=16"]
+    cfg = compose("train", [*words, "model.heads=2", "data.size=128"])
+    schedule = build_components(cfg, TextToImage()).objective.schedule
+    assert cfg.scheduler.shift == schedule.shift == pytest.approx((12 * 16 * 16 / 4096) ** 0.5)

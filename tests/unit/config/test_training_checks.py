@@ -48,6 +48,7 @@ MISFITS = {
     "data.buckets=auto data.frames=4": "are of images: leave data.frames out",
     "data.buckets=auto stage=clip": "stage=clip takes images of one size",
     "data.buckets=auto stage=classifier": "stage=classifier takes images of one size",
+    "data.buckets=auto style_encoder=clip": "a style image is a square: leave either out",
     "data.buckets=auto compile=reduce-overhead": "is of one size: take compile=default",
 }
 FITTING = (

@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 
+from ldm.diffusion.rng import randn
 from ldm.models.diffusers_autoencoder import DiffusersAutoencoder
 from ldm.models.diffusers_format import make_autoencoder_kl
 from ldm.models.diffusers_settings import read_autoencoder_settings
@@ -97,6 +98,23 @@ def test_sixteen_channels_are_the_same_in_our_own_class(tmp_path):
         a, b = first.encode(images, generator=draws), second.encode(images, generator=again)
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(a, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_its_posterior_is_of_unscaled_latents(kind, tmp_path):
+    write(kind, tmp_path)
+    ours = DiffusersAutoencoder(str(tmp_path))
+    images = torch.rand(2, 3, 16, 24) * 2 - 1
+    mean, logvar = ours.posterior(images)
+    shift, scale = ours.shift[:, None, None], ours.scale[:, None, None]
+    assert torch.equal((mean - shift) * scale, ours.encode(images))
+    assert (logvar is None) == (kind != "AutoencoderKL")
+    if logvar is not None:
+        generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+        noise = randn(mean.shape, generators[0])
+        drawn = (mean + (0.5 * logvar).exp() * noise - shift) * scale
+        assert torch.equal(ours.encode(images, generator=generators[1]), drawn)
 
 
 def test_it_is_frozen_and_known_by_its_weights_and_scale(tmp_path):

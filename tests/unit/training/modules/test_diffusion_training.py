@@ -50,6 +50,17 @@ def module(tiny_text) -> LatentDiffusion:
     return latent_diffusion(tiny_text, autoencoder=small_autoencoder())
 
 
+def test_sizes_of_a_batch_go_to_the_network(shapes, module):
+    data, seen = shapes_data(shapes), []
+    data.train_set.gives_sizes = data.val_set.gives_sizes = True
+    module.denoiser.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[2].sizes))
+    make_trainer(steps=1).fit(module, datamodule=data)
+    assert [sizes.tolist() for sizes in seen] == [[[16, 16, 0, 0, 16, 16]] * 4]
+    assert module.encode(val_batch(data, [0, 1]), training=False)[1].sizes.shape == (2, 6)
+    data.val_set.gives_sizes = False
+    assert module.encode(val_batch(data, [0, 1]), training=False)[1].sizes is None
+
+
 def test_a_validation_is_the_same_every_time(shapes, module):
     trainer, data = make_trainer(steps=1), shapes_data(shapes)
     first = trainer.validate(module, datamodule=data, verbose=False)

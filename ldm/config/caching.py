@@ -20,8 +20,7 @@ from ldm.config.published import open_checkpoint
 from ldm.config.sample_options import print_on_first_rank, select_device
 from ldm.config.trust import list_trusted_packages
 from ldm.data.bad_samples import format_skip_counts
-from ldm.data.bucket_choice import choose_buckets, get_target_sizes
-from ldm.data.buckets import Buckets
+from ldm.data.buckets import Buckets, choose_buckets
 from ldm.data.cached.format import DTYPE_BY_NAME
 from ldm.data.cached.manifest import Manifest
 from ldm.data.cached.source import CacheSource
@@ -150,7 +149,7 @@ def open_cache_images(
         grid=cfg.grid or choose_grid(size, factor),
         batch=cfg.batch,
     )
-    return replace(images, target_sizes=get_target_sizes(buckets)), buckets
+    return replace(images, target_sizes=buckets.target_sizes), buckets
 
 
 def choose_grid(side: int, factor: int) -> int:

@@ -1,5 +1,7 @@
 """plan=true: what a run takes, against the parts that a run builds."""
 
+from functools import cache
+
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -34,6 +36,7 @@ SMALL_T5 |= {"num_heads": 3, "feed_forward_proj": "gated-gelu"}
 SMALL = ("model.channels=16", "model.heads=2", "data.batch_size=4")
 
 
+@cache
 def plan(*words: str) -> dict:
     return count_plan(compose("train", [*SMALL, *words]))
 
@@ -78,7 +81,7 @@ def test_the_packaged_text_encoder_is_counted_well():
 
 def test_parts_are_those_of_the_run():
     cfg = compose("train", SMALL)
-    built, table = build_components(cfg, TextToImage()), count_plan(cfg)
+    built, table = build_components(cfg, TextToImage()), plan()
     parts = {"denoiser": built.denoiser, "autoencoder": built.autoencoder}
     parts["text encoder"] = built.text_encoder
     counted = table["parameters"]

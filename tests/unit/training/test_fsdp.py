@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,6 @@ TINY = [
     "data.size=16",
     "data.batch_size=8",
     "data.workers=0",
-    "model.channels=16",
     "autoencoder=identity",
     "optimizer.warmup=1",
     "optimizer.decay=constant",
@@ -38,6 +38,8 @@ TINY = [
     "eval.scenes.steps=2",
     "eval.scenes.batch=2",
 ]
+UNET = ["model.channels=16"]
+TRANSFORMER = ["model=dit_nano", "model.width=32", "model.depth=2", "model.heads=4"]
 ALONE = ["trainer.devices=1"]
 SHARDS = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "strategy=fsdp"]
 SHARDS += ["trainer.accumulate_grad_batches=2"]
@@ -72,8 +74,8 @@ trainer.fit(latent_diffusion(ClipTextEncoder(sys.argv[2])), datamodule=shapes_da
 """
 
 
-def train(home: Path, name: str, *overrides: str) -> str:
-    return run(str(ROOT / "train.py"), *TINY, f"name={name}", *overrides, cwd=home)
+def train(home: Path, name: str, *overrides: str, net: Sequence[str] = UNET) -> str:
+    return run(str(ROOT / "train.py"), *TINY, *net, f"name={name}", *overrides, cwd=home)
 
 
 def rows(home: Path, name: str) -> dict[str, dict[str, str]]:
@@ -148,6 +150,14 @@ def test_one_device_holds_its_only_shard(home):
 
 
 @pytest.mark.slow
+def test_a_sharded_transformer_equals_one_of_one_process(tmp_path):
+    few = ["trainer.max_steps=2", "validate_first=false"]
+    train(tmp_path, "one", *few, net=TRANSFORMER)
+    train(tmp_path, "shards", *few, *SHARDS, net=TRANSFORMER)
+    assert_same_training(tmp_path, "one", "shards", 2)
+
+
+@pytest.mark.slow
 def test_each_device_stores_its_half(shapes, tiny_clip, tmp_path):
     tiny_clip.save(tmp_path / "clip")
     script = tmp_path / "rank.py"
@@ -167,7 +177,8 @@ def test_each_device_stores_its_half(shapes, tiny_clip, tmp_path):
 )
 def test_modules_that_cannot_be_sharded_are_refused(tmp_path, overrides, said):
     with initialize_config_dir(CONF_DIR, version_base="1.3"):
-        options = [*TINY, "name=x", "strategy=fsdp", f"data.folder={tmp_path}/data", *overrides]
+        options = [*TINY, *UNET, "name=x", "strategy=fsdp"]
+        options += [f"data.folder={tmp_path}/data", *overrides]
         cfg = compose("train", overrides=options)
     with pytest.raises(ValueError, match=said):
         build_job(cfg, tmp_path / "runs" / "x")

@@ -38,6 +38,7 @@ NULL_MEANS = {
     "sampler.timestep_scaling": "x0_hat as it is",
     "trainer.gradient_clip_val": "no bound",
     "trainer.precision": "float32",
+    "optimizer.adamw_lr": "optimizer.lr",
     "hydra.devices": "a fair share",
     "hydra.seed": "another one each time",
 }

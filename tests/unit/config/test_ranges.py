@@ -57,6 +57,7 @@ NEGATIVE_MEANS = {  # -1
     "prepare threshold": "a cosine",
     "trainer.devices": "all",
     "text_encoder.layer": "the last",
+    "model.position_offset": "towards the first row and column",
     **dict.fromkeys(
         ("cascade_guidance_scale", "guidance.scale", "guidance.style_scale"), "away from it"
     ),

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.models.fused_linear import FusedLinear
 from ldm.models.kernels import attend
 from ldm.models.style import StyleAttention
 
@@ -71,7 +72,7 @@ class TokenStream(nn.Module):
     ) -> None:
         super().__init__()
         self.heads, self.parts = heads, 2 if is_read_only else 6
-        self.modulation = nn.Linear(width, self.parts * width)
+        self.modulation = FusedLinear(width, width, parts=self.parts)
         self.to_q = None if is_read_only else nn.Linear(width, width)
         self.to_k, self.to_v = nn.Linear(width, width), nn.Linear(width, width)
         head = width // heads

@@ -38,6 +38,7 @@ NULL_MEANS = {
     "sampler.timestep_scaling": "x0_hat as it is",
     "trainer.gradient_clip_val": "no bound",
     "trainer.precision": "float32",
+    "optimizer.adamw_lr": "optimizer.lr",
     "hydra.devices": "a fair share",
     "hydra.seed": "another one each time",
 }
@@ -56,6 +57,7 @@ NEGATIVE_MEANS = {  # -1
     "prepare threshold": "a cosine",
     "trainer.devices": "all",
     "text_encoder.layer": "the last",
+    "model.position_offset": "towards the first row and column",
     **dict.fromkeys(
         ("cascade_guidance_scale", "guidance.scale", "guidance.style_scale"), "away from it"
     ),

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from world import latent_diffusion, make_trainer, shapes_data
 
+from ldm.models.dit import MMDiT
 from ldm.models.fused_linear import FusedLinear
 from ldm.training.muon import Muon, find_matrices, orthogonalize
 from ldm.training.optimizers import NetworkParameters
@@ -103,6 +104,19 @@ def test_first_and_last_layers_and_embeddings_are_adamws(tiny_text):
     whole = ("to_q", "to_k", "to_v", "to_out", "conv1", "conv2", "ff.proj_out")
     ends = tuple(f"{name}.weight" for name in whole)
     assert {parts for name, parts in names.items() if name.endswith(ends)} == {1}
+
+
+def test_the_modulation_of_a_transformer_is_a_matrix_for_each_of_its_parts():
+    sizes = {"in_channels": 4, "out_channels": 4, "context_dim": 16, "width": 16, "heads": 2}
+    network = MMDiT(**sizes, depth=2)
+    matrices = find_matrices(network)
+    names = {name: matrices.get(weight) for name, weight in network.named_parameters()}
+    assert (
+        names["blocks.0.image.modulation.weight"] == names["blocks.0.text.modulation.weight"] == 6
+    )
+    assert names["blocks.1.text.modulation.weight"] == 2  # the last block reads the text alone
+    assert names["blocks.0.image.to_q.weight"] == names["blocks.0.image.ff.0.weight"] == 1
+    assert not any(names[name] for name in names if not name.startswith("blocks."))
 
 
 def test_a_step_that_is_not_finite_changes_nothing():

@@ -10,6 +10,7 @@ NOT_EXPORTED_TASKS = {
     "SuperResolution": "diffusers' upscalers take another noisy image",
     "TextToVideo": "diffusers' UNet makes images",
 }
+NOT_EXPORTED_MODELS = {"MMDiT": "its Stable Diffusion 3 pipeline takes three text encoders"}
 NOT_EXPORTED_TEXTS = {
     "LabelTextEncoder": "classes are no text",
     "NullTextEncoder": "its UNet needs text",
@@ -20,7 +21,7 @@ NOT_EXPORTED_SCHEDULES = {
     "LaplaceSchedule": "its schedulers have tables of betas",
 }
 EXPORTED_PARTS = {  # the names of our classes and functions that an export can write, by group
-    "model": ("UNet",),
+    "model": ("UNet", *NOT_EXPORTED_MODELS),
     "autoencoder": ("make_autoencoder_kl", "DiffusersAutoencoder", "IdentityAutoencoder"),
     "text_encoder": ("ClipTextEncoder", "PairedTextEncoder", *NOT_EXPORTED_TEXTS),
     "task": ("TextToImage", "Inpainting", *NOT_EXPORTED_TASKS),
@@ -70,6 +71,9 @@ def is_paired(config: Mapping) -> bool:
 def check_model_exports(config: Mapping) -> Iterator[str]:
     """Yields what diffusers' UNet2DConditionModel lacks."""
     model = config["model"]
+    if why := NOT_EXPORTED_MODELS.get(get_target_name(model)):
+        yield f"model=dit_* ({why}): take a UNet, as model=demo_sd"
+        return
     if waves := model.get("positional_waves"):
         yield (
             f"model.positional_waves={waves} (its UNet has no positional maps): take model=demo_sd "

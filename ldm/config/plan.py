@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.adoption import adopt_published_groups
-from ldm.config.cache_settings import CACHE_FILE, is_cached, open_training_cache
+from ldm.config.cache_settings import is_cached, list_caches, open_training_cache
 from ldm.config.command_line import convert_to_usage_errors
 from ldm.config.components import choose_precision
 from ldm.config.counted_parts import (
@@ -32,13 +32,13 @@ from ldm.config.plan_table import PlanTable, format_plan
 from ldm.config.reserved_settings import ADAMW_8BIT_TARGET
 from ldm.config.training_checks import check_data_kind, check_image_size
 from ldm.data.position_sampler import split_batch
+from ldm.data.shards.data_sets import list_locations
 from ldm.data.shards.index import ReadOptions, open_index
 from ldm.data.shards.locations import is_url
 from ldm.experiments.run_dir import get_launcher_rank
 from ldm.training.step_clock import PEAK_TFLOPS, find_peak_tflops
 from ldm.training.step_cost import StepCost, count_step_cost
 from ldm.utils.errors import UsageError
-from ldm.utils.files import resolve_path
 
 # Mosaic's Stable Diffusion 2 reached 24 % to 28 % of an A100 (mosaicml/diffusion, README).
 UTILISATION = 0.25
@@ -189,15 +189,14 @@ def count_memory(
 
 def adopt_cache(cfg: DictConfig) -> int | None:
     """Sets `data.size` to that of the cache, and returns its number of samples, if it is here."""
-    place = cfg.data.get("train")
-    if isinstance(place, str) and (resolve_path(place) / CACHE_FILE).is_file():
+    if list_caches(cfg, "train"):
         manifest = open_training_cache(cfg)
-        cfg.data.size = manifest.side
+        cfg.data.size = manifest.size
         return manifest.samples
     if cfg.data.size is None:
         raise UsageError(
-            f"data.train={place} is no cache, so that plan=true needs the size of its images: give "
-            "data.size=256"
+            f"data.train={cfg.data.get('train')} is no cache, so that plan=true needs the size of "
+            "its images: give data.size=256"
         )
     return count_images(OmegaConf.create({"train": cfg.data.get("train_images")}))
 
@@ -206,9 +205,7 @@ def count_images(data: DictConfig) -> int | None:
     """The training images of a data set that is drawn, or whose shards lie here; else None."""
     if (count := data.get("count")) is not None:
         return count
-    sources = data.get("train")
-    sources = [sources] if isinstance(sources, str) else sources or []
-    places = [each if isinstance(each, str) else each.get("path") for each in sources]
+    places = list_locations(data.get("train") or [])
     if not places or any(is_url(str(place)) for place in places):
         return None
     try:

@@ -132,6 +132,8 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (integers("[1, 65536]"), "autoencoder.channels, classifier.width, classifier.channels"),
     (integers("[1, 65536]"), "classifier.groups, classifier.embedding, clip.width"),
     (integers("[1, 65536]"), "clip.max_length, model.channels, model.groups, model.embedding"),
+    (integers("[4, 65536]"), "model.width"),
+    (integers("[1, 64]"), "model.patch"),
     (integers("[1, 65536]"), "text_encoder.max_length, clip.projection"),
     (integers("[-1024, -1]"), "text_encoder.layer"),  # counted from the last
     (integers("[0, 65536]"), "autoencoder.groups"),  # 0: no norm
@@ -169,6 +171,8 @@ RULES: tuple[tuple[ValueRule | SettingRule, str], ...] = (
     (NumberRule("[-1000, 1000]"), "scheduler.start, scheduler.end, scheduler.location"),
     (NumberRule("[-1000, 1000]"), "timestep_sampler.mean"),
     (NumberRule("[0, 1000]"), "scheduler.offset"),
+    (NumberRule("[-1000000, 1000000]"), "model.position_offset"),
+    (NumberRule("(0, 1000]"), "model.position_scale"),
     (NumberRule("(0, 1000]"), "fps"),
     (NumberRule("(0, 100]"), "min_score"),
     (NumberRule("[-1, 1]"), "prepare threshold"),

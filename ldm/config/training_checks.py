@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.cache_settings import is_cached
-from ldm.config.ranges import format_setting_value
 from ldm.config.reserved_settings import ADAMW_8BIT_TARGET, OUR_EVALUATIONS
 from ldm.config.sample_options import check_checkpoints_exist, get_compile_mode, list_guides
 from ldm.config.size_multiple import read_size_multiple
+from ldm.config.value_rules import format_setting_value
 from ldm.data.pixel_area import parse_pixels
 from ldm.data.position_sampler import split_batch
 from ldm.data.shards.data_sets import list_data_sets, list_locations

@@ -12,7 +12,9 @@ from torch import nn
 from ldm.utils.errors import UsageError
 
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out")
-STAGES = re.compile(r"(down|mid|up)\.")  # what targets=all means: the first and last layers are not
+STAGES = re.compile(
+    r"(down|mid|up|blocks)\."
+)  # what targets=all means: the first and last layers are not
 
 
 def add_lora_layers(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion.conditioning import Condition
 from ldm.models import layers
+from ldm.models.denoiser_inputs import check_denoiser_inputs
 from ldm.models.layers import ResBlock, SpatialTransformer, Stage, TransformerBlock
 from ldm.models.style import StyleAttention, StyleTokens
 from ldm.models.temporal import TemporalLayers, fold_frames, unfold_frames
@@ -240,34 +241,19 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, out_channels, h, w)
 
     def _check(self, x: Tensor, cond: Condition) -> None:
-        batch, channels, *frames = x.shape[:-2]
-        height, width = x.shape[-2:]
-        if frames and self.temporal is None:
-            raise ValueError("the network takes images, not videos: train one with task=video")
-        extra = 0 if cond.concat is None else cond.concat.shape[1]
-        if channels + extra != self.in_channels:
-            raise ValueError(
-                f"the network takes {self.in_channels} channels, got {channels} + {extra} "
-                "(x + cond.concat): its in_channels must count the task's extra channels"
-            )
-        if height % self.multiple or width % self.multiple:
-            raise ValueError(
-                f"latents of {height}x{width} do not fit {len(self.widths)} levels: "
-                f"height and width must be multiples of {self.multiple}"
-            )
-        sizes = {"tokens": self.context_dim, "pooled": self.pooled_dim}
+        widths = {"tokens": self.context_dim, "pooled": self.pooled_dim}
         if cond.style is not None:
-            sizes["style"] = self.style_dim
+            widths["style"] = self.style_dim
         if cond.sizes is not None and self.size_embedding:
-            sizes["sizes"] = NUM_SIZES
-        for name, size in sizes.items():
-            part = getattr(cond, name)
-            shape = None if part is None else tuple(part.shape)
-            if size and (shape is None or (shape[0], shape[-1]) != (batch, size)):
-                raise ValueError(
-                    f"the network needs cond.{name} for {batch} images, {size} wide, got shape "
-                    f"{shape}: build it with the sizes of the text encoder in use"
-                )
+            widths["sizes"] = NUM_SIZES
+        check_denoiser_inputs(
+            *(x, cond),
+            in_channels=self.in_channels,
+            multiple=self.multiple,
+            what=f"{len(self.widths)} levels",
+            widths=widths,
+            takes_videos=self.temporal is not None,
+        )
 
 
 def check_levels(multipliers: Sequence[int], attention: Sequence[bool]) -> None:

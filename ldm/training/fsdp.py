@@ -13,8 +13,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from ldm.models.dit_blocks import JointBlock
 from ldm.models.layers import ResBlock, SpatialTransformer
 from ldm.training.modules.diffusion import LatentDiffusion
+
+# The parts of denoisers whose weights are gathered together.
+SHARDED_BLOCKS = (ResBlock, SpatialTransformer, JointBlock)
 
 
 class FullyShardedStrategy(DDPStrategy):
@@ -59,7 +63,7 @@ class FullyShardedStrategy(DDPStrategy):
             param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         denoiser, average = module.denoiser, module.ema.module
-        blocks = [b for b in denoiser.modules() if isinstance(b, ResBlock | SpatialTransformer)]
+        blocks = [b for b in denoiser.modules() if isinstance(b, SHARDED_BLOCKS)]
         for part in (*blocks, denoiser):
             fully_shard(part, mesh=mesh, mp_policy=policy)
         weights = dict(denoiser.named_parameters())

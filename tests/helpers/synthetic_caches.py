@@ -82,7 +82,7 @@ def write_synthetic_cache(
         dtype=dtype,
         captions="all",
         flips=flips,
-        size=None if buckets else 16,
+        size=16,
         buckets=buckets,
         latent_channels=CHANNELS,
         factor=FACTOR,

@@ -311,7 +311,10 @@ def test_even_crops_have_every_position_equally_often():
 
 
 @given(
-    *(st.integers(1, 3000) for _ in range(4)),
+    width=st.integers(1, 3000),
+    height=st.integers(1, 3000),
+    h=st.integers(1, 3000),
+    w=st.integers(1, 3000),
     x=st.floats(0, 1),
     y=st.floats(0, 1),
     even=st.booleans(),

@@ -143,7 +143,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--targets", default="all")
     parser.add_argument("--word", default=WORD, help="of the style, in captions and prompts")
-    parser.add_argument("--steps", type=int, default=1600, help="of training")
+    parser.add_argument("--steps", type=int, default=1400, help="of training")
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--train-batch", type=int, default=16, help="pictures of a step")
     parser.add_argument("--seed", type=int, default=0, help="of training")

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from ldm.config.adoption import adopt_published_groups
 from ldm.config.cache_settings import is_cached, list_caches, open_training_cache
@@ -29,7 +30,7 @@ from ldm.config.counted_parts import (
     make_step_inputs,
 )
 from ldm.config.plan_table import PlanTable, format_plan
-from ldm.config.reserved_settings import ADAMW_8BIT_TARGET
+from ldm.config.reserved_settings import ADAMW_8BIT_TARGET, MUON_TARGET
 from ldm.config.training_checks import check_data_kind, check_image_size
 from ldm.data.position_sampler import split_batch
 from ldm.data.shards.data_sets import list_locations
@@ -109,7 +110,7 @@ def count_plan(cfg: DictConfig) -> PlanTable:
         "autoencoder": count_parameters(autoencoder),
         "text encoder": text.parameters,
     }
-    layers = [each.numel() for each in denoiser.parameters() if each.requires_grad]
+    moments = count_moments(cfg, run, denoiser)
     images, x0, cond = make_step_inputs(cfg, autoencoder, text, task, run.micro)
     steady = {"autoencoder": 0, "text encoder": 0} if is_cached(cfg) else sizes
     encode = (lambda: None) if is_cached(cfg) else partial(autoencoder.encode, images)
@@ -120,10 +121,10 @@ def count_plan(cfg: DictConfig) -> PlanTable:
     return {
         "parameters": sizes,
         "FLOPs of a step": count_flops(run, text, cost),
-        "bytes of memory on a device": count_memory(cfg, run, sizes | steady, layers, cost),
+        "bytes of memory on a device": count_memory(cfg, run, sizes | steady, moments, cost),
         "run": count_length(cfg, run, number),
         "hours": count_hours(cfg, run, text, cost),
-        "bytes on disk": count_disk(cfg, run, sizes),
+        "bytes on disk": count_disk(cfg, run, sizes, moments),
         "bytes of a cache": cache,
     }
 
@@ -156,17 +157,27 @@ def count_flops(run: PlannedRun, text: TextSizes, cost: StepCost) -> dict[str, o
     return {name: flops * run.world * run.accumulate for name, flops in parts.items()}
 
 
+def count_moments(cfg: DictConfig, run: PlannedRun, denoiser: nn.Module) -> float:
+    """Bytes of the optimizer's state of all weights that are trained."""
+    each = run.weight_bytes
+    layers = [weight.numel() for weight in denoiser.parameters() if weight.requires_grad]
+    if cfg.optimizer._target_ == ADAMW_8BIT_TARGET:  # a scale of 4 bytes for 256 of them
+        return sum(2 * n * (each if n < 4096 or n % 256 else 1 + 4 / 256) for n in layers)
+    moments = 2 * each * sum(layers)
+    if cfg.optimizer._target_ == MUON_TARGET:  # no mean of squares
+        from ldm.training.muon import find_matrices  # Lightning: seconds
+
+        moments -= each * sum(weight.numel() for weight in find_matrices(denoiser))
+    return moments
+
+
 def count_memory(
-    cfg: DictConfig, run: PlannedRun, sizes: Mapping[str, int], layers: list[int], cost: StepCost
+    cfg: DictConfig, run: PlannedRun, sizes: Mapping[str, int], moments: float, cost: StepCost
 ) -> dict[str, object]:
     """Of one device, by part, and the most at a time."""
     is_sharded = "fsdp" in (cfg.strategy or {}).get("_target_", "")
     shards, each = run.world if is_sharded else 1, run.weight_bytes
     trained = sizes["trained"]
-    moments = 2 * each * trained
-    if cfg.optimizer._target_ == ADAMW_8BIT_TARGET:  # a scale of 4 bytes for 256 of them
-        small = sum(n for n in layers if n < 4096 or n % 256)
-        moments = 2 * (each * small + (trained - small) * (1 + 4 / 256))
     parts = {
         "weights": each * sizes["denoiser"] / shards,
         "gradients": each * trained / shards,
@@ -260,13 +271,13 @@ def count_hours(
     return hours
 
 
-def count_disk(cfg: DictConfig, run: PlannedRun, sizes: Mapping[str, int]) -> dict[str, object]:
+def count_disk(
+    cfg: DictConfig, run: PlannedRun, sizes: Mapping[str, int], moments: float
+) -> dict[str, object]:
     """Of what the run writes, at its end."""
     each, trained = run.weight_bytes, sizes["trained"]
     tracks = len(cfg.phema.lengths)
-    checkpoint = each * (2 * sizes["denoiser"] + (2 + tracks) * trained)
-    if cfg.optimizer._target_ == ADAMW_8BIT_TARGET:
-        checkpoint -= round(2 * each * trained - 2 * trained * (1 + 4 / 256))
+    checkpoint = round(each * (2 * sizes["denoiser"] + tracks * trained) + moments)
     saves = math.ceil(run.steps / cfg.checkpoint.every)
     kept = min(saves, cfg.checkpoint.keep) + min(cfg.checkpoint.keep_best, saves)
     snapshots = math.ceil(run.steps / cfg.phema.every) if tracks else 0

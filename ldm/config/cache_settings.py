@@ -52,8 +52,11 @@ def check_cache_settings(cfg: DictConfig) -> None:
 
 
 def list_caches(cfg: DictConfig, name: str) -> list[str]:
-    """The folders of `data.train` or `data.val` that are caches."""
-    places = map(str, list_locations(cfg.data.get(name) or []))
+    """The folders of `data.train` or `data.val` that are caches; UsageError for no data set."""
+    try:
+        places = [str(place) for place in list_locations(cfg.data.get(name) or [])]
+    except ValueError as error:
+        raise UsageError(f"data.{name}: {error}") from None
     return [place for place in places if (resolve_path(place) / MANIFEST_NAME).is_file()]
 
 

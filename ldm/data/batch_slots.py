@@ -32,13 +32,15 @@ class SampleDataset(Protocol):
 
     tensor_name: the field of a batch with those bytes; most_bytes: of the largest sample.
     target_sizes (N, 2): height and width of each image; None: all have the same.
-    epoch_length: positions for which a sample keeps its caption; None: N.
+    epoch_length: positions for which a sample keeps its caption; None: N. gives_sizes: batches have
+    `sizes`, see `Batch`.
     """
 
     tensor_name: str
     most_bytes: int
     target_sizes: np.ndarray | None
     epoch_length: int | None
+    gives_sizes: bool
     shards: ShardReader
 
     def __len__(self) -> int: ...

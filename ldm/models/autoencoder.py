@@ -102,8 +102,8 @@ class AutoencoderKL(nn.Module):
 
 
 def sample_posterior(mean: Tensor, logvar: Tensor | None, *, generator: Generators) -> Tensor:
-    """Returns unscaled latents z (B, C, h, w); the mean without a generator."""
-    if generator is None:
+    """Returns unscaled latents z (B, C, h, w); the mean without a generator or a variance."""
+    if generator is None or logvar is None:
         return mean
     noise = randn(mean.shape, generator, device=mean.device, dtype=mean.dtype)
     return mean + (0.5 * logvar).exp() * noise

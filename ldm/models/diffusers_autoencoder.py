@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.rng import Generators, randn
+from ldm.diffusion.rng import Generators
+from ldm.models.autoencoder import sample_posterior, scale_latents
 from ldm.models.diffusers_config import MOST_FEATURES
 from ldm.models.diffusers_files import (
     find_diffusers_weights,
@@ -65,9 +66,9 @@ class DiffusersAutoencoder(nn.Module):
         return super().train(False)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns mean and log-variance of the unscaled latents; None where they have no variance.
+        """Returns mean and log-variance of the unscaled latents; only AutoencoderKL has the latter.
 
-        AutoencoderKL alone has one.
+        The other classes give None for it.
         """
         _, channels, height, width = images.shape
         if channels != 3 or height % self.factor or width % self.factor:
@@ -83,11 +84,8 @@ class DiffusersAutoencoder(nn.Module):
 
         Those of AutoencoderKL are a sample of the posterior by `generator`; without it, its mean.
         """
-        z, logvar = self.posterior(images)
-        if generator is not None and logvar is not None:
-            noise = randn(z.shape, generator, device=z.device, dtype=z.dtype)
-            z = z + (0.5 * logvar).exp() * noise
-        return (z - self.shift[:, None, None]) * self.scale[:, None, None]
+        z = sample_posterior(*self.posterior(images), generator=generator)
+        return scale_latents(z, self.shift, self.scale)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Returns images (B, 3, H, W), not clamped to [-1, 1], of latents (B, C, h, w)."""

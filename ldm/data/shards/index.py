@@ -42,10 +42,10 @@ class ReadOptions:
     """Which samples of shards to read, and how.
 
     min_size: leave out images whose short side has fewer pixels; where: read only the samples that
-    meet this condition, see `SampleFilter`; measure: the index has the sizes
-    of images; cache: holds shards of servers and their index; read_only: do not save an index;
-    caption_key: see `read_sample_captions`;
-    captions: the weight of each of several keys, see `read_weighted_captions`;
+    meet this condition, see `SampleFilter`; measure: the index has the sizes of images; cache:
+    holds shards of servers and their index; read_only: do not save an index; caption_key: see
+    `read_sample_captions`; captions: the weight of each of several keys, see
+    `read_weighted_captions`;
     on_error: "skip" leaves out sparse members, "stop" raises ShardError for them.
     """
 
@@ -193,7 +193,6 @@ def _load_or_build_index(
 ) -> ShardIndex:
     """Loads the index; one process of the machine builds what is missing, others wait for it."""
     stamps = [_read_stamp(path) for path in paths]
-
     keys = [key for key in options.filter_keys if key not in MEASURED_COLUMNS]
 
     def is_complete(index: ShardIndex | None) -> bool:

@@ -3,23 +3,25 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from ldm.config.cache_settings import open_training_cache
 from ldm.config.components import FROZEN_GROUPS, build_components
 from ldm.config.suggestions import suggest_overrides
-from ldm.data.cached.format import unpack_null
-from ldm.data.cached.manifest import NULL_NAME
+from ldm.data.cached.format import MAX_SAMPLE_BYTES, unpack_null
+from ldm.data.cached.manifest import NULL_NAME, CacheError, Manifest
 from ldm.data.shards.data_sets import list_locations
 from ldm.diffusion.tasks.base import Task
 from ldm.inference.components import Components
 from ldm.models.deferred_encoders import DeferredAutoencoder, DeferredModule, DeferredTextEncoder
 from ldm.utils.errors import UsageError
-from ldm.utils.files import resolve_path
+from ldm.utils.files import read_regular_file, resolve_path
 from ldm.utils.hashing import hash_module
 
 
@@ -54,7 +56,7 @@ def build_cached_components(cfg: DictConfig, task: Task) -> Components:
     manifest = open_training_cache(cfg)
     folder = resolve_path(list_locations(OmegaConf.to_container(cfg.data)["train"])[0])
     digests = {name: getattr(manifest, name) for name in FROZEN_GROUPS}
-    null = (folder / NULL_NAME).read_bytes() if manifest.text_parts else b""
+    null = read_null(folder / NULL_NAME, manifest)
     deferred = {
         name: DeferredModule(partial(instantiate, cfg[name]), digest=digest, name=name)
         for name, digest in digests.items()
@@ -74,7 +76,7 @@ def build_cached_components(cfg: DictConfig, task: Task) -> Components:
         width=manifest.text_width or 0,
         pooled_width=manifest.pooled_width or 0,
         max_length=manifest.max_length or 0,
-        null=unpack_null(bytearray(null), manifest),
+        null=null,
     )
     components = build_components(cfg, task, encoders=(autoencoder, text_encoder))
     multiple = manifest.factor * components.denoiser.multiple
@@ -86,6 +88,16 @@ def build_cached_components(cfg: DictConfig, task: Task) -> Components:
                 f"buckets=auto grid={multiple}"
             )
     return replace(components, known_digests=digests)
+
+
+def read_null(path: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """The parts of the null condition of a cache; CacheError where the file is damaged."""
+    if not manifest.text_parts:
+        return {}
+    try:
+        return unpack_null(read_regular_file(path, max_bytes=MAX_SAMPLE_BYTES), manifest)
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{path} {error}: make the cache again") from error
 
 
 def draw_initial_weights(node: Mapping) -> None:

@@ -88,7 +88,7 @@ def write_cache(cfg: DictConfig, options: TextOptions) -> tuple[CacheSource, Cac
         start = get_launcher_rank() * len(shards) // world
         write_cache_shards(shards, samples, start=start, on_finished=bar.update)
     manifest = complete_manifest(out, encoder.manifest, shards)
-    print_on_first_rank(format_cache_report(out, manifest, shards))
+    print_on_first_rank(format_cache_report(out, manifest, shards, source))
     if text_encoder.truncated:
         print(
             f"{text_encoder.truncated} captions were cut to {text_encoder.max_length} tokens",
@@ -283,7 +283,9 @@ def format_cache_estimate(out: Path, encoder: CacheEncoder, source: CacheSource)
     )
 
 
-def format_cache_report(out: Path, manifest: Manifest, shards: list[CacheShard]) -> str:
+def format_cache_report(
+    out: Path, manifest: Manifest, shards: list[CacheShard], source: CacheSource
+) -> str:
     """A line after the work."""
     size = sum(shard.tar.stat().st_size for shard in shards)
     line = f"{manifest.samples} samples in {out}, {format_bytes(size)}"
@@ -292,6 +294,11 @@ def format_cache_report(out: Path, manifest: Manifest, shards: list[CacheShard])
         line += (
             f"; left out: {reasons}, listed in {out}/*_stats.json: the order of a training differs "
             "from that of the images"
+        )
+    elif manifest.keys != source.images.shards.index.keys_digest:
+        line += (
+            "; its shards are read in the order of their names, and those of data=.. were not: the "
+            "order of a training differs from that of the images"
         )
     return line
 

@@ -31,7 +31,13 @@ from ldm.config.counted_parts import (
 )
 from ldm.config.plan_table import PlanTable, format_plan
 from ldm.config.reserved_settings import ADAMW_8BIT_TARGET, MUON_TARGET
-from ldm.config.training_checks import check_data_kind, check_image_size
+from ldm.config.training_checks import (
+    check_buckets,
+    check_data_kind,
+    check_data_sets,
+    check_image_size,
+    check_strategy,
+)
 from ldm.data.position_sampler import split_batch
 from ldm.data.shards.data_sets import list_locations
 from ldm.data.shards.index import ReadOptions, open_index
@@ -98,6 +104,9 @@ def count_plan(cfg: DictConfig) -> PlanTable:
     if cfg.style_encoder:
         raise UsageError("plan counts no style encoder: leave style_encoder=.. out to count a run")
     adopt_published_groups(cfg, Path(str(cfg.name)))
+    check_data_sets(cfg)
+    check_buckets(cfg)
+    check_strategy(cfg)
     task, run = instantiate(cfg.task), read_planned_run(cfg)
     check_data_kind(cfg, f"task={task.name}", is_video=task.is_video)
     autoencoder, text = count_autoencoder(cfg.autoencoder), count_text_encoder(cfg.text_encoder)

@@ -15,6 +15,7 @@ import numpy as np
 from ldm.data.position_sampler import ShuffledOrder
 from ldm.utils.hashing import hash_bytes
 
+MAX_REPEATED_SAMPLES = 10**8  # that a weight above 1 makes an epoch take from a data set
 _CACHED_EPOCHS = 2  # workers read around the end of an epoch
 
 
@@ -56,7 +57,14 @@ class BucketedOrder:
             order = ShuffledOrder(sizes, seed=seed, window=window, group=group, number=number)
             own = bucket[begin : begin + len(order)].astype(np.min_scalar_type(self._count))
             weight = Fraction(str(data_sets[number][1]))
+            if weight > 1 and weight * len(order) > MAX_REPEATED_SAMPLES:
+                raise ValueError(
+                    f"the weight {float(weight):g} of a data set of {len(order)} samples makes an "
+                    f"epoch of more than {MAX_REPEATED_SAMPLES:,}: give the others smaller weights"
+                )
             self._sets.append(_WeightedSet(order, begin, own, self._count, weight))
+        if sum(one.weight * len(one.order) for one in self._sets) < 1:
+            raise ValueError("the weights make an epoch of less than one sample: give larger ones")
         self._window_share = window / len(shard_sizes)
         self.window = min(len(shard_sizes), window + (self._count - 1) * batch)
         self._plans: dict[int, np.ndarray] = {}

@@ -223,7 +223,7 @@ class CacheSamples:
             states.add(caption for i in part for caption in records[i]["captions"])
             for i in part:
                 tensors = latents[i] | states.stack(records[i]["captions"])
-                members = pack_sample(tensors, records[i])
+                members = pack_sample(tensors, records[i], stamp=self.encoder.manifest.stamp)
                 if (size := len(members[RECORD_SUFFIX])) > MAX_TEXT_BYTES:
                     raise CacheError(
                         f"{self.source.images.shards.sample_name(i)} has a json of {size} bytes, "

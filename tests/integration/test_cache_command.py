@@ -187,3 +187,11 @@ def test_images_go_to_buckets_with_their_flips_and_first_captions(home, call, ca
     assert record["digest"] == hash_bytes(images[1][1]["png"])
     assert len(tensors["tokens"]) == 2
     assert not torch.equal(tensors["mean_flipped"], tensors["mean"].flip(-1))
+
+
+def test_shards_that_were_not_in_the_order_of_their_names_are_told(home, call, capsys):
+    write_shapes(home / "two", range(2), range(3))
+    call("data=[two/00000.tar,two/00001.tar]", "out=straight")
+    assert "differs from that of the images" not in capsys.readouterr().out
+    call("data=[two/00001.tar,two/00000.tar]", "out=turned")
+    assert "the order of a training differs from that of the images" in capsys.readouterr().out

@@ -1,16 +1,19 @@
 """Caches of latents and text states as the data of a training."""
 
+from pathlib import Path
 from typing import Literal
 
 from ldm.data.cached.dataset import CachedDataset
-from ldm.data.cached.manifest import CacheError, open_cache
+from ldm.data.cached.manifest import CacheError, open_cache, read_manifest
 from ldm.data.datamodule import TextImageData
 from ldm.data.dataset import TextImageDataset
-from ldm.data.shards.index import ReadOptions
+from ldm.data.shards.data_sets import list_locations
+from ldm.data.shards.index import ReadOptions, open_index
 from ldm.data.shards.locations import ShardSource
 from ldm.data.shards.reader import ShardReader
 from ldm.data.shards.selection import MEASURED_COLUMNS
 from ldm.data.where import SampleFilter
+from ldm.utils.files import resolve_path
 
 # What the training and the validation cache must have in common.
 _SHARED = (
@@ -46,6 +49,8 @@ def cached_data(
     sizes of images. Raises CacheError where the caches do not go together, or are none.
     """
     manifests = [open_cache(place) for place in (train, val)]
+    for place in dict.fromkeys(one for source in (train, val) for one in list_locations(source)):
+        check_cache_keys(place)
     for name in _SHARED:
         one, other = (getattr(manifest, name) for manifest in manifests)
         if one != other:
@@ -95,3 +100,12 @@ def cached_data(
         datasets=(datasets[0], datasets[1]),
         seed=seed,
     )
+
+
+def check_cache_keys(place: str | Path) -> None:
+    """CacheError for a cache whose samples are not those that were written, in their order."""
+    if read_manifest(resolve_path(place)).keys not in ("", open_index(place).keys_digest):
+        raise CacheError(
+            f"{place}: the samples of the cache are not those that were written, in their order: "
+            "its shards were changed or renamed, make it again"
+        )

@@ -39,14 +39,20 @@ class TensorPart(NamedTuple):
 
 
 class SampleLayout(NamedTuple):
-    """Where the tensors of a sample lie; header_size: the bytes before them, size: of all."""
+    """Where the tensors of a sample lie; header_size: the bytes before them, size: of all.
+
+    stamp: `Manifest.stamp` of its cache, None in a cache of before.
+    """
 
     parts: dict[str, TensorPart]
     header_size: int
     size: int
+    stamp: str | None
 
     def check(self, manifest: Manifest) -> None:
         """Raises CacheError unless the tensors are those that the manifest promises."""
+        if self.stamp not in (None, manifest.stamp):
+            raise CacheError("is of another cache, of other encoders or settings")
         names, parts = set(manifest.part_names), self.parts
         if names != parts.keys():
             missing, more = sorted(names - parts.keys()), sorted(parts.keys() - names)
@@ -72,23 +78,28 @@ class SampleLayout(NamedTuple):
             raise CacheError(f"has the text states of {min(captions)} captions")
 
 
-def pack_sample(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, bytes]:
-    """Returns the members of a sample by suffix."""
-    return {TENSOR_SUFFIX: pack_tensors(tensors), RECORD_SUFFIX: json.dumps(record).encode()}
+def pack_sample(
+    tensors: Mapping[str, Tensor], record: Mapping[str, Any], *, stamp: str | None = None
+) -> dict[str, bytes]:
+    """Returns the members of a sample of the cache with this stamp by suffix."""
+    file = pack_tensors(tensors, stamp=stamp)
+    return {TENSOR_SUFFIX: file, RECORD_SUFFIX: json.dumps(record).encode()}
 
 
-def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+def pack_tensors(tensors: Mapping[str, Tensor], *, stamp: str | None = None) -> bytes:
     """Returns tensors of the CPU as a file, the same bytes as by safetensors, but sooner."""
     # safetensors' order: the wider types first.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     described = tuple((name, tensors[name].dtype, tuple(tensors[name].shape)) for name in names)
     raw = (tensors[name].contiguous().flatten().view(torch.uint8).numpy() for name in names)
-    return b"".join([_pack_header(described), *raw])
+    return b"".join([_pack_header(described, stamp), *raw])
 
 
 @lru_cache(maxsize=1024)
-def _pack_header(described: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> bytes:
-    header, at = {}, 0
+def _pack_header(
+    described: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...], stamp: str | None
+) -> bytes:
+    header, at = {"__metadata__": {"cache": stamp}} if stamp else {}, 0
     for name, dtype, shape in described:
         end = at + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [at, end]}
@@ -126,7 +137,7 @@ def parse_layout(head: bytes) -> SampleLayout:
     """
     try:
         described = json.loads(head[8:])
-        described.pop("__metadata__", None)
+        stamp = described.pop("__metadata__", {}).get("cache")
         parts = {name: _parse_part(name, value) for name, value in described.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CacheError(f"is no safetensors file of a cache ({type(error).__name__})") from error
@@ -142,7 +153,7 @@ def parse_layout(head: bytes) -> SampleLayout:
         name: part._replace(start=part.start + len(head), end=part.end + len(head))
         for name, part in parts.items()
     }
-    return SampleLayout(moved, len(head), len(head) + at)
+    return SampleLayout(moved, len(head), len(head) + at, stamp)
 
 
 def _parse_part(name: str, value: Mapping[str, Any]) -> TensorPart:
@@ -195,8 +206,16 @@ def unpack_null(data: bytes | bytearray, manifest: Manifest) -> dict[str, Tensor
     """Returns the parts of the null condition, each (1, ..), of null.safetensors."""
     if not manifest.text_parts:
         return {}
-    tensors = unpack_sample(bytearray(data))
+    layout, tensors = read_layout(data), unpack_sample(bytearray(data))
+    if layout.stamp not in (None, manifest.stamp):
+        raise CacheError("is of another cache, of other encoders or settings")
     if set(tensors) != set(manifest.text_parts) or not set(tensors) <= set(TEXT_PARTS):
         raise CacheError(f"has {sorted(tensors)}, where the cache has {manifest.text_parts}")
+    widths = manifest.max_length, manifest.text_width, manifest.pooled_width
+    shapes = {"tokens": (1, *widths[:2]), "mask": (1, *widths[:1]), "pooled": (1, *widths[2:])}
+    for name, tensor in tensors.items():
+        right = torch.uint8 if name == "mask" else DTYPE_BY_NAME[manifest.dtype]
+        if (tensor.dtype, *tensor.shape) != (right, *shapes[name]):
+            raise CacheError(f"has {name} as {tensor.dtype} {tuple(tensor.shape)}")
     check_finite(tensors)
     return tensors

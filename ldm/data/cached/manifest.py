@@ -6,6 +6,7 @@ source's shards, shards whose samples have the members of `format.pack_sample`.
 
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
@@ -45,6 +46,7 @@ class Manifest:
     reading: the settings that chose samples and captions; parts: those of the encoders, by group.
     state: "writing" until all shards are there.
     samples, skipped (by reason): how many; shards: the SHA-256 of each shard by its name.
+    keys: the digest of the samples' keys in order; "" for a cache of before.
     """
 
     format: int = CACHE_FORMAT
@@ -73,6 +75,7 @@ class Manifest:
     samples: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     shards: dict[str, str] = field(default_factory=dict)
+    keys: str = ""
 
     @property
     def latent_parts(self) -> tuple[str, ...]:
@@ -95,8 +98,14 @@ class Manifest:
     @property
     def settings(self) -> dict[str, Any]:
         """All that a call with the same settings writes at its start; encoders may have moved."""
-        start = replace(self, state="writing", samples=0, skipped={}, shards={}, parts={})
+        start = replace(self, state="writing", samples=0, skipped={}, shards={}, parts={}, keys="")
         return json.loads(json.dumps(asdict(start)))
+
+    @cached_property
+    def stamp(self) -> str:
+        """A digest of what caches that are read together have in common; its tensors bear it."""
+        own = {name: value for name, value in self.settings.items() if name not in _OWN_SETTINGS}
+        return hash_bytes(json.dumps(own, sort_keys=True).encode())[:16]
 
     def list_differences(self, other: "Manifest") -> list[str]:
         """Returns "key was A, is B" for each setting of `other` that differs from this one's."""
@@ -108,8 +117,10 @@ class Manifest:
         ]
 
 
+# What caches that are read together may each have of their own.
+_OWN_SETTINGS = ("source", "reading", "captions", "size", "buckets")
 _TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("autoencoder", "text_encoder", "pixels", "source"), (str,)),
+    **dict.fromkeys(("autoencoder", "text_encoder", "pixels", "source", "keys"), (str,)),
     **dict.fromkeys(("text_width", "pooled_width", "max_length"), (int, NoneType)),
     **dict.fromkeys(("format", "size", "latent_channels", "factor", "samples"), (int,)),
     **dict.fromkeys(("latent_shift", "latent_scale", "text_parts"), (list,)),
@@ -142,6 +153,7 @@ def read_manifest(folder: Path, *, complete: bool = True) -> Manifest:
         values = read_json_mapping(path)
     except (ValueError, OSError) as error:
         raise CacheError(f"{error}: make the cache again") from error
+    values.setdefault("keys", "")  # a cache of before
     number = values.get("format")
     if number != CACHE_FORMAT:
         raise CacheError(
@@ -168,8 +180,7 @@ def open_cache(place: Any) -> Manifest:
     manifests = [read_manifest(resolve_path(one)) for one in places]
     first, sizes = manifests[0], [size for one in manifests for size in one.image_sizes]
     for other, where in zip(manifests[1:], places[1:], strict=True):
-        own = {"source": first.source, "reading": first.reading, "captions": first.captions}
-        same = replace(other, **own, size=first.size, buckets=first.buckets)
+        same = replace(other, **{name: getattr(first, name) for name in _OWN_SETTINGS})
         if differences := first.list_differences(same):
             raise CacheError(
                 f"{where} does not go together with {places[0]}: {'; '.join(differences[:3])}"
@@ -218,11 +229,20 @@ def _find_problem(values: dict[str, Any]) -> str | None:
         return "latent_scale is not positive"
     if values["factor"] < 1 or not set(map(str, values["text_parts"])) <= set(TEXT_PARTS):
         return "factor or text_parts is impossible"
+    parts, widths = values["text_parts"], ("text_width", "max_length", "pooled_width")
+    needed = {"tokens": widths[:2], "mask": widths[1:2], "pooled": widths[2:]}
+    for name in (name for part in parts for name in needed[part]):
+        if not values[name]:
+            return f"{name} is {values[name]} with text_parts={_shorten(parts)}"
+    if len(set(parts)) < len(parts) or not values["latent_channels"]:
+        return f"text_parts={_shorten(parts)} or latent_channels is impossible"
     return _find_size_problem(values)
 
 
 def _find_size_problem(values: dict[str, Any]) -> str | None:
     buckets = values["buckets"]
+    if buckets == []:
+        return "it has no buckets"
     sides = [values["size"]] if buckets is None else buckets
     for pair in sides:
         pair = [pair, pair] if buckets is None else pair

@@ -35,7 +35,7 @@ from ldm.data.cached.manifest import (
     read_manifest,
     write_manifest,
 )
-from ldm.data.shards.index import ShardIndex
+from ldm.data.shards.index import ShardIndex, open_index
 from ldm.data.shards.reader import write_shard
 from ldm.data.shards.remote import RemoteShard
 from ldm.utils.files import delete_temporary_files, read_json, replace_file, write_json
@@ -150,7 +150,7 @@ def claim_cache_folder(folder: Path, manifest: Manifest, null: dict[str, Tensor]
             raise CacheError(f"{others[0]} came from elsewhere: use another out=...")
         if null:
             with replace_file(folder / NULL_NAME) as file:
-                file.write(pack_tensors(null))
+                file.write(pack_tensors(null, stamp=manifest.stamp))
         write_manifest(folder, manifest)
 
 
@@ -195,15 +195,17 @@ def complete_manifest(folder: Path, manifest: Manifest, shards: Sequence[CacheSh
     found = {shard.name: shard.read_stats(verify=False) for shard in shards}
     if missing := [name for name, stats in found.items() if stats is None]:
         raise CacheError(f"{folder}: the shard {missing[0]}.tar has gone: give the command again")
+    count = sum(stats["samples"] for stats in found.values())
     skipped = Counter()
     for stats in found.values():
         skipped.update(stats["skipped"])
     whole = replace(
         manifest,
         state="complete",
-        samples=sum(stats["samples"] for stats in found.values()),
+        samples=count,
         skipped=dict(sorted(skipped.items())),
         shards={name: stats["sha256"] for name, stats in found.items()},
+        keys=open_index(folder).keys_digest if count else "",
     )
     write_manifest(folder, whole)
     shutil.rmtree(folder / CLAIMS_FOLDER, ignore_errors=True)

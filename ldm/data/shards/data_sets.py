@@ -8,6 +8,8 @@ from typing import Any
 
 from ldm.data.shards.locations import ShardSource
 
+MIN_WEIGHT, MAX_WEIGHT = 1e-4, 1e4  # an order looks at each pass over a data set
+
 
 @dataclass(frozen=True)
 class WeightedDataSet:
@@ -24,6 +26,11 @@ class WeightedDataSet:
         is_number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
         if not is_number or not 0 < self.weight < math.inf:
             raise ValueError(f"{self.path}: the weight is a number above 0, got {self.weight!r}")
+        if not MIN_WEIGHT <= self.weight <= MAX_WEIGHT:
+            raise ValueError(
+                f"{self.path}: the weight is {MIN_WEIGHT:g} to {MAX_WEIGHT:g}, got {self.weight!r}"
+                "; weights count against each other, so change those of the other data sets"
+            )
         if self.size is not None and (type(self.size) is not int or self.size < 1):
             raise ValueError(f"{self.path}: the size is a side in pixels, got {self.size!r}")
 

@@ -92,6 +92,11 @@ class ShardIndex:
             self.members[:, :, 1].astype("<u4").tobytes(),
         )[:16]
 
+    @property
+    def keys_digest(self) -> str:
+        """A digest of keys and order alone."""
+        return hash_bytes(self.key_bytes.tobytes(), self.key_ends.astype("<i8").tobytes())[:16]
+
     def select(self, keep: np.ndarray, *, skipped: dict[str, int]) -> "ShardIndex":
         """Returns the samples for which keep (N,) bool is true; `skipped` counts the others."""
         lengths = np.diff(self.key_ends, prepend=0)

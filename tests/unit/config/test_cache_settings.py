@@ -1,6 +1,7 @@
 """Settings that do not fit a cache get one line with the remedy."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -11,7 +12,8 @@ from ldm.config.cache_settings import check_cache_settings
 from ldm.config.cached_training import build_cached_components
 from ldm.config.search_path import CONF_DIR
 from ldm.data.cached.datamodule import cached_data
-from ldm.data.cached.manifest import CacheError, open_cache
+from ldm.data.cached.manifest import CacheError, open_cache, read_manifest, write_manifest
+from ldm.data.shards.index import open_index
 from ldm.utils.errors import UsageError
 
 REFUSED = {
@@ -97,3 +99,32 @@ def test_caches_that_do_not_go_together_are_refused(folder, tmp_path):
         open_cache([folder, tmp_path / "d"])
     with pytest.raises(CacheError, match="are caches of another autoencoder"):
         cached_data(train=folder, val=tmp_path / "d", batch_size=4)
+
+
+def write_keys(folder):
+    """Completes the manifest of a cache as `ldm cache` does."""
+    keys = open_index(folder).keys_digest
+    write_manifest(folder, replace(read_manifest(folder), keys=keys))
+
+
+def test_shards_that_changed_places_are_refused(folder):
+    write_keys(folder)
+    how = {"train": str(folder), "val": str(folder), "batch_size": 4}
+    cached_data(**how)
+    one, other = sorted(folder.glob("*.tar"))
+    one.rename(folder / "third")
+    other.rename(one)
+    (folder / "third").rename(other)
+    with pytest.raises(CacheError, match="are not those that were written, in their order"):
+        cached_data(**how)
+
+
+def test_a_null_condition_that_is_gone_or_damaged_is_named(folder):
+    cfg = settings(folder)
+    path = folder / "null.safetensors"
+    for data in (b"x" * 100, None):
+        path.unlink()
+        if data:
+            path.write_bytes(data)
+        with pytest.raises(CacheError, match=r"null\.safetensors .*: make the cache again"):
+            build_cached_components(cfg, instantiate(cfg.task))

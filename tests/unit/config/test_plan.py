@@ -148,3 +148,16 @@ def test_adapters_alone_are_trained():
 def test_what_cannot_be_counted_is_refused(words, message):
     with pytest.raises(UsageError, match=message):
         plan(*words)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("data.train=[{path: a, weight: 0}]", "a: the weight is a number above 0, got 0"),
+        ("data.buckets=[[64,60]]", "60 is no multiple of"),
+        ("data.pixels=512*512", "is the area of data.buckets=auto: add that"),
+    ],
+)
+def test_a_plan_refuses_the_settings_of_data_that_a_run_refuses(word, told):
+    with pytest.raises(UsageError, match=told):
+        plan("data=shards", "data.train=a", "data.val=a", word)

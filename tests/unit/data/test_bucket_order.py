@@ -193,3 +193,8 @@ def test_bad_arguments_are_refused():
         BucketedOrder([3], np.zeros(2, int), batch=1, seed=0)
     with pytest.raises(ValueError, match="data sets of 2 shards"):
         BucketedOrder([3], np.zeros(3, int), batch=1, seed=0, data_sets=[(2, 1.0)])
+    with pytest.raises(ValueError, match="an epoch of less than one sample"):
+        BucketedOrder([3], np.zeros(3, int), batch=1, seed=0, data_sets=[(1, 0.1)])
+    many = 20_000
+    with pytest.raises(ValueError, match="give the others smaller weights"):
+        BucketedOrder([many], np.zeros(many, int), batch=1, seed=0, data_sets=[(1, 1e4)])

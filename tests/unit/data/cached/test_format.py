@@ -133,6 +133,38 @@ def test_the_null_condition_has_the_parts_of_the_manifest():
     with pytest.raises(CacheError):
         unpack_null(pack_tensors({"tokens": null["tokens"]}), MANIFEST)
     assert unpack_null(b"", replace(MANIFEST, text_parts=[])) == {}
+    with pytest.raises(CacheError, match=r"has tokens as torch\.float32"):
+        unpack_null(pack_tensors(null | {"tokens": torch.zeros(1, 4, 6)}), MANIFEST)
+
+
+def test_tensors_of_another_cache_are_refused():
+    """Another autoencoder gives latents of the same shape, which nothing else tells apart."""
+    other = replace(MANIFEST, autoencoder="d" * 64)
+    members = pack_sample(make_tensors(), {}, stamp=MANIFEST.stamp)
+    assert load(members["safetensors"]).keys() == make_tensors().keys()
+    for same in (MANIFEST, replace(MANIFEST, source="e" * 16, samples=3, keys="f" * 16)):
+        unpack_sample(bytearray(members["safetensors"]), same)
+    with pytest.raises(CacheError, match="is of another cache"):
+        unpack_sample(bytearray(members["safetensors"]), other)
+    null = {name: make_tensors()[name][:1] for name in MANIFEST.text_parts}
+    with pytest.raises(CacheError, match="is of another cache"):
+        unpack_null(pack_tensors(null, stamp=MANIFEST.stamp), other)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"buckets": []},
+        {"text_width": None},
+        {"pooled_width": 0},
+        {"text_parts": ["mask", "mask"]},
+        {"latent_channels": 0, "latent_shift": [], "latent_scale": []},
+    ],
+)
+def test_a_manifest_of_impossible_sizes_is_refused(tmp_path, wrong):
+    write_manifest(tmp_path, replace(MANIFEST, state="complete", **wrong))
+    with pytest.raises(CacheError, match="it is damaged, make the cache again"):
+        read_manifest(tmp_path)
 
 
 def test_a_manifest_is_read_as_it_was_written(tmp_path):

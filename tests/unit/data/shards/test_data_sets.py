@@ -53,6 +53,8 @@ def test_data_sets_have_weights_and_sizes():
         ({"path": [["a"]]}, "a mapping of path, weight and size"),
         ({"path": "a", "weight": 0}, "a: the weight is a number above 0, got 0"),
         ({"path": "a", "weight": True}, "got True"),
+        ({"path": "a", "weight": 1e9}, "a: the weight is 0.0001 to 10000, got 1000000000.0"),
+        ({"path": "a", "weight": 1e-9}, "a: the weight is 0.0001 to 10000, got 1e-09"),
         ({"path": "a", "weight": float("nan")}, "got nan"),
         ({"path": "a", "size": "64"}, "a: the size is a side in pixels, got '64'"),
         ({"path": "a", "size": 0}, "got 0"),

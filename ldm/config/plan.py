@@ -174,7 +174,7 @@ def count_moments(cfg: DictConfig, run: PlannedRun, denoiser: nn.Module) -> floa
         return sum(2 * n * (each if n < 4096 or n % 256 else 1 + 4 / 256) for n in layers)
     moments = 2 * each * sum(layers)
     if cfg.optimizer._target_ == MUON_TARGET:  # no mean of squares
-        from ldm.training.muon import find_matrices  # Lightning: seconds
+        from ldm.training.muon_optimizer import find_matrices  # Lightning: seconds
 
         moments -= each * sum(weight.numel() for weight in find_matrices(denoiser))
     return moments

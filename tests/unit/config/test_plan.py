@@ -21,7 +21,7 @@ from ldm.config.plan import count_plan
 from ldm.config.python_api import compose
 from ldm.config.reserved_settings import ADAMW_8BIT_TARGET
 from ldm.diffusion.tasks.text_to_image import TextToImage
-from ldm.training.muon import find_matrices
+from ldm.training.muon_optimizer import find_matrices
 from ldm.utils.errors import UsageError
 
 SMALL_CLIP = {

@@ -9,7 +9,7 @@ from world import latent_diffusion, make_trainer, shapes_data
 
 from ldm.models.dit import MMDiT
 from ldm.models.fused_linear import FusedLinear
-from ldm.training.muon import Muon, find_matrices, orthogonalize
+from ldm.training.muon_optimizer import Muon, find_matrices, orthogonalize
 from ldm.training.optimizers import NetworkParameters
 
 LR, DECAY, MOMENTUM = 0.02, 0.1, 0.9

@@ -5,8 +5,8 @@
     python -m benchmarks.lora_style --base runs/base --word grid --out grid/numbers.json
 
 The style is "checked", which draw.py has for this benchmark alone: no run and no packaged network
-has seen it, nor its word. 200 pictures of training scenes in that style train adapters, mixed with
-pictures that the base painted of other scenes in its own styles (`--own`, the prior preservation of
+has seen it, nor its word. 200 pictures of training scenes in that style train adapters. `--own 200`
+mixes in pictures that the base painted of other scenes in its own styles (the prior preservation of
 Ruiz et al. 2023). Then 250 scenes of "val", which no run trains on, are painted four times: by the
 base in a style of its own and with the new word, and with the adapters in the new style and in the
 base's. Choose settings on other scenes (`--first 1000`). A program reads all pictures
@@ -138,12 +138,12 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("lora_style.json"))
     parser.add_argument("--adapters", type=Path, help="a file that is there: trains none")
     parser.add_argument("--pictures", type=int, default=200)
-    parser.add_argument("--own", type=int, default=200, help="pictures of the base's own styles")
+    parser.add_argument("--own", type=int, default=0, help="pictures of the base's own styles")
     parser.add_argument("--own-share", type=float, default=0.5, help="of them in training")
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--targets", default="all")
     parser.add_argument("--word", default=WORD, help="of the style, in captions and prompts")
-    parser.add_argument("--steps", type=int, default=1400, help="of training")
+    parser.add_argument("--steps", type=int, default=500, help="of training")
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--train-batch", type=int, default=16, help="pictures of a step")
     parser.add_argument("--seed", type=int, default=0, help="of training")

@@ -133,7 +133,11 @@ def write_random_cache(folder: Path, size: int, total: int) -> None:
     for shard in range(SHARDS):
         samples = []
         for i in range(shard, total, SHARDS):
-            facts = {"weights": None, "digest": f"{i:064x}", "image_size": (size, size)}
+            facts = {
+                "weights": None,
+                "digest": f"{i:064x}",
+                "sizes": (size, size, 0, 0, size, size),
+            }
             record = pack_record({}, captions=[f"picture {i}"], **facts)
             samples.append((f"{i:06}", pack_sample(tensors, record)))
         write_shard(folder / f"{shard:05}.tar", samples)

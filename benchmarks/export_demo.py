@@ -2,9 +2,11 @@
 
     ldm export ckpt=runs/demo_sd out=demo_sd
     python -m benchmarks.export_demo ckpt=runs/demo_sd folder=demo_sd [count=250] [steps=30]
+    python -m benchmarks.export_demo ckpt=runs/style folder=demo_sd lora=runs/style/lora.safetensors
 
 diffusers runs in a process of its own that cannot import ldm. Both begin with the same noise and
-read the same prompts, `count` of seen and of unseen combinations of colour and shape.
+read the same prompts, `count` of seen and of unseen combinations of colour and shape. `lora` is a
+file of adapters that diffusers adds to the folder; `ckpt` is then the run that trained them.
 """
 
 import json
@@ -21,18 +23,18 @@ SCALE, BATCH = 2.0, 16
 
 def main(words: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Prints the largest difference of a pixel, and each accuracy with its standard error."""
-    options = {"count": "250", "steps": "30"}
+    options = {"count": "250", "steps": "30", "lora": ""}
     options |= dict(word.split("=", 1) for word in (sys.argv[1:] if words is None else words))
-    if not {"ckpt", "folder"} <= options.keys() or options.keys() - {
-        *["ckpt", "folder"],
-        "count",
-        "steps",
-    }:
+    known = {"ckpt", "folder", "count", "steps", "lora"}
+    if not {"ckpt", "folder"} <= options.keys() <= known:
         sys.exit(__doc__)
-    return compare(options["ckpt"], options["folder"], int(options["count"]), int(options["steps"]))
+    places = {name: options[name] for name in ("ckpt", "folder", "lora")}
+    return compare(**places, count=int(options["count"]), steps=int(options["steps"]))
 
 
-def compare(ckpt: str, folder: str, count: int, steps: int) -> dict[str, dict[str, float]]:
+def compare(
+    ckpt: str, folder: str, *, count: int, steps: int, lora: str = ""
+) -> dict[str, dict[str, float]]:
     """Returns the accuracies of both, by name."""
     import torch
 
@@ -48,7 +50,7 @@ def compare(ckpt: str, folder: str, count: int, steps: int) -> dict[str, dict[st
     noise = ImageNoise(accuracy.seeds, device=torch.device("cpu"), rng=pipeline.rng)(
         torch.empty(shape)
     )
-    theirs = paint_apart(folder, noise.numpy(), accuracy.prompts, steps)
+    theirs = paint_apart(folder, noise.numpy(), accuracy.prompts, steps, lora=lora)
     theirs = torch.from_numpy(theirs).permute(0, 3, 1, 2) * 2 - 1  # (n, 3, H, W) in [-1, 1]
     size = pipeline.trained_size
     slices = [slice(i, i + BATCH) for i in range(0, len(accuracy), BATCH)]
@@ -70,14 +72,16 @@ def compare(ckpt: str, folder: str, count: int, steps: int) -> dict[str, dict[st
     return results
 
 
-def paint_apart(folder: str, noise: np.ndarray, prompts: list[str], steps: int) -> np.ndarray:
+def paint_apart(
+    folder: str, noise: np.ndarray, prompts: list[str], steps: int, *, lora: str = ""
+) -> np.ndarray:
     """Returns pictures (n, H, W, 3) in [0, 1] that diffusers paints in another process."""
     with tempfile.TemporaryDirectory() as temporary:
         files = [Path(temporary, name) for name in ("noise.npy", "prompts.json", "out.npy")]
         np.save(files[0], noise)
         files[1].write_text(json.dumps(list(prompts)))
         script = Path(__file__).with_name("paint_with_diffusers.py")
-        words = [folder, files[0], files[1], str(steps), str(SCALE), files[2]]
+        words = [folder, files[0], files[1], str(steps), str(SCALE), files[2], lora]
         subprocess.run([sys.executable, "-I", script, *words], check=True)
         return np.load(files[2])
 

@@ -1,6 +1,6 @@
 """Pictures from an exported folder by diffusers alone; benchmarks/export_demo.py calls it.
 
-python -I benchmarks/paint_with_diffusers.py FOLDER NOISE.npy PROMPTS.json STEPS SCALE OUT.npy
+python -I paint_with_diffusers.py FOLDER NOISE.npy PROMPTS.json STEPS SCALE OUT.npy [LORA]
 """
 
 import json
@@ -13,11 +13,15 @@ from diffusers import DiffusionPipeline
 BATCH = 16
 
 
-def main(folder: str, noise: str, prompts: str, steps: str, scale: str, out: str) -> None:
+def main(
+    folder: str, noise: str, prompts: str, steps: str, scale: str, out: str, lora: str = ""
+) -> None:
     """Writes pictures (n, H, W, 3) in [0, 1] for latents (n, C, h, w) and n prompts."""
     sys.modules["ldm"] = None  # an import of it fails
     torch.set_num_threads(1)
     pipe = DiffusionPipeline.from_pretrained(folder)
+    if lora:
+        pipe.load_lora_weights(lora)
     pipe.set_progress_bar_config(disable=True)
     latents = torch.from_numpy(np.load(noise))
     with open(prompts) as file:

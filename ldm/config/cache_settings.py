@@ -2,12 +2,12 @@
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.data.cached.manifest import Manifest, open_cache
+from ldm.data.cached.manifest import MANIFEST_NAME, Manifest, open_cache
+from ldm.data.shards.data_sets import list_locations
 from ldm.utils.errors import UsageError
 from ldm.utils.files import resolve_path
 
 CACHED_TARGET = "ldm.data.cached.datamodule.cached_data"
-CACHE_FILE = "cache.json"  # of a cache's folder
 
 
 def is_cached(cfg: DictConfig) -> bool:
@@ -21,11 +21,9 @@ def check_cache_settings(cfg: DictConfig) -> None:
     Sets `data.size` to the size of the cache's images.
     """
     for name in ("train", "val"):
-        place = cfg.data.get(name)
-        is_cache = isinstance(place, str) and (resolve_path(place) / CACHE_FILE).is_file()
-        if is_cache and not is_cached(cfg):
+        if (caches := list_caches(cfg, name)) and not is_cached(cfg):
             raise UsageError(
-                f"data.{name}={place} is a cache of latents, and no images: give data=cached "
+                f"data.{name}={caches[0]} is a cache of latents, and no images: give data=cached "
                 "data.train=DIR data.val=DIR"
             )
     if not is_cached(cfg):
@@ -45,12 +43,21 @@ def check_cache_settings(cfg: DictConfig) -> None:
             f"data.train={cfg.data.train} has the means of the latents alone: add posterior=mean, "
             "or make the cache with posterior=moments"
         )
-    if cfg.data.size not in (None, manifest.side):
+    if cfg.data.size not in (None, manifest.size):
         raise UsageError(
             f"data.size={cfg.data.size}, and data.train={cfg.data.train} is of images of "
-            f"{manifest.side} pixels: leave data.size out"
+            f"{manifest.size} pixels: leave data.size out"
         )
-    cfg.data.size = manifest.side
+    cfg.data.size = manifest.size
+
+
+def list_caches(cfg: DictConfig, name: str) -> list[str]:
+    """The folders of `data.train` or `data.val` that are caches; UsageError for no data set."""
+    try:
+        places = [str(place) for place in list_locations(cfg.data.get(name) or [])]
+    except ValueError as error:
+        raise UsageError(f"data.{name}: {error}") from None
+    return [place for place in places if (resolve_path(place) / MANIFEST_NAME).is_file()]
 
 
 def open_training_cache(cfg: DictConfig) -> Manifest:

@@ -79,6 +79,14 @@ def build_cached_components(cfg: DictConfig, task: Task) -> Components:
         null=null,
     )
     components = build_components(cfg, task, encoders=(autoencoder, text_encoder))
+    multiple = manifest.factor * components.denoiser.multiple
+    for width, height in manifest.image_sizes:
+        if width % multiple or height % multiple:
+            raise UsageError(
+                f"data.train={cfg.data.train} has images of {width} x {height} pixels, and this "
+                f"network takes multiples of {multiple}: make the cache with such sizes, or with "
+                f"buckets=auto grid={multiple}"
+            )
     return replace(components, known_digests=digests)
 
 

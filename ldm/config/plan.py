@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from ldm.config.adoption import adopt_published_groups
-from ldm.config.cache_settings import CACHE_FILE, is_cached, open_training_cache
+from ldm.config.cache_settings import is_cached, list_caches, open_training_cache
 from ldm.config.command_line import convert_to_usage_errors
 from ldm.config.components import choose_precision
 from ldm.config.counted_parts import (
@@ -29,7 +30,7 @@ from ldm.config.counted_parts import (
     make_step_inputs,
 )
 from ldm.config.plan_table import PlanTable, format_plan
-from ldm.config.reserved_settings import ADAMW_8BIT_TARGET
+from ldm.config.reserved_settings import ADAMW_8BIT_TARGET, MUON_TARGET
 from ldm.config.training_checks import (
     check_buckets,
     check_data_kind,
@@ -38,13 +39,13 @@ from ldm.config.training_checks import (
     check_strategy,
 )
 from ldm.data.position_sampler import split_batch
+from ldm.data.shards.data_sets import list_locations
 from ldm.data.shards.index import ReadOptions, open_index
 from ldm.data.shards.locations import is_url
 from ldm.experiments.run_dir import get_launcher_rank
 from ldm.training.step_clock import PEAK_TFLOPS, find_peak_tflops
 from ldm.training.step_cost import StepCost, count_step_cost
 from ldm.utils.errors import UsageError
-from ldm.utils.files import resolve_path
 
 # Mosaic's Stable Diffusion 2 reached 24 % to 28 % of an A100 (mosaicml/diffusion, README).
 UTILISATION = 0.25
@@ -118,7 +119,7 @@ def count_plan(cfg: DictConfig) -> PlanTable:
         "autoencoder": count_parameters(autoencoder),
         "text encoder": text.parameters,
     }
-    layers = [each.numel() for each in denoiser.parameters() if each.requires_grad]
+    moments = count_moments(cfg, run, denoiser)
     images, x0, cond = make_step_inputs(cfg, autoencoder, text, task, run.micro)
     steady = {"autoencoder": 0, "text encoder": 0} if is_cached(cfg) else sizes
     encode = (lambda: None) if is_cached(cfg) else partial(autoencoder.encode, images)
@@ -129,10 +130,10 @@ def count_plan(cfg: DictConfig) -> PlanTable:
     return {
         "parameters": sizes,
         "FLOPs of a step": count_flops(run, text, cost),
-        "bytes of memory on a device": count_memory(cfg, run, sizes | steady, layers, cost),
+        "bytes of memory on a device": count_memory(cfg, run, sizes | steady, moments, cost),
         "run": count_length(cfg, run, number),
         "hours": count_hours(cfg, run, text, cost),
-        "bytes on disk": count_disk(cfg, run, sizes),
+        "bytes on disk": count_disk(cfg, run, sizes, moments),
         "bytes of a cache": cache,
     }
 
@@ -165,17 +166,27 @@ def count_flops(run: PlannedRun, text: TextSizes, cost: StepCost) -> dict[str, o
     return {name: flops * run.world * run.accumulate for name, flops in parts.items()}
 
 
+def count_moments(cfg: DictConfig, run: PlannedRun, denoiser: nn.Module) -> float:
+    """Bytes of the optimizer's state of all weights that are trained."""
+    each = run.weight_bytes
+    layers = [weight.numel() for weight in denoiser.parameters() if weight.requires_grad]
+    if cfg.optimizer._target_ == ADAMW_8BIT_TARGET:  # a scale of 4 bytes for 256 of them
+        return sum(2 * n * (each if n < 4096 or n % 256 else 1 + 4 / 256) for n in layers)
+    moments = 2 * each * sum(layers)
+    if cfg.optimizer._target_ == MUON_TARGET:  # no mean of squares
+        from ldm.training.muon import find_matrices  # Lightning: seconds
+
+        moments -= each * sum(weight.numel() for weight in find_matrices(denoiser))
+    return moments
+
+
 def count_memory(
-    cfg: DictConfig, run: PlannedRun, sizes: Mapping[str, int], layers: list[int], cost: StepCost
+    cfg: DictConfig, run: PlannedRun, sizes: Mapping[str, int], moments: float, cost: StepCost
 ) -> dict[str, object]:
     """Of one device, by part, and the most at a time."""
     is_sharded = "fsdp" in (cfg.strategy or {}).get("_target_", "")
     shards, each = run.world if is_sharded else 1, run.weight_bytes
     trained = sizes["trained"]
-    moments = 2 * each * trained
-    if cfg.optimizer._target_ == ADAMW_8BIT_TARGET:  # a scale of 4 bytes for 256 of them
-        small = sum(n for n in layers if n < 4096 or n % 256)
-        moments = 2 * (each * small + (trained - small) * (1 + 4 / 256))
     parts = {
         "weights": each * sizes["denoiser"] / shards,
         "gradients": each * trained / shards,
@@ -198,15 +209,14 @@ def count_memory(
 
 def adopt_cache(cfg: DictConfig) -> int | None:
     """Sets `data.size` to that of the cache, and returns its number of samples, if it is here."""
-    place = cfg.data.get("train")
-    if isinstance(place, str) and (resolve_path(place) / CACHE_FILE).is_file():
+    if list_caches(cfg, "train"):
         manifest = open_training_cache(cfg)
-        cfg.data.size = manifest.side
+        cfg.data.size = manifest.size
         return manifest.samples
     if cfg.data.size is None:
         raise UsageError(
-            f"data.train={place} is no cache, so that plan=true needs the size of its images: give "
-            "data.size=256"
+            f"data.train={cfg.data.get('train')} is no cache, so that plan=true needs the size of "
+            "its images: give data.size=256"
         )
     return count_images(OmegaConf.create({"train": cfg.data.get("train_images")}))
 
@@ -215,9 +225,7 @@ def count_images(data: DictConfig) -> int | None:
     """The training images of a data set that is drawn, or whose shards lie here; else None."""
     if (count := data.get("count")) is not None:
         return count
-    sources = data.get("train")
-    sources = [sources] if isinstance(sources, str) else sources or []
-    places = [each if isinstance(each, str) else each.get("path") for each in sources]
+    places = list_locations(data.get("train") or [])
     if not places or any(is_url(str(place)) for place in places):
         return None
     try:
@@ -272,13 +280,13 @@ def count_hours(
     return hours
 
 
-def count_disk(cfg: DictConfig, run: PlannedRun, sizes: Mapping[str, int]) -> dict[str, object]:
+def count_disk(
+    cfg: DictConfig, run: PlannedRun, sizes: Mapping[str, int], moments: float
+) -> dict[str, object]:
     """Of what the run writes, at its end."""
     each, trained = run.weight_bytes, sizes["trained"]
     tracks = len(cfg.phema.lengths)
-    checkpoint = each * (2 * sizes["denoiser"] + (2 + tracks) * trained)
-    if cfg.optimizer._target_ == ADAMW_8BIT_TARGET:
-        checkpoint -= round(2 * each * trained - 2 * trained * (1 + 4 / 256))
+    checkpoint = round(each * (2 * sizes["denoiser"] + tracks * trained) + moments)
     saves = math.ceil(run.steps / cfg.checkpoint.every)
     kept = min(saves, cfg.checkpoint.keep) + min(cfg.checkpoint.keep_best, saves)
     snapshots = math.ceil(run.steps / cfg.phema.every) if tracks else 0

@@ -65,3 +65,4 @@ UNREAD_SETTINGS = {
 }
 
 ADAMW_8BIT_TARGET = "ldm.training.quantized_optimizer.AdamW8bit"
+MUON_TARGET = "ldm.training.muon.Muon"

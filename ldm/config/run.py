@@ -221,7 +221,7 @@ def build_diffusion_training(
 ) -> tuple[LatentDiffusion, list[L.Callback], dict[str, str]]:
     """LatentDiffusion, its callbacks, and the digests of the frozen components."""
     check_captions_readable(components.text_encoder, data)
-    if cfg.model.get("size_embedding") and not is_cached(cfg):
+    if cfg.model.get("size_embedding"):
         data.train_set.gives_sizes = data.val_set.gives_sizes = True
     module = LatentDiffusion(
         components,

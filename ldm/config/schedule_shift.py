@@ -1,12 +1,12 @@
 """`scheduler.shift=auto`: the shift of a run's schedule, from the size of its latents."""
 
 import math
-from collections.abc import Mapping
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from ldm.config.sample_options import print_on_first_rank
+from ldm.data.shards.data_sets import list_data_sets
 from ldm.diffusion.resolution_shift import compute_shift
 
 
@@ -32,6 +32,5 @@ def resolve_schedule_shift(cfg: DictConfig, autoencoder: nn.Module) -> None:
 
 def list_sizes(cfg: DictConfig) -> list[int]:
     """The sizes of the data sets of a run, where they have their own."""
-    source = OmegaConf.to_container(OmegaConf.create({"train": cfg.data.get("train")}))["train"]
-    sets = source if isinstance(source, list) else []
-    return sorted({each["size"] for each in sets if isinstance(each, Mapping) and each.get("size")})
+    sizes = {one.size for one in list_data_sets(cfg.data.get("train") or []) if one.size}
+    return sorted(sizes)

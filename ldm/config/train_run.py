@@ -12,7 +12,7 @@ from ldm.config.adoption import adopt_published_groups
 from ldm.config.cache_settings import check_cache_settings
 from ldm.config.command_line import convert_to_usage_errors
 from ldm.config.composition import compose_default_config, list_task_words
-from ldm.config.reserved_settings import ADAMW_8BIT_TARGET
+from ldm.config.reserved_settings import ADAMW_8BIT_TARGET, MUON_TARGET
 from ldm.experiments.former_names import FORMER_RNG, get_rng, update_names
 from ldm.experiments.run_dir import (
     LORA_FILE,
@@ -138,7 +138,8 @@ def check_config_unchanged(cfg: DictConfig, run_dir: Path) -> None:
 def check_optimizer_readable(changes: Iterable[str], run_dir: Path) -> None:
     """UsageError for a change from or to an optimizer whose moments no other optimizer reads."""
     for change in changes:
-        if change.startswith("optimizer._target_ was ") and ADAMW_8BIT_TARGET in change:
+        is_of_optimizer = change.startswith("optimizer._target_ was ")
+        if is_of_optimizer and (ADAMW_8BIT_TARGET in change or MUON_TARGET in change):
             raise UsageError(
                 f"{run_dir}: {change}, and neither reads the other's moments: give the optimizer "
                 f"that it began with, or init={run_dir} name=... for a new run with its weights"

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.cache_settings import is_cached
-from ldm.config.ranges import format_setting_value
-from ldm.config.reserved_settings import ADAMW_8BIT_TARGET, OUR_EVALUATIONS
+from ldm.config.reserved_settings import ADAMW_8BIT_TARGET, MUON_TARGET, OUR_EVALUATIONS
 from ldm.config.sample_options import check_checkpoints_exist, get_compile_mode, list_guides
 from ldm.config.size_multiple import read_size_multiple
+from ldm.config.value_rules import format_setting_value
 from ldm.data.pixel_area import parse_pixels
 from ldm.data.position_sampler import split_batch
 from ldm.data.shards.data_sets import list_data_sets, list_locations
@@ -72,6 +72,11 @@ def check_strategy(cfg: DictConfig) -> None:
     mode, is_sharded = get_compile_mode(cfg), "fsdp" in (cfg.strategy or {}).get("_target_", "")
     if is_sharded and cfg.optimizer._target_ == ADAMW_8BIT_TARGET:
         raise UsageError("strategy=fsdp shares out float32 moments alone: take optimizer=adamw")
+    if is_sharded and cfg.optimizer._target_ == MUON_TARGET:
+        raise UsageError(
+            "optimizer=muon: strategy=fsdp gives a device a share of each matrix, and Muon needs "
+            "all of it: take strategy=ddp or optimizer=adamw"
+        )
     if mode is not None and cfg.stage != "diffusion":
         raise UsageError(
             f"compile={mode} is for the denoiser, and stage={cfg.stage} trains none: leave it out"

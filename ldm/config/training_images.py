@@ -106,9 +106,7 @@ def describe_run_data(loaded: LoadedPipeline) -> list[str]:
     if data._target_ == SCENES_TARGET:
         lines = [f"drawn scenes, version {WORLD_VERSION}, {data.count} for training"]
     else:
-        train = data.get("train")
-        places = [train] if isinstance(train, str) else list(train or [])
-        places = [one if isinstance(one, str) else one["path"] for one in places]
+        places = list_locations(data.get("train") or [])
         places = [shorten_place(redact_source(one)) for one in places]
         lines = [f"{', '.join(places) or 'images'}, for training"]
     try:

@@ -1,12 +1,13 @@
 """Aspect-ratio buckets: the sizes that images are cropped to, and the one for each image.
 
-Shapes: N images, B buckets. A size is (width, height) in pixels.
+Shapes: N images, B buckets. A size is (width, height) in pixels, a target size (height, width).
 """
 
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -58,6 +59,11 @@ class Buckets:
     def counts(self) -> np.ndarray:
         """The number of images (B,) of each bucket."""
         return np.bincount(self.bucket, minlength=len(self.sizes))
+
+    @property
+    def target_sizes(self) -> np.ndarray:
+        """The target size (N, 2) of each image."""
+        return np.array(self.sizes, np.int32)[self.bucket][:, ::-1]
 
     def describe(self) -> str:
         """Returns a line on the buckets, their shares of the images, and what is cut away."""
@@ -135,3 +141,54 @@ def warn_of_small_buckets(buckets: Buckets, *, minimum: int) -> None:
             ", ".join(small),
             minimum,
         )
+
+
+def choose_buckets(
+    train: np.ndarray,
+    val: np.ndarray,
+    sizes: Sequence[Sequence[int]] | Literal["auto"] | None,
+    *,
+    side: int,
+    pixels: int,
+    grid: int,
+    batch: int,
+    own_sides: np.ndarray | None = None,
+) -> tuple[Buckets, Buckets]:
+    """Returns the buckets of training and validation images of these sizes (N, 2).
+
+    sizes: "auto" for those of about `pixels` each, with sides in multiples of `grid`, that fill a
+    batch of training images; None for squares of `side`. own_sides (N,): in place of `side`, and
+    of `pixels`, for training images of data sets that have one; 0 for the others.
+    """
+    own_sides = np.zeros(len(train), np.int64) if own_sides is None else own_sides
+    bucket, cut = np.empty(len(train), np.int32), np.empty(len(train), np.float32)
+    joined, val_sizes = [], None
+    for own in np.unique(own_sides).tolist():
+        members = own_sides == own
+        listed = _list_sizes(sizes, own or side, own**2 or pixels, grid)
+        found = assign_buckets(train[members], listed)
+        if sizes == "auto":
+            found = merge_small_buckets(found, train[members], minimum=batch)
+        elif sizes is not None:
+            warn_of_small_buckets(found, minimum=batch)
+        bucket[members], cut[members] = found.bucket + len(joined), found.cut
+        joined += found.sizes
+        val_sizes = val_sizes if own else found.sizes
+    val_sizes = val_sizes or _list_sizes(sizes, side, pixels, grid)
+    return Buckets(joined, bucket, cut), assign_buckets(val, val_sizes)
+
+
+def _list_sizes(
+    sizes: Sequence[Sequence[int]] | Literal["auto"] | None, side: int, pixels: int, grid: int
+) -> Sequence[Sequence[int]]:
+    if sizes is None:
+        return [(side, side)]
+    return list_bucket_sizes(pixels, multiple=grid) if sizes == "auto" else sizes
+
+
+def number_target_sizes(sizes: np.ndarray | None) -> np.ndarray | None:
+    """Returns a number (N,) for each target size (N, 2), equal ones for equal sizes."""
+    if sizes is None:
+        return None
+    packed = (sizes[:, 0].astype(np.int64) << 32) | sizes[:, 1]
+    return np.unique(packed, return_inverse=True)[1]

@@ -14,9 +14,8 @@ from torch.utils.data import DataLoader
 
 from ldm.data.bad_samples import BadSampleCounter
 from ldm.data.batch_slots import PREFETCH, BatchDataset, SampleDataset, allocate_slots, pass_batch
-from ldm.data.bucket_choice import choose_buckets, get_target_sizes, number_target_sizes
 from ldm.data.bucket_order import BucketedOrder
-from ldm.data.buckets import Buckets
+from ldm.data.buckets import Buckets, choose_buckets, number_target_sizes
 from ldm.data.dataset import Batch, TextImageDataset
 from ldm.data.pixel_area import parse_pixels
 from ldm.data.position_sampler import (
@@ -132,7 +131,7 @@ class TextImageData(L.LightningDataModule):
                     own_sides=np.repeat(own_sides, index.set_sizes()) if own_sides else None,
                 )
                 for dataset, own in zip(datasets, self.buckets, strict=True):
-                    dataset.target_sizes = get_target_sizes(own)
+                    dataset.target_sizes = own.target_sizes
         self.train_set, self.val_set = datasets
         self.train_skips = BadSampleCounter("training", limit=max_skipped)
         self.val_skips = BadSampleCounter("validation", limit=max_skipped)

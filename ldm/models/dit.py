@@ -14,6 +14,7 @@ from ldm.models.layers import timestep_embedding, zero_module
 from ldm.models.style import StyleAttention, StyleTokens
 from ldm.models.token_sequences import to_sequence
 from ldm.models.unet import build_mlp, select_levels
+from ldm.utils.errors import UsageError
 
 TIME_WAVES = 256  # the width of the timestep's cosines and sines, as in Stable Diffusion 3
 
@@ -62,7 +63,7 @@ class MMDiT(nn.Module):
     ) -> None:
         super().__init__()
         if temporal:
-            raise ValueError("model=dit_* takes images, not videos: take a UNet, as model=nano")
+            raise UsageError("model=dit_* takes images, not videos: take a UNet, as model=nano")
         for name, value in (("heads", heads), ("depth", depth)):
             if not isinstance(value, int):
                 raise ValueError(

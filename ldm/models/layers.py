@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.diffusion.conditioning import Condition
+from ldm.models.fused_linear import FusedLinear
 from ldm.models.kernels import attend
 from ldm.models.positional_map import PositionalMap
 from ldm.models.random_layers import Dropout
@@ -66,8 +67,9 @@ class ResBlock(nn.Module):
         self.scale_shift = scale_shift
         self.norm1 = make_group_norm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        width = 2 * out_channels if scale_shift else out_channels
-        self.time_proj = nn.Linear(time_dim, width) if time_dim else None
+        self.time_proj = None
+        if time_dim:
+            self.time_proj = FusedLinear(time_dim, out_channels, parts=2 if scale_shift else 1)
         self.place = None
         if time_dim and positional_waves:
             self.place = PositionalMap(time_dim, out_channels, positional_waves)
@@ -142,7 +144,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.proj_in = nn.Linear(dim, 2 * 4 * dim)
+        self.proj_in = FusedLinear(dim, 4 * dim, parts=2)
         self.proj_out = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def guess_architecture(state: Mapping[str, Tensor], kind: str) -> str:
         found = ARCHITECTURES.get(next(keys)[1])
     if found == "stable-diffusion-v2-512" and kind == "v":
         found = "stable-diffusion-v2-768-v"
-    return found or "ldm-unet"
+    return found or ("ldm-unet" if middle else "ldm-dit")
 
 
 @dataclass
@@ -178,7 +178,7 @@ def list_unet_layers(network: nn.Module) -> dict[str, nn.Module]:
     # Files of SDXL that were written before had its pooled text under Stable Diffusion 2's name.
     theirs = {
         next(iter(to_diffusers({f"{name}.": 0}, sizes=sizes)))[:-1]: layer
-        for sizes in {False, network.size_embedding > 0}
+        for sizes in (False, True)
         for name, layer in layers.items()
     }
     blocks = sum(bool(FIRST_LEVEL_BLOCK.fullmatch(name)) for name in theirs)

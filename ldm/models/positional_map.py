@@ -7,6 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from ldm.models.fused_linear import FusedLinear
+
 
 class PositionalMap(nn.Module):
     """A sum of the lowest `positional_waves`^2 cosines over the grid, weighted by the embedding.
@@ -18,7 +20,7 @@ class PositionalMap(nn.Module):
     def __init__(self, time_dim: int, channels: int, positional_waves: int) -> None:
         super().__init__()
         self.positional_waves = positional_waves
-        self.proj = nn.Linear(time_dim, positional_waves**2 * channels)
+        self.proj = FusedLinear(time_dim, channels, parts=positional_waves**2)
 
     def forward(self, emb: Tensor, size: Sequence[int]) -> Tensor:
         """emb (B, T), size (h, w) -> (B, N, C)."""

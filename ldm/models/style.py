@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.rng import Generators, randperm
+from ldm.models.fused_linear import FusedLinear
 from ldm.models.layers import Attention, zero_module
 from ldm.models.random_layers import GaussianNoise
 
@@ -130,7 +131,7 @@ class StyleTokens(nn.Module):
         )
         self.noise = GaussianNoise(STYLE_CODE_NOISE_STD)
         self.to_tokens = nn.Sequential(
-            nn.Linear(code, width), nn.SiLU(), nn.Linear(width, NUM_STYLE_TOKENS * width)
+            *(nn.Linear(code, width), nn.SiLU()), FusedLinear(width, width, parts=NUM_STYLE_TOKENS)
         )
         self.to_emb = zero_module(nn.Linear(NUM_STYLE_TOKENS * width, time_dim, bias=False))
 

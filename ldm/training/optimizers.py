@@ -1,7 +1,7 @@
 """The optimizer and its learning-rate schedule."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -9,6 +9,16 @@ import torch
 from torch import nn
 
 from ldm.training.lightning_adapter import allow_gradient_clipping
+
+
+@dataclass(frozen=True)
+class NetworkParameters:
+    """The parameters of a network, for optimizers that need to know whose they are."""
+
+    network: nn.Module
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return self.network.parameters()
 
 
 @dataclass(kw_only=True)
@@ -30,13 +40,7 @@ class AdamW:
 
     def __call__(self, parameters: Iterable[nn.Parameter], *, steps: int) -> dict:
         """Returns what `configure_optimizers` needs for `steps` steps (-1: no end)."""
-        trained = [p for p in parameters if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        optimizer = self.make_optimizer(groups)
+        optimizer = self.make_optimizer(self.make_groups(parameters))
         settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         settings = deepcopy(settings)  # a learning rate may be a tensor, which the schedule fills
 
@@ -47,6 +51,10 @@ class AdamW:
         optimizer.register_load_state_dict_post_hook(adapt)
         curve = ConfiguredLambdaLR(optimizer, lambda step: self.factor(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": curve, "interval": "step"}}
+
+    def make_groups(self, parameters: Iterable[nn.Parameter]) -> list[dict]:
+        """Returns the parameter groups of what is trained."""
+        return group_by_decay([p for p in parameters if p.requires_grad], self.weight_decay)
 
     def make_optimizer(self, groups: list[dict]) -> torch.optim.Optimizer:
         """Returns the optimizer of these parameter groups."""
@@ -62,6 +70,15 @@ class AdamW:
             return warm
         progress = min(1.0, max(0, step - self.warmup) / max(1, steps - self.warmup))
         return warm * (0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+def group_by_decay(weights: Sequence[nn.Parameter], weight_decay: float) -> list[dict]:
+    """Parameter groups of what is decayed and of biases and gains; those without any left out."""
+    groups = [
+        {"params": [p for p in weights if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 class ConfiguredLambdaLR(torch.optim.lr_scheduler.LambdaLR):

@@ -63,7 +63,6 @@ def write_synthetic_cache(
                 captions=[f"caption {k} of {number}" for k in range(captions)],
                 weights=weights,
                 digest=f"{number:064x}",
-                image_size=(width, height),
                 sizes=(height, width, 0, 0, height, width),
             )
             packed = pack_sample(tensors, record) | (replaced or {}).get(number, {})
@@ -83,7 +82,7 @@ def write_synthetic_cache(
         dtype=dtype,
         captions="all",
         flips=flips,
-        size=None if buckets else 16,
+        size=16,
         buckets=buckets,
         latent_channels=CHANNELS,
         factor=FACTOR,

@@ -52,7 +52,7 @@ def test_loading_is_compared_with_webdataset(tmp_path):
     found = run("data", tmp_path / "found.json", "--case=256-256", "--workers=1")
     assert list(found["tables"]) == ["loading, 256-256, 0 workers", "loading, 256-256, 1 workers"]
     for rows in found["tables"].values():
-        assert [row["variant"] for row in rows] == ["webdataset", "ldm"]
+        assert [row["variant"] for row in rows] == ["webdataset", "ldm", "ldm, cached"]
 
 
 def test_the_framework_is_compared_with_a_bare_loop(tmp_path):

@@ -318,7 +318,7 @@ def test_training_mistakes_are_told_plainly(home):
         ("data.max_steps=5", "did you mean trainer.max_steps?"),
         (
             "data=some/where",
-            "data=some/where does not exist. There are: coco, moving_scenes, scenes",
+            "data=some/where does not exist. There are: cached, coco, moving_scenes, scenes",
         ),
         ("data=/x", "for shards in a folder, give data=shards data.train=DIR data.val=DIR"),
         ("nonsense", "key=value"),

@@ -26,17 +26,18 @@ RUN = [
 
 
 @pytest.mark.parametrize(
-    ("kills", "steps"),
+    ("kills", "steps", "words"),
     [
-        (4, 60),
-        pytest.param(30, 160, marks=pytest.mark.slow),
-        pytest.param(100, 500, marks=[pytest.mark.slow, pytest.mark.soak]),
+        (4, 60, []),
+        (2, 20, ["optimizer=muon"]),
+        pytest.param(30, 160, [], marks=pytest.mark.slow),
+        pytest.param(100, 500, [], marks=[pytest.mark.slow, pytest.mark.soak]),
     ],
 )
-def test_kills_do_not_change_the_result(prepared, tmp_path, kills, steps):
+def test_kills_do_not_change_the_result(prepared, tmp_path, kills, steps, words):
     home = tmp_path / "home"
     shutil.copytree(prepared, home, symlinks=True)
-    command = [*RUN, f"trainer.max_steps={steps}"]
+    command = [*RUN, *words, f"trainer.max_steps={steps}"]
     for count, name in ((0, "whole"), (kills, "killed")):
         said = run(
             *(KILLS, str(count), "7", f"name={name}", *command),

@@ -58,7 +58,7 @@ def cached_data(
                 f"data.train={train} and data.val={val} are caches of another {name} ({one}, "
                 f"{other}): make both by the same settings"
             )
-    side = size or manifests[0].side
+    side = size or manifests[0].size
     for name, condition in {"where": where, "val_where": val_where}.items():
         keys = SampleFilter(condition).keys if condition is not None else ()
         if measured := set(keys).intersection(MEASURED_COLUMNS):

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, Literal, NamedTuple, TypedDict
 
 import numpy as np
@@ -20,6 +21,7 @@ from ldm.data.cached.format import MAX_LAYOUT_BYTES, TensorPart, read_layout
 from ldm.data.cached.manifest import TEXT_PARTS, CacheError, Manifest
 from ldm.data.cached.rows import CopyPlan, lay_out_row, parse_cached_record, plan_copy
 from ldm.data.dataset import TextImageDataset
+from ldm.data.image_decoding import describe_crop
 from ldm.data.position_sampler import draw_caption_number, draw_crop_and_flip
 from ldm.data.shards.reader import ShardReader
 
@@ -38,7 +40,7 @@ class CachedItem(NamedTuple):
     position: int
     key: str
     skipped: list[BadSample]
-    sizes: list[int]
+    sizes: Sequence[int]
 
 
 class CachedBatch(TypedDict, total=False):
@@ -99,10 +101,19 @@ class CachedDataset(Dataset):
             )
         self._exponent, self._count = _EXPONENTS[manifest.dtype], len(self.shards)
 
-    @property
+    @cached_property
     def target_sizes(self) -> np.ndarray | None:
-        """Height and width (N, 2) of the image of each sample; None: all have the same."""
-        return None if self.manifest.buckets is None else self.shards.index.sizes[:, ::-1]
+        """Height and width (N, 2) of the image of each sample; None: all have the same.
+
+        A damaged sample, of a size that is none of the cache's, counts as one of the first size.
+        """
+        if self.manifest.buckets is None:
+            return None
+        sizes = self.shards.index.sizes
+        sizes = np.zeros((self._count, 2), np.int32) if sizes is None else sizes.copy()
+        known = [(sizes == size).all(axis=1) for size in self.manifest.image_sizes]
+        sizes[~np.logical_or.reduce(known)] = self.manifest.image_sizes[0]
+        return sizes[:, ::-1]
 
     @property
     def most_bytes(self) -> int:
@@ -211,7 +222,7 @@ class CachedDataset(Dataset):
 
     def _read(
         self, i: int, epoch: int, flip: bool, grid: tuple[int, int], row: np.ndarray
-    ) -> tuple[str, list[int]]:
+    ) -> tuple[str, Sequence[int]]:
         """Reads a sample into its row; returns caption and sizes; CacheError if it is damaged."""
         file, ((start, size), _, (record_start, record_size)) = self.shards.open_sample(i)
         record = parse_cached_record(os.pread(file, record_size, record_start))
@@ -239,14 +250,18 @@ class CachedDataset(Dataset):
         numbers = row[: plan.numbers].view(self._exponent.dtype)
         if np.maximum.reduce(numbers & self._exponent) == self._exponent:
             raise CacheError("has NaN or infinity in it")
-        return captions[number], record["sizes"]
+        sizes = record["sizes"]
+        if flip:  # the left side of the crop is then that of the turned image
+            height, width, *_, h, w = sizes
+            sizes = describe_crop(width, height, (h, w), x=0.5, y=0.5, flip=True)
+        return captions[number], sizes
 
     def _find_grid(self, i: int) -> tuple[int, int]:
         """Returns h and w of a sample."""
         manifest = self.manifest
-        if manifest.buckets is None:
+        if self.target_sizes is None:
             return (manifest.size // manifest.factor,) * 2
-        width, height = self.shards.index.sizes[i].tolist()
+        height, width = self.target_sizes[i].tolist()
         return height // manifest.factor, width // manifest.factor
 
     def _draw_flip(self, position: int) -> bool:

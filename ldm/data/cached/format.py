@@ -115,18 +115,15 @@ def pack_record(
     captions: Sequence[str],
     weights: Sequence[float] | None,
     digest: str,
-    image_size: tuple[int, int],
-    sizes: Sequence[int] | None = None,
+    sizes: Sequence[int],
 ) -> dict[str, Any]:
     """Returns the JSON of a sample: the source's fields, and what the cache says of it.
 
     captions, weights: as `ShardReader.read` lists them; digest: the SHA-256 of the source's image
-    file; image_size: width and height of the image that was encoded; sizes: `Condition.sizes`.
+    file; sizes: `Condition.sizes` of the image that was encoded.
     """
     record = {**fields, "captions": list(captions), "digest": digest}
-    record["image_size"] = list(image_size)
-    if sizes is not None:
-        record["sizes"] = list(sizes)
+    record |= {"image_size": [sizes[5], sizes[4]], "sizes": list(sizes)}
     if weights is not None:
         record["caption_weights"] = list(weights)
     return record

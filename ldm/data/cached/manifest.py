@@ -37,7 +37,8 @@ class Manifest:
     posterior: "moments" for mean and log-variance of each latent, "mean" for the mean alone.
     dtype: of latents and text states. precision: the type that the encoders computed in.
     captions: how many captions of a sample there are at most. flips: latents of the flipped image.
-    size: side of the square images; buckets: (width, height) of the images, if they are no squares.
+    size: side of the square images; buckets: (width, height) of the images, if they are no squares,
+    and size is the side of a square of about as many pixels.
     latent_channels, factor, latent_shift, latent_scale (C,): of the autoencoder; latents are
     (z - latent_shift) * latent_scale of a cached z.
     text_parts: those of TEXT_PARTS that the text encoder gives. text_width, pooled_width,
@@ -59,7 +60,7 @@ class Manifest:
     precision: Literal["float32", "bfloat16"] = "float32"
     captions: int | Literal["all"]
     flips: bool
-    size: int | None
+    size: int
     buckets: list[list[int]] | None = None
     latent_channels: int
     factor: int
@@ -92,15 +93,7 @@ class Manifest:
         """(width, height) of the images that may be here."""
         if self.buckets is not None:
             return [(width, height) for width, height in self.buckets]
-        return [(self.size, self.size)] if self.size else []
-
-    @property
-    def side(self) -> int:
-        """The side of its square images, or of a square of as many pixels as its first bucket."""
-        if self.size is not None:
-            return self.size
-        width, height = self.image_sizes[0]
-        return max(1, round((width * height) ** 0.5 / self.factor)) * self.factor
+        return [(self.size, self.size)]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -128,8 +121,8 @@ class Manifest:
 _OWN_SETTINGS = ("source", "reading", "captions", "size", "buckets")
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("autoencoder", "text_encoder", "pixels", "source", "keys"), (str,)),
-    **dict.fromkeys(("size", "text_width", "pooled_width", "max_length"), (int, NoneType)),
-    **dict.fromkeys(("format", "latent_channels", "factor", "samples"), (int,)),
+    **dict.fromkeys(("text_width", "pooled_width", "max_length"), (int, NoneType)),
+    **dict.fromkeys(("format", "size", "latent_channels", "factor", "samples"), (int,)),
     **dict.fromkeys(("latent_shift", "latent_scale", "text_parts"), (list,)),
     **dict.fromkeys(("reading", "parts", "skipped", "shards"), (dict,)),
     "captions": (int, str),
@@ -194,14 +187,13 @@ def open_cache(place: Any) -> Manifest:
             )
     if not manifests[1:]:
         return first
-    has_one_size = len(set(sizes)) == 1
+    has_one_square = set(sizes) == {(first.size, first.size)}
     return replace(
         first,
         samples=sum(one.samples for one in manifests),
         source=hash_bytes("\n".join(one.source for one in manifests).encode()),
         captions="all" if len({one.captions for one in manifests}) > 1 else first.captions,
-        size=first.size if has_one_size else None,
-        buckets=None if has_one_size else [list(size) for size in dict.fromkeys(sizes)],
+        buckets=None if has_one_square else [list(size) for size in dict.fromkeys(sizes)],
     )
 
 
@@ -249,8 +241,8 @@ def _find_problem(values: dict[str, Any]) -> str | None:
 
 def _find_size_problem(values: dict[str, Any]) -> str | None:
     buckets = values["buckets"]
-    if not buckets and (buckets is not None or values["size"] is None):
-        return "it has neither size nor buckets"
+    if buckets == []:
+        return "buckets is empty"
     sides = [values["size"]] if buckets is None else buckets
     for pair in sides:
         pair = [pair, pair] if buckets is None else pair

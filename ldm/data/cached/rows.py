@@ -13,8 +13,6 @@ import torch
 from ldm.data.cached.format import DTYPE_BY_NAME, SampleLayout, TensorPart
 from ldm.data.cached.manifest import LATENT_PARTS, TEXT_PARTS, CacheError, Manifest
 
-_NO_SIZES = [0] * 6  # of a cache of before
-
 
 class RowLayout(NamedTuple):
     """Where the parts of a sample lie in its row; numbers: the bytes of floating-point numbers."""
@@ -105,7 +103,7 @@ def parse_cached_record(data: bytes) -> dict[str, Any]:
     try:
         fields: dict[str, Any] = json.loads(data)
         captions, weights = fields["captions"], fields.get("caption_weights")
-        sizes = fields.setdefault("sizes", _NO_SIZES)
+        sizes = fields["sizes"]
         sound = type(captions) is list and captions and all(type(one) is str for one in captions)
         sound = sound and len(sizes) == 6 and all(type(n) is int and -1 < n < 2**31 for n in sizes)
         if sound and weights is not None:
@@ -113,5 +111,5 @@ def parse_cached_record(data: bytes) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
-        raise CacheError("has a json without its captions")
+        raise CacheError("has a json without its captions or sizes")
     return fields

@@ -58,10 +58,7 @@ class CacheSource(Dataset):
 
     def key(self, index: int) -> str:
         """Returns the key of a sample, whose bytes may be no UTF-8."""
-        found = self.images.shards.index
-        start = found.key_ends[index - 1] if index > 0 else 0
-        raw = found.key_bytes[start : found.key_ends[index]].tobytes()
-        return raw.decode("utf-8", "surrogateescape")
+        return self.images.shards.index.key(index, errors="surrogateescape")
 
     def _decode(self, indices: Sequence[int]) -> Batch:
         return self.images.read_batch([(i, i) for i in indices])
@@ -82,6 +79,5 @@ class CacheSource(Dataset):
             captions=sample.captions[:most],
             weights=None if sample.weights is None else sample.weights[:most],
             digest=hash_bytes(sample.image),
-            image_size=(sizes[5], sizes[4]),
             sizes=sizes,
         )

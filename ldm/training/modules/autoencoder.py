@@ -10,6 +10,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from ldm.models.autoencoder import AutoencoderKL, sample_posterior
+from ldm.training.optimizers import NetworkParameters
 from ldm.training.randomness import make_batch_generators
 
 
@@ -78,4 +79,6 @@ class AutoencoderTraining(L.LightningModule):
         self.autoencoder.set_scale(mean.float(), 1 / std.float())
 
     def configure_optimizers(self) -> dict:
-        return self.make_optimizer(self.autoencoder.parameters(), steps=self.trainer.max_steps)
+        return self.make_optimizer(
+            NetworkParameters(self.autoencoder), steps=self.trainer.max_steps
+        )

@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric
 from ldm.diffusion.rng import rand, randn
 from ldm.diffusion.schedules import expand_dims_like
 from ldm.models.noisy_classifier import NoisyClassifier
+from ldm.training.optimizers import NetworkParameters
 from ldm.training.randomness import make_batch_generators
 from ldm.training.step_clock import StepClock
 from ldm.utils.transfer import send
@@ -128,7 +129,7 @@ class ClassifierTraining(L.LightningModule):
     on_validation_start = on_fit_start
 
     def configure_optimizers(self) -> dict:
-        return self.make_optimizer(self.classifier.parameters(), steps=self.trainer.max_steps)
+        return self.make_optimizer(NetworkParameters(self.classifier), steps=self.trainer.max_steps)
 
 
 def hash_captions(captions: Sequence[str]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from ldm.models.clip import Clip, contrastive_loss, retrieval_accuracy
+from ldm.training.optimizers import NetworkParameters
 
 
 class ClipTraining(L.LightningModule):
@@ -49,7 +50,7 @@ class ClipTraining(L.LightningModule):
         self.log("val/recall_at_1", self.val_recall, prog_bar=True)
 
     def configure_optimizers(self) -> dict:
-        return self.make_optimizer(self.clip.parameters(), steps=self.trainer.max_steps)
+        return self.make_optimizer(NetworkParameters(self.clip), steps=self.trainer.max_steps)
 
 
 class ClipFolderWriter(L.Callback):

@@ -17,6 +17,7 @@ from ldm.diffusion.rng import rand, randn
 from ldm.inference.components import Components
 from ldm.models.kernels import cache_casts
 from ldm.training.ema import EMA
+from ldm.training.optimizers import NetworkParameters
 from ldm.training.power_ema import PowerEMA
 from ldm.training.randomness import make_batch_generators
 from ldm.training.step_clock import StepClock, count_forward_flops
@@ -209,4 +210,4 @@ class LatentDiffusion(L.LightningModule):
             print(f"{self.cut} of {self.captions} captions were cut to {length} tokens")
 
     def configure_optimizers(self) -> dict:
-        return self.make_optimizer(self.denoiser.parameters(), steps=self.trainer.max_steps)
+        return self.make_optimizer(NetworkParameters(self.denoiser), steps=self.trainer.max_steps)

@@ -55,6 +55,13 @@ def test_a_task_that_reads_images_is_refused(folder, task):
         build_cached_components(cfg, instantiate(cfg.task))
 
 
+def test_sizes_that_the_network_cannot_take_are_refused(tmp_path):
+    write_cache(tmp_path / "c", buckets=[[16, 16], [24, 16]])
+    cfg = settings(tmp_path / "c", "model.multipliers=[1,2]")
+    with pytest.raises(UsageError, match=r"images of 24 x 16 pixels, .* multiples of 16: make"):
+        build_cached_components(cfg, instantiate(cfg.task))
+
+
 def test_the_size_is_that_of_the_cache(folder):
     cfg = settings(folder)
     check_cache_settings(cfg)
@@ -64,6 +71,9 @@ def test_the_size_is_that_of_the_cache(folder):
 def test_a_cache_is_not_taken_for_images(folder):
     with pytest.raises(UsageError, match="is a cache of latents, and no images: give data=cached"):
         check_cache_settings(settings(folder, data="shards"))
+    both = f"data.train=[{{path:{folder}}},{folder}]"
+    with pytest.raises(UsageError, match="is a cache of latents"):
+        check_cache_settings(settings("elsewhere", both, data="shards"))
 
 
 def test_images_are_not_taken_for_a_cache(tmp_path):

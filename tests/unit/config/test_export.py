@@ -198,15 +198,21 @@ def test_an_export_that_is_stopped_leaves_nothing(home):
     assert not [path for path in home.iterdir() if "stopped" in path.name]
 
 
-def test_a_process_without_ldm_paints_the_pictures_of_the_drawn_world(home, monkeypatch):
+def test_a_process_without_ldm_paints_the_pictures_of_a_run_and_of_its_adapters(home, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.chdir(home)
-    from benchmarks.export_demo import main
+    from benchmarks.export_demo import main, paint_apart
 
-    words = ["ckpt=runs/small", f"folder={EXPORTED}", "count=2", "steps=2"]
-    results = main(words)
+    results = main(["ckpt=runs/small", f"folder={EXPORTED}", "count=2", "steps=2"])
     assert results["ldm"] == results["diffusers"]
     assert {"scene_accuracy", "scene_color_unseen"} <= results["ldm"].keys()
+    words = [*BRIEF, *DEMO, "samples.n=0", "name=style", "init=runs/small", "lora.rank=2"]
+    ldm.train(ldm.compose("train", [*words, "lora.targets=all", "optimizer.lr=0.1"]))
+    words = {"steps": 10, "lora": "runs/style/lora.safetensors"}
+    theirs = paint_apart(EXPORTED, NOISE.numpy(), PROMPTS, **words).transpose(0, 3, 1, 2)
+    ours = paint("runs/style")
+    assert (ours - paint("runs/small")).abs().max() > 1e-2
+    assert abs(theirs - ours.clamp(0, 1).numpy()).max() < 1e-4
 
 
 def export_variant(*words: str, out: str) -> DiffusionPipeline:

@@ -70,8 +70,10 @@ def test_a_run_that_lost_its_config_keeps_that_of_its_checkpoint(tmp_path):
         check_config_unchanged(settings("rng=torch", "seed=1"), run)
 
 
-@pytest.mark.parametrize("words", [("adamw", "adamw8bit"), ("adamw8bit", "adamw")])
-def test_moments_of_8_bits_are_for_their_optimizer_alone(tmp_path, words):
+@pytest.mark.parametrize(
+    "words", [("adamw", "adamw8bit"), ("adamw8bit", "adamw"), ("adamw", "muon"), ("muon", "adamw")]
+)
+def test_moments_of_8_bits_and_of_muon_are_for_their_optimizer_alone(tmp_path, words):
     before, now = (OmegaConf.to_container(settings(f"optimizer={w}").optimizer) for w in words)
     run = begun(tmp_path, optimizer=before)
     cfg = settings("resume.allow=[optimizer]")

@@ -1,5 +1,7 @@
 """plan=true: what a run takes, against the parts that a run builds."""
 
+from functools import cache
+
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -19,6 +21,7 @@ from ldm.config.plan import count_plan
 from ldm.config.python_api import compose
 from ldm.config.reserved_settings import ADAMW_8BIT_TARGET
 from ldm.diffusion.tasks.text_to_image import TextToImage
+from ldm.training.muon import find_matrices
 from ldm.utils.errors import UsageError
 
 SMALL_CLIP = {
@@ -33,6 +36,7 @@ SMALL_T5 |= {"num_heads": 3, "feed_forward_proj": "gated-gelu"}
 SMALL = ("model.channels=16", "model.heads=2", "data.batch_size=4")
 
 
+@cache
 def plan(*words: str) -> dict:
     return count_plan(compose("train", [*SMALL, *words]))
 
@@ -77,7 +81,7 @@ def test_the_packaged_text_encoder_is_counted_well():
 
 def test_parts_are_those_of_the_run():
     cfg = compose("train", SMALL)
-    built, table = build_components(cfg, TextToImage()), count_plan(cfg)
+    built, table = build_components(cfg, TextToImage()), plan()
     parts = {"denoiser": built.denoiser, "autoencoder": built.autoencoder}
     parts["text encoder"] = built.text_encoder
     counted = table["parameters"]
@@ -99,7 +103,7 @@ def test_a_step_has_the_same_flops_however_it_is_split(words):
     assert split[memory]["activations"] < 0.6 * whole[memory]["activations"]
 
 
-def test_shards_of_fsdp_and_moments_of_8_bits_take_less():
+def test_shards_of_fsdp_moments_of_8_bits_and_muon_take_less():
     memory = "bytes of memory on a device"
     whole, shards = plan("trainer.devices=4"), plan("trainer.devices=4", "strategy=fsdp")
     for name in ("weights", "gradients", "optimizer", "EMA"):
@@ -108,6 +112,13 @@ def test_shards_of_fsdp_and_moments_of_8_bits_take_less():
     cfg.optimizer._target_ = ADAMW_8BIT_TARGET  # its package need not be installed
     eight = count_plan(cfg)[memory]["optimizer"]
     assert eight < 0.4 * whole[memory]["optimizer"]
+    muon = plan("optimizer=muon")
+    denoiser = build_components(compose("train", SMALL), TextToImage()).denoiser
+    saved = 4 * sum(weight.numel() for weight in find_matrices(denoiser))
+    assert saved > whole[memory]["optimizer"] / 4
+    assert muon[memory]["optimizer"] == whole[memory]["optimizer"] - saved
+    disk = "bytes on disk"
+    assert muon[disk]["a checkpoint"] == whole[disk]["a checkpoint"] - saved
 
 
 def test_a_training_from_a_cache_runs_no_encoders():

@@ -184,6 +184,7 @@ def refusal(command, *words):
         "caption_dropout=${nowhere}",
         "data=shards data.train=a data.val=b data.window=0",
         "eval.scenes.every=0",
+        "lora.rank=0 init=runs/base",
     ],
 )
 def test_what_cannot_be_meant_is_named(words):

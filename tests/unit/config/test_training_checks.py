@@ -10,6 +10,7 @@ from ldm.utils.errors import UsageError
 REFUSED = {
     "strategy=fsdp compile=default": "strategy=ddp or compile=off",
     "strategy=fsdp optimizer=adamw8bit": "take optimizer=adamw",
+    "strategy=fsdp optimizer=muon": "take strategy=ddp or optimizer=adamw",
     "stage=autoencoder compile=default": "stage=autoencoder trains none: leave it out",
     "lora.rank=4": "give init=RUN",
     "lora.rank=4 init=runs/base strategy=fsdp": "take strategy=ddp",

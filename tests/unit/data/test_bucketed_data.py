@@ -11,7 +11,7 @@ from material import encoded, tar_bytes
 from PIL import Image
 from test_batch_slots import assert_same, copied, loaders
 
-from ldm.data.bucket_choice import number_target_sizes
+from ldm.data.buckets import number_target_sizes
 from ldm.data.image_decoding import crop_and_resize, pil_to_tensor, read_image
 from ldm.data.pixel_area import compute_square_side, parse_pixels
 from ldm.data.position_sampler import split_strided_batches

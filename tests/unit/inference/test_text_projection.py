@@ -61,7 +61,7 @@ def test_a_denoiser_without_them_gives_the_same_images(tiny_text):
 def test_the_network_that_guides_does_not_get_those_of_the_other(tiny_text):
     seen = []
 
-    def guide(x_t, t, cond):
+    def guide(x_t, t, cond, network_timestep):
         seen.append(cond.projected)
         return torch.zeros_like(x_t)
 

@@ -13,6 +13,7 @@ from ldm.data.bad_samples import TooManySkippedError
 from ldm.data.batch_slots import BatchDataset
 from ldm.data.cached.manifest import CacheError
 from ldm.data.dataset import TextImageDataset
+from ldm.data.image_decoding import describe_crop
 from ldm.data.shards.reader import ShardReader
 
 HOW = {"dtype": "float32", "posterior": "moments", "flips": False}
@@ -113,6 +114,23 @@ def test_sizes_are_those_of_the_record(tmp_path):
     batch = read(data, [(1, 1), (3, 3)])
     assert batch["sizes"].tolist() == [[8, 32, 0, 0, 8, 32]] * 2
     assert "sizes" not in read(open_cached_set(tmp_path / "c"), [(1, 1)])
+
+
+def test_the_sizes_of_a_flipped_sample_are_those_of_the_flipped_picture(tmp_path):
+    record = {"captions": ["a"] * 3, "sizes": describe_crop(53, 32, (16, 16), x=0.5, y=0.5)}
+    assert record["sizes"][3] == 5
+    replaced = {4: {"json": json.dumps(record).encode()}}
+    write_cache(tmp_path / "c", flips=True, replaced=replaced)
+    data = open_cached_set(tmp_path / "c", flip=1.0, gives_sizes=True)
+    assert read(data, [(4, 4)])["sizes"].tolist() == [[32, 53, 0, 6, 16, 16]]
+
+
+def test_a_sample_of_a_size_that_the_cache_has_not_is_damaged(tmp_path):
+    sizes = {1: {"json": b"{}"}, 3: {"json": b'{"image_size": [4096, 4096]}'}}
+    write_cache(tmp_path / "c", buckets=[[16, 16], [32, 8]], replaced=sizes)
+    data = open_cached_set(tmp_path / "c", train=False, on_error="skip")
+    assert data.target_sizes[:5].tolist() == [[16, 16]] * 4 + [[16, 16]]
+    assert data.read_batch([(0, 0), (1, 1), (3, 3)])["key"] == ["0000", "0002", "0004"]
 
 
 def test_workers_write_into_slots(tmp_path, monkeypatch):

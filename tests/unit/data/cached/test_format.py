@@ -187,7 +187,7 @@ def test_a_half_made_cache_is_refused_with_the_remedy(tmp_path):
     [
         ("format", 2, "format 2, this ldm reads 1"),
         ("size", 20, "no multiple of factor=8"),
-        ("size", None, "neither size nor buckets"),
+        ("size", None, "size is None"),
         ("buckets", [[16, 16], [8]], "no multiple"),
         ("dtype", "int8", "none of bf16"),
         ("latent_scale", [0.0] * 4, "not positive"),

@@ -5,6 +5,7 @@ from synthetic_caches import write_synthetic_cache
 
 from ldm.data.bucket_order import BucketedOrder
 from ldm.data.cached.datamodule import cached_data
+from ldm.data.cached.manifest import open_cache
 
 BUCKETS = [[16, 16], [24, 16]]
 
@@ -24,3 +25,9 @@ def test_caches_have_weights_and_each_batch_one_bucket(tmp_path):
         assert at == [(expected.at(p)[1], p) for p in range(first, first + 4)]
         batch = data.train_set.read_batch(at)
         assert len({(int(key) % 2) for key in batch["key"]}) == 1
+
+
+def test_caches_of_one_bucket_go_together(tmp_path):
+    for name in ("a", "b"):
+        write_synthetic_cache(tmp_path / name, counts=(2,), buckets=[[24, 16]])
+    assert open_cache([str(tmp_path / "a"), str(tmp_path / "b")]).image_sizes == [(24, 16)]

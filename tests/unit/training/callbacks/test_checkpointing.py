@@ -312,7 +312,7 @@ def test_each_save_exports_the_average_on_demand(tmp_path, shapes, tiny_text):
     said = json.loads((tmp_path / "weights" / "step=00000002_end.json").read_text())
     made = {"step": 2, "images_seen": 8, "validated": True, "finite": True, "even_crops": True}
     made |= {"fast_pixels": True}
-    assert said == {**made, **facts}
+    assert said.items() >= {**made, **facts}.items()  # and what the data say of their order
 
 
 def test_an_unknown_direction_is_refused(tmp_path):

@@ -242,7 +242,7 @@ def _find_problem(values: dict[str, Any]) -> str | None:
 def _find_size_problem(values: dict[str, Any]) -> str | None:
     buckets = values["buckets"]
     if buckets == []:
-        return "it has no buckets"
+        return "buckets is empty"
     sides = [values["size"]] if buckets is None else buckets
     for pair in sides:
         pair = [pair, pair] if buckets is None else pair

@@ -184,8 +184,8 @@ def test_any_model_fits_any_autoencoder(model, autoencoder):
     with torch.device("meta"):
         encoder, task = instantiate(cfg.autoencoder), instantiate(cfg.task)
         net = build_denoiser(cfg, encoder, Text(), None, task)
-    assert net.conv_in.in_channels == encoder.channels
-    assert net.conv_out.out_channels == encoder.channels
+    assert net.in_channels == encoder.channels
+    assert net.out_channels == encoder.channels
 
 
 def test_sizes_of_pictures_are_in_pixels_of_the_autoencoder():

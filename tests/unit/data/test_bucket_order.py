@@ -132,7 +132,7 @@ weighted = st.lists(
     st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=3),
               st.sampled_from([0.1, 0.3, 0.5, 1, 1.5, 2, 3])),
     min_size=1, max_size=3,
-)  # fmt: skip
+).filter(lambda parts: sum(weight * sum(own) for own, weight in parts) >= 1)  # fmt: skip
 
 
 @given(weighted, st.integers(1, 3), st.integers(1, 8), seeds, st.integers(1, 40))

@@ -11,7 +11,7 @@ from ldm.config.reserved_settings import ADAMW_8BIT_TARGET, MUON_TARGET, OUR_EVA
 from ldm.config.sample_options import check_checkpoints_exist, get_compile_mode, list_guides
 from ldm.config.size_multiple import read_size_multiple
 from ldm.config.value_rules import format_setting_value
-from ldm.data.pixel_area import parse_pixels
+from ldm.data.pixel_area import are_bucket_sizes, parse_pixels
 from ldm.data.position_sampler import split_batch
 from ldm.data.shards.data_sets import list_data_sets, list_locations
 from ldm.data.shards.locations import is_url, locate_shards
@@ -31,8 +31,8 @@ def check_before_imports(cfg: DictConfig, run_dir: Path) -> None:
     check_data_sets(cfg)
     for name in ("train", "val"):
         check_data_exist(cfg.data.get(name))
-    check_image_size(cfg.data.size, read_size_multiple(cfg, stage=cfg.stage))
     check_buckets(cfg)
+    check_image_size(cfg.data.size, read_size_multiple(cfg, stage=cfg.stage))
     check_frozen_paths(cfg)
     check_strategy(cfg)
     check_lora(cfg)
@@ -172,6 +172,11 @@ def check_buckets(cfg: DictConfig) -> None:
     if buckets is None:
         return
     shown = format_setting_value(OmegaConf.to_container(cfg.data)["buckets"])
+    if buckets != "auto" and not are_bucket_sizes(buckets):
+        raise UsageError(
+            f"data.buckets={shown} must be auto, or sizes such as [[768,512],[512,768]] (width, "
+            "height)"
+        )
     if cfg.data.get("frames") is not None:
         raise UsageError(f"data.buckets={shown} are of images: leave data.frames out")
     if cfg.stage not in ("diffusion", "autoencoder"):

@@ -18,21 +18,39 @@ def parse_pixels(pixels: int | str) -> int:
     return area
 
 
+def are_bucket_sizes(buckets: object) -> bool:
+    """Whether these are pairs of a width and a height, one at least."""
+    return (
+        isinstance(buckets, Sequence)
+        and not isinstance(buckets, str)
+        and len(buckets) > 0
+        and all(
+            isinstance(size, Sequence)
+            and len(size) == 2
+            and all(type(side) is int and side > 0 for side in size)
+            for size in buckets
+        )
+    )
+
+
 def compute_square_side(
     pixels: int | str | None, buckets: Sequence[Sequence[int]] | str | None
 ) -> int:
     """Returns the side of the square that has about the area of these settings of data.
 
-    It is a multiple of 64, or of 8 where it is below 256, unless the area is a square number.
+    It is a multiple of 64, or of 8 where it is below 256, unless the area is a square number. Of
+    listed sizes it is a multiple of the largest power of 2, up to 64, that divides all sides.
     """
     if pixels is not None:
         area = parse_pixels(pixels)
-    elif buckets and not isinstance(buckets, str):
+        step = 8 if math.isqrt(area) < 256 else 64
+    elif are_bucket_sizes(buckets):
         area = round(sum(math.prod(size) for size in buckets) / len(buckets))
+        step = math.gcd(64, *(side for size in buckets for side in size))
+        return max(round(math.sqrt(area) / step), 1) * step
     else:
         return USUAL_SIDE
     side = math.isqrt(area)
-    step = 8 if side < 256 else 64
     return side if side * side == area else max(round(side / step), 1) * step
 
 

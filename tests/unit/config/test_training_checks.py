@@ -45,6 +45,10 @@ MISFITS = {
     "data.pixels=64*64 data.buckets=[[80,48]]": "is the area of data.buckets=auto: add that",
     "data.pixels=many data.buckets=auto": "data.pixels=many is no area of images",
     "data.buckets=[[80,48],[48,70]]": r"has \[48,70\]: 70 is no multiple of 16, which the networks",
+    **{
+        f"data.buckets={wrong}": r"must be auto, or sizes such as \[\[768,512\],\[512,768\]\]"
+        for wrong in ("64", "foo", "[]", "[64,48]", "[[64]]", "[[64,a]]", "[[64,0]]", "[[64,48.5]]")
+    },
     "data.buckets=[[80,48],[80,48]]": "one of the sizes is there twice",
     "data.buckets=auto data.frames=4": "are of images: leave data.frames out",
     "data.buckets=auto stage=clip": "stage=clip takes images of one size",

@@ -166,12 +166,21 @@ def test_equal_sizes_have_one_number():
     assert number_target_sizes(None) is None
 
 
+@pytest.mark.parametrize("multiple", [8, 16, 32, 64])
+def test_the_square_of_listed_sizes_goes_through_the_networks_that_they_go_through(multiple):
+    for sizes in ([[4, 3], [3, 4]], [[5, 3], [3, 5]], [[1, 4]], [[7, 5], [6, 6]]):
+        side = compute_square_side(None, [[multiple * side for side in size] for size in sizes])
+        assert side >= multiple
+        assert side % multiple == 0
+
+
 def test_areas_and_their_squares():
     assert parse_pixels("512*512") == parse_pixels(512 * 512) == 512**2
     assert compute_square_side("512*512", "auto") == 512
     assert compute_square_side(1_000_000, "auto") == 1000
     assert compute_square_side("640*384", "auto") == 512
-    assert compute_square_side(None, [[96, 64], [64, 96]]) == 80
+    assert compute_square_side(None, [[96, 64], [64, 96]]) == 64
+    assert compute_square_side(None, [[768, 512], [512, 768], [640, 640]]) == 640
     assert compute_square_side(None, "auto") == compute_square_side(None, None) == 64
     for wrong in ("512x512", "0*5", "-1", "1*2*3", "", 0, 1.5):
         with pytest.raises(ValueError, match=re.escape(f"data.pixels={wrong} is no area")):

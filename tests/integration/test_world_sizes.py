@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import recorder
 from shell import ROOT, TRAIN, rows, run, tensors
+from world import SIZE
 from world_size_runs import BATCH, BUCKETS, RUN, SIDES, STEPS, write
 
 MANY = [  # processes, data workers, accumulated micro-steps, the step it is left after, and how
@@ -14,14 +15,25 @@ MANY = [  # processes, data workers, accumulated micro-steps, the step it is lef
     (4, 1, 1, 14, "SIGTERM"),
     (3, 2, 2, STEPS, "max_steps"),
 ]
+SIZES = "buckets=[[16,16],[24,16],[16,24],[32,16]]"
+CACHED = {  # the settings of a run from a cache, in place of those from images
+    "data=coco": "data=cached",
+    "data.train=shards": "data.train=cache",
+    "data.val=shards": "data.val=cache",
+    f"data.size={SIZE}": "posterior=mean",
+}
 FEW = [(2, 0, 1, 7, "max_steps"), (4, 1, 3, STEPS, "max_steps")]
 
 
-def train(home: Path, devices: int, workers: int, accumulate: int, *more: str, expect=0) -> str:
+def train(
+    home: Path, devices: int, workers: int, accumulate: int, *more: str, expect=0, settings=RUN
+) -> str:
     options = [f"trainer.devices={devices}", f"data.workers={workers}"]
     options += [f"trainer.accumulate_grad_batches={accumulate}", *more]
     path = f"{ROOT}:{ROOT / 'tests' / 'helpers'}"
-    return run(TRAIN, *RUN, *options, cwd=home, expect=expect, PYTHONPATH=path, OMP_NUM_THREADS="1")
+    return run(
+        TRAIN, *settings, *options, cwd=home, expect=expect, PYTHONPATH=path, OMP_NUM_THREADS="1"
+    )
 
 
 def keys_of_steps(lines: list[dict]) -> dict[int, list[str]]:
@@ -83,20 +95,28 @@ def bucket_of(key: str) -> int:
 
 
 @pytest.mark.slow
-def test_a_run_with_buckets_may_change_its_number_of_processes_in_mid_epoch(tmp_path):
+@pytest.mark.parametrize("source", ["images", "cache"])
+def test_a_run_with_buckets_may_change_its_number_of_processes_in_mid_epoch(tmp_path, source):
     whole, changing = tmp_path / "whole", tmp_path / "changing"
     count = write(whole / "shards", 70, 10, 40, 3, 20, sides=SIDES)
-    shutil.copytree(whole / "shards", changing / "shards")
-    buckets = "data.buckets=[[16,16],[24,16],[16,24],[32,16]]"
-    told = train(whole, 1, 0, 1, f"trainer.max_steps={STEPS}", "name=run", buckets)
-    assert "buckets: 16x16 50.3%, 24x16 25.2%, 16x24 12.6%, 32x16 11.9%" in told
+    settings, buckets = (
+        [*RUN, f"data.{SIZES}"],
+        "16x16 50.3%, 24x16 25.2%, 16x24 12.6%, 32x16 11.9%",
+    )
+    if source == "cache":
+        settings, buckets = [CACHED.get(word, word) for word in RUN], "143 images"
+        words = ("data=shards", "out=cache", SIZES, "autoencoder=identity", "posterior=mean")
+        run("-m", "ldm.cache", *words, cwd=whole)
+    shutil.copytree(whole, changing)
+    told = train(whole, 1, 0, 1, f"trainer.max_steps={STEPS}", "name=run", settings=settings)
+    assert buckets in told
     begun = 0
     for devices, workers, accumulate, step, how in MANY:
         last = f"trainer.max_steps={STEPS if how == 'SIGTERM' else step}"
         left = [f"+early_stop.leave_at={step}"] if how == "SIGTERM" else []
         code = 75 if how == "SIGTERM" else 0
-        options = [last, *left, "name=run", buckets]
-        train(changing, devices, workers, accumulate, *options, expect=code)
+        options = [last, *left, "name=run"]
+        train(changing, devices, workers, accumulate, *options, expect=code, settings=settings)
         lines = recorder.read(changing / "seen")
         own = [line for line in lines if begun < line["step"] <= step]
         assert len(own) == devices * accumulate * (step - begun)

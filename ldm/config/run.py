@@ -128,8 +128,11 @@ def build_job(cfg: DictConfig, run_dir: Path, signals: StopSignals | None = None
     data.micro_batch(trainer.world_size, trainer.accumulate_grad_batches)
     if isinstance(trainer.strategy, FullyShardedStrategy):
         trainer.strategy.check_module(module)
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    if data.buckets is not None:
+        settings |= {"buckets": data.buckets[0].summarize()}
     for logger in trainer.loggers:
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        logger.log_hyperparams(settings)
     return TrainingJob(data, module, trainer, monitor, resume)
 
 

@@ -65,6 +65,12 @@ class Buckets:
         """The target size (N, 2) of each image."""
         return np.array(self.sizes, np.int32)[self.bucket][:, ::-1]
 
+    def summarize(self) -> dict[str, object]:
+        """Returns the number of images of each size, and the mean share that is cut away."""
+        counts = zip(self.sizes, self.counts.tolist(), strict=True)
+        images = {f"{width}x{height}": count for (width, height), count in counts}
+        return {"images": images, "cut_away": float(self.cut.mean()) if len(self.cut) else 0.0}
+
     def describe(self) -> str:
         """Returns a line on the buckets, their shares of the images, and what is cut away."""
         shares = self.counts / max(len(self.bucket), 1)

@@ -84,6 +84,8 @@ def test_small_buckets_of_a_list_are_named(caplog):
         warn_of_small_buckets(buckets, minimum=4)
     assert "128x64 (1), 64x128 (0): fewer images than a batch of 4" in caplog.text
     assert "64x64 83.3%, 128x64 16.7%; cut away: 0.0% of an image" in buckets.describe()
+    images = {"64x64": 5, "128x64": 1, "64x128": 0}
+    assert buckets.summarize() == {"images": images, "cut_away": 0.0}
 
 
 def test_bad_buckets_are_refused():
